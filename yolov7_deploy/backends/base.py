@@ -1,0 +1,127 @@
+"""The seam under the Detector: uint8 pictures plus geometry go down, boxes in network pixels come up.
+
+Geometry belongs to the Detector, pixels to the backend: on a CPU the letterbox is OpenCV's, on a GPU a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from yolov7_deploy.errors import LoadError, MissingLibraryError
+from yolov7_deploy.image import FloatArray, Image, Letterbox
+from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.options import Thresholds
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """Detections of one picture in network-input pixels, best score first.
+
+    Attributes:
+        boxes: float32 [N, 4] xyxy.
+        scores: float32 [N].
+        class_ids: int64 [N].
+    """
+
+    boxes: FloatArray
+    scores: FloatArray
+    class_ids: IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outputs:
+    """What a backend gives for a list of pictures: one `Found` each, and where the time went (whole call)."""
+
+    found: list[Found]
+    preprocess_ms: float
+    inference_ms: float
+    postprocess_ms: float
+
+
+class Backend(Protocol):
+    """A model that runs. `infer` may be called from several threads at once."""
+
+    info: ModelInfo
+
+    def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
+        """Pictures (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the backend holds; calling it twice is fine."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackendRow:
+    """One row of the table: which files it opens, where it lives, what it needs."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    module: str
+    attribute: str
+    library: str
+    extra: str
+
+
+BACKENDS = (
+    BackendRow(
+        name="pytorch",
+        suffixes=(".pt", ".pth", ".safetensors"),
+        module="yolov7_deploy.backends.pytorch",
+        attribute="PytorchBackend",
+        library="torch",
+        extra="export",
+    ),
+    BackendRow(
+        name="onnxruntime",
+        suffixes=(".onnx",),
+        module="yolov7_deploy.backends.ort",
+        attribute="OrtBackend",
+        library="onnxruntime",
+        extra="cpu",
+    ),
+)
+
+
+def backend_row(path: Path) -> BackendRow:
+    """The backend that opens files with this suffix.
+
+    Raises:
+        LoadError: No backend does.
+    """
+    for row in BACKENDS:
+        if path.suffix.lower() in row.suffixes:
+            return row
+    known = ", ".join(suffix for row in BACKENDS for suffix in row.suffixes)
+    raise LoadError(f"{path} has no suffix a backend opens ({known}).", fix="Rename the file, or export it again.")
+
+
+def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None) -> Backend:
+    """The model in `path`, ready to run on `device` (`auto`, `cpu`, `cuda`, `cuda:0`).
+
+    Raises:
+        LoadError: The file is absent or broken.
+        MissingLibraryError: The library for this kind of file is not installed.
+        DeviceError: The machine or the library has no such device.
+    """
+    row = backend_row(path)
+    if not path.exists():
+        raise LoadError(f"{path} does not exist.", fix="Check the path, or export it:  y7 export --weights yolov7")
+    try:
+        module = importlib.import_module(row.module)
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            f"{error.name} is needed to run {path.name}.", fix=f"pip install 'yolov7-deploy[{row.extra}]'"
+        ) from error
+    opener = getattr(module, row.attribute)
+    return cast(Backend, opener(path, device=device, input_hw=input_hw))

@@ -1,0 +1,158 @@
+"""Reading pictures, and the letterbox there and back.
+
+Pictures are uint8 BGR arrays [H, W, 3] everywhere, as OpenCV has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from yolov7_deploy.errors import ImageError
+
+Image = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+
+PAD_GREY = 114  # the official letterbox colour
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def read_image(path: str | Path) -> Image:
+    """A picture file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
+
+    Raises:
+        ImageError: The file is absent, empty, or not a picture OpenCV can decode.
+    """
+    path = Path(path)
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
+    if data.size == 0:
+        raise ImageError(f"{path} is empty (0 bytes).", fix="Copy or download the picture again.")
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if image is None:
+        raise ImageError(
+            f"{path} is not a picture OpenCV can decode ({data.size} bytes).",
+            fix=f"Convert it to one of: {' '.join(IMAGE_SUFFIXES)}",
+        )
+    return image.astype(np.uint8, copy=False)
+
+
+def as_bgr(image: npt.NDArray[Any]) -> Image:
+    """Any array that people pass as a picture, as contiguous uint8 BGR [H, W, 3]; no copy where it already is one.
+
+    Grey [H, W] or [H, W, 1] is repeated, the alpha of BGRA [H, W, 4] is dropped, uint16 is scaled by 1/257.
+
+    Raises:
+        ImageError: A shape or type that has no one meaning (floats could be 0..1 or 0..255).
+    """
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise ImageError(
+            f"A picture must be an array [H, W, 3] (BGR), [H, W] or [H, W, 4]; this one is {tuple(np.shape(image))}.",
+            fix="For a batch call detector.batch([image, ...]); for channels first use image.transpose(1, 2, 0).",
+        )
+    if array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"A picture must be uint8 or uint16; this one is {array.dtype}.",
+            fix="For floats 0..1 use (image * 255).round().astype('uint8').",
+        )
+    array = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+    return np.ascontiguousarray(array)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Letterbox:
+    """How one picture is placed on a network-sized canvas, and how boxes come back.
+
+    Attributes:
+        source_hw: Height and width of the picture.
+        resized_hw: Height and width it is scaled to.
+        canvas_hw: Height and width of the network input.
+        top, left: Pixels of grey above and to the left.
+        gain_xy: Canvas pixels per source pixel, used to take boxes back.
+        offset_xy: Canvas position of the picture's corner, used to take boxes back.
+        shrink_by_area: Scale with pixel-area averaging (the official evaluation loader) instead of bilinear.
+    """
+
+    source_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    canvas_hw: tuple[int, int]
+    top: int
+    left: int
+    gain_xy: tuple[float, float]
+    offset_xy: tuple[float, float]
+    shrink_by_area: bool = False
+
+    def apply(self, image_bgr: Image) -> Image:
+        """The canvas uint8 BGR [canvas_h, canvas_w, 3] with the picture on it; always a new array."""
+        height, width = self.resized_hw
+        if (height, width) != self.source_hw:
+            method = cv2.INTER_AREA if self.shrink_by_area else cv2.INTER_LINEAR
+            image_bgr = cv2.resize(image_bgr, (width, height), interpolation=method)  # type: ignore[assignment]
+        canvas = np.full((*self.canvas_hw, 3), PAD_GREY, dtype=np.uint8)
+        canvas[self.top : self.top + height, self.left : self.left + width] = image_bgr
+        return canvas
+
+    def undo(self, boxes_xyxy: FloatArray) -> FloatArray:
+        """Boxes [N, 4] from canvas pixels to source pixels, clipped to the picture; a new array."""
+        gain = np.array(self.gain_xy * 2, dtype=np.float32)
+        offset = np.array(self.offset_xy * 2, dtype=np.float32)
+        height, width = self.source_hw
+        boxes = (boxes_xyxy - offset) / gain
+        return np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+
+
+def fit_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Letterbox:
+    """The official inference letterbox: scale to fit (also up), centre, grey 114.
+
+    Rounding as the official one: sides by round(side * r), the odd pixel of padding goes below and to the right.
+    The way back inverts exactly what was done: per-axis scale and whole-pixel offset.
+    """
+    height, width = source_hw
+    ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)
+    resized_hw = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+    half_h, half_w = (canvas_hw[0] - resized_hw[0]) / 2, (canvas_hw[1] - resized_hw[1]) / 2
+    top, left = round(half_h - 0.1), round(half_w - 0.1)
+    return Letterbox(
+        source_hw=source_hw,
+        resized_hw=resized_hw,
+        canvas_hw=canvas_hw,
+        top=top,
+        left=left,
+        gain_xy=(resized_hw[1] / width, resized_hw[0] / height),
+        offset_xy=(float(left), float(top)),
+    )
+
+
+def fit_evaluation_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int], *, size: int) -> Letterbox:
+    """The official evaluation loader's placement (`--rect`): longer side to `size`, then centred without scaling.
+
+    Sides are truncated, shrinking averages by area, and boxes come back by the height ratio and the unrounded half
+    padding on both axes, as the published AP was computed (spec of the official test program).
+    """
+    height, width = source_hw
+    ratio = size / max(height, width)
+    resized_hw = source_hw if ratio == 1 else (max(1, int(height * ratio)), max(1, int(width * ratio)))
+    half_h, half_w = (canvas_hw[0] - resized_hw[0]) / 2, (canvas_hw[1] - resized_hw[1]) / 2
+    gain = resized_hw[0] / height
+    return Letterbox(
+        source_hw=source_hw,
+        resized_hw=resized_hw,
+        canvas_hw=canvas_hw,
+        top=round(half_h - 0.1),
+        left=round(half_w - 0.1),
+        gain_xy=(gain, gain),
+        offset_xy=(half_w, half_h),
+        shrink_by_area=ratio < 1,
+    )

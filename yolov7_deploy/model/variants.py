@@ -1,0 +1,290 @@
+"""The eight architectures of the paper as tables of layers with the official layer numbers.
+
+A table is laid by a few bricks that recur in the paper: `elan` (section 3.1, figure 2c), `transition` (the downsampling
+between stages), the top-down and bottom-up halves of the neck. Layer numbers follow from the order in which rows are
+laid, so they equal the official ones, and with them the checkpoint keys `model.N.…`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from yolov7_deploy.errors import UsageError
+
+IMAGE = -1  # source index of the network input
+
+Anchors = tuple[tuple[tuple[float, float], ...], ...]
+
+_TINY_ANCHORS: Anchors = (
+    ((10, 13), (16, 30), (33, 23)),
+    ((30, 61), (62, 45), (59, 119)),
+    ((116, 90), (156, 198), (373, 326)),
+)
+_P5_ANCHORS: Anchors = (
+    ((12, 16), (19, 36), (40, 28)),
+    ((36, 75), (76, 55), (72, 146)),
+    ((142, 110), (192, 243), (459, 401)),
+)
+_P6_ANCHORS: Anchors = (
+    ((19, 27), (44, 40), (38, 94)),
+    ((96, 68), (86, 152), (180, 137)),
+    ((140, 301), (303, 264), (238, 542)),
+    ((436, 615), (739, 380), (925, 792)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One row of a table. `sources` are layer numbers in concatenation order; `IMAGE` is the network input.
+
+    `kind` is the official class name: Conv, RepConv, SPPCSPC, DownC, MP, SP, Concat, Shortcut, Upsample, ReOrg, and
+    the heads Detect, IDetect, IAuxDetect (lead sources first, then auxiliary ones; `c_out` is unused there).
+    """
+
+    index: int
+    kind: str
+    c_in: tuple[int, ...]
+    c_out: int
+    kernel: int
+    stride: int
+    sources: tuple[int, ...]
+
+
+@dataclass
+class _Table:
+    """Lays rows one after the other; every method gives the number of the row it laid."""
+
+    rows: list[Layer] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        return len(self.rows) - 1
+
+    def lay(self, kind: str, c_out: int, *sources: int, kernel: int = 1, stride: int = 1) -> int:
+        at = sources or (self.last,)
+        c_in = tuple(3 if i == IMAGE else self.rows[i].c_out for i in at)
+        self.rows.append(Layer(len(self.rows), kind, c_in, c_out, kernel, stride, at))
+        return self.last
+
+    def conv(self, c_out: int, kernel: int = 1, stride: int = 1, source: int | None = None) -> int:
+        return self.lay("Conv", c_out, *(() if source is None else (source,)), kernel=kernel, stride=stride)
+
+    def pool(self, source: int | None = None) -> int:
+        at = self.last if source is None else source
+        return self.lay("MP", self.rows[at].c_out, at, kernel=2, stride=2)
+
+    def concat(self, *sources: int) -> int:
+        return self.lay("Concat", sum(self.rows[i].c_out for i in sources), *sources)
+
+    def upsample(self) -> int:
+        return self.lay("Upsample", self.rows[self.last].c_out)
+
+    def elan(self, entry: int, width: int, depth: int, c_out: int, *, every: int, source: int | None = None) -> int:
+        """ELAN: two 1x1 convolutions, a chain of `depth` 3x3 ones; every `every`-th of the chain is aggregated."""
+        at = self.last if source is None else source
+        bypass = self.conv(entry, source=at)
+        start = self.conv(entry, source=at)
+        chain = [self.conv(width, 3) for _ in range(depth)]
+        self.concat(*chain[::-1][::every], start, bypass)
+        return self.conv(c_out)
+
+    def extended_elan(self, entry: int, width: int, depth: int, c_out: int, *, every: int) -> int:
+        """E-ELAN as E6E has it: two ELAN branches on the same input, added (paper section 3.1)."""
+        source = self.last
+        first = self.elan(entry, width, depth, c_out, every=every)
+        second = self.elan(entry, width, depth, c_out, every=every, source=source)
+        return self.lay("Shortcut", c_out, second, first)
+
+    def transition(self, width: int, *lateral: int) -> int:
+        """Halves the resolution of v7 and X: max-pool beside a strided convolution, then the lateral if any."""
+        source = self.last
+        self.pool()
+        pooled = self.conv(width)
+        self.conv(width, source=source)
+        strided = self.conv(width, 3, 2)
+        return self.concat(strided, pooled, *lateral)
+
+    def rise(self, width: int, lateral: int) -> int:
+        """One top-down step of the neck: 1x1, up, and the backbone's lateral in front."""
+        self.conv(width)
+        up = self.upsample()
+        side = self.conv(width, source=lateral)
+        return self.concat(side, up)
+
+
+def _tiny() -> tuple[_Table, list[int], list[int]]:
+    t = _Table()
+    t.lay("Conv", 32, IMAGE, kernel=3, stride=2)
+    t.conv(64, 3, 2)
+    stages = [t.elan(32, 32, 2, 64, every=1)]
+    for width in (64, 128, 256):
+        t.pool()
+        stages.append(t.elan(width, width, 2, 2 * width, every=1))
+    bypass = t.conv(256, source=stages[3])
+    start = t.conv(256, source=stages[3])
+    pools = [t.lay("SP", 256, start, kernel=kernel) for kernel in (5, 9, 13)]
+    t.concat(*pools[::-1], start)
+    t.concat(t.conv(256), bypass)
+    p5 = t.conv(256)
+    t.rise(128, stages[2])
+    p4 = t.elan(64, 64, 2, 128, every=1)
+    t.rise(64, stages[1])
+    outs = [t.elan(32, 32, 2, 64, every=1)]
+    for width, lateral in ((128, p4), (256, p5)):
+        t.concat(t.conv(width, 3, 2), lateral)
+        outs.append(t.elan(width // 2, width // 2, 2, width, every=1))
+    return t, [t.conv(c, 3, source=s) for c, s in zip((128, 256, 512), outs, strict=True)], []
+
+
+def _p5(*, stem: int, depth: int, stages: tuple[int, ...], neck_every: int, head: str) -> tuple[_Table, list[int], list[int]]:
+    """v7 and X. The neck of v7 halves the width of its chain and aggregates every link; X repeats its backbone block."""
+    t = _Table()
+    t.lay("Conv", stem, IMAGE, kernel=3)
+    for width, stride in ((2 * stem, 2), (2 * stem, 1), (4 * stem, 2)):
+        t.conv(width, 3, stride)
+    laterals = [t.elan(64, 64, depth, stages[0], every=2)]
+    for entry, c_out in zip((128, 256, 256), stages[1:], strict=True):
+        t.transition(t.rows[t.last].c_out // 2)
+        laterals.append(t.elan(entry, entry, depth, c_out, every=2))
+    spp = stages[3] // 2
+    p5 = t.lay("SPPCSPC", spp)
+
+    def block(entry: int, c_out: int) -> int:
+        return t.elan(entry, entry // (2 if neck_every == 1 else 1), depth, c_out, every=neck_every)
+
+    t.rise(spp // 2, laterals[2])
+    p4 = block(256, spp // 2)
+    t.rise(spp // 4, laterals[1])
+    outs = [block(128, spp // 4)]
+    for width, entry, lateral in ((spp // 4, 256, p4), (spp // 2, 512, p5)):
+        t.transition(width, lateral)
+        outs.append(block(entry, 2 * width))
+    leads = [t.lay(head, 2 * t.rows[s].c_out, s, kernel=3) for s in outs]
+    return t, leads, []
+
+
+def _p6(
+    *, base: int, depth: int, down: str, stages: tuple[int, ...], neck: tuple[int, ...], lead: tuple[int, ...],
+    aux: tuple[int, ...], extended: bool = False,
+) -> tuple[_Table, list[int], list[int]]:
+    """W6, E6, D6 and E6E: space-to-depth stem, five stages, four levels; gives the lead and auxiliary feature rows."""
+    t = _Table()
+    brick: Callable[..., int] = t.extended_elan if extended else t.elan
+
+    def reduce(c_out: int) -> int:
+        return t.lay(down, c_out, kernel=3, stride=2)
+
+    t.lay("ReOrg", 12, IMAGE)
+    t.conv(base, 3)
+    laterals = []
+    for entry, c_out in zip((64, 128, 256, 384, 512), stages, strict=True):
+        reduce(c_out)
+        laterals.append(brick(entry, entry, depth, c_out, every=2))
+    pyramid = [t.lay("SPPCSPC", neck[0])]
+    for entry, c_out, lateral in zip((384, 256, 128), neck[1:], laterals[3:0:-1], strict=True):
+        t.rise(c_out, lateral)
+        pyramid.append(brick(entry, entry // 2, depth, c_out, every=1))
+    # The partial auxiliary head of E6E (table 8) reads the second branch, in front of the Shortcut.
+    aux_sources = [p - 1 if extended and i else p for i, p in enumerate(pyramid)][::-1]
+    outs = [pyramid[3]]
+    for entry, c_out, lateral in zip((256, 384, 512), neck[2::-1], pyramid[2::-1], strict=True):
+        t.concat(reduce(c_out), lateral)
+        outs.append(brick(entry, entry // 2, depth, c_out, every=1))
+    leads = [t.conv(c, 3, source=s) for c, s in zip(lead, outs, strict=True)]
+    return t, leads, [t.conv(c, 3, source=s) for c, s in zip(aux, aux_sources, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One architecture: how its table is laid, and what the table does not say.
+
+    Attributes:
+        name: Official name.
+        activation: `silu` or `leaky` (LeakyReLU 0.1), after every convolution with BatchNorm.
+        anchors: Per level three (width, height) in input pixels.
+        size: Input side of the paper's tables.
+    """
+
+    name: str
+    activation: str
+    anchors: Anchors
+    size: int
+    lay: Callable[[], tuple[_Table, list[int], list[int]]]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each level."""
+        return tuple(8 << level for level in range(len(self.anchors)))
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """The training form carries auxiliary heads (the P6 models)."""
+        return len(self.anchors) == 4
+
+    def layers(self, *, training: bool) -> tuple[Layer, ...]:
+        """The table, in training form (implicit knowledge, auxiliary branches) or deploy form."""
+        return _layers(self.name, training)
+
+
+@lru_cache(maxsize=32)
+def _layers(name: str, training: bool) -> tuple[Layer, ...]:
+    table, leads, aux = VARIANTS[name].lay()
+    if not training:
+        del table.rows[len(table.rows) - len(aux) :]
+        aux = []
+    kind = ("IAuxDetect" if aux else "IDetect") if training else "Detect"
+    table.lay(kind, 0, *leads, *aux)
+    return tuple(table.rows)
+
+
+_W6_STAGES, _E6_STAGES = (128, 256, 512, 768, 1024), (160, 320, 640, 960, 1280)
+_AUX = (320, 640, 960, 1280)
+
+VARIANTS: dict[str, Variant] = {
+    v.name: v
+    for v in (
+        Variant(name="yolov7-tiny", activation="leaky", anchors=_TINY_ANCHORS, size=640, lay=_tiny),
+        Variant(name="yolov7-tiny-silu", activation="silu", anchors=_TINY_ANCHORS, size=640, lay=_tiny),
+        Variant(
+            name="yolov7", activation="silu", anchors=_P5_ANCHORS, size=640,
+            lay=lambda: _p5(stem=32, depth=4, stages=(256, 512, 1024, 1024), neck_every=1, head="RepConv"),
+        ),
+        Variant(
+            name="yolov7x", activation="silu", anchors=_P5_ANCHORS, size=640,
+            lay=lambda: _p5(stem=40, depth=6, stages=(320, 640, 1280, 1280), neck_every=2, head="Conv"),
+        ),
+        Variant(
+            name="yolov7-w6", activation="silu", anchors=_P6_ANCHORS, size=1280,
+            lay=lambda: _p6(base=64, depth=4, down="Conv", stages=_W6_STAGES, neck=(512, 384, 256, 128),
+                            lead=(256, 512, 768, 1024), aux=_AUX),
+        ),
+        Variant(
+            name="yolov7-e6", activation="silu", anchors=_P6_ANCHORS, size=1280,
+            lay=lambda: _p6(base=80, depth=6, down="DownC", stages=_E6_STAGES, neck=(640, 480, 320, 160),
+                            lead=_AUX, aux=_AUX),
+        ),
+        Variant(
+            name="yolov7-d6", activation="silu", anchors=_P6_ANCHORS, size=1280,
+            lay=lambda: _p6(base=96, depth=8, down="DownC", stages=(192, 384, 768, 1152, 1536),
+                            neck=(768, 576, 384, 192), lead=(384, 768, 1152, 1536), aux=(384, 768, 1152, 1536)),
+        ),
+        Variant(
+            name="yolov7-e6e", activation="silu", anchors=_P6_ANCHORS, size=1280,
+            lay=lambda: _p6(base=80, depth=6, down="DownC", stages=_E6_STAGES, neck=(640, 480, 320, 160),
+                            lead=_AUX, aux=_AUX, extended=True),
+        ),
+    )
+}  # fmt: skip
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of this official name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name not in VARIANTS:
+        raise UsageError(f"{name!r} is no YOLOv7 variant.", fix=f"One of: {', '.join(VARIANTS)}")
+    return VARIANTS[name]
