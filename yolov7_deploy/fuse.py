@@ -65,7 +65,10 @@ def _store(name: str, kernel: Kernel, state: dict[str, Tensor]) -> None:
 
 
 def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> Kernel:
-    """Kernel and bias of BatchNorm after a convolution: W' = k W, b' = beta + k (b - mean), k = gamma / sqrt(var + eps)."""
+    """BatchNorm after a convolution as kernel and bias.
+
+    W' = k W and b' = beta + k (b - mean), with k = gamma / sqrt(var + eps).
+    """
     weight = conv.weight.double()
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.double()
     if bn is None:

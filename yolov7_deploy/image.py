@@ -5,6 +5,7 @@ Pictures are uint8 BGR arrays [H, W, 3] everywhere, as OpenCV has them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,13 @@ def fit_evaluation_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, i
         offset_xy=(half_w, half_h),
         shrink_by_area=ratio < 1,
     )
+
+
+def to_network_input(canvases: Sequence[Image]) -> FloatArray:
+    """Canvases uint8 BGR [H, W, 3] of one size as float32 [B, 3, H, W], RGB, 0..1."""
+    height, width = canvases[0].shape[:2]
+    tensor = np.empty((len(canvases), 3, height, width), dtype=np.float32)
+    for planes, canvas in zip(tensor, canvases, strict=True):
+        for plane, channel in zip(planes, (2, 1, 0), strict=True):
+            np.divide(canvas[:, :, channel], np.float32(255), out=plane)
+    return tensor

@@ -86,3 +86,33 @@ class ExportOptions:
                 f"max_candidates {self.max_candidates} is below max_det {self.max_det}.",
                 fix=f"For example: --max-candidates {self.max_det}",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValOptions:
+    """How average precision is measured; the defaults are the official evaluation's, except `batch`.
+
+    Attributes:
+        rect: Pictures sorted by shape, each batch on a canvas of its own size (the published protocol); `False` is a
+            plain letterbox; `None` is rect where the model takes any input size.
+        batch: Pictures that share a canvas, and that run together. The official program takes 32, which gives some
+            pictures another canvas and needs four times the memory.
+        conf, iou, max_det, multi_label: See `Thresholds`.
+    """
+
+    rect: bool | None = None
+    batch: int = 8
+    conf: float = 0.001
+    iou: float = 0.65
+    max_det: int = 300
+    multi_label: bool = True
+
+    def __post_init__(self) -> None:
+        _ = self.thresholds
+        if self.batch < 1:
+            raise UsageError(f"batch must be at least 1, not {self.batch}.", fix="For example: --batch 8")
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What is kept of the network's output."""
+        return Thresholds(conf=self.conf, iou=self.iou, max_det=self.max_det, multi_label=self.multi_label)

@@ -1,0 +1,1 @@
+"""Under the Detector: one file per runtime."""

@@ -51,6 +51,7 @@ class Backend(Protocol):
     """A model that runs. `infer` may be called from several threads at once."""
 
     info: ModelInfo
+    device: str
 
     def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
         """Pictures (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size."""

@@ -1,0 +1,1 @@
+"""④ From torch to ONNX."""

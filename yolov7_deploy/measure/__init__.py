@@ -1,0 +1,1 @@
+"""The workshop: accuracy, parity, the paper's tables."""

@@ -1,0 +1,1 @@
+"""② The reference network, readable beside the paper."""

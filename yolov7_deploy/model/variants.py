@@ -138,8 +138,10 @@ def _tiny() -> tuple[_Table, list[int], list[int]]:
     return t, [t.conv(c, 3, source=s) for c, s in zip((128, 256, 512), outs, strict=True)], []
 
 
-def _p5(*, stem: int, depth: int, stages: tuple[int, ...], neck_every: int, head: str) -> tuple[_Table, list[int], list[int]]:
-    """v7 and X. The neck of v7 halves the width of its chain and aggregates every link; X repeats its backbone block."""
+def _p5(
+    *, stem: int, depth: int, stages: tuple[int, ...], neck_every: int, head: str
+) -> tuple[_Table, list[int], list[int]]:
+    """v7 and X. The neck of v7 halves its chain's width and aggregates every link; X repeats its backbone block."""
     t = _Table()
     t.lay("Conv", stem, IMAGE, kernel=3)
     for width, stride in ((2 * stem, 2), (2 * stem, 1), (4 * stem, 2)):
@@ -166,8 +168,15 @@ def _p5(*, stem: int, depth: int, stages: tuple[int, ...], neck_every: int, head
 
 
 def _p6(
-    *, base: int, depth: int, down: str, stages: tuple[int, ...], neck: tuple[int, ...], lead: tuple[int, ...],
-    aux: tuple[int, ...], extended: bool = False,
+    *,
+    base: int,
+    depth: int,
+    down: str,
+    stages: tuple[int, ...],
+    neck: tuple[int, ...],
+    lead: tuple[int, ...],
+    aux: tuple[int, ...],
+    extended: bool = False,
 ) -> tuple[_Table, list[int], list[int]]:
     """W6, E6, D6 and E6E: space-to-depth stem, five stages, four levels; gives the lead and auxiliary feature rows."""
     t = _Table()

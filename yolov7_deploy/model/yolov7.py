@@ -163,7 +163,9 @@ def _check_keys(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) ->
         "lacks": [key for key in expected if key not in found],
         "has left over": [key for key in found if key not in expected],
         "has another shape for": [
-            f"{key} {found[key]} (expected {shape})" for key, shape in expected.items() if found.get(key, shape) != shape
+            f"{key} {found[key]} (expected {shape})"
+            for key, shape in expected.items()
+            if found.get(key, shape) != shape
         ],
     }
     for verb, names in problems.items():

@@ -1,0 +1,369 @@
+"""Average precision: the protocols, the judge, and what a report says."""
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.detections import Detections, Speed
+from yolov7_deploy.errors import DatasetError, UsageError
+from yolov7_deploy.image import fit_evaluation_letterbox
+from yolov7_deploy.info import ModelInfo, NmsInfo
+from yolov7_deploy.measure.accuracy import evaluate, judge
+from yolov7_deploy.measure.protocol import rect_groups, thresholds_in_force
+from yolov7_deploy.options import Thresholds, ValOptions
+
+OFFICIAL_DIGITS = 5e-5  # the official figures are printed with four decimals
+NAMES = ("cat", "dog")
+needs_shared = pytest.mark.skipif(
+    "Y7_SHARED" not in os.environ, reason="Y7_SHARED does not name the folder with coco-mini"
+)
+
+
+def model_info(**changes):
+    values = {"variant": "custom", "class_names": NAMES, "strides": (), "anchors": (), "source": "a.pt"}
+    return ModelInfo(**(values | changes))
+
+
+class PlannedDetector:
+    """A stand-in: gives planned boxes for a picture, which it knows by the value of its first pixel."""
+
+    def __init__(self, planned, *, info=None, input_hw=(64, 64)):
+        self.planned = planned
+        self.info = info or model_info()
+        self.input_hw = input_hw
+        self.calls = []
+
+    def infer(self, images, letterboxes, thresholds):
+        self.calls.append((len(images), {box.canvas_hw for box in letterboxes}, thresholds))
+        return [self.detections(image) for image in images]
+
+    def detections(self, image):
+        boxes, scores, class_ids = self.planned.get(int(image[0, 0, 0]), ([], [], []))
+        return Detections(
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            scores=np.array(scores, np.float32),
+            class_ids=np.array(class_ids, np.int64),
+            class_names=self.info.class_names,
+            image_hw=image.shape[:2],
+            speed=Speed(preprocess_ms=1.0, inference_ms=2.0, postprocess_ms=3.0),
+        )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures of 40x60, grey values 0, 50 and 100, with a cat, a dog and a cat."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for number, label in enumerate(["0 0.5 0.5 0.5 0.5", "1 0.5 0.5 0.5 0.5", "0 0.25 0.25 0.2 0.3"]):
+        assert cv2.imwrite(str(tmp_path / f"images/{number}.png"), np.full((40, 60, 3), 50 * number, np.uint8))
+        (tmp_path / f"labels/{number}.txt").write_text(label)
+    (tmp_path / "data.yaml").write_text(f"val: images\nnames: {list(NAMES)}\n")
+    return tmp_path
+
+
+def perfect(dataset):
+    return {50 * i: (s.boxes, np.full(len(s.boxes), 0.9), s.class_ids) for i, s in enumerate(dataset)}
+
+
+def evaluated(folder, planned=None, *, options=None, **detector):
+    dataset = open_dataset(folder / "data.yaml")
+    detector = PlannedDetector(perfect(dataset) if planned is None else planned, **detector)
+    return evaluate(detector, dataset, options=options or ValOptions()), detector
+
+
+def test_perfect_detections_have_average_precision_one(folder):
+    report, _ = evaluated(folder)
+    assert report.ap == pytest.approx(1) and report.ar100 == pytest.approx(1)
+    assert report.ap_large is None, "no box of this size is there to find"
+    assert [(c.name, c.images, c.instances) for c in report.classes] == [("cat", 2, 2), ("dog", 1, 1)]
+
+
+def test_no_detections_have_average_precision_zero(folder):
+    report, _ = evaluated(folder, {})
+    assert report.ap == 0 and report.predictions == []
+
+
+def test_a_class_found_as_another_counts_for_neither(folder):
+    boxes = open_dataset(folder / "data.yaml")[1].boxes
+    report, _ = evaluated(folder, {50: (boxes, [0.9], [0])})
+    assert report.ap == 0 and report.classes[1].ap == 0
+
+
+def test_half_of_a_class_found_is_half_its_average_precision(folder):
+    # one of two cats, found without false alarms: precision 1 up to recall 0.5, that is 51 of 101 recall points
+    planned = {0: perfect(open_dataset(folder / "data.yaml"))[0]}
+    report, _ = evaluated(folder, planned)
+    assert report.classes[0].ap == pytest.approx(51 / 101) and report.ap == pytest.approx(51 / 202)
+
+
+def test_the_official_thresholds_reach_the_detector(folder):
+    _, detector = evaluated(folder)
+    assert detector.calls[0][2] == Thresholds(conf=0.001, iou=0.65, max_det=300, multi_label=True)
+
+
+def test_free_input_sizes_are_measured_by_rect_batches(folder):
+    report, detector = evaluated(folder)
+    # 40/60 of 64 is 42.7 pixels: with half a stride 1.83 strides high and 2.5 wide
+    assert detector.calls == [(3, {(64, 96)}, ValOptions().thresholds)]
+    assert report.protocol == "rect 64 (pad 0.5, batch 8, canvases up to 96x64)"
+
+
+def test_no_rect_is_a_plain_letterbox(folder):
+    report, detector = evaluated(folder, options=ValOptions(rect=False, batch=2))
+    assert [call[:2] for call in detector.calls] == [(2, {(64, 64)}), (1, {(64, 64)})]
+    assert report.protocol == "letterbox 64x64"
+
+
+def test_fixed_input_sizes_are_measured_by_a_plain_letterbox(folder):
+    report, _ = evaluated(folder, info=model_info(input_hw=(32, 64)), input_hw=(32, 64))
+    assert report.protocol == "letterbox 64x32"
+
+
+def test_rect_of_a_fixed_input_size_is_a_usage_error(folder):
+    with pytest.raises(UsageError, match="takes 64x32 only") as caught:
+        evaluated(folder, info=model_info(input_hw=(32, 64)), options=ValOptions(rect=True))
+    assert "--rect" in caught.value.fix
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.sampled_from([(640, 32), (1280, 64), (320, 32)]),
+)
+def test_rect_canvases_hold_every_picture_of_their_group(sizes, batch, size_stride):
+    size, stride = size_stride
+    groups = rect_groups(dict(enumerate(sizes)), size=size, stride=stride, batch=batch)
+    assert sorted(i for group in groups for i in group.indices) == list(range(len(sizes)))
+    assert all(len(group.indices) == batch for group in groups[:-1])
+    for group in groups:
+        assert all(side % stride == 0 and side <= size + stride for side in group.canvas_hw)
+        for i in group.indices:
+            box = fit_evaluation_letterbox(sizes[i], group.canvas_hw, size=size)
+            assert box.top >= 0 and box.top + box.resized_hw[0] <= box.canvas_hw[0]
+            assert box.left >= 0 and box.left + box.resized_hw[1] <= box.canvas_hw[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "canvas_hw"),
+    [
+        ([(480, 640)], (512, 672)),  # landscape: rows from the highest picture, columns from the size
+        ([(640, 480)], (672, 512)),
+        ([(427, 640), (480, 640)], (512, 672)),
+        ([(480, 640), (640, 480)], (672, 672)),
+        ([(640, 640)], (672, 672)),
+        ([(640, 427), (640, 480)], (672, 512)),
+    ],
+)
+def test_rect_canvases_are_the_official_ones(sizes, canvas_hw):
+    (group,) = rect_groups(dict(enumerate(sizes)), size=640, stride=32, batch=8)
+    assert group.canvas_hw == canvas_hw
+
+
+def test_unreadable_pictures_are_skipped_with_their_ground_truth(folder):
+    (folder / "images/0.png").write_bytes(b"not a picture")
+    data = (folder / "images/2.png").read_bytes()
+    (folder / "images/2.png").write_bytes(data[:60])  # the header is whole, the pixels are not
+    report, _ = evaluated(folder, {50: perfect(open_dataset(folder / "data.yaml")[1:2])[0]})
+    assert report.images == 1 and report.ap == pytest.approx(1)
+    assert [Path(item.path).name for item in report.skipped] == ["0.png", "2.png"]
+    assert all("not a picture" in item.reason for item in report.skipped)
+
+
+def test_a_dataset_without_readable_pictures_is_an_error(folder):
+    for picture in (folder / "images").iterdir():
+        picture.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"None of the 3 pictures could be used.*0 bytes"):
+        evaluated(folder, {})
+
+
+def test_a_dataset_without_boxes_is_an_error_that_says_where_labels_were_sought(folder):
+    for label in (folder / "labels").iterdir():
+        label.unlink()
+    with pytest.raises(DatasetError, match="not one box in 3 pictures") as caught:
+        evaluated(folder, {})
+    assert str(folder / "labels" / "0.txt") in caught.value.message
+
+
+def test_pictures_of_another_size_than_annotated_are_skipped(folder):
+    images = [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40 + i} for i in range(2)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 20, 20]} for i in range(2)]
+    document = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (folder / "instances.json").write_text(json.dumps(document))
+    report = evaluate(PlannedDetector({}), open_dataset(folder / "instances.json"), options=ValOptions())
+    assert report.images == 1
+    assert report.skipped[0].reason == "is 60x40, but the annotations are of 60x41"
+
+
+def test_classes_are_matched_by_name(folder):
+    dataset = open_dataset(folder / "data.yaml")
+    swapped = {key: (boxes, scores, 2 - ids) for key, (boxes, scores, ids) in perfect(dataset).items()}
+    report, _ = evaluated(folder, swapped, info=model_info(class_names=("cow", "Dog", "cat")))
+    assert report.ap == pytest.approx(1)
+
+
+def test_classes_that_the_dataset_lacks_are_no_false_alarms(folder):
+    planned = perfect(open_dataset(folder / "data.yaml"))
+    planned[0] = ([*planned[0][0], [0, 0, 5, 5]], [0.9, 0.95], [0, 2])
+    report, _ = evaluated(folder, planned, info=model_info(class_names=("cat", "dog", "cow")))
+    assert report.ap == pytest.approx(1) and len(report.predictions) == 3
+
+
+def test_models_without_names_are_matched_by_place(folder):
+    report, _ = evaluated(folder, info=model_info(class_names=("class_0", "class_1")))
+    assert report.ap == pytest.approx(1)
+
+
+def test_classes_that_the_model_does_not_know_are_an_error(folder):
+    with pytest.raises(DatasetError, match="boxes of 'dog', which the model does not know"):
+        evaluated(folder, info=model_info(class_names=("cat", "cow", "pig")))
+
+
+def test_the_report_is_one_json_document_without_predictions(folder):
+    report, _ = evaluated(folder)
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    contract = "ap ap50 ap75 ap_small ap_medium ap_large ar100 images weights backend precision thresholds protocol"
+    assert {*contract.split(), "speed_ms", "classes", "skipped", "ar1", "ar10"} <= set(document)
+    assert "predictions" not in document
+    assert document["speed_ms"] == {"preprocess": 1.0, "inference": 2.0, "postprocess": 3.0}
+    assert document["thresholds"]["conf"] == 0.001
+
+
+def test_predictions_are_rounded_as_the_official_program_does(folder):
+    report, _ = evaluated(folder, {0: ([[1.00049, 2, 11.12345, 12]], [0.1234567], [1])})
+    assert report.predictions == [{"image_id": 0, "category_id": 1, "bbox": [1.0, 2.0, 10.123, 10.0], "score": 0.12346}]
+
+
+def test_progress_ends_with_every_picture(folder):
+    seen = []
+    dataset = open_dataset(folder / "data.yaml")
+    evaluate(PlannedDetector({}), dataset, options=ValOptions(batch=2), progress=lambda *args: seen.append(args))
+    assert seen == [(2, 3), (3, 3)]
+
+
+def test_reading_overlaps_with_inference(folder, monkeypatch):
+    from yolov7_deploy.measure import accuracy
+
+    read, running, overlapped = accuracy.read_image, threading.Event(), []
+
+    def slow_read(path):
+        overlapped.append(running.wait(timeout=5) if path.name != "0.png" else False)
+        return read(path)
+
+    class Busy(PlannedDetector):
+        def infer(self, images, letterboxes, thresholds):
+            running.set()
+            return super().infer(images, letterboxes, thresholds)
+
+    monkeypatch.setattr(accuracy, "read_image", slow_read)
+    evaluate(Busy({}), open_dataset(folder / "data.yaml", limit=2), options=ValOptions(batch=1))
+    assert overlapped == [False, True], "the second picture is read while the first is in the network"
+
+
+def test_an_interrupt_stops_the_readers(folder):
+    class Interrupted(PlannedDetector):
+        def infer(self, images, letterboxes, thresholds):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted({}), open_dataset(folder / "data.yaml"), options=ValOptions(batch=1))
+    deadline = time.monotonic() + 5
+    while any(t.name.startswith("y7-read") for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(t.name.startswith("y7-read") for t in threading.enumerate())
+
+
+def test_a_file_with_fixed_suppression_reports_the_thresholds_it_holds():
+    nms = NmsInfo(
+        kind="efficient",
+        conf=0.25,
+        iou=0.45,
+        max_det=100,
+        max_candidates=1024,
+        multi_label=True,
+        class_agnostic=False,
+        runtime_thresholds=False,
+    )
+    real, notes = thresholds_in_force(ValOptions().thresholds, model_info(nms=nms))
+    assert (real.conf, real.iou, real.max_det) == (0.25, 0.45, 100)
+    assert "not comparable" in notes[0]
+    assert thresholds_in_force(ValOptions().thresholds, model_info()) == (ValOptions().thresholds, ())
+
+
+@needs_shared
+@pytest.mark.parametrize("data", ["coco-mini.yaml", "annotations/instances_val2017.json"])
+@pytest.mark.parametrize(
+    ("predictions", "key"),
+    [
+        ("official_rect_predictions.json", "official_rect672"),
+        ("official_square640_predictions.json", "official_model_square640"),
+    ],
+)
+def test_the_official_detections_get_the_official_twelve_numbers(data, predictions, key):
+    root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
+    dataset = open_dataset(root / data)
+    official = json.loads((root / "official_ap.json").read_text())[key]
+    summary, classes = judge(dataset, range(len(dataset)), json.loads((root / predictions).read_text()))
+    np.testing.assert_allclose(list(summary.values()), list(official.values()), atol=OFFICIAL_DIGITS)
+    measured = [c.ap for c in classes if c.ap is not None]
+    assert np.mean(measured) == pytest.approx(summary["ap"])
+
+
+@needs_shared
+def test_the_metric_equals_pycocotools_to_the_last_digits(capsys):
+    pycocotools = pytest.importorskip("pycocotools.coco", reason="the reference metric is not installed")
+    from pycocotools.cocoeval import COCOeval
+
+    root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
+    dataset = open_dataset(root / "coco-mini.yaml")
+    predictions = json.loads((root / "official_rect_predictions.json").read_text())
+    truth = pycocotools.COCO(str(root / "annotations/instances_val2017.json"))
+    reference = COCOeval(truth, truth.loadRes(json.loads(json.dumps(predictions))), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    capsys.readouterr()
+    summary, _ = judge(dataset, range(len(dataset)), predictions)
+    np.testing.assert_allclose(list(summary.values()), reference.stats, atol=1e-12)
+    assert capsys.readouterr() == ("", ""), "the metric prints nothing"
+
+
+@needs_shared
+def test_the_official_detections_replayed_through_a_detector_give_the_official_number():
+    root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
+    dataset = open_dataset(root / "coco-mini.yaml")
+    class_of = {category: i for i, category in enumerate(dataset.category_ids)}
+    found = {}
+    for row in json.loads((root / "official_rect_predictions.json").read_text()):
+        found.setdefault(row["image_id"], []).append((row["bbox"], row["score"], class_of[row["category_id"]]))
+
+    class Replay(PlannedDetector):
+        def infer(self, images, letterboxes, thresholds):
+            self.canvases.update(box.canvas_hw for box in letterboxes)
+            results = [planned[image.tobytes()] for image in images]
+            return [self.detections(i, *r) for i, r in zip(images, results, strict=True)]
+
+        def detections(self, image, boxes, scores, class_ids):
+            self.planned = {int(image[0, 0, 0]): (boxes, scores, class_ids)}
+            return super().detections(image)
+
+    planned = {}
+    for sample in dataset:
+        boxes, scores, class_ids = zip(*found[sample.image_id], strict=True)
+        boxes = np.array(boxes)
+        boxes[:, 2:] += boxes[:, :2]
+        planned[cv2.imread(str(sample.path)).tobytes()] = (boxes, scores, class_ids)
+    detector = Replay({}, info=model_info(class_names=dataset.class_names), input_hw=(640, 640))
+    detector.canvases = Counter()
+    report = evaluate(detector, dataset, options=ValOptions())
+    assert report.ap == pytest.approx(0.5315, abs=OFFICIAL_DIGITS) and report.images == 82
+    assert max(max(canvas) for canvas in detector.canvases) == 672

@@ -1,0 +1,308 @@
+"""Datasets: what opens, what is repaired, what is refused and how it is said."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.dataset.coco import COCO_CATEGORY_IDS
+from yolov7_deploy.dataset.labels import label_path, read_label_files
+from yolov7_deploy.dataset.picture_size import read_picture_hw
+from yolov7_deploy.errors import DatasetError, ImageError
+from yolov7_deploy.image import read_image
+
+PIXEL = 1e-3  # float32 of coordinates below 1000
+
+
+def write_picture(path, hw=(40, 60)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.zeros((*hw, 3), np.uint8))
+    return path
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    """A YAML with two pictures: one with a box, one without a label file."""
+    write_picture(tmp_path / "images/val/7.png")
+    write_picture(tmp_path / "images/val/12.jpg", (30, 20))
+    labels = tmp_path / "labels/val"
+    labels.mkdir(parents=True)
+    (labels / "7.txt").write_text("1 0.5 0.5 0.5 0.25\n")
+    (tmp_path / "data.yaml").write_text("val: images/val\nnc: 2\nnames: [cat, dog]\n")
+    return tmp_path
+
+
+def coco_document():
+    return {
+        "images": [{"id": 9, "file_name": "a.png", "width": 60, "height": 40}],
+        "annotations": [
+            {"id": 0, "image_id": 9, "category_id": 5, "bbox": [10, 5, 20, 10], "area": 150, "iscrowd": 0},
+            {"id": 1, "image_id": 9, "category_id": 3, "bbox": [0, 0, 60, 40], "iscrowd": 1},
+        ],
+        "categories": [{"id": 5, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }
+
+
+@pytest.fixture
+def coco(tmp_path):
+    write_picture(tmp_path / "images/val/a.png")
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations/instances_val.json"
+    path.write_text(json.dumps(coco_document()))
+    return path
+
+
+def test_a_yaml_gives_boxes_in_pixels_ordered_by_path(yolo):
+    dataset = open_dataset(yolo / "data.yaml")
+    assert [sample.path.name for sample in dataset] == ["12.jpg", "7.png"]
+    np.testing.assert_allclose(dataset[1].boxes, [[15, 15, 45, 25]], atol=PIXEL)
+    assert dataset[1].class_ids.tolist() == [1]
+    assert dataset.class_names == ("cat", "dog")
+
+
+def test_a_missing_label_file_is_a_background_picture(yolo):
+    sample = open_dataset(yolo / "data.yaml")[0]
+    assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
+
+
+def test_image_ids_are_the_numbers_in_the_file_names(yolo):
+    dataset = open_dataset(yolo / "data.yaml")
+    assert [dataset.image_id(i) for i in range(2)] == [12, 7]
+
+
+def test_image_ids_are_places_where_a_name_is_no_number(yolo):
+    write_picture(yolo / "images/val/x.png")
+    assert [s.image_id for s in open_dataset(yolo / "data.yaml")] == [0, 1, 2]
+
+
+def test_polygon_lines_and_box_lines_are_told_apart_per_line(yolo):
+    (yolo / "labels/val/7.txt").write_text("0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n1 0.5 0.5 0.5 0.25\n")
+    sample = open_dataset(yolo / "data.yaml")[1]
+    np.testing.assert_allclose(sample.boxes, [[6, 8, 30, 24], [15, 15, 45, 25]], atol=PIXEL)
+    assert [len(polygon) for polygon in sample.polygons] == [4, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("2 0.5 0.5 0.1 0.1", "class 2 is not one of 0..1"),
+        ("-1 0.5 0.5 0.1 0.1", "class -1"),
+        ("0.5 0.5 0.5 0.1 0.1", "class 0.5"),
+        ("inf 0.5 0.5 0.1 0.1", "class inf"),
+        ("0 0.5 1.5 0.1 0.1", "coordinates outside 0..1"),
+        ("0 0.5 nan 0.1 0.1", "coordinates outside 0..1"),
+        ("0 0.5 0.5 0.1", "4 columns"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "6 columns"),
+        ("dog 0.5 0.5 0.1 0.1", "could not convert"),
+    ],
+)
+def test_a_wrong_label_line_is_named(yolo, line, words):
+    (yolo / "labels/val/7.txt").write_text(f"1 0.5 0.5 0.2 0.2\n{line}\n")
+    with pytest.raises(DatasetError, match="line 2") as caught:
+        open_dataset(yolo / "data.yaml")
+    assert words in caught.value.message and "7.txt" in caught.value.message
+
+
+def test_duplicate_and_empty_boxes_are_dropped_and_reported(yolo):
+    (yolo / "labels/val/7.txt").write_text("1 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n0 0.5 0.5 0 0.2\n")
+    dataset = open_dataset(yolo / "data.yaml")
+    assert len(dataset[1].boxes) == 1
+    assert [problem.split(": ")[1].split(" ")[1] for problem in dataset.problems] == ["2", "3"]
+
+
+def test_datasets_without_any_label_file_say_where_they_looked(yolo):
+    (yolo / "labels/val/7.txt").unlink()
+    assert "12.txt" in open_dataset(yolo / "data.yaml").problems[0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 79), *[st.floats(0.05, 0.45)] * 4), max_size=8, unique=True))
+def test_boxes_written_as_labels_come_back(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("labels")
+    (folder / "a.txt").write_text("".join(f"{c} {x!r} {y!r} {w!r} {h!r}\n" for c, x, y, w, h in rows))
+    (labels,), problems = read_label_files([folder / "a.png"], classes=80)
+    expected = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for _, x, y, w, h in rows]
+    assert not problems
+    np.testing.assert_allclose(labels.boxes, np.array(expected).reshape(-1, 4), atol=1e-12)
+    assert labels.class_ids.tolist() == [row[0] for row in rows]
+
+
+def test_label_paths_replace_the_first_images_folder_that_has_labels(tmp_path):
+    assert label_path(Path("/d/images/val/1.jpg")) == Path("/d/labels/val/1.txt")
+    assert label_path(Path("/d/pictures/1.jpg")) == Path("/d/pictures/1.txt")
+    (tmp_path / "images/set/labels").mkdir(parents=True)
+    assert label_path(tmp_path / "images/set/images/1.jpg") == tmp_path / "images/set/labels/1.txt"
+
+
+@pytest.mark.parametrize("entry", ["./images/val/7.png", "images/val/7.png"])
+def test_text_lists_are_relative_to_themselves(yolo, entry):
+    (yolo / "val.txt").write_text(f"{entry}\n\n")
+    (yolo / "data.yaml").write_text("val: [val.txt]\nnames: {0: cat, 1: dog}\n")
+    assert len(open_dataset(yolo / "data.yaml")) == 1
+
+
+def test_yaml_entries_may_be_relative_to_the_working_folder(yolo, monkeypatch):
+    (yolo / "config").mkdir()
+    (yolo / "config/data.yaml").write_text("val: ./images/val\nnames: [cat, dog]\n")
+    monkeypatch.chdir(yolo)
+    assert len(open_dataset("config/data.yaml")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("val: images/val\nnames: [cat]\nnc: 2", "nc: 2 but has 1 names"),
+        ("val: images/val", "no names"),
+        ("val: images/val\nnames: {0: cat, 2: dog}", "keys of names"),
+        ("names: [cat]", "no val pictures"),
+        ("train: images/val\nnames: [cat]", r"it has train"),
+        ("val: nowhere\nnames: [cat]", "nowhere, which does not exist"),
+        ("val: [", "cannot be read as YAML"),
+        ("- 1", "not a dataset YAML"),
+        ("val: labels\nnames: [cat]", "none of the 0 pictures"),
+    ],
+)
+def test_a_wrong_yaml_says_what_is_wrong(yolo, text, words):
+    (yolo / "data.yaml").write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        open_dataset(yolo / "data.yaml")
+
+
+def test_limit_takes_the_first_pictures(yolo):
+    assert len(open_dataset(yolo / "data.yaml", limit=1)) == 1
+    with pytest.raises(DatasetError, match="limit must be"):
+        open_dataset(yolo / "data.yaml", limit=0)
+
+
+def test_a_coco_file_finds_its_pictures_and_classes(coco):
+    dataset = open_dataset(coco)
+    assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (3, 5)
+    sample = dataset[0]
+    assert (sample.image_id, sample.image_hw) == (9, (40, 60))
+    np.testing.assert_allclose(sample.boxes, [[10, 5, 30, 15], [0, 0, 60, 40]], atol=PIXEL)
+    assert sample.class_ids.tolist() == [1, 0] and sample.crowd.tolist() == [False, True]
+    assert dataset.box_counts().tolist() == [0, 1]
+
+
+def test_ground_truth_keeps_areas_and_numbers_annotations_from_one(coco):
+    annotations = open_dataset(coco).ground_truth([0])["annotations"]
+    assert [(a["id"], a["area"], a["category_id"]) for a in annotations] == [(1, 150.0, 5), (2, 2400.0, 3)]
+
+
+def test_pictures_that_are_not_found_list_the_folders_tried(coco):
+    (coco.parent.parent / "images/val").rename(coco.parent.parent / "elsewhere")
+    with pytest.raises(DatasetError, match="looked in") as caught:
+        open_dataset(coco)
+    assert "--images" in caught.value.fix and str(coco.parent.parent / "images" / "val") in caught.value.message
+    assert len(open_dataset(coco, images=coco.parent.parent / "elsewhere")) == 1
+
+
+def test_a_wrong_picture_folder_is_an_error(coco, tmp_path):
+    with pytest.raises(DatasetError, match=r"None of the 1 pictures"):
+        open_dataset(coco, images=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.pop("categories"), "no list of categories"),
+        (lambda d: d["images"][0].pop("width"), "has no width"),
+        (lambda d: d["annotations"][0].update(category_id=4), "category_id 4"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "malformed"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, -3, 4]), "bbox is not"),
+        (lambda d: d["annotations"][0].pop("image_id"), "image_id"),
+        (lambda d: d["categories"].append({"id": 3, "name": "cow"}), "two categories"),
+        (lambda d: d["images"].clear(), "lists no images"),
+    ],
+)
+def test_a_malformed_coco_file_is_named(coco, change, words):
+    document = coco_document()
+    change(document)
+    coco.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match=words):
+        open_dataset(coco)
+
+
+def test_a_results_file_is_not_a_dataset(coco):
+    coco.write_text("[]")
+    with pytest.raises(DatasetError, match="not a COCO instances file"):
+        open_dataset(coco)
+
+
+def test_yaml_annotations_judge_by_class_name(coco):
+    root = coco.parent.parent
+    (root / "data.yaml").write_text(
+        "val: images/val\nnames: [dog, cat]\nannotations: {val: annotations/instances_val.json}\n"
+    )
+    dataset = open_dataset(root / "data.yaml")
+    assert dataset.category_ids == (5, 3) and dataset[0].class_ids.tolist() == [0, 1]
+
+
+def test_yaml_names_that_the_annotations_lack_are_an_error(coco):
+    root = coco.parent.parent
+    (root / "data.yaml").write_text(
+        "val: images/val\nnames: [dog, wolf]\nannotations: annotations/instances_val.json\n"
+    )
+    with pytest.raises(DatasetError, match="no category called 'wolf'"):
+        open_dataset(root / "data.yaml")
+
+
+def test_a_picture_that_the_annotations_lack_is_an_error(coco):
+    root = coco.parent.parent
+    write_picture(root / "images/val/b.png")
+    (root / "data.yaml").write_text("val: images/val\nnames: [dog, cat]\nannotations: annotations/instances_val.json\n")
+    with pytest.raises(DatasetError, match=r"b\.png is not in"):
+        open_dataset(root / "data.yaml")
+
+
+def test_the_coco_category_map_has_eighty_ids_up_to_ninety():
+    assert len(COCO_CATEGORY_IDS) == 80 and COCO_CATEGORY_IDS[11] == 13 and COCO_CATEGORY_IDS[-1] == 90
+
+
+def exif(orientation, order):
+    mark = "<" if order == b"II" else ">"
+    tiff = order + struct.pack(f"{mark}HI", 42, 8) + struct.pack(f"{mark}H", 1)
+    value = struct.pack(f"{mark}HH", orientation, 0)
+    tiff += struct.pack(f"{mark}HHI", 0x0112, 3, 1) + value + struct.pack(f"{mark}I", 0)
+    body = b"Exif\0\0" + tiff
+    return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
+def test_the_header_gives_the_decoded_size(tmp_path, suffix):
+    path = write_picture(tmp_path / f"a{suffix}", (31, 57))
+    assert read_picture_hw(path) == read_image(path).shape[:2] == (31, 57)
+
+
+@pytest.mark.parametrize("order", [b"II", b"MM"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_gives_the_size_after_exif_orientation(tmp_path, orientation, order):
+    path = write_picture(tmp_path / "a.jpg", (31, 57))
+    data = path.read_bytes()
+    path.write_bytes(data[:2] + exif(orientation, order) + data[2:])
+    assert read_picture_hw(path) == read_image(path).shape[:2]
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n1234", b"text"])
+def test_the_size_of_what_is_no_picture_is_an_image_error(tmp_path, data):
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ImageError):
+        read_picture_hw(tmp_path / "a.jpg")
+
+
+@pytest.mark.skipif("Y7_SHARED" not in os.environ, reason="Y7_SHARED does not name the folder with coco-mini")
+def test_a_yaml_and_its_annotation_file_give_the_same_samples():
+    root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
+    by_yaml, by_json = open_dataset(root / "coco-mini.yaml"), open_dataset(root / "annotations/instances_val2017.json")
+    assert len(by_yaml) == len(by_json) == 82
+    assert by_yaml.category_ids == by_json.category_ids == COCO_CATEGORY_IDS
+    for one, other in zip(by_yaml, by_json, strict=True):
+        assert one.path.name == other.path.name
+        assert read_picture_hw(one.path) == one.image_hw
+        np.testing.assert_array_equal(one.boxes, other.boxes)

@@ -1,0 +1,99 @@
+"""Tables and JSON documents."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.measure.report import progress, table, write_json
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_tables_align_numbers_to_the_right():
+    text = table([["cat", 5], ["tiger", 12]], ["class", "n"], "Animals", pretty=False)
+    assert text == "Animals\nclass   n\ncat     5\ntiger  12"
+
+
+def test_missing_values_are_dashes_and_do_not_turn_a_column_into_text():
+    assert table([["a", None], ["b", "0.5"]], ["k", "v"], pretty=False) == "k    v\na    -\nb  0.5"
+
+
+def test_a_table_without_rows_still_has_its_head():
+    assert table([], ["a", "b"], pretty=False) == "a  b"
+
+
+def test_drawn_tables_show_brackets_as_they_are():
+    assert "[bold]" in table([["[bold]"]], ["name"], "T", pretty=True)
+
+
+def test_a_pipe_gets_the_plain_table(capsys):
+    assert "\x1b" not in table([["a"]], ["k"])
+
+
+def test_json_is_sorted_and_the_same_bytes_each_time(tmp_path):
+    path = tmp_path / "deep/er/a.json"
+    document = {"b": np.float32(0.5), "a": [np.int64(2), Path("x"), Point(1)], "c": np.zeros(2)}
+    write_json(document, path)
+    first = path.read_bytes()
+    write_json(dict(reversed(document.items())), path)
+    assert path.read_bytes() == first
+    assert json.loads(first) == {"a": [2, "x", {"x": 1}], "b": 0.5, "c": [0, 0]}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_dash_is_standard_output(capsys):
+    write_json({"a": 1}, "-")
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+@pytest.mark.parametrize("document", [{"a": float("nan")}, {"a": object()}])
+def test_what_is_not_json_leaves_the_old_file_alone(tmp_path, document):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=r"JSON|plain data"):
+        write_json(document, path)
+    assert path.read_text() == "old"
+
+
+def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_json({}, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_json_file(tmp_path):
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_json({}, tmp_path)
+
+
+def test_progress_in_a_pipe_is_a_plain_last_line():
+    stream = io.StringIO()
+    with progress("val", stream=stream) as show:
+        show(1, 4)
+        show(4, 4)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("val: 4/4, ")
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    stream = Terminal()
+    with progress("val", stream=stream) as show:
+        show(1, 4)
+    assert "val" in stream.getvalue()

@@ -1,0 +1,98 @@
+"""`y7 val`: what it prints and writes, with a stand-in for the network."""
+
+import json
+import sys
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from yolov7_deploy.cli.val import val
+from yolov7_deploy.detections import Detections
+from yolov7_deploy.errors import MissingLibraryError
+from yolov7_deploy.info import ModelInfo
+
+
+class BlackDetector:
+    """Finds one cat, always in the same place."""
+
+    info = ModelInfo(variant="custom", class_names=("cat", "dog"), strides=(), anchors=(), precision="fp16")
+
+    def __init__(self, weights, *, device, img):
+        self.input_hw = (img or 64, img or 64)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def infer(self, images, letterboxes, thresholds):
+        found = Detections(
+            boxes=np.array([[15, 10, 45, 30]], np.float32),
+            scores=np.array([0.5], np.float32),
+            class_ids=np.array([0]),
+            class_names=self.info.class_names,
+            image_hw=(40, 60),
+        )
+        return [found] * len(images)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    cv2.imwrite(str(tmp_path / "images/3.png"), np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "labels/3.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "data.yaml").write_text("val: images\nnames: [cat, dog]\n")
+    (tmp_path / "m.onnx").touch()
+    stand_in = ModuleType("yolov7_deploy.detector")
+    stand_in.Detector = BlackDetector
+    monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", stand_in)
+    app = typer.Typer()
+    app.command()(val)
+    common = ["--data", str(tmp_path / "data.yaml"), "--weights", str(tmp_path / "m.onnx")]
+    return lambda *args: CliRunner().invoke(app, [*common, *args], catch_exceptions=False)
+
+
+def test_val_prints_thresholds_and_protocol_with_the_numbers(run):
+    result = run()
+    assert result.exit_code == 0
+    assert "(onnxruntime, fp16) on 1 images" in result.stdout
+    assert "protocol: rect 64 (pad 0.5, batch 8" in result.stdout
+    assert "conf 0.001, iou 0.65, max-det 300, every class of a box" in result.stdout
+    assert "AP  IoU 0.50:0.95   1.0000" in result.stdout
+    assert "val: 1/1, " in result.stderr
+
+
+def test_val_accepts_the_official_spellings(run):
+    spellings = ["--img-size", "96", "--batch-size", "2", "--conf-thres", "0.01", "--iou-thres", "0.5", "--verbose"]
+    result = run(*spellings)
+    assert "rect 96 (pad 0.5, batch 2" in result.stdout and "conf 0.01, iou 0.5" in result.stdout
+    assert "class  images  instances      AP    AP50\ncat         1          1  1.0000  1.0000" in result.stdout
+
+
+def test_val_writes_the_record_and_the_predictions(run, tmp_path):
+    run("--json", str(tmp_path / "r.json"), "--predictions", str(tmp_path / "p.json"))
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["ap"], record["images"], record["backend"]) == (1.0, 1, "onnxruntime")
+    assert record["weights"].endswith("m.onnx")
+    (prediction,) = json.loads((tmp_path / "p.json").read_text())
+    assert prediction == {"image_id": 3, "category_id": 0, "bbox": [15.0, 10.0, 30.0, 20.0], "score": 0.5}
+
+
+def test_json_on_standard_output_is_alone_there(run):
+    result = run("--json", "-")
+    assert json.loads(result.stdout)["ap50"] == 1.0
+    assert "protocol: " in result.stderr
+
+
+def test_val_without_the_metric_library_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.delitem(sys.modules, "yolov7_deploy.measure.accuracy", raising=False)
+    with pytest.raises(MissingLibraryError) as caught:
+        run()
+    assert "yolov7-deploy[val]" in caught.value.fix

@@ -1,0 +1,215 @@
+"""Runs an ONNX file through ONNX Runtime, on a CPU or a CUDA GPU.
+
+Ours are recognised by their passport; a foreign file opens if its inputs and outputs have the field's names and shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from yolov7_deploy.backends.base import Found, Outputs
+from yolov7_deploy.boxes import detections_of
+from yolov7_deploy.errors import DeviceError, LoadError, UsageError
+from yolov7_deploy.image import Image, Letterbox, to_network_input
+from yolov7_deploy.info import PASSPORT_KEY, InputKind, ModelInfo, NmsInfo, foreign_info
+from yolov7_deploy.options import Thresholds
+
+logger = logging.getLogger(__name__)
+
+NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
+UNKNOWN_CLASSES = 1000  # names made up for a foreign file with NMS inside, which does not say how many it has
+_ERRORS_ONLY = 3
+_ORT_ERRORS = tuple(
+    value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)
+)
+
+
+class OrtBackend:
+    """An ONNX file ready to run.
+
+    Args:
+        path: The file.
+        device: `auto` (CUDA where this ONNX Runtime has it), `cpu`, `cuda` or `cuda:N`.
+        input_hw: Must equal the file's own size.
+    """
+
+    def __init__(self, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY  # it warns of every input that has a default, as our thresholds do
+        providers, self.device = _providers(device)
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except _ORT_ERRORS as error:
+            raise LoadError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
+                fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
+            ) from error
+        self.info = _info(self._session, path)
+        if input_hw is not None and self.info.input_hw is not None and input_hw != self.info.input_hw:
+            have, want = self.info.input_hw, input_hw
+            raise UsageError(
+                f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
+                fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]}",
+            )
+        self._overridable = {entry.name for entry in self._session.get_overridable_initializers()}
+        self._input = self._session.get_inputs()[0].name
+
+    def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
+        """See `Backend.infer`. A file of fixed batch runs as often as needed, the last time padded with grey."""
+        started = time.perf_counter()
+        canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
+        batches = [self._as_input(part) for part in _parts(canvases, self.info.batch)]
+        feeds = self._threshold_feeds(thresholds)
+        prepared = time.perf_counter()
+        try:
+            results = [self._session.run(None, {self._input: batch, **feeds}) for batch in batches]
+        except _ORT_ERRORS as error:
+            raise DeviceError(
+                f"ONNX Runtime could not run {len(images)} pictures: {_reason(error)}",
+                fix="Try fewer pictures at once, or --device cpu",
+            ) from error
+        inferred = time.perf_counter()
+        found = [one for result in results for one in self._found(result, thresholds)][: len(images)]
+        done = time.perf_counter()
+        return Outputs(
+            found=found,
+            preprocess_ms=(prepared - started) * 1e3,
+            inference_ms=(inferred - prepared) * 1e3,
+            postprocess_ms=(done - inferred) * 1e3,
+        )
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
+    def _as_input(self, canvases: Sequence[Image]) -> npt.NDArray[Any]:
+        return np.stack(canvases) if self.info.input_kind == "uint8" else to_network_input(canvases)
+
+    def _threshold_feeds(self, thresholds: Thresholds) -> dict[str, npt.NDArray[np.float32]]:
+        nms = self.info.nms
+        if nms is None:
+            return {}
+        _check_fixed(nms, thresholds)
+        wanted = {"conf_threshold": thresholds.conf, "iou_threshold": thresholds.iou}
+        return {
+            name: np.array([value], dtype=np.float32) for name, value in wanted.items() if name in self._overridable
+        }
+
+    def _found(self, result: Sequence[npt.NDArray[Any]], thresholds: Thresholds) -> Iterator[Found]:
+        if self.info.nms is None:
+            for output in result[0]:
+                boxes, scores, class_ids = detections_of(output, thresholds)
+                yield Found(boxes=boxes, scores=scores, class_ids=class_ids)
+            return
+        for count, boxes, scores, classes in zip(*result, strict=True):
+            # The file's own threshold may be the lower one, and only the caller knows the classes.
+            keep = np.flatnonzero(scores[: int(count.item())] > thresholds.conf)
+            if thresholds.classes is not None:
+                keep = keep[np.isin(classes[keep], thresholds.classes)]
+            keep = keep[: thresholds.max_det]
+            yield Found(boxes=boxes[keep], scores=scores[keep], class_ids=classes[keep].astype(np.int64))
+
+
+def _parts(canvases: Sequence[Image], batch: int | None) -> list[list[Image]]:
+    if batch is None:
+        return [list(canvases)]
+    parts = [list(canvases[start : start + batch]) for start in range(0, len(canvases), batch)]
+    parts[-1] += [parts[-1][-1]] * (batch - len(parts[-1]))
+    return parts
+
+
+def _check_fixed(nms: NmsInfo, thresholds: Thresholds) -> None:
+    """Refuses what the suppression inside the file cannot do, instead of doing something else."""
+    fixed: list[tuple[str, object, object]] = [
+        ("multi_label", nms.multi_label, thresholds.multi_label),
+        ("class_agnostic", nms.class_agnostic, thresholds.class_agnostic),
+    ]
+    if not nms.runtime_thresholds:
+        fixed.append(("iou", nms.iou, thresholds.iou))
+        if thresholds.conf < nms.conf:
+            fixed.append(("conf", nms.conf, thresholds.conf))
+    for name, have, want in fixed:
+        if have != want:
+            raise UsageError(
+                f"The NMS inside this file was exported with {name}={have}; {name}={want} was asked for.",
+                fix="Leave it out to take the file's own, or export again with it; --nms none keeps everything open.",
+            )
+
+
+def _providers(device: str) -> tuple[list[Any], str]:
+    """ONNX Runtime's provider list for a device name, and the device in our words."""
+    available = onnxruntime.get_available_providers()
+    has_cuda = "CUDAExecutionProvider" in available
+    if device == "auto":
+        device = "cuda:0" if has_cuda else "cpu"
+    if device == "cpu":
+        return ["CPUExecutionProvider"], "cpu"
+    kind, _, index = (f"cuda:{device}" if device.isdigit() else device).partition(":")
+    if kind != "cuda" or not (index or "0").isdigit():
+        raise DeviceError(f"{device!r} is no device ONNX Runtime has here.", fix="--device cpu  or  --device cuda:0")
+    if not has_cuda:
+        raise DeviceError(
+            f"This ONNX Runtime has no CUDA provider (it has {', '.join(available)}).",
+            fix="pip uninstall onnxruntime; pip install 'yolov7-deploy[gpu]'   or   --device cpu",
+        )
+    cuda = ("CUDAExecutionProvider", {"device_id": int(index or 0)})
+    return [cuda, "CPUExecutionProvider"], f"cuda:{index or 0}"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+# --- what a file says about itself --------------------------------------------------------------------------------
+
+
+def _info(session: onnxruntime.InferenceSession, path: Path) -> ModelInfo:
+    passport = session.get_modelmeta().custom_metadata_map.get(PASSPORT_KEY)
+    if passport is not None:
+        return ModelInfo.from_json(passport)
+    info = _foreign(session, path)
+    logger.warning("%s: %s", path, "; ".join(info.notes))
+    return info
+
+
+def _foreign(session: onnxruntime.InferenceSession, path: Path) -> ModelInfo:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    shape = inputs[0].shape
+    names = tuple(output.name for output in outputs)
+    refusal = LoadError(
+        f"{path} carries no passport, and takes {[(i.name, i.shape) for i in inputs]} to "
+        f"{[(o.name, o.shape) for o in outputs]}, which is no YOLOv7 layout.",
+        fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
+    )
+    if len(inputs) != 1 or len(shape) != 4:
+        raise refusal
+    is_uint8 = inputs[0].type == "tensor(uint8)"
+    input_kind: InputKind = "uint8" if is_uint8 else "float32"
+    sides = shape[1:3] if is_uint8 else shape[2:4]
+    input_hw = (int(sides[0]), int(sides[1])) if all(isinstance(side, int) for side in sides) else None
+    batch = shape[0] if isinstance(shape[0], int) else None
+    if set(NMS_OUTPUTS) <= set(names):
+        limit = outputs[names.index("det_boxes")].shape[1]
+        nms = NmsInfo(
+            kind="efficient",
+            conf=0.0,
+            iou=0.45,
+            max_det=limit if isinstance(limit, int) else 100,
+            max_candidates=0,
+            multi_label=True,
+            class_agnostic=False,
+            runtime_thresholds=False,
+        )
+        return foreign_info(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=nms)
+    columns = outputs[0].shape[-1]
+    if len(outputs[0].shape) != 3 or not isinstance(columns, int) or columns < 6:
+        raise refusal
+    return foreign_info(classes=columns - 5, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=None)

@@ -1,0 +1,95 @@
+"""Runs a checkpoint through the fused reference model; suppression is the reference one on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from yolov7_deploy.backends.base import Found, Outputs
+from yolov7_deploy.boxes import detections_of
+from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
+from yolov7_deploy.errors import DeviceError, UsageError
+from yolov7_deploy.fuse import fuse
+from yolov7_deploy.image import Image, Letterbox, to_network_input
+from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.options import Thresholds
+
+
+class PytorchBackend:
+    """A fused float32 model on `device`.
+
+    Args:
+        path: A checkpoint.
+        device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
+        input_hw: Any size the stride divides is accepted, so this is not needed.
+    """
+
+    def __init__(self, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> None:
+        checkpoint = load_checkpoint(path)
+        self.info = passport(checkpoint)
+        if input_hw is not None and any(side % self.info.stride for side in input_hw):
+            up = [-(-side // self.info.stride) * self.info.stride for side in input_hw]
+            raise UsageError(
+                f"An input of {input_hw[0]}x{input_hw[1]} is no multiple of this model's stride {self.info.stride}.",
+                fix=f"--img {up[0]},{up[1]}",
+            )
+        self._device = _torch_device(device)
+        self._model = fuse(build_model(checkpoint)).to(self._device)
+        self.device = str(self._device)
+
+    def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
+        """See `Backend.infer`."""
+        started = time.perf_counter()
+        canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
+        tensor = torch.from_numpy(to_network_input(canvases)).to(self._device)
+        prepared = time.perf_counter()
+        with torch.inference_mode():
+            decoded = self._model.predict(tensor).cpu().numpy()
+        inferred = time.perf_counter()
+        found = [_found(output, thresholds) for output in decoded]
+        done = time.perf_counter()
+        return Outputs(
+            found=found,
+            preprocess_ms=(prepared - started) * 1e3,
+            inference_ms=(inferred - prepared) * 1e3,
+            postprocess_ms=(done - inferred) * 1e3,
+        )
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
+
+def passport(checkpoint: Checkpoint) -> ModelInfo:
+    """The passport of a checkpoint's weights."""
+    return ModelInfo(
+        variant=checkpoint.variant,
+        class_names=checkpoint.class_names,
+        strides=checkpoint.strides,
+        anchors=checkpoint.anchors,
+        source=checkpoint.source,
+        source_sha256=checkpoint.source_sha256,
+    )
+
+
+def _torch_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name.isdigit():
+        name = f"cuda:{name}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DeviceError(f"torch {torch.__version__} has no device {name!r} here: {reason}", fix="--device cpu") from error
+    return device
+
+
+def _found(output: np.ndarray[tuple[int, ...], np.dtype[np.float32]], thresholds: Thresholds) -> Found:
+    boxes, scores, class_ids = detections_of(output, thresholds)
+    return Found(boxes=boxes, scores=scores, class_ids=class_ids)

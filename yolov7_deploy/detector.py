@@ -1,0 +1,250 @@
+"""Detector: images in, Detections out, whatever is under the floor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from yolov7_deploy.backends.base import Found, open_backend
+from yolov7_deploy.detections import Detections, Speed
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
+from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.options import Thresholds
+from yolov7_deploy.sources import Frame, open_source
+from yolov7_deploy.weights import find_weights
+
+logger = logging.getLogger(__name__)
+
+Picture = npt.NDArray[Any] | str | Path
+LARGEST_BATCH = 16  # pictures that enter a network of open batch size at once
+SUBMIT_THREADS = 2  # one call's pictures are prepared while another's are in the network
+
+
+class Detector:
+    """Finds objects in pictures with a `.pt`, `.safetensors` or `.onnx` file.
+
+    Usable from several threads at once. Thresholds left out are those of the file, where suppression is inside it,
+    else the official ones (`Thresholds`); each call may override them.
+
+    Args:
+        weights: A file, or an official name such as `yolov7-tiny`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        img: Input side, or (height, width); the file's own, else the paper's size.
+        conf, iou, max_det, classes, multi_label, class_agnostic: See `Thresholds`.
+
+    Raises:
+        LoadError: The file is absent, broken or of an unknown kind.
+        MissingLibraryError: What runs this kind of file is not installed.
+        DeviceError: There is no such device.
+        UsageError: Options that contradict the file.
+
+    Example:
+        >>> with Detector("yolov7.onnx") as detector:
+        ...     detections = detector("street.jpg", conf=0.4)
+    """
+
+    def __init__(
+        self,
+        weights: str | Path,
+        *,
+        device: str = "auto",
+        img: int | tuple[int, int] | None = None,
+        conf: float | None = None,
+        iou: float | None = None,
+        max_det: int | None = None,
+        classes: Sequence[int] | None = None,
+        multi_label: bool | None = None,
+        class_agnostic: bool | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self.path = find_weights(weights)
+        wanted_hw = (img, img) if isinstance(img, int) else img
+        self._backend = open_backend(self.path, device=device, input_hw=wanted_hw)
+        self.info: ModelInfo = self._backend.info
+        self.input_hw: tuple[int, int] = wanted_hw or self.info.default_hw
+        self.thresholds = self._changed(
+            _own_thresholds(self.info),
+            conf=conf,
+            iou=iou,
+            max_det=max_det,
+            classes=tuple(classes) if classes is not None else None,
+            multi_label=multi_label,
+            class_agnostic=class_agnostic,
+        )
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_lock = threading.Lock()
+        self._closed = False
+        logger.info("%s opened on %s in %.2f s", self.path, self.device, time.perf_counter() - started)
+
+    @property
+    def device(self) -> str:
+        """Where it runs, `cpu` or `cuda:N`."""
+        return self._backend.device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class id."""
+        return self.info.class_names
+
+    def __call__(
+        self,
+        image: Picture,
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: Sequence[int] | None = None,
+        max_det: int | None = None,
+    ) -> Detections:
+        """The objects in one picture: uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path."""
+        return self.batch([image], conf=conf, iou=iou, classes=classes, max_det=max_det)[0]
+
+    def batch(
+        self,
+        images: Sequence[Picture],
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: Sequence[int] | None = None,
+        max_det: int | None = None,
+    ) -> list[Detections]:
+        """The objects in several pictures of any sizes, in their order; an empty list gives an empty list."""
+        thresholds = self._changed(
+            self.thresholds, conf=conf, iou=iou, classes=tuple(classes) if classes is not None else None, max_det=max_det
+        )
+        size = self.info.batch or LARGEST_BATCH
+        results: list[Detections] = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            pictures = [read_image(item) if isinstance(item, str | Path) else as_bgr(item) for item in part]
+            letterboxes = [fit_letterbox(_hw(picture), self.input_hw) for picture in pictures]
+            found = self.infer(pictures, letterboxes, thresholds)
+            paths = [str(item) if isinstance(item, str | Path) else "" for item in part]
+            results += [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
+        return results
+
+    def stream(
+        self,
+        source: object,
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: Sequence[int] | None = None,
+        max_det: int | None = None,
+    ) -> Iterator[tuple[Frame, Detections]]:
+        """Frames of a folder, glob, list, video, camera or URL with what is in them, as they come.
+
+        A live stream gives its freshest frame each time; `frame.dropped` counts those it skipped.
+
+        Raises:
+            SourceError: There is nothing to read, or the stream is lost for good.
+        """
+        with open_source(source) as frames:
+            for frame in frames:
+                found = self(frame.image, conf=conf, iou=iou, classes=classes, max_det=max_det)
+                yield frame, replace(found, path=frame.path)
+
+    def submit(
+        self,
+        image: Picture,
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: Sequence[int] | None = None,
+        max_det: int | None = None,
+    ) -> Future[Detections]:
+        """Like a call, but returns at once; the future holds the Detections or the error."""
+        self._check_open()
+        with self._pool_lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="yolov7-deploy")
+            return self._pool.submit(self, image, conf=conf, iou=iou, classes=classes, max_det=max_det)
+
+    def infer(
+        self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds
+    ) -> list[Detections]:
+        """The layer below: contiguous uint8 BGR pictures with a placement each, all of one canvas size."""
+        self._check_open()
+        outputs = self._backend.infer(images, letterboxes, thresholds)
+        count = len(images)
+        speed = Speed(
+            preprocess_ms=outputs.preprocess_ms / count,
+            inference_ms=outputs.inference_ms / count,
+            postprocess_ms=outputs.postprocess_ms / count,
+        )
+        return [self._detections(*pair, speed) for pair in zip(outputs.found, letterboxes, strict=True)]
+
+    def warmup(self, runs: int = 2) -> None:
+        """Runs a grey picture through, so that the first real one is not the slow one."""
+        grey = np.full((*self.input_hw, 3), PAD_GREY, dtype=np.uint8)
+        for _ in range(runs):
+            self(grey)
+
+    def close(self) -> None:
+        """Waits for submitted pictures and frees the model; calling it twice is fine."""
+        self._closed = True
+        with self._pool_lock:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+        self._backend.close()
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _detections(self, found: Found, letterbox: Letterbox, speed: Speed) -> Detections:
+        return Detections(
+            boxes=letterbox.undo(found.boxes),
+            scores=found.scores,
+            class_ids=found.class_ids,
+            class_names=self.info.class_names,
+            image_hw=letterbox.source_hw,
+            speed=speed,
+        )
+
+    def _changed(self, thresholds: Thresholds, **changes: Any) -> Thresholds:  # noqa: ANN401 - fields of Thresholds
+        given = {name: value for name, value in changes.items() if value is not None}
+        classes = given.get("classes") or ()
+        unknown = [c for c in classes if not 0 <= c < len(self.info.class_names)]
+        if unknown:
+            raise UsageError(
+                f"Class id {unknown[0]} does not exist; the model has {len(self.info.class_names)} classes.",
+                fix=f"Use ids from 0 to {len(self.info.class_names) - 1}.",
+            )
+        return replace(thresholds, **given) if given else thresholds
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("This Detector is closed.", fix="Open a new one, or keep it open longer.")
+
+
+def _own_thresholds(info: ModelInfo) -> Thresholds:
+    """Those inside the file, else the official ones."""
+    if info.nms is None:
+        return Thresholds()
+    nms = info.nms
+    return Thresholds(
+        conf=nms.conf,
+        iou=nms.iou,
+        max_det=nms.max_det,
+        multi_label=nms.multi_label,
+        class_agnostic=nms.class_agnostic,
+    )
+
+
+def _hw(image: Image) -> tuple[int, int]:
+    return image.shape[0], image.shape[1]

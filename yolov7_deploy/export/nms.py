@@ -1,0 +1,214 @@
+"""Puts decoding and suppression into the graph: none, standard, EfficientNMS, or our own op.
+
+`plugin` ends the network at the raw head maps and adds one node, `y7::Y7NMS`, that decodes and suppresses. The node is
+a model-local ONNX function whose body is standard operators, so every runtime runs the file; TensorRT takes our plugin
+of the same name instead. `standard` is that body in place of the node. `efficient` decodes everything and ends in
+`EfficientNMS_TRT`, with a body for runtimes that lack it. `none` decodes everything and ends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from yolov7_deploy.export.graph import GraphWriter
+from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, RAW_OUTPUT
+from yolov7_deploy.export.suppression import (
+    NmsPlan,
+    best_pairs,
+    by_column,
+    corners,
+    decode,
+    detect_from_heads,
+    gather_rows,
+    suppress,
+)
+
+DOMAIN, OP = "y7", "Y7NMS"
+EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
+BODY_PREFIX = "y7nms__"
+CONF_INPUT, IOU_INPUT = "conf_threshold", "iou_threshold"
+# Without these two attributes TensorRT 10.15 and later prefers the function body to a registered plugin.
+_PLUGIN_KEY = {"plugin_version": "1", "plugin_namespace": ""}
+
+
+def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) -> onnx.ModelProto:
+    """The network with everything behind its head maps [B, 3 * (5 + C), H, W]; `network` is left as it was."""
+    model = onnx.ModelProto()
+    model.CopyFrom(network)
+    graph = model.graph
+    del graph.output[:]
+    writer = GraphWriter()
+    match plan.options.nms:
+        case "none":
+            _rename(writer, {RAW_OUTPUT: _decoded(writer, heads, plan)})
+            graph.output.append(_value(RAW_OUTPUT, TensorProto.FLOAT, plan, len(plan.cells), plan.columns))
+        case "standard":
+            results = detect_from_heads(writer, heads, CONF_INPUT, IOU_INPUT, plan)
+            _rename(writer, dict(zip(NMS_OUTPUTS, results, strict=True)))
+        case "plugin":
+            writer.nodes.append(_plugin_node(heads, plan))
+            _add_function(model, _plugin_body(heads, plan))
+        case "efficient":
+            boxes, scores = _efficient_inputs(writer, heads, plan)
+            writer.nodes.append(_efficient_node(boxes, scores, plan))
+            _add_function(model, _efficient_body(plan))
+    graph.node.extend(writer.nodes)
+    graph.initializer.extend(writer.initializers)
+    if plan.options.nms != "none":
+        graph.output.extend(_nms_outputs(plan))
+    if plan.options.nms in ("plugin", "standard"):
+        _add_threshold(graph, CONF_INPUT, plan.options.conf)
+        _add_threshold(graph, IOU_INPUT, plan.options.iou)
+    return model
+
+
+def _rename(writer: GraphWriter, wanted: dict[str, str]) -> None:
+    """Gives results their public names, in whichever nodes make or read them."""
+    public = {made: name for name, made in wanted.items()}
+    for node in writer.nodes:
+        for names in (node.input, node.output):
+            names[:] = [public.get(name, name) for name in names]
+
+
+def _add_threshold(graph: onnx.GraphProto, name: str, value: float) -> None:
+    """A graph input with a default: callers may feed it, and runtimes that cannot take it as a constant."""
+    graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
+    graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [1], [value]))
+
+
+def _value(name: str, kind: int, plan: NmsPlan, *dims: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, [plan.options.batch or "batch", *dims])
+
+
+def _nms_outputs(plan: NmsPlan) -> list[onnx.ValueInfoProto]:
+    count, boxes, scores, classes = NMS_OUTPUTS
+    limit = plan.options.max_det
+    return [
+        _value(count, TensorProto.INT32, plan, 1),
+        _value(boxes, TensorProto.FLOAT, plan, limit, 4),
+        _value(scores, TensorProto.FLOAT, plan, limit),
+        _value(classes, TensorProto.INT32, plan, limit),
+    ]
+
+
+def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
+    return helper.make_node(
+        OP,
+        [*heads, CONF_INPUT, IOU_INPUT],
+        list(NMS_OUTPUTS),
+        name="nms",
+        domain=DOMAIN,
+        anchors=[side for level in plan.anchors for anchor in level for side in anchor],
+        strides=list(plan.strides),
+        classes=plan.columns - 5,
+        max_det=plan.options.max_det,
+        max_candidates=plan.candidates,
+        multi_label=int(plan.options.multi_label),
+        class_agnostic=int(plan.options.class_agnostic),
+        **_PLUGIN_KEY,
+    )
+
+
+def _plugin_body(heads: Sequence[str], plan: NmsPlan) -> onnx.FunctionProto:
+    inputs = [f"{BODY_PREFIX}head_{level}" for level in range(len(heads))]
+    thresholds = [BODY_PREFIX + CONF_INPUT, BODY_PREFIX + IOU_INPUT]
+    writer = GraphWriter(prefix=BODY_PREFIX, constants_as_nodes=True)
+    results = detect_from_heads(writer, inputs, *thresholds, plan)
+    attributes = [a.name for a in _plugin_node(heads, plan).attribute]
+    return helper.make_function(
+        DOMAIN, OP, [*inputs, *thresholds], list(results), writer.nodes, _opsets(plan), attributes
+    )
+
+
+def _opsets(plan: NmsPlan) -> list[onnx.OperatorSetIdProto]:
+    return [helper.make_opsetid("", plan.options.opset)]
+
+
+def _add_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
+    model.functions.append(body)
+    model.opset_import.append(helper.make_opsetid(body.domain, 1))
+
+
+def _decoded(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> str:
+    """[B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
+    y, centre, size = _decoded_parts(writer, heads, plan)
+    rest = writer.slice(y, 1, 4, plan.columns)
+    return writer.node("Transpose", writer.node("Concat", centre, size, rest, axis=1), name=RAW_OUTPUT, perm=[0, 2, 1])
+
+
+def _decoded_parts(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
+    """Sigmoids [B, 5 + C, A], centres and sizes [B, 2, A]."""
+    y = writer.node("Sigmoid", by_column(writer, heads, plan))
+    cell = writer.constant(np.ascontiguousarray(plan.cells.T[None]), "cells")
+    centre, size = decode(writer, y, cell, axis=1)
+    return y, centre, size
+
+
+def _efficient_inputs(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str]:
+    """Boxes [B, A, 4] (cx, cy, w, h) and scores [B, A, C] for EfficientNMS_TRT."""
+    y, centre, size = _decoded_parts(writer, heads, plan)
+    boxes = writer.node("Transpose", writer.node("Concat", centre, size, axis=1), name="boxes", perm=[0, 2, 1])
+    scores = writer.slice(y, 1, 4, 5)
+    if plan.columns > 6:
+        scores = writer.node("Mul", scores, writer.slice(y, 1, 5, plan.columns))
+    if not plan.options.multi_label:
+        scores = _best_class_only(writer, scores, plan)
+    return boxes, writer.node("Transpose", scores, name="scores", perm=[0, 2, 1])
+
+
+def _best_class_only(writer: GraphWriter, scores: str, plan: NmsPlan) -> str:
+    """Scores [B, C, A] with zero wherever a class is not its anchor's best: EfficientNMS_TRT takes every class."""
+    best = writer.unsqueeze(writer.reduce_max(scores, 1, opset=plan.options.opset), 1)
+    is_best = writer.node("GreaterOrEqual", scores, best)
+    return writer.node("Mul", scores, writer.node("Cast", is_best, name="is_best", to=TensorProto.FLOAT))
+
+
+def _efficient_node(boxes: str, scores: str, plan: NmsPlan) -> onnx.NodeProto:
+    return helper.make_node(
+        EFFICIENT_OP,
+        [boxes, scores],
+        list(NMS_OUTPUTS),
+        name="nms",
+        domain=EFFICIENT_DOMAIN,
+        background_class=-1,
+        box_coding=1,
+        class_agnostic=int(plan.options.class_agnostic),
+        iou_threshold=plan.options.iou,
+        max_output_boxes=plan.options.max_det,
+        score_activation=0,
+        score_threshold=plan.options.conf,
+        **_PLUGIN_KEY,
+    )
+
+
+def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
+    """What EfficientNMS_TRT computes, for runtimes without it: multi-label, thresholds inclusive."""
+    writer = GraphWriter(prefix=BODY_PREFIX, constants_as_nodes=True)
+    boxes, scores = BODY_PREFIX + "boxes", BODY_PREFIX + "scores"
+    conf, iou = (_attribute(writer, name) for name in ("score_threshold", "iou_threshold"))
+    best = writer.reduce_max(scores, 2, opset=plan.options.opset)
+    _, anchor = writer.top_k(best, plan.candidates)
+    rows = writer.node("Expand", writer.unsqueeze(anchor, 2), writer.constant([1, 1, plan.columns - 5], "shape"))
+    chosen = gather_rows(writer, boxes, anchor)
+    chosen_boxes = corners(writer, writer.slice(chosen, 2, 0, 2), writer.slice(chosen, 2, 2, 4), axis=2)
+    chosen_scores = writer.node("GatherElements", scores, rows, axis=1)
+    pairs = best_pairs(writer, chosen_boxes, chosen_scores, plan, multi_label=True)
+    results = suppress(writer, *pairs, conf, iou, plan, inclusive=True)
+    attributes = [a.name for a in _efficient_node(boxes, scores, plan).attribute]
+    return helper.make_function(
+        EFFICIENT_DOMAIN, EFFICIENT_OP, [boxes, scores], list(results), writer.nodes, _opsets(plan), attributes
+    )
+
+
+def _attribute(writer: GraphWriter, name: str) -> str:
+    """A function's own float attribute as a tensor."""
+    result = writer.unique(name)
+    node = helper.make_node("Constant", [], [result], name=result)
+    reference = node.attribute.add()
+    reference.name, reference.ref_attr_name, reference.type = "value_float", name, onnx.AttributeProto.FLOAT
+    writer.nodes.append(node)
+    return result

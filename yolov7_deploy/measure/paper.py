@@ -1,0 +1,264 @@
+"""Tables 1, 2, 9 and 10 of the YOLOv7 paper (arXiv 2207.02696) as data, every row of them.
+
+Numbers stand as printed: AP in percent, parameters in millions, GFLOPs (two operations per multiply-accumulate).
+Speeds are PyTorch FP16 on the GPU named, the network's forward pass only: no suppression, no TensorRT, batch 1.
+Table 9 repeats Table 2 without the columns by object size and adds the slower detectors, so it is kept as that sum.
+
+Two things to know before comparing: the parameters and FLOPs of YOLOv7-D6 are those of its training graph (deployed
+it has 133.8M and 702.6G), and FLOPs are of square inputs while speeds are of letterboxed ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from yolov7_deploy.errors import UsageError
+
+PAPER = "arXiv 2207.02696"
+README = "github.com/WongKinYiu/yolov7, README"
+
+# Official model names, and the first row that is about each.
+VARIANTS = {
+    "yolov7-tiny": "YOLOv7-tiny",
+    "yolov7-tiny-silu": "YOLOv7-tiny-SiLU",
+    "yolov7": "YOLOv7",
+    "yolov7x": "YOLOv7-X",
+    "yolov7-w6": "YOLOv7-W6",
+    "yolov7-e6": "YOLOv7-E6",
+    "yolov7-d6": "YOLOv7-D6",
+    "yolov7-e6e": "YOLOv7-E6E",
+}
+
+# Milliseconds per picture at batch 32 on a V100: README for the table of six, section 8 of the paper for tiny,
+# issue 77 of the official repository for tiny-silu.
+BATCH32_MS = {
+    "yolov7-tiny": 0.4,
+    "yolov7-tiny-silu": 0.8,
+    "yolov7": 2.8,
+    "yolov7x": 4.3,
+    "yolov7-w6": 7.6,
+    "yolov7-e6": 12.3,
+    "yolov7-d6": 15.0,
+    "yolov7-e6e": 18.7,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """Average precision in percent; `None` where the paper prints a dash or has no such column."""
+
+    ap: float
+    ap50: float | None = None
+    ap75: float | None = None
+    ap_small: float | None = None
+    ap_medium: float | None = None
+    ap_large: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaperRow:
+    """One detector as the paper has it.
+
+    Attributes:
+        model: Name as printed, without the citation.
+        params_m: Millions of parameters.
+        gflops: At `size`.
+        size: Longer side of the input in pixels.
+        fps: Pictures per second at batch 1 on `device`.
+        device: `V100` or `A100`, empty where no speed is given.
+        batch32_ms: Milliseconds per picture at batch 32 on a V100.
+        val: On COCO val2017.
+        test: On COCO test-dev.
+        source: Where the numbers stand.
+    """
+
+    model: str
+    params_m: float | None
+    gflops: float | None
+    size: int | None
+    fps: float | None = None
+    device: str = ""
+    batch32_ms: float | None = None
+    val: Precision | None = None
+    test: Precision | None = None
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingRow:
+    """One row of Table 10: YOLOv7-X under another precision and suppression threshold, AP on val2017 in percent."""
+
+    model: str
+    precision: str
+    iou: float
+    ap_val: float
+    source: str = f"{PAPER}, Table 10"
+
+
+def _baseline(model: str, params_m: float, gflops: float, size: int, *val: float) -> PaperRow:
+    """A row of Table 1: `val` is AP, AP50, AP75, small, medium, large."""
+    ap, ap50, ap75, small, medium, large = val
+    precision = Precision(ap=ap, ap50=ap50, ap75=ap75, ap_small=small, ap_medium=medium, ap_large=large)
+    return PaperRow(model=model, params_m=params_m, gflops=gflops, size=size, val=precision, source=f"{PAPER}, Table 1")
+
+
+def _rival(
+    model: str,
+    params_m: float | None,
+    gflops: float | None,
+    size: int | None,
+    fps: float,
+    ap_test: float | None,
+    ap_val: float,
+    *test: float,
+    table: int = 2,
+    device: str = "V100",
+) -> PaperRow:
+    """A row of Table 2 or 9: `test` is AP50, AP75 and in Table 2 small, medium, large."""
+    ap50, ap75, small, medium, large = (*test, None, None, None, None, None)[:5]
+    return PaperRow(
+        model=model,
+        params_m=params_m,
+        gflops=gflops,
+        size=size,
+        fps=fps,
+        device=device,
+        val=Precision(ap=ap_val),
+        test=None
+        if ap_test is None
+        else Precision(ap=ap_test, ap50=ap50, ap75=ap75, ap_small=small, ap_medium=medium, ap_large=large),
+        source=f"{PAPER}, Table {table}",
+    )
+
+
+TABLE_1 = (
+    _baseline("YOLOv4", 64.4, 142.8, 640, 49.7, 68.2, 54.3, 32.9, 54.8, 63.7),
+    _baseline("YOLOR-u5 (r6.1)", 46.5, 109.1, 640, 50.2, 68.7, 54.6, 33.2, 55.5, 63.7),
+    _baseline("YOLOv4-CSP", 52.9, 120.4, 640, 50.3, 68.6, 54.9, 34.2, 55.6, 65.1),
+    _baseline("YOLOR-CSP", 52.9, 120.4, 640, 50.8, 69.5, 55.3, 33.7, 56.0, 65.4),
+    _baseline("YOLOv7", 36.9, 104.7, 640, 51.2, 69.7, 55.5, 35.2, 56.0, 66.7),
+    _baseline("YOLOR-CSP-X", 96.9, 226.8, 640, 52.7, 71.3, 57.4, 36.3, 57.5, 68.3),
+    _baseline("YOLOv7-X", 71.3, 189.9, 640, 52.9, 71.1, 57.5, 36.9, 57.7, 68.6),
+    _baseline("YOLOv4-tiny", 6.1, 6.9, 416, 24.9, 42.1, 25.7, 8.7, 28.4, 39.2),
+    _baseline("YOLOv7-tiny", 6.2, 5.8, 416, 35.2, 52.8, 37.3, 15.7, 38.0, 53.4),
+    _baseline("YOLOv4-tiny-3l", 8.7, 5.2, 320, 30.8, 47.3, 32.2, 10.9, 31.9, 51.5),
+    _baseline("YOLOv7-tiny", 6.2, 3.5, 320, 30.8, 47.3, 32.2, 10.0, 31.9, 52.2),
+    _baseline("YOLOR-E6", 115.8, 683.2, 1280, 55.7, 73.2, 60.7, 40.1, 60.4, 69.2),
+    _baseline("YOLOv7-E6", 97.2, 515.2, 1280, 55.9, 73.5, 61.1, 40.6, 60.3, 70.0),
+    _baseline("YOLOR-D6", 151.7, 935.6, 1280, 56.1, 73.9, 61.2, 42.4, 60.5, 69.9),
+    _baseline("YOLOv7-D6", 154.7, 806.8, 1280, 56.3, 73.8, 61.4, 41.3, 60.6, 70.1),
+    _baseline("YOLOv7-E6E", 151.7, 843.2, 1280, 56.8, 74.4, 62.1, 40.8, 62.1, 70.6),
+)
+
+TABLE_2 = (
+    _rival("YOLOX-S", 9.0, 26.8, 640, 102, 40.5, 40.5),
+    _rival("YOLOX-M", 25.3, 73.8, 640, 81, 47.2, 46.9),
+    _rival("YOLOX-L", 54.2, 155.6, 640, 69, 50.1, 49.7),
+    _rival("YOLOX-X", 99.1, 281.9, 640, 58, 51.5, 51.1),
+    _rival("PPYOLOE-S", 7.9, 17.4, 640, 208, 43.1, 42.7, 60.5, 46.6, 23.2, 46.4, 56.9),
+    _rival("PPYOLOE-M", 23.4, 49.9, 640, 123, 48.9, 48.6, 66.5, 53.0, 28.6, 52.9, 63.8),
+    _rival("PPYOLOE-L", 52.2, 110.1, 640, 78, 51.4, 50.9, 68.9, 55.6, 31.4, 55.3, 66.1),
+    _rival("PPYOLOE-X", 98.4, 206.6, 640, 45, 52.2, 51.9, 69.9, 56.5, 33.3, 56.3, 66.4),
+    _rival("YOLOv5-N (r6.1)", 1.9, 4.5, 640, 159, None, 28.0),
+    _rival("YOLOv5-S (r6.1)", 7.2, 16.5, 640, 156, None, 37.4),
+    _rival("YOLOv5-M (r6.1)", 21.2, 49.0, 640, 122, None, 45.4),
+    _rival("YOLOv5-L (r6.1)", 46.5, 109.1, 640, 99, None, 49.0),
+    _rival("YOLOv5-X (r6.1)", 86.7, 205.7, 640, 83, None, 50.7),
+    _rival("YOLOR-CSP", 52.9, 120.4, 640, 106, 51.1, 50.8, 69.6, 55.7, 31.7, 55.3, 64.7),
+    _rival("YOLOR-CSP-X", 96.9, 226.8, 640, 87, 53.0, 52.7, 71.4, 57.9, 33.7, 57.1, 66.8),
+    _rival("YOLOv7-tiny-SiLU", 6.2, 13.8, 640, 286, 38.7, 38.7, 56.7, 41.7, 18.8, 42.4, 51.9),
+    _rival("YOLOv7", 36.9, 104.7, 640, 161, 51.4, 51.2, 69.7, 55.9, 31.8, 55.5, 65.0),
+    _rival("YOLOv7-X", 71.3, 189.9, 640, 114, 53.1, 52.9, 71.2, 57.8, 33.8, 57.1, 67.4),
+    _rival("YOLOv5-N6 (r6.1)", 3.2, 18.4, 1280, 123, None, 36.0),
+    _rival("YOLOv5-S6 (r6.1)", 12.6, 67.2, 1280, 122, None, 44.8),
+    _rival("YOLOv5-M6 (r6.1)", 35.7, 200.0, 1280, 90, None, 51.3),
+    _rival("YOLOv5-L6 (r6.1)", 76.8, 445.6, 1280, 63, None, 53.7),
+    _rival("YOLOv5-X6 (r6.1)", 140.7, 839.2, 1280, 38, None, 55.0),
+    _rival("YOLOR-P6", 37.2, 325.6, 1280, 76, 53.9, 53.5, 71.4, 58.9, 36.1, 57.7, 65.6),
+    _rival("YOLOR-W6", 79.8, 453.2, 1280, 66, 55.2, 54.8, 72.7, 60.5, 37.7, 59.1, 67.1),
+    _rival("YOLOR-E6", 115.8, 683.2, 1280, 45, 55.8, 55.7, 73.4, 61.1, 38.4, 59.7, 67.7),
+    _rival("YOLOR-D6", 151.7, 935.6, 1280, 34, 56.5, 56.1, 74.1, 61.9, 38.9, 60.4, 68.7),
+    _rival("YOLOv7-W6", 70.4, 360.0, 1280, 84, 54.9, 54.6, 72.6, 60.1, 37.3, 58.7, 67.1),
+    _rival("YOLOv7-E6", 97.2, 515.2, 1280, 56, 56.0, 55.9, 73.5, 61.2, 38.0, 59.9, 68.4),
+    _rival("YOLOv7-D6", 154.7, 806.8, 1280, 44, 56.6, 56.3, 74.0, 61.8, 38.8, 60.1, 69.5),
+    _rival("YOLOv7-E6E", 151.7, 843.2, 1280, 36, 56.8, 56.8, 74.4, 62.1, 39.3, 60.5, 69.0),
+)
+
+_TABLE_9_ONLY = (
+    _rival("F-RCNN-R101-FPN+", 60.0, 246.0, 1333, 20, None, 44.0, table=9),
+    _rival("Deformable DETR", 40.0, 173.0, None, 19, None, 46.2, table=9),
+    _rival("Swin-B (C-M-RCNN)", 145.0, 982.0, 1333, 11.6, None, 51.9, table=9),
+    _rival("DETR DC5-R101", 60.0, 253.0, 1333, 10, None, 44.9, table=9),
+    _rival("EfficientDet-D7x", 77.0, 410.0, 1536, 6.5, 55.1, 54.4, 72.4, 58.4, table=9),
+    _rival("Dual-Swin-T (C-M-RCNN)", 113.8, 836.0, 1333, 6.5, None, 53.6, table=9),
+    _rival("ViT-Adapter-B", 122.0, 997.0, None, 4.4, None, 50.8, table=9),
+    _rival("Dual-Swin-B (HTC)", 235.0, None, 1600, 2.5, 58.7, 58.4, table=9),
+    _rival("Dual-Swin-L (HTC)", 453.0, None, 1600, 1.5, 59.4, 59.1, table=9),
+    _rival("DN-Deformable-DETR", 48.0, 265.0, 1333, 23.0, None, 48.6, table=9, device="A100"),
+    _rival("DINO-5scale (R50)", 47.0, 860.0, 1333, 10.0, None, 51.0, table=9, device="A100"),
+)
+
+
+def _val_only(
+    model: str, params_m: float | None, gflops: float, size: int, fps: float, ap: float, ap50: float, ap75: float
+) -> PaperRow:
+    """The rows of Table 9 whose AP50 and AP75 stand in the test columns though no test AP is given: they are val's."""
+    return PaperRow(
+        model=model,
+        params_m=params_m,
+        gflops=gflops,
+        size=size,
+        fps=fps,
+        device="A100",
+        val=Precision(ap=ap, ap50=ap50, ap75=ap75),
+        source=f"{PAPER}, Table 9",
+    )
+
+
+TABLE_9 = tuple(
+    sorted(
+        (
+            *(replace(row, source=f"{PAPER}, Table 9") for row in TABLE_2),
+            *_TABLE_9_ONLY,
+            _val_only("ConvNeXt-B (C-M-RCNN)", None, 964.0, 1280, 11.5, 54.0, 73.1, 58.8),
+            _val_only("Swin-B (C-M-RCNN)", None, 982.0, 1280, 10.7, 53.0, 71.8, 57.5),
+            _val_only("ConvNeXt-L (C-M-RCNN)", None, 1354.0, 1280, 10.0, 54.8, 73.8, 59.8),
+            _val_only("Swin-L (C-M-RCNN)", None, 1382.0, 1280, 9.2, 53.9, 72.4, 58.8),
+            _val_only("ConvNeXt-XL (C-M-RCNN)", None, 1898.0, 1280, 8.6, 55.2, 74.2, 59.9),
+        ),
+        key=lambda row: (row.device != "V100", -(row.fps or 0)),
+    )
+)
+
+TABLE_10 = (
+    SettingRow(model="YOLOv7-X", precision="fp16", iou=0.65, ap_val=52.9),
+    SettingRow(model="YOLOv7-X", precision="fp32", iou=0.65, ap_val=53.0),
+    SettingRow(model="YOLOv7-X", precision="fp16", iou=0.70, ap_val=53.0),
+    SettingRow(model="YOLOv7-X", precision="fp32", iou=0.70, ap_val=53.1),
+)
+
+
+def paper_row(variant: str, *, size: int | None = None) -> PaperRow:
+    """What the paper and the official README say about one of the official models, merged into one row.
+
+    Size-wise AP on val comes from Table 1 where it has the model, speed and AP on test-dev from Table 2.
+
+    Args:
+        variant: Official name, such as `yolov7-e6e`.
+        size: For `yolov7-tiny`, 416 (what is taken without it) or 320.
+
+    Raises:
+        UsageError: The paper has no such model, or not at this size.
+    """
+    model = VARIANTS.get(variant)
+    if model is None:
+        raise UsageError(f"The paper has no {variant!r}.", fix=f"One of: {', '.join(VARIANTS)}")
+    rows = [row for row in (*TABLE_1, *TABLE_2) if row.model == model and size in (None, row.size)]
+    if not rows:
+        raise UsageError(f"The paper has no {variant} at {size}.", fix="Leave the size out.")
+    first, speed = rows[0], next((row for row in rows if row.fps), None)
+    merged = replace(first, fps=speed.fps, device=speed.device, test=speed.test) if speed else first
+    # The paper's batch-32 time of tiny goes with the AP at 416.
+    batch32_ms = None if merged.size == 320 else BATCH32_MS[variant]
+    sources = dict.fromkeys([first.source, *([speed.source] if speed else []), README])
+    return replace(merged, batch32_ms=batch32_ms, source="; ".join(sources))
