@@ -1,0 +1,1 @@
+"""The porch: one file a command; each parses, calls one library function and prints."""

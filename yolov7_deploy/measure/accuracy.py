@@ -136,7 +136,7 @@ def evaluate(
     used: list[int] = []
     speeds: list[tuple[float, float, float]] = []
     predictions: list[dict[str, Any]] = []
-    for index, found in _detect(detector, dataset, groups, fit, options.thresholds, skipped, progress):
+    for index, found in _detect(detector, dataset, groups, fit, thresholds, skipped, progress):
         used.append(index)
         speeds.append((found.speed.preprocess_ms, found.speed.inference_ms, found.speed.postprocess_ms))
         known = found.filter(classes=list(category_of))
@@ -194,9 +194,9 @@ def _table(category_of: Mapping[int, int]) -> list[int]:
 
 
 def _sizes(dataset: Dataset) -> tuple[dict[int, tuple[int, int]], list[Skipped]]:
-    """Height and width of every picture whose header can be read, by index, and those that cannot."""
+    """Height and width of every picture whose header can be read, by index in order of path, and those that cannot."""
     sized, skipped = {}, []
-    for index in range(len(dataset)):
+    for index in sorted(range(len(dataset)), key=lambda i: str(dataset.path(i))):
         try:
             sized[index] = dataset.image_hw(index)
         except ImageError as error:

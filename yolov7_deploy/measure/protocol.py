@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import Letterbox, fit_evaluation_letterbox, fit_letterbox
 from yolov7_deploy.info import ModelInfo
@@ -44,7 +46,7 @@ def plan(
 
 
 def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int, batch: int) -> list[Group]:
-    """The official rectangular batches: pictures sorted by height / width, `batch` at a time.
+    """The official rectangular batches: pictures in the order of their paths, sorted by height / width, `batch` at a time.
 
     With a = height / width of a group's pictures its canvas is (max a, 1) if all a < 1, (1, 1 / min a) if all a > 1,
     else (1, 1), each side times `size`, plus half a stride, rounded up to whole strides.
@@ -60,7 +62,11 @@ def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int,
         height, width = (math.ceil(side * size / stride + RECT_PAD) * stride for side in shape)
         return height, width
 
-    return _consecutive(sorted(sized, key=lambda i: sized[i][0] / sized[i][1]), batch, canvas_hw)
+    indices = list(sized)
+    # NumPy's default sort, not a stable one: it puts pictures of equal shape into the same batches as the official
+    # program, and a batch decides the canvas of its pictures.
+    order = np.array([sized[i][0] / sized[i][1] for i in indices]).argsort()
+    return _consecutive([indices[i] for i in order], batch, canvas_hw)
 
 
 def _consecutive(

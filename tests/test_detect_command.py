@@ -1,0 +1,178 @@
+"""`y7 detect`: what people type, what they see, and what lies on the disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from yolov7_deploy.cli.detect import detect, parse_img, split_classes
+from yolov7_deploy.detections import Detections, Speed
+from yolov7_deploy.draw import write_picture
+from yolov7_deploy.errors import SourceError, UsageError
+from yolov7_deploy.options import Thresholds
+
+NAMES = ("person", "dog")
+HW = (48, 64)
+
+
+def find_two(image: np.ndarray) -> Detections:
+    """A detector that always finds a person and a dog."""
+    return Detections(
+        boxes=[[5, 5, 40, 40], [10, 10, 30, 30]],
+        scores=[0.9, 0.5],
+        class_ids=[0, 1],
+        class_names=NAMES,
+        image_hw=image.shape[:2],
+        speed=Speed(preprocess_ms=1, inference_ms=2, postprocess_ms=3),
+    )
+
+
+def grey(value: int = 50) -> np.ndarray:
+    return np.full((*HW, 3), value, dtype=np.uint8)
+
+
+@pytest.fixture
+def inputs(tmp_path) -> Path:
+    folder = tmp_path / "in"
+    for name in ("a.png", "b.jpg"):
+        write_picture(folder / name, grey())
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "text,size",
+    [(None, None), ("640", 640), ("384x640", (384, 640)), ("384,640", (384, 640)), ("384 640", (384, 640))],
+)
+def test_sizes_are_read_as_people_type_them(text, size):
+    assert parse_img(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "640x", "0", "-1", "640x640x3", "640 384,", "6.4", "big"])
+def test_sizes_that_mean_nothing_are_refused(text):
+    with pytest.raises(UsageError, match="not a size"):
+        parse_img(text)
+
+
+@pytest.mark.parametrize(
+    "texts,classes",
+    [
+        (None, None),
+        (["0"], [0]),
+        (["0 16"], [0, 16]),
+        (["0", "16"], [0, 16]),
+        (["person, traffic light"], ["person", "traffic light"]),
+        (["dog,0"], ["dog", 0]),
+    ],
+)
+def test_classes_are_read_as_people_type_them(texts, classes):
+    assert split_classes(texts) == classes
+
+
+class StandIn:
+    """The shape of `Detector` without a network."""
+
+    def __init__(self, weights, **options):
+        StandIn.options = options
+        self.path = weights
+        given_ = {name: options[name] for name in ("conf", "iou", "max_det") if options[name] is not None}
+        self.thresholds = Thresholds(**given_)
+        self.info = SimpleNamespace(class_names=NAMES, precision="fp32")
+        self.device = "cpu"
+        self.input_hw = (640, 640)
+
+    def __call__(self, image, *, classes=None):
+        return find_two(image).filter(classes=classes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    detector, weights = ModuleType("yolov7_deploy.detector"), ModuleType("yolov7_deploy.weights")
+    detector.Detector = StandIn  # type: ignore[attr-defined]
+    weights.find_weights = lambda name, **_: Path(name)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", detector)
+    monkeypatch.setitem(sys.modules, "yolov7_deploy.weights", weights)
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(detect)
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def test_the_command_prints_a_line_a_picture_and_numbers_its_runs(run, inputs):
+    for name in ("exp", "exp2"):
+        result = run("--source", inputs, "--conf-thres", 0.3, "--iou-thres", 0.5, "--topk-all", 10)
+        assert result.exception is None
+        lines = result.stdout.splitlines()
+        assert "conf 0.3, iou 0.5, max-det 10" in lines[0]
+        assert lines[1:3] == ["1/2 a.png 64x48: 1 person, 1 dog, 6.0ms", "2/2 b.jpg 64x48: 1 person, 1 dog, 6.0ms"]
+        assert lines[3] == "Speed: 1.0ms preprocess, 2.0ms inference, 3.0ms postprocess per image"
+        assert lines[4] == f"Results saved to runs/detect/{name}"
+    assert files(Path("runs")) == [f"detect/{run}/{name}" for run in ("exp", "exp2") for name in ("a.png", "b.jpg")]
+    assert StandIn.options["conf"] == 0.3
+    assert StandIn.options["max_det"] == 10
+
+
+def test_nosave_writes_nothing_and_json_to_stdout_is_only_json(run, inputs, tmp_path):
+    before = files(tmp_path)
+    result = run("--source", inputs, "--nosave", "--json", "-", "--classes", "dog", "--device", "0", "--img", "384x640")
+    assert result.exception is None
+    record = json.loads(result.stdout)
+    assert list(record) == sorted(record)
+    assert record["thresholds"]["classes"] == [1]
+    assert [item["class_name"] for picture in record["images"] for item in picture["detections"]] == ["dog", "dog"]
+    assert "1/2 a.png" in result.stderr
+    assert files(tmp_path) == before
+    assert StandIn.options["device"] == "cuda:0"
+    assert StandIn.options["img"] == (384, 640)
+
+
+def test_the_command_skips_what_is_broken_and_says_so(run, inputs, tmp_path):
+    (inputs / "a.png").write_bytes(b"")
+    result = run("--source", inputs, "--save-dir", tmp_path / "out", "--json", tmp_path / "new" / "r.json")
+    assert result.exception is None
+    assert "0 bytes" in result.stderr
+    assert files(tmp_path / "out") == ["b.jpg"]
+    assert len(json.loads((tmp_path / "new" / "r.json").read_text())["skipped"]) == 1
+
+
+def test_the_command_makes_no_run_folder_when_it_fails(run, tmp_path):
+    assert isinstance(run("--source", "absent.jpg").exception, SourceError)
+    assert isinstance(run("--source", tmp_path, "--classes", "dgo").exception, SourceError)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("wrong", [("--conf", 25), ("--iou", -1), ("--max-det", 0), ("--img", "big")])
+def test_wrong_numbers_are_refused_before_a_model_is_looked_for(run, inputs, monkeypatch, wrong):
+    monkeypatch.setattr(sys.modules["yolov7_deploy.weights"], "find_weights", None)
+    assert isinstance(run("--source", inputs, *wrong).exception, UsageError)
+
+
+def test_thresholds_left_out_are_those_of_the_model(run, inputs):
+    assert run("--source", inputs, "--nosave").exception is None
+    assert {StandIn.options[name] for name in ("conf", "iou", "max_det", "multi_label", "class_agnostic")} == {None}
+
+
+def test_a_wrong_class_is_answered_with_a_near_one(run, inputs):
+    error = run("--source", inputs, "--classes", "dgo").exception
+    assert isinstance(error, UsageError)
+    assert "dog" in error.fix

@@ -1,0 +1,241 @@
+"""Detections keep their parts together, and every conversion says what the receiving side expects."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yolov7_deploy.detections import Detections, find_classes
+from yolov7_deploy.errors import ImageError, MissingLibraryError, UsageError
+from yolov7_deploy.image import read_image
+
+NAMES = ("person", "bicycle", "traffic light", "dog")
+HW = (480, 640)
+
+
+def make(count: int = 3, *, seed: int = 0) -> Detections:
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 200, (count, 2))
+    size = rng.uniform(1, 200, (count, 2))
+    return Detections(
+        boxes=np.hstack([corner, corner + size]).astype(np.float32),
+        scores=np.sort(rng.uniform(0.1, 1, count))[::-1].astype(np.float32),
+        class_ids=rng.integers(0, len(NAMES), count),
+        class_names=NAMES,
+        image_hw=HW,
+        path="a/b.jpg",
+    )
+
+
+@pytest.mark.parametrize("scores,class_ids", [([0.5], [0, 0]), ([0.5, 0.4], [0]), ([[0.5, 0.4]], [0, 0])])
+def test_arrays_of_different_lengths_are_refused(scores, class_ids):
+    with pytest.raises(UsageError, match="do not describe the same detections"):
+        Detections(boxes=np.zeros((2, 4)), scores=scores, class_ids=class_ids, class_names=NAMES, image_hw=HW)
+
+
+@pytest.mark.parametrize("class_id", [-1, 4])
+def test_a_class_id_without_name_is_refused(class_id):
+    with pytest.raises(UsageError, match="4 class names"):
+        Detections(boxes=[[0, 0, 1, 1]], scores=[0.5], class_ids=[class_id], class_names=NAMES, image_hw=HW)
+
+
+def test_arrays_are_brought_to_the_promised_types():
+    found = Detections(boxes=[[0, 0, 1, 1]], scores=[0.5], class_ids=[1], class_names=NAMES, image_hw=HW)
+    assert (found.boxes.dtype, found.scores.dtype, found.class_ids.dtype) == (np.float32, np.float32, np.int64)
+
+
+@given(count=st.integers(0, 12), data=st.data())
+def test_every_index_picks_the_same_rows_of_all_arrays(count, data):
+    found = make(count)
+    mask = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    numbers = data.draw(st.lists(st.integers(0, count - 1))) if count else []
+    part = slice(*sorted(data.draw(st.tuples(st.integers(0, 12), st.integers(0, 12)))))
+    for index, rows in (
+        (np.array(mask, dtype=bool), np.flatnonzero(mask)),
+        (mask, np.flatnonzero(mask)),
+        (numbers, numbers),
+        (part, range(count)[part]),
+    ):
+        picked = found[index]
+        assert len(picked) == len(rows)
+        assert [item.score for item in picked] == [found.scores[row] for row in rows]
+        assert [item.class_id for item in picked] == [found.class_ids[row] for row in rows]
+        assert [list(item.box) for item in picked] == [found.boxes[row].tolist() for row in rows]
+        assert (picked.path, picked.image_hw) == (found.path, found.image_hw)
+
+
+def test_one_number_gives_detections_of_one():
+    assert len(make()[-1]) == 1
+    with pytest.raises(IndexError):
+        make()[3]
+
+
+def test_a_mask_of_the_wrong_length_raises():
+    with pytest.raises(IndexError):
+        make(3)[np.array([True, False])]
+
+
+def test_iteration_names_each_object():
+    items = list(make(5))
+    assert all(item.class_name == NAMES[item.class_id] for item in items)
+    assert all(isinstance(value, float) for item in items for value in (*item.box, item.score))
+
+
+@given(conf=st.floats(0, 1), seed=st.integers(0, 5))
+def test_filter_by_score_keeps_what_is_strictly_above(conf, seed):
+    found = make(10, seed=seed)
+    kept = found.filter(conf=conf)
+    assert len(kept) == int((found.scores > conf).sum())
+    exact = found.filter(conf=float(found.scores[4]))
+    assert len(exact) == 4
+
+
+def test_filter_takes_ids_and_names_together():
+    found = make(20)
+    kept = found.filter(classes=[0, "Dog"])
+    assert set(kept.class_ids.tolist()) <= {0, 3}
+    assert len(kept) == int(np.isin(found.class_ids, [0, 3]).sum())
+    assert len(found.filter(classes=[])) == 0
+    assert set(found.filter(classes="traffic light").names) == {"traffic light"}
+
+
+@pytest.mark.parametrize(
+    "wanted,hint", [("persn", "person"), ("trafic light", "traffic light"), (4, "0 to 3"), (-1, "0 to 3"), ("x", "dog")]
+)
+def test_an_unknown_class_is_answered_with_what_there_is(wanted, hint):
+    with pytest.raises(UsageError) as caught:
+        make().filter(classes=[wanted])
+    assert hint in caught.value.fix
+
+
+def test_a_name_of_two_classes_means_both():
+    assert find_classes("cell", ("cell", "dog", "cell")) == (0, 2)
+
+
+def test_json_is_stable_and_keeps_every_bit():
+    found = make(7)
+    text = found.to_json()
+    assert text == make(7).to_json()
+    record = json.loads(text)
+    assert list(record) == sorted(record)
+    boxes = np.array([item["box"] for item in record["detections"]], dtype=np.float32)
+    scores = np.array([item["score"] for item in record["detections"]], dtype=np.float32)
+    assert np.array_equal(boxes, found.boxes)
+    assert np.array_equal(scores, found.scores)
+
+
+def test_coco_results_are_rounded_as_the_official_program_does():
+    found = Detections(
+        boxes=[[10.12345, 20.5, 30.25, 60.98765]],
+        scores=[0.123456],
+        class_ids=[3],
+        class_names=NAMES,
+        image_hw=HW,
+    )
+    assert found.to_coco(42, category_ids=[1, 2, 10, 18]) == [
+        {"image_id": 42, "category_id": 18, "bbox": [10.123, 20.5, 20.127, 40.488], "score": 0.12346}
+    ]
+    assert found.to_coco(42)[0]["category_id"] == 3
+
+
+def test_yolo_lines_read_back_to_the_boxes():
+    found = make(6)
+    rows = np.array([[float(word) for word in line.split()] for line in found.to_yolo(save_conf=True).splitlines()])
+    centre, size = rows[:, 1:3] * HW[::-1], rows[:, 3:5] * HW[::-1]
+    boxes = np.hstack([centre - size / 2, centre + size / 2])
+    assert np.allclose(boxes, found.boxes, atol=0.002)  # %g keeps six digits of a fraction of 640
+    assert np.allclose(rows[:, 5], found.scores, atol=1e-5)
+    assert all(len(line.split()) == 5 for line in found.to_yolo().splitlines())
+
+
+@pytest.mark.parametrize("convert", ["to_yolo", "to_json", "describe", "as_ultralytics", "to_dict"])
+def test_nothing_found_converts_too(convert):
+    getattr(make(0), convert)()
+    assert make(0).to_coco(1) == []
+    assert make(0).to_yolo() == ""
+    assert make(0).describe() == "nothing found"
+
+
+def test_describe_counts_in_class_order():
+    found = Detections(
+        boxes=np.zeros((3, 4)), scores=[0.9, 0.8, 0.7], class_ids=[3, 0, 0], class_names=NAMES, image_hw=HW
+    )
+    assert found.describe() == "2 persons, 1 dog"
+
+
+def test_plot_leaves_the_picture_untouched_and_save_writes_what_it_drew(tmp_path):
+    picture = np.full((*HW, 3), 90, dtype=np.uint8)
+    drawn = make().plot(picture)
+    assert (picture == 90).all()
+    assert (drawn != 90).any()
+    make().save(tmp_path / "new" / "x.png", picture)
+    assert np.array_equal(read_image(tmp_path / "new" / "x.png"), drawn)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.png"]
+
+
+def test_plot_on_a_picture_of_another_size_is_refused():
+    with pytest.raises(UsageError, match="640x480"):
+        make().plot(np.zeros((240, 320, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", ["x.nonsense", "x"])
+def test_saving_under_an_unknown_suffix_is_refused(tmp_path, name):
+    with pytest.raises(ImageError, match="cannot write"):
+        make().save(tmp_path / name, np.zeros((*HW, 3), dtype=np.uint8))
+
+
+def test_the_ultralytics_view_has_what_supervision_and_trackers_read():
+    found = make(4)
+    view = found.as_ultralytics()
+    assert np.array_equal(view.boxes.xyxy.cpu().numpy(), found.boxes)
+    assert np.array_equal(view.boxes.conf.cpu().numpy(), found.scores)
+    assert type(view.boxes.cls.cpu().numpy()) is np.ndarray
+    assert [view.names[i] for i in view.boxes.cls.cpu().numpy().astype(int)] == list(found.names)
+    assert view.boxes.id is None
+    assert view.obb is None
+    assert view.masks is None
+
+
+@pytest.mark.parametrize("library,method", [("supervision", "to_supervision"), ("pandas", "to_pandas")])
+def test_a_missing_library_is_named_with_its_pip_line(monkeypatch, library, method):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=f"pip install {library}"):
+        getattr(make(), method)()
+
+
+def test_supervision_gets_float_boxes_and_names(monkeypatch):
+    stand_in = ModuleType("supervision")
+    stand_in.Detections = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    found = make(4)
+    given_ = found.to_supervision()
+    assert given_.xyxy.dtype == np.float32
+    assert np.array_equal(given_.xyxy, found.boxes)
+    assert given_.xyxy is not found.boxes
+    assert given_.data["class_name"].tolist() == list(found.names)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_the_real_supervision_reads_both_forms_alike(count):
+    supervision = pytest.importorskip("supervision", reason="supervision is not installed")
+    found = make(count)
+    ours = found.to_supervision()
+    theirs = supervision.Detections.from_ultralytics(found.as_ultralytics())
+    assert np.array_equal(ours.xyxy, theirs.xyxy)
+    assert np.array_equal(ours.confidence, theirs.confidence)
+    assert np.array_equal(ours.class_id, theirs.class_id)
+    assert ours.data["class_name"].tolist() == theirs.data["class_name"].tolist()
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_the_real_pandas_gives_the_hub_columns(count):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    table = make(count).to_pandas()
+    assert list(table.columns) == ["xmin", "ymin", "xmax", "ymax", "confidence", "class", "name"]
+    assert len(table) == count

@@ -1,0 +1,115 @@
+"""Drawing never fails, never touches its input, and labels can be read."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolov7_deploy.draw import _hidden, _label_size, _place_label, class_colour, draw_boxes, fit_pen, text_colour
+from yolov7_deploy.image import read_image
+
+READABLE_CONTRAST = 4.5  # WCAG 2, level AA
+APART_OF_20, APART_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: told apart beside each other, and at all
+
+
+def luminance(colour):
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.0722 * linear[0] + 0.7152 * linear[1] + 0.2126 * linear[2]
+
+
+@pytest.mark.parametrize("classes,apart", [(20, APART_OF_20), (80, APART_OF_80)])
+def test_colours_of_classes_are_apart(classes, apart):
+    colours = np.array([class_colour(i) for i in range(classes)], dtype=float)
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > apart
+
+
+@given(st.integers(0, 10_000))
+def test_label_text_contrasts_with_its_background(class_id):
+    background = class_colour(class_id)
+    light, dark = sorted((luminance(background), luminance(text_colour(background))), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= READABLE_CONTRAST
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hw=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    boxes=st.lists(st.tuples(*[st.floats(-50, 400, width=32)] * 4), max_size=6),
+    label=st.text(max_size=20),
+)
+def test_any_box_on_any_picture_can_be_drawn(hw, boxes, label):
+    picture = np.full((*hw, 3), 7, dtype=np.uint8)
+    array = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    drawn = draw_boxes(picture, array, labels=[label] * len(boxes), class_ids=list(range(len(boxes))))
+    assert drawn.shape == picture.shape
+    assert drawn.dtype == np.uint8
+    assert (picture == 7).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_boxes_that_are_not_numbers_do_not_stop_the_drawing(value):
+    boxes = np.array([[value, 0, 10, 10]], dtype=np.float32)
+    draw_boxes(np.zeros((50, 50, 3), dtype=np.uint8), boxes, labels=["x"], class_ids=[0])
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (40, 60, 1), (40, 60, 4)])
+def test_grey_and_transparent_pictures_are_drawn_in_colour(shape):
+    boxes = np.array([[5, 5, 30, 30]], dtype=np.float32)
+    assert draw_boxes(np.zeros(shape, dtype=np.uint8), boxes, labels=["x"], class_ids=[0]).shape == (40, 60, 3)
+
+
+@given(
+    hw=st.tuples(st.integers(20, 800), st.integers(20, 800)),
+    corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    far=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_labels_stay_inside_the_picture(hw, corner, far):
+    xs, ys = sorted((corner[0], far[0])), sorted((corner[1], far[1]))
+    rect = tuple(int(v) for v in (xs[0] * (hw[1] - 1), ys[0] * (hw[0] - 1), xs[1] * (hw[1] - 1), ys[1] * (hw[0] - 1)))
+    pen = fit_pen(hw)
+    width, height, _ = _label_size("person 0.87", pen)
+    spot = _place_label("person 0.87", rect, taken=[], hw=hw, pen=pen)
+    if width > hw[1] or height > hw[0]:
+        assert spot is None
+    else:
+        assert spot is not None
+        assert 0 <= spot[0] < spot[2] <= hw[1]
+        assert 0 <= spot[1] < spot[3] <= hw[0]
+
+
+def test_the_label_of_a_box_inside_another_with_the_same_corner_moves_away():
+    hw, pen = (480, 640), fit_pen((480, 640))
+    first = _place_label("person 0.9", (100, 100, 500, 400), taken=[], hw=hw, pen=pen)
+    second = _place_label("tie 0.8", (100, 100, 300, 300), taken=[first], hw=hw, pen=pen)
+    assert _hidden(second, np.array([first])) == 0
+
+
+def test_lines_and_text_grow_with_the_picture():
+    small, large = fit_pen((240, 320)), fit_pen((2160, 3840))
+    assert small.line < large.line
+    assert small.text_scale < large.text_scale
+    assert small.line >= 1
+
+
+def test_the_same_input_gives_the_same_bytes():
+    boxes = np.array([[5, 5, 90, 80], [20, 30, 60, 70]], dtype=np.float32)
+    pictures = [draw_boxes(np.zeros((100, 100, 3), np.uint8), boxes, labels=["a", "b"], class_ids=[3, 4]) for _ in "12"]
+    assert np.array_equal(*pictures)
+
+
+def test_the_better_of_two_equal_boxes_lies_on_top():
+    boxes = np.array([[10, 10, 90, 90]] * 2, dtype=np.float32)
+    drawn = draw_boxes(np.zeros((100, 100, 3), np.uint8), boxes, labels=["", ""], class_ids=[1, 2])
+    assert tuple(drawn[50, 10].tolist()) == class_colour(1)
+
+
+def test_a_written_picture_replaces_the_old_one_without_leaving_a_temporary_file(tmp_path):
+    from yolov7_deploy.draw import write_picture
+
+    for value in (10, 200):
+        write_picture(tmp_path / "a.PNG", np.full((5, 5, 3), value, dtype=np.uint8))
+    assert (read_image(tmp_path / "a.PNG") == 200).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]

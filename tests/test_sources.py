@@ -1,0 +1,347 @@
+"""Every kind of source gives frames in order, and every empty or broken one says what is wrong."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from yolov7_deploy.draw import write_picture
+from yolov7_deploy.errors import ImageError, SourceError, UsageError
+from yolov7_deploy.sources import open_source
+from yolov7_deploy.video import VideoFile, VideoWriter, hide_password
+
+VIDEO_HW = (48, 64)
+VIDEO_FPS = 10.0
+CODEC_ERROR = 12  # grey levels that lossy video may be off in a flat frame
+
+
+def picture(value: int = 50) -> np.ndarray:
+    return np.full((20, 30, 3), value, dtype=np.uint8)
+
+
+def make_video(path: Path, frames: int = 6) -> Path:
+    writer = VideoWriter(path, fps=VIDEO_FPS, hw=VIDEO_HW)
+    for number in range(frames):
+        writer.write(np.full((*VIDEO_HW, 3), number * 30, dtype=np.uint8))
+    return writer.finish()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number, name in enumerate(["b.png", "a.png", "C.PNG"]):
+        write_picture(tmp_path / name, picture(10 * number))
+    write_picture(tmp_path / "deep" / "er" / "d.png", picture(99))
+    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "._a.png").write_bytes(b"macOS resource fork")
+    return tmp_path
+
+
+def names(source) -> list[str]:
+    return [Path(frame.path).name for frame in source]
+
+
+def test_a_folder_gives_its_own_pictures_sorted(folder):
+    source = open_source(folder)
+    assert names(source) == ["C.PNG", "a.png", "b.png"]
+    assert source.total == 3
+    assert not source.is_live
+    assert [frame.index for frame in source] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("pattern,count", [("*.png", 2), ("**/*.png", 3), ("**", 4), ("[ab].png", 2), ("**/*", 4)])
+def test_patterns_find_pictures(folder, pattern, count):
+    assert len(names(open_source(f"{folder}/{pattern}"))) == count
+
+
+def test_patterns_are_relative_to_the_working_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert names(open_source("*.png")) == ["a.png", "b.png"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+    write_picture(tmp_path / "a[1].png", picture())
+    assert names(open_source(tmp_path / "a[1].png")) == ["a[1].png"]
+
+
+def test_an_empty_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(SourceError, match=r"no picture and no video") as caught:
+        open_source(tmp_path)
+    assert ".jpg" in caught.value.fix
+
+
+def test_a_folder_with_pictures_only_below_says_so(folder):
+    with pytest.raises(SourceError) as caught:
+        open_source(folder / "deep")
+    assert "**" in caught.value.fix
+
+
+@pytest.mark.parametrize("pattern", ["*.tif", "absent/*.png", "*.md"])
+def test_a_pattern_without_match_says_where_it_looked(folder, pattern):
+    with pytest.raises(SourceError, match="found nothing to read") as caught:
+        open_source(f"{folder}/{pattern}")
+    assert str(folder) in caught.value.message
+
+
+@pytest.mark.parametrize("path", ["absent.jpg", "absent", "nowhere/absent.mp4"])
+def test_an_absent_file_is_named(path):
+    with pytest.raises(SourceError, match="does not exist"):
+        open_source(path)
+
+
+def test_a_file_that_is_no_media_is_refused(folder):
+    with pytest.raises(SourceError, match="neither a picture nor a video"):
+        open_source(folder / "notes.md")
+
+
+def test_a_picture_is_known_by_its_content_where_the_suffix_is_unknown(tmp_path):
+    write_picture(tmp_path / "a.jpg", picture())
+    (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
+    assert next(iter(open_source(tmp_path / "a.jfif"))).image.shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((20, 30), np.uint8),
+        np.zeros((20, 30, 4), np.uint8),
+        np.zeros((20, 30), np.uint16),
+        np.zeros((20, 30, 3), np.uint8)[::-1, ::2],
+    ],
+)
+def test_arrays_become_bgr(array):
+    frames = list(open_source(array))
+    assert len(frames) == 1
+    assert frames[0].image.dtype == np.uint8
+    assert frames[0].image.shape == (*array.shape[:2], 3)
+    assert frames[0].path == ""
+
+
+def test_several_arrays_are_several_frames():
+    assert open_source([picture(), picture()]).total == 2
+    assert len(list(open_source(np.zeros((4, 20, 30, 3), np.uint8)))) == 4
+
+
+def test_a_float_array_is_refused():
+    with pytest.raises(ImageError, match="float"):
+        list(open_source(np.zeros((20, 30, 3))))
+
+
+@pytest.mark.parametrize("source", [None, 1.5, {"a": 1}, True])
+def test_things_that_are_no_source_are_refused(source):
+    with pytest.raises(UsageError, match="cannot be of type"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("source", [[], "gopher://x/y.jpg"])
+def test_nothing_and_unknown_schemes_are_refused(source):
+    with pytest.raises(SourceError):
+        open_source(source)
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey16", "bgra", "colour16"])
+def test_all_depths_of_png_are_read_as_bgr(tmp_path, kind):
+    shape = {"grey": (9, 9), "grey16": (9, 9), "bgra": (9, 9, 4), "colour16": (9, 9, 3)}[kind]
+    value, depth = (128 * 257, np.uint16) if kind.endswith("16") else (128, np.uint8)
+    cv2.imwrite(str(tmp_path / "x.png"), np.full(shape, value, dtype=depth))
+    image = next(iter(open_source(tmp_path / "x.png"))).image
+    assert image.shape == (9, 9, 3)
+    assert image.dtype == np.uint8
+    assert (image == 128).all()
+
+
+def spoil(folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"")
+    (folder / "b.png").write_bytes(b"this is not a picture")
+
+
+def test_an_unreadable_picture_stops_by_default(folder):
+    spoil(folder)
+    with pytest.raises(ImageError, match="0 bytes"):
+        list(open_source(folder))
+
+
+def test_unreadable_pictures_are_skipped_and_listed_on_request(folder):
+    spoil(folder)
+    source = open_source(folder, on_error="skip")
+    frames = list(source)
+    assert [Path(frame.path).name for frame in frames] == ["C.PNG"]
+    assert [Path(item.path).name for item in source.skipped] == ["a.png", "b.png"]
+    assert "0 bytes" in source.skipped[0].reason
+    list(source)
+    assert len(source.skipped) == 2, "a second pass starts a new list"
+
+
+def test_skipping_everything_is_an_error(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(SourceError, match="0 bytes"):
+        list(open_source(tmp_path, on_error="skip"))
+
+
+def test_a_cut_off_picture_is_an_error_or_a_picture_but_never_a_crash(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for suffix in (".jpg", ".png", ".bmp", ".webp", ".tif"):
+        path = tmp_path / f"x{suffix}"
+        write_picture(path, noise)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        try:
+            assert next(iter(open_source(path))).image.shape == (64, 64, 3)
+        except ImageError as error:
+            assert path.name in error.message
+
+
+def test_a_list_names_files_beside_it_or_in_the_working_folder(folder, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_picture(elsewhere / "here.png", picture())
+    monkeypatch.chdir(elsewhere)
+    (folder / "list.txt").write_text("\ufeff# comment\n\n./a.png\nhere.png\ndeep/er\n" + f"{folder}/b.png\r\n", "utf-8")
+    assert names(open_source(folder / "list.txt")) == ["a.png", "here.png", "d.png", "b.png"]
+
+
+def test_a_list_with_a_missing_file_names_its_line(folder):
+    (folder / "list.txt").write_text("a.png\nmissing.png\n")
+    with pytest.raises(SourceError, match=r"line 2: missing\.png does not exist"):
+        open_source(folder / "list.txt")
+    source = open_source(folder / "list.txt", on_error="skip")
+    assert names(source) == ["a.png"]
+    assert [item.path for item in source.skipped] == ["missing.png"]
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\x00broken\xff"])
+def test_an_empty_or_binary_list_is_refused(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(SourceError):
+        open_source(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("suffix,codec", [(".mp4", "mp4v"), (".avi", "MJPG")])
+def test_a_video_gives_every_frame_with_its_time(tmp_path, suffix, codec):
+    path = tmp_path / f"clip{suffix}"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), VIDEO_FPS, VIDEO_HW[::-1])
+    if not writer.isOpened():
+        pytest.skip(f"this OpenCV has no {codec} encoder")
+    for number in range(6):
+        writer.write(np.full((*VIDEO_HW, 3), number * 30, dtype=np.uint8))
+    writer.release()
+    source = open_source(path)
+    frames = list(source)
+    assert source.total == 6
+    assert [frame.number for frame in frames] == list(range(6))
+    assert [round(frame.timestamp_s, 3) for frame in frames] == [round(n / VIDEO_FPS, 3) for n in range(6)]
+    assert all(abs(float(frame.image.mean()) - frame.number * 30) < CODEC_ERROR for frame in frames)
+    assert not frames[0].is_live
+    with VideoFile(str(path)) as video:
+        assert (video.info.fps, video.info.frames, video.info.hw) == (VIDEO_FPS, 6, VIDEO_HW)
+
+
+def test_pictures_and_videos_of_a_folder_count_on(tmp_path):
+    make_video(tmp_path / "b.mp4", frames=3)
+    write_picture(tmp_path / "a.png", picture())
+    write_picture(tmp_path / "c.png", picture())
+    source = open_source(tmp_path)
+    assert [frame.index for frame in source] == [0, 1, 2, 3, 4]
+    assert [frame.number for frame in source] == [None, 0, 1, 2, None]
+    assert source.total == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all" * 100])
+def test_a_broken_video_is_an_error_that_can_be_skipped(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    write_picture(tmp_path / "b.png", picture())
+    with pytest.raises(SourceError, match=r"a\.mp4 is not a video"):
+        list(open_source(tmp_path))
+    source = open_source(tmp_path, on_error="skip")
+    assert names(source) == ["b.png"]
+    assert source.total is None
+    assert len(source.skipped) == 1
+
+
+def test_a_video_cut_in_the_middle_gives_what_there_is_and_warns(tmp_path, caplog):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), VIDEO_FPS, VIDEO_HW[::-1])
+    noise = np.random.default_rng(0).integers(0, 255, (20, *VIDEO_HW, 3), dtype=np.uint8)
+    for image in noise:
+        writer.write(image)
+    writer.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    count = len(list(open_source(path)))
+    assert 0 < count < 20
+    assert any("announces" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "address,shown",
+    [
+        ("rtsp://user:pass@cam:554/live", "rtsp://user:***@cam:554/live"),
+        ("rtsp://user:p@ss@cam/live", "rtsp://user:***@cam/live"),
+        ("http://cam/a@b.jpg", "http://cam/a@b.jpg"),
+        ("clip.mp4", "clip.mp4"),
+    ],
+)
+def test_passwords_are_not_shown(address, shown):
+    assert hide_password(address) == shown
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A camera server: /shot.jpg is a picture, /live an endless motion JPEG."""
+
+    def do_GET(self):
+        data = cv2.imencode(".jpg", np.full((*VIDEO_HW, 3), 77, dtype=np.uint8))[1].tobytes()
+        if self.path.startswith("/shot.jpg"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+        elif self.path == "/live":
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            try:
+                for _ in range(400):
+                    self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data))
+                    self.wfile.write(data + b"\r\n")
+                    time.sleep(0.01)
+            except OSError:
+                pass  # the reader has what it wanted
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_picture_behind_an_address_is_downloaded(server):
+    frames = list(open_source(f"{server}/shot.jpg?size=full"))
+    assert frames[0].image.shape == (*VIDEO_HW, 3)
+    assert frames[0].number is None
+
+
+def test_an_address_without_picture_is_an_error(server):
+    with pytest.raises(ImageError, match="404"):
+        list(open_source(f"{server}/absent.jpg"))
+
+
+def test_a_real_motion_jpeg_stream_is_read_live(server):
+    if "FFMPEG:                      YES" not in cv2.getBuildInformation():
+        pytest.skip("this OpenCV was built without FFmpeg")
+    with open_source(f"{server}/live") as source:
+        for frame in source:
+            assert frame.is_live
+            assert abs(float(frame.image.mean()) - 77) < CODEC_ERROR
+            if frame.index == 3:
+                break

@@ -1,0 +1,54 @@
+"""Builds the command `y7` and turns our errors into a message and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from yolov7_deploy.cli.detect import detect
+from yolov7_deploy.cli.doctor import doctor
+from yolov7_deploy.cli.export import export
+from yolov7_deploy.cli.info import info
+from yolov7_deploy.cli.val import val
+from yolov7_deploy.cli.verify import verify
+from yolov7_deploy.errors import Y7Error
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="y7",
+    help="From an official YOLOv7 checkpoint to the fastest verified detector on your machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
+    (export, ()),
+    (detect, ("predict",)),
+    (val, ("test",)),
+    (verify, ()),
+    (info, ()),
+    (doctor, ()),
+)
+
+for _command, _aliases in COMMANDS:
+    app.command()(_command)
+    for _alias in _aliases:
+        app.command(_alias, hidden=True)(_command)
+
+
+def main() -> None:
+    """The console command: runs `app`, prints our errors without a traceback."""
+    try:
+        app()
+    except Y7Error as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - this is the porch
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED)

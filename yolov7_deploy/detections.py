@@ -1,0 +1,339 @@
+"""Detections: what leaves the house. Boxes, scores and class ids of one picture; filter, draw, save, convert.
+
+Libraries that only a conversion needs (supervision, pandas) are looked for when that conversion is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from yolov7_deploy.draw import draw_boxes, write_picture
+from yolov7_deploy.errors import MissingLibraryError, UsageError
+from yolov7_deploy.image import FloatArray, Image
+
+IntArray = npt.NDArray[np.int64]
+Index = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.bool_] | npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """Milliseconds one picture took; for a batch, the batch's time divided by its pictures."""
+
+    preprocess_ms: float = 0.0
+    inference_ms: float = 0.0
+    postprocess_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        """All three together."""
+        return self.preprocess_ms + self.inference_ms + self.postprocess_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detection:
+    """One object: `box` is (x1, y1, x2, y2) in source pixels."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    class_id: int
+    class_name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Detections:
+    """The objects found in one picture, best score first; never `None`, and empty where nothing was found.
+
+    Attributes:
+        boxes: float32 [N, 4] xyxy in source pixels, clipped to the picture.
+        scores: float32 [N].
+        class_ids: int64 [N].
+        class_names: All names of the model, indexed by class id.
+        image_hw: Height and width of the source picture.
+        path: Where the picture came from, empty for arrays.
+        speed: Where the time went.
+
+    Raises:
+        UsageError: The arrays disagree in length or shape, or a class id has no name.
+    """
+
+    boxes: FloatArray
+    scores: FloatArray
+    class_ids: IntArray
+    class_names: tuple[str, ...]
+    image_hw: tuple[int, int]
+    path: str = ""
+    speed: Speed = Speed()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("boxes", np.float32), ("scores", np.float32), ("class_ids", np.int64)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=kind))
+        count = len(self.scores) if self.scores.ndim == 1 else -1
+        if self.boxes.shape != (count, 4) or self.class_ids.shape != (count,):
+            raise UsageError(
+                f"boxes {self.boxes.shape}, scores {self.scores.shape} and class_ids {self.class_ids.shape} "
+                "do not describe the same detections.",
+                fix="Pass boxes [N, 4], scores [N] and class_ids [N].",
+            )
+        if count and not 0 <= self.class_ids.min() <= self.class_ids.max() < len(self.class_names):
+            raise UsageError(
+                f"Class ids go from {self.class_ids.min()} to {self.class_ids.max()}, "
+                f"but there are {len(self.class_names)} class names.",
+                fix="Pass one name per class in class_names.",
+            )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        for (x1, y1, x2, y2), score, class_id in zip(
+            self.boxes.tolist(), self.scores.tolist(), self.class_ids.tolist(), strict=True
+        ):
+            yield Detection(box=(x1, y1, x2, y2), score=score, class_id=class_id, class_name=self.class_names[class_id])
+
+    def __getitem__(self, index: Index) -> Detections:
+        """Always new Detections, also for one number; a mask must have one entry per detection."""
+        if not isinstance(index, slice):
+            picked = np.atleast_1d(np.asarray(index))
+            index = picked if picked.size else picked.astype(np.int64)
+        return replace(self, boxes=self.boxes[index], scores=self.scores[index], class_ids=self.class_ids[index])
+
+    def filter(
+        self, *, conf: float | None = None, classes: int | str | Iterable[int | str] | None = None
+    ) -> Detections:
+        """Those that score above `conf` (strictly) and are of one of `classes` (ids or names).
+
+        Raises:
+            UsageError: A class that the model does not have.
+        """
+        keep = np.ones(len(self), dtype=np.bool_)
+        if conf is not None:
+            keep &= self.scores > conf
+        if classes is not None:
+            keep &= np.isin(self.class_ids, find_classes(classes, self.class_names))
+        return self[keep]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class name of each detection."""
+        return tuple(self.class_names[i] for i in self.class_ids.tolist())
+
+    def describe(self) -> str:
+        """How many of what, in class order: `2 persons, 1 dog`."""
+        ids, counts = np.unique(self.class_ids, return_counts=True)
+        parts = [f"{n} {self.class_names[i]}{'s' if n > 1 else ''}" for i, n in zip(ids, counts, strict=True)]
+        return ", ".join(parts) or "nothing found"
+
+    def plot(self, image_bgr: Image) -> Image:
+        """A copy of the picture [H, W, 3] with boxes and labels on it.
+
+        Raises:
+            UsageError: The picture is not of the size these boxes belong to.
+        """
+        if image_bgr.shape[:2] != self.image_hw:
+            raise UsageError(
+                f"The picture is {image_bgr.shape[1]}x{image_bgr.shape[0]}, the boxes belong to one of "
+                f"{self.image_hw[1]}x{self.image_hw[0]}.",
+                fix="Pass the picture that was detected on, before any resizing.",
+            )
+        labels = [f"{item.class_name} {item.score:.2f}" for item in self]
+        return draw_boxes(image_bgr, self.boxes, labels=labels, class_ids=self.class_ids.tolist())
+
+    def save(self, path: str | Path, image_bgr: Image) -> None:
+        """Writes the drawn picture; the suffix chooses the format.
+
+        Raises:
+            ImageError: The format is unknown or the file cannot be written.
+            UsageError: See `plot`.
+        """
+        write_picture(path, self.plot(image_bgr))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: every number reads back to the same float32. Timings are left out, they never repeat."""
+        return {
+            "path": self.path,
+            "image_hw": list(self.image_hw),
+            "detections": [
+                {"box": _short(box), "score": _short([score])[0], "class_id": class_id, "class_name": name}
+                for box, score, class_id, name in zip(
+                    self.boxes, self.scores, self.class_ids.tolist(), self.names, strict=True
+                )
+            ],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as one line of JSON with sorted keys: same detections, same bytes."""
+        return json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
+
+    def to_coco(self, image_id: int, *, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """COCO results: xywh rounded to 3 decimals and scores to 5, as the official test program writes them.
+
+        Args:
+            image_id: The picture's id in the annotation file.
+            category_ids: The dataset's category id of each class id; `None` where they are the same.
+        """
+        corner, size = self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]
+        return [
+            {
+                "image_id": image_id,
+                "category_id": class_id if category_ids is None else category_ids[class_id],
+                "bbox": [round(value, 3) for value in box],
+                "score": round(score, 5),
+            }
+            for box, score, class_id in zip(
+                np.hstack([corner, size]).tolist(), self.scores.tolist(), self.class_ids.tolist(), strict=True
+            )
+        ]
+
+    def to_yolo(self, *, save_conf: bool = False) -> str:
+        """YOLO label text: a line `class cx cy w h [score]` each, coordinates as fractions of width and height."""
+        height, width = self.image_hw
+        centre, size = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2, self.boxes[:, 2:] - self.boxes[:, :2]
+        rows = np.hstack([centre, size]) / np.array([width, height, width, height], dtype=np.float32)
+        rows = np.hstack([rows, self.scores[:, None]]) if save_conf else rows
+        return "".join(
+            f"{class_id} {' '.join(f'{value:g}' for value in row)}\n"
+            for class_id, row in zip(self.class_ids.tolist(), rows.tolist(), strict=True)
+        )
+
+    def to_supervision(self) -> Any:  # noqa: ANN401 (an optional library's type)
+        """A `supervision.Detections` with float boxes, class ids and `data['class_name']`.
+
+        Raises:
+            MissingLibraryError: supervision is not installed.
+        """
+        supervision = _library("supervision", needed_for="to_supervision()")
+        return supervision.Detections(
+            xyxy=self.boxes.copy(),
+            confidence=self.scores.copy(),
+            class_id=self.class_ids.astype(int),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def to_pandas(self) -> Any:  # noqa: ANN401 (an optional library's type)
+        """A `pandas.DataFrame` with the columns that YOLOv5 and v7 hub users know.
+
+        Raises:
+            MissingLibraryError: pandas is not installed.
+        """
+        frame = _library("pandas", needed_for="to_pandas()").DataFrame(
+            self.boxes, columns=["xmin", "ymin", "xmax", "ymax"]
+        )
+        return frame.assign(**{"confidence": self.scores, "class": self.class_ids, "name": list(self.names)})
+
+    def as_ultralytics(self) -> UltralyticsView:
+        """These detections under the attribute names of an ultralytics result, for libraries that read one.
+
+        `supervision.Detections.from_ultralytics(detections.as_ultralytics())` works, and so do trackers written
+        for `result.boxes.xyxy.cpu().numpy()`.
+        """
+        x1, y1, x2, y2 = self.boxes.T
+        xywh = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1)
+        boxes = UltralyticsBoxes(
+            xyxy=self.boxes.view(HostTensor),
+            xywh=xywh.view(HostTensor),
+            conf=self.scores.view(HostTensor),
+            cls=self.class_ids.view(HostTensor),
+        )
+        return UltralyticsView(
+            boxes=boxes, names=dict(enumerate(self.class_names)), path=self.path, orig_shape=self.image_hw
+        )
+
+
+class HostTensor(np.ndarray[Any, np.dtype[Any]]):
+    """An array that also answers `.cpu()` and `.numpy()`, as code written for torch tensors asks."""
+
+    def cpu(self) -> HostTensor:
+        """Itself: it already is in host memory."""
+        return self
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The plain array, without a copy."""
+        return self.view(np.ndarray)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class UltralyticsBoxes:
+    """`xyxy` and `xywh` [N, 4], `conf` [N], `cls` [N]; `id` is for trackers and always `None`."""
+
+    xyxy: HostTensor
+    xywh: HostTensor
+    conf: HostTensor
+    cls: HostTensor
+    id: None = None
+
+    def __len__(self) -> int:
+        return len(self.conf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class UltralyticsView:
+    """What `Detections.as_ultralytics` gives: the parts of an ultralytics result that describe boxes."""
+
+    boxes: UltralyticsBoxes
+    names: dict[int, str]
+    path: str
+    orig_shape: tuple[int, int]
+    masks: None = None
+    obb: None = None
+    keypoints: None = None
+    probs: None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+def find_classes(classes: int | str | Iterable[int | str], class_names: Sequence[str]) -> tuple[int, ...]:
+    """The sorted class ids that a mix of ids and names means; a name that several classes carry means all of them.
+
+    Raises:
+        UsageError: An id or a name that the model does not have.
+    """
+    wanted = [classes] if isinstance(classes, int | str) else list(classes)
+    found: set[int] = set()
+    for item in wanted:
+        matches = _matches(item, class_names)
+        if not matches:
+            raise _unknown_class(item, class_names)
+        found.update(matches)
+    return tuple(sorted(found))
+
+
+def _matches(item: int | str, class_names: Sequence[str]) -> list[int]:
+    if isinstance(item, str):
+        return [i for i, name in enumerate(class_names) if name.casefold() == item.strip().casefold()]
+    return [int(item)] if 0 <= item < len(class_names) else []
+
+
+def _unknown_class(item: int | str, class_names: Sequence[str]) -> UsageError:
+    if not isinstance(item, str):
+        last = len(class_names) - 1
+        return UsageError(f"The model has no class {item}.", fix=f"Class ids go from 0 to {last}.")
+    near = difflib.get_close_matches(item.casefold(), [name.casefold() for name in class_names], n=3, cutoff=0.5)
+    if near:
+        return UsageError(f"The model has no class {item!r}.", fix=f"Did you mean: {', '.join(near)}")
+    some = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+    return UsageError(f"The model has no class {item!r}.", fix=f"Its {len(class_names)} classes: {some}")
+
+
+def _short(values: Iterable[Any]) -> list[float]:
+    """float32 values as the shortest decimals that read back to them (244.943, not 244.94300842285156)."""
+    return [float(str(np.float32(value))) for value in values]
+
+
+def _library(name: str, *, needed_for: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise MissingLibraryError(f"{name} is needed for {needed_for}.", fix=f"pip install {name}") from error
