@@ -18,7 +18,7 @@ from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import read_image
 from yolov7_deploy.sources import open_source
-from yolov7_deploy.video import VideoFile, VideoWriter
+from yolov7_deploy.sources.video import VideoFile, VideoWriter
 from yolov7_deploy.window import Window
 
 NAMES = ("person", "dog")

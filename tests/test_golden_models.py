@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from deterministic import fill_model, picture
+
 from yolov7_deploy.fuse import fuse
 from yolov7_deploy.model.yolov7 import new_model
 

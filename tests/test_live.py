@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from yolov7_deploy.errors import SourceError
-from yolov7_deploy.live import LiveReader
 from yolov7_deploy.sources import open_source
+from yolov7_deploy.sources.live import LiveReader
 
 WAIT_S = 10  # generous: threads of a loaded machine
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch_archives import PROTO, counts, storage, tensor, text, write_archive
 
+from yolov7_deploy.checkpoint.pickle_values import TensorEntry
+from yolov7_deploy.checkpoint.torch_file import TorchFile
 from yolov7_deploy.errors import CheckpointError, LoadError
-from yolov7_deploy.pickle_values import TensorEntry
-from yolov7_deploy.torch_file import TorchFile
 
 BASE = torch.arange(60).reshape(3, 4, 5)
 

@@ -1,0 +1,85 @@
+"""From an official YOLOv7 checkpoint to the fastest verified detector on your machine.
+
+Seven stations, each a pure step between two named types:
+
+     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ Engine ─▶ Detector ─▶ Detections
+        load_checkpoint  build_model     fuse        export_onnx
+
+Names are imported when first touched, so `import yolov7_deploy` needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from yolov7_deploy.detections import Detections
+    from yolov7_deploy.detector import Detector
+    from yolov7_deploy.errors import Y7Error
+    from yolov7_deploy.export.onnx_model import OnnxModel
+    from yolov7_deploy.export.to_onnx import export_onnx
+    from yolov7_deploy.fuse import fuse
+    from yolov7_deploy.info import ModelInfo
+    from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
+    from yolov7_deploy.options import ExportOptions, Thresholds
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Detections": "detections",
+    "Detector": "detector",
+    "ExportOptions": "options",
+    "ModelInfo": "info",
+    "OnnxModel": "export.onnx_model",
+    "Thresholds": "options",
+    "Y7Error": "errors",
+    "Yolov7": "model.yolov7",
+    "build_model": "model.yolov7",
+    "export_onnx": "export.to_onnx",
+    "fuse": "fuse",
+    "load_checkpoint": "checkpoint",
+    "new_model": "model.yolov7",
+    "save_checkpoint": "checkpoint",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Detections",
+    "Detector",
+    "ExportOptions",
+    "ModelInfo",
+    "OnnxModel",
+    "Thresholds",
+    "Y7Error",
+    "Yolov7",
+    "__version__",
+    "build_model",
+    "export_onnx",
+    "fuse",
+    "load_checkpoint",
+    "new_model",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the names above
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__name__):
+            raise
+        from yolov7_deploy.errors import MissingLibraryError
+
+        raise MissingLibraryError(
+            f"{error.name} is needed for {name}.", fix="pip install 'yolov7-deploy[export]'"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,7 +18,7 @@ from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image
 from yolov7_deploy.sources import VIDEO_SUFFIXES, Frame, Skipped, Source
-from yolov7_deploy.video import VideoWriter
+from yolov7_deploy.sources.video import VideoWriter
 from yolov7_deploy.window import Window
 
 LABELS = "labels"

@@ -21,7 +21,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.sources import Frame, open_source
+from yolov7_deploy.sources import Frame, SourceLike, open_source
 from yolov7_deploy.weights import find_weights
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,11 @@ class Detector:
     ) -> list[Detections]:
         """The objects in several pictures of any sizes, in their order; an empty list gives an empty list."""
         thresholds = self._changed(
-            self.thresholds, conf=conf, iou=iou, classes=tuple(classes) if classes is not None else None, max_det=max_det
+            self.thresholds,
+            conf=conf,
+            iou=iou,
+            classes=tuple(classes) if classes is not None else None,
+            max_det=max_det,
         )
         size = self.info.batch or LARGEST_BATCH
         results: list[Detections] = []
@@ -135,7 +139,7 @@ class Detector:
 
     def stream(
         self,
-        source: object,
+        source: SourceLike,
         *,
         conf: float | None = None,
         iou: float | None = None,

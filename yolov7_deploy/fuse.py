@@ -95,8 +95,7 @@ def fold_implicit(head: Detect, level: int) -> Kernel:
     weight, bias = conv.weight.double(), conv.bias.double()
     if not isinstance(head, ImplicitDetect):
         return weight, bias
-    added = head.ia[level].implicit.double().flatten()  # type: ignore[union-attr, operator]
-    factor = head.im[level].implicit.double().flatten()  # type: ignore[union-attr, operator]
+    added, factor = (vectors[level].double().flatten() for vectors in head.knowledge())
     return weight * factor.view(-1, 1, 1, 1), factor * (bias + weight.flatten(1) @ added)
 
 

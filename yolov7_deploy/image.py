@@ -81,8 +81,8 @@ class Letterbox:
         resized_hw: Height and width it is scaled to.
         canvas_hw: Height and width of the network input.
         top, left: Pixels of grey above and to the left.
-        gain_xy: Canvas pixels per source pixel, used to take boxes back.
-        offset_xy: Canvas position of the picture's corner, used to take boxes back.
+        gain: Canvas pixels per source pixel, to take boxes back.
+        offset_xy: Canvas position of the picture's corner, to take boxes back; unrounded, as the official one.
         shrink_by_area: Scale with pixel-area averaging (the official evaluation loader) instead of bilinear.
     """
 
@@ -91,7 +91,7 @@ class Letterbox:
     canvas_hw: tuple[int, int]
     top: int
     left: int
-    gain_xy: tuple[float, float]
+    gain: float
     offset_xy: tuple[float, float]
     shrink_by_area: bool = False
 
@@ -107,33 +107,24 @@ class Letterbox:
 
     def undo(self, boxes_xyxy: FloatArray) -> FloatArray:
         """Boxes [N, 4] from canvas pixels to source pixels, clipped to the picture; a new array."""
-        gain = np.array(self.gain_xy * 2, dtype=np.float32)
         offset = np.array(self.offset_xy * 2, dtype=np.float32)
         height, width = self.source_hw
-        boxes = (boxes_xyxy - offset) / gain
-        return np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+        boxes = (boxes_xyxy - offset) / np.float32(self.gain)
+        limit = np.array([width, height, width, height], dtype=np.float32)
+        clipped: FloatArray = np.clip(boxes, 0, limit, dtype=np.float32)
+        return clipped
 
 
 def fit_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Letterbox:
     """The official inference letterbox: scale to fit (also up), centre, grey 114.
 
-    Rounding as the official one: sides by round(side * r), the odd pixel of padding goes below and to the right.
-    The way back inverts exactly what was done: per-axis scale and whole-pixel offset.
+    Sides are round(side * r), the odd pixel of padding goes below and to the right. Boxes come back by r and the
+    unrounded half padding, as official boxes do.
     """
     height, width = source_hw
     ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)
     resized_hw = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    half_h, half_w = (canvas_hw[0] - resized_hw[0]) / 2, (canvas_hw[1] - resized_hw[1]) / 2
-    top, left = round(half_h - 0.1), round(half_w - 0.1)
-    return Letterbox(
-        source_hw=source_hw,
-        resized_hw=resized_hw,
-        canvas_hw=canvas_hw,
-        top=top,
-        left=left,
-        gain_xy=(resized_hw[1] / width, resized_hw[0] / height),
-        offset_xy=(float(left), float(top)),
-    )
+    return _centred(source_hw, resized_hw, canvas_hw, gain=ratio, shrink_by_area=False)
 
 
 def fit_evaluation_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int], *, size: int) -> Letterbox:
@@ -145,17 +136,27 @@ def fit_evaluation_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, i
     height, width = source_hw
     ratio = size / max(height, width)
     resized_hw = source_hw if ratio == 1 else (max(1, int(height * ratio)), max(1, int(width * ratio)))
+    return _centred(source_hw, resized_hw, canvas_hw, gain=resized_hw[0] / height, shrink_by_area=ratio < 1)
+
+
+def _centred(
+    source_hw: tuple[int, int],
+    resized_hw: tuple[int, int],
+    canvas_hw: tuple[int, int],
+    *,
+    gain: float,
+    shrink_by_area: bool,
+) -> Letterbox:
     half_h, half_w = (canvas_hw[0] - resized_hw[0]) / 2, (canvas_hw[1] - resized_hw[1]) / 2
-    gain = resized_hw[0] / height
     return Letterbox(
         source_hw=source_hw,
         resized_hw=resized_hw,
         canvas_hw=canvas_hw,
         top=round(half_h - 0.1),
         left=round(half_w - 0.1),
-        gain_xy=(gain, gain),
+        gain=gain,
         offset_xy=(half_w, half_h),
-        shrink_by_area=ratio < 1,
+        shrink_by_area=shrink_by_area,
     )
 
 

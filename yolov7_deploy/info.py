@@ -103,7 +103,7 @@ class ModelInfo:
         """
         try:
             return cls(**_typed(json.loads(text)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise LoadError(
                 f"The passport inside the file cannot be read ({error}).",
                 fix="Export the model again:  y7 export --weights WEIGHTS.pt",
@@ -121,7 +121,7 @@ def _typed(raw: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 

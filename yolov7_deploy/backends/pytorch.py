@@ -86,7 +86,9 @@ def _torch_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DeviceError(f"torch {torch.__version__} has no device {name!r} here: {reason}", fix="--device cpu") from error
+        raise DeviceError(
+            f"torch {torch.__version__} has no device {name!r} here: {reason}", fix="--device cpu"
+        ) from error
     return device
 
 

@@ -115,12 +115,12 @@ def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
 
 def _plugin_body(heads: Sequence[str], plan: NmsPlan) -> onnx.FunctionProto:
     inputs = [f"{BODY_PREFIX}head_{level}" for level in range(len(heads))]
-    thresholds = [BODY_PREFIX + CONF_INPUT, BODY_PREFIX + IOU_INPUT]
     writer = GraphWriter(prefix=BODY_PREFIX, constants_as_nodes=True)
-    results = detect_from_heads(writer, inputs, *thresholds, plan)
+    conf, iou = (BODY_PREFIX + name for name in (CONF_INPUT, IOU_INPUT))
+    results = detect_from_heads(writer, inputs, conf, iou, plan)
     attributes = [a.name for a in _plugin_node(heads, plan).attribute]
     return helper.make_function(
-        DOMAIN, OP, [*inputs, *thresholds], list(results), writer.nodes, _opsets(plan), attributes
+        DOMAIN, OP, [*inputs, conf, iou], list(results), writer.nodes, _opsets(plan), attributes
     )
 
 

@@ -132,6 +132,7 @@ def decode(writer: GraphWriter, y: str, cell: str, *, axis: int) -> tuple[str, s
 
 
 def corners(writer: GraphWriter, centre: str, size: str, *, axis: int) -> str:
+    """Centres and sizes as xyxy along `axis`."""
     half = writer.node("Mul", size, writer.constant(0.5, "half"))
     return writer.node(
         "Concat", writer.node("Sub", centre, half), writer.node("Add", centre, half), name="corners", axis=axis

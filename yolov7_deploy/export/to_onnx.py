@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxsim
 import torch
@@ -143,6 +144,7 @@ def _model(writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, options: 
 
 def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """Runs onnx-simplifier; the maps keep their names because they are outputs here."""
+    simplified: onnx.ModelProto
     simplified, same = onnxsim.simplify(model)
     if not same:
         raise ExportError("onnx-simplifier changed the network's outputs.", fix="Export with  --no-simplify")
@@ -214,7 +216,7 @@ def _pool(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
 
 def _upsample(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
     factor = float(node.kwargs["scale_factor"])  # type: ignore[arg-type]
-    scales = writer.constant([1.0, 1.0, factor, factor], "scales")
+    scales = writer.constant(np.array([1, 1, factor, factor], dtype=np.float32), "scales")
     return writer.node(
         "Resize",
         names[_args(node)[0]],

@@ -46,7 +46,7 @@ def plan(
 
 
 def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int, batch: int) -> list[Group]:
-    """The official rectangular batches: pictures in the order of their paths, sorted by height / width, `batch` at a time.
+    """The official rectangular batches: pictures in order of path, sorted by height / width, `batch` at a time.
 
     With a = height / width of a group's pictures its canvas is (max a, 1) if all a < 1, (1, 1 / min a) if all a > 1,
     else (1, 1), each side times `size`, plus half a stride, rounded up to whole strides.

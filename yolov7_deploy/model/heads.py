@@ -54,7 +54,8 @@ class Detect(nn.Module):
     def _convolutions(self, c_in: Sequence[int]) -> nn.ModuleList:
         convolutions = nn.ModuleList(nn.Conv2d(c, 3 * self.columns, 1) for c in c_in)
         for convolution, stride in zip(convolutions, self.strides, strict=True):
-            bias = convolution.bias.detach().view(3, -1)  # type: ignore[union-attr, operator]
+            assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+            bias = convolution.bias.detach().view(3, -1)
             bias[:, 4] += math.log(OBJECTS_PER_IMAGE / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / (self.classes - 0.99))
         return convolutions
@@ -69,7 +70,8 @@ class Detect(nn.Module):
 
     def as_raw(self, x: Tensor) -> Tensor:
         """A map [B, 3 * (5 + C), H, W] as [B, 3, H, W, 5 + C]; channel index = anchor * (5 + C) + column."""
-        return x.unflatten(1, (3, self.columns)).permute(0, 1, 3, 4, 2).contiguous()
+        batch, _, height, width = x.shape
+        return x.view(batch, 3, self.columns, height, width).permute(0, 1, 3, 4, 2).contiguous()
 
     def decode(self, raws: Sequence[Tensor]) -> Tensor:
         """Raw maps to [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities.
@@ -99,13 +101,21 @@ class ImplicitDetect(Detect):
         self.ia = nn.ModuleList(Implicit(c, 0.0) for c in c_in[: self.levels])
         self.im = nn.ModuleList(Implicit(3 * self.columns, 1.0) for _ in range(self.levels))
 
+    def knowledge(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Per level what is added [1, c_i, 1, 1] and what multiplies [1, 3 * (5 + C), 1, 1]."""
+        added, factors = (
+            [part.implicit for part in parts if isinstance(part, Implicit)] for parts in (self.ia, self.im)
+        )
+        return added, factors
+
     def _add_before_implicit(self, c_in: Sequence[int]) -> None:
         """Room for modules whose official keys come in front of `ia` and `im`."""
 
     def maps(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Features [B, c_i, H, W] to maps [B, 3 * (5 + C), H, W]."""
-        parts = zip(features, self.ia, self.m, self.im, strict=True)
-        return [m(x + a.implicit) * b.implicit for x, a, m, b in parts]
+        added, factors = self.knowledge()
+        parts = zip(features, added, self.m, factors, strict=True)
+        return [m(x + a) * b for x, a, m, b in parts]
 
 
 class AuxiliaryDetect(ImplicitDetect):

@@ -15,7 +15,7 @@ import numpy as np
 
 from yolov7_deploy.errors import SourceError
 from yolov7_deploy.image import Image
-from yolov7_deploy.video import NETWORK_TIMEOUT_MS, OpenCapture, hide_password, open_capture
+from yolov7_deploy.sources.video import NETWORK_TIMEOUT_MS, OpenCapture, hide_password, open_capture
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ import struct
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from yolov7_deploy.errors import CheckpointError, UnsafeCheckpointError
-from yolov7_deploy.pickle_names import KNOWN_NAMES, GlobalName
-from yolov7_deploy.pickle_values import (
+from yolov7_deploy.checkpoint.pickle_names import KNOWN_NAMES, GlobalName
+from yolov7_deploy.checkpoint.pickle_values import (
     CALLS,
     Inert,
     MalformedPickleError,
@@ -27,6 +26,7 @@ from yolov7_deploy.pickle_values import (
     TensorEntry,
     checked_key,
 )
+from yolov7_deploy.errors import CheckpointError, UnsafeCheckpointError
 
 # The official yolov7_training.pt takes 0.16 MB and 60,000 opcodes; E6E with EMA and optimiser about ten times that.
 MAX_BYTES = 32 * 2**20

@@ -20,13 +20,13 @@ import safetensors
 import safetensors.torch
 import torch
 
+from yolov7_deploy.checkpoint.fingerprints import ANCHORS_PER_LEVEL, TINY, Architecture, recognise
+from yolov7_deploy.checkpoint.module_tree import read_modules
+from yolov7_deploy.checkpoint.pickle_values import Module, TensorEntry
+from yolov7_deploy.checkpoint.torch_file import NumberArray, TorchFile, is_safetensors, require_file
 from yolov7_deploy.coco_names import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
-from yolov7_deploy.fingerprints import ANCHORS_PER_LEVEL, TINY, Architecture, recognise
 from yolov7_deploy.info import PASSPORT_KEY, ModelInfo
-from yolov7_deploy.module_tree import read_modules
-from yolov7_deploy.pickle_values import Module, TensorEntry
-from yolov7_deploy.torch_file import NumberArray, TorchFile, is_safetensors, require_file
 
 logger = logging.getLogger(__name__)
 

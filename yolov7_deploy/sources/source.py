@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image, as_bgr, read_image
-from yolov7_deploy.live import LiveReader
-from yolov7_deploy.video import OpenCapture, VideoFile, download_picture, hide_password, open_capture
+from yolov7_deploy.sources.live import LiveReader
+from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_picture, hide_password, open_capture
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7_deploy.checkpoint.pickle_reader import MAX_BYTES, read_pickle
+from yolov7_deploy.checkpoint.pickle_values import Storage, TensorEntry
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
-from yolov7_deploy.pickle_reader import MAX_BYTES, read_pickle
-from yolov7_deploy.pickle_values import Storage, TensorEntry
 
 NumberArray = NDArray[np.generic]
 

@@ -1,0 +1,5 @@
+"""Where pictures come from: files, folders, patterns, lists, videos, cameras and streams."""
+
+from yolov7_deploy.sources.source import VIDEO_SUFFIXES, Frame, Skipped, Source, SourceLike, open_source
+
+__all__ = ["VIDEO_SUFFIXES", "Frame", "Skipped", "Source", "SourceLike", "open_source"]
