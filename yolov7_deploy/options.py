@@ -46,7 +46,8 @@ class ExportOptions:
     """How a fused model becomes an ONNX file.
 
     Attributes:
-        input_hw: Height and width of the network input, multiples of the model's largest stride.
+        input_hw: Height and width of the network input, multiples of the model's largest stride; the paper's size of
+            this kind of model where left out.
         batch: Fixed batch size; `None` leaves the batch open.
         nms: `plugin` (our op with a function body of standard operators), `standard` (that body inlined),
             `efficient` (EfficientNMS_TRT, with a body for other runtimes) or `none` (decoded output).
@@ -58,7 +59,7 @@ class ExportOptions:
         simplify: Run onnx-simplifier over the graph.
     """
 
-    input_hw: tuple[int, int] = (640, 640)
+    input_hw: tuple[int, int] | None = None
     batch: int | None = 1
     nms: str = "plugin"
     conf: float = 0.25

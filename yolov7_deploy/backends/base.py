@@ -47,6 +47,19 @@ class Outputs:
     postprocess_ms: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """What happens to one canvas on the way to its detections, as far as a file shows it.
+
+    Attributes:
+        heads: Raw head maps float32 [3 * (5 + C), H, W], fine to coarse; empty where they cannot be seen.
+        decoded: float32 [A, 5 + C]: cx, cy, w, h, objectness, classes; `None` where suppression follows at once.
+    """
+
+    heads: list[FloatArray]
+    decoded: FloatArray | None
+
+
 class Backend(Protocol):
     """A model that runs. `infer` may be called from several threads at once."""
 
@@ -124,5 +137,5 @@ def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None) -
         raise MissingLibraryError(
             f"{error.name} is needed to run {path.name}.", fix=f"pip install 'yolov7-deploy[{row.extra}]'"
         ) from error
-    opener = getattr(module, row.attribute)
-    return cast(Backend, opener(path, device=device, input_hw=input_hw))
+    backend = getattr(module, row.attribute)
+    return cast(Backend, backend.open(path, device=device, input_hw=input_hw))

@@ -37,31 +37,38 @@ class OrtBackend:
     """An ONNX file ready to run.
 
     Args:
-        path: The file.
-        device: `auto` (CUDA where this ONNX Runtime has it), `cpu`, `cuda` or `cuda:N`.
-        input_hw: Must equal the file's own size.
+        session: The opened file.
+        info: Its passport.
+        device: Where it runs, in our words.
     """
 
-    def __init__(self, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, info: ModelInfo, *, device: str) -> None:
+        self.info, self.device = info, device
+        self._session = session
+        self._overridable = {entry.name for entry in session.get_overridable_initializers()}
+        self._input = session.get_inputs()[0].name
+
+    @classmethod
+    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> OrtBackend:
+        """See `open_backend`; a size other than the file's own is refused."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY  # it warns of every input that has a default, as our thresholds do
-        providers, self.device = _providers(device)
+        providers, place = _providers(device)
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except _ORT_ERRORS as error:
             raise LoadError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
                 fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
             ) from error
-        self.info = _info(self._session, path)
-        if input_hw is not None and self.info.input_hw is not None and input_hw != self.info.input_hw:
-            have, want = self.info.input_hw, input_hw
+        info = _info(session, path)
+        if input_hw is not None and info.input_hw is not None and input_hw != info.input_hw:
+            have, want = info.input_hw, input_hw
             raise UsageError(
                 f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
                 fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]}",
             )
-        self._overridable = {entry.name for entry in self._session.get_overridable_initializers()}
-        self._input = self._session.get_inputs()[0].name
+        return cls(session, info, device=place)
 
     def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
         """See `Backend.infer`. A file of fixed batch runs as often as needed, the last time padded with grey."""

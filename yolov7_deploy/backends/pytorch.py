@@ -9,38 +9,44 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yolov7_deploy.backends.base import Found, Outputs
+from yolov7_deploy.backends.base import Found, Outputs, Stages
 from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError
 from yolov7_deploy.fuse import fuse
 from yolov7_deploy.image import Image, Letterbox, to_network_input
 from yolov7_deploy.info import ModelInfo
-from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import Thresholds
 
 
 class PytorchBackend:
-    """A fused float32 model on `device`.
+    """A fused float32 model on a device.
 
     Args:
-        path: A checkpoint.
+        model: A fused model.
+        info: Its passport.
         device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
-        input_hw: Any size the stride divides is accepted, so this is not needed.
     """
 
-    def __init__(self, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> None:
+    def __init__(self, model: Yolov7, info: ModelInfo, *, device: str = "cpu") -> None:
+        self.info = info
+        self._device = _torch_device(device)
+        self._model = model.to(self._device)
+        self.device = str(self._device)
+
+    @classmethod
+    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> PytorchBackend:
+        """See `open_backend`; any size that the stride divides is accepted."""
         checkpoint = load_checkpoint(path)
-        self.info = passport(checkpoint)
-        if input_hw is not None and any(side % self.info.stride for side in input_hw):
-            up = [-(-side // self.info.stride) * self.info.stride for side in input_hw]
+        info = passport(checkpoint)
+        if input_hw is not None and any(side < 1 or side % info.stride for side in input_hw):
+            up = [max(1, -(-side // info.stride)) * info.stride for side in input_hw]
             raise UsageError(
-                f"An input of {input_hw[0]}x{input_hw[1]} is no multiple of this model's stride {self.info.stride}.",
+                f"An input of {input_hw[0]}x{input_hw[1]} is no multiple of this model's stride {info.stride}.",
                 fix=f"--img {up[0]},{up[1]}",
             )
-        self._device = _torch_device(device)
-        self._model = fuse(build_model(checkpoint)).to(self._device)
-        self.device = str(self._device)
+        return cls(fuse(build_model(checkpoint)), info, device=device)
 
     def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
         """See `Backend.infer`."""
@@ -59,6 +65,14 @@ class PytorchBackend:
             inference_ms=(inferred - prepared) * 1e3,
             postprocess_ms=(done - inferred) * 1e3,
         )
+
+    def stages(self, canvas: Image) -> Stages:
+        """What the network makes of one canvas on the way to its detections."""
+        with torch.inference_mode():
+            features = self._model.features(torch.from_numpy(to_network_input([canvas])).to(self._device))
+            maps = self._model.head.maps(features)
+            decoded = self._model.head.decode([self._model.head.as_raw(x) for x in maps])
+        return Stages(heads=[x[0].cpu().numpy() for x in maps], decoded=decoded[0].cpu().numpy())
 
     def close(self) -> None:
         """Nothing outlives the object."""

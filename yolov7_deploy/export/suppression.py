@@ -42,11 +42,12 @@ class NmsPlan:
 
     @classmethod
     def of(cls, strides: Sequence[int], anchors: Anchors, classes: int, options: ExportOptions) -> NmsPlan:
-        """The plan for a head of these strides and anchors.
+        """The plan for a head of these strides and anchors; `options.input_hw` must be given.
 
         Raises:
             UsageError: The input size does not fit the stride, or has fewer anchors than `max_det`.
         """
+        assert options.input_hw is not None, "filled in by export_onnx"
         height, width = options.input_hw
         stride = max(strides)
         if height % stride or width % stride or height < stride or width < stride:
@@ -54,7 +55,7 @@ class NmsPlan:
             raise UsageError(
                 f"--img {height} {width} is no multiple of this model's stride {stride}.", fix=f"--img {up[0]},{up[1]}"
             )
-        cells = _cells(options.input_hw, strides, anchors)
+        cells = _cells((height, width), strides, anchors)
         candidates = min(options.max_candidates, len(cells))
         if options.nms != "none" and candidates < options.max_det:
             raise UsageError(

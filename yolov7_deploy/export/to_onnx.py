@@ -45,11 +45,13 @@ def export_onnx(model: Yolov7, info: ModelInfo, options: ExportOptions) -> OnnxM
     """
     if not model.fused:
         raise ExportError("Only a fused model is exported.", fix="Call fuse(model) first.")
+    input_hw = options.input_hw or info.default_hw
+    options = replace(options, input_hw=input_hw)
     plan = NmsPlan.of(model.head.strides, model.anchors, model.classes, options)
     writer = GraphWriter()
     network_input = _preprocess(writer, options)
     heads = _network(writer, _trace(model), network_input)
-    network = _model(writer, heads, plan, options)
+    network = _model(writer, heads, plan, input_hw)
     if options.simplify:
         network = _simplified(network)
     return OnnxModel.of(attach_nms(network, heads, plan), _passport(info, heads, options))
@@ -114,8 +116,11 @@ def _untranslatable(what: str) -> ExportError:
     return ExportError(f"The model uses {what}, which has no ONNX translation here.", fix="Add one to to_onnx.py.")
 
 
-def _model(writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, options: ExportOptions) -> onnx.ModelProto:
-    height, width = options.input_hw
+def _model(
+    writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]
+) -> onnx.ModelProto:
+    height, width = input_hw
+    options = plan.options
     batch = options.batch or "batch"
     if options.input_kind == "uint8":
         kind, shape = TensorProto.UINT8, [batch, height, width, 3]

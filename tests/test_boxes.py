@@ -1,0 +1,278 @@
+"""Box arithmetic and suppression against a quadratic loop in plain Python."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolov7_deploy.boxes import detections_of, greedy_nms, iou_matrix, xywh_to_xyxy
+from yolov7_deploy.options import Thresholds
+
+# float32 against Python's float64: three products and a quotient.
+IOU_TOLERANCE = 1e-6
+
+# Corners on a coarse grid, so that empty, touching, nested and identical boxes are common and every product is exact
+# in float32: then the loop below decides in the same numbers as the code.
+corners = st.tuples(*[st.integers(0, 12)] * 4).map(lambda c: (min(c[:2]), min(c[2:]), max(c[:2]), max(c[2:])))
+box_lists = st.lists(corners, max_size=24).map(lambda b: np.array(b, np.float32).reshape(-1, 4))
+grid_thresholds = st.sampled_from([0.0, 0.25, 0.45, 0.5, 0.75, 1.0])
+
+
+def areas(a, b):
+    """Intersection and union of two boxes, as exact Python numbers."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    intersection = width * height
+    return intersection, (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
+
+
+def slow_nms(boxes, class_ids, *, iou, max_det, class_agnostic=False):
+    """Every box against every better one that was kept."""
+    kept = []
+    for i, box in enumerate(boxes.tolist()):
+        falls = False
+        for k in kept:
+            intersection, union = areas(boxes[k].tolist(), box)
+            if (class_agnostic or class_ids[i] == class_ids[k]) and intersection > float(np.float32(iou)) * union:
+                falls = True
+        if not falls:
+            kept.append(i)
+    return kept[:max_det]
+
+
+def slow_detections(output, thresholds):
+    """The official semantics, one anchor and class at a time: (score, anchor, class, box) best first."""
+    candidates = []
+    for anchor, row in enumerate(output):
+        cx, cy, w, h, objectness, *probabilities = row
+        if not objectness > np.float32(thresholds.conf):
+            continue
+        scores = [objectness * p for p in probabilities] if len(probabilities) > 1 else [objectness]
+        chosen = range(len(scores)) if thresholds.multi_label else [int(np.argmax(scores))]
+        half_w, half_h = w * np.float32(0.5), h * np.float32(0.5)
+        box = [cx - half_w, cy - half_h, cx + half_w, cy + half_h]
+        for c in chosen:
+            if scores[c] > np.float32(thresholds.conf) and (thresholds.classes is None or c in thresholds.classes):
+                candidates.append((scores[c], anchor, c, box))
+    candidates.sort(key=lambda item: (-item[0], item[1], item[2]))
+    boxes = np.array([item[3] for item in candidates], np.float32).reshape(-1, 4)
+    class_ids = [item[2] for item in candidates]
+    kept = slow_nms(
+        boxes,
+        class_ids,
+        iou=thresholds.iou,
+        max_det=thresholds.max_det,
+        class_agnostic=thresholds.class_agnostic,
+    )
+    return boxes[kept], np.array([candidates[k][0] for k in kept], np.float32), [class_ids[k] for k in kept]
+
+
+def assert_as_slow(output, thresholds):
+    boxes, scores, class_ids = detections_of(output, thresholds)
+    slow_boxes, slow_scores, slow_classes = slow_detections(output, thresholds)
+    assert class_ids.tolist() == slow_classes
+    np.testing.assert_array_equal(scores, slow_scores)
+    np.testing.assert_array_equal(boxes, slow_boxes)
+    assert (boxes.dtype, scores.dtype, class_ids.dtype) == (np.float32, np.float32, np.int64)
+
+
+def head(rows):
+    """Rows of a decoded output [A, 5 + C] as float32."""
+    return np.array(rows, np.float32)
+
+
+# --- overlap ------------------------------------------------------------------------------------------------------
+
+
+@given(box_lists, box_lists)
+def test_iou_matrix_equals_the_double_loop(a, b):
+    expected = np.zeros((len(a), len(b)))
+    for i, first in enumerate(a.tolist()):
+        for j, second in enumerate(b.tolist()):
+            intersection, union = areas(first, second)
+            expected[i, j] = intersection / union if union else 0
+    np.testing.assert_allclose(iou_matrix(a, b), expected, atol=IOU_TOLERANCE, rtol=0)
+
+
+def test_iou_of_known_pairs():
+    box = head([[0, 0, 10, 10]])
+    others = head([[0, 0, 10, 10], [10, 0, 20, 10], [5, 0, 15, 10], [2, 2, 4, 4], [3, 3, 3, 3], [30, 30, 31, 31]])
+    np.testing.assert_allclose(iou_matrix(box, others), [[1, 0, 1 / 3, 0.04, 0, 0]], atol=IOU_TOLERANCE)
+
+
+def test_iou_of_two_empty_boxes_is_zero_without_a_warning():
+    point = head([[3, 3, 3, 3]])
+    assert iou_matrix(point, point).tolist() == [[0.0]]
+
+
+@given(box_lists)
+def test_centre_and_size_give_the_corners_back(boxes):
+    centred = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
+    np.testing.assert_array_equal(xywh_to_xyxy(centred), boxes)
+
+
+# --- suppression --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(data=st.data(), boxes=box_lists, iou=grid_thresholds, agnostic=st.booleans(), max_det=st.integers(1, 30))
+def test_greedy_nms_equals_the_double_loop(data, boxes, iou, agnostic, max_det):
+    class_ids = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(boxes), max_size=len(boxes))), np.int64)
+    kept = greedy_nms(boxes, class_ids, iou=iou, max_det=max_det, class_agnostic=agnostic)
+    assert kept.dtype == np.int64
+    assert kept.tolist() == slow_nms(boxes, class_ids, iou=iou, max_det=max_det, class_agnostic=agnostic)
+
+
+def test_overlap_equal_to_the_threshold_does_not_suppress():
+    boxes = head([[0, 0, 4, 4], [0, 0, 4, 2]])  # IoU exactly a half
+    classes = np.zeros(2, np.int64)
+    assert greedy_nms(boxes, classes, iou=0.5, max_det=9).tolist() == [0, 1]
+    assert greedy_nms(boxes, classes, iou=0.4999, max_det=9).tolist() == [0]
+
+
+def test_a_suppressed_box_suppresses_nothing():
+    boxes = head([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]])  # neighbours overlap by 6/14, the ends by 2/18
+    assert greedy_nms(boxes, np.zeros(3, np.int64), iou=0.4, max_det=9).tolist() == [0, 2]
+
+
+def test_empty_boxes_never_suppress():
+    boxes = np.tile(head([[5, 5, 5, 5]]), (3, 1))
+    assert greedy_nms(boxes, np.zeros(3, np.int64), iou=0.0, max_det=9).tolist() == [0, 1, 2]
+
+
+def test_identical_boxes_fall_unless_the_class_differs():
+    boxes = np.tile(head([[0, 0, 4, 4]]), (3, 1))
+    classes = np.array([0, 1, 0])
+    assert greedy_nms(boxes, classes, iou=0.9, max_det=9).tolist() == [0, 1]
+    assert greedy_nms(boxes, classes, iou=0.9, max_det=9, class_agnostic=True).tolist() == [0]
+    assert greedy_nms(boxes, classes, iou=1.0, max_det=9, class_agnostic=True).tolist() == [0, 1, 2]
+
+
+# --- from a decoded output ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def outputs(draw):
+    """Decoded outputs [A, 5 + C] whose boxes and scores collide often."""
+    classes = draw(st.sampled_from([1, 2, 3]))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    anchors = draw(st.integers(0, 20))
+    output = np.empty((anchors, 5 + classes), np.float32)
+    output[:, :2] = rng.integers(0, 12, (anchors, 2))
+    output[:, 2:4] = 2 * rng.integers(0, 7, (anchors, 2))
+    output[:, 4:] = rng.integers(0, 5, (anchors, 1 + classes)) / np.float32(4)
+    return output
+
+
+@settings(max_examples=300)
+@given(
+    output=outputs(),
+    conf=st.sampled_from([0.0, 0.0625, 0.25, 0.5, 1.0]),
+    iou=grid_thresholds,
+    max_det=st.sampled_from([1, 3, 300]),
+    multi_label=st.booleans(),
+    class_agnostic=st.booleans(),
+    classes=st.sampled_from([None, (0,), (1, 2), (2,)]),
+)
+def test_detections_equal_the_official_semantics_spelt_out(output, **options):
+    assert_as_slow(output, Thresholds(**options))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_detections_of_random_scores_equal_the_semantics_spelt_out(multi_label):
+    rng = np.random.default_rng(7)
+    output = rng.random((200, 9), dtype=np.float32)
+    output[:, :4] *= 100
+    assert_as_slow(output, Thresholds(conf=0.3, iou=0.3, multi_label=multi_label))
+
+
+def test_a_score_equal_to_the_threshold_is_left_out():
+    output = head([[5, 5, 4, 4, 0.5, 0.5, 0.5], [25, 5, 4, 4, 1, 0.5, 0.25]])
+    assert detections_of(output, Thresholds(conf=0.25))[1].tolist() == [0.5]
+    assert detections_of(output, Thresholds(conf=0.249))[1].tolist() == [0.5, 0.25]
+    assert len(detections_of(output, Thresholds(conf=0.5))[1]) == 0
+
+
+def test_multi_label_gives_every_class_and_otherwise_only_the_best():
+    output = head([[5, 5, 4, 4, 1, 0.5, 0.75, 0.25]])
+    _, scores, class_ids = detections_of(output, Thresholds(conf=0.3, multi_label=True))
+    assert (scores.tolist(), class_ids.tolist()) == ([0.75, 0.5], [1, 0])
+    _, scores, class_ids = detections_of(output, Thresholds(conf=0.3))
+    assert (scores.tolist(), class_ids.tolist()) == ([0.75], [1])
+
+
+def test_a_box_whose_best_class_is_not_wanted_is_no_detection_of_its_second_class():
+    output = head([[5, 5, 4, 4, 1, 0.5, 0.75]])
+    assert len(detections_of(output, Thresholds(classes=(0,)))[1]) == 0
+    assert detections_of(output, Thresholds(classes=(0,), multi_label=True))[1].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_with_one_class_the_score_is_the_objectness(multi_label):
+    output = head([[5, 5, 4, 4, 0.75, 0.001], [25, 5, 4, 4, 0.2, 1]])
+    _, scores, class_ids = detections_of(output, Thresholds(multi_label=multi_label))
+    assert (scores.tolist(), class_ids.tolist()) == ([0.75], [0])
+
+
+def test_unwanted_classes_take_no_room():
+    output = head([[10 * i, 5, 4, 4, 1, 0.9, 0.1] for i in range(5)] + [[90, 5, 4, 4, 1, 0.1, 0.8]])
+    _, scores, class_ids = detections_of(output, Thresholds(classes=(1,), max_det=1), max_candidates=1)
+    assert (scores.tolist(), class_ids.tolist()) == (head([0.8]).tolist(), [1])
+
+
+def test_max_det_keeps_the_best():
+    output = head([[10 * i, 5, 4, 4, 1, 0.3 + i / 16, 0] for i in range(8)])
+    scores = detections_of(output, Thresholds(max_det=3))[1]
+    np.testing.assert_array_equal(scores, head([0.3 + i / 16 for i in (7, 6, 5)]))
+
+
+def test_only_the_best_candidates_enter_suppression():
+    output = head([[5, 5, 4, 4, 1, s, 0] for s in (0.9, 0.8, 0.7)] + [[50, 50, 4, 4, 1, 0.6, 0]])
+    assert len(detections_of(output, Thresholds())[1]) == 2
+    assert len(detections_of(output, Thresholds(), max_candidates=3)[1]) == 1
+
+
+def test_class_agnostic_suppresses_across_classes():
+    output = head([[5, 5, 4, 4, 1, 0.9, 0], [5, 5, 4, 4, 1, 0, 0.8]])
+    assert detections_of(output, Thresholds())[2].tolist() == [0, 1]
+    assert detections_of(output, Thresholds(class_agnostic=True))[2].tolist() == [0]
+
+
+def test_equal_scores_keep_the_order_of_anchors_and_classes():
+    output = head([[10 * i, 5, 4, 4, 1, 0.5, 0.5] for i in (3, 1, 2)])
+    boxes, _, class_ids = detections_of(output, Thresholds(multi_label=True))
+    assert boxes[:, 0].tolist() == [28, 28, 8, 8, 18, 18]
+    assert class_ids.tolist() == [0, 1] * 3
+
+
+@pytest.mark.parametrize("anchors", [0, 3])
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("classes", [1, 80])
+def test_no_candidates_give_empty_arrays(anchors, multi_label, classes):
+    output = np.zeros((anchors, 5 + classes), np.float32)
+    boxes, scores, class_ids = detections_of(output, Thresholds(conf=0, multi_label=multi_label))
+    assert (boxes.shape, scores.shape, class_ids.shape) == ((0, 4), (0,), (0,))
+    assert (boxes.dtype, scores.dtype, class_ids.dtype) == (np.float32, np.float32, np.int64)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("column", [4, 5, 6])
+def test_nan_scores_are_no_detections(multi_label, column):
+    output = head([[5, 5, 4, 4, 1, 0.9, 0.8], [25, 5, 4, 4, 1, 0.7, 0.1]])
+    output[0, column] = np.nan
+    boxes, scores, _ = detections_of(output, Thresholds(multi_label=multi_label))
+    assert np.isfinite(scores).all()
+    assert 23 in boxes[:, 0]
+
+
+def test_a_nan_class_score_does_not_hide_the_best_class_of_its_box():
+    output = head([[5, 5, 4, 4, 1, np.nan, 0.8]])
+    assert detections_of(output, Thresholds(multi_label=True))[2].tolist() == [1]
+
+
+def test_the_output_is_left_as_it_was():
+    output = head([[5, 5, 4, 4, 1, 0.9, 0.8]])
+    before = output.copy()
+    detections_of(output, Thresholds(multi_label=True))
+    np.testing.assert_array_equal(output, before)

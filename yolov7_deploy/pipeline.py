@@ -1,0 +1,154 @@
+"""The roads over several stations: a checkpoint to a verified ONNX file, and one artifact against others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from yolov7_deploy import __version__
+from yolov7_deploy.backends.ort import OrtBackend
+from yolov7_deploy.backends.pytorch import PytorchBackend, passport
+from yolov7_deploy.checkpoint import load_checkpoint
+from yolov7_deploy.errors import ExportError, ParityError
+from yolov7_deploy.export.to_onnx import export_onnx
+from yolov7_deploy.fuse import fuse
+from yolov7_deploy.image import Image
+from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.measure.parity import ParityReport, compare, form
+from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.options import ExportOptions, Thresholds
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What an export wrote and how it was checked (`parity` is `None` where verification was left out)."""
+
+    path: Path
+    info: ModelInfo
+    bytes: int
+    parity: ParityReport | None
+
+
+def export_weights(
+    weights: Path,
+    output: Path,
+    *,
+    options: ExportOptions,
+    verify: bool = True,
+    pictures: Sequence[Image] = (),
+    say: Say | None = None,
+) -> ExportReport:
+    """Exports a checkpoint to ONNX and checks the file through ONNX Runtime against torch.
+
+    The file gets its name only after the check: a failed or killed export leaves nothing, and an older file stays.
+
+    Args:
+        weights: A checkpoint.
+        output: The `.onnx` file to write.
+        options: See `ExportOptions`.
+        verify: Compare stage by stage.
+        pictures: What to compare on; a drawn picture where empty.
+        say: Called with each finished step and its seconds.
+
+    Raises:
+        LoadError: The checkpoint cannot be read.
+        ExportError: The graph or file cannot be written.
+        ParityError: The file is not the model; the message says at which stage they part.
+    """
+    if output.suffix != ".onnx":
+        raise ExportError(f"{output} is not named like an ONNX file.", fix=f"--output {output.with_suffix('.onnx')}")
+    step = _Steps(say)
+    checkpoint = load_checkpoint(weights)
+    step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
+    model = fuse(build_model(checkpoint))
+    step.done("fused BatchNorm, RepConv and implicit knowledge")
+    exported = export_onnx(model, replace(passport(checkpoint), version=__version__), options)
+    step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
+    partial = output.with_name(f".{output.stem}.{os.getpid()}.partial.onnx")
+    try:
+        exported.save(partial)
+        parity = None
+        if verify:
+            reference = PytorchBackend(model, passport(checkpoint))
+            parity = _verified(reference, partial, exported.info, pictures)
+            step.done(f"verified against torch on {parity.pictures} picture{'s' * (parity.pictures > 1)}")
+        size = partial.stat().st_size
+        partial.replace(output)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity)
+
+
+def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: Sequence[Image]) -> ParityReport:
+    input_hw = info.default_hw
+    backend = OrtBackend.open(path, device="cpu", input_hw=None)
+    parity = compare(
+        form("torch", reference, None, input_hw=input_hw),
+        form("ONNX Runtime", backend, path, input_hw=input_hw),
+        pictures or [drawn_picture(input_hw)],
+        thresholds=comparison_thresholds(info),
+    )
+    if parity.first_loss is not None:
+        lost = parity.first_loss
+        raise ParityError(
+            f"The exported file is not the model: at the stage {lost.stage!r} it differs by {lost.differences} "
+            f"(allowed {lost.limits}). No file was written.",
+            fix="Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same.",
+        )
+    return parity
+
+
+def comparison_thresholds(info: ModelInfo) -> Thresholds:
+    """Those inside a file, else the official ones with a low `conf`, so that there is something to compare."""
+    nms = info.nms
+    if nms is None:
+        return Thresholds(conf=0.01)
+    return Thresholds(
+        conf=nms.conf,
+        iou=nms.iou,
+        max_det=nms.max_det,
+        multi_label=nms.multi_label,
+        class_agnostic=nms.class_agnostic,
+    )
+
+
+def drawn_picture(input_hw: tuple[int, int], *, seed: int = 7) -> Image:
+    """A deterministic picture of shaded rectangles and discs, three quarters as high as the input so that it is padded."""
+    height, width = max(8, input_hw[0] * 3 // 4), input_hw[1]
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    picture = np.stack([rows / height, columns / width, (rows + columns) / (height + width)], -1) * 200
+    for number in range(24):
+        y, x = rng.uniform(0, (height, width))
+        half_h, half_w = rng.uniform(0.02, 0.25, 2) * (height, width)
+        inside = (np.abs(rows - y) < half_h) & (np.abs(columns - x) < half_w)
+        if number % 2:
+            inside = ((rows - y) / half_h) ** 2 + ((columns - x) / half_w) ** 2 < 1
+        picture[inside] = rng.uniform(0, 255, 3) * (0.7 + 0.3 * np.sin(columns[inside] / 3))[:, None]
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+class _Steps:
+    """Tells how long each step took."""
+
+    def __init__(self, say: Say | None) -> None:
+        self._say, self._started = say, time.perf_counter()
+
+    def done(self, what: str) -> None:
+        seconds = time.perf_counter() - self._started
+        logger.info("%s (%.1f s)", what, seconds)
+        if self._say:
+            self._say(what, seconds)
+        self._started = time.perf_counter()
