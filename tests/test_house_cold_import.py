@@ -87,9 +87,7 @@ def y7(*arguments: str, without: tuple[str, ...], cwd=None) -> subprocess.Comple
 def model_file(tmp_path_factory):
     """A small ONNX file with suppression inside."""
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
-    info = ModelInfo(
-        variant="yolov7-tiny", class_names=("first", "second"), strides=(8, 16, 32), anchors=model.anchors
-    )
+    info = ModelInfo(variant="yolov7-tiny", class_names=("first", "second"), strides=(8, 16, 32), anchors=model.anchors)
     options = ExportOptions(input_hw=(SIDE, SIDE), conf=0.01, max_det=20, max_candidates=100)
     path = tmp_path_factory.mktemp("cold") / "tiny.onnx"
     export_onnx(model, info, options).save(path)

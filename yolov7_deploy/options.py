@@ -10,6 +10,7 @@ from yolov7_deploy.info import InputKind
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
 OPSETS = range(13, 22)
+TOPK_LIMIT = 3840  # the largest K of TensorRT's TopK layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,7 @@ class ExportOptions:
     max_det: int = 100
     multi_label: bool = True
     class_agnostic: bool = False
-    max_candidates: int = 1024
+    max_candidates: int = TOPK_LIMIT
     input_kind: InputKind = "float32"
     opset: int = 17
     simplify: bool = True
@@ -82,6 +83,11 @@ class ExportOptions:
             raise UsageError(f"--opset {self.opset} is not supported.", fix=f"From {OPSETS[0]} to {OPSETS[-1]}.")
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"--batch {self.batch} must be at least 1.", fix="Or --dynamic-batch")
+        if self.max_candidates > TOPK_LIMIT:
+            raise UsageError(
+                f"max_candidates {self.max_candidates} is above {TOPK_LIMIT}, the most TensorRT can sort.",
+                fix=f"--max-candidates {TOPK_LIMIT}",
+            )
         if self.max_candidates < self.max_det:
             raise UsageError(
                 f"max_candidates {self.max_candidates} is below max_det {self.max_det}.",

@@ -1,4 +1,4 @@
-"""The roads over several stations: a checkpoint to a verified ONNX file, and one artifact against others."""
+"""The road over several stations: a checkpoint to a verified ONNX file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from yolov7_deploy import __version__
 from yolov7_deploy.backends.ort import OrtBackend
 from yolov7_deploy.backends.pytorch import PytorchBackend, passport
@@ -21,9 +19,10 @@ from yolov7_deploy.export.to_onnx import export_onnx
 from yolov7_deploy.fuse import fuse
 from yolov7_deploy.image import Image
 from yolov7_deploy.info import ModelInfo
-from yolov7_deploy.measure.parity import ParityReport, compare, form
+from yolov7_deploy.measure.drawn import drawn_picture
+from yolov7_deploy.measure.parity import ParityReport, compare, comparison_thresholds, form
 from yolov7_deploy.model.yolov7 import build_model
-from yolov7_deploy.options import ExportOptions, Thresholds
+from yolov7_deploy.options import ExportOptions
 
 logger = logging.getLogger(__name__)
 
@@ -108,36 +107,6 @@ def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: 
             fix="Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same.",
         )
     return parity
-
-
-def comparison_thresholds(info: ModelInfo) -> Thresholds:
-    """Those inside a file, else the official ones with a low `conf`, so that there is something to compare."""
-    nms = info.nms
-    if nms is None:
-        return Thresholds(conf=0.01)
-    return Thresholds(
-        conf=nms.conf,
-        iou=nms.iou,
-        max_det=nms.max_det,
-        multi_label=nms.multi_label,
-        class_agnostic=nms.class_agnostic,
-    )
-
-
-def drawn_picture(input_hw: tuple[int, int], *, seed: int = 7) -> Image:
-    """A deterministic picture of shaded rectangles and discs, three quarters as high as the input so that it is padded."""
-    height, width = max(8, input_hw[0] * 3 // 4), input_hw[1]
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
-    picture = np.stack([rows / height, columns / width, (rows + columns) / (height + width)], -1) * 200
-    for number in range(24):
-        y, x = rng.uniform(0, (height, width))
-        half_h, half_w = rng.uniform(0.02, 0.25, 2) * (height, width)
-        inside = (np.abs(rows - y) < half_h) & (np.abs(columns - x) < half_w)
-        if number % 2:
-            inside = ((rows - y) / half_h) ** 2 + ((columns - x) / half_w) ** 2 < 1
-        picture[inside] = rng.uniform(0, 255, 3) * (0.7 + 0.3 * np.sin(columns[inside] / 3))[:, None]
-    return picture.clip(0, 255).astype(np.uint8)
 
 
 class _Steps:

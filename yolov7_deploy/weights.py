@@ -78,18 +78,16 @@ def find_weights(
     name = str(name_or_path).removesuffix(".pt")
     if name not in OFFICIAL_NAMES:
         raise _absent(path)
-    places = _places()
-    for folder in places.values():
-        for candidate in _file_names(name):
-            if folder is not None and (folder / candidate).is_file():
-                return folder / candidate
+    local = find_local_weights(name)
+    if local is not None:
+        return local
     url = f"{base_url.rstrip('/')}/{name}.pt"
     target = cache_dir() / f"{name}.pt"
     start = time.perf_counter()
     try:
         _download(url, target, name=name, progress=progress, timeout_s=timeout_s)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        looked = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in places.items())
+        looked = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in _places().items())
         raise LoadError(
             f"{name} was not found ({' / '.join(_file_names(name))}) in any of these places:{looked}"
             f"\n  the authors' release: {url} ({_reason(error)})",
@@ -97,6 +95,13 @@ def find_weights(
         ) from error
     logger.info("weights: %s -> %s in %.1f s", url, target, time.perf_counter() - start)
     return target
+
+
+def find_local_weights(name: str) -> Path | None:
+    """The file of an official name in the local places, in the order of `find_weights`; `None` where there is none."""
+    folders = [folder for folder in _places().values() if folder is not None]
+    candidates = (folder / file for folder in folders for file in _file_names(name))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def cache_dir() -> Path:

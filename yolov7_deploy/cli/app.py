@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from yolov7_deploy.cli.demo import demo
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.doctor import doctor
 from yolov7_deploy.cli.export import export
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
+    (demo, ()),
     (export, ()),
     (detect, ("predict",)),
     (val, ("test",)),

@@ -193,7 +193,7 @@ def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
     best = writer.reduce_max(scores, 2, opset=plan.options.opset)
     _, anchor = writer.top_k(best, plan.candidates)
     rows = writer.node("Expand", writer.unsqueeze(anchor, 2), writer.constant([1, 1, plan.columns - 5], "shape"))
-    chosen = gather_rows(writer, boxes, anchor)
+    chosen = gather_rows(writer, boxes, anchor, 4)
     chosen_boxes = corners(writer, writer.slice(chosen, 2, 0, 2), writer.slice(chosen, 2, 2, 4), axis=2)
     chosen_scores = writer.node("GatherElements", scores, rows, axis=1)
     pairs = best_pairs(writer, chosen_boxes, chosen_scores, plan, multi_label=True)

@@ -1,9 +1,9 @@
 """Decoding and greedy suppression in standard operators of fixed size.
 
 Best class per anchor, then the `candidates` best anchors, then their classes: no (anchor, class) pair among the best
-can hide in another anchor, because its anchor would outscore it. Only those candidates are decoded. Suppression is
-iterated to its fixed point, which is the greedy result: a candidate falls if a better, surviving one of its class
-overlaps it.
+can hide in another anchor, because its anchor would outscore it. Only those candidates are decoded. Suppression goes
+tile by tile, and within a tile to its fixed point, which is the greedy result: a candidate falls if a better, surviving
+one of its class overlaps it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnx import TensorProto, helper
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.export.graph import GraphWriter
 from yolov7_deploy.model.variants import Anchors
 from yolov7_deploy.options import ExportOptions
+
+TILE = 256  # candidates that settle among themselves at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +159,7 @@ def best_pairs(
     width = writer.constant(classes, "classes")
     row = writer.node("Div", pair, width)
     class_id = writer.node("Sub", pair, writer.node("Mul", row, width))
-    return gather_rows(writer, boxes, row), score, class_id
+    return gather_rows(writer, boxes, row, 4), score, class_id
 
 
 def suppress(
@@ -172,6 +175,10 @@ def suppress(
 ) -> tuple[str, str, str, str]:
     """Candidates, best first, to the four outputs.
 
+    Tile by tile: a tile loses what the survivors so far overlap, then settles among itself, then its survivors join. It
+    ends when every picture has `max_det` survivors or nothing above `conf` is left, so the cost follows the picture
+    and not the number of candidates.
+
     Args:
         writer: Takes the nodes.
         boxes, score, class_id: xyxy [B, K, 4], float32 [B, K], int64 [B, K].
@@ -179,89 +186,156 @@ def suppress(
         plan: The sizes.
         inclusive: Thresholds include equality (EfficientNMS_TRT) or not (official YOLOv7).
     """
-    valid = writer.node("GreaterOrEqual" if inclusive else "Greater", score, conf)
-    overlaps = _overlaps(writer, boxes, iou, inclusive=inclusive)
-    if not plan.options.class_agnostic:
-        same = writer.node("Equal", writer.unsqueeze(class_id, 2), writer.unsqueeze(class_id, 1))
-        overlaps = writer.node("And", overlaps, same)
-    rank = np.arange(plan.candidates, dtype=np.float32)
-    better = writer.node("Less", writer.constant(rank[:, None], "rank"), writer.constant(rank[None], "rank"))
-    beats = writer.node("Cast", writer.node("And", overlaps, better), name="beats", to=TensorProto.FLOAT)
-    keep = _fixed_point(writer, writer.node("Cast", valid, to=TensorProto.FLOAT), beats, plan)
-    return _packed(writer, boxes, score, class_id, keep, plan)
+    rules = _Rules(conf=conf, iou=iou, inclusive=inclusive, class_agnostic=plan.options.class_agnostic)
+    tile = min(TILE, plan.candidates)
+    tiles = -(-plan.candidates // tile)
+    spare = tiles * tile - plan.candidates
+    class_number = writer.node("Cast", class_id, name="class_number", to=TensorProto.FLOAT)
+    columns = [boxes, writer.unsqueeze(score, 2), writer.unsqueeze(class_number, 2)]
+    rows = writer.node("Concat", *columns, name="candidates", axis=2)  # [B, K, 6], zero rows never pass
+    rows = writer.node("Pad", rows, writer.constant([0, 0, 0, 0, spare + tile, 0], "spare"))
+    rows = writer.reshape(rows, [0, tiles + 1, tile, 6])
+    nobody = writer.slice(writer.reshape(rows, [0, -1, 6]), 1, 0, 1)
+    nobody = writer.node("Mul", nobody, writer.constant(0.0, "zero"))
+    nobody = writer.node("Tile", nobody, writer.constant([1, plan.options.max_det, 1], "repeats"))
+    kept = writer.node(
+        "Loop",
+        writer.constant(tiles, "tiles"),
+        writer.constant(np.array(True), "go"),
+        nobody,
+        name="survivors",
+        body=_tile_body(rows, tile, rules, plan),
+    )
+    return _outputs(writer, kept)
 
 
-def gather_rows(writer: GraphWriter, boxes: str, row: str) -> str:
-    """boxes[b, row[b, k]] for [B, N, 4] and [B, K]."""
-    index = writer.node("Expand", writer.unsqueeze(row, 2), writer.constant([1, 1, 4], "shape"))
-    return writer.node("GatherElements", boxes, index, axis=1)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rules:
+    """When a candidate counts and when two overlap; `conf` and `iou` are tensor names."""
+
+    conf: str
+    iou: str
+    inclusive: bool
+    class_agnostic: bool
+
+    @property
+    def above(self) -> str:
+        return "GreaterOrEqual" if self.inclusive else "Greater"
 
 
-def _overlaps(writer: GraphWriter, boxes: str, iou: str, *, inclusive: bool) -> str:
-    """Bool [B, K, K]: intersection above iou * union, which needs no division by an empty union."""
-    sides = [writer.slice(boxes, 2, side, side + 1) for side in range(4)]  # [B, K, 1] each
-    turned = [writer.node("Transpose", side, perm=[0, 2, 1]) for side in sides]
+def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.GraphProto:
+    """One round: rows [B, T + 1, tile, 6] of the whole, kept [B, max_det, 6] so far; the last tile is empty."""
+    body = GraphWriter(prefix=f"{rows}_tile__", constants_as_nodes=True)
+    number, go_in, kept_in = (body.unique(name) for name in ("number", "go", "kept"))
+    waiting = body.node("Gather", rows, number, name="waiting", axis=1)  # [B, tile, 6]
+    score = body.node("Squeeze", body.slice(waiting, 2, 4, 5), body.constant([2], "axis"))
+    valid = body.node("Cast", body.node(rules.above, score, rules.conf), name="valid", to=TensorProto.FLOAT)
+    hit = body.node("Cast", _overlaps(body, kept_in, waiting, rules), name="hit", to=TensorProto.FLOAT)
+    kept_score = body.node("Squeeze", body.slice(kept_in, 2, 4, 5), body.constant([2], "axis"))
+    is_kept = body.node("Cast", body.node("Greater", kept_score, body.constant(0.0, "zero")), to=TensorProto.FLOAT)
+    valid = body.node("Mul", valid, _not_hit(body, is_kept, hit))
+    rank = np.arange(tile, dtype=np.float32)
+    better = body.node("Less", body.constant(rank[:, None], "rank"), body.constant(rank[None], "rank"))
+    beats = body.node("Cast", body.node("And", _overlaps(body, waiting, waiting, rules), better), to=TensorProto.FLOAT)
+    survives = _fixed_point(body, valid, beats, tile)
+    joined = body.node("Concat", kept_in, body.node("Mul", waiting, body.unsqueeze(survives, 2)), axis=1)
+    joined_score = body.node("Squeeze", body.slice(joined, 2, 4, 5), body.constant([2], "axis"))
+    best, row = body.top_k(joined_score, plan.options.max_det)
+    kept_out = gather_rows(body, joined, row, 6)
+    go_out = _goes_on(body, rows, number, best, rules)
+    return _loop_body(body, f"{rows}_tile", (number, go_in, kept_in), (go_out, kept_out))
+
+
+def _goes_on(body: GraphWriter, rows: str, number: str, best: str, rules: _Rules) -> str:
+    """Bool: some picture has room left and a candidate above the threshold at the head of its next tile."""
+    following = body.node("Gather", rows, body.node("Add", number, body.constant(1, "one")), axis=1)
+    head = body.slice(body.slice(following, 1, 0, 1), 2, 4, 5)  # [B, 1, 1]
+    has_more = body.node("Cast", body.node(rules.above, head, rules.conf), to=TensorProto.FLOAT)
+    last = body.slice(best, 1, -1, 2**31 - 1)  # [B, 1]: zero while there is room
+    has_room = body.node("Cast", body.node("LessOrEqual", last, body.constant(0.0, "zero")), to=TensorProto.FLOAT)
+    wanted = body.node("Mul", has_room, body.node("Squeeze", has_more, body.constant([2], "axis")))
+    largest = body.node("ReduceMax", wanted, keepdims=0)
+    return body.node("Greater", largest, body.constant(0.5, "half"))
+
+
+def _overlaps(writer: GraphWriter, first: str, second: str, rules: _Rules) -> str:
+    """Bool [B, N, M] for rows [B, N, 6] and [B, M, 6]: of one class, and intersection above iou * union.
+
+    The comparison needs no division, so two empty boxes are no special case.
+    """
+    a = [writer.slice(first, 2, side, side + 1) for side in range(6)]  # [B, N, 1] each
+    turned = writer.node("Transpose", second, perm=[0, 2, 1])
+    b = [writer.slice(turned, 1, side, side + 1) for side in range(6)]  # [B, 1, M] each
     zero = writer.constant(0.0, "zero")
 
     def shared(low: int, high: int) -> str:
-        begin = writer.node("Max", sides[low], turned[low])
-        return writer.node("Max", writer.node("Sub", writer.node("Min", sides[high], turned[high]), begin), zero)
+        length = writer.node("Sub", writer.node("Min", a[high], b[high]), writer.node("Max", a[low], b[low]))
+        return writer.node("Max", length, zero)
+
+    def area(sides: list[str]) -> str:
+        return writer.node("Mul", writer.node("Sub", sides[2], sides[0]), writer.node("Sub", sides[3], sides[1]))
 
     intersection = writer.node("Mul", shared(0, 2), shared(1, 3))
-    area = writer.node("Mul", writer.node("Sub", sides[2], sides[0]), writer.node("Sub", sides[3], sides[1]))
-    both = writer.node("Add", area, writer.node("Transpose", area, perm=[0, 2, 1]))
-    union = writer.node("Sub", both, intersection)
-    return writer.node("GreaterOrEqual" if inclusive else "Greater", intersection, writer.node("Mul", union, iou))
+    union = writer.node("Sub", writer.node("Add", area(a), area(b)), intersection)
+    overlaps = writer.node(rules.above, intersection, writer.node("Mul", union, rules.iou))
+    if rules.class_agnostic:
+        return overlaps
+    return writer.node("And", overlaps, writer.node("Equal", a[5], b[5]))
 
 
-def _fixed_point(writer: GraphWriter, valid: str, beats: str, plan: NmsPlan) -> str:
-    """Float [B, K], 1 where a candidate survives: iterates keep = valid and not (keep @ beats) until nothing changes.
+def _not_hit(writer: GraphWriter, active: str, hits: str) -> str:
+    """Float [B, M], 1 where no active row (float [B, N]) of the matrix [B, N, M] hits."""
+    # Not a MatMul: TensorRT-RTX has none of float32 for Turing.
+    active_hits = writer.node("Mul", writer.unsqueeze(active, 2), hits)
+    count = writer.node("ReduceSum", active_hits, writer.constant([1], "axis"), keepdims=0)
+    return writer.node("Cast", writer.node("Less", count, writer.constant(0.5, "half")), to=TensorProto.FLOAT)
 
-    The n best candidates are final after n rounds, so K rounds are always enough; real pictures take a few.
+
+def _fixed_point(writer: GraphWriter, valid: str, beats: str, tile: int) -> str:
+    """Float [B, tile], 1 where a candidate survives: keep = valid and not hit by a kept one, until nothing changes.
+
+    The n best candidates are final after n rounds, so `tile` rounds are always enough; real pictures take a few.
     """
     body = GraphWriter(prefix=f"{beats}_round__", constants_as_nodes=True)
-    keep_in, go_in, round_in = (body.unique(name) for name in ("keep", "go", "round"))
-    hits = body.node("MatMul", body.unsqueeze(keep_in, 1), beats)
-    hit = body.node("Squeeze", hits, body.constant([1], "axis"))
-    alive = body.node("Cast", body.node("Less", hit, body.constant(0.5, "half")), to=TensorProto.FLOAT)
-    keep_out = body.node("Mul", valid, alive)
+    number, go_in, keep_in = (body.unique(name) for name in ("number", "go", "keep"))
+    keep_out = body.node("Mul", valid, _not_hit(body, keep_in, beats))
     change = body.node("Abs", body.node("Sub", keep_out, keep_in))
-    largest = body.node("ReduceMax", change, keepdims=0)
-    go_out = body.node("Greater", largest, body.constant(0.5, "half"))
-    graph = helper.make_graph(
-        body.nodes,
-        f"{beats}_round",
-        [
-            helper.make_tensor_value_info(round_in, TensorProto.INT64, []),
-            helper.make_tensor_value_info(go_in, TensorProto.BOOL, []),
-            helper.make_tensor_value_info(keep_in, TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info(go_out, TensorProto.BOOL, []),
-            helper.make_tensor_value_info(keep_out, TensorProto.FLOAT, None),
-        ],
+    go_out = body.node("Greater", body.node("ReduceMax", change, keepdims=0), body.constant(0.5, "half"))
+    graph = _loop_body(body, f"{beats}_round", (number, go_in, keep_in), (go_out, keep_out))
+    return writer.node(
+        "Loop",
+        writer.constant(tile, "rounds"),
+        writer.constant(np.array(True), "go"),
+        valid,
+        name="settled",
+        body=graph,
     )
-    rounds = writer.constant(plan.candidates, "rounds")
-    go = writer.constant(np.array(True), "go")
-    return writer.node("Loop", rounds, go, valid, name="survivors", body=graph)
 
 
-def _packed(
-    writer: GraphWriter, boxes: str, score: str, class_id: str, keep: str, plan: NmsPlan
-) -> tuple[str, str, str, str]:
-    """Survivors to the front, zeros behind them. Scores above a threshold are positive, so keep * score orders them."""
-    limit = plan.options.max_det
-    det_scores, row = writer.top_k(writer.node("Mul", keep, score), limit)
-    present = writer.node(
-        "Cast", writer.node("Greater", det_scores, writer.constant(0.0, "zero")), to=TensorProto.FLOAT
-    )
-    count = writer.node("ReduceSum", present, writer.constant([1], "axis"), keepdims=1)
-    kept_boxes = writer.node("Mul", gather_rows(writer, boxes, row), writer.unsqueeze(present, 2))
-    kept_class = writer.node("Cast", writer.node("GatherElements", class_id, row, axis=1), to=TensorProto.INT32)
-    present_int = writer.node("Cast", present, to=TensorProto.INT32)
+def _loop_body(body: GraphWriter, name: str, inputs: tuple[str, str, str], outputs: tuple[str, str]) -> onnx.GraphProto:
+    """A loop that carries one float tensor: (round number, condition, state) to (condition, state)."""
+    kinds = (TensorProto.INT64, TensorProto.BOOL, TensorProto.FLOAT)
+    scalars: tuple[list[int] | None, ...] = ([], [], None)
+    takes = [helper.make_tensor_value_info(*entry) for entry in zip(inputs, kinds, scalars, strict=True)]
+    gives = [helper.make_tensor_value_info(*entry) for entry in zip(outputs, kinds[1:], scalars[1:], strict=True)]
+    return helper.make_graph(body.nodes, name, takes, gives)
+
+
+def _outputs(writer: GraphWriter, kept: str) -> tuple[str, str, str, str]:
+    """Rows [B, max_det, 6], survivors in front and zeros behind, as the four outputs."""
+    scores = writer.node("Squeeze", writer.slice(kept, 2, 4, 5), writer.constant([2], "axis"))
+    present = writer.node("Cast", writer.node("Greater", scores, writer.constant(0.0, "zero")), to=TensorProto.INT32)
+    number = writer.node("ReduceSum", present, writer.constant([1], "axis"), name="number", keepdims=1)
+    classes = writer.node("Squeeze", writer.slice(kept, 2, 5, 6), writer.constant([2], "axis"))
     return (
-        writer.node("Cast", count, name="count", to=TensorProto.INT32),
-        kept_boxes,
-        det_scores,
-        writer.node("Mul", kept_class, present_int),
+        number,
+        writer.slice(kept, 2, 0, 4),
+        writer.node("Identity", scores),
+        writer.node("Cast", classes, name="classes", to=TensorProto.INT32),
     )
+
+
+def gather_rows(writer: GraphWriter, x: str, row: str, columns: int) -> str:
+    """x[b, row[b, k]] for [B, N, columns] and [B, K]."""
+    index = writer.node("Expand", writer.unsqueeze(row, 2), writer.constant([1, 1, columns], "shape"))
+    return writer.node("GatherElements", x, index, axis=1)

@@ -116,9 +116,7 @@ def _untranslatable(what: str) -> ExportError:
     return ExportError(f"The model uses {what}, which has no ONNX translation here.", fix="Add one to to_onnx.py.")
 
 
-def _model(
-    writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]
-) -> onnx.ModelProto:
+def _model(writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]) -> onnx.ModelProto:
     height, width = input_hw
     options = plan.options
     batch = options.batch or "batch"

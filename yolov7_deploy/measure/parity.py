@@ -17,6 +17,7 @@ from yolov7_deploy.backends.base import Backend, Found, Stages
 from yolov7_deploy.boxes import iou_matrix, xywh_to_xyxy
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import FloatArray, Image, Letterbox, fit_letterbox
+from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.options import Thresholds
 
 logger = logging.getLogger(__name__)
@@ -209,8 +210,7 @@ def _found(
     a, b = (form.backend.infer([picture], [placed], thresholds).found[0] for form in (reference, against))
     pairs = matched(a, b)
     alone_a, alone_b = (
-        scores[np.setdiff1d(np.arange(len(scores)), pairs[:, side])]
-        for side, scores in enumerate((a.scores, b.scores))
+        scores[np.setdiff1d(np.arange(len(scores)), pairs[:, side])] for side, scores in enumerate((a.scores, b.scores))
     )
     # Whoever sits on a threshold, or on the last place of max_det, may fall to either side.
     floor = max([thresholds.conf, *(float(f.scores[-1]) for f in (a, b) if len(f.scores) >= thresholds.max_det)])
@@ -276,3 +276,17 @@ def form(name: str, backend: Backend, path: Path | None, *, input_hw: tuple[int,
 
         inside = OnnxProbe(path)
     return Form(name=name, backend=backend, inside=inside, input_hw=input_hw)
+
+
+def comparison_thresholds(info: ModelInfo) -> Thresholds:
+    """Those inside a file, else the official ones with a low `conf`, so that there is something to compare."""
+    nms = info.nms
+    if nms is None:
+        return Thresholds(conf=0.01)
+    return Thresholds(
+        conf=nms.conf,
+        iou=nms.iou,
+        max_det=nms.max_det,
+        multi_label=nms.multi_label,
+        class_agnostic=nms.class_agnostic,
+    )

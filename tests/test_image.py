@@ -1,0 +1,367 @@
+"""Reading pictures, and the letterbox there and back, against the official formulas spelt out."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from yolov7_deploy.errors import ImageError
+from yolov7_deploy.image import (
+    PAD_GREY,
+    as_bgr,
+    fit_evaluation_letterbox,
+    fit_letterbox,
+    read_image,
+    to_network_input,
+)
+
+# A box may come back this many canvas pixels off: half a pixel from rounding the resized side, half from the padding's
+# odd pixel.
+CANVAS_PIXELS_OFF = 1.0
+# float32 of coordinates up to some thousands, over gains down to a hundredth.
+FLOAT32_TOLERANCE = 1e-5
+# OpenCV halves 16-bit files by a shift, arrays are divided by 257: neighbouring levels.
+LEVELS_OFF = 1
+
+sides = st.integers(1, 3000)
+canvas_sides = st.integers(1, 42).map(lambda cells: 32 * cells)
+hws = st.tuples(sides, sides)
+canvas_hws = st.tuples(canvas_sides, canvas_sides)
+
+
+def noise(height, width, channels=3, *, dtype=np.uint8, seed=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def official_pads(canvas, resized):
+    """Pixels before and after the picture along one axis."""
+    half = (canvas - resized) / 2
+    return round(half - 0.1), round(half + 0.1)
+
+
+def official_canvas(image, resized_hw, canvas_hw, method):
+    """The official letterbox: resize where needed, then a grey border on four sides."""
+    if image.shape[:2] != resized_hw:
+        image = cv2.resize(image, resized_hw[::-1], interpolation=method)
+    top, bottom = official_pads(canvas_hw[0], resized_hw[0])
+    left, right = official_pads(canvas_hw[1], resized_hw[1])
+    return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(114, 114, 114))
+
+
+# --- the inference letterbox --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=500)
+@given(hws, canvas_hws)
+@example((1, 3000), (640, 640))
+@example((640, 480), (640, 640))
+@example((1080, 1920), (640, 640))
+def test_the_picture_is_as_large_as_fits_and_lies_where_the_official_one_does(source, canvas):
+    letterbox = fit_letterbox(source, canvas)
+    ratio = min(canvas[0] / source[0], canvas[1] / source[1])
+    for axis, before in ((0, letterbox.top), (1, letterbox.left)):
+        resized = letterbox.resized_hw[axis]
+        assert resized == max(1, round(source[axis] * ratio))
+        first, last = official_pads(canvas[axis], resized)
+        assert before == first >= 0
+        assert first + resized + last == canvas[axis]
+    assert any(have == room for have, room in zip(letterbox.resized_hw, canvas, strict=True))
+
+
+@settings(max_examples=300)
+@given(hws, canvas_hws, st.data())
+def test_a_box_comes_back_to_where_it_was(source, canvas, data):
+    letterbox = fit_letterbox(source, canvas)
+    ys = data.draw(st.tuples(st.floats(0, source[0]), st.floats(0, source[0])).map(sorted))
+    xs = data.draw(st.tuples(st.floats(0, source[1]), st.floats(0, source[1])).map(sorted))
+    box = np.array([xs[0], ys[0], xs[1], ys[1]])
+    # Where the pixels really went: the resized picture's own scale, and whole pixels of padding.
+    scale = np.array([resized / side for resized, side in zip(letterbox.resized_hw, source, strict=True)])[[1, 0, 1, 0]]
+    placed = box * scale + [letterbox.left, letterbox.top] * 2
+    back = letterbox.undo(placed[None].astype(np.float32))
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back[0], box, atol=CANVAS_PIXELS_OFF / letterbox.gain * 1.001, rtol=FLOAT32_TOLERANCE)
+
+
+@settings(max_examples=300)
+@given(hws, canvas_hws, st.integers(0, 2**32 - 1))
+def test_undo_is_the_official_formula(source, canvas, seed):
+    boxes = np.random.default_rng(seed).uniform(-50, 1400, (20, 4)).astype(np.float32)
+    kept = boxes.copy()
+    back = fit_letterbox(source, canvas).undo(boxes)
+    gain = min(canvas[0] / source[0], canvas[1] / source[1])
+    resized = [max(1, round(side * gain)) for side in source]
+    pad_x, pad_y = (canvas[1] - resized[1]) / 2, (canvas[0] - resized[0]) / 2
+    expected = boxes.astype(np.float64)
+    expected[:, [0, 2]] = ((expected[:, [0, 2]] - pad_x) / gain).clip(0, source[1])
+    expected[:, [1, 3]] = ((expected[:, [1, 3]] - pad_y) / gain).clip(0, source[0])
+    # Cancellation: the canvas coordinate's own rounding, seen through the gain.
+    np.testing.assert_allclose(back, expected, rtol=FLOAT32_TOLERANCE, atol=1400 * 2**-22 / gain)
+    np.testing.assert_array_equal(boxes, kept)
+
+
+def test_undo_of_no_boxes_gives_no_boxes():
+    assert fit_letterbox((480, 640), (640, 640)).undo(np.empty((0, 4), np.float32)).shape == (0, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.tuples(st.integers(1, 8), st.integers(1, 8)).map(lambda c: (32 * c[0], 32 * c[1])),
+)
+def test_the_canvas_equals_the_official_one(source, canvas):
+    image = noise(*source)
+    letterbox = fit_letterbox(source, canvas)
+    ours = letterbox.apply(image)
+    np.testing.assert_array_equal(ours, official_canvas(image, letterbox.resized_hw, canvas, cv2.INTER_LINEAR))
+    assert ours.dtype == np.uint8
+
+
+def test_a_picture_that_fits_keeps_its_pixels_and_gets_grey_around():
+    image = noise(96, 63)
+    kept = image.copy()
+    canvas = fit_letterbox((96, 63), (96, 96)).apply(image)
+    np.testing.assert_array_equal(canvas[:, 16:79], kept)
+    canvas[:, 16:79] = PAD_GREY
+    assert (canvas == 114).all()
+    np.testing.assert_array_equal(image, kept)
+
+
+def test_a_picture_of_the_canvas_size_is_copied():
+    image = noise(64, 64)
+    canvas = fit_letterbox((64, 64), (64, 64)).apply(image)
+    np.testing.assert_array_equal(canvas, image)
+    assert not np.shares_memory(canvas, image)
+
+
+def test_known_placements():
+    full_hd = fit_letterbox((1080, 1920), (640, 640))
+    assert (full_hd.resized_hw, full_hd.top, full_hd.left) == ((360, 640), 140, 0)
+    odd = fit_letterbox((427, 640), (640, 640))  # 213 rows of padding: 106 above, 107 below
+    assert (odd.resized_hw, odd.top, odd.offset_xy) == ((427, 640), 106, (0.0, 106.5))
+    up = fit_letterbox((10, 20), (640, 640))
+    assert (up.resized_hw, up.gain) == ((320, 640), 32)
+
+
+# --- the evaluation letterbox -------------------------------------------------------------------------------------
+
+
+def official_evaluation(source, canvas, size):
+    """Loader and letterbox of the official test program: (resized, top, left, gain, pad_x, pad_y, by area)."""
+    height, width = source
+    ratio = size / max(height, width)
+    if ratio != 1:
+        height, width = int(height * ratio), int(width * ratio)
+    # Then the letterbox without scaling up; the canvas of a rectangular batch holds every picture of it.
+    assert min(canvas[0] / height, canvas[1] / width, 1) == 1
+    pad_x, pad_y = (canvas[1] - width) / 2, (canvas[0] - height) / 2
+    top, left = official_pads(canvas[0], height)[0], official_pads(canvas[1], width)[0]
+    return (height, width), top, left, height / source[0], pad_x, pad_y, ratio < 1
+
+
+def rect_canvas(resized_hw, stride=32, pad=0.5):
+    """The smallest canvas of the official rectangular mode that one picture gets."""
+    return tuple(math.ceil(side / stride + pad) * stride for side in resized_hw)
+
+
+@st.composite
+def evaluations(draw):
+    """(source, canvas, size) in which no side is truncated to nothing."""
+    size = draw(st.sampled_from([64, 640, 1280]))
+    source = draw(hws.filter(lambda hw: int(min(hw) * size / max(hw)) >= 1))
+    resized = [math.ceil(side * size / max(source)) for side in source]
+    extra = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    canvas = tuple(side + 32 * more for side, more in zip(rect_canvas(resized), extra, strict=True))
+    return source, canvas, size
+
+
+@settings(max_examples=500)
+@given(evaluations())
+@example(((480, 640), (512, 672), 640))
+@example(((427, 640), (448, 672), 640))
+def test_the_evaluation_letterbox_is_the_official_one(case):
+    source, canvas, size = case
+    letterbox = fit_evaluation_letterbox(source, canvas, size=size)
+    resized, top, left, gain, pad_x, pad_y, by_area = official_evaluation(source, canvas, size)
+    assert (letterbox.resized_hw, letterbox.top, letterbox.left) == (resized, top, left)
+    assert letterbox.gain == gain
+    assert letterbox.offset_xy == (pad_x, pad_y)
+    assert letterbox.shrink_by_area == by_area
+
+
+@pytest.mark.parametrize("source", [(500, 375), (60, 100), (640, 480), (427, 640), (33, 640)])
+def test_the_evaluation_canvas_equals_the_official_one(source):
+    image = noise(*source)
+    resized, *_, by_area = official_evaluation(source, (2048, 2048), 320)
+    canvas = rect_canvas(resized)
+    ours = fit_evaluation_letterbox(source, canvas, size=320).apply(image)
+    method = cv2.INTER_AREA if by_area else cv2.INTER_LINEAR
+    np.testing.assert_array_equal(ours, official_canvas(image, resized, canvas, method))
+
+
+def test_evaluation_boxes_come_back_by_the_height_ratio_on_both_axes():
+    letterbox = fit_evaluation_letterbox((427, 1000), (320, 672), size=640)  # 273 x 640, by 273/427 and not 0.64
+    back = letterbox.undo(np.array([[116, 123.5, 216, 223.5]], np.float32))
+    gain = 273 / 427
+    expected = [[(116 - 16) / gain, (123.5 - 23.5) / gain, (216 - 16) / gain, (223.5 - 23.5) / gain]]
+    np.testing.assert_allclose(back, expected, rtol=FLOAT32_TOLERANCE)
+
+
+def test_a_side_truncated_to_nothing_keeps_one_pixel():
+    assert fit_evaluation_letterbox((1, 3000), (32, 672), size=640).resized_hw == (1, 640)
+
+
+# --- the network input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_network_input_equals_the_obvious_expression_bit_for_bit(count):
+    canvases = [noise(64, 96, seed=i) for i in range(count)]
+    canvases[0][0, :, 0] = np.arange(96)
+    obvious = np.stack(canvases)[..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    ours = to_network_input(canvases)
+    assert (ours.dtype, ours.shape) == (np.float32, (count, 3, 64, 96))
+    assert ours.tobytes() == np.ascontiguousarray(obvious).tobytes()
+    assert ours.flags.c_contiguous
+
+
+def test_every_pixel_value_is_scaled_as_torch_scales_it():
+    torch = pytest.importorskip("torch")
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    np.testing.assert_array_equal(to_network_input([values])[0, 0], (torch.from_numpy(values)[..., 0].float() / 255.0))
+
+
+# --- what people pass as a picture --------------------------------------------------------------------------------
+
+
+def test_bgr_is_given_back_without_a_copy():
+    image = noise(4, 5)
+    assert as_bgr(image) is image or np.shares_memory(as_bgr(image), image)
+
+
+def test_grey_is_repeated():
+    grey = noise(4, 5, 0)
+    for image in (grey, grey[:, :, None]):
+        bgr = as_bgr(image)
+        assert bgr.shape == (4, 5, 3)
+        assert all((bgr[:, :, c] == grey).all() for c in range(3))
+
+
+def test_alpha_is_dropped():
+    image = noise(4, 5, 4)
+    np.testing.assert_array_equal(as_bgr(image), image[:, :, :3])
+
+
+def test_uint16_is_scaled_to_uint8():
+    image = noise(40, 50, dtype=np.uint16)
+    image[0, 0] = (0, 257, 65535)
+    np.testing.assert_array_equal(as_bgr(image), (image // 257).astype(np.uint8))
+    assert as_bgr(image)[0, 0].tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize("view", [np.s_[::-1], np.s_[:, ::-1], np.s_[..., ::-1], np.s_[::2, 1::2]])
+def test_the_result_is_contiguous_with_the_same_pixels(view):
+    image = noise(8, 9)[view]
+    assert as_bgr(image).flags.c_contiguous
+    np.testing.assert_array_equal(as_bgr(image), image)
+
+
+def test_a_nested_list_of_integers_is_refused_because_it_is_not_uint8():
+    with pytest.raises(ImageError, match="int64"):
+        as_bgr([[[1, 2, 3]]])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.bool_, np.complex64])
+def test_other_number_types_are_refused_with_a_fix(dtype):
+    with pytest.raises(ImageError, match=np.dtype(dtype).name) as caught:
+        as_bgr(np.ones((4, 5, 3), dtype))
+    assert "astype" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 3), (5, 0, 3), (0, 0), (4, 5, 2), (4, 5, 5), (3, 40, 50), (1, 4, 5, 3), (7,), ()]
+)
+def test_other_shapes_are_refused_and_shown(shape):
+    with pytest.raises(ImageError) as caught:
+        as_bgr(np.zeros(shape, np.uint8))
+    assert str(shape) in caught.value.message
+
+
+@pytest.mark.parametrize("thing", [None, [], "street.jpg", [[1, 2], [3]]])
+def test_what_is_no_array_is_refused(thing):
+    with pytest.raises(ImageError):
+        as_bgr(thing)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_png_is_read_exactly(tmp_path):
+    image = noise(20, 30)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png")), image)
+
+
+def test_a_grey_png_becomes_bgr(tmp_path):
+    grey = noise(20, 30, 0)
+    cv2.imwrite(str(tmp_path / "a.png"), grey)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.repeat(grey[:, :, None], 3, 2))
+
+
+def test_an_rgba_png_loses_its_alpha_and_keeps_its_colours(tmp_path):
+    image = noise(20, 30, 4)
+    image[0, :, 3] = 0
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), image[:, :, :3])
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_a_16_bit_png_becomes_8_bit(tmp_path, channels):
+    image = noise(20, 30, channels, dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    read = read_image(tmp_path / "a.png")
+    assert (read.dtype, read.shape) == (np.uint8, (20, 30, 3))
+    np.testing.assert_allclose(read.astype(int), as_bgr(image).astype(int), atol=LEVELS_OFF)
+
+
+def test_a_path_with_spaces_and_accents_is_read(tmp_path):
+    path = tmp_path / "straße с пробелом.png"
+    path.write_bytes(cv2.imencode(".png", noise(4, 5))[1].tobytes())
+    assert read_image(path).shape == (4, 5, 3)
+
+
+def refusal(path):
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
+    assert str(path) in caught.value.message
+    assert caught.value.fix
+    return caught.value.message
+
+
+def test_an_empty_file_says_so(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    assert "0 bytes" in refusal(tmp_path / "a.jpg")
+
+
+def test_text_is_no_picture(tmp_path):
+    (tmp_path / "a.jpg").write_text("not a picture")
+    assert "13 bytes" in refusal(tmp_path / "a.jpg")
+
+
+def test_a_jpeg_cut_off_in_its_header_is_no_picture(tmp_path):
+    data = cv2.imencode(".jpg", noise(200, 200))[1].tobytes()
+    (tmp_path / "a.jpg").write_bytes(data[:100])
+    assert "not a picture" in refusal(tmp_path / "a.jpg")
+
+
+def test_a_missing_file_says_so(tmp_path):
+    assert "No such file" in refusal(tmp_path / "a.jpg")
+
+
+def test_a_folder_says_so(tmp_path):
+    assert "directory" in refusal(tmp_path)

@@ -1,0 +1,76 @@
+"""`y7 doctor`: what is installed, what can run here, and what to type for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from yolov7_deploy.doctor import Diagnosis
+    from yolov7_deploy.doctor.libraries import Library
+    from yolov7_deploy.doctor.machine import Machine
+
+
+def doctor(
+    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+) -> None:
+    """Say what is installed, what can run here, and what to type for the rest."""
+    from yolov7_deploy.doctor import diagnose
+    from yolov7_deploy.measure.report import write_json
+
+    diagnosis = diagnose()
+    typer.echo(describe(diagnosis), err=json_path == "-")
+    if json_path is not None:
+        write_json(diagnosis, json_path)
+
+
+def describe(diagnosis: Diagnosis) -> str:
+    """The diagnosis for people."""
+    from yolov7_deploy.measure.report import table
+
+    libraries = [[entry.name, _version(entry), _remark(entry)] for entry in diagnosis.libraries.values()]
+    abilities = [[entry.what, "yes" if entry.possible else "no", entry.reason] for entry in diagnosis.abilities]
+    places = [[place.label, place.folder or "not set", ", ".join(place.files) or None] for place in diagnosis.weights]
+    parts = [
+        f"yolov7-deploy {diagnosis.version}, Python {diagnosis.python}",
+        table(list(_machine(diagnosis.machine)), ["machine", ""]),
+        table(libraries, ["library", "version", "remark"]),
+        table(abilities, ["what", "here", "with, or why not"]),
+    ]
+    fixes = dict.fromkeys(entry.fix for entry in diagnosis.abilities if entry.fix)
+    if fixes:
+        parts.append("\n".join(["To get what is missing:", *(f"  {fix}" for fix in fixes)]))
+    parts += [f"Trap: {trap.what}\n  {trap.fix}" for trap in diagnosis.traps]
+    parts.append(table(places, ["weights are looked for in", "folder", "official files found"]))
+    return "\n\n".join(parts)
+
+
+def _machine(machine: Machine) -> Iterator[list[object]]:
+    yield ["system", f"{machine.system}, {machine.architecture}"]
+    cores = f"{machine.cores} cores"
+    yield ["processor", f"{machine.cpu}, {cores}, {machine.usable_cores} usable"]
+    yield ["memory", None if machine.memory_gb is None else f"{machine.memory_gb:.1f} GB"]
+    board = machine.jetson
+    if board is not None:
+        capability = board.compute_capability or "unknown"
+        release = f"JetPack {board.jetpack or 'unknown'} (L4T {board.l4t or 'unknown'})"
+        yield ["Jetson", f"{board.model}, {release}, compute capability {capability}"]
+    for gpu in machine.gpus:
+        memory = "" if gpu.memory_gb is None else f", {gpu.memory_gb:.1f} GB"
+        capability = gpu.compute_capability or "unknown"
+        yield ["GPU", f"{gpu.name}{memory}, compute capability {capability}, driver {gpu.driver}"]
+    if not machine.has_gpu:
+        yield ["GPU", "no NVIDIA GPU is visible"]
+
+
+def _version(library: Library) -> str | None:
+    return library.version or ("unknown" if library.installed else None)
+
+
+def _remark(library: Library) -> str:
+    if library.fault:
+        return f"does not load: {library.fault}"
+    others = [entry for entry in library.distributions if entry.partition(" ")[0] != library.name]
+    return ", ".join([*others, *library.details])

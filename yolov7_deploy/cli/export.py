@@ -1,0 +1,147 @@
+"""`y7 export`: a checkpoint to one verified ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from yolov7_deploy.cli.detect import parse_img
+from yolov7_deploy.errors import MissingLibraryError, UsageError
+from yolov7_deploy.options import ExportOptions
+
+if TYPE_CHECKING:
+    from yolov7_deploy.pipeline import ExportReport
+
+DEFAULTS = ExportOptions()
+
+
+def export(
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="A .pt or .safetensors file, or an official name.")
+    ] = "yolov7",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.onnx here.")] = None,
+    img: Annotated[
+        str | None,
+        typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Fixed batch size.")] = 1,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    nms: Annotated[
+        str,
+        typer.Option("--nms", help="plugin (our op with a body for every runtime), standard, efficient or none."),
+    ] = DEFAULTS.nms,
+    conf: Annotated[float, typer.Option("--conf", "--conf-thres", help="Keep scores above this.")] = DEFAULTS.conf,
+    iou: Annotated[
+        float, typer.Option("--iou", "--iou-thres", help="Suppress boxes that overlap a better one by more.")
+    ] = DEFAULTS.iou,
+    max_det: Annotated[int, typer.Option("--max-det", "--topk-all", help="Rows of the outputs.")] = DEFAULTS.max_det,
+    max_candidates: Annotated[
+        int, typer.Option("--max-candidates", help="Best-scoring boxes that enter suppression.")
+    ] = DEFAULTS.max_candidates,
+    multi_label: Annotated[
+        bool, typer.Option("--multi-label/--best-class", help="Every class of a box above --conf, or its best only.")
+    ] = DEFAULTS.multi_label,
+    agnostic_nms: Annotated[
+        bool, typer.Option("--agnostic-nms", "--class-agnostic", help="Boxes suppress those of other classes too.")
+    ] = DEFAULTS.class_agnostic,
+    input_kind: Annotated[
+        str, typer.Option("--input", help="float32 (NCHW RGB 0..1) or uint8 (NHWC BGR, scaled inside the graph).")
+    ] = DEFAULTS.input_kind,
+    opset: Annotated[int, typer.Option("--opset", help="ONNX operator set, 13 to 21.")] = DEFAULTS.opset,
+    simplify: Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch before the file is kept.")
+    ] = True,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Verify on this picture instead of a drawn one.")
+    ] = None,
+    end2end: Annotated[bool, typer.Option("--end2end", help="Same as --nms efficient.", hidden=True)] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Always on.", hidden=True)] = False,
+    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+) -> None:
+    """Export weights to one ONNX file for every runtime, and verify it."""
+    size = parse_img(img)
+    if dynamic_batch and batch != 1:
+        raise UsageError(f"--dynamic-batch and --batch {batch} contradict each other.", fix="Leave one of them out.")
+    options = ExportOptions(
+        input_hw=(size, size) if isinstance(size, int) else size,
+        batch=None if dynamic_batch else batch,
+        nms="efficient" if end2end else nms,
+        conf=conf,
+        iou=iou,
+        max_det=max_det,
+        max_candidates=max_candidates,
+        multi_label=multi_label,
+        class_agnostic=agnostic_nms,
+        input_kind=input_kind,  # type: ignore[arg-type]
+        opset=opset,
+        simplify=simplify,
+    )
+    from yolov7_deploy.image import read_image
+    from yolov7_deploy.measure.report import progress, write_json
+    from yolov7_deploy.weights import find_weights
+
+    try:
+        from yolov7_deploy.pipeline import export_weights
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            f"{error.name} is needed to export.", fix="pip install 'yolov7-deploy[export,cpu]'"
+        ) from error
+    to_stderr = json_path == "-"
+    pictures = [read_image(picture)] if picture else []
+    with progress("download") as show:
+        path = find_weights(weights, progress=show)
+    report = export_weights(
+        path,
+        output or Path(f"{_stem(weights, path)}.onnx"),
+        options=options,
+        verify=verify,
+        pictures=pictures,
+        say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
+    )
+    typer.echo(describe(report), err=to_stderr)
+    if json_path is not None:
+        write_json(to_record(report), json_path)
+
+
+def _stem(asked: str, found: Path) -> str:
+    """The official name where one was asked for, else the file's."""
+    return found.stem if Path(asked).suffix else asked
+
+
+def describe(report: ExportReport) -> str:
+    """The check and the file for people."""
+    from yolov7_deploy.cli.verify import stage_table
+
+    info, parts = report.info, []
+    if report.parity:
+        parts.append(stage_table(report.parity))
+    height, width = info.input_hw or (0, 0)
+    batch = "open" if info.batch is None else str(info.batch)
+    parts.append(
+        f"{report.path}: {report.bytes / 1e6:.1f} MB, {info.variant} {width}x{height}, batch {batch}, input "
+        f"{info.input_kind}, opset {info.opset}"
+    )
+    if info.nms:
+        kept = info.nms
+        parts.append(
+            f"NMS inside ({kept.kind}): conf {kept.conf:g}, iou {kept.iou:g}, max-det {kept.max_det}, "
+            + ("every class of a box" if kept.multi_label else "best class of a box")
+            + ("; conf and iou can be changed at run time" if kept.runtime_thresholds else "")
+        )
+    parts.append(f"Try it:  y7 detect --weights {report.path} --source PICTURE")
+    return "\n".join(parts)
+
+
+def to_record(report: ExportReport) -> dict[str, object]:
+    """The record for machines."""
+    import json
+
+    return {
+        "path": str(report.path),
+        "bytes": report.bytes,
+        "passport": json.loads(report.info.to_json()),
+        "parity": report.parity.to_dict() if report.parity else None,
+    }

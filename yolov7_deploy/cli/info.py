@@ -1,0 +1,267 @@
+"""`y7 info`: what a variant costs beside the paper, and what a weights file or an ONNX file holds."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from yolov7_deploy.errors import LoadError, MissingLibraryError, UsageError
+
+if TYPE_CHECKING:
+    from yolov7_deploy.info import ModelInfo
+    from yolov7_deploy.measure.complexity import Complexity, LayerCost
+    from yolov7_deploy.measure.describe import PaperCost, VariantRecord, WeightsRecord
+    from yolov7_deploy.measure.onnx_file import OnnxFile, Port
+    from yolov7_deploy.model.variants import Anchors
+
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+MAX_NAMES = 100
+LINE = 100  # characters of a paragraph
+INDENT = 12
+NO_BREAK = "\u00a0"
+LAYER_COLUMNS = ("layer", "type", "channels", "k/s", "1/res", "parameters", "fused", "from", "form")
+
+
+def info(
+    target: Annotated[
+        str, typer.Argument(metavar="WEIGHTS-or-VARIANT", help="A .pt, .safetensors or .onnx file, or a variant.")
+    ],
+    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print the layer table, in the official numbering.")] = False,
+) -> None:
+    """Say what a variant costs, or what a model file holds."""
+    from yolov7_deploy.measure.report import write_json
+    from yolov7_deploy.model.variants import VARIANTS
+
+    record: VariantRecord | WeightsRecord | OnnxFile
+    if target in VARIANTS:
+        kind, (record, text) = "variant", _variant(target, layers=layers)
+    elif Path(target).suffix.lower() == ".onnx":
+        kind, (record, text) = "onnx", _onnx(target, layers=layers)
+    else:
+        kind, (record, text) = "weights", _weights(target, layers=layers)
+    typer.echo(text, err=json_path == "-")
+    if json_path is not None:
+        write_json({"kind": kind, **asdict(record)}, json_path)
+
+
+def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
+    try:
+        from yolov7_deploy.measure.describe import describe_variant
+    except ModuleNotFoundError as error:
+        raise _missing(error, name) from error
+    record = describe_variant(name)
+    return record, _variant_text(record, layers=layers)
+
+
+def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
+    from yolov7_deploy.measure.report import progress
+    from yolov7_deploy.weights import find_weights
+
+    suffix = Path(target).suffix.lower()
+    if suffix in ENGINE_SUFFIXES:
+        raise LoadError(
+            f"There is no reader for {suffix} files, so {target} cannot be described.",
+            fix="Describe what it was built from:  y7 info NAME.onnx",
+        )
+    try:
+        from yolov7_deploy.measure.describe import describe_weights
+    except ModuleNotFoundError as error:
+        raise _missing(error, target) from error
+    with progress("download") as show:
+        path = find_weights(target, progress=show)
+    record = describe_weights(path)
+    return record, _weights_text(record, layers=layers)
+
+
+def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, str]:
+    from yolov7_deploy.measure.onnx_file import read_onnx
+    from yolov7_deploy.weights import find_weights
+
+    if layers:
+        raise UsageError(
+            f"--layers is about variants and weights; {target} has nodes, which are counted without it.",
+            fix=f"y7 info {target}",
+        )
+    record = read_onnx(find_weights(target))
+    return record, _onnx_text(record)
+
+
+def _missing(error: ModuleNotFoundError, what: str) -> MissingLibraryError:
+    return MissingLibraryError(f"{error.name} is needed to describe {what}.", fix="pip install 'yolov7-deploy[export]'")
+
+
+# --- variants and weights ---------------------------------------------------------------------------------------------
+
+
+def _variant_text(record: VariantRecord, *, layers: bool) -> str:
+    from yolov7_deploy.measure.report import table
+
+    cost = record.cost
+    parts = [
+        f"{record.variant}: {_layer_count(cost)}, {record.activation}, strides {_listed(record.strides)}",
+        _anchors_text(record.anchors, record.strides),
+        _cost_table(cost),
+        table(
+            [row for entry in record.paper for row in _paper_rows(entry, cost)],
+            ["", "size", "parameters", "GFLOPs", "AP val", "AP test", "FPS V100", "ms at batch 32"],
+            "beside the paper (AP of COCO, in percent)",
+        ),
+        *(textwrap.fill(f"note: {note}", LINE, subsequent_indent="      ") for note in record.notes),
+    ]
+    return "\n\n".join([*parts, *([_layer_table(record.layers)] if layers else [])])
+
+
+def _weights_text(record: WeightsRecord, *, layers: bool) -> str:
+    cost = record.cost
+    whose = "anchors of its own, not the variant's" if record.own_anchors else "anchors of the variant"
+    parts = [
+        f"{record.path}: {record.variant}, {record.form} form, {len(record.class_names)} classes",
+        "\n".join(
+            [
+                _field("file", f"{_megabytes(record.size_bytes)}, sha256 {record.sha256}"),
+                _field("network", f"{_layer_count(cost)}, {record.parameters:,} parameters in the file"),
+                _field("strides", _listed(record.strides)),
+            ]
+        ),
+        _anchors_text(record.anchors, record.strides, title=whose),
+        _cost_table(cost),
+        _names_text(record.class_names),
+    ]
+    return "\n\n".join([*parts, *([_layer_table(record.layers)] if layers else [])])
+
+
+def _layer_count(cost: Complexity) -> str:
+    training = f" ({cost.layers_training} in training form)" if cost.layers_training != cost.layers else ""
+    return f"{cost.layers} layers{training}"
+
+
+def _cost_table(cost: Complexity) -> str:
+    from yolov7_deploy.measure.report import table
+
+    rows: list[list[object]] = [
+        ["training form", f"{cost.parameters_training:>11,}", f"{cost.gflops_training:.2f}"],
+        ["deploy form, as published", f"{cost.parameters_deploy:>11,}", None],
+        ["fused, as it runs", f"{cost.parameters_fused:>11,}", f"{cost.gflops:.2f}"],
+    ]
+    return table(rows, ["", " parameters", f"GFLOPs at {cost.size}"], f"cost with {cost.classes} classes")
+
+
+def _paper_rows(entry: PaperCost, cost: Complexity) -> list[list[object]]:
+    row = entry.row
+    val, test = (None if precision is None else precision.ap for precision in (row.val, row.test))
+    ours = [f"{cost.parameters_fused / 1e6:.1f}M", f"{entry.gflops:.1f}"]
+    return [
+        ["paper", entry.size, f"{row.params_m}M", row.gflops, val, test, row.fps, row.batch32_ms],
+        ["here, fused", entry.size, *ours, None, None, None, None],
+    ]
+
+
+def _anchors_text(anchors: Anchors, strides: Iterable[int], *, title: str = "anchors") -> str:
+    from yolov7_deploy.measure.report import table
+
+    rows = [
+        [stride, *(f"{width:g} x {height:g}" for width, height in level)]
+        for stride, level in zip(strides, anchors, strict=True)
+    ]
+    columns = ["stride", *(f"anchor {i + 1}" for i in range(len(anchors[0])))]
+    return table(rows, columns, f"{title} (width x height in pixels)")
+
+
+def _layer_table(layers: Iterable[LayerCost]) -> str:
+    from yolov7_deploy.measure.report import table
+
+    rows = [
+        [
+            row.index,
+            row.kind,
+            row.c_out,
+            row.window,
+            row.reduction,
+            row.parameters,
+            row.parameters_fused,
+            ",".join("img" if source < 0 else str(source) for source in row.sources),
+            "" if row.form == "both" else row.form,
+        ]
+        for row in layers
+    ]
+    return table(rows, LAYER_COLUMNS)
+
+
+def _names_text(names: tuple[str, ...]) -> str:
+    entries = [f"{index} {name}".replace(" ", NO_BREAK) for index, name in enumerate(names[:MAX_NAMES])]
+    more = f", and {len(names) - MAX_NAMES} more: all of them are in --json" if len(names) > MAX_NAMES else ""
+    return _field("classes", ", ".join(entries) + more).replace(NO_BREAK, " ")
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def _onnx_text(record: OnnxFile) -> str:
+    opsets = ", ".join(f"{domain} {version}".strip() for domain, version in record.opsets.items())
+    lines = [
+        _field("file", f"{_megabytes(record.size_bytes)}, written by {record.producer or 'an unnamed program'}"),
+        _field("opset", f"{opsets} (IR version {record.ir_version})"),
+        *(_field("input" if i == 0 else "", _port_text(port)) for i, port in enumerate(record.inputs)),
+        *(_field("output" if i == 0 else "", _port_text(port)) for i, port in enumerate(record.outputs)),
+        _field("nodes", f"{sum(record.nodes.values())}: {_counts(record.nodes)}"),
+        *(_field("function", f"{name}, of {count} nodes") for name, count in record.functions.items()),
+        _field("parameters", f"{record.parameters:,} in convolutions and matrix products"),
+    ]
+    passport = _passport_text(record.info) if record.info else _field("passport", "none: not written by this package")
+    headline = f"{record.path}: {record.info.variant if record.info else 'ONNX'}"
+    return "\n\n".join([headline, "\n".join(lines), passport])
+
+
+def _passport_text(passport: ModelInfo) -> str:
+    nms = passport.nms
+    size = "any size" if passport.input_hw is None else f"{passport.input_hw[0]}x{passport.input_hw[1]}"
+    batch = "any batch" if passport.batch is None else f"batch {passport.batch}"
+    suppression = "none inside: the output is the decoded head"
+    if nms is not None:
+        kept = "every class of a box" if nms.multi_label else "best class of a box"
+        open_ = "changeable at run time" if nms.runtime_thresholds else "fixed"
+        suppression = f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({open_}), max-det {nms.max_det}, {kept}"
+    source = f"{passport.source} {passport.source_sha256}".strip()
+    lines = [
+        _field("passport", f"{passport.variant}, {passport.precision}, {len(passport.class_names)} classes"),
+        _field("takes", f"{size} (height x width), {batch}, {passport.input_kind}"),
+        _field("NMS", suppression),
+        _field("strides", _listed(passport.strides)),
+        *([_field("source", source)] if source else []),
+        *([_field("written by", f"yolov7-deploy {passport.version}")] if passport.version else []),
+        *(_field("note", note) for note in passport.notes),
+        _names_text(passport.class_names),
+    ]
+    anchors = [_anchors_text(passport.anchors, passport.strides)] if passport.anchors else []
+    return "\n\n".join(["\n".join(lines), *anchors])
+
+
+def _port_text(port: Port) -> str:
+    return f"{port.name} {port.element} [{_listed(port.shape)}]{' (optional)' if port.has_default else ''}"
+
+
+def _counts(nodes: dict[str, int]) -> str:
+    return ", ".join(f"{count} {op}" for op, count in nodes.items())
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _field(name: str, text: str) -> str:
+    return textwrap.fill(
+        text, LINE, initial_indent=name.ljust(INDENT), subsequent_indent=" " * INDENT, break_on_hyphens=False
+    )
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"

@@ -1,0 +1,5 @@
+"""What is installed, what the machine has, what can run here, and what to type for the rest."""
+
+from yolov7_deploy.doctor.doctor import Diagnosis, diagnose
+
+__all__ = ["Diagnosis", "diagnose"]

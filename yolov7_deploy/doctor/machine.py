@@ -1,0 +1,178 @@
+"""The machine under the feet: system, processor, memory, NVIDIA GPUs and Jetson boards.
+
+Needs the standard library only. What a machine does not have or does not tell is left empty; nothing here raises.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+SMI_TIMEOUT_S = 20.0
+ROOT = Path("/")
+
+# Developer archive of JetPack; the last digits tell releases with the same software apart.
+_JETPACK = {
+    "35.1": "5.0.2", "35.2.1": "5.1", "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5": "5.1.3", "35.6": "5.1.4",
+    "35.6.1": "5.1.5", "36.3": "6.0", "36.4": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.5": "6.2.2",
+    "38.2": "7.0", "38.2.1": "7.0", "38.4": "7.1", "39.2": "7.2",
+}  # fmt: skip
+_JETPACK_MAJOR = {"32": "4.x", "34": "5.0", "35": "5.x", "36": "6.x", "38": "7.x", "39": "7.x"}
+
+# The first that fits counts: an Orin Nano is an Orin.
+_JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3", "TX1": "5.3"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One NVIDIA GPU as nvidia-smi lists it; `compute_capability` is empty with drivers that do not tell it."""
+
+    name: str
+    compute_capability: str
+    driver: str
+    memory_gb: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Jetson:
+    """A Jetson board: `l4t` is the version of its Linux, `jetpack` the release that brought it."""
+
+    model: str
+    l4t: str
+    jetpack: str
+    compute_capability: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Where we run.
+
+    Attributes:
+        system: Operating system with its version.
+        architecture: `x86_64`, `aarch64`, ...
+        cpu: Name of the processor.
+        cores: Logical processors of the machine.
+        usable_cores: Those this process may run on.
+        memory_gb: Main memory in units of 10^9 bytes; `None` where the system does not tell.
+        gpus: NVIDIA GPUs.
+        jetson: `None` on other machines.
+    """
+
+    system: str
+    architecture: str
+    cpu: str
+    cores: int
+    usable_cores: int
+    memory_gb: float | None
+    gpus: tuple[Gpu, ...]
+    jetson: Jetson | None
+
+    @property
+    def has_gpu(self) -> bool:
+        """There is an NVIDIA GPU, in a slot or on the board."""
+        return bool(self.gpus) or self.jetson is not None
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Compute capabilities of the GPUs, as far as they are known."""
+        known = [gpu.compute_capability for gpu in self.gpus]
+        known += [self.jetson.compute_capability] if self.jetson else []
+        return tuple(dict.fromkeys(text for text in known if text))
+
+
+def read_machine(root: Path = ROOT) -> Machine:
+    """This machine. `root` is the folder that `proc` and `etc` are looked for in."""
+    cores = os.cpu_count() or 1
+    return Machine(
+        system=_system(root),
+        architecture=platform.machine(),
+        cpu=_cpu(root),
+        cores=cores,
+        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
+        memory_gb=_memory_gb(root),
+        gpus=read_gpus(),
+        jetson=read_jetson(root),
+    )
+
+
+def read_gpus() -> tuple[Gpu, ...]:
+    """What nvidia-smi lists; none where it is absent, hangs or finds no driver."""
+    for fields in (("name", "driver_version", "memory.total", "compute_cap"), ("name", "driver_version")):
+        lines = _smi(fields)
+        if lines is not None:
+            return tuple(gpu for line in lines if (gpu := _gpu(line)) is not None)
+    return ()
+
+
+def read_jetson(root: Path = ROOT) -> Jetson | None:
+    """The board, told by its device tree or by the release file of its Linux."""
+    model = _read(root / "proc/device-tree/model").strip("\0\n ")
+    release = re.search(r"R(\d+)[^,]*, REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release"))
+    if release is None and not ("jetson" in model.lower() and "nvidia" in model.lower()):
+        return None
+    l4t = f"{release[1]}.{release[2]}" if release else ""
+    return Jetson(
+        model=model or "Jetson",
+        l4t=l4t,
+        jetpack=_jetpack(l4t),
+        compute_capability=next((value for name, value in _JETSON_CAPABILITY.items() if name in model), ""),
+    )
+
+
+def _jetpack(l4t: str) -> str:
+    return _JETPACK.get(l4t) or _JETPACK.get(l4t.removesuffix(".0")) or _JETPACK_MAJOR.get(l4t.partition(".")[0], "")
+
+
+def _smi(fields: tuple[str, ...]) -> list[str] | None:
+    """The lines of a query; `None` if nvidia-smi is absent or refuses it, as old ones do with unknown fields."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.splitlines()
+
+
+def _gpu(line: str) -> Gpu | None:
+    name, driver, memory, capability = ([part.strip() for part in line.split(",")] + ["", "", ""])[:4]
+    if not name or not driver:
+        return None
+    # On a Jetson several fields are "[N/A]".
+    return Gpu(
+        name=name,
+        compute_capability=capability if re.fullmatch(r"\d+\.\d+", capability) else "",
+        driver=driver,
+        memory_gb=round(int(memory) * 2**20 / 1e9, 1) if memory.isdigit() else None,
+    )
+
+
+def _system(root: Path) -> str:
+    pretty = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read(root / "etc/os-release"), re.MULTILINE)
+    kernel = f"{platform.system()} {platform.release()}"
+    return f"{pretty[1]} ({kernel})" if pretty else kernel
+
+
+def _cpu(root: Path) -> str:
+    # ARM boards say "Model" or nothing here.
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _memory_gb(root: Path) -> float | None:
+    found = re.search(r"^MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    return round(int(found[1]) * 1024 / 1e9, 1) if found else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
