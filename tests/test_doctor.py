@@ -361,11 +361,6 @@ def test_the_record_on_stdout_is_json_alone(run):
     assert "library" in done.stderr
 
 
-def test_the_record_is_written_to_a_file(run, tmp_path):
-    assert run("--json", str(tmp_path / "d.json")).exit_code == 0
-    assert json.loads((tmp_path / "d.json").read_text())["machine"]["cores"] >= 1
-
-
 def test_people_read_what_to_type():
     text = describe(
         replace(

@@ -24,18 +24,16 @@ from yolov7_deploy.model.variants import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions, Thresholds
 
-# Pixels and probabilities: two float32 implementations add up the same products in another order, then comes a sigmoid
-# and up to 373 pixels of anchor.
-DECODED_TOLERANCE = 2e-3
+# Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
+# hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
+DECODED_TOLERANCE = 2e-2
 SCORE_TOLERANCE = 2e-5
 # Raw maps of random weights run hot, so they are compared relative to their own spread (as in test_golden_models).
 RAW_TOLERANCE = 2e-4
-# ONNX Runtime may choose another convolution for another batch size.
-BATCH_TOLERANCE = 1e-3
-
 ENDS = ("none", "standard", "plugin", "efficient")
 SUPPRESSED = ("standard", "plugin", "efficient")
-CONF, IOU, MAX_DET = 0.3, 0.45, 100
+CONF, IOU, MAX_DET, MAX_CANDIDATES = 0.5, 0.45, 1000, 1024
+SUPPRESSION = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "max_candidates": MAX_CANDIDATES}
 
 
 def run(model_session, array, **thresholds):
@@ -52,27 +50,22 @@ def picked(result, index=0):
     return boxes[:n], scores[:n], classes[:n]
 
 
-def assert_same_detections(ours, expected, *, box_tolerance=DECODED_TOLERANCE, score_tolerance=SCORE_TOLERANCE):
+def assert_same_detections(ours, expected):
     """Equal but for rounding: neighbours of nearly the same score may have changed places."""
     assert len(ours[1]) == len(expected[1])
     assert (np.diff(ours[1]) <= 0).all()
-    np.testing.assert_allclose(ours[1], expected[1], atol=score_tolerance)
+    np.testing.assert_allclose(ours[1], expected[1], atol=SCORE_TOLERANCE)
     same = (
         (ours[2][:, None] == expected[2][None])
-        & (np.abs(ours[1][:, None] - expected[1][None]) <= score_tolerance)
-        & (np.abs(ours[0][:, None] - expected[0][None]) <= box_tolerance).all(-1)
+        & (np.abs(ours[1][:, None] - expected[1][None]) <= SCORE_TOLERANCE)
+        & (np.abs(ours[0][:, None] - expected[0][None]) <= DECODED_TOLERANCE).all(-1)
     )
     assert same.any(0).all() and same.any(1).all()
 
 
-def candidates(options_max=1024, hw=HW):
-    anchors = 3 * sum(hw[0] // s * (hw[1] // s) for s in (8, 16, 32))
-    return min(options_max, anchors)
-
-
-def reference(decoded, *, max_candidates=None, **thresholds):
+def reference(decoded, *, max_candidates=MAX_CANDIDATES, **thresholds):
     chosen = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "multi_label": True, **thresholds}
-    return detections_of(decoded, Thresholds(**chosen), max_candidates=max_candidates or candidates())
+    return detections_of(decoded, Thresholds(**chosen), max_candidates=max_candidates)
 
 
 # --- every end, opset and batch -----------------------------------------------------------------------------------
@@ -85,7 +78,7 @@ MATRIX = [
 
 @pytest.mark.parametrize("nms, opset, batch", MATRIX)
 def test_the_file_is_valid_and_equals_torch(nms, opset, batch):
-    options = {"nms": nms, "opset": opset, "batch": batch, "conf": CONF, "iou": IOU}
+    options = {"nms": nms, "opset": opset, "batch": batch, **SUPPRESSION}
     model = exported_tiny(**options)
     onnx.checker.check_model(model.proto, full_check=True)
     assert {entry.domain: entry.version for entry in model.proto.opset_import}[""] == opset
@@ -98,7 +91,7 @@ def test_the_file_is_valid_and_equals_torch(nms, opset, batch):
         return
     for index in range(count):
         expected = reference(decoded[index])
-        assert 10 < len(expected[1])
+        assert 300 < len(expected[1]) < MAX_DET
         assert_same_detections(picked(result, index), expected)
 
 
@@ -111,7 +104,7 @@ def test_names_types_and_shapes_are_the_promised_ones(nms, batch):
     b = batch or "batch"
     assert shapes(graph.input)["images"] == (TensorProto.FLOAT, [b, 3, *HW])
     if nms == "none":
-        assert shapes(graph.output) == {"output": (TensorProto.FLOAT, [b, 1512, 85])}
+        assert shapes(graph.output) == {"output": (TensorProto.FLOAT, [b, 1512, 10])}
         return
     assert shapes(graph.output) == {
         "num_dets": (TensorProto.INT32, [b, 1]),
@@ -133,21 +126,21 @@ def shapes(values):
 
 @pytest.mark.parametrize("nms", ENDS)
 def test_a_batch_of_four_equals_four_single_runs(nms):
-    opened = tiny_session(nms=nms, batch=None, conf=CONF)
+    opened = tiny_session(nms=nms, batch=None, **SUPPRESSION)
     together = run(opened, images(4))
     for index in range(4):
         alone = run(opened, images(4)[index : index + 1])
         if nms == "none":
-            np.testing.assert_allclose(alone[0][0], together[0][index], atol=BATCH_TOLERANCE)
+            np.testing.assert_allclose(alone[0][0], together[0][index], atol=DECODED_TOLERANCE)
         else:
-            assert_same_detections(picked(alone), picked(together, index), box_tolerance=BATCH_TOLERANCE)
+            assert_same_detections(picked(alone), picked(together, index))
 
 
 @pytest.mark.parametrize("nms", ["none", "plugin"])
 def test_uint8_input_equals_float32_input(nms):
     pixels = np.random.default_rng(3).integers(0, 256, (2, *HW, 3), np.uint8)
     scaled = np.ascontiguousarray(pixels[..., ::-1].transpose(0, 3, 1, 2)) / np.float32(255)
-    options = {"nms": nms, "batch": None, "conf": CONF}
+    options = {"nms": nms, "batch": None, **SUPPRESSION}
     from_bytes = tiny_session(input_kind="uint8", **options)
     assert [i.type for i in from_bytes.get_inputs()] == ["tensor(uint8)"]
     ours, expected = run(from_bytes, pixels), run(tiny_session(**options), scaled)
@@ -163,17 +156,17 @@ def test_uint8_input_equals_float32_input(nms):
 
 
 @pytest.mark.parametrize("nms", ["standard", "plugin"])
-@pytest.mark.parametrize("conf, iou", [(0.25, 0.45), (0.4, 0.45), (0.3, 0.05), (0.3, 0.9), (0.0, 0.5), (1.0, 0.5)])
+@pytest.mark.parametrize("conf, iou", [(0.6, 0.45), (0.8, 0.45), (0.5, 0.05), (0.5, 0.9), (0.0, 0.5), (1.0, 0.5)])
 def test_thresholds_change_at_run_time_as_the_reference_does(nms, conf, iou):
-    opened = tiny_session(nms=nms, batch=None, conf=CONF, iou=IOU)
+    opened = tiny_session(nms=nms, batch=None, **SUPPRESSION)
     assert {entry.name for entry in opened.get_overridable_initializers()} == {"conf_threshold", "iou_threshold"}
     result = run(opened, images(), conf=conf, iou=iou)
     assert_same_detections(picked(result), reference(decoded_by_torch()[0], conf=conf, iou=iou))
 
 
 def test_a_lower_threshold_finds_more():
-    opened = tiny_session(nms="plugin", batch=None, conf=CONF, iou=IOU)
-    counts = [len(picked(run(opened, images(), conf=conf))[1]) for conf in (0.25, 0.3, 0.5, 1.0)]
+    opened = tiny_session(nms="plugin", batch=None, **SUPPRESSION)
+    counts = [len(picked(run(opened, images(), conf=conf))[1]) for conf in (0.5, 0.6, 0.8, 1.0)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[2] and counts[-1] == 0
 
@@ -182,7 +175,7 @@ def test_a_lower_threshold_finds_more():
 @pytest.mark.parametrize("multi_label, class_agnostic", [(False, False), (False, True), (True, True)])
 def test_best_class_and_class_agnostic_equal_the_reference(nms, multi_label, class_agnostic):
     options = {"multi_label": multi_label, "class_agnostic": class_agnostic}
-    result = run(tiny_session(nms=nms, conf=CONF, iou=IOU, **options), images())
+    result = run(tiny_session(nms=nms, **SUPPRESSION, **options), images())
     assert_same_detections(picked(result), reference(decoded_by_torch()[0], **options))
 
 
@@ -196,19 +189,20 @@ def test_best_class_multi_label_and_class_agnostic_differ_on_this_picture():
 
 
 @pytest.mark.parametrize("nms", SUPPRESSED)
-@pytest.mark.parametrize("classes", [1, 2])
-def test_few_classes_equal_the_reference(nms, classes):
-    result = run(tiny_session(classes, nms=nms, conf=CONF, iou=IOU), images())
+@pytest.mark.parametrize("classes", [1, 2, 80])
+def test_one_two_and_eighty_classes_equal_the_reference(nms, classes):
+    result = run(tiny_session(classes, nms=nms, **SUPPRESSION), images())
     expected = reference(decoded_by_torch(classes)[0])
     assert len(expected[1]) > 10
     assert_same_detections(picked(result), expected)
 
 
 @pytest.mark.parametrize("nms", SUPPRESSED)
-@pytest.mark.parametrize("max_candidates, max_det", [(100, 100), (300, 7), (5000, 1000), (1, 1)])
+@pytest.mark.parametrize("max_candidates, max_det", [(100, 100), (257, 7), (3840, 1000), (3840, 255), (1, 1)])
 def test_limits_equal_the_reference(nms, max_candidates, max_det):
-    result = run(tiny_session(nms=nms, conf=CONF, iou=IOU, max_candidates=max_candidates, max_det=max_det), images())
-    expected = reference(decoded_by_torch()[0], max_candidates=candidates(max_candidates), max_det=max_det)
+    limits = {"max_candidates": max_candidates, "max_det": max_det}
+    result = run(tiny_session(nms=nms, conf=CONF, iou=IOU, **limits), images())
+    expected = reference(decoded_by_torch()[0], **limits)
     assert_same_detections(picked(result), expected)
 
 
@@ -254,11 +248,6 @@ def test_the_passport_says_whether_only_the_best_class_counts(nms):
     assert exported_tiny(nms=nms, conf=CONF, iou=IOU, multi_label=False).info.nms.multi_label is False
 
 
-@pytest.mark.parametrize("nms", SUPPRESSED)
-def test_the_passport_names_the_candidates_that_enter_suppression(nms):
-    assert exported_tiny(nms=nms, conf=CONF, iou=IOU).info.nms.max_candidates == 1024
-
-
 @pytest.mark.parametrize("simplify", [True, False])
 def test_the_heads_named_in_the_passport_are_the_raw_maps(simplify):
     model = exported_tiny(nms="plugin", simplify=simplify)
@@ -269,7 +258,7 @@ def test_the_heads_named_in_the_passport_are_the_raw_maps(simplify):
     with torch.no_grad():
         net = fused_tiny()
         expected = net.head.maps(net.features(torch.from_numpy(images())))
-    assert [m.shape for m in maps] == [(1, 255, HW[0] // s, HW[1] // s) for s in (8, 16, 32)]
+    assert [m.shape for m in maps] == [(1, 30, HW[0] // s, HW[1] // s) for s in (8, 16, 32)]
     for ours, raw in zip(maps, expected, strict=True):
         np.testing.assert_allclose(ours, raw.numpy(), atol=RAW_TOLERANCE * max(1, raw.std().item()))
 
@@ -323,12 +312,12 @@ def test_without_a_function_only_standard_operators_are_left(nms):
 
 
 def test_the_plugin_node_holds_everything_a_plugin_must_know():
-    node = exported_tiny(nms="plugin", conf=CONF, max_det=70, class_agnostic=True).proto.graph.node[-1]
+    node = exported_tiny(nms="plugin", **{**SUPPRESSION, "max_det": 70}, class_agnostic=True).proto.graph.node[-1]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert attributes["strides"] == [8, 16, 32]
     assert attributes["anchors"] == [side for level in fused_tiny().anchors for anchor in level for side in anchor]
     assert {name: attributes[name] for name in ("classes", "max_det", "max_candidates")} == {
-        "classes": 80,
+        "classes": 5,
         "max_det": 70,
         "max_candidates": 1024,
     }
@@ -338,7 +327,7 @@ def test_the_plugin_node_holds_everything_a_plugin_must_know():
 
 # --- all variants -------------------------------------------------------------------------------------------------
 
-LARGE = ("yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x")
+LARGE = ("yolov7", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +336,7 @@ LARGE = ("yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x")
 def test_every_variant_gives_the_maps_of_torch(variant):
     net = fuse(fill_model(new_model(variant, classes=3)))
     side = 2 * net.head.strides[-1]
-    model = export_onnx(net, info_of(net), ExportOptions(input_hw=(side, side), nms="none", simplify=False))
+    model = export_onnx(net, info_of(net), ExportOptions(input_hw=(side, side), nms="none"))
     assert len(model.info.heads) == net.head.levels
     image = picture(side, side)
     with torch.no_grad():
@@ -362,6 +351,17 @@ def test_every_variant_gives_the_maps_of_torch(variant):
         assert raw.std() > 0
         np.testing.assert_allclose(ours, raw, atol=RAW_TOLERANCE * max(1, raw.std()))
     assert output.shape == decoded.shape
+
+
+def test_no_two_values_share_a_name_in_a_network_with_slices_of_its_own():
+    """yolov7-w6 begins with strided slices, and so does the decoding."""
+    w6 = fuse(fill_model(new_model("yolov7-w6", classes=2)))
+    for nms in ENDS:
+        options = ExportOptions(input_hw=(64, 128), nms=nms, simplify=False, max_det=20)
+        graph = export_onnx(w6, info_of(w6), options).proto.graph
+        values = [name for node in graph.node for name in node.output] + [tensor.name for tensor in graph.initializer]
+        for names in (values, [node.name for node in graph.node]):
+            assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 # --- suppression alone, on a bare head ----------------------------------------------------------------------------
@@ -493,7 +493,8 @@ def test_everything_below_conf_gives_nothing(bare, nms):
     assert len(head.expected(head.empty())[1]) == 0
 
 
-@EVERY_SUPPRESSION
+# Without multi-label, EfficientNMS_TRT is given every class that ties with the best, so it is left out here.
+@pytest.mark.parametrize("nms", ["standard", "plugin"])
 @pytest.mark.parametrize("logit", [0.5, 30.0])
 def test_everything_above_conf_and_all_scores_equal(bare, nms, logit):
     head = bare(nms, multi_label=False)
@@ -575,7 +576,7 @@ def test_ties_between_a_best_and_a_second_class_fall_to_the_anchor_that_comes_fi
     """The first anchor's only class ties with the second one's second class; they overlap."""
     head = bare(nms)
     maps = head.place([((20, 20, 14, 14), 2.0, (-30, 1, -30)), ((21, 20, 14, 14), 2.0, (3, 1, -30))])
-    boxes, scores, classes = head.run(maps)
+    boxes, _, classes = head.run(maps)
     expected = head.expected(maps)
     assert classes.tolist() == expected[2].tolist() == [0, 1]
     np.testing.assert_allclose(boxes, expected[0], atol=DECODED_TOLERANCE)

@@ -66,6 +66,12 @@ def test_a_star_import_gives_every_name():
     assert set(NAMES) <= set(names)
 
 
+def test_no_name_offered_is_also_the_name_of_a_room():
+    """Python puts an imported room in the same place as a name, so the name would turn into the room."""
+    rooms = {path.stem for path in Path(yolov7_deploy.__file__).parent.iterdir()}
+    assert set(NAMES) & rooms == set()
+
+
 def test_a_name_that_is_not_offered_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = yolov7_deploy.Nothing

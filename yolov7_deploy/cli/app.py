@@ -47,7 +47,7 @@ for _command, _aliases in COMMANDS:
 def main() -> None:
     """The console command: runs `app`, prints our errors without a traceback."""
     try:
-        app()
+        app(prog_name="y7")
     except Y7Error as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - this is the porch
         sys.exit(1)

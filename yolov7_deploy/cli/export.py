@@ -17,54 +17,68 @@ if TYPE_CHECKING:
 DEFAULTS = ExportOptions()
 
 
+Weights = Annotated[str, typer.Option("--weights", "-w", help="A .pt or .safetensors file, or an official name.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.onnx here.")]
+Img = Annotated[
+    str | None,
+    typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
+]
+Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Fixed batch size.")]
+DynamicBatch = Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")]
+Nms = Annotated[
+    str, typer.Option("--nms", help="plugin (our op with a body for every runtime), standard, efficient or none.")
+]
+Conf = Annotated[float, typer.Option("--conf", "--conf-thres", help="Keep scores above this.")]
+Iou = Annotated[float, typer.Option("--iou", "--iou-thres", help="Suppress boxes that overlap a better one by more.")]
+MaxDet = Annotated[int, typer.Option("--max-det", "--topk-all", help="Rows of the outputs.")]
+MaxCandidates = Annotated[int, typer.Option("--max-candidates", help="Best-scoring boxes that enter suppression.")]
+MultiLabel = Annotated[
+    bool, typer.Option("--multi-label/--best-class", help="Every class of a box above --conf, or its best only.")
+]
+AgnosticNms = Annotated[
+    bool, typer.Option("--agnostic-nms", "--class-agnostic", help="Boxes suppress those of other classes too.")
+]
+InputKind = Annotated[
+    str, typer.Option("--input", help="float32 (NCHW RGB 0..1) or uint8 (NHWC BGR, scaled inside the graph).")
+]
+Opset = Annotated[int, typer.Option("--opset", help="ONNX operator set, 13 to 21.")]
+Simplify = Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch before the file is kept.")
+]
+Picture = Annotated[Path | None, typer.Option("--picture", help="Verify on this picture instead of a drawn one.")]
+End2end = Annotated[bool, typer.Option("--end2end", help="Same as --nms efficient.", hidden=True)]
+Grid = Annotated[bool, typer.Option("--grid", help="Decoding is always inside.", hidden=True)]
+JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
+
+
 def export(
-    weights: Annotated[
-        str, typer.Option("--weights", "-w", help="A .pt or .safetensors file, or an official name.")
-    ] = "yolov7",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.onnx here.")] = None,
-    img: Annotated[
-        str | None,
-        typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Fixed batch size.")] = 1,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
-    nms: Annotated[
-        str,
-        typer.Option("--nms", help="plugin (our op with a body for every runtime), standard, efficient or none."),
-    ] = DEFAULTS.nms,
-    conf: Annotated[float, typer.Option("--conf", "--conf-thres", help="Keep scores above this.")] = DEFAULTS.conf,
-    iou: Annotated[
-        float, typer.Option("--iou", "--iou-thres", help="Suppress boxes that overlap a better one by more.")
-    ] = DEFAULTS.iou,
-    max_det: Annotated[int, typer.Option("--max-det", "--topk-all", help="Rows of the outputs.")] = DEFAULTS.max_det,
-    max_candidates: Annotated[
-        int, typer.Option("--max-candidates", help="Best-scoring boxes that enter suppression.")
-    ] = DEFAULTS.max_candidates,
-    multi_label: Annotated[
-        bool, typer.Option("--multi-label/--best-class", help="Every class of a box above --conf, or its best only.")
-    ] = DEFAULTS.multi_label,
-    agnostic_nms: Annotated[
-        bool, typer.Option("--agnostic-nms", "--class-agnostic", help="Boxes suppress those of other classes too.")
-    ] = DEFAULTS.class_agnostic,
-    input_kind: Annotated[
-        str, typer.Option("--input", help="float32 (NCHW RGB 0..1) or uint8 (NHWC BGR, scaled inside the graph).")
-    ] = DEFAULTS.input_kind,
-    opset: Annotated[int, typer.Option("--opset", help="ONNX operator set, 13 to 21.")] = DEFAULTS.opset,
-    simplify: Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")] = True,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch before the file is kept.")
-    ] = True,
-    picture: Annotated[
-        Path | None, typer.Option("--picture", help="Verify on this picture instead of a drawn one.")
-    ] = None,
-    end2end: Annotated[bool, typer.Option("--end2end", help="Same as --nms efficient.", hidden=True)] = False,
-    grid: Annotated[bool, typer.Option("--grid", help="Always on.", hidden=True)] = False,
-    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+    *,
+    weights: Weights = "yolov7",
+    output: Output = None,
+    img: Img = None,
+    batch: Batch = 1,
+    dynamic_batch: DynamicBatch = False,
+    nms: Nms = DEFAULTS.nms,
+    conf: Conf = DEFAULTS.conf,
+    iou: Iou = DEFAULTS.iou,
+    max_det: MaxDet = DEFAULTS.max_det,
+    max_candidates: MaxCandidates = DEFAULTS.max_candidates,
+    multi_label: MultiLabel = DEFAULTS.multi_label,
+    agnostic_nms: AgnosticNms = DEFAULTS.class_agnostic,
+    input_kind: InputKind = DEFAULTS.input_kind,
+    opset: Opset = DEFAULTS.opset,
+    simplify: Simplify = DEFAULTS.simplify,
+    verify: Verify = True,
+    picture: Picture = None,
+    end2end: End2end = False,
+    grid: Grid = False,
+    json_path: JsonPath = None,
 ) -> None:
     """Export weights to one ONNX file for every runtime, and verify it."""
-    size = parse_img(img)
     if dynamic_batch and batch != 1:
         raise UsageError(f"--dynamic-batch and --batch {batch} contradict each other.", fix="Leave one of them out.")
+    size = parse_img(img)
     options = ExportOptions(
         input_hw=(size, size) if isinstance(size, int) else size,
         batch=None if dynamic_batch else batch,
@@ -79,8 +93,19 @@ def export(
         opset=opset,
         simplify=simplify,
     )
+    report = _run(weights, output, options, verify=verify, picture=picture, to_stderr=json_path == "-")
+    typer.echo(describe(report), err=json_path == "-")
+    if json_path is not None:
+        from yolov7_deploy.measure.report import write_json
+
+        write_json(to_record(report), json_path)
+
+
+def _run(
+    weights: str, output: Path | None, options: ExportOptions, *, verify: bool, picture: Path | None, to_stderr: bool
+) -> ExportReport:
     from yolov7_deploy.image import read_image
-    from yolov7_deploy.measure.report import progress, write_json
+    from yolov7_deploy.measure.report import progress
     from yolov7_deploy.weights import find_weights
 
     try:
@@ -89,11 +114,10 @@ def export(
         raise MissingLibraryError(
             f"{error.name} is needed to export.", fix="pip install 'yolov7-deploy[export,cpu]'"
         ) from error
-    to_stderr = json_path == "-"
     pictures = [read_image(picture)] if picture else []
     with progress("download") as show:
         path = find_weights(weights, progress=show)
-    report = export_weights(
+    return export_weights(
         path,
         output or Path(f"{_stem(weights, path)}.onnx"),
         options=options,
@@ -101,9 +125,6 @@ def export(
         pictures=pictures,
         say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
     )
-    typer.echo(describe(report), err=to_stderr)
-    if json_path is not None:
-        write_json(to_record(report), json_path)
 
 
 def _stem(asked: str, found: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov7_deploy.backends.base import Backend, open_backend
-from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.dataset import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import Image
@@ -87,41 +87,46 @@ def verify_forms(
     dataset = open_dataset(data, limit=limit) if data else None
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
     pictures = _pictures(source, limit)
-    reports = []
-    for path in others:
-        other = open_backend(path, device=device, input_hw=None)
-        hw = other.info.default_hw
-        reference = open_backend(trusted, device=device, input_hw=None if _fixed(trusted) else hw)
-        _check_same_classes(trusted, reference.info, path, other.info)
-        reports.append(
-            compare(
-                form(str(trusted), reference, trusted, input_hw=reference.info.input_hw or hw),
-                form(str(path), other, path, input_hw=hw),
-                pictures or [drawn_picture(hw)],
-                thresholds=comparison_thresholds(_strictest(reference, other)),
-                progress=progress,
-            )
-        )
-    accuracy: list[FormAccuracy] = []
-    if dataset:
-        size = open_backend(others[0], device=device, input_hw=None).info.default_hw
-        for path in (trusted, *others):
-            with Detector(path, device=device, img=None if _fixed(path) else size) as detector:
-                measured = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
-            accuracy.append(
-                FormAccuracy(
-                    weights=str(path),
-                    precision=measured.precision,
-                    ap=measured.ap or 0.0,
-                    ap50=measured.ap50 or 0.0,
-                )
-            )
+    reports = [_stages(trusted, path, pictures, device, progress) for path in others]
+    accuracy = _accuracy([trusted, *others], dataset, device, progress) if dataset else []
     return Verification(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
         images=len(dataset) if dataset else len(pictures) or 1,
         losses=(*_stage_losses(reports), *_accuracy_losses(accuracy, max_drop)),
     )
+
+
+def _stages(
+    trusted: Path, path: Path, pictures: Sequence[Image], device: str, progress: Progress | None
+) -> ParityReport:
+    other = open_backend(path, device=device, input_hw=None)
+    hw = other.info.default_hw
+    reference = open_backend(trusted, device=device, input_hw=None if _fixed(trusted) else hw)
+    _check_same_classes(trusted, reference.info, path, other.info)
+    return compare(
+        form(str(trusted), reference, trusted, input_hw=reference.info.input_hw or hw),
+        form(str(path), other, path, input_hw=hw),
+        pictures or [drawn_picture(hw)],
+        thresholds=comparison_thresholds(_strictest(reference, other)),
+        progress=progress,
+    )
+
+
+def _accuracy(paths: Sequence[Path], dataset: Dataset, device: str, progress: Progress | None) -> list[FormAccuracy]:
+    """AP of each form at one input size: that of the first file whose size is fixed."""
+    fixed = [open_backend(path, device=device, input_hw=None).info.input_hw for path in paths if _fixed(path)]
+    size = next((hw for hw in fixed if hw is not None), None)
+    accuracy = []
+    for path in paths:
+        with Detector(path, device=device, img=None if _fixed(path) else size) as detector:
+            measured = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
+        accuracy.append(
+            FormAccuracy(
+                weights=str(path), precision=measured.precision, ap=measured.ap or 0.0, ap50=measured.ap50 or 0.0
+            )
+        )
+    return accuracy
 
 
 def _pictures(source: Path | list[Path] | None, limit: int) -> list[Image]:
