@@ -18,7 +18,7 @@ from yolov7_deploy.export.nms import attach_nms
 from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
 from yolov7_deploy.export.suppression import NmsPlan
 from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fuse import fuse
+from yolov7_deploy.fusion import fuse
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.model.variants import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model

@@ -21,7 +21,7 @@ from deterministic import fill_model
 from small_models import info_of
 
 from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fuse import fuse
+from yolov7_deploy.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 

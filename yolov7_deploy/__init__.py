@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.errors import Y7Error
     from yolov7_deploy.export.onnx_model import OnnxModel
     from yolov7_deploy.export.to_onnx import export_onnx
-    from yolov7_deploy.fuse import fuse
+    from yolov7_deploy.fusion import fuse
     from yolov7_deploy.info import ModelInfo
     from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
     from yolov7_deploy.options import ExportOptions, Thresholds
@@ -39,7 +39,7 @@ _HOMES = {
     "Yolov7": "model.yolov7",
     "build_model": "model.yolov7",
     "export_onnx": "export.to_onnx",
-    "fuse": "fuse",
+    "fuse": "fusion",
     "load_checkpoint": "checkpoint",
     "new_model": "model.yolov7",
     "save_checkpoint": "checkpoint",
@@ -71,13 +71,9 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the names above
     try:
         module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith(__name__):
-            raise
-        from yolov7_deploy.errors import MissingLibraryError
+        from yolov7_deploy.errors import missing_library
 
-        raise MissingLibraryError(
-            f"{error.name} is needed for {name}.", fix="pip install 'yolov7-deploy[export]'"
-        ) from error
+        raise missing_library(error, f"for {name}") from error
     return getattr(module, name)
 
 

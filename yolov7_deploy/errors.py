@@ -70,3 +70,33 @@ class DatasetError(Y7Error):
 
 class DeviceError(Y7Error):
     """A device that this machine or this runtime does not have, or that ran out of memory."""
+
+
+_EXTRAS = {
+    "faster_coco_eval": "val",
+    "google": "export",
+    "onnx": "export",
+    "onnxruntime": "cpu",
+    "onnxsim": "export",
+    "safetensors": "export",
+    "torch": "export",
+    "yaml": "val",
+}
+
+
+def missing_library(error: ModuleNotFoundError, purpose: str) -> MissingLibraryError:
+    """What to say of a library that is not installed, with the extra that brings it.
+
+    Args:
+        error: The failed import of a library.
+        purpose: Completes "torch is needed ...".
+
+    Raises:
+        ModuleNotFoundError: The import of a file of this package failed, which no installation mends.
+    """
+    library = (error.name or "").partition(".")[0]
+    if library in ("", "yolov7_deploy"):
+        raise error
+    extra = _EXTRAS.get(library)
+    package = f"'yolov7-deploy[{extra}]'" if extra else "yolov7-deploy"
+    return MissingLibraryError(f"{error.name} is needed {purpose}.", fix=f"pip install {package}")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from yolov7_deploy import __version__
 from yolov7_deploy.backends.ort import OrtBackend
-from yolov7_deploy.backends.pytorch import PytorchBackend, passport
+from yolov7_deploy.backends.pytorch import PytorchBackend
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import ExportError, ParityError
 from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fuse import fuse
+from yolov7_deploy.fusion import fuse
 from yolov7_deploy.image import Image
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.measure.drawn import drawn_picture
@@ -72,14 +72,14 @@ def export_weights(
     step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
     model = fuse(build_model(checkpoint))
     step.done("fused BatchNorm, RepConv and implicit knowledge")
-    exported = export_onnx(model, replace(passport(checkpoint), version=__version__), options)
+    exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
     partial = output.with_name(f".{output.stem}.{os.getpid()}.partial.onnx")
     try:
         exported.save(partial)
         parity = None
         if verify:
-            reference = PytorchBackend(model, passport(checkpoint))
+            reference = PytorchBackend(model, checkpoint.info)
             parity = _verified(reference, partial, exported.info, pictures)
             step.done(f"verified against torch on {parity.pictures} picture{'s' * (parity.pictures > 1)}")
         size = partial.stat().st_size

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.errors import LoadError, MissingLibraryError
+from yolov7_deploy.errors import LoadError, missing_library
 from yolov7_deploy.image import FloatArray, Image, Letterbox
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.options import Thresholds
@@ -77,14 +77,12 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendRow:
-    """One row of the table: which files it opens, where it lives, what it needs."""
+    """One row of the table: which files it opens, and where it lives."""
 
     name: str
     suffixes: tuple[str, ...]
     module: str
     attribute: str
-    library: str
-    extra: str
 
 
 BACKENDS = (
@@ -93,16 +91,12 @@ BACKENDS = (
         suffixes=(".pt", ".pth", ".safetensors"),
         module="yolov7_deploy.backends.pytorch",
         attribute="PytorchBackend",
-        library="torch",
-        extra="export",
     ),
     BackendRow(
         name="onnxruntime",
         suffixes=(".onnx",),
         module="yolov7_deploy.backends.ort",
         attribute="OrtBackend",
-        library="onnxruntime",
-        extra="cpu",
     ),
 )
 
@@ -134,8 +128,6 @@ def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None) -
     try:
         module = importlib.import_module(row.module)
     except ModuleNotFoundError as error:
-        raise MissingLibraryError(
-            f"{error.name} is needed to run {path.name}.", fix=f"pip install 'yolov7-deploy[{row.extra}]'"
-        ) from error
+        raise missing_library(error, f"to run {path.name}") from error
     backend = getattr(module, row.attribute)
     return cast(Backend, backend.open(path, device=device, input_hw=input_hw))

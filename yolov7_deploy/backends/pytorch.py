@@ -11,9 +11,9 @@ import torch
 
 from yolov7_deploy.backends.base import Found, Outputs, Stages
 from yolov7_deploy.boxes import detections_of
-from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
+from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError
-from yolov7_deploy.fuse import fuse
+from yolov7_deploy.fusion import fuse
 from yolov7_deploy.image import Image, Letterbox, to_network_input
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
@@ -39,7 +39,7 @@ class PytorchBackend:
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> PytorchBackend:
         """See `open_backend`; any size that the stride divides is accepted."""
         checkpoint = load_checkpoint(path)
-        info = passport(checkpoint)
+        info = checkpoint.info
         if input_hw is not None and any(side < 1 or side % info.stride for side in input_hw):
             up = [max(1, -(-side // info.stride)) * info.stride for side in input_hw]
             raise UsageError(
@@ -76,18 +76,6 @@ class PytorchBackend:
 
     def close(self) -> None:
         """Nothing outlives the object."""
-
-
-def passport(checkpoint: Checkpoint) -> ModelInfo:
-    """The passport of a checkpoint's weights."""
-    return ModelInfo(
-        variant=checkpoint.variant,
-        class_names=checkpoint.class_names,
-        strides=checkpoint.strides,
-        anchors=checkpoint.anchors,
-        source=checkpoint.source,
-        source_sha256=checkpoint.source_sha256,
-    )
 
 
 def _torch_device(name: str) -> torch.device:

@@ -69,6 +69,18 @@ class Checkpoint:
         """Pixels per cell of each level: 8, 16, 32 and, with four levels, 64."""
         return tuple(8 << level for level in range(len(self.anchors)))
 
+    @property
+    def info(self) -> ModelInfo:
+        """The passport of these weights."""
+        return ModelInfo(
+            variant=self.variant,
+            class_names=self.class_names,
+            strides=self.strides,
+            anchors=self.anchors,
+            source=self.source,
+            source_sha256=self.source_sha256,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
@@ -128,17 +140,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
         CheckpointError: The file cannot be written, or a weight does not fit into float16.
     """
     target = Path(path)
-    info = ModelInfo(
-        variant=checkpoint.variant,
-        class_names=checkpoint.class_names,
-        strides=checkpoint.strides,
-        anchors=checkpoint.anchors,
-        source=checkpoint.source,
-        source_sha256=checkpoint.source_sha256,
-    )
     tensors = {key: _stored(key, tensor, half=half) for key, tensor in checkpoint.tensors.items()}
     order = json.dumps(list(tensors), separators=(",", ":"))
-    metadata = {"format": "pt", PASSPORT_KEY: info.to_json(), _KEY_ORDER: order}
+    metadata = {"format": "pt", PASSPORT_KEY: checkpoint.info.to_json(), _KEY_ORDER: order}
     data = _with_sorted_header(safetensors.torch.save(tensors, metadata))
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -14,7 +14,7 @@ from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
-from yolov7_deploy.errors import Y7Error
+from yolov7_deploy.errors import Y7Error, missing_library
 
 INTERRUPTED = 130
 
@@ -47,7 +47,10 @@ for _command, _aliases in COMMANDS:
 def main() -> None:
     """The console command: runs `app`, prints our errors without a traceback."""
     try:
-        app(prog_name="y7")
+        try:
+            app(prog_name="y7")
+        except ModuleNotFoundError as error:
+            raise missing_library(error, f"for y7 {' '.join(sys.argv[1:2])}") from error
     except Y7Error as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - this is the porch
         sys.exit(1)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from yolov7_deploy.errors import MissingLibraryError
-
 
 def demo(
     weights: Annotated[
@@ -23,12 +21,7 @@ def demo(
     save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for everything it writes.")] = Path("demo"),
 ) -> None:
     """Show the whole way on this machine: export, verify, detect."""
-    try:
-        from yolov7_deploy.demo import run_demo
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(
-            f"{error.name} is needed for the demo.", fix="pip install 'yolov7-deploy[cpu,export]'"
-        ) from error
+    from yolov7_deploy.demo import run_demo
     from yolov7_deploy.measure.report import progress
     from yolov7_deploy.weights import find_local_weights, find_weights
 

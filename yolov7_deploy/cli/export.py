@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy.cli.detect import parse_img
-from yolov7_deploy.errors import MissingLibraryError, UsageError
+from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -106,14 +106,9 @@ def _run(
 ) -> ExportReport:
     from yolov7_deploy.image import read_image
     from yolov7_deploy.measure.report import progress
+    from yolov7_deploy.pipeline import export_weights
     from yolov7_deploy.weights import find_weights
 
-    try:
-        from yolov7_deploy.pipeline import export_weights
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(
-            f"{error.name} is needed to export.", fix="pip install 'yolov7-deploy[export,cpu]'"
-        ) from error
     pictures = [read_image(picture)] if picture else []
     with progress("download") as show:
         path = find_weights(weights, progress=show)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.errors import LoadError, MissingLibraryError, UsageError
+from yolov7_deploy.errors import LoadError, UsageError
 
 if TYPE_CHECKING:
     from yolov7_deploy.info import ModelInfo
@@ -51,10 +51,8 @@ def info(
 
 
 def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
-    try:
-        from yolov7_deploy.measure.describe import describe_variant
-    except ModuleNotFoundError as error:
-        raise _missing(error, name) from error
+    from yolov7_deploy.measure.describe import describe_variant
+
     record = describe_variant(name)
     return record, _variant_text(record, layers=layers)
 
@@ -69,10 +67,8 @@ def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
             f"There is no reader for {suffix} files, so {target} cannot be described.",
             fix="Describe what it was built from:  y7 info NAME.onnx",
         )
-    try:
-        from yolov7_deploy.measure.describe import describe_weights
-    except ModuleNotFoundError as error:
-        raise _missing(error, target) from error
+    from yolov7_deploy.measure.describe import describe_weights
+
     with progress("download") as show:
         path = find_weights(target, progress=show)
     record = describe_weights(path)
@@ -90,10 +86,6 @@ def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, str]:
         )
     record = read_onnx(find_weights(target))
     return record, _onnx_text(record)
-
-
-def _missing(error: ModuleNotFoundError, what: str) -> MissingLibraryError:
-    return MissingLibraryError(f"{error.name} is needed to describe {what}.", fix="pip install 'yolov7-deploy[export]'")
 
 
 # --- variants and weights ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy.cli.detect import parse_img
-from yolov7_deploy.errors import MissingLibraryError
 from yolov7_deploy.options import ValOptions
 
 if TYPE_CHECKING:
@@ -69,15 +68,10 @@ def val(
     """Measure COCO average precision."""
     options = ValOptions(rect=rect, batch=batch, conf=conf, iou=iou, max_det=max_det)
     input_size = parse_img(img)
-    try:
-        from yolov7_deploy.dataset import open_dataset
-        from yolov7_deploy.measure.accuracy import evaluate
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(
-            f"{error.name} is needed to measure accuracy.", fix="pip install 'yolov7-deploy[val]'"
-        ) from error
     from yolov7_deploy.backends.base import backend_row
+    from yolov7_deploy.dataset import open_dataset
     from yolov7_deploy.detector import Detector
+    from yolov7_deploy.measure.accuracy import evaluate
     from yolov7_deploy.measure.report import progress, write_json
     from yolov7_deploy.weights import find_weights
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.errors import MissingLibraryError, ParityError
+from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
     from yolov7_deploy.measure.parity import ParityReport
@@ -33,13 +33,8 @@ def verify(
     json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
 ) -> None:
     """Check that forms of one model agree, stage by stage; exit 1 where something is lost."""
-    try:
-        from yolov7_deploy.measure.verification import verify_forms
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(
-            f"{error.name} is needed to verify.", fix="pip install 'yolov7-deploy[export,cpu,val]'"
-        ) from error
     from yolov7_deploy.measure.report import progress, write_json
+    from yolov7_deploy.measure.verification import verify_forms
     from yolov7_deploy.weights import find_weights
 
     with progress("verify") as show:

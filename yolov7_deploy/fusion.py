@@ -50,7 +50,7 @@ def _fuse_block(source: nn.Module, target: nn.Module, name: str, state: dict[str
             for child, module in source.named_children():
                 _fuse_block(module, getattr(target, child), f"{name}.{child}", state)
         case _ if list(source.parameters()):
-            raise FusionError(f"No rule folds {name} ({type(source).__name__}).", fix="Add one to fuse.py.")
+            raise FusionError(f"No rule folds {name} ({type(source).__name__}).", fix="Add one to fusion.py.")
 
 
 def _fuse_head(head: Detect, name: str, state: dict[str, Tensor]) -> None:

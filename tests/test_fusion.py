@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from yolov7_deploy.errors import FusionError
-from yolov7_deploy.fuse import fold_batch_norm, fold_branches, fold_implicit, fuse
+from yolov7_deploy.fusion import fold_batch_norm, fold_branches, fold_implicit, fuse
 from yolov7_deploy.model.blocks import BATCH_NORM_EPS, Conv, RepConv, batch_norm
 from yolov7_deploy.model.heads import AuxiliaryDetect, ImplicitDetect
 from yolov7_deploy.model.variants import VARIANTS, find_variant
@@ -19,7 +19,7 @@ FLOAT64_TOLERANCE = 1e-12
 # The same through a whole network: up to 200 layers, each of which may stretch the difference.
 DEEP_FLOAT64_TOLERANCE = 1e-9
 # Folding in float64 and rounding once leaves half a unit in the last place of float32.
-FLOAT32_ROUNDING = 2**-23
+FLOAT32_ROUNDING = 2**-24
 
 ODD_ANCHORS = tuple(tuple((7.0 + 3 * i + level, 11.0 + 5 * i + level) for i in range(3)) for level in range(4))
 
