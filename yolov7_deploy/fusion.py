@@ -36,7 +36,9 @@ def fuse(model: Yolov7) -> Yolov7:
             _fuse_block(model.model[index], block, f"model.{index}", state)
         _fuse_head(model.head, f"model.{len(fused.model) - 1}", state)
     dtype = next(model.parameters()).dtype
-    fused.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
+    fused.load_state_dict(
+        {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}, strict=True, assign=True
+    )
     return fused.eval().requires_grad_(False)
 
 
@@ -54,8 +56,8 @@ def _fuse_block(source: nn.Module, target: nn.Module, name: str, state: dict[str
 
 
 def _fuse_head(head: Detect, name: str, state: dict[str, Tensor]) -> None:
-    state[f"{name}.anchors"] = head.anchors.clone()
-    state[f"{name}.anchor_grid"] = head.anchor_grid.clone()
+    state[f"{name}.anchors"] = head.anchors
+    state[f"{name}.anchor_grid"] = head.anchor_grid
     for level in range(head.levels):
         _store(f"{name}.m.{level}", fold_implicit(head, level), state)
 

@@ -45,7 +45,7 @@ def read_image(path: str | Path) -> Image:
     return image.astype(np.uint8, copy=False)
 
 
-def as_bgr(image: npt.NDArray[Any]) -> Image:
+def as_bgr(image: object) -> Image:
     """Any array that people pass as a picture, as contiguous uint8 BGR [H, W, 3]; no copy where it already is one.
 
     Grey [H, W] or [H, W, 1] is repeated, the alpha of BGRA [H, W, 4] is dropped, uint16 is scaled by 1/257.
@@ -53,12 +53,13 @@ def as_bgr(image: npt.NDArray[Any]) -> Image:
     Raises:
         ImageError: A shape or type that has no one meaning (floats could be 0..1 or 0..255).
     """
-    array = np.asarray(image)
+    array = image if isinstance(image, np.ndarray) else _as_array(image)
+    shape = array.shape
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise ImageError(
-            f"A picture must be an array [H, W, 3] (BGR), [H, W] or [H, W, 4]; this one is {tuple(np.shape(image))}.",
+            f"A picture must be an array [H, W, 3] (BGR), [H, W] or [H, W, 4]; this one is {shape}.",
             fix="For a batch call detector.batch([image, ...]); for channels first use image.transpose(1, 2, 0).",
         )
     if array.dtype == np.uint16:
@@ -70,6 +71,16 @@ def as_bgr(image: npt.NDArray[Any]) -> Image:
         )
     array = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
     return np.ascontiguousarray(array)
+
+
+def _as_array(image: object) -> npt.NDArray[Any]:
+    """Anything NumPy takes for an array, such as a PIL picture; not a list, which is rather several pictures."""
+    if not hasattr(image, "__array__") and not hasattr(image, "__array_interface__"):
+        raise ImageError(
+            f"A picture must be an array [H, W, 3] (BGR); this one is a {type(image).__name__}.",
+            fix="For several pictures call detector.batch([image, ...]); for a file give its path.",
+        )
+    return np.asarray(image)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,6 +47,8 @@ class OrtBackend:
         self._session = session
         self._overridable = {entry.name for entry in session.get_overridable_initializers()}
         self._input = session.get_inputs()[0].name
+        # By name, because foreign files have them in other orders.
+        self._outputs = [session.get_outputs()[0].name] if info.nms is None else list(NMS_OUTPUTS)
 
     @classmethod
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> OrtBackend:
@@ -78,7 +80,7 @@ class OrtBackend:
         feeds = self._threshold_feeds(thresholds)
         prepared = time.perf_counter()
         try:
-            results = [self._session.run(None, {self._input: batch, **feeds}) for batch in batches]
+            results = [self._session.run(self._outputs, {self._input: batch, **feeds}) for batch in batches]
         except _ORT_ERRORS as error:
             raise DeviceError(
                 f"ONNX Runtime could not run {len(images)} pictures: {_reason(error)}",

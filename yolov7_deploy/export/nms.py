@@ -18,6 +18,7 @@ from yolov7_deploy.export.graph import GraphWriter
 from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, RAW_OUTPUT
 from yolov7_deploy.export.suppression import (
     NmsPlan,
+    best_anchors,
     best_pairs,
     by_column,
     corners,
@@ -30,6 +31,7 @@ from yolov7_deploy.export.suppression import (
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
 BODY_PREFIX = "y7nms__"
+END_PREFIX = "end__"  # keeps the names made here apart from the network's
 CONF_INPUT, IOU_INPUT = "conf_threshold", "iou_threshold"
 # Without these two attributes TensorRT 10.15 and later prefers the function body to a registered plugin.
 _PLUGIN_KEY = {"plugin_version": "1", "plugin_namespace": ""}
@@ -41,7 +43,7 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
     model.CopyFrom(network)
     graph = model.graph
     del graph.output[:]
-    writer = GraphWriter()
+    writer = GraphWriter(prefix=END_PREFIX)
     match plan.options.nms:
         case "none":
             _rename(writer, {RAW_OUTPUT: _decoded(writer, heads, plan)})
@@ -191,7 +193,7 @@ def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
     boxes, scores = BODY_PREFIX + "boxes", BODY_PREFIX + "scores"
     conf, iou = (_attribute(writer, name) for name in ("score_threshold", "iou_threshold"))
     best = writer.reduce_max(scores, 2, opset=plan.options.opset)
-    _, anchor = writer.top_k(best, plan.candidates)
+    anchor = best_anchors(writer, best, plan)
     rows = writer.node("Expand", writer.unsqueeze(anchor, 2), writer.constant([1, 1, plan.columns - 5], "shape"))
     chosen = gather_rows(writer, boxes, anchor, 4)
     chosen_boxes = corners(writer, writer.slice(chosen, 2, 0, 2), writer.slice(chosen, 2, 2, 4), axis=2)

@@ -98,7 +98,7 @@ def detect_from_heads(
     if plan.columns > 6:  # with one class, its logit is never trained and the score is the objectness
         best = writer.reduce_max(writer.slice(raw, 1, 5, plan.columns), 1, opset=opset)
         score = writer.node("Mul", score, writer.node("Sigmoid", best))
-    _, anchor = writer.top_k(score, plan.candidates)  # [B, K]
+    anchor = best_anchors(writer, score, plan)
     chosen = writer.node("Expand", writer.unsqueeze(anchor, 1), writer.constant([1, plan.columns, 1], "shape"))
     columns = writer.node("Transpose", writer.node("GatherElements", raw, chosen, axis=2), perm=[0, 2, 1])
     y = writer.node("Sigmoid", columns)  # [B, K, 5 + C]
@@ -110,6 +110,15 @@ def detect_from_heads(
     boxes = corners(writer, centre, size, axis=2)
     pairs = best_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
     return suppress(writer, *pairs, conf, iou, plan, inclusive=False)
+
+
+def best_anchors(writer: GraphWriter, score: str, plan: NmsPlan) -> str:
+    """int64 [B, K]: the anchors of the K best scores [B, A], in rising order, so that later ties fall to the first."""
+    _, anchor = writer.top_k(score, plan.candidates)
+    number = writer.node("Cast", anchor, name="number", to=TensorProto.FLOAT)
+    count = writer.constant([plan.candidates], "count")
+    rising, _ = writer.nodes_of("TopK", number, count, outputs=2, name="rising", axis=-1, largest=0)
+    return writer.node("Cast", rising, name="anchor", to=TensorProto.INT64)
 
 
 def by_column(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> str:
@@ -146,19 +155,21 @@ def corners(writer: GraphWriter, centre: str, size: str, *, axis: int) -> str:
 def best_pairs(
     writer: GraphWriter, boxes: str, scores: str, plan: NmsPlan, *, multi_label: bool
 ) -> tuple[str, str, str]:
-    """The K best (box, class) pairs of boxes [B, K, 4] with scores [B, K, C].
+    """The K best (box, class) pairs of boxes [B, K, 4] with scores [B, K, C], ties by box and class.
 
     Gives boxes [B, K, 4], scores [B, K] and class ids int64 [B, K], best first.
     """
     count, classes = plan.candidates, plan.columns - 5
     if not multi_label or classes == 1:
-        score, best = writer.top_k(scores, 1)
-        one = writer.constant([2], "axis")
-        return boxes, writer.node("Squeeze", score, one), writer.node("Squeeze", best, one)
-    score, pair = writer.top_k(writer.reshape(scores, [0, -1]), count)
-    width = writer.constant(classes, "classes")
-    row = writer.node("Div", pair, width)
-    class_id = writer.node("Sub", pair, writer.node("Mul", row, width))
+        of_box, class_of_box = writer.top_k(scores, 1)
+        last = writer.constant([2], "axis")
+        score, row = writer.top_k(writer.node("Squeeze", of_box, last), count)
+        class_id = writer.node("GatherElements", writer.node("Squeeze", class_of_box, last), row, axis=1)
+    else:
+        score, pair = writer.top_k(writer.reshape(scores, [0, -1]), count)
+        width = writer.constant(classes, "classes")
+        row = writer.node("Div", pair, width)
+        class_id = writer.node("Sub", pair, writer.node("Mul", row, width))
     return gather_rows(writer, boxes, row, 4), score, class_id
 
 

@@ -163,7 +163,7 @@ def _passport(info: ModelInfo, heads: tuple[str, ...], options: ExportOptions) -
             iou=options.iou,
             max_det=options.max_det,
             max_candidates=options.max_candidates,
-            multi_label=options.multi_label or options.nms == "efficient",
+            multi_label=options.multi_label,
             class_agnostic=options.class_agnostic,
             runtime_thresholds=options.nms != "efficient",
         )
