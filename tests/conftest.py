@@ -1,0 +1,64 @@
+"""A small model in every kind of file, and Detectors of them."""
+
+import pytest
+
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+from pictured import CONF, MAX_DET, SUPPRESSION
+from small_models import HW, exported_tiny, info_of, tiny
+
+from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
+from yolov7_deploy.detector import Detector
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Weights files by kind, each written once."""
+    folder = tmp_path_factory.mktemp("files")
+
+    def get(kind="torch", **options):
+        name = "_".join([kind, *(f"{key}-{value}" for key, value in sorted(options.items()))])
+        path = folder / f"{name}.{'safetensors' if kind == 'torch' else 'onnx'}"
+        if not path.exists() and kind == "torch":
+            model = tiny()
+            checkpoint = Checkpoint(
+                tensors=model.state_dict(),
+                variant="yolov7-tiny",
+                training=False,
+                class_names=info_of(model).class_names,
+                anchors=model.anchors,
+            )
+            save_checkpoint(checkpoint, path)
+        elif not path.exists():
+            inside = {} if kind == "none" else SUPPRESSION
+            exported_tiny(nms=kind, **{**inside, "multi_label": False, **options}).save(path)
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def detectors(files):
+    """Open Detectors by kind, with the same thresholds."""
+    opened = {}
+
+    def get(kind, **options):
+        key = (kind, *sorted(options.items()))
+        if key not in opened:
+            opened[key] = Detector(files(kind, **options), img=HW, conf=CONF, max_det=MAX_DET, device="cpu")
+        return opened[key]
+
+    yield get
+    for detector in opened.values():
+        detector.close()
+
+
+@pytest.fixture
+def detector(detectors):
+    """One whose suppression is outside, so that everything may be asked of it."""
+    return detectors("torch")
+
+
+@pytest.fixture
+def plugin(detectors):
+    """One whose suppression is inside the file."""
+    return detectors("plugin")

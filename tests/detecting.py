@@ -1,0 +1,50 @@
+"""Running exported files, and what their detections are compared with."""
+
+import numpy as np
+
+from yolov7_deploy.boxes import detections_of
+from yolov7_deploy.options import Thresholds
+
+# Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
+# hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
+
+DECODED_TOLERANCE = 2e-2
+SCORE_TOLERANCE = 2e-5
+# Raw maps of random weights run hot, so they are compared relative to their own spread (as in test_golden_models).
+RAW_TOLERANCE = 2e-4
+ENDS = ("none", "standard", "plugin", "efficient")
+SUPPRESSED = ("standard", "plugin", "efficient")
+CONF, IOU, MAX_DET, MAX_CANDIDATES = 0.5, 0.45, 1000, 1024
+SUPPRESSION = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "max_candidates": MAX_CANDIDATES}
+
+
+def run(model_session, array, **thresholds):
+    feeds = {f"{name}_threshold": np.array([value], np.float32) for name, value in thresholds.items()}
+    return model_session.run(None, {"images": array, **feeds})
+
+
+def picked(result, index=0):
+    """Boxes, scores and class ids of one picture; what lies behind `num_dets` must be zero."""
+    count, boxes, scores, classes = (part[index] for part in result)
+    n = int(count.item())
+    assert not boxes[n:].any() and not scores[n:].any() and not classes[n:].any()
+    assert (boxes.dtype, scores.dtype, classes.dtype, count.dtype) == (np.float32, np.float32, np.int32, np.int32)
+    return boxes[:n], scores[:n], classes[:n]
+
+
+def assert_same_detections(ours, expected):
+    """Equal but for rounding: neighbours of nearly the same score may have changed places."""
+    assert len(ours[1]) == len(expected[1])
+    assert (np.diff(ours[1]) <= 0).all()
+    np.testing.assert_allclose(ours[1], expected[1], atol=SCORE_TOLERANCE)
+    same = (
+        (ours[2][:, None] == expected[2][None])
+        & (np.abs(ours[1][:, None] - expected[1][None]) <= SCORE_TOLERANCE)
+        & (np.abs(ours[0][:, None] - expected[0][None]) <= DECODED_TOLERANCE).all(-1)
+    )
+    assert same.any(0).all() and same.any(1).all()
+
+
+def reference(decoded, *, max_candidates=MAX_CANDIDATES, **thresholds):
+    chosen = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "multi_label": True, **thresholds}
+    return detections_of(decoded, Thresholds(**chosen), max_candidates=max_candidates)

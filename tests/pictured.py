@@ -1,0 +1,61 @@
+"""Pictures with structure, and how detections of them are compared."""
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from yolov7_deploy.detections import Detections
+
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+
+BOX_TOLERANCE = 0.05
+SCORE_TOLERANCE = 2e-5
+CONF, MAX_DET = 0.6, 300
+SUPPRESSION = {"conf": CONF, "iou": 0.45, "max_det": MAX_DET}
+
+needs_no_cuda = pytest.mark.skipif(
+    torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
+    reason="this machine has CUDA",
+)
+
+
+def noise(height, width, seed=0):
+    """A picture with structure at every scale, so that pictures differ after the network."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
+    fine = rng.integers(-40, 40, (height, width, 3))
+    return np.clip(cv2.resize(coarse, (width, height)).astype(int) + fine, 0, 255).astype(np.uint8)
+
+
+PICTURES = [noise(128, 192), noise(90, 60, 1), noise(300, 400, 2), noise(20, 190, 3), noise(128, 192, 4)]
+
+
+def assert_same(ours: Detections, expected: Detections):
+    """Equal but for rounding; neighbours of nearly the same score may have changed places."""
+    assert len(ours) == len(expected)
+    assert ours.image_hw == expected.image_hw
+    np.testing.assert_allclose(ours.scores, expected.scores, atol=SCORE_TOLERANCE)
+    same = (
+        (ours.class_ids[:, None] == expected.class_ids[None])
+        & (np.abs(ours.scores[:, None] - expected.scores[None]) <= SCORE_TOLERANCE)
+        & (np.abs(ours.boxes[:, None] - expected.boxes[None]) <= BOX_TOLERANCE).all(-1)
+    )
+    assert same.any(0).all() and same.any(1).all()
+
+
+def assert_identical(ours: Detections, expected: Detections):
+    np.testing.assert_array_equal(ours.boxes, expected.boxes)
+    np.testing.assert_array_equal(ours.scores, expected.scores)
+    np.testing.assert_array_equal(ours.class_ids, expected.class_ids)
+
+
+def foreign(path, target, change=lambda proto: None):
+    """The same network without a passport."""
+    proto = onnx.load(path)
+    del proto.metadata_props[:]
+    change(proto)
+    onnx.save(proto, target)
+    return target

@@ -1,0 +1,196 @@
+"""Opening and closing Detectors, and files of others."""
+
+import logging
+import threading
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+from pictured import (
+    CONF,
+    MAX_DET,
+    PICTURES,
+    assert_identical,
+    foreign,
+    needs_no_cuda,
+)
+from small_models import HW
+
+from yolov7_deploy.detector import Detector
+from yolov7_deploy.errors import DeviceError, LoadError, UsageError
+
+# --- opening and closing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["torch", "plugin"])
+def test_after_closing_every_call_is_refused(files, kind):
+    with Detector(files(kind), img=HW, device="cpu") as detector:
+        future = detector.submit(PICTURES[0])
+        assert len(future.result(timeout=60)) > 0
+    detector.close()
+    for call in (detector, detector.submit):
+        with pytest.raises(UsageError, match="closed") as caught:
+            call(PICTURES[0])
+        assert caught.value.fix
+    with pytest.raises(UsageError, match="closed"):
+        detector.batch([PICTURES[0]])
+    with pytest.raises(UsageError, match="closed"):
+        detector.warmup()
+
+
+def test_closing_leaves_no_thread_behind(files):
+    before = threading.active_count()
+    with Detector(files("plugin"), device="cpu") as detector:
+        detector.submit(PICTURES[0]).result(timeout=60)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def test_warmup_runs_without_a_picture(detectors):
+    detectors("torch").warmup()
+    detectors("plugin").warmup(runs=1)
+
+
+def test_the_device_is_told(detectors):
+    assert detectors("torch").device == detectors("plugin").device == "cpu"
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("kind", ["torch", "plugin"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "0"])
+def test_cuda_without_cuda_is_refused_with_a_fix(files, kind, device):
+    with pytest.raises(DeviceError) as caught:
+        Detector(files(kind), img=HW, device=device)
+    assert "cpu" in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["torch", "plugin"])
+@pytest.mark.parametrize("device", ["abacus", "cuda:x", ""])
+def test_a_device_nobody_has_is_refused(files, kind, device):
+    with pytest.raises(DeviceError):
+        Detector(files(kind), img=HW, device=device)
+
+
+def test_a_size_other_than_the_files_is_refused(files):
+    with pytest.raises(UsageError, match="128x192, not 320x320") as caught:
+        Detector(files("plugin"), img=320, device="cpu")
+    assert "--img 320,320" in caught.value.fix
+
+
+def test_a_size_the_stride_does_not_divide_is_refused(files):
+    with pytest.raises(UsageError, match="stride 32") as caught:
+        Detector(files("torch"), img=(100, 128), device="cpu")
+    assert caught.value.fix == "--img 128,128"
+
+
+def test_a_file_that_is_absent_or_of_no_kind_is_refused(tmp_path):
+    (tmp_path / "m.bin").touch()
+    for name in ("absent.onnx", "m.bin"):
+        with pytest.raises(LoadError, match=name) as caught:
+            Detector(tmp_path / name, device="cpu")
+        assert caught.value.fix
+
+
+@pytest.mark.parametrize("part", [0, 100, 0.5])
+def test_a_truncated_onnx_file_is_refused(files, tmp_path, part):
+    data = files("plugin").read_bytes()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data[: int(len(data) * part) if part == 0.5 else part])
+    with pytest.raises(LoadError, match=r"m\.onnx") as caught:
+        Detector(path, device="cpu")
+    assert caught.value.fix
+
+
+def test_text_with_the_suffix_of_onnx_is_refused(tmp_path):
+    (tmp_path / "m.onnx").write_text("not a model")
+    with pytest.raises(LoadError, match=r"m\.onnx"):
+        Detector(tmp_path / "m.onnx", device="cpu")
+
+
+# --- files of others ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_without_a_passport_opens_with_a_warning(files, detectors, tmp_path, caplog):
+    path = foreign(files("none"), tmp_path / "m.onnx")
+    with caplog.at_level(logging.WARNING), Detector(path, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
+        assert any(
+            "no passport" in record.getMessage() and "m.onnx" in record.getMessage() for record in caplog.records
+        )
+        assert detector.class_names == tuple(f"class_{i}" for i in range(5))
+        assert detector.input_hw == HW
+        for picture in PICTURES:
+            assert_identical(detector(picture), detectors("none")(picture))
+
+
+def test_a_foreign_file_with_suppression_inside_opens(files, detectors, tmp_path):
+    path = foreign(files("plugin"), tmp_path / "m.onnx", without_thresholds)
+    with Detector(path, device="cpu") as detector:
+        assert detector.input_hw == HW
+        assert detector.class_names[:2] == ("class_0", "class_1")
+        for picture in PICTURES:
+            assert_identical(detector(picture), detectors("plugin")(picture))
+        assert len(detector(PICTURES[0], conf=0.75)) == len(detectors("plugin")(PICTURES[0], conf=0.75))
+
+
+def without_thresholds(proto):
+    """Thresholds frozen into the file, as other exporters do."""
+    kept = [value for value in proto.graph.input if not value.name.endswith("_threshold")]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+
+
+def test_a_foreign_file_whose_outputs_are_in_another_order_opens(files, detectors, tmp_path):
+    def shuffled(proto):
+        without_thresholds(proto)
+        outputs = sorted(proto.graph.output, key=lambda value: value.name)
+        assert outputs[0].name == "det_boxes"
+        del proto.graph.output[:]
+        proto.graph.output.extend(outputs)
+
+    with Detector(foreign(files("plugin"), tmp_path / "m.onnx", shuffled), device="cpu") as detector:
+        assert_identical(detector(PICTURES[0]), detectors("plugin")(PICTURES[0]))
+
+
+def test_a_foreign_file_with_overridable_thresholds_takes_them(files, detectors, tmp_path):
+    with Detector(foreign(files("plugin"), tmp_path / "m.onnx"), device="cpu") as detector:
+        ours, expected = (one(PICTURES[0], conf=0.75) for one in (detector, detectors("plugin")))
+        assert_identical(ours, expected)
+
+
+def test_a_foreign_file_of_open_size_takes_the_size_asked_for(files, detectors, tmp_path):
+    proto = onnx.load(files("none"))
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.Clear()
+        dim.dim_param = "side"
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "m.onnx")
+    with Detector(tmp_path / "m.onnx", img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
+        assert_identical(detector(PICTURES[0]), detectors("none")(PICTURES[0]))
+
+
+@pytest.mark.parametrize(
+    "input_shape, output_shape", [([1, 10], [1, 10]), ([1, 3, 64, 64], [1, 1000]), ([1, 3, 64, 64], [1, 63, 4])]
+)
+def test_an_onnx_file_that_is_no_yolov7_is_refused(tmp_path, input_shape, output_shape):
+    nodes = [
+        helper.make_node("Constant", [], ["y0"], value=helper.make_tensor("c", TensorProto.FLOAT, [1], [1.0])),
+        helper.make_node(
+            "Constant", [], ["s"], value=helper.make_tensor("s", TensorProto.INT64, [len(output_shape)], output_shape)
+        ),
+        helper.make_node("Expand", ["y0", "s"], ["y1"]),
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["y1", "sum"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, input_shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(LoadError, match="no YOLOv7 layout") as caught:
+        Detector(tmp_path / "m.onnx", device="cpu")
+    assert str(input_shape) in caught.value.message
+    assert caught.value.fix
