@@ -73,7 +73,11 @@ class OrtBackend:
         return cls(session, info, device=place)
 
     def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
-        """See `Backend.infer`. A file of fixed batch runs as often as needed, the last time filled up with its last picture."""
+        """See `Backend.infer`.
+
+        A file of fixed batch runs as often as needed, the last time filled up with its last picture. With suppression
+        inside the file, `classes` filters what the file gives, and `max_det` cannot exceed its rows.
+        """
         started = time.perf_counter()
         canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
         batches = [self._as_input(part) for part in _parts(canvases, self.info.batch)]

@@ -54,7 +54,7 @@ def export_onnx(model: Yolov7, info: ModelInfo, options: ExportOptions) -> OnnxM
     network = _model(writer, heads, plan, input_hw)
     if options.simplify:
         network = _simplified(network)
-    return OnnxModel.of(attach_nms(network, heads, plan), _passport(info, heads, options))
+    return OnnxModel.of(attach_nms(network, heads, plan), _passport(info, heads, plan))
 
 
 class _Maps(nn.Module):
@@ -154,15 +154,15 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     return simplified
 
 
-def _passport(info: ModelInfo, heads: tuple[str, ...], options: ExportOptions) -> ModelInfo:
-    nms = None
+def _passport(info: ModelInfo, heads: tuple[str, ...], plan: NmsPlan) -> ModelInfo:
+    options, nms = plan.options, None
     if options.nms != "none":
         nms = NmsInfo(
             kind=options.nms,  # type: ignore[arg-type]
             conf=options.conf,
             iou=options.iou,
             max_det=options.max_det,
-            max_candidates=options.max_candidates,
+            max_candidates=plan.candidates,
             multi_label=options.multi_label,
             class_agnostic=options.class_agnostic,
             runtime_thresholds=options.nms != "efficient",
