@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.detections import Detections
-from yolov7_deploy.errors import MissingLibraryError
 from yolov7_deploy.info import ModelInfo
 
 
@@ -88,11 +87,3 @@ def test_json_on_standard_output_is_alone_there(run):
     result = run("--json", "-")
     assert json.loads(result.stdout)["ap50"] == 1.0
     assert "protocol: " in result.stderr
-
-
-def test_val_without_the_metric_library_says_what_to_install(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    monkeypatch.delitem(sys.modules, "yolov7_deploy.measure.accuracy", raising=False)
-    with pytest.raises(MissingLibraryError) as caught:
-        run()
-    assert "yolov7-deploy[val]" in caught.value.fix
