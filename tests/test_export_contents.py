@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from small_models import HW, exported_tiny, fused_tiny, images, info_of, session
 
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
+from yolov7_deploy.export.nms import OVERFLOW
 from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
 from yolov7_deploy.export.to_onnx import export_onnx
 from yolov7_deploy.fusion import fuse
@@ -95,7 +96,8 @@ def test_the_suppression_node_is_a_function_that_tensorrt_may_replace(nms, domai
     (body,) = proto.functions
     assert (node.domain, node.op_type) == (body.domain, body.name) == (domain, op)
     assert domain in {entry.domain for entry in proto.opset_import}
-    assert list(node.output) == list(NMS_OUTPUTS)
+    assert list(node.output) == [*NMS_OUTPUTS, *([OVERFLOW] if nms == "plugin" else [])]
+    assert [output.name for output in proto.graph.output] == list(NMS_OUTPUTS)
     assert proto.ir_version >= 8
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert (attributes["plugin_version"], attributes["plugin_namespace"]) == (b"1", b"")

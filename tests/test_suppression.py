@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from small_models import session
 
 from yolov7_deploy.boxes import detections_of
-from yolov7_deploy.export.nms import attach_nms
+from yolov7_deploy.export.nms import OVERFLOW, attach_nms
 from yolov7_deploy.export.suppression import NmsPlan
 from yolov7_deploy.options import ExportOptions, Thresholds
 
@@ -253,3 +253,16 @@ def test_with_one_class_the_class_logit_is_ignored(bare):
     head = bare("plugin", classes=1)
     maps = head.place([((20, 20, 14, 14), 1.0, (-9,))])
     np.testing.assert_allclose(head.run(maps)[1], [1 / (1 + np.exp(-1))], atol=SCORE_TOLERANCE)
+
+
+@pytest.mark.parametrize("multi_label, per_anchor", [(False, 1), (True, 2)])
+def test_a_full_list_of_candidates_shows_in_the_overflow_output(multi_label, per_anchor):
+    """Every wish passes with two classes, so it is one pair of the list or two."""
+    head = BareHead("plugin", 2, max_det=3, max_candidates=6, multi_label=multi_label)
+    head.model.graph.output.append(helper.make_tensor_value_info(OVERFLOW, TensorProto.INT32, [1, 1]))
+    flagged = session(head.model)
+    for passing in range(1, 9):
+        maps = head.place([((8 * i + 4, 20, 4, 4), 2.0, (3.0, 2.0)) for i in range(passing)])
+        overflow = flagged.run([OVERFLOW], dict(zip(head.heads, maps, strict=True)))[0]
+        assert (overflow.dtype, overflow.shape) == (np.int32, (1, 1))
+        assert overflow.item() == (passing * per_anchor >= 6), passing

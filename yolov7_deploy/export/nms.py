@@ -21,10 +21,11 @@ from yolov7_deploy.export.suppression import (
     best_anchors,
     best_pairs,
     by_column,
+    candidates_of,
     corners,
     decode,
-    detect_from_heads,
     gather_rows,
+    list_is_full,
     suppress,
 )
 
@@ -33,6 +34,8 @@ EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
 BODY_PREFIX = "y7nms__"
 END_PREFIX = "end__"  # keeps the names made here apart from the network's
 CONF_INPUT, IOU_INPUT = "conf_threshold", "iou_threshold"
+# Output of the node, not of the graph, whose outputs are the field's four; an engine offers it as well.
+OVERFLOW = "y7nms_overflow"
 # Without these two attributes TensorRT 10.15 and later prefers the function body to a registered plugin.
 _PLUGIN_KEY = {"plugin_version": "1", "plugin_namespace": ""}
 
@@ -49,7 +52,8 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
             _rename(writer, {RAW_OUTPUT: _decoded(writer, heads, plan)})
             graph.output.append(_value(RAW_OUTPUT, TensorProto.FLOAT, plan, len(plan.cells), plan.columns))
         case "standard":
-            results = detect_from_heads(writer, heads, CONF_INPUT, IOU_INPUT, plan)
+            candidates = candidates_of(writer, heads, plan)
+            results = suppress(writer, *candidates, CONF_INPUT, IOU_INPUT, plan, inclusive=False)
             _rename(writer, dict(zip(NMS_OUTPUTS, results, strict=True)))
         case "plugin":
             writer.nodes.append(_plugin_node(heads, plan))
@@ -101,7 +105,7 @@ def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
     return helper.make_node(
         OP,
         [*heads, CONF_INPUT, IOU_INPUT],
-        list(NMS_OUTPUTS),
+        [*NMS_OUTPUTS, OVERFLOW],
         name="nms",
         domain=DOMAIN,
         anchors=[side for level in plan.anchors for anchor in level for side in anchor],
@@ -119,11 +123,11 @@ def _plugin_body(heads: Sequence[str], plan: NmsPlan) -> onnx.FunctionProto:
     inputs = [f"{BODY_PREFIX}head_{level}" for level in range(len(heads))]
     writer = GraphWriter(prefix=BODY_PREFIX, constants_as_nodes=True)
     conf, iou = (BODY_PREFIX + name for name in (CONF_INPUT, IOU_INPUT))
-    results = detect_from_heads(writer, inputs, conf, iou, plan)
+    candidates = candidates_of(writer, inputs, plan)
+    results = suppress(writer, *candidates, conf, iou, plan, inclusive=False)
+    outputs = [*results, list_is_full(writer, candidates[1], conf, plan)]
     attributes = [a.name for a in _plugin_node(heads, plan).attribute]
-    return helper.make_function(
-        DOMAIN, OP, [*inputs, conf, iou], list(results), writer.nodes, _opsets(plan), attributes
-    )
+    return helper.make_function(DOMAIN, OP, [*inputs, conf, iou], outputs, writer.nodes, _opsets(plan), attributes)
 
 
 def _opsets(plan: NmsPlan) -> list[onnx.OperatorSetIdProto]:

@@ -87,10 +87,8 @@ def _cells(input_hw: tuple[int, int], strides: Sequence[int], anchors: Anchors) 
     return np.concatenate(levels).astype(np.float32)
 
 
-def detect_from_heads(
-    writer: GraphWriter, heads: Sequence[str], conf: str, iou: str, plan: NmsPlan
-) -> tuple[str, str, str, str]:
-    """Head maps to the four NMS outputs; only the candidates are decoded."""
+def candidates_of(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
+    """Head maps to the K best (box, class) pairs, as `best_pairs` gives them; only candidates are decoded."""
     opset = plan.options.opset
     raw = by_column(writer, heads, plan)  # [B, 5 + C, A]
     objectness = writer.node("Squeeze", writer.slice(raw, 1, 4, 5), writer.constant([1], "axis"))
@@ -108,8 +106,13 @@ def detect_from_heads(
     if plan.columns > 6:
         scores = writer.node("Mul", scores, writer.slice(y, 2, 5, plan.columns))
     boxes = corners(writer, centre, size, axis=2)
-    pairs = best_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
-    return suppress(writer, *pairs, conf, iou, plan, inclusive=False)
+    return best_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
+
+
+def list_is_full(writer: GraphWriter, score: str, conf: str, plan: NmsPlan) -> str:
+    """int32 [B, 1]: 1 where the last of the candidates [B, K] passes too, so that weaker ones may be missing."""
+    last = writer.slice(score, 1, plan.candidates - 1, plan.candidates)
+    return writer.node("Cast", writer.node("Greater", last, conf), name="overflow", to=TensorProto.INT32)
 
 
 def best_anchors(writer: GraphWriter, score: str, plan: NmsPlan) -> str:
