@@ -1,0 +1,106 @@
+// Decoding and greedy suppression of raw YOLOv7 head maps in two kernels.
+//
+//   select    reads every objectness, the classes only where that passes, and lists what scores above the threshold.
+//   suppress  one block an image: takes the list best first in sorted tiles, decodes only those boxes, suppresses.
+//
+// A listed pair (anchor, class) is one 64-bit key: the score's float bits above, the inverted number of the pair
+// (anchor * C + class) below. Scores are never negative, so descending keys are falling scores, and equal scores keep
+// the order of anchors and classes. Keys are unique, hence the atomics may fill the list in any order: the result never
+// differs. The list holds CAPACITY keys. Where more pass, `suppress` reads the maps again and fills the list with the
+// best of them as often as it takes, so nothing is lost: that path is slow and exact.
+//
+// The arithmetic is that of float32 NumPy, operation by operation: compile with -fmad=false. Where a product that may
+// be inexact meets a sum, __fmul_rn forbids the fusion too. Only expf may differ, by an ulp or two.
+//
+// Memory: 256 KiB of workspace an image. At batch 1, 640 x 640, 80 classes the kernels read 3 * 8400 objectness values
+// (98 KiB of float32) and a 32-byte sector per class of each anchor that passes; the rest is latency: one load after
+// another (threshold, objectness, classes, list, boxes), a sort of 15 to 55 exchanges and about five barriers for
+// every GROUP survivors. A memset and two launches; a last-block ticket in `select` could save one of them, but would
+// tie 1024 threads and the large scratch memory to every one of its blocks.
+#include <limits.h>
+
+#include "nms_select.h"
+#include "nms_suppress.h"
+
+namespace y7 {
+namespace {
+
+bool is_valid(const Y7NmsParams* p) {
+  return p && p->batch >= 1 && p->batch <= MAX_BATCH && p->levels >= 1 && p->levels <= Y7_MAX_LEVELS &&
+         p->classes >= 1 && p->max_det >= 1 && p->max_candidates >= 1 &&
+         (p->type == Y7_FLOAT32 || p->type == Y7_FLOAT16);
+}
+
+bool is_aligned(const void* pointer, size_t bytes) {
+  return pointer && reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+size_t counter_bytes(const Y7NmsParams& p) { return (size_t(p.batch) * sizeof(uint32_t) + 255) / 256 * 256; }
+
+// False for maps that make no sense or hold 2^32 pairs and more.
+bool read_heads(const Y7NmsParams& p, const Y7HeadMap* heads, Plan* plan) {
+  uint64_t anchors = 0;
+  for (int32_t i = 0; i < p.levels; ++i) {
+    const Y7HeadMap& head = heads[i];
+    if (!is_aligned(head.data, p.type == Y7_FLOAT16 ? 2 : 4) || head.height < 1 || head.width < 1) return false;
+    const uint64_t cells = uint64_t(head.height) * uint64_t(head.width);
+    if (anchors + Y7_ANCHORS * cells > UINT_MAX / uint64_t(p.classes)) return false;
+    Level& level = plan->level[i];
+    level = {head.data, head.batch_stride, head.channel_stride, head.cell_stride, uint32_t(anchors),
+             uint32_t(cells), uint32_t(head.width), head.stride, {}};
+    for (int k = 0; k < Y7_ANCHORS; ++k) {
+      level.anchors[k][0] = head.anchors[k][0];
+      level.anchors[k][1] = head.anchors[k][1];
+    }
+    anchors += Y7_ANCHORS * cells;
+  }
+  plan->anchors = uint32_t(anchors);
+  return true;
+}
+
+template <class T>
+int32_t run(const Plan& plan, uint32_t batch, void* stream) {
+  const dim3 blocks((plan.anchors - 1) / SELECT_THREADS + 1, batch);
+  int32_t status =
+      status_of(cudaMemsetAsync(plan.passed, 0, batch * sizeof(uint32_t), static_cast<cudaStream_t>(stream)));
+  if (status == Y7_OK) status = launch(select<T>, blocks, dim3(SELECT_THREADS), stream, plan);
+  if (status == Y7_OK) status = launch(suppress<T>, dim3(batch), dim3(THREADS), stream, plan);
+  return status;
+}
+
+}  // namespace
+}  // namespace y7
+
+extern "C" size_t y7_nms_workspace(const Y7NmsParams* params) {
+  if (!y7::is_valid(params)) return 0;
+  return y7::counter_bytes(*params) + size_t(params->batch) * y7::CAPACITY * sizeof(y7::Key);
+}
+
+extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const float* conf, const float* iou,
+                          const Y7NmsOutputs* outputs, void* workspace, size_t workspace_bytes, void* stream) {
+  using y7::is_aligned;
+  if (!y7::is_valid(params) || !heads || !outputs || !is_aligned(conf, 4) || !is_aligned(iou, 4)) {
+    return Y7_BAD_ARGUMENT;
+  }
+  if (!is_aligned(outputs->num_dets, 4) || !is_aligned(outputs->boxes, 16) || !is_aligned(outputs->scores, 4) ||
+      !is_aligned(outputs->classes, 4) || reinterpret_cast<uintptr_t>(outputs->overflow) % 4 ||
+      !is_aligned(workspace, 8)) {
+    return Y7_BAD_ARGUMENT;
+  }
+  y7::Plan plan = {};
+  if (!y7::read_heads(*params, heads, &plan)) return Y7_BAD_ARGUMENT;
+  if (workspace_bytes < y7_nms_workspace(params)) return Y7_WORKSPACE_TOO_SMALL;
+  plan.levels = uint32_t(params->levels);
+  plan.classes = uint32_t(params->classes);
+  plan.max_det = uint32_t(params->max_det);
+  plan.max_candidates = uint32_t(params->max_candidates);
+  plan.multi_label = params->multi_label != 0;
+  plan.class_agnostic = params->class_agnostic != 0;
+  plan.conf = conf;
+  plan.iou = iou;
+  plan.outputs = *outputs;
+  plan.passed = static_cast<uint32_t*>(workspace);
+  plan.keys = reinterpret_cast<y7::Key*>(static_cast<char*>(workspace) + y7::counter_bytes(*params));
+  const uint32_t batch = uint32_t(params->batch);
+  return params->type == Y7_FLOAT16 ? y7::run<__half>(plan, batch, stream) : y7::run<float>(plan, batch, stream);
+}
