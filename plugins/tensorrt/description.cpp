@@ -1,0 +1,34 @@
+// What this library is, for programs that only have its file: no TensorRT is needed to ask.
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+#ifdef Y7_WITH_TENSORRT
+#include "tensorrt.h"
+#define Y7_TEXT_OF(value) #value
+#define Y7_TEXT(value) Y7_TEXT_OF(value)
+#ifdef TRT_MAJOR_RTX
+#define Y7_HEADERS_PRODUCT "tensorrt_rtx"
+#else
+#define Y7_HEADERS_PRODUCT "tensorrt"
+#endif
+#define Y7_HEADERS Y7_TEXT(NV_TENSORRT_MAJOR) "." Y7_TEXT(NV_TENSORRT_MINOR) "." Y7_TEXT(NV_TENSORRT_PATCH)
+constexpr const char* kAbi = Y7_SHELL_V3 ? "v3" : "v2";
+#else
+#define Y7_HEADERS_PRODUCT ""
+#define Y7_HEADERS ""
+constexpr const char* kAbi = "kernels";
+#endif
+
+// One JSON object. `compute_capabilities` have machine code inside, `ptx` are compiled by the driver when first used.
+extern "C" __attribute__((visibility("default"))) const char* y7_plugin_description() {
+  static const std::string text =
+      std::string("{\"name\": \"") + y7::kPluginName + "\", \"version\": \"" + y7::kPluginVersion +
+      "\", \"namespace\": \"" + y7::kPluginNamespace + "\", \"abi\": \"" + kAbi +
+      "\", \"kernels_abi\": " + std::to_string(y7_kernels_abi()) +
+      ", \"compute_capabilities\": [" Y7_COMPUTE_CAPABILITIES "], \"ptx\": [" Y7_PTX "], \"cuda\": \"" +
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
+      "\", \"headers\": \"" Y7_HEADERS "\", \"product\": \"" Y7_HEADERS_PRODUCT "\"}";
+  return text.c_str();
+}

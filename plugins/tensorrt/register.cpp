@@ -1,0 +1,62 @@
+// The functions by which TensorRT finds the plugin in this library.
+
+#include "log.h"
+#include "tensorrt.h"
+
+#if Y7_SHELL_V3
+#include "plugin_v3.h"
+#else
+#include "plugin_v2.h"
+#endif
+
+#define Y7_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+y7::NmsCreator& creator() {
+  static y7::NmsCreator only;
+  return only;
+}
+
+}  // namespace
+
+#if Y7_SHELL_V3
+
+Y7_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { y7::set_logger_finder(finder); }
+
+Y7_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator()};
+  count = 1;
+  return creators;
+}
+
+#else
+
+#if NV_TENSORRT_MAJOR > 8 || NV_TENSORRT_MINOR >= 6
+Y7_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { y7::set_logger_finder(finder); }
+#endif
+
+Y7_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
+  static nvinfer1::IPluginCreator* const creators[] = {&creator()};
+  count = 1;
+  return creators;
+}
+
+#endif
+
+#ifdef Y7_STATIC_REGISTRATION
+// TensorRT 8.5 cannot load a plugin library: the library registers itself when the process opens it.
+namespace {
+
+struct Registration {
+  Registration() noexcept {
+    if (!::getPluginRegistry()->registerCreator(creator(), y7::kPluginNamespace)) {
+      y7::log_error("registration", "TensorRT refused it: a plugin of this name and version is there already.");
+    }
+  }
+};
+
+const Registration registration;
+
+}  // namespace
+#endif

@@ -1,0 +1,252 @@
+#include "shell.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <set>
+#include <sstream>
+#include <string>
+
+namespace y7 {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+using nvinfer1::PluginTensorDesc;
+using nvinfer1::TensorFormat;
+
+constexpr int32_t kHwc8 = 8;  // kHWC8 pads its channels to a multiple of this
+// Heads beyond these follow the format of the first: TensorRT tries at most 100 combinations, and 2^4 * 2 are enough.
+constexpr int32_t kFreeFormats = 4;
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw PluginError(text.str());
+}
+
+bool is_parser_key(const char* name) {
+  // Attributes of the node that address the plugin; some callers pass them along.
+  return std::strcmp(name, "plugin_version") == 0 || std::strcmp(name, "plugin_namespace") == 0;
+}
+
+void check_count(const NodeParams& params, int32_t count) {
+  if (count != params.levels() + kThresholds) {
+    refuse("the node has ", count, " inputs; attribute strides names ", params.levels(),
+           " levels, so it must have as many head maps, then conf_threshold and iou_threshold: ",
+           params.levels() + kThresholds, ".");
+  }
+}
+
+// Shapes as far as they are known; -1 is unknown.
+void check_head(const NodeParams& params, int32_t level, const int64_t* dims, int32_t rank) {
+  if (rank != 4) {
+    refuse("head map ", level, " has ", rank, " dimensions; it must have 4: batch, channels, height, width.");
+  }
+  if (dims[1] >= 0 && dims[1] != params.channels()) {
+    refuse("head map ", level, " has ", dims[1], " channels; attribute classes is ", params.classes,
+           ", which asks for ", params.channels(), " (", Y7_ANCHORS, " * (5 + classes)).");
+  }
+}
+
+void check_threshold(int32_t index, const int64_t* dims, int32_t rank) {
+  int64_t volume = 1;
+  for (int32_t i = 0; i < rank; ++i) {
+    volume *= dims[i];
+  }
+  if (rank < 0 || (volume >= 0 && volume != 1)) {
+    refuse(index == 0 ? "conf_threshold" : "iou_threshold", " has ", volume, " values; it must have one.");
+  }
+}
+
+std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known(const nvinfer1::DimsExprs& shape) {
+  std::array<int64_t, nvinfer1::Dims::MAX_DIMS> dims{};
+  for (int32_t i = 0; i < shape.nbDims; ++i) {
+    dims[i] = shape.d[i]->isConstant() ? static_cast<int64_t>(shape.d[i]->getConstantValue()) : -1;
+  }
+  return dims;
+}
+
+std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known(const nvinfer1::Dims& shape) {
+  std::array<int64_t, nvinfer1::Dims::MAX_DIMS> dims{};
+  std::copy(shape.d, shape.d + std::max(0, static_cast<int>(shape.nbDims)), dims.begin());
+  return dims;
+}
+
+template <typename Shape>
+void check_input(const NodeParams& params, int32_t index, const Shape& shape) {
+  const auto dims = known(shape);
+  if (index < params.levels()) {
+    check_head(params, index, dims.data(), shape.nbDims);
+  } else {
+    check_threshold(index - params.levels(), dims.data(), shape.nbDims);
+  }
+}
+
+bool takes_head(const PluginTensorDesc& head) {
+  switch (head.format) {
+    case TensorFormat::kLINEAR:
+      return head.type == DataType::kFLOAT || head.type == DataType::kHALF;
+    case TensorFormat::kHWC:
+      return head.type == DataType::kFLOAT;
+    case TensorFormat::kHWC8:
+      return head.type == DataType::kHALF;
+    default:
+      return false;
+  }
+}
+
+int32_t kernel_type(DataType type) { return type == DataType::kHALF ? Y7_FLOAT16 : Y7_FLOAT32; }
+
+Y7HeadMap head_map(const NodeParams& params, int32_t level, const PluginTensorDesc& described, const void* data) {
+  const auto& d = described.dims.d;
+  const int64_t channels = d[1];
+  const int64_t cells = static_cast<int64_t>(d[2]) * d[3];
+  Y7HeadMap map{};
+  map.data = data;
+  map.height = static_cast<int32_t>(d[2]);
+  map.width = static_cast<int32_t>(d[3]);
+  map.stride = static_cast<float>(params.strides[level]);
+  std::memcpy(map.anchors, &params.anchors[static_cast<size_t>(level) * Y7_ANCHORS * 2], sizeof map.anchors);
+  if (described.format == TensorFormat::kLINEAR) {
+    map.batch_stride = channels * cells;
+    map.channel_stride = cells;
+    map.cell_stride = 1;
+  } else {
+    const int64_t padded = described.format == TensorFormat::kHWC8 ? (channels + kHwc8 - 1) / kHwc8 * kHwc8 : channels;
+    map.batch_stride = cells * padded;
+    map.channel_stride = 1;
+    map.cell_stride = padded;
+  }
+  return map;
+}
+
+}  // namespace
+
+FieldList::FieldList(NodeParams& params) {
+  for (const Field& field : params.fields()) {
+    const auto type = field.is_float ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
+    fields_.emplace_back(field.name, field.data, type, field.count);
+  }
+  collection_.nbFields = static_cast<int32_t>(fields_.size());
+  collection_.fields = fields_.data();
+}
+
+NodeParams params_of(const nvinfer1::PluginFieldCollection* fields) {
+  NodeParams params;
+  std::set<std::string> seen;
+  const int32_t count = fields == nullptr ? 0 : fields->nbFields;
+  for (int32_t i = 0; i < count; ++i) {
+    const PluginField& field = fields->fields[i];
+    if (field.name == nullptr) {
+      refuse("attribute number ", i, " has no name.");
+    }
+    if (is_parser_key(field.name)) {
+      continue;
+    }
+    if (!seen.insert(field.name).second) {
+      refuse("attribute ", field.name, " was given twice.");
+    }
+    const bool is_float = field.type == PluginFieldType::kFLOAT32;
+    if (!is_float && field.type != PluginFieldType::kINT32) {
+      refuse("attribute ", field.name, " is of TensorRT's field type ", static_cast<int>(field.type),
+             "; this plugin has int32 and float32 attributes only.");
+    }
+    params.set({field.name, is_float, const_cast<void*>(field.data), field.length});
+  }
+  params.check();
+  return params;
+}
+
+bool supports(const NodeParams& params, int32_t pos, const PluginTensorDesc& asked, const PluginTensorDesc& first,
+              int32_t inputs, int32_t outputs) {
+  const int32_t levels = params.levels();
+  if (inputs != levels + kThresholds || outputs != kOutputs || pos < 0 || pos >= inputs + outputs) {
+    return false;
+  }
+  if (pos < levels) {
+    return takes_head(asked) && asked.type == first.type && (pos < kFreeFormats || asked.format == first.format);
+  }
+  const DataType wanted = pos < inputs ? DataType::kFLOAT : output_type(pos - inputs);
+  return asked.format == TensorFormat::kLINEAR && asked.type == wanted;
+}
+
+DataType output_type(int32_t index) {
+  const bool is_float = index == 1 || index == 2;  // det_boxes, det_scores
+  return is_float ? DataType::kFLOAT : DataType::kINT32;
+}
+
+nvinfer1::DimsExprs output_shape(const NodeParams& params, int32_t index, const nvinfer1::DimsExprs* inputs,
+                                 int32_t count, nvinfer1::IExprBuilder& builder) {
+  check_count(params, count);
+  for (int32_t i = 0; i < count; ++i) {
+    check_input(params, i, inputs[i]);
+  }
+  const bool is_flag = index == 0 || index == kOutputs - 1;  // num_dets, overflow
+  nvinfer1::DimsExprs shape;
+  shape.nbDims = index == 1 ? 3 : 2;
+  shape.d[0] = inputs[0].d[0];
+  shape.d[1] = builder.constant(is_flag ? 1 : params.max_det);
+  if (index == 1) {
+    shape.d[2] = builder.constant(4);
+  }
+  return shape;
+}
+
+void check_profile(const NodeParams& params, const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count) {
+  check_count(params, count);
+  for (int32_t i = 0; i < count; ++i) {
+    check_input(params, i, inputs[i].max);
+  }
+  const auto& largest = inputs[0].max;
+  if (largest.d[0] > kMaxBatch) {
+    refuse("the batch is up to ", largest.d[0], " pictures; the kernels take at most ", kMaxBatch, ".");
+  }
+  const int64_t height = static_cast<int64_t>(largest.d[2]) * params.strides[0];
+  const int64_t width = static_cast<int64_t>(largest.d[3]) * params.strides[0];
+  for (int32_t i = 1; i < params.levels(); ++i) {
+    const auto& d = inputs[i].max.d;
+    if (d[2] * params.strides[i] != height || d[3] * params.strides[i] != width) {
+      refuse("head map ", i, " has ", d[2], "x", d[3], " cells; attribute strides says ", params.strides[i],
+             " pixels a cell, but head map 0 covers ", height, "x", width, " pixels.");
+    }
+  }
+}
+
+size_t workspace_bytes(const NodeParams& params, int64_t batch, DataType type) {
+  // An open batch before any profile is known is taken at its largest.
+  const int64_t pictures = batch < 1 ? kMaxBatch : batch;
+  if (pictures > kMaxBatch) {
+    refuse("the batch has ", pictures, " pictures; the kernels take at most ", kMaxBatch, ".");
+  }
+  const Y7NmsParams described = params.kernel_params(static_cast<int32_t>(pictures), kernel_type(type));
+  const size_t bytes = y7_nms_workspace(&described);
+  if (bytes == 0) {
+    refuse("the kernels refuse a batch of ", pictures, " with ", params.text(), ".");
+  }
+  return bytes;
+}
+
+void enqueue(const NodeParams& params, const PluginTensorDesc* described, const void* const* inputs,
+             void* const* outputs, void* workspace, cudaStream_t stream) {
+  const int32_t levels = params.levels();
+  std::array<Y7HeadMap, Y7_MAX_LEVELS> heads{};
+  for (int32_t level = 0; level < levels; ++level) {
+    heads[level] = head_map(params, level, described[level], inputs[level]);
+  }
+  const int64_t batch = described[0].dims.d[0];
+  const Y7NmsParams kernel = params.kernel_params(static_cast<int32_t>(batch), kernel_type(described[0].type));
+  const Y7NmsOutputs results{static_cast<int32_t*>(outputs[0]), static_cast<float*>(outputs[1]),
+                             static_cast<float*>(outputs[2]), static_cast<int32_t*>(outputs[3]),
+                             static_cast<int32_t*>(outputs[4])};
+  const int32_t status = y7_nms(&kernel, heads.data(), static_cast<const float*>(inputs[levels]),
+                                static_cast<const float*>(inputs[levels + 1]), &results, workspace,
+                                workspace_bytes(params, batch, described[0].type), stream);
+  if (status != Y7_OK) {
+    refuse(y7_status_text(status), " (batch ", batch, ", ", params.text(), ")");
+  }
+}
+
+}  // namespace y7
