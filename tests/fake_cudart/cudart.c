@@ -1,0 +1,347 @@
+// A CUDA runtime without a GPU, for tests of what calls it: device memory is host memory, and work is done when queued.
+//
+// It refuses what the real one refuses: copies outside an allocation, handles that are none, a stream's synchronisation
+// while it records. Graphs repeat their copies and fills; kernels do not come by here. The environment tells the rest:
+//   FAKE_CUDA_DEVICES  number of GPUs (1)          FAKE_CUDA_MEMORY   bytes of each (1 GiB)
+//   FAKE_CUDA_DRIVER   version, 0 for none (12040) FAKE_CUDA_RUNTIME  version (12040)
+//   FAKE_CUDA_CONTEXT  set: a context is current   FAKE_CUDA_LOG      file that takes the name of every call
+//   FAKE_CUDA_FAIL     function:status, every call of it fails with that status
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INSUFFICIENT_DRIVER = 35, NO_DEVICE = 100, INVALID_DEVICE = 101 };
+enum { INVALID_HANDLE = 400, NOT_READY = 600, CAPTURE_UNSUPPORTED = 900 };
+enum { DEVICE = 1, HOST, STREAM, EVENT, GRAPH, EXECUTABLE };
+
+typedef struct Object {
+  struct Object* next;
+  int kind;
+  size_t bytes;          // of memory
+  char* memory;          // of memory
+  struct Object* graph;  // of a stream that records
+  struct Step* steps;    // of a graph
+  double time;           // of an event
+} Object;
+
+typedef struct Step {
+  struct Step* next;
+  void* to;
+  const void* from;  // null for a fill
+  int value;
+  size_t bytes;
+} Step;
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static Object* objects;
+static __thread int device, last_error;
+
+static long setting(const char* name, long otherwise) {
+  const char* text = getenv(name);
+  return text ? atol(text) : otherwise;
+}
+
+static int failed(int status) {
+  if (status) last_error = status;
+  return status;
+}
+
+// What every call does first: a line in the log, then the failures asked for, then those of a missing driver.
+static int enter(const char* name, int needs_driver) {
+  const char *log = getenv("FAKE_CUDA_LOG"), *fail = getenv("FAKE_CUDA_FAIL");
+  if (log) {
+    FILE* file = fopen(log, "a");
+    fprintf(file, "%s\n", name);
+    fclose(file);
+  }
+  const size_t length = strlen(name);
+  if (fail && !strncmp(fail, name, length) && fail[length] == ':') return failed(atoi(fail + length + 1));
+  const long driver = setting("FAKE_CUDA_DRIVER", 12040), runtime = setting("FAKE_CUDA_RUNTIME", 12040);
+  if (!needs_driver) return SUCCESS;
+  if (driver / 1000 < runtime / 1000) return failed(INSUFFICIENT_DRIVER);
+  return setting("FAKE_CUDA_DEVICES", 1) ? SUCCESS : failed(NO_DEVICE);
+}
+#define ENTER(needs_driver)                              \
+  do {                                                   \
+    const int status_ = enter(__func__, needs_driver);   \
+    if (status_) return status_;                         \
+  } while (0)
+
+static Object* add(int kind) {
+  Object* object = calloc(1, sizeof(Object));
+  object->kind = kind;
+  pthread_mutex_lock(&mutex);
+  object->next = objects;
+  objects = object;
+  pthread_mutex_unlock(&mutex);
+  return object;
+}
+
+static Object* find(const void* handle, int kind) {
+  pthread_mutex_lock(&mutex);
+  Object* object = objects;
+  while (object && !(object->kind == kind && (object == handle || (object->memory && object->memory == handle)))) {
+    object = object->next;
+  }
+  pthread_mutex_unlock(&mutex);
+  return object;
+}
+
+static int drop(void* handle, int kind) {
+  Object* object = find(handle, kind);
+  if (!object) return failed(kind <= HOST ? INVALID_VALUE : INVALID_HANDLE);
+  pthread_mutex_lock(&mutex);
+  Object** link = &objects;
+  while (*link != object) link = &(*link)->next;
+  *link = object->next;
+  pthread_mutex_unlock(&mutex);
+  free(object->memory);
+  free(object);  // steps stay: an executable graph shares them
+  return SUCCESS;
+}
+
+static int lies_in(const void* address, size_t bytes, int kind) {
+  pthread_mutex_lock(&mutex);
+  int found = 0;
+  for (Object* object = objects; object && !found; object = object->next) {
+    const char* byte = address;
+    found = object->kind == kind && byte >= object->memory && byte + bytes <= object->memory + object->bytes;
+  }
+  pthread_mutex_unlock(&mutex);
+  return found;
+}
+
+// Objects that nobody gave back, for the tests.
+int fake_cuda_live(void) {
+  int count = 0;
+  pthread_mutex_lock(&mutex);
+  for (Object* object = objects; object; object = object->next) ++count;
+  pthread_mutex_unlock(&mutex);
+  return count;
+}
+
+// ---- devices
+
+int cudaDriverGetVersion(int* version) {
+  *version = (int)setting("FAKE_CUDA_DRIVER", 12040);
+  return SUCCESS;
+}
+int cudaRuntimeGetVersion(int* version) {
+  *version = (int)setting("FAKE_CUDA_RUNTIME", 12040);
+  return SUCCESS;
+}
+int cudaGetDeviceCount(int* count) {
+  *count = 0;
+  ENTER(1);
+  *count = (int)setting("FAKE_CUDA_DEVICES", 1);
+  return SUCCESS;
+}
+int cudaGetDevice(int* number) {
+  ENTER(1);
+  *number = device;
+  return SUCCESS;
+}
+int cudaSetDevice(int number) {
+  ENTER(1);
+  if (number < 0 || number >= setting("FAKE_CUDA_DEVICES", 1)) return failed(INVALID_DEVICE);
+  device = number;
+  return SUCCESS;
+}
+int cudaDeviceGetAttribute(int* value, int attribute, int number) {
+  ENTER(1);
+  if (number < 0 || number >= setting("FAKE_CUDA_DEVICES", 1)) return failed(INVALID_DEVICE);
+  if (attribute != 75 && attribute != 76) return failed(INVALID_VALUE);
+  *value = attribute == 75 ? 9 : number;
+  return SUCCESS;
+}
+int cudaGetDeviceProperties(char* properties, int number) {
+  ENTER(1);
+  sprintf(properties, "Imaginary GPU %d", number);
+  return SUCCESS;
+}
+int cudaMemGetInfo(size_t* available, size_t* total) {
+  ENTER(1);
+  *total = *available = (size_t)setting("FAKE_CUDA_MEMORY", 1 << 30);
+  pthread_mutex_lock(&mutex);
+  for (Object* object = objects; object; object = object->next) {
+    if (object->kind == DEVICE) *available -= object->bytes;
+  }
+  pthread_mutex_unlock(&mutex);
+  return SUCCESS;
+}
+int cuCtxGetCurrent(void** context) {
+  *context = getenv("FAKE_CUDA_CONTEXT") ? (void*)16 : NULL;
+  return SUCCESS;
+}
+
+// ---- errors
+
+int cudaGetLastError(void) {
+  const int status = last_error;
+  last_error = SUCCESS;
+  return status;
+}
+const char* cudaGetErrorName(int status) { return status == OUT_OF_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorFake"; }
+const char* cudaGetErrorString(int status) { return status == OUT_OF_MEMORY ? "out of memory" : "something of the fake"; }
+
+// ---- memory
+
+static int allocate(void** pointer, size_t bytes, int kind) {
+  Object* object = add(kind);
+  object->bytes = bytes;
+  object->memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  memset(object->memory, 0xCD, bytes);
+  *pointer = object->memory;
+  return SUCCESS;
+}
+int cudaMalloc(void** pointer, size_t bytes) {
+  ENTER(1);
+  size_t available, total;
+  if (cudaMemGetInfo(&available, &total) || bytes > available) return failed(OUT_OF_MEMORY);
+  return allocate(pointer, bytes, DEVICE);
+}
+int cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) {
+  ENTER(1);
+  return flags ? failed(INVALID_VALUE) : allocate(pointer, bytes, HOST);
+}
+int cudaFree(void* pointer) {
+  ENTER(1);
+  return pointer ? drop(pointer, DEVICE) : SUCCESS;
+}
+int cudaFreeHost(void* pointer) {
+  ENTER(1);
+  return drop(pointer, HOST);
+}
+
+static int queue(Object* stream, Step step) {
+  if (!stream) return failed(INVALID_HANDLE);
+  if (stream->graph) {
+    Step* copy = malloc(sizeof(Step));
+    *copy = step;
+    Step** end = &stream->graph->steps;
+    while (*end) end = &(*end)->next;
+    *end = copy;
+  } else if (step.from) {
+    memmove(step.to, step.from, step.bytes);
+  } else {
+    memset(step.to, step.value, step.bytes);
+  }
+  return SUCCESS;
+}
+int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
+  ENTER(1);
+  if (kind < 1 || kind > 3) return failed(INVALID_VALUE);
+  if (kind != 2 && !lies_in(to, bytes, DEVICE)) return failed(INVALID_VALUE);
+  if (kind != 1 && !lies_in(from, bytes, DEVICE)) return failed(INVALID_VALUE);
+  return queue(find(stream, STREAM), (Step){.to = to, .from = from, .bytes = bytes});
+}
+int cudaMemsetAsync(void* to, int value, size_t bytes, void* stream) {
+  ENTER(1);
+  if (!lies_in(to, bytes, DEVICE)) return failed(INVALID_VALUE);
+  return queue(find(stream, STREAM), (Step){.to = to, .value = value, .bytes = bytes});
+}
+
+// ---- streams and events
+
+int cudaStreamCreateWithFlags(void** stream, unsigned flags) {
+  ENTER(1);
+  if (flags > 1) return failed(INVALID_VALUE);
+  *stream = add(STREAM);
+  return SUCCESS;
+}
+int cudaStreamDestroy(void* stream) {
+  ENTER(1);
+  return drop(stream, STREAM);
+}
+int cudaStreamSynchronize(void* stream) {
+  ENTER(1);
+  if (!stream) return SUCCESS;  // the legacy default stream
+  Object* object = find(stream, STREAM);
+  if (!object) return failed(INVALID_HANDLE);
+  return object->graph ? failed(CAPTURE_UNSUPPORTED) : SUCCESS;
+}
+int cudaStreamWaitEvent(void* stream, void* event, unsigned flags) {
+  ENTER(1);
+  return find(stream, STREAM) && find(event, EVENT) && !flags ? SUCCESS : failed(INVALID_HANDLE);
+}
+int cudaEventCreateWithFlags(void** event, unsigned flags) {
+  ENTER(1);
+  if (flags & ~2u) return failed(INVALID_VALUE);
+  *event = add(EVENT);
+  return SUCCESS;
+}
+int cudaEventDestroy(void* event) {
+  ENTER(1);
+  return drop(event, EVENT);
+}
+int cudaEventRecord(void* event, void* stream) {
+  ENTER(1);
+  Object* object = find(event, EVENT);
+  if (!object || !find(stream, STREAM)) return failed(INVALID_HANDLE);
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  object->time = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
+  return SUCCESS;
+}
+int cudaEventSynchronize(void* event) {
+  ENTER(1);
+  return find(event, EVENT) ? SUCCESS : failed(INVALID_HANDLE);
+}
+int cudaEventElapsedTime(float* milliseconds, void* start, void* end) {
+  ENTER(1);
+  const Object *from = find(start, EVENT), *to = find(end, EVENT);
+  if (!from || !to) return failed(INVALID_HANDLE);
+  if (!from->time || !to->time) return failed(NOT_READY);
+  *milliseconds = (float)(to->time - from->time);
+  return SUCCESS;
+}
+
+// ---- graphs
+
+int cudaStreamBeginCapture(void* stream, int mode) {
+  ENTER(1);
+  Object* object = find(stream, STREAM);
+  if (!object || object->graph || mode < 0 || mode > 2) return failed(INVALID_VALUE);
+  object->graph = add(GRAPH);
+  return SUCCESS;
+}
+int cudaStreamEndCapture(void* stream, void** graph) {
+  *graph = NULL;
+  ENTER(1);
+  Object* object = find(stream, STREAM);
+  if (!object || !object->graph) return failed(INVALID_VALUE);
+  *graph = object->graph;
+  object->graph = NULL;
+  return SUCCESS;
+}
+int cudaGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
+  ENTER(1);
+  const Object* object = find(graph, GRAPH);
+  if (!object || flags) return failed(INVALID_VALUE);
+  Object* made = add(EXECUTABLE);
+  made->steps = object->steps;
+  *executable = made;
+  return SUCCESS;
+}
+int cudaGraphLaunch(void* executable, void* stream) {
+  ENTER(1);
+  Object *graph = find(executable, EXECUTABLE), *onto = find(stream, STREAM);
+  if (!graph || !onto) return failed(INVALID_HANDLE);
+  for (Step* step = graph->steps; step; step = step->next) {
+    Step copy = *step;
+    copy.next = NULL;
+    queue(onto, copy);
+  }
+  return SUCCESS;
+}
+int cudaGraphExecDestroy(void* executable) {
+  ENTER(1);
+  return drop(executable, EXECUTABLE);
+}
+int cudaGraphDestroy(void* graph) {
+  ENTER(1);
+  return drop(graph, GRAPH);
+}
