@@ -34,16 +34,27 @@ class Tolerance:
         head: Largest difference of a raw map, in standard deviations of that map.
         box_px: Largest difference of a box side, in input pixels.
         score: Largest difference of a score; also how close to `conf` a detection may be found by one form only.
+        swaps: Detections a picture that may differ by more, or be found by one form only: between two boxes that
+            overlap by nearly `iou`, or score nearly alike, suppression decides by the last bit.
     """
 
     head: float
     box_px: float
     score: float
+    swaps: int = 0
 
 
 # Two float32 runtimes add in different orders: about 1e-5 of a map's spread, which a 900-pixel anchor turns into
 # hundredths of a pixel. The limits leave a factor of ten.
-TOLERANCES = {"fp32": Tolerance(head=1e-3, box_px=0.25, score=1e-3)}
+TOLERANCES = {
+    "fp32": Tolerance(head=1e-3, box_px=0.25, score=1e-3),
+    # Half keeps 11 bits. Measured with the official yolov7 on pictures of COCO: raw maps within 0.035 of their spread
+    # (24 pictures; the eight variants with random weights: 0.03), decoded boxes within 2.9 pixels (the widest ones) and
+    # scores within 0.0043 (82 pictures); at conf 0.25 no detection swapped, at 0.01 at most two a picture. The limits
+    # leave a factor of three; scores, which depend on the weights most, a little more. A layer that overflows or loses
+    # its bits is off by tenths of a spread and more.
+    "fp16": Tolerance(head=0.1, box_px=9, score=0.02, swaps=3),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +164,7 @@ def compare(
 
 
 def _one_picture(reference: Form, against: Form, picture: Image, thresholds: Thresholds) -> list[StageResult]:
-    tolerance = TOLERANCES[against.backend.info.precision]
+    tolerance = _coarser(reference.backend.info, against.backend.info)
     placed = fit_letterbox((picture.shape[0], picture.shape[1]), reference.input_hw)
     results = []
     if reference.inside and against.inside:
@@ -167,16 +178,23 @@ def _one_picture(reference: Form, against: Form, picture: Image, thresholds: Thr
     nms = against.backend.info.nms or reference.backend.info.nms
     if nms is not None and nms.runtime_thresholds:
         everything = replace(thresholds, conf=0.0, iou=1.0)
-        results.append(_found("candidates", reference, against, picture, placed, everything, tolerance))
+        unsuppressed = replace(tolerance, swaps=0)
+        results.append(_found("candidates", reference, against, picture, placed, everything, unsuppressed))
     results.append(_found("detections", reference, against, picture, placed, thresholds, tolerance))
     return results
 
 
+def _coarser(*infos: ModelInfo) -> Tolerance:
+    """The tolerance of the form of the lowest precision: no other can be nearer to it than it is to the truth."""
+    return max((TOLERANCES[info.precision] for info in infos), key=lambda tolerance: tolerance.head)
+
+
 def _heads(reference: Sequence[FloatArray], against: Sequence[FloatArray], tolerance: Tolerance) -> StageResult:
-    spread = max(float(np.abs(a - b).max() / max(a.std(), 1e-6)) for a, b in zip(reference, against, strict=True))
+    # NumPy's largest is no number where any of them is none; Python's would be whichever came first.
+    spread = np.max([np.abs(a - b).max() / max(a.std(), 1e-6) for a, b in zip(reference, against, strict=True)])
     return StageResult(
         stage="head",
-        differences={"raw / std": spread},
+        differences={"raw / std": float(spread)},
         limits={"raw / std": tolerance.head},
         note=f"{len(reference)} levels",
     )
@@ -216,12 +234,25 @@ def _found(
     floor = max([thresholds.conf, *(float(f.scores[-1]) for f in (a, b) if len(f.scores) >= thresholds.max_det)])
     lost = int((alone_a > floor + tolerance.score).sum())
     extra = int((alone_b > floor + tolerance.score).sum())
-    boxes = np.abs(a.boxes[pairs[:, 0]] - b.boxes[pairs[:, 1]]).max(initial=0)
-    scores = np.abs(a.scores[pairs[:, 0]] - b.scores[pairs[:, 1]]).max(initial=0)
+    boxes = np.abs(a.boxes[pairs[:, 0]] - b.boxes[pairs[:, 1]]).max(axis=1, initial=0)
+    scores = np.abs(a.scores[pairs[:, 0]] - b.scores[pairs[:, 1]])
+    swapped = (boxes > tolerance.box_px) | (scores > tolerance.score)
+    if swapped.sum() <= tolerance.swaps:
+        boxes, scores = boxes[~swapped], scores[~swapped]
     return StageResult(
         stage=stage,
-        differences={"box px": float(boxes), "score": float(scores), "lost": lost, "extra": extra},
-        limits={"box px": tolerance.box_px, "score": tolerance.score, "lost": 0, "extra": 0},
+        differences={
+            "box px": float(boxes.max(initial=0)),
+            "score": float(scores.max(initial=0)),
+            "lost": lost,
+            "extra": extra,
+        },
+        limits={
+            "box px": tolerance.box_px,
+            "score": tolerance.score,
+            "lost": tolerance.swaps,
+            "extra": tolerance.swaps,
+        },
         note=f"{len(pairs)} of {len(a.scores)} matched",
     )
 
@@ -249,7 +280,7 @@ def matched(a: Found, b: Found) -> np.ndarray[tuple[int, int], np.dtype[np.int64
 def _worse(old: StageResult | None, new: StageResult) -> StageResult:
     if old is None:
         return new
-    merged = {name: max(old.differences[name], value) for name, value in new.differences.items()}
+    merged = {name: float(np.maximum(old.differences[name], value)) for name, value in new.differences.items()}
     return replace(new, differences=merged, note=old.note if old.note == new.note else _counted(old.note, new.note))
 
 

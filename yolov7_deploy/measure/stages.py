@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import helper
 
 from yolov7_deploy.backends.base import Stages
 from yolov7_deploy.export.nms import EFFICIENT_OP
@@ -34,9 +33,8 @@ class OnnxProbe:
         self._scored = [list(node.input) for node in graph.node if node.op_type == EFFICIENT_OP]
         inside = [*self._info.heads, *(name for names in self._scored for name in names)]
         known = {output.name for output in graph.output}
-        graph.output.extend(
-            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in inside if name not in known
-        )
+        # Without a type, because maps are half in some files.
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside if name not in known)
         self._wanted = [*inside, *([RAW_OUTPUT] if RAW_OUTPUT in known else [])]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
@@ -57,4 +55,5 @@ class OnnxProbe:
             # The product of objectness and class is what EfficientNMS reads, so the objectness is one here.
             ones = np.ones((results[boxes].shape[1], 1), dtype=np.float32)
             decoded = np.concatenate([results[boxes][0], ones, results[scores][0]], axis=1)
-        return Stages(heads=[results[name][0] for name in self._info.heads], decoded=decoded)
+        heads = [results[name][0].astype(np.float32) for name in self._info.heads]
+        return Stages(heads=heads, decoded=decoded)

@@ -1,0 +1,1 @@
+"""⑤ ONNX in, ONNX of a lower precision out."""
