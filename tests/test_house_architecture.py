@@ -48,11 +48,12 @@ VERSION = (f"{NAME}", "__version__")
 
 # A place is a file or a folder (ends with a slash) of the package.
 LIBRARIES: dict[str, set[str]] = {
+    "cuda": {"backends/cudart.py"},
     "cv2": {"draw.py", "image.py", "sources/", "window.py"},
     "faster_coco_eval": {"measure/accuracy.py"},
-    "google.protobuf": {"export/onnx_model.py"},
-    "onnx": {"export/", "measure/stages.py"},
-    "onnxruntime": {"backends/ort.py", "measure/stages.py"},
+    "google.protobuf": {"engine/prepare.py", "export/onnx_model.py"},
+    "onnx": {"engine/build.py", "engine/prepare.py", "export/", "measure/stages.py", "precision/"},
+    "onnxruntime": {"backends/ort.py", "measure/stages.py", "precision/ranges.py"},
     "onnxsim": {"export/to_onnx.py"},
     "rich": {"cli/", "measure/report.py"},
     "safetensors": {"checkpoint/checkpoint.py"},

@@ -241,3 +241,10 @@ def test_the_front_door_opens_at_once():
 
 def test_the_command_line_answers_at_once():
     assert best_time_s("-m", "yolov7_deploy", "--help", limit_s=HELP_LIMIT_S) < HELP_LIMIT_S
+
+
+def test_a_build_without_any_tensorrt_names_the_extra_before_anything_else(model_file):
+    done = y7("build", "--weights", str(model_file), without=("tensorrt", "tensorrt_rtx"))
+    assert done.returncode == 1, done.stderr
+    assert "is needed" in done.stderr and "pip install 'yolov7-deploy[tensorrt-rtx]'" in done.stderr
+    assert not model_file.with_suffix(".engine").exists()

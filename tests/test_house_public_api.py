@@ -14,6 +14,8 @@ NAMES = [
     "Checkpoint",
     "Detections",
     "Detector",
+    "Engine",
+    "EngineOptions",
     "ExportOptions",
     "ModelInfo",
     "OnnxModel",
@@ -21,12 +23,14 @@ NAMES = [
     "Y7Error",
     "Yolov7",
     "__version__",
+    "build_engine",
     "build_model",
     "export_onnx",
     "fuse",
     "load_checkpoint",
     "new_model",
     "save_checkpoint",
+    "to_fp16",
 ]
 CLASSES = [name for name in NAMES if name[0].isupper()]
 FUNCTIONS = [name for name in NAMES if name[0].islower()]

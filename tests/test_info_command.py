@@ -301,14 +301,6 @@ def test_records_of_files_name_their_kind(run, tmp_path, onnx_file, kind):
     assert json.loads(run(path, "--json", "-").stdout)["kind"] == kind
 
 
-@pytest.mark.parametrize("name", ["yolov7.engine", "a.plan", "b.trt"])
-def test_engines_have_no_reader(run, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    Path(name).write_bytes(b"ftrt")
-    with pytest.raises(LoadError, match=f"no reader for .{name.rpartition('.')[2]}"):
-        run(name)
-
-
 @pytest.mark.parametrize("name", ["absent.pt", "absent.onnx", "yolov9"])
 def test_what_is_not_there_is_refused(run, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

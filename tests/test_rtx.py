@@ -1,157 +1,165 @@
-"""TensorRT-RTX parses and builds the exported file without a GPU, function body and all.
+"""TensorRT-RTX builds real engines without a GPU: what is asked for is what is in the plan and its record."""
 
-The wheel's parser opens `libtensorrt_rtx.so`, but the wheel only has `libtensorrt_rtx.so.1`: every build runs in a
-process of its own whose library path holds a link of the right name.
-"""
-
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import onnx
-import onnx.inliner
 import pytest
+from engines import HAS_RTX, NO_RTX, SIDE, TARGET, exported, plugin_library, rtx
 
-pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx (pip install 'yolov7-deploy[tensorrt-rtx]')")
+from yolov7_deploy.engine.build import build_engine
+from yolov7_deploy.engine.engine import plan_version
+from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
+from yolov7_deploy.errors import EngineError
+from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.options import EngineOptions
 
-from deterministic import fill_model
-from small_models import info_of
+pytestmark = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.model.yolov7 import new_model
-from yolov7_deploy.options import ExportOptions
-
-BUILD_TIMEOUT_S = 300
-# Tiny without its weights is far below this, so a plan of this size holds the whole network.
-SMALLEST_TINY_PLAN = 20 * 2**20
-
-# Parses argv[1], builds for the capability argv[2], prints one JSON document.
-BUILD = """
-import json, sys
-import tensorrt_rtx as trt
-
-builder = trt.Builder(logger := trt.Logger(trt.Logger.ERROR))
-network = builder.create_network(0)
-parser = trt.OnnxParser(network, logger)
-parsed = parser.parse(open(sys.argv[1], "rb").read())
-record = {"parsed": parsed, "errors": [parser.get_error(i).desc() for i in range(parser.num_errors)], "plan": 0}
-if parsed:
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    outputs = [network.get_output(i) for i in range(network.num_outputs)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, sys.argv[2]), 0)
-    for tensor in inputs:
-        if -1 in tensor.shape:
-            profile = builder.create_optimization_profile()
-            profile.set_shape(tensor.name, *((batch, *tensor.shape[1:]) for batch in (1, 2, 4)))
-            config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    record |= {
-        "plan": 0 if plan is None else plan.nbytes,
-        "inputs": {tensor.name: [tensor.dtype.name, list(tensor.shape)] for tensor in inputs},
-        "outputs": {tensor.name: [tensor.dtype.name, list(tensor.shape)] for tensor in outputs},
-        "layers": sorted({network.get_layer(i).type.name for i in range(network.num_layers)}),
-    }
-print(json.dumps(record))
-"""
+# Minutes with the largest.
+QUICK = ("yolov7-tiny",)
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+# A plan without its weights is far below this share of them.
+WEIGHTS_SHARE = 0.9
+OUTPUTS = {
+    "num_dets": ("int32", (1, 1)),
+    "det_boxes": ("float32", (1, 100, 4)),
+    "det_scores": ("float32", (1, 100)),
+    "det_classes": ("int32", (1, 100)),
+    "overflow": ("int32", (1, 1)),
+}
+THRESHOLDS = {"conf_threshold": ("float32", (1,)), "iou_threshold": ("float32", (1,))}
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Builds a plan of an ONNX file and gives the record of it."""
-    (folder,) = importlib.util.find_spec("tensorrt_rtx_libs").submodule_search_locations
-    links = tmp_path_factory.mktemp("libraries")
-    (links / "libtensorrt_rtx.so").symlink_to(Path(folder) / "libtensorrt_rtx.so.1")
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-
-    def run(path, capability="SM86"):
-        done = subprocess.run(
-            [sys.executable, "-c", BUILD, str(path), capability],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=BUILD_TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == 0, f"the builder died with {done.returncode}: {done.stdout}{done.stderr}"
-        record = json.loads(done.stdout.splitlines()[-1])
-        assert record["parsed"], record["errors"]
-        assert record["plan"], done.stdout + done.stderr
-        return record
-
-    return run
+def with_plugin(tmp_path_factory):
+    """Our plugin library is found; skips where it cannot be built."""
+    path, why = plugin_library(tmp_path_factory.mktemp("plugin"))
+    if path is None:
+        pytest.skip(f"the plugin cannot be built here: {why}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLUGIN_VARIABLE, path)
+        yield path
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Exports a fused network of random weights to a file, each kind once."""
-    networks, files = {}, {}
-
-    def export(variant, side, **options):
-        key = (variant, side, *sorted(options.items()))
-        if key not in files:
-            if variant not in networks:
-                networks[variant] = fuse(fill_model(new_model(variant)))
-            fused = networks[variant]
-            files[key] = tmp_path_factory.mktemp("exported") / "model.onnx"
-            model = export_onnx(fused, info_of(fused), ExportOptions(input_hw=(side, side), **options))
-            model.save(files[key])
-        return files[key]
-
-    return export
+def build(model, **options):
+    return build_engine(model, EngineOptions(**{"targets": (TARGET,), "plugin": "off", **options}), on=rtx())
 
 
-@pytest.mark.parametrize("variant", ["yolov7-tiny", "yolov7"])
-def test_the_file_as_exported_builds_with_its_function_body(build, exported, variant):
-    record = build(exported(variant, 640))
-    assert record["plan"] > SMALLEST_TINY_PLAN
-    # The thresholds have defaults, which the parser takes as constants: they are no inputs of the engine.
-    assert record["inputs"] == {"images": ["FLOAT", [1, 3, 640, 640]]}
-    assert record["outputs"] == {
-        "num_dets": ["INT32", [1, 1]],
-        "det_boxes": ["FLOAT", [1, 100, 4]],
-        "det_scores": ["FLOAT", [1, 100]],
-        "det_classes": ["INT32", [1, 100]],
-    }
-    assert {"TOPK", "TRIP_LIMIT"} <= set(record["layers"])
-    assert not [layer for layer in record["layers"] if "PLUGIN" in layer or layer == "NMS"]
+def ports(tensors):
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
-@pytest.mark.parametrize("variant", ["yolov7-tiny", "yolov7"])
-def test_the_file_builds_with_its_function_inlined(build, exported, tmp_path, variant):
-    inlined = onnx.inliner.inline_local_functions(onnx.load(exported(variant, 640)))
-    assert not inlined.functions
-    path = tmp_path / "inlined.onnx"
-    onnx.save(inlined, path)
-    assert set(build(path)["outputs"]) == {"num_dets", "det_boxes", "det_scores", "det_classes"}
+def types(record):
+    return {layer.type for layer in record.network_layers}
 
 
-@pytest.mark.parametrize("capability", ["SM75", "SM80", "SM89", "SM120"])
-def test_the_file_builds_for_every_architecture_since_turing(build, exported, capability):
-    assert build(exported("yolov7-tiny", 320), capability)["plan"] > SMALLEST_TINY_PLAN
+def check(engine, model):
+    """What holds for every engine with suppression inside."""
+    record = engine.record
+    weights = sum(len(weight.raw_data) for weight in model.proto.graph.initializer)
+    assert record.plan_bytes == len(engine.plan) > WEIGHTS_SHARE * weights
+    assert plan_version(engine.plan)[0] == record.product == "tensorrt_rtx"
+    assert ports(record.inputs) == {"images": ("float32", (1, 3, SIDE, SIDE)), **THRESHOLDS}
+    assert ports(record.outputs) == OUTPUTS
+    assert (record.targets, record.strongly_typed, record.runtime_thresholds) == ((TARGET,), True, True)
+    assert record.info == model.info
 
 
-@pytest.mark.parametrize("nms", ["standard", "efficient", "none"])
-def test_every_kind_of_end_builds(build, exported, nms):
-    assert build(exported("yolov7-tiny", 320, nms=nms))["plan"] > SMALLEST_TINY_PLAN
+# The first varies fastest, so that each network is made once.
+@pytest.mark.parametrize("by", ["operators", "plugin"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("variant", ALL)
+def test_every_variant_builds_with_suppression_by(variant, half, by, request):
+    library = request.getfixturevalue("with_plugin") if by == "plugin" else None
+    model = exported(variant, half=half)
+    engine = build(model, plugin="on" if library else "off")
+    check(engine, model)
+    assert engine.record.nms_by == by
+    if library:
+        assert engine.record.plugin.path == library
+        assert [layer.name for layer in engine.record.network_layers if layer.type == "PLUGIN_V3"] == ["nms"]
+        assert not types(engine.record) & {"TOPK", "TRIP_LIMIT", "NMS"}
+    else:
+        assert {"TOPK", "TRIP_LIMIT"} <= types(engine.record)
+        assert not [kind for kind in types(engine.record) if "PLUGIN" in kind]
+
+
+def test_an_fp16_file_computes_in_half():
+    layers = build(exported(half=True)).record.network_layers
+    convolutions = [layer.precision for layer in layers if layer.type == "CONVOLUTION"]
+    assert len(convolutions) > 50
+    assert set(convolutions) == {"float16"}
+
+
+@pytest.mark.parametrize("target", ["7.5", "8.0", "8.9", "12.0"])
+def test_the_file_builds_for_every_architecture_since_turing(target):
+    record = build(exported(), targets=(target,)).record
+    assert record.targets == (target,)
+
+
+def test_several_targets_go_into_one_plan():
+    assert build(exported(), targets=("sm120", "86", "8.6")).record.targets == ("8.6", "12.0")
+
+
+def test_without_a_target_it_builds_for_all_from_ampere_on_and_says_so():
+    record = build(exported(), targets=()).record
+    if record.compute_capability == "7.5":
+        pytest.skip("on a Turing GPU it builds for that")
+    assert record.targets == ()
+    assert any("8.0 or later" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("nms", ["standard", "efficient"])
+def test_suppression_without_our_node_builds_as_operators(nms):
+    record = build(exported(nms=nms), plugin="auto").record
+    assert record.nms_by == "operators"
+    thresholds = THRESHOLDS if nms == "standard" else {}
+    assert ports(record.inputs) == {"images": ("float32", (1, 3, SIDE, SIDE)), **thresholds}
+
+
+def test_a_file_without_suppression_builds():
+    record = build(exported(nms="none")).record
+    assert (record.nms_by, [tensor.name for tensor in record.outputs]) == ("none", ["output"])
 
 
 @pytest.mark.parametrize("opset", [13, 21])
-def test_the_first_and_the_last_opset_build(build, exported, opset):
-    assert build(exported("yolov7-tiny", 320, opset=opset))["plan"] > SMALLEST_TINY_PLAN
+def test_the_first_and_the_last_opset_build(opset):
+    assert build(exported(opset=opset)).record.nms_by == "operators"
 
 
-def test_an_open_batch_builds_with_a_profile(build, exported):
-    record = build(exported("yolov7-tiny", 320, batch=None))
-    assert record["inputs"]["images"][1] == [-1, 3, 320, 320]
-    assert record["outputs"]["det_boxes"][1] == [-1, 100, 4]
+def test_uint8_input_builds():
+    record = build(exported(input_kind="uint8")).record
+    assert ports(record.inputs)["images"] == ("uint8", (1, SIDE, SIDE, 3))
 
 
-def test_uint8_input_builds(build, exported):
-    record = build(exported("yolov7-tiny", 320, input_kind="uint8"))
-    assert record["inputs"] == {"images": ["UINT8", [1, 320, 320, 3]]}
+@pytest.mark.parametrize(
+    "asked,batches",
+    [
+        ({}, (1, 8, 8)),
+        ({"max_batch": 4}, (1, 4, 4)),
+        ({"min_batch": 2, "opt_batch": 3, "max_batch": 5}, (2, 3, 5)),
+        ({"min_batch": 16}, (16, 16, 16)),
+    ],
+)
+def test_an_open_batch_has_the_profile_that_was_asked_for(asked, batches):
+    record = build(exported(batch=None), **asked).record
+    image = next(shape for shape in record.shapes if shape.name == "images")
+    assert tuple(shape[0] for shape in (image.min, image.opt, image.max)) == batches
+    assert ports(record.inputs)["images"] == ("float32", (-1, 3, SIDE, SIDE))
+    assert ports(record.outputs)["overflow"] == ("int32", (-1, 1))
+
+
+def test_an_open_batch_builds_with_our_plugin(with_plugin):
+    record = build(exported(batch=None), plugin="on").record
+    assert ports(record.outputs)["det_boxes"] == ("float32", (-1, 100, 4))
+
+
+def test_the_same_graph_is_the_same_record_but_for_time():
+    first, second = (build(exported()).record.to_json().splitlines() for _ in range(2))
+    differing = {line.split('"')[1] for line, other in zip(first, second, strict=True) if line != other}
+    assert differing <= {"build_s", "peak_memory_bytes", "plan_sha256"}
+
+
+def test_a_plugin_without_code_for_a_target_is_not_used(with_plugin):
+    record = build(exported(), plugin="auto", targets=("7.5",)).record
+    assert record.nms_by == "operators"
+    assert "no code for compute capability 7.5" in record.notes[0]
+    with pytest.raises(EngineError, match=r"no code for compute capability 7\.5"):
+        build(exported(), plugin="on", targets=("7.5",))

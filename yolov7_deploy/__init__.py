@@ -2,8 +2,8 @@
 
 Seven stations, each a pure step between two named types:
 
-     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ Engine ─▶ Detector ─▶ Detections
-        load_checkpoint  build_model     fuse        export_onnx
+     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (fp16) ─▶ Engine     ─▶ Detector
+        load_checkpoint  build_model     fuse        export_onnx    to_fp16          build_engine    ─▶ Detections
 
 Names are imported when first touched, so `import yolov7_deploy` needs neither torch nor onnx.
 """
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from yolov7_deploy.detections import Detections
     from yolov7_deploy.detector import Detector
+    from yolov7_deploy.engine.build import build_engine
+    from yolov7_deploy.engine.engine import Engine
     from yolov7_deploy.errors import Y7Error
     from yolov7_deploy.export.onnx_model import OnnxModel
     from yolov7_deploy.export.to_onnx import export_onnx
     from yolov7_deploy.fusion import fuse
     from yolov7_deploy.info import ModelInfo
     from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
-    from yolov7_deploy.options import ExportOptions, Thresholds
+    from yolov7_deploy.options import EngineOptions, ExportOptions, Thresholds
+    from yolov7_deploy.precision.fp16 import to_fp16
 
 __version__ = "0.1.0"
 
@@ -31,24 +34,30 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "Detections": "detections",
     "Detector": "detector",
+    "Engine": "engine.engine",
+    "EngineOptions": "options",
     "ExportOptions": "options",
     "ModelInfo": "info",
     "OnnxModel": "export.onnx_model",
     "Thresholds": "options",
     "Y7Error": "errors",
     "Yolov7": "model.yolov7",
+    "build_engine": "engine.build",
     "build_model": "model.yolov7",
     "export_onnx": "export.to_onnx",
     "fuse": "fusion",
     "load_checkpoint": "checkpoint",
     "new_model": "model.yolov7",
     "save_checkpoint": "checkpoint",
+    "to_fp16": "precision.fp16",
 }
 
 __all__ = [
     "Checkpoint",
     "Detections",
     "Detector",
+    "Engine",
+    "EngineOptions",
     "ExportOptions",
     "ModelInfo",
     "OnnxModel",
@@ -56,12 +65,14 @@ __all__ = [
     "Y7Error",
     "Yolov7",
     "__version__",
+    "build_engine",
     "build_model",
     "export_onnx",
     "fuse",
     "load_checkpoint",
     "new_model",
     "save_checkpoint",
+    "to_fp16",
 ]
 
 

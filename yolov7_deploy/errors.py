@@ -52,6 +52,14 @@ class ExportError(Y7Error):
     """A graph that could not be written, or an option no runtime can honour."""
 
 
+class EngineError(Y7Error):
+    """An engine that TensorRT could not build here, or a build option that this TensorRT does not have."""
+
+
+class PluginError(Y7Error):
+    """A TensorRT plugin library that is not ours, is damaged or of another kind, or cannot be built here."""
+
+
 class ParityError(Y7Error):
     """Two forms of the same model that disagree beyond tolerance."""
 
@@ -79,6 +87,8 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "onnxsim": "export",
     "safetensors": "export",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export",
     "yaml": "val",
 }

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.info import InputKind
 
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
+PRECISIONS = ("fp32", "fp16")
 OPSETS = range(13, 22)
+PLUGIN_USES = ("auto", "on", "off")
+HARDWARE_COMPATIBILITIES = ("none", "ampere+", "same-cc")
+OPT_LEVELS = range(6)
 TOPK_LIMIT = 3840  # the largest K of TensorRT's TopK layer
 
 
@@ -123,3 +129,80 @@ class ValOptions:
     def thresholds(self) -> Thresholds:
         """What is kept of the network's output."""
         return Thresholds(conf=self.conf, iou=self.iou, max_det=self.max_det, multi_label=self.multi_label)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an ONNX file becomes a TensorRT engine.
+
+    Attributes:
+        targets: Compute capabilities (`sm86`, `8.6`) that TensorRT-RTX builds for, with or without such a GPU here.
+            Any of them implies TensorRT-RTX; none leaves it to TensorRT-RTX, or means this machine's GPU.
+        plugin: `auto` (our plugin where it is built), `on` (or an error) or `off` (operators of the graph).
+        min_batch, opt_batch, max_batch: Of a file with an open batch; 1, the largest and 8 where left out. The engine
+            is fastest at `opt_batch`.
+        workspace_gib: Most memory of the GPU that a layer may use while it works; TensorRT's own limit where left out.
+        opt_level: 0 (builds fast) to 5 (searches long); TensorRT's default is 3.
+        timing_cache: File of measured kernel times; by default one per device and version in the cache folder.
+        use_timing_cache: `False` measures everything anew and keeps nothing.
+        version_compatible: The engine also runs with later versions of TensorRT.
+        hardware_compatible: `none`, `ampere+` (Ampere and later) or `same-cc` (this compute capability).
+        sparse: Use sparse kernels for weights of the 2:4 pattern.
+        dla: Core of the deep learning accelerator of a Jetson; what it cannot run stays on the GPU.
+    """
+
+    targets: tuple[str, ...] = ()
+    plugin: str = "auto"
+    min_batch: int | None = None
+    opt_batch: int | None = None
+    max_batch: int | None = None
+    workspace_gib: float | None = None
+    opt_level: int | None = None
+    timing_cache: Path | None = None
+    use_timing_cache: bool = True
+    version_compatible: bool = False
+    hardware_compatible: str = "none"
+    sparse: bool = False
+    dla: int | None = None
+
+    def __post_init__(self) -> None:
+        capabilities = sorted({compute_capability(target) for target in self.targets}, key=_by_number)
+        object.__setattr__(self, "targets", tuple(capabilities))
+        for name, value, known in (
+            ("plugin", self.plugin, PLUGIN_USES),
+            ("hardware-compatible", self.hardware_compatible, HARDWARE_COMPATIBILITIES),
+        ):
+            if value not in known:
+                raise UsageError(f"--{name} {value} is unknown.", fix=f"One of: {', '.join(known)}")
+        given = [batch for batch in (self.min_batch, self.opt_batch, self.max_batch) if batch is not None]
+        if given != sorted(given) or min(given, default=1) < 1:
+            raise UsageError(
+                f"--min-batch, --opt-batch, --max-batch must rise from at least 1, not {', '.join(map(str, given))}.",
+                fix="For example: --min-batch 1 --opt-batch 4 --max-batch 8",
+            )
+        if self.workspace_gib is not None and not 0 < self.workspace_gib < float("inf"):
+            raise UsageError(f"--workspace {self.workspace_gib:g} is no size in GiB.", fix="For example: --workspace 4")
+        if self.opt_level is not None and self.opt_level not in OPT_LEVELS:
+            raise UsageError(f"--opt-level {self.opt_level} is unknown.", fix="From 0 to 5; TensorRT's default is 3.")
+        if self.dla is not None and self.dla < 0:
+            raise UsageError(f"--dla {self.dla} is no core.", fix="For example: --dla 0")
+        if self.timing_cache is not None and not self.use_timing_cache:
+            raise UsageError(
+                "--timing-cache and --no-timing-cache contradict each other.", fix="Leave one of them out."
+            )
+
+
+def compute_capability(text: str) -> str:
+    """`8.6` for `8.6`, `86`, `sm86` or `sm_86`.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
+    if found is None:
+        raise UsageError(f"--target {text!r} is no compute capability.", fix="For example: --target sm86,sm89,sm120")
+    return f"{int(found[1])}.{found[2]}"
+
+
+def _by_number(capability: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in capability.split("."))

@@ -14,7 +14,8 @@ from yolov7_deploy import __version__
 from yolov7_deploy.backends.ort import OrtBackend
 from yolov7_deploy.backends.pytorch import PytorchBackend
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.errors import ExportError, ParityError
+from yolov7_deploy.errors import ExportError, ParityError, UsageError
+from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.export.to_onnx import export_onnx
 from yolov7_deploy.fusion import fuse
 from yolov7_deploy.image import Image
@@ -22,7 +23,8 @@ from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.measure.drawn import drawn_picture
 from yolov7_deploy.measure.parity import ParityReport, compare, comparison_thresholds, form
 from yolov7_deploy.model.yolov7 import build_model
-from yolov7_deploy.options import ExportOptions
+from yolov7_deploy.options import PRECISIONS, ExportOptions
+from yolov7_deploy.precision.fp16 import to_fp16
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ def export_weights(
     output: Path,
     *,
     options: ExportOptions,
+    precision: str = "fp32",
     verify: bool = True,
     pictures: Sequence[Image] = (),
     say: Say | None = None,
@@ -56,17 +59,21 @@ def export_weights(
         weights: A checkpoint.
         output: The `.onnx` file to write.
         options: See `ExportOptions`.
+        precision: `fp32` or `fp16`.
         verify: Compare stage by stage.
-        pictures: What to compare on; a drawn picture where empty.
+        pictures: What to compare on, and to measure activations on; a drawn picture where empty.
         say: Called with each finished step and its seconds.
 
     Raises:
+        UsageError: The precision is unknown.
         LoadError: The checkpoint cannot be read.
         ExportError: The graph or file cannot be written.
         ParityError: The file is not the model; the message says at which stage they part.
     """
     if output.suffix != ".onnx":
         raise ExportError(f"{output} is not named like an ONNX file.", fix=f"--output {output.with_suffix('.onnx')}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown.", fix=f"One of: {', '.join(PRECISIONS)}")
     step = _Steps(say)
     checkpoint = load_checkpoint(weights)
     step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
@@ -74,6 +81,9 @@ def export_weights(
     step.done("fused BatchNorm, RepConv and implicit knowledge")
     exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
+    pictures = pictures or [drawn_picture(exported.info.default_hw)]
+    if precision == "fp16":
+        exported = _in_half(exported, pictures, step)
     partial = output.with_name(f".{output.stem}.{os.getpid()}.partial.onnx")
     try:
         exported.save(partial)
@@ -90,13 +100,19 @@ def export_weights(
     return ExportReport(path=output, info=exported.info, bytes=size, parity=parity)
 
 
+def _in_half(exported: OnnxModel, pictures: Sequence[Image], step: _Steps) -> OnnxModel:
+    half = to_fp16(exported, pictures)
+    step.done("; ".join(half.info.notes[len(exported.info.notes) :]))
+    return half
+
+
 def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: Sequence[Image]) -> ParityReport:
     input_hw = info.default_hw
     backend = OrtBackend.open(path, device="cpu", input_hw=None)
     parity = compare(
         form("torch", reference, None, input_hw=input_hw),
         form("ONNX Runtime", backend, path, input_hw=input_hw),
-        pictures or [drawn_picture(input_hw)],
+        pictures,
         thresholds=comparison_thresholds(info),
     )
     if parity.first_loss is not None:
@@ -104,9 +120,15 @@ def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: 
         raise ParityError(
             f"The exported file is not the model: at the stage {lost.stage!r} it differs by {lost.differences} "
             f"(allowed {lost.limits}). No file was written.",
-            fix="Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same.",
+            fix=_remedy(info.precision),
         )
     return parity
+
+
+def _remedy(precision: str) -> str:
+    if precision == "fp16":
+        return "Try  --precision fp32, or pictures of your own:  --picture FILE; --no-verify writes it all the same."
+    return "Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same."
 
 
 class _Steps:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import typer
 
+from yolov7_deploy.cli.build import build
 from yolov7_deploy.cli.demo import demo
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.doctor import doctor
 from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
+from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library
@@ -31,11 +33,13 @@ app = typer.Typer(
 COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (demo, ()),
     (export, ()),
+    (build, ()),
     (detect, ("predict",)),
     (val, ("test",)),
     (verify, ()),
     (info, ()),
     (doctor, ()),
+    (plugin, ()),
 )
 
 for _command, _aliases in COMMANDS:

@@ -1,24 +1,31 @@
-"""`y7 export`: a checkpoint to one verified ONNX file."""
+"""`y7 export`: a checkpoint to one verified ONNX file, and on to an engine where asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
+from yolov7_deploy.cli.build import describe as describe_engine
+from yolov7_deploy.cli.build import to_record as engine_record
 from yolov7_deploy.cli.detect import parse_img
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import ExportOptions
+from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions
 
 if TYPE_CHECKING:
+    from yolov7_deploy.engine.build import EngineReport
+    from yolov7_deploy.engine.job import Installation
     from yolov7_deploy.pipeline import ExportReport
 
 DEFAULTS = ExportOptions()
-
+_FLAGS = {"--fp16": "fp16", "--half": "fp16", "--int8": "int8"}
+_BITS = {8: "int8", 16: "fp16", 32: "fp32"}
 
 Weights = Annotated[str, typer.Option("--weights", "-w", help="A .pt or .safetensors file, or an official name.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.onnx here.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.onnx here, or NAME-fp16.onnx.")]
 Img = Annotated[
     str | None,
     typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
@@ -41,14 +48,27 @@ AgnosticNms = Annotated[
 InputKind = Annotated[
     str, typer.Option("--input", help="float32 (NCHW RGB 0..1) or uint8 (NHWC BGR, scaled inside the graph).")
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="fp32 or fp16 (half the size; input, outputs, decoding and NMS stay float32)."),
+]
+Fp16 = Annotated[bool, typer.Option("--fp16", help="Same as --precision fp16.")]
+Half = Annotated[bool, typer.Option("--half", help="Same as --fp16.", hidden=True)]
+Quantize = Annotated[int | None, typer.Option("--quantize", help="16 is --fp16, 32 is fp32.", hidden=True)]
+Int8 = Annotated[bool, typer.Option("--int8", help="Not available in this version.", hidden=True)]
 Opset = Annotated[int, typer.Option("--opset", help="ONNX operator set, 13 to 21.")]
 Simplify = Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch before the file is kept.")
 ]
-Picture = Annotated[Path | None, typer.Option("--picture", help="Verify on this picture instead of a drawn one.")]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", help="Verify, and find what half can hold, on this one, not a drawn one.")
+]
 End2end = Annotated[bool, typer.Option("--end2end", help="Same as --nms efficient.", hidden=True)]
 Grid = Annotated[bool, typer.Option("--grid", help="Decoding is always inside.", hidden=True)]
+MakeEngine = Annotated[
+    bool, typer.Option("--engine", help="Build a TensorRT engine of it too; y7 build has more options.")
+]
 JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
 
 
@@ -67,21 +87,31 @@ def export(
     multi_label: MultiLabel = DEFAULTS.multi_label,
     agnostic_nms: AgnosticNms = DEFAULTS.class_agnostic,
     input_kind: InputKind = DEFAULTS.input_kind,
+    precision: Precision = None,
+    fp16: Fp16 = False,
+    half: Half = False,
+    quantize: Quantize = None,
+    int8: Int8 = False,
     opset: Opset = DEFAULTS.opset,
     simplify: Simplify = DEFAULTS.simplify,
     verify: Verify = True,
     picture: Picture = None,
     end2end: End2end = False,
     grid: Grid = False,
+    engine: MakeEngine = False,
+    target: Target = None,
+    plugin: Plugin = "auto",
+    workspace: Workspace = None,
+    opt_level: OptLevel = None,
+    max_batch: MaxBatch = None,
     json_path: JsonPath = None,
 ) -> None:
     """Export weights to one ONNX file for every runtime, and verify it."""
-    if dynamic_batch and batch != 1:
-        raise UsageError(f"--dynamic-batch and --batch {batch} contradict each other.", fix="Leave one of them out.")
-    size = parse_img(img)
+    flags = {"--fp16": fp16, "--half": half, "--int8": int8}
+    number_type = parse_precision(precision, quantize, [flag for flag, given in flags.items() if given])
     options = ExportOptions(
-        input_hw=(size, size) if isinstance(size, int) else size,
-        batch=None if dynamic_batch else batch,
+        input_hw=_input_hw(img),
+        batch=_batch(batch, dynamic_batch=dynamic_batch),
         nms="efficient" if end2end else nms,
         conf=conf,
         iou=iou,
@@ -93,16 +123,60 @@ def export(
         opset=opset,
         simplify=simplify,
     )
-    report = _run(weights, output, options, verify=verify, picture=picture, to_stderr=json_path == "-")
-    typer.echo(describe(report), err=json_path == "-")
-    if json_path is not None:
-        from yolov7_deploy.measure.report import write_json
+    build = _engine_options(target, plugin, workspace, opt_level, max_batch, asked=engine)
+    to_stderr = json_path == "-"
+    on = None if build is None else _find_tensorrt(build)
+    report = _run(weights, output, options, number_type, verify=verify, picture=picture, to_stderr=to_stderr)
+    typer.echo(describe(report), err=to_stderr)
+    _finish(report, None if build is None else _build(report.path, build, on, to_stderr=to_stderr), json_path)
 
-        write_json(to_record(report), json_path)
+
+def _input_hw(img: str | None) -> tuple[int, int] | None:
+    size = parse_img(img)
+    return (size, size) if isinstance(size, int) else size
+
+
+def _batch(batch: int, *, dynamic_batch: bool) -> int | None:
+    if dynamic_batch and batch != 1:
+        raise UsageError(f"--dynamic-batch and --batch {batch} contradict each other.", fix="Leave one of them out.")
+    return None if dynamic_batch else batch
+
+
+def parse_precision(precision: str | None, quantize: int | None, flags: Sequence[str]) -> str:
+    """One of `PRECISIONS` from what was typed; fp32 where nothing was.
+
+    Args:
+        precision: Of `--precision`.
+        quantize: Bits, of `--quantize`.
+        flags: Those of `--fp16`, `--half` and `--int8` that were given.
+
+    Raises:
+        UsageError: The precision is unknown, not available, or contradicts another flag.
+    """
+    asked = {flag: _FLAGS[flag] for flag in flags}
+    if precision is not None:
+        asked[f"--precision {precision}"] = precision.lower()
+    if quantize is not None:
+        asked[f"--quantize {quantize}"] = _BITS.get(quantize, f"{quantize} bits")
+    for typed, name in asked.items():
+        if name == "int8":
+            raise UsageError(f"{typed}: int8 is not available in this version.", fix="Half precision:  --fp16")
+        if name not in PRECISIONS:
+            raise UsageError(f"{typed} is unknown.", fix=f"One of: --precision {', --precision '.join(PRECISIONS)}")
+    if len(set(asked.values())) > 1:
+        raise UsageError(f"{' and '.join(asked)} contradict each other.", fix="Leave one of them out.")
+    return next(iter(asked.values()), "fp32")
 
 
 def _run(
-    weights: str, output: Path | None, options: ExportOptions, *, verify: bool, picture: Path | None, to_stderr: bool
+    weights: str,
+    output: Path | None,
+    options: ExportOptions,
+    precision: str,
+    *,
+    verify: bool,
+    picture: Path | None,
+    to_stderr: bool,
 ) -> ExportReport:
     from yolov7_deploy.image import read_image
     from yolov7_deploy.measure.report import progress
@@ -114,12 +188,68 @@ def _run(
         path = find_weights(weights, progress=show)
     return export_weights(
         path,
-        output or Path(f"{_stem(weights, path)}.onnx"),
+        output or Path(f"{_stem(weights, path)}{'' if precision == 'fp32' else f'-{precision}'}.onnx"),
         options=options,
+        precision=precision,
         verify=verify,
         pictures=pictures,
         say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
     )
+
+
+def _engine_options(
+    target: str | None,
+    plugin: str,
+    workspace: float | None,
+    opt_level: int | None,
+    max_batch: int | None,
+    *,
+    asked: bool,
+) -> EngineOptions | None:
+    """How to build, if at all.
+
+    Raises:
+        UsageError: An option of the build without the build.
+    """
+    given = {
+        "--target": target,
+        "--plugin": None if plugin == "auto" else plugin,
+        "--workspace": workspace,
+        "--opt-level": opt_level,
+        "--max-batch": max_batch,
+    }
+    typed = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if typed and not asked:
+        raise UsageError(f"{typed[0]} is about an engine, and none is asked for.", fix="Add  --engine")
+    options = EngineOptions(
+        targets=parse_targets(target), plugin=plugin, workspace_gib=workspace, opt_level=opt_level, max_batch=max_batch
+    )
+    return options if asked else None
+
+
+def _find_tensorrt(options: EngineOptions) -> Installation:
+    """Looks for it before the export, which takes long."""
+    from yolov7_deploy.engine.choose import find_tensorrt
+
+    return find_tensorrt(options)
+
+
+def _build(path: Path, options: EngineOptions, on: Installation | None, *, to_stderr: bool) -> EngineReport:
+    from yolov7_deploy.engine.build import build_file
+
+    with shown_progress(verbose=False, to_stderr=to_stderr) as telling:
+        report = build_file(path, path.with_suffix(".engine"), options=options, on=on, telling=telling)
+    typer.echo(describe_engine(report), err=to_stderr)
+    return report
+
+
+def _finish(report: ExportReport, engine: EngineReport | None, json_path: str | None) -> None:
+    if json_path is None:
+        return
+    from yolov7_deploy.measure.report import write_json
+
+    built = {} if engine is None else {"engine": engine_record(engine)}
+    write_json(to_record(report) | built, json_path)
 
 
 def _stem(asked: str, found: Path) -> str:
@@ -138,7 +268,7 @@ def describe(report: ExportReport) -> str:
     batch = "open" if info.batch is None else str(info.batch)
     parts.append(
         f"{report.path}: {report.bytes / 1e6:.1f} MB, {info.variant} {width}x{height}, batch {batch}, input "
-        f"{info.input_kind}, opset {info.opset}"
+        f"{info.input_kind}, {info.precision}, opset {info.opset}"
     )
     if info.nms:
         kept = info.nms

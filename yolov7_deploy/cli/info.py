@@ -1,4 +1,4 @@
-"""`y7 info`: what a variant costs beside the paper, and what a weights file or an ONNX file holds."""
+"""`y7 info`: what a variant costs beside the paper, and what a weights file, an ONNX file or an engine holds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.errors import LoadError, UsageError
+from yolov7_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from yolov7_deploy.info import ModelInfo
     from yolov7_deploy.measure.complexity import Complexity, LayerCost
     from yolov7_deploy.measure.describe import PaperCost, VariantRecord, WeightsRecord
+    from yolov7_deploy.measure.engine_file import EngineFile
     from yolov7_deploy.measure.onnx_file import OnnxFile, Port
     from yolov7_deploy.model.variants import Anchors
 
@@ -29,20 +30,23 @@ LAYER_COLUMNS = ("layer", "type", "channels", "k/s", "1/res", "parameters", "fus
 
 def info(
     target: Annotated[
-        str, typer.Argument(metavar="WEIGHTS-or-VARIANT", help="A .pt, .safetensors or .onnx file, or a variant.")
+        str,
+        typer.Argument(metavar="WEIGHTS-or-VARIANT", help="A .pt, .safetensors, .onnx or .engine file, or a variant."),
     ],
     json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Print the layer table, in the official numbering.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Print the layer table, of an engine as it runs.")] = False,
 ) -> None:
     """Say what a variant costs, or what a model file holds."""
     from yolov7_deploy.measure.report import write_json
     from yolov7_deploy.model.variants import VARIANTS
 
-    record: VariantRecord | WeightsRecord | OnnxFile
+    record: VariantRecord | WeightsRecord | OnnxFile | EngineFile
     if target in VARIANTS:
         kind, (record, text) = "variant", _variant(target, layers=layers)
     elif Path(target).suffix.lower() == ".onnx":
         kind, (record, text) = "onnx", _onnx(target, layers=layers)
+    elif Path(target).suffix.lower() in ENGINE_SUFFIXES:
+        kind, (record, text) = "engine", _engine(target, layers=layers)
     else:
         kind, (record, text) = "weights", _weights(target, layers=layers)
     typer.echo(text, err=json_path == "-")
@@ -58,16 +62,9 @@ def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
 
 
 def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
+    from yolov7_deploy.measure.describe import describe_weights
     from yolov7_deploy.measure.report import progress
     from yolov7_deploy.weights import find_weights
-
-    suffix = Path(target).suffix.lower()
-    if suffix in ENGINE_SUFFIXES:
-        raise LoadError(
-            f"There is no reader for {suffix} files, so {target} cannot be described.",
-            fix="Describe what it was built from:  y7 info NAME.onnx",
-        )
-    from yolov7_deploy.measure.describe import describe_weights
 
     with progress("download") as show:
         path = find_weights(target, progress=show)
@@ -86,6 +83,13 @@ def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, str]:
         )
     record = read_onnx(find_weights(target))
     return record, _onnx_text(record)
+
+
+def _engine(target: str, *, layers: bool) -> tuple[EngineFile, str]:
+    from yolov7_deploy.measure.engine_file import read_engine_file
+
+    record = read_engine_file(target)
+    return record, _engine_text(record, layers=layers)
 
 
 # --- variants and weights ---------------------------------------------------------------------------------------------
@@ -242,12 +246,49 @@ def _counts(nodes: dict[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in nodes.items())
 
 
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def _engine_text(file: EngineFile, *, layers: bool) -> str:
+    from yolov7_deploy.engine.record import TITLES
+    from yolov7_deploy.measure.engine_words import build_fields, layer_fields, layer_table
+
+    record = file.record
+    wrote = f"{TITLES[file.product]} {file.tensorrt}" if file.product in TITLES else ""
+    headline = f"{record.info.variant}, {record.info.precision}" if record else "TensorRT engine"
+    lines = [
+        _field("file", f"{_megabytes(file.size_bytes)}, sha256 {file.sha256}"),
+        *([_field("written by", f"{wrote}, as the plan itself says")] if wrote and record is None else []),
+        *([_field("runs on", f"compute capability {_listed(file.targets)}")] if file.targets and not record else []),
+        *(_field(name, text) for name, text in (build_fields(record) if record else ())),
+        *(_field("note", note) for note in file.notes),
+    ]
+    if record is None:
+        tool = "tensorrt_rtx" if file.product == "tensorrt_rtx" else "trtexec"
+        command = f"{tool} --loadEngine={file.path} --dumpLayerInfo --skipInference"
+        lines.append(f"{'layers'.ljust(INDENT)}on its GPU:  {command}")  # not folded, to be copied
+    parts = [f"{file.path}: {headline}", "\n".join(lines)]
+    if record is not None:
+        parts.append(_passport_text(record.info))
+    if file.summary is not None and file.table is not None:
+        parts.append("\n".join(_field(name, text) for name, text in layer_fields(file.summary)))
+        parts += [layer_table(file.table)] if layers else []
+    elif layers:
+        parts.append("The layers of this engine are not known.")
+    return "\n\n".join(parts)
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _field(name: str, text: str) -> str:
     return textwrap.fill(
-        text, LINE, initial_indent=name.ljust(INDENT), subsequent_indent=" " * INDENT, break_on_hyphens=False
+        text,
+        LINE,
+        initial_indent=name.ljust(INDENT),
+        subsequent_indent=" " * INDENT,
+        break_on_hyphens=False,
+        break_long_words=False,
     )
 
 

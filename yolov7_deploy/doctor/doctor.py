@@ -10,6 +10,7 @@ from pathlib import Path
 from yolov7_deploy import __version__
 from yolov7_deploy.doctor.libraries import Library, find_module, read_libraries
 from yolov7_deploy.doctor.machine import Machine, read_machine
+from yolov7_deploy.doctor.plugin import plugin_state
 from yolov7_deploy.doctor.traps import Trap, find_traps
 from yolov7_deploy.weights import OFFICIAL_NAMES, WEIGHTS_DIR_VARIABLE, cache_dir
 
@@ -58,7 +59,7 @@ def diagnose() -> Diagnosis:
         python=platform.python_version(),
         machine=machine,
         libraries=libraries,
-        abilities=tuple(find_abilities(libraries, machine)),
+        abilities=(*find_abilities(libraries, machine), _suppress_in_engines(libraries, machine)),
         traps=tuple(find_traps(libraries, machine)),
         weights=tuple(find_weight_files()),
     )
@@ -80,7 +81,7 @@ def find_abilities(libraries: dict[str, Library], machine: Machine) -> list[Abil
         onnx_cpu,
         _on_gpu("run .onnx on the GPU", onnx_cpu, machine, _onnx_on_gpu(libraries["onnxruntime"], machine)),
         needs("measure accuracy (y7 val)", "faster_coco_eval", "yaml", "cv2", "numpy"),
-        _build_engines(libraries),
+        _build_engines(libraries, machine),
         _run_engines(libraries, machine),
     ]
 
@@ -171,11 +172,19 @@ def _onnx_on_gpu(onnxruntime: Library, machine: Machine) -> Ability:
     )
 
 
-def _build_engines(libraries: dict[str, Library]) -> Ability:
+def _build_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
+    """TensorRT builds where it finds a GPU, TensorRT-RTX anywhere."""
     what = "build TensorRT engines"
-    if find_module("yolov7_deploy.engine.build") is None:
-        return Ability(what=what, possible=False, reason="this version of yolov7-deploy does not build them")
-    return _needs(what, [_tensorrt(libraries)])
+    full, rtx, onnx = (libraries[name] for name in ("tensorrt", "tensorrt_rtx", "onnx"))
+    if full.works and machine.has_gpu:
+        return _needs(what, [full, onnx])
+    ready = _needs(what, [full if machine.has_gpu and not rtx.works else rtx, onnx])
+    if full.works and not rtx.works:
+        reason = f"{_named(full)} builds only where there is a GPU, and none is visible; {rtx.name} builds without one"
+        return Ability(what=what, possible=False, reason=reason, fix=ready.fix)
+    if ready.possible:
+        return Ability(what=what, possible=True, reason=f"{ready.reason}, for any GPU it knows (y7 build --target)")
+    return ready
 
 
 def _run_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
@@ -185,6 +194,11 @@ def _run_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
     cuda = libraries["pycuda"] if libraries["pycuda"].works else libraries["cuda"]
     ready = _needs(what, [_tensorrt(libraries), cuda, libraries["cv2"], libraries["numpy"]])
     return _on_gpu(what, ready, machine, ready)
+
+
+def _suppress_in_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
+    possible, reason, fix = plugin_state(libraries, machine)
+    return Ability(what="suppress inside engines with our plugin", possible=possible, reason=reason, fix=fix)
 
 
 def _tensorrt(libraries: dict[str, Library]) -> Library:

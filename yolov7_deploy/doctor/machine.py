@@ -1,6 +1,6 @@
 """The machine under the feet: system, processor, memory, NVIDIA GPUs and Jetson boards.
 
-Needs the standard library only. What a machine does not have or does not tell is left empty; nothing here raises.
+What a machine does not have or does not tell is left empty; nothing here raises.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7_deploy.engine.jetson import jetpack_name
+
 SMI_TIMEOUT_S = 20.0
 ROOT = Path("/")
-
-# Developer archive of JetPack; the last digits tell releases with the same software apart.
-_JETPACK = {
-    "35.1": "5.0.2", "35.2.1": "5.1", "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5": "5.1.3", "35.6": "5.1.4",
-    "35.6.1": "5.1.5", "36.3": "6.0", "36.4": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.5": "6.2.2",
-    "38.2": "7.0", "38.2.1": "7.0", "38.4": "7.1", "39.2": "7.2",
-}  # fmt: skip
-_JETPACK_MAJOR = {"32": "4.x", "34": "5.0", "35": "5.x", "36": "6.x", "38": "7.x", "39": "7.x"}
 
 # The first that fits counts: an Orin Nano is an Orin.
 _JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3", "TX1": "5.3"}
@@ -119,13 +113,9 @@ def read_jetson(root: Path = ROOT) -> Jetson | None:
     return Jetson(
         model=model or "Jetson",
         l4t=l4t,
-        jetpack=_jetpack(l4t),
+        jetpack=jetpack_name(l4t),
         compute_capability=next((value for name, value in _JETSON_CAPABILITY.items() if name in model), ""),
     )
-
-
-def _jetpack(l4t: str) -> str:
-    return _JETPACK.get(l4t) or _JETPACK.get(l4t.removesuffix(".0")) or _JETPACK_MAJOR.get(l4t.partition(".")[0], "")
 
 
 def _smi(fields: tuple[str, ...]) -> list[str] | None:

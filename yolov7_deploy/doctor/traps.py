@@ -82,7 +82,7 @@ def _rtx_without_link(rtx: Library) -> Iterator[Trap]:
         return
     yield Trap(
         what=f"The wheel of TensorRT-RTX has {real.name} but no {RTX_LIBRARY}, which its ONNX parser opens: parsing "
-        "ends the process without a message.",
+        "ends the process without a message. y7 build knows a way around it, programs of your own need the link.",
         fix=f"mkdir -p {RTX_LINKS}; ln -sf {real} {RTX_LINKS}/{RTX_LIBRARY}; "
         f"export LD_LIBRARY_PATH={RTX_LINKS}:$LD_LIBRARY_PATH",
     )

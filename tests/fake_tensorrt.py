@@ -1,0 +1,203 @@
+"""Stands for TensorRT 8.6, 10.3, 10.13 and 11.1, of which none can make a builder without a GPU.
+
+A name is there or not as NVIDIA's bindings of that version have it; configurations keep what was set, in order.
+"""
+
+from types import SimpleNamespace
+
+VERSIONS = ("8.5", "8.6", "10.3", "10.13", "11.1")
+ALWAYS = "8.5"
+
+# Class, name, first and last version that has it. From the Python bindings of the release branches 8.5 to 11.1.
+NAMES = (
+    ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH", ALWAYS, "10.16"),
+    ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", "9.0", None),
+    ("BuilderFlag", "FP16", ALWAYS, "10.16"),
+    ("BuilderFlag", "INT8", ALWAYS, "10.16"),
+    ("BuilderFlag", "GPU_FALLBACK", ALWAYS, None),
+    ("BuilderFlag", "SPARSE_WEIGHTS", ALWAYS, None),
+    ("BuilderFlag", "VERSION_COMPATIBLE", "8.6", None),
+    ("HardwareCompatibilityLevel", "NONE", "8.6", None),
+    ("HardwareCompatibilityLevel", "AMPERE_PLUS", "8.6", None),
+    ("HardwareCompatibilityLevel", "SAME_COMPUTE_CAPABILITY", "10.9", None),
+    ("TacticSource", "CUBLAS", ALWAYS, "10.16"),
+    ("TacticSource", "CUBLAS_LT", ALWAYS, "10.16"),
+    ("TacticSource", "CUDNN", ALWAYS, "10.16"),
+    ("TacticSource", "EDGE_MASK_CONVOLUTIONS", ALWAYS, None),
+    ("TacticSource", "JIT_CONVOLUTIONS", ALWAYS, None),
+    ("ProfilingVerbosity", "DETAILED", ALWAYS, None),
+    ("MemoryPoolType", "WORKSPACE", ALWAYS, None),
+    ("DeviceType", "DLA", ALWAYS, None),
+    ("LayerInformationFormat", "JSON", ALWAYS, None),
+    ("IBuilderConfig", "builder_optimization_level", "8.6", None),
+    ("INetworkDefinition", "mark_unfused_tensors_as_debug_tensors", "10.12", None),
+)
+PROPERTIES = {"builder_optimization_level"}  # of a configuration; everything else there is called
+CLASSES = (("IProgressMonitor", "9.0"), ("IPluginV3", "10.0"), ("ILogger", ALWAYS))
+
+
+def _number(version):
+    return tuple(map(int, version.split(".")))
+
+
+def has(version, first, last=None):
+    return _number(first) <= _number(version) and (last is None or _number(version) <= _number(last))
+
+
+def names(version, kind):
+    return [name for owner, name, first, last in NAMES if owner == kind and has(version, first, last)]
+
+
+class Flag(int):
+    """An enumeration's member: a number with a name."""
+
+    def __new__(cls, value, name):
+        self = super().__new__(cls, value)
+        self.name = name
+        return self
+
+
+class Recorded:
+    """Keeps every attribute set and every call, in order."""
+
+    def __init__(self, **answers):
+        object.__setattr__(self, "done", [])
+        object.__setattr__(self, "answers", answers)
+
+    def __setattr__(self, name, value):
+        self.done.append((name, getattr(value, "name", value)))
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name in PROPERTIES:
+            raise AttributeError(name)
+
+        def call(*arguments):
+            self.done.append((name, *(getattr(argument, "name", argument) for argument in arguments)))
+            answer = self.answers.get(name)
+            return answer(*arguments) if callable(answer) else answer
+
+        return call
+
+
+def tensor(name, shape, dtype="FLOAT"):
+    return SimpleNamespace(name=name, shape=shape, dtype=SimpleNamespace(name=dtype))
+
+
+class Network:
+    """What a parser fills: one convolution, and a suppression by `last`."""
+
+    def __init__(self, flags, last="LOOP", batch=1):
+        self.flags = flags
+        self.inputs = [tensor("images", (batch, 3, 64, 64))]
+        self.outputs = [tensor("num_dets", (batch, 1), "INT32")]
+        kinds = (("model.0.conv", "CONVOLUTION"), ("nms", last))
+        self.layers = [
+            SimpleNamespace(
+                name=name, type=SimpleNamespace(name=kind), num_outputs=1, get_output=lambda _: self.outputs[0]
+            )
+            for name, kind in kinds
+        ]
+        self.num_inputs, self.num_outputs, self.num_layers = 1, 1, len(self.layers)
+
+    def get_input(self, place):
+        return self.inputs[place]
+
+    def get_output(self, place):
+        return self.outputs[place]
+
+    def get_layer(self, place):
+        return self.layers[place]
+
+
+class TimingCache:
+    def __init__(self, data):
+        self.data = data
+
+    def serialize(self):
+        return self.data + b" and more"
+
+
+class FakeTensorrt:
+    """A module as `import tensorrt` gives it.
+
+    Args:
+        version: One of VERSIONS.
+        dla_cores: What a builder counts.
+        plan: What a build gives; `None` for a failure.
+        good_cache: Contents of a timing cache that this device takes.
+        batch: Of the parsed network; -1 is open.
+        faults: What the parser complains of: (node, name, op, words).
+    """
+
+    def __init__(self, version, *, dla_cores=0, plan=b"ftrt plan", good_cache=b"measured", batch=1, faults=()):
+        self.__version__ = version
+        kinds = {kind for kind, *_ in NAMES}
+        for kind in sorted(kinds):
+            members = names(version, kind)
+            if members:
+                numbers = {name: Flag(number, name) for number, name in enumerate(members)}
+                setattr(self, kind, type(kind, (), numbers))
+        for kind in ("IBuilderConfig", "INetworkDefinition"):
+            if not hasattr(self, kind):
+                setattr(self, kind, type(kind, (), {}))
+        for kind, first in CLASSES:
+            if has(version, first):
+                setattr(self, kind, type(kind, (), {}))
+        self.creators = [SimpleNamespace(name="EfficientNMS_TRT", plugin_version="1", plugin_namespace="")]
+        self.plan, self.good_cache, self.batch, self.faults, self.dla_cores = plan, good_cache, batch, faults, dla_cores
+        self.network = self.config = self.profile = None
+
+    def init_libnvinfer_plugins(self, logger, namespace):
+        return True
+
+    def get_plugin_registry(self):
+        listing = "all_creators" if has(self.__version__, "10.0") else "plugin_creator_list"
+        registry = SimpleNamespace(**{listing: self.creators})
+        if has(self.__version__, "8.6"):
+            registry.load_library = self.load_library
+        return registry
+
+    def load_library(self, path):
+        if "y7" in path:
+            self.creators.append(SimpleNamespace(name="Y7NMS", plugin_version="1", plugin_namespace=""))
+
+    def Builder(self, logger):  # noqa: N802 - TensorRT's name
+        return SimpleNamespace(
+            num_DLA_cores=self.dla_cores,
+            create_network=self._network,
+            create_builder_config=self._config,
+            create_optimization_profile=self._profile,
+            build_serialized_network=lambda network, config: self.plan,
+        )
+
+    def OnnxParser(self, network, logger):  # noqa: N802
+        def error(node, name, op, words):
+            known = {"node": lambda: node, "desc": lambda: words}
+            if has(self.__version__, "10.0"):
+                known |= {"node_name": lambda: name, "node_operator": lambda: op}
+            return SimpleNamespace(**known)
+
+        errors = [error(*fault) for fault in self.faults]
+        return SimpleNamespace(parse=lambda data: not errors, num_errors=len(errors), get_error=errors.__getitem__)
+
+    def _network(self, flags):
+        self.network = Network(flags, batch=self.batch)
+        return self.network
+
+    def _config(self):
+        self.config = Recorded(
+            get_tactic_sources=lambda: 0b11111 if has("10.16", self.__version__) else 0b11,
+            get_memory_pool_limit=lambda pool: 2**34,
+            create_timing_cache=TimingCache,
+            set_timing_cache=lambda cache, ignore: cache.data in (b"", self.good_cache),
+            get_timing_cache=lambda: TimingCache(self.good_cache),
+            can_run_on_DLA=lambda layer: layer.type.name == "CONVOLUTION",
+        )
+        if hasattr(self.IBuilderConfig, "builder_optimization_level"):
+            object.__setattr__(self.config, "builder_optimization_level", 3)
+        return self.config
+
+    def _profile(self):
+        self.profile = Recorded()
+        return self.profile

@@ -1,0 +1,58 @@
+"""JSON to dataclasses, checked against their annotations; the other way is `dataclasses.asdict`."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_plain(kind: type[T], raw: dict[str, Any]) -> T:
+    """A dataclass from what `asdict` and JSON made of it; fields it does not know are left out.
+
+    Raises:
+        ValueError: A field is missing or of another type; the message names it.
+    """
+    return kind(**members_of(kind, raw))
+
+
+def members_of(kind: type, raw: dict[str, Any], *, leave: str = "") -> dict[str, Any]:
+    """Values for the fields of a dataclass, except the one called `leave`.
+
+    Raises:
+        ValueError: A field is missing or of another type; the message names it.
+    """
+    hints = get_type_hints(kind)
+    values = {}
+    for member in fields(kind):
+        if member.name == leave:
+            continue
+        if member.name in raw:
+            values[member.name] = _typed(hints[member.name], raw[member.name], member.name)
+        elif member.default is member.default_factory:  # both MISSING: it has no default
+            raise ValueError(f"{member.name} is missing")
+    return values
+
+
+def _typed(hint: Any, value: object, name: str) -> Any:  # noqa: ANN401 - any annotation of a field
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = next(option for option in arguments if option is not type(None))
+        return None if value is None else _typed(inner, value, name)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_typed(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if get_origin(hint) is Literal and value in arguments:
+        return value
+    if is_dataclass(hint) and isinstance(value, dict):
+        return from_plain(cast("type[Any]", hint), value)
+    is_number = isinstance(value, int | float) and type(value) is not bool
+    if hint is float and is_number and abs(cast(float, value)) <= sys.float_info.max:  # Python's JSON has infinity
+        return float(cast(float, value))
+    if hint is str and isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # lone surrogates could not be printed or written
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"{name} is {value!r:.60}")
