@@ -1,0 +1,50 @@
+"""The parts of gpu_suite.py: functions of a `Setting` that record what they found, and raise if it is wrong."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# The package need not be installed, and the parts run the cases of the tests.
+for folder in (ROOT / "tests", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One part of the suite.
+
+    Attributes:
+        name: Of its results and on the command line.
+        target: `module:function` in this package.
+        budget_s: Longest time; then its process is ended, and what it had recorded stays.
+        needs: Library that the Python which runs it must have; empty for any Python with NumPy.
+        emulated: It also runs on the emulated GPU.
+    """
+
+    name: str
+    target: str
+    budget_s: float
+    needs: str = ""
+    emulated: bool = True
+
+
+# In order of worth: what comes late may find no time left.
+PARTS = (
+    Part(name="machine", target="machine:look", budget_s=40),
+    Part(name="seam", target="seam:check", budget_s=40),
+    Part(name="nms", target="nms:check", budget_s=130),
+    Part(name="letterbox", target="letterbox:check", budget_s=40),
+    Part(name="nms_times", target="nms:measure", budget_s=60),
+    Part(name="letterbox_times", target="letterbox:measure", budget_s=20),
+    Part(name="against_torch", target="against_torch:measure", budget_s=40, needs="torch"),
+    Part(name="against_efficient", target="against_efficient:measure", budget_s=110, needs="tensorrt", emulated=False),
+    Part(name="sanitizer", target="sanitizer:check", budget_s=60),
+    Part(name="engines", target="engines:check", budget_s=500, needs="tensorrt", emulated=False),
+    Part(name="rtx", target="rtx:check", budget_s=60, needs="tensorrt_rtx"),
+)
+# Run by other parts only.
+HIDDEN = {"sanitized": "sanitizer:work"}
