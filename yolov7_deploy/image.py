@@ -5,6 +5,7 @@ Pictures are uint8 BGR arrays [H, W, 3] everywhere, as OpenCV has them.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +23,152 @@ FloatArray = npt.NDArray[np.float32]
 PAD_GREY = 114  # the official letterbox colour
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+# Decoding takes up to 6 bytes a pixel, so the largest picture takes 1 GB; medium-format cameras end at 151 megapixels.
+MAX_PIXELS = 180_000_000
+# A byte of Huffman codes holds at most 8 flat blocks of 8 x 8 pixels, one of LZW codes at most 2730 pixels: a file with
+# more pixels than these for each byte is cut off, and would take minutes and gigabytes to become a grey picture.
+_PIXELS_PER_BYTE = {"JPEG": 1024, "GIF": 4096}
+_HEAD_BYTES = 2**16
+JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that are no frames
+_TIFF_WIDTH, _TIFF_HEIGHT, _MAX_TIFF_ENTRIES = 256, 257, 4096
+_TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+
 
 def read_image(path: str | Path) -> Image:
     """A picture file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
 
     Raises:
-        ImageError: The file is absent, empty, or not a picture OpenCV can decode.
+        ImageError: The file is absent, empty, larger than `MAX_PIXELS`, or not a picture OpenCV can decode.
     """
     path = Path(path)
     try:
         data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{path} cannot be read: {reason}.", fix="Check the path.") from error
+    return decode_image(data, name=str(path))
+
+
+def decode_image(data: npt.NDArray[np.uint8], *, name: str) -> Image:
+    """The bytes of a picture file, uint8 [N], as uint8 BGR [H, W, 3].
+
+    Raises:
+        ImageError: See `read_image`; the message calls it `name`.
+    """
     if data.size == 0:
-        raise ImageError(f"{path} is empty (0 bytes).", fix="Copy or download the picture again.")
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    if image is None:
+        raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the picture again.")
+    _refuse_huge(data, name)
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error:
+        image = None
+    if image is None or image.size == 0:
         raise ImageError(
-            f"{path} is not a picture OpenCV can decode ({data.size} bytes).",
+            f"{name} is not a picture OpenCV can decode ({data.size} bytes).",
             fix=f"Convert it to one of: {' '.join(IMAGE_SUFFIXES)}",
         )
-    return image.astype(np.uint8, copy=False)
+    return as_bgr(image.astype(np.uint8, copy=False))  # OpenCV 5 leaves a grey PFM grey
+
+
+def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
+    """Believes the header before OpenCV does, which allocates and fills what the header says."""
+    try:
+        kind, sizes = _sizes(np.ascontiguousarray(data).data)
+    except struct.error:
+        return  # it ends inside its header, and OpenCV says so
+    for height, width in sizes:
+        if height * width > MAX_PIXELS:
+            raise ImageError(
+                f"{name} has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million.",
+                fix="Cut it into tiles, or scale it down.",
+            )
+        if height * width > _PIXELS_PER_BYTE.get(kind, MAX_PIXELS) * data.size:
+            raise ImageError(
+                f"{name} is cut off: {data.size} bytes cannot hold the {width} x {height} pixels of its header.",
+                fix="Copy or download the picture again.",
+            )
+
+
+def _sizes(data: memoryview) -> tuple[str, list[tuple[int, int]]]:
+    """Format, and every (height, width) in its header; empty for the formats that compress little or not at all."""
+    head = bytes(data[:_HEAD_BYTES])
+    if head.startswith(b"\xff\xd8"):
+        return "JPEG", _jpeg_sizes(data)
+    if head.startswith(b"\x89PNG"):
+        return "PNG", [_two(head, ">II", 16)[::-1]]
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF", [_two(head, "<HH", 6)[::-1]]
+    if head.startswith(b"BM"):
+        width, height = _two(head, "<ii", 18)
+        return "BMP", [(abs(height), abs(width))]
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF", _tiff_sizes(data, "<" if head[:1] == b"I" else ">", is_big=b"+" in head[:4])
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WebP", _webp_sizes(head)
+    if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1"):
+        return "AVIF", [size[::-1] for size in _behind(head, b"ispe", skip=4)]
+    # The codestream of JPEG 2000 begins with SOC and SIZ; its box says the size once more, height first.
+    sizes = [size[::-1] for size in _behind(head, b"\xff\x4f\xff\x51", skip=4)]
+    return "JPEG 2000", sizes + (_behind(head, b"ihdr", skip=0) if head[4:8] == b"jP  " else [])
+
+
+def _two(data: bytes | memoryview, layout: str, at: int) -> tuple[int, int]:
+    first, second = struct.unpack_from(layout, data, at)
+    return first, second
+
+
+def _behind(head: bytes, mark: bytes, *, skip: int) -> list[tuple[int, int]]:
+    """Two 32-bit numbers `skip` bytes behind every place of `mark`."""
+    found, at = [], head.find(mark)
+    while at >= 0:
+        found.append(_two(head, ">II", at + len(mark) + skip))
+        at = head.find(mark, at + 1)
+    return found
+
+
+def _webp_sizes(head: bytes) -> list[tuple[int, int]]:
+    """Lossy, lossless, or the canvas of the extended format: sides of 14, 14 and 24 bits."""
+    kind = head[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+        return [(height, width)]
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", head, 21)
+        return [((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)]
+    width, height = _two(head, "<HH", 26)
+    return [(height & 0x3FFF, width & 0x3FFF)]
+
+
+def _tiff_sizes(data: memoryview, order: str, *, is_big: bool) -> list[tuple[int, int]]:
+    """Of the first directory, which may lie anywhere; BigTIFF has 64-bit offsets and counts."""
+    (directory,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", data, 8 if is_big else 4)
+    (count,) = struct.unpack_from(f"{order}{'Q' if is_big else 'H'}", data, directory)
+    start, step, value = (directory + 8, 20, 12) if is_big else (directory + 2, 12, 8)
+    sides = {_TIFF_WIDTH: 0, _TIFF_HEIGHT: 0}
+    for entry in range(min(count, _MAX_TIFF_ENTRIES)):
+        at = start + step * entry
+        tag, kind = _two(data, f"{order}HH", at)
+        if tag in sides and kind in _TIFF_NUMBERS:
+            (sides[tag],) = struct.unpack_from(order + _TIFF_NUMBERS[kind], data, at + value)
+    return [(sides[_TIFF_HEIGHT], sides[_TIFF_WIDTH])]
+
+
+def _jpeg_sizes(data: memoryview) -> list[tuple[int, int]]:
+    """The frame a JPEG announces; between segments decoders skip whatever is no marker, and so does this."""
+    at = 2
+    while at + 9 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker in (0x00, 0xFF):
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in JPEG_TABLES:
+            return [_two(data, ">HH", at + 5)]
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
+            at += 2
+        elif marker in (0xD9, 0xDA):  # the end, or pixels without a frame
+            break
+        else:
+            at += 2 + _two(data, ">HH", at + 2)[0]
+    return []
 
 
 def as_bgr(image: object) -> Image:

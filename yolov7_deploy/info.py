@@ -7,13 +7,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from yolov7_deploy.errors import LoadError
+from yolov7_deploy.plain_data import from_plain, shown
 
 PASSPORT_KEY = "yolov7_deploy"
 SCHEMA = 1
+
+# Beyond these a number is damage: no network takes such sides, and no list of detections has so many rows.
+MAX_SIDE = 2**16
+MAX_COUNT = 2**31 - 1
 
 NmsKind = Literal["plugin", "standard", "efficient"]
 InputKind = Literal["float32", "uint8"]
@@ -96,33 +101,53 @@ class ModelInfo:
 
     @classmethod
     def from_json(cls, text: str) -> ModelInfo:
-        """The passport written by `to_json`.
+        """The passport written by `to_json`; fields of a newer writer are left out.
 
         Raises:
-            LoadError: The text is not a passport of this schema.
+            LoadError: The text is not a passport of this schema; the message names the field.
         """
         try:
-            return cls(**_typed(json.loads(text)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            info = from_plain(cls, _current(json.loads(text)))
+            _check(info)
+        except (ValueError, RecursionError) as error:
             raise LoadError(
                 f"The passport inside the file cannot be read ({error}).",
                 fix="Export the model again:  y7 export --weights WEIGHTS.pt",
             ) from error
+        return info
 
 
-def _typed(raw: dict[str, Any]) -> dict[str, Any]:
-    """JSON values as the field types; unknown fields of a newer writer are left out."""
+def _current(raw: object) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"not an object but a {type(raw).__name__}")
     if raw.get("schema") != SCHEMA:
-        raise ValueError(f"schema {raw.get('schema')!r}, this version reads {SCHEMA}")
-    known = {field.name for field in fields(ModelInfo)}
-    values = {key: _frozen(value) for key, value in raw.items() if key in known}
-    if raw.get("nms"):
-        values["nms"] = NmsInfo(**{f.name: raw["nms"][f.name] for f in fields(NmsInfo)})
-    return values
+        raise ValueError(f"schema {shown(raw.get('schema'))}, this version reads {SCHEMA}")
+    return raw
 
 
-def _frozen(value: object) -> object:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _check(info: ModelInfo) -> None:
+    """Refuses numbers that nothing can be made with, before anybody allocates memory by them."""
+    sides = {"input_hw": info.input_hw or (), "strides": info.strides}
+    for name, values in sides.items():
+        if not all(1 <= value <= MAX_SIDE for value in values):
+            raise ValueError(f"{name} is {shown(values)}; sides go from 1 to {MAX_SIDE} pixels")
+    if info.batch is not None and not 1 <= info.batch <= MAX_COUNT:
+        raise ValueError(f"batch is {info.batch}")
+    pairs = [len(level) for level in info.anchors]
+    if pairs and (min(pairs) == 0 or len(set(pairs)) != 1):
+        raise ValueError(f"anchors per level are {shown(pairs)}; every level has the same number")
+    if not all(0 < side <= MAX_SIDE for level in info.anchors for pair in level for side in pair):
+        raise ValueError(f"anchors are {shown(info.anchors)}; sides are above 0")
+    if info.nms is not None:
+        _check_nms(info.nms)
+
+
+def _check_nms(nms: NmsInfo) -> None:
+    for name, threshold in (("conf", nms.conf), ("iou", nms.iou)):
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"{name} is {threshold:g}; thresholds lie in 0..1")
+    if not 1 <= nms.max_det <= MAX_COUNT or not 0 <= nms.max_candidates <= MAX_COUNT:
+        raise ValueError(f"max_det is {shown(nms.max_det)} and max_candidates {shown(nms.max_candidates)}")
 
 
 def foreign_info(

@@ -73,7 +73,7 @@ def find_weights(
         LoadError: There is no such file; for an official name the message lists the places looked at.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long for any file
         return path
     name = str(name_or_path).removesuffix(".pt")
     if name not in OFFICIAL_NAMES:
@@ -126,7 +126,7 @@ def _file_names(name: str) -> tuple[str, ...]:
 
 
 def _absent(path: Path) -> LoadError:
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         return LoadError(f"{path} is a folder, not a weights file.", fix=f"Name the file inside it:  {path}/NAME.pt")
     names = ", ".join(name for name in OFFICIAL_NAMES if not name.endswith("_training"))
     if path.suffix or path.parent != Path():

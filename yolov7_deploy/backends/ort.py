@@ -20,7 +20,7 @@ from yolov7_deploy.backends.base import Found, Outputs
 from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.image import Image, Letterbox, to_network_input
-from yolov7_deploy.info import PASSPORT_KEY, InputKind, ModelInfo, NmsInfo, foreign_info
+from yolov7_deploy.info import MAX_SIDE, PASSPORT_KEY, InputKind, ModelInfo, NmsInfo, foreign_info
 from yolov7_deploy.options import Thresholds
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,13 @@ logger = logging.getLogger(__name__)
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
 UNKNOWN_CLASSES = 1000  # names made up for a foreign file with NMS inside, which does not say how many it has
 _ERRORS_ONLY = 3
-_ORT_ERRORS = tuple(
-    value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)
+_MAX_REASON = 500  # characters
+_MAX_FOREIGN_CLASSES = 100_000
+# Its own classes, and what its binding makes of texts that are not UTF-8 and of exceptions that it does not know.
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),
+    UnicodeDecodeError,
+    RuntimeError,
 )
 
 
@@ -58,12 +63,12 @@ class OrtBackend:
         providers, place = _providers(device)
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            info = _info(session, path)
         except _ORT_ERRORS as error:
             raise LoadError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
                 fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
             ) from error
-        info = _info(session, path)
         if input_hw is not None and info.input_hw is not None and input_hw != info.input_hw:
             have, want = info.input_hw, input_hw
             raise UsageError(
@@ -91,6 +96,8 @@ class OrtBackend:
                 fix="Try fewer pictures at once, or --device cpu",
             ) from error
         inferred = time.perf_counter()
+        for batch, result in zip(batches, results, strict=True):
+            _check_result(result, len(batch), self.info)
         found = [one for result in results for one in self._found(result, thresholds)][: len(images)]
         done = time.perf_counter()
         return Outputs(
@@ -177,52 +184,112 @@ def _providers(device: str) -> tuple[list[Any], str]:
     return [cuda, "CPUExecutionProvider"], f"cuda:{index or 0}"
 
 
+def _check_result(result: Sequence[Any], batch: int, info: ModelInfo) -> None:
+    """Refuses what a graph gives instead of what it announces; its sizes may be open until it runs.
+
+    Raises:
+        LoadError: The results have other shapes than the layout.
+    """
+    shapes: list[tuple[int, ...]] = [getattr(value, "shape", ()) for value in result]
+    if info.nms is None:
+        fits = [len(shape) == 3 and shape[::2] == (batch, 5 + len(info.class_names)) for shape in shapes]
+    else:
+        rows = shapes[2][1] if len(shapes[2]) == 2 else -1
+        # Some exporters leave out the dimension of one behind num_dets.
+        wanted = [(batch, 1), (batch, rows, 4), (batch, rows), (batch, rows)]
+        fits = [shape == want for shape, want in zip(shapes, wanted, strict=True)]
+        fits[0] = fits[0] or shapes[0] == (batch,)
+    numeric = all(getattr(value, "dtype", np.dtype(object)).kind in "fiu" for value in result)
+    if not numeric or not all(fits):
+        raise LoadError(
+            f"The file gives results of shapes {str(shapes)[:200]} for {batch} pictures, which is no YOLOv7 layout.",
+            fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
+        )
+
+
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    """The first line, as far as it can be read: ONNX Runtime quotes names of the file."""
+    if isinstance(error, UnicodeDecodeError):
+        return "a name or text in it is not UTF-8."
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= _MAX_REASON else f"{lines[0][:_MAX_REASON]}..."
 
 
 # --- what a file says about itself --------------------------------------------------------------------------------
 
 
 def _info(session: onnxruntime.InferenceSession, path: Path) -> ModelInfo:
+    """The passport, or what is assumed of a file without one.
+
+    Raises:
+        LoadError: The passport is damaged or of another graph, or the graph is none of ours or of the field's.
+    """
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    names = tuple(output.name for output in outputs)
+    refusal = LoadError(
+        f"{path} takes {_layout(inputs)} to {_layout(outputs)}, which is no YOLOv7 layout.",
+        fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
+    )
+    if len(inputs) != 1 or not outputs or len(_shape(inputs[0])) != 4:  # those with a default are not among them
+        raise refusal
     passport = session.get_modelmeta().custom_metadata_map.get(PASSPORT_KEY)
-    if passport is not None:
-        return ModelInfo.from_json(passport)
-    info = _foreign(session, path)
-    logger.warning("%s: %s", path, "; ".join(info.notes))
+    if passport is None:
+        info = _foreign(session, refusal)
+        logger.warning("%s: %s", path, "; ".join(info.notes))
+        return info
+    info = ModelInfo.from_json(passport)
+    if info.nms is not None and not set(NMS_OUTPUTS) <= set(names):
+        raise refusal
+    batch, input_hw, input_kind = _takes(inputs[0])
+    said = (info.batch, info.input_hw if input_hw else None, info.input_kind)
+    if said != (batch, input_hw, input_kind):
+        raise LoadError(
+            f"The passport of {path} says batch, size and type {said}, its graph {(batch, input_hw, input_kind)}.",
+            fix="They are of different files: export it again:  y7 export --weights WEIGHTS.pt",
+        )
     return info
 
 
-def _foreign(session: onnxruntime.InferenceSession, path: Path) -> ModelInfo:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    shape = inputs[0].shape
-    names = tuple(output.name for output in outputs)
-    refusal = LoadError(
-        f"{path} carries no passport, and takes {[(i.name, i.shape) for i in inputs]} to "
-        f"{[(o.name, o.shape) for o in outputs]}, which is no YOLOv7 layout.",
-        fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
-    )
-    if len(inputs) != 1 or len(shape) != 4:
-        raise refusal
-    is_uint8 = inputs[0].type == "tensor(uint8)"
-    input_kind: InputKind = "uint8" if is_uint8 else "float32"
+def _shape(node: Any) -> list[Any]:  # noqa: ANN401 - ONNX Runtime's NodeArg
+    """Sizes and names; empty for what is no tensor."""
+    return list(node.shape) if isinstance(node.shape, list) else []
+
+
+def _layout(nodes: Sequence[Any]) -> str:
+    return str([(node.name, node.shape) for node in nodes])[:_MAX_REASON]
+
+
+def _takes(node: Any) -> tuple[int | None, tuple[int, int] | None, InputKind]:  # noqa: ANN401
+    """Batch, height and width, and kind of an input of rank 4; `None` for what is open."""
+    shape, is_uint8 = _shape(node), node.type == "tensor(uint8)"
     sides = shape[1:3] if is_uint8 else shape[2:4]
     input_hw = (int(sides[0]), int(sides[1])) if all(isinstance(side, int) for side in sides) else None
     batch = shape[0] if isinstance(shape[0], int) else None
-    if set(NMS_OUTPUTS) <= set(names):
-        limit = outputs[names.index("det_boxes")].shape[1]
+    return batch, input_hw, "uint8" if is_uint8 else "float32"
+
+
+def _foreign(session: onnxruntime.InferenceSession, refusal: LoadError) -> ModelInfo:
+    outputs = {output.name: _shape(output) for output in session.get_outputs()}
+    first = next(iter(outputs.values()))
+    batch, input_hw, input_kind = _takes(session.get_inputs()[0])
+    if not all(1 <= size <= MAX_SIDE for size in (batch or 1, *(input_hw or ()))):
+        raise refusal
+    if set(NMS_OUTPUTS) <= set(outputs):
+        if len(outputs["det_boxes"]) != 3:
+            raise refusal
+        limit = outputs["det_boxes"][1]
         nms = NmsInfo(
             kind="efficient",
             conf=0.0,
             iou=0.45,
-            max_det=limit if isinstance(limit, int) else 100,
+            max_det=limit if isinstance(limit, int) and limit > 0 else 100,
             max_candidates=0,
             multi_label=True,
             class_agnostic=False,
             runtime_thresholds=False,
         )
         return foreign_info(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=nms)
-    columns = outputs[0].shape[-1]
-    if len(outputs[0].shape) != 3 or not isinstance(columns, int) or columns < 6:
+    columns = first[-1] if len(first) == 3 else None
+    if not isinstance(columns, int) or not 6 <= columns <= 5 + _MAX_FOREIGN_CLASSES:
         raise refusal
     return foreign_info(classes=columns - 5, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=None)

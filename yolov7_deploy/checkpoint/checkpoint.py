@@ -183,7 +183,7 @@ def _read_safetensors(path: Path) -> _Contents:
             arrays = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise LoadError(
-            f"{path.name} is a damaged or truncated safetensors file ({error}).",
+            f"{path.name} is a damaged or truncated safetensors file ({str(error)[:200]!a}).",
             fix="Copy or download the file again, and compare its size with the original.",
         ) from error
     if PASSPORT_KEY not in metadata:

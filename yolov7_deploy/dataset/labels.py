@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from yolov7_deploy.dataset.samples import DoubleArray, Labels
+from yolov7_deploy.dataset.words import MAX_SHOWN, reason, short
 from yolov7_deploy.errors import DatasetError
 
 BOX_COLUMNS = 5
 MIN_POLYGON_COLUMNS = 7  # class and three points
 SLACK = 1e-4  # labelling tools round to 4..6 digits: this far outside 0..1 is clipped, not an error
-MAX_SHOWN = 10
 
 
 def label_path(picture: Path) -> Path:
@@ -62,7 +62,7 @@ def _lines(path: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as text: {error}.", fix="Copy it again.") from error
+        raise DatasetError(f"{path} cannot be read as text: {reason(error)}.", fix="Copy it again.") from error
 
 
 def _parse(lines: Sequence[str], classes: int) -> tuple[Labels, list[str], list[str]]:
@@ -75,7 +75,7 @@ def _parse(lines: Sequence[str], classes: int) -> tuple[Labels, list[str], list[
         try:
             class_id, points = _parse_line(line.split(), classes)
         except ValueError as error:
-            errors.append(f"line {number}: {error}")
+            errors.append(f"line {number}: {reason(error)}")
             continue
         box = (*points.min(axis=0), *points.max(axis=0))
         row = (class_id, *points.ravel())
@@ -105,7 +105,7 @@ def _parse_line(columns: Sequence[str], classes: int) -> tuple[int, DoubleArray]
         )
     values = np.array([float(column) for column in columns], dtype=np.float64)
     if values[0] not in range(classes):
-        raise ValueError(f"class {columns[0]} is not one of 0..{classes - 1}")
+        raise ValueError(f"class {short(columns[0])} is not one of 0..{classes - 1}")
     fractions = values[1:]
     if not np.all((fractions >= -SLACK) & (fractions <= 1 + SLACK)):
         raise ValueError(f"coordinates outside 0..1: {' '.join(columns[1:])[:80]}")

@@ -6,13 +6,12 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from yolov7_deploy.image import read_image
+from yolov7_deploy.image import JPEG_TABLES, read_image
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_HEAD_BYTES = 4096
 ORIENTATION_TAG = 0x0112
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # JPEG markers between SOF0 and SOF15 that are tables
 
 
 def read_picture_hw(path: Path) -> tuple[int, int]:
@@ -26,7 +25,7 @@ def read_picture_hw(path: Path) -> tuple[int, int]:
             found = _header_hw(file)
     except (OSError, struct.error, IndexError):
         found = None
-    if found:
+    if found and min(found) > 0:
         return found
     height, width = read_image(path).shape[:2]
     return height, width
@@ -51,10 +50,10 @@ def _jpeg_hw(file: BinaryIO) -> tuple[int, int] | None:
         while marker == 0xFF:  # any number of fill bytes may stand before a marker
             marker = file.read(1)[0]
         (length,) = struct.unpack(">H", file.read(2))
-        payload = file.read(length - 2)
+        payload = file.read(max(0, length - 2))
         if marker == 0xE1 and payload.startswith(b"Exif\0\0"):
             turned = _exif_orientation(payload[6:]) in TURNED
-        elif 0xC0 <= marker <= 0xCF and marker not in NOT_FRAMES:
+        elif 0xC0 <= marker <= 0xCF and marker not in JPEG_TABLES:
             height, width = struct.unpack_from(">HH", payload, 1)
             return (width, height) if turned else (height, width)
     return None

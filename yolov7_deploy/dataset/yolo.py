@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import yaml
 from yolov7_deploy.dataset.coco import coco_records, match_classes, read_coco
 from yolov7_deploy.dataset.labels import read_label_files
 from yolov7_deploy.dataset.samples import Dataset, Record
+from yolov7_deploy.dataset.words import exists, is_file, printable, reason, short, shown
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import IMAGE_SUFFIXES
 
 SPLITS = ("train", "val", "test")
+MAX_CLASSES = 100_000
+MAX_NODES = 1_000_000  # of a YAML with its aliases written out
 
 
 def open_yaml(path: Path, *, split: str, limit: int | None) -> Dataset:
@@ -25,14 +29,14 @@ def open_yaml(path: Path, *, split: str, limit: int | None) -> Dataset:
     """
     config = _read_yaml(path)
     names = _names(config, path)
-    root = path.parent / str(config.get("path") or ".")
+    root = path.parent / _text(config.get("path") or ".", path)
     pictures = _pictures(config, split, root, path)
     annotations = config.get("annotations")
     # A single annotation file is the ground truth of val: a file for every split would be a mapping.
     judge = annotations.get(split) if isinstance(annotations, dict) else annotations if split == "val" else None
     if judge is None:
         return _open_labels(pictures, names, source=path.name, limit=limit)
-    source = _located(str(judge), root, path)
+    source = _located(_text(judge, path), root, path)
     document = read_coco(source)
     class_names, category_ids = match_classes(document, names, source=source)
     pairs = _matched(pictures[:limit], document["images"], source)
@@ -42,12 +46,43 @@ def open_yaml(path: Path, *, split: str, limit: int | None) -> Dataset:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _count_nodes(yaml.compose(text, yaml.SafeLoader))
+        config = yaml.safe_load(text)
+    except RecursionError as error:
+        raise DatasetError(f"{path} is nested deeper than any dataset YAML.", fix="Correct the file.") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DatasetError(f"{path} cannot be read as YAML: {error}.", fix="Correct the line it names.") from error
+        raise DatasetError(
+            f"{path} cannot be read as YAML: {reason(error)}.", fix="Correct the line it names."
+        ) from error
     if not isinstance(config, dict):
         raise DatasetError(f"{path} is not a dataset YAML.", fix="It needs names, and val or train.")
     return config
+
+
+def _count_nodes(root: yaml.Node | None) -> int:
+    """The size of a document with every alias written out, so that a few lines cannot become gigabytes.
+
+    Raises:
+        ValueError: It is larger than any dataset YAML, or contains itself.
+    """
+    counts: dict[int, int] = {}
+    under_way: set[int] = set()
+
+    def count(node: yaml.Node) -> int:
+        if id(node) in under_way:
+            raise ValueError("an alias contains itself")
+        if id(node) not in counts:
+            under_way.add(id(node))
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            counts[id(node)] = 1 + sum(map(count, parts))
+            under_way.remove(id(node))
+        if counts[id(node)] > MAX_NODES:
+            raise ValueError(f"its aliases make more than {MAX_NODES} entries of it")
+        return counts[id(node)]
+
+    return count(root) if root is not None else 0
 
 
 def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
@@ -56,13 +91,18 @@ def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         if set(names) != set(range(len(names))):
             raise DatasetError(f"{path}: the keys of names are not 0..{len(names) - 1}.", fix="Number classes from 0.")
         names = [names[i] for i in range(len(names))]
+    if isinstance(count, int) and not 1 <= count <= MAX_CLASSES:
+        raise DatasetError(f"{path} says nc: {shown(count)}.", fix="nc is the number of classes.")
     if names is None and isinstance(count, int):
         names = [f"class_{i}" for i in range(count)]
     if not isinstance(names, list) or not names:
         raise DatasetError(f"{path} has no names.", fix='Add for example:  names: ["cat", "dog"]')
     if count is not None and count != len(names):
-        raise DatasetError(f"{path} says nc: {count} but has {len(names)} names.", fix="Make them agree.")
-    return tuple(str(name) for name in names)
+        raise DatasetError(f"{path} says nc: {shown(count)} but has {len(names)} names.", fix="Make them agree.")
+    wrong = [name for name in names if not isinstance(name, (str, int, float, datetime.date))]
+    if wrong:
+        raise DatasetError(f"{path}: {shown(wrong[0])} of names is no text.", fix='Quote it:  names: ["cat", "yes"]')
+    return tuple(printable(str(name)) for name in names)
 
 
 def _pictures(config: Mapping[str, Any], split: str, root: Path, path: Path) -> list[Path]:
@@ -72,26 +112,33 @@ def _pictures(config: Mapping[str, Any], split: str, root: Path, path: Path) -> 
         raise DatasetError(f"{path} has no {split} pictures (it has {have}).", fix=f"Add for example:  {split}: images")
     found: list[Path] = []
     for entry in entries if isinstance(entries, list) else [entries]:
-        place = _located(str(entry), root, path)
+        place = _located(_text(entry, path), root, path)
         found += _in_folder(place) if place.is_dir() else _in_list(place, root)
     pictures = sorted(dict.fromkeys(found))
-    if not any(picture.is_file() for picture in pictures):
-        example = f" (the first is {pictures[0]})" if pictures else ""
+    if not any(is_file(picture) for picture in pictures):
+        example = f" (the first is {short(str(pictures[0]))})" if pictures else ""
         raise DatasetError(
-            f"{path}: none of the {len(pictures)} pictures of {split}: {entries} exists{example}.",
+            f"{path}: none of the {len(pictures)} pictures of {split}: {shown(entries)} exists{example}.",
             fix="Correct the list, or `path` in the YAML.",
         )
     return pictures
+
+
+def _text(value: object, path: Path) -> str:
+    """An entry that names a file or folder."""
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise DatasetError(f"{path}: {shown(value)} is no path.", fix="Paths are text: of a folder, list or file.")
+    return str(value)
 
 
 def _located(entry: str, root: Path, path: Path) -> Path:
     """Where an entry of the YAML is: under `path`, beside the YAML, or as the official program has it, here."""
     tried = list(dict.fromkeys((root / entry, path.parent / entry, Path(entry).absolute())))
     for place in tried:
-        if place.exists():
+        if exists(place):
             return place
     raise DatasetError(
-        f"{path} names {entry}, which does not exist; looked for {', '.join(map(str, tried))}.",
+        f"{path} names {short(entry)}, which does not exist; looked for {', '.join(map(short, map(str, tried)))}.",
         fix="Correct the entry, or `path` in the YAML.",
     )
 
@@ -103,12 +150,16 @@ def _in_folder(folder: Path) -> list[Path]:
 def _in_list(listing: Path, root: Path) -> Iterator[Path]:
     """The pictures of a text list; relative entries belong to the list's folder, else to the dataset's root."""
     try:
+        if not listing.is_file():
+            raise ValueError("it is no file")  # a device or pipe would be read for ever
         lines = listing.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{listing} is not a text list of pictures: {error}.", fix="One path a line.") from error
+        raise DatasetError(
+            f"{listing} is not a text list of pictures: {reason(error)}.", fix="One path a line."
+        ) from error
     for entry in filter(None, map(str.strip, lines)):
         beside = listing.parent / entry
-        yield beside if entry.startswith("./") or beside.exists() else root / entry
+        yield beside if entry.startswith("./") or exists(beside) else root / entry
 
 
 def _matched(
@@ -125,7 +176,7 @@ def _matched(
             entries = [image for image in entries if picture.as_posix().endswith(f"/{image['file_name']}")]
         if len(entries) != 1:
             raise DatasetError(
-                f"{picture} is {'not' if not entries else 'more than once'} in {source}.",
+                f"{short(str(picture))} is {'not' if not entries else 'more than once'} in {source}.",
                 fix="Use the annotation file of these pictures, or leave `annotations` out of the YAML.",
             )
         pairs.append((picture, entries[0]))

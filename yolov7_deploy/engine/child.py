@@ -23,9 +23,9 @@ from typing import Any
 
 from yolov7_deploy.engine.job import JOB, LOG, MODEL, PLAN, REPORT, BuildJob, BuildReport, Installation
 from yolov7_deploy.engine.memory import free_gpu_memory, free_host_memory, in_gib
-from yolov7_deploy.engine.plain_data import from_plain
 from yolov7_deploy.engine.record import Product
 from yolov7_deploy.errors import EngineError
+from yolov7_deploy.plain_data import from_plain
 
 RTX_LIBRARY = "libtensorrt_rtx.so"
 RTX_WHEEL = "tensorrt_rtx_libs"

@@ -137,7 +137,7 @@ def describe_plugin(path: Path) -> PluginLibrary:
         raise PluginError(f"{path} is not a usable plugin library: {_fault(done)}.", fix=_fix())
     try:
         return _parsed(path, done.stdout.rpartition(b"\n")[2])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         said = done.stdout[-200:].decode(errors="replace").strip()
         raise PluginError(f"{path} does not describe itself as our plugin does: {said!r}", fix=_fix()) from error
 

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from yolov7_deploy.engine.plain_data import members_of
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.plain_data import members_of, shown
 
 SCHEMA = 1
 
@@ -193,7 +193,7 @@ class EngineRecord:
             if not isinstance(raw, dict):
                 raise ValueError(f"not an object but {type(raw).__name__}")
             if raw.get("schema") != SCHEMA:
-                raise ValueError(f"schema is {raw.get('schema')!r}, this version reads {SCHEMA}")
+                raise ValueError(f"schema is {shown(raw.get('schema'))}, this version reads {SCHEMA}")
             passport = ModelInfo.from_json(json.dumps(raw.pop("info", None)))
             return cls(info=passport, **members_of(cls, raw, leave="info"))
         except (ValueError, RecursionError, LoadError) as error:

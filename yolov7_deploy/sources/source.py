@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import cv2
-import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.errors import ImageError, SourceError, UsageError
-from yolov7_deploy.image import IMAGE_SUFFIXES, Image, as_bgr, read_image
+from yolov7_deploy.errors import ImageError, SourceError
+from yolov7_deploy.image import Image, as_bgr, read_image
+from yolov7_deploy.sources.items import Item, OnError, Skipped, resolve
 from yolov7_deploy.sources.live import LiveReader
-from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_picture, hide_password, open_capture
+from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_picture, open_capture
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv"),
-    *(".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
-)
-STREAM_SCHEMES = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "tcp", "udp", "srt")
-LIST_SUFFIX = ".txt"
 LIVE_TURN_S = 0.01  # how long one of several streams is waited for before the next has its turn
 
-OnError = Literal["raise", "skip"]
-Kind = Literal["picture", "video", "live", "array"]
 SourceLike = str | Path | int | npt.NDArray[Any] | Sequence[str | Path | npt.NDArray[Any]]
 
 
@@ -61,23 +51,6 @@ class Frame:
     dropped: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Item:
-    """One thing to read; `address` is a path, an address, a camera number or an array."""
-
-    kind: Kind
-    address: Any
-    shown: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """Something that was left out, and why."""
-
-    path: str
-    reason: str
-
-
 class Source:
     """Frames in order: files first, then all cameras and streams together, in turn, each with its newest frame.
 
@@ -86,7 +59,7 @@ class Source:
 
     def __init__(
         self,
-        items: Sequence[_Item],
+        items: Sequence[Item],
         *,
         on_error: OnError,
         missing: Sequence[Skipped],
@@ -154,7 +127,7 @@ class Source:
         elif index == 0:
             raise _nothing_left(self.skipped)
 
-    def _read(self, item: _Item, index: int) -> Iterator[Frame]:
+    def _read(self, item: Item, index: int) -> Iterator[Frame]:
         if item.kind == "video":
             with VideoFile(item.address, opener=self._opener) as video:
                 for number, (image, seconds) in enumerate(video.read()):
@@ -252,7 +225,7 @@ def open_source(
         UsageError: An argument of a kind that is no source.
     """
     missing: list[Skipped] = []
-    items = list(_resolve(source, folder=None, on_error=on_error, missing=missing))
+    items = list(resolve(source, folder=None, on_error=on_error, missing=missing))
     if not items:
         raise _nothing_left(missing)
 
@@ -265,136 +238,3 @@ def open_source(
 def _nothing_left(skipped: Sequence[Skipped]) -> SourceError:
     first = "; ".join(f"{item.reason}" for item in skipped[:3])
     return SourceError(f"Nothing could be read. {first or 'The source is empty.'}", fix="Check the path.")
-
-
-def _resolve(source: object, *, folder: Path | None, on_error: OnError, missing: list[Skipped]) -> Iterator[_Item]:
-    if isinstance(source, np.ndarray):
-        arrays = source if source.ndim == 4 else [source]
-        yield from (_Item(kind="array", address=array, shown="") for array in arrays)
-    elif isinstance(source, int) and not isinstance(source, bool):
-        yield _camera(source)
-    elif isinstance(source, str | Path):
-        text = str(source).strip()
-        if text.lower().endswith(LIST_SUFFIX) and "://" not in text and folder is None:
-            yield from _resolve_list(Path(text).expanduser(), on_error=on_error, missing=missing)
-        else:
-            yield from _resolve_text(text, folder=folder)
-    elif isinstance(source, Sequence):
-        for one in source:
-            yield from _resolve(one, folder=folder, on_error=on_error, missing=missing)
-    else:
-        raise UsageError(
-            f"A source cannot be of type {type(source).__name__}.",
-            fix="Pass a path, a camera number, an address, or uint8 arrays.",
-        )
-
-
-def _camera(number: int) -> _Item:
-    return _Item(kind="live", address=number, shown=f"camera {number}")
-
-
-def _resolve_text(text: str, *, folder: Path | None) -> Iterator[_Item]:
-    """A path, pattern, address or camera number; relative paths are looked for in `folder` first, then here."""
-    if text.isascii() and text.isdigit():
-        yield _camera(int(text))
-        return
-    scheme, separator, _ = text.partition("://")
-    if separator:
-        yield _address(text, scheme.lower())
-        return
-    path = Path(text).expanduser()
-    if folder is not None and not path.is_absolute() and ((folder / path).exists() or not path.exists()):
-        path = folder / path
-    if path.is_dir():
-        yield from _resolve_folder(path)
-    elif path.exists():
-        yield _file(path)
-    elif any(sign in text for sign in "*?["):
-        yield from _resolve_pattern(path)
-    else:
-        raise SourceError(f"{text} does not exist (looked for {path.absolute()}).", fix="Check the path.")
-
-
-def _address(text: str, scheme: str) -> _Item:
-    if scheme not in STREAM_SCHEMES:
-        raise SourceError(
-            f"{hide_password(text)} is not an address that can be opened.", fix=f"One of: {', '.join(STREAM_SCHEMES)}"
-        )
-    suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
-    kind: Kind = "live"
-    if scheme in ("http", "https"):
-        is_motion_jpeg = suffix in (".mjpg", ".mjpeg")
-        kind = "picture" if suffix in IMAGE_SUFFIXES else "video" if _is_video(suffix) and not is_motion_jpeg else kind
-    return _Item(kind=kind, address=text, shown=hide_password(text))
-
-
-def _is_video(suffix: str) -> bool:
-    return suffix.lower() in VIDEO_SUFFIXES
-
-
-def _is_media(path: Path) -> bool:
-    hidden = path.name.startswith(".")  # macOS leaves "._photo.jpg" files that are no pictures
-    return not hidden and path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and path.is_file()
-
-
-def _file(path: Path) -> _Item:
-    if _is_video(path.suffix):
-        return _Item(kind="video", address=str(path), shown=str(path))
-    if path.suffix.lower() not in IMAGE_SUFFIXES and not cv2.haveImageReader(str(path)):
-        raise SourceError(
-            f"{path} is neither a picture nor a video by its suffix.",
-            fix=f"Pictures: {' '.join(IMAGE_SUFFIXES)}   videos: {' '.join(VIDEO_SUFFIXES)}   lists: {LIST_SUFFIX}",
-        )
-    return _Item(kind="picture", address=str(path), shown=str(path))
-
-
-def _resolve_folder(folder: Path) -> Iterator[_Item]:
-    files = sorted(path for path in folder.iterdir() if _is_media(path))
-    if not files:
-        deeper = any(_is_media(path) for path in folder.rglob("*"))
-        raise SourceError(
-            f"The folder {folder} has no picture and no video in it.",
-            fix=f"Its subfolders do:  --source '{folder}/**/*'"
-            if deeper
-            else f"Looked for {' '.join(IMAGE_SUFFIXES)} and videos.",
-        )
-    yield from map(_file, files)
-
-
-def _resolve_pattern(pattern: Path) -> Iterator[_Item]:
-    parts = pattern.parts
-    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
-    base, rest = Path(*parts[:first]), Path(*parts[first:])
-    if parts[-1] == "**":
-        rest = rest / "*"
-    matches = sorted(base.glob(str(rest))) if base.is_dir() else []
-    files = [path for path in matches if _is_media(path)]
-    if not files:
-        found = f"{len(matches)} matches, none of them a picture or video" if matches else "no match"
-        raise SourceError(
-            f"The pattern {pattern} found nothing to read ({found}; looked in {base.absolute()}).",
-            fix="Check the pattern, and quote it so that the shell leaves it alone.",
-        )
-    yield from map(_file, files)
-
-
-def _resolve_list(path: Path, *, on_error: OnError, missing: list[Skipped]) -> Iterator[_Item]:
-    """The entries of a text file, one a line; blank lines and lines that start with # are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 text ({error}).", fix="Save the list as UTF-8.") from error
-    for number, line in enumerate(lines, start=1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
-        try:
-            yield from _resolve_text(entry, folder=path.parent)
-        except SourceError as error:
-            message = f"{path}, line {number}: {error.message}"
-            if on_error == "raise":
-                raise SourceError(message, fix="Correct the list, or skip what is missing.") from error
-            log.info("Skipped %s", message)
-            missing.append(Skipped(path=entry, reason=message))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.errors import ImageError, SourceError
-from yolov7_deploy.image import Image
+from yolov7_deploy.image import Image, decode_image
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ NETWORK_TIMEOUT_MS = 10_000  # FFmpeg's own limit is 30 s, too long to notice a 
 DOWNLOAD_TIMEOUT_S = 20
 CREDIBLE_FPS = (1, 240)  # streams often report 0, or the 90 000 ticks of their clock
 DEFAULT_FPS = 25.0
+# The highest levels of H.265 and AV1 end at 36 megapixels; decoders hold a dozen frames.
+MAX_FRAME_PIXELS = 2**26
 
 
 class Capture(Protocol):
@@ -84,7 +86,7 @@ class VideoFile:
     """A video file that did open; a context manager.
 
     Raises:
-        SourceError: OpenCV cannot open it.
+        SourceError: OpenCV cannot open it, or it announces frames beyond `MAX_FRAME_PIXELS`.
     """
 
     def __init__(self, path: str, *, opener: OpenCapture = open_capture) -> None:
@@ -102,6 +104,14 @@ class VideoFile:
             frames=round(self._number(cv2.CAP_PROP_FRAME_COUNT)),
             hw=(round(self._number(cv2.CAP_PROP_FRAME_HEIGHT)), round(self._number(cv2.CAP_PROP_FRAME_WIDTH))),
         )
+        height, width = self.info.hw
+        if height * width > MAX_FRAME_PIXELS:
+            self.close()
+            raise SourceError(
+                f"{self.path} announces frames of {width} x {height} pixels, more than "
+                f"{MAX_FRAME_PIXELS // 10**6} million.",
+                fix="Copy the video again, or scale it down:  ffmpeg -i INPUT -vf scale=1920:-2 OUTPUT.mp4",
+            )
 
     def read(self) -> Iterator[tuple[Image, float]]:
         """Each frame uint8 BGR [H, W, 3] with its seconds from the start.
@@ -111,7 +121,11 @@ class VideoFile:
         """
         count = 0
         while True:
-            ok, image = self._capture.read()
+            try:
+                ok, image = self._capture.read()
+            except cv2.error as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise SourceError(f"{self.path} cannot be decoded: {reason}", fix="Copy the video again.") from error
             if not ok or image is None:
                 break
             seconds = self._number(cv2.CAP_PROP_POS_MSEC) / 1000
@@ -208,10 +222,7 @@ def download_picture(address: str) -> Image:
         raise ImageError(
             f"{hide_password(address)} cannot be downloaded: {error}.", fix="Check the address and the network."
         ) from error
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if image is None:
-        raise ImageError(f"{hide_password(address)} is not a picture ({data.size} bytes).", fix="Open it in a browser.")
-    return image.astype(np.uint8, copy=False)
+    return decode_image(data, name=hide_password(address))
 
 
 def hide_password(address: str) -> str:

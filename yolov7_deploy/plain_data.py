@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+SHOWN = 80  # characters of a wrong value in a message
 
 T = TypeVar("T")
 
@@ -32,27 +35,33 @@ def members_of(kind: type, raw: dict[str, Any], *, leave: str = "") -> dict[str,
             continue
         if member.name in raw:
             values[member.name] = _typed(hints[member.name], raw[member.name], member.name)
-        elif member.default is member.default_factory:  # both MISSING: it has no default
+        elif member.default is MISSING and member.default_factory is MISSING:
             raise ValueError(f"{member.name} is missing")
     return values
 
 
-def _typed(hint: Any, value: object, name: str) -> Any:  # noqa: ANN401 - any annotation of a field
+def shown(value: object) -> str:
+    """A value for a message, however long or deep it is."""
+    return reprlib.repr(value)[:SHOWN]
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - any annotation of a field, any JSON value
     arguments = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         inner = next(option for option in arguments if option is not type(None))
         return None if value is None else _typed(inner, value, name)
     if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_typed(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if get_origin(hint) is Literal and value in arguments:
+        each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(each) == len(value):
+            return tuple(_typed(each[i], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if get_origin(hint) is Literal and isinstance(value, str) and value in arguments:
         return value
     if is_dataclass(hint) and isinstance(value, dict):
         return from_plain(cast("type[Any]", hint), value)
-    is_number = isinstance(value, int | float) and type(value) is not bool
-    if hint is float and is_number and abs(cast(float, value)) <= sys.float_info.max:  # Python's JSON has infinity
-        return float(cast(float, value))
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # Python's JSON has infinity
+        return float(value)
     if hint is str and isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # lone surrogates could not be printed or written
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ValueError(f"{name} is {value!r:.60}")
+    raise ValueError(f"{name} is {shown(value)}")
