@@ -1,5 +1,9 @@
 """A small model in every kind of file, and Detectors of them."""
 
+import contextlib
+import ctypes
+import gc
+
 import pytest
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
@@ -62,3 +66,13 @@ def detector(detectors):
 def plugin(detectors):
     """One whose suppression is inside the file."""
     return detectors("plugin")
+
+
+@pytest.fixture(autouse=True)
+def _memory_comes_back(request):
+    """The largest networks leave gigabytes with the C library, which keeps them unless asked: a suite has many."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -158,7 +158,7 @@ def test_ctrl_c_at_the_command_leaves_nothing(tiny, tmp_path_factory):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(temporary)}
     ) as process:
-        assert any("parsed" in line for line in process.stdout)
+        assert any("prepared" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == INTERRUPTED, said
