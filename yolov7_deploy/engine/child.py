@@ -102,18 +102,10 @@ def run_worker(arguments: list[str], folder: Path, on_event: OnEvent) -> Ended:
     """Runs the worker to its end; whatever ends the waiting (Ctrl-C, an error in `on_event`) ends the worker too."""
     lines: deque[str] = deque(maxlen=LAST_LINES)
     peak = 0
-    with (folder / LOG).open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=_environment(folder),
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the child
-        )
+    process = None
     try:
+        with _interrupt_held():
+            process = _started(arguments, folder)
         assert process.stdout is not None, "asked for a pipe"
         for text in process.stdout:
             peak = max(peak, peak_memory_bytes(process.pid))
@@ -126,12 +118,44 @@ def run_worker(arguments: list[str], folder: Path, on_event: OnEvent) -> Ended:
             on_event(kind, value)
         process.wait()
     finally:
-        process.kill()  # nothing where it has ended
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+        if process is not None:
+            process.kill()  # nothing where it has ended
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
     lines.extend(_tail(folder / LOG))
     return Ended(code=process.returncode, lines=tuple(lines), peak_memory_bytes=peak)
+
+
+def _started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    with (folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(sys.path), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_environment(folder),
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the child
+        )
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: what is made in it has a name by then, and can be taken back."""
+    came: list[int] = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    except ValueError:  # not the main thread, which is the one that is interrupted
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def peak_memory_bytes(process: int | str = "self") -> int:
@@ -195,15 +219,25 @@ def _tail(log: Path) -> list[str]:
 @contextlib.contextmanager
 def _workplace() -> Iterator[Path]:
     """A folder for one child, gone afterwards."""
+    folder = None
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f"y7-engine-{os.getpid()}-", ignore_cleanup_errors=True)
+        with _interrupt_held():
+            folder = _folder()
+        yield Path(folder.name)
+    finally:
+        if folder is not None:
+            with _interrupt_held():
+                folder.cleanup()
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix=f"y7-engine-{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
         raise EngineError(
             f"No temporary folder for the build: {error.strerror or error}.",
             fix="Point TMPDIR to a folder with space.",
         ) from error
-    with folder as name:
-        yield Path(name)
 
 
 def _environment(folder: Path) -> dict[str, str]:
