@@ -202,3 +202,8 @@ def test_no_values_in_known_places_are_too_strange(layers, io):
         table.weights_bytes,
         table.peak_activation_bytes,
     )
+
+
+def test_a_name_that_could_not_be_printed_is_made_printable():
+    table = read_inspector('{"Layers": ["a\\ud800b"], "Bindings": []}')
+    assert [layer.name for layer in table.layers] == ["a?b"]

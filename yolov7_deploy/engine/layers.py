@@ -161,6 +161,8 @@ def read_inspector(text: str) -> LayerTable:
     """
     try:
         raw = json.loads(text.rstrip("\0 \n"), strict=False)
+        # A lone surrogate can stand in JSON and in a Python text, but could not be printed or written.
+        raw = json.loads(json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace"), strict=False)
     except (ValueError, RecursionError) as error:
         raise _unreadable(f"it is no JSON ({error})") from error
     if isinstance(raw, list):  # one object a layer, as trtexec and get_layer_information give them
