@@ -156,7 +156,12 @@ def test_ctrl_c_at_the_command_leaves_nothing(tiny, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("of the command")
     command = [sys.executable, "-m", "yolov7_deploy", "build", "--weights", str(tiny)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(temporary)}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as process:
         assert any("prepared" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
