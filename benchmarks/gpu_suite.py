@@ -86,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     running.add_argument("--parts", nargs="*", choices=[part.name for part in PARTS])
     running.add_argument("--total", type=float, default=TOTAL_S, help="seconds for everything")
     running.add_argument("--kit", type=Path, default=Path("/opt/trt86"), help="lib/ and site/ of TensorRT 8.6")
-    running.add_argument("--kit-python", help="its Python 3.11; looked for where left out")
+    running.add_argument("--kit-python", help="its Python 3.11; python3.11 of $PATH where left out")
     running.add_argument("--emulated", action="store_true", help="kernels on an emulated GPU, few small cases")
     part = verbs.add_parser("part", help="one part in this process; `run` calls it")
     part.add_argument("name")
@@ -180,11 +180,7 @@ def find_interpreters(options: argparse.Namespace) -> list[Interpreter]:
     """This Python, and the one that can import the TensorRT of the kit."""
     site = (options.folder / "site").resolve()
     found = [probed(sys.executable, [HERE.parent, site], [])]
-    python = (
-        options.kit_python
-        or shutil.which("python3.11")
-        or next((str(path) for path in sorted(Path("/root/.pyenv/versions").glob("3.11*/bin/python3.11"))), None)
-    )
+    python = options.kit_python or shutil.which("python3.11")
     if options.kit.exists() and python:
         libraries = [options.kit / "lib", Path(python).resolve().parent.parent / "lib"]
         found.append(probed(python, [options.kit / "site", HERE.parent, site], libraries))

@@ -194,7 +194,7 @@ def _resolve_pattern(pattern: Path) -> Iterator[Item]:
         if len(str(pattern)) > MAX_PATTERN:
             raise ValueError(f"it has {len(str(pattern))} characters")
         matches = sorted(base.glob(str(rest))) if base.is_dir() else []
-    except (ValueError, OSError, NotImplementedError, RecursionError, re.error) as error:
+    except (ValueError, OSError, RecursionError, re.error) as error:
         raise SourceError(
             f"{_shown(str(pattern))} is no pattern: {error}.", fix="For example: 'shots/**/*.jpg'"
         ) from error
