@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_doctor import ORIN, PLAIN, WITH_T4, ability, everything, library
+from test_doctor import ORIN, PLAIN, WITH_T4, ability, everything, library, trap
 
 WHAT = "build TensorRT engines"
 NO_TENSORRT = {"tensorrt": library("tensorrt"), "tensorrt_rtx": library("tensorrt_rtx")}
@@ -43,3 +43,10 @@ def test_a_board_without_tensorrt_wants_tensorrt():
 def test_a_graph_cannot_be_prepared_without_onnx():
     found = ability(WHAT, everything(onnx=library("onnx")), WITH_T4)
     assert (found.possible, found.reason) == (False, "onnx is not installed")
+
+
+def test_a_xavier_is_sent_to_the_tensorrt_of_its_jetpack_and_not_to_a_wheel():
+    libraries = everything(tensorrt=library("tensorrt", "tensorrt 10.16.1"))
+    xavier = replace(ORIN, model="NVIDIA Jetson AGX Xavier", compute_capability="7.2")
+    (found,) = trap(libraries, replace(PLAIN, jetson=xavier), about="was the last that did")
+    assert "JetPack 5" in found.fix and "10.4" not in found.fix

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from boards import BOARDS, about, findings, silent, write
 
-from yolov7_deploy.engine.jetson import numbers
 from yolov7_deploy.engine.memory import GIB, MIB, free_gpu_memory, free_host_memory, in_gib, predict_memory
 from yolov7_deploy.engine.preflight import (
     GPUS,
@@ -18,6 +17,7 @@ from yolov7_deploy.engine.preflight import (
     free_disk,
     preflight,
 )
+from yolov7_deploy.engine.record import version_numbers
 
 YOLOV7_BYTES = 148_200_459
 PIXELS = 640 * 640
@@ -269,6 +269,6 @@ def test_this_machine_can_be_looked_at():
 
 
 def test_versions_are_read_as_far_as_they_are_numbers():
-    assert numbers("10.16.1.11") == (10, 16, 1, 11)
-    assert numbers("1.7rc") == (1,)
-    assert numbers("") == ()
+    assert version_numbers("10.16.1.11") == (10, 16, 1, 11)
+    assert version_numbers("1.7rc") == (1,)
+    assert version_numbers("") == ()

@@ -13,13 +13,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.engine.jetson import jetpack_name
+from yolov7_deploy.engine.jetson import ROOT, jetpack_name, read_board, read_text
 
 SMI_TIMEOUT_S = 20.0
-ROOT = Path("/")
-
-# The first that fits counts: an Orin Nano is an Orin.
-_JETSON_CAPABILITY = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3", "TX1": "5.3"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,16 +101,14 @@ def read_gpus() -> tuple[Gpu, ...]:
 
 def read_jetson(root: Path = ROOT) -> Jetson | None:
     """The board, told by its device tree or by the release file of its Linux."""
-    model = _read(root / "proc/device-tree/model").strip("\0\n ")
-    release = re.search(r"R(\d+)[^,]*, REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release"))
-    if release is None and not ("jetson" in model.lower() and "nvidia" in model.lower()):
+    board = read_board(root=root)
+    if board is None:
         return None
-    l4t = f"{release[1]}.{release[2]}" if release else ""
     return Jetson(
-        model=model or "Jetson",
-        l4t=l4t,
-        jetpack=jetpack_name(l4t),
-        compute_capability=next((value for name, value in _JETSON_CAPABILITY.items() if name in model), ""),
+        model=board.model,
+        l4t=board.l4t,
+        jetpack=jetpack_name(board.l4t),
+        compute_capability=board.compute_capability,
     )
 
 
@@ -145,24 +139,17 @@ def _gpu(line: str) -> Gpu | None:
 
 
 def _system(root: Path) -> str:
-    pretty = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read(root / "etc/os-release"), re.MULTILINE)
+    pretty = re.search(r'^PRETTY_NAME="?([^"\n]*)', read_text(root / "etc/os-release"), re.MULTILINE)
     kernel = f"{platform.system()} {platform.release()}"
     return f"{pretty[1]} ({kernel})" if pretty else kernel
 
 
 def _cpu(root: Path) -> str:
     # ARM boards say "Model" or nothing here.
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _memory_gb(root: Path) -> float | None:
-    found = re.search(r"^MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    found = re.search(r"^MemTotal:\s*(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
     return round(int(found[1]) * 1024 / 1e9, 1) if found else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

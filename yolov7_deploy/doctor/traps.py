@@ -9,12 +9,10 @@ from pathlib import Path
 
 from yolov7_deploy.doctor.libraries import OPENCV, Library, find_module
 from yolov7_deploy.doctor.machine import Machine
+from yolov7_deploy.engine.preflight import PlannedBuild, capability_findings
 
 RTX_LIBRARY = "libtensorrt_rtx.so"
 RTX_LINKS = "$HOME/.local/lib/tensorrt_rtx"
-# Release notes of TensorRT 10.5: the last for compute capability 7.0 (V100) is 10.4.
-TURING = (7, 5)
-LAST_FOR_VOLTA = (10, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +28,7 @@ def find_traps(libraries: dict[str, Library], machine: Machine) -> list[Trap]:
     return [
         *_two_opencvs(libraries["cv2"]),
         *_two_onnxruntimes(libraries["onnxruntime"]),
-        *_volta(libraries["tensorrt"], machine),
+        *_left_behind(libraries["tensorrt"], machine),
         *_rtx_without_link(libraries["tensorrt_rtx"]),
         *_faults(libraries),
     ]
@@ -61,15 +59,15 @@ def _two_onnxruntimes(onnxruntime: Library) -> Iterator[Trap]:
         )
 
 
-def _volta(tensorrt: Library, machine: Machine) -> Iterator[Trap]:
-    version = _numbers(tensorrt.version)[:2]
-    old = [text for text in machine.capabilities if _numbers(text) < TURING]
-    if old and version > LAST_FOR_VOLTA:
-        yield Trap(
-            what=f"TensorRT {tensorrt.version} has no support for compute capability {', '.join(old)}; the last "
-            f"version for it is {LAST_FOR_VOLTA[0]}.{LAST_FOR_VOLTA[1]}.",
-            fix="pip uninstall -y tensorrt; pip install tensorrt==10.4.0",
-        )
+def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[Trap]:
+    """A TensorRT that does not know the GPU of this machine, any more or yet."""
+    if not tensorrt.installed:
+        return
+    for capability in machine.capabilities:
+        build = PlannedBuild(product="tensorrt", tensorrt=tensorrt.version, compute_capability=capability)
+        for finding in capability_findings(build, capability):
+            if finding.level == "error":
+                yield Trap(what=finding.text, fix=finding.fix)
 
 
 def _rtx_without_link(rtx: Library) -> Iterator[Trap]:
@@ -96,13 +94,3 @@ def _faults(libraries: dict[str, Library]) -> Iterator[Trap]:
             if "libGL" in library.fault:
                 fix = f"pip uninstall -y {names}; pip install {OPENCV[0]}   (it needs no display libraries)"
             yield Trap(what=f"{library.name} does not load: {library.fault}", fix=fix)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """`10.16.1` as (10, 16, 1), as far as it is numbers; nothing for an empty one."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7_deploy.engine.record import version_numbers
+
 ROOT = Path("/")
 COMMAND_TIMEOUT_S = 20.0
 
@@ -128,7 +130,7 @@ def read_board(*, root: Path = ROOT, run: Run = run_command) -> Board | None:
 
 def find_jetpack(l4t: str) -> JetPack | None:
     """The JetPack of an L4T version; `None` for none and for those before JetPack 5.1."""
-    version = numbers(l4t)
+    version = version_numbers(l4t)
     rows = [row for row in _SERIES if row[0] <= version]
     if not rows:
         return None
@@ -139,17 +141,7 @@ def find_jetpack(l4t: str) -> JetPack | None:
 def jetpack_name(l4t: str) -> str:
     """`6.2` for L4T `36.4.3`, `6.x` for a release of that series that is not known, or nothing."""
     exact = _NAMES.get(l4t) or _NAMES.get(l4t.removesuffix(".0"))
-    return exact or _MAJORS.get(numbers(l4t)[0] if numbers(l4t) else 0, "")
-
-
-def numbers(version: str) -> Version:
-    """`10.16.1` as (10, 16, 1), as far as it is numbers."""
-    parts = []
-    for part in version.split("."):
-        if not part.isdecimal():
-            break
-        parts.append(int(part))
-    return tuple(parts)
+    return exact or _MAJORS.get(version_numbers(l4t)[0] if version_numbers(l4t) else 0, "")
 
 
 def read_text(path: Path) -> str:

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.engine.jetson import ROOT, Run, numbers, read_text, run_command
-from yolov7_deploy.engine.record import Product
+from yolov7_deploy.engine.jetson import ROOT, Run, read_text, run_command
+from yolov7_deploy.engine.record import Product, version_numbers
 
 MIB = 2**20
 GIB = 2**30
@@ -80,7 +80,7 @@ def predict_memory(
     if product == "tensorrt_rtx":
         libraries, device, workspace = _RTX_LIBRARIES, 0, 0
     else:
-        whole = next((size for first, size in _LIBRARIES if numbers(tensorrt) >= first), _LIBRARIES[0][1])
+        whole = next((size for first, size in _LIBRARIES if version_numbers(tensorrt) >= first), _LIBRARIES[0][1])
         libraries = int(whole * _JETSON_SHARE) if on_jetson else whole
         device = _CONTEXT + model_bytes + input_pixels * _BYTES_PER_PIXEL
         workspace = workspace_bytes or _USUAL_WORKSPACE

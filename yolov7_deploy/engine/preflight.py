@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from yolov7_deploy.engine.jetson import ROOT, Board, JetPack, Run, Version, numbers, read_board, run_command
+from yolov7_deploy.engine.jetson import ROOT, Board, JetPack, Run, Version, read_board, run_command
 from yolov7_deploy.engine.memory import (
     GIB,
     MIB,
@@ -24,7 +24,7 @@ from yolov7_deploy.engine.memory import (
     in_gib,
     predict_memory,
 )
-from yolov7_deploy.engine.record import TITLES, Product
+from yolov7_deploy.engine.record import TITLES, Product, version_numbers
 
 Level = Literal["error", "warning", "note"]
 
@@ -150,7 +150,7 @@ def preflight(
     board = read_board(root=root, run=run)
     capability = build.compute_capability or (board.compute_capability if board else "")
     found = [
-        *_capability(build, capability),
+        *capability_findings(build, capability),
         *_targets(build, capability, board),
         *(_jetpack(build, board, installed_wheels() if wheels is None else wheels) if board else ()),
         *(_power_mode(board) if board else ()),
@@ -165,10 +165,11 @@ def preflight(
 # --- GPU and TensorRT -------------------------------------------------------------------------------------------------
 
 
-def _capability(build: PlannedBuild, capability: str) -> Iterator[Finding]:
+def capability_findings(build: PlannedBuild, capability: str) -> Iterator[Finding]:
+    """What a TensorRT and a GPU of this compute capability are to each other; TensorRT-RTX has `targets` instead."""
     if build.product != "tensorrt" or not capability:
         return
-    version = numbers(build.tensorrt)[:2]
+    version = version_numbers(build.tensorrt)[:2]
     field = "compute_capability"
     if capability not in GPUS:
         text = f"Compute capability {capability} is not in the table of what TensorRT supports: it will say itself."
@@ -222,7 +223,7 @@ def _dla(build: PlannedBuild, board: Board | None) -> Iterator[Finding]:
         yield Finding(level="error", field="dla", text=text, fix=fix)
     elif board is not None and any(name in board.model for name in _NO_DLA):
         yield Finding(level="error", field="dla", text=f"{board.model} has no DLA.", fix=fix)
-    elif numbers(build.tensorrt)[:2] > _DLA_UNTIL and numbers(build.tensorrt) < _DLA_AGAIN:
+    elif version_numbers(build.tensorrt)[:2] > _DLA_UNTIL and version_numbers(build.tensorrt) < _DLA_AGAIN:
         text = f"TensorRT {build.tensorrt} has no DLA on Jetson: up to {_dotted(_DLA_UNTIL)} it had, and from "
         text += f"{_dotted(_DLA_AGAIN)} on it has again."
         yield Finding(level="error", field="dla", text=text, fix=fix)
@@ -248,7 +249,7 @@ def _jetpack(build: PlannedBuild, board: Board, wheels: Sequence[str]) -> Iterat
         text = f"{board.model} with {release}: which TensorRT belongs to it is not known here (JetPack 5.1 to 7.2 are)."
         yield Finding(level="warning" if board.l4t else "note", field="jetpack", text=text)
         return
-    version = numbers(build.tensorrt)[:2]
+    version = version_numbers(build.tensorrt)[:2]
     where = f"JetPack {jetpack.name} (L4T {board.l4t})"
     if wheels and not jetpack.server_wheels:
         text = (
@@ -267,7 +268,7 @@ def _jetpack(build: PlannedBuild, board: Board, wheels: Sequence[str]) -> Iterat
         text = f"TensorRT {build.tensorrt} is older than {where}, which brings {jetpack.tensorrt}: a container of an "
         text += "older JetPack? Engines built in it run in it only."
         yield Finding(level="warning", field="jetpack", text=text, fix=_container(jetpack))
-    elif version and version != numbers(jetpack.tensorrt)[:2]:
+    elif version and version != version_numbers(jetpack.tensorrt)[:2]:
         text = f"TensorRT {build.tensorrt} is not the one of {where}, {jetpack.tensorrt}. It can run there."
         yield Finding(level="note", field="jetpack", text=text)
 

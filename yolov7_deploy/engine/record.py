@@ -228,7 +228,7 @@ class EngineRecord:
     def _version(self, machine: EngineMachine, build: str) -> Mismatch | None:
         if machine.product != self.product:
             return None
-        built, here = _numbers(self.tensorrt), _numbers(machine.tensorrt)
+        built, here = version_numbers(self.tensorrt), version_numbers(machine.tensorrt)
         common = min(len(built), len(here))
         if built[:common] == here[:common]:
             return None
@@ -249,10 +249,10 @@ class EngineRecord:
         here = machine.compute_capability
         wanted = self.targets or ((self.compute_capability,) if self.compute_capability else ())
         if self.product == "tensorrt_rtx" and not self.targets:
-            wanted = () if _numbers(here) >= AMPERE else ("8.0 and later",)
+            wanted = () if version_numbers(here) >= AMPERE else ("8.0 and later",)
         if not here or not wanted or here in wanted:
             return None
-        if self.hardware_compatible == "ampere_plus" and _numbers(here) >= AMPERE:
+        if self.hardware_compatible == "ampere_plus" and version_numbers(here) >= AMPERE:
             return None
         if self.product == "tensorrt_rtx":
             targets = ",".join(f"sm{text.replace('.', '')}" for text in (*self.targets, here))
@@ -281,8 +281,8 @@ class EngineRecord:
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """`10.16.1` as (10, 16, 1), as far as it is numbers."""
+def version_numbers(version: str) -> tuple[int, ...]:
+    """`10.16.1` as (10, 16, 1), as far as it is numbers; nothing for an empty one."""
     numbers = []
     for part in version.split("."):
         if not part.isdecimal():
