@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from yolov7_deploy.doctor.machine import read_machine
+from yolov7_deploy.machine.machine import read_machine
 from yolov7_deploy.measure.report import write_json
 
 RESULTS = Path(__file__).parent / "results"

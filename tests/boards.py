@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from yolov7_deploy.engine.jetson import read_board
 from yolov7_deploy.engine.preflight import Finding, preflight
+from yolov7_deploy.machine.jetson import read_board
 
 BOARDS = Path(__file__).parent / "fixtures" / "jetson"
 

@@ -17,7 +17,7 @@ from yolov7_deploy.engine.preflight import (
     free_disk,
     preflight,
 )
-from yolov7_deploy.engine.record import version_numbers
+from yolov7_deploy.machine.versions import version_numbers
 
 YOLOV7_BYTES = 148_200_459
 PIXELS = 640 * 640

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.backends.base import Found, open_backend
+from yolov7_deploy.backends.base import Found, Outputs, Spans, open_backend
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
@@ -27,7 +27,7 @@ from yolov7_deploy.weights import find_weights
 logger = logging.getLogger(__name__)
 
 Picture = npt.NDArray[Any] | str | Path
-LARGEST_BATCH = 16  # pictures that enter a network of open batch size at once
+LARGEST_BATCH = 32  # pictures that enter a network of open batch size at once, as many as in the paper's batch timings
 SUBMIT_THREADS = 2  # one call's pictures are prepared while another's are in the network
 
 
@@ -41,6 +41,8 @@ class Detector:
         weights: A file, or an official name such as `yolov7-tiny`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         img: Input side, or (height, width); the file's own, else the paper's size.
+        half: Half precision for checkpoints: the default on a GPU, as in the official program, and not on a CPU. Files
+            with a precision of their own refuse another one.
         conf, iou, max_det, classes, multi_label, class_agnostic: See `Thresholds`.
 
     Raises:
@@ -60,6 +62,7 @@ class Detector:
         *,
         device: str = "auto",
         img: int | tuple[int, int] | None = None,
+        half: bool | None = None,
         conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
@@ -70,7 +73,7 @@ class Detector:
         started = time.perf_counter()
         self.path = find_weights(weights)
         wanted_hw = (img, img) if isinstance(img, int) else img
-        self._backend = open_backend(self.path, device=device, input_hw=wanted_hw)
+        self._backend = open_backend(self.path, device=device, input_hw=wanted_hw, half=half)
         self.info: ModelInfo = self._backend.info
         self.input_hw: tuple[int, int] = wanted_hw or self.info.default_hw
         self.thresholds = self._changed(
@@ -91,6 +94,11 @@ class Detector:
     def device(self) -> str:
         """Where it runs, `cpu` or `cuda:N`."""
         return self._backend.device
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Most pictures that can enter the network at once; `None` where the file leaves it open."""
+        return self._backend.largest_batch
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -126,16 +134,33 @@ class Detector:
             classes=tuple(classes) if classes is not None else None,
             max_det=max_det,
         )
-        size = self.info.batch or LARGEST_BATCH
-        results: list[Detections] = []
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            pictures = [read_image(item) if isinstance(item, str | Path) else as_bgr(item) for item in part]
-            letterboxes = [fit_letterbox(_hw(picture), self.input_hw) for picture in pictures]
-            found = self.infer(pictures, letterboxes, thresholds)
-            paths = [str(item) if isinstance(item, str | Path) else "" for item in part]
-            results += [replace(one, path=path) for one, path in zip(found, paths, strict=True)]
-        return results
+        size = self.largest_batch or LARGEST_BATCH
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        return [found for part in parts for found in self._at_once(part, thresholds, timed=False)[0]]
+
+    def timed(self, images: Sequence[Picture]) -> tuple[list[Detections], Spans]:
+        """Like `batch` with all pictures entering the network together, and where the time of the call went.
+
+        Every span is measured by itself, which on a GPU takes longer than the same work in one go: for benchmarks.
+        """
+        self._check_open()
+        started = time.perf_counter()
+        detections, outputs = self._at_once(images, self.thresholds, timed=True)
+        total_ms = (time.perf_counter() - started) * 1e3
+        spans = outputs.spans
+        assert spans is not None, "a backend that was asked to measure its spans"
+        inside = spans.upload_ms + spans.engine_ms + spans.download_ms + spans.postprocess_ms
+        # Converting pictures, geometry and results is host work of this class; it counts as preparation.
+        return detections, replace(spans, preprocess_ms=max(spans.preprocess_ms, total_ms - inside))
+
+    def _at_once(
+        self, items: Sequence[Picture], thresholds: Thresholds, *, timed: bool
+    ) -> tuple[list[Detections], Outputs]:
+        pictures = [read_image(item) if isinstance(item, str | Path) else as_bgr(item) for item in items]
+        letterboxes = [fit_letterbox(_hw(picture), self.input_hw) for picture in pictures]
+        found, outputs = self._infer(pictures, letterboxes, thresholds, timed=timed)
+        paths = [str(item) if isinstance(item, str | Path) else "" for item in items]
+        return [replace(one, path=path) for one, path in zip(found, paths, strict=True)], outputs
 
     def stream(
         self,
@@ -178,15 +203,20 @@ class Detector:
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds
     ) -> list[Detections]:
         """The layer below: contiguous uint8 BGR pictures with a placement each, all of one canvas size."""
+        return self._infer(images, letterboxes, thresholds, timed=False)[0]
+
+    def _infer(
+        self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
+    ) -> tuple[list[Detections], Outputs]:
         self._check_open()
-        outputs = self._backend.infer(images, letterboxes, thresholds)
+        outputs = self._backend.infer(images, letterboxes, thresholds, timed=timed)
         count = len(images)
         speed = Speed(
             preprocess_ms=outputs.preprocess_ms / count,
             inference_ms=outputs.inference_ms / count,
             postprocess_ms=outputs.postprocess_ms / count,
         )
-        return [self._detections(*pair, speed) for pair in zip(outputs.found, letterboxes, strict=True)]
+        return [self._detections(*pair, speed) for pair in zip(outputs.found, letterboxes, strict=True)], outputs
 
     def warmup(self, runs: int = 2) -> None:
         """Runs a grey picture through, so that the first real one is not the slow one."""

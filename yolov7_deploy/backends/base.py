@@ -38,13 +38,37 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Spans:
+    """Milliseconds of one call, by where they went; a span that does not exist is 0 (nothing is uploaded on a CPU).
+
+    Attributes:
+        preprocess_ms: Letterbox and layout, on the host or on the GPU.
+        upload_ms: To the GPU, staging in page-locked memory included.
+        engine_ms: The network, with suppression where that is inside the file.
+        download_ms: From the GPU.
+        postprocess_ms: Suppression outside the file, and making the results.
+    """
+
+    preprocess_ms: float
+    upload_ms: float
+    engine_ms: float
+    download_ms: float
+    postprocess_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outputs:
-    """What a backend gives for a list of pictures: one `Found` each, and where the time went (whole call)."""
+    """What a backend gives for a list of pictures: one `Found` each, and where the time went (whole call).
+
+    `inference_ms` is everything between the prepared input and the raw results. `spans` tells the parts where the
+    call was `timed`.
+    """
 
     found: list[Found]
     preprocess_ms: float
     inference_ms: float
     postprocess_ms: float
+    spans: Spans | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +85,36 @@ class Stages:
 
 
 class Backend(Protocol):
-    """A model that runs. `infer` may be called from several threads at once."""
+    """A model that runs. `infer` may be called from several threads at once.
+
+    Attributes:
+        info: The model's passport.
+        device: Where it runs, `cpu` or `cuda:N`.
+        largest_batch: Most pictures that enter the network at once, `None` where any number may; more are run in parts.
+        takes_gpu_arrays: Pictures may be arrays on the GPU (`yolov7_deploy.backends.gpu_arrays`).
+    """
 
     info: ModelInfo
     device: str
+    largest_batch: int | None
+    takes_gpu_arrays: bool
 
-    def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
-        """Pictures (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size."""
+    def infer(
+        self,
+        images: Sequence[Image],
+        letterboxes: Sequence[Letterbox],
+        thresholds: Thresholds,
+        *,
+        timed: bool = False,
+    ) -> Outputs:
+        """Pictures (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size.
+
+        Args:
+            images: As many as there are letterboxes.
+            letterboxes: Where each lands on the canvas.
+            thresholds: What is kept.
+            timed: Measure every span by itself, which waits for the GPU between them: for benchmarks.
+        """
         ...
 
     def close(self) -> None:
@@ -98,6 +145,12 @@ BACKENDS = (
         module="yolov7_deploy.backends.ort",
         attribute="OrtBackend",
     ),
+    BackendRow(
+        name="tensorrt",
+        suffixes=(".engine", ".plan", ".trt"),
+        module="yolov7_deploy.backends.trt",
+        attribute="TrtBackend",
+    ),
 )
 
 
@@ -114,8 +167,11 @@ def backend_row(path: Path) -> BackendRow:
     raise LoadError(f"{path} has no suffix a backend opens ({known}).", fix="Rename the file, or export it again.")
 
 
-def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None) -> Backend:
+def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> Backend:
     """The model in `path`, ready to run on `device` (`auto`, `cpu`, `cuda`, `cuda:0`).
+
+    `half` asks for half precision or against it; left out, it is the backend's choice. Files with a precision of
+    their own (`.onnx`, `.engine`) refuse another one.
 
     Raises:
         LoadError: The file is absent or broken.
@@ -130,4 +186,4 @@ def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None) -
     except ModuleNotFoundError as error:
         raise missing_library(error, f"to run {path.name}") from error
     backend = getattr(module, row.attribute)
-    return cast(Backend, backend.open(path, device=device, input_hw=input_hw))
+    return cast(Backend, backend.open(path, device=device, input_hw=input_hw, half=half))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from yolov7_deploy.backends.base import Found, Outputs
+from yolov7_deploy.backends.base import Found, Outputs, Spans
 from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.image import Image, Letterbox, to_network_input
@@ -47,8 +47,11 @@ class OrtBackend:
         device: Where it runs, in our words.
     """
 
+    takes_gpu_arrays = False
+
     def __init__(self, session: onnxruntime.InferenceSession, info: ModelInfo, *, device: str) -> None:
         self.info, self.device = info, device
+        self.largest_batch = info.batch
         self._session = session
         self._overridable = {entry.name for entry in session.get_overridable_initializers()}
         self._input = session.get_inputs()[0].name
@@ -56,8 +59,8 @@ class OrtBackend:
         self._outputs = [session.get_outputs()[0].name] if info.nms is None else list(NMS_OUTPUTS)
 
     @classmethod
-    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> OrtBackend:
-        """See `open_backend`; a size other than the file's own is refused."""
+    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> OrtBackend:
+        """See `open_backend`; a size or precision other than the file's own is refused."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY  # it warns of every input that has a default, as our thresholds do
         providers, place = _providers(device)
@@ -75,9 +78,21 @@ class OrtBackend:
                 f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
                 fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]}",
             )
+        if half is not None and half != (info.precision == "fp16"):
+            raise UsageError(
+                f"{path} is {info.precision}; its precision is in the file.",
+                fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'}",
+            )
         return cls(session, info, device=place)
 
-    def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
+    def infer(
+        self,
+        images: Sequence[Image],
+        letterboxes: Sequence[Letterbox],
+        thresholds: Thresholds,
+        *,
+        timed: bool = False,
+    ) -> Outputs:
         """See `Backend.infer`.
 
         A file of fixed batch runs as often as needed, the last time filled up with its last picture. With suppression
@@ -100,11 +115,19 @@ class OrtBackend:
             _check_result(result, len(batch), self.info)
         found = [one for result in results for one in self._found(result, thresholds)][: len(images)]
         done = time.perf_counter()
+        spans = Spans(
+            preprocess_ms=(prepared - started) * 1e3,
+            upload_ms=0.0,  # with a GPU's provider, copies are part of the run
+            engine_ms=(inferred - prepared) * 1e3,
+            download_ms=0.0,
+            postprocess_ms=(done - inferred) * 1e3,
+        )
         return Outputs(
             found=found,
-            preprocess_ms=(prepared - started) * 1e3,
-            inference_ms=(inferred - prepared) * 1e3,
-            postprocess_ms=(done - inferred) * 1e3,
+            preprocess_ms=spans.preprocess_ms,
+            inference_ms=spans.engine_ms,
+            postprocess_ms=spans.postprocess_ms,
+            spans=spans,
         )
 
     def close(self) -> None:

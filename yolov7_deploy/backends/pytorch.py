@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yolov7_deploy.backends.base import Found, Outputs, Stages
+from yolov7_deploy.backends.base import Found, Outputs, Spans, Stages
 from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError
@@ -29,6 +29,9 @@ class PytorchBackend:
         device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
     """
 
+    largest_batch: int | None = None
+    takes_gpu_arrays = False
+
     def __init__(self, model: Yolov7, info: ModelInfo, *, device: str = "cpu") -> None:
         self.info = info
         self._device = _torch_device(device)
@@ -36,7 +39,9 @@ class PytorchBackend:
         self.device = str(self._device)
 
     @classmethod
-    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None) -> PytorchBackend:
+    def open(
+        cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None
+    ) -> PytorchBackend:
         """See `open_backend`; any size that the stride divides is accepted."""
         checkpoint = load_checkpoint(path)
         info = checkpoint.info
@@ -48,7 +53,14 @@ class PytorchBackend:
             )
         return cls(fuse(build_model(checkpoint)), info, device=device)
 
-    def infer(self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds) -> Outputs:
+    def infer(
+        self,
+        images: Sequence[Image],
+        letterboxes: Sequence[Letterbox],
+        thresholds: Thresholds,
+        *,
+        timed: bool = False,
+    ) -> Outputs:
         """See `Backend.infer`."""
         started = time.perf_counter()
         canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
@@ -59,11 +71,19 @@ class PytorchBackend:
         inferred = time.perf_counter()
         found = [_found(output, thresholds) for output in decoded]
         done = time.perf_counter()
+        spans = Spans(
+            preprocess_ms=(prepared - started) * 1e3,
+            upload_ms=0.0,
+            engine_ms=(inferred - prepared) * 1e3,
+            download_ms=0.0,
+            postprocess_ms=(done - inferred) * 1e3,
+        )
         return Outputs(
             found=found,
-            preprocess_ms=(prepared - started) * 1e3,
-            inference_ms=(inferred - prepared) * 1e3,
-            postprocess_ms=(done - inferred) * 1e3,
+            preprocess_ms=spans.preprocess_ms,
+            inference_ms=spans.engine_ms,
+            postprocess_ms=spans.postprocess_ms,
+            spans=spans,
         )
 
     def stages(self, canvas: Image) -> Stages:

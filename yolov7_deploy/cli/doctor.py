@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from yolov7_deploy.doctor import Diagnosis
     from yolov7_deploy.doctor.libraries import Library
-    from yolov7_deploy.doctor.machine import Machine
+    from yolov7_deploy.machine.machine import Machine
 
 
 def doctor(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from yolov7_deploy import __version__
 from yolov7_deploy.doctor.libraries import Library, find_module, read_libraries
-from yolov7_deploy.doctor.machine import Machine, read_machine
 from yolov7_deploy.doctor.plugin import plugin_state
 from yolov7_deploy.doctor.traps import Trap, find_traps
+from yolov7_deploy.machine.machine import Machine, read_machine
 from yolov7_deploy.weights import OFFICIAL_NAMES, WEIGHTS_DIR_VARIABLE, cache_dir
 
 WEIGHT_SUFFIXES = (".pt", ".safetensors")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy.doctor.libraries import OPENCV, Library, find_module
-from yolov7_deploy.doctor.machine import Machine
 from yolov7_deploy.engine.preflight import PlannedBuild, capability_findings
+from yolov7_deploy.machine.machine import Machine
 
 RTX_LIBRARY = "libtensorrt_rtx.so"
 RTX_LINKS = "$HOME/.local/lib/tensorrt_rtx"

@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.engine.jetson import ROOT, Run, read_text, run_command
-from yolov7_deploy.engine.record import Product, version_numbers
+from yolov7_deploy.engine.record import Product
+from yolov7_deploy.machine.jetson import ROOT, Run, read_text, run_command
+from yolov7_deploy.machine.versions import version_numbers
 
 MIB = 2**20
 GIB = 2**30

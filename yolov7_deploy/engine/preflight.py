@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from yolov7_deploy.engine.jetson import ROOT, Board, JetPack, Run, Version, read_board, run_command
 from yolov7_deploy.engine.memory import (
     GIB,
     MIB,
@@ -24,7 +23,9 @@ from yolov7_deploy.engine.memory import (
     in_gib,
     predict_memory,
 )
-from yolov7_deploy.engine.record import TITLES, Product, version_numbers
+from yolov7_deploy.engine.record import TITLES, Product
+from yolov7_deploy.machine.jetson import ROOT, Board, JetPack, Run, Version, read_board, run_command
+from yolov7_deploy.machine.versions import version_numbers
 
 Level = Literal["error", "warning", "note"]
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.machine.versions import version_numbers
 from yolov7_deploy.plain_data import members_of, shown
 
 SCHEMA = 1
@@ -279,13 +280,3 @@ class EngineRecord:
             here=f"version {here.version} ({here.abi})" if here else "none",
             repair=f"Build the plugin here:  y7 plugin   or without it:  {build.partition('  ')[2]} --plugin off",
         )
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """`10.16.1` as (10, 16, 1), as far as it is numbers; nothing for an empty one."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)

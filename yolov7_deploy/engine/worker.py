@@ -20,13 +20,13 @@ from typing import cast
 
 from yolov7_deploy.engine.child import peak_memory_bytes
 from yolov7_deploy.engine.dialect import Dialect, Trt, load_tensorrt
-from yolov7_deploy.engine.gpu import read_gpu
 from yolov7_deploy.engine.job import JOB, MODEL, PLAN, REPORT, BuildJob, BuildReport, Failure, Installation
 from yolov7_deploy.engine.monitor import PARTS, logger_of, monitor_of
 from yolov7_deploy.engine.plugins import BUILD_COMMAND, PLUGIN_NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from yolov7_deploy.engine.record import Product
 from yolov7_deploy.engine.timing_cache import TimingCache
 from yolov7_deploy.errors import EngineError
+from yolov7_deploy.machine.gpu import read_gpu
 from yolov7_deploy.plain_data import from_plain
 
 Tell = Callable[[str, object], None]

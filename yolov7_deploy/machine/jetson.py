@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.engine.record import version_numbers
+from yolov7_deploy.machine.versions import version_numbers
 
 ROOT = Path("/")
 COMMAND_TIMEOUT_S = 20.0

@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.engine.jetson import ROOT, jetpack_name, read_board, read_text
+from yolov7_deploy.machine.jetson import ROOT, jetpack_name, read_board, read_text
 
 SMI_TIMEOUT_S = 20.0
 
