@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import gc
 
+import onnx
 import pytest
+from engines import exported, foreign
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
 from pictured import CONF, MAX_DET, SUPPRESSION
@@ -38,6 +40,22 @@ def files(tmp_path_factory):
         return path
 
     return get
+
+
+@pytest.fixture(name="tiny")
+def tiny_file(tmp_path):
+    """A file of ours that builds in seconds."""
+    path = tmp_path / "tiny.onnx"
+    exported().save(path)
+    return path
+
+
+@pytest.fixture(name="small")
+def small_file(tmp_path):
+    """A file of somebody else's with one node."""
+    path = tmp_path / "small.onnx"
+    onnx.save(foreign(), path)
+    return path
 
 
 @pytest.fixture(scope="module")

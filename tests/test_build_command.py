@@ -40,20 +40,6 @@ def y7(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.onnx"
-    exported().save(path)
-    return path
-
-
-@pytest.fixture
-def small(tmp_path):
-    path = tmp_path / "small.onnx"
-    onnx.save(foreign(), path)
-    return path
-
-
 # --- what is typed ----------------------------------------------------------------------------------------------------
 
 

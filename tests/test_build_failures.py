@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import psutil
 import pytest
 from engines import HAS_RTX, NO_RTX, exported, files, foreign, left_behind, rtx
@@ -27,20 +26,6 @@ from yolov7_deploy.options import EngineOptions
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 MIB = 2**20
 TIMEOUT_S = 120
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    path = tmp_path / "tiny.onnx"
-    exported().save(path)
-    return path
-
-
-@pytest.fixture
-def small(tmp_path):
-    path = tmp_path / "small.onnx"
-    onnx.save(foreign(), path)
-    return path
 
 
 # --- what TensorRT says -----------------------------------------------------------------------------------------------

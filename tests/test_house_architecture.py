@@ -52,6 +52,7 @@ LIBRARIES: dict[str, set[str]] = {
     "cv2": {"draw.py", "image.py", "sources/", "window.py"},
     "faster_coco_eval": {"measure/accuracy.py"},
     "google.protobuf": {"engine/prepare.py", "export/onnx_model.py"},
+    "matplotlib": {"measure/chart.py"},
     "onnx": {"engine/build.py", "engine/prepare.py", "export/", "measure/stages.py", "precision/"},
     "onnxruntime": {"backends/ort.py", "measure/stages.py", "precision/ranges.py"},
     "onnxsim": {"export/to_onnx.py"},

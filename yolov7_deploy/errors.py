@@ -83,6 +83,7 @@ class DeviceError(Y7Error):
 _EXTRAS = {
     "faster_coco_eval": "val",
     "google": "export",
+    "matplotlib": "bench",
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxsim": "export",
