@@ -59,6 +59,7 @@ class Frame(ctypes.Structure):
         ("pixels", _address),
         ("pitch", _long),
         *((name, _int) for name in ("height", "width", "resized_height", "resized_width", "top", "left")),
+        ("rows", _address),
     )
 
 
@@ -142,6 +143,12 @@ def compile_emulated(*sources, defines=(), flags=()):
         assert result.returncode == 0, result.stderr
         unfinished.replace(library)
     return library
+
+
+def compile_described(*sources, capability=86):
+    """Path of such a library that describes itself as `y7 plugin` builds it, for GPUs of this compute capability."""
+    defines = [f'Y7_{name}="{capability}"' for name in ("COMPUTE_CAPABILITIES", "PTX")]
+    return compile_emulated(*sources, SOURCES.parent / "tensorrt" / "description.cpp", defines=defines)
 
 
 class Guarded:

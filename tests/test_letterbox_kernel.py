@@ -165,6 +165,7 @@ BAD_FIELDS = [
     {"top": 2**31 - 1},
     {"left": -(2**31)},
     {"left": CANVAS[1] - 5},
+    {"rows": 2},
 ]
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from yolov7_deploy.backends.cuda import open_cuda
+from yolov7_deploy.backends.kernels import find_kernels
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.engine import plugin_build, plugins
 from yolov7_deploy.engine.plugin_build import build_plugin, find_tools, parse_architectures, plugin_sources
 from yolov7_deploy.engine.plugins import KERNELS_ABI, PLUGIN_VARIABLE, find_plugin
-from yolov7_deploy.errors import PluginError, UsageError
+from yolov7_deploy.errors import DeviceError, MissingLibraryError, PluginError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +195,21 @@ def test_the_kernels_alone_build_without_tensorrt_and_are_found(tmp_path):
     loaded = ctypes.CDLL(str(built.path))
     assert loaded.y7_kernels_abi() == KERNELS_ABI
     assert not hasattr(loaded, "getCreators")
+    kernels = find_kernels((8, 6))
+    assert kernels is not None
+    assert kernels.path == built.path
+    if not has_gpu():
+        with pytest.raises(DeviceError, match=r"The letterbox of 1 frames on 8x8 float32 failed: .*(CUDA|driver)"):
+            kernels.letterbox(batch=1, canvas_hw=(8, 8), dtype="float32", frames=64, canvas=64, stream=0)
+
+
+def has_gpu() -> bool:
+    """Whether a launch could succeed."""
+    try:
+        open_cuda()
+    except (DeviceError, MissingLibraryError):
+        return False
+    return True
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from yolov7_deploy.engine.plugins import (
     PluginLibrary,
     built_path,
     describe_plugin,
+    find_kernels_library,
     find_plugin,
 )
 from yolov7_deploy.errors import PluginError
@@ -130,6 +131,29 @@ def test_a_library_of_another_version_is_refused(saying, version, kernels):
 def test_any_of_our_libraries_serves_who_wants_the_kernels(saying, monkeypatch):
     monkeypatch.setenv(PLUGIN_VARIABLE, str(saying("v2")))
     assert find_plugin("kernels").abi == "v2"
+
+
+def test_the_kernels_come_from_the_plugin_of_any_tensorrt_and_the_newest_shell_first(saying):
+    assert find_kernels_library(86) is None
+    for abi in ("kernels", "v2", "v3"):
+        placed(saying(abi), built_path(abi))
+        assert find_kernels_library(86).abi == abi
+    assert find_kernels_library(70) is None
+
+
+def test_the_kernels_come_from_the_library_that_is_named_and_from_no_other(saying, monkeypatch):
+    placed(saying("v3"), built_path("v3"))
+    monkeypatch.setenv(PLUGIN_VARIABLE, str(saying("v2")))
+    assert find_kernels_library(86).abi == "v2"
+    assert find_kernels_library(70) is None
+
+
+def test_the_kernels_of_a_library_that_runs_on_the_gpu_are_taken(compiled, saying):
+    line = LINE.replace("75, 86]", "120]").replace("[86]", "[]")
+    placed(compiled(SAYS.format(line.format(abi="v3", version="1", kernels=KERNELS_ABI))), built_path("v3"))
+    placed(saying("kernels"), built_path("kernels"))
+    assert find_kernels_library(86).abi == "kernels"
+    assert find_kernels_library(120).abi == "v3"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +75,19 @@ def as_input(canvas: Array, kind: int) -> Array:
     return (canvas[:, :, ::-1].transpose(2, 0, 1).astype(np.float32) / np.float32(255)).astype(TYPES[kind])
 
 
+def needed_rows(height: int, resized: int) -> tuple[Array, Array]:
+    """The source rows that weigh something, and int32 [resized, 2]: where among them each row finds its two."""
+    upper, lower, upper_weight, lower_weight = _taps(resized, height, is_column=False)
+    taps = np.stack([np.where(upper_weight, upper, lower), np.where(lower_weight, lower, upper)], axis=1)
+    rows, table = np.unique(taps, return_inverse=True)
+    return rows, table.reshape(resized, 2).astype(np.int32)
+
+
 class Batch:
-    """A call of y7_letterbox with its frames on the GPU, to be queued again and again."""
+    """A call of y7_letterbox with its frames on the GPU, to be queued again and again.
+
+    `gathered` uploads only the rows that the kernel reads, and the table that finds them.
+    """
 
     def __init__(
         self,
@@ -86,18 +98,22 @@ class Batch:
         kind: int,
         *,
         row_padding: int = 0,
+        gathered: bool = False,
     ) -> None:
         self.kernels, self.stream, self.kind = kernels, memory.stream, kind
-        self.pixels, structs = [], []
+        self.pixels, self.tables, structs = [], [], []
         for frame in frames:
-            height, width = frame.shape[:2]
+            (height, width), place = frame.shape[:2], fit((frame.shape[0], frame.shape[1]), canvas_hw)
             rows = np.full((height, 3 * width + row_padding), 0xEE, np.uint8)
             rows[:, : 3 * width] = frame.reshape(height, -1)
+            if gathered:
+                needed, table = needed_rows(height, place.resized_hw[0])
+                rows = rows[needed]
+                self.tables.append(memory.upload(table))
             self.pixels.append(memory.upload(rows))
-            place = fit((height, width), canvas_hw)
-            structs.append(
-                Frame(self.pixels[-1].address, rows.shape[1], height, width, *place.resized_hw, place.top, place.left)
-            )
+            found = self.tables[-1].address if gathered else None
+            numbers = (rows.shape[1], height, width, *place.resized_hw, place.top, place.left, found)
+            structs.append(Frame(self.pixels[-1].address, *numbers))
         array = (Frame * len(structs))(*structs)
         self.frames = memory.upload(np.frombuffer(bytes(array), np.uint8))
         self.params = LetterboxParams(len(frames), *canvas_hw, kind, PAD)
@@ -113,7 +129,7 @@ class Batch:
 
 
 def check(setting: Setting) -> None:
-    """Frames of every sort of size, in batches, on several canvases, in all three types."""
+    """Frames of every sort of size, in batches, on several canvases, in all three types, whole or by their rows."""
     cuda, kernels = setting.open_cuda(), setting.open_kernels()
     started, frames_done, equal, worst = time.monotonic(), 0, 0, 0.0
     with Stream(cuda) as stream:
@@ -126,7 +142,8 @@ def check(setting: Setting) -> None:
             if setting.emulated:
                 canvas_hw = CANVASES[2]
             frames = [_frame(rng, setting.some(2500, 300)) for _ in range(1 + number % 4)]
-            work = Batch(kernels, memory, frames, canvas_hw, kind, row_padding=int(rng.choice([0, 1, 61])))
+            padding, gathered = int(rng.choice([0, 1, 61])), bool(rng.integers(2))
+            work = Batch(kernels, memory, frames, canvas_hw, kind, row_padding=padding, gathered=gathered)
             work()
             for found, frame in zip(memory.download(work.canvas), frames, strict=True):
                 wanted = as_input(letterboxed(frame, canvas_hw), kind)
@@ -147,7 +164,8 @@ def _frame(rng: np.random.Generator, longest: int) -> Array:
 def _check_bad_frames(setting: Setting, kernels: Any, memory: CudaMemory) -> None:  # noqa: ANN401
     """Structs of nonsense give a grey canvas; the GPU goes on."""
     work = Batch(kernels, memory, [np.zeros((8, 8, 3), np.uint8)], (96, 160), UINT8)
-    for field, value in (("pitch", 1), ("width", -4), ("resized_height", 2**31 - 1), ("top", -1), ("pixels", None)):
+    wrong = {"pitch": 1, "width": -4, "resized_height": 2**31 - 1, "top": -1, "pixels": None, "rows": 2}
+    for field, value in wrong.items():
         frame = Frame(work.pixels[0].address, 24, 8, 8, 96, 96, 0, 32)
         setattr(frame, field, value)
         work.frames = memory.upload(np.frombuffer(bytes(frame), np.uint8))
@@ -157,7 +175,7 @@ def _check_bad_frames(setting: Setting, kernels: Any, memory: CudaMemory) -> Non
 
 
 def measure(setting: Setting) -> None:
-    """Times of 1080p frames on a 640 canvas by batch and type."""
+    """Times of 1080p frames on a 640 canvas by batch and type; a single one also by the third of its rows it takes."""
     cuda, kernels = setting.open_cuda(), setting.open_kernels()
     rows: list[dict[str, object]] = []
     source, canvas_hw = ((36, 64), (64, 64)) if setting.emulated else (FULL_HD, (640, 640))
@@ -165,8 +183,9 @@ def measure(setting: Setting) -> None:
         memory = CudaMemory(cuda, stream, guard=0)
         frame = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
         for batch in (1, 8, 32)[: setting.some(3, 1)]:
-            for kind, dtype in TYPES.items():
-                work = Batch(kernels, memory, [frame] * batch, canvas_hw, kind)
+            for kind, gathered in itertools.product(TYPES, (False, True) if batch == 1 else (False,)):
+                work = Batch(kernels, memory, [frame] * batch, canvas_hw, kind, gathered=gathered)
                 times = times_us(stream, work, rounds=setting.some(200, 3))
-                rows.append({"frame": source, "canvas": canvas_hw, "type": dtype.__name__, "batch": batch, **times})
+                sizes = {"frame": source, "canvas": canvas_hw, "batch": batch}
+                rows.append({**sizes, "type": TYPES[kind].__name__, "gathered": gathered, **times})
                 setting.record("rows", rows)

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define Y7_KERNELS_ABI 1  // grows with every change of a struct or a signature
+#define Y7_KERNELS_ABI 2  // grows with every change of a struct or a signature
 #define Y7_MAX_LEVELS 8
 #define Y7_ANCHORS 3  // per cell
 
@@ -63,6 +63,11 @@ int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const float* c
                const Y7NmsOutputs* outputs, void* workspace, size_t workspace_bytes, void* stream);
 
 // One frame of a batch: uint8 BGR rows of `pitch` bytes, and where it lands on the canvas.
+//
+// With `rows` not every row of the frame needs to be there: `pixels` then holds some, one behind the other, and
+// rows[2 * y] and rows[2 * y + 1] tell where among them row y of the resized frame finds its upper and its lower row.
+// A row whose weight rounds to zero may be any. The caller vouches that all positions are among the rows that are
+// there, and that the table covers resized_height rows: the kernel follows it unseen.
 typedef struct Y7Frame {
   const uint8_t* pixels;
   int64_t pitch;
@@ -72,6 +77,7 @@ typedef struct Y7Frame {
   int32_t resized_width;
   int32_t top;
   int32_t left;
+  const int32_t* rows;  // [resized_height][2] on the device, aligned to 4 bytes; null where the whole frame is there
 } Y7Frame;
 
 typedef struct Y7LetterboxParams {

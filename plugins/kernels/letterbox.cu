@@ -50,12 +50,20 @@ __device__ void set_taps(Taps& taps, int place, int position, int source, int re
   taps.second_weight[place] = __float2int_rn(__fmul_rn(fraction, ONE));
 }
 
+// The same rows, where a frame's table says they lie.
+__device__ void follow(Taps& taps, int place, int position, const Y7Frame& frame) {
+  const int32_t* entry = frame.rows + 2 * int64_t(clamped(position, frame.resized_height - 1));
+  taps.first[place] = entry[0];
+  taps.second[place] = entry[1];
+}
+
 // A frame that breaks one of these is not read.
 __device__ bool is_usable(const Y7Frame& frame, const Y7LetterboxParams& params) {
   return frame.pixels && frame.height > 0 && frame.width > 0 && frame.width <= INT32_MAX / 3 &&
          frame.pitch >= 3 * int64_t(frame.width) && frame.resized_height > 0 && frame.resized_width > 0 &&
          frame.top >= 0 && frame.left >= 0 && frame.top <= params.height - frame.resized_height &&
-         frame.left <= params.width - frame.resized_width;
+         frame.left <= params.width - frame.resized_width &&
+         reinterpret_cast<uintptr_t>(frame.rows) % alignof(int32_t) == 0;
 }
 
 __device__ int sample(const uint8_t* upper, const uint8_t* lower, int left, int right, const Tables& tables, int column,
@@ -99,6 +107,7 @@ __global__ void __launch_bounds__(TILE* ROWS)
   if (usable && threadIdx.y == 1) {
     const int y = int(blockIdx.y) * TILE + column;
     set_taps(tables.y, column, y - frame.top, frame.height, frame.resized_height, false);
+    if (frame.rows) follow(tables.y, column, y - frame.top, frame);
   }
   __syncthreads();
   if (x >= params.width) return;

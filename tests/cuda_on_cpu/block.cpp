@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <sys/mman.h>
 
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -97,7 +98,8 @@ alignas(128) unsigned char shared_memory[SHARED + 128 * FENCE];
 std::vector<Variable> variables;
 unsigned char garbage;
 std::string failure;  // of the running launch
-std::string message = "no error";
+std::mutex one_launch;  // at a time: all the above is the running one's
+thread_local std::string message = "no error";
 
 uint32_t draw(uint32_t below) {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -290,6 +292,7 @@ cudaError_t launch_grid(dim3 grid, dim3 block, void (*body)(void*), void* argume
   if (!count || count > 1024 || !blocks || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  const std::lock_guard<std::mutex> turn(one_launch);
   failure.clear();
   threads = unsigned(count);
   if (fibers.size() < threads) fibers.resize(threads);

@@ -6,6 +6,8 @@
 // warp operation whose mask names a lane that waits elsewhere, a lane read that was never given, shared memory beyond
 // 48 KiB or written beyond its variable: each ends the launch with cudaErrorLaunchFailure and a sentence.
 //
+// Launches from several host threads take turns.
+//
 // Not emulated: threads that really run at once, weak memory order, dynamic shared memory, streams (a launch runs at
 // once), alignment faults (-fsanitize=undefined finds those).
 #ifndef CUDA_ON_CPU_CUDA_RUNTIME_H

@@ -21,7 +21,7 @@ from yolov7_deploy.weights import cache_dir
 
 PLUGIN_VARIABLE = "Y7_PLUGIN"  # path of a library to use instead of searching
 PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "Y7NMS", "1", ""
-KERNELS_ABI = 1  # of kernels.h
+KERNELS_ABI = 2  # of kernels.h
 BUILD_COMMAND = "y7 plugin"
 SYSTEM_FOLDERS = (Path("/usr/local/lib"), Path("/usr/lib"))
 DESCRIBE_TIMEOUT_S = 30.0
@@ -108,6 +108,17 @@ def find_plugin(abi: str) -> PluginLibrary | None:
             _check(library, abi, str(path))
             return library
     return None
+
+
+def find_kernels_library(capability: int) -> PluginLibrary | None:
+    """The first library of ours whose kernels run on a GPU (86 is compute capability 8.6), whatever TensorRT it is for.
+
+    Raises:
+        PluginError: See `find_plugin`.
+    """
+    kinds: tuple[Abi, ...] = ("kernels",) if os.environ.get(PLUGIN_VARIABLE) else ("v3", "v2", "kernels")
+    found = (find_plugin(abi) for abi in kinds)
+    return next((library for library in found if library and library.runs_on(capability)), None)
 
 
 def built_path(abi: str) -> Path:

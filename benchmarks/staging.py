@@ -1,0 +1,93 @@
+"""What the host saves by staging only the rows of a frame that a bilinear letterbox reads.
+
+Frames go to a buffer that stays, whole and by their row plan, in turn; the ratio is the median of the pairs. Every pass
+has buffers of its own, because now and then one lies badly in memory. Sizes above the plan's limit are gathered all the
+same, to show why there is a limit.
+
+    python benchmarks/staging.py [--rounds 100]
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from recording import parser, record
+
+from yolov7_deploy.backends.kernels import MOST_ROWS, RowPlan, plan_rows
+from yolov7_deploy.image import Image, fit_letterbox
+
+CANVAS = (640, 640)
+# Video from VGA to 4K, and frames around the limit.
+FRAMES = ((1080, 1920), (2160, 3840), (1440, 2560), (1536, 2048), (720, 1280), (480, 640), (900, 1600), (1080, 1440))
+PASSES = 5
+FRAMES_BYTES = 128 * 2**20  # of one size together, for each to come from memory; a single one stays in a large cache
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=100)
+    options = arguments.parse_args()
+    result: dict[str, object] = {"canvas": CANVAS, "limit": MOST_ROWS, "passes": PASSES, "rounds": options.rounds}
+    for hw in FRAMES:
+        share = len(plan_of(hw).rows) / hw[0]
+        result[f"{hw[1]}x{hw[0]}"] = {
+            "share_of_rows": round(share, 3),
+            "gathers": share <= MOST_ROWS,
+            "from_memory": summary([times(hw, options.rounds, FRAMES_BYTES) for _ in range(PASSES)]),
+            "from_cache": summary([times(hw, options.rounds, 1) for _ in range(PASSES)]),
+        }
+    record("staging", options.machine, result)
+
+
+def times(hw: tuple[int, int], rounds: int, frames_bytes: int) -> list[tuple[float, float]]:
+    """Seconds to stage a frame of this size whole and by its rows, in buffers of this pass."""
+    height, width = hw
+    plan = plan_of(hw)
+    count = -(-frames_bytes // (3 * height * width))
+    frames = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    whole, part = paged(frames[0].shape), paged((len(plan.rows), width, 3))
+    pairs = []
+    for number in range(rounds):
+        copy = partial(np.copyto, whole, frames[2 * number % count])
+        gather = partial(np.take, frames[(2 * number + 1) % count], plan.rows, axis=0, out=part, mode="clip")
+        pairs.append((seconds(copy), seconds(gather)))
+    return pairs
+
+
+def paged(shape: tuple[int, ...]) -> Image:
+    """Memory that begins with a page, as page-locked memory does."""
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+
+
+def plan_of(hw: tuple[int, int]) -> RowPlan:
+    return plan_rows(hw[0], fit_letterbox(hw, CANVAS).resized_hw[0])
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of this thread on a core: what else runs on the machine would hit the longer work more often."""
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
+
+
+def summary(passes: list[list[tuple[float, float]]]) -> dict[str, object]:
+    """Medians; `ratios` are those of the passes, `ratio` is theirs."""
+    whole_s, part_s = (statistics.median(found) for found in zip(*itertools.chain(*passes), strict=True))
+    ratios = sorted(round(statistics.median(part / whole for whole, part in pairs), 3) for pairs in passes)
+    return {
+        "whole_us": round(whole_s * 1e6),
+        "gathered_us": round(part_s * 1e6),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+if __name__ == "__main__":
+    main()
