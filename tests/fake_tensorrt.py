@@ -26,6 +26,7 @@ NAMES = (
     ("TacticSource", "EDGE_MASK_CONVOLUTIONS", ALWAYS, None),
     ("TacticSource", "JIT_CONVOLUTIONS", ALWAYS, None),
     ("ProfilingVerbosity", "DETAILED", ALWAYS, None),
+    ("PreviewFeature", "PROFILE_SHARING_0806", "8.6", "10.16"),
     ("MemoryPoolType", "WORKSPACE", ALWAYS, None),
     ("DeviceType", "DLA", ALWAYS, None),
     ("LayerInformationFormat", "JSON", ALWAYS, None),

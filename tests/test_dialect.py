@@ -175,6 +175,12 @@ def test_an_open_batch_gets_one_profile_and_a_fixed_one_none(run):
     assert trt.profile is None
 
 
+@pytest.mark.parametrize(("version", "batch", "shares"), [("8.6", -1, True), ("8.6", 1, False), ("10.3", -1, False)])
+def test_contexts_share_the_profile_of_an_open_batch_where_they_do_not_anyway(run, version, batch, shares):
+    trt, _ = run(version, fake=FakeTensorrt(version, batch=batch), shapes=(OPEN_BATCH,))
+    assert (("set_preview_feature", "PROFILE_SHARING_0806", True) in trt.config.done) == shares
+
+
 @pytest.mark.parametrize("version", ["8.6", "10.3"])
 def test_the_plugin_library_is_loaded_before_the_graph_is_parsed(run, version):
     trt, report = run(version, plugin="/somewhere/liby7_plugin.so")

@@ -1,7 +1,7 @@
 """Which TensorRT is installed and what it can do: the only file that imports `tensorrt` or `tensorrt_rtx`.
 
 It asks whether a name exists and never which version it has: 8.6, 10, 11 and TensorRT-RTX are one program with names
-that come and go. Imported in the process that builds, and in no other.
+that come and go. Used in the process that builds, and where engines run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _DTYPES = {
 _UNWANTED_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 # Weights as flags: what the types of a graph are worth to a TensorRT that chooses by itself.
 _PERMISSIONS = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
+# Layers whose sizes or rounds are known at run time only.
+_ALLOCATING = {"NON_ZERO", "TRIP_LIMIT", "NMS"}
 _LEVELS = {"ampere_plus": ("AMPERE_PLUS", "ampere+", "8.6"), "same_compute_capability": (
     "SAME_COMPUTE_CAPABILITY", "same-cc", "10.9")}  # fmt: skip
 
@@ -151,7 +153,9 @@ class Dialect:
 
     # --- the configuration of a build ---------------------------------------------------------------------------------
 
-    def configure(self, config: Trt, job: BuildJob, *, typed: bool) -> tuple[str, ...]:
+    def configure(
+        self, config: Trt, job: BuildJob, *, typed: bool, layers: Sequence[NetworkLayer] = ()
+    ) -> tuple[str, ...]:
         """Sets everything but the profile; gives the names of the builder flags."""
         trt = self.trt
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -159,7 +163,7 @@ class Dialect:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
         if job.opt_level >= 0:
             config.builder_optimization_level = job.opt_level
-        flags = list(self._flags(job, typed=typed))
+        flags = list(self._flags(job, typed=typed, layers=layers))
         for flag in flags:
             config.set_flag(getattr(trt.BuilderFlag, flag))
         if job.hardware_compatible != "none":
@@ -176,7 +180,7 @@ class Dialect:
                 config.set_compute_capability(getattr(trt.ComputeCapability, self.targets[target]), place)
         return tuple(flags)
 
-    def _flags(self, job: BuildJob, *, typed: bool) -> Iterator[str]:
+    def _flags(self, job: BuildJob, *, typed: bool, layers: Sequence[NetworkLayer]) -> Iterator[str]:
         if not typed:
             yield from _PERMISSIONS[job.precision]
         if job.sparse:
@@ -185,6 +189,10 @@ class Dialect:
             yield "VERSION_COMPATIBLE"
         if job.dla is not None:
             yield "GPU_FALLBACK"
+        # Without it TensorRT-RTX may allocate in the middle of a run, which no CUDA graph can hold.
+        is_steady = not {layer.type for layer in layers} & _ALLOCATING
+        if self.ahead_of_time and is_steady and hasattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            yield "REQUIRE_USER_ALLOCATION"
 
     def _tactics(self, config: Trt) -> int:
         unwanted = [getattr(self.trt.TacticSource, name, None) for name in _UNWANTED_TACTICS]
@@ -200,6 +208,9 @@ class Dialect:
             if shape.name in open_inputs:
                 profile.set_shape(shape.name, shape.min, shape.opt, shape.max)
         config.add_optimization_profile(profile)
+        # From 10 on always so: several contexts may run with one profile, and several threads with one engine.
+        if self.abi == "v2" and hasattr(getattr(self.trt, "PreviewFeature", None), "PROFILE_SHARING_0806"):
+            config.set_preview_feature(self.trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
     # --- plugins ------------------------------------------------------------------------------------------------------
 
@@ -221,6 +232,80 @@ class Dialect:
         registry = self.trt.get_plugin_registry()
         creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
         return {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators}
+
+    # --- running an engine --------------------------------------------------------------------------------------------
+
+    def open_plan(self, plan: bytes, logger: Trt, *, version_compatible: bool) -> tuple[Trt, Trt | None]:
+        """The runtime, which must outlive the engine, and the engine; `None` where TensorRT refuses the plan.
+
+        Args:
+            plan: Of the file.
+            logger: Takes the reasons.
+            version_compatible: The plan carries a runtime of its own, which may be run.
+        """
+        runtime = self.trt.Runtime(logger)
+        if version_compatible and hasattr(runtime, "engine_host_code_allowed"):
+            runtime.engine_host_code_allowed = True
+        return runtime, runtime.deserialize_cuda_engine(plan)
+
+    def engine_tensors(self, engine: Trt) -> tuple[tuple[EngineTensor, ...], tuple[EngineTensor, ...]]:
+        """Inputs and outputs of an engine."""
+        inputs: list[EngineTensor] = []
+        outputs: list[EngineTensor] = []
+        for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+            dtype = _numpy_name(engine.get_tensor_dtype(name))
+            tensor = EngineTensor(name=name, dtype=dtype, shape=_sides(engine.get_tensor_shape(name)))
+            (inputs if engine.get_tensor_mode(name).name == "INPUT" else outputs).append(tensor)
+        return tuple(inputs), tuple(outputs)
+
+    def profile(self, engine: Trt, name: str) -> InputShape:
+        """The limits of an input in the first profile."""
+        smallest, best, largest = map(_sides, engine.get_tensor_profile_shape(name, 0))
+        return InputShape(name=name, min=smallest, opt=best, max=largest)
+
+    def scratch_bytes(self, engine: Trt) -> int:
+        """Memory of the GPU that a context of this engine works in."""
+        is_long = hasattr(engine, "device_memory_size_v2")
+        return int(engine.device_memory_size_v2 if is_long else engine.device_memory_size)
+
+    def new_context(self, engine: Trt, *, graphs_inside: bool) -> Trt | None:
+        """A context that works in memory of ours (`give_scratch`); `None` where there can be no further one.
+
+        Args:
+            engine: Opened.
+            graphs_inside: TensorRT-RTX shall record CUDA graphs by itself, for callers that cannot record its work.
+        """
+        if self.records_by_itself:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if graphs_inside:
+                config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            return engine.create_execution_context(config)
+        if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
+            return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return engine.create_execution_context_without_device_memory()
+
+    def give_scratch(self, context: Trt, pointer: int, nbytes: int) -> None:
+        """The memory that a context works in; contexts that never work at once may share it."""
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(pointer, nbytes)
+        else:
+            context.device_memory = pointer
+
+    @property
+    def records_by_itself(self) -> bool:
+        """Contexts can record CUDA graphs of their own: TensorRT-RTX."""
+        return hasattr(self.trt, "CudaGraphStrategy")
+
+    def can_record(self, context: Trt, stream: int) -> bool:
+        """The caller may record the work of a ready context; only TensorRT-RTX says otherwise, and has its own way."""
+        return not (self.records_by_itself and hasattr(context, "is_stream_capturable")) or bool(
+            context.is_stream_capturable(stream)
+        )
+
+    def take_profile(self, context: Trt, stream: int) -> bool:
+        """Makes sure that a context has a profile: before 10 each profile serves one context, unless it is shared."""
+        return context.active_optimization_profile >= 0 or bool(context.set_optimization_profile_async(0, stream))
 
     # --- what came of it ----------------------------------------------------------------------------------------------
 
@@ -261,9 +346,17 @@ def _inputs(network: Trt) -> list[Trt]:
 
 
 def _tensor(tensor: Trt) -> EngineTensor:
-    return EngineTensor(name=tensor.name, dtype=_dtype(tensor), shape=tuple(int(side) for side in tensor.shape))
+    return EngineTensor(name=tensor.name, dtype=_dtype(tensor), shape=_sides(tensor.shape))
+
+
+def _sides(shape: Trt) -> tuple[int, ...]:
+    return tuple(int(side) for side in shape)
 
 
 def _dtype(tensor: Trt) -> str:
-    name = str(tensor.dtype.name)
+    return _numpy_name(tensor.dtype)
+
+
+def _numpy_name(dtype: Trt) -> str:
+    name = str(dtype.name)
     return _DTYPES.get(name, name.lower())

@@ -113,7 +113,7 @@ def build(dialect: Dialect, job: BuildJob, folder: Path, tell: Tell) -> BuildRep
     layers = dialect.layers(network)
     tell("parsed", len(layers))
     config = builder.create_builder_config()
-    flags = dialect.configure(config, job, typed=typed)
+    flags = dialect.configure(config, job, typed=typed, layers=layers)
     monitor = monitor_of(trt, lambda done, total: tell("progress", [done, total]))
     if monitor is not None:
         config.progress_monitor = monitor
