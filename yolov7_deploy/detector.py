@@ -10,12 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.backends.base import Found, Outputs, Spans, open_backend
+from yolov7_deploy.backends.gpu_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
@@ -26,13 +27,20 @@ from yolov7_deploy.weights import find_weights
 
 logger = logging.getLogger(__name__)
 
-Picture = npt.NDArray[Any] | str | Path
+Picture = npt.NDArray[Any] | GpuArray | str | Path
 LARGEST_BATCH = 32  # pictures that enter a network of open batch size at once, as many as in the paper's batch timings
+NOTHING = Outputs(
+    found=[],
+    preprocess_ms=0,
+    inference_ms=0,
+    postprocess_ms=0,
+    spans=Spans(preprocess_ms=0, upload_ms=0, engine_ms=0, download_ms=0, postprocess_ms=0),
+)
 SUBMIT_THREADS = 2  # one call's pictures are prepared while another's are in the network
 
 
 class Detector:
-    """Finds objects in pictures with a `.pt`, `.safetensors` or `.onnx` file.
+    """Finds objects in pictures with a `.pt`, `.safetensors`, `.onnx` or `.engine` file.
 
     Usable from several threads at once. Thresholds left out are those of the file, where suppression is inside it,
     else the official ones (`Thresholds`); each call may override them.
@@ -101,6 +109,11 @@ class Detector:
         return self._backend.largest_batch
 
     @property
+    def settings(self) -> tuple[tuple[str, str], ...]:
+        """How it runs, in words, such as ("CUDA graph", "on")."""
+        return self._backend.settings
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """One name per class id."""
         return self.info.class_names
@@ -114,7 +127,11 @@ class Detector:
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> Detections:
-        """The objects in one picture: uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path."""
+        """The objects in one picture: uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path.
+
+        An engine takes uint8 BGR [H, W, 3] arrays on its GPU too (torch, cupy, pycuda, ...), without a copy: by DLPack
+        or `__cuda_array_interface__`, after what their library's stream has still to do.
+        """
         return self.batch([image], conf=conf, iou=iou, classes=classes, max_det=max_det)[0]
 
     def batch(
@@ -156,11 +173,23 @@ class Detector:
     def _at_once(
         self, items: Sequence[Picture], thresholds: Thresholds, *, timed: bool
     ) -> tuple[list[Detections], Outputs]:
-        pictures = [read_image(item) if isinstance(item, str | Path) else as_bgr(item) for item in items]
+        pictures = [self._picture(item) for item in items]
         letterboxes = [fit_letterbox(_hw(picture), self.input_hw) for picture in pictures]
         found, outputs = self._infer(pictures, letterboxes, thresholds, timed=timed)
         paths = [str(item) if isinstance(item, str | Path) else "" for item in items]
         return [replace(one, path=path) for one, path in zip(found, paths, strict=True)], outputs
+
+    def _picture(self, item: Picture) -> Image:
+        if isinstance(item, str | Path):
+            return read_image(item)
+        if not is_gpu_array(item):
+            return as_bgr(item)
+        if not self._backend.takes_gpu_arrays:
+            raise UsageError(
+                f"{self.path.name} takes pictures in main memory here; this {type(item).__name__} is on a GPU.",
+                fix="Pass image.cpu().numpy() (cupy, pycuda: image.get()); engines take it where  y7 plugin  has run.",
+            )
+        return cast(Image, item)  # for the backend, which knows
 
     def stream(
         self,
@@ -209,6 +238,8 @@ class Detector:
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
     ) -> tuple[list[Detections], Outputs]:
         self._check_open()
+        if not images:
+            return [], NOTHING
         outputs = self._backend.infer(images, letterboxes, thresholds, timed=timed)
         count = len(images)
         speed = Speed(
@@ -281,4 +312,4 @@ def _own_thresholds(info: ModelInfo) -> Thresholds:
 
 
 def _hw(image: Image) -> tuple[int, int]:
-    return image.shape[0], image.shape[1]
+    return gpu_hw(image) if is_gpu_array(image) else (image.shape[0], image.shape[1])

@@ -1,7 +1,9 @@
-// A CUDA runtime without a GPU, for tests of what calls it: device memory is host memory, and work is done when queued.
+// A CUDA runtime without a GPU, for tests of what calls it: device memory is host memory.
 //
-// It refuses what the real one refuses: copies outside an allocation, handles that are none, a stream's synchronisation
-// while it records. Graphs repeat their copies and fills; kernels do not come by here. The environment tells the rest:
+// Work waits in its stream until somebody waits for it, so that a forgotten synchronisation shows as old contents. It is
+// then done by the waiting thread, one stream beside the other. What a kernel would do is a call of the test's own
+// (fake_cuda_host_call), which waits and is recorded like a copy. It refuses what the real one refuses: copies outside
+// an allocation, handles that are none, a stream's synchronisation while it records. The environment tells the rest:
 //   FAKE_CUDA_DEVICES  number of GPUs (1)          FAKE_CUDA_MEMORY   bytes of each (1 GiB)
 //   FAKE_CUDA_DRIVER   version, 0 for none (12040) FAKE_CUDA_RUNTIME  version (12040)
 //   FAKE_CUDA_CONTEXT  set: a context is current   FAKE_CUDA_LOG      file that takes the name of every call
@@ -15,24 +17,32 @@
 
 enum { SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INSUFFICIENT_DRIVER = 35, NO_DEVICE = 100, INVALID_DEVICE = 101 };
 enum { INVALID_HANDLE = 400, NOT_READY = 600, CAPTURE_UNSUPPORTED = 900 };
-enum { DEVICE = 1, HOST, STREAM, EVENT, GRAPH, EXECUTABLE };
+enum { DEVICE = 1, HOST, STREAM, EVENT, GRAPH, EXECUTABLE, DESTROYED };
 
 typedef struct Object {
   struct Object* next;
   int kind;
-  size_t bytes;          // of memory
-  char* memory;          // of memory
-  struct Object* graph;  // of a stream that records
-  struct Step* steps;    // of a graph
-  double time;           // of an event
+  size_t bytes;           // of memory
+  char* memory;           // of memory
+  int device;             // of memory
+  struct Object* graph;   // of a stream that records
+  struct Step* steps;     // of a graph, and what waits in a stream
+  pthread_mutex_t order;  // of a stream: one thread at a time queues or does its work
+  int status;             // of a stream: the first failure since somebody asked
+  struct Object* stream;  // of an event
+  int passed;             // of an event
+  double time;            // of an event
 } Object;
 
 typedef struct Step {
   struct Step* next;
+  enum { COPY, FILL, CALL, RECORD, WAIT } kind;
   void* to;
-  const void* from;  // null for a fill
+  const void* from;
   int value;
   size_t bytes;
+  int (*call)(void*);  // gives a status
+  Object* event;
 } Step;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -73,6 +83,13 @@ static int enter(const char* name, int needs_driver) {
 static Object* add(int kind) {
   Object* object = calloc(1, sizeof(Object));
   object->kind = kind;
+  object->device = device;
+  if (kind == STREAM) {
+    pthread_mutexattr_t attributes;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);  // a call may queue more
+    pthread_mutex_init(&object->order, &attributes);
+  }
   pthread_mutex_lock(&mutex);
   object->next = objects;
   objects = object;
@@ -118,7 +135,7 @@ static int lies_in(const void* address, size_t bytes, int kind) {
 int fake_cuda_live(void) {
   int count = 0;
   pthread_mutex_lock(&mutex);
-  for (Object* object = objects; object; object = object->next) ++count;
+  for (Object* object = objects; object; object = object->next) count += object->kind != DESTROYED;
   pthread_mutex_unlock(&mutex);
   return count;
 }
@@ -207,41 +224,114 @@ int cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) {
   ENTER(1);
   return flags ? failed(INVALID_VALUE) : allocate(pointer, bytes, HOST);
 }
+static void do_step(Object* stream, Step step);
+
+// What waits in a stream, to its end or until an event is passed; 0 where another thread is at it and `patient` is not
+// set.
+static int drain(Object* stream, const Object* until, int patient) {
+  if (patient) {
+    pthread_mutex_lock(&stream->order);
+  } else if (pthread_mutex_trylock(&stream->order)) {
+    return 0;
+  }
+  while (stream->steps && !(until && until->passed)) {
+    Step* step = stream->steps;
+    stream->steps = step->next;
+    do_step(stream, *step);
+    free(step);
+  }
+  pthread_mutex_unlock(&stream->order);
+  return 1;
+}
+static void do_step(Object* stream, Step step) {
+  struct timespec now;
+  int status = SUCCESS;
+  switch (step.kind) {
+    case COPY:
+      memmove(step.to, step.from, step.bytes);
+      break;
+    case FILL:
+      memset(step.to, step.value, step.bytes);
+      break;
+    case CALL:
+      status = step.call(step.to);
+      break;
+    case RECORD:
+      clock_gettime(CLOCK_MONOTONIC, &now);
+      step.event->time = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
+      step.event->passed = 1;
+      break;
+    case WAIT:
+      if (step.event->stream && step.event->stream != stream) drain(step.event->stream, step.event, 1);
+      break;
+  }
+  if (!stream->status) stream->status = status;
+}
+static void drain_all(void) {
+  Object* streams[256];
+  int count = 0;
+  pthread_mutex_lock(&mutex);
+  for (Object* object = objects; object && count < 256; object = object->next) {
+    if (object->kind == STREAM) streams[count++] = object;
+  }
+  pthread_mutex_unlock(&mutex);
+  for (int i = 0; i < count; ++i) drain(streams[i], NULL, 0);
+}
+static int queue(Object* stream, Step step) {
+  if (!stream) return failed(INVALID_HANDLE);
+  Step* copy = malloc(sizeof(Step));
+  *copy = step;
+  copy->next = NULL;
+  pthread_mutex_lock(&stream->order);
+  Step** end = stream->graph ? &stream->graph->steps : &stream->steps;
+  while (*end) end = &(*end)->next;
+  *end = copy;
+  pthread_mutex_unlock(&stream->order);
+  return SUCCESS;
+}
 int cudaFree(void* pointer) {
   ENTER(1);
+  drain_all();  // as the real one waits
   return pointer ? drop(pointer, DEVICE) : SUCCESS;
 }
 int cudaFreeHost(void* pointer) {
   ENTER(1);
+  drain_all();
   return drop(pointer, HOST);
 }
-
-static int queue(Object* stream, Step step) {
-  if (!stream) return failed(INVALID_HANDLE);
-  if (stream->graph) {
-    Step* copy = malloc(sizeof(Step));
-    *copy = step;
-    Step** end = &stream->graph->steps;
-    while (*end) end = &(*end)->next;
-    *end = copy;
-  } else if (step.from) {
-    memmove(step.to, step.from, step.bytes);
-  } else {
-    memset(step.to, step.value, step.bytes);
+int cudaPointerGetAttributes(int* attributes, const void* pointer) {
+  ENTER(1);
+  attributes[0] = lies_in(pointer, 1, DEVICE) ? 2 : lies_in(pointer, 1, HOST) ? 1 : 0;
+  attributes[1] = -1;
+  pthread_mutex_lock(&mutex);
+  for (const Object* object = objects; object && attributes[0]; object = object->next) {
+    const char* byte = pointer;
+    if (object->kind <= HOST && byte >= object->memory && byte < object->memory + object->bytes) {
+      attributes[1] = object->device;
+    }
   }
+  pthread_mutex_unlock(&mutex);
   return SUCCESS;
+}
+// For the tests: work of their own on a stream, and whether it would be recorded.
+int fake_cuda_host_call(void* stream, int (*call)(void*), void* argument) {
+  return queue(find(stream, STREAM), (Step){.kind = CALL, .call = call, .to = argument});
+}
+int fake_cuda_capturing(void* stream) {
+  const Object* object = find(stream, STREAM);
+  return object && object->graph;
 }
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
   ENTER(1);
   if (kind < 1 || kind > 3) return failed(INVALID_VALUE);
   if (kind != 2 && !lies_in(to, bytes, DEVICE)) return failed(INVALID_VALUE);
   if (kind != 1 && !lies_in(from, bytes, DEVICE)) return failed(INVALID_VALUE);
-  return queue(find(stream, STREAM), (Step){.to = to, .from = from, .bytes = bytes});
+  return queue(find(stream, STREAM), (Step){.kind = COPY, .to = to, .from = from, .bytes = bytes});
 }
 int cudaMemsetAsync(void* to, int value, size_t bytes, void* stream) {
   ENTER(1);
   if (!lies_in(to, bytes, DEVICE)) return failed(INVALID_VALUE);
-  return queue(find(stream, STREAM), (Step){.to = to, .value = value, .bytes = bytes});
+  return queue(find(stream, STREAM), (Step){.kind = FILL, .to = to, .value = value, .bytes = bytes});
 }
 
 // ---- streams and events
@@ -254,6 +344,8 @@ int cudaStreamCreateWithFlags(void** stream, unsigned flags) {
 }
 int cudaStreamDestroy(void* stream) {
   ENTER(1);
+  Object* object = find(stream, STREAM);
+  if (object) drain(object, NULL, 1);
   return drop(stream, STREAM);
 }
 int cudaStreamSynchronize(void* stream) {
@@ -261,11 +353,17 @@ int cudaStreamSynchronize(void* stream) {
   if (!stream) return SUCCESS;  // the legacy default stream
   Object* object = find(stream, STREAM);
   if (!object) return failed(INVALID_HANDLE);
-  return object->graph ? failed(CAPTURE_UNSUPPORTED) : SUCCESS;
+  if (object->graph) return failed(CAPTURE_UNSUPPORTED);
+  drain(object, NULL, 1);
+  const int status = object->status;
+  object->status = SUCCESS;
+  return failed(status);
 }
 int cudaStreamWaitEvent(void* stream, void* event, unsigned flags) {
   ENTER(1);
-  return find(stream, STREAM) && find(event, EVENT) && !flags ? SUCCESS : failed(INVALID_HANDLE);
+  Object* object = find(event, EVENT);
+  if (!object || flags) return failed(INVALID_HANDLE);
+  return queue(find(stream, STREAM), (Step){.kind = WAIT, .event = object});
 }
 int cudaEventCreateWithFlags(void** event, unsigned flags) {
   ENTER(1);
@@ -275,26 +373,34 @@ int cudaEventCreateWithFlags(void** event, unsigned flags) {
 }
 int cudaEventDestroy(void* event) {
   ENTER(1);
-  return drop(event, EVENT);
+  Object* object = find(event, EVENT);
+  if (!object) return failed(INVALID_HANDLE);
+  pthread_mutex_lock(&mutex);
+  object->kind = DESTROYED;  // those who wait for it still do
+  pthread_mutex_unlock(&mutex);
+  return SUCCESS;
 }
 int cudaEventRecord(void* event, void* stream) {
   ENTER(1);
-  Object* object = find(event, EVENT);
-  if (!object || !find(stream, STREAM)) return failed(INVALID_HANDLE);
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  object->time = now.tv_sec * 1e3 + now.tv_nsec / 1e6;
-  return SUCCESS;
+  Object *object = find(event, EVENT), *onto = find(stream, STREAM);
+  if (!object) return failed(INVALID_HANDLE);
+  if ((uintptr_t)stream <= 2) return SUCCESS;  // the default streams have nothing to do
+  object->stream = onto;
+  object->passed = 0;
+  return queue(onto, (Step){.kind = RECORD, .event = object});
 }
 int cudaEventSynchronize(void* event) {
   ENTER(1);
-  return find(event, EVENT) ? SUCCESS : failed(INVALID_HANDLE);
+  Object* object = find(event, EVENT);
+  if (!object) return failed(INVALID_HANDLE);
+  if (object->stream) drain(object->stream, object, 1);
+  return SUCCESS;
 }
 int cudaEventElapsedTime(float* milliseconds, void* start, void* end) {
   ENTER(1);
   const Object *from = find(start, EVENT), *to = find(end, EVENT);
   if (!from || !to) return failed(INVALID_HANDLE);
-  if (!from->time || !to->time) return failed(NOT_READY);
+  if (!from->passed || !to->passed) return failed(NOT_READY);
   *milliseconds = (float)(to->time - from->time);
   return SUCCESS;
 }

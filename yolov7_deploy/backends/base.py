@@ -99,6 +99,11 @@ class Backend(Protocol):
     largest_batch: int | None
     takes_gpu_arrays: bool
 
+    @property
+    def settings(self) -> tuple[tuple[str, str], ...]:
+        """What a benchmark must say of how it runs, such as ("CUDA graph", "on"); calls may change it."""
+        ...
+
     def infer(
         self,
         images: Sequence[Image],

@@ -10,9 +10,11 @@ Nothing here uses the legacy default stream: it would wait for every other strea
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,11 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.backends.cudart import (
+    CONTEXT_GONE,
     INSUFFICIENT_DRIVER,
     NO_DEVICE,
+    STICKY,
     Runtime,
     absence,
+    failure,
     has_current_context,
+    out_of_memory,
     runtimes,
     version,
 )
@@ -32,15 +38,14 @@ from yolov7_deploy.errors import DeviceError, MissingLibraryError
 
 Array = npt.NDArray[Any]
 
-_OUT_OF_MEMORY, _INVALID_DEVICE = 2, 101  # cudaErrorMemoryAllocation, cudaErrorInvalidDevice
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_ON_GPU = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cudaDeviceAttr
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
 _NO_TIMING = 2  # an event that only orders
 # Other threads may allocate during a capture, and this one may free what it forgets meanwhile.
 _RELAXED = 2
-# After these the context is lost, and with it every call of this process.
-_STICKY = frozenset({700, 702, 709, 710, 714, 715, 716, 717, 718, 719})
 
 _Self = TypeVar("_Self", bound="_Owned")
 
@@ -57,10 +62,17 @@ class Device:
 
 
 class Cuda:
-    """The CUDA runtime through one binding."""
+    """The CUDA runtime through one binding.
+
+    Attributes:
+        runtime: The binding.
+        fault: The failure after which nothing made with it works any more, `None` as long as it does.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.fault: DeviceError | None = None
+        self._thread = threading.local()
 
     def __repr__(self) -> str:
         return f"Cuda({self.runtime.name})"
@@ -87,15 +99,10 @@ class Cuda:
         return int(result)
 
     def _error(self, status: int, function: str) -> DeviceError:
-        text = self.runtime.error_text(status)
-        if status in (INSUFFICIENT_DRIVER, NO_DEVICE):
-            return absence(self.runtime, status)
-        if status == _INVALID_DEVICE:
-            return DeviceError(f"There is no such GPU ({function}: {text}).", fix="List them with: nvidia-smi -L")
-        if status in _STICKY:
-            message = f"{function} failed ({text}): the GPU gave up on this process, possibly because of earlier work."
-            return DeviceError(message, fix="Start the program again; compute-sanitizer finds the cause.")
-        return DeviceError(f"{function} failed ({text}).", fix="y7 doctor shows the GPU, its driver and its libraries.")
+        error = failure(self.runtime, status, function)
+        if status in STICKY or status in CONTEXT_GONE:
+            self.fault = DeviceError(error.message, fix=error.fix)  # without the frames of that call, and their memory
+        return error
 
     def device_count(self) -> int:
         """Number of GPUs.
@@ -114,6 +121,26 @@ class Cuda:
         if has_current_context() and self.value("cudaGetDevice") == index:
             return
         self.call("cudaSetDevice", index)
+
+    @contextlib.contextmanager
+    def working_on(self, index: int) -> Iterator[None]:
+        """This thread works on that GPU until the end of the block, then on the one it worked on before."""
+        before = self.value("cudaGetDevice")
+        if before != index or not getattr(self._thread, "is_set", False):
+            self.set_device(index)
+            self._thread.is_set = True
+        try:
+            yield
+        finally:
+            if before != index:
+                self.runtime.call("cudaSetDevice", before)
+
+    def gpu_of(self, pointer: int) -> int | None:
+        """Number of the GPU that an address lies on; `None` for host memory."""
+        status, kind, index = self.runtime.pointer_device(pointer)
+        if status:
+            self.runtime.call("cudaGetLastError")
+        return index if status == 0 and kind in _ON_GPU else None
 
     def device(self) -> Device:
         """The GPU that this thread works on."""
@@ -144,23 +171,11 @@ class Cuda:
         status, pointer = self.runtime.call(function, max(nbytes, 1), *flags)
         if status == _OUT_OF_MEMORY:
             self.runtime.call("cudaGetLastError")
-            raise self._out_of_memory(function, nbytes)
+            raise out_of_memory(self.runtime, function, nbytes)
         if status:
             self.runtime.call("cudaGetLastError")
             raise self._error(status, function)
         return int(pointer)
-
-    def _out_of_memory(self, function: str, nbytes: int) -> DeviceError:
-        if function == "cudaHostAlloc":
-            return DeviceError(
-                f"{_megabytes(nbytes)} of page-locked host memory are needed and were refused.",
-                fix="Take a smaller --batch, or raise the limit of locked memory (ulimit -l).",
-            )
-        free, total = self.memory()
-        return DeviceError(
-            f"{_megabytes(nbytes)} of GPU memory are needed; {_megabytes(free)} of {_megabytes(total)} are free.",
-            fix="Take a smaller --batch or --img, or end other programs on this GPU (nvidia-smi lists them).",
-        )
 
 
 def open_cuda() -> Cuda:
@@ -186,10 +201,6 @@ def open_cuda() -> Cuda:
         )
     # A runtime that a driver accepts knows more about what is missing than one it refuses.
     raise absence(*min(refused, key=lambda pair: pair[1] == INSUFFICIENT_DRIVER))
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
 
 
 class _Owned:
@@ -311,9 +322,15 @@ class Stream(_Owned):
         """Lets later work of this stream wait for an event of another one; the caller does not wait."""
         self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
-    def upload(self, buffer: DeviceBuffer, array: Array) -> None:
-        """Queues a copy of a contiguous array to the start of a buffer; asynchronous from a `PinnedBuffer`."""
-        self._copy(buffer.handle, _address(array), _fitting(array, buffer), _TO_DEVICE)
+    def follow(self, handle: int) -> None:
+        """Lets later work wait for what another library's stream has to do so far; nobody else waits."""
+        with Event(self.cuda, timing=False) as event:
+            self.cuda.call("cudaEventRecord", event.handle, handle)
+            self.wait(event)
+
+    def upload(self, buffer: DeviceBuffer, array: Array, *, offset: int = 0) -> None:
+        """Queues a copy of a contiguous array into a buffer, from a byte on; asynchronous from a `PinnedBuffer`."""
+        self._copy(buffer.handle + offset, _address(array), _fitting(array, buffer, offset), _TO_DEVICE)
 
     def download(self, array: Array, buffer: DeviceBuffer) -> None:
         """Queues a copy of the beginning of a buffer that fills a contiguous array."""
@@ -339,9 +356,9 @@ def _address(array: Array) -> int:
     return array.ctypes.data
 
 
-def _fitting(array: Array, buffer: DeviceBuffer) -> int:
-    if array.nbytes > buffer.nbytes:
-        raise ValueError(f"the array has {array.nbytes} bytes, the buffer {buffer.nbytes}")
+def _fitting(array: Array, buffer: DeviceBuffer, offset: int = 0) -> int:
+    if offset + array.nbytes > buffer.nbytes:
+        raise ValueError(f"the array has {array.nbytes} bytes, the buffer {buffer.nbytes - offset}")
     return array.nbytes
 
 

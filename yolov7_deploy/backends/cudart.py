@@ -25,6 +25,11 @@ except ImportError:
 from yolov7_deploy.errors import DeviceError
 
 INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # cudaErrorInsufficientDriver, cudaErrorNoDevice
+INVALID_DEVICE = 101  # cudaErrorInvalidDevice
+# After these the context is lost, and with it every call of this process.
+STICKY = frozenset({700, 702, 710, 714, 715, 716, 717, 718, 719})
+# cudaErrorDeviceUninitialized, cudaErrorContextIsDestroyed: somebody took the context away.
+CONTEXT_GONE = frozenset({201, 709})
 CUDART_VERSIONS = ("13", "12", "11.0")  # sonames; 11.0 is that of every CUDA 11
 # Where wheels put it, beside this package's own folder; the first is CUDA 13's place.
 WHEEL_FOLDERS = ("nvidia/cu13/lib", "nvidia/cuda_runtime/lib")
@@ -72,6 +77,7 @@ _ENUMERATIONS = {
     "cudaStreamBeginCapture": (1, "cudaStreamCaptureMode"),
 }
 _PROPERTIES_BYTES = 8192  # cudaDeviceProp is about 1 KB in every version, and begins with the name
+_POINTER_INTS = 64  # cudaPointerAttributes is at most 96 bytes, and begins with the kind of memory and the device
 
 
 class Runtime(Protocol):
@@ -84,6 +90,9 @@ class Runtime(Protocol):
 
     def device_name(self, device: int) -> tuple[int, str]:
         """Status and name."""
+
+    def pointer_device(self, pointer: int) -> tuple[int, int, int]:
+        """Status, kind of memory (0 unknown, 1 host, 2 device, 3 managed) and device of an address."""
 
     def error_text(self, status: int) -> str:
         """Name and sentence of a status."""
@@ -116,6 +125,14 @@ class BindingsRuntime:
         except RuntimeError:
             return INSUFFICIENT_DRIVER, ""
         return (int(status), "") if int(status) else (0, _decoded(properties.name))
+
+    def pointer_device(self, pointer: int) -> tuple[int, int, int]:
+        """See `Runtime`."""
+        try:
+            status, found = cuda_runtime.cudaPointerGetAttributes(pointer)
+        except RuntimeError:
+            return INSUFFICIENT_DRIVER, 0, 0
+        return (int(status), 0, 0) if int(status) else (0, int(found.type), int(found.device))
 
     def error_text(self, status: int) -> str:
         """See `Runtime`."""
@@ -150,6 +167,8 @@ class LibraryRuntime:
             self._functions[function] = found
         self._properties = library.cudaGetDeviceProperties
         self._properties.argtypes, self._properties.restype = [c_void_p, c_int], c_int
+        self._attributes = library.cudaPointerGetAttributes
+        self._attributes.argtypes, self._attributes.restype = [c_void_p, c_void_p], c_int
         self._texts = [library.cudaGetErrorName, library.cudaGetErrorString]
         for text in self._texts:
             text.argtypes, text.restype = [c_int], c_char_p
@@ -166,6 +185,11 @@ class LibraryRuntime:
         """See `Runtime`."""
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
         return self._properties(properties, device), _decoded(properties.value)
+
+    def pointer_device(self, pointer: int) -> tuple[int, int, int]:
+        """See `Runtime`."""
+        attributes = (c_int * _POINTER_INTS)()
+        return self._attributes(attributes, pointer), attributes[0], attributes[1]
 
     def error_text(self, status: int) -> str:
         """See `Runtime`."""
@@ -234,6 +258,41 @@ def absence(runtime: Runtime, status: int) -> DeviceError:
         f"The CUDA runtime {runtime.name} does not start ({runtime.error_text(status)}).",
         fix="Check nvidia-smi; a reboot helps where the driver was just updated.",
     )
+
+
+def failure(runtime: Runtime, status: int, function: str) -> DeviceError:
+    """What a status of a function other than success means, and what to do."""
+    text = runtime.error_text(status)
+    if status in (INSUFFICIENT_DRIVER, NO_DEVICE):
+        return absence(runtime, status)
+    if status == INVALID_DEVICE:
+        return DeviceError(f"There is no such GPU ({function}: {text}).", fix="List them with: nvidia-smi -L")
+    if status in CONTEXT_GONE:
+        message = f"{function} failed ({text}): the CUDA context that this was opened in was destroyed."
+        fix = "Keep the context (pycuda: do not detach it) as long as what was opened in it, then open that again."
+        return DeviceError(message, fix=fix)
+    if status in STICKY:
+        message = f"{function} failed ({text}): the GPU gave up on this process, possibly because of earlier work."
+        return DeviceError(message, fix="Start the program again; compute-sanitizer finds the cause.")
+    return DeviceError(f"{function} failed ({text}).", fix="y7 doctor shows the GPU, its driver and its libraries.")
+
+
+def out_of_memory(runtime: Runtime, function: str, nbytes: int) -> DeviceError:
+    """Why an allocating function gave nothing: the need, and what is there."""
+    if function == "cudaHostAlloc":
+        return DeviceError(
+            f"{_megabytes(nbytes)} of page-locked host memory are needed and were refused.",
+            fix="Take a smaller --batch, or raise the limit of locked memory (ulimit -l).",
+        )
+    _, free, total = runtime.call("cudaMemGetInfo")
+    return DeviceError(
+        f"{_megabytes(nbytes)} of GPU memory are needed; {_megabytes(free)} of {_megabytes(total)} are free.",
+        fix="Take a smaller --batch or --img, or end other programs on this GPU (nvidia-smi lists them).",
+    )
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
 
 
 def version(number: int) -> str:
