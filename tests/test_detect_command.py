@@ -172,6 +172,12 @@ def test_thresholds_left_out_are_those_of_the_model(run, inputs):
     assert {StandIn.options[name] for name in ("conf", "iou", "max_det", "multi_label", "class_agnostic")} == {None}
 
 
+@pytest.mark.parametrize("option,half", [([], None), (["--half"], True), (["--no-half"], False)])
+def test_the_precision_is_handed_to_the_detector(run, inputs, option, half):
+    assert run("--source", inputs, "--nosave", *option).exception is None
+    assert StandIn.options["half"] is half
+
+
 def test_a_wrong_class_is_answered_with_a_near_one(run, inputs):
     error = run("--source", inputs, "--classes", "dgo").exception
     assert isinstance(error, UsageError)

@@ -60,10 +60,13 @@ LIBRARIES: dict[str, set[str]] = {
     "safetensors": {"checkpoint/checkpoint.py"},
     "torch": {
         "backends/pytorch.py",
+        "backends/torch_lanes.py",
+        "backends/torch_network.py",
         "checkpoint/checkpoint.py",
         "export/to_onnx.py",
         "fusion.py",
         "measure/complexity.py",
+        "measure/layer_work.py",
         "model/",
     },
     "typer": {"cli/"},

@@ -29,6 +29,7 @@ HEAVY = (
     "cuda",
     "cv2",
     "faster_coco_eval",
+    "matplotlib",
     "onnx",
     "onnxruntime",
     "onnxsim",
@@ -177,6 +178,7 @@ except MissingLibraryError as error:
         ("onnx", "export", ["verify", "--weights", MODEL, "--against", MODEL]),
         ("torch", "export", ["info", "yolov7"]),
         ("torch", "export", ["info", "model.pt"]),
+        ("matplotlib", "bench", ["bench", "--paper", "--weights", "model.pt"]),
     ],
 )
 def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, arguments, tmp_path, model_file):

@@ -18,9 +18,11 @@ from yolov7_deploy.info import ModelInfo
 class BlackDetector:
     """Finds one cat, always in the same place."""
 
+    asked = None
     info = ModelInfo(variant="custom", class_names=("cat", "dog"), strides=(), anchors=(), precision="fp16")
 
-    def __init__(self, weights, *, device, img):
+    def __init__(self, weights, *, device, img, half):
+        type(self).asked = half
         self.input_hw = (img or 64, img or 64)
 
     def __enter__(self):
@@ -72,6 +74,12 @@ def test_val_accepts_the_official_spellings(run):
     result = run(*spellings)
     assert "rect 96 (pad 0.5, batch 2" in result.stdout and "conf 0.01, iou 0.5" in result.stdout
     assert "class  images  instances      AP    AP50\ncat         1          1  1.0000  1.0000" in result.stdout
+
+
+@pytest.mark.parametrize("option,half", [([], None), (["--half"], True), (["--no-half"], False)])
+def test_val_hands_the_precision_to_the_detector(run, option, half):
+    run(*option)
+    assert BlackDetector.asked is half
 
 
 def test_val_writes_the_record_and_the_predictions(run, tmp_path):

@@ -60,6 +60,10 @@ Img = Annotated[
     typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")]
+Half = Annotated[
+    bool | None,
+    typer.Option("--half/--no-half", help="Half precision for checkpoints (default: on a GPU, and only there)."),
+]
 MultiLabel = Annotated[
     bool | None,
     typer.Option(
@@ -88,6 +92,7 @@ def detect(
     classes: Classes = None,
     img: Img = None,
     device: Device = "auto",
+    half: Half = None,
     multi_label: MultiLabel = None,
     agnostic_nms: AgnosticNms = None,
     save_dir: SaveDir = None,
@@ -124,6 +129,7 @@ def detect(
         path,
         device=f"cuda:{device}" if device.isdigit() else device,
         img=input_size,
+        half=half,
         conf=conf,
         iou=iou,
         max_det=max_det,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.detect import parse_img
+from yolov7_deploy.cli.detect import Half, parse_img
 from yolov7_deploy.options import ValOptions
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def val(
     ] = DEFAULTS.max_det,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many pictures.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")] = "auto",
+    half: Half = None,
     json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
     predictions: Annotated[
         str | None, typer.Option("--predictions", "--save-json", help="Write the detections as a COCO results file.")
@@ -79,7 +80,7 @@ def val(
     with progress("download") as show:
         path = find_weights(weights, progress=show)
     place = f"cuda:{device}" if device.isdigit() else device
-    with Detector(path, device=place, img=input_size) as detector, progress("val") as show:
+    with Detector(path, device=place, img=input_size, half=half) as detector, progress("val") as show:
         report = evaluate(detector, dataset, options=options, progress=show)
     report = replace(report, weights=str(path), backend=backend_row(path).name)
     typer.echo(describe(report, per_class=per_class), err="-" in (json_path, predictions))

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy.backends.base import Backend, open_backend
+from yolov7_deploy.backends.base import Backend, backend_row, open_backend
 from yolov7_deploy.dataset import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
@@ -102,7 +102,9 @@ def _stages(
 ) -> ParityReport:
     other = open_backend(path, device=device, input_hw=None)
     hw = other.info.default_hw
-    reference = open_backend(trusted, device=device, input_hw=None if _fixed(trusted) else hw)
+    reference = open_backend(
+        trusted, device=device, input_hw=None if _fixed(trusted) else hw, half=None if _fixed(trusted) else False
+    )
     _check_same_classes(trusted, reference.info, path, other.info)
     return compare(
         form(str(trusted), reference, trusted, input_hw=reference.info.input_hw or hw),
@@ -119,7 +121,9 @@ def _accuracy(paths: Sequence[Path], dataset: Dataset, device: str, progress: Pr
     size = next((hw for hw in fixed if hw is not None), None)
     accuracy = []
     for path in paths:
-        with Detector(path, device=device, img=None if _fixed(path) else size) as detector:
+        # A checkpoint is what the others are measured by: float32 on every device.
+        half = None if _fixed(path) else False
+        with Detector(path, device=device, img=None if _fixed(path) else size, half=half) as detector:
             measured = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
         accuracy.append(
             FormAccuracy(
@@ -137,7 +141,7 @@ def _pictures(source: Path | list[Path] | None, limit: int) -> list[Image]:
 
 
 def _fixed(path: Path) -> bool:
-    return path.suffix == ".onnx"
+    return backend_row(path).name != "pytorch"
 
 
 def _strictest(reference: Backend, other: Backend) -> ModelInfo:
