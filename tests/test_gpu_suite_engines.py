@@ -58,8 +58,8 @@ def test_an_engine_is_built_run_and_compared_with_its_reference(setting, monkeyp
     brought = setting.folder / "yolov7-tiny.onnx"
     assert brought.stat().st_size < 2**20, "the weights stayed behind"
 
-    def build(_, onnx, plugin):
-        assert plugin is None
+    def build(_, onnx, plugin, *, level, into):
+        assert (plugin, level, into) == (None, "2", setting.folder)
         engine = onnx.with_suffix(".engine")
         engine.write_bytes(weights.filled(onnx.read_bytes()))
         return engine

@@ -45,6 +45,9 @@ PARTS = (
     Part(name="sanitizer", target="sanitizer:check", budget_s=60),
     Part(name="engines", target="engines:check", budget_s=500, needs="tensorrt", emulated=False),
     Part(name="rtx", target="rtx:check", budget_s=60, needs="tensorrt_rtx"),
+    Part(name="runtime", target="runtime:measure", budget_s=560, needs="tensorrt", emulated=False),
+    Part(name="torch_speed", target="torch_speed:measure", budget_s=300, needs="torch"),
+    Part(name="soak", target="runtime:soak", budget_s=600, needs="tensorrt", emulated=False),
 )
 # Run by other parts only.
 HIDDEN = {"sanitized": "sanitizer:work"}

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 
+from gpu_parts.building import build
 from gpu_parts.comparing import compare_detections, compare_raw
 from gpu_parts.setting import PLUGIN, Array, Cuda, Setting, Stream, times_us
 from gpu_parts.tensorrt_run import Runner, load_plugins
-from gpu_parts.weights import filled
 
 MODELS = ("yolov7-tiny", "yolov7", "yolov7-w6")
-BUILD_S = 300.0
 OPT_LEVEL = "2"  # correctness is looked at here: builds faster, runs a little slower
 
 
@@ -33,29 +28,14 @@ def check(setting: Setting) -> None:
             setting.record(name, f"{onnx.name} was not brought")
             continue
         try:
-            engine = build(setting, onnx, plugin if plugin.exists() else None)
+            engine = build(
+                setting, onnx, plugin if plugin.exists() else None, level=OPT_LEVEL, into=setting.result.parent
+            )
             run(setting, cuda, name, engine.read_bytes(), dict(np.load(reference)))
         except (AssertionError, OSError, subprocess.SubprocessError, RuntimeError) as error:
             setting.record(name, {"failed": str(error)[-3000:]})
             failures.append(name)
     assert not failures, f"failed: {failures}"
-
-
-def build(setting: Setting, onnx: Path, plugin: Path | None) -> Path:
-    """The engine of a file of `prepare`, through the command that users type."""
-    whole = setting.result.parent / onnx.name
-    whole.write_bytes(filled(onnx.read_bytes()))
-    engine = whole.with_suffix(".engine")
-    command = [sys.executable, "-m", "yolov7_deploy", "build", "--weights", str(whole), "--output", str(engine)]
-    command += ["--opt-level", OPT_LEVEL]
-    environment = {**os.environ, **({"Y7_PLUGIN": str(plugin)} if plugin else {})}
-    started = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BUILD_S, check=False)
-    said = (done.stdout + done.stderr)[-2500:]
-    seconds = round(time.monotonic() - started, 1)
-    setting.record(f"{onnx.stem} build", {"exit": done.returncode, "seconds": seconds, "said": said})
-    assert done.returncode == 0, said
-    return engine
 
 
 def run(setting: Setting, cuda: Cuda, name: str, plan: bytes, reference: dict[str, Array]) -> None:

@@ -30,7 +30,7 @@ from gpu_parts.nms import (
     STRIDES,
 )
 from gpu_parts.pieces import pack
-from gpu_parts.setting import KERNELS, PLUGIN, Array
+from gpu_parts.setting import KERNELS, PLUGIN, SUPPRESSED, Array
 from gpu_parts.weights import make_up, stripped
 from yolov7_deploy.demo import street
 from yolov7_deploy.export.nms import attach_nms
@@ -47,8 +47,9 @@ from yolov7_deploy.precision.fp16 import to_fp16
 ARCHITECTURE = "90"
 MADE_UP = {"yolov7-tiny": 640, "yolov7-w6": 1280}  # networks with made-up weights, and their input's side
 ROWS = 2000  # of a raw output that are compared
-# pytest and what it needs, all pure Python: the tests' own cases run on the GPU too.
-SITE = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
+# pytest and what it needs, since the tests' own cases run on the GPU too, and what the soak reads memory with.
+SITE = ("psutil", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
+SCORED = 200  # pairs of anchor and class that pass the threshold where suppression is inside
 CONFIDENT = 0.3  # of the detections that an engine must find again
 
 
@@ -108,6 +109,12 @@ def write_made_up(folder: Path, name: str, side: int, picture: Array) -> None:
     np.savez_compressed(folder / f"{name}.npz", canvas=canvas, rows=rows, output=output[0, rows])
     half = to_fp16(OnnxModel.of(model.proto, model.info), [picture])
     (folder / f"{name}.onnx").write_bytes(stripped(half.proto, made_names))
+    scores = np.sort((output[0, :, 4:5] * output[0, :, 5:]).ravel())
+    options = ExportOptions(input_hw=(side, side), nms="plugin", conf=float(scores[-SCORED]))
+    whole = export_onnx(network, info, options)
+    make_up(whole.proto)
+    half = to_fp16(OnnxModel.of(whole.proto, whole.info), [picture])
+    (folder / SUPPRESSED.format(name)).write_bytes(stripped(half.proto, made_names))
 
 
 def write_real(folder: Path, weights: str, picture: Array) -> None:

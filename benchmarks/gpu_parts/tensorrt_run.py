@@ -78,7 +78,8 @@ class Runner:
         """Fills an input."""
         buffer = self.buffers[name]
         assert array.shape == buffer.shape, f"{name} is {buffer.shape}, not {array.shape}"
-        self.stream.upload(buffer, np.ascontiguousarray(array, buffer.dtype))
+        contents = np.ascontiguousarray(array, buffer.dtype)
+        self.stream.upload(buffer, contents)
         self.stream.synchronize()
 
     def __call__(self) -> None:
