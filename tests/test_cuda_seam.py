@@ -208,6 +208,7 @@ def test_a_lost_context_says_that_the_process_must_start_again(cuda, monkeypatch
         with pytest.raises(DeviceError, match="gave up on this process") as caught:
             stream.synchronize()
         assert "Start the program again" in caught.value.fix
+        assert cuda.fault is not None and cuda.fault.message == caught.value.message
 
 
 def test_an_unknown_device_is_named_as_such(cuda):
@@ -376,6 +377,7 @@ def test_the_real_runtimes_explain_a_status(real):
     assert "999999" in real.error_text(999999) or "unrecognized" in real.error_text(999999)
     without_driver(real)
     assert real.device_name(0) == (35, "")
+    assert real.pointer_device(4096)[0] == 35
 
 
 def test_no_driver_is_our_error(real, monkeypatch):

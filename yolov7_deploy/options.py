@@ -16,6 +16,8 @@ OPSETS = range(13, 22)
 PLUGIN_USES = ("auto", "on", "off")
 HARDWARE_COMPATIBILITIES = ("none", "ampere+", "same-cc")
 OPT_LEVELS = range(6)
+MAX_THREADS = 256  # callers at the same time
+MAX_FRAME_SIDE = 16384
 TOPK_LIMIT = 3840  # the largest K of TensorRT's TopK layer
 
 
@@ -132,6 +134,38 @@ class ValOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BenchOptions:
+    """How speed is measured: a row for each batch size with each number of callers.
+
+    Attributes:
+        batches: Pictures of a call; each is measured by itself.
+        threads: Callers at the same time.
+        duration_s: Of either part of a row: latency with its spans, and throughput. A slow model takes longer, until
+            there are calls enough.
+        warmup_s: When the warm-up ends even if times are not stable yet.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = (1,)
+    duration_s: float = 5.0
+    warmup_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("batch", self.batches), ("threads", self.threads)):
+            if not numbers or min(numbers) < 1:
+                raise UsageError(f"--{name} {_listed(numbers)} must be at least 1.", fix=f"For example: --{name} 1,8")
+        if max(self.threads) > MAX_THREADS:
+            raise UsageError(
+                f"--threads {max(self.threads)} is above {MAX_THREADS}.", fix="For example: --threads 1,2,4,8"
+            )
+        for name, seconds in (("duration", self.duration_s), ("warmup", self.warmup_s)):
+            if not 0 <= seconds < float("inf"):
+                raise UsageError(f"--{name} {seconds:g} is no time in seconds.", fix=f"For example: --{name} 10")
+        for name in ("batches", "threads"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
     """How an ONNX file becomes a TensorRT engine.
 
@@ -202,6 +236,10 @@ def compute_capability(text: str) -> str:
     if found is None:
         raise UsageError(f"--target {text!r} is no compute capability.", fix="For example: --target sm86,sm89,sm120")
     return f"{int(found[1])}.{found[2]}"
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _by_number(capability: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from yolov7_deploy.cli.bench import bench
 from yolov7_deploy.cli.build import build
 from yolov7_deploy.cli.demo import demo
 from yolov7_deploy.cli.detect import detect
@@ -36,6 +37,7 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (build, ()),
     (detect, ("predict",)),
     (val, ("test",)),
+    (bench, ("benchmark",)),
     (verify, ()),
     (info, ()),
     (doctor, ()),

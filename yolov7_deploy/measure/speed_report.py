@@ -14,6 +14,7 @@ SCHEMA = 1
 
 # In the order of the work. `end_to_end` is the wall time of the same call without any measuring inside it.
 SPANS = ("preprocess", "upload", "engine", "download", "postprocess", "end_to_end")
+BUSY = 0.05  # of the machine's processor time for others: from here on times are theirs as well
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,10 +87,13 @@ class SpeedRow:
     Attributes:
         batch: Pictures that enter the network together.
         threads: Callers at the same time.
-        calls, pictures: Measured, warm-up not counted.
-        seconds: Wall time of the throughput part.
+        calls: End to end, by a single caller: what the percentiles are of.
+        pictures, seconds: Done by all callers together, and how long that took.
         pictures_per_second: Of all threads together, end to end.
-        spans: One for each of `SPANS`, of a single caller.
+        spans: One for each of `SPANS`, of a single caller; rows of one batch size share them.
+        other_load: Share of the machine's processor time that other programs had meanwhile, 0 to 1; `None` where the
+            system does not tell.
+        loaded: Time of a call while all callers were at work, end to end; `None` for a single caller.
         warmup_calls, warmup_s: Before anything was measured.
         settled: The warm-up ended because times had become stable, not because its limit was reached.
         host_peak_bytes: Highest resident memory of this process.
@@ -114,6 +118,8 @@ class SpeedRow:
     energy: Energy | None
     energy_absent: str = ""
     clocks: ClockState | None = None
+    loaded: SpanTime | None = None
+    other_load: float | None = None
 
     def span(self, name: str) -> SpanTime:
         """The span of this name."""
@@ -159,6 +165,7 @@ class SpeedReport:
         frames: Where the pictures came from, in words.
         settings: How it was measured, by name: CUDA graph, transfers, waiting, threads of the runtime.
         rows: One for each batch size and number of threads.
+        detections_per_picture: Mean; suppression takes longer the more there is to suppress. `None` where not told.
         paper: The paper's row, where it was asked for.
         ap: Average precision (0 to 1) measured with this artifact, and `ap_source` where that is written.
         notes: What a reader should know.
@@ -180,6 +187,7 @@ class SpeedReport:
     frames: str
     settings: tuple[tuple[str, str], ...]
     rows: tuple[SpeedRow, ...]
+    detections_per_picture: float | None = None
     paper: PaperSpeed | None = None
     ap: float | None = None
     ap_source: str = ""

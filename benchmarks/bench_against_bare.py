@@ -1,0 +1,109 @@
+"""Whether the engine span of `y7 bench` is the time of ONNX Runtime itself, and end to end what it adds.
+
+The bare loop is `session.run` of a session made here with one prepared input, and nothing else in the loop. It,
+`detector.timed` and `detector.batch` take turns of one call each in one process, in a random order, so that what else
+runs on the machine slows all alike; the ratio of a round is that of neighbours, and the median over rounds is compared.
+Its interval is that of the sign test. The bare session has the options of the Detector's; with `--defaults` those of
+ONNX Runtime, whose threads stay awake after a run and slow whoever comes next.
+
+    python benchmarks/bench_against_bare.py --weights yolov7.onnx [--rounds 100] [--defaults]
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from recording import parser, record
+
+from yolov7_deploy import Detector
+from yolov7_deploy.backends.ort import session_options
+from yolov7_deploy.image import fit_letterbox, to_network_input
+from yolov7_deploy.measure.frames import drawn_frames
+from yolov7_deploy.measure.sampling import no_garbage_collection, timed_ms
+
+LIMIT = 0.03
+WARM_ROUNDS = 5
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--weights", type=Path, required=True)
+    arguments.add_argument("--rounds", type=int, default=100)
+    arguments.add_argument("--defaults", action="store_true", help="the bare session with ONNX Runtime's own options")
+    options = arguments.parse_args()
+    frame = drawn_frames().pictures[0]
+    bare, engine, whole = [], [], []
+    with Detector(options.weights, device="cpu") as detector:
+        session = bare_session(options.weights, defaults=options.defaults)
+        letterbox = fit_letterbox((frame.shape[0], frame.shape[1]), detector.input_hw)
+        # One picture of the file's own batch, float32 or bytes, as the Detector feeds it.
+        canvases = [letterbox.apply(frame)] * (detector.info.batch or 1)
+        array = np.stack(canvases) if detector.info.input_kind == "uint8" else to_network_input(canvases)
+        feeds = {session.get_inputs()[0].name: array}
+
+        def run_bare() -> None:
+            bare.append(timed_ms(lambda: session.run(None, feeds)))
+
+        def run_spans() -> None:
+            engine.append(detector.timed([frame])[1].engine_ms)
+
+        def run_whole() -> None:
+            whole.append(timed_ms(lambda: detector.batch([frame])))
+
+        turns, order = [run_bare, run_spans, run_whole], random.Random(7)
+        for number in range(WARM_ROUNDS + options.rounds):
+            order.shuffle(turns)
+            with no_garbage_collection():
+                for run in turns:
+                    run()
+            if number % 10 == 0:
+                print(f"{number} rounds", flush=True)
+        info, settings = detector.info, detector.settings
+    ratio, low, high = median_ratio(engine[WARM_ROUNDS:], bare[WARM_ROUNDS:])
+    added, *_ = median_ratio(whole[WARM_ROUNDS:], bare[WARM_ROUNDS:])
+    result = {
+        "weights": options.weights.name,
+        "variant": info.variant,
+        "input_hw": info.input_hw,
+        "settings": dict(settings),
+        "bare_options": "ONNX Runtime's own" if options.defaults else "the Detector's",
+        "rounds": options.rounds,
+        "bare_ms": summary(bare[WARM_ROUNDS:]),
+        "engine_ms": summary(engine[WARM_ROUNDS:]),
+        "end_to_end_ms": summary(whole[WARM_ROUNDS:]),
+        "engine_to_bare": round(ratio, 4),
+        "engine_to_bare_95": [round(low, 4), round(high, 4)],
+        "limit": LIMIT,
+        "within_limit": abs(ratio - 1) <= LIMIT,
+        "end_to_end_to_bare": round(added, 4),
+    }
+    record("bench_against_bare" + ("_defaults" if options.defaults else ""), options.machine, result)
+
+
+def bare_session(path: Path, *, defaults: bool) -> onnxruntime.InferenceSession:
+    """A session with nothing around it."""
+    options = onnxruntime.SessionOptions() if defaults else session_options()
+    options.log_severity_level = 3  # it warns of inputs that have a default
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def median_ratio(ours: list[float], bare: list[float]) -> tuple[float, float, float]:
+    """Median of the ratios of neighbours, and its 95 % interval by the sign test."""
+    ratios = sorted(a / b for a, b in zip(ours, bare, strict=True))
+    n = len(ratios)
+    # Normal approximation of the binomial: the ranks that the median lies between in 95 of 100 cases.
+    reach = math.ceil(1.96 * math.sqrt(n) / 2)
+    return statistics.median(ratios), ratios[max(0, n // 2 - reach)], ratios[min(n - 1, n // 2 + reach)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 2), "least": round(min(values), 2)}
+
+
+if __name__ == "__main__":
+    main()
