@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from yolov7_deploy.measure.paper import paper_row
-from yolov7_deploy.measure.speed_report import SPANS, PaperSpeed, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.measure.speed.speed_report import SPANS, PaperSpeed, SpanTime, SpeedReport, SpeedRow
 
 
 def speed_report(

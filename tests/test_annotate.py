@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.annotate import AnnotateOptions, Report, _Names, annotate, next_run_folder
+from yolov7_deploy.annotate import AnnotateOptions, Report, _Names, annotate, next_run_folder, write_text
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import SourceError, UsageError
@@ -293,3 +293,9 @@ def test_the_real_detector_annotates_a_picture(tmp_path, inputs):
     assert files(tmp_path / "out") == ["a.png", "b.jpg", "labels/a.txt", "labels/b.txt"]
     assert all(len(record["detections"]) <= 5 for record in report.records)
     assert report.speed.total_ms > 0
+
+
+def test_a_text_below_a_file_is_refused_in_our_words(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_text(tmp_path / "file" / "a.txt", "words")

@@ -20,7 +20,7 @@ from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
 from yolov7_deploy.measure.drawn import drawn_picture
 from yolov7_deploy.measure.report import write_json
-from yolov7_deploy.measure.speed_report import SpeedReport
+from yolov7_deploy.measure.speed.speed_report import SpeedReport
 
 QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
 TIMEOUT_S = 120

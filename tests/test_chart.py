@@ -13,9 +13,9 @@ from speed_reports import speed_report
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import read_image
-from yolov7_deploy.measure.chart import COLOURS, DPI, LEAST_AXES, PAPER_COLOUR, draw_chart, speed_accuracy_chart
-from yolov7_deploy.measure.label_ground import LabelGround
 from yolov7_deploy.measure.paper import TABLE_2, VARIANTS, paper_row
+from yolov7_deploy.measure.speed.chart import COLOURS, DPI, LEAST_AXES, PAPER_COLOUR, draw_chart, speed_accuracy_chart
+from yolov7_deploy.measure.speed.label_ground import LabelGround
 
 H200 = {"machine": "NVIDIA H200", "backend": "tensorrt", "precision": "fp16"}
 
@@ -212,7 +212,7 @@ import sys
 sys.modules["matplotlib"] = None
 from yolov7_deploy.errors import missing_library
 try:
-    import yolov7_deploy.measure.chart
+    import yolov7_deploy.measure.speed.chart
 except ModuleNotFoundError as error:
     print(missing_library(error, "for y7 bench"))
 """
@@ -223,7 +223,7 @@ except ModuleNotFoundError as error:
 def test_drawing_does_not_load_pyplot():
     code = """
 import sys
-from yolov7_deploy.measure.chart import draw_chart
+from yolov7_deploy.measure.speed.chart import draw_chart
 draw_chart([])
 print("matplotlib.pyplot" in sys.modules)
 """

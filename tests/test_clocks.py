@@ -14,7 +14,7 @@ from test_rails import LINES, program
 from yolov7_deploy.machine.clocks import Clocks, open_clock_watch
 from yolov7_deploy.machine.devfreq import read_gpu_clock
 from yolov7_deploy.machine.memory_use import gpu_memory_used, host_peak_bytes, reset_host_peak
-from yolov7_deploy.measure.speed_report import ClockState
+from yolov7_deploy.measure.speed.speed_report import ClockState
 
 GPU = "0000:3b:00.0 Tesla V100-SXM2-16GB"
 USUAL = "clock.1=1380 clock.2=877 highest.1=1530 temperature.0=61 limit=300000"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from speeds import report, row, span
 
-from yolov7_deploy.measure.comparison import (
+from yolov7_deploy.measure.speed.comparison import (
     LEVEL,
     LOADED,
     RELEVANT,
@@ -18,8 +18,8 @@ from yolov7_deploy.measure.comparison import (
     student_quantile,
     student_tail,
 )
-from yolov7_deploy.measure.sampling import BLOCKS
-from yolov7_deploy.measure.speed_words import describe_comparison
+from yolov7_deploy.measure.speed.sampling import BLOCKS
+from yolov7_deploy.measure.speed.speed_words import describe_comparison
 
 TRIALS = 400
 # Three standard errors of a share of 5 % in so many trials.

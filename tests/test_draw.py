@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yolov7_deploy.draw import _hidden, _label_size, _place_label, class_colour, draw_boxes, fit_pen, text_colour
+from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import read_image
 
 READABLE_CONTRAST = 4.5  # WCAG 2, level AA
@@ -113,3 +114,11 @@ def test_a_written_picture_replaces_the_old_one_without_leaving_a_temporary_file
         write_picture(tmp_path / "a.PNG", np.full((5, 5, 3), value, dtype=np.uint8))
     assert (read_image(tmp_path / "a.PNG") == 200).all()
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
+
+
+def test_a_picture_below_a_file_is_refused_in_our_words(tmp_path):
+    from yolov7_deploy.draw import write_picture
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ImageError, match="cannot be written"):
+        write_picture(tmp_path / "file" / "a.png", np.zeros((5, 5, 3), np.uint8))

@@ -219,11 +219,16 @@ def model():
     return exported_tiny(nms="none", conf=CONF, iou=IOU)
 
 
-def test_saving_into_a_folder_that_does_not_exist_says_so(model, tmp_path):
+def test_saving_into_a_folder_that_does_not_exist_makes_it(model, tmp_path):
+    model.save(tmp_path / "new" / "m.onnx")
+    assert OnnxModel.load(tmp_path / "new" / "m.onnx").info == model.info
+
+
+def test_saving_below_a_file_says_so(model, tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot be written") as caught:
-        model.save(tmp_path / "absent" / "m.onnx")
+        model.save(tmp_path / "file" / "m.onnx")
     assert caught.value.fix
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -55,14 +55,15 @@ def test_every_name_that_the_python_example_imports_is_there():
 
 def test_the_tree_lists_every_file_of_the_package():
     tree = README[README.index("yolov7_deploy/\n├") :].split("```")[0]
-    folder, listed = "", []
+    folders, listed = [], []
     for line in tree.splitlines()[1:]:
-        entry = re.match(r"(├── |└── |│   ├── |│   └── )(\S+)  +\S", line)
+        entry = re.match(r"((?:│   |    )*)[├└]── (\S+)  +\S", line)
         assert entry, f"not a line of the tree: {line}"
+        del folders[len(entry[1]) // 4 :]
         if entry[2].endswith("/"):
-            folder = entry[2]
+            folders.append(entry[2])
         else:
-            listed.append((folder if entry[1].startswith("│") else "") + entry[2])
+            listed.append("".join(folders) + entry[2])
     package = Path(yolov7_deploy.__file__).parent
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     assert sorted(listed) == sorted({name for name in files if not name.endswith("/__init__.py")})

@@ -11,7 +11,7 @@ import pytest
 
 from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.machine.other_load import OtherLoad
-from yolov7_deploy.measure.sampling import (
+from yolov7_deploy.measure.speed.sampling import (
     BLOCKS,
     STABLE_BLOCK_S,
     call_together,

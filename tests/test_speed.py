@@ -14,14 +14,15 @@ from speeds import report, row, span
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
 from yolov7_deploy.image import Image
-from yolov7_deploy.measure.answers import Answers, same_detections
-from yolov7_deploy.measure.companions import paper_speed, read_ap
-from yolov7_deploy.measure.frames import Frames, drawn_frames, read_frames
 from yolov7_deploy.measure.report import write_json
-from yolov7_deploy.measure.speed import digest, measure_speed
-from yolov7_deploy.measure.speed_report import SPANS, SpeedReport
-from yolov7_deploy.measure.speed_words import describe_speed
+from yolov7_deploy.measure.speed.answers import Answers, same_detections
+from yolov7_deploy.measure.speed.companions import paper_speed, read_ap
+from yolov7_deploy.measure.speed.frames import Frames, drawn_frames, read_frames
+from yolov7_deploy.measure.speed.speed import measure_speed
+from yolov7_deploy.measure.speed.speed_report import SPANS, SpeedReport
+from yolov7_deploy.measure.speed.speed_words import describe_speed
 from yolov7_deploy.options import BenchOptions
+from yolov7_deploy.weights import file_digest
 
 QUICK = BenchOptions(duration_s=0.2, warmup_s=0.5)
 FRAMES = Frames(pictures=(noise(128, 192), noise(90, 60, 1), noise(300, 400, 2)), words="three of noise")
@@ -155,7 +156,7 @@ def test_a_report_says_what_ran(measured, files):
         "plugin",
         "cpu",
     )
-    assert measured.weights_sha256 == digest(files("plugin", batch=None))
+    assert measured.weights_sha256 == file_digest(files("plugin", batch=None))
     assert (measured.input_hw, measured.frame_hw) == (HW, (128, 192))
     assert {"numpy", "onnxruntime", "python", "system"} <= dict(measured.environment).keys()
     assert "conf 0.6" in dict(measured.settings)["thresholds"]

@@ -36,7 +36,7 @@ NOTHING = Outputs(
     postprocess_ms=0,
     spans=Spans(preprocess_ms=0, upload_ms=0, engine_ms=0, download_ms=0, postprocess_ms=0),
 )
-SUBMIT_THREADS = 2  # one call's pictures are prepared while another's are in the network
+SUBMIT_THREADS = 4  # two calls in the network, one being prepared and one being read: 1.14 x two threads on two cores
 
 
 class Detector:
@@ -256,7 +256,7 @@ class Detector:
             self(grey)
 
     def close(self) -> None:
-        """Waits for submitted pictures and frees the model; calling it twice is fine."""
+        """Waits for submitted pictures and frees the model when the last call is out; calling it twice is fine."""
         self._closed = True
         with self._pool_lock:
             if self._pool is not None:

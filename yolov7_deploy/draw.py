@@ -6,6 +6,7 @@ is next to its box.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -175,7 +176,8 @@ def write_picture(path: str | Path, image_bgr: Image) -> None:
         temporary.write_bytes(data.tobytes())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is called a folder may be a file
+            temporary.unlink(missing_ok=True)
         raise ImageError(
             f"{path} cannot be written: {error.strerror or error}.", fix="Choose another place."
         ) from error

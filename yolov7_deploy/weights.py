@@ -110,6 +110,15 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "yolov7_deploy"
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            found.update(block)
+    return found.hexdigest()
+
+
 def _places() -> dict[str, Path | None]:
     """The local places in the order they are looked at, with their labels for messages."""
     chosen = os.environ.get(WEIGHTS_DIR_VARIABLE)

@@ -17,8 +17,8 @@ from yolov7_deploy.backends.cuda import DeviceBuffer, Stream
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import Y7Error
-from yolov7_deploy.measure.frames import Frames, drawn_frames
-from yolov7_deploy.measure.speed import measure_speed
+from yolov7_deploy.measure.speed.frames import Frames, drawn_frames
+from yolov7_deploy.measure.speed.speed import measure_speed
 from yolov7_deploy.options import BenchOptions
 
 FILES = (SUPPRESSED.format("yolov7-tiny"), "yolov7.onnx", SUPPRESSED.format("yolov7-w6"))

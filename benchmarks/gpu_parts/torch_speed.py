@@ -14,7 +14,7 @@ from yolov7_deploy.image import fit_letterbox
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.machine.power import open_power_meter
 from yolov7_deploy.measure.paper import VARIANTS, paper_row
-from yolov7_deploy.measure.sampling import take_turns, warm_up
+from yolov7_deploy.measure.speed.sampling import take_turns, warm_up
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import Thresholds
 

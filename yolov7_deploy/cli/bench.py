@@ -25,9 +25,9 @@ from yolov7_deploy.errors import UsageError, Y7Error, missing_library
 from yolov7_deploy.options import MAX_FRAME_SIDE, BenchOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.measure.comparison import Comparison
-    from yolov7_deploy.measure.frames import Frames
-    from yolov7_deploy.measure.speed_report import SpeedReport, SpeedRow
+    from yolov7_deploy.measure.speed.comparison import Comparison
+    from yolov7_deploy.measure.speed.frames import Frames
+    from yolov7_deploy.measure.speed.speed_report import SpeedReport, SpeedRow
 
 DEFAULTS = BenchOptions()
 RUNS = Path("runs/bench")
@@ -129,7 +129,7 @@ def bench(
 
 
 def _load(path: Path) -> SpeedReport:
-    from yolov7_deploy.measure.speed_report import SpeedReport
+    from yolov7_deploy.measure.speed.speed_report import SpeedReport
 
     return SpeedReport.load(path)
 
@@ -137,7 +137,7 @@ def _load(path: Path) -> SpeedReport:
 def _check_drawing() -> None:
     """Refuses before the measuring what could not be drawn after it."""
     try:
-        import yolov7_deploy.measure.chart  # noqa: F401
+        import yolov7_deploy.measure.speed.chart  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_library(error, "for the chart (--no-chart leaves it out)") from error
 
@@ -187,7 +187,7 @@ class Targets:
             write_json(document if comparison is None else {**document, "comparison": asdict(comparison)}, self.json)
             yield f"record: {self.json}"
         if self.chart is not None:
-            from yolov7_deploy.measure.chart import speed_accuracy_chart
+            from yolov7_deploy.measure.speed.chart import speed_accuracy_chart
 
             speed_accuracy_chart([report], self.chart)
             yield f"chart: {self.chart}"
@@ -235,7 +235,7 @@ def parse_frame(text: str | None) -> tuple[int, int] | None:
 
 
 def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
-    from yolov7_deploy.measure.frames import DRAWN_HW, drawn_frames, read_frames
+    from yolov7_deploy.measure.speed.frames import DRAWN_HW, drawn_frames, read_frames
 
     if source is None:
         return drawn_frames(hw or DRAWN_HW)
@@ -258,17 +258,17 @@ def _measure(
     """The report, with what stands beside it; nothing is measured if that is not to be had."""
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.machine.memory_use import gpu_memory_used
-    from yolov7_deploy.measure.companions import paper_speed, read_ap
-    from yolov7_deploy.measure.conventions import choose_place
     from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.measure.speed import digest, measure_speed
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy.measure.speed.companions import paper_speed, read_ap
+    from yolov7_deploy.measure.speed.conventions import choose_place
+    from yolov7_deploy.measure.speed.speed import measure_speed
+    from yolov7_deploy.weights import file_digest, find_weights
 
     name = f"cuda:{device}" if device.isdigit() else device
     place = None if name == "auto" else choose_place(name)
     with progress("download") as show:
         path = find_weights(weights, progress=show)
-    ap, remarks = (None, ()) if val_json is None else read_ap(val_json, path, sha256=digest(path))
+    ap, remarks = (None, ()) if val_json is None else read_ap(val_json, path, sha256=file_digest(path))
     wanted = place.device if place else "auto"
     before = gpu_memory_used("cuda:0" if wanted == "auto" else wanted)
     with Detector(path, device=wanted, **detector_options) as detector, counted_rows() as on_row:
@@ -305,8 +305,8 @@ def counted_rows() -> Iterator[Callable[[SpeedRow], None]]:
 
 def _conclude(report: SpeedReport, targets: Targets, *, earlier: SpeedReport | None, name: str) -> None:
     """Prints everything before anything is written: a full disk costs no result."""
-    from yolov7_deploy.measure.comparison import compare_reports
-    from yolov7_deploy.measure.speed_words import describe_comparison, describe_speed
+    from yolov7_deploy.measure.speed.comparison import compare_reports
+    from yolov7_deploy.measure.speed.speed_words import describe_comparison, describe_speed
 
     to_stderr = targets.json == "-"
     typer.echo(describe_speed(report), err=to_stderr)
@@ -334,7 +334,7 @@ def _estimate(
             f"--estimate calculates and measures nothing, so {', '.join(given)} cannot apply.",
             fix=f"y7 bench --weights {weights} --estimate {device}",
         )
-    from yolov7_deploy.measure.estimate import describe_estimate, estimate
+    from yolov7_deploy.measure.estimate.estimate import describe_estimate, estimate
     from yolov7_deploy.measure.report import write_json
 
     variant = find_variant_name(weights)

@@ -74,7 +74,7 @@ def val(
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.measure.accuracy import evaluate
     from yolov7_deploy.measure.report import progress, write_json
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy.weights import file_digest, find_weights
 
     dataset = open_dataset(data, images=images, split=split, limit=limit)
     with progress("download") as show:
@@ -82,7 +82,7 @@ def val(
     place = f"cuda:{device}" if device.isdigit() else device
     with Detector(path, device=place, img=input_size, half=half) as detector, progress("val") as show:
         report = evaluate(detector, dataset, options=options, progress=show)
-    report = replace(report, weights=str(path), backend=backend_row(path).name)
+    report = replace(report, weights=str(path), weights_sha256=file_digest(path), backend=backend_row(path).name)
     typer.echo(describe(report, per_class=per_class), err="-" in (json_path, predictions))
     for document, target in ((report.predictions, predictions), (report.to_dict(), json_path)):
         if target is not None:

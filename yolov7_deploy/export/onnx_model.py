@@ -58,7 +58,7 @@ class OnnxModel:
         return cls(proto, ModelInfo.from_json(passport))
 
     def save(self, path: str | Path) -> None:
-        """Writes the file under a temporary name and renames it, so a killed run leaves no half file.
+        """Writes the file under a temporary name and renames it, so a killed run leaves no half file; folders are made.
 
         Raises:
             ExportError: The disk is full, the folder cannot be written, or the graph is above protobuf's 2 GiB.
@@ -67,6 +67,7 @@ class OnnxModel:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             data = self.proto.SerializeToString(deterministic=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(data)
             partial.replace(path)
         except (OSError, EncodeError, ValueError) as error:

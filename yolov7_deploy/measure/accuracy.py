@@ -69,6 +69,7 @@ class AccuracyReport:
         protocol: Placement of the pictures, in words.
         speed_ms: Per picture: preprocess, inference, postprocess. Reading files overlaps and is not counted.
         classes: One row per class of the dataset.
+        weights_sha256: Of the file, where it was given.
         notes: What a reader of the number should know.
         predictions: COCO results, coordinates rounded as the official program does; not part of `to_dict`.
     """
@@ -94,6 +95,7 @@ class AccuracyReport:
     speed_ms: Mapping[str, float]
     classes: tuple[ClassAccuracy, ...]
     skipped: tuple[Skipped, ...]
+    weights_sha256: str = ""
     notes: tuple[str, ...] = ()
     predictions: list[dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
 
@@ -151,7 +153,7 @@ def evaluate(
         "accuracy: %s on %d pictures: AP %s, %.1f s", protocol, len(used), summary["ap"], time.perf_counter() - start
     )
     return AccuracyReport(
-        **summary,
+        **cast("dict[str, Any]", summary),
         images=len(used),
         weights=detector.info.source,
         backend="",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from yolov7_deploy.machine.clocks import ClockWatch, open_clock_watch
 from yolov7_deploy.machine.memory_use import gpu_memory_used, host_peak_bytes
 from yolov7_deploy.machine.power import PowerMeter, open_power_meter
-from yolov7_deploy.measure.speed_report import ClockState, Energy
+from yolov7_deploy.measure.speed.speed_report import ClockState, Energy
 
 IDLE_S = 1.0
 

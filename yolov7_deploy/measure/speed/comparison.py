@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.measure.speed_report import BUSY, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.measure.speed.speed_report import BUSY, SpanTime, SpeedReport, SpeedRow
 
 RELEVANT = 0.02  # a smaller change is none: where memory comes to lie differs from run to run, and makes one per cent
 LEVEL = 0.05

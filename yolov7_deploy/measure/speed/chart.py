@@ -22,9 +22,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import IdentityTransform
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.label_ground import LabelGround, Xy
 from yolov7_deploy.measure.paper import PAPER, TABLE_2, VARIANTS, PaperRow
-from yolov7_deploy.measure.speed_report import SpeedReport
+from yolov7_deploy.measure.speed.label_ground import LabelGround, Xy
+from yolov7_deploy.measure.speed.speed_report import SpeedReport
 
 FONT = "DejaVu Sans"  # comes with matplotlib, so the same everywhere
 DPI = 160

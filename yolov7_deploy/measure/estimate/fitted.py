@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yolov7_deploy.measure.fitting import ENGINE, Fit
-from yolov7_deploy.measure.roofline import ONE_TILE, Constants, Structure
+from yolov7_deploy.measure.estimate.fitting import ENGINE, Fit
+from yolov7_deploy.measure.estimate.roofline import ONE_TILE, Constants, Structure
 
 # The smallest, the one most used, and the largest of the paper's rows; the other four judge.
 FITTED_VARIANTS = ("yolov7-tiny-silu", "yolov7", "yolov7-e6e")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yolov7_deploy import __version__
@@ -21,13 +19,22 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import Image
 from yolov7_deploy.machine.machine import read_machine
 from yolov7_deploy.machine.other_load import OtherLoad
-from yolov7_deploy.measure.answers import Answers
-from yolov7_deploy.measure.conventions import Place
-from yolov7_deploy.measure.frames import Frames
-from yolov7_deploy.measure.meters import Meters
-from yolov7_deploy.measure.sampling import Throughput, Warmup, call_together, span_time, take_turns, timed_ms, warm_up
-from yolov7_deploy.measure.speed_report import BUSY, SPANS, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.measure.speed.answers import Answers
+from yolov7_deploy.measure.speed.conventions import Place
+from yolov7_deploy.measure.speed.frames import Frames
+from yolov7_deploy.measure.speed.meters import Meters
+from yolov7_deploy.measure.speed.sampling import (
+    Throughput,
+    Warmup,
+    call_together,
+    span_time,
+    take_turns,
+    timed_ms,
+    warm_up,
+)
+from yolov7_deploy.measure.speed.speed_report import BUSY, SPANS, SpanTime, SpeedReport, SpeedRow
 from yolov7_deploy.options import BenchOptions
+from yolov7_deploy.weights import file_digest
 
 if TYPE_CHECKING:
     from yolov7_deploy.detector import Detector
@@ -104,7 +111,7 @@ def _described(detector: Detector, frames: Frames, place: Place | None) -> Speed
     backend = backend_row(detector.path).name
     return SpeedReport(
         weights=str(detector.path),
-        weights_sha256=digest(detector.path),
+        weights_sha256=file_digest(detector.path),
         variant="" if info.variant == "custom" else info.variant,
         backend=backend,
         precision=info.precision,
@@ -155,15 +162,6 @@ def check_batches(detector: Detector, batches: Sequence[int]) -> None:
                 f"{fixed} pictures would be measured.",
                 fix=f"--batch {fixed}, or export one of this size:  {larger}",
             )
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.devices import Device, find_device
-from yolov7_deploy.measure.fitted import (
+from yolov7_deploy.measure.estimate.devices import Device, find_device
+from yolov7_deploy.measure.estimate.fitted import (
     FITTED,
     FITTED_VARIANTS,
     STRUCTURES,
@@ -27,10 +27,10 @@ from yolov7_deploy.measure.fitted import (
     V100_BATCH32_SPLITS,
     Judged,
 )
-from yolov7_deploy.measure.layer_work import Kernel, compiled_kernels, eager_kernels, gigabytes
+from yolov7_deploy.measure.estimate.layer_work import Kernel, compiled_kernels, eager_kernels, gigabytes
+from yolov7_deploy.measure.estimate.public_speeds import PAPER_VARIANTS, TENSORRT_SPEEDS, paper_canvas
+from yolov7_deploy.measure.estimate.roofline import BYTES, Floats, Timeline, demand, peak, timeline
 from yolov7_deploy.measure.paper import paper_row
-from yolov7_deploy.measure.public_speeds import PAPER_VARIANTS, TENSORRT_SPEEDS, paper_canvas
-from yolov7_deploy.measure.roofline import BYTES, Floats, Timeline, demand, peak, timeline
 from yolov7_deploy.model.variants import find_variant
 
 Runtime = Literal["torch", "tensorrt"]

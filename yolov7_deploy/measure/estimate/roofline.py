@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.measure.devices import Device
-from yolov7_deploy.measure.layer_work import Kernel
+from yolov7_deploy.measure.estimate.devices import Device
+from yolov7_deploy.measure.estimate.layer_work import Kernel
 
 Floats = npt.NDArray[np.float64]
 

@@ -16,10 +16,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from yolov7_deploy.measure.devices import DEVICES
-from yolov7_deploy.measure.layer_work import compiled_kernels, eager_kernels
-from yolov7_deploy.measure.public_speeds import PublicSpeed
-from yolov7_deploy.measure.roofline import (
+from yolov7_deploy.measure.estimate.devices import DEVICES
+from yolov7_deploy.measure.estimate.layer_work import compiled_kernels, eager_kernels
+from yolov7_deploy.measure.estimate.public_speeds import PublicSpeed
+from yolov7_deploy.measure.estimate.roofline import (
     ONE_TILE,
     TUNED_TILES,
     Constants,

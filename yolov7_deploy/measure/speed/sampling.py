@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from yolov7_deploy.measure.speed_report import SpanTime
+from yolov7_deploy.measure.speed.speed_report import SpanTime
 
 BLOCKS = 20  # parts of a run whose medians two runs are compared by
 STABLE_BLOCKS = 3  # of the warm-up, one after the other,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from yolov7_deploy.measure.comparison import Comparison, Difference
 from yolov7_deploy.measure.report import table
-from yolov7_deploy.measure.speed_report import SPANS, PaperSpeed, SpeedReport, SpeedRow
+from yolov7_deploy.measure.speed.comparison import Comparison, Difference
+from yolov7_deploy.measure.speed.speed_report import SPANS, PaperSpeed, SpeedReport, SpeedRow
 
 WIDE = 1.1  # an interval that goes further to both sides cannot tell a tenth from nothing
 _COLUMNS = ("batch", "callers", "p50", "p90", "p99", *SPANS[:-1], "pictures/s", "J/picture", "memory")

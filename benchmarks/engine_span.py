@@ -6,7 +6,7 @@ runs on the machine slows all alike; the ratio of a round is that of neighbours,
 Its interval is that of the sign test. The bare session has the options of the Detector's; with `--defaults` those of
 ONNX Runtime, whose threads stay awake after a run and slow whoever comes next.
 
-    python benchmarks/bench_against_bare.py --weights yolov7.onnx [--rounds 100] [--defaults]
+    python benchmarks/engine_span.py --weights yolov7.onnx [--rounds 100] [--defaults]
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from recording import parser, record
 from yolov7_deploy import Detector
 from yolov7_deploy.backends.ort import session_options
 from yolov7_deploy.image import fit_letterbox, to_network_input
-from yolov7_deploy.measure.frames import drawn_frames
-from yolov7_deploy.measure.sampling import no_garbage_collection, timed_ms
+from yolov7_deploy.measure.speed.frames import drawn_frames
+from yolov7_deploy.measure.speed.sampling import no_garbage_collection, timed_ms
 
 LIMIT = 0.03
 WARM_ROUNDS = 5
@@ -82,7 +82,7 @@ def main() -> None:
         "within_limit": abs(ratio - 1) <= LIMIT,
         "end_to_end_to_bare": round(added, 4),
     }
-    record("bench_against_bare" + ("_defaults" if options.defaults else ""), options.machine, result)
+    record("engine_span" + ("_defaults" if options.defaults else ""), options.machine, result)
 
 
 def bare_session(path: Path, *, defaults: bool) -> onnxruntime.InferenceSession:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.measure.paper import paper_row
-from yolov7_deploy.measure.speed_report import PaperSpeed
+from yolov7_deploy.measure.speed.speed_report import PaperSpeed
 from yolov7_deploy.plain_data import from_plain, shown
 
 PAPER_SPAN = "PyTorch FP16 forward pass of the network only: no letterbox, no upload, no suppression"

@@ -1,0 +1,80 @@
+"""How many cores a process may keep busy, with and without limits of containers."""
+
+import os
+
+import pytest
+
+from yolov7_deploy.machine.cores import usable_cores
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system tells no affinity")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Writes files of a made-up machine whose hardware threads are given, and counts its cores."""
+
+    def count(threads, files):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(threads))
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return usable_cores(tmp_path)
+
+    return count
+
+
+def siblings(**groups):
+    return {
+        f"sys/devices/system/cpu/cpu{name[1:]}/topology/thread_siblings_list": text for name, text in groups.items()
+    }
+
+
+def test_without_any_files_every_thread_is_a_core(machine):
+    assert machine(range(6), {}) == 6
+
+
+def test_two_threads_of_one_core_count_once(machine):
+    assert machine([0, 1, 4, 5], siblings(t0="0,4\n", t1="1,5\n", t4="0,4\n", t5="1,5\n")) == 2
+
+
+def test_only_threads_we_may_run_on_count(machine):
+    assert machine([1, 4], siblings(t0="0,4\n", t1="1,5\n", t4="0,4\n", t5="1,5\n")) == 2
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000\n", 8), ("300000 100000\n", 3), ("150000 100000\n", 2), ("10000 100000\n", 1)]
+)
+def test_a_container_of_version_2_has_its_quota(machine, quota, cores):
+    assert machine(range(8), {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota}) == cores
+
+
+def test_the_tightest_of_the_groups_around_us_counts(machine):
+    files = {
+        "proc/self/cgroup": "0::/user/job\n",
+        "sys/fs/cgroup/user/job/cpu.max": "max 100000\n",
+        "sys/fs/cgroup/user/cpu.max": "200000 100000\n",
+        "sys/fs/cgroup/cpu.max": "500000 100000\n",
+    }
+    assert machine(range(8), files) == 2
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1\n", 8), ("400000\n", 4)])
+def test_a_container_of_version_1_has_its_quota(machine, quota, cores):
+    # The path is that of the host, which is not there inside.
+    files = {
+        "proc/self/cgroup": "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": quota,
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    }
+    assert machine(range(8), files) == cores
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "0::", "4:cpu:/../..\n"])
+def test_what_cannot_be_read_limits_nothing(machine, text):
+    files = {"proc/self/cgroup": text, "sys/fs/cgroup/cpu.max": "200000 0\n"}
+    assert machine(range(8), files) == 8
+
+
+def test_another_system_leaves_it_to_the_runtime(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() is None
