@@ -98,7 +98,7 @@ def test_the_paper_brings_its_row_a_record_and_a_chart(bench, files, tmp_path):
     val.write_text(json.dumps({"ap": 0.35, "weights": str(files("plugin")), "images": 82}))
     result = bench("--paper", "--val-json", val)
     assert "YOLOv7-tiny in the paper" in result.stdout and "0.4 ms a picture at batch 32" in result.stdout
-    assert "35.0 % (" in result.stdout and "AP is of 82 images" in result.stdout
+    assert "35.0 % (" in result.stdout and ", 82 images)" in result.stdout
     assert everything(tmp_path) == ["runs/bench/exp/bench.json", "runs/bench/exp/chart.png", "val.json"]
     assert all(f": runs/bench/exp/{name}" in result.stdout for name in ("bench.json", "chart.png"))
     measured = SpeedReport.load("runs/bench/exp/bench.json")

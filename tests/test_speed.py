@@ -248,10 +248,9 @@ def test_the_ap_of_another_file_or_of_none_is_refused(document, words, tmp_path)
 def test_the_ap_of_the_same_file_is_taken(tmp_path):
     path = tmp_path / "val.json"
     path.write_text(json.dumps({"ap": 0.512, "weights": "elsewhere/yolov7.onnx", "images": 5000, "more": 1}))
-    assert read_ap(path, tmp_path / "yolov7.onnx", sha256="00") == (0.512, ())
+    assert read_ap(path, tmp_path / "yolov7.onnx", sha256="00") == (0.512, str(path))
     path.write_text(json.dumps({"ap": 0.6, "weights": "renamed.onnx", "images": 82, "weights_sha256": "00"}))
-    ap, (note,) = read_ap(path, tmp_path / "yolov7.onnx", sha256="00")
-    assert ap == 0.6 and "82 images" in note
+    assert read_ap(path, tmp_path / "yolov7.onnx", sha256="00") == (0.6, f"{path}, 82 images")
 
 
 def test_the_table_says_what_was_measured_and_what_was_not():

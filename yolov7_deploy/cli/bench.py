@@ -268,7 +268,7 @@ def _measure(
     place = None if name == "auto" else choose_place(name)
     with progress("download") as show:
         path = find_weights(weights, progress=show)
-    ap, remarks = (None, ()) if val_json is None else read_ap(val_json, path, sha256=file_digest(path))
+    ap, source = (None, "") if val_json is None else read_ap(val_json, path, sha256=file_digest(path))
     wanted = place.device if place else "auto"
     before = gpu_memory_used("cuda:0" if wanted == "auto" else wanted)
     with Detector(path, device=wanted, **detector_options) as detector, counted_rows() as on_row:
@@ -285,8 +285,7 @@ def _measure(
                 progress=lambda done, total: show(100 * done // total, 100),
                 on_row=on_row,
             )
-    source = "" if val_json is None else str(val_json)
-    return replace(report, paper=beside, ap=ap, ap_source=source, notes=(*report.notes, *remarks))
+    return replace(report, paper=beside, ap=ap, ap_source=source)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from yolov7_deploy.measure.speed.speed_report import PaperSpeed
 from yolov7_deploy.plain_data import from_plain, shown
 
 PAPER_SPAN = "PyTorch FP16 forward pass of the network only: no letterbox, no upload, no suppression"
-VAL2017 = 5000  # images
+VAL2017 = 5000  # images, of which the paper's AP is; a report of another number says so beside its AP
 _HOW = "y7 val --weights FILE --data DATA --json val.json"
 
 
@@ -49,8 +49,8 @@ def paper_speed(variant: str, input_hw: tuple[int, int]) -> PaperSpeed:
     )
 
 
-def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, tuple[str, ...]]:
-    """The AP (0 to 1) in a report of `y7 val --json` about this file, and what a reader of it should know.
+def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, str]:
+    """The AP (0 to 1) in a report of `y7 val --json` about this file, and where it is from in words.
 
     Raises:
         UsageError: The report cannot be read, is none, has no AP, or is about another file.
@@ -72,6 +72,4 @@ def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, tuple[str
             f"{path} is about {record.weights}, and {weights} is another file: its AP is not known.",
             fix=_HOW.replace("FILE", str(weights)),
         )
-    if record.images == VAL2017:
-        return record.ap, ()
-    return record.ap, (f"AP is of {record.images} images, the paper's of the {VAL2017} of val2017",)
+    return record.ap, str(path) if record.images == VAL2017 else f"{path}, {record.images} images"

@@ -167,7 +167,8 @@ class SpeedReport:
         rows: One for each batch size and number of threads.
         detections_per_picture: Mean; suppression takes longer the more there is to suppress. `None` where not told.
         paper: The paper's row, where it was asked for.
-        ap: Average precision (0 to 1) measured with this artifact, and `ap_source` where that is written.
+        ap: Average precision (0 to 1) measured with this artifact, and `ap_source` where that is written and
+            of how many images, where they are not the whole of val2017.
         notes: What a reader should know.
         y7_version: Version of this package.
         started_at: Date and time in UTC, ISO 8601.
