@@ -12,7 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from yolov7_deploy.cli.detect import detect, parse_img, split_classes
+from yolov7_deploy.cli.choices import parse_img
+from yolov7_deploy.cli.detect import detect, split_classes
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import SourceError, UsageError

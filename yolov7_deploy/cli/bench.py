@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy.cli.detect import (
+from yolov7_deploy.cli.choices import (
     Conf,
+    Half,
     Img,
     Iou,
+    JsonPath,
     MaxDet,
     Weights,
     check_thresholds,
@@ -40,7 +42,6 @@ Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda:0, 0, or a kind of machine with its conventions: v100, jetson."),
 ]
-Half = Annotated[bool | None, typer.Option("--half/--no-half", help="Half precision for .pt and .safetensors.")]
 SourceText = Annotated[
     str | None, typer.Option("--source", "-s", help="Measure with these pictures, as in y7 detect; else a drawn one.")
 ]
@@ -65,7 +66,6 @@ SaveDir = Annotated[
 ]
 ChartPath = Annotated[Path | None, typer.Option("--chart", help="Write the chart here, as PNG.")]
 NoChart = Annotated[bool, typer.Option("--no-chart", help="Leave the chart of --paper out.")]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
 
 
 def bench(

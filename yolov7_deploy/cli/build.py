@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy.cli.choices import JsonPath
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import EngineOptions
 
@@ -48,7 +49,6 @@ HardwareCompatible = Annotated[
 Sparse = Annotated[bool, typer.Option("--sparse", help="Use sparse kernels for weights pruned 2:4.")]
 Dla = Annotated[int | None, typer.Option("--dla", help="Core of a Jetson's deep learning accelerator.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show TensorRT's own log.")]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
 
 
 def build(

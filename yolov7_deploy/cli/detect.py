@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy.errors import SourceError, UsageError
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.cli.choices import (
+    OWN,
+    Conf,
+    Device,
+    Half,
+    Img,
+    Iou,
+    JsonPath,
+    MaxDet,
+    Weights,
+    check_thresholds,
+    parse_img,
+)
+from yolov7_deploy.errors import SourceError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -21,7 +32,6 @@ if TYPE_CHECKING:
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import Frame, Source
 
-DEFAULTS = Thresholds()
 RUNS = Path("runs/detect")
 
 
@@ -33,36 +43,8 @@ SourceText = Annotated[
         help="Picture, folder, 'pattern', video, camera number, rtsp:// or http:// address, or .txt list of these.",
     ),
 ]
-Weights = Annotated[
-    str, typer.Option("--weights", "-w", help="A .pt, .safetensors, .onnx or .engine file, or an official name.")
-]
-OWN = "(default: the model file's own, else {})"
-Conf = Annotated[
-    float | None, typer.Option("--conf", "--conf-thres", help=f"Keep scores above this {OWN.format(DEFAULTS.conf)}.")
-]
-Iou = Annotated[
-    float | None,
-    typer.Option(
-        "--iou",
-        "--iou-thres",
-        help=f"Suppress boxes that overlap a better one by more than this {OWN.format(DEFAULTS.iou)}.",
-    ),
-]
-MaxDet = Annotated[
-    int | None,
-    typer.Option("--max-det", "--topk-all", help=f"At most this many boxes a picture {OWN.format(DEFAULTS.max_det)}."),
-]
 Classes = Annotated[
     list[str] | None, typer.Option("--classes", help="Only these: names or numbers, 'person,dog' or '0 16'.")
-]
-Img = Annotated[
-    str | None,
-    typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")]
-Half = Annotated[
-    bool | None,
-    typer.Option("--half/--no-half", help="Half precision for checkpoints (default: on a GPU, and only there)."),
 ]
 MultiLabel = Annotated[
     bool | None,
@@ -77,7 +59,6 @@ SaveDir = Annotated[
 ]
 SaveTxt = Annotated[bool, typer.Option("--save-txt", help="Write YOLO label files to labels/.")]
 SaveConf = Annotated[bool, typer.Option("--save-conf", help="With --save-txt: add the score to each line.")]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
 View = Annotated[bool, typer.Option("--view", "--view-img", help="Show each picture; any key goes on, q or Esc ends.")]
 NoSave = Annotated[bool, typer.Option("--nosave", help="Write no drawn pictures and videos.")]
 
@@ -137,16 +118,6 @@ def detect(
         class_agnostic=agnostic_nms,
     ) as detector:
         _run(detector, opened, classes=wanted, options=options, json_path=json_path)
-
-
-def check_thresholds(*, conf: float | None, iou: float | None, max_det: int | None) -> None:
-    """Refuses what cannot be meant before a model is downloaded or loaded; `None` is the model's own.
-
-    Raises:
-        UsageError: A value outside its range.
-    """
-    given: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det}
-    replace(Thresholds(), **{name: value for name, value in given.items() if value is not None})
 
 
 def _run(
@@ -252,20 +223,6 @@ def _conclude(
         lines.say(f"Results saved to {save_dir}")
     if json_path is not None:
         write_json({**report.to_dict(), **record}, json_path)
-
-
-def parse_img(text: str | None) -> int | tuple[int, int] | None:
-    """`640`, or height and width as `384x640`, `384,640` or `384 640`.
-
-    Raises:
-        UsageError: Anything else.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*([1-9][0-9]*)(?:[xX, ]\s*([1-9][0-9]*))?\s*", text)
-    if match is None:
-        raise UsageError(f"--img {text} is not a size.", fix="For example: --img 640, or height x width: --img 384x640")
-    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
 
 
 def split_classes(texts: list[str] | None) -> list[int | str] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+
+from yolov7_deploy.cli.choices import JsonPath
 
 if TYPE_CHECKING:
     from yolov7_deploy.doctor import Diagnosis
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Say what is installed, what can run here, and what to type for the rest."""
     from yolov7_deploy.doctor import diagnose

@@ -11,7 +11,7 @@ import typer
 from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_record as engine_record
-from yolov7_deploy.cli.detect import parse_img
+from yolov7_deploy.cli.choices import Img, JsonPath, parse_img
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions
 
@@ -26,10 +26,6 @@ _BITS = {8: "int8", 16: "fp16", 32: "fp32"}
 
 Weights = Annotated[str, typer.Option("--weights", "-w", help="A .pt or .safetensors file, or an official name.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.onnx here, or NAME-fp16.onnx.")]
-Img = Annotated[
-    str | None,
-    typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
-]
 Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Fixed batch size.")]
 DynamicBatch = Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")]
 Nms = Annotated[
@@ -69,7 +65,6 @@ Grid = Annotated[bool, typer.Option("--grid", help="Decoding is always inside.",
 MakeEngine = Annotated[
     bool, typer.Option("--engine", help="Build a TensorRT engine of it too; y7 build has more options.")
 ]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
 
 
 def export(

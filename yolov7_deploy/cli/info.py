@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy.cli.choices import JsonPath
 from yolov7_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def info(
         str,
         typer.Argument(metavar="WEIGHTS-or-VARIANT", help="A .pt, .safetensors, .onnx or .engine file, or a variant."),
     ],
-    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+    json_path: JsonPath = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print the layer table, of an engine as it runs.")] = False,
 ) -> None:
     """Say what a variant costs, or what a model file holds."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.detect import Half, parse_img
+from yolov7_deploy.cli.choices import Device, Half, Img, JsonPath, Weights, parse_img
 from yolov7_deploy.options import ValOptions
 
 if TYPE_CHECKING:
@@ -34,17 +34,12 @@ METRICS = {
 
 def val(
     data: Annotated[Path, typer.Option("--data", help="Dataset YAML, or a COCO instances JSON.")],
-    weights: Annotated[
-        str, typer.Option("--weights", "-w", help="A .pt, .safetensors, .onnx or .engine file, or an official name.")
-    ] = "yolov7",
+    weights: Weights = "yolov7",
     images: Annotated[
         Path | None, typer.Option("--images", help="Picture folder of a JSON; guessed where it is in a usual place.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Part of the dataset: val, test or train.")] = "val",
-    img: Annotated[
-        str | None,
-        typer.Option("--img", "--img-size", "--imgsz", help="Network input, such as 640; the model's own without it."),
-    ] = None,
+    img: Img = None,
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Pictures that run together.")] = DEFAULTS.batch,
     rect: Annotated[
         bool | None,
@@ -58,9 +53,9 @@ def val(
         int, typer.Option("--max-det", "--topk-all", help="At most this many boxes a picture.")
     ] = DEFAULTS.max_det,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many pictures.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")] = "auto",
+    device: Device = "auto",
     half: Half = None,
-    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+    json_path: JsonPath = None,
     predictions: Annotated[
         str | None, typer.Option("--predictions", "--save-json", help="Write the detections as a COCO results file.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy.cli.choices import JsonPath
 from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def verify(
     ] = 0.3,
     limit: Annotated[int, typer.Option("--limit", help="At most so many pictures.")] = 16,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")] = "cpu",
-    json_path: Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Check that forms of one model agree, stage by stage; exit 1 where something is lost."""
     from yolov7_deploy.measure.report import progress, write_json
