@@ -1,4 +1,4 @@
-"""The suite's parts around TensorRT on stand-ins for TensorRT and CUDA, so that no line runs first on a lent GPU."""
+"""The suite's parts around TensorRT on stand-ins for TensorRT and CUDA, so that no line runs first on a GPU."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The suite's parts around Detector on a fake TensorRT and a fake GPU, so that no line runs first on a lent one."""
+"""The suite's parts around Detector on a fake TensorRT and a fake GPU, so that no line runs first on a real one."""
 
 import json
 import sys
