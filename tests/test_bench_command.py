@@ -26,6 +26,12 @@ QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device",
 TIMEOUT_S = 120
 
 
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    """What a turn is long for, a steady clock, is not what is tested here."""
+    monkeypatch.setattr("yolov7_deploy.measure.speed.speed.TURN_S", 0.005)
+
+
 @pytest.fixture
 def bench(files, tmp_path, monkeypatch):
     """The command on the small network, in an empty folder."""

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,11 @@ def test_an_error_inside_gives_the_place_back():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches one thread there")
-def test_ctrl_c_while_waiting_takes_no_place():
+def test_ctrl_c_while_waiting_takes_no_place(request):
+    # A shell's background job is born deaf to it.
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
     turns, enter, leave = Turns(1), threading.Event(), threading.Event()
 
     def stay():

@@ -223,9 +223,9 @@ def setting(tmp_path, monkeypatch):
     made = Setting(tmp_path, monkeypatch)
     before = made.library.fake_cuda_live()
     yield made
-    assert [trt.violations for trt in made.installed] == [[]] * len(made.installed)
     for backend in made.opened:
         backend.close()
+    assert [trt.violations for trt in made.installed] == [[]] * len(made.installed)
     if made.library.fake_cuda_live() != before:
         gc.collect()  # slow; exceptions keep what they met on their way
     assert made.library.fake_cuda_live() == before
