@@ -4,10 +4,10 @@ On a machine without a GPU:   python benchmarks/gpu_suite.py prepare --plugin li
 Bring .gpu/pieces/part_* to the GPU machine, and there:
                               python benchmarks/gpu_suite.py unpack --pieces PLACE --folder .gpu/whole
                               python benchmarks/gpu_suite.py run --out results [--kit /opt/trt86]
-What `run` has no time left for are runs of their own, of up to ten minutes:
+What `run` has no time left for are runs of their own, of up to ten minutes; the soak takes the engine of `runtime`:
                               python benchmarks/gpu_suite.py run --parts runtime --total 590
                               python benchmarks/gpu_suite.py run --parts torch_speed --total 400
-                              python benchmarks/gpu_suite.py run --parts soak --total 598   (with the engine of `runtime`)
+                              python benchmarks/gpu_suite.py run --parts soak --total 598
 Without a GPU, to try the suite itself on emulated kernels:  python benchmarks/gpu_suite.py run --emulated
 
 A part that crashes, hangs or fails loses nothing of the others, nor of what it recorded before.
