@@ -113,6 +113,7 @@ def test_the_kernels_are_found_for_the_gpus_that_they_run_on(library, nothing_bu
     assert find_kernels((8, 6)).path == built_path("kernels")
     assert find_kernels((12, 0)).path == built_path("kernels"), "the driver compiles its PTX"
     assert find_kernels((7, 5)) is None
+    built_path("kernels").unlink()  # another file of that name: the old one is still open in this process
     built_path("kernels").write_bytes(library.read_bytes()[:-1])
     with pytest.raises(PluginError, match="is not a usable plugin library"):
         find_kernels((8, 6))
