@@ -6,8 +6,9 @@ from functools import cache
 
 import numpy as np
 
+from yolov7_deploy.machine.clocks import Clocks
 from yolov7_deploy.measure.speed.sampling import span_time
-from yolov7_deploy.measure.speed.speed_report import SPANS, ClockState, Energy, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.measure.speed.speed_report import SPANS, Energy, SpanTime, SpeedReport, SpeedRow
 
 MS = {"preprocess": 2.0, "upload": 0.0, "engine": 10.0, "download": 0.0, "postprocess": 0.5, "end_to_end": 12.0}
 
@@ -37,7 +38,7 @@ def row(*, batch: int = 1, threads: int = 1, **changes: object) -> SpeedRow:
         "host_peak_bytes": 600_000_000,
         "gpu_peak_bytes": None,
         "energy": Energy(source="a meter", watts=50.0, idle_watts=9.5, joules_per_picture=0.62, samples=70),
-        "clocks": ClockState(source="a clock", mhz=2400.0, throttled=()),
+        "clocks": Clocks(source="a clock", mhz=2400.0, throttled=()),
     }
     return SpeedRow(**{**fields, **changes})
 

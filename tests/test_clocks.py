@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import threading
-from dataclasses import asdict, fields
 
 import pytest
 from boards import laid_out, recorded, silent, wait_until, write
@@ -14,7 +13,6 @@ from test_rails import LINES, program
 from yolov7_deploy.machine.clocks import Clocks, open_clock_watch
 from yolov7_deploy.machine.devfreq import read_gpu_clock
 from yolov7_deploy.machine.memory_use import gpu_memory_used, host_peak_bytes, reset_host_peak
-from yolov7_deploy.measure.speed.speed_report import ClockState
 
 GPU = "0000:3b:00.0 Tesla V100-SXM2-16GB"
 USUAL = "clock.1=1380 clock.2=877 highest.1=1530 temperature.0=61 limit=300000"
@@ -49,11 +47,6 @@ def processor(root, *mhz, most=3500, governor="performance"):
         (folder / "cpuinfo_max_freq").write_text(f"{most * 1000}\n")
         (folder / "scaling_governor").write_text(f"{governor}\n")
     return root
-
-
-def test_what_is_seen_fits_the_report():
-    assert [field.name for field in fields(Clocks)] == [field.name for field in fields(ClockState)]
-    assert ClockState(**asdict(Clocks(source="NVML", mhz=1.0))) == ClockState(source="NVML", mhz=1.0)
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.errors import LoadError, missing_library
+from yolov7_deploy.errors import LoadError, UsageError, missing_library
 from yolov7_deploy.image import FloatArray, Image, Letterbox
 from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.options import Thresholds
@@ -192,3 +192,31 @@ def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None, h
         raise missing_library(error, f"to run {path.name}") from error
     backend = getattr(module, row.attribute)
     return cast(Backend, backend.open(path, device=device, input_hw=input_hw, half=half))
+
+
+def check_wishes(
+    path: Path, info: ModelInfo, *, input_hw: tuple[int, int] | None, half: bool | None, export: str = ""
+) -> None:
+    """Refuses another size or precision than a file has in it.
+
+    Args:
+        path: The file.
+        info: Its passport.
+        input_hw: The size asked for, if any.
+        half: The precision asked for, if any.
+        export: What `y7 export` needs more to make such a file.
+
+    Raises:
+        UsageError: It names both and the command for the other one.
+    """
+    if input_hw is not None and info.input_hw is not None and input_hw != info.input_hw:
+        have, want = info.input_hw, input_hw
+        raise UsageError(
+            f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
+            fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]} {export}".rstrip(),
+        )
+    if half is not None and half != (info.precision == "fp16"):
+        raise UsageError(
+            f"{path} is {info.precision}; its precision is in the file.",
+            fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'} {export}".rstrip(),
+        )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from yolov7_deploy.backends.base import Found, Outputs, Spans
+from yolov7_deploy.backends.base import Found, Outputs, Spans, check_wishes
 from yolov7_deploy.backends.suppressed import NMS_OUTPUTS, UNKNOWN_CLASSES, check_fixed, kept
 from yolov7_deploy.backends.turns import Turns
 from yolov7_deploy.boxes import detections_of
@@ -83,17 +83,7 @@ class OrtBackend:
                 f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
                 fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
             ) from error
-        if input_hw is not None and info.input_hw is not None and input_hw != info.input_hw:
-            have, want = info.input_hw, input_hw
-            raise UsageError(
-                f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
-                fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]}",
-            )
-        if half is not None and half != (info.precision == "fp16"):
-            raise UsageError(
-                f"{path} is {info.precision}; its precision is in the file.",
-                fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'}",
-            )
+        check_wishes(path, info, input_hw=input_hw, half=half)
         return cls(session, info, device=place)
 
     @property

@@ -18,7 +18,7 @@ from typing import cast
 
 import numpy as np
 
-from yolov7_deploy.backends.base import Found, Outputs, Spans
+from yolov7_deploy.backends.base import Found, Outputs, Spans, check_wishes
 from yolov7_deploy.backends.cuda import Cuda, Device, open_cuda
 from yolov7_deploy.backends.gpu_arrays import GpuPicture, gpu_picture, is_gpu_array
 from yolov7_deploy.backends.kernels import Kernels, find_kernels
@@ -86,7 +86,7 @@ class TrtBackend:
             _load_plugins(dialect, path, record, gpu)
             engine = _deserialised(dialect, path, file)
             info = engine.info(record.info if record else None)
-            _check_wishes(path, info, input_hw=input_hw, half=half)
+            check_wishes(path, info, input_hw=input_hw, half=half, export="--engine")
             kernels = _kernels(gpu)
             if record is None:
                 logger.warning("%s: %s", path, "; ".join(info.notes))
@@ -316,20 +316,6 @@ def _logger(dialect: Dialect) -> tuple[TrtLog, Trt]:
         log = TrtLog()
         _loggers[dialect.product] = (dialect.trt, log, logger_of(dialect.trt, log.take))
     return _loggers[dialect.product][1:]
-
-
-def _check_wishes(path: Path, info: ModelInfo, *, input_hw: tuple[int, int] | None, half: bool | None) -> None:
-    if input_hw is not None and info.input_hw is not None and input_hw != info.input_hw:
-        have, want = info.input_hw, input_hw
-        raise UsageError(
-            f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
-            fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]} --engine",
-        )
-    if half is not None and half != (info.precision == "fp16"):
-        raise UsageError(
-            f"{path} is {info.precision}; its precision is in the file.",
-            fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'} --engine",
-        )
 
 
 def _kernels(gpu: Device) -> Kernels | None:

@@ -38,7 +38,7 @@ _DTYPES = {
 }
 
 # What `zipfile` raises on damaged, encrypted or exotic archives.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError)
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OverflowError)
 
 # Expanded or shared tensors may repeat numbers of the file, within reason.
 _REPEATED_BYTES = 16 * 2**20

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from yolov7_deploy.machine.clocks import ClockWatch, open_clock_watch
+from yolov7_deploy.machine.clocks import Clocks, ClockWatch, open_clock_watch
 from yolov7_deploy.machine.memory_use import gpu_memory_used, host_peak_bytes
 from yolov7_deploy.machine.power import PowerMeter, open_power_meter
-from yolov7_deploy.measure.speed.speed_report import ClockState, Energy
+from yolov7_deploy.measure.speed.speed_report import Energy
 
 IDLE_S = 1.0
 
@@ -21,7 +21,7 @@ class Reading:
 
     watts: float | None = None
     samples: int = 0
-    clocks: ClockState | None = None
+    clocks: Clocks | None = None
 
 
 class Meters:
@@ -60,8 +60,7 @@ class Meters:
         if self._meter is not None and self._meter.samples:
             reading.watts, reading.samples = self._meter.mean_watts, self._meter.samples
         if watch is not None:
-            state = watch.state
-            reading.clocks = ClockState(**{field.name: getattr(state, field.name) for field in fields(ClockState)})
+            reading.clocks = watch.state
 
     def energy(self, reading: Reading, *, pictures_per_second: float) -> tuple[Energy | None, str]:
         """The reading as energy, or why there is none."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.machine.clocks import Clocks
 from yolov7_deploy.plain_data import from_plain, shown
 
 SCHEMA = 1
@@ -57,30 +58,6 @@ class Energy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClockState:
-    """Clocks and limits while a row was measured; what a machine does not tell is `None` or empty.
-
-    Attributes:
-        source: What told it: `NVML`, `sysfs`.
-        mhz, mhz_max: Of the GPU's multiprocessors, or of the processor cores for a CPU: median seen, and the limit.
-        memory_mhz: Of the GPU's memory.
-        temperature_c: Highest seen.
-        power_limit_w: Enforced limit of the board.
-        throttled: Why it ran slower than it could, in words; empty where nothing held it back.
-        mode: Power mode of a board, or governor of a processor.
-    """
-
-    source: str
-    mhz: float | None = None
-    mhz_max: float | None = None
-    memory_mhz: float | None = None
-    temperature_c: float | None = None
-    power_limit_w: float | None = None
-    throttled: tuple[str, ...] = ()
-    mode: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedRow:
     """One batch size with one number of threads.
 
@@ -117,7 +94,7 @@ class SpeedRow:
     gpu_peak_bytes: int | None
     energy: Energy | None
     energy_absent: str = ""
-    clocks: ClockState | None = None
+    clocks: Clocks | None = None
     loaded: SpanTime | None = None
     other_load: float | None = None
 
