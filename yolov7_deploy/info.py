@@ -43,6 +43,30 @@ class NmsInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Info:
+    """How the INT8 of a graph came about.
+
+    Attributes:
+        method: By which the ranges of activations were chosen.
+        pictures: How many they were measured on.
+        pictures_sha256: Of those pictures, in any order.
+        rest: Type of what is not INT8: `fp16` or `fp32`.
+        convolutions, int8_convolutions: How many there are, and how many of them compute in INT8.
+        share: Part of all multiply-accumulates that INT8 does; `None` where shapes are open.
+        kept: (layer, reason) of each convolution that stayed float.
+    """
+
+    method: str
+    pictures: int
+    pictures_sha256: str
+    rest: str
+    convolutions: int
+    int8_convolutions: int
+    share: float | None
+    kept: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
     """Everything a runtime must know about a model that its tensors do not say.
 
@@ -55,6 +79,7 @@ class ModelInfo:
         batch: Fixed batch size; `None` takes any.
         input_kind: `float32` is NCHW RGB 0..1; `uint8` is NHWC BGR 0..255.
         precision: `fp32`, `fp16` or `int8`.
+        int8: How the ranges of INT8 came about; `None` in other precisions and in files of others.
         nms: Suppression inside the file; `None` where the output is the decoded head.
         heads: Names of the raw head tensors inside an ONNX graph, fine to coarse.
         opset: ONNX opset, 0 for files that are not ONNX.
@@ -72,6 +97,7 @@ class ModelInfo:
     batch: int | None = None
     input_kind: InputKind = "float32"
     precision: str = "fp32"
+    int8: Int8Info | None = None
     nms: NmsInfo | None = None
     heads: tuple[str, ...] = ()
     opset: int = 0

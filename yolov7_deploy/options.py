@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from yolov7_deploy.errors import UsageError
@@ -11,7 +12,9 @@ from yolov7_deploy.info import InputKind
 
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
+INT8_METHODS = ("mse", "percentile", "entropy", "max")
+INT8_RESTS = ("fp16", "fp32")
 OPSETS = range(13, 22)
 PLUGIN_USES = ("auto", "on", "off")
 HARDWARE_COMPATIBILITIES = ("none", "ampere+", "same-cc")
@@ -101,6 +104,29 @@ class ExportOptions:
                 f"max_candidates {self.max_candidates} is below max_det {self.max_det}.",
                 fix=f"For example: --max-candidates {self.max_det}",
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Options:
+    """How a float32 graph becomes INT8.
+
+    Attributes:
+        method: How the range of an activation is chosen from its histogram: `mse` (least squared difference),
+            `percentile` (99.99 % of the values), `entropy` (as TensorRT's calibrator did) or `max` (nothing clipped).
+        spare: Convolutions that stay float, by name, and why.
+        rest: Type of what is not INT8: `fp16`, or `fp32`, which is for graphs whose values half cannot hold.
+        correct_bias: Add to each bias what rounding the weights takes from the mean result.
+    """
+
+    method: str = "mse"
+    spare: Mapping[str, str] = field(default_factory=dict)
+    rest: str = "fp16"
+    correct_bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("method", self.method, INT8_METHODS), ("rest", self.rest, INT8_RESTS)):
+            if value not in known:
+                raise UsageError(f"--{name} {value} is unknown.", fix=f"One of: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
