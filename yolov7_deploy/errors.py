@@ -110,4 +110,4 @@ def missing_library(error: ModuleNotFoundError, purpose: str) -> MissingLibraryE
         raise error
     extra = _EXTRAS.get(library)
     package = f"'yolov7-deploy[{extra}]'" if extra else "yolov7-deploy"
-    return MissingLibraryError(f"{error.name} is needed {purpose}.", fix=f"pip install {package}")
+    return MissingLibraryError(f"{library} is needed {purpose}.", fix=f"pip install {package}")

@@ -130,6 +130,29 @@ class Int8Options:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeOptions:
+    """How an INT8 file is made.
+
+    Attributes:
+        int8: See `Int8Options`.
+        max_drop: AP points (of 100) that INT8 may lose; layers are spared until it loses no more. `None` spares none.
+        sensitivity: Find what each layer costs, also where nothing need be spared.
+        cache: File that keeps the calibration; by default one in the cache folder, named after model and pictures.
+    """
+
+    int8: Int8Options = field(default_factory=Int8Options)
+    max_drop: float | None = None
+    sensitivity: bool = False
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise UsageError(
+                f"--max-drop {self.max_drop:g} is no number of AP points.", fix="From 0 to 100, for example: 0.3"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ValOptions:
     """How average precision is measured; the defaults are the official evaluation's, except `batch`.
 

@@ -8,12 +8,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from yolov7_deploy import __version__
 from yolov7_deploy.backends.ort import OrtBackend
 from yolov7_deploy.backends.pytorch import PytorchBackend
 from yolov7_deploy.checkpoint import load_checkpoint
+from yolov7_deploy.dataset import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.export.to_onnx import export_onnx
@@ -23,22 +25,40 @@ from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.measure.drawn import drawn_picture
 from yolov7_deploy.measure.parity import ParityReport, compare, comparison_thresholds, form
 from yolov7_deploy.model.yolov7 import build_model
-from yolov7_deploy.options import PRECISIONS, ExportOptions
+from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.precision.pictures import CalibrationPictures
+from yolov7_deploy.quantization.quantize import Quantized, Quantizer, Show, silent
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str, float], None]
 
+_CALIBRATED_SHOWN = 2  # pictures an INT8 file is verified on, where none are given
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """What an export wrote and how it was checked (`parity` is `None` where verification was left out)."""
+    """What an export wrote and how it was checked.
+
+    `parity` is `None` where verification was left out, `quantized` where the file is not INT8.
+    """
 
     path: Path
     info: ModelInfo
     bytes: int
     parity: ParityReport | None
+    quantized: Quantized | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Request:
+    """What INT8 needs beyond the weights: pictures to calibrate on, and others with labels if AP shall be known."""
+
+    pictures: CalibrationPictures
+    options: QuantizeOptions
+    data: Dataset | None = None
+    show: Show = silent
 
 
 def export_weights(
@@ -47,6 +67,7 @@ def export_weights(
     *,
     options: ExportOptions,
     precision: str = "fp32",
+    int8: Int8Request | None = None,
     verify: bool = True,
     pictures: Sequence[Image] = (),
     say: Say | None = None,
@@ -59,9 +80,11 @@ def export_weights(
         weights: A checkpoint.
         output: The `.onnx` file to write.
         options: See `ExportOptions`.
-        precision: `fp32` or `fp16`.
+        precision: `fp32`, `fp16` or `int8`.
+        int8: What `int8` needs.
         verify: Compare stage by stage.
-        pictures: What to compare on, and to measure activations on; a drawn picture where empty.
+        pictures: What to compare on, and what half precision is measured on. Where empty: a drawn picture, and for INT8
+            some of those it was calibrated on.
         say: Called with each finished step and its seconds.
 
     Raises:
@@ -74,6 +97,11 @@ def export_weights(
         raise ExportError(f"{output} is not named like an ONNX file.", fix=f"--output {output.with_suffix('.onnx')}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is unknown.", fix=f"One of: {', '.join(PRECISIONS)}")
+    if (precision == "int8") != (int8 is not None):
+        raise UsageError(
+            f"precision {precision!r} with int8={int8}: INT8 needs pictures to calibrate on, and nothing else does.",
+            fix="precision='int8', int8=Int8Request(pictures=open_calibration(FOLDER), options=QuantizeOptions())",
+        )
     step = _Steps(say)
     checkpoint = load_checkpoint(weights)
     step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
@@ -81,6 +109,11 @@ def export_weights(
     step.done("fused BatchNorm, RepConv and implicit knowledge")
     exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
+    quantized = None
+    if int8 is not None:
+        quantized = _quantized(exported, int8, step)
+        exported = quantized.model
+        pictures = pictures or list(islice(int8.pictures, _CALIBRATED_SHOWN))
     pictures = pictures or [drawn_picture(exported.info.default_hw)]
     if precision == "fp16":
         exported = _in_half(exported, pictures, step)
@@ -97,7 +130,12 @@ def export_weights(
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity)
+    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity, quantized=quantized)
+
+
+def _quantized(exported: OnnxModel, int8: Int8Request, step: _Steps) -> Quantized:
+    quantizer = Quantizer(exported, int8.pictures, int8.options, data=int8.data, say=step.done, show=int8.show)
+    return quantizer.run()
 
 
 def _in_half(exported: OnnxModel, pictures: Sequence[Image], step: _Steps) -> OnnxModel:
@@ -126,6 +164,8 @@ def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: 
 
 
 def _remedy(precision: str) -> str:
+    if precision == "int8":
+        return "Calibrate on more pictures like those to come, or keep layers float:  --data D.yaml --max-drop 0.3"
     if precision == "fp16":
         return "Try  --precision fp32, or pictures of your own:  --picture FILE; --no-verify writes it all the same."
     return "Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same."

@@ -15,6 +15,7 @@ from yolov7_deploy.cli.doctor import doctor
 from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.plugin import plugin
+from yolov7_deploy.cli.quantize import quantize
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library
@@ -34,6 +35,7 @@ app = typer.Typer(
 COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (demo, ()),
     (export, ()),
+    (quantize, ()),
     (build, ()),
     (detect, ("predict",)),
     (val, ("test",)),

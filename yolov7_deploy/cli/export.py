@@ -12,13 +12,14 @@ from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspac
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_record as engine_record
 from yolov7_deploy.cli.choices import Img, JsonPath, parse_img
+from yolov7_deploy.cli.quantize import Calib, Data, MaxDrop, asked_for_int8, open_data
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.engine.build import EngineReport
     from yolov7_deploy.engine.job import Installation
-    from yolov7_deploy.pipeline import ExportReport
+    from yolov7_deploy.pipeline import ExportReport, Int8Request
 
 DEFAULTS = ExportOptions()
 _FLAGS = {"--fp16": "fp16", "--half": "fp16", "--int8": "int8"}
@@ -46,12 +47,12 @@ InputKind = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="fp32 or fp16 (half the size; input, outputs, decoding and NMS stay float32)."),
+    typer.Option("--precision", help="fp32, fp16 or int8 (input, outputs, decoding and NMS stay float32)."),
 ]
 Fp16 = Annotated[bool, typer.Option("--fp16", help="Same as --precision fp16.")]
 Half = Annotated[bool, typer.Option("--half", help="Same as --fp16.", hidden=True)]
-Quantize = Annotated[int | None, typer.Option("--quantize", help="16 is --fp16, 32 is fp32.", hidden=True)]
-Int8 = Annotated[bool, typer.Option("--int8", help="Not available in this version.", hidden=True)]
+Quantize = Annotated[int | None, typer.Option("--quantize", help="8 is --int8, 16 --fp16, 32 fp32.", hidden=True)]
+Int8 = Annotated[bool, typer.Option("--int8", help="Same as --precision int8; needs --calib.")]
 Opset = Annotated[int, typer.Option("--opset", help="ONNX operator set, 13 to 21.")]
 Simplify = Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")]
 Verify = Annotated[
@@ -87,6 +88,9 @@ def export(
     half: Half = False,
     quantize: Quantize = None,
     int8: Int8 = False,
+    calib: Calib = None,
+    data: Data = None,
+    max_drop: MaxDrop = None,
     opset: Opset = DEFAULTS.opset,
     simplify: Simplify = DEFAULTS.simplify,
     verify: Verify = True,
@@ -102,8 +106,8 @@ def export(
     json_path: JsonPath = None,
 ) -> None:
     """Export weights to one ONNX file for every runtime, and verify it."""
-    flags = {"--fp16": fp16, "--half": half, "--int8": int8}
-    number_type = parse_precision(precision, quantize, [flag for flag, given in flags.items() if given])
+    flags = [name for name, given in (("--fp16", fp16), ("--half", half), ("--int8", int8)) if given]
+    number_type = parse_precision(precision, quantize, flags)
     options = ExportOptions(
         input_hw=_input_hw(img),
         batch=_batch(batch, dynamic_batch=dynamic_batch),
@@ -118,11 +122,11 @@ def export(
         opset=opset,
         simplify=simplify,
     )
+    request = _int8_request(calib, data, max_drop, is_int8=number_type == "int8")
     build = _engine_options(target, plugin, workspace, opt_level, max_batch, asked=engine)
     to_stderr = json_path == "-"
     on = None if build is None else _find_tensorrt(build)
-    report = _run(weights, output, options, number_type, verify=verify, picture=picture, to_stderr=to_stderr)
-    typer.echo(describe(report), err=to_stderr)
+    report = _run(weights, output, options, number_type, request, verify=verify, picture=picture, to_stderr=to_stderr)
     _finish(report, None if build is None else _build(report.path, build, on, to_stderr=to_stderr), json_path)
 
 
@@ -154,8 +158,6 @@ def parse_precision(precision: str | None, quantize: int | None, flags: Sequence
     if quantize is not None:
         asked[f"--quantize {quantize}"] = _BITS.get(quantize, f"{quantize} bits")
     for typed, name in asked.items():
-        if name == "int8":
-            raise UsageError(f"{typed}: int8 is not available in this version.", fix="Half precision:  --fp16")
         if name not in PRECISIONS:
             raise UsageError(f"{typed} is unknown.", fix=f"One of: --precision {', --precision '.join(PRECISIONS)}")
     if len(set(asked.values())) > 1:
@@ -168,6 +170,7 @@ def _run(
     output: Path | None,
     options: ExportOptions,
     precision: str,
+    int8: Int8Request | None,
     *,
     verify: bool,
     picture: Path | None,
@@ -181,15 +184,32 @@ def _run(
     pictures = [read_image(picture)] if picture else []
     with progress("download") as show:
         path = find_weights(weights, progress=show)
-    return export_weights(
+    report = export_weights(
         path,
         output or Path(f"{_stem(weights, path)}{'' if precision == 'fp32' else f'-{precision}'}.onnx"),
         options=options,
         precision=precision,
+        int8=int8,
         verify=verify,
         pictures=pictures,
         say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
     )
+    typer.echo(describe(report), err=to_stderr)
+    return report
+
+
+def _int8_request(
+    calib: Path | None, data: Path | None, max_drop: float | None, *, is_int8: bool
+) -> Int8Request | None:
+    """Opens the pictures before the export, which takes long."""
+    options = asked_for_int8(calib, data=data, max_drop=max_drop, is_int8=is_int8)
+    if options is None or calib is None:
+        return None
+    from yolov7_deploy.measure.report import progress
+    from yolov7_deploy.pipeline import Int8Request
+    from yolov7_deploy.precision.pictures import open_calibration
+
+    return Int8Request(pictures=open_calibration(calib), options=options, data=open_data(data, None), show=progress)
 
 
 def _engine_options(
@@ -285,4 +305,13 @@ def to_record(report: ExportReport) -> dict[str, object]:
         "bytes": report.bytes,
         "passport": json.loads(report.info.to_json()),
         "parity": report.parity.to_dict() if report.parity else None,
+        **_int8_record(report),
     }
+
+
+def _int8_record(report: ExportReport) -> dict[str, object]:
+    if report.quantized is None:
+        return {}
+    from yolov7_deploy.quantization.words import to_record as quantized_record
+
+    return {"quantization": quantized_record(report.quantized)}

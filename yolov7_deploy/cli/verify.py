@@ -80,7 +80,8 @@ def stage_table(report: ParityReport) -> str:
         for number, (name, difference) in enumerate(stage.differences.items()):
             limit = stage.limits.get(name)
             holds = "" if limit is None else "ok" if difference <= limit else "LOST"
+            shown = None if limit is None else f"{limit:g}"
             note = stage.note if number == 0 else ""
-            rows.append([stage.stage if number == 0 else "", name, f"{difference:.2g}", f"{limit:g}", holds, note])
+            rows.append([stage.stage if number == 0 else "", name, f"{difference:.2g}", shown, holds, note])
     title = f"{report.against} against {report.reference}, {report.pictures} picture{'s' * (report.pictures > 1)}"
     return table(rows, ["stage", "worst", "difference", "limit", "", "on"], title)

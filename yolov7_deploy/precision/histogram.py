@@ -121,8 +121,6 @@ def entropy_of(histogram: Histogram) -> float:
     has the least Kullback-Leibler divergence between that and the same in 128 steps.
     """
     lower, upper, counts = histogram.bins()
-    if histogram.largest <= 0:
-        return 0.0
     edges = np.linspace(0, histogram.largest, _ENTROPY_BINS + 1)
     linear = np.diff(_below(edges, lower, upper, counts))
     linear[0] = linear[1]  # as NVIDIA's tools do: what is next to nothing would outweigh all else
@@ -171,5 +169,4 @@ def clip_of(histogram: Histogram, method: str) -> float:
     """
     if not histogram.is_finite:
         raise ExportError("Some values are infinite or no numbers.", fix="Check the weights:  y7 info WEIGHTS")
-    clip = METHODS[method](histogram)
-    return clip if clip > 0 else 1.0
+    return METHODS[method](histogram) if histogram.largest > 0 else 1.0

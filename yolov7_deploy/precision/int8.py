@@ -52,6 +52,8 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
         UsageError: The calibration is of another network, or a layer to spare is not in it.
     """
     check_quantizable(model)
+    if not model.info.heads:  # where decoding begins is unknown, and decoding needs float32
+        options = replace(options, rest="fp32")
     network = Network(model)
     _check_calibration(network, calibration)
     placement = place(network, spared_layers(network, options.spare))

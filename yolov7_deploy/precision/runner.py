@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from yolov7_deploy.image import Image, fit_letterbox, to_network_input
 from yolov7_deploy.info import ModelInfo
@@ -34,6 +34,7 @@ class NetworkRunner:
         nodes: In an order that can run; those behind what is wanted are not needed.
         names: Tensors that these nodes make, or read from outside.
         inputs: Tensors that the nodes read from outside; the inputs of the graph where left out.
+        weights: More constants than the graph has.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class NetworkRunner:
         names: Sequence[str],
         *,
         inputs: Sequence[onnx.ValueInfoProto] | None = None,
+        weights: Mapping[str, AnyArray] | None = None,
     ) -> None:
         needed = {name for node in nodes for name in node.input}
         stored = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
-        weights = {tensor.name for tensor in stored}
-        given = [entry for entry in (inputs or proto.graph.input) if entry.name in needed - weights]
+        stored += [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()]
+        constant = {tensor.name for tensor in stored}
+        given = [entry for entry in (inputs or proto.graph.input) if entry.name in needed - constant]
         made = {name for node in nodes for name in node.output}
         self.inputs = tuple(entry.name for entry in given)
         self._passed = [name for name in names if name not in made]

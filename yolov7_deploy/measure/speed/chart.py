@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,18 +17,16 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import IdentityTransform
 
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy.measure.chart_file import FONT, GREY, chart_style, write_chart
 from yolov7_deploy.measure.paper import PAPER, TABLE_2, VARIANTS, PaperRow
 from yolov7_deploy.measure.speed.label_ground import LabelGround, Xy
 from yolov7_deploy.measure.speed.speed_report import SpeedReport
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so the same everywhere
 DPI = 160
 WIDTH, HEIGHT, LEAST_AXES = 10.0, 6.25, 3.4  # of the picture and the axes, in inches
 # Wong's palette (Nature Methods 8, 441, 2011), which colour-blind readers can tell apart. The paper has the blue.
 PAPER_COLOUR = "#0072B2"
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-GREY = "#555555"
 # The rivals of the paper: what their names begin and end with, marker, dashes, tone.
 RIVALS: tuple[tuple[str, str, str, tuple[float, ...], str], ...] = (
     ("YOLOR", "", "s", (), "#8C8C8C"),
@@ -102,47 +96,10 @@ def speed_accuracy_chart(reports: Sequence[SpeedReport], path: Path) -> None:
     Raises:
         UsageError: The name does not end in .png, or the file cannot be written.
     """
-    check_chart_name(path)
-    data = BytesIO()
-    with _style():
-        draw_chart(reports).savefig(data, format="png", dpi=DPI, metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data.getvalue())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+    write_chart(lambda: draw_chart(reports), path, dpi=DPI)
 
 
-def check_chart_name(path: Path) -> None:
-    """Refuses a name that no chart can have, for those who measure long before they draw.
-
-    Raises:
-        UsageError: It does not end in .png.
-    """
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"{path}: a chart is a PNG.", fix=f"Name it {path.stem}.png")
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Matplotlib's own defaults and ours on top; the user's settings come back afterwards."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rc("font", family=FONT, size=9.0)
-        matplotlib.rc("text", parse_math=False)  # file names may hold dollar signs
-        matplotlib.rc("axes", edgecolor=GREY)
-        matplotlib.rc("axes.spines", top=False, right=False)
-        matplotlib.rc("legend", frameon=False, fontsize=8.0, title_fontsize=8.0, borderaxespad=0.0, borderpad=0.0)
-        matplotlib.rc("legend", handlelength=2.4)
-        yield
-
-
-@_style()
+@chart_style()
 def draw_chart(reports: Sequence[SpeedReport]) -> Figure:
     """The chart as a figure of matplotlib."""
     points = [point for report in reports if (point := _point(report))]

@@ -1,0 +1,63 @@
+"""How a chart looks, and how it becomes a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from yolov7_deploy.errors import UsageError
+
+FONT = "DejaVu Sans"  # comes with matplotlib, so the same everywhere
+GREY = "#555555"
+
+
+def check_chart_name(path: Path) -> None:
+    """Refuses a name that no chart can have, for those who measure long before they draw.
+
+    Raises:
+        UsageError: It does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: a chart is a PNG.", fix=f"Name it {path.stem}.png")
+
+
+def write_chart(draw: Callable[[], Figure], path: Path, *, dpi: int) -> None:
+    """Writes a PNG: same figure, same bytes. The file appears complete or not at all, and folders are made.
+
+    Raises:
+        UsageError: The name does not end in .png, or the file cannot be written.
+    """
+    check_chart_name(path)
+    data = BytesIO()
+    with chart_style():
+        draw().savefig(data, format="png", dpi=dpi, metadata={"Software": None})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data.getvalue())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+
+
+@contextmanager
+def chart_style() -> Iterator[None]:
+    """Matplotlib's own defaults and ours on top; the user's settings come back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rc("font", family=FONT, size=9.0)
+        matplotlib.rc("text", parse_math=False)  # file names may hold dollar signs
+        matplotlib.rc("axes", edgecolor=GREY)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("legend", frameon=False, fontsize=8.0, title_fontsize=8.0, borderaxespad=0.0, borderpad=0.0)
+        matplotlib.rc("legend", handlelength=2.4)
+        yield
