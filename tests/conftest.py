@@ -6,7 +6,7 @@ import gc
 
 import onnx
 import pytest
-from engines import exported, foreign
+from engines import exported, foreign, plugin_library
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
 from pictured import CONF, MAX_DET, SUPPRESSION
@@ -14,6 +14,7 @@ from small_models import HW, exported_tiny, info_of, tiny
 
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
+from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,23 @@ def small_file(tmp_path):
     path = tmp_path / "small.onnx"
     onnx.save(foreign(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def built_plugin(tmp_path_factory):
+    """Path of our plugin library, or `None`, and why there is none."""
+    return plugin_library(tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.fixture(scope="module")
+def with_plugin(built_plugin):
+    """Our plugin library is found; skips where it cannot be built."""
+    path, why = built_plugin
+    if path is None:
+        pytest.skip(f"the plugin cannot be built here: {why}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLUGIN_VARIABLE, path)
+        yield path
 
 
 @pytest.fixture(scope="module")

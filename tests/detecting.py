@@ -1,6 +1,9 @@
 """Running exported files, and what their detections are compared with."""
 
+import copy
+
 import numpy as np
+from onnx import TensorProto, helper
 
 from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.options import Thresholds
@@ -48,3 +51,20 @@ def assert_same_detections(ours, expected):
 def reference(decoded, *, max_candidates=MAX_CANDIDATES, **thresholds):
     chosen = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "multi_label": True, **thresholds}
     return detections_of(decoded, Thresholds(**chosen), max_candidates=max_candidates)
+
+
+def network_of(model):
+    return [node for node in model.proto.graph.node if not node.domain and not node.name.startswith("end__")]
+
+
+def end_of(model):
+    """What stands behind the head, fed with raw maps; in a whole file ONNX Runtime skips casts there and back."""
+    proto = copy.deepcopy(model.proto)
+    nodes = [node for node in proto.graph.node if node not in network_of(model)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    del proto.graph.input[0]
+    proto.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in model.info.heads
+    )
+    return proto

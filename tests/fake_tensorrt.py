@@ -129,9 +129,14 @@ class FakeTensorrt:
         good_cache: Contents of a timing cache that this device takes.
         batch: Of the parsed network; -1 is open.
         faults: What the parser complains of: (node, name, op, words).
+        chatter: What a builder says at its lowest level while it builds.
+        parsed: Called with the graph that is parsed.
     """
 
-    def __init__(self, version, *, dla_cores=0, plan=b"ftrt plan", good_cache=b"measured", batch=1, faults=()):
+    def __init__(
+        self, version, *, dla_cores=0, plan=b"ftrt plan", good_cache=b"measured", batch=1, faults=(), chatter=(),
+        parsed=lambda graph: None,
+    ):  # fmt: skip
         self.__version__ = version
         kinds = {kind for kind, *_ in NAMES}
         for kind in sorted(kinds):
@@ -147,6 +152,7 @@ class FakeTensorrt:
                 setattr(self, kind, type(kind, (), {}))
         self.creators = [SimpleNamespace(name="EfficientNMS_TRT", plugin_version="1", plugin_namespace="")]
         self.plan, self.good_cache, self.batch, self.faults, self.dla_cores = plan, good_cache, batch, faults, dla_cores
+        self.chatter, self.parsed = chatter, parsed
         self.network = self.config = self.profile = None
 
     def init_libnvinfer_plugins(self, logger, namespace):
@@ -164,12 +170,17 @@ class FakeTensorrt:
             self.creators.append(SimpleNamespace(name="Y7NMS", plugin_version="1", plugin_namespace=""))
 
     def Builder(self, logger):  # noqa: N802 - TensorRT's name
+        def build(network, config):
+            for message in self.chatter:
+                logger.log(SimpleNamespace(name="VERBOSE"), message)
+            return self.plan
+
         return SimpleNamespace(
             num_DLA_cores=self.dla_cores,
             create_network=self._network,
             create_builder_config=self._config,
             create_optimization_profile=self._profile,
-            build_serialized_network=lambda network, config: self.plan,
+            build_serialized_network=build,
         )
 
     def OnnxParser(self, network, logger):  # noqa: N802
@@ -179,8 +190,12 @@ class FakeTensorrt:
                 known |= {"node_name": lambda: name, "node_operator": lambda: op}
             return SimpleNamespace(**known)
 
+        def parse(data):
+            self.parsed(data)
+            return not errors
+
         errors = [error(*fault) for fault in self.faults]
-        return SimpleNamespace(parse=lambda data: not errors, num_errors=len(errors), get_error=errors.__getitem__)
+        return SimpleNamespace(parse=parse, num_errors=len(errors), get_error=errors.__getitem__)
 
     def _network(self, flags):
         self.network = Network(flags, batch=self.batch)

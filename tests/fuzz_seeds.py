@@ -235,6 +235,13 @@ INSPECTIONS: tuple[dict[str, object], ...] = (
 )  # fmt: skip
 
 
+_LISTED = "[ { Name: t, Dimensions: [1,3,8,8], Strides: [1], StrideOrder: [0], Datatype: Int8, Format: (NHWC) Major }]"
+LISTING = "Layers:\n" + 3 * (
+    f"Name: c_myl0_1, LayerType: correlation, Inputs: {_LISTED}, Constants: {_LISTED}, Outputs: {_LISTED}, "
+    "TacticName: , StreamId: 0, Metadata: [ONNX Layer: c]\n"
+)
+
+
 def plans() -> list[bytes]:
     """The head of a plan of TensorRT and of TensorRT-RTX, and a body that nothing of ours looks into."""
     body = bytes(range(256)) * 2
@@ -256,7 +263,8 @@ def records() -> list[bytes]:
         plan = plans()[0]
         record = EngineRecord(
             info=info, plan_bytes=len(plan), plan_sha256=digest(plan), product="tensorrt", tensorrt="10.3.0.26",
-            inspector=text, network_layers=layers if i else (), targets=("8.6", "8.9"), notes=("a note",),
+            inspector=text, listing="" if text else LISTING, network_layers=layers if i else (),
+            targets=("8.6", "8.9"), notes=("a note",),
             plugin=PluginUse(path="/usr/lib/liby7_plugin.so", version="1", abi="v3") if i % 2 else None,
             shapes=(InputShape(name="images", min=shape, opt=shape, max=shape),),
             inputs=(EngineTensor(name="images", dtype="float32", shape=shape),),

@@ -211,12 +211,13 @@ def _with_plan(folder: Path) -> None:
 
 
 def _mutate_record(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Half of the time the inspector's document inside the record."""
+    """Half of the time the inspector's document, or the builder's list, inside the record."""
     document = json.loads(data)
-    if rng.random() < 0.5 or not document["inspector"]:
+    key, mutate = ("inspector", mutations.mutate_json) if document["inspector"] else ("listing", mutations.mutate_bytes)
+    if rng.random() < 0.5 or not document[key]:
         return mutations.mutate_json(rng, data, others)
-    inspector = mutations.mutate_json(rng, document["inspector"].encode(), ())
-    return json.dumps({**document, "inspector": inspector.decode("utf-8", "replace")}).encode()
+    said = mutate(rng, document[key].encode(), ())
+    return json.dumps({**document, key: said.decode("utf-8", "replace")}).encode()
 
 
 def _mutate_onnx(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:

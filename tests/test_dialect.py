@@ -160,11 +160,25 @@ def test_a_dla_core_takes_what_it_can_and_the_rest_is_named(run):
         ({"dla": 2, "precision": "fp16"}, "counts 2"),
         ({"dla": 0}, "float16 or int8"),
         ({"dla": 0, "precision": "fp16", "shapes": (OPEN_BATCH,)}, "fixed shapes"),
+        ({"dla": 0, "precision": "int8"}, "an int8 file is made of Q/DQ pairs.* takes none"),
     ],
 )
 def test_what_a_dla_cannot_do_is_said_before_the_build(run, fields, says):
     with pytest.raises(EngineError, match=says):
         run("8.6", fake=FakeTensorrt("8.6", dla_cores=2), **fields)
+
+
+@pytest.mark.parametrize("version", ["8.5", "8.6", "10.3"])
+def test_an_int8_file_for_a_dla_is_refused_with_the_way_to_its_int8(run, version):
+    with pytest.raises(EngineError) as caught:
+        run(version, fake=FakeTensorrt(version, dla_cores=2), precision="int8", dla=1)
+    for words in ("fp16 file", "y7 quantize", "--trt-cache F", "trtexec", "--calib=F", "--useDLACore=1"):
+        assert words in caught.value.fix
+
+
+def test_an_int8_file_goes_to_a_dla_where_types_are_the_graphs(run):
+    trt, report = run("11.1", fake=FakeTensorrt("11.1", dla_cores=2), precision="int8", dla=0)
+    assert (report.strongly_typed, set_flags(trt)) == (True, ["GPU_FALLBACK"])
 
 
 def test_an_open_batch_gets_one_profile_and_a_fixed_one_none(run):
@@ -213,6 +227,14 @@ def test_the_plan_and_the_parsed_layers_come_back(run, tmp_path):
     assert (tmp_path / PLAN).read_bytes() == b"ftrt plan"
     assert [layer.type for layer in report.network_layers] == ["CONVOLUTION", "LOOP"]
     assert told == [("parsed", 2), ("progress", [PARTS, PARTS])]
+
+
+def test_of_the_chatter_the_last_list_of_layers_comes_back_and_nothing_else(run):
+    told = []
+    chatter = ("Layers:\nName: first", *["Registering layer: x"] * 100, "Layers:\nName: last\n", "After Layers:\n")
+    _, report = run("10.3", told=told, fake=FakeTensorrt("10.3", chatter=chatter))
+    assert report.listing == "Layers:\nName: last\n"
+    assert "log" not in [kind for kind, _ in told]
 
 
 # --- timing cache -----------------------------------------------------------------------------------------------------

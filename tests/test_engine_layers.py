@@ -1,4 +1,4 @@
-"""The layers of an engine: both forms of the inspector's JSON, names only, the parsed network, and what is broken.
+"""The layers of an engine: both forms of the inspector's JSON, names only, the builder's list, the parsed network.
 
 The fixtures are written in the forms that TensorRT documents and prints; the layers are a piece of YOLOv7.
 """
@@ -6,6 +6,7 @@ The fixtures are written in the forms that TensorRT documents and prints; the la
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov7_deploy.engine.layers import LayerTensor, parsed_network, read_inspector
-from yolov7_deploy.engine.record import NetworkLayer
+from yolov7_deploy.engine.listing import layers_of, read_listing
+from yolov7_deploy.engine.record import EngineRecord, NetworkLayer
 from yolov7_deploy.errors import LoadError
+from yolov7_deploy.info import ModelInfo
 
 FIXTURES = Path(__file__).parent / "fixtures" / "inspector"
 FORMS = sorted(path.name for path in FIXTURES.glob("*.json"))
+LISTING = (FIXTURES / "listing_rtx_1.7.txt").read_text(encoding="utf-8")  # lines of three builds with 1.7.1
 
 
 def text(name: str) -> str:
@@ -207,3 +211,109 @@ def test_no_values_in_known_places_are_too_strange(layers, io):
 def test_a_name_that_could_not_be_printed_is_made_printable():
     table = read_inspector('{"Layers": ["a\\ud800b"], "Bindings": []}')
     assert [layer.name for layer in table.layers] == ["a?b"]
+
+
+def test_convolutions_are_counted_by_the_type_of_their_weights():
+    assert read_inspector(text("detailed_8.6.json")).convolutions == {"fp16": 1, "int8": 1}
+    assert read_inspector(text("detailed_10.json")).convolutions == {"fp16": 1}
+    assert read_inspector(text("names_10.json")).convolutions == {}
+
+
+# --- what a builder lists without a GPU -------------------------------------------------------------------------------
+
+
+def test_the_list_of_a_builder_is_a_table_of_fused_layers():
+    table = read_listing(LISTING)
+    assert table.detail == "compiled"
+    assert [layer.type for layer in table.layers] == [
+        "kgen", "correlation", "signal", "wait", "maxpool", "runtime_fusion", "runtime_fusion", "correlation", "cjmp",
+        "custom_layer",
+    ]  # fmt: skip
+    kernel, convolution = table.layers[:2]
+    assert kernel.inputs == (LayerTensor(name="images", shape=(1, 3, 128, 128), dtype="fp32", format="LINEAR"),)
+    assert kernel.outputs[0].dtype == "int8"
+    assert convolution.name == "model.0.conv_U173_myl0_1"
+    assert (convolution.inputs[0].shape, convolution.inputs[0].dtype) == ((1, 4, 128, 128), "int8")
+    assert (convolution.outputs[0].dtype, convolution.outputs[0].format) == ("fp32", "HWC")
+    assert convolution.tactic == "__myelin_CASK_STUB"
+
+
+def test_listed_convolutions_compute_in_the_type_of_their_weights_and_not_of_scales_biases_or_outputs():
+    table = read_listing(LISTING)
+    assert [layer.precision for layer in table.layers if layer.convolves] == ["int8", "fp16", "fp16", "fp16"]
+    assert table.convolutions == {"fp16": 3, "int8": 1}
+    assert table.precisions == {"fp16": 4, "int8": 1 + 1, "fp32": 1, "bool": 1}
+
+
+def test_listed_weights_are_counted_with_their_scales():
+    assert read_listing(LISTING).layers[1].weights_bytes == 32 * 4 * 3 * 3 + 2 * 32 * 4
+
+
+def test_a_listed_plugin_is_called_as_in_the_graph():
+    assert read_listing(LISTING).plugins == ("nms",)
+
+
+@pytest.mark.parametrize(
+    "broken", ["", "Layers:\n", "Layers:\nName: x\n", LISTING.replace(", Inputs: [", ", inputs: [")]
+)
+def test_a_text_that_lists_no_layer_is_no_table(broken):
+    assert read_listing(broken) is None
+
+
+def test_a_line_of_another_form_costs_only_itself():
+    lines = LISTING.splitlines()
+    lines[2] = lines[2][:300]
+    assert len(read_listing("\n".join(lines)).layers) == len(read_listing(LISTING).layers) - 1
+
+
+@pytest.mark.parametrize("sides", ["", "1,x", "1,,2", "-", "9" * 5000, "1, 2", "\u0663"])
+def test_sides_that_are_no_numbers_leave_the_shape_unknown(sides):
+    table = read_listing(LISTING.replace("Dimensions: [1,4,128,128]", f"Dimensions: [{sides}]"))
+    assert table.layers[1].inputs[0].shape == ()
+    assert table.layers[1].precision == "int8"
+
+
+PIECES = sorted({*LISTING.split("["), *LISTING.split(", "), "\n", "\0", "{ Name: ", "Name: ", "]", "}", "-1", "\udc80"})
+
+
+@given(pieces=st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=60), place=st.integers(0, len(LISTING)))
+def test_no_text_is_too_strange_for_a_list_of_layers(pieces, place):
+    for broken in ("".join(pieces), f"{LISTING[:place]}{''.join(pieces)}{LISTING[place:]}"):
+        table = read_listing(broken)
+        if table is not None:
+            _ = (table.types, table.precisions, table.convolutions, table.plugins, table.weights_bytes)
+            assert table.peak_activation_bytes is None and table.io == ()
+
+
+@pytest.mark.parametrize(
+    "piece", ["Name: ", "{ Name: ", ", LayerType: ", "], Constants: [", ", Dimensions: [", "123456789,", "\n"]
+)
+def test_a_list_that_never_ends_takes_no_longer_than_its_length(piece):
+    head = LISTING.splitlines()[2].partition(" ], Constants: ")[0]
+    started = time.perf_counter()
+    read_listing(f"{head}{piece * (2_000_000 // len(piece))}")
+    assert time.perf_counter() - started < 20  # a square of it would take hours
+
+
+def test_the_best_table_of_a_record_is_what_runs_then_what_was_listed_then_what_was_parsed():
+    passport = ModelInfo(variant="custom", class_names=(), strides=(), anchors=())
+    layer = NetworkLayer(name="conv", type="CONVOLUTION", precision="float16")
+    known = {"inspector": text("detailed_10.json"), "listing": LISTING, "network_layers": (layer,)}
+    for detail in ("detailed", "compiled", "network"):
+        record = EngineRecord(info=passport, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="10", **known)
+        table, notes = layers_of(record)
+        assert (table.detail, notes) == (detail, ())
+        known.pop(next(iter(known)))
+    broken = EngineRecord(
+        info=passport, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="10", inspector="{", listing=LISTING
+    )
+    table, notes = layers_of(broken)
+    assert table.detail == "compiled" and "no JSON" in notes[0]
+
+
+def test_a_record_of_before_there_were_lists_still_loads():
+    passport = ModelInfo(variant="custom", class_names=(), strides=(), anchors=())
+    record = EngineRecord(info=passport, plan_bytes=0, plan_sha256="", product="tensorrt_rtx", tensorrt="1.7")
+    older = json.loads(record.to_json())
+    del older["listing"]
+    assert EngineRecord.from_json(json.dumps(older)) == record

@@ -11,7 +11,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from detecting import DECODED_TOLERANCE, ENDS, SUPPRESSION, assert_same_detections, picked, reference, run
+from detecting import (
+    DECODED_TOLERANCE,
+    ENDS,
+    SUPPRESSION,
+    assert_same_detections,
+    end_of,
+    network_of,
+    picked,
+    reference,
+    run,
+)
 from deterministic import fill_model, picture
 from onnx import TensorProto, helper, numpy_helper
 from pictured import noise
@@ -51,17 +61,6 @@ def with_heads(model):
     return proto
 
 
-def end_of(model):
-    """What stands behind the head, fed with raw maps; in a whole file ONNX Runtime skips casts there and back."""
-    proto = copy.deepcopy(model.proto)
-    nodes = [node for node in proto.graph.node if node not in network_of(model)]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    del proto.graph.input[0]
-    proto.graph.input.extend(helper.make_tensor_value_info(name, HALF, None) for name in model.info.heads)
-    return proto
-
-
 def heads_of(model, array):
     return session(with_heads(model)).run(list(model.info.heads), {"images": array})
 
@@ -79,10 +78,6 @@ def types_of(proto):
     graph = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True).graph
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
     return {**kinds, **{tensor.name: tensor.data_type for tensor in graph.initializer}}
-
-
-def network_of(model):
-    return [node for node in model.proto.graph.node if not node.domain and not node.name.startswith("end__")]
 
 
 def ports(values):

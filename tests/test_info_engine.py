@@ -180,6 +180,17 @@ def test_an_engine_built_without_a_gpu_has_its_layers_as_parsed(run, engine):
     assert "reformats" not in text
 
 
+def test_an_engine_built_without_a_gpu_has_its_layers_as_its_builder_listed_them(run, engine):
+    path = engine(inspector="", listing=(INSPECTIONS / "listing_rtx_1.7.txt").read_text(encoding="utf-8"))
+    shown = run(path, "--layers").stdout
+    text = flat(shown)
+    assert "layers 10 as compiled ahead of time, before the kernels are chosen on the GPU: 2 correlation" in text
+    assert "precision 4 fp16, 2 int8, 1 fp32, 1 bool conv layers 3 fp16, 1 int8 plugin nms weights 0.4 MB" in text
+    assert "reformats" not in text and "activations" not in text
+    row = next(line.split() for line in shown.splitlines() if "model.0.conv_U173" in line)
+    assert row[1:6] == ["model.0.conv_U173_myl0_1", "correlation", "int8", "1x32x64x64", "HWC"]
+
+
 @pytest.mark.parametrize("name", ["names_10.json", "names_11.json"])
 def test_an_engine_of_which_only_names_were_kept_says_so(run, engine, name):
     text = flat(run(engine(inspector=(INSPECTIONS / name).read_text()), "--layers").stdout)

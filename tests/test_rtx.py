@@ -1,65 +1,21 @@
 """TensorRT-RTX builds real engines without a GPU: what is asked for is what is in the plan and its record."""
 
 import pytest
-from engines import HAS_RTX, NO_RTX, SIDE, TARGET, exported, plugin_library, rtx
+from engines import HAS_RTX, NO_RTX, SIDE, THRESHOLDS, build, check, exported, ports
 
-from yolov7_deploy.engine.build import build_engine
-from yolov7_deploy.engine.engine import plan_version
-from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
+from yolov7_deploy.engine.listing import layers_of
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.model.variants import VARIANTS
-from yolov7_deploy.options import EngineOptions
 
 pytestmark = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 
 # Minutes with the largest.
 QUICK = ("yolov7-tiny",)
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-# A plan without its weights is far below this share of them.
-WEIGHTS_SHARE = 0.9
-OUTPUTS = {
-    "num_dets": ("int32", (1, 1)),
-    "det_boxes": ("float32", (1, 100, 4)),
-    "det_scores": ("float32", (1, 100)),
-    "det_classes": ("int32", (1, 100)),
-    "overflow": ("int32", (1, 1)),
-}
-THRESHOLDS = {"conf_threshold": ("float32", (1,)), "iou_threshold": ("float32", (1,))}
-
-
-@pytest.fixture(scope="module")
-def with_plugin(tmp_path_factory):
-    """Our plugin library is found; skips where it cannot be built."""
-    path, why = plugin_library(tmp_path_factory.mktemp("plugin"))
-    if path is None:
-        pytest.skip(f"the plugin cannot be built here: {why}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLUGIN_VARIABLE, path)
-        yield path
-
-
-def build(model, **options):
-    return build_engine(model, EngineOptions(**{"targets": (TARGET,), "plugin": "off", **options}), on=rtx())
-
-
-def ports(tensors):
-    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
 def types(record):
     return {layer.type for layer in record.network_layers}
-
-
-def check(engine, model):
-    """What holds for every engine with suppression inside."""
-    record = engine.record
-    weights = sum(len(weight.raw_data) for weight in model.proto.graph.initializer)
-    assert record.plan_bytes == len(engine.plan) > WEIGHTS_SHARE * weights
-    assert plan_version(engine.plan)[0] == record.product == "tensorrt_rtx"
-    assert ports(record.inputs) == {"images": ("float32", (1, 3, SIDE, SIDE)), **THRESHOLDS}
-    assert ports(record.outputs) == OUTPUTS
-    assert (record.targets, record.strongly_typed, record.runtime_thresholds) == ((TARGET,), True, True)
-    assert record.info == model.info
 
 
 # The first varies fastest, so that each network is made once.
@@ -82,10 +38,12 @@ def test_every_variant_builds_with_suppression_by(variant, half, by, request):
 
 
 def test_an_fp16_file_computes_in_half():
-    layers = build(exported(half=True)).record.network_layers
-    convolutions = [layer.precision for layer in layers if layer.type == "CONVOLUTION"]
+    record = build(exported(half=True)).record
+    convolutions = [layer.precision for layer in record.network_layers if layer.type == "CONVOLUTION"]
     assert len(convolutions) > 50
     assert set(convolutions) == {"float16"}
+    compiled, _ = layers_of(record)
+    assert (compiled.detail, compiled.convolutions) == ("compiled", {"fp16": len(convolutions)})
 
 
 @pytest.mark.parametrize("target", ["7.5", "8.0", "8.9", "12.0"])

@@ -109,20 +109,21 @@ def export_weights(
     step.done("fused BatchNorm, RepConv and implicit knowledge")
     exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
-    quantized = None
-    if int8 is not None:
-        quantized = _quantized(exported, int8, step)
-        exported = quantized.model
-        pictures = pictures or list(islice(int8.pictures, _CALIBRATED_SHOWN))
-    pictures = pictures or [drawn_picture(exported.info.default_hw)]
-    if precision == "fp16":
-        exported = _in_half(exported, pictures, step)
+    exported, quantized, pictures = _lowered(exported, precision, int8, pictures, step)
+    reference = PytorchBackend(model, checkpoint.info) if verify else None
+    size, parity = _written(exported, output, reference, pictures, step)
+    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity, quantized=quantized)
+
+
+def _written(
+    exported: OnnxModel, output: Path, reference: PytorchBackend | None, pictures: Sequence[Image], step: _Steps
+) -> tuple[int, ParityReport | None]:
+    """Writes the file, and gives it its name if it is the reference's model; its size, and the check."""
     partial = output.with_name(f".{output.stem}.{os.getpid()}.partial.onnx")
     try:
         exported.save(partial)
         parity = None
-        if verify:
-            reference = PytorchBackend(model, checkpoint.info)
+        if reference is not None:
             parity = _verified(reference, partial, exported.info, pictures)
             step.done(f"verified against torch on {parity.pictures} picture{'s' * (parity.pictures > 1)}")
         size = partial.stat().st_size
@@ -130,12 +131,23 @@ def export_weights(
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity, quantized=quantized)
+    return size, parity
 
 
-def _quantized(exported: OnnxModel, int8: Int8Request, step: _Steps) -> Quantized:
-    quantizer = Quantizer(exported, int8.pictures, int8.options, data=int8.data, say=step.done, show=int8.show)
-    return quantizer.run()
+def _lowered(
+    exported: OnnxModel, precision: str, int8: Int8Request | None, pictures: Sequence[Image], step: _Steps
+) -> tuple[OnnxModel, Quantized | None, Sequence[Image]]:
+    """The graph in its precision, how INT8 came about, and the pictures to verify it on."""
+    quantized = None
+    if int8 is not None:
+        quantized = Quantizer(
+            exported, int8.pictures, int8.options, data=int8.data, say=step.done, show=int8.show
+        ).run()
+        pictures = pictures or list(islice(int8.pictures, _CALIBRATED_SHOWN))
+    pictures = pictures or [drawn_picture(exported.info.default_hw)]
+    if precision == "fp16":
+        return _in_half(exported, pictures, step), None, pictures
+    return (exported if quantized is None else quantized.model), quantized, pictures
 
 
 def _in_half(exported: OnnxModel, pictures: Sequence[Image], step: _Steps) -> OnnxModel:

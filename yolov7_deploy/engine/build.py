@@ -19,6 +19,7 @@ from yolov7_deploy.engine.child import out_of_memory, run_build
 from yolov7_deploy.engine.choose import AMPERE, choose_plugin, find_tensorrt, title
 from yolov7_deploy.engine.engine import Engine, digest
 from yolov7_deploy.engine.job import BuildJob, BuildReport, Failure, Installation, ParserFault
+from yolov7_deploy.engine.listing import read_listing
 from yolov7_deploy.engine.plugins import BUILD_COMMAND, PluginLibrary
 from yolov7_deploy.engine.preflight import PlannedBuild, preflight
 from yolov7_deploy.engine.prepare import PreparedGraph, graph_digest, open_onnx, prepare_graph
@@ -97,7 +98,7 @@ def build_engine(
     events = _Events(telling or Telling())
     found = on or find_tensorrt(options)
     library, notes = choose_plugin(model, options, found)
-    graph = prepare_graph(model, own_plugin=library is not None, plugins=found.plugins)
+    graph = prepare_graph(model, own_plugin=library is not None, plugins=found.plugins, float_weights=found.abi == "v2")
     job, decisions = _job(model, graph, options, found, library)
     data = graph.proto.SerializeToString(deterministic=True)
     warnings = _preflight(job, found, len(data), folder)
@@ -106,12 +107,13 @@ def build_engine(
     plan, report, lines = run_build(job, data, events.take)
     if report.failure is not None:
         raise _failed(report.failure, graph.proto, lines, report.peak_memory_bytes)
+    record = _record(model, graph, job, report, library)
     record = replace(
-        _record(model, graph, job, report, library),
+        record,
         plan_bytes=len(plan),
         plan_sha256=digest(plan),
         build_s=round(time.perf_counter() - started, 3),
-        notes=(*notes, *decisions, *warnings, *report.notes),
+        notes=(*notes, *decisions, *warnings, *report.notes, *_lost_int8(record)),
     )
     events.step(f"built {len(plan) / 1e6:.1f} MB")
     return Engine(plan=plan, record=record)
@@ -323,12 +325,29 @@ def _record(
         optimization_level=report.optimization_level,
         timing_cache=report.timing_cache,
         network_layers=report.network_layers,
+        listing="" if report.inspector else report.listing,
         inspector=report.inspector,
         device_memory_bytes=report.device_memory_bytes,
         peak_memory_bytes=report.peak_memory_bytes,
         onnx_sha256=graph_digest(model.proto),
         y7_version=__version__,
     )
+
+
+def _lost_int8(record: EngineRecord) -> tuple[str, ...]:
+    """A note where convolutions that are INT8 in the file are not in the engine, as far as its builder listed them."""
+    listed = read_listing(record.listing) if record.info.int8 else None
+    if record.info.int8 is None or listed is None:
+        return ()
+    wanted = record.info.int8.int8_convolutions
+    lost = wanted - listed.convolutions.get("int8", 0)
+    if lost <= 0:
+        return ()
+    note = f"{lost} of the {wanted} INT8 convolutions of the file run as float in this engine"
+    if "7.5" in record.targets:
+        note += ": TensorRT-RTX has none for compute capability 7.5, and all targets of a plan share its layers"
+    logger.warning(note)
+    return (note,)
 
 
 def _failed(failure: Failure, proto: onnx.ModelProto, lines: tuple[str, ...], peak_memory_bytes: int) -> EngineError:

@@ -142,6 +142,14 @@ class Dialect:
             )
         if job.precision == "fp32":
             raise EngineError(f"{option}: a DLA computes in float16 or int8 only.", fix="Export with  --fp16")
+        if job.precision == "int8" and hasattr(self.trt.BuilderFlag, "INT8"):
+            raise EngineError(
+                f"{option}: an int8 file is made of Q/DQ pairs, and with {self.title} a DLA takes none: its INT8 comes "
+                "from a float file and a calibration cache.",
+                fix="Build the fp16 file here, or the float32 file with a cache:  y7 quantize --weights FILE.onnx "
+                "--calib FOLDER --trt-cache F; trtexec --onnx=FILE.onnx --int8 --fp16 --calib=F "
+                f"--useDLACore={job.dla} --allowGPUFallback",
+            )
         if any(shape.min != shape.max for shape in job.shapes):
             raise EngineError(f"{option}: a DLA takes fixed shapes only.", fix="Fix the batch:  --batch 1")
 

@@ -105,6 +105,7 @@ class BuildReport:
     workspace_bytes: int = 0
     optimization_level: int = -1
     timing_cache: str = ""
+    listing: str = ""
     inspector: str = ""
     device_memory_bytes: int = 0
     peak_memory_bytes: int = 0

@@ -3,7 +3,8 @@
 The EngineInspector tells JSON in two forms: up to 10.x tensors have one `Format/Datatype` and the engine lists the
 names of its `Bindings`; from 11.0 on `Format` and `DataType` are apart and `I/O Tensors` are objects. An engine built
 without detailed profiling verbosity lists bare names. An engine that was built without a GPU was never inspected: of
-it there are the layers of the parsed network, before TensorRT fused anything.
+it there is what its builder told (`engine/listing.py`), or else the layers of the parsed network, before TensorRT fused
+anything.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Literal
 from yolov7_deploy.engine.record import NetworkLayer
 from yolov7_deploy.errors import LoadError
 
-Detail = Literal["names", "detailed", "network"]
+Detail = Literal["names", "detailed", "compiled", "network"]
 
 # Words for an element type, in any of the forms, and what they are called here.
 _DTYPES = {
@@ -38,6 +39,9 @@ _WIDE = {"two": 2, "four": 4, "eight": 8, "sixteen": 16, "thirty-two": 32}
 # TensorRT 8 and 9 list every layer once per optimization profile.
 _OTHER_PROFILE = re.compile(r"\[profile [1-9]\d*\]")
 _COPY_NAME = "Reformatting CopyNode"
+# What its compiler calls convolutions; the last is one with its activation, for which it writes a kernel of its own.
+_CONVOLUTIONS = {"conv", "correlation", "gemm", "runtime_fusion"}
+_COMPILED_PLUGIN = "custom_layer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +95,11 @@ class EngineLayer:
     plugin: str = ""
     reformat: bool = False
 
+    @property
+    def convolves(self) -> bool:
+        """It is a convolution, whatever TensorRT fused with it."""
+        return _convolves(self.type)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IoTensor:
@@ -110,7 +119,8 @@ class IoTensor:
 class LayerTable:
     """The layers in the order they run, and the engine's inputs and outputs.
 
-    `detail` is `detailed` or `names` after the builder's profiling verbosity, or `network` for layers as parsed.
+    `detail` is `detailed` or `names` after the builder's profiling verbosity, `compiled` for layers as the builder
+    listed them, or `network` for layers as parsed.
     """
 
     detail: Detail
@@ -126,6 +136,11 @@ class LayerTable:
     def precisions(self) -> dict[str, int]:
         """Layers by precision, the most frequent first; reformats, which compute nothing, are not among them."""
         return _counts(layer.precision for layer in self.layers if not layer.reformat)
+
+    @property
+    def convolutions(self) -> dict[str, int]:
+        """Convolutions by precision, the most frequent first."""
+        return _counts(layer.precision for layer in self.layers if layer.convolves)
 
     @property
     def reformats(self) -> int:
@@ -170,7 +185,7 @@ def read_inspector(text: str) -> LayerTable:
     entries = _member(raw, "Layers")
     if not isinstance(entries, list):
         raise _unreadable("it has no list of layers")
-    layers = tuple(_layer(entry) for entry in entries if not _of_another_profile(entry))
+    layers = tuple(read_layer(entry) for entry in entries if not _of_another_profile(entry))
     detailed = any(isinstance(entry, dict) for entry in entries)
     listed = _member(raw, "I/O Tensors", "Bindings")
     io = [_io(entry) for entry in listed if not _of_another_profile(entry)] if isinstance(listed, list) else []
@@ -203,7 +218,8 @@ def _unreadable(reason: str) -> LoadError:
 # --- one layer --------------------------------------------------------------------------------------------------------
 
 
-def _layer(entry: object) -> EngineLayer:
+def read_layer(entry: object) -> EngineLayer:
+    """A layer from its object in the inspector's JSON, or from its bare name; what is missing or odd stays empty."""
     if not isinstance(entry, dict):
         name = entry if isinstance(entry, str) else ""
         return EngineLayer(name=name, reformat=name.startswith(_COPY_NAME))
@@ -218,7 +234,7 @@ def _layer(entry: object) -> EngineLayer:
         precision=_precision(entry, inputs, outputs),
         tactic=_text(entry, "TacticName") or _text(entry, "TacticValue"),
         weights_bytes=_weights(entry),
-        plugin=(_text(entry, "PluginType", "PluginName") or name) if "plugin" in kind.lower() else "",
+        plugin=(_text(entry, "PluginType", "PluginName") or name) if _is_plugin(kind) else "",
         reformat=reformat,
     )
 
@@ -227,6 +243,11 @@ def _precision(entry: Mapping[str, object], inputs: Iterable[LayerTensor], outpu
     weights = _member(entry, "Weights")
     if isinstance(weights, dict) and (dtype := _dtype(_text(weights, "Type"))):
         return dtype
+    if _convolves(_text(entry, "LayerType")):
+        # Biases and scales are among the constants too; they are long in one direction only.
+        matrices = [tensor for tensor in _tensors(entry, "Constants") if sum(side > 1 for side in tensor.shape) > 1]
+        if matrices and (dtype := max(matrices, key=lambda tensor: prod(tensor.shape)).dtype):
+            return dtype
     told = [tensor.dtype for tensor in (*inputs, *outputs) if tensor.dtype]
     return next((dtype for dtype in told if dtype in _COMPUTED), told[0] if told else _dtype(_text(entry, "Precision")))
 
@@ -285,6 +306,14 @@ def _of_another_profile(entry: object) -> bool:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _is_plugin(kind: str) -> bool:
+    return "plugin" in kind.lower() or kind == _COMPILED_PLUGIN
+
+
+def _convolves(kind: str) -> bool:
+    return kind.lower() in _CONVOLUTIONS or "convolution" in kind.lower()
 
 
 def _dtype(text: str) -> str:

@@ -13,10 +13,17 @@ from typing import Any
 Trt = Any  # the module or an object of it
 
 PARTS = 100  # that the whole build is divided into
+LISTING = "Layers:\n"  # how the message begins in which a builder lists the layers of the engine it just made
 
 
-def logger_of(trt: Trt, tell: Callable[[str], None]) -> Trt:
-    """A logger that gives each line but the chatter to `tell`, as `ERROR: words`."""
+def logger_of(trt: Trt, tell: Callable[[str], None], listing: Callable[[str], None] | None = None) -> Trt:
+    """A logger that gives each line but the chatter to `tell`, as `ERROR: words`.
+
+    Args:
+        trt: The module.
+        tell: Takes the lines.
+        listing: Takes the one message of the chatter, of 20,000 in a build, that lists the layers of an engine.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -25,6 +32,8 @@ def logger_of(trt: Trt, tell: Callable[[str], None]) -> Trt:
         def log(self, severity: Trt, message: str) -> None:
             if severity.name != "VERBOSE":
                 tell(f"{severity.name}: {message}")
+            elif listing is not None and message.startswith(LISTING):
+                listing(message)
 
     return Log()
 

@@ -2,19 +2,24 @@
 
 Between 9.0 and 10.6 the parser prefers a function's body to a registered plugin, before and after it is the other way
 round. So the function goes where a plugin takes the node, and is inlined where none does.
+
+TensorRT before 10 takes INT8 weights as float32 with a QuantizeLinear and a DequantizeLinear, and no int8 constants.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, inliner
+from onnx import TensorProto, helper, inliner, numpy_helper
 
 from yolov7_deploy.engine.record import NmsBy
 from yolov7_deploy.errors import EngineError, LoadError
@@ -77,19 +82,25 @@ def has_own_nms(proto: onnx.ModelProto) -> bool:
     return _node(proto, OP) is not None
 
 
-def prepare_graph(model: OnnxModel, *, own_plugin: bool, plugins: Collection[str] = ()) -> PreparedGraph:
+def prepare_graph(
+    model: OnnxModel, *, own_plugin: bool, plugins: Collection[str] = (), float_weights: bool = False
+) -> PreparedGraph:
     """A copy of the graph for a TensorRT.
 
     Args:
         model: As exported.
         own_plugin: Our plugin takes our node.
         plugins: Names of the plugins that TensorRT comes with.
+        float_weights: INT8 weights become float32 with a QuantizeLinear, which gives back the same INT8.
 
     Raises:
         EngineError: Its operator set is unknown, or it is damaged.
     """
     try:
-        return _prepared(model, own_plugin=own_plugin, plugins=plugins)
+        prepared = _prepared(model, own_plugin=own_plugin, plugins=plugins)
+        if float_weights:
+            _with_float_weights(prepared.proto.graph)
+        return prepared
     except UnicodeDecodeError as error:  # names are decoded when they are read, not when the file is
         raise EngineError(f"The graph is damaged: a name in it is no text ({error}).", fix=EXPORT_AGAIN) from error
 
@@ -172,6 +183,87 @@ def _open_thresholds(graph: onnx.GraphProto) -> bool:
     del graph.initializer[:]
     graph.initializer.extend(weights)
     return True
+
+
+# --- INT8 weights -----------------------------------------------------------------------------------------------------
+
+_FLOAT, _ROUNDED, _ZERO = "__float", "__rounded", "__zero"  # behind the name of what a DequantizeLinear gives
+
+
+def _with_float_weights(graph: onnx.GraphProto) -> None:
+    """Puts a float32 constant and a QuantizeLinear in front of each DequantizeLinear of an int8 constant.
+
+    A float weight is a step times its scale, rounded once; quantising divides by the same scale. The quotient is off
+    by less than a thousandth of a step, so it rounds to the step that it came from.
+
+    Raises:
+        EngineError: Weights, scales and zero points are damaged.
+    """
+    try:
+        nodes, made = _float_nodes(graph)
+    except (ValueError, TypeError, IndexError) as error:
+        raise EngineError(f"INT8 weights of the graph are damaged: {error}.", fix=EXPORT_AGAIN) from error
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {*_read(graph), *(entry.name for entry in (*graph.input, *graph.output))}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *made])
+
+
+def _float_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """All nodes, and the constants that are new."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    made: list[onnx.TensorProto] = []
+    for node in graph.node:
+        weight = _float_weight(node, stored)
+        if weight is not None:
+            name = node.output[0]
+            scale, zero = node.input[1], node.input[2] if len(node.input) > 2 else ""
+            if not zero:  # without one, QuantizeLinear would make uint8
+                zero = f"{name}{_ZERO}"
+                made.append(numpy_helper.from_array(np.zeros(tuple(stored[scale].dims), np.int8), zero))
+            made.append(numpy_helper.from_array(weight, f"{name}{_FLOAT}"))
+            rounded = f"{name}{_ROUNDED}"
+            quantizer = helper.make_node("QuantizeLinear", [f"{name}{_FLOAT}", scale, zero], [rounded], name=rounded)
+            quantizer.attribute.extend(entry for entry in node.attribute if entry.name == "axis")
+            nodes.append(quantizer)
+            node.input[:] = [rounded, scale, zero]
+        nodes.append(node)
+    return nodes, made
+
+
+def _float_weight(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> npt.NDArray[np.float32] | None:
+    """What a DequantizeLinear of an int8 constant gives; `None` for another node, and for scales block by block."""
+    if node.op_type != "DequantizeLinear" or node.domain not in _ONNX_DOMAINS:
+        return None
+    names = [*node.input, "", "", ""][:3]
+    weight, scale, zero = map(stored.get, names)
+    if weight is None or weight.data_type != TensorProto.INT8 or scale is None or scale.data_type != TensorProto.FLOAT:
+        return None
+    if names[2] and zero is None:
+        return None
+    sides = [1] * len(weight.dims)
+    if prod(scale.dims) != 1:
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+        if not -len(sides) <= axis < len(sides) or list(scale.dims) != [weight.dims[axis]]:
+            return None
+        sides[axis] = scale.dims[0]
+    steps = numpy_helper.to_array(weight).astype(np.float32)
+    if zero is not None:
+        steps -= numpy_helper.to_array(zero).astype(np.float32).reshape(sides)
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights: npt.NDArray[np.float32] = steps * numpy_helper.to_array(scale).reshape(sides)
+    return weights if np.isfinite(weights).all() else None
+
+
+def _read(graph: onnx.GraphProto) -> Iterator[str]:
+    """What nodes read, those of graphs inside nodes too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _read(attribute.g)
 
 
 # --- files of others --------------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ class EngineRecord:
         optimization_level: Of the builder; -1 where this TensorRT has none.
         timing_cache: File that was used, empty for none.
         network_layers: As parsed, which shows who does suppression.
+        listing: The builder's own text about the layers it fused; empty where it gave none, or the engine was opened.
         inspector: JSON of the EngineInspector, empty where the engine could not be opened (no GPU).
         device_memory_bytes: What an execution context takes on the GPU; 0 where unknown.
         peak_memory_bytes: Of host memory, in the process that built.
@@ -165,6 +166,7 @@ class EngineRecord:
     optimization_level: int = -1
     timing_cache: str = ""
     network_layers: tuple[NetworkLayer, ...] = field(default=(), repr=False)
+    listing: str = field(default="", repr=False)
     inspector: str = field(default="", repr=False)
     device_memory_bytes: int = 0
     peak_memory_bytes: int = 0

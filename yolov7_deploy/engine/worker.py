@@ -93,7 +93,8 @@ def build(dialect: Dialect, job: BuildJob, folder: Path, tell: Tell) -> BuildRep
         EngineError: An option that this TensorRT or this machine does not have.
     """
     trt = dialect.trt
-    logger = logger_of(trt, lambda line: tell("log", line))
+    listings: list[str] = []
+    logger = logger_of(trt, lambda line: tell("log", line), listings.append)
     dialect.register_own_plugins(logger)
     if job.plugin:
         _load_plugin(dialect, job)
@@ -130,6 +131,7 @@ def build(dialect: Dialect, job: BuildJob, folder: Path, tell: Tell) -> BuildRep
         inputs=inputs,
         outputs=outputs,
         network_layers=layers,
+        listing="".join(listings[-1:]),
         workspace_bytes=int(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)),
         optimization_level=int(getattr(config, "builder_optimization_level", -1)),
         notes=cache.keep(config) if plan is not None else cache.notes,

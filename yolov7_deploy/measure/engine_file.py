@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy.engine.engine import Engine, digest, plan_version
-from yolov7_deploy.engine.layers import Detail, LayerTable, parsed_network, read_inspector
+from yolov7_deploy.engine.layers import Detail, LayerTable
+from yolov7_deploy.engine.listing import layers_of
 from yolov7_deploy.engine.record import EngineRecord
 from yolov7_deploy.errors import LoadError
 
@@ -28,6 +29,7 @@ class LayerSummary:
     layers: int
     types: dict[str, int]
     precisions: dict[str, int]
+    convolutions: dict[str, int]
     reformats: int
     plugins: tuple[str, ...]
     weights_bytes: int | None
@@ -45,8 +47,8 @@ class EngineFile:
             the version is only its last byte.
         targets: Compute capabilities by the header of a TensorRT-RTX plan.
         record: How it was built; `None` for a foreign engine.
-        summary, table: The layers, as they run where the engine was inspected, else as they were parsed; `None`
-            where nothing is known of them.
+        summary, table: The layers, as they run where the engine was inspected, else as its builder listed them, else as
+            they were parsed; `None` where nothing is known of them.
         notes: What a reader should know.
     """
 
@@ -73,8 +75,8 @@ def read_engine_file(path: str | Path) -> EngineFile:
     engine = Engine.load(path)
     _refuse_truncated(path, engine.plan)
     product, version = plan_version(engine.plan) or ("", "")
-    table, notes = _layers(engine.record)
     record = engine.record
+    table, notes = layers_of(record) if record else (None, ())
     return EngineFile(
         path=str(path),
         size_bytes=len(engine.plan),
@@ -89,25 +91,13 @@ def read_engine_file(path: str | Path) -> EngineFile:
     )
 
 
-def _layers(record: EngineRecord | None) -> tuple[LayerTable | None, tuple[str, ...]]:
-    """The best table there is; a text of the inspector that cannot be read costs the table, not the description."""
-    if record is None:
-        return None, ()
-    notes: tuple[str, ...] = ()
-    if record.inspector:
-        try:
-            return read_inspector(record.inspector), ()
-        except LoadError as error:
-            notes = (error.message,)
-    return (parsed_network(record.network_layers) if record.network_layers else None), notes
-
-
 def _summary(table: LayerTable) -> LayerSummary:
     return LayerSummary(
         detail=table.detail,
         layers=len(table.layers),
         types=table.types,
         precisions=table.precisions,
+        convolutions=table.convolutions,
         reformats=table.reformats,
         plugins=table.plugins,
         weights_bytes=table.weights_bytes,

@@ -17,6 +17,7 @@ MAX_TYPES = 12
 _DETAILS = {
     "detailed": "as they run",
     "names": "as they run, of which only the names were kept",
+    "compiled": "as compiled ahead of time, before the kernels are chosen on the GPU",
     "network": "as parsed, before TensorRT fuses them: the engine could not be opened where it was built",
 }
 _WIDER = {"ampere_plus": ", and any from Ampere on", "same_compute_capability": ", on every GPU that has it"}
@@ -57,8 +58,10 @@ def layer_fields(summary: LayerSummary) -> list[Field]:
         ("precision", _listed(f"{count} {name}" for name, count in summary.precisions.items()) or "not known"),
         ("plugin", _listed(summary.plugins) or ("not known" if summary.detail == "names" else "none")),
     ]
-    if summary.detail != "network":
-        fields.insert(2, ("reformats", str(summary.reformats)))
+    if summary.convolutions and summary.detail != "network":  # the parser tells types of outputs, not of weights
+        fields.insert(2, ("conv layers", _listed(f"{count} {name}" for name, count in summary.convolutions.items())))
+    if summary.detail in ("detailed", "names"):
+        fields.insert(-1, ("reformats", str(summary.reformats)))
     if summary.weights_bytes is not None:
         fields.append(("weights", _megabytes(summary.weights_bytes)))
     if summary.peak_activation_bytes is not None:

@@ -1,8 +1,10 @@
 """INT8 convolutions as Q/DQ pairs in the file, which every runtime accepts: TensorRT 8.5 to 11, RTX, ONNX Runtime.
 
 Scales are float32 and zero points 0, so any opset from 13 on and any TensorRT takes them. What is not INT8 computes in
-half, cast by cast, because TensorRT 11 and TensorRT-RTX believe the types of the file; what stands between an INT8
-convolution and the next pair is typed float32, and runs inside the convolution's kernel.
+half, cast by cast, because TensorRT 11 and TensorRT-RTX believe the types of the file. What stands between an INT8
+convolution and the next pair (its activation) is typed float32: TensorRT may compute it inside the kernel of the
+convolution, where nothing is stored. Scales of half, and half in between, were tried with TensorRT-RTX 1.7 and change
+nothing in the layers it builds.
 """
 
 from __future__ import annotations
