@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy.cli.choices import JsonPath
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:
     from yolov7_deploy.info import ModelInfo
@@ -42,17 +42,18 @@ def info(
     from yolov7_deploy.model.variants import VARIANTS
 
     record: VariantRecord | WeightsRecord | OnnxFile | EngineFile
+    more: dict[str, object] = {}
     if target in VARIANTS:
         kind, (record, text) = "variant", _variant(target, layers=layers)
     elif Path(target).suffix.lower() == ".onnx":
-        kind, (record, text) = "onnx", _onnx(target, layers=layers)
+        kind, (record, more, text) = "onnx", _onnx(target, layers=layers)
     elif Path(target).suffix.lower() in ENGINE_SUFFIXES:
         kind, (record, text) = "engine", _engine(target, layers=layers)
     else:
         kind, (record, text) = "weights", _weights(target, layers=layers)
     typer.echo(text, err=json_path == "-")
     if json_path is not None:
-        write_json({"kind": kind, **asdict(record)}, json_path)
+        write_json({"kind": kind, **asdict(record), **more}, json_path)
 
 
 def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
@@ -73,7 +74,7 @@ def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
     return record, _weights_text(record, layers=layers)
 
 
-def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, str]:
+def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, dict[str, object], str]:
     from yolov7_deploy.measure.onnx_file import read_onnx
     from yolov7_deploy.weights import find_weights
 
@@ -82,8 +83,23 @@ def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, str]:
             f"--layers is about variants and weights; {target} has nodes, which are counted without it.",
             fix=f"y7 info {target}",
         )
-    record = read_onnx(find_weights(target))
-    return record, _onnx_text(record)
+    path = find_weights(target)
+    record = read_onnx(path)
+    more, lines = _int8(path, record)
+    return record, more, _onnx_text(record, lines)
+
+
+def _int8(path: Path, record: OnnxFile) -> tuple[dict[str, object], list[str]]:
+    """What is INT8 in a quantised file, as a record and in words; counting needs onnx, which not every machine has."""
+    if not {"QuantizeLinear", "DequantizeLinear"} & set(record.nodes):
+        return {}, []
+    try:
+        from yolov7_deploy.measure.int8_file import account_lines, account_record, read_account
+    except ModuleNotFoundError as error:
+        return {}, [_field("int8", f"not counted: {missing_library(error, 'to count it')}".replace("\n", "  "))]
+    account = read_account(path)
+    computes, pairs = account_lines(account)
+    return {"int8": account_record(account)}, [_field("int8", computes), _field("", pairs)]
 
 
 def _engine(target: str, *, layers: bool) -> tuple[EngineFile, str]:
@@ -199,7 +215,7 @@ def _names_text(names: tuple[str, ...]) -> str:
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def _onnx_text(record: OnnxFile) -> str:
+def _onnx_text(record: OnnxFile, int8: list[str]) -> str:
     opsets = ", ".join(f"{domain} {version}".strip() for domain, version in record.opsets.items())
     lines = [
         _field("file", f"{_megabytes(record.size_bytes)}, written by {record.producer or 'an unnamed program'}"),
@@ -209,6 +225,7 @@ def _onnx_text(record: OnnxFile) -> str:
         _field("nodes", f"{sum(record.nodes.values())}: {_counts(record.nodes)}"),
         *(_field("function", f"{name}, of {count} nodes") for name, count in record.functions.items()),
         _field("parameters", f"{record.parameters:,} in convolutions and matrix products"),
+        *int8,
     ]
     passport = _passport_text(record.info) if record.info else _field("passport", "none: not written by this package")
     headline = f"{record.path}: {record.info.variant if record.info else 'ONNX'}"

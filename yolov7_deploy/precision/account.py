@@ -101,7 +101,7 @@ def _costs(proto: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto]) -> Iter
         is_int8 = _is_back(data) and _is_back(weight) and stored is not None and stored.data_type == TensorProto.INT8
         yield ConvolutionCost(
             name=node.name or node.output[0],
-            macs=_macs(shapes.get(node.output[0]), None if stored is None else list(stored.dims)),
+            macs=_macs(shapes.get(node.output[0]), shapes.get(node.input[1])),
             is_int8=is_int8,
         )
 
@@ -110,9 +110,9 @@ def _is_back(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def _macs(made: onnx.TensorShapeProto | None, weight: list[int] | None) -> int | None:
+def _macs(made: onnx.TensorShapeProto | None, weight: onnx.TensorShapeProto | None) -> int | None:
     """Multiply-accumulates a picture: one for each weight at each place of the result."""
-    sides = [int(side.dim_value) for side in made.dim[2:]] if made is not None else []
-    if weight is None or not sides or min(sides) < 1:
+    if made is None or weight is None:
         return None
-    return prod(weight) * prod(sides)
+    sides = [int(side.dim_value) for side in (*weight.dim, *made.dim[2:])]
+    return prod(sides) if len(made.dim) > 2 and min(sides) > 0 else None

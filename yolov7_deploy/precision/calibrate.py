@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,10 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 DoubleArray = npt.NDArray[np.float64]
 
-_MEAN, _MOST, _LEAST = "mean__", "most__", "least__"  # in front of the names of what is found inside the graph
+# In front of the names of what is found inside the graph.
+_MEAN, _MOST, _LEAST, _AVERAGE = "mean__", "most__", "least__", "average__"
+# The last of them because extremes in ONNX Runtime pass over what is no number, and a mean does not.
+_OF_RESULTS = {"ReduceMax": _MOST, "ReduceMin": _LEAST, "ReduceMean": _AVERAGE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -103,13 +107,14 @@ class _Counter:
 
     def __init__(self, model: OnnxModel, network: Network) -> None:
         self._counted = measured_tensors(network)
+        self._constants = {name: network.weights[name] for name in self._counted if name in network.weights}
         self._read = list(dict.fromkeys(node.input[0] for node in network.convolutions))
         self._made = [node.output[0] for node in network.convolutions]
         extra = [helper.make_node("GlobalAveragePool", [name], [f"{_MEAN}{name}"]) for name in self._read]
         for name in self._made:
-            extra.append(helper.make_node("ReduceMax", [name], [f"{_MOST}{name}"], keepdims=0))
-            extra.append(helper.make_node("ReduceMin", [name], [f"{_LEAST}{name}"], keepdims=0))
-        names = [*self._counted, *(name for node in extra for name in node.output)]
+            extra += [helper.make_node(op, [name], [prefix + name], keepdims=0) for op, prefix in _OF_RESULTS.items()]
+        counted = [name for name in self._counted if name not in self._constants]
+        names = [*counted, *(name for node in extra for name in node.output)]
         self._runner = NetworkRunner(model.proto, [*network.nodes, *extra], names)
         self._pictures = 0
         self.histograms: dict[str, Histogram] = {}
@@ -118,11 +123,11 @@ class _Counter:
 
     def add(self, fed: npt.NDArray[np.generic]) -> None:
         """Counts one more picture."""
-        found = self._runner.run(fed)
+        found = {**self._runner.run(fed), **self._constants}
         self._pictures += 1
         for name in self._counted:
             histogram = Histogram.of(found.pop(name))
-            self._check(name, histogram)
+            self._check(name, histogram.is_finite)
             before = self.histograms.get(name)
             self.histograms[name] = Histogram.sum([before, histogram]) if before else histogram
         for name in self._read:
@@ -130,10 +135,11 @@ class _Counter:
             self.sums[name] = self.sums.get(name, 0) + means
         for name in self._made:
             reach = max(float(found[f"{_MOST}{name}"]), -float(found[f"{_LEAST}{name}"]))
-            self.largest[name] = float(np.maximum(self.largest[name], reach))  # what is no number stays
+            self._check(name, math.isfinite(reach) and math.isfinite(found[f"{_AVERAGE}{name}"].item()))
+            self.largest[name] = max(self.largest[name], reach)
 
-    def _check(self, name: str, histogram: Histogram) -> None:
-        if not histogram.is_finite:
+    def _check(self, name: str, is_finite: bool) -> None:
+        if not is_finite:
             raise ExportError(
                 f"On picture {self._pictures}, {name} holds values that are infinite or no numbers.",
                 fix="Check the weights (y7 verify); leave the picture out if it is unlike the others.",

@@ -23,7 +23,7 @@ BINS = 2**15
 PERCENTILE = 99.99  # what NVIDIA's tools take where nothing is asked
 _INFINITE = 0x7F80  # first code of what is no finite number
 _AT_ONCE = 2**18  # values whose codes stay in the cache while they are counted
-_CLIPS = 160  # candidates of the best clip: one and a quarter octaves of bins
+_CLIPS = 160  # candidates of the best clip, 32 an octave: down to a 32nd of the largest
 # Lower edge of each bin; those behind the last finite one have none.
 _EDGES: Doubles = (np.arange(_INFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 _ENTROPY_BINS = 2048
@@ -74,10 +74,11 @@ def largest_of(histogram: Histogram) -> float:
 
 
 def percentile_of(histogram: Histogram, percent: float = PERCENTILE) -> float:
-    """The magnitude that so many percent of the values do not exceed."""
+    """The magnitude that so many percent of the values do not exceed; the largest where so many are 0."""
     _, upper, counts = histogram.bins()
     reached = np.searchsorted(np.cumsum(counts), counts.sum() * percent / 100)
-    return float(upper[min(int(reached), len(upper) - 1)])
+    clip = float(upper[min(int(reached), len(upper) - 1)])
+    return clip if clip > _EDGES[1] else histogram.largest
 
 
 def mse_of(histogram: Histogram) -> float:

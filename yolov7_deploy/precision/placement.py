@@ -87,12 +87,13 @@ def place(network: Network, spared: Mapping[str, str]) -> Placement:
 def measured_tensors(network: Network) -> tuple[str, ...]:
     """The tensors whose values any placement may have to quantise: those that convolutions and residual sums read.
 
-    Of what only passes values on, the tensors it reads are measured instead.
+    Of what only passes values on, the tensors it reads are measured instead, constants among them.
     """
     read = [name for node in network.convolutions for name in node.input[:1]]
     read += [name for node in network.nodes if _is_residual(network, node) for name in node.input]
     found = {source for name in read for source in origins(network, name)}
-    return tuple(name for name in (*_inputs(network), *network.makers) if name in found)
+    order = dict.fromkeys((*_inputs(network), *network.makers, *network.weights))
+    return tuple(name for name in order if name in found)
 
 
 def origins(network: Network, name: str) -> Iterator[str]:
@@ -143,11 +144,11 @@ def _is_residual(network: Network, node: onnx.NodeProto) -> bool:
 
 
 def _wanted(network: Network, read: set[str]) -> set[str]:
-    """The tensors that quantised readers read, at once or through nodes that pass values on."""
+    """The tensors that quantised readers read, at once or through nodes that pass values on or add them."""
     wanted = set(read)
     for node in reversed(network.nodes):
-        if is_passing(node) and wanted.intersection(node.output):
-            wanted.update(passed(node))
+        if wanted.intersection(node.output):
+            wanted.update(passed(node) if is_passing(node) else node.input if _is_residual(network, node) else ())
     return wanted
 
 

@@ -68,5 +68,6 @@ class NetworkRunner:
     def run(self, fed: Mapping[str, AnyArray] | AnyArray) -> dict[str, FloatArray]:
         """The tensors by name; an array alone is the only input."""
         feeds = fed if isinstance(fed, Mapping) else {self.inputs[0]: fed}
-        found = self._session.run(self._names, {name: feeds[name] for name in self.inputs})
+        # ONNX Runtime takes no names for an error.
+        found = self._session.run(self._names, {name: feeds[name] for name in self.inputs}) if self._names else []
         return {**{name: feeds[name] for name in self._passed}, **dict(zip(self._names, found, strict=True))}

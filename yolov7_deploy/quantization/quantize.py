@@ -122,7 +122,8 @@ class Quantizer:
         """
         calibration = self._calibrated()
         options, model = self._options.int8, to_int8(self._model, calibration, self._options.int8)
-        self._say("; ".join(model.info.notes[len(self._model.info.notes) :]))
+        for note in model.info.notes[len(self._model.info.notes) :]:
+            self._say(note)
         drop = self._measured(model, frozenset())
         exceeds = drop is not None and self._options.max_drop is not None and drop.points > self._options.max_drop
         costs = self._ranked(calibration, options) if exceeds or self._options.sensitivity else ()
@@ -222,7 +223,8 @@ class Quantizer:
     # --- what is spared -----------------------------------------------------------------------------------------------
 
     def _ranked(self, calibration: Calibration, options: Int8Options) -> tuple[LayerCost, ...]:
-        few = list(islice(self._pictures, RANKING_PICTURES))
+        step = max(1, calibration.pictures // RANKING_PICTURES)
+        few = list(islice(self._pictures, 0, step * RANKING_PICTURES, step))
         with self._show("cost of each layer") as progress:
             costs = layer_costs(self._model, calibration, few, options, progress=progress)
         self._say(f"ranked {len(costs)} layers by what INT8 costs in each; the dearest is {costs[0].layer}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from yolov7_deploy.measure.int8_file import account_lines, account_record
 from yolov7_deploy.measure.report import table
-from yolov7_deploy.precision.account import Int8Account
 from yolov7_deploy.quantization.quantize import Quantized
 
 SHOWN = 20  # layers in the table; all are in the JSON
 
 
 def describe(result: Quantized) -> str:
-    """What is INT8 and why not the rest, what each layer costs, what AP says."""
-    parts = ["\n".join(result.model.info.notes), account_words(result.account)]
+    """What was found beyond the steps that were told on the way: pairs, costs of layers, AP of the search."""
+    parts = ["\n".join(account_lines(result.account))]
     if result.costs:
         kept = {layer for layer, _ in result.model.info.int8.kept} if result.model.info.int8 else set()
         rows: list[list[object]] = [
@@ -28,38 +28,15 @@ def describe(result: Quantized) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def account_words(account: Int8Account) -> str:
-    """How many pairs there are, and which rule asks for each."""
-    reasons = {
-        "Conv": "in front of convolutions",
-        "Resize": "in front of upsampling, which then moves bytes",
-        "Add": "in front of residual sums",
-    }
-    pairs = [f"{count} {reasons.get(kind, f'in front of {kind}')}" for kind, count in account.pairs.items()]
-    twice = f"; {len(account.pairs_twice)} tensors have more than one" if account.pairs_twice else ""
-    return (
-        f"{sum(account.pairs.values())} Q/DQ pairs, one a tensor: {', '.join(pairs)}{twice}; {account.scales} scales; "
-        f"{account.weights} weights are stored as int8"
-    )
-
-
 def to_record(result: Quantized) -> dict[str, Any]:
     """The whole record for machines."""
-    account = result.account
     return {
         "calibration": {
             "pictures": result.calibration.pictures,
             "pictures_sha256": result.calibration.pictures_sha256,
             "network_sha256": result.calibration.network_sha256,
         },
-        "account": {
-            "convolutions": len(account.convolutions),
-            "int8_convolutions": account.int8_convolutions,
-            "int8_share_of_macs": account.share,
-            "pairs": dict(account.pairs),
-            "int8_weights": account.weights,
-            "scales": account.scales,
-        },
+        "account": account_record(result.account),
         "accuracy": None if result.drop is None else result.drop.to_dict(),
         "layers": [
             {"layer": cost.layer, "head_error": cost.error, "share_of_macs": cost.share} for cost in result.costs
