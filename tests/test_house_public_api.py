@@ -17,6 +17,7 @@ NAMES = [
     "Engine",
     "EngineOptions",
     "ExportOptions",
+    "Int8Options",
     "ModelInfo",
     "OnnxModel",
     "Thresholds",
@@ -25,12 +26,15 @@ NAMES = [
     "__version__",
     "build_engine",
     "build_model",
+    "calibrate",
     "export_onnx",
     "fuse",
     "load_checkpoint",
     "new_model",
+    "open_calibration",
     "save_checkpoint",
     "to_fp16",
+    "to_int8",
 ]
 CLASSES = [name for name in NAMES if name[0].isupper()]
 FUNCTIONS = [name for name in NAMES if name[0].islower()]

@@ -2,8 +2,8 @@
 
 Seven stations, each a pure step between two named types:
 
-     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (fp16) ─▶ Engine     ─▶ Detector
-        load_checkpoint  build_model     fuse        export_onnx    to_fp16          build_engine    ─▶ Detections
+     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (fp16 | int8) ─▶ Engine ─▶ Detector
+        load_checkpoint  build_model     fuse        export_onnx    to_fp16, to_int8 build_engine    ─▶ Detections
 
 Names are imported when first touched, so `import yolov7_deploy` needs neither torch nor onnx.
 """
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from yolov7_deploy.fusion import fuse
     from yolov7_deploy.info import ModelInfo
     from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
-    from yolov7_deploy.options import EngineOptions, ExportOptions, Thresholds
+    from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options, Thresholds
+    from yolov7_deploy.precision.calibrate import calibrate
     from yolov7_deploy.precision.fp16 import to_fp16
+    from yolov7_deploy.precision.int8 import to_int8
+    from yolov7_deploy.precision.pictures import open_calibration
 
 __version__ = "0.1.0"
 
@@ -37,6 +40,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "EngineOptions": "options",
     "ExportOptions": "options",
+    "Int8Options": "options",
     "ModelInfo": "info",
     "OnnxModel": "export.onnx_model",
     "Thresholds": "options",
@@ -44,12 +48,15 @@ _HOMES = {
     "Yolov7": "model.yolov7",
     "build_engine": "engine.build",
     "build_model": "model.yolov7",
+    "calibrate": "precision.calibrate",
     "export_onnx": "export.to_onnx",
     "fuse": "fusion",
     "load_checkpoint": "checkpoint",
     "new_model": "model.yolov7",
+    "open_calibration": "precision.pictures",
     "save_checkpoint": "checkpoint",
     "to_fp16": "precision.fp16",
+    "to_int8": "precision.int8",
 }
 
 __all__ = [
@@ -59,6 +66,7 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "ExportOptions",
+    "Int8Options",
     "ModelInfo",
     "OnnxModel",
     "Thresholds",
@@ -67,12 +75,15 @@ __all__ = [
     "__version__",
     "build_engine",
     "build_model",
+    "calibrate",
     "export_onnx",
     "fuse",
     "load_checkpoint",
     "new_model",
+    "open_calibration",
     "save_checkpoint",
     "to_fp16",
+    "to_int8",
 ]
 
 
