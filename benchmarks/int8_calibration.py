@@ -50,7 +50,7 @@ def main() -> None:
         "int8_calibration",
         options.machine,
         {
-            "weights": options.weights,
+            "weights": Path(options.weights).name,
             "pictures": runs["calibrate"][0]["pictures"],
             "ratio": round(float(np.median(ratios)), 2),
             "ratio_limit": 2.5,

@@ -71,7 +71,7 @@ def main() -> None:
         "int8_methods",
         options.machine,
         {
-            "weights": options.weights,
+            "weights": Path(options.weights).name,
             "calibrated_on": calibration.pictures,
             "measured_on": len(data),
             "int8_share_of_macs": small.info.int8.share,

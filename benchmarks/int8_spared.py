@@ -52,7 +52,7 @@ def main() -> None:
         "int8_spared",
         options.machine,
         {
-            "weights": options.weights,
+            "weights": Path(options.weights).name,
             "spoiled": f"channel {CHANNEL} of {MADE}, times {FACTOR:g}; {READER} reads it",
             "max_drop": options.max_drop,
             "float32_ap": result.drop.reference_ap,
