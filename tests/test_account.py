@@ -188,6 +188,8 @@ WEIGHT = np.zeros((4, 4, 3, 3), np.int8)
         ("float", "float", False),
         ("pair", "uint8", False),
         ("behind a pair", "int8", False),
+        ("pair", "float behind a pair", True),
+        ("float", "float behind a pair", False),
     ],
 )
 def test_a_convolution_is_int8_if_data_and_weights_come_straight_out_of_int8(data, kind, is_int8):
@@ -195,8 +197,9 @@ def test_a_convolution_is_int8_if_data_and_weights_come_straight_out_of_int8(dat
     x = "images" if data == "float" else sketch.pair("images")
     if data == "behind a pair":
         x = sketch.node("Relu", x, name="relu")
-    if kind == "float":
+    if kind.startswith("float"):
         weight = sketch.weight("w", WEIGHT.astype(np.float32))
+        weight = sketch.pair(weight) if "pair" in kind else weight
     else:
         weight = sketch.back("w", WEIGHT.astype(kind))
     sketch.node("Conv", x, weight, name="c")
@@ -205,7 +208,7 @@ def test_a_convolution_is_int8_if_data_and_weights_come_straight_out_of_int8(dat
     (cost,) = count_int8(proto).convolutions
     assert cost.is_int8 is is_int8
     assert cost.macs == 4 * 10 * 14 * 4 * 9
-    assert count_int8(proto).weights == (kind != "float")
+    assert count_int8(proto).weights == (kind == "int8")
 
 
 def test_pairs_are_counted_by_the_kind_of_their_readers_with_convolutions_first():
@@ -226,6 +229,16 @@ def test_pairs_are_counted_by_the_kind_of_their_readers_with_convolutions_first(
     assert account.scales == len({node.input[1] for node in sketch.nodes if node.op_type == "QuantizeLinear"}) == 7
     assert account.pairs_twice == ()
     assert account.int8_convolutions == 3
+
+
+def test_a_stored_bias_in_int32_is_no_weight():
+    """As the quantiser of ONNX Runtime writes it."""
+    sketch = Sketch()
+    bias = sketch.weight("bias", np.zeros(4, np.int32))
+    back = sketch.node("DequantizeLinear", bias, sketch.weight("scale", np.float32(0.1)), name="bias.back")
+    made = sketch.node("Conv", sketch.pair("images"), sketch.back("w", WEIGHT), back, name="c")
+    account = count_int8(sketch.proto(made))
+    assert (account.int8_convolutions, account.weights, account.pairs) == (1, 1, {"Conv": 1})
 
 
 def test_a_shared_scale_is_one():

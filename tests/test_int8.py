@@ -315,3 +315,17 @@ def digest_of(model):
     from yolov7_deploy.precision.calibrate import network_digest
 
     return network_digest(Network(model))
+
+
+def test_what_computes_in_float_between_two_convolutions_is_named():
+    model = foreign_net()
+    proto = copy.deepcopy(model.proto)
+    nodes = list(proto.graph.node)
+    nodes[2].input[0] = "odd"  # the second convolution
+    nodes.insert(2, helper.make_node("Softplus", ["a0"], ["odd"], name="odd one"))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    changed = OnnxModel(proto, model.info)
+    small = to_int8(changed, calibrate(changed, PICTURES), Int8Options())
+    assert "float between INT8 convolutions: Softplus (odd)" in small.info.notes
+    assert not [note for note in usual().info.notes if "between INT8" in note]

@@ -3,62 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields, replace
 from functools import lru_cache
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from pictured import noise
 from placement_walk import check_file, check_placement, scale_by_group
-from small_models import info_of, session
+from small_models import session
+from thin_variants import random_model, thin_model
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
 from yolov7_deploy.info import foreign_info
-from yolov7_deploy.model.variants import VARIANTS, Variant
-from yolov7_deploy.model.yolov7 import Yolov7
-from yolov7_deploy.options import ExportOptions, Int8Options
+from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import to_int8
 from yolov7_deploy.precision.network import Network
 from yolov7_deploy.precision.placement import HEAD_REASON, float_nodes, place
 
-SIDE = 128
-WIDEST_THIN = 16  # channels that are not made fewer: of the picture, and of it as space-to-depth has it
 # Of results of three layers in INT8, in their standard deviations. Measured: 0.03.
 INT8_TOLERANCE = 0.05
 WHY = "a test spares it"
 
 
-class Thin(Variant):
-    """A variant with an eighth of its channels: the same rows, and a 64th of the weights."""
-
-    def layers(self, *, training):
-        rows = Variant.layers(self, training=training)
-        return tuple(replace(r, c_in=tuple(map(self.thin, r.c_in)), c_out=self.thin(r.c_out)) for r in rows)
-
-    @staticmethod
-    def thin(channels):
-        return channels if channels < WIDEST_THIN else channels // 8
-
-
 @lru_cache
 def network_of(variant) -> Network:
-    """Of a thin variant of random weights; shared, so not to be changed."""
-    return made(Thin(**{field.name: getattr(VARIANTS[variant], field.name) for field in fields(Variant)}))
-
-
-def made(variant):
-    torch.manual_seed(0)
-    model = Yolov7(variant, classes=2, fused=True).eval()
-    options = ExportOptions(input_hw=(SIDE, SIDE), nms="none", simplify=False)
-    return Network(export_onnx(model, info_of(model), options))
+    """Of a thin variant; shared, so not to be changed."""
+    return Network(thin_model(variant))
 
 
 # --- every variant ----------------------------------------------------------------------------------------------------
@@ -79,7 +55,7 @@ def test_heads_and_only_heads_stay_float(variant):
 )
 def test_a_variant_is_placed_as_its_thin_copy_is(variant):
     """Seconds each for the large ones."""
-    assert place(made(VARIANTS[variant]), {}) == place(network_of(variant), {})
+    assert place(Network(random_model(VARIANTS[variant])), {}) == place(network_of(variant), {})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

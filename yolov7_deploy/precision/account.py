@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TypeAlias
 
 import onnx
 from onnx import TensorProto
 
 from yolov7_deploy.precision.network import typed_tensors
 
-# What a runtime computes inside the kernel of the convolution in front of it.
-ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid"})
+Types: TypeAlias = Mapping[str, onnx.TypeProto.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class Int8Account:
         convolutions: All of them, in the order they run.
         pairs: Q/DQ pairs on activations, by the kind of their readers: `Conv`, `Resize`, `Add`, ...; a pair with
             readers of several kinds counts as `Conv` if one of them is.
-        weights: DequantizeLinear nodes on constant weights.
+        weights: DequantizeLinear nodes on stored int8 weights.
         scales: Different scales of activations.
         pairs_twice: Tensors with more than one pair, which no rule asks for.
     """
@@ -62,23 +62,25 @@ class Int8Account:
 def count_int8(proto: onnx.ModelProto) -> Int8Account:
     """The INT8 account of a graph. Only nodes of the graph count, not those inside functions.
 
-    A convolution is INT8 if its data and its weights both come out of a DequantizeLinear of int8 values.
+    A convolution is INT8 if its data and its weights both come out of a DequantizeLinear, the weights of int8 values:
+    stored ones, or float ones behind a QuantizeLinear, as quantisers of others write them.
     """
     graph = proto.graph
+    types = {value.name: value.type.tensor_type for value in typed_tensors(proto)}
     makers = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     constants = {tensor.name for tensor in graph.initializer}
-    back = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    back = [node for node in graph.node if _is_back(node)]
     pairs = [node for node in back if node.input[0] not in constants]
     quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     given = Counter(node.input[0] for node in quantizers)
     return Int8Account(
-        convolutions=tuple(_costs(proto, makers)),
+        convolutions=tuple(_costs(graph, makers, types)),
         pairs=dict(Counter(_kind(readers.get(node.output[0], [])) for node in pairs)),
-        weights=len(back) - len(pairs),
+        weights=sum(node.input[0] in constants and _reads_int8(node, types) for node in back),
         scales=len({node.input[1] for node in quantizers}),
         pairs_twice=tuple(sorted(name for name, count in given.items() if count > 1)),
     )
@@ -89,20 +91,14 @@ def _kind(readers: list[onnx.NodeProto]) -> str:
     return kinds[0] if kinds else "nothing"
 
 
-def _costs(proto: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto]) -> Iterator[ConvolutionCost]:
-    graph = proto.graph
-    shapes = {value.name: value.type.tensor_type.shape for value in typed_tensors(proto)}
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+def _costs(graph: onnx.GraphProto, makers: Mapping[str, onnx.NodeProto], types: Types) -> Iterator[ConvolutionCost]:
     for node in graph.node:
         if node.op_type != "Conv":
             continue
-        data, weight = makers.get(node.input[0]), makers.get(node.input[1])
-        stored = weights.get(weight.input[0] if weight is not None and weight.input else node.input[1])
-        is_int8 = _is_back(data) and _is_back(weight) and stored is not None and stored.data_type == TensorProto.INT8
         yield ConvolutionCost(
             name=node.name or node.output[0],
-            macs=_macs(shapes.get(node.output[0]), shapes.get(node.input[1])),
-            is_int8=is_int8,
+            macs=_macs(types.get(node.output[0]), types.get(node.input[1])),
+            is_int8=_is_back(makers.get(node.input[0])) and _reads_int8(makers.get(node.input[1]), types),
         )
 
 
@@ -110,9 +106,16 @@ def _is_back(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def _macs(made: onnx.TensorShapeProto | None, weight: onnx.TensorShapeProto | None) -> int | None:
+def _reads_int8(node: onnx.NodeProto | None, types: Types) -> bool:
+    """It is a DequantizeLinear of int8 values."""
+    if node is None or not _is_back(node) or node.input[0] not in types:
+        return False
+    return types[node.input[0]].elem_type == TensorProto.INT8
+
+
+def _macs(made: onnx.TypeProto.Tensor | None, weight: onnx.TypeProto.Tensor | None) -> int | None:
     """Multiply-accumulates a picture: one for each weight at each place of the result."""
     if made is None or weight is None:
         return None
-    sides = [int(side.dim_value) for side in (*weight.dim, *made.dim[2:])]
-    return prod(sides) if len(made.dim) > 2 and min(sides) > 0 else None
+    sides = [int(side.dim_value) for side in (*weight.shape.dim, *made.shape.dim[2:])]
+    return prod(sides) if len(made.shape.dim) > 2 and min(sides) > 0 else None

@@ -59,7 +59,7 @@ class Calibration:
 
 
 def calibrate(
-    model: OnnxModel, pictures: Iterable[Image], *, count: int, progress: Progress | None = None
+    model: OnnxModel, pictures: Iterable[Image], *, count: int = 0, progress: Progress | None = None
 ) -> Calibration:
     """Runs the network on every picture and counts what its tensors hold.
 
@@ -68,7 +68,7 @@ def calibrate(
     Args:
         model: A float32 graph.
         pictures: uint8 BGR of any size.
-        count: How many there are, for `progress`.
+        count: How many there are, for `progress`; 0 where nobody knows.
         progress: Called with pictures done and in all.
 
     Raises:
@@ -151,7 +151,8 @@ def network_digest(network: Network) -> str:
     digest = hashlib.sha256()
     for node in network.nodes:
         digest.update(node.SerializeToString(deterministic=True))
-    for name in sorted({name for node in network.nodes for name in node.input} & set(network.weights)):
-        digest.update(name.encode())
-        digest.update(network.weights[name].tobytes())
+    read = {name for node in network.nodes for name in node.input}
+    for tensor in sorted(network.proto.graph.initializer, key=lambda tensor: tensor.name):
+        if tensor.name in read:
+            digest.update(tensor.SerializeToString(deterministic=True))
     return digest.hexdigest()

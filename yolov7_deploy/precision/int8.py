@@ -276,12 +276,12 @@ def _passport(
         share=account.share,
         kept=tuple((names[output], reason) for output, reason in placement.kept.items()),
     )
-    notes = (*model.info.notes, *_notes(int8, account), *calibration.notes)
+    notes = (*model.info.notes, *_notes(int8, account, placement.islands), *calibration.notes)
     logger.info("%s", "; ".join(notes))
     return replace(model.info, precision="int8", int8=int8, notes=notes)
 
 
-def _notes(int8: Int8Info, account: Int8Account) -> Iterator[str]:
+def _notes(int8: Int8Info, account: Int8Account, islands: Mapping[str, str]) -> Iterator[str]:
     share = "" if int8.share is None else f", {int8.share:.1%} of all multiply-accumulates"
     yield f"int8: {int8.int8_convolutions} of {int8.convolutions} convolutions{share}; the rest is {int8.rest}"
     yield (
@@ -292,3 +292,7 @@ def _notes(int8: Int8Info, account: Int8Account) -> Iterator[str]:
         layers = [layer for layer, why in int8.kept if why == reason]
         more = f" and {len(layers) - _NAMED} more" * (len(layers) > _NAMED)
         yield f"{int8.rest}: {', '.join(layers[:_NAMED])}{more} ({reason})"
+    if islands:
+        shown = [f"{op} ({name})" for name, op in list(islands.items())[:_NAMED]]
+        more = f" and {len(islands) - _NAMED} more" * (len(islands) > _NAMED)
+        yield f"float between INT8 convolutions: {', '.join(shown)}{more}"

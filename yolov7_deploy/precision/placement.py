@@ -20,6 +20,8 @@ import onnx
 from yolov7_deploy.precision.network import Network
 
 HEAD_REASON = "head: what decoding reads stays float"
+# What a runtime may compute inside the kernel of the convolution in front of it.
+ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid"})
 # They give values that they read, and no others. Inputs behind the number are sizes.
 PASSING = {
     "Concat": None,
@@ -42,12 +44,14 @@ class Placement:
         pairs: Tensors with a Q/DQ pair, and the readers (by their first output) that take it.
         groups: For each tensor with a pair, the tensors whose values share its scale, sorted; their first names it.
         kept: Convolutions that stay float, by output, and why.
+        islands: Nodes that compute in float between INT8 convolutions, by output, and their operation. YOLOv7 has none.
     """
 
     convolutions: tuple[str, ...]
     pairs: Mapping[str, tuple[str, ...]]
     groups: Mapping[str, tuple[str, ...]]
     kept: Mapping[str, str]
+    islands: Mapping[str, str]
 
 
 def place(network: Network, spared: Mapping[str, str]) -> Placement:
@@ -81,6 +85,7 @@ def place(network: Network, spared: Mapping[str, str]) -> Placement:
         pairs={name: tuple(readers[name]) for name in pairs},
         groups={name: _sources(network, ties.members(name)) for name in pairs},
         kept=kept,
+        islands=dict(_islands(network, wanted, [node.output[0] for node in quantized])),
     )
 
 
@@ -150,6 +155,23 @@ def _wanted(network: Network, read: set[str]) -> set[str]:
         if wanted.intersection(node.output):
             wanted.update(passed(node) if is_passing(node) else node.input if _is_residual(network, node) else ())
     return wanted
+
+
+def _islands(network: Network, wanted: set[str], convolutions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Nodes behind an INT8 convolution whose results are quantised, but for activations and what passes values on."""
+    leading = set(wanted)
+    for node in reversed(network.nodes):
+        if node.op_type in ACTIVATIONS and leading.intersection(node.output):
+            leading.update(node.input)
+    behind = set(convolutions)
+    for node in network.nodes:
+        if not behind.intersection(node.input):
+            continue
+        behind.update(node.output)
+        sums = _is_residual(network, node) and wanted.intersection(node.output)
+        expected = node.op_type == "Conv" or node.op_type in ACTIVATIONS or is_passing(node) or sums
+        if not expected and leading.intersection(node.output):
+            yield node.output[0], node.op_type
 
 
 def _sources(network: Network, members: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.histogram import LEVELS, clip_of
 from yolov7_deploy.precision.int8 import tensor_scales
 from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.placement import PASSING, is_passing, place
+from yolov7_deploy.precision.placement import is_passing, passed, place
 
 # What TensorRT 8.6.1 writes. When a cache is read, the number is not compared, but the kind of calibrator is: this one
 # is the only one that a DLA takes.
@@ -42,9 +42,10 @@ def trt_calibration_cache(model: OnnxModel, calibration: Calibration, method: st
     network = Network(model)
     placement = place(network, {})
     scales = {name: float(scale) for name, scale in tensor_scales(placement, calibration, method).items()}
-    own = {name: clip_of(histogram, method) / LEVELS for name, histogram in calibration.histograms.items()}
-    shared = {source: scales[name] for name, group in placement.groups.items() for source in group}
-    known = {**own, **shared, **scales}
+    known = scales | {source: scales[name] for name, group in placement.groups.items() for source in group}
+    for name, histogram in calibration.histograms.items():
+        if name not in known:  # read by heads only
+            known[name] = clip_of(histogram, method) / LEVELS
     lines = [f"{name}: {_hexadecimal(scale)}" for name, scale in _every(network, known, calibration)]
     return "\n".join([HEADER, *lines, ""])
 
@@ -60,9 +61,9 @@ def _every(network: Network, known: Mapping[str, float], calibration: Calibratio
     for name, largest in calibration.largest.items():
         found.setdefault(name, max(largest, 1e-6) / LEVELS)  # heads: nothing clipped
     for node in network.nodes:
-        if is_passing(node):
+        if is_passing(node) and all(name in found for name in passed(node)):
             for name in node.output:
-                found.setdefault(name, max(found.get(given, 0.0) for given in node.input[: PASSING[node.op_type]]))
+                found.setdefault(name, max(found[given] for given in passed(node)))
     order = [entry.name for entry in network.proto.graph.input] + list(network.makers)
     yield from ((name, found[name]) for name in order if name in found)
 
@@ -72,9 +73,11 @@ def _from_readers(network: Network, node: onnx.NodeProto, found: Mapping[str, fl
         return _SIGMOID_SCALE
     for name in node.output:
         for reader in network.readers.get(name, []):
-            follows = reader.op_type in ("Mul", "LeakyRelu", "Relu") or is_passing(reader)
+            follows = reader.op_type in ("Gather", "LeakyRelu", "Mul", "Relu") or is_passing(reader)
             if follows and reader.output[0] in found:
                 return found[reader.output[0]]
+            if reader.op_type == "Div" and reader.output[0] in found and reader.input[1] in network.weights:
+                return found[reader.output[0]] * float(abs(network.weights[reader.input[1]]).max())  # bytes to 0..1
     return None
 
 
