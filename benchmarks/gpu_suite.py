@@ -1,11 +1,14 @@
 """All checks that need a GPU, in one run of less than nine minutes; each part in a process of its own.
 
 On a machine without a GPU:   python benchmarks/gpu_suite.py prepare --plugin liby7_plugin.so   (writes .gpu/)
+Trained YOLOv7 and labelled pictures (`--weights`, `--data`) make it up to ten minutes longer; a bare `--int8` none.
 Bring .gpu/pieces/part_* to the GPU machine, and there:
                               python benchmarks/gpu_suite.py unpack --pieces PLACE --folder .gpu/whole
                               python benchmarks/gpu_suite.py run --out results [--kit /opt/trt86]
-What `run` has no time left for are runs of their own, of up to ten minutes; the soak takes the engine of `runtime`:
+What `run` has no time left for are runs of their own, of up to ten minutes; the soak takes the engine of `runtime`, and
+`int8`, which builds eight engines, goes on with those of an earlier run that time ended:
                               python benchmarks/gpu_suite.py run --parts runtime --total 590
+                              python benchmarks/gpu_suite.py run --parts int8 --total 590
                               python benchmarks/gpu_suite.py run --parts torch_speed --total 400
                               python benchmarks/gpu_suite.py run --parts soak --total 598
 Without a GPU, to try the suite itself on emulated kernels:  python benchmarks/gpu_suite.py run --emulated
@@ -28,8 +31,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpu_parts import HIDDEN, PARTS, Part
+from gpu_parts.goals import goal_words
 from gpu_parts.pieces import unpack
 
 HERE = Path(__file__).resolve().parent
@@ -62,6 +67,8 @@ def main() -> None:
                 plugin=options.plugin,
                 architecture=options.architecture,
                 models=options.models,
+                int8=options.int8,
+                data=options.data,
             )
         case "unpack":
             unpack(options.pieces, options.folder)
@@ -81,6 +88,8 @@ def arguments() -> argparse.ArgumentParser:
     prepare.add_argument("--plugin", type=Path, help="liby7_plugin.so built with TensorRT 8.6 headers")
     prepare.add_argument("--architecture", default="90", help="compute capability of the kernels library")
     prepare.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
+    prepare.add_argument("--int8", nargs="*", choices=MODELS[:2], default=MODELS[:2], help="models of the part int8")
+    prepare.add_argument("--data", type=Path, default=shared_data(), help="labelled, for INT8 and its AP")
     unpacking = verbs.add_parser("unpack", help="put the pieces together on the GPU machine")
     unpacking.add_argument("--pieces", type=Path, default=FOLDER / "pieces")
     unpacking.add_argument("--folder", type=Path, default=FOLDER / "whole")
@@ -98,6 +107,12 @@ def arguments() -> argparse.ArgumentParser:
     part.add_argument("--result", type=Path, required=True)
     part.add_argument("--emulated", action="store_true")
     return made
+
+
+def shared_data() -> Path | None:
+    """The pictures that the tests take, where they are."""
+    data = Path(os.environ.get("Y7_SHARED", ""), "coco-mini", "coco-mini.yaml")
+    return data if "Y7_SHARED" in os.environ and data.is_file() else None
 
 
 def run_part(options: argparse.Namespace) -> None:
@@ -140,9 +155,10 @@ def one_part(
     """Runs a part in a process of its own and gives what became of it."""
     if options.emulated and not part.emulated:
         return {"state": "skipped", "why": "needs a GPU"}
-    python = next((one for one in interpreters if not part.needs or part.needs in one.libraries), None)
+    needs = part.needs_emulated if options.emulated and part.needs_emulated else part.needs
+    python = fitting(needs, interpreters)
     if python is None:
-        return {"state": "skipped", "why": f"no Python here has {part.needs}"}
+        return {"state": "skipped", "why": f"no Python here has {' or '.join(needs)}"}
     budget = min(part.budget_s, left)
     if budget < LEAST_S:
         return {"state": "skipped", "why": f"only {left:.0f} s were left"}
@@ -154,15 +170,21 @@ def one_part(
         os.write(log, f"\n=== {part.name}: {python.path}\n".encode())
         started = time.monotonic()
         code = call(command, python.environment, budget, log)
-        outcome: dict[str, object] = {"seconds": round(time.monotonic() - started, 1), "python": python.path}
+        outcome: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "python": python.path}
         outcome["results"] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    goals = [goal_words(rows)] if (rows := outcome["results"].get("goals")) else []
     if code is None:
-        return {**outcome, "state": "timed out", "why": f"after {budget:.0f} s"}
-    return (
-        {**outcome, "state": "passed"}
-        if code == 0
-        else {**outcome, "state": "failed", "why": f"exit {code}, see the log"}
-    )
+        return {**outcome, "state": "timed out", "why": "; ".join([f"after {budget:.0f} s", *goals])}
+    if code:
+        return {**outcome, "state": "failed", "why": "; ".join([f"exit {code}, see the log", *goals])}
+    return {**outcome, "state": "passed", **({"why": goals[0]} if goals else {})}
+
+
+def fitting(needs: tuple[str, ...], interpreters: list[Interpreter]) -> Interpreter | None:
+    """The first Python with the first of the libraries that any has."""
+    if not needs:
+        return next(iter(interpreters), None)
+    return next((one for library in needs for one in interpreters if library in one.libraries), None)
 
 
 def call(command: list[str], environment: dict[str, str], budget_s: float, log: int) -> int | None:

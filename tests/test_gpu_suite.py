@@ -106,7 +106,7 @@ def test_a_part_past_its_time_is_ended_with_all_that_it_started(tmp_path):
 def test_a_part_without_time_or_library_is_left_out_with_the_reason(tmp_path):
     options = gpu_suite.arguments().parse_args(["run", "--folder", str(tmp_path)])
     bare = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset())
-    part = next(part for part in PARTS if part.needs == "tensorrt")
+    part = next(part for part in PARTS if part.needs == ("tensorrt",))
     assert gpu_suite.one_part(part, options, [bare], 100, 1)["why"] == "no Python here has tensorrt"
     able = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset({"tensorrt"}))
     assert gpu_suite.one_part(part, options, [able], 3, 1)["why"] == "only 3 s were left"

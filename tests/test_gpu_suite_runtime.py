@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("psutil")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from gpu_parts import runtime, torch_speed
+from gpu_parts import building, runtime, torch_speed
 from gpu_parts.setting import Setting
 from trt_kit import picture, setting, toy
 
@@ -26,11 +26,11 @@ def suite(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(made.__class__, "open_cuda", lambda _: setting.cuda)
     (tmp_path / "yolov7.onnx").touch()
 
-    def build(_, onnx, plugin, *, level, into):
-        assert (plugin, level, into) == (None, "3", tmp_path / "engines")
+    def build(_, onnx, plugin, *, level, into, more):
+        assert (plugin, level, into, more) == (None, "3", tmp_path / "engines", ())
         return setting.engine(toy(), name=f"engines/{onnx.stem}.engine")
 
-    monkeypatch.setattr(runtime, "build", build)
+    monkeypatch.setattr(building, "build", build)
     monkeypatch.setattr(runtime, "drawn_frames", lambda hw: Frames(pictures=(picture(1),), words="one"))
     monkeypatch.setattr(runtime, "SECONDS", 0.0)
     monkeypatch.setattr(runtime, "WARM_UP_S", 0.0)

@@ -21,15 +21,18 @@ class Part:
         name: Of its results and on the command line.
         target: `module:function` in this package.
         budget_s: Longest time; then its process is ended, and what it had recorded stays.
-        needs: Library that the Python which runs it must have; empty for any Python with NumPy.
+        needs: The Python which runs it must have one of these libraries, the first if any has it; none for any Python
+            with NumPy.
         emulated: It also runs on the emulated GPU.
+        needs_emulated: The same there, where it is something else.
     """
 
     name: str
     target: str
     budget_s: float
-    needs: str = ""
+    needs: tuple[str, ...] = ()
     emulated: bool = True
+    needs_emulated: tuple[str, ...] = ()
 
 
 # In order of worth: what comes late may find no time left.
@@ -40,14 +43,23 @@ PARTS = (
     Part(name="letterbox", target="letterbox:check", budget_s=40),
     Part(name="nms_times", target="nms:measure", budget_s=60),
     Part(name="letterbox_times", target="letterbox:measure", budget_s=20),
-    Part(name="against_torch", target="against_torch:measure", budget_s=40, needs="torch"),
-    Part(name="against_efficient", target="against_efficient:measure", budget_s=110, needs="tensorrt", emulated=False),
+    Part(name="against_torch", target="against_torch:measure", budget_s=40, needs=("torch",)),
+    Part(
+        name="against_efficient", target="against_efficient:measure", budget_s=110, needs=("tensorrt",), emulated=False
+    ),
     Part(name="sanitizer", target="sanitizer:check", budget_s=60),
-    Part(name="engines", target="engines:check", budget_s=500, needs="tensorrt", emulated=False),
-    Part(name="rtx", target="rtx:check", budget_s=60, needs="tensorrt_rtx"),
-    Part(name="runtime", target="runtime:measure", budget_s=560, needs="tensorrt", emulated=False),
-    Part(name="torch_speed", target="torch_speed:measure", budget_s=300, needs="torch"),
-    Part(name="soak", target="runtime:soak", budget_s=600, needs="tensorrt", emulated=False),
+    Part(name="engines", target="engines:check", budget_s=500, needs=("tensorrt",), emulated=False),
+    Part(name="rtx", target="rtx:check", budget_s=60, needs=("tensorrt_rtx",)),
+    Part(name="runtime", target="runtime:measure", budget_s=560, needs=("tensorrt",), emulated=False),
+    Part(
+        name="int8",
+        target="int8:measure",
+        budget_s=590,
+        needs=("tensorrt", "tensorrt_rtx"),
+        needs_emulated=("torch",),
+    ),
+    Part(name="torch_speed", target="torch_speed:measure", budget_s=300, needs=("torch",)),
+    Part(name="soak", target="runtime:soak", budget_s=600, needs=("tensorrt",), emulated=False),
 )
 # Run by other parts only.
 HIDDEN = {"sanitized": "sanitizer:work"}

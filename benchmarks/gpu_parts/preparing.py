@@ -17,6 +17,8 @@ import onnxruntime
 from onnx import helper
 
 from gpu_parts import ROOT
+from gpu_parts.int8_files import write_int8
+from gpu_parts.networks import untrained
 from gpu_parts.nms import (
     ANCHORS,
     CLASSES,
@@ -37,18 +39,17 @@ from yolov7_deploy.export.nms import attach_nms
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.export.suppression import NmsPlan
 from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
 from yolov7_deploy.image import fit_letterbox, read_image, to_network_input
-from yolov7_deploy.info import ModelInfo
-from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.weights import OFFICIAL_NAMES, find_local_weights, find_weights
 
 ARCHITECTURE = "90"
 MADE_UP = {"yolov7-tiny": 640, "yolov7-w6": 1280}  # networks with made-up weights, and their input's side
 ROWS = 2000  # of a raw output that are compared
-# pytest and what it needs, since the tests' own cases run on the GPU too, and what the soak reads memory with.
-SITE = ("psutil", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
+# pytest and what it needs, since the tests' own cases run on the GPU too; what the soak reads memory with; what judges
+# AP, which only the Python version of this machine can import.
+SITE = ("psutil", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "yaml", "faster_coco_eval")
 SCORED = 200  # pairs of anchor and class that pass the threshold where suppression is inside
 CONFIDENT = 0.3  # of the detections that an engine must find again
 
@@ -95,11 +96,7 @@ def nms_end(end: str, kind: type, batch: int) -> onnx.ModelProto:
 
 def write_made_up(folder: Path, name: str, side: int, picture: Array) -> None:
     """A half network whose weights stay behind, and rows of what ONNX Runtime made of the float32 one."""
-    network = fuse(new_model(name))
-    names = tuple(f"class_{number}" for number in range(CLASSES))
-    info = ModelInfo(
-        variant=name, class_names=names, strides=network.head.strides, anchors=network.anchors, source="made up"
-    )
+    network, info = untrained(name)
     model = export_onnx(network, info, ExportOptions(input_hw=(side, side), nms="none"))
     made_names = {tensor.name for tensor in model.proto.graph.initializer}
     make_up(model.proto)
@@ -159,7 +156,15 @@ def copy_site(folder: Path) -> None:
 
 
 def prepare(
-    folder: Path, *, weights: str, picture: Path | None, plugin: Path | None, architecture: str, models: Iterable[str]
+    folder: Path,
+    *,
+    weights: str,
+    picture: Path | None,
+    plugin: Path | None,
+    architecture: str,
+    models: Iterable[str],
+    int8: Iterable[str],
+    data: Path | None,
 ) -> None:
     """Writes everything into folder/whole, and as pieces that can travel one by one into folder/pieces."""
     whole = folder / "whole"
@@ -176,4 +181,6 @@ def prepare(
             write_made_up(whole, name, MADE_UP[name], image)
         else:
             write_real(whole, weights, image)
+    local = find_local_weights(weights) if weights in OFFICIAL_NAMES else find_weights(weights)
+    write_int8(whole, models=int8, weights=local, data=data)
     pack(whole, folder / "pieces")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import soak as soaking
 
-from gpu_parts.building import build
+from gpu_parts import building
 from gpu_parts.setting import PLUGIN, SUPPRESSED, Setting
 from yolov7_deploy.backends.cuda import DeviceBuffer, Stream
 from yolov7_deploy.detections import Detections
@@ -59,14 +59,9 @@ def soak(setting: Setting) -> None:
 
 
 def kept_engine(setting: Setting, name: str) -> Path:
-    """The engine of a file, kept beside it for the next part."""
-    folder = setting.folder / "engines"
-    folder.mkdir(exist_ok=True)
-    engine = folder / Path(name).with_suffix(".engine")
+    """The engine of a file, with our plugin where it was brought."""
     plugin = setting.folder / PLUGIN
-    if engine.exists():
-        return engine
-    return build(setting, setting.folder / name, plugin if plugin.exists() else None, level=OPT_LEVEL, into=folder)
+    return building.kept_engine(setting, name, plugin if plugin.exists() else None, level=OPT_LEVEL)
 
 
 def opened(setting: Setting, engine: Path) -> Detector:

@@ -6,16 +6,14 @@ import statistics
 
 import torch
 
+from gpu_parts.networks import untrained
 from gpu_parts.setting import Setting
 from yolov7_deploy.backends.pytorch import PytorchBackend
 from yolov7_deploy.demo import street
-from yolov7_deploy.fusion import fuse
 from yolov7_deploy.image import fit_letterbox
-from yolov7_deploy.info import ModelInfo
 from yolov7_deploy.machine.power import open_power_meter
 from yolov7_deploy.measure.paper import VARIANTS, paper_row
 from yolov7_deploy.measure.speed.sampling import take_turns, warm_up
-from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import Thresholds
 
 # Random weights take as long as trained ones; nothing passes this threshold, so suppression does not matter.
@@ -31,11 +29,7 @@ def measure(setting: Setting) -> None:
     device = "cpu" if setting.emulated else "cuda:0"
     for name in names:
         row = paper_row(name)
-        network = fuse(new_model(name))
-        classes = tuple(f"class_{number}" for number in range(80))
-        info = ModelInfo(
-            variant=name, class_names=classes, strides=network.head.strides, anchors=network.anchors, source="made up"
-        )
+        network, info = untrained(name)
         backend = PytorchBackend(network, info, device=device)
         side = 128 if setting.emulated else info.default_hw[0]
         for batch in BATCHES[: setting.some(2, 1)]:

@@ -50,8 +50,8 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
         options: See `Int8Options`.
 
     Raises:
-        ExportError: The model is of lower precision already, has no convolution to quantise, or values without a range.
-        UsageError: The calibration is of another network, or a layer to spare is not in it.
+        ExportError: The model is of lower precision already, has no convolution to quantise, or values without a range;
+            the calibration is of another network, or a layer to spare is not in it.
     """
     check_quantizable(model)
     if not model.info.heads:  # where decoding begins is unknown, and decoding needs float32
