@@ -258,7 +258,7 @@ def test_a_file_without_a_passport_becomes_int8_and_says_what_was_assumed(model,
     assert any("no passport" in note for note in info.notes)
 
 
-def test_a_place_that_cannot_be_written_is_an_error(model, here):
+def test_a_place_that_cannot_be_written_is_an_error_before_anything_is_measured(model, here):
     (here / "file").write_text("in the way")
-    error = refused(ExportError, "quantize", "-w", model, "--calib", "pictures", "-o", "file/m.onnx")
-    assert "--output" in error.fix
+    error = refused(ExportError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
+    assert "--output" in error.fix  # before the pictures are looked at

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from yolov7_deploy.cli.choices import JsonPath
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.options import Int8Options, QuantizeOptions
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def quantize(
         cache=calib_cache,
     )
     path = _float_file(weights)
+    place = output or Path(f"{path.stem}-int8.onnx")
+    _check_place(place)
     if chart is not None:
         from yolov7_deploy.measure.chart_file import check_chart_name
 
@@ -85,7 +88,6 @@ def quantize(
 
     model = open_onnx(path)
     result = run(model, calib, options, data=open_data(data, limit), limit=calib_limit, to_stderr=json_path == "-")
-    place = output or Path(f"{path.stem}-int8.onnx")
     result.model.save(place)
     typer.echo(_described(result, place), err=json_path == "-")
     if trt_cache is not None:
@@ -126,6 +128,17 @@ def _float_file(weights: str) -> Path:
             fix=f"From weights in one go:  y7 export --weights {weights} --int8 --calib FOLDER",
         )
     return path
+
+
+def _check_place(place: Path) -> None:
+    """Refuses a place that cannot be written before minutes are spent."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(place.parent, os.W_OK) else "the folder is read-only"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ExportError(f"{place} cannot be written: {reason}.", fix="Choose another place:  --output F")
 
 
 def open_data(data: Path | None, limit: int | None) -> Dataset | None:
