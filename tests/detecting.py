@@ -16,6 +16,12 @@ SCORE_TOLERANCE = 2e-5
 # Raw maps of random weights run hot, so they are compared relative to their own spread (as in test_golden_models).
 RAW_TOLERANCE = 2e-4
 ENDS = ("none", "standard", "plugin", "efficient")
+# Ways to export for tests of lower precision: end, opset, batch, input.
+EXPORTS = [
+    *((end, opset, 1, "float32") for end in ENDS for opset in (13, 17, 18, 21)),
+    *((end, 17, None, "uint8") for end in ENDS),
+    ("plugin", 13, 3, "uint8"),
+]
 SUPPRESSED = ("standard", "plugin", "efficient")
 CONF, IOU, MAX_DET, MAX_CANDIDATES = 0.5, 0.45, 1000, 1024
 SUPPRESSION = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "max_candidates": MAX_CANDIDATES}

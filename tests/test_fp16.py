@@ -14,6 +14,7 @@ import torch
 from detecting import (
     DECODED_TOLERANCE,
     ENDS,
+    EXPORTS,
     SUPPRESSION,
     assert_same_detections,
     end_of,
@@ -86,14 +87,8 @@ def ports(values):
 
 # --- the graph ----------------------------------------------------------------------------------------------------
 
-MATRIX = [
-    *((end, opset, 1, "float32") for end in ENDS for opset in (13, 17, 18, 21)),
-    *((end, 17, None, "uint8") for end in ENDS),
-    ("plugin", 13, 3, "uint8"),
-]
 
-
-@pytest.mark.parametrize("nms, opset, batch, input_kind", MATRIX)
+@pytest.mark.parametrize("nms, opset, batch, input_kind", EXPORTS)
 def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset, batch, input_kind):
     options = {"nms": nms, "opset": opset, "batch": batch, "input_kind": input_kind, **SUPPRESSION}
     whole, half = exported_tiny(**options), half_tiny(**options)

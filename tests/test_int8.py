@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from detecting import DECODED_TOLERANCE, ENDS, SUPPRESSION, assert_same_detections, end_of, picked, reference
+from detecting import DECODED_TOLERANCE, ENDS, EXPORTS, SUPPRESSION, assert_same_detections, end_of, picked, reference
 from onnx import TensorProto, helper, numpy_helper
 from pictured import noise
 from small_models import HW, exported_tiny, fused_tiny, images, session
@@ -67,14 +67,8 @@ def stored(model):
 
 # --- the file -----------------------------------------------------------------------------------------------------
 
-MATRIX = [
-    *((end, opset, 1, "float32") for end in ENDS for opset in (13, 17, 18, 21)),
-    *((end, 17, None, "uint8") for end in ENDS),
-    ("plugin", 13, 3, "uint8"),
-]
 
-
-@pytest.mark.parametrize("nms, opset, batch, input_kind", MATRIX)
+@pytest.mark.parametrize("nms, opset, batch, input_kind", EXPORTS)
 def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset, batch, input_kind):
     export = {"nms": nms, "opset": opset, "batch": batch, "input_kind": input_kind, **SUPPRESSION}
     whole, small = exported_tiny(**export), quantized(**export)

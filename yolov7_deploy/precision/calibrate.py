@@ -81,7 +81,7 @@ def calibrate(
     digests = []
     for done, picture in enumerate(pictures, 1):
         fed = network_input(picture, model.info)
-        digests.append(hashlib.sha256(fed.tobytes()).digest())
+        digests.append(picture_digest(fed))
         counter.add(fed)
         if progress:
             progress(done, count)
@@ -95,7 +95,7 @@ def calibrate(
         largest=counter.largest,
         pictures=len(digests),
         network_sha256=network_digest(network),
-        pictures_sha256=hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
+        pictures_sha256=pictures_digest(digests),
     )
 
 
@@ -144,6 +144,16 @@ class _Counter:
                 f"On picture {self._pictures}, {name} holds values that are infinite or no numbers.",
                 fix="Check the weights (y7 verify); leave the picture out if it is unlike the others.",
             )
+
+
+def picture_digest(fed: npt.NDArray[np.generic]) -> bytes:
+    """SHA-256 of a picture as the network takes it."""
+    return hashlib.sha256(fed.tobytes()).digest()
+
+
+def pictures_digest(digests: Iterable[bytes]) -> str:
+    """SHA-256 of pictures in any order, from that of each."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def network_digest(network: Network) -> str:

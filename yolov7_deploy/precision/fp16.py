@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from onnx import TensorProto
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
 from yolov7_deploy.precision.casts import Caster, as_half, check_types, pinned
-from yolov7_deploy.precision.network import Network, Weight, data_of
+from yolov7_deploy.precision.network import Network, Weight, data_of, half_weight
 from yolov7_deploy.precision.ranges import activation_ranges
 
 logger = logging.getLogger(__name__)
@@ -82,10 +81,9 @@ def _check(model: OnnxModel) -> None:
             "where decoding begins is unknown.",
             fix=again,
         )
-    low = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    found = [tensor.name for tensor in graph.initializer if tensor.data_type in low]
+    found = half_weight(graph)
     if found:
-        raise ExportError(f"The passport says fp32, but {found[0]} is half already.", fix=again)
+        raise ExportError(f"The passport says fp32, but {found} is half already.", fix=again)
 
 
 # --- what stays float32 -------------------------------------------------------------------------------------------

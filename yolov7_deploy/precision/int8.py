@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
@@ -27,7 +27,7 @@ from yolov7_deploy.precision.calibrate import Calibration, network_digest
 from yolov7_deploy.precision.casts import Caster, check_types
 from yolov7_deploy.precision.fp16 import float32_reasons
 from yolov7_deploy.precision.histogram import LEVELS, Histogram, clip_of
-from yolov7_deploy.precision.network import Network, captured
+from yolov7_deploy.precision.network import Network, half_weight, read_by
 from yolov7_deploy.precision.placement import Placement, float_nodes, place
 from yolov7_deploy.precision.rounding import RoundedWeight, round_weight, shifted_by_rounding
 
@@ -81,8 +81,7 @@ def check_quantizable(model: OnnxModel) -> None:
     found = next((node for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
     if found is not None:
         raise ExportError(f"The graph is quantised already: it has a {found.op_type} ({found.name}).", fix=again)
-    low = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    half = next((tensor.name for tensor in model.proto.graph.initializer if tensor.data_type in low), None)
+    half = half_weight(model.proto.graph)
     if model.info.precision != "fp32" or half:
         found_as = model.info.precision if half is None else f"half ({half})"
         raise ExportError(
@@ -229,16 +228,11 @@ class _Writer:
 
     def _put_weights(self, graph: onnx.GraphProto) -> None:
         """Adds what is new, and drops what nobody reads any more."""
-        read = {name for node in graph.node for name in _read(node)} | {output.name for output in graph.output}
+        read = {name for node in graph.node for name in read_by(node)} | {output.name for output in graph.output}
         read.update(entry.name for entry in graph.input)
         kept = [tensor for tensor in graph.initializer if tensor.name in read]
         del graph.initializer[:]
         graph.initializer.extend([*kept, *self._stored.values()])
-
-
-def _read(node: onnx.NodeProto) -> Iterator[str]:
-    yield from node.input
-    yield from captured(node)
 
 
 def _halved(

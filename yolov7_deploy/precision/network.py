@@ -48,7 +48,7 @@ class Network:
         self.makers = {name: node for node in self.nodes for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
-            for name in dict.fromkeys((*node.input, *captured(node))):
+            for name in dict.fromkeys(read_by(node)):
                 self.readers.setdefault(name, []).append(node)
         self._stored = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self.heads = tuple(model.info.heads) or tuple(self._last_convolutions())
@@ -83,6 +83,17 @@ def is_behind_head(node: onnx.NodeProto) -> bool:
 def data_of(node: onnx.NodeProto) -> Sequence[str]:
     """The inputs of a node that are data."""
     return list(node.input)[: _DATA_INPUTS.get(node.op_type)]
+
+
+def half_weight(graph: onnx.GraphProto) -> str | None:
+    """Name of a weight that is half already, if there is one."""
+    low = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    return next((tensor.name for tensor in graph.initializer if tensor.data_type in low), None)
+
+
+def read_by(node: onnx.NodeProto) -> Sequence[str]:
+    """Everything a node reads, also by the graphs inside it."""
+    return (*node.input, *captured(node))
 
 
 def captured(node: onnx.NodeProto) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,13 @@ from yolov7_deploy.measure.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.measure.drop import AccuracyDrop, accuracy_drop, drop_words
 from yolov7_deploy.options import Int8Options, QuantizeOptions, ValOptions
 from yolov7_deploy.precision.account import Int8Account, count_int8
-from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_digest
+from yolov7_deploy.precision.calibrate import (
+    Calibration,
+    calibrate,
+    network_digest,
+    picture_digest,
+    pictures_digest,
+)
 from yolov7_deploy.precision.calibration_file import (
     check_calibration,
     default_place,
@@ -40,6 +45,7 @@ Show = Callable[[str], AbstractContextManager[Progress]]
 Say = Callable[[str], None]
 
 RANKING_PICTURES = 2
+TOLD_AGAINST = 0.3  # AP points; what `y7 verify` allows where nothing is asked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +153,7 @@ class Quantizer:
     def _calibrated(self) -> Calibration:
         """From the file if it is of this model and these pictures, else measured and kept."""
         network = network_digest(Network(self._model))
-        pictures = self._pictures_digest()
+        pictures = pictures_digest(picture_digest(network_input(one, self._model.info)) for one in self._pictures)
         place = self._options.cache or default_place(network, pictures)
         calibration = self._kept(place)
         if calibration is not None:
@@ -180,12 +186,6 @@ class Quantizer:
                 raise
             return f"not kept: {error.message}"
         return f"kept in {place}"
-
-    def _pictures_digest(self) -> str:
-        digests = [
-            hashlib.sha256(network_input(picture, self._model.info).tobytes()).digest() for picture in self._pictures
-        ]
-        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
     def _overlapping(self) -> tuple[str, ...]:
         if self._data is None:
@@ -256,6 +256,6 @@ class Quantizer:
         """The AP goes into the passport too."""
         if drop is None:
             return model
-        words = drop_words(drop, 0.3 if self._options.max_drop is None else self._options.max_drop)
+        words = drop_words(drop, TOLD_AGAINST if self._options.max_drop is None else self._options.max_drop)
         self._say(words)
         return OnnxModel.of(model.proto, replace(model.info, notes=(*model.info.notes, words)))
