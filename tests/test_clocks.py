@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -256,15 +258,26 @@ def test_the_one_memory_of_a_board_is_what_the_whole_board_uses(tmp_path):
     assert gpu_memory_used("cuda:0", root=root) is None
 
 
-def test_the_peak_of_this_process_follows_what_it_holds():
-    if not reset_host_peak():
+PEAK_STEPS = """
+from yolov7_deploy.machine.memory_use import host_peak_bytes, reset_host_peak
+print(reset_host_peak())
+before = host_peak_bytes()
+held = bytearray(b"1") * 400_000_000
+print(host_peak_bytes() - before)
+del held
+reset_host_peak()
+print(host_peak_bytes() - before)
+"""
+
+
+def test_the_peak_of_a_process_follows_what_it_holds():
+    """In a process of its own: what other tests leave to be freed must not count, and kernels count pages in lots."""
+    said = subprocess.run([sys.executable, "-c", PEAK_STEPS], capture_output=True, text=True, check=True, timeout=120)
+    reset, held, freed = said.stdout.split()
+    if reset == "False":
         pytest.skip("this system does not let a process reset its peak")
-    before = host_peak_bytes()
-    held = bytearray(b"\1") * 80_000_000
-    assert host_peak_bytes() - before > 70_000_000
-    del held
-    reset_host_peak()
-    assert host_peak_bytes() - before < 40_000_000
+    assert int(held) > 200_000_000
+    assert int(freed) < 200_000_000
 
 
 def test_without_proc_the_peak_is_that_of_the_whole_life(tmp_path):
