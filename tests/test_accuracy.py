@@ -312,7 +312,7 @@ def test_the_official_detections_get_the_official_twelve_numbers(data, predictio
     root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
     dataset = open_dataset(root / data)
     official = json.loads((root / "official_ap.json").read_text())[key]
-    summary, classes = judge(dataset, range(len(dataset)), json.loads((root / predictions).read_text()))
+    summary, classes, _ = judge(dataset, range(len(dataset)), json.loads((root / predictions).read_text()))
     np.testing.assert_allclose(list(summary.values()), list(official.values()), atol=OFFICIAL_DIGITS)
     measured = [c.ap for c in classes if c.ap is not None]
     assert np.mean(measured) == pytest.approx(summary["ap"])
@@ -332,7 +332,7 @@ def test_the_metric_equals_pycocotools_to_the_last_digits(capsys):
     reference.accumulate()
     reference.summarize()
     capsys.readouterr()
-    summary, _ = judge(dataset, range(len(dataset)), predictions)
+    summary, _, _ = judge(dataset, range(len(dataset)), predictions)
     np.testing.assert_allclose(list(summary.values()), reference.stats, atol=1e-12)
     assert capsys.readouterr() == ("", ""), "the metric prints nothing"
 

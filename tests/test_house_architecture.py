@@ -49,10 +49,10 @@ VERSION = (f"{NAME}", "__version__")
 # A place is a file or a folder (ends with a slash) of the package.
 LIBRARIES: dict[str, set[str]] = {
     "cuda": {"backends/cudart.py"},
-    "cv2": {"draw.py", "image.py", "sources/", "window.py"},
+    "cv2": {"draw.py", "image.py", "sources/", "train/paste.py", "window.py"},
     "faster_coco_eval": {"measure/accuracy.py", "measure/drop.py"},
     "google.protobuf": {"engine/prepare.py", "export/onnx_model.py"},
-    "matplotlib": {"measure/chart_file.py", "measure/speed/chart.py", "quantization/chart.py"},
+    "matplotlib": {"measure/chart_file.py", "measure/speed/chart.py", "quantization/chart.py", "train/plots.py"},
     "onnx": {"engine/build.py", "engine/prepare.py", "export/", "measure/stages.py", "precision/"},
     "onnxruntime": {"backends/ort.py", "measure/stages.py", "precision/runner.py"},
     "onnxsim": {"export/to_onnx.py"},
@@ -68,6 +68,7 @@ LIBRARIES: dict[str, set[str]] = {
         "measure/complexity.py",
         "measure/estimate/layer_work.py",
         "model/",
+        "train/tensorboard_log.py",
     },
     "typer": {"cli/"},
     "yaml": {"dataset/yolo.py"},

@@ -76,6 +76,10 @@ class DatasetError(Y7Error):
     """A dataset whose files are missing, malformed or contradict each other."""
 
 
+class TrainingError(Y7Error):
+    """A training that cannot go on: its loss is no number any more, or its files cannot be written."""
+
+
 class DeviceError(Y7Error):
     """A device that this machine or this runtime does not have, or that ran out of memory."""
 
@@ -88,6 +92,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "onnxsim": "export",
     "safetensors": "export",
+    "tensorboard": "train",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "torch": "export",

@@ -32,10 +32,21 @@ _HEAD_BYTES = 2**16
 JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that are no frames
 _TIFF_WIDTH, _TIFF_HEIGHT, _MAX_TIFF_ENTRIES = 256, 257, 4096
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_DECODING = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 
 
-def read_image(path: str | Path) -> Image:
+def read_image(path: str | Path, *, reduced: int = 1) -> Image:
     """A picture file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
+
+    Args:
+        path: The file.
+        reduced: 2, 4 or 8 gives a picture with sides smaller by it, rounded up or down; of a JPEG in less time, and
+            each pixel is then the average of those it stands for.
 
     Raises:
         ImageError: The file is absent, empty, larger than `MAX_PIXELS`, or not a picture OpenCV can decode.
@@ -46,11 +57,11 @@ def read_image(path: str | Path) -> Image:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{path} cannot be read: {reason}.", fix="Check the path.") from error
-    return decode_image(data, name=str(path))
+    return decode_image(data, name=str(path), reduced=reduced)
 
 
-def decode_image(data: npt.NDArray[np.uint8], *, name: str) -> Image:
-    """The bytes of a picture file, uint8 [N], as uint8 BGR [H, W, 3].
+def decode_image(data: npt.NDArray[np.uint8], *, name: str, reduced: int = 1) -> Image:
+    """The bytes of a picture file, uint8 [N], as uint8 BGR [H, W, 3]; `reduced` as in `read_image`.
 
     Raises:
         ImageError: See `read_image`; the message calls it `name`.
@@ -59,7 +70,7 @@ def decode_image(data: npt.NDArray[np.uint8], *, name: str) -> Image:
         raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the picture again.")
     _refuse_huge(data, name)
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        image = cv2.imdecode(data, _DECODING[reduced])
     except cv2.error:
         image = None
     if image is None or image.size == 0:

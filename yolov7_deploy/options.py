@@ -21,6 +21,8 @@ HARDWARE_COMPATIBILITIES = ("none", "ampere+", "same-cc")
 OPT_LEVELS = range(6)
 MAX_THREADS = 256  # callers at the same time
 MAX_FRAME_SIDE = 16384
+ASSIGNERS = ("independent", "lead-guided", "coarse-to-fine")
+AUXILIARY_HEADS = ("partial", "full", "none")
 TOPK_LIMIT = 3840  # the largest K of TensorRT's TopK layer
 
 
@@ -273,6 +275,85 @@ class EngineOptions:
             raise UsageError(
                 "--timing-cache and --no-timing-cache contradict each other.", fix="Leave one of them out."
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """How a network is trained; what a recipe calls hyper-parameters is in a file of its own.
+
+    Attributes:
+        epochs: Passes over the training pictures.
+        batch: Pictures of a step, of all processes together.
+        nominal_batch: Gradients of several steps are added up to about so many pictures.
+        img: Input side, a multiple of the largest stride.
+        seed: Of everything random.
+        workers: Processes that prepare pictures, for each training process.
+        cache_gib: Memory for prepared pictures; `None` is a quarter of what is free.
+        half: Mixed precision; `None` is on a GPU only.
+        adam: AdamW instead of SGD.
+        linear_lr: The learning rate falls linearly instead of as a cosine.
+        sync_bn: BatchNorm over the pictures of all processes.
+        freeze: Layers that stay as they are: one number is the first so many, several are just these.
+        multi_scale: Sizes from half to one and a half of `img`, another one each step.
+        rect: Pictures of one shape together on a canvas of that shape, without mosaic.
+        close_mosaic: Last epochs without mosaic, mixup and pasting.
+        image_weights: Pictures of classes that are found badly come more often.
+        autoanchor: Fit new anchors if too few targets are reached (they are only counted otherwise).
+        patience: Epochs without progress until training ends; 0 is never.
+        val_every: Epochs from one validation to the next; 0 is only the last.
+        save_minutes: Minutes from one resume point to the next within an epoch.
+        ota, assigner, constraint: See `LossOptions`.
+        auxiliary: `partial` (the official heads), `full` (E6E's read the sum of both branches, table 8) or `none`.
+    """
+
+    epochs: int = 300
+    batch: int = 16
+    nominal_batch: int = 64
+    img: int = 640
+    seed: int = 0
+    workers: int = 4
+    cache_gib: float | None = None
+    half: bool | None = None
+    adam: bool = False
+    linear_lr: bool = False
+    sync_bn: bool = True
+    freeze: tuple[int, ...] = ()
+    multi_scale: bool = False
+    rect: bool = False
+    close_mosaic: int = 0
+    image_weights: bool = False
+    autoanchor: bool = False
+    patience: int = 0
+    val_every: int = 1
+    save_minutes: float = 10.0
+    ota: bool = True
+    assigner: str = "coarse-to-fine"
+    constraint: bool = True
+    auxiliary: str = "partial"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "nominal_batch", "img"):
+            _at_least(1, name, getattr(self, name))
+        for name in ("seed", "workers", "close_mosaic", "patience", "val_every", "save_minutes"):
+            _at_least(0, name, getattr(self, name))
+        _at_least(0, "cache_gib", self.cache_gib or 0)
+        _at_least(0, "freeze", min(self.freeze, default=0))
+        for name, value, known in (
+            ("assigner", self.assigner, ASSIGNERS),
+            ("auxiliary", self.auxiliary, AUXILIARY_HEADS),
+        ):
+            if value not in known:
+                raise UsageError(f"--{name} {value} is unknown.", fix=f"One of: {', '.join(known)}")
+        if self.rect and self.multi_scale:
+            raise UsageError("--rect and --multi-scale contradict each other.", fix="Leave one of them out.")
+        if self.rect and self.image_weights:
+            raise UsageError("--rect and --image-weights contradict each other.", fix="Leave one of them out.")
+
+
+def _at_least(least: int, name: str, value: float) -> None:
+    if not least <= value < float("inf"):
+        option = name.replace("_", "-")
+        raise UsageError(f"--{option} {value:g} must be at least {least}.", fix=f"For example: --{option} {least + 1}")
 
 
 def compute_capability(text: str) -> str:

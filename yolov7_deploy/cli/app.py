@@ -16,6 +16,8 @@ from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
+from yolov7_deploy.cli.train import train
+from yolov7_deploy.cli.shapes import shapes
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library
@@ -34,6 +36,7 @@ app = typer.Typer(
 
 COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (demo, ()),
+    (train, ()),
     (export, ()),
     (quantize, ()),
     (build, ()),
@@ -44,6 +47,7 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (info, ()),
     (doctor, ()),
     (plugin, ()),
+    (shapes, ()),
 )
 
 for _command, _aliases in COMMANDS:

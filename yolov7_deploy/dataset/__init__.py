@@ -1,6 +1,7 @@
 """COCO annotation files and YOLO label folders as one sequence of samples.
 
-Nothing is cached on disk: a stale label cache is worse than reading small text files again.
+Only who asks for it gets a cache on disk, and each of its entries is checked against its files first: a stale label
+cache is worse than reading small text files again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ __all__ = ["Dataset", "Sample", "open_dataset"]
 
 
 def open_dataset(
-    data: str | Path, *, images: str | Path | None = None, split: str = "val", limit: int | None = None
+    data: str | Path,
+    *,
+    images: str | Path | None = None,
+    split: str = "val",
+    limit: int | None = None,
+    cache: bool = False,
 ) -> Dataset:
     """The samples of a COCO `instances.json` or of a YOLO dataset YAML, ordered by path.
 
@@ -29,6 +35,8 @@ def open_dataset(
         images: Picture folder of a JSON; without it the usual places beside the file are tried.
         split: Which part of a YAML, and which folder to guess for a JSON.
         limit: Only the first so many pictures.
+        cache: Of label files and picture headers read only those that have changed since the last time, and keep what
+            they say in the user's cache folder. Headers are then read at once, not when a size is asked for.
 
     Raises:
         DatasetError: Files are missing, malformed or contradict each other; the message lists the first offenders.
@@ -41,7 +49,7 @@ def open_dataset(
     if path.suffix.lower() == ".json":
         return open_coco(path, images=None if images is None else Path(images), split=split, limit=limit)
     if path.suffix.lower() in (".yaml", ".yml"):
-        return open_yaml(path, split=split, limit=limit)
+        return open_yaml(path, split=split, limit=limit, cache=cache)
     raise DatasetError(
         f"{path} is neither .yaml nor .json.", fix="--data takes a dataset YAML or a COCO instances JSON."
     )

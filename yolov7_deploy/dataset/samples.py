@@ -124,6 +124,10 @@ class Dataset(Sequence[Sample]):
             polygons=tuple((polygon * size).astype(np.float32) for polygon in record.labels.polygons),
         )
 
+    def record(self, index: int) -> Record:
+        """All that is known of a sample, without touching its picture; nobody may write into it."""
+        return self._records[index]
+
     def path(self, index: int) -> Path:
         """The picture file of a sample, without touching it."""
         return self._records[index].path
@@ -131,6 +135,10 @@ class Dataset(Sequence[Sample]):
     def image_id(self, index: int) -> int:
         """The COCO image id of a sample."""
         return self._records[index].image_id
+
+    def labels(self, index: int) -> Labels:
+        """What is in a picture, in fractions of it; crowd boxes are among them."""
+        return self._records[index].labels
 
     def image_hw(self, index: int) -> tuple[int, int]:
         """Height and width of a picture: from the annotation file, else from the picture's header (read once).

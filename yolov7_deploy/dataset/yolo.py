@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import yaml
 
 from yolov7_deploy.dataset.coco import coco_records, match_classes, read_coco
+from yolov7_deploy.dataset.label_cache import read_labels_cached
 from yolov7_deploy.dataset.labels import read_label_files
 from yolov7_deploy.dataset.samples import Dataset, Record
-from yolov7_deploy.dataset.words import exists, is_file, printable, reason, short, shown
+from yolov7_deploy.dataset.words import exists, is_file, printable, reason, short, shown, some
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import IMAGE_SUFFIXES
 
@@ -21,8 +23,10 @@ MAX_CLASSES = 100_000
 MAX_NODES = 1_000_000  # of a YAML with its aliases written out
 
 
-def open_yaml(path: Path, *, split: str, limit: int | None) -> Dataset:
+def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False) -> Dataset:
     """The samples of one split; boxes from the COCO file under `annotations` where there is one, else from labels.
+
+    With `cache` label files that have not changed are not read again; a COCO file is one file and always read.
 
     Raises:
         DatasetError: The YAML, its lists or its labels are malformed, or pictures are missing.
@@ -35,7 +39,7 @@ def open_yaml(path: Path, *, split: str, limit: int | None) -> Dataset:
     # A single annotation file is the ground truth of val: a file for every split would be a mapping.
     judge = annotations.get(split) if isinstance(annotations, dict) else annotations if split == "val" else None
     if judge is None:
-        return _open_labels(pictures, names, source=path.name, limit=limit)
+        return _open_labels(pictures, names, source=path.name, limit=limit, cache=cache)
     source = _located(_text(judge, path), root, path)
     document = read_coco(source)
     class_names, category_ids = match_classes(document, names, source=source)
@@ -102,7 +106,11 @@ def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     wrong = [name for name in names if not isinstance(name, (str, int, float, datetime.date))]
     if wrong:
         raise DatasetError(f"{path}: {shown(wrong[0])} of names is no text.", fix='Quote it:  names: ["cat", "yes"]')
-    return tuple(printable(str(name)) for name in names)
+    texts = tuple(printable(str(name)) for name in names)
+    twice = [name for name, times in Counter(texts).items() if times > 1]
+    if twice:
+        raise DatasetError(f"{path}: names has {some(twice)} more than once.", fix="Give each class a name of its own.")
+    return texts
 
 
 def _pictures(config: Mapping[str, Any], split: str, root: Path, path: Path) -> list[Path]:
@@ -183,14 +191,21 @@ def _matched(
     return pairs
 
 
-def _open_labels(pictures: Sequence[Path], names: tuple[str, ...], *, source: str, limit: int | None) -> Dataset:
+def _open_labels(
+    pictures: Sequence[Path], names: tuple[str, ...], *, source: str, limit: int | None, cache: bool
+) -> Dataset:
     numbers = [int(picture.stem) if picture.stem.isdecimal() else -1 for picture in pictures]
     # The official program takes the number in the file name; that works only if every name has its own.
     named_by_number = min(numbers) >= 0 and len(set(numbers)) == len(numbers)
-    labels, problems = read_label_files(pictures[:limit], classes=len(names))
+    chosen = pictures[:limit]
+    sizes: Sequence[tuple[int, int] | None]
+    if cache:
+        labels, sizes, problems = read_labels_cached(chosen, classes=len(names))
+    else:
+        (labels, problems), sizes = read_label_files(chosen, classes=len(names)), [None] * len(chosen)
     records = [
-        Record(path=pictures[i], image_id=numbers[i] if named_by_number else i, image_hw=None, labels=labels[i])
-        for i in range(len(labels))
+        Record(path=chosen[i], image_id=numbers[i] if named_by_number else i, image_hw=sizes[i], labels=labels[i])
+        for i in range(len(chosen))
     ]
     return Dataset(
         records, source=source, class_names=names, category_ids=tuple(range(len(names))), problems=tuple(problems)

@@ -21,9 +21,11 @@ import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
 from yolov7_deploy.dataset import Dataset
+from yolov7_deploy.dataset.samples import DoubleArray
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.image import Image, read_image
+from yolov7_deploy.measure.precision_recall import PrecisionRecall, precision_recall
 from yolov7_deploy.measure.protocol import Fit, Group, is_rect, plan, thresholds_in_force
 from yolov7_deploy.options import Thresholds, ValOptions
 
@@ -72,6 +74,7 @@ class AccuracyReport:
         weights_sha256: Of the file, where it was given.
         notes: What a reader of the number should know.
         predictions: COCO results, coordinates rounded as the official program does; not part of `to_dict`.
+        curves: Precision against recall at IoU 0.50; `evaluate` always gives them. Not part of `to_dict`.
     """
 
     ap: float | None
@@ -98,11 +101,12 @@ class AccuracyReport:
     weights_sha256: str = ""
     notes: tuple[str, ...] = ()
     predictions: list[dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
+    curves: PrecisionRecall | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for one JSON document."""
-        document = asdict(replace(self, predictions=[]))
-        del document["predictions"]
+        document = asdict(replace(self, predictions=[], curves=None))
+        del document["predictions"], document["curves"]
         return document
 
 
@@ -148,7 +152,7 @@ def evaluate(
             f"None of the {len(dataset)} pictures could be used: {skipped[0].path}: {skipped[0].reason}",
             fix="Check the pictures' folder.",
         )
-    summary, classes = judge(dataset, used, predictions)
+    summary, classes, curves = judge(dataset, used, predictions)
     logger.info(
         "accuracy: %s on %d pictures: AP %s, %.1f s", protocol, len(used), summary["ap"], time.perf_counter() - start
     )
@@ -165,6 +169,7 @@ def evaluate(
         skipped=tuple(skipped),
         notes=notes + dataset.problems,
         predictions=predictions,
+        curves=curves,
     )
 
 
@@ -254,8 +259,8 @@ def _read(path: Path, expected_hw: tuple[int, int]) -> Image | Skipped:
 
 def judge(
     dataset: Dataset, indices: Sequence[int], predictions: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, float | None], tuple[ClassAccuracy, ...]]:
-    """COCO's twelve numbers by name, and the class-wise table, of predictions for the chosen samples.
+) -> tuple[dict[str, float | None], tuple[ClassAccuracy, ...], PrecisionRecall]:
+    """COCO's twelve numbers by name, the class-wise table and the curves, of predictions for the chosen samples.
 
     Args:
         dataset: Where the ground truth comes from.
@@ -265,13 +270,14 @@ def judge(
     document = dataset.ground_truth(indices)
     truth = COCO(document)
     rows = [(p["image_id"], *p["bbox"], p["score"], p["category_id"]) for p in predictions]
-    found = truth.loadRes(np.array(rows, dtype=np.float64).reshape(-1, 7))
-    evaluation = COCOeval_faster(truth, found, "bbox", print_function=logger.debug)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 7)
+    evaluation = COCOeval_faster(truth, truth.loadRes(table), "bbox", print_function=logger.debug)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     summary = {name: _measured(value) for name, value in zip(SUMMARY, evaluation.stats[: len(SUMMARY)], strict=True)}
-    return summary, _class_rows(dataset, document["annotations"], evaluation)
+    classes = _class_rows(dataset, document["annotations"], evaluation)
+    return summary, classes, _curves(classes, dataset.category_ids, table, evaluation)
 
 
 def _class_rows(
@@ -296,6 +302,17 @@ def _class_rows(
             )
         )
     return tuple(rows)
+
+
+def _curves(
+    classes: Sequence[ClassAccuracy], categories: Sequence[int], rows: DoubleArray, evaluation: COCOeval_faster
+) -> PrecisionRecall:
+    """Curves at the first IoU, 0.50, for objects of all sizes and 100 detections."""
+    column = {category: k for k, category in enumerate(evaluation.params.catIds)}
+    order = [column[category] for category in categories]
+    precision, scores = (evaluation.eval[name][0, :, :, 0, -1][:, order].T for name in ("precision", "scores"))
+    found = [rows[rows[:, 6] == category, 5] for category in categories]
+    return precision_recall(precision, scores, found=found, instances=[row.instances for row in classes])
 
 
 def _measured(value: float) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from yolov7_deploy.errors import UsageError
 
@@ -47,6 +48,12 @@ def write_chart(draw: Callable[[], Figure], path: Path, *, dpi: int) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+
+
+def drawable(text: str) -> str:
+    """The text with a question mark for every sign that the font lacks, of which matplotlib would warn."""
+    known = get_font(findfont(FONT)).get_charmap()
+    return "".join(sign if ord(sign) in known else "?" for sign in text)
 
 
 @contextmanager

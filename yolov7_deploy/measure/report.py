@@ -128,26 +128,40 @@ def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[i
 
     It goes to standard error, so that standard output holds results only.
     """
+    with progress_with_note(what, stream=stream) as show:
+        yield lambda done, total: show(done, total, "")
+
+
+@contextlib.contextmanager
+def progress_with_note(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """Like `progress`, with a third argument: words that stand behind the numbers."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield _plain_progress(what, stream)
         return
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    parts = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with Progress(*parts, console=Console(file=stream), transient=True) as bars:
-        task = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        task = bars.add_task(what, total=None, note="")
+        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=note)
 
 
-def _plain_progress(what: str, stream: TextIO) -> Callable[[int, int], None]:
+def _plain_progress(what: str, stream: TextIO) -> Callable[[int, int, str], None]:
     start = last = time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, note: str) -> None:
         nonlocal last
         now = time.monotonic()
         if done < total and now - last < PLAIN_INTERVAL_S:
             return
         last = now
-        stream.write(f"{what}: {done}/{total}, {done / max(now - start, 1e-9):.1f}/s\n")
+        stream.write(f"{what}: {done}/{total}, {done / max(now - start, 1e-9):.1f}/s  {note}".rstrip() + "\n")
         stream.flush()
 
     return show

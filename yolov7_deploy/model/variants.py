@@ -8,7 +8,7 @@ laid, so they equal the official ones, and with them the checkpoint keys `model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from yolov7_deploy.errors import UsageError
@@ -232,14 +232,22 @@ class Variant:
         """The training form carries auxiliary heads (the P6 models)."""
         return len(self.anchors) == 4
 
-    def layers(self, *, training: bool) -> tuple[Layer, ...]:
-        """The table, in training form (implicit knowledge, auxiliary branches) or deploy form."""
-        return _layers(self.name, training)
+    def layers(self, *, training: bool, full_auxiliary: bool = False) -> tuple[Layer, ...]:
+        """The table, in training form (implicit knowledge, auxiliary branches) or deploy form.
+
+        With `full_auxiliary` the auxiliary branches of E6E read the sum of both E-ELAN branches instead of the second
+        one alone (table 8: auxiliary head against partial auxiliary head); other variants have no such difference.
+        """
+        return _layers(self.name, training, full_auxiliary)
 
 
 @lru_cache(maxsize=32)
-def _layers(name: str, training: bool) -> tuple[Layer, ...]:
+def _layers(name: str, training: bool, full_auxiliary: bool) -> tuple[Layer, ...]:
     table, leads, aux = VARIANTS[name].lay()
+    for row in aux if full_auxiliary else ():
+        behind = table.rows[table.rows[row].sources[0] + 1]
+        if behind.kind == "Shortcut":
+            table.rows[row] = replace(table.rows[row], sources=(behind.index,))
     if not training:
         del table.rows[len(table.rows) - len(aux) :]
         aux = []

@@ -36,6 +36,8 @@ class Yolov7(nn.Module):
         training_form: With implicit knowledge and auxiliary branches, as the official training writes it.
         fused: BatchNorm, RepConv branches and implicit knowledge folded; only in deploy form.
         anchors: Per level three (width, height) in input pixels; the variant's own where absent.
+        auxiliary: What training asks of auxiliary heads: `partial` (the official ones), `full` (see `Variant.layers`)
+            or `none` (they are not computed).
     """
 
     def __init__(
@@ -46,11 +48,13 @@ class Yolov7(nn.Module):
         training_form: bool = False,
         fused: bool = False,
         anchors: Anchors | None = None,
+        auxiliary: str = "partial",
     ) -> None:
         super().__init__()
         assert not (training_form and fused), "a fused model has no training form"
         self.variant, self.classes, self.training_form, self.fused = variant, classes, training_form, fused
-        self.layers = variant.layers(training=training_form)
+        self.layers = variant.layers(training=training_form, full_auxiliary=auxiliary == "full")
+        self._asks_auxiliary = auxiliary != "none"
         self.model = nn.ModuleList(_block(layer, variant, fused) for layer in self.layers[:-1])
         head = self.layers[-1]
         self.model.append(_HEADS[head.kind](head.c_in, classes, anchors or variant.anchors, variant.strides))
@@ -76,7 +80,7 @@ class Yolov7(nn.Module):
         """
         alive: dict[int, Tensor] = {IMAGE: images}
         wanted = self.layers[-1].sources
-        if not self.training:
+        if not (self.training and self._asks_auxiliary):
             wanted = wanted[: self.head.levels]
         last = max(wanted)
         for layer, block in zip(self.layers, self.model, strict=True):
@@ -93,7 +97,7 @@ class Yolov7(nn.Module):
         features = self.features(images)
         levels = self.head.levels
         raws = self.head(features[:levels])
-        if self.training and isinstance(self.head, AuxiliaryDetect):
+        if len(features) > levels and isinstance(self.head, AuxiliaryDetect):
             raws += self.head.auxiliary(features[levels:])
         return list(raws)
 
@@ -127,14 +131,21 @@ def _block(layer: Layer, variant: Variant, fused: bool) -> nn.Module:
 
 
 def new_model(
-    variant: str, *, classes: int = 80, training_form: bool = False, anchors: Anchors | None = None
+    variant: str,
+    *,
+    classes: int = 80,
+    training_form: bool = False,
+    anchors: Anchors | None = None,
+    auxiliary: str = "partial",
 ) -> Yolov7:
     """A network of this variant with fresh random weights, in training mode.
 
     Raises:
         UsageError: Unknown variant.
     """
-    return Yolov7(find_variant(variant), classes=classes, training_form=training_form, anchors=anchors)
+    return Yolov7(
+        find_variant(variant), classes=classes, training_form=training_form, anchors=anchors, auxiliary=auxiliary
+    )
 
 
 def build_model(checkpoint: Checkpoint) -> Yolov7:

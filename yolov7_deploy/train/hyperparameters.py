@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import yaml
 
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.plain_data import shown
 
 PRESET_OF_VARIANT = {"yolov7-tiny": "tiny", "yolov7-tiny-silu": "tiny", "yolov7": "p5", "yolov7x": "p5"}
 FRACTIONS = {"flipud", "fliplr", "mosaic", "mixup", "copy_paste", "paste_in", "label_smoothing", "translate"}
+MOST = sys.float_info.max
 UNUSED = {"iou_t", "fl_gamma_alpha", "loss_ota", "anchors"}  # official keys that change nothing here
 
 
@@ -85,8 +88,8 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise UsageError(f"Hyper-parameter {field.name}: {value!r} is no number from 0.", fix=_TYPE_PRESET)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
+                raise UsageError(f"Hyper-parameter {field.name}: {shown(value)} is no number from 0.", fix=_TYPE_PRESET)
             object.__setattr__(self, field.name, float(value))
         wrong = sorted(name for name in FRACTIONS if getattr(self, name) > 1)
         if wrong or self.scale >= 1:
@@ -128,13 +131,20 @@ def read_hyperparameters(name_or_path: str, *, changes: Mapping[str, float] | No
 
 
 def write_hyperparameters(values: Hyperparameters, path: Path) -> None:
-    """Writes what `read_hyperparameters` reads."""
-    path.write_text(hyperparameters_text(values), encoding="utf-8")
+    """Writes what `read_hyperparameters` reads.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    try:
+        path.write_text(hyperparameters_text(values), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
 
 
 def hyperparameters_text(values: Hyperparameters) -> str:
-    """The recipe as YAML, one value a line."""
-    return "".join(f"{name}: {value:g}\n" for name, value in asdict(values).items())
+    """The recipe as YAML, one value a line, with all its digits."""
+    return "".join(f"{name}: {value!r}\n" for name, value in asdict(values).items())
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -158,4 +168,12 @@ def _with(base: Hyperparameters, values: Mapping[Any, Any], source: str) -> Hype
         raise UsageError(
             f"{source}: {unknown[0][:80]!r} is no hyper-parameter.", fix=f"The known ones: {', '.join(sorted(known))}"
         )
-    return replace(base, **{name: value for name, value in values.items() if name in known})
+    return replace(base, **{name: _number(value) for name, value in values.items() if name in known})
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401 - any value of YAML
+    """YAML 1.1 takes 1e-3, without a point, for a word."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

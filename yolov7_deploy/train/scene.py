@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +69,14 @@ class Batch:
         targets: float32 [N, 6]: picture in the batch, class, centre x, centre y, width, height; the last four in
             fractions of width and height.
         paths: The first picture of each scene, for messages.
+        problems: The pictures that could not be read for this batch, and why.
     """
 
     images: Tensor
     targets: Tensor
     paths: tuple[Path, ...]
+    problems: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (the name that torch's loader looks for)."""
-        return Batch(images=self.images.pin_memory(), targets=self.targets.pin_memory(), paths=self.paths)
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())

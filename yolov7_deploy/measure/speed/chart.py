@@ -11,13 +11,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import IdentityTransform
 
-from yolov7_deploy.measure.chart_file import FONT, GREY, chart_style, write_chart
+from yolov7_deploy.measure.chart_file import GREY, chart_style, drawable, write_chart
 from yolov7_deploy.measure.paper import PAPER, TABLE_2, VARIANTS, PaperRow
 from yolov7_deploy.measure.speed.label_ground import LabelGround, Xy
 from yolov7_deploy.measure.speed.speed_report import SpeedReport
@@ -136,7 +135,7 @@ def _point(report: SpeedReport) -> _Point | None:
     origin = "measured" if report.ap is not None else "unknown" if published is None else "published"
     return _Point(
         label=_shorten(VARIANTS.get(report.variant, Path(report.weights).stem)),
-        series=_drawable(f"{report.machine}, {report.backend} {report.precision}"),
+        series=drawable(f"{report.machine}, {report.backend} {report.precision}"),
         engine_ms=row.span("engine").p50,
         end_to_end_ms=row.span("end_to_end").p50,
         ap=published if report.ap is None else 100 * report.ap,
@@ -146,14 +145,8 @@ def _point(report: SpeedReport) -> _Point | None:
 
 def _shorten(name: str) -> str:
     """A label: `v7-X` for `YOLOv7-X`."""
-    text = _drawable(name.removeprefix("YOLO"))
+    text = drawable(name.removeprefix("YOLO"))
     return text if len(text) <= LABEL_CHARACTERS else f"{text[: LABEL_CHARACTERS - 1]}…"
-
-
-def _drawable(text: str) -> str:
-    """The text with a question mark for every sign that the font lacks, of which matplotlib would warn."""
-    known = get_font(findfont(FONT)).get_charmap()
-    return "".join(sign if ord(sign) in known else "?" for sign in text)
 
 
 def _paper_legend() -> Legend:
@@ -202,9 +195,9 @@ def _captions(reports: Sequence[SpeedReport]) -> list[str]:
     sources: dict[str, list[str]] = {}
     for report in reports:
         if report.ap is not None and report.ap_source:
-            sources.setdefault(_drawable(report.ap_source), []).append(_drawable(Path(report.weights).name))
+            sources.setdefault(drawable(report.ap_source), []).append(drawable(Path(report.weights).name))
     parts += [f"AP of {', '.join(dict.fromkeys(names))}: {source}." for source, names in sources.items()]
-    absent = [_drawable(Path(report.weights).name) for report in reports if _point(report) is None]
+    absent = [drawable(Path(report.weights).name) for report in reports if _point(report) is None]
     if absent:
         parts.append(f"Not measured at batch 1, so not drawn: {', '.join(absent)}.")
     return textwrap.wrap(" ".join(parts), CAPTION_CHARACTERS)

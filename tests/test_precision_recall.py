@@ -1,0 +1,180 @@
+"""Precision against recall, and the confidence with the best F1, against counting."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.dataset.samples import Dataset, Labels, Record
+from yolov7_deploy.detections import Detections, Speed
+from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.measure.accuracy import evaluate, judge
+from yolov7_deploy.measure.precision_recall import MOST_CANDIDATES, PrecisionRecall, precision_recall
+from yolov7_deploy.options import ValOptions
+
+SIDE = 400  # of a picture, in pixels
+CELL = 20  # objects lie on a grid, so that a detection hits one box or none
+ROUNDED_DOWN = 0.01  # of recall, where a class has more than 100 boxes
+SAME = 1e-9
+
+
+def picture(image_id, boxes_xyxy, class_ids, *, crowd=()):
+    boxes = np.array(boxes_xyxy, np.float64).reshape(-1, 4)
+    labels = Labels(
+        boxes=boxes / SIDE,
+        class_ids=np.array(class_ids, np.int64),
+        crowd=np.isin(np.arange(len(boxes)), crowd),
+        polygons=tuple(np.zeros((0, 2)) for _ in boxes),
+    )
+    return Record(path=Path(f"{image_id}.png"), image_id=image_id, image_hw=(SIDE, SIDE), labels=labels)
+
+
+def drawn(seed, *, pictures=12, objects=20, classes=4):
+    """A dataset, and what a detector says of it as (class, score, hit): every box has at most one detection."""
+    rng = np.random.default_rng(seed)
+    records, predictions, said = [], [], []
+    for image_id in range(1, pictures + 1):
+        cells = rng.permutation((SIDE // CELL) ** 2)[: 2 * objects]
+        corners = np.stack([cells % (SIDE // CELL), cells // (SIDE // CELL)], axis=1) * CELL
+        boxes = np.concatenate([corners, corners + CELL - 4], axis=1).astype(np.float64)
+        class_ids = rng.integers(0, classes - 1, len(boxes))  # the last class has no box
+        records.append(picture(image_id, boxes[:objects], class_ids[:objects]))
+        for place in np.flatnonzero(rng.random(len(boxes)) < 0.7):
+            hit = bool(place < objects)
+            score = round(float(rng.beta(4, 2) if hit else rng.beta(2, 4)), 3)
+            x1, y1, *_ = boxes[place]
+            row = {"image_id": image_id, "bbox": [x1, y1, CELL - 4, CELL - 4], "score": score}
+            predictions.append(row | {"category_id": int(class_ids[place]) + 1})
+            said.append((int(class_ids[place]), score, hit))
+    names, ids = tuple(f"class {i}" for i in range(classes)), tuple(range(1, classes + 1))
+    return Dataset(records, source="drawn", class_names=names, category_ids=ids), predictions, said
+
+
+def counted_best(said, instances):
+    """F1, confidence, precision and recall by counting at every confidence; the highest confidence of the best."""
+    best = (-1.0, 0.0, 0.0, 0.0)
+    for confidence in sorted({score for _, score, _ in said}, reverse=True):
+        rows = []
+        for class_id, boxes in enumerate(instances):
+            if boxes:
+                kept = [hit for c, score, hit in said if c == class_id and score >= confidence]
+                rows.append((2 * sum(kept) / (len(kept) + boxes), sum(kept) / max(len(kept), 1), sum(kept) / boxes))
+        f1, p, r = np.mean(rows, axis=0)
+        if f1 > best[0] + SAME:
+            best = (f1, confidence, p, r)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_confidence_is_that_of_counting(seed):
+    dataset, predictions, said = drawn(seed)
+    instances = dataset.box_counts().tolist()
+    assert max(instances) <= 100 and instances[-1] == 0
+    best = judge(dataset, range(len(dataset)), predictions)[2].best
+    assert best is not None
+    found = (best.f1, best.confidence, best.precision, best.recall)
+    np.testing.assert_allclose(found, counted_best(said, instances), atol=SAME)
+
+
+def test_many_boxes_in_a_class_cost_less_than_a_hundredth_of_recall():
+    dataset, predictions, said = drawn(9, pictures=60, classes=2)
+    instances = dataset.box_counts().tolist()
+    assert instances == [1200, 0]
+    best = judge(dataset, range(len(dataset)), predictions)[2].best
+    f1, _, p, r = counted_best(said, instances)
+    assert best is not None
+    assert f1 - ROUNDED_DOWN <= best.f1 <= f1 + SAME
+    np.testing.assert_allclose((best.precision, best.recall), (p, r), atol=3 * ROUNDED_DOWN)
+
+
+def test_the_curves_are_those_of_the_average_precision():
+    dataset, predictions, _ = drawn(1)
+    summary, classes, curves = judge(dataset, range(len(dataset)), predictions)
+    assert curves.measured.tolist() == [row.ap50 is not None for row in classes] == [True, True, True, False]
+    for area, row in zip(curves.ap50.tolist(), classes, strict=True):
+        assert (area == pytest.approx(row.ap50)) if row.ap50 is not None else np.isnan(area)
+    assert curves.mean_precision.mean() == pytest.approx(summary["ap50"])
+    assert (np.diff(curves.precision[curves.measured]) <= 0).all() and curves.recall.tolist()[:2] == [0, 0.01]
+
+
+def test_the_curves_follow_the_classes_of_the_dataset_whatever_their_category_ids():
+    dataset, predictions, _ = drawn(2, classes=3)
+    other = Dataset(dataset._records, source="drawn", class_names=dataset.class_names, category_ids=(9, 4, 7))
+    renamed = [row | {"category_id": (9, 4, 7)[row["category_id"] - 1]} for row in predictions]
+    ours = judge(dataset, range(len(dataset)), predictions)[2]
+    theirs = judge(other, range(len(other)), renamed)[2]
+    np.testing.assert_array_equal(ours.precision, theirs.precision)
+    assert ours.best == theirs.best
+
+
+def test_a_crowd_is_no_box_to_find():
+    box = (10, 10, 60, 60)
+    dataset = Dataset(
+        [picture(1, [box, (100, 100, 300, 300)], [0, 0], crowd=[1])],
+        source="drawn",
+        class_names=("sheep",),
+        category_ids=(1,),
+    )
+    found = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.5}]
+    best = judge(dataset, [0], found)[2].best
+    assert best is not None and (best.confidence, best.precision, best.recall, best.f1) == (0.5, 1, 1, 1)
+
+
+@pytest.mark.parametrize("found", [[], [(0.9, (200, 200, 20, 20))]])
+def test_a_detector_without_a_hit_has_no_best_confidence(found):
+    dataset = Dataset(
+        [picture(1, [(10, 10, 60, 60)], [0])], source="drawn", class_names=("cat", "dog"), category_ids=(1, 2)
+    )
+    rows = [{"image_id": 1, "category_id": 1, "bbox": list(box), "score": score} for score, box in found]
+    curves = judge(dataset, [0], rows)[2]
+    assert curves.best is None and curves.mean_precision.max() == 0 and curves.measured.tolist() == [True, False]
+
+
+def test_pictures_without_boxes_have_no_curve():
+    dataset = Dataset([picture(1, [], [])], source="drawn", class_names=("cat",), category_ids=(1,))
+    curves = judge(dataset, [0], [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}])[2]
+    assert curves.best is None and not curves.measured.any() and np.isnan(curves.mean_precision).all()
+
+
+def test_more_confidences_than_are_tried_lose_next_to_nothing():
+    rng = np.random.default_rng(3)
+    classes = 3 * MOST_CANDIDATES // 101
+    scores = -np.sort(-rng.random((classes, 101)))
+    curves = precision_recall(np.ones((classes, 101)), scores, found=list(scores), instances=[101] * classes)
+    assert curves.best is not None and curves.best.f1 == pytest.approx(1, abs=ROUNDED_DOWN)
+
+
+def test_curves_of_another_length_than_the_recall_are_refused():
+    with pytest.raises(AssertionError):
+        PrecisionRecall(recall=np.linspace(0, 1, 101), precision=np.zeros((2, 100)), best=None)
+
+
+def test_a_report_has_the_curves_but_its_document_does_not(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    assert cv2.imwrite(str(tmp_path / "images/0.png"), np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "labels/0.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "data.yaml").write_text("val: images\nnames: [cat]\n")
+
+    class Found:
+        info = ModelInfo(variant="custom", class_names=("cat",), strides=(), anchors=(), source="a.pt")
+        input_hw = (64, 64)
+
+        def infer(self, images, letterboxes, thresholds):
+            return [
+                Detections(
+                    boxes=np.array([[15, 10, 45, 30]], np.float32),
+                    scores=np.array([0.75], np.float32),
+                    class_ids=np.array([0]),
+                    class_names=("cat",),
+                    image_hw=(40, 60),
+                    speed=Speed(preprocess_ms=1.0, inference_ms=1.0, postprocess_ms=1.0),
+                )
+            ]
+
+    report = evaluate(Found(), open_dataset(tmp_path / "data.yaml"), options=ValOptions())
+    assert report.curves is not None and report.curves.best is not None
+    assert (report.curves.best.confidence, report.curves.best.f1) == (0.75, 1)
+    assert "curves" not in report.to_dict() and "curves" not in repr(report)

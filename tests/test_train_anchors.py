@@ -1,0 +1,148 @@
+"""Anchors: what a fit says, and that new ones are better and the same for the same seed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from yolov7_deploy.dataset.samples import Dataset, Labels, Record
+from yolov7_deploy.errors import DatasetError
+from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.train import anchors as anchors_module
+from yolov7_deploy.train.anchors import (
+    anchor_fit,
+    anchor_fitness,
+    anchor_nearness,
+    fitted_anchors,
+    improved_anchors,
+    size_means,
+)
+
+FLOAT32 = 1e-5
+ANCHORS = (((10.0, 13.0), (16.0, 30.0), (33.0, 23.0)), ((62.0, 45.0), (116.0, 90.0), (373.0, 326.0)))
+
+
+def dataset_of(pictures):
+    """Pictures as (image_hw, boxes as fractions of width and height [N, 2])."""
+    records = []
+    for index, (image_hw, sizes) in enumerate(pictures):
+        sizes = np.asarray(sizes, dtype=np.float64).reshape(-1, 2)
+        labels = Labels(
+            boxes=np.concatenate([0.5 - sizes / 2, 0.5 + sizes / 2], axis=1),
+            class_ids=np.zeros(len(sizes), np.int64),
+            crowd=np.zeros(len(sizes), bool),
+            polygons=(np.zeros((0, 2)),) * len(sizes),
+        )
+        records.append(Record(path=Path(f"{index}.png"), image_id=index, image_hw=image_hw, labels=labels))
+    return Dataset(records, source="data.yaml", class_names=("thing",), category_ids=(0,))
+
+
+def random_dataset(count, seed=0):
+    rng = np.random.default_rng(seed)
+    sides = np.exp(rng.normal([-2.0, -2.3], [0.7, 0.5], (count, 2))).clip(0.01, 1)
+    return dataset_of([((480, 640), sides[i : i + 5]) for i in range(0, count, 5)])
+
+
+def slow_fit(pictures, anchors, size, anchor_t):
+    """Box by box, anchor by anchor, side by side."""
+    found = matched = labels = 0
+    for (height, width), sizes in pictures:
+        for w, h in np.asarray(sizes) * [width, height] * size / max(height, width):
+            hits = sum(max(w / aw, aw / w, h / ah, ah / h) < anchor_t for level in anchors for aw, ah in level)
+            found, matched, labels = found + (hits > 0), matched + hits, labels + 1
+    return found / labels, matched / labels, labels
+
+
+def test_a_fit_is_that_of_every_box_with_every_anchor():
+    rng = np.random.default_rng(1)
+    pictures = [((300, 400), rng.uniform(0.005, 1, (7, 2))), ((500, 200), rng.uniform(0.005, 0.2, (9, 2)))]
+    fit = anchor_fit(dataset_of(pictures), ANCHORS, size=640, anchor_t=4.0)
+    recall, mean, labels = slow_fit(pictures, ANCHORS, 640, 4.0)
+    assert (fit.best_possible_recall, fit.labels) == (recall, labels)
+    assert fit.anchors_per_label == pytest.approx(mean) and 0 < recall < 1
+    assert f"{recall:.2%} of 16 boxes" in fit.words() and "16,30" in fit.words()
+
+
+def test_a_ratio_of_exactly_the_limit_is_no_match():
+    boxes = [((100, 100), [[0.4, 0.4]])]
+    for side, matches in ((10.0, False), (10.01, True)):
+        fit = anchor_fit(dataset_of(boxes), (((side, 40.0),),), size=100, anchor_t=4.0)
+        assert (fit.best_possible_recall == 1) == matches
+
+
+def test_nearness_is_the_worst_of_four_ratios():
+    sizes, anchors = np.array([[10.0, 20.0], [0.0, 5.0], [30.0, 30.0]]), np.array([[20.0, 20.0], [30.0, 30.0]])
+    np.testing.assert_allclose(anchor_nearness(sizes, anchors), [[0.5, 0, 2 / 3], [1 / 3, 0, 1]])
+
+
+def test_fitness_is_the_mean_nearness_of_the_boxes_that_match():
+    rng = np.random.default_rng(2)
+    sizes, anchors = rng.uniform(2, 600, (500, 2)), np.array(ANCHORS).reshape(-1, 2)
+    best = anchor_nearness(sizes, anchors).max(axis=0)
+    expected = np.mean(best * (best > 1 / 4))
+    found = anchor_fitness(np.log(sizes.T).astype(np.float32), anchors, anchor_t=4.0)
+    assert found == pytest.approx(expected, abs=FLOAT32)
+
+
+def test_means_are_the_middles_of_clear_groups():
+    rng = np.random.default_rng(3)
+    middles = np.array([[20.0, 200.0], [100.0, 100.0], [300.0, 30.0]])
+    sizes = (middles[:, None] + rng.normal(0, 1, (3, 50, 2))).reshape(-1, 2)
+    found = size_means(sizes, 3, rng=rng)
+    expected = sizes.reshape(3, 50, 2).mean(axis=1)
+    np.testing.assert_allclose(found[np.argsort(found[:, 0])], expected, rtol=FLOAT32)
+
+
+def test_means_end_where_their_own_points_leave_them():
+    sizes = np.random.default_rng(4).uniform(5, 100, (300, 2))
+    found = size_means(sizes, 5, rng=np.random.default_rng(0))
+    deviations = sizes.std(axis=0)
+    owner = np.linalg.norm((sizes[:, None] - found) / deviations, axis=2).argmin(axis=1)
+    np.testing.assert_allclose(found, [sizes[owner == i].mean(axis=0) for i in range(5)], rtol=1e-4)
+
+
+def test_equal_sizes_give_equal_means():
+    found = size_means(np.full((12, 2), 30.0), 3, rng=np.random.default_rng(0))
+    np.testing.assert_allclose(found, 30, rtol=FLOAT32)
+
+
+def test_changes_only_ever_improve_the_fitness():
+    sizes, rng = np.random.default_rng(5).uniform(5, 300, (200, 2)), np.random.default_rng(0)
+    before = np.array(ANCHORS).reshape(-1, 2)
+    after = improved_anchors(sizes, before, anchor_t=4.0, rng=rng)
+    log_sizes = np.log(sizes.T).astype(np.float32)
+    fitness = [anchor_fitness(log_sizes, anchors, anchor_t=4.0) for anchors in (before, after)]
+    assert fitness[1] > fitness[0] + 0.05
+    assert after.min() >= 2
+
+
+def test_fitted_anchors_reach_more_boxes_than_those_of_other_pictures():
+    thin = dataset_of([((640, 640), np.random.default_rng(6).uniform([0.2, 0.005], [0.9, 0.02], (300, 2)))])
+    official = VARIANTS["yolov7-tiny"].anchors
+    fitted = fitted_anchors(thin, levels=3, size=640, anchor_t=4.0, seed=0)
+    before, after = (anchor_fit(thin, anchors, size=640, anchor_t=4.0) for anchors in (official, fitted))
+    assert before.best_possible_recall < 0.1 and after.best_possible_recall > 0.99
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_anchors_come_in_threes_from_small_to_large(levels):
+    fitted = fitted_anchors(random_dataset(200), levels=levels, size=640, anchor_t=4.0, seed=0)
+    assert [len(level) for level in fitted] == [3] * levels
+    areas = [width * height for level in fitted for width, height in level]
+    assert areas == sorted(areas)
+
+
+def test_the_same_seed_gives_the_same_anchors(monkeypatch):
+    monkeypatch.setattr(anchors_module, "MAX_LABELS", 100)  # of 200: which ones is random too
+    dataset = random_dataset(200)
+    one, same, other = (fitted_anchors(dataset, levels=3, size=640, anchor_t=4.0, seed=seed) for seed in (3, 3, 4))
+    assert one == same != other
+
+
+def test_fewer_boxes_than_anchors_are_refused():
+    small = [[0.001, 0.001]] * 20  # less than two pixels
+    dataset = dataset_of([((640, 640), [[0.1, 0.1]] * 8 + small)])
+    with pytest.raises(DatasetError, match="8 boxes of at least 2 pixels at 640, too few for 9 anchors"):
+        fitted_anchors(dataset, levels=3, size=640, anchor_t=4.0, seed=0)
+    with pytest.raises(DatasetError, match="no box"):
+        anchor_fit(dataset_of([((640, 640), [])]), ANCHORS, size=640, anchor_t=4.0)

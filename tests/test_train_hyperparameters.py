@@ -1,0 +1,210 @@
+"""Recipes of training: the official numbers, and what a file of them may say."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.train.hyperparameters import (
+    FRACTIONS,
+    PRESETS,
+    UNUSED,
+    Hyperparameters,
+    hyperparameters_text,
+    preset_for,
+    read_hyperparameters,
+    write_hyperparameters,
+)
+
+NAMES = ("tiny", "p5", "p6", "custom")
+# The official files, as section 5.1 of the reference has them: one value for all, or one for each name above.
+OFFICIAL = {
+    "lr0": 0.01,
+    "lrf": (0.01, 0.1, 0.2, 0.1),
+    "momentum": 0.937,
+    "weight_decay": 0.0005,
+    "warmup_epochs": 3.0,
+    "warmup_momentum": 0.8,
+    "warmup_bias_lr": 0.1,
+    "box": 0.05,
+    "cls": (0.5, 0.3, 0.3, 0.3),
+    "cls_pw": 1.0,
+    "obj": (1.0, 0.7, 0.7, 0.7),
+    "obj_pw": 1.0,
+    "anchor_t": 4.0,
+    "fl_gamma": 0.0,
+    "hsv_h": 0.015,
+    "hsv_s": 0.7,
+    "hsv_v": 0.4,
+    "degrees": 0.0,
+    "translate": (0.1, 0.2, 0.2, 0.2),
+    "scale": (0.5, 0.9, 0.9, 0.5),
+    "shear": 0.0,
+    "perspective": 0.0,
+    "flipud": 0.0,
+    "fliplr": 0.5,
+    "mosaic": 1.0,
+    "mixup": (0.05, 0.15, 0.15, 0.0),
+    "copy_paste": 0.0,
+    "paste_in": (0.05, 0.15, 0.15, 0.0),
+}
+OURS = {"label_smoothing": 0.0}  # an option of the official program, not a key of its files
+KEYS = [field.name for field in dataclasses.fields(Hyperparameters)]
+WRONG = ("-0.1", ".nan", ".inf", "many", "true", "null", "[1, 2]", "{a: 1}", "nan", "2026-01-01", "9" * 400)
+DAMAGED = (b"lr0: [1", b"\xff\xfe\x00lr0", b"lr0: \x00", b"[" * 100_000, b"lr0: !!python/name:os.x")
+
+OFFICIAL_FILE = """\
+lr0: 0.01  # initial learning rate (SGD=1E-2, Adam=1E-3)
+lrf: 0.2
+box: 0.05
+iou_t: 0.20  # IoU training threshold
+# anchors: 3
+anchors: 3
+loss_ota: 1
+mixup: 0
+"""
+
+
+@pytest.mark.parametrize("place, name", list(enumerate(NAMES)))
+def test_a_preset_has_the_official_value_of_every_key(place, name):
+    expected = {key: value[place] if isinstance(value, tuple) else value for key, value in OFFICIAL.items()}
+    assert dataclasses.asdict(PRESETS[name]) == expected | OURS
+    assert read_hyperparameters(name) == PRESETS[name]
+
+
+def test_there_are_no_other_presets():
+    assert tuple(PRESETS) == NAMES
+
+
+def test_a_variant_from_scratch_has_its_own_preset_and_a_trained_one_the_custom_preset():
+    assert {name: preset_for(name, pretrained=False) for name in VARIANTS} == {
+        "yolov7": "p5",
+        "yolov7x": "p5",
+        "yolov7-tiny": "tiny",
+        "yolov7-tiny-silu": "tiny",
+        "yolov7-w6": "p6",
+        "yolov7-e6": "p6",
+        "yolov7-d6": "p6",
+        "yolov7-e6e": "p6",
+    }
+    assert {preset_for(name, pretrained=True) for name in VARIANTS} == {"custom"}
+
+
+def written(tmp_path, text):
+    path = tmp_path / "hyp.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_an_official_file_is_read_with_its_unused_keys_and_p5_for_those_it_leaves_out(tmp_path):
+    found = read_hyperparameters(written(tmp_path, OFFICIAL_FILE))
+    assert found == dataclasses.replace(PRESETS["p5"], lrf=0.2, mixup=0.0)
+    assert UNUSED.isdisjoint(KEYS)
+
+
+def test_single_values_change_a_preset_or_a_file(tmp_path):
+    changes = {"mixup": 0.5, "lr0": 0.002}
+    assert read_hyperparameters("tiny", changes=changes) == dataclasses.replace(PRESETS["tiny"], **changes)
+    found = read_hyperparameters(written(tmp_path, OFFICIAL_FILE), changes=changes)
+    assert (found.mixup, found.lr0, found.lrf) == (0.5, 0.002, 0.2)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "'0.001'", "0.001", "+1e-3"])
+def test_numbers_are_read_as_people_write_them(tmp_path, text):
+    # YAML 1.1 takes 1e-3 without a point for a word
+    assert read_hyperparameters(written(tmp_path, f"lr0: {text}\n")).lr0 == 0.001
+
+
+def test_whole_numbers_become_floats(tmp_path):
+    assert isinstance(read_hyperparameters(written(tmp_path, "mosaic: 1\n")).mosaic, float)
+
+
+@pytest.mark.parametrize("text", ["lr: 0.1", "Lr0: 0.1", "3: 4", "null: 1", "fl_gama: 0.0"])
+def test_an_unknown_key_is_named_with_the_known_ones(tmp_path, text):
+    path = written(tmp_path, f"lrf: 0.2\n{text}\n")
+    with pytest.raises(UsageError, match="is no hyper-parameter") as caught:
+        read_hyperparameters(path)
+    assert path in caught.value.message and "anchor_t, box, cls" in caught.value.fix
+
+
+def test_an_unknown_change_is_named():
+    with pytest.raises(UsageError, match="--set: 'momentun' is no hyper-parameter"):
+        read_hyperparameters("p5", changes={"momentun": 0.9})
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_that_is_no_number_from_zero_is_named(tmp_path, key):
+    for value in WRONG:
+        path = written(tmp_path, f"{key}: {value}\n")
+        with pytest.raises(UsageError, match=rf"Hyper-parameter {key}: .* is no number from 0") as caught:
+            read_hyperparameters(path)
+        assert "--show-hyp" in caught.value.fix and len(caught.value.message) < 150
+
+
+@pytest.mark.parametrize("key", sorted(FRACTIONS | {"scale"}))
+def test_a_fraction_above_one_is_named(key):
+    with pytest.raises(UsageError, match=f"Hyper-parameter {key}: 1.01 is above 1"):
+        Hyperparameters(**{key: 1.01})
+    if key != "scale":
+        assert getattr(Hyperparameters(**{key: 1.0}), key) == 1
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5, 0.0])
+def test_anchors_that_could_match_nothing_are_refused(value):
+    with pytest.raises(UsageError, match=r"anchor_t: .* must be above 1"):
+        Hyperparameters(anchor_t=value)
+
+
+def test_a_name_of_nothing_lists_the_presets(tmp_path):
+    with pytest.raises(UsageError, match=r"--hyp p7: no preset and no file") as caught:
+        read_hyperparameters("p7")
+    assert "tiny, p5, p6, custom" in caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- 1\n- 2\n", "0.5"])
+def test_a_file_without_names_and_values_is_a_usage_error(tmp_path, text):
+    with pytest.raises(UsageError, match="is not a list of `name: value` lines"):
+        read_hyperparameters(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("data", DAMAGED)
+def test_a_damaged_file_is_a_usage_error(tmp_path, data):
+    path = tmp_path / "hyp.yaml"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_hyperparameters(str(path))
+
+
+def test_a_folder_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_hyperparameters(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_written_and_read_back(tmp_path, name):
+    path = tmp_path / "hyp.yaml"
+    write_hyperparameters(PRESETS[name], path)
+    assert read_hyperparameters(str(path)) == PRESETS[name]
+    assert path.read_text().splitlines()[0] == "lr0: 0.01"
+
+
+def test_a_file_that_cannot_be_written_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_hyperparameters(PRESETS["p5"], tmp_path / "absent" / "hyp.yaml")
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), st.floats(0, 0.999), max_size=len(KEYS)))
+def test_every_recipe_is_read_back_to_the_last_digit(tmp_path_factory, values):
+    recipe = Hyperparameters(**{**values, "anchor_t": 1.001 + values.get("anchor_t", 3)})
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(hyperparameters_text(recipe), encoding="utf-8")
+    assert read_hyperparameters(str(path)) == recipe
+
+
+def test_a_recipe_is_not_changed_by_what_is_read_from_it():
+    before = dataclasses.asdict(PRESETS["p5"])
+    read_hyperparameters("p5", changes={"box": 1.0})
+    assert dataclasses.asdict(PRESETS["p5"]) == before

@@ -1,0 +1,326 @@
+"""Pictures of a training run: they appear for every run and dataset there may be, and say what they were given."""
+
+import dataclasses
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from yolov7_deploy.coco_names import COCO_NAMES
+from yolov7_deploy.draw import class_colour
+from yolov7_deploy.errors import ImageError, UsageError
+from yolov7_deploy.measure.chart_file import chart_style
+from yolov7_deploy.measure.precision_recall import RECALL, OperatingPoint, PrecisionRecall
+from yolov7_deploy.train import plots
+from yolov7_deploy.train.logs import EpochRecord
+from yolov7_deploy.train.plots import draw_batch, draw_labels, draw_precision_recall, draw_results
+from yolov7_deploy.train.scene import Batch
+
+ROUNDED = 0.01  # inches
+HALF_PIXEL = 0.51  # lines lie on whole pixels
+
+
+def record(epoch, ap=None, **changes):
+    values = {
+        "epoch": epoch,
+        "box": 0.07 / (1 + epoch),
+        "obj": 0.03 / (1 + epoch),
+        "cls": 0.05 / (1 + epoch),
+        "total": 0.15 / (1 + epoch),
+        "targets": 100.0,
+        "size": 640,
+        "ap": ap,
+        "ap50": None if ap is None else 1.3 * ap,
+        "lr_norm": 0.01,
+        "lr_weight": 0.01,
+        "lr_bias": 0.1 - 0.01 * min(epoch, 9),
+        "momentum": 0.937,
+        "images_per_s": 140.0,
+        "seconds": 800.0,
+    }
+    return EpochRecord(**(values | changes))
+
+
+def curves_of(classes, missing=(), best=None):
+    precision = np.clip(1.2 - RECALL ** np.linspace(1, 5, classes)[:, None], 0, 1)
+    precision[list(missing)] = np.nan
+    return PrecisionRecall(recall=RECALL, precision=precision, best=best)
+
+
+def some_labels(classes, count=200, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = rng.uniform(0.01, 0.9, (count, 2))
+    return rng.integers(0, classes, count), np.concatenate([rng.uniform(0.1, 0.9, (count, 2)), sizes], axis=1)
+
+
+@chart_style()
+def figure_of(make, *arguments):
+    """The figure with everything in its place, as it is written."""
+    figure = make(*arguments)
+    figure.draw_without_rendering()
+    return figure
+
+
+def is_all_inside(figure):
+    """Whether no text or line reaches over the edge of the figure."""
+    with chart_style():
+        corners = figure.get_tightbbox().get_points()
+    return bool((corners[0] > -ROUNDED).all() and (corners[1] < figure.get_size_inches() + ROUNDED).all())
+
+
+def line_of(axes, label):
+    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return line
+
+
+RUNS = {
+    "long": [record(e, 0.5 * (1 - math.exp(-e / 60)), ap_small=0.2, ap_large=0.6) for e in range(300)],
+    "one epoch": [record(0, 0.01)],
+    "never validated": [record(e) for e in range(5)],
+    "validated at times": [record(e, 0.01 * e if e % 5 == 4 else None) for e in range(12)],
+    "nothing found": [record(e, 0.0, lr_norm=0.0, lr_weight=0.0, lr_bias=0.0) for e in range(3)],
+    "gone wrong": [record(e, box=math.nan, cls=math.inf if e > 2 else 0.1) for e in range(6)],
+    "gone on": [record(e, 0.3 + 0.01 * e) for e in range(7, 12)],
+    "empty": [],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_has_a_chart_with_whole_epochs_and_nothing_of_it_is_cut_off(name):
+    figure = figure_of(plots._results_figure, RUNS[name])
+    assert is_all_inside(figure)
+    ticks = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+    assert ticks and all(tick.lstrip("−-").isdigit() for tick in ticks)
+
+
+def test_a_chart_is_a_picture_in_a_new_folder(tmp_path):
+    draw_results(RUNS["gone on"], tmp_path / "new" / "results.png")
+    picture = cv2.imread(str(tmp_path / "new" / "results.png"))
+    assert picture.shape[1] == 13 * plots.DPI and picture.std() > 5
+
+
+def test_a_line_holds_the_values_of_its_column():
+    figure = figure_of(plots._results_figure, RUNS["validated at times"])
+    box, _, _, ap, _, rates = figure.axes
+    assert box.get_lines()[0].get_ydata().tolist() == [0.07 / (1 + e) for e in range(12)]
+    assert line_of(ap, "IoU 0.50:0.95").get_xdata().tolist() == [4, 9]
+    assert line_of(ap, "IoU 0.50").get_ydata().tolist() == pytest.approx([0.052, 0.117])
+    assert line_of(rates, "biases").get_ydata()[0] == 0.1 and rates.get_yscale() == "log"
+
+
+def test_the_highest_ap_is_marked_at_its_first_epoch():
+    ap = figure_of(plots._results_figure, [record(e, v) for e, v in enumerate([0.1, 0.4, 0.4, 0.2])]).axes[3]
+    assert [text.get_text() for text in ap.texts] == ["best 0.400\nepoch 1"]
+
+
+def test_what_is_no_number_is_a_gap_and_what_was_not_measured_is_said():
+    figure = figure_of(plots._results_figure, RUNS["gone wrong"])
+    box, objectness, classes, ap, *_ = figure.axes
+    assert [text.get_text() for text in box.texts + ap.texts] == ["nothing measured"] * 2
+    assert np.isnan(classes.get_lines()[0].get_ydata()).tolist() == [False] * 3 + [True] * 3
+    assert not objectness.texts
+
+
+BEST = OperatingPoint(confidence=0.342, precision=0.81, recall=0.72, f1=0.761)
+CURVES = {
+    "one": curves_of(1, best=BEST),
+    "twenty": curves_of(20, best=BEST),
+    "eighty": curves_of(80, missing=range(5), best=BEST),
+    "nothing found": PrecisionRecall(recall=RECALL, precision=np.zeros((3, 101)), best=None),
+    "nothing to find": curves_of(2, missing=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_all_curves_have_a_chart_and_nothing_of_it_is_cut_off(name):
+    names = (*COCO_NAMES[:18], "a class with a very very long name", "猫 $x$", *COCO_NAMES[20:])
+    assert is_all_inside(figure_of(plots._curves_figure, CURVES[name], names))
+
+
+def legend_of(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_up_to_twenty_classes_have_a_curve_of_the_colour_of_their_boxes():
+    curves = curves_of(20, missing=(0,), best=BEST)
+    figure = figure_of(plots._curves_figure, curves, COCO_NAMES[:20])
+    texts = legend_of(figure)
+    assert texts[0] == f"mean of 19 classes: AP50 {curves.mean_precision.mean():.3f}"
+    assert texts[1] == "best F1 0.761, at confidence 0.342:\nprecision 0.810, recall 0.720"
+    assert texts[2] == f"bicycle {curves.ap50[1]:.3f}" and len(texts) == 2 + 19
+    line = line_of(figure.axes[0], texts[2])
+    assert to_hex(line.get_color()) == "#{2:02x}{1:02x}{0:02x}".format(*class_colour(1))
+    np.testing.assert_array_equal(line.get_ydata(), curves.precision[1])
+
+
+def test_of_more_classes_half_are_in_a_band():
+    figure = figure_of(plots._curves_figure, CURVES["eighty"], COCO_NAMES)
+    assert legend_of(figure)[2:] == ["the middle half of them"]
+    assert legend_of(figure)[0].startswith("mean of 75 classes")
+
+
+def test_a_single_class_is_its_own_mean():
+    assert [text.partition(":")[0] for text in legend_of(figure_of(plots._curves_figure, CURVES["one"], ["cat"]))] == [
+        "cat",
+        "best F1 0.761, at confidence 0.342",
+    ]
+
+
+def test_curves_of_equal_f1_are_that():
+    (line, *_) = figure_of(plots._curves_figure, CURVES["one"], ["cat"]).axes[0].get_lines()
+    recall, precision = line.get_data()
+    np.testing.assert_allclose(2 * precision * recall / (precision + recall), plots.EQUAL_F1[0])
+
+
+DATASETS = {
+    "none": (np.zeros(0, np.int64), np.zeros((0, 4)), ("cat", "猫")),
+    "one": (*some_labels(1, 1), ("cat",)),
+    "three": (*some_labels(3), ("ripe strawberry", "unripe strawberry", "leaf")),
+    "twenty with long names": (*some_labels(19), [f"a very long name of class no. {i}" for i in range(20)]),
+    "eighty": (*some_labels(77, 5000), COCO_NAMES),
+    "hundreds": (*some_labels(1203, 5000), [f"class {i}" for i in range(1203)]),
+    "no classes": (np.zeros(0, np.int64), np.zeros((0, 4)), ()),
+    "points": (np.zeros(3, np.int64), np.tile([0.5, 0.5, 0.0, 0.0], (3, 1)), ("point",)),
+    "one pole far from the others": (np.repeat([0, 1, 2], [1, 500, 3]), some_labels(1, 504)[1], ("a", "b", "c")),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_all_labels_have_a_chart_where_nothing_is_cut_off_and_no_names_touch(name):
+    figure = figure_of(plots._labels_figure, *DATASETS[name])
+    assert is_all_inside(figure)
+    labels = figure.axes[0].get_xticklabels()
+    extents = [label.get_window_extent() for label in labels]
+    assert all(left.x1 <= right.x0 + 1 for left, right in pairwise(extents))
+    assert len({label.get_text() for label in labels}) == len(labels), "shortened names are still told apart"
+
+
+def test_a_bar_is_as_high_as_its_class_has_boxes_and_empty_classes_are_orange():
+    class_ids, boxes, names = DATASETS["eighty"]
+    axes = figure_of(plots._labels_figure, class_ids, boxes, names).axes[0]
+    counts = np.bincount(class_ids, minlength=80)
+    assert [bar.get_height() for bar in axes.patches] == counts.tolist()
+    orange = [label.get_text() for label in axes.get_xticklabels() if label.get_color() == plots.ORANGE]
+    assert orange == [name for name, count in zip(names, counts, strict=True) if count == 0] and len(orange) >= 3
+    assert axes._left_title.get_text().startswith("5,000 boxes in 77 of 80 classes")
+
+
+@pytest.mark.parametrize("name, scale", [("three", "linear"), ("one pole far from the others", "log")])
+def test_the_axis_is_logarithmic_where_classes_are_far_apart(name, scale):
+    assert figure_of(plots._labels_figure, *DATASETS[name]).axes[0].get_yscale() == scale
+
+
+def test_heat_maps_count_every_box_where_it_is():
+    boxes = np.array([[0.1, 0.9, 0.3, 0.02], [0.1, 0.9, 0.3, 0.02], [0.9, 0.1, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    figure = figure_of(plots._labels_figure, np.zeros(4, np.int64), boxes, ["cat"])
+    centres, sizes = (np.nan_to_num(figure.axes[i].collections[0].get_array()) ** 2 for i in (1, 2))
+    centres, sizes = centres.round(9), sizes.round(9)
+    bins = plots.BINS
+    assert centres.sum() == sizes.sum() == 4
+    assert centres[int(0.9 * bins), int(0.1 * bins)] == 2 and centres[-1, -1] == 1
+    assert sizes[0, 0] == sizes[-1, -1] == 1
+    edges = np.geomspace(plots.SMALLEST, 1, bins + 1)
+    assert sizes[np.searchsorted(edges, 0.02) - 1, np.searchsorted(edges, 0.3) - 1] == 2
+
+
+def test_of_many_boxes_some_from_everywhere_are_laid_over_each_other():
+    boxes = np.linspace([0.5, 0.5, 0.1, 0.1], [0.5, 0.5, 0.9, 0.5], 5000)
+    overlaid = figure_of(plots._labels_figure, np.zeros(5000, np.int64), boxes, ["cat"]).axes[3].collections[0]
+    sizes = np.array([path.get_extents().size for path in overlaid.get_paths()])
+    assert len(sizes) == plots.OVERLAID
+    np.testing.assert_allclose(sizes[[0, -1]], [[0.1, 0.1], [0.9, 0.5]])
+
+
+@pytest.mark.parametrize("draw", ["results", "curves", "labels"])
+def test_the_same_numbers_make_the_same_bytes(tmp_path, draw):
+    def write(path):
+        if draw == "results":
+            draw_results(RUNS["one epoch"], path)
+        elif draw == "curves":
+            draw_precision_recall(CURVES["one"], COCO_NAMES, path)
+        else:
+            class_ids, boxes, names = DATASETS["three"]
+            draw_labels(class_ids, boxes.astype(np.float32), names, path)
+        return path.read_bytes()
+
+    assert write(tmp_path / "a.png") == write(tmp_path / "b.png")
+
+
+def test_a_chart_that_cannot_be_written_is_a_usage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in [(tmp_path / "a.jpg", "is a PNG"), (tmp_path / "file" / "a.png", "cannot be written")]:
+        with pytest.raises(UsageError, match=reason):
+            draw_results(RUNS["one epoch"], path)
+
+
+def batch_of(images, targets=()):
+    images = torch.from_numpy(np.stack(images))
+    targets = torch.tensor(targets, dtype=torch.float32).reshape(-1, 6)
+    return Batch(images=images, targets=targets, paths=tuple(Path(f"{i}.jpg") for i in range(len(images))))
+
+
+def shades(count, hw=(100, 80)):
+    """Pictures of one colour each, RGB."""
+    return [np.full((*hw, 3), (10 * i, 40, 200), np.uint8) for i in range(count)]
+
+
+def drawn(tmp_path, batch, names=("cat", "dog"), **options):
+    draw_batch(batch, names, tmp_path / "batch.png", **options)
+    return cv2.imread(str(tmp_path / "batch.png"))
+
+
+@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2), (16, 4, 4)])
+def test_pictures_of_a_batch_stand_in_rows_in_their_colours(tmp_path, count, columns, rows):
+    sheet = drawn(tmp_path, batch_of(shades(count)))
+    step_y, step_x = 100 + plots.GAP, 80 + plots.GAP
+    assert sheet.shape == (rows * step_y - plots.GAP, columns * step_x - plots.GAP, 3)
+    for place in range(columns * rows):
+        top, left = place // columns * step_y, place % columns * step_x
+        expected = (200, 40, 10 * place) if place < count else (255, 255, 255)
+        assert (sheet[top : top + 100, left : left + 80] == expected).all()
+
+
+def test_no_more_pictures_than_asked_are_drawn(tmp_path):
+    batch = batch_of(shades(9), [[8, 0, 0.5, 0.5, 0.5, 0.5]])
+    assert drawn(tmp_path, batch, most=4).shape == (2 * 100 + plots.GAP, 2 * 80 + plots.GAP, 3)
+    assert drawn(tmp_path, batch).shape == (3 * 104 - plots.GAP, 3 * 84 - plots.GAP, 3)
+
+
+def test_large_pictures_are_made_smaller_and_keep_their_shape(tmp_path):
+    sheet = drawn(tmp_path, batch_of(shades(9, hw=(1280, 640))))
+    assert plots.MOST_PIXELS - 20 < sheet.shape[0] <= plots.MOST_PIXELS
+    assert sheet.shape[1] == pytest.approx(sheet.shape[0] / 2, abs=8)
+    assert (sheet[:600, :310] == (200, 40, 0)).all(), "no border is added"
+
+
+def test_boxes_are_drawn_where_the_targets_say_and_on_their_picture_only(tmp_path):
+    images = [np.zeros((200, 400, 3), np.uint8)] * 2
+    sheet = drawn(tmp_path, batch_of(images, [[1, 1, 0.5, 0.5, 0.25, 0.6]]), names=("cat", ""))
+    first, second = sheet[:, :400], sheet[:, 400 + plots.GAP :]
+    assert not first.any()
+    ys, xs = np.nonzero((second == class_colour(1)).all(-1))
+    corners = np.array([xs.min(), ys.min(), xs.max(), ys.max()])
+    np.testing.assert_allclose(corners, [150, 40, 250, 160], atol=HALF_PIXEL)
+
+
+def test_a_box_has_the_name_of_its_class(tmp_path):
+    batch = batch_of([np.zeros((200, 400, 3), np.uint8)], [[0, 1, 0.5, 0.5, 0.25, 0.5]])
+    named, unnamed = drawn(tmp_path, batch), drawn(tmp_path, batch, names=("", ""))
+    assert (named != unnamed).any(-1).sum() > 200
+
+
+def test_a_batch_is_not_changed_by_drawing_it(tmp_path):
+    batch = batch_of(shades(2), [[0, 0, 0.5, 0.5, 0.5, 0.5]])
+    before = dataclasses.replace(batch, images=batch.images.clone(), targets=batch.targets.clone())
+    drawn(tmp_path, batch)
+    assert torch.equal(batch.images, before.images) and torch.equal(batch.targets, before.targets)
+
+
+def test_a_batch_in_an_unknown_format_is_an_image_error(tmp_path):
+    with pytest.raises(ImageError, match="cannot write"):
+        draw_batch(batch_of(shades(1)), ("cat",), tmp_path / "batch.unknown")

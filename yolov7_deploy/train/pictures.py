@@ -1,0 +1,231 @@
+"""The pictures and labels of a dataset at the size of training."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from yolov7_deploy.dataset import Dataset
+from yolov7_deploy.dataset.samples import Labels
+from yolov7_deploy.errors import DatasetError, ImageError
+from yolov7_deploy.image import Image, read_image
+from yolov7_deploy.train.flat_objects import FlatObjects, unflattened
+from yolov7_deploy.train.picture_cache import PictureCache
+from yolov7_deploy.train.scene import NO_POLYGON, Objects
+
+REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can do while it decodes
+
+_log = logging.getLogger(__name__)
+
+
+class PictureStore:
+    """Pictures resized so that the longer side is `size`, and their objects in resized pixels without crowd boxes.
+
+    Sizes and objects are known without decoding. A picture whose header cannot be read counts as an empty one of
+    [size, size], and asking for its pixels raises.
+
+    Attributes:
+        size: The longer side, also of pictures that were smaller.
+        class_names: Of the dataset.
+    """
+
+    def __init__(self, dataset: Dataset, *, size: int, cache_bytes: int = 0, seed: int = 0) -> None:
+        """Reads the headers of the pictures (where the annotations do not say their sizes), and reserves the cache.
+
+        Args:
+            dataset: Pictures and labels.
+            size: The longer side in pixels.
+            cache_bytes: For decoded, resized pictures; 0 is off.
+            seed: Chooses the pictures of the cache where not all fit.
+
+        Raises:
+            DatasetError: No picture can be read.
+            DeviceError: There is not so much memory for the cache.
+        """
+        started = time.perf_counter()
+        self.size, self.class_names = size, dataset.class_names
+        self._paths = [dataset.path(i) for i in range(len(dataset))]
+        self._wrong: dict[int, str] = {}
+        self._collect(dataset)
+        if len(self._wrong) == len(self):
+            raise _no_pictures(self._paths, self._wrong)
+        sizes = self._hw.prod(axis=1) * 3
+        sizes[list(self._wrong)] = 0
+        self._cache = PictureCache(sizes, cache_bytes=cache_bytes, seed=seed)
+        seconds = time.perf_counter() - started
+        _log.info("%d pictures of %s, %d cached, %.1f s", len(self), dataset.source, len(self._cache), seconds)
+
+    def _collect(self, dataset: Dataset) -> None:
+        """Sizes, and all labels in a few arrays: a million small ones would be copied into every worker process."""
+        sides = np.array([self._header_hw(dataset, index) for index in range(len(self))], dtype=np.int64)
+        ratios = self.size / sides.max(axis=1, keepdims=True)
+        self._source_hw, self._hw = sides, np.maximum((sides * ratios).astype(np.int64), 1)
+        parts = [_in_fractions(dataset.labels(index)) for index in range(len(self))]
+        counts = np.concatenate([part.counts for part in parts])
+        lengths = [len(part) for part in parts]
+        size_of_object = np.repeat(self._hw[:, ::-1], lengths, axis=0).astype(np.float32)
+        boxes, points = (np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes", "points"))
+        self._flat = FlatObjects(
+            boxes=np.clip(boxes, 0, 1, out=boxes) * np.tile(size_of_object, 2),
+            class_ids=np.concatenate([part.class_ids for part in parts]),
+            points=np.clip(points, 0, 1, out=points) * np.repeat(size_of_object, counts, axis=0),
+            counts=counts,
+        )
+        self._object_at = np.concatenate([[0], np.cumsum(lengths)])
+        self._point_at = np.concatenate([[0], np.cumsum(counts)])[self._object_at]
+
+    def _header_hw(self, dataset: Dataset, index: int) -> tuple[int, int]:
+        try:
+            return dataset.image_hw(index)
+        except ImageError as error:
+            self._wrong[index] = error.message
+            return self.size, self.size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> Path:
+        """The picture file."""
+        return self._paths[index]
+
+    def hw(self, index: int) -> tuple[int, int]:
+        """Height and width of the resized picture."""
+        height, width = self._hw[index].tolist()
+        return height, width
+
+    def flat_objects(self, index: int) -> FlatObjects:
+        """The objects in resized pixels; views that nobody may write."""
+        first, last = self._object_at[index : index + 2]
+        start, end = self._point_at[index : index + 2]
+        return FlatObjects(
+            boxes=self._flat.boxes[first:last],
+            class_ids=self._flat.class_ids[first:last],
+            points=self._flat.points[start:end],
+            counts=self._flat.counts[first:last],
+        )
+
+    def objects(self, index: int) -> Objects:
+        """The objects in resized pixels; views that nobody may write."""
+        return unflattened(self.flat_objects(index))
+
+    def all_objects(self) -> Iterator[Objects]:
+        """The objects of each picture in turn."""
+        return map(self.objects, range(len(self)))
+
+    def resized(self, index: int) -> Image:
+        """The picture as uint8 BGR of `hw(index)`, from the cache or into it; nobody may write into it.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        hw = self.hw(index)
+        held = self._cache.holds(index)
+        image = self._cache.get(index, hw) if held else None
+        if image is None:
+            image = self._decoded(index, reduced=1)
+            if image.shape[:2] != hw:
+                image = cv2.resize(image, hw[::-1], interpolation=cv2.INTER_LINEAR)  # type: ignore[assignment]
+            if held:
+                self._cache.put(index, image)
+        return image
+
+    def image(self, index: int, *, scale: float = 1.0) -> tuple[Image, tuple[float, float]]:
+        """The picture as large as it is cheap to have, for one who warps it anyway.
+
+        Where `scale` makes it much smaller, whole pixels are averaged first (by the decoder, where the picture has no
+        place in the cache), which takes less time and does not alias. What comes depends on whether a picture has a
+        place, never on whether the place is filled: batches do not depend on which worker was first.
+
+        Args:
+            index: Which picture.
+            scale: How much larger than the resized picture it will be shown.
+
+        Returns:
+            uint8 BGR [H, W, 3] that nobody may write, and how many of its pixels, along x and along y, are one pixel
+            of the resized picture. Corner lies on corner.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        if self._cache.holds(index):
+            image, step = self.resized(index), reduction(scale)
+            if step > 1:
+                # With these scales instead of a size, pixels cut off at the far edges keep their size.
+                image = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
+            return image, (1 / step, 1 / step)
+        self._require_header(index)
+        ratios = self._source_hw[index] / self._hw[index]
+        step = reduction(scale / float(ratios.max()))
+        image = self._decoded(index, reduced=step)
+        factor_y, factor_x = (
+            ratio * (1 / step if short == -(-long // step) else short / long)
+            for ratio, short, long in zip(ratios.tolist(), image.shape, self._source_hw[index].tolist(), strict=False)
+        )
+        return image, (factor_x, factor_y)
+
+    def _decoded(self, index: int, *, reduced: int) -> Image:
+        self._require_header(index)
+        image = read_image(self._paths[index], reduced=reduced)
+        expected = self._source_hw[index].tolist()
+        if any(
+            short not in (max(1, long // reduced), -(-long // reduced))
+            for short, long in zip(image.shape, expected, strict=False)
+        ):
+            raise ImageError(
+                f"{self._paths[index]} is {image.shape[1] * reduced}x{image.shape[0] * reduced}, but the annotations "
+                f"are of {expected[1]}x{expected[0]}.",
+                fix="Use the annotations of these pictures.",
+            )
+        return image
+
+    def _require_header(self, index: int) -> None:
+        if index in self._wrong:
+            raise ImageError(self._wrong[index])
+
+    def require_a_picture(self) -> None:
+        """Returns when any picture can be read, after trying them in their order.
+
+        Raises:
+            DatasetError: None can.
+        """
+        for index in range(len(self)):
+            try:
+                self.image(index, scale=1 / max(REDUCTIONS))
+            except ImageError:
+                continue
+            return
+        raise _no_pictures(self._paths, self._wrong)
+
+
+def _in_fractions(labels: Labels) -> FlatObjects:
+    """The labels of one picture without crowd boxes, in fractions of its sides."""
+    kept = ~labels.crowd
+    polygons = [
+        polygon if len(polygon) > 2 else NO_POLYGON
+        for polygon, keep in zip(labels.polygons, kept.tolist(), strict=True)
+        if keep
+    ]
+    return FlatObjects(
+        boxes=labels.boxes[kept].astype(np.float32),
+        class_ids=labels.class_ids[kept],
+        points=np.concatenate([NO_POLYGON, *polygons]).astype(np.float32),
+        counts=np.array([len(polygon) for polygon in polygons], dtype=np.int64),
+    )
+
+
+def reduction(scale: float) -> int:
+    """By how much a picture may be smaller before it is shown `scale` times as large: 1, 2, 4 or 8."""
+    return next((step for step in REDUCTIONS if scale * step <= 1), 1)
+
+
+def _no_pictures(paths: list[Path], wrong: dict[int, str]) -> DatasetError:
+    first = f" The first: {wrong[0]}" if 0 in wrong else ""
+    return DatasetError(
+        f"None of the {len(paths)} pictures for training can be read.{first}",
+        fix="Check the pictures that `train` of the dataset YAML names.",
+    )

@@ -1,0 +1,174 @@
+"""The processes that train together, as `torchrun` starts them; one process is a world of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from yolov7_deploy.errors import DeviceError, UsageError
+
+CPU = torch.device("cpu")
+PATIENCE = timedelta(hours=3)  # the others wait while the first one validates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """One process's place among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def is_first(self) -> bool:
+        """This is the process that writes files and validates."""
+        return self.rank == 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place and without gradients."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def open_world(device: str) -> Iterator[World]:
+    """This process's place: by the variables of `torchrun`, alone without them.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `N`. Under `torchrun` each process takes a GPU of its own.
+
+    Raises:
+        DeviceError: There is no such device.
+        UsageError: The variables of `torchrun` are incomplete, or a single GPU is asked for several processes.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        yield World(device=_device(device, None))
+        return
+    rank, local = _number("RANK", -1), _number("LOCAL_RANK", -1)
+    if rank < 0 or local < 0:
+        raise UsageError(
+            f"WORLD_SIZE is {size} but RANK or LOCAL_RANK is not set.",
+            fix="Start several processes with:  torchrun --nproc-per-node 2 -m yolov7_deploy train ...",
+        )
+    place = _device(device, local)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield World(rank=rank, size=size, device=place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, absent: int) -> int:
+    text = os.environ.get(name, str(absent))
+    if not text.lstrip("-").isdecimal():
+        raise UsageError(f"The variable {name} is {text!r}, not a number.", fix=f"unset {name}, or start with torchrun")
+    return int(text)
+
+
+def _device(text: str, local: int | None) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if text == "auto":
+        text = "cuda" if gpus else "cpu"
+    if text.isdecimal():
+        text = f"cuda:{text}"
+    kind, _, number = text.partition(":")
+    if kind == "cpu" and not number:
+        return torch.device("cpu")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise UsageError(f"--device {text} is unknown.", fix="One of: auto, cpu, cuda, cuda:0")
+    if local is not None and number:
+        raise UsageError(f"--device {text} names one GPU for several processes.", fix="--device cuda, or auto")
+    index = local if local is not None else int(number or 0)
+    if index >= gpus:
+        raise DeviceError(
+            f"{text}: torch sees {gpus} GPUs here, and number {index} is needed.",
+            fix="--device cpu, or fewer processes; y7 doctor shows what is here.",
+        )
+    return torch.device("cuda", index)
+
+
+def synced(model: nn.Module, world: World) -> nn.Module:
+    """The model with BatchNorm over the pictures of all processes; changed in place where that is possible."""
+    if world.size == 1:
+        return model
+    if world.device.type == "cuda":
+        made: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return made
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(model, name, SyncedBatchNorm.of(child, world))
+        else:
+            synced(child, world)
+    return model
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the pictures of all processes on a CPU, which torch's own does not do."""
+
+    world: World
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, world: World) -> SyncedBatchNorm:
+        """The same layer, with the same parameters and statistics."""
+        made = cls(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+        made.load_state_dict(norm.state_dict())
+        made.weight, made.bias, made.world = norm.weight, norm.bias, world
+        return made.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same shape; in eval mode as any BatchNorm."""
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * self.world.size  # every process has the same number of pictures
+        mean = _added(x.sum((0, 2, 3))) / count
+        centred = x - mean.view(1, -1, 1, 1)
+        variance = _added(centred.square().sum((0, 2, 3))) / count
+        self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+        scale = self.weight / torch.sqrt(variance + self.eps)
+        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+class _Added(torch.autograd.Function):
+    """A sum over processes whose gradient is again a sum over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ANN401 - torch's context has no public type
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _added(tensor: Tensor) -> Tensor:
+    total: Tensor = _Added.apply(tensor)  # type: ignore[no-untyped-call]
+    return total
