@@ -49,7 +49,17 @@ VERSION = (f"{NAME}", "__version__")
 # A place is a file or a folder (ends with a slash) of the package.
 LIBRARIES: dict[str, set[str]] = {
     "cuda": {"backends/cudart.py"},
-    "cv2": {"draw.py", "image.py", "sources/", "train/paste.py", "window.py"},
+    "cv2": {
+        "draw.py",
+        "image.py",
+        "sources/",
+        "train/augment.py",
+        "train/loader.py",
+        "train/paste.py",
+        "train/perspective.py",
+        "train/pictures.py",
+        "window.py",
+    },
     "faster_coco_eval": {"measure/accuracy.py", "measure/drop.py"},
     "google.protobuf": {"engine/prepare.py", "export/onnx_model.py"},
     "matplotlib": {"measure/chart_file.py", "measure/speed/chart.py", "quantization/chart.py", "train/plots.py"},
@@ -57,7 +67,7 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxruntime": {"backends/ort.py", "measure/stages.py", "precision/runner.py"},
     "onnxsim": {"export/to_onnx.py"},
     "rich": {"cli/", "measure/report.py"},
-    "safetensors": {"checkpoint/checkpoint.py"},
+    "safetensors": {"checkpoint/checkpoint.py", "train/run_state.py"},
     "torch": {
         "backends/pytorch.py",
         "backends/torch_lanes.py",
@@ -68,10 +78,10 @@ LIBRARIES: dict[str, set[str]] = {
         "measure/complexity.py",
         "measure/estimate/layer_work.py",
         "model/",
-        "train/tensorboard_log.py",
+        "train/",
     },
     "typer": {"cli/"},
-    "yaml": {"dataset/yolo.py"},
+    "yaml": {"dataset/yolo.py", "train/hyperparameters.py"},
 }
 EVERYWHERE = {"numpy"}
 # Light enough to be imported where they are needed; all others stand at the top of their file.

@@ -31,7 +31,7 @@ def record(epoch=0, **changes):
         "obj": 0.03,
         "cls": 0.02,
         "total": 0.12,
-        "targets": 118.5,
+        "positives": 118.5,
         "size": 640,
         "lr_norm": 0.01,
         "lr_weight": 0.01,

@@ -32,7 +32,7 @@ def record(epoch, ap=None, **changes):
         "obj": 0.03 / (1 + epoch),
         "cls": 0.05 / (1 + epoch),
         "total": 0.15 / (1 + epoch),
-        "targets": 100.0,
+        "positives": 100.0,
         "size": 640,
         "ap": ap,
         "ap50": None if ap is None else 1.3 * ap,

@@ -289,7 +289,8 @@ class TrainOptions:
         seed: Of everything random.
         workers: Processes that prepare pictures, for each training process.
         cache_gib: Memory for prepared pictures; `None` is a quarter of what is free.
-        half: Mixed precision; `None` is on a GPU only.
+        half: Mixed precision: float16 on a GPU, bfloat16 on a CPU (fast where it has such instructions). `None` is on a
+            GPU only.
         adam: AdamW instead of SGD.
         linear_lr: The learning rate falls linearly instead of as a cosine.
         sync_bn: BatchNorm over the pictures of all processes.

@@ -16,8 +16,8 @@ from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
-from yolov7_deploy.cli.train import train
 from yolov7_deploy.cli.shapes import shapes
+from yolov7_deploy.cli.train import train
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library

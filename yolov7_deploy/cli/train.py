@@ -60,7 +60,8 @@ CloseMosaic = Annotated[int, typer.Option("--close-mosaic", help="Last epochs wi
 ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Pictures of badly found classes more often.")]
 AutoAnchor = Annotated[bool, typer.Option("--autoanchor/--noautoanchor", help="Fit anchors if they reach too little.")]
 Half = Annotated[
-    bool | None, typer.Option("--half/--no-half", help="Mixed precision (default: on a GPU, and only there).")
+    bool | None,
+    typer.Option("--half/--no-half", help="Mixed precision: float16 on a GPU (default there), bfloat16 on a CPU."),
 ]
 Adam = Annotated[bool, typer.Option("--adam", help="AdamW instead of SGD.")]
 LinearLr = Annotated[bool, typer.Option("--linear-lr", help="The rate falls linearly instead of as a cosine.")]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.dataset.picture_size import read_picture_hw
+from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import FloatArray
 
 IntArray = npt.NDArray[np.int64]
@@ -158,6 +159,18 @@ class Dataset(Sequence[Sample]):
         for record in self._records:
             counts += np.bincount(record.labels.class_ids[~record.labels.crowd], minlength=len(counts))
         return counts
+
+    def require_boxes(self) -> None:
+        """Does nothing where there is a box to find.
+
+        Raises:
+            DatasetError: There is none, with what was repaired while reading.
+        """
+        if not self.box_counts().any():
+            raise DatasetError(
+                "\n".join([f"{self.source} has not one box in {len(self)} pictures.", *self.problems[:3]]),
+                fix="Check --data, and that labels lie where its pictures' paths say.",
+            )
 
     def ground_truth(self, indices: Sequence[int]) -> dict[str, Any]:
         """The chosen samples as a COCO document: `images`, `annotations` (ids from 1), `categories`.

@@ -131,11 +131,7 @@ def evaluate(
     start = time.perf_counter()
     rect = is_rect(detector.info, options)
     category_of = _category_of(detector.info.class_names, dataset)
-    if not dataset.box_counts().any():
-        raise DatasetError(
-            "\n".join([f"{dataset.source} has not one box in {len(dataset)} pictures.", *dataset.problems[:3]]),
-            fix="Check --data, and that labels lie where its pictures' paths say.",
-        )
+    dataset.require_boxes()
     sized, skipped = _sizes(dataset)
     groups, fit, protocol = plan(detector, sized, rect=rect, batch=options.batch)
     thresholds, notes = thresholds_in_force(options.thresholds, detector.info)

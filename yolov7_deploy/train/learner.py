@@ -56,9 +56,10 @@ class Learner:
         self, model: Yolov7, *, hyp: Hyperparameters, options: TrainOptions, schedule: Schedule, world: World
     ) -> None:
         self.options, self.schedule, self.world = options, schedule, world
-        self.half = world.device.type == "cuda" if options.half is None else options.half
-        if self.half and world.device.type != "cuda":
-            raise UsageError(f"--half needs a GPU; training on {world.device} is in float32.", fix="--no-half")
+        on_gpu = world.device.type == "cuda"
+        self.half = on_gpu if options.half is None else options.half
+        # Half on a GPU needs a scaled loss; bfloat16, which processors have, reaches as far as float32.
+        self._half_type = torch.float16 if on_gpu else torch.bfloat16
         self.model: nn.Module = model
         self._frozen = frozen_layers(options.freeze, model)
         _freeze(model, self._frozen, options)
@@ -77,8 +78,8 @@ class Learner:
         self.stride = max(model.variant.strides)
         self.average = MovingAverage(self.model)
         self.optimizer = make_optimizer(self.model, schedule, adam=options.adam)
-        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
-            world.device.type, enabled=self.half, growth_interval=SCALE_GROWTH_STEPS
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, enabled=self.half and on_gpu, growth_interval=SCALE_GROWTH_STEPS
         )
         self._network = self._shared(self.model)
 
@@ -123,7 +124,7 @@ class Learner:
         """Forward and loss of a batch; nothing learns yet."""
         images = self._images(batch.images, epoch, in_epoch)
         targets = batch.targets.to(self.world.device, non_blocking=True)
-        with torch.autocast(self.world.device.type, dtype=torch.float16, enabled=self.half):
+        with torch.autocast(self.world.device.type, dtype=self._half_type, enabled=self.half):
             raws = self._network(images)
         parts: LossParts = self.loss(raws, targets)
         return parts

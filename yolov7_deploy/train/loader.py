@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from yolov7_deploy.dataset.samples import DoubleArray
 from yolov7_deploy.errors import DeviceError, UsageError, Y7Error
@@ -110,7 +110,9 @@ class TrainLoader:
             try:
                 batch = next(batches, None)
             except RuntimeError as error:
-                raise _dead_worker(error) from error
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise _no_memory(f"A process that loads pictures died: {error}") from error
             if batch is None:
                 return
             if isinstance(batch, Y7Error):
@@ -168,7 +170,7 @@ def make_batch(store: PictureStore, augmentation: Augmentation, request: Request
         DatasetError: No picture can be read.
     """
     reader = PictureReader(store)
-    images = torch.empty((len(request.indices), *request.hw, 3), dtype=torch.uint8)
+    images = _empty((len(request.indices), *request.hw, 3))
     targets = []
     for number, (position, index) in enumerate(zip(request.positions, request.indices, strict=True)):
         found = make_scene(
@@ -198,7 +200,8 @@ def _as_it_is(batch: list[Batch]) -> list[Batch]:
 def _start_worker(number: int) -> None:
     _keep_memory()
     cv2.setNumThreads(0)  # the batches are in parallel already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains ends the workers
+    for number_of in (signal.SIGINT, signal.SIGTERM):  # the process that trains ends the workers
+        signal.signal(number_of, signal.SIG_IGN)
 
 
 def _keep_memory() -> None:
@@ -217,9 +220,20 @@ def _context() -> str | None:
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
-def _dead_worker(error: RuntimeError) -> DeviceError:
-    reason = str(error).strip().splitlines()[0] if str(error) else "RuntimeError"
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory for a batch, uint8; in a worker it is shared, so that nothing is copied when the batch is handed over."""
+    images = torch.empty(shape, dtype=torch.uint8)
+    if get_worker_info() is None:
+        return images
+    try:
+        images.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise _no_memory(f"A batch of {images.nbytes / 1e6:.0f} MB cannot be handed over: {error}") from error
+    return images
+
+
+def _no_memory(what: str) -> DeviceError:
     return DeviceError(
-        f"A process that loads pictures died: {reason} Mostly memory is short, or /dev/shm is full.",
-        fix="Fewer or none of them:  --workers 0      In a container:  docker run --shm-size 8g ...",
+        f"{what.strip().splitlines()[0]} Mostly memory is short, or /dev/shm is full.",
+        fix="Fewer processes, or none:  --workers 0      In a container:  docker run --shm-size 8g ...",
     )

@@ -31,7 +31,7 @@ class EpochRecord:
     Attributes:
         epoch: Counted as the training loop counts.
         box, obj, cls, total: Means of the losses over the epoch's batches, gains included.
-        targets: Objects in a batch, on average.
+        positives: Places of the lead heads that a target was assigned to, in a step on average.
         size: Side of the pictures in pixels.
         ap, ap50, ap75, ap_small, ap_medium, ap_large, ar100: COCO's numbers (0..1) of the validation; `None` where
             there was none after this epoch, or nothing of that kind to find.
@@ -48,7 +48,7 @@ class EpochRecord:
     obj: float
     cls: float
     total: float
-    targets: float
+    positives: float
     size: int
     ap: float | None = None
     ap50: float | None = None
@@ -78,7 +78,7 @@ OPTIONAL = {field.name for field in fields(EpochRecord) if field.default is None
 HEADER = ",".join(COLUMNS)
 # Where TensorBoard shows a column; the part before the slash is a section of its page.
 TAGS = {
-    **{name: f"train/{name}" for name in ("box", "obj", "cls", "total", "targets", "size")},
+    **{name: f"train/{name}" for name in ("box", "obj", "cls", "total", "positives", "size")},
     **{name: f"val/{name}" for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")},
     **{name: name.replace("_", "/") for name in ("lr_norm", "lr_weight", "lr_bias")},
     "momentum": "lr/momentum",

@@ -75,12 +75,12 @@ class Trainer:
         loader: Its pictures.
         val: What it is validated on.
         state: Where the training is.
-        log: Losses and AP of each epoch.
+        log: Losses and AP of each epoch, in the first of several processes.
         watch: Who looks on.
     """
 
     def __init__(
-        self, learner: Learner, loader: TrainLoader, val: Dataset, *, state: RunState, log: RunLog, watch: Watch
+        self, learner: Learner, loader: TrainLoader, val: Dataset, *, state: RunState, log: RunLog | None, watch: Watch
     ) -> None:
         self._learner, self._loader, self._val = learner, loader, val
         self._state, self._log, self._watch = state, log, watch
@@ -214,6 +214,7 @@ class Trainer:
         self._state = replace(state, epoch=epoch, step=0, sums=Sums())
         if self._world.is_first:
             record = self._record(epoch, sums, report, rate=rate, seconds=seconds)
+            assert self._log is not None, "the first process keeps the log"
             self._log.write(record)
             self._watch.epoch_done(record)
             self._keep()
@@ -287,7 +288,7 @@ class Trainer:
             obj=sums.objectness,
             cls=sums.classes,
             total=sums.box + sums.objectness + sums.classes,
-            targets=sums.positives,
+            positives=sums.positives,
             size=self._options.img,
             lr_norm=rates.get(NORMS, 0.0),
             lr_weight=rates.get(WEIGHTS, 0.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sys
@@ -143,12 +144,16 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
     )
     learner = Learner(model, hyp=request.hyp, options=options, schedule=schedule, world=world)
     try:
-        with RunLog(folder, tensorboard=request.tensorboard, first_epoch=state.epoch + 1) as log:
+        with contextlib.ExitStack() as open_files:
+            log = None
+            if world.is_first:
+                first_epoch = state.epoch + 1
+                log = open_files.enter_context(RunLog(folder, tensorboard=request.tensorboard, first_epoch=first_epoch))
             trainer = Trainer(learner, loader, data.val, state=state, log=log, watch=watch)
             if resuming:
                 trainer.resume()
             report = trainer.run()
-            if world.is_first:
+            if log is not None:
                 _draw(folder, report, data, log)
             return report
     finally:
@@ -205,14 +210,8 @@ def _open_data(request: TrainRequest) -> _Data:
         train_set, val_set = (with_classes(dataset, request.classes) for dataset in (train_set, val_set))
     if request.single_class:
         train_set, val_set = (as_single_class(dataset) for dataset in (train_set, val_set))
-    for dataset, name in ((train_set, "train"), (val_set, "val")):
-        if not dataset.box_counts().any():
-            raise DatasetError(
-                "\n".join(
-                    [f"{dataset.source}: {name} has not one box in {len(dataset)} pictures.", *dataset.problems[:3]]
-                ),
-                fix="Check that labels lie where the pictures' paths say, and --classes.",
-            )
+    train_set.require_boxes()
+    val_set.require_boxes()
     return _Data(train=train_set, val=val_set, sha256=_digest(train_set))
 
 
