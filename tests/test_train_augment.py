@@ -232,6 +232,8 @@ def test_pasted_objects_keep_their_colours(tmp_path):
     else:
         pytest.fail("no dark picture got an object")
     assert any(yellow[int(y * 256), int(x * 256)] for _, x, y, _, _ in targets)
+    red, _, blue = np.moveaxis(out.astype(int), 2, 0)
+    assert (blue > red + 20).any() and not (red > blue + 20)[~yellow & (out[..., 1] < 20)].any()
 
 
 def test_there_are_thirty_crops_and_none_is_cut_before_it_is_asked_for(reader, monkeypatch):

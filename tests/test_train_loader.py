@@ -266,6 +266,16 @@ def test_shared_memory_that_is_full_is_told_with_what_to_type(loaders, monkeypat
     assert "--workers 0" in caught.value.fix and "--shm-size" in caught.value.fix
 
 
+@needs_fork
+def test_workers_that_cannot_start_are_told_with_what_to_type(loaders, monkeypatch):
+    def full():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", full)
+    with pytest.raises(DeviceError, match="Cannot allocate memory"):
+        list(loaders(workers=1).epoch(0))
+
+
 def test_other_errors_are_not_taken_for_a_death(loaders, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("something else")
@@ -321,6 +331,19 @@ def test_an_interrupt_ends_everything_without_words_from_the_workers(dataset):
     out, err = process.communicate(timeout=STOP_S)
     assert out.endswith("interrupted\n") and err == "" and process.returncode == 0
     assert len(workers) >= 2 and not any(worker.is_running() for worker in workers)
+
+
+@needs_fork
+def test_workers_outlive_the_signals_that_stop_a_training(loaders):
+    """A terminal or a scheduler sends them to every process, while the one that trains still finishes its step."""
+    before = set(psutil.Process().children())
+    loader = loaders(workers=1)
+    expected = list(loader.epoch(0))
+    for worker in set(psutil.Process().children()) - before:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            worker.send_signal(number)
+    time.sleep(0.1)
+    assert_same(loader.epoch(0), expected)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,17 @@ def test_a_large_photo_is_decoded_small_at_full_scale(tmp_path, monkeypatch):
     assert (factor_x, factor_y) == pytest.approx((100 / 64, 75 / 48))
 
 
+@pytest.mark.parametrize("hw", [(64, 80), (63, 83), (67, 81)])
+def test_a_large_photo_is_resized_from_a_small_decoding_without_a_shift(tmp_path, hw):
+    for axis in (0, 1):
+        store = PictureStore(dataset_of([record(written(tmp_path / f"{axis}.jpg", ramp(hw, axis)), hw)]), size=30)
+        image = store.resized(0)
+        assert image.shape[:2] == store.hw(0)
+        source_px = (np.arange(image.shape[axis]) + 0.5) * hw[axis] / image.shape[axis]
+        seen = image[..., 0].astype(float).mean(axis=1 - axis) / 3
+        np.testing.assert_allclose(seen[1:-1], source_px[1:-1], atol=PLACE_PX)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("reduced", [2, 4, 8])
 def test_a_reduced_picture_is_turned_as_its_exif_says(orientation, reduced):
@@ -218,7 +229,7 @@ def test_a_picture_of_another_size_than_its_annotations_is_refused(tmp_path):
     path = written(tmp_path / "a.jpg", smooth((40, 60), 0))
     store = PictureStore(dataset_of([record(path, (60, 40))]), size=30)
     for read in (store.resized, store.image):
-        with pytest.raises(ImageError, match="60x40, but the annotations are of 40x60"):
+        with pytest.raises(ImageError, match="has not the 40x60 pixels that the annotations say"):
             read(0)
 
 

@@ -21,8 +21,8 @@ _NARROW = 16  # channels below this are not made fewer: of the picture, and of i
 class Thin(Variant):
     """A variant with an eighth of its channels."""
 
-    def layers(self, *, training):
-        rows = Variant.layers(self, training=training)
+    def layers(self, *, training, full_auxiliary=False):
+        rows = Variant.layers(self, training=training, full_auxiliary=full_auxiliary)
         return tuple(replace(r, c_in=tuple(map(self.thin, r.c_in)), c_out=self.thin(r.c_out)) for r in rows)
 
     @staticmethod
@@ -30,10 +30,15 @@ class Thin(Variant):
         return channels if channels < _NARROW else channels // 8
 
 
+def thin(variant: str) -> Thin:
+    """The thin form of a variant."""
+    return Thin(**{field.name: getattr(VARIANTS[variant], field.name) for field in fields(Variant)})
+
+
 @lru_cache
 def thin_model(variant) -> OnnxModel:
     """A thin variant of random weights; shared, so not to be changed."""
-    return random_model(Thin(**{field.name: getattr(VARIANTS[variant], field.name) for field in fields(Variant)}))
+    return random_model(thin(variant))
 
 
 def random_model(variant: Variant) -> OnnxModel:

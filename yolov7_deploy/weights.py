@@ -41,6 +41,9 @@ OFFICIAL_NAMES = (
     "yolov7-e6e_training",
 )
 
+# Comes along with the package, so that everything can be tried without a network; demo/TRAINED.md says how it was made.
+SHAPES_WEIGHTS = "yolov7-tiny-shapes"
+
 # Digests that are publicly known; the others are checked by length only.
 SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e0c71d"}
 
@@ -61,7 +64,8 @@ def find_weights(
 
     A name such as `yolov7` (or `yolov7.pt`) means, in this order: `yolov7.pt`, `yolov7.safetensors`,
     `yolov7_training.pt` in the working directory, in `$Y7_WEIGHTS_DIR`, in `~/.cache/yolov7_deploy`
-    (`$XDG_CACHE_HOME` is respected), else the authors' release. A path is only ever a path.
+    (`$XDG_CACHE_HOME` is respected), else the authors' release. `yolov7-tiny-shapes` comes along with this package. A
+    path is only ever a path.
 
     Args:
         name_or_path: Official name or path.
@@ -76,6 +80,8 @@ def find_weights(
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long for any file
         return path
     name = str(name_or_path).removesuffix(".pt")
+    if name == SHAPES_WEIGHTS:
+        return shipped_weights()
     if name not in OFFICIAL_NAMES:
         raise _absent(path)
     local = find_local_weights(name)
@@ -102,6 +108,11 @@ def find_local_weights(name: str) -> Path | None:
     folders = [folder for folder in _places().values() if folder is not None]
     candidates = (folder / file for folder in folders for file in _file_names(name))
     return next((path for path in candidates if path.is_file()), None)
+
+
+def shipped_weights() -> Path:
+    """The file of the small trained network that comes along with this package."""
+    return Path(__file__).parent / "demo" / f"{SHAPES_WEIGHTS}.safetensors"
 
 
 def cache_dir() -> Path:

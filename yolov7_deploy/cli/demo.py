@@ -1,4 +1,4 @@
-"""`y7 demo`: the whole way once, explained: checkpoint, verified ONNX file, detections in a picture."""
+"""`y7 demo`: the whole way once, explained: checkpoint, verified ONNX files, accuracy, speed, detections."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from yolov7_deploy.errors import UsageError
+
 
 def demo(
     weights: Annotated[
@@ -14,20 +16,28 @@ def demo(
         typer.Option(
             "--weights",
             "-w",
-            help="A checkpoint, or an official name. Left out: yolov7 where this machine has it, else random numbers.",
+            help="A checkpoint, or an official name, for FP32 only. Left out: the small network that comes along.",
         ),
     ] = None,
-    source: Annotated[Path | None, typer.Option("--source", "-s", help="A picture, instead of a drawn one.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--source", "-s", help="With --weights: a picture, instead of a drawn one.")
+    ] = None,
     save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for everything it writes.")] = Path("demo"),
 ) -> None:
-    """Show the whole way on this machine: export, verify, detect."""
-    from yolov7_deploy.demo import run_demo
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.weights import find_local_weights, find_weights
+    """Show the whole way on this machine: export, verify, measure, detect."""
+    if weights is None and source is not None:
+        raise UsageError(
+            "The network that comes along finds generated shapes only, nothing in a picture of yours.",
+            fix=f"y7 demo --weights yolov7 --source {source}",
+        )
+    from yolov7_deploy.demo import run_demo, run_shapes_demo
 
     if weights is None:
-        path = find_local_weights("yolov7")
-    else:
-        with progress("download") as show:
-            path = find_weights(weights, progress=show)
+        run_shapes_demo(save_dir=save_dir, say=typer.echo)
+        return
+    from yolov7_deploy.measure.report import progress
+    from yolov7_deploy.weights import find_weights
+
+    with progress("download") as show:
+        path = find_weights(weights, progress=show)
     run_demo(weights=path, source=source, save_dir=save_dir, say=typer.echo)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs/train")
 DEFAULTS = TrainOptions()
 WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
+CHANGEABLE = {"resume", "save_dir", "data", "device", "json_path"}
 
 Data = Annotated[Path | None, typer.Option("--data", help="Dataset YAML with train and val, or one of `y7 shapes`.")]
 Weights = Annotated[
@@ -46,7 +47,9 @@ Workers = Annotated[int, typer.Option("--workers", help="Processes that prepare 
 Cache = Annotated[
     float | None, typer.Option("--cache", help="GiB for prepared pictures (default: a quarter of what is free).")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the training in --save-dir, or with the newest.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the training in --save-dir, or with the newest, as it was begun.")
+]
 SaveDir = Annotated[Path | None, typer.Option("--save-dir", help="Folder of the run (default: runs/train/expN).")]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 Freeze = Annotated[
@@ -81,6 +84,7 @@ TensorBoard = Annotated[
 
 
 def train(
+    context: typer.Context,
     *,
     data: Data = None,
     weights: Weights = None,
@@ -124,7 +128,8 @@ def train(
     asked = locals()
     options = _options(asked)
     if resume:
-        _resume(save_dir, device=None if device == "auto" else device, json_path=json_path)
+        _refuse_changes(context)
+        _resume(save_dir, data=data, device=None if device == "auto" else device, json_path=json_path)
         return
     from yolov7_deploy.train.hyperparameters import hyperparameters_text, preset_for, read_hyperparameters
 
@@ -171,10 +176,22 @@ def _begin(request: TrainRequest, json_path: str | None) -> None:
     _finish(train_network(request, watch=_Porch()), json_path)
 
 
-def _resume(save_dir: Path | None, *, device: str | None, json_path: str | None) -> None:
+def _refuse_changes(context: typer.Context) -> None:
+    """A training goes on as it was begun; only where things are may be another place."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in CHANGEABLE and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"{parameter.opts[0]} cannot be changed with --resume: a training goes on as it was begun.",
+                fix="Leave it out, or begin anew from its weights:  --weights runs/train/exp/last.safetensors",
+            )
+
+
+def _resume(save_dir: Path | None, *, data: Path | None, device: str | None, json_path: str | None) -> None:
     from yolov7_deploy.train.training import resume
 
-    _finish(resume(save_dir or _newest(), watch=_Porch(), device=device), json_path)
+    folder = save_dir or _newest()
+    _finish(resume(folder, watch=_Porch(), device=device, data=None if data is None else str(data)), json_path)
 
 
 def _finish(report: Any, json_path: str | None) -> None:  # noqa: ANN401 - its type is torch's side of the wall

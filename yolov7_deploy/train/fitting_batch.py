@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 
 import torch
 
 from yolov7_deploy.errors import DeviceError
-from yolov7_deploy.train.learner import Learner
+from yolov7_deploy.train.learner import Learner, training_sizes
 from yolov7_deploy.train.scene import Batch
 
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -22,24 +23,48 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def batch_that_fits(learner: Learner, batch: Batch, error: BaseException) -> DeviceError:
-    """An error that says which batch fits, found by trying halves of the one that did not."""
+    """An error that says which batch fits, found by trying halves of the one that did not.
+
+    Of several processes only this one may be short of memory, and the others do not take part in trials: then half the
+    batch is named untried.
+
+    Args:
+        learner: Its gradients are dropped.
+        batch: What did not fit.
+        error: What was raised; its frames, which hold the activations of the step, are cleared.
+    """
     world, pictures = learner.world, batch.images.shape[0]
     fitting = pictures // 2
-    while fitting and not _fits(learner, batch, fitting):
+    traceback.clear_frames(error.__traceback__)
+    while world.size == 1 and fitting and not _fits(learner, batch, fitting):
         fitting //= 2
-    what = f"A batch of {pictures * world.size} pictures of {batch.images.shape[1]}x{batch.images.shape[2]}"
-    on = f" on {world.size} devices" if world.size > 1 else ""
+    what = f"A batch of {pictures * world.size} pictures of {_size(learner, batch)}"
+    if world.size > 1:
+        what += f", shared by {world.size} processes,"
     reason = str(error).partition("\n")[0][:200]
     if not fitting:
+        smaller = max(learner.stride, learner.options.img // 2 // learner.stride * learner.stride)
+        neither = ", and neither does one picture" if pictures > 1 else ""
         return DeviceError(
-            f"{what} does not fit into the memory of {world.device}{on}, and neither does one picture ({reason}).",
-            fix=f"A smaller size or variant:  --img {max(learner.stride, learner.options.img // 2)}",
+            f"{what} does not fit into the memory of {world.device}{neither} ({reason}).",
+            fix=f"A smaller size or variant:  --img {smaller}",
         )
+    tried = f"; {fitting} do" if world.size == 1 else ""
     return DeviceError(
-        f"{what} does not fit into the memory of {world.device}{on} ({reason}); {fitting * world.size} do. "
+        f"{what} does not fit into the memory of {world.device} ({reason}){tried}. "
         "Gradients are added up to the same nominal batch all the same.",
         fix=f"--batch {fitting * world.size}",
     )
+
+
+def _largest(learner: Learner) -> int | None:
+    """The largest size that a step may have in multi-scale training."""
+    return training_sizes(learner.options.img, learner.stride)[-1] if learner.options.multi_scale else None
+
+
+def _size(learner: Learner, batch: Batch) -> str:
+    largest = _largest(learner)
+    return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[2]}x{batch.images.shape[1]}"
 
 
 def _fits(learner: Learner, batch: Batch, pictures: int) -> bool:
@@ -48,12 +73,11 @@ def _fits(learner: Learner, batch: Batch, pictures: int) -> bool:
     part = Batch(images=batch.images[:pictures], targets=targets, paths=batch.paths[:pictures])
     _free(learner)
     try:
-        if learner.world.size > 1:
-            return False  # the other processes do not take part in a trial
-        learner.losses(part, epoch=0, in_epoch=0).total.backward()  # type: ignore[no-untyped-call]
+        learner.losses(part, size=_largest(learner)).total.backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)
         return False
     finally:
         _free(learner)

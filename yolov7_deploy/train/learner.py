@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class Learner:
             stop: This process wants to stop; the numbers say whether any does.
         """
         set_rates(self.optimizer, self.schedule, step, epoch)
-        parts = self.losses(batch, epoch=epoch, in_epoch=in_epoch)
+        parts = self.losses(batch, size=self.size(epoch, in_epoch))
         numbers = self._numbers(parts, stop)
         if not numbers.is_finite:
             return numbers
@@ -120,21 +121,32 @@ class Learner:
             self.average.update(self.model)
         return numbers
 
-    def losses(self, batch: Batch, *, epoch: int, in_epoch: int) -> LossParts:
-        """Forward and loss of a batch; nothing learns yet."""
-        images = self._images(batch.images, epoch, in_epoch)
+    def size(self, epoch: int, in_epoch: int) -> int | None:
+        """Side of the pictures of a step in multi-scale training; `None` is as they come."""
+        if not self.options.multi_scale:
+            return None
+        rng = np.random.default_rng((self.options.seed, epoch, in_epoch))
+        return int(rng.choice(training_sizes(self.options.img, self.stride)))
+
+    def losses(self, batch: Batch, *, size: int | None = None) -> LossParts:
+        """Forward and loss of a batch; nothing learns yet.
+
+        Args:
+            batch: This process's pictures.
+            size: Side that they are brought to; `None` leaves them.
+        """
+        images = self._images(batch.images, size)
         targets = batch.targets.to(self.world.device, non_blocking=True)
         with torch.autocast(self.world.device.type, dtype=self._half_type, enabled=self.half):
             raws = self._network(images)
         parts: LossParts = self.loss(raws, targets)
         return parts
 
-    def _images(self, images: Tensor, epoch: int, in_epoch: int) -> Tensor:
-        """uint8 [B, H, W, 3] to float [B, 3, H, W] 0..1, channels last as it came; of another size in multi-scale."""
+    def _images(self, images: Tensor, size: int | None) -> Tensor:
+        """uint8 [B, H, W, 3] to float [B, 3, H, W] 0..1, channels last as it came."""
         x = images.to(self.world.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-        if not self.options.multi_scale:
+        if size is None:
             return x
-        size = training_size(self.options.img, self.stride, np.random.default_rng((self.options.seed, epoch, in_epoch)))
         return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
     def _numbers(self, parts: LossParts, stop: bool) -> StepNumbers:
@@ -190,11 +202,10 @@ class Learner:
             self.scaler.load_state_dict({**now, "scale": scale[0], "_growth_tracker": int(scale[1])})
 
 
-def training_size(img: int, stride: int, rng: np.random.Generator) -> int:
-    """A size for one step: a multiple of the stride from half to one and a half of `img`."""
-    step = max(stride, 32)
-    low, high = round(img * SMALLEST_SIZE / step), round(img * LARGEST_SIZE / step)
-    return int(rng.integers(max(1, low), max(1, high) + 1)) * step
+def training_sizes(img: int, stride: int) -> range:
+    """The sizes of multi-scale training: multiples of the stride from half to one and a half of `img`."""
+    low, high = math.ceil(img * SMALLEST_SIZE / stride), math.floor(img * LARGEST_SIZE / stride)
+    return range(low * stride, high * stride + 1, stride)
 
 
 def frozen_layers(freeze: tuple[int, ...], model: Yolov7) -> tuple[int, ...]:
@@ -223,6 +234,11 @@ def _freeze(model: Yolov7, frozen: tuple[int, ...], options: TrainOptions) -> No
             parameter.requires_grad_(not name.startswith("m2."))
     for index in still:
         model.model[index].requires_grad_(requires_grad=False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            f"--freeze {','.join(map(str, frozen))}: the other layers of {model.variant.name} have nothing to learn.",
+            fix=f"For example: --freeze {len(model.layers) // 2}",
+        )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -105,7 +105,10 @@ class TrainLoader:
         if self._loader is None:
             raise UsageError("The loader is closed.", fix="Make a new TrainLoader.")
         self._requests.coming = list(self._requested(epoch, start))
-        batches = iter(self._loader) if self._requests.coming else iter(())
+        try:
+            batches = iter(self._loader) if self._requests.coming else iter(())
+        except OSError as error:  # of the fork
+            raise _no_memory(f"No process to load pictures can be started: {error}.") from error
         while True:
             try:
                 batch = next(batches, None)

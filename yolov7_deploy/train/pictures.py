@@ -127,9 +127,7 @@ class PictureStore:
         held = self._cache.holds(index)
         image = self._cache.get(index, hw) if held else None
         if image is None:
-            image = self._decoded(index, reduced=1)
-            if image.shape[:2] != hw:
-                image = cv2.resize(image, hw[::-1], interpolation=cv2.INTER_LINEAR)  # type: ignore[assignment]
+            image = _of_size(*self._decoded(index, 1.0), hw)
             if held:
                 self._cache.put(index, image)
         return image
@@ -158,34 +156,29 @@ class PictureStore:
                 # With these scales instead of a size, pixels cut off at the far edges keep their size.
                 image = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
             return image, (1 / step, 1 / step)
-        self._require_header(index)
-        ratios = self._source_hw[index] / self._hw[index]
-        step = reduction(scale / float(ratios.max()))
-        image = self._decoded(index, reduced=step)
-        factor_y, factor_x = (
-            ratio * (1 / step if short == -(-long // step) else short / long)
-            for ratio, short, long in zip(ratios.tolist(), image.shape, self._source_hw[index].tolist(), strict=False)
-        )
-        return image, (factor_x, factor_y)
+        return self._decoded(index, scale)
 
-    def _decoded(self, index: int, *, reduced: int) -> Image:
-        self._require_header(index)
-        image = read_image(self._paths[index], reduced=reduced)
-        expected = self._source_hw[index].tolist()
-        if any(
-            short not in (max(1, long // reduced), -(-long // reduced))
-            for short, long in zip(image.shape, expected, strict=False)
-        ):
-            raise ImageError(
-                f"{self._paths[index]} is {image.shape[1] * reduced}x{image.shape[0] * reduced}, but the annotations "
-                f"are of {expected[1]}x{expected[0]}.",
-                fix="Use the annotations of these pictures.",
-            )
-        return image
-
-    def _require_header(self, index: int) -> None:
+    def _decoded(self, index: int, scale: float) -> tuple[Image, tuple[float, float]]:
+        """See `image`; whatever is cached."""
         if index in self._wrong:
             raise ImageError(self._wrong[index])
+        source, ratios = self._source_hw[index].tolist(), (self._source_hw[index] / self._hw[index]).tolist()
+        step = reduction(scale / max(ratios))
+        image = read_image(self._paths[index], reduced=step)
+        # Of a side that is no multiple of `step`, decoders make the last pixel of what is left, or leave that out.
+        if any(
+            short not in (max(1, long // step), -(-long // step))
+            for short, long in zip(image.shape, source, strict=False)
+        ):
+            raise ImageError(
+                f"{self._paths[index]} has not the {source[1]}x{source[0]} pixels that the annotations say.",
+                fix="Use the annotations of these pictures.",
+            )
+        factor_y, factor_x = (
+            ratio * (1 / step if short == -(-long // step) else short / long)
+            for ratio, short, long in zip(ratios, image.shape, source, strict=False)
+        )
+        return image, (factor_x, factor_y)
 
     def require_a_picture(self) -> None:
         """Returns when any picture can be read, after trying them in their order.
@@ -200,6 +193,21 @@ class PictureStore:
                 continue
             return
         raise _no_pictures(self._paths, self._wrong)
+
+
+def _of_size(image: Image, factors_xy: tuple[float, float], hw: tuple[int, int]) -> Image:
+    """The picture resized, where `factors_xy` of its pixels are one of the result."""
+    height, width = hw
+    if all(
+        abs(f * side - n) < 1e-6 for f, side, n in zip(factors_xy, (width, height), image.shape[1::-1], strict=True)
+    ):
+        same = image.shape[:2] == hw
+        return image if same else cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
+    # The last pixel is not whole: OpenCV's resize would squeeze it in.
+    back = np.array([[f, 0, f / 2 - 0.5] for f in factors_xy])
+    back[1] = back[1, [1, 0, 2]]
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, back, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[return-value]
 
 
 def _in_fractions(labels: Labels) -> FlatObjects:

@@ -35,8 +35,8 @@ def starting_model(
 ) -> Start:
     """A network for these classes, with all that fits of a checkpoint.
 
-    Tensors of the same name and shape are taken, from a deploy form too. Where the classes differ, the head keeps its
-    boxes and objectness, and the rows of classes of the same name.
+    Tensors of the same name and shape are taken, from a deploy form too, which then gives the same output as before.
+    Where the classes differ, the head keeps its boxes and objectness, and the rows of classes of the same name.
 
     Args:
         variant: Official name.
@@ -49,11 +49,8 @@ def starting_model(
     Raises:
         UsageError: The checkpoint is of another variant.
     """
-    if checkpoint is not None and checkpoint.variant != variant:
-        raise UsageError(
-            f"{checkpoint.source} is {checkpoint.variant}, not {variant}.",
-            fix=f"--variant {checkpoint.variant}, or other weights",
-        )
+    if checkpoint is not None:
+        require_variant(checkpoint, variant)
     anchors = anchors or (checkpoint.anchors if checkpoint else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -61,6 +58,19 @@ def starting_model(
     if checkpoint is None:
         return Start(model=model, words=f"random weights of seed {seed}")
     return Start(model=model, words=_transfer(model, checkpoint, class_names))
+
+
+def require_variant(checkpoint: Checkpoint, variant: str) -> None:
+    """Returns when the checkpoint is of this variant.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if checkpoint.variant != variant:
+        raise UsageError(
+            f"{checkpoint.source} is {checkpoint.variant}, not {variant}.",
+            fix=f"--variant {checkpoint.variant}, or other weights",
+        )
 
 
 @torch.no_grad()
@@ -74,9 +84,12 @@ def _transfer(model: Yolov7, checkpoint: Checkpoint, class_names: tuple[str, ...
         for name in own
         if name in given and name not in taken and _by_class(name, model)
     }
-    model.load_state_dict({**own, **taken, **merged})
-    fresh = [name for name in own if name not in taken and name not in merged and "anchor" not in name]
-    words = f"{checkpoint.source}: {len(taken)} of {len(own)} tensors"
+    neutral = {} if checkpoint.training else _neutral_knowledge(model)
+    found = {**neutral, **taken, **merged}
+    model.load_state_dict({**own, **found})
+    learned = [name for name in own if "anchor" not in name]
+    fresh = [name for name in learned if name not in found]
+    words = f"{checkpoint.source}: {len(taken)} of {len(learned)} tensors"
     if merged:
         known = sum(name in checkpoint.class_names for name in class_names)
         words += f", the head's boxes and {known} of its {len(class_names)} classes"
@@ -91,6 +104,13 @@ def _as_training(checkpoint: Checkpoint, *, head: int) -> dict[str, Tensor]:
         name.replace(moved, f"model.{head}.", 1) if name.startswith(moved) else name: tensor
         for name, tensor in checkpoint.tensors.items()
     }
+
+
+def _neutral_knowledge(model: Yolov7) -> dict[str, Tensor]:
+    """Implicit knowledge that changes nothing: a deploy form has its own folded into the head's convolutions."""
+    prefix, own = f"model.{len(model.layers) - 1}.", model.state_dict()
+    added = {name: torch.zeros_like(own[name]) for name in own if name.startswith(f"{prefix}ia.")}
+    return added | {name: torch.ones_like(own[name]) for name in own if name.startswith(f"{prefix}im.")}
 
 
 def _by_class(name: str, model: Yolov7) -> bool:

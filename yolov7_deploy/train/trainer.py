@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,29 +16,27 @@ from types import FrameType
 import numpy as np
 import torch
 
-from yolov7_deploy.checkpoint import Checkpoint
-from yolov7_deploy.checkpoint.checkpoint import save_checkpoint
 from yolov7_deploy.dataset import Dataset
 from yolov7_deploy.dataset.samples import DoubleArray
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import TrainingError
+from yolov7_deploy.errors import LoadError, TrainingError
 from yolov7_deploy.machine.memory_use import host_peak_bytes
 from yolov7_deploy.measure.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.options import ValOptions
 from yolov7_deploy.train.fitting_batch import batch_that_fits, is_out_of_memory
 from yolov7_deploy.train.image_weights import picture_weights
+from yolov7_deploy.train.keeping import BEST, LAST, STATE, keep_best, keep_last, keep_state
 from yolov7_deploy.train.learner import Learner, StepNumbers
 from yolov7_deploy.train.loader import TrainLoader
 from yolov7_deploy.train.logs import EpochRecord, RunLog
-from yolov7_deploy.train.optimizer import BIASES, NORMS, WEIGHTS
+from yolov7_deploy.train.optimizer import BIASES, NORMS, WEIGHTS, set_rates
 from yolov7_deploy.train.plots import draw_batch
-from yolov7_deploy.train.run_state import RunState, Sums, load_run_state, save_run_state
+from yolov7_deploy.train.run_state import RunState, Sums, load_run_state
 from yolov7_deploy.train.scene import Batch
 from yolov7_deploy.train.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-LAST, BEST, STATE = "last.safetensors", "best.safetensors", "state.safetensors"
 MEASURED = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
 VAL_BATCH = 16
 AP50_PART, AP_PART = 0.1, 0.9  # of the fitness that decides which epoch is best
@@ -53,7 +51,7 @@ class TrainReport:
         weights: The best weights; the last ones if nothing was validated.
         epochs: How many were done.
         best_epoch: Which is the best, from 1; 0 if none was validated.
-        accuracy: Of the best weights.
+        accuracy: Of the best weights; known to the first of several processes.
         unreadable: Pictures that could not be used, and why.
         seconds: In all.
     """
@@ -87,8 +85,10 @@ class Trainer:
         self._options, self._world = state.request.options, learner.world
         self._folder = Path(state.request.folder)
         self._unreadable: dict[str, None] = {}
-        self._accuracy: AccuracyReport | None = None
-        self._saved_at = time.monotonic()
+        self._accuracy: AccuracyReport | None = None  # of the best weights, once they were seen to be the best
+        # After the first step too: a full disk is seen at once, and a first epoch may be long.
+        self._saved_at = time.monotonic() if state.epoch or state.step else -math.inf
+        self._began = time.monotonic() - state.seconds
         self._interrupted = threading.Event()
 
     @property
@@ -97,9 +97,22 @@ class Trainer:
         return self._state
 
     def resume(self) -> None:
-        """Takes weights, moving average, momentum and pending gradients from the folder."""
-        _, tensors = load_run_state(self._folder / STATE)
-        self._learner.load(tensors, updates=self._state.updates, scale=self._state.scale)
+        """Takes weights, moving average, momentum and pending gradients from the folder.
+
+        Raises:
+            LoadError: They are not of this network.
+        """
+        state, path = self._state, self._folder / STATE
+        _, tensors = load_run_state(path)
+        try:
+            self._learner.load(tensors, updates=state.updates, scale=state.scale)
+        except (KeyError, RuntimeError) as error:
+            raise LoadError(
+                f"{path} does not hold the weights of {state.request.variant} ({str(error).strip()[:200]}).",
+                fix=f"Begin anew from its weights:  y7 train --data D.yaml --weights {self._folder / LAST}",
+            ) from error
+        done = state.epoch * self._loader.steps + state.step
+        set_rates(self._learner.optimizer, self._learner.schedule, max(0, done - 1), state.epoch)
 
     def run(self) -> TrainReport:
         """Trains to the end.
@@ -109,23 +122,31 @@ class Trainer:
             TrainingError: The loss is no number any more, or the disk is full.
             DeviceError: Out of memory; the message says which batch fits.
         """
-        started, before = time.monotonic(), self._state.seconds
         with self._listening():
-            done = self._state.epoch >= self._options.epochs
-            while not done:
+            while not self._is_over():
                 self._learn_epoch()
-                self._state = replace(self._state, seconds=before + time.monotonic() - started)
-                done = self._end_epoch()
-        best = self._folder / BEST
+                self._end_epoch()
+        has_best = self._state.best_epoch > 0 and (self._folder / BEST).is_file()
+        if has_best and self._accuracy is None and self._world.is_first:  # they are from before an interruption
+            self._accuracy = self._validated(BEST)
         return TrainReport(
             folder=self._folder,
-            weights=best if best.exists() else self._folder / LAST,
+            weights=self._folder / (BEST if has_best else LAST),
             epochs=self._state.epoch,
             best_epoch=self._state.best_epoch,
             accuracy=self._accuracy,
             unreadable=tuple(self._unreadable),
             seconds=self._state.seconds,
         )
+
+    def _is_over(self) -> bool:
+        state, options = self._state, self._options
+        if state.epoch >= options.epochs:
+            return True
+        if not options.patience or not state.best_epoch or state.epoch - state.best_epoch < options.patience:
+            return False
+        self._watch.say(f"no progress since epoch {state.best_epoch}: training ends")
+        return True
 
     # --- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -144,10 +165,20 @@ class Trainer:
                 self._state = replace(now, step=now.step + 1, sums=sums, updates=self._learner.average.updates)
                 show(self._state.step, steps, self._note())
                 if numbers.stop:
-                    self._keep()
-                    raise KeyboardInterrupt
+                    self._stop()
                 if time.monotonic() - self._saved_at > self._options.save_minutes * 60:
                     self._keep()
+
+    def _stop(self) -> None:
+        """Keeps everything, and ends the training in all processes."""
+        self._keep()
+        self._world.wait()  # torchrun ends the others as soon as one has ended
+        state = self._state
+        self._watch.say(
+            f"stopped after step {state.step} of epoch {state.epoch + 1}; go on with:  "
+            f"{self._world.command} train --resume --save-dir {self._folder}"
+        )
+        raise KeyboardInterrupt
 
     def _learn(self, batch: Batch) -> StepNumbers:
         state = self._state
@@ -162,12 +193,15 @@ class Trainer:
 
     def _look_at(self, batch: Batch) -> None:
         """Names new unreadable pictures, and draws the first batch of a training."""
-        for problem in batch.problems:
+        self._leave_out(batch.problems)
+        if self._world.is_first and self._state.epoch == 0 and self._state.step == 0:
+            draw_batch(batch, self._state.class_names, self._folder / "first_batch.jpg")
+
+    def _leave_out(self, problems: Iterable[str]) -> None:
+        for problem in problems:
             if problem not in self._unreadable:
                 self._unreadable[problem] = None
                 self._watch.say(f"left out: {problem}")
-        if self._world.is_first and self._state.epoch == 0 and self._state.step == 0:
-            draw_batch(batch, self._state.class_names, self._folder / "first_batch.jpg")
 
     def _refuse_nan(self, numbers: StepNumbers, batch: Batch) -> None:
         if numbers.is_finite:
@@ -198,86 +232,50 @@ class Trainer:
 
     # --- its end ------------------------------------------------------------------------------------------------------
 
-    def _end_epoch(self) -> bool:
-        """Keeps, validates and logs; whether training is over."""
+    def _end_epoch(self) -> None:
+        """Keeps, validates and logs."""
         options, state = self._options, self._state
-        epoch, sums, seconds = state.epoch + 1, state.sums.mean(), time.monotonic() - self._epoch_started
+        epoch, seconds = state.epoch + 1, time.monotonic() - self._epoch_started
         rate = (state.step - self._first_step) * options.batch / max(seconds, 1e-9)
-        last = epoch == options.epochs
-        due = last or (options.val_every > 0 and epoch % options.val_every == 0)
+        due = epoch == options.epochs or (options.val_every > 0 and epoch % options.val_every == 0)
+        report = None
+        for problems in self._world.gathered(tuple(self._unreadable)):
+            self._leave_out(problems)
         if self._world.is_first:
-            self._save_last()
-            report = self._validated() if due else None
-            self._judge(epoch, report)
-        state = self._share_verdict()
-        late = options.patience > 0 and state.best_epoch > 0 and epoch - state.best_epoch >= options.patience
-        self._state = replace(state, epoch=epoch, step=0, sums=Sums())
+            keep_last(self._folder, state, self._learner.average.tensors)
+            if due:
+                report = self._validated(LAST)
+                self._judge(epoch, report)
+        best, best_epoch, aps = self._world.agreed((self._state.best, self._state.best_epoch, self._state.class_aps))
+        self._state = replace(state, best=best, best_epoch=best_epoch, class_aps=aps, epoch=epoch, step=0, sums=Sums())
         if self._world.is_first:
-            record = self._record(epoch, sums, report, rate=rate, seconds=seconds)
+            record = self._record(epoch, state.sums.mean(), report, rate=rate)
             assert self._log is not None, "the first process keeps the log"
             self._log.write(record)
             self._watch.epoch_done(record)
-            self._keep()
-        if late and not last:
-            self._watch.say(f"no progress since epoch {state.best_epoch}: training ends")
-        return last or late
+        self._keep()
 
-    def _save_last(self) -> None:
-        state = self._state
-        tensors = {name: tensor.cpu() for name, tensor in self._learner.average.tensors.items()}
-        broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-        if broken:
-            raise TrainingError(
-                f"The weights hold values that are no numbers after epoch {state.epoch + 1} (first in {broken[0]}). "
-                f"{self._folder} keeps the last good ones.",
-                fix="Try a lower rate:  --set lr0=0.001",
-            )
-        checkpoint = Checkpoint(
-            tensors=tensors,
-            variant=state.request.variant,
-            training=True,
-            class_names=state.class_names,
-            anchors=state.anchors,
-            source=LAST,
-        )
-        save_checkpoint(checkpoint, self._folder / LAST)
-
-    def _validated(self) -> AccuracyReport:
-        """AP of the file just written, as `y7 val` measures it."""
-        path, img = self._folder / LAST, self._options.img
+    def _validated(self, name: str) -> AccuracyReport:
+        """AP of a file of the run, as `y7 val` measures it."""
+        path, img = self._folder / name, self._options.img
         options = ValOptions(batch=min(2 * self._options.batch // self._world.size, VAL_BATCH))
         with (
             Detector(path, device=str(self._world.device), img=img) as detector,
             self._watch.counting("validate") as show,
         ):
-            return evaluate(detector, self._val, options=options, progress=show)
+            report = evaluate(detector, self._val, options=options, progress=show)
+        self._leave_out(picture.reason for picture in report.skipped)
+        return report
 
-    def _judge(self, epoch: int, report: AccuracyReport | None) -> None:
-        if report is None:
-            return
-        self._accuracy = report if self._accuracy is None else self._accuracy
+    def _judge(self, epoch: int, report: AccuracyReport) -> None:
         fitness = AP_PART * (report.ap or 0.0) + AP50_PART * (report.ap50 or 0.0)
-        aps = tuple(row.ap or 0.0 for row in report.classes)
-        self._state = replace(self._state, class_aps=aps)
+        self._state = replace(self._state, class_aps=tuple(row.ap or 0.0 for row in report.classes))
         if fitness > self._state.best:
             self._accuracy = report
             self._state = replace(self._state, best=fitness, best_epoch=epoch)
-            _copy_whole(self._folder / LAST, self._folder / BEST)
+            keep_best(self._folder)
 
-    def _share_verdict(self) -> RunState:
-        """What the first process found, known to all."""
-        state = self._state
-        classes = len(state.class_names)
-        values = torch.zeros(2 + classes, dtype=torch.float64, device=self._world.device)
-        if self._world.is_first:
-            known = [state.best, state.best_epoch, *(state.class_aps or (0.0,) * classes)]
-            values += torch.tensor(known, dtype=torch.float64, device=values.device)
-        best, best_epoch, *aps = self._world.add(values).tolist()
-        return replace(state, best=best, best_epoch=int(best_epoch), class_aps=tuple(aps))
-
-    def _record(
-        self, epoch: int, sums: Sums, report: AccuracyReport | None, *, rate: float, seconds: float
-    ) -> EpochRecord:
+    def _record(self, epoch: int, sums: Sums, report: AccuracyReport | None, *, rate: float) -> EpochRecord:
         rates = {group["name"]: float(group["lr"]) for group in self._learner.optimizer.param_groups}
         first = self._learner.optimizer.param_groups[0]
         measured = {name: getattr(report, name) if report else None for name in MEASURED}
@@ -296,7 +294,7 @@ class Trainer:
             momentum=float(first["momentum"] if "momentum" in first else first["betas"][0]),
             images_per_s=rate,
             memory_bytes=self._memory(),
-            seconds=seconds,
+            seconds=time.monotonic() - self._epoch_started,
         )
 
     def _picture_weights(self) -> DoubleArray | None:
@@ -312,12 +310,13 @@ class Trainer:
 
     def _keep(self) -> None:
         """Writes everything that is needed to go on from here."""
-        self._saved_at = time.monotonic()
+        self._saved_at = now = time.monotonic()
+        self._state = replace(self._state, seconds=now - self._began)
         if self._world.is_first:
             self._state = replace(self._state, scale=self._learner.scale)
-            save_run_state(self._folder / STATE, self._state, self._learner.tensors())
+            keep_state(self._folder, self._state, self._learner.tensors())
 
-    @contextmanager
+    @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM end the training after the step under way; a second Ctrl-C ends it at once."""
         if threading.current_thread() is not threading.main_thread():
@@ -326,9 +325,13 @@ class Trainer:
 
         def stop(number: int, _: FrameType | None) -> None:
             if self._interrupted.is_set():
-                raise KeyboardInterrupt
+                # Not SIGTERM: torchrun sends it to all when the first of them has ended.
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                return
             self._interrupted.set()
-            self._watch.say("stopping after this step; once more ends at once")
+            with contextlib.suppress(RuntimeError):  # it came while something was being written there
+                self._watch.say("stopping after this step; Ctrl-C once more ends at once")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -336,14 +339,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    unfinished = target.with_name(f".{target.name}.part")
-    try:
-        shutil.copyfile(source, unfinished)
-        unfinished.replace(target)
-    except OSError as error:
-        raise TrainingError(f"{target} cannot be written ({error.strerror}).", fix="Make room on that disk.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)

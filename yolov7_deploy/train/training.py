@@ -22,7 +22,8 @@ from yolov7_deploy.model.variants import Anchors, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.train.anchors import anchor_fit, fitted_anchors
 from yolov7_deploy.train.augment import Augmentation
-from yolov7_deploy.train.learner import Learner
+from yolov7_deploy.train.keeping import LAST, STATE
+from yolov7_deploy.train.learner import Learner, training_sizes
 from yolov7_deploy.train.loader import TrainLoader
 from yolov7_deploy.train.logs import RunLog, read_results, write_run
 from yolov7_deploy.train.optimizer import Schedule
@@ -30,8 +31,8 @@ from yolov7_deploy.train.pictures import PictureStore
 from yolov7_deploy.train.plots import draw_labels, draw_precision_recall, draw_results
 from yolov7_deploy.train.request import TrainRequest
 from yolov7_deploy.train.run_state import RunState, load_run_state
-from yolov7_deploy.train.start import starting_model
-from yolov7_deploy.train.trainer import STATE, Trainer, TrainReport
+from yolov7_deploy.train.start import require_variant, starting_model
+from yolov7_deploy.train.trainer import Trainer, TrainReport
 from yolov7_deploy.train.watch import Watch
 from yolov7_deploy.train.world import World, open_world
 
@@ -67,10 +68,14 @@ def train(request: TrainRequest, *, watch: Watch) -> TrainReport:
             fix=f"Go on with it:  y7 train --resume --save-dir {folder}  or choose another folder",
         )
     with open_world(request.device) as world:
-        data = _open_data(request)
+        request = world.agreed(_with_budget(request))
+        folder = Path(request.folder)
         _check(request, world)
         checkpoint = load_checkpoint(request.weights) if request.weights else None
         variant = find_variant(request.variant)
+        if checkpoint is not None:
+            require_variant(checkpoint, request.variant)
+        data = _open_data(request)
         watch.say(_about(data, request))
         anchors = checkpoint.anchors if checkpoint else variant.anchors
         anchors = _anchors(request, data, anchors, watch)
@@ -96,13 +101,14 @@ def train(request: TrainRequest, *, watch: Watch) -> TrainReport:
         return _run(start.model, data, state, world, watch, resuming=False)
 
 
-def resume(folder: Path, *, watch: Watch, device: str | None = None) -> TrainReport:
+def resume(folder: Path, *, watch: Watch, device: str | None = None, data: str | None = None) -> TrainReport:
     """Goes on with a training that was interrupted, exactly where its last state was written.
 
     Args:
         folder: Of that training.
         watch: Who looks on.
         device: Another one than before; the results are then no longer bit for bit the same.
+        data: Where the dataset is now, if it was moved.
 
     Raises:
         LoadError: There is no state in the folder, or it is damaged.
@@ -110,13 +116,13 @@ def resume(folder: Path, *, watch: Watch, device: str | None = None) -> TrainRep
         Y7Error: Everything that `train` raises.
     """
     state, _ = load_run_state(folder / STATE)
-    request = replace(state.request, folder=str(folder))  # it may have been moved
+    request = replace(state.request, folder=str(folder), data=data or state.request.data)  # they may have been moved
     with open_world(device or request.device) as world:
-        data = _open_data(request)
-        if data.sha256 != state.data_sha256:
+        opened = _open_data(request)
+        if opened.sha256 != state.data_sha256:
             raise UsageError(
                 f"{request.data} is not the dataset this training began with: pictures or labels differ.",
-                fix=f"Begin anew from its weights:  y7 train --data D.yaml --weights {folder / 'last.safetensors'}",
+                fix=f"Begin anew from its weights:  y7 train --data D.yaml --weights {folder / LAST}",
             )
         if world.size != state.world:
             raise UsageError(
@@ -127,7 +133,7 @@ def resume(folder: Path, *, watch: Watch, device: str | None = None) -> TrainRep
             request.variant, state.class_names, anchors=state.anchors, auxiliary=request.options.auxiliary
         ).model
         watch.say(f"goes on in epoch {state.epoch + 1} of {request.options.epochs}, after {state.step} steps of it")
-        return _run(model, data, replace(state, request=request), world, watch, resuming=True)
+        return _run(model, opened, replace(state, request=request), world, watch, resuming=True)
 
 
 def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch, *, resuming: bool) -> TrainReport:
@@ -162,9 +168,7 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
 
 def _loader(dataset: Dataset, request: TrainRequest, world: World, *, stride: int) -> TrainLoader:
     options = request.options
-    free = free_host_memory()
-    usual = FREE_PART * free.size / world.size if free else 0
-    budget = usual if options.cache_gib is None else options.cache_gib * GIB
+    budget = (options.cache_gib or 0) * GIB / world.size
     store = PictureStore(dataset, size=options.img, cache_bytes=int(budget))
     closes = options.epochs - options.close_mosaic if options.close_mosaic else None
     return TrainLoader(
@@ -178,6 +182,15 @@ def _loader(dataset: Dataset, request: TrainRequest, world: World, *, stride: in
         rect=options.rect,
         stride=stride,
     )
+
+
+def _with_budget(request: TrainRequest) -> TrainRequest:
+    """With the memory for prepared pictures as a number, which decides how they are scaled where not all find room."""
+    if request.options.cache_gib is not None:
+        return request
+    free = free_host_memory()
+    gib = round(FREE_PART * free.size / GIB, 2) if free else 0.0
+    return replace(request, options=replace(request.options, cache_gib=gib))
 
 
 def _check(request: TrainRequest, world: World) -> None:
@@ -197,6 +210,13 @@ def _check(request: TrainRequest, world: World) -> None:
         raise UsageError(
             f"--auxiliary {options.auxiliary}: {variant.name} has no auxiliary heads.",
             fix="Leave it out, or --variant yolov7-w6, -e6, -d6 or -e6e",
+        )
+    smallest = training_sizes(options.img, stride)[0] if options.multi_scale else options.img
+    together = options.batch if options.sync_bn else options.batch // world.size
+    if together == 1 and smallest == stride:
+        raise UsageError(
+            f"One picture of {smallest} pixels leaves {variant.name}'s BatchNorm one value a channel.",
+            fix=f"--batch {2 * world.size}, or --img {options.img + stride}",
         )
 
 

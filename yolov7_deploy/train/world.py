@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from yolov7_deploy.errors import DeviceError, UsageError
 
 CPU = torch.device("cpu")
 PATIENCE = timedelta(hours=3)  # the others wait while the first one validates
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,27 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def agreed(self, value: T) -> T:
+        """The first process's value, for all; plain data."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, the first one's first; plain data."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast("list[T]", values)
+
+    @property
+    def command(self) -> str:
+        """How `y7` is typed to run in as many processes."""
+        return "y7" if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m yolov7_deploy"
 
     def wait(self) -> None:
         """Returns when every process is here."""
@@ -133,16 +156,17 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         return made.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape; in eval mode as any BatchNorm."""
+        """[B, C, H, W] to the same shape and type; in eval mode as any BatchNorm."""
         if not self.training:
             return super().forward(x)
+        kind, x = x.dtype, x.float()  # sums of bfloat16 would be wrong by percents
         count = x.numel() // x.shape[1] * self.world.size  # every process has the same number of pictures
         mean = _added(x.sum((0, 2, 3))) / count
         centred = x - mean.view(1, -1, 1, 1)
         variance = _added(centred.square().sum((0, 2, 3))) / count
         self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
         scale = self.weight / torch.sqrt(variance + self.eps)
-        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(kind)
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:

@@ -1,0 +1,171 @@
+"""What assignment and loss take of a training step, and of the time of the obvious matching, picture by picture.
+
+python benchmarks/train_loss.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from recording import parser, record
+from torch.nn import functional as F
+
+from yolov7_deploy.coco_names import COCO_NAMES
+from yolov7_deploy.options import TrainOptions
+from yolov7_deploy.train.hyperparameters import PRESETS
+from yolov7_deploy.train.learner import Learner
+from yolov7_deploy.train.matching import GroundTruth, Predictions, match
+from yolov7_deploy.train.optimizer import Schedule
+from yolov7_deploy.train.scene import Batch
+from yolov7_deploy.train.start import starting_model
+from yolov7_deploy.train.world import World
+
+ROUNDS = 5
+OBJECTS = 12  # of a picture: a mosaic of COCO has about as many
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--batch", type=int, default=16)
+    arguments.add_argument("--img", type=int, default=320)
+    arguments.add_argument("--variant", default="yolov7-tiny")
+    options = arguments.parse_args()
+    learner, batch = make(options.variant, options.batch, options.img)
+    learner.learn(batch, epoch=0, step=0, in_epoch=0)
+    step_s, loss_s = [], []
+    raws = raw_maps(learner, batch)
+    for number in range(ROUNDS):
+        step_s.append(seconds(lambda number=number: learner.learn(batch, epoch=0, step=number, in_epoch=0)))
+        loss_s.append(
+            seconds(lambda: learner.loss([raw.requires_grad_() for raw in raws], batch.targets).total.backward())
+        )
+    predictions, truth = scene(learner, raws, batch)
+    ours = [seconds(lambda: match(predictions, truth, most=10)) for _ in range(ROUNDS)]
+    theirs = [seconds(lambda: obvious_match(predictions, truth, 10)) for _ in range(ROUNDS)]
+    same = agreement(predictions, truth)
+    share = float(np.median(loss_s) / np.median(step_s))
+    print(f"the same (place, target) pairs: {same:.2%}")
+    print(f"assignment and loss: {share:.1%} of a step of {np.median(step_s):.2f} s")
+    print(f"matching: {np.median(theirs) / np.median(ours):.1f} times as fast as picture by picture")
+    record(
+        "train_loss",
+        options.machine,
+        {
+            "variant": options.variant,
+            "batch": options.batch,
+            "img": options.img,
+            "objects_per_picture": OBJECTS,
+            "classes": len(COCO_NAMES),
+            "candidates": len(predictions.image),
+            "step_s": [round(value, 4) for value in step_s],
+            "assignment_and_loss_s": [round(value, 4) for value in loss_s],
+            "share_of_step": round(share, 4),
+            "share_limit": 0.15,
+            "same_pairs": round(same, 5),
+            "matching_s": [round(value, 5) for value in ours],
+            "obvious_matching_s": [round(value, 5) for value in theirs],
+            "matching_ratio": round(float(np.median(theirs) / np.median(ours)), 2),
+        },
+    )
+
+
+def make(variant: str, pictures: int, img: int) -> tuple[Learner, Batch]:
+    """A learner with fresh weights, and a batch of noise with boxes."""
+    hyp, options = PRESETS["tiny"], TrainOptions(batch=pictures, img=img)
+    schedule = Schedule(hyp=hyp, epochs=10, steps=100, batch=pictures, nominal_batch=64, linear=False)
+    model = starting_model(variant, COCO_NAMES).model
+    learner = Learner(model, hyp=hyp, options=options, schedule=schedule, world=World())
+    learner.train_mode()
+    random = np.random.default_rng(0)
+    count = OBJECTS * pictures
+    sides = random.uniform(0.05, 0.4, (count, 2))
+    centre = random.uniform(sides / 2, 1 - sides / 2)
+    place = np.stack([np.repeat(np.arange(pictures), OBJECTS), random.integers(0, len(COCO_NAMES), count)], 1)
+    return learner, Batch(
+        images=torch.from_numpy(random.integers(0, 256, (pictures, img, img, 3), dtype=np.uint8)),
+        targets=torch.tensor(np.concatenate([place, centre, sides], 1), dtype=torch.float32),
+        paths=(Path("noise"),),
+    )
+
+
+def raw_maps(learner: Learner, batch: Batch) -> list[torch.Tensor]:
+    """What the network says of a batch, without gradients."""
+    images = batch.images.permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        return [raw.clone() for raw in learner.model(images)]
+
+
+def scene(learner: Learner, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
+    """What matching gets to see."""
+    seen: list[tuple[Predictions, GroundTruth]] = []
+
+    def look(predictions: Predictions, truth: GroundTruth, *, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((predictions, truth))
+        return match(predictions, truth, most=most)
+
+    import yolov7_deploy.train.loss as module
+
+    module.match, kept = look, module.match
+    with torch.no_grad():
+        learner.loss.positives(raws, [], batch.targets)
+    module.match = kept
+    return seen[0]
+
+
+def obvious_match(predictions: Predictions, truth: GroundTruth, most: int) -> list[list[int]]:
+    """Picture by picture, with a table over targets, candidates and classes, as the rule is usually written down."""
+    chosen: list[tuple[int, int]] = []
+    for image in truth.image.unique():
+        rows = (truth.image == image).nonzero().flatten()
+        columns = (predictions.image == image).nonzero().flatten()
+        if not len(columns):
+            continue
+        a, b = truth.boxes[rows][:, None], predictions.boxes[columns][None]
+        shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+        areas = [(box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]) for box in (a, b)]
+        overlap = shared / (areas[0] + areas[1] - shared)
+        y = (predictions.classes[columns].sigmoid() * predictions.objectness[columns, None].sigmoid()).sqrt()
+        y = y[None].expand(len(rows), -1, -1)
+        wanted = F.one_hot(truth.class_ids[rows], y.shape[2]).float()[:, None].expand_as(y)
+        logit = torch.log(y / (1 - y))
+        cost = F.binary_cross_entropy_with_logits(logit, wanted, reduction="none").sum(-1)
+        cost = cost - 3 * torch.log(overlap + 1e-8)
+        counts = overlap.topk(min(most, len(columns)), 1).values.sum(1).int().clamp(min=1)
+        marks = torch.zeros_like(cost)
+        for row, count in enumerate(counts.tolist()):
+            marks[row, cost[row].topk(count, largest=False).indices] = 1
+        disputed = marks.sum(0) > 1
+        if disputed.any():
+            cheapest = cost[:, disputed].argmin(0)
+            marks[:, disputed] = 0
+            marks[cheapest, disputed.nonzero().flatten()] = 1
+        taken = marks.sum(0).nonzero().flatten()
+        owner = rows[marks[:, taken].argmax(0)]
+        chosen += zip(columns[taken].tolist(), owner.tolist(), strict=True)
+    chosen.sort()
+    return [[candidate for candidate, _ in chosen], [target for _, target in chosen]]
+
+
+def agreement(predictions: Predictions, truth: GroundTruth) -> float:
+    """Share of (prediction, target) pairs that both choose. A place that two targets propose is there twice, with one
+    prediction: which of the two is taken is open, so predictions are compared and not their numbers."""
+    numbers = torch.unique(torch.cat((predictions.boxes, predictions.image[:, None]), 1), dim=0, return_inverse=True)[1]
+    found = []
+    ours = match(predictions, truth, most=10)
+    for candidates, targets in (([*ours[0].tolist()], [*ours[1].tolist()]), obvious_match(predictions, truth, 10)):
+        found.append({(int(numbers[a]), b) for a, b in zip(candidates, targets, strict=True)})
+    return len(found[0] & found[1]) / max(map(len, found))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
