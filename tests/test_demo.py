@@ -1,26 +1,29 @@
-"""The demo goes the whole way without a network, and says so when its boxes mean nothing."""
+"""The demo goes the whole road without a network, with weights that come along and find what they never saw."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from yolov7_deploy import demo as module
+from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.demo import run_demo, street, untrained_checkpoint
+from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.dataset.shapes import CLASS_NAMES, shape_picture, write_shapes
+from yolov7_deploy.demo import demo as module
+from yolov7_deploy.demo import run_demo, run_shapes_demo, shapes_road, street
 from yolov7_deploy.detector import Detector
+from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import read_image
-from yolov7_deploy.options import ExportOptions
-from yolov7_deploy.weights import WEIGHTS_DIR_VARIABLE, find_local_weights
+from yolov7_deploy.measure.accuracy import evaluate
+from yolov7_deploy.options import BenchOptions, ExportOptions, ValOptions
+from yolov7_deploy.weights import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, find_weights, shipped_weights
 
 SHARED = os.environ.get("Y7_SHARED", "")
 # The sign in the drawn street: white rim of an octagon at (0.3 W, 0.36 H) with radius 0.15 H.
@@ -52,73 +55,74 @@ def test_the_street_is_the_same_every_time_and_has_a_red_sign():
     assert red > 1.5 * max(blue, green)
 
 
-def test_the_untrained_network_has_the_same_numbers_every_time():
-    first, again = untrained_checkpoint(), untrained_checkpoint()
-
-    def digest(checkpoint):
-        whole = hashlib.sha256()
-        for name, tensor in checkpoint.tensors.items():
-            whole.update(name.encode() + tensor.numpy().tobytes())
-        return whole.hexdigest()
-
-    assert digest(first) == digest(again)
+def test_the_shipped_weights_are_small_and_say_what_they_are():
+    path = shipped_weights()
+    assert path.stat().st_size <= 13_000_000
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.variant, checkpoint.class_names) == ("yolov7-tiny", CLASS_NAMES)
+    assert find_weights(SHAPES_WEIGHTS) == path
 
 
-def test_without_weights_the_demo_goes_the_whole_way_and_warns(nowhere, monkeypatch):
-    small(monkeypatch)
+def test_the_shipped_weights_find_shapes_that_they_never_saw(tmp_path):
+    data = write_shapes(tmp_path / "shapes", train=1, val=60, size=320, seed=7)
+    with Detector(shipped_weights(), device="cpu", img=256) as detector:
+        report = evaluate(detector, open_dataset(data), options=ValOptions(rect=False))
+    assert report.ap >= 0.8
+
+
+def test_without_weights_the_demo_goes_the_whole_road(nowhere, monkeypatch):
+    monkeypatch.setattr(shapes_road, "CALIBRATION", 8)
+    monkeypatch.setattr(shapes_road, "JUDGES", 8)
+    monkeypatch.setattr(shapes_road, "SPEED", BenchOptions(duration_s=0.05, warmup_s=0.05))
     result = CliRunner().invoke(app, ["demo"])
-    assert result.exception is None
-    assert "MEAN NOTHING" in result.stdout
-    assert "verified against torch" in result.stdout
-    assert "10 boxes that mean nothing" in result.stdout
+    assert result.exception is None, result.output
+    assert result.stdout.count("verified against torch") == 3
+    rows = [line.split() for line in result.stdout.splitlines()]
+    aps = {row[0]: float(row[1]) for row in rows if len(row) == 4 and row[0] in ("torch", "fp32", "fp16", "int8")}
+    assert aps["torch"] > 0.7
+    assert aps["fp32"] == pytest.approx(aps["torch"], abs=0.001)
+    assert aps["fp16"] == pytest.approx(aps["torch"], abs=0.01)
+    assert aps["int8"] == pytest.approx(aps["torch"], abs=0.05)
     written = nowhere / "demo"
-    assert sorted(path.name for path in written.iterdir()) == [
-        "street-detected.png",
-        "street.png",
-        "untrained-yolov7-tiny.onnx",
-        "untrained-yolov7-tiny.safetensors",
-    ]
-    assert OnnxModel.load(written / "untrained-yolov7-tiny.onnx").info.variant == "yolov7-tiny"
-    assert read_image(written / "street-detected.png").shape == (480, 640, 3)
+    for precision in ("fp32", "fp16", "int8"):
+        info = OnnxModel.load(written / f"{SHAPES_WEIGHTS}-{precision}.onnx").info
+        assert (info.precision, info.class_names) == (precision, CLASS_NAMES)
+    assert read_image(written / "shapes-detected.png").shape == (320, 320, 3)
     assert not (nowhere / "cache").exists()
+
+
+def test_a_picture_for_the_shapes_network_is_refused():
+    result = CliRunner().invoke(app, ["demo", "--source", "street.jpg"])
+    assert isinstance(result.exception, UsageError)
+    assert "--weights yolov7" in str(result.exception)
 
 
 def test_weights_of_yours_are_taken_as_they_are(tmp_path, monkeypatch):
     small(monkeypatch)
     lines: list[str] = []
     weights = tmp_path / "mine.safetensors"
-    module.save_checkpoint(untrained_checkpoint(), weights)
-    report = run_demo(weights=weights, save_dir=tmp_path / "new" / "out", say=lines.append)
-    assert report.trained
-    assert "MEAN NOTHING" not in "\n".join(lines)
-    assert report.onnx == tmp_path / "new" / "out" / "mine.onnx"
-    assert len(report.detections) > 10
+    weights.write_bytes(shipped_weights().read_bytes())
+    picture, _ = shape_picture(4, split="val", size=320, seed=0)
+    write_picture(tmp_path / "shapes.png", picture)
+    folder = tmp_path / "new" / "out"
+    report = run_demo(weights=weights, source=tmp_path / "shapes.png", save_dir=folder, say=lines.append)
+    assert report.onnx == folder / "mine.onnx"
     assert json.loads(report.detections.to_json())["detections"]
-
-
-def test_weights_on_this_machine_are_preferred(nowhere, monkeypatch):
-    folder = nowhere / "weights"
-    folder.mkdir()
-    monkeypatch.setenv(WEIGHTS_DIR_VARIABLE, str(folder))
-    assert find_local_weights("yolov7") is None
-    (folder / "yolov7_training.pt").write_bytes(b"weights")
-    chosen = SimpleNamespace()
-    monkeypatch.setattr(module, "run_demo", lambda **options: vars(chosen).update(options))
-    result = CliRunner().invoke(app, ["demo"])
-    assert result.exception is None
-    assert chosen.weights == folder / "yolov7_training.pt"
+    assert read_image(folder / "shapes-detected.png").shape == picture.shape
 
 
 def test_a_picture_that_is_absent_is_our_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "export_weights", None)  # found out before any long work
     with pytest.raises(ImageError):
-        run_demo(source=tmp_path / "absent.jpg", save_dir=tmp_path, say=lambda line: None)
+        run_demo(
+            weights=shipped_weights(), source=tmp_path / "absent.jpg", save_dir=tmp_path, say=lambda line: None
+        )
 
 
 def test_a_folder_that_cannot_be_made_is_our_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be made"):
-        run_demo(save_dir=tmp_path / "file" / "demo", say=lambda line: None)
+        run_shapes_demo(save_dir=tmp_path / "file" / "demo", say=lambda line: None)
 
 
 @pytest.mark.skipif(not SHARED, reason="needs the official weights under Y7_SHARED")

@@ -137,10 +137,6 @@ class Dataset(Sequence[Sample]):
         """The COCO image id of a sample."""
         return self._records[index].image_id
 
-    def labels(self, index: int) -> Labels:
-        """What is in a picture, in fractions of it; crowd boxes are among them."""
-        return self._records[index].labels
-
     def image_hw(self, index: int) -> tuple[int, int]:
         """Height and width of a picture: from the annotation file, else from the picture's header (read once).
 

@@ -107,7 +107,7 @@ def describe_labels(dataset: Dataset, *, size: int = 640) -> LabelStatistics:
     boxes, pictures = np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64)
     background = crowd = 0
     for index in range(len(dataset)):
-        labels = dataset.labels(index)
+        labels = dataset.record(index).labels
         found = np.bincount(labels.class_ids[~labels.crowd], minlength=classes)
         boxes, pictures = boxes + found, pictures + (found > 0)
         background += not found.any()
@@ -139,7 +139,7 @@ def label_sizes(dataset: Dataset, *, size: int) -> tuple[DoubleArray, int]:
     """
     found, unreadable = [np.zeros((0, 2))], 0
     for index in range(len(dataset)):
-        labels = dataset.labels(index)
+        labels = dataset.record(index).labels
         try:
             height, width = dataset.image_hw(index)
         except ImageError:

@@ -52,9 +52,9 @@ class Schedule:
 
     @property
     def warmup_steps(self) -> int:
-        """Official: `warmup_epochs`, at least 1000 steps; here never more than a third of the training."""
+        """Official: `warmup_epochs`, at least 1000 steps; here never more than a tenth of the training."""
         wanted = round(self.hyp.warmup_epochs * self.steps)
-        return min(max(wanted, LEAST_WARMUP_STEPS), self.epochs * self.steps // 3) if wanted else 0
+        return min(max(wanted, LEAST_WARMUP_STEPS), self.epochs * self.steps // 10) if wanted else 0
 
     @property
     def full_accumulation(self) -> int:

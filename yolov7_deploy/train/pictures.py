@@ -65,7 +65,7 @@ class PictureStore:
         sides = np.array([self._header_hw(dataset, index) for index in range(len(self))], dtype=np.int64)
         ratios = self.size / sides.max(axis=1, keepdims=True)
         self._source_hw, self._hw = sides, np.maximum((sides * ratios).astype(np.int64), 1)
-        parts = [_in_fractions(dataset.labels(index)) for index in range(len(self))]
+        parts = [_in_fractions(dataset.record(index).labels) for index in range(len(self))]
         counts = np.concatenate([part.counts for part in parts])
         lengths = [len(part) for part in parts]
         size_of_object = np.repeat(self._hw[:, ::-1], lengths, axis=0).astype(np.float32)

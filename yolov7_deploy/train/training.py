@@ -239,7 +239,7 @@ def _digest(dataset: Dataset) -> str:
     """Of names and labels; the pixels of a dataset are not read."""
     digest = hashlib.sha256("\n".join(dataset.class_names).encode())
     for index in range(len(dataset)):
-        labels = dataset.labels(index)
+        labels = dataset.record(index).labels
         digest.update(dataset.path(index).name.encode("utf-8", "replace"))
         digest.update(labels.class_ids.tobytes() + labels.boxes.tobytes())
     return digest.hexdigest()
@@ -292,7 +292,7 @@ def _begin_folder(folder: Path, request: TrainRequest, data: _Data, checkpoint: 
 
 def _all_labels(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Boxes as cx, cy, w, h in fractions, and their classes."""
-    labels = [dataset.labels(index) for index in range(len(dataset))]
+    labels = [dataset.record(index).labels for index in range(len(dataset))]
     corners = np.concatenate([one.boxes[~one.crowd] for one in labels])
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
     return boxes, np.concatenate([one.class_ids[~one.crowd] for one in labels])
