@@ -9,8 +9,11 @@ What `run` has no time left for are runs of their own, of up to ten minutes; the
 `int8`, which builds eight engines, goes on with those of an earlier run that time ended:
                               python benchmarks/gpu_suite.py run --parts runtime --total 590
                               python benchmarks/gpu_suite.py run --parts int8 --total 590
+                              python benchmarks/gpu_suite.py run --parts train --total 590
                               python benchmarks/gpu_suite.py run --parts torch_speed --total 400
                               python benchmarks/gpu_suite.py run --parts soak --total 598
+`train` needs nothing that `prepare` wrote. Its AP needs faster_coco_eval for the Python of the GPU machine; where that
+is another one than that of `prepare`, install its wheel there with `pip install --target .gpu/whole/site --upgrade`.
 Without a GPU, to try the suite itself on emulated kernels:  python benchmarks/gpu_suite.py run --emulated
 
 A part that crashes, hangs or fails loses nothing of the others, nor of what it recorded before.

@@ -114,9 +114,7 @@ def test_weights_of_yours_are_taken_as_they_are(tmp_path, monkeypatch):
 def test_a_picture_that_is_absent_is_our_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "export_weights", None)  # found out before any long work
     with pytest.raises(ImageError):
-        run_demo(
-            weights=shipped_weights(), source=tmp_path / "absent.jpg", save_dir=tmp_path, say=lambda line: None
-        )
+        run_demo(weights=shipped_weights(), source=tmp_path / "absent.jpg", save_dir=tmp_path, say=lambda line: None)
 
 
 def test_a_folder_that_cannot_be_made_is_our_error(tmp_path):

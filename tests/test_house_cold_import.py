@@ -36,6 +36,7 @@ HEAVY = (
     "pycocotools",
     "pycuda",
     "safetensors",
+    "tensorboard",
     "tensorrt",
     "tensorrt_rtx",
     "torch",
@@ -179,6 +180,9 @@ except MissingLibraryError as error:
         ("torch", "export", ["info", "yolov7"]),
         ("torch", "export", ["info", "model.pt"]),
         ("matplotlib", "bench", ["bench", "--paper", "--weights", "model.pt"]),
+        ("torch", "export", ["train", "--data", "data.yaml"]),
+        ("matplotlib", "bench", ["train", "--data", "data.yaml"]),
+        ("faster_coco_eval", "val", ["train", "--data", "data.yaml"]),
     ],
 )
 def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, arguments, tmp_path, model_file):

@@ -101,6 +101,7 @@ def test_warm_up_lasts_three_epochs_or_a_thousand_steps_but_never_more_than_a_te
     assert schedule().warmup_steps == 3000
     assert schedule(steps=100).warmup_steps == 1000
     assert schedule(steps=100, epochs=9).warmup_steps == 90
+    assert schedule(steps=10, epochs=1).warmup_steps == 1
     assert schedule(steps=3, epochs=1).warmup_steps == 0
     assert schedule(hyp=Hyperparameters(warmup_epochs=0.0)).warmup_steps == 0
 

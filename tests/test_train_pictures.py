@@ -49,7 +49,7 @@ def test_sizes_and_objects_are_known_without_decoding(three, monkeypatch):
     store = PictureStore(three, size=50)
     for index in range(3):
         height, width = store.hw(index)
-        objects, labels = store.objects(index), three.labels(index)
+        objects, labels = store.objects(index), three.record(index).labels
         np.testing.assert_allclose(objects.boxes, labels.boxes * np.tile([width, height], 2), atol=ROUNDING_PX)
         for found, polygon in zip(objects.polygons, labels.polygons, strict=True):
             np.testing.assert_allclose(found, polygon * [width, height], atol=ROUNDING_PX)

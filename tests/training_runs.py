@@ -9,24 +9,23 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-import pytest
 import safetensors.torch
 import torch
 
 from yolov7_deploy.dataset.shapes import write_shapes
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.train import training
-from yolov7_deploy.train.hyperparameters import Hyperparameters
+from yolov7_deploy.train.hyperparameters import PRESETS
 from yolov7_deploy.train.logs import RESULTS_NAME, read_results
 from yolov7_deploy.train.request import TrainRequest
 
 SIZE = 64
 TRAIN, VAL = 6, 3
-BATCH, NOMINAL = 2, 6  # so that gradients of three steps make an update, once the warm-up is over
+BATCH, NOMINAL = 2, 6  # gradients of three steps make an update; trainings of less than ten steps have no warm-up
 STEPS = TRAIN // BATCH
 LOSSES = ("box", "obj", "cls", "total", "positives")
 WAIT_S = 240.0  # for a process that takes some seconds on a quiet machine
-HYP = Hyperparameters(warmup_epochs=0.4)  # of a training so short: one step of warm-up at one epoch, two at two
+HYP = PRESETS["p5"]
 OPTIONS = {field.name for field in fields(TrainOptions)}
 
 
@@ -90,17 +89,16 @@ def assert_same_weights(folder: Path, other: Path, *, name: str = "last.safetens
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
-@pytest.fixture
+@contextmanager
 def one_thread():
-    """Sums in one order, that of the processes below."""
+    """Sums in one order, that of the processes below; and two threads would wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def no_charts(monkeypatch):
+def leave_out_charts(monkeypatch) -> None:
     """A second less for each training that is not about its pictures."""
     for name in ("draw_labels", "draw_results", "draw_precision_recall"):
         monkeypatch.setattr(training, name, lambda *_: None)
@@ -109,9 +107,8 @@ def no_charts(monkeypatch):
 def arguments(data: Path, folder: Path, *more: str) -> list[str]:
     """`small_request` as it is typed."""
     small = f"--batch {BATCH} --nominal-batch {NOMINAL} --img {SIZE} --workers 0 --cache 0 --no-tensorboard"
-    recipe = f"--hyp p5 --set warmup_epochs={HYP.warmup_epochs}"
     named = ["--data", str(data), "--save-dir", str(folder), "--variant", "yolov7-tiny", "--device", "cpu"]
-    return ["train", *named, *small.split(), *recipe.split(), *more]
+    return ["train", *named, *small.split(), "--hyp", "p5", *more]
 
 
 def started(command: list[str], *, env: dict[str, str] | None = None) -> subprocess.Popen[str]:

@@ -58,6 +58,7 @@ PARTS = (
         needs=("tensorrt", "tensorrt_rtx"),
         needs_emulated=("torch",),
     ),
+    Part(name="train", target="train:measure", budget_s=540, needs=("torch",)),
     Part(name="torch_speed", target="torch_speed:measure", budget_s=300, needs=("torch",)),
     Part(name="soak", target="runtime:soak", budget_s=600, needs=("tensorrt",), emulated=False),
 )

@@ -55,6 +55,8 @@ ROWS = (
     Row(module="onnxruntime", distributions=ONNXRUNTIME, extra="cpu", probe="' '.join(m.get_available_providers())"),
     Row(module="faster_coco_eval", distributions=("faster-coco-eval",), extra="val"),
     Row(module="yaml", distributions=("pyyaml",), extra="val"),
+    Row(module="matplotlib", distributions=("matplotlib",), extra="bench"),
+    Row(module="tensorboard", distributions=("tensorboard",), extra="train"),
     Row(
         module="tensorrt",
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),

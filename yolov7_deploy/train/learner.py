@@ -64,7 +64,7 @@ class Learner:
         self.model: nn.Module = model
         self._frozen = frozen_layers(options.freeze, model)
         _freeze(model, self._frozen, options)
-        model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _place(model, world.device)
         if options.sync_bn:
             self.model = synced(model, world)
         gains = scaled_gains(hyp, levels=len(model.variant.strides), classes=model.classes, size=options.img)
@@ -88,7 +88,7 @@ class Learner:
         if self.world.size == 1:
             return model
         places = [self.world.device.index] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=places, broadcast_buffers=not self.options.sync_bn)
+        return DistributedDataParallel(model, device_ids=places)
 
     def train_mode(self) -> None:
         """Everything learns but frozen layers, whose statistics stay too."""
@@ -200,6 +200,14 @@ class Learner:
         if self.half and scale[0] > 0:
             now = self.scaler.state_dict()
             self.scaler.load_state_dict({**now, "scale": scale[0], "_growth_tracker": int(scale[1])})
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Moves a model; convolutions get their channels last, which other parameters with four axes do not gain from."""
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def training_sizes(img: int, stride: int) -> range:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from yolov7_deploy.errors import DeviceError, UsageError
+from yolov7_deploy.errors import DeviceError, TrainingError, UsageError
 
 CPU = torch.device("cpu")
 PATIENCE = timedelta(hours=3)  # the others wait while the first one validates
@@ -77,6 +77,7 @@ def open_world(device: str) -> Iterator[World]:
     Raises:
         DeviceError: There is no such device.
         UsageError: The variables of `torchrun` are incomplete, or a single GPU is asked for several processes.
+        TrainingError: Another process has ended while this one waited for it.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -94,6 +95,13 @@ def open_world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(rank=rank, size=size, device=place)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(
+            f"Process {rank} of {size} waits for another that has ended ({str(error).strip()[:200]}).",
+            fix="See the message of the other one; then go on with --resume.",
+        ) from error
     finally:
         dist.destroy_process_group()
 
