@@ -54,7 +54,7 @@ def test_sizes_and_objects_are_known_without_decoding(three, monkeypatch):
         for found, polygon in zip(objects.polygons, labels.polygons, strict=True):
             np.testing.assert_allclose(found, polygon * [width, height], atol=ROUNDING_PX)
         np.testing.assert_array_equal(objects.class_ids, labels.class_ids)
-    assert [len(objects) for objects in store.all_objects()] == [4, 4, 4]
+    assert [len(store.objects(index)) for index in range(3)] == [4, 4, 4]
 
 
 def test_crowd_boxes_are_left_out(tmp_path):
@@ -238,6 +238,7 @@ def test_a_header_that_cannot_be_read_counts_as_an_empty_picture(tmp_path):
     bad = record(tmp_path / "absent.png", None, labels_of([star(np.random.default_rng(1))]))
     store = PictureStore(dataset_of([good, bad]), size=50, cache_bytes=10**6)
     assert store.hw(1) == (50, 50)
+    assert [len(store.objects(index)) for index in (0, 1)] == [1, 0]
     for read in (store.resized, store.image):
         with pytest.raises(ImageError, match=r"absent\.png"):
             read(1)

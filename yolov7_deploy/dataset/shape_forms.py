@@ -1,6 +1,6 @@
 """The forms of the generated dataset: an outline for the label and a signed distance for the pixels.
 
-Only arithmetic and square roots, which every processor rounds the same way: same seed, same pixels.
+Pixels come from arithmetic and square roots only, which every processor rounds the same way: same seed, same pixels.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _cross(x: Field, y: Field) -> Field:
 
 
 _SIN, _COS = ([f(math.radians(TIP_DEGREES * i)) for i in range(5)] for f in (math.sin, math.cos))
-_REACH = math.sqrt(1 - CROSS_ARM**2)  # so that the corners of the arms are on the unit circle
+_REACH = math.sqrt(1 - CROSS_ARM * CROSS_ARM)  # so that the corners of the arms are on the unit circle
 _QUARTER = np.array([(CROSS_ARM, -_REACH), (CROSS_ARM, -CROSS_ARM), (_REACH, -CROSS_ARM)])
 _TURNS = [np.array(turn) for turn in ([[1, 0], [0, 1]], [[0, 1], [-1, 0]], [[-1, 0], [0, -1]], [[0, -1], [1, 0]])]
 

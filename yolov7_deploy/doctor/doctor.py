@@ -81,6 +81,7 @@ def find_abilities(libraries: dict[str, Library], machine: Machine) -> list[Abil
         onnx_cpu,
         _on_gpu("run .onnx on the GPU", onnx_cpu, machine, _onnx_on_gpu(libraries["onnxruntime"], machine)),
         needs("measure accuracy (y7 val)", "faster_coco_eval", "yaml", "cv2", "numpy"),
+        needs("train (y7 train)", "torch", "safetensors", "faster_coco_eval", "yaml", "matplotlib", "cv2", "numpy"),
         _build_engines(libraries, machine),
         _run_engines(libraries, machine),
     ]

@@ -49,6 +49,7 @@ class TrainLoader:
         world: int = 1,
         rect: bool = False,
         stride: int = 32,
+        pin_memory: bool = False,
     ) -> None:
         """Prepares the loader; workers start with the first epoch.
 
@@ -62,6 +63,7 @@ class TrainLoader:
             world: How many these are.
             rect: Batches of pictures of similar shape, without mosaics.
             stride: Sides of such batches are multiples of this.
+            pin_memory: Batches lie in page-locked memory, from where a GPU takes them while it computes.
 
         Raises:
             UsageError: Numbers that cannot mean anything.
@@ -86,7 +88,7 @@ class TrainLoader:
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
             multiprocessing_context=_context() if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             generator=torch.Generator(),  # else each epoch would take a number from the generator of the training
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -18,6 +17,9 @@ from yolov7_deploy.train.flat_objects import FlatObjects, unflattened
 from yolov7_deploy.train.picture_cache import PictureCache
 from yolov7_deploy.train.scene import NO_POLYGON, Objects
 
+NO_LABELS = Labels(
+    boxes=np.zeros((0, 4)), class_ids=np.zeros(0, dtype=np.int64), crowd=np.zeros(0, dtype=np.bool_), polygons=()
+)
 REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can do while it decodes
 
 _log = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ class PictureStore:
 
     Attributes:
         size: The longer side, also of pictures that were smaller.
-        class_names: Of the dataset.
     """
 
     def __init__(self, dataset: Dataset, *, size: int, cache_bytes: int = 0, seed: int = 0) -> None:
@@ -48,7 +49,7 @@ class PictureStore:
             DeviceError: There is not so much memory for the cache.
         """
         started = time.perf_counter()
-        self.size, self.class_names = size, dataset.class_names
+        self.size = size
         self._paths = [dataset.path(i) for i in range(len(dataset))]
         self._wrong: dict[int, str] = {}
         self._collect(dataset)
@@ -65,7 +66,11 @@ class PictureStore:
         sides = np.array([self._header_hw(dataset, index) for index in range(len(self))], dtype=np.int64)
         ratios = self.size / sides.max(axis=1, keepdims=True)
         self._source_hw, self._hw = sides, np.maximum((sides * ratios).astype(np.int64), 1)
-        parts = [_in_fractions(dataset.record(index).labels) for index in range(len(self))]
+        unseen = _in_fractions(NO_LABELS)
+        parts = [
+            unseen if index in self._wrong else _in_fractions(dataset.record(index).labels)
+            for index in range(len(self))
+        ]
         counts = np.concatenate([part.counts for part in parts])
         lengths = [len(part) for part in parts]
         size_of_object = np.repeat(self._hw[:, ::-1], lengths, axis=0).astype(np.float32)
@@ -112,10 +117,6 @@ class PictureStore:
     def objects(self, index: int) -> Objects:
         """The objects in resized pixels; views that nobody may write."""
         return unflattened(self.flat_objects(index))
-
-    def all_objects(self) -> Iterator[Objects]:
-        """The objects of each picture in turn."""
-        return map(self.objects, range(len(self)))
 
     def resized(self, index: int) -> Image:
         """The picture as uint8 BGR of `hw(index)`, from the cache or into it; nobody may write into it.
@@ -189,7 +190,8 @@ class PictureStore:
         for index in range(len(self)):
             try:
                 self.image(index, scale=1 / max(REDUCTIONS))
-            except ImageError:
+            except ImageError as error:
+                self._wrong.setdefault(index, error.message)
                 continue
             return
         raise _no_pictures(self._paths, self._wrong)

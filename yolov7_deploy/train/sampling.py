@@ -114,9 +114,12 @@ def rect_requests(
         )
 
 
+ROUNDING = 1e-9  # of a quotient: a side that is a whole number of strides stays so
+
+
 def rect_hw(shapes: DoubleArray, *, size: int, stride: int) -> tuple[int, int]:
     """Height and width of a batch of pictures with these ratios of height to width, as in the official program."""
     low, high = float(shapes.min()), float(shapes.max())
     height, width = (high, 1.0) if high < 1 else (1.0, 1 / low) if low > 1 else (1.0, 1.0)
-    tall, wide = (int(np.ceil(side * size / stride)) * stride for side in (height, width))
+    tall, wide = (int(np.ceil(side * size / stride - ROUNDING)) * stride for side in (height, width))
     return tall, wide

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from yolov7_deploy.dataset.samples import IntArray
@@ -31,11 +30,6 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.class_ids)
-
-    def kept(self, chosen: npt.NDArray[np.bool_]) -> Objects:
-        """Those where `chosen` (bool [N]) is true."""
-        polygons = tuple(polygon for polygon, keep in zip(self.polygons, chosen, strict=True) if keep)
-        return Objects(boxes=self.boxes[chosen], class_ids=self.class_ids[chosen], polygons=polygons)
 
 
 NO_OBJECTS = Objects(boxes=np.zeros((0, 4), np.float32), class_ids=np.zeros(0, np.int64), polygons=())

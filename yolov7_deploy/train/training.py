@@ -181,6 +181,7 @@ def _loader(dataset: Dataset, request: TrainRequest, world: World, *, stride: in
         world=world.size,
         rect=options.rect,
         stride=stride,
+        pin_memory=world.device.type == "cuda",
     )
 
 
