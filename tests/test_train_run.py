@@ -203,29 +203,24 @@ def judged(data, tmp_path, monkeypatch):
 
 
 def test_the_best_epoch_is_kept_and_later_ones_only_if_they_are_better(judged):
-    report, notes, _ = judged(0.1, 0.3, 0.3, 0.2)
-    assert (report.epochs, report.best_epoch, report.accuracy.ap) == (4, 2, 0.3)
-    assert [record.ap for record in notes.records] == [0.1, 0.3, 0.3, 0.2]
+    report, notes, _ = judged(0.1, 0.3, 0.3)
+    assert (report.epochs, report.best_epoch, report.accuracy.ap) == (3, 2, 0.3)
+    assert [record.ap for record in notes.records] == [0.1, 0.3, 0.3]
     best, last = weights(report.folder, "best.safetensors"), weights(report.folder)
     assert report.weights.name == "best.safetensors"
     assert any(not best[name].equal(last[name]) for name in best)
 
 
-def test_training_ends_after_patience_epochs_without_progress(judged):
-    report, notes, _ = judged(0.1, 0.3, 0.3, 0.2, epochs=9, patience=2)
-    assert (report.epochs, report.best_epoch) == (4, 2)
+def test_training_ends_after_patience_epochs_without_progress_and_is_over_for_resume_too(judged):
+    report, notes, measured = judged(0.1, 0.3, 0.3, 0.2, 0.7, epochs=9, patience=2)
+    assert (report.epochs, report.best_epoch, report.accuracy.ap) == (4, 2, 0.3)
     assert "no progress since epoch 2: training ends" in notes.said
     assert len(read_results(report.folder / "results.csv")) == 4
-
-
-def test_a_training_that_ended_by_patience_is_over_for_resume_too(judged):
-    report, _, measured = judged(0.3, 0.2, 0.7, epochs=9, patience=1)
-    notes = Notes()
-    again = resume(report.folder, watch=notes)
-    assert (again.epochs, again.best_epoch, notes.steps) == (2, 1, [])
-    assert "training ends" in notes.said
-    assert measured.calls == ["last.safetensors", "last.safetensors", "best.safetensors"]
-    assert again.accuracy.ap == 0.7
+    later = Notes()
+    again = resume(report.folder, watch=later)
+    assert (again.epochs, again.best_epoch, later.steps) == (4, 2, [])
+    assert "training ends" in later.said
+    assert measured.calls == ["last.safetensors"] * 4 + ["best.safetensors"] and again.accuracy.ap == 0.7
 
 
 def test_epochs_in_between_are_not_validated_but_the_last_is(judged):
@@ -270,7 +265,7 @@ def test_every_option_trains_an_epoch(data, tmp_path, monkeypatch, changes):
     leave_out_charts(monkeypatch)
     notes = Notes()
     epochs = changes.get("epochs", 1)
-    report = train(small_request(data, tmp_path / "run", **changes), watch=notes)
+    report = train(small_request(data, tmp_path / "run", **{"batch": TRAIN, **changes}), watch=notes)
     assert report.epochs == epochs and len(losses(report.folder)) == epochs
     checkpoint = load_checkpoint(report.weights)
     names = open_dataset(data).class_names

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from yolov7_deploy.cli.choices import JsonPath, parse_img
+from yolov7_deploy.cli.detect import split_classes
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
 
@@ -162,7 +163,7 @@ def _request(
         variant=variant,
         weights=weights,
         device=asked["device"],
-        classes=tuple((asked["classes"] or "").replace(",", " ").split()),
+        classes=tuple(map(str, split_classes([asked["classes"] or ""]) or ())),
         single_class=asked["single_class"],
         tensorboard=asked["tensorboard"],
         hyp=recipe,
@@ -173,7 +174,7 @@ def _request(
 def _begin(request: TrainRequest, json_path: str | None) -> None:
     from yolov7_deploy.train.training import train as train_network
 
-    _finish(train_network(request, watch=_Porch()), json_path)
+    _finish(train_network(request, watch=_Porch(json_path)), json_path)
 
 
 def _refuse_changes(context: typer.Context) -> None:
@@ -191,7 +192,7 @@ def _resume(save_dir: Path | None, *, data: Path | None, device: str | None, jso
     from yolov7_deploy.train.training import resume
 
     folder = save_dir or _newest()
-    _finish(resume(folder, watch=_Porch(), device=device, data=None if data is None else str(data)), json_path)
+    _finish(resume(folder, watch=_Porch(json_path), device=device, data=None if data is None else str(data)), json_path)
 
 
 def _finish(report: Any, json_path: str | None) -> None:  # noqa: ANN401 - its type is torch's side of the wall
@@ -264,10 +265,10 @@ def _values(texts: list[str] | None) -> dict[str, float]:
 
 
 class _Porch:
-    """Shows a training to people: a line an epoch on standard output, progress on standard error."""
+    """Shows a training to people: a line an epoch on standard output, unless JSON is there; the rest beside it."""
 
-    def __init__(self) -> None:
-        self._headed = False
+    def __init__(self, json_path: str | None) -> None:
+        self._headed, self._aside = False, json_path == "-"
 
     def say(self, words: str) -> None:
         """A line."""
@@ -291,13 +292,15 @@ class _Porch:
     def epoch_done(self, record: EpochRecord) -> None:
         """A line of the table."""
         if not self._headed:
-            typer.echo(" epoch     box     obj     cls      AP    AP50   img/s      GB       s")
+            heading = " epoch     box     obj     cls      AP    AP50   img/s      GB       s"
+            typer.echo(heading, err=self._aside)
             self._headed = True
         ap, ap50 = ("      -" if value is None else f"{value:7.4f}" for value in (record.ap, record.ap50))
         memory = (record.memory_bytes or 0) / 1e9
         typer.echo(
             f"{record.epoch:6d} {record.box:7.4f} {record.obj:7.4f} {record.cls:7.4f} {ap} {ap50} "
-            f"{record.images_per_s:7.1f} {memory:7.2f} {record.seconds:7.1f}"
+            f"{record.images_per_s:7.1f} {memory:7.2f} {record.seconds:7.1f}",
+            err=self._aside,
         )
 
 

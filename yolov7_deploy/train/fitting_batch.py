@@ -12,7 +12,8 @@ from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.train.learner import Learner, training_sizes
 from yolov7_deploy.train.scene import Batch
 
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+# The last is what the convolutions of torch on a processor say.
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "could not create a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -49,7 +50,7 @@ def batch_that_fits(learner: Learner, batch: Batch, error: BaseException) -> Dev
             f"{what} does not fit into the memory of {world.device}{neither} ({reason}).",
             fix=f"A smaller size or variant:  --img {smaller}",
         )
-    tried = f"; {fitting} do" if world.size == 1 else ""
+    tried = "" if world.size > 1 else "; one does" if fitting == 1 else f"; {fitting} do"
     return DeviceError(
         f"{what} does not fit into the memory of {world.device} ({reason}){tried}. "
         "Gradients are added up to the same nominal batch all the same.",

@@ -17,7 +17,7 @@ from yolov7_deploy.dataset import Dataset, open_dataset
 from yolov7_deploy.dataset.chosen import as_single_class, with_classes
 from yolov7_deploy.dataset.statistics import describe_labels
 from yolov7_deploy.engine.memory import free_host_memory
-from yolov7_deploy.errors import DatasetError, TrainingError, UsageError
+from yolov7_deploy.errors import DatasetError, ImageError, TrainingError, UsageError
 from yolov7_deploy.model.variants import Anchors, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.train.anchors import anchor_fit, fitted_anchors
@@ -231,9 +231,26 @@ def _open_data(request: TrainRequest) -> _Data:
         train_set, val_set = (with_classes(dataset, request.classes) for dataset in (train_set, val_set))
     if request.single_class:
         train_set, val_set = (as_single_class(dataset) for dataset in (train_set, val_set))
-    train_set.require_boxes()
-    val_set.require_boxes()
+    for dataset in (train_set, val_set):
+        dataset.require_boxes()
+        _require_a_picture(dataset)
     return _Data(train=train_set, val=val_set, sha256=_digest(train_set))
+
+
+def _require_a_picture(dataset: Dataset) -> None:
+    """Returns when any picture has a header, which is found out before anything takes time."""
+    reasons = []
+    for index in range(len(dataset)):
+        try:
+            dataset.image_hw(index)
+        except ImageError as error:
+            reasons.append(error.message)
+        else:
+            return
+    raise DatasetError(
+        f"None of the {len(dataset)} pictures of {dataset.source} can be read. The first: {reasons[0]}",
+        fix="Check the pictures that its train and val name.",
+    )
 
 
 def _digest(dataset: Dataset) -> str:

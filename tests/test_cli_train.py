@@ -1,0 +1,284 @@
+"""`y7 train`: what its options ask for, and what is shown of a training, with a stand-in for the training itself."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
+from yolov7_deploy.cli import train as command
+from yolov7_deploy.errors import LoadError, UsageError
+from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.options import TrainOptions
+from yolov7_deploy.train import training
+from yolov7_deploy.train.hyperparameters import PRESETS, hyperparameters_text, read_hyperparameters
+from yolov7_deploy.train.logs import EpochRecord
+from yolov7_deploy.train.trainer import TrainReport
+
+RECORD = EpochRecord(
+    epoch=1, box=0.05, obj=0.01, cls=0.02, total=0.08, positives=30.0, size=64, ap=0.1234, ap50=0.2,
+    lr_norm=0.01, lr_weight=0.01, lr_bias=0.01, momentum=0.9, images_per_s=12.3, memory_bytes=10**9, seconds=4.5,
+)  # fmt: skip
+
+
+class Asked:
+    """Takes the place of the training: remembers what was asked, and acts as if it had been done."""
+
+    def __init__(self) -> None:
+        self.request, self.resumed = None, None
+
+    def train(self, request, *, watch):
+        self.request = request
+        return self._done(Path(request.folder), watch)
+
+    def resume(self, folder, *, watch, device, data):
+        self.resumed = {"folder": folder, "device": device, "data": data}
+        return self._done(folder, watch)
+
+    def _done(self, folder, watch):
+        watch.say("words about the data")
+        with watch.epoch(0, 2) as show:
+            show(1, 1, "box 0.05")
+        with watch.counting("validate") as show:
+            show(3, 3)
+        watch.epoch_done(RECORD)
+        watch.epoch_done(RECORD)
+        return TrainReport(
+            folder=folder,
+            weights=folder / "best.safetensors",
+            epochs=2,
+            best_epoch=0,
+            accuracy=None,
+            unreadable=(),
+            seconds=90.0,
+        )
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    asked = Asked()
+    monkeypatch.setattr(training, "train", asked.train)
+    monkeypatch.setattr(training, "resume", asked.resume)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+@pytest.fixture
+def run(asked):
+    app = typer.Typer()
+    app.command()(command.train)
+    return lambda *words: CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights of a small variant."""
+    model = new_model("yolov7-tiny", classes=2, training_form=True)
+    checkpoint = Checkpoint(
+        tensors=model.state_dict(),
+        variant="yolov7-tiny",
+        training=True,
+        class_names=("a", "b"),
+        anchors=model.anchors,
+    )
+    save_checkpoint(checkpoint, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_without_options_the_defaults_of_the_library_are_asked_for(run, asked):
+    assert run("--data", "D.yaml").exit_code == 0
+    request = asked.request
+    assert request.options == TrainOptions(workers=min(4, os.cpu_count() or 1))
+    assert (request.data, request.variant, request.weights, request.device) == ("D.yaml", "yolov7", "", "auto")
+    assert (request.folder, request.hyp, request.classes) == ("runs/train/exp", PRESETS["p5"], ())
+
+
+def test_every_option_reaches_the_request(run, asked):
+    words = (
+        "--epochs 7 --batch 8 --nominal-batch 32 --img 96 --seed 3 --workers 0 --cache 1.5 --half --adam --linear-lr "
+        "--no-sync-bn --freeze 0,1,2 --multi-scale --close-mosaic 2 --image-weights --autoanchor --patience 5 "
+        "--val-every 3 --save-minutes 0.5 --no-ota --assigner lead-guided --no-constraint --auxiliary full "
+        "--variant yolov7-w6 --device 0 --single-cls --no-tensorboard --save-dir out"
+    )
+    assert run("--data", "D.yaml", *words.split()).exit_code == 0
+    assert asked.request.options == TrainOptions(
+        epochs=7, batch=8, nominal_batch=32, img=96, seed=3, workers=0, cache_gib=1.5, half=True, adam=True,
+        linear_lr=True, sync_bn=False, freeze=(0, 1, 2), multi_scale=True, close_mosaic=2, image_weights=True,
+        autoanchor=True, patience=5, val_every=3, save_minutes=0.5, ota=False, assigner="lead-guided",
+        constraint=False, auxiliary="full",
+    )  # fmt: skip
+    request = asked.request
+    assert (request.variant, request.device, request.folder) == ("yolov7-w6", "0", "out")
+    assert (request.single_class, request.tensorboard, request.hyp) == (True, False, PRESETS["p6"])
+    assert run("--data", "D.yaml", "--rect").exit_code == 0 and asked.request.options.rect
+
+
+def test_the_official_spellings_are_known(run, asked):
+    run("--data", "D.yaml", "--batch-size", "4", "--img-size", "320")
+    assert (asked.request.options.batch, asked.request.options.img) == (4, 320)
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [("cat,dog", ("cat", "dog")), ("0 16", ("0", "16")), ("3", ("3",)), ("traffic light,2", ("traffic light", "2"))],
+)
+def test_classes_are_names_or_numbers(run, asked, text, classes):
+    run("--data", "D.yaml", "--classes", text)
+    assert asked.request.classes == classes
+
+
+@pytest.mark.parametrize(("text", "freeze"), [("50", (50,)), ("0,1,2", (0, 1, 2)), ("4 9", (4, 9))])
+def test_layers_to_freeze_are_numbers(run, asked, text, freeze):
+    run("--data", "D.yaml", "--freeze", text)
+    assert asked.request.options.freeze == freeze
+
+
+def test_each_training_gets_a_folder_of_its_own(run, asked, tmp_path):
+    for name in ("exp", "exp2", "exp3"):
+        run("--data", "D.yaml")
+        assert asked.request.folder == f"runs/train/{name}"
+        (tmp_path / asked.request.folder).mkdir(parents=True)
+
+
+def test_weights_bring_their_variant_and_the_recipe_of_fine_tuning(run, asked, weights):
+    run("--data", "D.yaml", "--weights", str(weights))
+    request = asked.request
+    assert (request.weights, request.variant, request.hyp) == (str(weights), "yolov7-tiny", PRESETS["custom"])
+    run("--data", "D.yaml", "--weights", str(weights), "--variant", "yolov7", "--hyp", "p5")
+    assert (asked.request.variant, asked.request.hyp) == ("yolov7", PRESETS["p5"])
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "preset"), [("yolov7-tiny", "tiny"), ("yolov7x", "p5"), ("yolov7-e6e", "p6")])
+def test_the_recipe_is_that_of_the_variant(run, asked, variant, preset):
+    run("--data", "D.yaml", "--variant", variant)
+    assert asked.request.hyp == PRESETS[preset]
+
+
+def test_a_recipe_is_a_preset_or_a_file_with_single_values_on_top(run, asked, tmp_path):
+    (tmp_path / "h.yaml").write_text("lr0: 0.02\nmixup: 0\n")
+    run("--data", "D.yaml", "--hyp", "h.yaml", "--set", "lr0=1e-3", "--set", "degrees = 5")
+    expected = read_hyperparameters("p5", changes={"lr0": 0.001, "mixup": 0.0, "degrees": 5.0})
+    assert asked.request.hyp == expected
+
+
+def test_a_recipe_is_shown_as_a_file_that_can_be_read_again(run, asked, tmp_path):
+    result = run("--hyp", "p6", "--set", "lr0=0.003", "--show-hyp")
+    (tmp_path / "shown.yaml").write_text(result.stdout)
+    expected = read_hyperparameters("p6", changes={"lr0": 0.003})
+    assert result.stdout == hyperparameters_text(expected)
+    assert read_hyperparameters("shown.yaml") == expected
+    assert asked.request is None
+    assert run("--show-hyp", "--variant", "yolov7-tiny").stdout == hyperparameters_text(PRESETS["tiny"])
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "fix"),
+    [
+        ("", "y7 train needs --data.", "y7 shapes --output shapes"),
+        ("--data D.yaml --set lr0", "--set lr0 is not name=number.", "--set lr0=0.001"),
+        ("--data D.yaml --set lr0=fast", "--set lr0=fast is not name=number.", "--set lr0=0.001"),
+        ("--data D.yaml --set lr=0.1", "'lr' is no hyper-parameter", "lr0"),
+        ("--data D.yaml --set lr0=nan", "lr0: nan is no number from 0", "--show-hyp"),
+        ("--data D.yaml --set mosaic=2", "mosaic: 2 is above 1", "--show-hyp"),
+        ("--data D.yaml --hyp absent.yaml", "no preset and no file of this name", "tiny, p5, p6, custom"),
+        ("--data D.yaml --freeze a,b", "--freeze a,b is no list of layers", "--freeze 0,1,2"),
+        ("--data D.yaml --freeze -1", "--freeze -1 is no list of layers", "--freeze 50"),
+        ("--data D.yaml --img 640x480", "--img 640x480: training canvases are square", "--img 640, and --rect"),
+        ("--data D.yaml --img big", "big", "--img"),
+        ("--data D.yaml --epochs 0", "--epochs 0 must be at least 1", "--epochs 2"),
+        ("--data D.yaml --batch 0", "--batch 0 must be at least 1", "--batch 2"),
+        ("--data D.yaml --save-minutes -1", "--save-minutes -1 must be at least 0", "--save-minutes 1"),
+        ("--data D.yaml --assigner best", "--assigner best is unknown", "coarse-to-fine"),
+        ("--data D.yaml --auxiliary some", "--auxiliary some is unknown", "partial, full, none"),
+        ("--data D.yaml --rect --multi-scale", "--rect and --multi-scale contradict each other", "Leave one"),
+        ("--data D.yaml --rect --image-weights", "--rect and --image-weights contradict each other", "Leave one"),
+        ("--resume", "There is no training in runs/train to go on with", "--save-dir DIR"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(run, asked, words, message, fix):
+    with pytest.raises(UsageError) as caught:
+        run(*words.split())
+    assert message in caught.value.message and fix in caught.value.fix
+    assert asked.request is None and asked.resumed is None
+
+
+def test_weights_that_are_not_there_are_named(run):
+    with pytest.raises(LoadError, match=r"absent\.pt"):
+        run("--data", "D.yaml", "--weights", "absent.pt")
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_resume_goes_on_with_the_folder_named(run, asked, tmp_path):
+    assert run("--resume", "--save-dir", "some/run").exit_code == 0
+    assert asked.resumed == {"folder": Path("some/run"), "device": None, "data": None}
+    run("--resume", "--save-dir", "some/run", "--device", "cpu", "--data", "elsewhere/D.yaml")
+    assert asked.resumed == {"folder": Path("some/run"), "device": "cpu", "data": "elsewhere/D.yaml"}
+
+
+def test_resume_without_a_folder_goes_on_with_the_newest(run, asked, tmp_path):
+    for age, name in enumerate(("exp2", "exp", "exp3")):
+        state = tmp_path / "runs" / "train" / name / "state.safetensors"
+        state.parent.mkdir(parents=True)
+        state.touch()
+        os.utime(state, (1000 - age, 1000 - age))
+    run("--resume")
+    assert asked.resumed["folder"] == Path("runs/train/exp2")
+
+
+@pytest.mark.parametrize("change", ["--epochs 500", "--batch 8", "--set lr0=1", "--adam", "--no-ota", "--img 320"])
+def test_a_training_goes_on_as_it_was_begun(run, asked, change):
+    with pytest.raises(UsageError) as caught:
+        run("--resume", "--save-dir", "some/run", *change.split())
+    assert caught.value.message.startswith(f"{change.split()[0].replace('no-', '')} cannot be changed with --resume")
+    assert asked.resumed is None
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_results_go_to_standard_output_and_progress_to_standard_error(run):
+    result = run("--data", "D.yaml", "--save-dir", "out")
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["epoch", "box", "obj", "cls", "AP", "AP50", "img/s", "GB", "s"]
+    assert lines[1] == lines[2] and len(lines) == 5
+    assert lines[1].split() == ["1", "0.0500", "0.0100", "0.0200", "0.1234", "0.2000", "12.3", "1.00", "4.5"]
+    assert len(lines[0]) == len(lines[1])
+    assert lines[3:] == [
+        "1.5 minutes; weights in out/best.safetensors, charts beside them",
+        "Next:  y7 export --weights out/best.safetensors",
+    ]
+    assert "words about the data" in result.stderr
+    assert "epoch 1/2: 1/1" in result.stderr and "validate: 3/3" in result.stderr
+
+
+def test_json_on_standard_output_is_alone_there(run):
+    result = run("--data", "D.yaml", "--save-dir", "out", "--json", "-")
+    document = json.loads(result.stdout)
+    assert document["weights"] == "out/best.safetensors" and document["epochs"] == 2
+    assert "weights in out" in result.stderr and "img/s" in result.stderr
+
+
+def test_a_report_is_written_as_json(run, tmp_path):
+    run("--data", "D.yaml", "--save-dir", "out", "--json", "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["seconds"] == 90.0
+
+
+def test_only_the_first_of_several_processes_speaks(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = run("--data", "D.yaml", "--json", "-")
+    assert "words" not in result.stderr and "epoch 1/2" not in result.stderr
+    assert "weights in" not in result.output and "minutes" not in result.output
