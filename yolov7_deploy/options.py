@@ -294,6 +294,7 @@ class TrainOptions:
         adam: AdamW instead of SGD.
         linear_lr: The learning rate falls linearly instead of as a cosine.
         sync_bn: BatchNorm over the pictures of all processes.
+        rebase_bn: Weights that are given get the BatchNorm statistics of the pictures, with the same output.
         freeze: Layers that stay as they are: one number is the first so many, several are just these.
         multi_scale: Sizes from half to one and a half of `img`, another one each step.
         rect: Pictures of one shape together on a canvas of that shape, without mosaic.
@@ -318,6 +319,7 @@ class TrainOptions:
     adam: bool = False
     linear_lr: bool = False
     sync_bn: bool = True
+    rebase_bn: bool = True
     freeze: tuple[int, ...] = ()
     multi_scale: bool = False
     rect: bool = False

@@ -70,6 +70,9 @@ Half = Annotated[
 Adam = Annotated[bool, typer.Option("--adam", help="AdamW instead of SGD.")]
 LinearLr = Annotated[bool, typer.Option("--linear-lr", help="The rate falls linearly instead of as a cosine.")]
 SyncBn = Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm over all processes.")]
+RebaseBn = Annotated[
+    bool, typer.Option("--rebase-bn/--no-rebase-bn", help="With --weights: BatchNorm statistics of these pictures.")
+]
 Patience = Annotated[int, typer.Option("--patience", help="End after so many epochs without progress; 0 is never.")]
 ValEvery = Annotated[int, typer.Option("--val-every", help="Epochs from one validation to the next; 0: only the last.")]
 SaveMinutes = Annotated[float, typer.Option("--save-minutes", help="Minutes from one resume point to the next.")]
@@ -115,6 +118,7 @@ def train(
     adam: Adam = DEFAULTS.adam,
     linear_lr: LinearLr = DEFAULTS.linear_lr,
     sync_bn: SyncBn = DEFAULTS.sync_bn,
+    rebase_bn: RebaseBn = DEFAULTS.rebase_bn,
     patience: Patience = DEFAULTS.patience,
     val_every: ValEvery = DEFAULTS.val_every,
     save_minutes: SaveMinutes = DEFAULTS.save_minutes,

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.train.anchors import anchor_fit, fitted_anchors
 from yolov7_deploy.train.augment import Augmentation
 from yolov7_deploy.train.keeping import LAST, STATE
-from yolov7_deploy.train.learner import Learner, training_sizes
+from yolov7_deploy.train.learner import Learner, frozen_layers, training_sizes
 from yolov7_deploy.train.loader import TrainLoader
 from yolov7_deploy.train.logs import RunLog, read_results, write_run
 from yolov7_deploy.train.optimizer import Schedule
 from yolov7_deploy.train.pictures import PictureStore
 from yolov7_deploy.train.plots import draw_labels, draw_precision_recall, draw_results
+from yolov7_deploy.train.rebase import PICTURES, rebase_norms
 from yolov7_deploy.train.request import TrainRequest
 from yolov7_deploy.train.run_state import RunState, load_run_state
 from yolov7_deploy.train.start import require_variant, starting_model
@@ -148,8 +150,13 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
         nominal_batch=options.nominal_batch,
         linear=options.linear_lr,
     )
-    learner = Learner(model, hyp=request.hyp, options=options, schedule=schedule, world=world)
     try:
+        if request.weights and options.rebase_bn and not resuming:
+            model.to(world.device)
+            few = islice(loader.epoch(0), -(-PICTURES // options.batch))
+            frozen = frozen_layers(options.freeze, model)
+            watch.say(rebase_norms(model, few, frozen=frozen, world=world).words())
+        learner = Learner(model, hyp=request.hyp, options=options, schedule=schedule, world=world)
         with contextlib.ExitStack() as open_files:
             log = None
             if world.is_first:
