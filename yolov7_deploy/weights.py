@@ -41,7 +41,7 @@ OFFICIAL_NAMES = (
     "yolov7-e6e_training",
 )
 
-# Comes along with the package, so that everything can be tried without a network; demo/TRAINED.md says how it was made.
+# Comes along with the package, so that everything can be tried without a network; benchmarks/demo_weights.py made it.
 SHAPES_WEIGHTS = "yolov7-tiny-shapes"
 
 # Digests that are publicly known; the others are checked by length only.
