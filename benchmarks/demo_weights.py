@@ -30,10 +30,13 @@ COMMON = (
 )
 # The gains of objectness and classes are scaled to size and classes by the recipe, here to a tenth and less; with these
 # values both are learned in few epochs. Single pictures take turns with mosaics, whose shapes are half as large.
-FIRST = f"{COMMON} --img 256 --batch 32 --nominal-batch 32 --epochs 14 --val-every 4 --set obj=3 --set mosaic=0.5 --save-dir first"
+FIRST = (
+    f"{COMMON} --img 256 --batch 32 --nominal-batch 32 --epochs 14 --val-every 4 --set obj=3 --set mosaic=0.5 "
+    "--save-dir first"
+)
 SECOND = (
-    f"{COMMON} --weights first/best.safetensors --img 320 --batch 16 --nominal-batch 16 --epochs 7 --val-every 3 --seed 1 "
-    "--set obj=2 --set mosaic=0.3 --no-rebase-bn --save-dir second"
+    f"{COMMON} --weights first/best.safetensors --img 320 --batch 16 --nominal-batch 16 --epochs 7 --val-every 3 "
+    "--seed 1 --set obj=2 --set mosaic=0.3 --no-rebase-bn --save-dir second"
 )
 Y7 = [sys.executable, "-m", "yolov7_deploy"]
 SEED_UNSEEN, UNSEEN = 99, 500
