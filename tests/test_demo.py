@@ -65,7 +65,7 @@ def test_the_shipped_weights_are_small_and_say_what_they_are():
 
 def test_the_shipped_weights_find_shapes_that_they_never_saw(tmp_path):
     data = write_shapes(tmp_path / "shapes", train=1, val=60, size=320, seed=7)
-    with Detector(shipped_weights(), device="cpu", img=320) as detector:
+    with Detector(shipped_weights(), device="cpu", img=416) as detector:
         report = evaluate(detector, open_dataset(data), options=ValOptions(rect=False))
     assert report.ap >= 0.8
 

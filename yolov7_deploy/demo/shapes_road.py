@@ -23,7 +23,7 @@ from yolov7_deploy.weights import SHAPES_WEIGHTS, shipped_weights
 
 # Pictures of another seed than those it was trained on: none of them was ever seen.
 SEED, CALIBRATION, JUDGES, PICTURE_SIDE = 1, 100, 100, 320
-INPUT_HW = (320, 320)  # as it was trained
+INPUT_HW = (416, 416)  # as it was trained
 LOOKED_AT = 3  # the picture that detections are drawn in
 PRECISIONS = ("fp32", "fp16", "int8")
 SPEED = BenchOptions(duration_s=1.5, warmup_s=1.5)
@@ -137,7 +137,7 @@ def _next(data: Path, files: Mapping[str, Path]) -> str:
         "y7 demo --weights yolov7": "the same with the official weights (found here, or downloaded)",
         f"y7 detect --weights {files['fp32']} --source {data.parent / 'images' / 'val'}": "more of these pictures",
         f"y7 bench --weights {files['fp32']} --threads 1,2": "every span of a call",
-        f"y7 train --data {data} --variant yolov7-tiny --img 320": "train a network of your own",
+        f"y7 train --data {data} --variant yolov7-tiny --img 416": "train a network of your own",
         "y7 doctor": "what this machine can run",
     }
     width = max(map(len, commands))
