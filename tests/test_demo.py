@@ -30,13 +30,6 @@ SHARED = os.environ.get("Y7_SHARED", "")
 SIGN = (slice(101, 245), slice(120, 264))
 
 
-def small(monkeypatch):
-    """Exports at 128 pixels instead of the paper's size, for speed."""
-    monkeypatch.setattr(
-        module, "ExportOptions", lambda: ExportOptions(input_hw=(128, 128), max_det=50, max_candidates=200)
-    )
-
-
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
     """A working directory and local places without any weights."""
@@ -98,7 +91,7 @@ def test_a_picture_for_the_shapes_network_is_refused():
 
 
 def test_weights_of_yours_are_taken_as_they_are(tmp_path, monkeypatch):
-    small(monkeypatch)
+    monkeypatch.setattr(module, "ExportOptions", lambda: ExportOptions(input_hw=(416, 416)))
     lines: list[str] = []
     weights = tmp_path / "mine.safetensors"
     weights.write_bytes(shipped_weights().read_bytes())

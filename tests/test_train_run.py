@@ -278,13 +278,26 @@ def test_weights_to_begin_with_are_named_and_taken(done, data, tmp_path, monkeyp
     leave_out_charts(monkeypatch)
     notes, path = Notes(), done[0].folder / "last.safetensors"
     hyp = Hyperparameters(lr0=0.0, warmup_epochs=0.0)
-    report = train(small_request(data, tmp_path / "run", weights=str(path), hyp=hyp), watch=notes)
+    report = train(small_request(data, tmp_path / "run", weights=str(path), hyp=hyp, rebase_bn=False), watch=notes)
     assert "yolov7-tiny from last.safetensors: 342 of 342 tensors" in notes.said.replace("\n", " ")
     own, given = weights(report.folder), weights(path.parent)
     learned = [name for name in own if "running" not in name and "num_batches" not in name]
     assert all(own[name].equal(given[name]) for name in learned)
     document = json.loads((report.folder / "run.json").read_text())
     assert document["weights"]["source"] == "last.safetensors" and len(document["weights"]["sha256"]) == 64
+
+
+def test_weights_to_begin_with_get_statistics_of_the_pictures_and_stay_the_same_network(
+    done, data, tmp_path, monkeypatch
+):
+    leave_out_charts(monkeypatch)
+    notes, path = Notes(), done[0].folder / "last.safetensors"
+    hyp = Hyperparameters(lr0=0.0, warmup_epochs=0.0)
+    report = train(small_request(data, tmp_path / "run", weights=str(path), hyp=hyp), watch=notes)
+    assert "statistics of 55 BatchNorm layers are those of 6 pictures now" in notes.said
+    own, given = weights(report.folder), weights(path.parent)
+    assert own["model.0.conv.weight"].equal(given["model.0.conv.weight"])
+    assert not own["model.0.bn.weight"].equal(given["model.0.bn.weight"])
 
 
 def test_the_same_request_gives_the_same_bytes(done, data, tmp_path, monkeypatch):

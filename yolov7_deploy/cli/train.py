@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs/train")
 DEFAULTS = TrainOptions()
+NO_DATA = "y7 train --data D.yaml, or a generated set:  y7 shapes --output shapes"
 WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
 CHANGEABLE = {"resume", "save_dir", "data", "device", "json_path"}
 
@@ -144,9 +145,7 @@ def train(
         typer.echo(hyperparameters_text(recipe), nl=False)
         return
     if data is None:
-        raise UsageError(
-            "y7 train needs --data.", fix="y7 train --data D.yaml, or a generated set:  y7 shapes --output shapes"
-        )
+        raise UsageError("y7 train needs --data.", fix=NO_DATA)
     _begin(_request(asked, options, recipe, variant=name, weights=str(path or "")), json_path)
 
 
