@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from noise import OBJECTS, noise_batch
 from recording import parser, record
 from torch.nn import functional as F
 
@@ -25,7 +25,6 @@ from yolov7_deploy.train.start import starting_model
 from yolov7_deploy.train.world import World
 
 ROUNDS = 5
-OBJECTS = 12  # of a picture: a mosaic of COCO has about as many
 
 
 def main() -> None:
@@ -80,16 +79,7 @@ def make(variant: str, pictures: int, img: int) -> tuple[Learner, Batch]:
     model = starting_model(variant, COCO_NAMES).model
     learner = Learner(model, hyp=hyp, options=options, schedule=schedule, world=World())
     learner.train_mode()
-    random = np.random.default_rng(0)
-    count = OBJECTS * pictures
-    sides = random.uniform(0.05, 0.4, (count, 2))
-    centre = random.uniform(sides / 2, 1 - sides / 2)
-    place = np.stack([np.repeat(np.arange(pictures), OBJECTS), random.integers(0, len(COCO_NAMES), count)], 1)
-    return learner, Batch(
-        images=torch.from_numpy(random.integers(0, 256, (pictures, img, img, 3), dtype=np.uint8)),
-        targets=torch.tensor(np.concatenate([place, centre, sides], 1), dtype=torch.float32),
-        paths=(Path("noise"),),
-    )
+    return learner, noise_batch(pictures, img)
 
 
 def raw_maps(learner: Learner, batch: Batch) -> list[torch.Tensor]:

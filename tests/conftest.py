@@ -11,6 +11,7 @@ from engines import exported, foreign, plugin_library
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
 from pictured import CONF, MAX_DET, SUPPRESSION
 from small_models import HW, exported_tiny, info_of, tiny
+from training_runs import leave_out_charts, one_thread, small_shapes
 
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
@@ -112,3 +113,22 @@ def _memory_comes_back(request):
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Sums in one order; and two threads of tiny operations only wait for each other."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """For trainings that are not about their pictures."""
+    leave_out_charts(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The YAML of a few pictures to train on."""
+    return small_shapes(tmp_path_factory.mktemp("data"))

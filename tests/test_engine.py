@@ -106,7 +106,13 @@ def test_an_older_engine_stays_where_a_new_one_cannot_be_written(saved, monkeypa
     assert len(list(saved.parent.iterdir())) == 2
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    Engine(plan=PLAN, record=None).save(tmp_path / "new" / "x.engine")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.engine"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "nowhere").write_text("")
     with pytest.raises(EngineError, match="nowhere"):
         Engine(plan=PLAN, record=None).save(tmp_path / "nowhere" / "x.engine")
 

@@ -14,6 +14,8 @@ from yolov7_deploy.model.heads import AuxiliaryDetect, ImplicitDetect
 from yolov7_deploy.model.variants import VARIANTS, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # Both sides add the same float64 products, in another order; relative to the largest value compared.
 FLOAT64_TOLERANCE = 1e-12
 # The same through a whole network: up to 200 layers, each of which may stretch the difference.
@@ -22,15 +24,6 @@ DEEP_FLOAT64_TOLERANCE = 1e-9
 FLOAT32_ROUNDING = 2**-24
 
 ODD_ANCHORS = tuple(tuple((7.0 + 3 * i + level, 11.0 + 5 * i + level) for i in range(3)) for level in range(4))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of tiny operations: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_wild(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -16,20 +16,17 @@ import torch
 from gpu_parts import PARTS, train, train_loading, train_run, train_steps
 from gpu_parts.goals import Goals
 from gpu_parts.setting import Setting
-from training_runs import leave_out_charts, one_thread
+from training_runs import leave_out_charts
 
 from yolov7_deploy.train.logs import EpochRecord
 
 TINY = "yolov7-tiny"
 STAGES = {"images", "forward", "assignment", "loss", "backward", "optimizer", "average", "rest"}
 # A loader's processes are forked, and torch has threads.
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("one_torch_thread"),
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

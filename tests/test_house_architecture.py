@@ -24,7 +24,7 @@ NO_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "utils"}
 
 # From the shelf up to the porch. A file imports from lower rows only; rooms of one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("coco_names", "errors", "plain_data"),
+    ("coco_names", "errors", "plain_data", "whole_file"),
     ("image", "info", "machine", "weights"),
     ("draw", "options", "window"),
     ("boxes", "dataset", "detections", "sources"),

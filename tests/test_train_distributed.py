@@ -18,9 +18,7 @@ from training_runs import (
     finished,
     leave_out_charts,
     losses,
-    one_thread,
     small_request,
-    small_shapes,
     started,
 )
 from two_processes import SHAPE, new_norm, normed, pictures
@@ -33,6 +31,8 @@ from yolov7_deploy.train.start import starting_model
 from yolov7_deploy.train.training import train
 from yolov7_deploy.train.world import World, open_world, synced
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 MODULE = ["-m", "yolov7_deploy"]
 SAME_NORM = {"rtol": 2e-5, "atol": 2e-5}  # float32 added in another order
@@ -44,17 +44,6 @@ CALM_OPTIONS = {"ota": False, "epochs": 3, "batch": 6, "nominal_batch": 12}
 SAME_LOSS = 1e-4  # relative; 1e-5 was seen
 SAME_UPDATE = 5e-2  # of all that the training changed; 1.5e-2 was seen, half or twice a gradient would be 0.5 or 1
 SOON_S = 60.0  # an end is noticed within a second; starting takes longer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_shapes(tmp_path_factory.mktemp("data"))
 
 
 def together(*command: str, script: Path | None = None) -> tuple[int, str, str]:

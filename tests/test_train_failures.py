@@ -14,11 +14,8 @@ from training_runs import (
     arguments,
     assert_same_weights,
     finished,
-    leave_out_charts,
     losses,
-    one_thread,
     small_request,
-    small_shapes,
     started,
 )
 
@@ -30,23 +27,9 @@ from yolov7_deploy.train.learner import Learner
 from yolov7_deploy.train.run_state import load_run_state
 from yolov7_deploy.train.training import resume, train
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
+
 ADDRESS_SPACE_MIB = 600  # beyond what the program has when it begins; 16 pictures of 320 pixels need twice as much
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_charts(monkeypatch):
-    leave_out_charts(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_shapes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +239,7 @@ def test_what_finds_no_room_leaves_the_older_files_and_the_training_goes_on(
         train(small_request(data, folder, epochs=2), watch=shown)
     largest_file(10**6)
     assert load_run_state(folder / "state.safetensors")[0].epoch == 1
-    assert not [path for path in folder.iterdir() if path.suffix in (".part", ".tmp")]
+    assert not list(folder.glob(".*"))
     resume(folder, watch=Notes())
     assert losses(folder) == losses(whole)
     assert_same_weights(folder, whole)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from thin_variants import thin
-from training_runs import one_thread
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.model.variants import find_variant
@@ -19,6 +18,8 @@ from yolov7_deploy.train.optimizer import Schedule
 from yolov7_deploy.train.scene import Batch
 from yolov7_deploy.train.world import World
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 TINY, P6, EXTENDED = "yolov7-tiny", "yolov7-w6", "yolov7-e6e"
 CLASSES = 3
 AT_ONCE = Hyperparameters(warmup_epochs=0.0)  # full rates and accumulation from the first step on
@@ -26,12 +27,6 @@ LEARNING = Hyperparameters(warmup_epochs=0.0, lr0=0.003)  # of Adam
 FALLEN = 0.8  # of the first loss, the mean of the last three; 24 steps reach 0.3 to 0.75
 SUM = {"rtol": 1e-5, "atol": 1e-6}  # float32 gradients added in another order
 BFLOAT16 = 0.05  # relative difference of a loss; the type has eight bits
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def learner_of(variant=TINY, *, hyp=AT_ONCE, whole=False, **options):

@@ -11,15 +11,9 @@ from yolov7_deploy.train.rebase import rebase_norms
 from yolov7_deploy.train.scene import Batch
 from yolov7_deploy.train.world import World
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SAME = 2e-4  # of the output's standard deviation: every layer is rounded anew to float32
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(variant="yolov7-tiny"):

@@ -14,11 +14,8 @@ from training_runs import (
     arguments,
     assert_same_weights,
     finished,
-    leave_out_charts,
     losses,
-    one_thread,
     small_request,
-    small_shapes,
     started,
     y7,
 )
@@ -30,24 +27,10 @@ from yolov7_deploy.train.logs import read_results
 from yolov7_deploy.train.run_state import load_run_state, save_run_state
 from yolov7_deploy.train.training import resume, train
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
+
 EPOCHS = 2
 MESSAGE = "stopping after this step; Ctrl-C once more ends at once"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_charts(monkeypatch):
-    leave_out_charts(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_shapes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +194,11 @@ def test_after_kill_a_training_goes_on_from_its_last_step(data, whole, tmp_path)
     assert len(list(folder.glob(".*"))) == 0
     state, _ = load_run_state(folder / "state.safetensors")
     assert (state.epoch, state.step, len(read_results(folder / "results.csv"))) == (1, 1, 1)
+    (folder / ".state.123456.partial.safetensors").write_bytes(b"half of it")  # as if it had been killed a moment later
     code, out, err = y7("train", "--resume", "--save-dir", str(folder))
     assert code == 0 and "best epoch" in out, err
     assert "goes on in epoch 2 of 2, after 1 steps of it" in err
+    assert not list(folder.glob(".*"))
     assert_as_if_never_interrupted(folder, whole)
 
 
@@ -302,9 +287,11 @@ def test_another_dataset_is_refused(halfway, tmp_path):
     assert f"--weights {halfway / 'last.safetensors'}" in caught.value.fix
 
 
-def test_changed_labels_are_another_dataset(halfway, data, tmp_path):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_changed_labels_are_another_dataset(halfway, data, tmp_path, split):
     shutil.copytree(data.parent, tmp_path / "shapes")
-    label = next(path for path in sorted((tmp_path / "shapes/labels/train").iterdir()) if path.stat().st_size)
+    labels = sorted((tmp_path / "shapes/labels" / split).iterdir())
+    label = next(path for path in labels if path.stat().st_size)
     lines = label.read_text().splitlines()
     label.write_text("\n".join(["0 0.5 0.5 0.2 0.2", *lines[1:]]) + "\n")
     with pytest.raises(UsageError, match="pictures or labels differ"):

@@ -14,9 +14,7 @@ from training_runs import (
     Notes,
     leave_out_charts,
     losses,
-    one_thread,
     small_request,
-    small_shapes,
     weights,
 )
 
@@ -35,6 +33,8 @@ from yolov7_deploy.train.logs import read_results
 from yolov7_deploy.train.run_state import load_run_state
 from yolov7_deploy.train.training import describe_report, report_document, resume, train
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 FILES = {
     "best.safetensors",
     "first_batch.jpg",
@@ -48,17 +48,6 @@ FILES = {
 }
 TOP = 5  # detections of a picture
 SAME_AP = 1e-3  # of torch and ONNX Runtime, which add in another order
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_shapes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

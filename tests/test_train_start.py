@@ -3,7 +3,6 @@
 import pytest
 import torch
 from thin_variants import thin
-from training_runs import one_thread
 
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.errors import UsageError
@@ -11,17 +10,13 @@ from yolov7_deploy.model import variants
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 from yolov7_deploy.train.start import starting_model
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 TINY, P6 = "yolov7-tiny", "yolov7-w6"
 NAMES = ("cat", "dog", "cow")
 OTHER_NAMES = ("horse", "cow", "cat", "sheep")
 ANCHORS = tuple(tuple((8.0 * level + i, 9.0 * level + i) for i in (1, 2, 3)) for level in (1, 2, 3))
 SIDE = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture

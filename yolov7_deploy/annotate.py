@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +18,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image
 from yolov7_deploy.sources import VIDEO_SUFFIXES, Frame, Skipped, Source
 from yolov7_deploy.sources.video import VideoWriter
+from yolov7_deploy.whole_file import whole_file
 from yolov7_deploy.window import Window
 
 LABELS = "labels"
@@ -310,14 +309,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UsageError: It cannot be written there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):  # what is called a folder may be a file
-            temporary.unlink(missing_ok=True)
         raise UsageError(
             f"{path} cannot be written: {error.strerror or error}.", fix="Choose another place."
         ) from error

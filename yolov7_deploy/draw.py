@@ -6,10 +6,8 @@ is next to its box.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import FloatArray, Image, as_bgr
+from yolov7_deploy.whole_file import whole_file
 
 Colour = tuple[int, int, int]  # blue, green, red
 Rect = tuple[int, int, int, int]  # x1, y1, x2, y2; the far edges are outside
@@ -170,14 +169,10 @@ def write_picture(path: str | Path, image_bgr: Image) -> None:
             f"{path}: OpenCV cannot write {path.suffix or 'a file without suffix'}.",
             fix="Use a name that ends in .jpg or .png.",
         ) from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data.tobytes())
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(data.tobytes())
     except OSError as error:
-        with contextlib.suppress(OSError):  # what is called a folder may be a file
-            temporary.unlink(missing_ok=True)
         raise ImageError(
             f"{path} cannot be written: {error.strerror or error}.", fix="Choose another place."
         ) from error

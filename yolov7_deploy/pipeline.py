@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.pictures import CalibrationPictures
 from yolov7_deploy.quantization.quantize import Quantized, Quantizer, Show, silent
+from yolov7_deploy.whole_file import unfinished_name
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _written(
     exported: OnnxModel, output: Path, reference: PytorchBackend | None, pictures: Sequence[Image], step: _Steps
 ) -> tuple[int, ParityReport | None]:
     """Writes the file, and gives it its name if it is the reference's model; its size, and the check."""
-    partial = output.with_name(f".{output.stem}.{os.getpid()}.partial.onnx")
+    partial = unfinished_name(output)
     try:
         exported.save(partial)
         parity = None

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from yolov7_deploy.errors import LoadError
+from yolov7_deploy.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +162,9 @@ def _download(url: str, target: Path, *, name: str, progress: Progress | None, t
         LoadError: What arrived is not what the release holds.
         OSError: Network or disk; also `http.client.HTTPException` and `ValueError` for a malformed answer.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     digest = hashlib.sha256()
     done = 0
-    try:
+    with whole_file(target) as unfinished:
         with urllib.request.urlopen(url, timeout=timeout_s) as answer, unfinished.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0)
             while block := answer.read(_BLOCK_BYTES):
@@ -177,9 +176,6 @@ def _download(url: str, target: Path, *, name: str, progress: Progress | None, t
                 if progress is not None:
                     progress(done, total)
         _check_arrived(url, done, total, digest.hexdigest(), SHA256.get(name, ""))
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _check_arrived(url: str, done: int, total: int, digest: str, expected: str) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
+from noise import OBJECTS, noise_batch
 
 from gpu_parts.goals import Goals
 from gpu_parts.setting import Setting
@@ -29,7 +29,6 @@ from yolov7_deploy.train.world import CPU, World
 Tensors = Mapping[str, torch.Tensor]
 
 NO_GPU = "without a GPU nothing is compared"
-OBJECTS = 12  # of a picture: a mosaic of COCO has about as many
 CALM_RATE = 1e-5  # of the learning rate: pictures of noise teach nothing, and the loss must stay a number
 STEPS = 1000  # of an epoch, of which only the first are done
 WARM_STEPS, WARM_PART = 6, 0.4  # the latter of the measured seconds
@@ -134,17 +133,9 @@ def new_stepper(
     return Stepper(learner)
 
 
-def noise_batch(pictures: int, img: int, device: torch.device) -> Batch:
-    """Noise with boxes of 80 classes, in page-locked memory as a loader gives it where there is a GPU."""
-    random, count = np.random.default_rng(0), OBJECTS * pictures
-    sides = random.uniform(0.05, 0.4, (count, 2))
-    centres = random.uniform(sides / 2, 1 - sides / 2)
-    numbers = [np.repeat(np.arange(pictures), OBJECTS), random.integers(0, len(COCO_NAMES), count)]
-    batch = Batch(
-        images=torch.from_numpy(random.integers(0, 256, (pictures, img, img, 3), dtype=np.uint8)),
-        targets=torch.tensor(np.concatenate([np.stack(numbers, 1), centres, sides], 1), dtype=torch.float32),
-        paths=(Path("noise"),),
-    )
+def noise_on(pictures: int, img: int, device: torch.device) -> Batch:
+    """Noise, in page-locked memory as a loader gives it where there is a GPU."""
+    batch = noise_batch(pictures, img)
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -173,7 +164,7 @@ def step_speed(bench: Bench, variant: str, batch: int, *, half: bool, tf32: bool
     device, sizes = bench.device, bench.sizes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    pictures = noise_batch(batch, sizes.img, device)
+    pictures = noise_on(batch, sizes.img, device)
     with convolutions(tf32=tf32):
         stepper = new_stepper(sizes, variant, batch, device=device, half=half, calm=True, classes=COCO_NAMES)
         rate = images_per_s(stepper, pictures, seconds=sizes.seconds)
@@ -292,7 +283,7 @@ def compare_devices(bench: Bench, variant: str) -> dict[str, Any]:
     For the same reason the updates, whose distance is told in parts of their length, are not judged.
     """
     sizes = bench.sizes
-    batch = noise_batch(COMPARED_PICTURES, sizes.img, CPU)
+    batch = noise_on(COMPARED_PICTURES, sizes.img, CPU)
     here, there = (
         new_stepper(sizes, variant, COMPARED_PICTURES, device=device, half=False, calm=False, classes=COCO_NAMES)
         for device in (bench.device, CPU)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from yolov7_deploy.checkpoint.torch_file import NumberArray, TorchFile, is_safet
 from yolov7_deploy.coco_names import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
 from yolov7_deploy.info import PASSPORT_KEY, ModelInfo
+from yolov7_deploy.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -144,17 +144,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     order = json.dumps(list(tensors), separators=(",", ":"))
     metadata = {"format": "pt", PASSPORT_KEY: checkpoint.info.to_json(), _KEY_ORDER: order}
     data = _with_sorted_header(safetensors.torch.save(tensors, metadata))
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        unfinished.write_bytes(data)
-        unfinished.replace(target)
+        with whole_file(target) as unfinished:
+            unfinished.write_bytes(data)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written ({error.strerror or error}).",
-            fix="Check that its folder exists and has space.",
+            fix="Make room there, or choose another place.",
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _stored(key: str, tensor: torch.Tensor, *, half: bool) -> torch.Tensor:

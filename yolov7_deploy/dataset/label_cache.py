@@ -27,6 +27,7 @@ from yolov7_deploy.dataset.picture_size import read_picture_hw
 from yolov7_deploy.dataset.samples import BoolArray, IntArray, Labels
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.weights import cache_dir
+from yolov7_deploy.whole_file import whole_file
 
 VERSION = 1  # of the arrays, and of how lines are understood
 # A file that changed this shortly before it was read may change once more within the same tick of its clock (two
@@ -224,14 +225,8 @@ def _is_whole(arrays: Arrays, count: int, classes: int) -> bool:
 
 def _write(place: Path, arrays: Arrays) -> None:
     """Under a temporary name first; a place that cannot be written costs the time that the cache would save."""
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            temporary.replace(place)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(place) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         logger.warning("Labels are read again next time: %s cannot be written (%s).", place, error.strerror or error)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from yolov7_deploy.engine.record import EngineRecord
 from yolov7_deploy.errors import EngineError, LoadError
+from yolov7_deploy.whole_file import whole_file
 
 __all__ = ["Engine", "EngineRecord", "digest", "plan_version", "record_path"]
 
@@ -42,7 +43,7 @@ class Engine:
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
-        """Writes plan and record under temporary names, then renames them, the plan first.
+        """Writes plan and record under temporary names, then renames them, the plan first; folders are made.
 
         An older engine of the same name stays until then. A run that is killed between the two renames leaves a plan
         with the record of another, which `load` notices by its digest.
@@ -51,24 +52,16 @@ class Engine:
             EngineError: The disk is full or the folder cannot be written.
         """
         path = Path(path)
-        parts = {path: self.plan}
-        if self.record is not None:
-            parts[record_path(path)] = self.record.to_json().encode()
-        partial = {final: final.with_name(f".{final.name}.{os.getpid()}.partial") for final in parts}
         try:
-            for final, data in parts.items():
-                _write(partial[final], data)
-            for final, temporary in partial.items():
-                temporary.replace(final)
+            with contextlib.ExitStack() as files:  # the one that is opened last gets its name first
+                if self.record is not None:
+                    _write(files.enter_context(whole_file(record_path(path))), self.record.to_json().encode())
+                _write(files.enter_context(whole_file(path)), self.plan)
         except OSError as error:
             raise EngineError(
                 f"{error.filename or path} cannot be written: {error.strerror or error}.",
                 fix="Choose another place:  --output F.engine",
             ) from error
-        finally:
-            for temporary in partial.values():
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Engine:

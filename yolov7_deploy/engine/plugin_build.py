@@ -20,6 +20,7 @@ from pathlib import Path
 
 from yolov7_deploy.engine.plugins import PluginLibrary, built_path, describe_plugin
 from yolov7_deploy.errors import PluginError, UsageError
+from yolov7_deploy.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -326,15 +327,10 @@ def _destination(output: Path | None, built: PluginLibrary) -> Path:
 
 def _install(built: Path, target: Path) -> Path:
     """Copies under a temporary name and renames, so that no process ever opens half a library."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(target) as unfinished:
             shutil.copyfile(built, unfinished)
             unfinished.chmod(0o755)
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise PluginError(
             f"The library was built, but could not be written to {target}: {error.strerror or error}.",

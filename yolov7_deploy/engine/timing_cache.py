@@ -5,11 +5,11 @@ The cache is a convenience: a file that cannot be read, used or written is a not
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from yolov7_deploy.whole_file import whole_file
 
 Trt = Any  # objects of the TensorRT that is installed
 
@@ -50,16 +50,11 @@ class TimingCache:
         cache = config.get_timing_cache() if self._path else None
         if self._path is None or cache is None:
             return self.notes
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(cache.serialize())
-            partial.replace(self._path)
+            with whole_file(self._path) as unfinished:
+                unfinished.write_bytes(cache.serialize())
         except OSError as error:
             self._note(f"cannot be written ({error.strerror or error}); the next build measures again")
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
         return self.notes
 
     def _put(self, config: Trt, data: bytes) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from yolov7_deploy.errors import ExportError, LoadError
 from yolov7_deploy.info import PASSPORT_KEY, ModelInfo
+from yolov7_deploy.whole_file import whole_file
 
 INPUT_NAME = "images"
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
@@ -64,14 +63,9 @@ class OnnxModel:
             ExportError: The disk is full, the folder cannot be written, or the graph is above protobuf's 2 GiB.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             data = self.proto.SerializeToString(deterministic=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(path)
+            with whole_file(path) as unfinished:
+                unfinished.write_bytes(data)
         except (OSError, EncodeError, ValueError) as error:
             raise ExportError(f"{path} cannot be written: {error}.", fix="Choose another place:  --output F") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)

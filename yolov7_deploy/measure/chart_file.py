@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.whole_file import whole_file
 
 FONT = "DejaVu Sans"  # comes with matplotlib, so the same everywhere
 GREY = "#555555"
@@ -38,14 +38,9 @@ def write_chart(draw: Callable[[], Figure], path: Path, *, dpi: int) -> None:
     data = BytesIO()
     with chart_style():
         draw().savefig(data, format="png", dpi=dpi, metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data.getvalue())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(data.getvalue())
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.whole_file import whole_file
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
 
@@ -93,13 +93,8 @@ def _write_whole(path: Path, text: str) -> None:
     if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: nothing to rename onto
         path.write_text(text, encoding="utf-8")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _plain(value: object) -> object:

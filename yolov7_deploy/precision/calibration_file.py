@@ -7,7 +7,6 @@ earlier one and is compared with the file's own before anything is decompressed.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from yolov7_deploy.plain_data import from_plain, shown
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.histogram import BINS, Histogram
 from yolov7_deploy.weights import cache_dir
+from yolov7_deploy.whole_file import whole_file
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +85,6 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         ExportError: The disk is full, the folder cannot be written, a mean is infinite or no number, or there are more
             than `MAX_TENSORS` tensors.
     """
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         header, columns = _taken_apart(calibration)
         _check(columns)
@@ -96,14 +95,10 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
             fix="Check the weights (y7 verify), or go without a file.",
         ) from error
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(data)
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be written: {error}.", fix=_OTHER_FILE) from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            partial.unlink(missing_ok=True)
 
 
 def load_calibration(path: Path) -> Calibration:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
+from yolov7_deploy.whole_file import unfinished_name
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class VideoWriter:
     def __init__(self, path: Path, *, fps: float, hw: tuple[int, int]) -> None:
         self.path = path
         self.hw = hw
-        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
+        self._temporary = unfinished_name(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -12,6 +12,7 @@ from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.checkpoint import save_checkpoint
 from yolov7_deploy.errors import TrainingError
 from yolov7_deploy.train.run_state import RunState, save_run_state
+from yolov7_deploy.whole_file import remove_unfinished, whole_file
 
 LAST, BEST, STATE = "last.safetensors", "best.safetensors", "state.safetensors"
 
@@ -43,14 +44,17 @@ def keep_best(folder: Path) -> None:
         TrainingError: They cannot be written.
     """
     target = folder / BEST
-    unfinished = folder / f".{BEST}.part"
     try:
-        shutil.copyfile(folder / LAST, unfinished)
-        unfinished.replace(target)
+        with whole_file(target) as unfinished:
+            shutil.copyfile(folder / LAST, unfinished)
     except OSError as error:
         raise TrainingError(f"{target} cannot be written ({error.strerror}).", fix="Make room on that disk.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed training was just writing; it must not run any more."""
+    for name in (LAST, BEST, STATE):
+        remove_unfinished(folder / name)
 
 
 def keep_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from yolov7_deploy import __version__
 from yolov7_deploy.errors import UsageError, missing_library
 from yolov7_deploy.measure.report import write_json
+from yolov7_deploy.whole_file import whole_file
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -238,12 +239,8 @@ def _append(path: Path, line: str) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from yolov7_deploy.errors import CheckpointError, LoadError
 from yolov7_deploy.plain_data import from_plain
 from yolov7_deploy.train.request import TrainRequest
+from yolov7_deploy.whole_file import whole_file
 
 _KEY = "yolov7_training"
 SCHEMA = 1
@@ -57,7 +57,7 @@ class RunState:
 
     Attributes:
         request: What was asked for; going on needs nothing else.
-        data_sha256: Of the training pictures' names and labels.
+        data_sha256: Of all pictures' names and labels.
         class_names: What it learns to find.
         anchors: Per level three (width, height) in input pixels.
         world: Processes.
@@ -95,17 +95,14 @@ def save_run_state(path: Path, state: RunState, tensors: dict[str, Tensor]) -> N
         CheckpointError: It cannot be written.
     """
     text = json.dumps({"schema": SCHEMA, **asdict(state)}, sort_keys=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        safetensors.torch.save_file(tensors, unfinished, {_KEY: text})
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            safetensors.torch.save_file(tensors, unfinished, {_KEY: text})
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be written ({str(error)[:200]}). The older one is as it was.",
             fix="Make room on that disk, then go on:  y7 train --resume --save-dir " + str(path.parent),
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_run_state(path: Path) -> tuple[RunState, dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from yolov7_deploy.model.variants import Anchors, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.train.anchors import anchor_fit, fitted_anchors
 from yolov7_deploy.train.augment import Augmentation
-from yolov7_deploy.train.keeping import LAST, STATE
+from yolov7_deploy.train.keeping import LAST, STATE, remove_leftovers
 from yolov7_deploy.train.learner import Learner, frozen_layers, training_sizes
 from yolov7_deploy.train.loader import TrainLoader
 from yolov7_deploy.train.logs import RunLog, read_results, write_run
@@ -134,6 +134,8 @@ def resume(folder: Path, *, watch: Watch, device: str | None = None, data: str |
         model = starting_model(
             request.variant, state.class_names, anchors=state.anchors, auxiliary=request.options.auxiliary
         ).model
+        if world.is_first:
+            remove_leftovers(folder)
         watch.say(f"goes on in epoch {state.epoch + 1} of {request.options.epochs}, after {state.step} steps of it")
         return _run(model, opened, replace(state, request=request), world, watch, resuming=True)
 
@@ -241,7 +243,7 @@ def _open_data(request: TrainRequest) -> _Data:
     for dataset in (train_set, val_set):
         dataset.require_boxes()
         _require_a_picture(dataset)
-    return _Data(train=train_set, val=val_set, sha256=_digest(train_set))
+    return _Data(train=train_set, val=val_set, sha256=_digest(train_set, val_set))
 
 
 def _require_a_picture(dataset: Dataset) -> None:
@@ -260,13 +262,15 @@ def _require_a_picture(dataset: Dataset) -> None:
     )
 
 
-def _digest(dataset: Dataset) -> str:
-    """Of names and labels; the pixels of a dataset are not read."""
-    digest = hashlib.sha256("\n".join(dataset.class_names).encode())
-    for index in range(len(dataset)):
-        labels = dataset.record(index).labels
-        digest.update(dataset.path(index).name.encode("utf-8", "replace"))
-        digest.update(labels.class_ids.tobytes() + labels.boxes.tobytes())
+def _digest(*datasets: Dataset) -> str:
+    """Of classes, names and labels; the pixels are not read."""
+    digest = hashlib.sha256("\n".join(datasets[0].class_names).encode())
+    for dataset in datasets:
+        digest.update(len(dataset).to_bytes(8, "little"))
+        for index in range(len(dataset)):
+            labels = dataset.record(index).labels
+            digest.update(dataset.path(index).name.encode("utf-8", "replace"))
+            digest.update(labels.class_ids.tobytes() + labels.boxes.tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,26 @@
+"""A batch of noise with boxes, for what is timed and does not have to learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from yolov7_deploy.coco_names import COCO_NAMES
+from yolov7_deploy.train.scene import Batch
+
+OBJECTS = 12  # of a picture: a mosaic of COCO has about as many
+
+
+def noise_batch(pictures: int, img: int) -> Batch:
+    """Pictures [img, img] of noise, each with boxes of 80 classes; always the same."""
+    random, count = np.random.default_rng(0), OBJECTS * pictures
+    sides = random.uniform(0.05, 0.4, (count, 2))
+    centres = random.uniform(sides / 2, 1 - sides / 2)
+    numbers = [np.repeat(np.arange(pictures), OBJECTS), random.integers(0, len(COCO_NAMES), count)]
+    return Batch(
+        images=torch.from_numpy(random.integers(0, 256, (pictures, img, img, 3), dtype=np.uint8)),
+        targets=torch.tensor(np.concatenate([np.stack(numbers, 1), centres, sides], 1), dtype=torch.float32),
+        paths=(Path("noise"),),
+    )
