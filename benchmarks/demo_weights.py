@@ -38,7 +38,10 @@ TRAININGS = (
     "--close-mosaic 2 --seed 1 --set lr0=0.02 --set obj=2 --set mosaic=0.3 --save-dir second",
     f"{COMMON} --weights second/best.safetensors --img 416 --batch 16 --nominal-batch 16 --epochs 2 --val-every 2 "
     "--close-mosaic 1 --seed 2 --set lr0=0.008 --set obj=1.5 --set mosaic=0.2 --save-dir third",
+    f"{COMMON} --weights third/best.safetensors --img 416 --batch 16 --nominal-batch 16 --epochs 8 --val-every 4 "
+    "--close-mosaic 3 --seed 3 --set lr0=0.015 --set box=0.1 --set obj=1.5 --set mosaic=0.2 --save-dir fourth",
 )
+FOLDERS = tuple(command.rpartition(" ")[2] for command in TRAININGS)
 Y7 = [sys.executable, "-m", "yolov7_deploy"]
 SEED_UNSEEN, UNSEEN = 99, 300
 SIZE = 416
@@ -50,10 +53,9 @@ def main() -> None:
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     subprocess.run([*Y7, *SHAPES.split()], check=True, cwd=options.work)
-    for command in TRAININGS:
-        train(command, options.work)
-    run = options.work / "third"
-    best, shipped = run / "best.safetensors", shipped_weights()
+    for command, folder in zip(TRAININGS, FOLDERS, strict=True):
+        train(command, options.work / folder)
+    best, shipped = options.work / FOLDERS[-1] / "best.safetensors", shipped_weights()
     save_checkpoint(load_checkpoint(best), shipped, half=True)
     unseen = open_dataset(write_shapes(options.work / "unseen", train=1, val=UNSEEN, size=320, seed=SEED_UNSEEN))
     aps = {}
@@ -66,7 +68,7 @@ def main() -> None:
         options.machine,
         {
             "commands": [f"y7 {command}" for command in (SHAPES, *TRAININGS)],
-            "epochs": {name: epochs(options.work / name) for name in ("first", "second", "third")},
+            "epochs": {name: epochs(options.work / name) for name in FOLDERS},
             "unseen_pictures": UNSEEN,
             "unseen_seed": SEED_UNSEEN,
             "unseen": aps,
@@ -76,13 +78,12 @@ def main() -> None:
     )
 
 
-def train(command: str, work: Path) -> None:
+def train(command: str, run: Path) -> None:
     """Runs a training, or goes on with it, unless it is done."""
-    run = work / command.rpartition(" ")[2]
     if not (run / "state.safetensors").exists():
-        subprocess.run([*Y7, *command.split()], check=True, cwd=work)
+        subprocess.run([*Y7, *command.split()], check=True, cwd=run.parent)
     elif len(epochs(run)) < int(command.split("--epochs ")[1].split()[0]):
-        subprocess.run([*Y7, "train", "--resume", "--save-dir", run.name], check=True, cwd=work)
+        subprocess.run([*Y7, "train", "--resume", "--save-dir", run.name], check=True, cwd=run.parent)
 
 
 def epochs(run: Path) -> list[dict[str, str]]:
