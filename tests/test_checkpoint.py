@@ -308,10 +308,17 @@ def test_a_value_beyond_float16_is_refused_when_halving(path, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_folder_that_is_not_there_is_told(path, tmp_path):
+def test_a_folder_that_is_not_there_is_made(path, tmp_path):
     checkpoint = load_checkpoint(save_official({"model": Model()}, path))
+    save_checkpoint(checkpoint, tmp_path / "new" / "x.safetensors")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.safetensors"]
+
+
+def test_a_folder_that_is_a_file_is_told(path, tmp_path):
+    checkpoint = load_checkpoint(save_official({"model": Model()}, path))
+    (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_checkpoint(checkpoint, tmp_path / "absent" / "x.safetensors")
+        save_checkpoint(checkpoint, tmp_path / "file" / "x.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -142,7 +142,7 @@ def stepper(kind=train_steps.Stepper, *, calm=False):
 
 def noise():
     """A batch for it."""
-    batch = train_steps.noise_batch(2, train.EMULATED.img, train_steps.CPU)
+    batch = train_steps.noise_on(2, train.EMULATED.img, train_steps.CPU)
     batch.targets[:, 1] %= 2
     return batch
 

@@ -128,7 +128,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = False) -> None:
-    """Writes safetensors with a passport: same checkpoint, same bytes; no half-written file if interrupted.
+    """Writes safetensors with a passport: same checkpoint, same bytes; no half-written file; folders are made.
 
     Args:
         checkpoint: What to write.
