@@ -323,12 +323,16 @@ def test_an_interrupt_ends_everything_without_words_from_the_workers(dataset):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    process.stdout.readline()
-    workers = psutil.Process(process.pid).children(recursive=True)
-    time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=STOP_S)
+    try:
+        process.stdout.readline()
+        workers = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        out, err = process.communicate(timeout=STOP_S)
+    finally:
+        process.kill()
     assert out.endswith("interrupted\n") and err == "" and process.returncode == 0
     assert len(workers) >= 2 and not any(worker.is_running() for worker in workers)
 

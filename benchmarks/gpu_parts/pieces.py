@@ -6,6 +6,7 @@ import io
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 PIECE_BYTES = 58 * 2**20
 
@@ -27,5 +28,7 @@ def pack(whole: Path, pieces: Path) -> None:
 def unpack(pieces: Path, whole: Path) -> None:
     """The folder that was packed."""
     archive = io.BytesIO(b"".join(path.read_bytes() for path in sorted(pieces.glob("part_*"))))
+    # Python before 3.10.12 and 3.11.4 has no filters.
+    careful: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(fileobj=archive, mode="r:xz") as tar:
-        tar.extractall(whole, filter="data")
+        tar.extractall(whole, **careful)
