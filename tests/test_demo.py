@@ -84,6 +84,16 @@ def test_without_weights_the_demo_goes_the_whole_road(nowhere, monkeypatch):
     assert not (nowhere / "cache").exists()
 
 
+@pytest.mark.parametrize("fp16_speed", [17.0, 60.0])
+def test_half_that_is_slower_than_float32_is_explained(tmp_path, fp16_speed):
+    files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16")}
+    for path in files.values():
+        path.write_bytes(b"")
+    speeds = {"fp32": 32.0, "fp16": fp16_speed}
+    words = shapes_road._told(shipped_weights(), files, {"torch": 0.84, "fp32": 0.84, "fp16": 0.84}, speeds)
+    assert (shapes_road.HALF_IS_SLOW in words) == (fp16_speed < 32.0)
+
+
 def test_a_picture_for_the_shapes_network_is_refused():
     result = CliRunner().invoke(app, ["demo", "--source", "street.jpg"])
     assert isinstance(result.exception, UsageError)

@@ -28,6 +28,7 @@ LOOKED_AT = 3  # the picture that detections are drawn in
 PRECISIONS = ("fp32", "fp16", "int8")
 SPEED = BenchOptions(duration_s=1.5, warmup_s=1.5)
 PLAIN = ValOptions(rect=False)
+HALF_IS_SLOW = "fp16 is for GPUs: most processors compute it no faster than float32, and convert to and fro besides"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +119,10 @@ def _told(weights: Path, files: Mapping[str, Path], aps: Mapping[str, float], sp
         [name, f"{aps[name]:.4f}", f"{path.stat().st_size / 1e6:.1f}", f"{speeds[name]:.1f}"]
         for name, path in files.items()
     ]
-    return table(rows, ["form", "AP", "MB", "pictures/s"])
+    words = table(rows, ["form", "AP", "MB", "pictures/s"])
+    if speeds["fp16"] < speeds["fp32"]:
+        words += f"\n{HALF_IS_SLOW}"
+    return words
 
 
 def _detect(onnx: Path, picture: Path, drawn: Path, say: Say) -> Detections:
