@@ -1,4 +1,4 @@
-"""A small model in every kind of file, and Detectors of them."""
+"""What several modules share: a small model in every kind of file and Detectors of it; small trainings."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,12 @@ from engines import exported, foreign, plugin_library
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
 from pictured import CONF, MAX_DET, SUPPRESSION
 from small_models import HW, exported_tiny, info_of, tiny
-from training_runs import leave_out_charts, one_thread, small_shapes
+from training_runs import Notes, leave_out_charts, one_thread, small_request, small_shapes
 
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
+from yolov7_deploy.train import training
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +133,11 @@ def no_charts(monkeypatch):
 def data(tmp_path_factory):
     """The YAML of a few pictures to train on."""
     return small_shapes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, one_torch_thread, tmp_path_factory):
+    """The folder of a training of two epochs in which nothing went wrong."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    training.train(small_request(data, folder, epochs=2), watch=Notes())
+    return folder

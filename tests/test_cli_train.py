@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -102,17 +103,19 @@ def test_without_options_the_defaults_of_the_library_are_asked_for(run, asked):
 def test_every_option_reaches_the_request(run, asked):
     words = (
         "--epochs 7 --batch 8 --nominal-batch 32 --img 96 --seed 3 --workers 0 --cache 1.5 --half --adam --linear-lr "
-        "--no-sync-bn --freeze 0,1,2 --multi-scale --close-mosaic 2 --image-weights --autoanchor --patience 5 "
-        "--val-every 3 --save-minutes 0.5 --no-ota --assigner lead-guided --no-constraint --auxiliary full "
-        "--variant yolov7-w6 --device 0 --single-cls --no-tensorboard --save-dir out"
+        "--no-sync-bn --no-rebase-bn --freeze 0,1,2 --multi-scale --close-mosaic 2 --image-weights --autoanchor "
+        "--patience 5 --val-every 3 --save-minutes 0.5 --no-ota --assigner lead-guided --no-constraint "
+        "--auxiliary full --variant yolov7-w6 --device 0 --single-cls --no-tensorboard --save-dir out"
     )
     assert run("--data", "D.yaml", *words.split()).exit_code == 0
     assert asked.request.options == TrainOptions(
         epochs=7, batch=8, nominal_batch=32, img=96, seed=3, workers=0, cache_gib=1.5, half=True, adam=True,
-        linear_lr=True, sync_bn=False, freeze=(0, 1, 2), multi_scale=True, close_mosaic=2, image_weights=True,
-        autoanchor=True, patience=5, val_every=3, save_minutes=0.5, ota=False, assigner="lead-guided",
-        constraint=False, auxiliary="full",
+        linear_lr=True, sync_bn=False, rebase_bn=False, freeze=(0, 1, 2), multi_scale=True, close_mosaic=2,
+        image_weights=True, autoanchor=True, patience=5, val_every=3, save_minutes=0.5, ota=False,
+        assigner="lead-guided", constraint=False, auxiliary="full",
     )  # fmt: skip
+    same = [field.name for field in fields(TrainOptions) if getattr(asked.request.options, field.name) == field.default]
+    assert same == ["rect"]  # which none of the others goes with
     request = asked.request
     assert (request.variant, request.device, request.folder) == ("yolov7-w6", "0", "out")
     assert (request.single_class, request.tensorboard, request.hyp) == (True, False, PRESETS["p6"])

@@ -32,14 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
 ADDRESS_SPACE_MIB = 600  # beyond what the program has when it begins; 16 pictures of 320 pixels need twice as much
 
 
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """The folder of a training of two epochs in which nothing went wrong."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    train(small_request(data, folder, epochs=2), watch=Notes())
-    return folder
-
-
 @pytest.fixture
 def learners(monkeypatch):
     """The learners of trainings from now on."""

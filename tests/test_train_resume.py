@@ -33,14 +33,6 @@ EPOCHS = 2
 MESSAGE = "stopping after this step; Ctrl-C once more ends at once"
 
 
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """The folder of a training that was never interrupted, of processes with one thread."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    train(small_request(data, folder, epochs=EPOCHS), watch=Notes())
-    return folder
-
-
 def interrupt(number=signal.SIGINT):
     return lambda: os.kill(os.getpid(), number)
 

@@ -111,8 +111,9 @@ class RunLog:
         lines = _read(self.path) if self.path.exists() else {}
         kept = [line for line, record in lines.items() if record.epoch < first_epoch]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.path, "".join(f"{line}\n" for line in (HEADER, *kept)))
+            with whole_file(self.path) as unfinished:
+                text = "".join(f"{line}\n" for line in (HEADER, *kept))
+                unfinished.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self._board = _open_tensorboard(folder, wanted=tensorboard, first_step=first_epoch)
@@ -236,11 +237,6 @@ def _append(path: Path, line: str) -> None:
         except OSError:
             file.truncate(size)
             raise
-
-
-def _write_whole(path: Path, text: str) -> None:
-    with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:
