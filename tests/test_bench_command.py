@@ -22,6 +22,7 @@ from yolov7_deploy.measure.drawn import drawn_picture
 from yolov7_deploy.measure.report import write_json
 from yolov7_deploy.measure.speed.speed_report import SpeedReport
 
+TRIES = 3  # of a comparison that is too noisy to tell
 QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
 TIMEOUT_S = 120
 
@@ -136,8 +137,12 @@ def test_a_run_is_compared_with_an_earlier_one(bench, tmp_path):
     old = SpeedReport.load("old.json")
     slow = replace(old, rows=(replace(old.rows[0], spans=tuple(slower(span, 0.1) for span in old.rows[0].spans)),))
     write_json(slow.to_dict(), "slow.json")
-    told = bench("--compare", "slow.json").stdout
-    assert [line.split()[-1] for line in told.splitlines() if " end_to_end " in line] == ["slower"]
+    # Other programs may take the processor during a run this short, which then rightly says that it cannot tell.
+    verdicts = []
+    while verdicts[-1:] != ["slower"] and len(verdicts) < TRIES:
+        told = bench("--compare", "slow.json").stdout
+        verdicts += [line.split()[-1] for line in told.splitlines() if " end_to_end " in line]
+    assert verdicts[-1] == "slower" and set(verdicts[:-1]) <= {"tell"}
 
 
 def slower(span, factor):
