@@ -15,13 +15,13 @@ from pathlib import Path
 from recording import parser, record
 
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.checkpoint.checkpoint import save_checkpoint
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.dataset.shapes import write_shapes
+from yolov7_deploy.checkpoint.loader import save_checkpoint
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.measure.accuracy import evaluate
+from yolov7_deploy.evaluation.accuracy import evaluate
+from yolov7_deploy.hub import file_digest, shipped_weights
 from yolov7_deploy.options import ValOptions
-from yolov7_deploy.weights import file_digest, shipped_weights
 
 SHAPES = "shapes --train 4000 --val 300 --img 320 --seed 0 --output shapes"
 COMMON = (

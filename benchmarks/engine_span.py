@@ -21,10 +21,10 @@ import onnxruntime
 from recording import parser, record
 
 from yolov7_deploy import Detector
-from yolov7_deploy.backends.ort import session_options
+from yolov7_deploy.benchmark.inputs import drawn_frames
+from yolov7_deploy.benchmark.sampling import no_garbage_collection, timed_ms
 from yolov7_deploy.image import fit_letterbox, to_network_input
-from yolov7_deploy.measure.speed.frames import drawn_frames
-from yolov7_deploy.measure.speed.sampling import no_garbage_collection, timed_ms
+from yolov7_deploy.runtimes.onnxruntime import session_options
 
 LIMIT = 0.03
 WARM_ROUNDS = 5

@@ -14,8 +14,8 @@ from dataclasses import asdict
 
 from recording import parser, record
 
-from yolov7_deploy.measure.estimate.fitted import FITTED, FITTED_VARIANTS, STRUCTURES
-from yolov7_deploy.measure.estimate.fitting import (
+from yolov7_deploy.estimation.fitted import FITTED, FITTED_VARIANTS, STRUCTURES
+from yolov7_deploy.estimation.fitting import (
     CANDIDATES,
     Fit,
     HeldOut,
@@ -25,7 +25,7 @@ from yolov7_deploy.measure.estimate.fitting import (
     leave_one_device_out,
     leave_one_row_out,
 )
-from yolov7_deploy.measure.estimate.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, PublicSpeed, paper_speeds
+from yolov7_deploy.estimation.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, PublicSpeed, paper_speeds
 
 GOAL = 0.15  # of the median held-out error on the paper's V100 speeds at batch 1
 

@@ -18,9 +18,9 @@ from recording import parser, record
 
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibrate import calibrate
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.pictures import open_calibration
-from yolov7_deploy.precision.runner import NetworkRunner, network_input
+from yolov7_deploy.precision.calibration_images import open_calibration
+from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
+from yolov7_deploy.precision.subgraph import Network
 
 ROUNDS = 2
 

@@ -14,23 +14,23 @@ import numpy as np
 from recording import parser, record
 
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.dataset import Dataset, open_dataset
+from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
+from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
+from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
+from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import read_image
-from yolov7_deploy.measure.accuracy import AccuracyReport, evaluate
-from yolov7_deploy.measure.drop import accuracy_drop
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.options import INT8_METHODS, ExportOptions, Int8Options, ValOptions
 from yolov7_deploy.precision.calibrate import calibrate
+from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.pictures import open_calibration
-from yolov7_deploy.precision.runner import NetworkRunner, network_input
+from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.sensitivity import head_error
-from yolov7_deploy.weights import find_weights
+from yolov7_deploy.precision.subgraph import Network
 
 MAX_DET = 300
 VARIANTS = [(method, Int8Options(method=method)) for method in INT8_METHODS]

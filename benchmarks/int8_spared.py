@@ -13,15 +13,14 @@ import torch
 from recording import parser, record
 
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.hub import find_weights
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import ExportOptions, QuantizeOptions
-from yolov7_deploy.precision.pictures import open_calibration
-from yolov7_deploy.quantization.quantize import Quantizer
-from yolov7_deploy.quantization.words import describe
-from yolov7_deploy.weights import find_weights
+from yolov7_deploy.precision.calibration_images import open_calibration
+from yolov7_deploy.workflows.quantize import Quantizer, describe
 
 MADE, READER = "model.27.conv", "model.28.conv"  # of yolov7; nothing else reads what the first makes
 CHANNEL, FACTOR = 0, 1000.0

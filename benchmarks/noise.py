@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yolov7_deploy.coco_names import COCO_NAMES
-from yolov7_deploy.train.scene import Batch
+from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.training.sample import Batch
 
 OBJECTS = 12  # of a picture: a mosaic of COCO has about as many
 

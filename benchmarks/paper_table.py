@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.errors import UsageError, Y7Error
-from yolov7_deploy.measure.paper import VARIANTS, PaperRow, paper_row
-from yolov7_deploy.measure.speed.speed_report import SpeedReport
+from yolov7_deploy.paper import VARIANTS, PaperRow, paper_row
 
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- paper table -->", "<!-- end of paper table -->"

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from yolov7_deploy.machine.machine import read_machine
-from yolov7_deploy.measure.report import write_json
+from yolov7_deploy._console import write_json
+from yolov7_deploy.hardware.machine import read_machine
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "opencv-python-headless", "torch", "yolov7-deploy")

@@ -29,8 +29,8 @@ import psutil
 from recording import parser, record
 
 from yolov7_deploy import Detections, Detector
+from yolov7_deploy.hardware.memory import gpu_memory_used
 from yolov7_deploy.image import Image, read_image
-from yolov7_deploy.machine.memory_use import gpu_memory_used
 
 BATCHES = (1, 2, 4, 8, 16)
 ROUNDS = 9

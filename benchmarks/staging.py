@@ -20,8 +20,8 @@ from functools import partial
 import numpy as np
 from recording import parser, record
 
-from yolov7_deploy.backends.kernels import MOST_ROWS, RowPlan, plan_rows
 from yolov7_deploy.image import Image, fit_letterbox
+from yolov7_deploy.runtimes.letterbox_kernel import MOST_ROWS, RowPlan, plan_rows
 
 CANVAS = (640, 640)
 # Video from VGA to 4K, and frames around the limit.

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from recording import parser, record
 
-from yolov7_deploy.backends.torch_network import TorchNetwork
-from yolov7_deploy.fusion import fuse
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.runtimes.torch_network import TorchNetwork
 
 
 def main() -> None:

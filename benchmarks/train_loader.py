@@ -19,11 +19,11 @@ import torch
 from recording import parser, record
 from torch.utils.data import DataLoader
 
-from yolov7_deploy.dataset import Dataset, Sample, open_dataset
-from yolov7_deploy.train.augment import Augmentation
-from yolov7_deploy.train.hyperparameters import PRESETS
-from yolov7_deploy.train.loader import TrainLoader
-from yolov7_deploy.train.pictures import PictureStore
+from yolov7_deploy.datasets import Dataset, Sample, open_dataset
+from yolov7_deploy.training.augment import Augmentation
+from yolov7_deploy.training.dataloader import TrainLoader
+from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.hyperparameters import PRESETS
 
 HYP = replace(PRESETS["p5"], paste_in=0.0)
 ALL_CACHED = 2**40

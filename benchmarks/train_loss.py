@@ -14,15 +14,15 @@ from noise import OBJECTS, noise_batch
 from recording import parser, record
 from torch.nn import functional as F
 
-from yolov7_deploy.coco_names import COCO_NAMES
+from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.train.hyperparameters import PRESETS
-from yolov7_deploy.train.learner import Learner
-from yolov7_deploy.train.matching import GroundTruth, Predictions, match
-from yolov7_deploy.train.optimizer import Schedule
-from yolov7_deploy.train.scene import Batch
-from yolov7_deploy.train.start import starting_model
-from yolov7_deploy.train.world import World
+from yolov7_deploy.training.assignment import GroundTruth, Predictions, match
+from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.hyperparameters import PRESETS
+from yolov7_deploy.training.initialization import starting_model
+from yolov7_deploy.training.optimizer import Schedule
+from yolov7_deploy.training.sample import Batch
+from yolov7_deploy.training.train_step import Learner
 
 ROUNDS = 5
 
@@ -103,7 +103,7 @@ def scene(learner: Learner, raws: list[torch.Tensor], batch: Batch) -> tuple[Pre
         seen.append((predictions, truth))
         return match(predictions, truth, most=most)
 
-    import yolov7_deploy.train.loss as module
+    import yolov7_deploy.training.loss as module
 
     module.match, kept = look, module.match
     with torch.no_grad():

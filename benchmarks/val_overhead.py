@@ -17,7 +17,7 @@ from pathlib import Path
 import onnxruntime
 from recording import parser, record
 
-from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.image import fit_letterbox, read_image, to_network_input
 
 

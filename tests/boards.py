@@ -11,8 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
-from yolov7_deploy.engine.preflight import Finding, preflight
-from yolov7_deploy.machine.jetson import read_board
+from yolov7_deploy.hardware.jetson import read_board
+from yolov7_deploy.tensorrt.preflight import Finding, preflight
 
 BOARDS = Path(__file__).parent / "fixtures" / "jetson"
 

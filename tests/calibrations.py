@@ -9,7 +9,7 @@ import pytest
 
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.precision.calibrate import Calibration
-from yolov7_deploy.precision.calibration_file import load_calibration
+from yolov7_deploy.precision.calibration_cache import load_calibration
 from yolov7_deploy.precision.histogram import Histogram
 
 NETWORK, SEEN = "a" * 64, "b" * 64

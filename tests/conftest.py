@@ -15,8 +15,8 @@ from training_runs import Notes, leave_out_charts, one_thread, small_request, sm
 
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
-from yolov7_deploy.train import training
+from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
+from yolov7_deploy.training import run as training
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 from onnx import TensorProto, helper
 
-from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import detections_of
 
 # Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
 # hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.

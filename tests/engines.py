@@ -14,19 +14,19 @@ from pictured import noise
 from plugin_kit import HEADERS_VARIABLE
 from small_models import info_of
 
-from yolov7_deploy.engine.build import build_engine
-from yolov7_deploy.engine.choose import find_tensorrt
-from yolov7_deploy.engine.engine import plan_version
-from yolov7_deploy.engine.plugin_build import build_plugin
-from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
 from yolov7_deploy.errors import PluginError
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
+from yolov7_deploy.tensorrt.builder import build_engine
+from yolov7_deploy.tensorrt.engine import plan_version
+from yolov7_deploy.tensorrt.plugin_build import build_plugin
+from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
+from yolov7_deploy.tensorrt.selection import find_tensorrt
 
 SIDE = 128  # a multiple of every variant's stride, with more anchors than the outputs have rows
 TARGET = "8.6"

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from yolov7_deploy.info import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelInfo, NmsInfo
 
 SIDE = 64
 STRIDES = (8, 16, 32)
@@ -90,8 +90,8 @@ def graphs() -> list[bytes]:
     from onnx import TensorProto, helper, numpy_helper
 
     from yolov7_deploy.export.nms import attach_nms
+    from yolov7_deploy.export.nms_subgraph import NmsPlan
     from yolov7_deploy.export.onnx_model import OnnxModel
-    from yolov7_deploy.export.suppression import NmsPlan
     from yolov7_deploy.options import ExportOptions
 
     infos = [ModelInfo.from_json(text.decode()) for text in passports()]
@@ -252,8 +252,8 @@ def plans() -> list[bytes]:
 
 def records() -> list[bytes]:
     """Build records of both plans, with every inspection, with a parsed network and without either."""
-    from yolov7_deploy.engine.engine import digest
-    from yolov7_deploy.engine.record import EngineRecord, EngineTensor, InputShape, NetworkLayer, PluginUse
+    from yolov7_deploy.tensorrt.build_record import EngineRecord, EngineTensor, InputShape, NetworkLayer, PluginUse
+    from yolov7_deploy.tensorrt.engine import digest
 
     info = ModelInfo.from_json(passports()[1].decode())
     shape = (1, 3, SIDE, SIDE)

@@ -69,7 +69,7 @@ def _checkpoint(path: Path) -> None:
 
 
 def _passport(path: Path) -> None:
-    from yolov7_deploy.info import ModelInfo
+    from yolov7_deploy.metadata import ModelInfo
 
     _passport_of(ModelInfo.from_json(path.read_bytes().decode("utf-8", "surrogateescape")))
 
@@ -77,7 +77,7 @@ def _passport(path: Path) -> None:
 def _passport_of(info: Any) -> None:
     """What readers of a passport do with it."""
     from yolov7_deploy.cli.info import _passport_text
-    from yolov7_deploy.info import ModelInfo
+    from yolov7_deploy.metadata import ModelInfo
 
     assert ModelInfo.from_json(info.to_json()) == info
     _passport_text(info).encode()
@@ -122,7 +122,7 @@ def _detector(path: Path) -> None:
 
 
 def _picture(path: Path) -> None:
-    from yolov7_deploy.dataset.picture_size import read_picture_hw
+    from yolov7_deploy.datasets.image_size import read_picture_hw
     from yolov7_deploy.image import read_image
 
     try:
@@ -152,7 +152,7 @@ def _list(path: Path) -> None:
 
 
 def _dataset(path: Path) -> None:
-    from yolov7_deploy.dataset import open_dataset
+    from yolov7_deploy.datasets import open_dataset
 
     root = path.parent if path.suffix != ".txt" else path.parent.parent
     dataset = open_dataset(root / "data.yaml" if path.suffix == ".txt" else path)
@@ -178,7 +178,7 @@ def _with_pictures(folder: Path) -> None:
 def _engine(path: Path) -> None:
     """Plan or record was damaged; both are named like the campaign's engine."""
     from yolov7_deploy.cli.info import info
-    from yolov7_deploy.engine.engine import Engine
+    from yolov7_deploy.tensorrt.engine import Engine
 
     engine = path.with_suffix("") if path.suffix == ".json" else path
     loaded = Engine.load(engine)
@@ -190,7 +190,7 @@ def _engine(path: Path) -> None:
 
 
 def _plugin(path: Path) -> None:
-    from yolov7_deploy.engine.plugins import describe_plugin
+    from yolov7_deploy.tensorrt.plugin_library import describe_plugin
 
     library = describe_plugin(path)
     f"{library} {library.runs_on(86)}".encode()

@@ -22,8 +22,8 @@ from emulated_kernels import (
     sigmoid_of,
 )
 
-from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import detections_of
 
 # As shipped, and small: so that pictures of a few hundred anchors need several tiles, lists and digits.
 BUILDS = {

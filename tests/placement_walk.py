@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 from onnx import numpy_helper
 
-from yolov7_deploy.precision.casts import check_types
+from yolov7_deploy.precision.fp16_casts import check_types
 from yolov7_deploy.precision.int8 import write_pairs
-from yolov7_deploy.precision.placement import float_nodes, measured_tensors
+from yolov7_deploy.precision.qdq_placement import float_nodes, measured_tensors
 
 
 class Walk:

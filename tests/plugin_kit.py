@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from yolov7_deploy.engine.plugin_build import find_tools
 from yolov7_deploy.errors import PluginError
+from yolov7_deploy.tensorrt.plugin_build import find_tools
 
 HEADERS_VARIABLE, OLD_VARIABLE = "Y7_TENSORRT_INCLUDE", "Y7_TENSORRT86"
 

@@ -7,10 +7,10 @@ import onnxruntime
 import torch
 from deterministic import fill_model, picture
 
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 from yolov7_deploy.options import ExportOptions
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from yolov7_deploy.measure.paper import paper_row
-from yolov7_deploy.measure.speed.speed_report import SPANS, PaperSpeed, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.benchmark.report import SPANS, PaperSpeed, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.paper import paper_row
 
 
 def speed_report(

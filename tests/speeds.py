@@ -6,9 +6,9 @@ from functools import cache
 
 import numpy as np
 
-from yolov7_deploy.machine.clocks import Clocks
-from yolov7_deploy.measure.speed.sampling import span_time
-from yolov7_deploy.measure.speed.speed_report import SPANS, Energy, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.benchmark.report import SPANS, Energy, SpanTime, SpeedReport, SpeedRow
+from yolov7_deploy.benchmark.sampling import span_time
+from yolov7_deploy.hardware.clocks import Clocks
 
 MS = {"preprocess": 2.0, "upload": 0.0, "engine": 10.0, "download": 0.0, "postprocess": 0.5, "end_to_end": 12.0}
 

@@ -12,11 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from pictured import noise
 from small_models import HW, exported_tiny, session
 
-from yolov7_deploy.measure.complexity import complexity
+from yolov7_deploy.inspection.complexity import complexity
 from yolov7_deploy.options import Int8Options
-from yolov7_deploy.precision.account import ConvolutionCost, Int8Account, count_int8
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import to_int8
+from yolov7_deploy.precision.int8_summary import ConvolutionCost, Int8Account, count_int8
 
 SIDES = (12, 16)
 FLOAT = TensorProto.FLOAT

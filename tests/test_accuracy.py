@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import DatasetError, UsageError
+from yolov7_deploy.evaluation.accuracy import evaluate, judge
+from yolov7_deploy.evaluation.protocol import rect_groups, thresholds_in_force
 from yolov7_deploy.image import fit_evaluation_letterbox
-from yolov7_deploy.info import ModelInfo, NmsInfo
-from yolov7_deploy.measure.accuracy import evaluate, judge
-from yolov7_deploy.measure.protocol import rect_groups, thresholds_in_force
+from yolov7_deploy.metadata import ModelInfo, NmsInfo
 from yolov7_deploy.options import Thresholds, ValOptions
 
 OFFICIAL_DIGITS = 5e-5  # the official figures are printed with four decimals
@@ -251,7 +251,7 @@ def test_progress_ends_with_every_picture(folder):
 
 
 def test_reading_overlaps_with_inference(folder, monkeypatch):
-    from yolov7_deploy.measure import accuracy
+    from yolov7_deploy.evaluation import accuracy
 
     read, running, overlapped = accuracy.read_image, threading.Event(), []
 

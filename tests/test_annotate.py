@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.annotate import AnnotateOptions, Report, _Names, annotate, next_run_folder, write_text
 from yolov7_deploy.detections import Detections, Speed
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import read_image
 from yolov7_deploy.sources import open_source
+from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
-from yolov7_deploy.window import Window
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows.predict import AnnotateOptions, Report, _Names, annotate, next_run_folder, write_text
 
 NAMES = ("person", "dog")
 HW = (48, 64)
@@ -270,7 +270,7 @@ def test_the_real_detector_annotates_a_picture(tmp_path, inputs):
     pytest.importorskip("torch", reason="torch is not installed")
     module = pytest.importorskip("yolov7_deploy.detector", reason="there is no detector to run")
     from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
-    from yolov7_deploy.coco_names import COCO_NAMES
+    from yolov7_deploy.datasets.coco_classes import COCO_NAMES
     from yolov7_deploy.model.yolov7 import new_model
 
     model = new_model("yolov7-tiny")

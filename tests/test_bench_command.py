@@ -14,13 +14,13 @@ import pytest
 from speeds import report, row
 from typer.testing import CliRunner
 
+from yolov7_deploy._console import write_json
+from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.bench import counted_rows, find_variant_name, parse_frame, parse_numbers
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
-from yolov7_deploy.measure.drawn import drawn_picture
-from yolov7_deploy.measure.report import write_json
-from yolov7_deploy.measure.speed.speed_report import SpeedReport
+from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.visualize import write_picture
 
 TRIES = 3  # of a comparison that is too noisy to tell
 QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
@@ -30,7 +30,7 @@ TIMEOUT_S = 120
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch):
     """What a turn is long for, a steady clock, is not what is tested here."""
-    monkeypatch.setattr("yolov7_deploy.measure.speed.speed.TURN_S", 0.005)
+    monkeypatch.setattr("yolov7_deploy.benchmark.benchmark.TURN_S", 0.005)
 
 
 @pytest.fixture

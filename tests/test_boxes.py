@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov7_deploy.boxes import detections_of, greedy_nms, iou_matrix, xywh_to_xyxy
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import detections_of, greedy_nms, iou_matrix, xywh_to_xyxy
 
 # float32 against Python's float64: three products and a quotient.
 IOU_TOLERANCE = 1e-6

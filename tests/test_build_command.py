@@ -21,14 +21,14 @@ from typer.testing import CliRunner
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.build import parse_targets
-from yolov7_deploy.engine import choose
-from yolov7_deploy.engine.build import build_engine
-from yolov7_deploy.engine.engine import Engine
-from yolov7_deploy.engine.job import Installation
-from yolov7_deploy.engine.prepare import open_onnx, prepare_graph
 from yolov7_deploy.errors import EngineError, LoadError, MissingLibraryError, UsageError, Y7Error
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import EngineOptions, compute_capability
+from yolov7_deploy.tensorrt import selection as choose
+from yolov7_deploy.tensorrt.build_messages import Installation
+from yolov7_deploy.tensorrt.builder import build_engine
+from yolov7_deploy.tensorrt.engine import Engine
+from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx, prepare_graph
 
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 MIB = 2**20

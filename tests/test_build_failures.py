@@ -14,14 +14,14 @@ import pytest
 from engines import HAS_RTX, NO_RTX, exported, files, foreign, left_behind, rtx
 
 from yolov7_deploy.cli.app import INTERRUPTED
-from yolov7_deploy.engine import build as build_module
-from yolov7_deploy.engine.build import Telling, build_engine, build_file
-from yolov7_deploy.engine.child import out_of_memory
-from yolov7_deploy.engine.job import Failure, ParserFault
-from yolov7_deploy.engine.prepare import open_onnx
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
+from yolov7_deploy.tensorrt import builder as build_module
+from yolov7_deploy.tensorrt.build_messages import Failure, ParserFault
+from yolov7_deploy.tensorrt.build_process import out_of_memory
+from yolov7_deploy.tensorrt.builder import Telling, build_engine, build_file
+from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 MIB = 2**20

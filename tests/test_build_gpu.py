@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from yolov7_deploy.machine import gpu
-from yolov7_deploy.machine.gpu import BuildGpu, read_gpu
+from yolov7_deploy.hardware import gpu
+from yolov7_deploy.hardware.gpu import BuildGpu, read_gpu
 
 # The functions of libcuda that are asked, for one GPU of compute capability 8.6 under CUDA 12.8.
 DRIVER = r"""

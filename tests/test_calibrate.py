@@ -17,10 +17,10 @@ from small_models import HW, exported_tiny, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import fit_letterbox
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_digest
 from yolov7_deploy.precision.histogram import Histogram
-from yolov7_deploy.precision.network import Network
+from yolov7_deploy.precision.subgraph import Network
 
 PICTURES = (noise(*HW, 1), noise(60, 250, 2), noise(*HW, 3), noise(300, 400, 4))
 # Means are added up in float32 inside the graph, in another order than NumPy does; relative to the mean magnitude.

@@ -17,7 +17,7 @@ from small_models import exported_tiny
 
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.precision.calibrate import calibrate
-from yolov7_deploy.precision.calibration_file import load_calibration, save_calibration
+from yolov7_deploy.precision.calibration_cache import load_calibration, save_calibration
 from yolov7_deploy.precision.histogram import BINS, Histogram
 
 FLIPS, CUTS, MUTATIONS = 300, 100, 300

@@ -17,7 +17,7 @@ from small_models import exported_tiny
 
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.precision.calibrate import calibrate
-from yolov7_deploy.precision.calibration_file import (
+from yolov7_deploy.precision.calibration_cache import (
     MAX_FILE_BYTES,
     MAX_TENSORS,
     check_calibration,

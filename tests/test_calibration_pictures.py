@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from pictured import noise
 
-from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DatasetError, MissingLibraryError, SourceError, UsageError
 from yolov7_deploy.image import read_image
-from yolov7_deploy.precision.pictures import LIMIT, SINGLE_COLOUR, open_calibration, overlap
+from yolov7_deploy.precision.calibration_images import LIMIT, SINGLE_COLOUR, open_calibration, overlap
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoWriter
 
@@ -131,7 +131,7 @@ def test_a_folder_that_is_called_like_a_dataset_file_is_a_folder(tmp_path):
 
 
 def test_a_folder_needs_no_pyyaml_and_a_dataset_says_what_to_install(yolo, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("yolov7_deploy.dataset")]:
+    for name in [name for name in sys.modules if name.startswith("yolov7_deploy.datasets")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert len(open_calibration(yolo.parent / "images/train")) == 3

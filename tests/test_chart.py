@@ -11,11 +11,11 @@ import matplotlib
 import pytest
 from speed_reports import speed_report
 
+from yolov7_deploy.benchmark.chart import COLOURS, DPI, LEAST_AXES, PAPER_COLOUR, draw_chart, speed_accuracy_chart
+from yolov7_deploy.benchmark.label_layout import LabelGround
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import read_image
-from yolov7_deploy.measure.paper import TABLE_2, VARIANTS, paper_row
-from yolov7_deploy.measure.speed.chart import COLOURS, DPI, LEAST_AXES, PAPER_COLOUR, draw_chart, speed_accuracy_chart
-from yolov7_deploy.measure.speed.label_ground import LabelGround
+from yolov7_deploy.paper import TABLE_2, VARIANTS, paper_row
 
 H200 = {"machine": "NVIDIA H200", "backend": "tensorrt", "precision": "fp16"}
 

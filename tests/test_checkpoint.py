@@ -18,11 +18,11 @@ from torch import nn
 from torch_archives import PROTO, name, text, write_archive
 
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from yolov7_deploy.checkpoint.fingerprints import FINGERPRINTS, recognise
-from yolov7_deploy.coco_names import COCO_NAMES
+from yolov7_deploy.checkpoint.architecture import FINGERPRINTS, recognise
+from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
-from yolov7_deploy.info import PASSPORT_KEY
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.metadata import PASSPORT_KEY
+from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import build_model, new_model
 
 

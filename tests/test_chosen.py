@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy.dataset.chosen import as_single_class, with_classes
-from yolov7_deploy.dataset.samples import Dataset, Labels, Record
+from yolov7_deploy.datasets.class_filter import as_single_class, with_classes
+from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.errors import DatasetError
 
 

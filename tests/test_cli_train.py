@@ -14,10 +14,10 @@ from yolov7_deploy.cli import train as command
 from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.train import training
-from yolov7_deploy.train.hyperparameters import PRESETS, hyperparameters_text, read_hyperparameters
-from yolov7_deploy.train.logs import EpochRecord
-from yolov7_deploy.train.trainer import TrainReport
+from yolov7_deploy.training import run as training
+from yolov7_deploy.training.hyperparameters import PRESETS, hyperparameters_text, read_hyperparameters
+from yolov7_deploy.training.loggers import EpochRecord
+from yolov7_deploy.training.trainer import TrainReport
 
 RECORD = EpochRecord(
     epoch=1, box=0.05, obj=0.01, cls=0.02, total=0.08, positives=30.0, size=64, ap=0.1234, ap50=0.2,

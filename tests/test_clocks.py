@@ -12,9 +12,8 @@ from boards import laid_out, recorded, silent, wait_until, write
 from faked_cuda import fake_nvml
 from test_rails import LINES, program
 
-from yolov7_deploy.machine.clocks import Clocks, open_clock_watch
-from yolov7_deploy.machine.devfreq import read_gpu_clock
-from yolov7_deploy.machine.memory_use import gpu_memory_used, host_peak_bytes, reset_host_peak
+from yolov7_deploy.hardware.clocks import Clocks, open_clock_watch, read_gpu_clock
+from yolov7_deploy.hardware.memory import gpu_memory_used, host_peak_bytes, reset_host_peak
 
 GPU = "0000:3b:00.0 Tesla V100-SXM2-16GB"
 USUAL = "clock.1=1380 clock.2=877 highest.1=1530 temperature.0=61 limit=300000"
@@ -61,7 +60,7 @@ def test_the_clocks_of_a_gpu_are_those_of_nvml(nvml):
 
 
 def test_of_several_readings_the_median_clock_and_the_highest_temperature_count(nvml, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.machine.clocks.PERIOD_S", 0.05)
+    monkeypatch.setattr("yolov7_deploy.hardware.clocks.PERIOD_S", 0.05)
     text = "clock.1=1200,1400,1380 temperature.0=50,64,52"
     state = seen(open_clock_watch("cuda", **nvml(text)), readings=4)
     assert (state.mhz, state.temperature_c) == (1380, 64)
@@ -87,7 +86,7 @@ def test_what_holds_a_gpu_back_is_told_in_words(nvml, mask, words, options):
 
 
 def test_throttling_at_any_moment_is_throttling(nvml, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.machine.clocks.PERIOD_S", 0.02)
+    monkeypatch.setattr("yolov7_deploy.hardware.clocks.PERIOD_S", 0.02)
     state = seen(open_clock_watch("cuda:0", **nvml(f"{USUAL} reasons=0,4,32,4,0")), readings=5)
     assert state.throttled == ("software power cap", "software thermal slowdown")
 
@@ -97,7 +96,7 @@ def test_sensors_that_a_gpu_lacks_are_none(nvml):
 
 
 def test_a_gpu_that_is_lost_leaves_what_was_seen_before(nvml, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.machine.clocks.PERIOD_S", 0.02)
+    monkeypatch.setattr("yolov7_deploy.hardware.clocks.PERIOD_S", 0.02)
     state = seen(open_clock_watch("cuda:0", **nvml("clock.1=900,900,!15 temperature.0=50,!15")), readings=4)
     assert (state.mhz, state.temperature_c) == (900, 50)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from speeds import report, row, span
 
-from yolov7_deploy.measure.speed.comparison import (
+from yolov7_deploy.benchmark.comparison import (
     LEVEL,
     LOADED,
     RELEVANT,
@@ -18,8 +18,8 @@ from yolov7_deploy.measure.speed.comparison import (
     student_quantile,
     student_tail,
 )
-from yolov7_deploy.measure.speed.sampling import BLOCKS
-from yolov7_deploy.measure.speed.speed_words import describe_comparison
+from yolov7_deploy.benchmark.report_text import describe_comparison
+from yolov7_deploy.benchmark.sampling import BLOCKS
 
 TRIALS = 400
 # Three standard errors of a share of 5 % in so many trials.

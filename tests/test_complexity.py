@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.complexity import complexity, gflops, layer_costs, parameter_count
-from yolov7_deploy.measure.paper import paper_row
-from yolov7_deploy.model.variants import VARIANTS, find_variant
+from yolov7_deploy.inspection.complexity import complexity, gflops, layer_costs, parameter_count
+from yolov7_deploy.model.configs import VARIANTS, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
+from yolov7_deploy.paper import paper_row
 
 # variant: rows (deploy, training), parameters (training, deploy, fused). The official program logs 6219709, 36905341
 # and 97202940 for fused models and 37620125 for yolov7 as it is published.

@@ -8,8 +8,8 @@ import pytest
 from boards import BOARDS, laid_out, recorded, silent, write
 from faked_cuda import fake_nvml
 
+from yolov7_deploy.benchmark.devices import choose_place
 from yolov7_deploy.errors import DeviceError
-from yolov7_deploy.measure.speed.conventions import choose_place
 
 V100 = "0000:3b:00.0 Tesla V100-SXM2-16GB"
 T4 = "0000:af:00.0 NVIDIA T4"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from yolov7_deploy.machine.cores import usable_cores
+from yolov7_deploy.hardware.cpu import usable_cores
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system tells no affinity")
 

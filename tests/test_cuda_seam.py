@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from faked_cuda import fake_cudart
 
-from yolov7_deploy.backends import cuda as seam
-from yolov7_deploy.backends import cudart
-from yolov7_deploy.backends.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream, open_cuda
-from yolov7_deploy.backends.cudart import BindingsRuntime, LibraryRuntime
 from yolov7_deploy.errors import DeviceError, MissingLibraryError, Y7Error
+from yolov7_deploy.runtimes import cuda as seam
+from yolov7_deploy.runtimes import cudart
+from yolov7_deploy.runtimes.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream, open_cuda
+from yolov7_deploy.runtimes.cudart import BindingsRuntime, LibraryRuntime
 
 ROOT = Path(__file__).parent.parent
 # Arguments of the right kind for every call; without a driver each ends in the same status.
@@ -250,8 +250,8 @@ def process(tmp_path):
         versions = tuple(name.split(".so.")[1] for name in names if "cudart" in name)
         setup = (
             "from pathlib import Path\n"
-            "from yolov7_deploy.backends import cudart\n"
-            "from yolov7_deploy.backends.cuda import open_cuda\n"
+            "from yolov7_deploy.runtimes import cudart\n"
+            "from yolov7_deploy.runtimes.cuda import open_cuda\n"
             "from yolov7_deploy.errors import Y7Error\n"
             "cudart.cuda_runtime, cudart.WHEEL_FOLDERS, cudart.TOOLKIT = None, (), Path('/nowhere')\n"
             f"cudart.CUDART_VERSIONS = {versions}\n"

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.dataset.coco import COCO_CATEGORY_IDS
-from yolov7_deploy.dataset.labels import label_path, read_label_files
-from yolov7_deploy.dataset.picture_size import read_picture_hw
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.coco import COCO_CATEGORY_IDS
+from yolov7_deploy.datasets.image_size import read_picture_hw
+from yolov7_deploy.datasets.yolo_labels import label_path, read_label_files
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.image import read_image
 

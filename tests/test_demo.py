@@ -12,18 +12,20 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.dataset.shapes import CLASS_NAMES, shape_picture, write_shapes
-from yolov7_deploy.demo import demo as module
-from yolov7_deploy.demo import run_demo, run_shapes_demo, shapes_road, street
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, shape_picture, write_shapes
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import ImageError, UsageError
+from yolov7_deploy.evaluation import synthetic_image as street
+from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.hub import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, find_weights, shipped_weights
 from yolov7_deploy.image import read_image
-from yolov7_deploy.measure.accuracy import evaluate
 from yolov7_deploy.options import BenchOptions, ExportOptions, ValOptions
-from yolov7_deploy.weights import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, find_weights, shipped_weights
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows import demo as module
+from yolov7_deploy.workflows import demo as shapes_road
+from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
 
 SHARED = os.environ.get("Y7_SHARED", "")
 # The sign in the drawn street: white rim of an octagon at (0.3 W, 0.36 H) with radius 0.15 H.

@@ -12,12 +12,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from yolov7_deploy.cli.choices import parse_img
 from yolov7_deploy.cli.detect import detect, split_classes
+from yolov7_deploy.cli.options import parse_img
 from yolov7_deploy.detections import Detections, Speed
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.visualize import write_picture
 
 NAMES = ("person", "dog")
 HW = (48, 64)
@@ -104,11 +104,11 @@ class StandIn:
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    detector, weights = ModuleType("yolov7_deploy.detector"), ModuleType("yolov7_deploy.weights")
+    detector, weights = ModuleType("yolov7_deploy.detector"), ModuleType("yolov7_deploy.hub")
     detector.Detector = StandIn  # type: ignore[attr-defined]
     weights.find_weights = lambda name, **_: Path(name)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", detector)
-    monkeypatch.setitem(sys.modules, "yolov7_deploy.weights", weights)
+    monkeypatch.setitem(sys.modules, "yolov7_deploy.hub", weights)
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
     app.command()(detect)
@@ -164,7 +164,7 @@ def test_the_command_makes_no_run_folder_when_it_fails(run, tmp_path):
 
 @pytest.mark.parametrize("wrong", [("--conf", 25), ("--iou", -1), ("--max-det", 0), ("--img", "big")])
 def test_wrong_numbers_are_refused_before_a_model_is_looked_for(run, inputs, monkeypatch, wrong):
-    monkeypatch.setattr(sys.modules["yolov7_deploy.weights"], "find_weights", None)
+    monkeypatch.setattr(sys.modules["yolov7_deploy.hub"], "find_weights", None)
     assert isinstance(run("--source", inputs, *wrong).exception, UsageError)
 
 

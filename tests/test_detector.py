@@ -11,11 +11,11 @@ import torch
 from pictured import BOX_TOLERANCE, CONF, MAX_DET, PICTURES, SCORE_TOLERANCE, assert_identical, assert_same
 from small_models import HW, fused_tiny
 
-from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import detections_of
 
 # --- the same boxes everywhere ------------------------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ import pytest
 from fake_tensorrt import FakeTensorrt
 from plugin_kit import old_or_skip
 
-from yolov7_deploy.engine.dialect import Dialect
-from yolov7_deploy.engine.job import MODEL, PLAN, BuildJob
-from yolov7_deploy.engine.monitor import PARTS, Phases
-from yolov7_deploy.engine.record import InputShape
-from yolov7_deploy.engine.timing_cache import TimingCache
-from yolov7_deploy.engine.worker import build
 from yolov7_deploy.errors import EngineError
+from yolov7_deploy.tensorrt.build_messages import MODEL, PLAN, BuildJob
+from yolov7_deploy.tensorrt.build_record import InputShape
+from yolov7_deploy.tensorrt.build_worker import build
+from yolov7_deploy.tensorrt.capabilities import Dialect
+from yolov7_deploy.tensorrt.progress import PARTS, Phases
+from yolov7_deploy.tensorrt.timing_cache import TimingCache
 
 GIB = 2**30
 OPEN_BATCH = InputShape(name="images", min=(1, 3, 64, 64), opt=(4, 3, 64, 64), max=(8, 3, 64, 64))

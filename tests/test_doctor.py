@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from yolov7_deploy.cli.doctor import describe, doctor
 from yolov7_deploy.doctor import diagnose
 from yolov7_deploy.doctor.doctor import find_abilities, find_weight_files
-from yolov7_deploy.doctor.libraries import ROWS, Library, Row, _library, read_libraries
-from yolov7_deploy.doctor.traps import find_traps
-from yolov7_deploy.machine.machine import Gpu, Jetson, Machine, read_gpus, read_jetson, read_machine
+from yolov7_deploy.doctor.known_issues import find_traps
+from yolov7_deploy.doctor.packages import ROWS, Library, Row, _library, read_libraries
+from yolov7_deploy.hardware.machine import Gpu, Jetson, Machine, read_gpus, read_jetson, read_machine
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "cv2")

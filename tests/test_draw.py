@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov7_deploy.draw import _hidden, _label_size, _place_label, class_colour, draw_boxes, fit_pen, text_colour
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import read_image
+from yolov7_deploy.visualize import _hidden, _label_size, _place_label, class_colour, draw_boxes, fit_pen, text_colour
 
 READABLE_CONTRAST = 4.5  # WCAG 2, level AA
 APART_OF_20, APART_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: told apart beside each other, and at all
@@ -108,7 +108,7 @@ def test_the_better_of_two_equal_boxes_lies_on_top():
 
 
 def test_a_written_picture_replaces_the_old_one_without_leaving_a_temporary_file(tmp_path):
-    from yolov7_deploy.draw import write_picture
+    from yolov7_deploy.visualize import write_picture
 
     for value in (10, 200):
         write_picture(tmp_path / "a.PNG", np.full((5, 5, 3), value, dtype=np.uint8))
@@ -117,7 +117,7 @@ def test_a_written_picture_replaces_the_old_one_without_leaving_a_temporary_file
 
 
 def test_a_picture_below_a_file_is_refused_in_our_words(tmp_path):
-    from yolov7_deploy.draw import write_picture
+    from yolov7_deploy.visualize import write_picture
 
     (tmp_path / "file").touch()
     with pytest.raises(ImageError, match="cannot be written"):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.dataset.samples import Dataset, Labels, Record
+from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.errors import DatasetError, UsageError
-from yolov7_deploy.measure.accuracy import judge
-from yolov7_deploy.measure.drop import AccuracyDrop, accuracy_drop, drop_words
+from yolov7_deploy.evaluation.accuracy import judge
+from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, drop_words
 
 SIDE = 200  # of a picture, in pixels
 SAME_SUMS = 1e-12  # the same float64 numbers, perhaps added in another order

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import fused_tiny, info_of
 
-from yolov7_deploy.engine.engine import Engine, digest, plan_version, record_path
-from yolov7_deploy.engine.record import (
+from yolov7_deploy.errors import EngineError, LoadError
+from yolov7_deploy.tensorrt.build_record import (
     DlaUse,
     EngineMachine,
     EngineRecord,
@@ -19,7 +19,7 @@ from yolov7_deploy.engine.record import (
     NetworkLayer,
     PluginUse,
 )
-from yolov7_deploy.errors import EngineError, LoadError
+from yolov7_deploy.tensorrt.engine import Engine, digest, plan_version, record_path
 
 # First bytes of plans: letters, version of the layout, length, and from byte 24 the version of TensorRT.
 RTX_HEADER = bytes.fromhex("76747274 00000000 02000000 00000000 8c120400 00000000 01070174 76747274 7e000000")

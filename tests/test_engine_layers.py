@@ -13,11 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.engine.layers import LayerTensor, parsed_network, read_inspector
-from yolov7_deploy.engine.listing import layers_of, read_listing
-from yolov7_deploy.engine.record import EngineRecord, NetworkLayer
 from yolov7_deploy.errors import LoadError
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.tensorrt.build_record import EngineRecord, NetworkLayer
+from yolov7_deploy.tensorrt.inspector import LayerTensor, layers_of, parsed_network, read_inspector, read_listing
 
 FIXTURES = Path(__file__).parent / "fixtures" / "inspector"
 FORMS = sorted(path.name for path in FIXTURES.glob("*.json"))

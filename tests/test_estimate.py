@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.complexity import complexity
-from yolov7_deploy.measure.estimate import fitted
-from yolov7_deploy.measure.estimate.devices import DEVICES, find_device
-from yolov7_deploy.measure.estimate.estimate import describe_estimate, estimate
-from yolov7_deploy.measure.estimate.fitting import (
+from yolov7_deploy.estimation import fitted
+from yolov7_deploy.estimation.devices import DEVICES, find_device
+from yolov7_deploy.estimation.estimate import describe_estimate, estimate
+from yolov7_deploy.estimation.fitting import (
     CANDIDATES,
     FREE,
     HeldOut,
@@ -24,11 +24,11 @@ from yolov7_deploy.measure.estimate.fitting import (
     leave_one_device_out,
     leave_one_row_out,
 )
-from yolov7_deploy.measure.estimate.layer_work import Kernel, compiled_kernels, eager_kernels
-from yolov7_deploy.measure.estimate.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, paper_speeds
-from yolov7_deploy.measure.estimate.roofline import Constants, Demand, Structure, demand, pass_ms, timeline
-from yolov7_deploy.measure.speed.speed_report import SpeedReport
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.estimation.layer_work import Kernel, compiled_kernels, eager_kernels
+from yolov7_deploy.estimation.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, paper_speeds
+from yolov7_deploy.estimation.roofline import Constants, Demand, Structure, demand, pass_ms, timeline
+from yolov7_deploy.inspection.complexity import complexity
+from yolov7_deploy.model.configs import VARIANTS
 
 COMMITTED_REL = 2e-3  # constants are kept with four digits
 ERROR_ABS = 2e-3  # errors with three

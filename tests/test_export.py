@@ -28,9 +28,9 @@ from deterministic import fill_model, picture
 from onnx import TensorProto, helper
 from small_models import HW, decoded_by_torch, exported_tiny, images, info_of, session, tiny_session
 
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 

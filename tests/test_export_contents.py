@@ -24,10 +24,10 @@ from small_models import HW, exported_tiny, fused_tiny, images, info_of, session
 
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.export.nms import OVERFLOW
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 

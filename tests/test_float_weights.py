@@ -12,14 +12,14 @@ from engines import exported, quantized
 from onnx import TensorProto, helper, numpy_helper
 from small_models import session
 
-from yolov7_deploy.engine.build import build_engine
-from yolov7_deploy.engine.choose import find_tensorrt
-from yolov7_deploy.engine.prepare import prepare_graph
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.options import EngineOptions
-from yolov7_deploy.precision.account import count_int8
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.tensorrt.builder import build_engine
+from yolov7_deploy.tensorrt.onnx_rewrite import prepare_graph
+from yolov7_deploy.tensorrt.selection import find_tensorrt
 
 STEPS = np.arange(-127, 128, dtype=np.int8)
 # A TensorRT that the building process imports: it writes down the graph that it is given.

@@ -29,15 +29,15 @@ from pictured import noise
 from small_models import HW, exported_tiny, fused_tiny, images, info_of, session
 
 from yolov7_deploy.errors import ExportError, UsageError
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision import fp16
+from yolov7_deploy.precision.activation_ranges import activation_ranges
 from yolov7_deploy.precision.fp16 import HALF_OPS, WIDEST, to_fp16
-from yolov7_deploy.precision.ranges import activation_ranges
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
 LARGE = ("yolov7", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x")

@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.export import parse_precision
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import ParityError, UsageError
+from yolov7_deploy.evaluation import parity
+from yolov7_deploy.evaluation.parity import TOLERANCES, StageResult
+from yolov7_deploy.evaluation.verification import verify_forms
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.measure import parity
-from yolov7_deploy.measure.parity import TOLERANCES, StageResult
-from yolov7_deploy.measure.verification import verify_forms
 from yolov7_deploy.options import ExportOptions
-from yolov7_deploy.pipeline import export_weights
 from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows.export import export_weights
 
 IMG = f"{HW[0]},{HW[1]}"
 
@@ -193,7 +193,7 @@ def test_an_export_whose_half_file_is_broken_is_not_kept(files, here, monkeypatc
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float16(1), bias.name))
         return half
 
-    monkeypatch.setattr("yolov7_deploy.pipeline.to_fp16", broken)
+    monkeypatch.setattr("yolov7_deploy.workflows.export.to_fp16", broken)
     result = export(files(), "--fp16")
     assert isinstance(result.exception, ParityError)
     assert "'head'" in result.exception.message and "--precision fp32" in result.exception.fix

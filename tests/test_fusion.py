@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from yolov7_deploy.errors import FusionError
-from yolov7_deploy.fusion import fold_batch_norm, fold_branches, fold_implicit, fuse
 from yolov7_deploy.model.blocks import BATCH_NORM_EPS, Conv, RepConv, batch_norm
+from yolov7_deploy.model.configs import VARIANTS, find_variant
+from yolov7_deploy.model.fusion import fold_batch_norm, fold_branches, fold_implicit, fuse
 from yolov7_deploy.model.heads import AuxiliaryDetect, ImplicitDetect
-from yolov7_deploy.model.variants import VARIANTS, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deterministic import fill_model, picture
 
-from yolov7_deploy.fusion import fuse
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())

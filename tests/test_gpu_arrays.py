@@ -10,12 +10,12 @@ import pytest
 import torch
 from trt_kit import assert_found, infer, picture, setting, toy
 
-from yolov7_deploy.backends.cuda import DeviceBuffer, Stream
-from yolov7_deploy.backends.gpu_arrays import _Tensor, _Versioned, gpu_hw, gpu_picture, is_gpu_array
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, ImageError, UsageError
 from yolov7_deploy.image import fit_evaluation_letterbox
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.runtimes.cuda import DeviceBuffer, Stream
+from yolov7_deploy.runtimes.device_arrays import _Tensor, _Versioned, gpu_hw, gpu_picture, is_gpu_array
 
 __all__ = ["setting"]
 

@@ -24,9 +24,9 @@ from gpu_parts import PARTS, letterbox, nms, pieces, sanitizer, seam, weights
 from gpu_parts.comparing import compare_detections, compare_raw
 from gpu_parts.setting import KERNELS, Setting
 
-from yolov7_deploy.backends.cuda import open_cuda
 from yolov7_deploy.errors import Y7Error
 from yolov7_deploy.image import fit_letterbox, to_network_input
+from yolov7_deploy.runtimes.cuda import open_cuda
 
 ROOT = Path(__file__).parent.parent
 SUITE = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py")]

@@ -15,7 +15,7 @@ from gpu_parts import comparing, nms, weights
 from gpu_parts.preparing import copy_site, nms_end, write_made_up
 from gpu_parts.setting import Setting
 
-from yolov7_deploy.demo import street
+from yolov7_deploy.evaluation import synthetic_image as street
 
 TENSORRT_PARTS = ("against_efficient", "engines", "tensorrt_run")
 

@@ -23,17 +23,18 @@ from gpu_parts.setting import PLUGIN, Setting
 from pictured import noise
 from small_models import exported_tiny, info_of, tiny
 
+from yolov7_deploy.benchmark import benchmark as speed
+from yolov7_deploy.benchmark import sampling
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
-from yolov7_deploy.demo import street
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.draw import write_picture
-from yolov7_deploy.engine.listing import layers_of
-from yolov7_deploy.engine.prepare import open_onnx
-from yolov7_deploy.machine.gpu import read_gpu
-from yolov7_deploy.measure.engine_file import read_engine_file
-from yolov7_deploy.measure.speed import sampling, speed
-from yolov7_deploy.precision.account import count_int8
+from yolov7_deploy.evaluation import synthetic_image as street
+from yolov7_deploy.hardware.gpu import read_gpu
+from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.tensorrt.inspector import layers_of
+from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
+from yolov7_deploy.visualize import write_picture
 
 SIDE, BATCHES = 128, (2, 1)
 CONF = 0.5
@@ -283,7 +284,7 @@ def test_an_engine_that_cannot_be_built_fails_the_part_and_the_others_go_on(plac
 
 def test_ap_that_nobody_can_judge_is_skipped_with_the_reason(bench, monkeypatch):
     for module in ("accuracy", "drop"):
-        monkeypatch.delitem(sys.modules, f"yolov7_deploy.measure.{module}", raising=False)
+        monkeypatch.delitem(sys.modules, f"yolov7_deploy.evaluation.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     int8.judge_accuracy(bench, MODEL)
     rows = results(bench.setting)["goals"]

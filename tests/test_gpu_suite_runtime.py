@@ -14,7 +14,7 @@ from gpu_parts import building, runtime, torch_speed
 from gpu_parts.setting import Setting
 from trt_kit import picture, setting, toy
 
-from yolov7_deploy.measure.speed.frames import Frames
+from yolov7_deploy.benchmark.inputs import Frames
 
 __all__ = ["setting"]
 

@@ -18,7 +18,7 @@ from gpu_parts.goals import Goals
 from gpu_parts.setting import Setting
 from training_runs import leave_out_charts
 
-from yolov7_deploy.train.logs import EpochRecord
+from yolov7_deploy.training.loggers import EpochRecord
 
 TINY = "yolov7-tiny"
 STAGES = {"images", "forward", "assignment", "loss", "backward", "optimizer", "average", "rest"}

@@ -16,15 +16,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.dataset.picture_size import read_picture_hw
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.image_size import read_picture_hw
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DatasetError, ImageError, LoadError, SourceError
+from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import MAX_PIXELS, read_image
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile
-from yolov7_deploy.weights import find_weights
 
 HUGE = 30_000  # a side; 900 megapixels, which took OpenCV 5 GB and 45 s from a JPEG of 1.6 kB
 

@@ -111,7 +111,7 @@ def module_name(path: Path) -> str:
 
 
 def room(module: str) -> str:
-    """`yolov7_deploy.backends.ort` is in `backends`; the front door is in ``."""
+    """`yolov7_deploy.runtimes.onnxruntime` is in `backends`; the front door is in ``."""
     return module.split(".")[1] if "." in module else ""
 
 

@@ -19,9 +19,9 @@ from deterministic import fill_model
 
 from yolov7_deploy.cli.app import COMMANDS
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 

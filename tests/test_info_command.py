@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import CheckpointError, LoadError, UsageError
-from yolov7_deploy.measure.describe import describe_variant, describe_weights
-from yolov7_deploy.measure.onnx_file import read_onnx
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.inspection.describe import describe_variant, describe_weights
+from yolov7_deploy.inspection.onnx_file import read_onnx
+from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model
 
 ROOT = Path(__file__).parent.parent

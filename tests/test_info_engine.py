@@ -13,8 +13,10 @@ import typer
 from typer.testing import CliRunner
 
 from yolov7_deploy.cli.info import info
-from yolov7_deploy.engine.engine import Engine, digest
-from yolov7_deploy.engine.record import (
+from yolov7_deploy.errors import LoadError
+from yolov7_deploy.inspection.engine_file import read_engine_file
+from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.tensorrt.build_record import (
     DlaUse,
     EngineRecord,
     EngineTensor,
@@ -22,9 +24,7 @@ from yolov7_deploy.engine.record import (
     NetworkLayer,
     PluginUse,
 )
-from yolov7_deploy.errors import LoadError
-from yolov7_deploy.info import ModelInfo, NmsInfo
-from yolov7_deploy.measure.engine_file import read_engine_file
+from yolov7_deploy.tensorrt.engine import Engine, digest
 
 INSPECTIONS = Path(__file__).parent / "fixtures" / "inspector"
 NAMES = tuple(f"thing {i}" for i in range(80))

@@ -15,13 +15,13 @@ from small_models import HW, exported_tiny, fused_tiny, images, session
 
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.info import ModelInfo, foreign_info
+from yolov7_deploy.metadata import ModelInfo, foreign_info
 from yolov7_deploy.options import INT8_METHODS, Int8Options
-from yolov7_deploy.precision.account import count_int8
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.network import Network
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.precision.subgraph import Network
 
 PICTURES = [noise(*HW, seed=seed) for seed in range(3)]
 HALF, FLOAT, INT8 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT8

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from boards import BOARDS, about, board, findings, silent, write
 
-from yolov7_deploy.engine.preflight import PlannedBuild, installed_wheels, preflight
-from yolov7_deploy.machine.jetson import find_jetpack, read_board, run_command
+from yolov7_deploy.hardware.jetson import find_jetpack, read_board, run_command
+from yolov7_deploy.tensorrt.preflight import PlannedBuild, installed_wheels, preflight
 
 # --- boards -----------------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,19 @@ import numpy as np
 import pytest
 from emulated_kernels import SOURCES, Guarded, compile_described
 
-from yolov7_deploy.backends.kernels import FRAME, MOST_ROWS, Kernels, find_kernels, frame_of, plan_rows, row_plan
-from yolov7_deploy.engine import plugins
-from yolov7_deploy.engine.plugins import KERNELS_ABI, PLUGIN_VARIABLE, built_path
 from yolov7_deploy.errors import DeviceError, PluginError
 from yolov7_deploy.image import PAD_GREY, fit_evaluation_letterbox, fit_letterbox, to_network_input
+from yolov7_deploy.runtimes.letterbox_kernel import (
+    FRAME,
+    MOST_ROWS,
+    Kernels,
+    find_kernels,
+    frame_of,
+    plan_rows,
+    row_plan,
+)
+from yolov7_deploy.tensorrt import plugin_library as plugins
+from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI, PLUGIN_VARIABLE, built_path
 
 CANVAS = (96, 160)
 BATCH = 64

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from yolov7_deploy.dataset import label_cache, open_dataset
-from yolov7_deploy.dataset.label_cache import read_labels_cached
+from yolov7_deploy.datasets import label_cache, open_dataset
+from yolov7_deploy.datasets.label_cache import read_labels_cached
 from yolov7_deploy.errors import DatasetError
 
 POLYGON = "0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n"

@@ -17,7 +17,7 @@ from emulated_kernels import (
 )
 from nms_cases import CASES, Call, kernels_of
 
-from yolov7_deploy.engine.plugins import KERNELS_ABI
+from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI
 
 
 def test_a_call_needs_no_overflow_output():

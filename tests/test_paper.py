@@ -3,7 +3,7 @@
 import pytest
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.paper import TABLE_1, TABLE_2, TABLE_9, TABLE_10, VARIANTS, paper_row
+from yolov7_deploy.paper import TABLE_1, TABLE_2, TABLE_9, TABLE_10, VARIANTS, paper_row
 
 
 def test_every_row_of_the_tables_is_there():

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from paper_table import END, START, paper_table, write_between_marks
 
+from yolov7_deploy._console import write_json
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.paper import VARIANTS
-from yolov7_deploy.measure.report import write_json
+from yolov7_deploy.paper import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch_archives import PROTO, counts, name, number, storage, tensor, text, write_archive
 
-from yolov7_deploy.checkpoint.pickle_reader import MAX_BYTES, read_pickle
-from yolov7_deploy.checkpoint.pickle_values import Inert, Module, TensorEntry
-from yolov7_deploy.checkpoint.torch_file import TorchFile
+from yolov7_deploy.checkpoint.pickle_allowlist import Inert, Module, TensorEntry
+from yolov7_deploy.checkpoint.safe_pickle import MAX_BYTES, read_pickle
+from yolov7_deploy.checkpoint.torch_archive import TorchFile
 from yolov7_deploy.errors import CheckpointError, UnsafeCheckpointError, Y7Error
 
 

@@ -18,13 +18,13 @@ from thin_variants import random_model, thin_model
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.info import foreign_info
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.metadata import foreign_info
+from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.placement import HEAD_REASON, float_nodes, place
+from yolov7_deploy.precision.qdq_placement import HEAD_REASON, float_nodes, place
+from yolov7_deploy.precision.subgraph import Network
 
 # Of results of three layers in INT8, in their standard deviations. Measured: 0.03.
 INT8_TOLERANCE = 0.05

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from yolov7_deploy.backends.cuda import open_cuda
-from yolov7_deploy.backends.kernels import find_kernels
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.engine import plugin_build, plugins
-from yolov7_deploy.engine.plugin_build import build_plugin, find_tools, parse_architectures, plugin_sources
-from yolov7_deploy.engine.plugins import KERNELS_ABI, PLUGIN_VARIABLE, find_plugin
 from yolov7_deploy.errors import DeviceError, MissingLibraryError, PluginError, UsageError
+from yolov7_deploy.runtimes.cuda import open_cuda
+from yolov7_deploy.runtimes.letterbox_kernel import find_kernels
+from yolov7_deploy.tensorrt import plugin_build
+from yolov7_deploy.tensorrt import plugin_library as plugins
+from yolov7_deploy.tensorrt.plugin_build import build_plugin, find_tools, parse_architectures, plugin_sources
+from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI, PLUGIN_VARIABLE, find_plugin
 
 
 @pytest.fixture(autouse=True)

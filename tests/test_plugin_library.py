@@ -12,8 +12,9 @@ import pytest
 from test_doctor import ORIN, PLAIN, WITH_T4, everything, library
 
 from yolov7_deploy.doctor.plugin import plugin_state
-from yolov7_deploy.engine import plugins
-from yolov7_deploy.engine.plugins import (
+from yolov7_deploy.errors import PluginError
+from yolov7_deploy.tensorrt import plugin_library as plugins
+from yolov7_deploy.tensorrt.plugin_library import (
     KERNELS_ABI,
     PLUGIN_VARIABLE,
     PluginLibrary,
@@ -22,7 +23,6 @@ from yolov7_deploy.engine.plugins import (
     find_kernels_library,
     find_plugin,
 )
-from yolov7_deploy.errors import PluginError
 
 # A library that says of itself what a test wants.
 SAYS = 'extern "C" const char* y7_plugin_description() {{ return {}; }}\n'

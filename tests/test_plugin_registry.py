@@ -18,10 +18,10 @@ import pytest
 from onnx import TensorProto, helper
 from plugin_kit import headers_or_skip, old_or_skip
 
-from yolov7_deploy.engine.plugin_build import build_plugin, find_tools
-from yolov7_deploy.engine.plugins import KERNELS_ABI, PLUGIN_NAME, PLUGIN_VERSION, PluginLibrary
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.export.nms import DOMAIN, OP
+from yolov7_deploy.tensorrt.plugin_build import build_plugin, find_tools
+from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI, PLUGIN_NAME, PLUGIN_VERSION, PluginLibrary
 
 TIMEOUT_S = 300
 C_ABI = {"y7_nms_workspace", "y7_nms", "y7_letterbox", "y7_status_text", "y7_kernels_abi", "y7_plugin_description"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from plugin_kit import headers_or_skip, old_or_skip
 
-from yolov7_deploy.engine.plugin_build import find_tools, plugin_sources
 from yolov7_deploy.errors import PluginError
+from yolov7_deploy.tensorrt.plugin_build import find_tools, plugin_sources
 
 TIMEOUT_S = 300
 

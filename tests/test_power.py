@@ -15,10 +15,10 @@ from boards import laid_out, wait_until
 from faked_cuda import fake_nvml
 from test_rails import LINES, program
 
-from yolov7_deploy.machine.nvml import open_gpu
-from yolov7_deploy.machine.power import Course, SampledMeter, open_power_meter
-from yolov7_deploy.machine.rapl import open_packages
-from yolov7_deploy.machine.visible_gpus import read_visible_gpus
+from yolov7_deploy.hardware.gpu import read_visible_gpus
+from yolov7_deploy.hardware.nvml import open_gpu
+from yolov7_deploy.hardware.power import Course, SampledMeter, open_power_meter
+from yolov7_deploy.hardware.rapl import open_packages
 
 GPUS = "0000:af:00.0 NVIDIA T4;0000:3b:00.0 Tesla V100-SXM2-16GB"
 RAPL = "sys/class/powercap"
@@ -199,7 +199,7 @@ def test_a_meter_measures_again_when_it_is_entered_again():
 
 
 def test_a_sensor_that_hangs_does_not_hold_the_work_for_long(monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.machine.sampling.STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("yolov7_deploy.hardware.sampling.STOP_TIMEOUT_S", 0.1)
     free = threading.Event()
     calls = []
 

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.dataset.samples import Dataset, Labels, Record
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.detections import Detections, Speed
-from yolov7_deploy.info import ModelInfo
-from yolov7_deploy.measure.accuracy import evaluate, judge
-from yolov7_deploy.measure.precision_recall import MOST_CANDIDATES, PrecisionRecall, precision_recall
+from yolov7_deploy.evaluation.accuracy import evaluate, judge
+from yolov7_deploy.evaluation.precision_recall import MOST_CANDIDATES, PrecisionRecall, precision_recall
+from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.options import ValOptions
 
 SIDE = 400  # of a picture, in pixels

@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 from boards import BOARDS, about, findings, silent, write
 
-from yolov7_deploy.engine.memory import GIB, MIB, free_gpu_memory, free_host_memory, in_gib, predict_memory
-from yolov7_deploy.engine.preflight import (
-    GPUS,
-    RTX_CAPABILITIES,
-    Finding,
-    PlannedBuild,
-    free_disk,
-    preflight,
-)
-from yolov7_deploy.machine.versions import version_numbers
+from yolov7_deploy.hardware.jetson import version_numbers
+from yolov7_deploy.tensorrt.memory_estimate import GIB, MIB, free_gpu_memory, free_host_memory, in_gib, predict_memory
+from yolov7_deploy.tensorrt.preflight import GPUS, RTX_CAPABILITIES, Finding, PlannedBuild, free_disk, preflight
 
 YOLOV7_BYTES = 148_200_459
 PIXELS = 640 * 640

@@ -13,14 +13,14 @@ from pictured import CONF, PICTURES, assert_same
 from small_models import HW, fused_tiny, info_of
 from test_torch_lanes import HALF_BOX_PX, HALF_SCORE, as_it_is
 
-from yolov7_deploy.backends.base import Found, open_backend
-from yolov7_deploy.backends.pytorch import MOST_LANES, PytorchBackend
-from yolov7_deploy.backends.torch_lanes import capture_graph
-from yolov7_deploy.backends.torch_network import TorchNetwork, candidates
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, UsageError
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.runtimes.base import Found, open_backend
+from yolov7_deploy.runtimes.pytorch import MOST_LANES, PytorchBackend
+from yolov7_deploy.runtimes.torch_cuda_graphs import capture_graph
+from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates
 
 THRESHOLDS = Thresholds(conf=CONF)
 SLEEP_S = 0.1

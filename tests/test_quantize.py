@@ -11,16 +11,15 @@ import torch
 from pictured import noise
 from small_models import HW, exported_tiny, fused_tiny, info_of
 
-from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
-from yolov7_deploy.export.to_onnx import export_onnx
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions
-from yolov7_deploy.precision.pictures import open_calibration
-from yolov7_deploy.quantization import quantize
-from yolov7_deploy.quantization.quantize import Quantizer
-from yolov7_deploy.quantization.words import describe, to_record
+from yolov7_deploy.precision.calibration_images import open_calibration
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows import quantize
+from yolov7_deploy.workflows.quantize import Quantizer, describe, to_record
 
 SPOILED = "model.1.conv"  # the only reader of model.0, whose results come out of a LeakyReLU
 FACTOR = 2.0**9

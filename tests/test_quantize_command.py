@@ -12,13 +12,13 @@ from small_models import HW, exported_tiny
 from typer.testing import CliRunner
 
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import DatasetError, ExportError, LoadError, ParityError, SourceError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import QuantizeOptions
-from yolov7_deploy.pipeline import Int8Request, export_weights
+from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.pictures import open_calibration
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows.export import Int8Request, export_weights
 
 IMG = f"{HW[0]},{HW[1]}"
 
@@ -140,7 +140,7 @@ def test_a_broken_int8_file_is_lost(files, here, monkeypatch):
         scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1e-4, np.float32), scale.name))
         return small
 
-    monkeypatch.setattr("yolov7_deploy.quantization.quantize.to_int8", broken)
+    monkeypatch.setattr("yolov7_deploy.workflows.quantize.to_int8", broken)
     error = refused(
         ParityError, "export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "pictures"
     )

@@ -11,9 +11,9 @@ from boards import laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.machine.ina3221 import read_rails
-from yolov7_deploy.machine.rails import INPUTS, find_input
-from yolov7_deploy.machine.tegrastats import Line, Tegrastats, read_line, read_one_line
+from yolov7_deploy.hardware.ina3221 import read_rails
+from yolov7_deploy.hardware.power import INPUTS, find_input
+from yolov7_deploy.hardware.tegrastats import Line, Tegrastats, read_line, read_one_line
 
 RECORDED = Path(__file__).parent / "fixtures" / "tegrastats.txt"
 
@@ -123,7 +123,7 @@ def test_a_first_line_comes_from_the_program_and_the_program_ends(tmp_path):
 
 
 def test_a_program_that_ends_at_once_or_is_none_gives_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.machine.tegrastats.FIRST_LINE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("yolov7_deploy.hardware.tegrastats.FIRST_LINE_TIMEOUT_S", 0.2)
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 1\n")
     silent.chmod(0o755)
@@ -132,7 +132,7 @@ def test_a_program_that_ends_at_once_or_is_none_gives_no_line(tmp_path, monkeypa
 
 
 def test_a_program_that_will_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.machine.tegrastats._STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("yolov7_deploy.hardware.tegrastats._STOP_TIMEOUT_S", 0.2)
     stubborn = tmp_path / "stubborn"
     ignoring = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     stubborn.write_text(f"#!{sys.executable}\n{ignoring}print('RAM 1/2MB', flush=True)\ntime.sleep(600)\n")

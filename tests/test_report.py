@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from yolov7_deploy._console import progress, table, write_json
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.measure.report import progress, table, write_json
 
 
 @dataclass(frozen=True)

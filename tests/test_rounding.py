@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from yolov7_deploy.precision.histogram import LEVELS
-from yolov7_deploy.precision.rounding import RoundedWeight, round_weight, shifted_by_rounding
+from yolov7_deploy.precision.weight_quantization import RoundedWeight, round_weight, shifted_by_rounding
 
 # Of a step: weights are divided and multiplied in float32, whose error at 127 steps is 127 * 2**-23.
 HALF_STEP = 0.5 + 2e-5

@@ -3,9 +3,9 @@
 import pytest
 from engines import HAS_RTX, NO_RTX, SIDE, THRESHOLDS, build, check, exported, ports
 
-from yolov7_deploy.engine.listing import layers_of
 from yolov7_deploy.errors import EngineError
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.tensorrt.inspector import layers_of
 
 pytestmark = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 

@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 from engines import HAS_RTX, NO_RTX, SIDE, THRESHOLDS, build, check, ports, quantized, rtx
 
-from yolov7_deploy.engine.listing import layers_of
-from yolov7_deploy.measure.engine_file import read_engine_file
-from yolov7_deploy.model.variants import VARIANTS
-from yolov7_deploy.precision.account import count_int8
+from yolov7_deploy.inspection.engine_file import read_engine_file
+from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.tensorrt.inspector import layers_of
 
 pytestmark = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 

@@ -9,9 +9,7 @@ import time
 
 import pytest
 
-from yolov7_deploy.errors import DeviceError
-from yolov7_deploy.machine.other_load import OtherLoad
-from yolov7_deploy.measure.speed.sampling import (
+from yolov7_deploy.benchmark.sampling import (
     BLOCKS,
     STABLE_BLOCK_S,
     call_together,
@@ -20,6 +18,8 @@ from yolov7_deploy.measure.speed.sampling import (
     take_turns,
     warm_up,
 )
+from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.hardware.cpu import OtherLoad
 
 
 def test_warm_up_waits_until_calls_take_the_same_time():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.quantization.search import PRUNED, fewest_spared
+from yolov7_deploy.workflows.quantize import PRUNED, fewest_spared
 
 LAYERS = [f"layer {number}" for number in range(40)]
 

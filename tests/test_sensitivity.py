@@ -9,13 +9,13 @@ from small_models import HW, exported_tiny
 
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision import sensitivity
-from yolov7_deploy.precision.account import count_int8
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import tensor_scales, write_pairs
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.placement import place
-from yolov7_deploy.precision.runner import NetworkRunner, network_input
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
+from yolov7_deploy.precision.qdq_placement import place
 from yolov7_deploy.precision.sensitivity import head_error, layer_costs
+from yolov7_deploy.precision.subgraph import Network
 
 PICTURES = [noise(*HW, seed=seed) for seed in range(2)]
 # ONNX Runtime adds up in another order in a part of the network than in the whole, so that values between two steps

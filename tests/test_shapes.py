@@ -8,11 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.dataset import open_dataset
-from yolov7_deploy.dataset.shape_canvas import MARGIN_PX, MAX_HIDDEN, ShapeCanvas
-from yolov7_deploy.dataset.shape_forms import FORMS
-from yolov7_deploy.dataset.shape_textures import TEXTURES, direction
-from yolov7_deploy.dataset.shapes import CLASS_NAMES, LARGEST, MAX_OBJECTS, SMALLEST, shape_picture, write_shapes
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, LARGEST, MAX_OBJECTS, SMALLEST, shape_picture, write_shapes
+from yolov7_deploy.datasets.synthetic_render import FORMS, MARGIN_PX, MAX_HIDDEN, TEXTURES, ShapeCanvas, direction
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import read_image
 

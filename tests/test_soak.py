@@ -16,10 +16,10 @@ import pytest
 from pictured import CONF, MAX_DET, PICTURES
 from small_models import HW
 
-from yolov7_deploy.backends.turns import Turns
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
-from yolov7_deploy.machine.cores import usable_cores
+from yolov7_deploy.hardware.cpu import usable_cores
+from yolov7_deploy.runtimes.fair_semaphore import Turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from yolov7_deploy.draw import write_picture
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile, VideoWriter, hide_password
+from yolov7_deploy.visualize import write_picture
 
 VIDEO_HW = (48, 64)
 VIDEO_FPS = 10.0

@@ -11,18 +11,18 @@ from pictured import noise
 from small_models import HW
 from speeds import report, row, span
 
+from yolov7_deploy._console import write_json
+from yolov7_deploy.benchmark.benchmark import measure_speed
+from yolov7_deploy.benchmark.consistency import Answers, same_detections
+from yolov7_deploy.benchmark.inputs import Frames, drawn_frames, read_frames
+from yolov7_deploy.benchmark.references import paper_speed, read_ap
+from yolov7_deploy.benchmark.report import SPANS, SpeedReport
+from yolov7_deploy.benchmark.report_text import describe_speed
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
+from yolov7_deploy.hub import file_digest
 from yolov7_deploy.image import Image
-from yolov7_deploy.measure.report import write_json
-from yolov7_deploy.measure.speed.answers import Answers, same_detections
-from yolov7_deploy.measure.speed.companions import paper_speed, read_ap
-from yolov7_deploy.measure.speed.frames import Frames, drawn_frames, read_frames
-from yolov7_deploy.measure.speed.speed import measure_speed
-from yolov7_deploy.measure.speed.speed_report import SPANS, SpeedReport
-from yolov7_deploy.measure.speed.speed_words import describe_speed
 from yolov7_deploy.options import BenchOptions
-from yolov7_deploy.weights import file_digest
 
 QUICK = BenchOptions(duration_s=0.2, warmup_s=0.5)
 FRAMES = Frames(pictures=(noise(128, 192), noise(90, 60, 1), noise(300, 400, 2)), words="three of noise")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy.dataset.samples import Dataset, Labels, Record
-from yolov7_deploy.dataset.statistics import SMALL_PX, describe_labels, label_sizes
+from yolov7_deploy.datasets.samples import Dataset, Labels, Record
+from yolov7_deploy.datasets.statistics import SMALL_PX, describe_labels, label_sizes
 
 FLOAT = 1e-9
 

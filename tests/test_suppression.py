@@ -18,10 +18,10 @@ from detecting import (
 from onnx import TensorProto, helper
 from small_models import session
 
-from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.export.nms import OVERFLOW, attach_nms
-from yolov7_deploy.export.suppression import NmsPlan
+from yolov7_deploy.export.nms_subgraph import NmsPlan
 from yolov7_deploy.options import ExportOptions, Thresholds
+from yolov7_deploy.postprocess import detections_of
 
 # --- suppression alone, on a bare head ----------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch_archives import PROTO, counts, storage, tensor, text, write_archive
 
-from yolov7_deploy.checkpoint.pickle_values import TensorEntry
-from yolov7_deploy.checkpoint.torch_file import TorchFile
+from yolov7_deploy.checkpoint.pickle_allowlist import TensorEntry
+from yolov7_deploy.checkpoint.torch_archive import TorchFile
 from yolov7_deploy.errors import CheckpointError, LoadError
 
 BASE = torch.arange(60).reshape(3, 4, 5)

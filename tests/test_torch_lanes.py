@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pictured import PICTURES
 from small_models import HW, fused_tiny
 
-from yolov7_deploy.backends.torch_lanes import Graphs, Lane, Lanes, is_out_of_memory
-from yolov7_deploy.backends.torch_network import TorchNetwork, candidates, split_by_picture
-from yolov7_deploy.boxes import detections_of
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import detections_of
+from yolov7_deploy.runtimes.torch_cuda_graphs import Graphs, Lane, Lanes, is_out_of_memory
+from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_picture
 
 CPU = torch.device("cpu")
 # Half keeps 11 bits. With these weights, whose boxes are up to 1420 pixels wide, 0.0030 and 3.9 pixels were measured;

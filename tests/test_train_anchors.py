@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy.dataset.samples import Dataset, Labels, Record
+from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.errors import DatasetError
-from yolov7_deploy.model.variants import VARIANTS
-from yolov7_deploy.train import anchors as anchors_module
-from yolov7_deploy.train.anchors import (
+from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.training import autoanchor as anchors_module
+from yolov7_deploy.training.autoanchor import (
     anchor_fit,
     anchor_fitness,
     anchor_nearness,

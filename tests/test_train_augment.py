@@ -9,12 +9,11 @@ from training_pictures import dataset_of, labels_of, random_dataset, reader_of, 
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import PAD_GREY, fit_letterbox
-from yolov7_deploy.train import augment
-from yolov7_deploy.train.augment import NO_JITTER, Augmentation, make_scene, mixed_scene, recolour, single_scene
-from yolov7_deploy.train.crops import ENOUGH, draw_crops
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.mosaic import mosaic_scene
-from yolov7_deploy.train.perspective import Warp, warp_pixels
+from yolov7_deploy.training import augment
+from yolov7_deploy.training.augment import NO_JITTER, Augmentation, make_scene, mixed_scene, recolour, single_scene
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.mosaic import ENOUGH, draw_crops, mosaic_scene
+from yolov7_deploy.training.random_affine import Warp, warp_pixels
 
 SIZE = 64
 STILL = Hyperparameters(

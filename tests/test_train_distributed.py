@@ -23,13 +23,13 @@ from training_runs import (
 )
 from two_processes import SHAPE, new_norm, normed, pictures
 
-from yolov7_deploy.dataset import open_dataset
+from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DeviceError, UsageError
-from yolov7_deploy.train.logs import read_results
-from yolov7_deploy.train.run_state import load_run_state
-from yolov7_deploy.train.start import starting_model
-from yolov7_deploy.train.training import train
-from yolov7_deploy.train.world import World, open_world, synced
+from yolov7_deploy.training.distributed import World, open_world, synced
+from yolov7_deploy.training.initialization import starting_model
+from yolov7_deploy.training.loggers import read_results
+from yolov7_deploy.training.resume_state import load_run_state
+from yolov7_deploy.training.run import train
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

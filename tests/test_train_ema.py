@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolov7_deploy.train.ema import MovingAverage
+from yolov7_deploy.training.ema import MovingAverage
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # float32 against float64
 

@@ -21,11 +21,11 @@ from training_runs import (
 
 from yolov7_deploy.cli.app import main
 from yolov7_deploy.errors import CheckpointError, DatasetError, DeviceError, TrainingError
-from yolov7_deploy.train import training
-from yolov7_deploy.train.fitting_batch import is_out_of_memory
-from yolov7_deploy.train.learner import Learner
-from yolov7_deploy.train.run_state import load_run_state
-from yolov7_deploy.train.training import resume, train
+from yolov7_deploy.training import run as training
+from yolov7_deploy.training.auto_batch import is_out_of_memory
+from yolov7_deploy.training.resume_state import load_run_state
+from yolov7_deploy.training.run import resume, train
+from yolov7_deploy.training.train_step import Learner
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
 

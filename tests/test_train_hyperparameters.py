@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model.variants import VARIANTS
-from yolov7_deploy.train.hyperparameters import (
+from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.training.hyperparameters import (
     FRACTIONS,
     PRESETS,
     UNUSED,

@@ -9,14 +9,14 @@ import torch
 from thin_variants import thin
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model.variants import find_variant
+from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.learner import Learner, frozen_layers, training_sizes
-from yolov7_deploy.train.optimizer import Schedule
-from yolov7_deploy.train.scene import Batch
-from yolov7_deploy.train.world import World
+from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.optimizer import Schedule
+from yolov7_deploy.training.sample import Batch
+from yolov7_deploy.training.train_step import Learner, frozen_layers, training_sizes
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

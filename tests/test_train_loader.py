@@ -16,12 +16,12 @@ import torch
 from training_pictures import dataset_of, random_dataset
 
 from yolov7_deploy.errors import DatasetError, DeviceError, UsageError
-from yolov7_deploy.train.augment import Augmentation
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.loader import TrainLoader
-from yolov7_deploy.train.pictures import PictureStore
-from yolov7_deploy.train.sampling import Share, mixed_order, mixed_requests, rect_hw, rect_requests
-from yolov7_deploy.train.scene import Batch
+from yolov7_deploy.training.augment import Augmentation
+from yolov7_deploy.training.dataloader import TrainLoader
+from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.sample import Batch
+from yolov7_deploy.training.sampler import Share, mixed_order, mixed_requests, rect_hw, rect_requests
 
 SIZE = 48
 COUNT = 10
@@ -123,7 +123,7 @@ def test_an_epoch_that_was_left_early_leaves_nothing_behind(loaders, workers):
 def test_the_cache_is_filled_by_all_workers(loaders, monkeypatch):
     loader = loaders(workers=2, cache_bytes=10**6, hyp=Hyperparameters(mosaic=0.0))
     first = list(loader.epoch(0))
-    monkeypatch.setattr("yolov7_deploy.train.pictures.read_image", None)
+    monkeypatch.setattr("yolov7_deploy.training.dataset.read_image", None)
     again = loaders(hyp=Hyperparameters(mosaic=0.0))
     again.store._cache = loader.store._cache
     assert_same(again.epoch(0), first)

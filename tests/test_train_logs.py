@@ -18,8 +18,8 @@ import pytest
 
 from yolov7_deploy import __version__
 from yolov7_deploy.errors import MissingLibraryError, UsageError
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.logs import COLUMNS, HEADER, TAGS, EpochRecord, RunLog, read_results, write_run
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.loggers import COLUMNS, HEADER, TAGS, EpochRecord, RunLog, read_results, write_run
 
 SIX_DIGITS = 1e-5  # relative; what the table keeps
 
@@ -295,7 +295,7 @@ def test_tensorboard_shows_an_epoch_that_was_trained_twice_once(tmp_path):
 def without_tensorboard(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.delitem(sys.modules, "yolov7_deploy.train.tensorboard_log", raising=False)
+    monkeypatch.delitem(sys.modules, "yolov7_deploy.training.loggers", raising=False)
 
 
 def test_tensorboard_that_is_wanted_but_absent_is_named_with_its_extra(tmp_path, without_tensorboard):
@@ -320,7 +320,7 @@ def test_tensorboard_is_written_where_it_is_installed_and_not_where_it_is_declin
 
 
 def test_tensorboard_on_a_full_disk_is_a_usage_error(tmp_path, monkeypatch):
-    board = pytest.importorskip("yolov7_deploy.train.tensorboard_log", reason="TensorBoard is not installed")
+    board = pytest.importorskip("yolov7_deploy.training.loggers", reason="TensorBoard is not installed")
 
     class Full:
         def __init__(self, folder, *, purge_step):

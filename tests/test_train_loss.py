@@ -10,18 +10,10 @@ import torch
 from deterministic import centred, uniform
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.train.candidates import COARSE, FINE, find_candidates
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.loss import (
-    DetectionLoss,
-    LossOptions,
-    _last_written,
-    complete_iou,
-    decoded,
-    scaled_gains,
-)
-from yolov7_deploy.train.matching import GroundTruth, Predictions, match
-from yolov7_deploy.train.world import World
+from yolov7_deploy.training.assignment import COARSE, FINE, GroundTruth, Predictions, find_candidates, match
+from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.loss import DetectionLoss, LossOptions, _last_written, complete_iou, decoded, scaled_gains
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "loss.json").read_text())
 CASES = sorted(GOLDEN)
@@ -166,7 +158,7 @@ def test_matching_is_that_of_the_obvious_loop(seed, most):
 def test_matching_in_small_parts_is_the_same(monkeypatch):
     predictions, truth = random_scene(3, targets=20, candidates=200)
     whole = match(predictions, truth, most=10)
-    monkeypatch.setattr("yolov7_deploy.train.matching.PAIRS_AT_ONCE", 100)
+    monkeypatch.setattr("yolov7_deploy.training.assignment.PAIRS_AT_ONCE", 100)
     parts = match(predictions, truth, most=10)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from training_pictures import dataset_of, labels_of, random_dataset, reader_of, record, star, written
 
 from yolov7_deploy.image import PAD_GREY
-from yolov7_deploy.train.flat_objects import flattened, unflattened
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.mosaic import corners_of_nine, draw_four, draw_layout, draw_nine, mosaic_scene, warp_tiles
-from yolov7_deploy.train.perspective import Warp, draw_warp, warp_objects
-from yolov7_deploy.train.scene import NO_POLYGON
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.mosaic import corners_of_nine, draw_four, draw_layout, draw_nine, mosaic_scene, warp_tiles
+from yolov7_deploy.training.objects import flattened, unflattened
+from yolov7_deploy.training.random_affine import Warp, draw_warp, warp_objects
+from yolov7_deploy.training.sample import NO_POLYGON
 
 SIZE = 64
 UPRIGHT = Hyperparameters(scale=0.45)  # from 0.55 on: nothing is reduced
@@ -183,7 +183,7 @@ def test_a_tile_that_cannot_be_read_is_grey_and_has_no_objects(tmp_path, is_plai
 
 
 def test_a_turned_mosaic_goes_over_the_canvas(reader, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.train.mosaic.warp_tiles", None)
+    monkeypatch.setattr("yolov7_deploy.training.mosaic.warp_tiles", None)
     scene = mosaic_scene(reader, 0, hyp=TURNED, rng=np.random.default_rng(1))
     assert scene.image.shape == (SIZE, SIZE, 3) and len(scene.objects)
 

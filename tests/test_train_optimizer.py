@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.model.variants import VARIANTS
+from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model
-from yolov7_deploy.train.hyperparameters import PRESETS, Hyperparameters
-from yolov7_deploy.train.optimizer import (
+from yolov7_deploy.training.hyperparameters import PRESETS, Hyperparameters
+from yolov7_deploy.training.optimizer import (
     BIASES,
     NORMS,
     WEIGHTS,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.train.paste import (
+from yolov7_deploy.training.copy_paste import (
     MAX_HIDDEN,
     Crop,
     copy_paste,
@@ -16,7 +16,7 @@ from yolov7_deploy.train.paste import (
     paste_in,
     random_slots,
 )
-from yolov7_deploy.train.scene import NO_OBJECTS, NO_POLYGON, Objects, Scene
+from yolov7_deploy.training.sample import NO_OBJECTS, NO_POLYGON, Objects, Scene
 
 ROUNDING = 1e-6  # of float32 fractions
 

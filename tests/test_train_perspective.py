@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_pictures import smooth, star
 
-from yolov7_deploy.train.flat_objects import FlatObjects, flattened, placed
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.perspective import Warp, draw_warp, visible_boxes, warp_objects, warp_pixels
-from yolov7_deploy.train.scene import NO_POLYGON, Objects
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.objects import FlatObjects, flattened, placed
+from yolov7_deploy.training.random_affine import Warp, draw_warp, visible_boxes, warp_objects, warp_pixels
+from yolov7_deploy.training.sample import NO_POLYGON, Objects
 
 SIZE = 64
 SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth picture changes by 60 a pixel at most

@@ -11,9 +11,8 @@ from training_pictures import dataset_of, labels_of, random_dataset, record, smo
 
 from yolov7_deploy.errors import DatasetError, DeviceError, ImageError
 from yolov7_deploy.image import decode_image, read_image
-from yolov7_deploy.train import pictures
-from yolov7_deploy.train.picture_cache import PictureCache
-from yolov7_deploy.train.pictures import PictureStore, reduction
+from yolov7_deploy.training import dataset as pictures
+from yolov7_deploy.training.dataset import PictureCache, PictureStore, reduction
 
 ROUNDING_PX = 1e-3  # float32 of coordinates below 1000
 JPEG = 12  # grey levels that compressing and the decoder's own averaging may cost

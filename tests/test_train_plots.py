@@ -11,15 +11,15 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from yolov7_deploy.coco_names import COCO_NAMES
-from yolov7_deploy.draw import class_colour
+from yolov7_deploy._charts import chart_style
+from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.errors import ImageError, UsageError
-from yolov7_deploy.measure.chart_file import chart_style
-from yolov7_deploy.measure.precision_recall import RECALL, OperatingPoint, PrecisionRecall
-from yolov7_deploy.train import plots
-from yolov7_deploy.train.logs import EpochRecord
-from yolov7_deploy.train.plots import draw_batch, draw_labels, draw_precision_recall, draw_results
-from yolov7_deploy.train.scene import Batch
+from yolov7_deploy.evaluation.precision_recall import RECALL, OperatingPoint, PrecisionRecall
+from yolov7_deploy.training import plots
+from yolov7_deploy.training.loggers import EpochRecord
+from yolov7_deploy.training.plots import draw_batch, draw_labels, draw_precision_recall, draw_results
+from yolov7_deploy.training.sample import Batch
+from yolov7_deploy.visualize import class_colour
 
 ROUNDED = 0.01  # inches
 HALF_PIXEL = 0.51  # lines lie on whole pixels

@@ -7,9 +7,9 @@ import torch
 from deterministic import fill_model
 
 from yolov7_deploy.model.yolov7 import new_model
-from yolov7_deploy.train.rebase import rebase_norms
-from yolov7_deploy.train.scene import Batch
-from yolov7_deploy.train.world import World
+from yolov7_deploy.training.batchnorm_recalibration import rebase_norms
+from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.sample import Batch
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

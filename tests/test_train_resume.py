@@ -20,12 +20,13 @@ from training_runs import (
     y7,
 )
 
-from yolov7_deploy.dataset.shapes import write_shapes
+from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.errors import LoadError, TrainingError, UsageError
-from yolov7_deploy.train import keeping, trainer
-from yolov7_deploy.train.logs import read_results
-from yolov7_deploy.train.run_state import load_run_state, save_run_state
-from yolov7_deploy.train.training import resume, train
+from yolov7_deploy.training import checkpoints as keeping
+from yolov7_deploy.training import trainer
+from yolov7_deploy.training.loggers import read_results
+from yolov7_deploy.training.resume_state import load_run_state, save_run_state
+from yolov7_deploy.training.run import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
 

@@ -19,19 +19,19 @@ from training_runs import (
 )
 
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.dataset import Dataset, open_dataset
-from yolov7_deploy.dataset.samples import Labels
+from yolov7_deploy.datasets import Dataset, open_dataset
+from yolov7_deploy.datasets.samples import Labels
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DatasetError, LoadError, TrainingError, UsageError
-from yolov7_deploy.measure.accuracy import evaluate
-from yolov7_deploy.model.variants import find_variant
+from yolov7_deploy.evaluation.accuracy import evaluate
+from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.options import ExportOptions, ValOptions
-from yolov7_deploy.pipeline import export_weights
-from yolov7_deploy.train import trainer
-from yolov7_deploy.train.hyperparameters import Hyperparameters
-from yolov7_deploy.train.logs import read_results
-from yolov7_deploy.train.run_state import load_run_state
-from yolov7_deploy.train.training import describe_report, report_document, resume, train
+from yolov7_deploy.training import trainer
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.loggers import read_results
+from yolov7_deploy.training.resume_state import load_run_state
+from yolov7_deploy.training.run import describe_report, report_document, resume, train
+from yolov7_deploy.workflows.export import export_weights
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -6,9 +6,9 @@ from thin_variants import thin
 
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model import variants
+from yolov7_deploy.model import configs as variants
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
-from yolov7_deploy.train.start import starting_model
+from yolov7_deploy.training.initialization import starting_model
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

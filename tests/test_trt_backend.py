@@ -13,13 +13,13 @@ from small_models import HW as NETWORK_HW
 from small_models import exported_tiny
 from trt_kit import HW, INFO, NMS, assert_found, boxes_in, infer, picture, setting, toy
 
-from yolov7_deploy.backends.kernels import FRAME
-from yolov7_deploy.backends.trt_staging import Staging
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.engine.prepare import prepare_graph
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.image import fit_evaluation_letterbox, fit_letterbox
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.runtimes.letterbox_kernel import FRAME
+from yolov7_deploy.runtimes.upload import Staging
+from yolov7_deploy.tensorrt.onnx_rewrite import prepare_graph
 
 __all__ = ["setting"]
 

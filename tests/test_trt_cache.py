@@ -14,7 +14,7 @@ from small_models import HW, exported_tiny
 from thin_variants import SIDE, thin_model
 
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.info import foreign_info
+from yolov7_deploy.metadata import foreign_info
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.histogram import LEVELS

@@ -8,8 +8,8 @@ import pytest
 from fake_trt_runtime import RTX
 from trt_kit import assert_found, boxes_in, infer, picture, setting, toy
 
-from yolov7_deploy.backends.trt_slot import GRAPHS, SHAPES
 from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.runtimes.tensorrt_executor import GRAPHS, SHAPES
 
 __all__ = ["setting"]
 

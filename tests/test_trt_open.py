@@ -13,11 +13,11 @@ from fake_trt_runtime import ABSENT, RTX, Context, Engine, Runtime
 from onnx import helper
 from trt_kit import INFO, NMS, assert_found, infer, picture, setting, toy
 
-from yolov7_deploy.backends import trt
-from yolov7_deploy.backends.base import open_backend
-from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE, PLUGIN_VERSION, PluginLibrary
-from yolov7_deploy.engine.record import PluginUse
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, UsageError
+from yolov7_deploy.runtimes import tensorrt as trt
+from yolov7_deploy.runtimes.base import open_backend
+from yolov7_deploy.tensorrt.build_record import PluginUse
+from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE, PLUGIN_VERSION, PluginLibrary
 
 __all__ = ["setting"]
 

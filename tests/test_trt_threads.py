@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from trt_kit import assert_found, infer, picture, setting, toy
 
-from yolov7_deploy.backends.trt_slots import MOST_SLOTS
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, UsageError
+from yolov7_deploy.runtimes.executor_pool import MOST_SLOTS
 
 __all__ = ["setting"]
 

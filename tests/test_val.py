@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.detections import Detections
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
 
 
 class BlackDetector:

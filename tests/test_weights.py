@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from yolov7_deploy import weights
+from yolov7_deploy import hub as weights
 from yolov7_deploy.errors import LoadError
-from yolov7_deploy.weights import OFFICIAL_NAMES, find_weights
+from yolov7_deploy.hub import OFFICIAL_NAMES, find_weights
 
 BODY = bytes(range(256)) * 4096
 NOWHERE = "http://127.0.0.1:9/none"

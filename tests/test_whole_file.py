@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from yolov7_deploy.whole_file import remove_unfinished, unfinished_name, whole_file
+from yolov7_deploy._atomic_file import remove_unfinished, unfinished_name, whole_file
 
 
 def test_a_file_gets_its_name_at_the_end_and_its_folder_is_made(tmp_path):

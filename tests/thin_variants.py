@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from small_models import info_of
 
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.model.variants import VARIANTS, Variant
+from yolov7_deploy.model.configs import VARIANTS, Variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import ExportOptions
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from yolov7_deploy.dataset import Dataset
-from yolov7_deploy.dataset.samples import Labels, Record
-from yolov7_deploy.train.pictures import PictureStore
-from yolov7_deploy.train.reader import PictureReader
+from yolov7_deploy.datasets import Dataset
+from yolov7_deploy.datasets.samples import Labels, Record
+from yolov7_deploy.training.dataset import PictureReader, PictureStore
 
 CLASSES = ("a", "b", "c")
 NO_OUTLINE = np.zeros((0, 2))

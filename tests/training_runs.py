@@ -12,12 +12,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from yolov7_deploy.dataset.shapes import write_shapes
+from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.train import training
-from yolov7_deploy.train.hyperparameters import PRESETS
-from yolov7_deploy.train.logs import RESULTS_NAME, read_results
-from yolov7_deploy.train.request import TrainRequest
+from yolov7_deploy.training import run as training
+from yolov7_deploy.training.config import TrainRequest
+from yolov7_deploy.training.hyperparameters import PRESETS
+from yolov7_deploy.training.loggers import RESULTS_NAME, read_results
 
 SIZE = 64
 TRAIN, VAL = 6, 3

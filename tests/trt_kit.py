@@ -12,16 +12,16 @@ from emulated_kernels import compile_described
 from fake_trt_runtime import RTX, FakeTrt, plan_of
 from faked_cuda import fake_cudart
 
-from yolov7_deploy.backends import cuda, cudart
-from yolov7_deploy.backends.base import open_backend
-from yolov7_deploy.backends.cudart import LibraryRuntime
-from yolov7_deploy.backends.kernels import Kernels
-from yolov7_deploy.engine.engine import Engine, digest
-from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE
-from yolov7_deploy.engine.record import EngineRecord
 from yolov7_deploy.image import fit_letterbox, to_network_input
-from yolov7_deploy.info import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelInfo, NmsInfo
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.runtimes import cuda, cudart
+from yolov7_deploy.runtimes.base import open_backend
+from yolov7_deploy.runtimes.cudart import LibraryRuntime
+from yolov7_deploy.runtimes.letterbox_kernel import Kernels
+from yolov7_deploy.tensorrt.build_record import EngineRecord
+from yolov7_deploy.tensorrt.engine import Engine, digest
+from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
 
 HW = (64, 96)
 SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # of the three boxes in every picture
@@ -175,7 +175,7 @@ class Setting:
         """No library of ours is built."""
         self.monkeypatch.delenv(PLUGIN_VARIABLE)
         self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder))
-        self.monkeypatch.setattr("yolov7_deploy.engine.plugins.SYSTEM_FOLDERS", ())
+        self.monkeypatch.setattr("yolov7_deploy.tensorrt.plugin_library.SYSTEM_FOLDERS", ())
 
     def engine(self, graph=None, *, info=INFO, batches=(1, 4), recorded=True, name="toy.engine", **fields):
         """Path of an engine that fits this machine but for the given fields of its record."""

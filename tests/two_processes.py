@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from yolov7_deploy.errors import TrainingError
-from yolov7_deploy.train.world import SyncedBatchNorm, World, open_world, synced
+from yolov7_deploy.training.distributed import SyncedBatchNorm, World, open_world, synced
 
 SHAPE = (6, 5, 4, 3)  # of all pictures; each process has half of them
 

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from yolov7_deploy.detections import Detections
     from yolov7_deploy.detector import Detector
-    from yolov7_deploy.engine.build import build_engine
-    from yolov7_deploy.engine.engine import Engine
     from yolov7_deploy.errors import Y7Error
+    from yolov7_deploy.export.onnx_exporter import export_onnx
     from yolov7_deploy.export.onnx_model import OnnxModel
-    from yolov7_deploy.export.to_onnx import export_onnx
-    from yolov7_deploy.fusion import fuse
-    from yolov7_deploy.info import ModelInfo
+    from yolov7_deploy.metadata import ModelInfo
+    from yolov7_deploy.model.fusion import fuse
     from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
     from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options, Thresholds
     from yolov7_deploy.precision.calibrate import calibrate
+    from yolov7_deploy.precision.calibration_images import open_calibration
     from yolov7_deploy.precision.fp16 import to_fp16
     from yolov7_deploy.precision.int8 import to_int8
-    from yolov7_deploy.precision.pictures import open_calibration
+    from yolov7_deploy.tensorrt.builder import build_engine
+    from yolov7_deploy.tensorrt.engine import Engine
 
 __version__ = "0.1.0"
 

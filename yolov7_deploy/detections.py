@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.draw import draw_boxes, write_picture
 from yolov7_deploy.errors import MissingLibraryError, UsageError
 from yolov7_deploy.image import FloatArray, Image
+from yolov7_deploy.visualize import draw_boxes, write_picture
 
 IntArray = npt.NDArray[np.int64]
 Index = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.bool_] | npt.NDArray[np.integer[Any]]

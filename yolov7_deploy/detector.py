@@ -15,15 +15,15 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.backends.base import Found, Outputs, Spans, open_backend
-from yolov7_deploy.backends.gpu_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.runtimes.base import Found, Outputs, Spans, open_backend
+from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, SourceLike, open_source
-from yolov7_deploy.weights import find_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.info import InputKind
+from yolov7_deploy.metadata import InputKind
 
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")

@@ -19,16 +19,16 @@ from gpu_parts.building import kept_engine
 from gpu_parts.comparing import MATCHED_SHARE, compare_detections
 from gpu_parts.goals import Goals
 from gpu_parts.setting import KERNELS, PLUGIN, Array, Setting
+from yolov7_deploy.benchmark.benchmark import measure_speed
+from yolov7_deploy.benchmark.comparison import compare_reports
+from yolov7_deploy.benchmark.inputs import drawn_frames
+from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.engine.choose import find_tensorrt
-from yolov7_deploy.engine.plugins import PLUGIN_VARIABLE, describe_plugin
 from yolov7_deploy.errors import PluginError, Y7Error
-from yolov7_deploy.measure.engine_file import read_engine_file
-from yolov7_deploy.measure.speed.comparison import compare_reports
-from yolov7_deploy.measure.speed.frames import drawn_frames
-from yolov7_deploy.measure.speed.speed import measure_speed
-from yolov7_deploy.measure.speed.speed_report import SpeedReport
+from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.options import BenchOptions, EngineOptions, ValOptions
+from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE, describe_plugin
+from yolov7_deploy.tensorrt.selection import find_tensorrt
 
 MODELS = ("yolov7", "yolov7-tiny")  # the first has goals of speed and AP
 BATCHES, EMULATED_BATCHES = (16, 1), (2, 1)  # the first has the goal of speed, the last is for AP
@@ -266,9 +266,9 @@ def judge_accuracy(bench: Bench, model: str) -> None:
     told = json.loads((folder / ACCURACY.format(model)).read_text(encoding="utf-8"))
     why = told.get("skipped", "")
     try:
-        from yolov7_deploy.dataset import open_dataset
-        from yolov7_deploy.measure.accuracy import evaluate
-        from yolov7_deploy.measure.drop import accuracy_drop
+        from yolov7_deploy.datasets import open_dataset
+        from yolov7_deploy.evaluation.accuracy import evaluate
+        from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
     except ImportError as error:
         why = why or f"what judges AP was brought for another Python: {error}"
     if why:

@@ -19,23 +19,23 @@ from gpu_parts.int8 import ACCURACY, BATCHES, FILE, LABELS, MODELS, NOT_TRAINED,
 from gpu_parts.networks import untrained
 from gpu_parts.weights import make_up, stripped, unshared
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.dataset import Dataset, open_dataset
-from yolov7_deploy.demo import street
+from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.draw import write_picture
+from yolov7_deploy.evaluation import synthetic_image as street
+from yolov7_deploy.evaluation.accuracy import evaluate
+from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
-from yolov7_deploy.export.to_onnx import export_onnx
-from yolov7_deploy.fusion import fuse
 from yolov7_deploy.image import Image, fit_letterbox, read_image
-from yolov7_deploy.info import ModelInfo
-from yolov7_deploy.measure.accuracy import evaluate
-from yolov7_deploy.measure.drawn import drawn_picture
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions, ValOptions
+from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.pictures import open_calibration
-from yolov7_deploy.quantization.quantize import Quantizer
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows.quantize import Quantizer
 
 SIDE = 640
 MAX_DET = 300  # of the evaluation protocol

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 from gpu_parts.setting import Setting
-from yolov7_deploy.machine.machine import read_machine
+from yolov7_deploy.hardware.machine import read_machine
 
 LIBRARIES = (
     *("numpy", "torch", "torchvision", "cupy", "cuda", "tensorrt", "tensorrt_rtx"),

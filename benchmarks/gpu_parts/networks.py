@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from yolov7_deploy.fusion import fuse
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 
 CLASSES = 80

@@ -34,15 +34,15 @@ from gpu_parts.nms import (
 from gpu_parts.pieces import pack
 from gpu_parts.setting import KERNELS, PLUGIN, SUPPRESSED, Array
 from gpu_parts.weights import make_up, stripped
-from yolov7_deploy.demo import street
+from yolov7_deploy.evaluation import synthetic_image as street
 from yolov7_deploy.export.nms import attach_nms
+from yolov7_deploy.export.nms_subgraph import NmsPlan
+from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.export.suppression import NmsPlan
-from yolov7_deploy.export.to_onnx import export_onnx
+from yolov7_deploy.hub import OFFICIAL_NAMES, find_local_weights, find_weights
 from yolov7_deploy.image import fit_letterbox, read_image, to_network_input
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
-from yolov7_deploy.weights import OFFICIAL_NAMES, find_local_weights, find_weights
 
 ARCHITECTURE = "90"
 MADE_UP = {"yolov7-tiny": 640, "yolov7-w6": 1280}  # networks with made-up weights, and their input's side

@@ -13,13 +13,13 @@ import soak as soaking
 
 from gpu_parts import building
 from gpu_parts.setting import PLUGIN, SUPPRESSED, Setting
-from yolov7_deploy.backends.cuda import DeviceBuffer, Stream
+from yolov7_deploy.benchmark.benchmark import measure_speed
+from yolov7_deploy.benchmark.inputs import Frames, drawn_frames
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import Y7Error
-from yolov7_deploy.measure.speed.frames import Frames, drawn_frames
-from yolov7_deploy.measure.speed.speed import measure_speed
 from yolov7_deploy.options import BenchOptions
+from yolov7_deploy.runtimes.cuda import DeviceBuffer, Stream
 
 FILES = (SUPPRESSED.format("yolov7-tiny"), "yolov7.onnx", SUPPRESSED.format("yolov7-w6"))
 OPT_LEVEL = "3"  # TensorRT's own

@@ -8,9 +8,9 @@ from dataclasses import asdict
 import numpy as np
 
 from gpu_parts.setting import Setting
-from yolov7_deploy.backends.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
-from yolov7_deploy.backends.cudart import runtimes
 from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.runtimes.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
+from yolov7_deploy.runtimes.cudart import runtimes
 
 LARGE = 64 * 2**20
 

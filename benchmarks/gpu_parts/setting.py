@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.backends.cuda import Cuda, DeviceBuffer, Event, Graph, Stream, open_cuda
-from yolov7_deploy.backends.cudart import LibraryRuntime
+from yolov7_deploy.runtimes.cuda import Cuda, DeviceBuffer, Event, Graph, Stream, open_cuda
+from yolov7_deploy.runtimes.cudart import LibraryRuntime
 
 Array = npt.NDArray[Any]
 GUARD = 512  # bytes before and behind a buffer that nobody may write, a multiple of every vector load

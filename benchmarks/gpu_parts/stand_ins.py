@@ -17,9 +17,9 @@ from gpu_parts.int8 import EMULATED_BATCHES, MODELS
 from gpu_parts.int8_files import write_int8
 from gpu_parts.setting import Setting
 from gpu_parts.weights import filled
-from yolov7_deploy.engine.prepare import open_onnx, prepare_graph
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.precision.account import count_int8
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx, prepare_graph
 
 SIDE = 128  # of the networks' input
 

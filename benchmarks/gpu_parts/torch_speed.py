@@ -8,13 +8,13 @@ import torch
 
 from gpu_parts.networks import untrained
 from gpu_parts.setting import Setting
-from yolov7_deploy.backends.pytorch import PytorchBackend
-from yolov7_deploy.demo import street
+from yolov7_deploy.benchmark.sampling import take_turns, warm_up
+from yolov7_deploy.evaluation import synthetic_image as street
+from yolov7_deploy.hardware.power import open_power_meter
 from yolov7_deploy.image import fit_letterbox
-from yolov7_deploy.machine.power import open_power_meter
-from yolov7_deploy.measure.paper import VARIANTS, paper_row
-from yolov7_deploy.measure.speed.sampling import take_turns, warm_up
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.paper import VARIANTS, paper_row
+from yolov7_deploy.runtimes.pytorch import PytorchBackend
 
 # Random weights take as long as trained ones; nothing passes this threshold, so suppression does not matter.
 NOTHING = Thresholds(conf=1.0)

@@ -17,13 +17,13 @@ import torch
 from train_loader import repeated
 
 from gpu_parts.train_steps import Bench, Sizes, Stepper, images_per_s, new_stepper, precision, synchronize
-from yolov7_deploy.dataset import Dataset, open_dataset
-from yolov7_deploy.dataset.shapes import CLASS_NAMES, SPLITS, write_shapes
-from yolov7_deploy.train.augment import Augmentation
-from yolov7_deploy.train.hyperparameters import PRESETS, preset_for
-from yolov7_deploy.train.loader import TrainLoader
-from yolov7_deploy.train.pictures import PictureStore
-from yolov7_deploy.train.scene import Batch
+from yolov7_deploy.datasets import Dataset, open_dataset
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, SPLITS, write_shapes
+from yolov7_deploy.training.augment import Augmentation
+from yolov7_deploy.training.dataloader import TrainLoader
+from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
+from yolov7_deploy.training.sample import Batch
 
 REPEATS = 8  # of the pictures in an epoch, which would be over before the workers are in step
 ALL_CACHED = 2**36

@@ -1,4 +1,4 @@
-"""A whole training by `yolov7_deploy.train.training.train` on generated pictures, as long as the part has time."""
+"""A whole training by `yolov7_deploy.training.run.train` on generated pictures, as long as the part has time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from unittest.mock import patch
 from gpu_parts.setting import Setting
 from gpu_parts.train_steps import Bench
 from yolov7_deploy.options import Thresholds, TrainOptions
-from yolov7_deploy.train.hyperparameters import PRESETS, preset_for
-from yolov7_deploy.train.logs import RESULTS_NAME, EpochRecord, read_results
-from yolov7_deploy.train.request import TrainRequest
-from yolov7_deploy.train.watch import Nobody
+from yolov7_deploy.training.callbacks import Nobody
+from yolov7_deploy.training.config import TrainRequest
+from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
+from yolov7_deploy.training.loggers import RESULTS_NAME, EpochRecord, read_results
 
 METRIC = "faster_coco_eval"
 SLOW_RATE = 300.0  # images per second, where the loader's piece gave none
@@ -57,7 +57,7 @@ def train_shapes(bench: Bench, variant: str) -> dict[str, Any]:
     started, folder, ended = time.monotonic(), bench.folder / "run", "whole"
     ends = started + (PATIENCE * planned if planned else left)
     with metric() as why:
-        from yolov7_deploy.train.training import train
+        from yolov7_deploy.training.run import train
 
         try:
             train(request(bench, variant, folder, epochs=epochs), watch=Diary(bench.setting, ends))
@@ -135,8 +135,8 @@ def metric() -> Iterator[str]:
     absent.__dict__.update(COCO=None, COCOeval_faster=None)
     sys.modules[METRIC] = absent
     try:
-        from yolov7_deploy.measure.accuracy import SUMMARY, AccuracyReport
-        from yolov7_deploy.train import trainer
+        from yolov7_deploy.evaluation.accuracy import SUMMARY, AccuracyReport
+        from yolov7_deploy.training import trainer
 
         words = dict.fromkeys(("weights", "backend", "precision", "protocol"), "")
         places: dict[str, Any] = {"thresholds": Thresholds(), "speed_ms": {}, "classes": (), "skipped": ()}

@@ -17,14 +17,14 @@ from noise import OBJECTS, noise_batch
 
 from gpu_parts.goals import Goals
 from gpu_parts.setting import Setting
-from yolov7_deploy.coco_names import COCO_NAMES
+from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.train.hyperparameters import PRESETS, preset_for
-from yolov7_deploy.train.learner import Learner, StepNumbers
-from yolov7_deploy.train.optimizer import Schedule
-from yolov7_deploy.train.scene import Batch
-from yolov7_deploy.train.start import starting_model
-from yolov7_deploy.train.world import CPU, World
+from yolov7_deploy.training.distributed import CPU, World
+from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
+from yolov7_deploy.training.initialization import starting_model
+from yolov7_deploy.training.optimizer import Schedule
+from yolov7_deploy.training.sample import Batch
+from yolov7_deploy.training.train_step import Learner, StepNumbers
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from yolov7_deploy.precision.rounding import round_weight
+from yolov7_deploy.precision.weight_quantization import round_weight
 
 SMALLEST = 4096  # values; smaller tensors travel
 MARK = "y7_made_up:"  # begins the doc string of a tensor whose values were left out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from yolov7_deploy.checkpoint.pickle_values import Module, TensorEntry
+from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
 from yolov7_deploy.errors import CheckpointError
 
 # E6E has about 1,800 modules and 1,490 tensors; a tree beyond these bounds is shared or cyclic on purpose.

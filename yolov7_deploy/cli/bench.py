@@ -12,24 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy.cli.choices import (
-    Conf,
-    Half,
-    Img,
-    Iou,
-    JsonPath,
-    MaxDet,
-    Weights,
-    check_thresholds,
-    parse_img,
-)
+from yolov7_deploy.cli.options import Conf, Half, Img, Iou, JsonPath, MaxDet, Weights, check_thresholds, parse_img
 from yolov7_deploy.errors import UsageError, Y7Error, missing_library
 from yolov7_deploy.options import MAX_FRAME_SIDE, BenchOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.measure.speed.comparison import Comparison
-    from yolov7_deploy.measure.speed.frames import Frames
-    from yolov7_deploy.measure.speed.speed_report import SpeedReport, SpeedRow
+    from yolov7_deploy.benchmark.comparison import Comparison
+    from yolov7_deploy.benchmark.inputs import Frames
+    from yolov7_deploy.benchmark.report import SpeedReport, SpeedRow
 
 DEFAULTS = BenchOptions()
 RUNS = Path("runs/bench")
@@ -129,7 +119,7 @@ def bench(
 
 
 def _load(path: Path) -> SpeedReport:
-    from yolov7_deploy.measure.speed.speed_report import SpeedReport
+    from yolov7_deploy.benchmark.report import SpeedReport
 
     return SpeedReport.load(path)
 
@@ -137,7 +127,7 @@ def _load(path: Path) -> SpeedReport:
 def _check_drawing() -> None:
     """Refuses before the measuring what could not be drawn after it."""
     try:
-        import yolov7_deploy.measure.speed.chart  # noqa: F401
+        import yolov7_deploy.benchmark.chart  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_library(error, "for the chart (--no-chart leaves it out)") from error
 
@@ -163,7 +153,7 @@ class Targets:
         wants_chart = chart is not None or (paper and not no_chart)
         folder = save_dir
         if folder is None and paper and (json_path is None or (wants_chart and chart is None)):
-            from yolov7_deploy.annotate import next_run_folder
+            from yolov7_deploy.workflows.predict import next_run_folder
 
             folder = next_run_folder(RUNS)
         if folder is not None:
@@ -180,14 +170,14 @@ class Targets:
 
     def write(self, report: SpeedReport, comparison: Comparison | None) -> Iterator[str]:
         """Writes both, and gives a line for each."""
-        from yolov7_deploy.measure.report import write_json
+        from yolov7_deploy._console import write_json
 
         if self.json is not None:
             document = report.to_dict()
             write_json(document if comparison is None else {**document, "comparison": asdict(comparison)}, self.json)
             yield f"record: {self.json}"
         if self.chart is not None:
-            from yolov7_deploy.measure.speed.chart import speed_accuracy_chart
+            from yolov7_deploy.benchmark.chart import speed_accuracy_chart
 
             speed_accuracy_chart([report], self.chart)
             yield f"chart: {self.chart}"
@@ -235,7 +225,7 @@ def parse_frame(text: str | None) -> tuple[int, int] | None:
 
 
 def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
-    from yolov7_deploy.measure.speed.frames import DRAWN_HW, drawn_frames, read_frames
+    from yolov7_deploy.benchmark.inputs import DRAWN_HW, drawn_frames, read_frames
 
     if source is None:
         return drawn_frames(hw or DRAWN_HW)
@@ -256,13 +246,13 @@ def _measure(
     val_json: Path | None,
 ) -> SpeedReport:
     """The report, with what stands beside it; nothing is measured if that is not to be had."""
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.benchmark.benchmark import measure_speed
+    from yolov7_deploy.benchmark.devices import choose_place
+    from yolov7_deploy.benchmark.references import paper_speed, read_ap
     from yolov7_deploy.detector import Detector
-    from yolov7_deploy.machine.memory_use import gpu_memory_used
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.measure.speed.companions import paper_speed, read_ap
-    from yolov7_deploy.measure.speed.conventions import choose_place
-    from yolov7_deploy.measure.speed.speed import measure_speed
-    from yolov7_deploy.weights import file_digest, find_weights
+    from yolov7_deploy.hardware.memory import gpu_memory_used
+    from yolov7_deploy.hub import file_digest, find_weights
 
     name = f"cuda:{device}" if device.isdigit() else device
     place = None if name == "auto" else choose_place(name)
@@ -304,8 +294,8 @@ def counted_rows() -> Iterator[Callable[[SpeedRow], None]]:
 
 def _conclude(report: SpeedReport, targets: Targets, *, earlier: SpeedReport | None, name: str) -> None:
     """Prints everything before anything is written: a full disk costs no result."""
-    from yolov7_deploy.measure.speed.comparison import compare_reports
-    from yolov7_deploy.measure.speed.speed_words import describe_comparison, describe_speed
+    from yolov7_deploy.benchmark.comparison import compare_reports
+    from yolov7_deploy.benchmark.report_text import describe_comparison, describe_speed
 
     to_stderr = targets.json == "-"
     typer.echo(describe_speed(report), err=to_stderr)
@@ -333,8 +323,8 @@ def _estimate(
             f"--estimate calculates and measures nothing, so {', '.join(given)} cannot apply.",
             fix=f"y7 bench --weights {weights} --estimate {device}",
         )
-    from yolov7_deploy.measure.estimate.estimate import describe_estimate, estimate
-    from yolov7_deploy.measure.report import write_json
+    from yolov7_deploy._console import write_json
+    from yolov7_deploy.estimation.estimate import describe_estimate, estimate
 
     variant = find_variant_name(weights)
     found = [
@@ -360,7 +350,7 @@ def find_variant_name(weights: str) -> str:
         LoadError: There is no such file, or it cannot be read.
         UsageError: The file does not tell its network.
     """
-    from yolov7_deploy.measure.paper import VARIANTS
+    from yolov7_deploy.paper import VARIANTS
 
     name = weights.removesuffix(".pt").removesuffix("_training")
     if name in VARIANTS and not Path(weights).is_file():
@@ -368,18 +358,18 @@ def find_variant_name(weights: str) -> str:
     suffix = Path(weights).suffix.lower()
     variant = ""
     if suffix == ".onnx":
-        from yolov7_deploy.measure.onnx_file import read_onnx
+        from yolov7_deploy.inspection.onnx_file import read_onnx
 
         passport = read_onnx(weights).info
         variant = passport.variant if passport else ""
     elif suffix in (".engine", ".plan", ".trt"):
-        from yolov7_deploy.measure.engine_file import read_engine_file
+        from yolov7_deploy.inspection.engine_file import read_engine_file
 
         record = read_engine_file(weights).record
         variant = record.info.variant if record else ""
     else:
-        from yolov7_deploy.measure.describe import describe_weights
-        from yolov7_deploy.weights import find_weights
+        from yolov7_deploy.hub import find_weights
+        from yolov7_deploy.inspection.describe import describe_weights
 
         variant = describe_weights(find_weights(weights)).variant
     if variant not in VARIANTS:

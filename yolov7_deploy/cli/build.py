@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.choices import JsonPath
+from yolov7_deploy.cli.options import JsonPath
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import EngineOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.engine.build import EngineReport, Telling
+    from yolov7_deploy.tensorrt.builder import EngineReport, Telling
 
 DEFAULTS = EngineOptions()
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
@@ -93,7 +93,7 @@ def build(
     report = _run(weights, output, options, verbose=verbose, to_stderr=json_path == "-")
     typer.echo(describe(report), err=json_path == "-")
     if json_path is not None:
-        from yolov7_deploy.measure.report import write_json
+        from yolov7_deploy._console import write_json
 
         write_json(to_record(report), json_path)
 
@@ -114,7 +114,7 @@ def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: 
             f"y7 build takes an ONNX file; {weights} {what}.",
             fix=f"Export and build in one go:  y7 export --weights {weights} --engine",
         )
-    from yolov7_deploy.engine.build import build_file
+    from yolov7_deploy.tensorrt.builder import build_file
 
     with shown_progress(verbose=verbose, to_stderr=to_stderr) as telling:
         return build_file(path, output or path.with_suffix(".engine"), options=options, telling=telling)
@@ -123,8 +123,8 @@ def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: 
 @contextmanager
 def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[Telling]:
     """Steps as lines, the build as a bar or a line every ten seconds, TensorRT's log where asked for."""
-    from yolov7_deploy.engine.build import Telling
-    from yolov7_deploy.measure.report import progress
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.tensorrt.builder import Telling
 
     with progress("building, in percent") as show:
         yield Telling(
@@ -136,7 +136,7 @@ def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[Telling]:
 
 def describe(report: EngineReport) -> str:
     """What was built, for people."""
-    from yolov7_deploy.engine.record import TITLES
+    from yolov7_deploy.tensorrt.build_record import TITLES
 
     record, lines = report.record, []
     suppression = {

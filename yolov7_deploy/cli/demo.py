@@ -30,13 +30,13 @@ def demo(
             "The network that comes along finds generated shapes only, nothing in a picture of yours.",
             fix=f"y7 demo --weights yolov7 --source {source}",
         )
-    from yolov7_deploy.demo import run_demo, run_shapes_demo
+    from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
 
     if weights is None:
         run_shapes_demo(save_dir=save_dir, say=typer.echo)
         return
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.hub import find_weights
 
     with progress("download") as show:
         path = find_weights(weights, progress=show)

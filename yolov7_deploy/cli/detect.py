@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy.cli.choices import (
+from yolov7_deploy.cli.options import (
     OWN,
     Conf,
     Device,
@@ -27,10 +27,10 @@ from yolov7_deploy.errors import SourceError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from yolov7_deploy.annotate import AnnotateOptions, Detect, Report
     from yolov7_deploy.detections import Detections
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import Frame, Source
+    from yolov7_deploy.workflows.predict import AnnotateOptions, Detect, Report
 
 RUNS = Path("runs/detect")
 
@@ -87,11 +87,11 @@ def detect(
     check_thresholds(conf=conf, iou=iou, max_det=max_det)
     wanted, input_size = split_classes(classes), parse_img(img)
 
-    from yolov7_deploy.annotate import AnnotateOptions, next_run_folder
+    from yolov7_deploy._console import progress
     from yolov7_deploy.detector import Detector
-    from yolov7_deploy.measure.report import progress
+    from yolov7_deploy.hub import find_weights
     from yolov7_deploy.sources import open_source
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy.workflows.predict import AnnotateOptions, next_run_folder
 
     if save_dir is None and (save_txt or not nosave):
         save_dir = next_run_folder(RUNS)
@@ -128,8 +128,8 @@ def _run(
     options: AnnotateOptions,
     json_path: str | None,
 ) -> None:
-    from yolov7_deploy.annotate import Report
     from yolov7_deploy.detections import find_classes
+    from yolov7_deploy.workflows.predict import Report
 
     ids = None if classes is None else find_classes(classes, detector.info.class_names)
     record = {
@@ -174,7 +174,7 @@ class Lines:
         """Fills the report, with a bar for more than one frame on a terminal."""
         from rich.progress import Progress
 
-        from yolov7_deploy.annotate import annotate
+        from yolov7_deploy.workflows.predict import annotate
 
         if not self._console.is_terminal or self._source.total == 1:
             annotate(detector, self._source, options=options, report=report, on_frame=self._frame)
@@ -210,7 +210,7 @@ def _headline(record: dict[str, Any]) -> str:
 def _conclude(
     report: Report, lines: Lines, *, record: dict[str, Any], save_dir: Path | None, json_path: str | None
 ) -> None:
-    from yolov7_deploy.measure.report import write_json
+    from yolov7_deploy._console import write_json
 
     for item in report.skipped:
         typer.echo(f"Skipped: {item.reason}", err=True)

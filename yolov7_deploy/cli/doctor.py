@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from yolov7_deploy.cli.choices import JsonPath
+from yolov7_deploy.cli.options import JsonPath
 
 if TYPE_CHECKING:
     from yolov7_deploy.doctor import Diagnosis
-    from yolov7_deploy.doctor.libraries import Library
-    from yolov7_deploy.machine.machine import Machine
+    from yolov7_deploy.doctor.packages import Library
+    from yolov7_deploy.hardware.machine import Machine
 
 
 def doctor(
     json_path: JsonPath = None,
 ) -> None:
     """Say what is installed, what can run here, and what to type for the rest."""
+    from yolov7_deploy._console import write_json
     from yolov7_deploy.doctor import diagnose
-    from yolov7_deploy.measure.report import write_json
 
     diagnosis = diagnose()
     typer.echo(describe(diagnosis), err=json_path == "-")
@@ -30,7 +30,7 @@ def doctor(
 
 def describe(diagnosis: Diagnosis) -> str:
     """The diagnosis for people."""
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     libraries = [[entry.name, _version(entry), _remark(entry)] for entry in diagnosis.libraries.values()]
     abilities = [[entry.what, "yes" if entry.possible else "no", entry.reason] for entry in diagnosis.abilities]

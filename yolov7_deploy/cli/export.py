@@ -11,15 +11,15 @@ import typer
 from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_record as engine_record
-from yolov7_deploy.cli.choices import Img, JsonPath, parse_img
+from yolov7_deploy.cli.options import Img, JsonPath, parse_img
 from yolov7_deploy.cli.quantize import Calib, Data, MaxDrop, asked_for_int8, open_data
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.engine.build import EngineReport
-    from yolov7_deploy.engine.job import Installation
-    from yolov7_deploy.pipeline import ExportReport, Int8Request
+    from yolov7_deploy.tensorrt.build_messages import Installation
+    from yolov7_deploy.tensorrt.builder import EngineReport
+    from yolov7_deploy.workflows.export import ExportReport, Int8Request
 
 DEFAULTS = ExportOptions()
 _FLAGS = {"--fp16": "fp16", "--half": "fp16", "--int8": "int8"}
@@ -176,10 +176,10 @@ def _run(
     picture: Path | None,
     to_stderr: bool,
 ) -> ExportReport:
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.hub import find_weights
     from yolov7_deploy.image import read_image
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.pipeline import export_weights
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy.workflows.export import export_weights
 
     pictures = [read_image(picture)] if picture else []
     with progress("download") as show:
@@ -205,9 +205,9 @@ def _int8_request(
     options = asked_for_int8(calib, data=data, max_drop=max_drop, is_int8=is_int8)
     if options is None or calib is None:
         return None
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.pipeline import Int8Request
-    from yolov7_deploy.precision.pictures import open_calibration
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.precision.calibration_images import open_calibration
+    from yolov7_deploy.workflows.export import Int8Request
 
     return Int8Request(pictures=open_calibration(calib), options=options, data=open_data(data, None), show=progress)
 
@@ -244,13 +244,13 @@ def _engine_options(
 
 def _find_tensorrt(options: EngineOptions) -> Installation:
     """Looks for it before the export, which takes long."""
-    from yolov7_deploy.engine.choose import find_tensorrt
+    from yolov7_deploy.tensorrt.selection import find_tensorrt
 
     return find_tensorrt(options)
 
 
 def _build(path: Path, options: EngineOptions, on: Installation | None, *, to_stderr: bool) -> EngineReport:
-    from yolov7_deploy.engine.build import build_file
+    from yolov7_deploy.tensorrt.builder import build_file
 
     with shown_progress(verbose=False, to_stderr=to_stderr) as telling:
         report = build_file(path, path.with_suffix(".engine"), options=options, on=on, telling=telling)
@@ -261,7 +261,7 @@ def _build(path: Path, options: EngineOptions, on: Installation | None, *, to_st
 def _finish(report: ExportReport, engine: EngineReport | None, json_path: str | None) -> None:
     if json_path is None:
         return
-    from yolov7_deploy.measure.report import write_json
+    from yolov7_deploy._console import write_json
 
     built = {} if engine is None else {"engine": engine_record(engine)}
     write_json(to_record(report) | built, json_path)
@@ -312,6 +312,6 @@ def to_record(report: ExportReport) -> dict[str, object]:
 def _int8_record(report: ExportReport) -> dict[str, object]:
     if report.quantized is None:
         return {}
-    from yolov7_deploy.quantization.words import to_record as quantized_record
+    from yolov7_deploy.workflows.quantize import to_record as quantized_record
 
     return {"quantization": quantized_record(report.quantized)}

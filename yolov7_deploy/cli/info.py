@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.choices import JsonPath
+from yolov7_deploy.cli.options import JsonPath
 from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:
-    from yolov7_deploy.info import ModelInfo
-    from yolov7_deploy.measure.complexity import Complexity, LayerCost
-    from yolov7_deploy.measure.describe import PaperCost, VariantRecord, WeightsRecord
-    from yolov7_deploy.measure.engine_file import EngineFile
-    from yolov7_deploy.measure.onnx_file import OnnxFile, Port
-    from yolov7_deploy.model.variants import Anchors
+    from yolov7_deploy.inspection.complexity import Complexity, LayerCost
+    from yolov7_deploy.inspection.describe import PaperCost, VariantRecord, WeightsRecord
+    from yolov7_deploy.inspection.engine_file import EngineFile
+    from yolov7_deploy.inspection.onnx_file import OnnxFile, Port
+    from yolov7_deploy.metadata import ModelInfo
+    from yolov7_deploy.model.configs import Anchors
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 MAX_NAMES = 100
@@ -38,8 +38,8 @@ def info(
     layers: Annotated[bool, typer.Option("--layers", help="Print the layer table, of an engine as it runs.")] = False,
 ) -> None:
     """Say what a variant costs, or what a model file holds."""
-    from yolov7_deploy.measure.report import write_json
-    from yolov7_deploy.model.variants import VARIANTS
+    from yolov7_deploy._console import write_json
+    from yolov7_deploy.model.configs import VARIANTS
 
     record: VariantRecord | WeightsRecord | OnnxFile | EngineFile
     more: dict[str, object] = {}
@@ -57,16 +57,16 @@ def info(
 
 
 def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
-    from yolov7_deploy.measure.describe import describe_variant
+    from yolov7_deploy.inspection.describe import describe_variant
 
     record = describe_variant(name)
     return record, _variant_text(record, layers=layers)
 
 
 def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
-    from yolov7_deploy.measure.describe import describe_weights
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.hub import find_weights
+    from yolov7_deploy.inspection.describe import describe_weights
 
     with progress("download") as show:
         path = find_weights(target, progress=show)
@@ -75,8 +75,8 @@ def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
 
 
 def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, dict[str, object], str]:
-    from yolov7_deploy.measure.onnx_file import read_onnx
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy.hub import find_weights
+    from yolov7_deploy.inspection.onnx_file import read_onnx
 
     if layers:
         raise UsageError(
@@ -94,7 +94,7 @@ def _int8(path: Path, record: OnnxFile) -> tuple[dict[str, object], list[str]]:
     if not {"QuantizeLinear", "DequantizeLinear"} & set(record.nodes):
         return {}, []
     try:
-        from yolov7_deploy.measure.int8_file import account_lines, account_record, read_account
+        from yolov7_deploy.inspection.int8_file import account_lines, account_record, read_account
     except ModuleNotFoundError as error:
         return {}, [_field("int8", f"not counted: {missing_library(error, 'to count it')}".replace("\n", "  "))]
     account = read_account(path)
@@ -103,7 +103,7 @@ def _int8(path: Path, record: OnnxFile) -> tuple[dict[str, object], list[str]]:
 
 
 def _engine(target: str, *, layers: bool) -> tuple[EngineFile, str]:
-    from yolov7_deploy.measure.engine_file import read_engine_file
+    from yolov7_deploy.inspection.engine_file import read_engine_file
 
     record = read_engine_file(target)
     return record, _engine_text(record, layers=layers)
@@ -113,7 +113,7 @@ def _engine(target: str, *, layers: bool) -> tuple[EngineFile, str]:
 
 
 def _variant_text(record: VariantRecord, *, layers: bool) -> str:
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     cost = record.cost
     parts = [
@@ -155,7 +155,7 @@ def _layer_count(cost: Complexity) -> str:
 
 
 def _cost_table(cost: Complexity) -> str:
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     rows: list[list[object]] = [
         ["training form", f"{cost.parameters_training:>11,}", f"{cost.gflops_training:.2f}"],
@@ -176,7 +176,7 @@ def _paper_rows(entry: PaperCost, cost: Complexity) -> list[list[object]]:
 
 
 def _anchors_text(anchors: Anchors, strides: Iterable[int], *, title: str = "anchors") -> str:
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     rows = [
         [stride, *(f"{width:g} x {height:g}" for width, height in level)]
@@ -187,7 +187,7 @@ def _anchors_text(anchors: Anchors, strides: Iterable[int], *, title: str = "anc
 
 
 def _layer_table(layers: Iterable[LayerCost]) -> str:
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     rows = [
         [
@@ -268,8 +268,8 @@ def _counts(nodes: dict[str, int]) -> str:
 
 
 def _engine_text(file: EngineFile, *, layers: bool) -> str:
-    from yolov7_deploy.engine.record import TITLES
-    from yolov7_deploy.measure.engine_words import build_fields, layer_fields, layer_table
+    from yolov7_deploy.inspection.engine_report import build_fields, layer_fields, layer_table
+    from yolov7_deploy.tensorrt.build_record import TITLES
 
     record = file.record
     wrote = f"{TITLES[file.product]} {file.tensorrt}" if file.product in TITLES else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from yolov7_deploy.engine.plugins import PluginLibrary
+    from yolov7_deploy.tensorrt.plugin_library import PluginLibrary
 
 
 def plugin(
@@ -33,7 +33,7 @@ def plugin(
     ] = False,
 ) -> None:
     """Build our TensorRT plugin with this machine's CUDA, where y7 build finds it."""
-    from yolov7_deploy.engine.plugin_build import build_plugin
+    from yolov7_deploy.tensorrt.plugin_build import build_plugin
 
     library = build_plugin(
         tensorrt_include=tensorrt_include,
@@ -49,7 +49,7 @@ def plugin(
 
 def describe(library: PluginLibrary, *, found_by_itself: bool) -> str:
     """The library for people."""
-    from yolov7_deploy.engine.plugins import ABI_TITLES, PLUGIN_VARIABLE
+    from yolov7_deploy.tensorrt.plugin_library import ABI_TITLES, PLUGIN_VARIABLE
 
     gpus = ", ".join(f"{number // 10}.{number % 10}" for number in library.compute_capabilities) or "as asked for"
     lines = [

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.choices import JsonPath
+from yolov7_deploy.cli.options import JsonPath
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.options import Int8Options, QuantizeOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.dataset import Dataset
+    from yolov7_deploy.datasets import Dataset
     from yolov7_deploy.export.onnx_model import OnnxModel
-    from yolov7_deploy.quantization.quantize import Quantized
+    from yolov7_deploy.workflows.quantize import Quantized
 
 DEFAULTS = Int8Options()
 
@@ -81,10 +81,10 @@ def quantize(
     place = output or Path(f"{path.stem}-int8.onnx")
     _check_place(place)
     if chart is not None:
-        from yolov7_deploy.measure.chart_file import check_chart_name
+        from yolov7_deploy._charts import check_chart_name
 
         check_chart_name(chart)
-    from yolov7_deploy.engine.prepare import open_onnx
+    from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 
     model = open_onnx(path)
     result = run(model, calib, options, data=open_data(data, limit), limit=calib_limit, to_stderr=json_path == "-")
@@ -93,12 +93,12 @@ def quantize(
     if trt_cache is not None:
         _write_trt_cache(model, result, options, trt_cache)
     if chart is not None:
-        from yolov7_deploy.quantization.chart import cost_chart
+        from yolov7_deploy.workflows.quantize import cost_chart
 
         cost_chart(result, chart, title=place.stem)
     if json_path is not None:
-        from yolov7_deploy.measure.report import write_json
-        from yolov7_deploy.quantization.words import to_record
+        from yolov7_deploy._console import write_json
+        from yolov7_deploy.workflows.quantize import to_record
 
         write_json({"path": str(place), **to_record(result)}, json_path)
 
@@ -145,7 +145,7 @@ def open_data(data: Path | None, limit: int | None) -> Dataset | None:
     """The pictures AP is measured on, if any."""
     if data is None:
         return None
-    from yolov7_deploy.dataset import open_dataset
+    from yolov7_deploy.datasets import open_dataset
 
     return open_dataset(data, limit=limit)
 
@@ -160,9 +160,9 @@ def run(
     to_stderr: bool,
 ) -> Quantized:
     """Quantises and tells each step."""
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.precision.pictures import open_calibration
-    from yolov7_deploy.quantization.quantize import Quantizer
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.precision.calibration_images import open_calibration
+    from yolov7_deploy.workflows.quantize import Quantizer
 
     pictures = open_calibration(calib, limit=limit)
     return Quantizer(
@@ -176,7 +176,7 @@ def run(
 
 
 def _described(result: Quantized, place: Path) -> str:
-    from yolov7_deploy.quantization.words import describe
+    from yolov7_deploy.workflows.quantize import describe
 
     return "\n\n".join(
         [

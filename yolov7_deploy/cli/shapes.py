@@ -16,8 +16,8 @@ def shapes(
     seed: Annotated[int, typer.Option("--seed", help="Another one gives other pictures.")] = 0,
 ) -> None:
     """Generate a dataset of textured shapes, to try training on."""
-    from yolov7_deploy.dataset.shapes import CLASS_NAMES, write_shapes
-    from yolov7_deploy.measure.report import progress
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.datasets.synthetic import CLASS_NAMES, write_shapes
 
     with progress("shapes") as show:
         path = write_shapes(output, train=train, val=val, size=img, seed=seed, progress=show)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy.cli.choices import JsonPath, parse_img
 from yolov7_deploy.cli.detect import split_classes
+from yolov7_deploy.cli.options import JsonPath, parse_img
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.train.hyperparameters import Hyperparameters
-    from yolov7_deploy.train.logs import EpochRecord
-    from yolov7_deploy.train.request import TrainRequest
+    from yolov7_deploy.training.config import TrainRequest
+    from yolov7_deploy.training.hyperparameters import Hyperparameters
+    from yolov7_deploy.training.loggers import EpochRecord
 
 RUNS = Path("runs/train")
 DEFAULTS = TrainOptions()
@@ -137,7 +137,7 @@ def train(
         _refuse_changes(context)
         _resume(save_dir, data=data, device=None if device == "auto" else device, json_path=json_path)
         return
-    from yolov7_deploy.train.hyperparameters import hyperparameters_text, preset_for, read_hyperparameters
+    from yolov7_deploy.training.hyperparameters import hyperparameters_text, preset_for, read_hyperparameters
 
     path, name = _beginning(weights, variant)
     recipe = read_hyperparameters(hyp or preset_for(name, pretrained=path is not None), changes=_values(set_values))
@@ -158,7 +158,7 @@ def _options(asked: Mapping[str, Any]) -> TrainOptions:
 def _request(
     asked: Mapping[str, Any], options: TrainOptions, recipe: Hyperparameters, *, variant: str, weights: str
 ) -> TrainRequest:
-    from yolov7_deploy.train.request import TrainRequest
+    from yolov7_deploy.training.config import TrainRequest
 
     return TrainRequest(
         data=str(asked["data"]),
@@ -175,7 +175,7 @@ def _request(
 
 
 def _begin(request: TrainRequest, json_path: str | None) -> None:
-    from yolov7_deploy.train.training import train as train_network
+    from yolov7_deploy.training.run import train as train_network
 
     _finish(train_network(request, watch=_Porch(json_path)), json_path)
 
@@ -192,15 +192,15 @@ def _refuse_changes(context: typer.Context) -> None:
 
 
 def _resume(save_dir: Path | None, *, data: Path | None, device: str | None, json_path: str | None) -> None:
-    from yolov7_deploy.train.training import resume
+    from yolov7_deploy.training.run import resume
 
     folder = save_dir or _newest()
     _finish(resume(folder, watch=_Porch(json_path), device=device, data=None if data is None else str(data)), json_path)
 
 
 def _finish(report: Any, json_path: str | None) -> None:  # noqa: ANN401 - its type is torch's side of the wall
-    from yolov7_deploy.measure.report import write_json
-    from yolov7_deploy.train.training import describe_report, report_document
+    from yolov7_deploy._console import write_json
+    from yolov7_deploy.training.run import describe_report, report_document
 
     if _is_first():
         typer.echo("\n".join(describe_report(report)), err=json_path == "-")
@@ -212,9 +212,9 @@ def _beginning(weights: str | None, variant: str | None) -> tuple[Path | None, s
     """The file to begin with, if any, and the variant."""
     if weights is None:
         return None, variant or "yolov7"
+    from yolov7_deploy._console import progress
     from yolov7_deploy.checkpoint import load_checkpoint
-    from yolov7_deploy.measure.report import progress
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy.hub import find_weights
 
     with progress("download") as show:
         path = find_weights(weights, progress=show)
@@ -222,7 +222,7 @@ def _beginning(weights: str | None, variant: str | None) -> tuple[Path | None, s
 
 
 def _new_folder() -> Path:
-    from yolov7_deploy.annotate import next_run_folder
+    from yolov7_deploy.workflows.predict import next_run_folder
 
     return next_run_folder(RUNS)
 
@@ -280,14 +280,14 @@ class _Porch:
 
     def epoch(self, epoch: int, epochs: int) -> AbstractContextManager[Callable[[int, int, str], None]]:
         """Progress of an epoch."""
-        from yolov7_deploy.measure.report import progress_with_note
+        from yolov7_deploy._console import progress_with_note
 
         return progress_with_note(f"epoch {epoch + 1}/{epochs}") if _is_first() else _silence()
 
     @contextlib.contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Progress of something else."""
-        from yolov7_deploy.measure.report import progress
+        from yolov7_deploy._console import progress
 
         with progress(what) as show:
             yield show

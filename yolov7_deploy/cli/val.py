@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.choices import Device, Half, Img, JsonPath, Weights, parse_img
+from yolov7_deploy.cli.options import Device, Half, Img, JsonPath, Weights, parse_img
 from yolov7_deploy.options import ValOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.measure.accuracy import AccuracyReport
+    from yolov7_deploy.evaluation.accuracy import AccuracyReport
 
 DEFAULTS = ValOptions()
 MAX_REMARKS = 20
@@ -64,12 +64,12 @@ def val(
     """Measure COCO average precision."""
     options = ValOptions(rect=rect, batch=batch, conf=conf, iou=iou, max_det=max_det)
     input_size = parse_img(img)
-    from yolov7_deploy.backends.base import backend_row
-    from yolov7_deploy.dataset import open_dataset
+    from yolov7_deploy._console import progress, write_json
+    from yolov7_deploy.datasets import open_dataset
     from yolov7_deploy.detector import Detector
-    from yolov7_deploy.measure.accuracy import evaluate
-    from yolov7_deploy.measure.report import progress, write_json
-    from yolov7_deploy.weights import file_digest, find_weights
+    from yolov7_deploy.evaluation.accuracy import evaluate
+    from yolov7_deploy.hub import file_digest, find_weights
+    from yolov7_deploy.runtimes.base import backend_row
 
     dataset = open_dataset(data, images=images, split=split, limit=limit)
     with progress("download") as show:
@@ -86,7 +86,7 @@ def val(
 
 def describe(report: AccuracyReport, *, per_class: bool) -> str:
     """The report for people: what was measured and how, the twelve numbers, the classes if wanted, what to know."""
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     kept, speed = report.thresholds, report.speed_ms
     parts = [

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.choices import JsonPath
+from yolov7_deploy.cli.options import JsonPath
 from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
-    from yolov7_deploy.measure.parity import ParityReport
-    from yolov7_deploy.measure.verification import Verification
+    from yolov7_deploy.evaluation.parity import ParityReport
+    from yolov7_deploy.evaluation.verification import Verification
 
 
 def verify(
@@ -34,9 +34,9 @@ def verify(
     json_path: JsonPath = None,
 ) -> None:
     """Check that forms of one model agree, stage by stage; exit 1 where something is lost."""
-    from yolov7_deploy.measure.report import progress, write_json
-    from yolov7_deploy.measure.verification import verify_forms
-    from yolov7_deploy.weights import find_weights
+    from yolov7_deploy._console import progress, write_json
+    from yolov7_deploy.evaluation.verification import verify_forms
+    from yolov7_deploy.hub import find_weights
 
     with progress("verify") as show:
         result = verify_forms(
@@ -58,7 +58,7 @@ def verify(
 
 def describe(result: Verification) -> str:
     """The comparison for people."""
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     parts = [stage_table(report) for report in result.reports]
     if result.accuracy:
@@ -73,7 +73,7 @@ def describe(result: Verification) -> str:
 
 def stage_table(report: ParityReport) -> str:
     """One row a stage and quantity: the worst difference, the limit, and whether it holds."""
-    from yolov7_deploy.measure.report import table
+    from yolov7_deploy._console import table
 
     rows: list[list[str | None]] = []
     for stage in report.stages:

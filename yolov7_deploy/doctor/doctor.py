@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy import __version__
-from yolov7_deploy.doctor.libraries import Library, find_module, read_libraries
+from yolov7_deploy.doctor.known_issues import Trap, find_traps
+from yolov7_deploy.doctor.packages import Library, find_module, read_libraries
 from yolov7_deploy.doctor.plugin import plugin_state
-from yolov7_deploy.doctor.traps import Trap, find_traps
-from yolov7_deploy.machine.machine import Machine, read_machine
-from yolov7_deploy.weights import OFFICIAL_NAMES, WEIGHTS_DIR_VARIABLE, cache_dir
+from yolov7_deploy.hardware.machine import Machine, read_machine
+from yolov7_deploy.hub import OFFICIAL_NAMES, WEIGHTS_DIR_VARIABLE, cache_dir
 
 WEIGHT_SUFFIXES = (".pt", ".safetensors")
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -190,7 +190,7 @@ def _build_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
 
 def _run_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
     what = "run TensorRT engines"
-    if find_module("yolov7_deploy.backends.trt") is None:
+    if find_module("yolov7_deploy.runtimes.tensorrt") is None:
         return Ability(what=what, possible=False, reason="this version of yolov7-deploy does not run them")
     cuda = libraries["pycuda"] if libraries["pycuda"].works else libraries["cuda"]
     ready = _needs(what, [_tensorrt(libraries), cuda, libraries["cv2"], libraries["numpy"]])

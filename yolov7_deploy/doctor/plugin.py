@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from yolov7_deploy.doctor.libraries import Library
-from yolov7_deploy.engine.plugins import ABI_TITLES, BUILD_COMMAND, Abi, PluginLibrary, find_plugin
+from yolov7_deploy.doctor.packages import Library
 from yolov7_deploy.errors import PluginError
-from yolov7_deploy.machine.machine import Machine
+from yolov7_deploy.hardware.machine import Machine
+from yolov7_deploy.tensorrt.plugin_library import ABI_TITLES, BUILD_COMMAND, Abi, PluginLibrary, find_plugin
 
 FIRST_V3_MAJOR = 10  # of TensorRT; TensorRT-RTX has it since its first version
 

@@ -14,9 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from yolov7_deploy.export.graph import GraphWriter
-from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, RAW_OUTPUT
-from yolov7_deploy.export.suppression import (
+from yolov7_deploy.export.graph_builder import GraphWriter
+from yolov7_deploy.export.nms_subgraph import (
     NmsPlan,
     best_anchors,
     best_pairs,
@@ -28,6 +27,7 @@ from yolov7_deploy.export.suppression import (
     list_is_full,
     suppress,
 )
+from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, RAW_OUTPUT
 
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
+from yolov7_deploy._atomic_file import whole_file
 from yolov7_deploy.errors import ExportError, LoadError
-from yolov7_deploy.info import PASSPORT_KEY, ModelInfo
-from yolov7_deploy.whole_file import whole_file
+from yolov7_deploy.metadata import PASSPORT_KEY, ModelInfo
 
 INPUT_NAME = "images"
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")

@@ -9,19 +9,9 @@ from torch import Tensor, nn
 
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.errors import CheckpointError
-from yolov7_deploy.model.blocks import (
-    SPPCSPC,
-    Concat,
-    Conv,
-    DownC,
-    MaxPool,
-    ReOrg,
-    RepConv,
-    Shortcut,
-    Upsample,
-)
+from yolov7_deploy.model.blocks import SPPCSPC, Concat, Conv, DownC, MaxPool, ReOrg, RepConv, Shortcut, Upsample
+from yolov7_deploy.model.configs import IMAGE, Anchors, Layer, Variant, find_variant
 from yolov7_deploy.model.heads import AuxiliaryDetect, Detect, ImplicitDetect
-from yolov7_deploy.model.variants import IMAGE, Anchors, Layer, Variant, find_variant
 
 _HEADS = {"Detect": Detect, "IDetect": ImplicitDetect, "IAuxDetect": AuxiliaryDetect}
 _SHOWN = 6  # names listed in an error before "and N more"

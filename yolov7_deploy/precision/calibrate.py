@@ -20,9 +20,9 @@ from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
 from yolov7_deploy.precision.histogram import Histogram
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.placement import measured_tensors
-from yolov7_deploy.precision.runner import NetworkRunner, network_input
+from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
+from yolov7_deploy.precision.qdq_placement import measured_tensors
+from yolov7_deploy.precision.subgraph import Network
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import numpy as np
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
-from yolov7_deploy.precision.casts import Caster, as_half, check_types, pinned
-from yolov7_deploy.precision.network import Network, Weight, data_of, half_weight
-from yolov7_deploy.precision.ranges import activation_ranges
+from yolov7_deploy.precision.activation_ranges import activation_ranges
+from yolov7_deploy.precision.fp16_casts import Caster, as_half, check_types, pinned
+from yolov7_deploy.precision.subgraph import Network, Weight, data_of, half_weight
 
 logger = logging.getLogger(__name__)
 

@@ -20,16 +20,16 @@ from onnx import helper, numpy_helper
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.info import Int8Info, ModelInfo
+from yolov7_deploy.metadata import Int8Info, ModelInfo
 from yolov7_deploy.options import Int8Options
-from yolov7_deploy.precision.account import Int8Account, count_int8
 from yolov7_deploy.precision.calibrate import Calibration, network_digest
-from yolov7_deploy.precision.casts import Caster, check_types
 from yolov7_deploy.precision.fp16 import float32_reasons
+from yolov7_deploy.precision.fp16_casts import Caster, check_types
 from yolov7_deploy.precision.histogram import LEVELS, Histogram, clip_of
-from yolov7_deploy.precision.network import Network, half_weight, read_by
-from yolov7_deploy.precision.placement import Placement, float_nodes, place
-from yolov7_deploy.precision.rounding import RoundedWeight, round_weight, shifted_by_rounding
+from yolov7_deploy.precision.int8_summary import Int8Account, count_int8
+from yolov7_deploy.precision.qdq_placement import Placement, float_nodes, place
+from yolov7_deploy.precision.subgraph import Network, half_weight, read_by
+from yolov7_deploy.precision.weight_quantization import RoundedWeight, round_weight, shifted_by_rounding
 
 logger = logging.getLogger(__name__)
 

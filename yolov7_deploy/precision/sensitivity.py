@@ -14,15 +14,15 @@ from onnx import TensorProto, helper
 
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
-from yolov7_deploy.info import ModelInfo
+from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.options import Int8Options
-from yolov7_deploy.precision.account import count_int8
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.int8 import spared_layers, tensor_scales
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.placement import place
-from yolov7_deploy.precision.rounding import round_weight, shifted_by_rounding
-from yolov7_deploy.precision.runner import NetworkRunner, network_input
+from yolov7_deploy.precision.int8_summary import count_int8
+from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
+from yolov7_deploy.precision.qdq_placement import place
+from yolov7_deploy.precision.subgraph import Network
+from yolov7_deploy.precision.weight_quantization import round_weight, shifted_by_rounding
 
 logger = logging.getLogger(__name__)
 

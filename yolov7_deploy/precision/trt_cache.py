@@ -15,8 +15,8 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.histogram import LEVELS, clip_of
 from yolov7_deploy.precision.int8 import tensor_scales
-from yolov7_deploy.precision.network import Network
-from yolov7_deploy.precision.placement import is_passing, passed, place
+from yolov7_deploy.precision.qdq_placement import is_passing, passed, place
+from yolov7_deploy.precision.subgraph import Network
 
 # What TensorRT 8.6.1 writes. When a cache is read, the number is not compared, but the kind of calibrator is: this one
 # is the only one that a DLA takes.

@@ -1,6 +1,6 @@
 """Where pictures come from: files, folders, patterns, lists, videos, cameras and streams."""
 
-from yolov7_deploy.sources.items import VIDEO_SUFFIXES, Skipped
+from yolov7_deploy.sources.resolve import VIDEO_SUFFIXES, Skipped
 from yolov7_deploy.sources.source import Frame, Source, SourceLike, open_source
 
 __all__ = ["VIDEO_SUFFIXES", "Frame", "Skipped", "Source", "SourceLike", "open_source"]

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, as_bgr, read_image
-from yolov7_deploy.sources.items import Item, OnError, Skipped, resolve
 from yolov7_deploy.sources.live import LiveReader
+from yolov7_deploy.sources.resolve import Item, OnError, Skipped, resolve
 from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_picture, open_capture
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from yolov7_deploy._atomic_file import unfinished_name
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
-from yolov7_deploy.whole_file import unfinished_name
 
 log = logging.getLogger(__name__)
 

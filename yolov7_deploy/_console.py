@@ -1,0 +1,162 @@
+"""Reports for people and for machines: a table, a progress line, one JSON document."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy.errors import UsageError
+
+PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
+
+
+def table(
+    rows: Sequence[Sequence[object]], columns: Sequence[str], title: str = "", *, pretty: bool | None = None
+) -> str:
+    """A table as text, numbers to the right: drawn for a terminal, aligned plain columns for a pipe.
+
+    Floats should come formatted; `None` is a dash.
+
+    Args:
+        rows: One sequence of cells per row, as long as `columns`.
+        columns: Headings.
+        title: Stands above; left out when empty.
+        pretty: `None` looks whether standard output is a terminal.
+    """
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    if sys.stdout.isatty() if pretty is None else pretty:
+        return _drawn(cells, columns, numeric, title)
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in [list(columns), *cells]
+    ]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def _drawn(cells: Sequence[Sequence[str]], columns: Sequence[str], numeric: Sequence[bool], title: str) -> str:
+    drawn = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for name, right in zip(columns, numeric, strict=True):
+        drawn.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*map(Text, row))
+    stream = StringIO()
+    Console(file=stream, force_terminal=True, width=Console().width).print(drawn)
+    return stream.getvalue().rstrip("\n")
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text.lstrip("+-").rstrip("%x").replace(".", "", 1).isdigit()
+
+
+def write_json(document: object, path: str | Path) -> None:
+    """Writes one JSON document: sorted keys, shortest floats, same document same bytes; `-` is standard output.
+
+    The file appears complete or not at all. Dataclasses, paths and NumPy values become plain data; missing folders
+    are made.
+
+    Raises:
+        UsageError: The path cannot be written.
+        ValueError: A NaN or infinity, which JSON does not have, or a type that is not data.
+    """
+    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    path = Path(path)
+    try:
+        _write_whole(path, text)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: nothing to rename onto
+        path.write_text(text, encoding="utf-8")
+        return
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise ValueError(f"{type(value).__name__} is not plain data")
+
+
+class _Rate(ProgressColumn):
+    """Items per second so far."""
+
+    def render(self, task: Task) -> Text:
+        """The rate as text, empty before the first item."""
+        return Text(f"{task.completed / task.elapsed:.1f}/s" if task.elapsed and task.completed else "")
+
+
+@contextlib.contextmanager
+def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, total) that shows progress: a bar on a terminal, a line every ten seconds in a pipe.
+
+    It goes to standard error, so that standard output holds results only.
+    """
+    with progress_with_note(what, stream=stream) as show:
+        yield lambda done, total: show(done, total, "")
+
+
+@contextlib.contextmanager
+def progress_with_note(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """Like `progress`, with a third argument: words that stand behind the numbers."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield _plain_progress(what, stream)
+        return
+    parts = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*parts, console=Console(file=stream), transient=True) as bars:
+        task = bars.add_task(what, total=None, note="")
+        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=note)
+
+
+def _plain_progress(what: str, stream: TextIO) -> Callable[[int, int, str], None]:
+    start = last = time.monotonic()
+
+    def show(done: int, total: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < PLAIN_INTERVAL_S:
+            return
+        last = now
+        stream.write(f"{what}: {done}/{total}, {done / max(now - start, 1e-9):.1f}/s  {note}".rstrip() + "\n")
+        stream.flush()
+
+    return show

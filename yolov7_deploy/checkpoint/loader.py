@@ -1,0 +1,336 @@
+"""Station 1: a weights file as plain data, without running anything in it; and our own format, safetensors.
+
+Reads official checkpoints of every kind (whole pickled modules with or without EMA, stripped or deploy files), plain
+state dicts, and what `save_checkpoint` wrote. The kind is told by content, never by suffix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, recognise
+from yolov7_deploy.checkpoint.module_tree import read_modules
+from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
+from yolov7_deploy.checkpoint.torch_archive import NumberArray, TorchFile, is_safetensors, require_file
+from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.errors import CheckpointError, LoadError
+from yolov7_deploy.metadata import PASSPORT_KEY, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+Anchors = tuple[tuple[tuple[float, float], ...], ...]
+
+_KEY_ORDER = "key_order"
+_TINY_SILU = "yolov7-tiny-silu"
+_COUNTER = "num_batches_tracked"
+_SAVE_ANEW = (
+    "Save it again:  torch.save({'model': model}, 'weights.pt')  or  torch.save(model.state_dict(), 'weights.pt')"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Checkpoint:
+    """Weights and everything known about them.
+
+    Attributes:
+        tensors: Official names (`model.N....`) in official order; float32, and int64 for `num_batches_tracked`.
+            The tensors belong to this checkpoint: copy before changing.
+        variant: One of the eight official names.
+        training: Training form (implicit tensors, auxiliary heads) or deploy form.
+        class_names: One per class, in class-id order.
+        anchors: Per level, fine to coarse, three (width, height) in input pixels; those of the file, so that
+            anchors fitted to a custom dataset are kept.
+        source: Name of the file.
+        source_sha256: Digest of that file.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    variant: str
+    training: bool
+    class_names: tuple[str, ...]
+    anchors: Anchors
+    source: str = ""
+    source_sha256: str = ""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each level: 8, 16, 32 and, with four levels, 64."""
+        return tuple(8 << level for level in range(len(self.anchors)))
+
+    @property
+    def info(self) -> ModelInfo:
+        """The passport of these weights."""
+        return ModelInfo(
+            variant=self.variant,
+            class_names=self.class_names,
+            strides=self.strides,
+            anchors=self.anchors,
+            source=self.source,
+            source_sha256=self.source_sha256,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contents:
+    """A weights file after reading, before recognition; `variant` only where the file says it."""
+
+    arrays: dict[str, NumberArray]
+    names: object = None
+    activations: frozenset[str] = frozenset()
+    variant: str = ""
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """The weights of a file: `ema` where there is one, else `model`, else the plain state dict it is.
+
+    Raises:
+        LoadError: The file is absent, damaged, or no weights file; the message says what it is.
+        CheckpointError: Its weights are no YOLOv7 variant, fused, not finite, or contradict their class names.
+        UnsafeCheckpointError: It asks for code; the message names it.
+    """
+    start = time.perf_counter()
+    file = Path(path)
+    require_file(file)
+    contents = _read_safetensors(file) if is_safetensors(file) else _read_torch(file)
+    source = file.name
+    architecture = recognise({key: array.shape for key, array in contents.arrays.items()}, source=source)
+    checkpoint = Checkpoint(
+        tensors={key: _tensor(key, array, source) for key, array in contents.arrays.items()},
+        variant=_variant(architecture, contents, source),
+        training=architecture.training,
+        class_names=_class_names(contents.names, architecture.classes, source),
+        anchors=_anchors(contents.arrays, architecture, source),
+        source=source,
+        source_sha256=_sha256(file),
+    )
+    logger.info(
+        "checkpoint: %s -> %s (%s form, %d classes, %d tensors) in %.2f s",
+        source,
+        checkpoint.variant,
+        "training" if checkpoint.training else "deploy",
+        len(checkpoint.class_names),
+        len(checkpoint.tensors),
+        time.perf_counter() - start,
+    )
+    return checkpoint
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = False) -> None:
+    """Writes safetensors with a passport: same checkpoint, same bytes; no half-written file; folders are made.
+
+    Args:
+        checkpoint: What to write.
+        path: Usually `NAME.safetensors`.
+        half: Store float16, half the size, as the official files do. Lossless for weights that came from one,
+            rounded otherwise.
+
+    Raises:
+        CheckpointError: The file cannot be written, or a weight does not fit into float16.
+    """
+    target = Path(path)
+    tensors = {key: _stored(key, tensor, half=half) for key, tensor in checkpoint.tensors.items()}
+    order = json.dumps(list(tensors), separators=(",", ":"))
+    metadata = {"format": "pt", PASSPORT_KEY: checkpoint.info.to_json(), _KEY_ORDER: order}
+    data = _with_sorted_header(safetensors.torch.save(tensors, metadata))
+    try:
+        with whole_file(target) as unfinished:
+            unfinished.write_bytes(data)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror or error}).",
+            fix="Make room there, or choose another place.",
+        ) from error
+
+
+def _stored(key: str, tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
+    """A contiguous tensor of its own memory, as safetensors wants it."""
+    plain = tensor.detach().cpu()
+    if half and plain.is_floating_point():
+        plain = plain.to(torch.float16)
+        if not bool(plain.isfinite().all()):
+            raise CheckpointError(f"{key} has values beyond float16 (65504).", fix="Save it in float32 (half=False).")
+    return plain.clone(memory_format=torch.contiguous_format)
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The same file with its JSON header sorted; the library writes metadata in random order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def _read_safetensors(path: Path) -> _Contents:
+    """Our own format, or any safetensors file with official tensor names."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            arrays = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise LoadError(
+            f"{path.name} is a damaged or truncated safetensors file ({str(error)[:200]!a}).",
+            fix="Copy or download the file again, and compare its size with the original.",
+        ) from error
+    if PASSPORT_KEY not in metadata:
+        return _Contents(arrays=arrays)
+    try:
+        info = ModelInfo.from_json(metadata[PASSPORT_KEY])
+    except RecursionError as error:
+        raise LoadError(f"The passport of {path.name} is no passport.", fix="Do not use this file.") from error
+    order = _key_order(metadata.get(_KEY_ORDER, "[]"))
+    if set(order) == set(arrays):
+        arrays = {key: arrays[key] for key in order}
+    return _Contents(arrays=arrays, names=info.class_names, variant=info.variant)
+
+
+def _widened(tensor: torch.Tensor) -> NumberArray:
+    """The array of a tensor; NumPy has no bfloat16, so every float becomes float32."""
+    array: NumberArray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+def _key_order(text: str) -> list[str]:
+    try:
+        order = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return [key for key in order if isinstance(key, str)] if isinstance(order, list) else []
+
+
+def _read_torch(path: Path) -> _Contents:
+    with TorchFile(path) as file:
+        weights = _weights(file.root, path.name)
+        if isinstance(weights, Module):
+            facts = read_modules(weights, source=path.name)
+            entries, names, activations = facts.tensors, facts.names, facts.activations
+        else:
+            entries, names, activations = _plain_entries(weights, path.name), None, frozenset[str]()
+        if names is None and isinstance(file.root, dict):
+            names = file.root.get("names")
+        arrays = {key: file.array(entry) for key, entry in _without_prefix(entries).items()}
+    return _Contents(arrays=arrays, names=names, activations=activations)
+
+
+def _weights(root: object, source: str) -> Module | dict[object, object]:
+    """The part of a file that holds the weights (the official rule: the moving average if there is one)."""
+    if isinstance(root, Module):
+        return root
+    if isinstance(root, dict):
+        for key in ("ema", "model", "state_dict"):
+            found = root.get(key)
+            if isinstance(found, Module) or (isinstance(found, dict) and found):
+                return found
+        if any(isinstance(value, TensorEntry) for value in root.values()):
+            return root
+        keys = ", ".join(ascii(key)[:40] for key in list(root)[:8] if isinstance(key, str))
+        raise CheckpointError(f"{source} holds no weights: neither ema nor model among [{keys}].", fix=_SAVE_ANEW)
+    raise CheckpointError(f"{source} holds a {type(root).__name__} instead of weights.", fix=_SAVE_ANEW)
+
+
+def _plain_entries(weights: dict[object, object], source: str) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for key, entry in weights.items():
+        if not isinstance(key, str) or not isinstance(entry, TensorEntry):
+            raise CheckpointError(
+                f"{ascii(key)[:80]} in the state dict of {source} is a {type(entry).__name__}, not a tensor.",
+                fix=_SAVE_ANEW,
+            )
+        entries[key] = entry
+    return entries
+
+
+def _without_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Drops the `module.` that DataParallel puts before every name."""
+    if entries and all(key.startswith("module.") for key in entries):
+        return {key.removeprefix("module."): entry for key, entry in entries.items()}
+    return entries
+
+
+def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:
+    if array.dtype.kind not in "fiub":
+        raise CheckpointError(f"{ascii(key)[:80]} in {source} holds {array.dtype} numbers.", fix=_SAVE_ANEW)
+    whole = key.endswith(_COUNTER) or array.dtype.kind != "f"
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.array(array, dtype=np.int64 if whole else np.float32)
+    finite = np.isfinite(array) & np.isfinite(values)
+    if not finite.all():
+        raise CheckpointError(
+            f"{ascii(key)[:80]} in {source} has {finite.size - int(finite.sum())} values that are not finite float32.",
+            fix="Training diverged: use an earlier checkpoint.",
+        )
+    return torch.from_numpy(values)
+
+
+def _variant(architecture: Architecture, contents: _Contents, source: str) -> str:
+    """The variant: told by the tensors, but only the activation (or the passport) knows tiny from tiny-silu."""
+    activations = contents.activations - {"Identity"}
+    variant = architecture.variant
+    if variant == TINY and (activations == {"SiLU"} or contents.variant == _TINY_SILU):
+        variant = _TINY_SILU
+    wanted = "LeakyReLU" if variant == TINY else "SiLU"
+    if activations and activations != {wanted}:
+        raise CheckpointError(
+            f"{source} has the layers of {variant} with {', '.join(sorted(activations))} activations, not {wanted}.",
+            fix="The same weights with another activation are another network; no variant fits this one.",
+        )
+    if contents.variant not in ("", variant):
+        raise CheckpointError(
+            f"The passport of {source} says {contents.variant}, its tensors say {variant}.", fix="Write it again."
+        )
+    return variant
+
+
+def _class_names(names: object, classes: int, source: str) -> tuple[str, ...]:
+    """Names from the file; without any, COCO's for 80 classes, else `class_0`, `class_1`, ..."""
+    if names is None:
+        return COCO_NAMES if classes == len(COCO_NAMES) else tuple(f"class_{i}" for i in range(classes))
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, int, float)) for name in names):
+        raise CheckpointError(
+            f"The class names in {source} are neither a list of texts nor a dict of them by class id 0, 1, ...",
+            fix="Set  checkpoint['model'].names = ['first', 'second', ...]  where it was made, and save it again.",
+        )
+    if len(names) != classes:
+        raise CheckpointError(
+            f"{source} has {len(names)} class names but its head has {classes} classes.",
+            fix=f"Set  checkpoint['model'].names  to a list of {classes} names where it was made, and save it again.",
+        )
+    # Lone surrogates of a damaged name could not be printed or written.
+    return tuple(str(name).encode("utf-8", "replace").decode() for name in names)
+
+
+def _anchors(arrays: Mapping[str, NumberArray], architecture: Architecture, source: str) -> Anchors:
+    """Anchors in pixels, from the head's buffer of shape (levels, 1, 3, 1, 1, 2)."""
+    key = f"model.{architecture.head}.anchor_grid"
+    grid = arrays.get(key)
+    levels = architecture.levels
+    shape = (levels, 1, ANCHORS_PER_LEVEL, 1, 1, 2)
+    if grid is None or grid.shape != shape:
+        found = "missing" if grid is None else f"of shape {grid.shape}"
+        raise CheckpointError(f"{key} in {source} is {found}; it must be of shape {shape}.", fix=_SAVE_ANEW)
+    pairs = grid.astype(np.float64).reshape(levels, ANCHORS_PER_LEVEL, 2).tolist()
+    anchors = tuple(tuple((float(width), float(height)) for width, height in level) for level in pairs)
+    if min(side for level in anchors for pair in level for side in pair) <= 0:
+        raise CheckpointError(f"{key} in {source} holds an anchor that is not positive.", fix=_SAVE_ANEW)
+    return anchors
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

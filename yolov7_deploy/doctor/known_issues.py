@@ -1,0 +1,96 @@
+"""Installations that look right and are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from yolov7_deploy.doctor.packages import OPENCV, Library, find_module
+from yolov7_deploy.hardware.machine import Machine
+from yolov7_deploy.tensorrt.preflight import PlannedBuild, capability_findings
+
+RTX_LIBRARY = "libtensorrt_rtx.so"
+RTX_LINKS = "$HOME/.local/lib/tensorrt_rtx"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trap:
+    """What is wrong and what it does, and what to type."""
+
+    what: str
+    fix: str
+
+
+def find_traps(libraries: dict[str, Library], machine: Machine) -> list[Trap]:
+    """What is installed in a way that does not do what it seems to."""
+    return [
+        *_two_opencvs(libraries["cv2"]),
+        *_two_onnxruntimes(libraries["onnxruntime"]),
+        *_left_behind(libraries["tensorrt"], machine),
+        *_rtx_without_link(libraries["tensorrt_rtx"]),
+        *_faults(libraries),
+    ]
+
+
+def _names(library: Library) -> list[str]:
+    return [entry.partition(" ")[0] for entry in library.distributions]
+
+
+def _two_opencvs(cv2: Library) -> Iterator[Trap]:
+    names = _names(cv2)
+    if len(names) > 1:
+        yield Trap(
+            what=f"{' and '.join(names)} are both installed. They share the folder cv2, so files of one are over those "
+            "of the other, and uninstalling either breaks both.",
+            fix=f"pip uninstall -y {' '.join(names)}; pip install {OPENCV[0]}",
+        )
+
+
+def _two_onnxruntimes(onnxruntime: Library) -> Iterator[Trap]:
+    names = _names(onnxruntime)
+    if len(names) > 1:
+        wanted = next((name for name in names if name != "onnxruntime"), names[0])
+        yield Trap(
+            what=f"{' and '.join(names)} are both installed. They share the folder onnxruntime, and the one installed "
+            "last hides the other: often the CPU one hides the GPU one.",
+            fix=f"pip uninstall -y {' '.join(names)}; pip install {wanted}",
+        )
+
+
+def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[Trap]:
+    """A TensorRT that does not know the GPU of this machine, any more or yet."""
+    if not tensorrt.installed:
+        return
+    for capability in machine.capabilities:
+        build = PlannedBuild(product="tensorrt", tensorrt=tensorrt.version, compute_capability=capability)
+        for finding in capability_findings(build, capability):
+            if finding.level == "error":
+                yield Trap(what=finding.text, fix=finding.fix)
+
+
+def _rtx_without_link(rtx: Library) -> Iterator[Trap]:
+    """The parser opens libtensorrt_rtx.so, of which the wheel has only the .so.1; the process then ends at once."""
+    spec = find_module("tensorrt_rtx_libs") if rtx.installed else None
+    folders = [Path(text) for text in (spec.submodule_search_locations or ())] if spec else []
+    real = next((path for folder in folders for path in sorted(folder.glob(f"{RTX_LIBRARY}.*"))), None)
+    searched = [Path(text) for text in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if text]
+    if real is None or any((folder / RTX_LIBRARY).exists() for folder in searched):
+        return
+    yield Trap(
+        what=f"The wheel of TensorRT-RTX has {real.name} but no {RTX_LIBRARY}, which its ONNX parser opens: parsing "
+        "ends the process without a message. y7 build knows a way around it, programs of your own need the link.",
+        fix=f"mkdir -p {RTX_LINKS}; ln -sf {real} {RTX_LINKS}/{RTX_LIBRARY}; "
+        f"export LD_LIBRARY_PATH={RTX_LINKS}:$LD_LIBRARY_PATH",
+    )
+
+
+def _faults(libraries: dict[str, Library]) -> Iterator[Trap]:
+    for library in libraries.values():
+        if library.fault:
+            names = " ".join(_names(library)) or library.name
+            fix = f"pip install --force-reinstall {names}"
+            if "libGL" in library.fault:
+                fix = f"pip uninstall -y {names}; pip install {OPENCV[0]}   (it needs no display libraries)"
+            yield Trap(what=f"{library.name} does not load: {library.fault}", fix=fix)

@@ -1,0 +1,270 @@
+"""Traces a fused model into an OnnxModel.
+
+The trace is torch.fx's, the translation is ours: a fused YOLOv7 needs nine kinds of operation, so one small table
+covers every variant and every opset, with the official layer names on the nodes and no exporter in between.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxsim
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from yolov7_deploy.errors import ExportError
+from yolov7_deploy.export.graph_builder import GraphWriter
+from yolov7_deploy.export.nms import attach_nms
+from yolov7_deploy.export.nms_subgraph import NmsPlan
+from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
+from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.model.yolov7 import Yolov7
+from yolov7_deploy.options import ExportOptions
+
+IR_VERSION = 8  # the oldest with model-local functions; readable by ONNX Runtime 1.10 and later
+
+
+def export_onnx(model: Yolov7, info: ModelInfo, options: ExportOptions) -> OnnxModel:
+    """The network of a fused model, its decoding and suppression as one ONNX graph with a passport.
+
+    Args:
+        model: A fused model (`fuse`).
+        info: Passport of the weights: names, anchors, source; the graph's own fields are filled in here.
+        options: See `ExportOptions`.
+
+    Raises:
+        ExportError: The model is not fused, or holds an operation without a translation (named).
+        UsageError: A size that is no multiple of the stride, or too small for the number of boxes asked for.
+    """
+    if not model.fused:
+        raise ExportError("Only a fused model is exported.", fix="Call fuse(model) first.")
+    input_hw = options.input_hw or info.default_hw
+    options = replace(options, input_hw=input_hw)
+    plan = NmsPlan.of(model.head.strides, model.anchors, model.classes, options)
+    writer = GraphWriter()
+    network_input = _preprocess(writer, options)
+    heads = _network(writer, _trace(model), network_input)
+    network = _model(writer, heads, plan, input_hw)
+    if options.simplify:
+        network = _simplified(network)
+    return OnnxModel.of(attach_nms(network, heads, plan), _passport(info, heads, plan))
+
+
+class _Maps(nn.Module):
+    """The network up to the maps [B, 3 * (5 + C), H, W] of the head."""
+
+    def __init__(self, net: Yolov7) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.net.head.maps(self.net.features(images))
+
+
+def _trace(model: Yolov7) -> fx.GraphModule:
+    return fx.symbolic_trace(_Maps(model))
+
+
+def _preprocess(writer: GraphWriter, options: ExportOptions) -> str:
+    """NHWC BGR 0..255 to NCHW RGB 0..1. The cast comes first because TensorRT takes uint8 only into a cast."""
+    if options.input_kind == "float32":
+        return INPUT_NAME
+    pixels = writer.node("Cast", INPUT_NAME, name="pixels", to=TensorProto.FLOAT)
+    planes = writer.node("Transpose", pixels, name="planes", perm=[0, 3, 1, 2])
+    rgb = writer.node("Gather", planes, writer.constant([2, 1, 0], "bgr_to_rgb"), name="rgb", axis=1)
+    return writer.node("Div", rgb, writer.constant(255.0, "white"), name="scaled")
+
+
+def _network(writer: GraphWriter, traced: fx.GraphModule, network_input: str) -> tuple[str, ...]:
+    """Translates every traced operation; gives the names of the head's maps, fine to coarse."""
+    modules = dict(traced.named_modules())
+    names: dict[fx.Node, str] = {}
+    for node in traced.graph.nodes:
+        match node.op:
+            case "placeholder":
+                names[node] = network_input
+            case "call_module":
+                module = modules[str(node.target)]
+                translate = _MODULES.get(type(module))
+                if translate is None:
+                    raise _untranslatable(type(module).__name__)
+                names[node] = translate(writer, module, names[node.args[0]], _official(str(node.target)))
+            case "call_function":
+                function = _FUNCTIONS.get(node.target)
+                if function is None:
+                    raise _untranslatable(str(node.target))
+                names[node] = function(writer, names, node)
+            case "output":
+                return tuple(names[map_node] for map_node in node.args[0])
+            case _:
+                raise _untranslatable(f"{node.op} {node.target}")
+    raise AssertionError("a trace ends with its output")
+
+
+def _official(target: str) -> str:
+    return target.removeprefix("net.")
+
+
+def _untranslatable(what: str) -> ExportError:
+    return ExportError(f"The model uses {what}, which has no ONNX translation here.", fix="Add one to to_onnx.py.")
+
+
+def _model(writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]) -> onnx.ModelProto:
+    height, width = input_hw
+    options = plan.options
+    batch = options.batch or "batch"
+    if options.input_kind == "uint8":
+        kind, shape = TensorProto.UINT8, [batch, height, width, 3]
+    else:
+        kind, shape = TensorProto.FLOAT, [batch, 3, height, width]
+    outputs = [
+        helper.make_tensor_value_info(
+            head, TensorProto.FLOAT, [batch, 3 * plan.columns, height // stride, width // stride]
+        )
+        for head, stride in zip(heads, plan.strides, strict=True)
+    ]
+    graph = helper.make_graph(
+        writer.nodes,
+        "yolov7",
+        [helper.make_tensor_value_info(INPUT_NAME, kind, shape)],
+        outputs,
+        initializer=writer.initializers,
+    )
+    return helper.make_model(
+        graph,
+        producer_name="yolov7_deploy",
+        opset_imports=[helper.make_opsetid("", options.opset)],
+        ir_version=IR_VERSION,
+    )
+
+
+def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Runs onnx-simplifier; the maps keep their names because they are outputs here."""
+    simplified: onnx.ModelProto
+    simplified, same = onnxsim.simplify(model)
+    if not same:
+        raise ExportError("onnx-simplifier changed the network's outputs.", fix="Export with  --no-simplify")
+    return simplified
+
+
+def _passport(info: ModelInfo, heads: tuple[str, ...], plan: NmsPlan) -> ModelInfo:
+    options, nms = plan.options, None
+    if options.nms != "none":
+        nms = NmsInfo(
+            kind=options.nms,  # type: ignore[arg-type]
+            conf=options.conf,
+            iou=options.iou,
+            max_det=options.max_det,
+            max_candidates=plan.candidates,
+            multi_label=options.multi_label,
+            class_agnostic=options.class_agnostic,
+            runtime_thresholds=options.nms != "efficient",
+        )
+    return replace(
+        info,
+        input_hw=options.input_hw,
+        batch=options.batch,
+        input_kind=options.input_kind,
+        precision="fp32",
+        nms=nms,
+        heads=heads,
+        opset=options.opset,
+    )
+
+
+def _conv(writer: GraphWriter, module: nn.Conv2d, x: str, name: str) -> str:
+    inputs = [writer.initializer(f"{name}.weight", module.weight.detach().numpy())]
+    if module.bias is not None:
+        inputs.append(writer.initializer(f"{name}.bias", module.bias.detach().numpy()))
+    pad_h, pad_w = (int(p) for p in module.padding)
+    return writer.node(
+        "Conv",
+        x,
+        *inputs,
+        name=name,
+        kernel_shape=list(module.kernel_size),
+        strides=list(module.stride),
+        pads=[pad_h, pad_w, pad_h, pad_w],
+        dilations=list(module.dilation),
+        group=module.groups,
+    )
+
+
+def _silu(writer: GraphWriter, _: nn.SiLU, x: str, name: str) -> str:
+    return writer.node("Mul", x, writer.node("Sigmoid", x, name=f"{name}.sigmoid"), name=name)
+
+
+def _leaky(writer: GraphWriter, module: nn.LeakyReLU, x: str, name: str) -> str:
+    return writer.node("LeakyRelu", x, name=name, alpha=module.negative_slope)
+
+
+def _pool(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+    x, kernel = _args(node)
+    return writer.node(
+        "MaxPool",
+        names[x],
+        name=_place(node),
+        kernel_shape=[kernel] * 2,
+        strides=[node.kwargs["stride"]] * 2,
+        pads=[node.kwargs["padding"]] * 4,
+    )
+
+
+def _upsample(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+    factor = float(node.kwargs["scale_factor"])  # type: ignore[arg-type]
+    scales = writer.constant(np.array([1, 1, factor, factor], dtype=np.float32), "scales")
+    return writer.node(
+        "Resize",
+        names[_args(node)[0]],
+        "",
+        scales,
+        name=_place(node),
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+
+
+def _cat(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+    tensors, axis = _args(node)
+    return writer.node("Concat", *(names[tensor] for tensor in tensors), name=_place(node), axis=axis)
+
+
+def _add(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+    return writer.node("Add", *(names[term] for term in _args(node)), name=_place(node))
+
+
+def _getitem(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+    """The strided slices of ReOrg, `x[..., row::2, column::2]`."""
+    tensor, index = _args(node)
+    x = names[tensor]
+    for axis, part in zip((2, 3), index[1:], strict=True):
+        x = writer.slice(x, axis, part.start, 2**31 - 1, part.step)
+    return x
+
+
+def _place(node: fx.Node) -> str:
+    """The module a function was called in, as `model.51`."""
+    stack = list(node.meta.get("nn_module_stack", {}))
+    return _official(str(stack[-1])) if stack else node.name
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
+_MODULES: dict[type[nn.Module], Callable[..., str]] = {nn.Conv2d: _conv, nn.SiLU: _silu, nn.LeakyReLU: _leaky}
+_FUNCTIONS: dict[object, Callable[[GraphWriter, dict[fx.Node, str], fx.Node], str]] = {
+    F.max_pool2d: _pool,
+    F.interpolate: _upsample,
+    torch.cat: _cat,
+    operator.add: _add,
+    operator.getitem: _getitem,
+}

@@ -1,0 +1,1 @@
+"""What a model file, an engine or a variant holds and costs."""

@@ -1,0 +1,262 @@
+"""What an ONNX file says about itself, ours or a foreign one, read without onnx and without ONNX Runtime.
+
+A production machine has no onnx, and ONNX Runtime tells nothing about nodes. ONNX is protobuf, whose wire format is
+a list of (field number, value) pairs that nest; the numbers below are those of onnx.proto, which never change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from yolov7_deploy.errors import LoadError
+from yolov7_deploy.metadata import PASSPORT_KEY, ModelInfo
+
+Value = int | memoryview
+
+# Message: field of onnx.proto.
+_MODEL_IR, _MODEL_PRODUCER, _MODEL_PRODUCER_VERSION, _MODEL_GRAPH = 1, 2, 3, 7
+_MODEL_OPSETS, _MODEL_METADATA, _MODEL_FUNCTIONS = 8, 14, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 5, 11, 12
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OP, _NODE_ATTRIBUTE = 1, 2, 4, 5
+_ATTRIBUTE_TENSOR = 5
+_TENSOR_DIMS, _TENSOR_NAME = 1, 8
+_VALUE_NAME, _VALUE_TYPE = 1, 2
+_TYPE_TENSOR, _TENSOR_TYPE_ELEMENT, _TENSOR_TYPE_SHAPE, _SHAPE_DIM, _DIM_VALUE, _DIM_NAME = 1, 1, 2, 1, 1, 2
+_FUNCTION_NAME, _FUNCTION_NODE = 1, 7
+_KEY, _VALUE = 1, 2  # of an entry of metadata and of an operator set
+
+_VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
+_MAX_VARINT_BYTES = 10
+
+_ELEMENTS = {
+    1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
+    10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 17: "float8e4m3fn", 19: "float8e5m2",
+    21: "uint4", 22: "int4", 23: "float4e2m1",
+}  # fmt: skip
+
+# From IR version 4 on, an initializer need not be listed among the inputs: one that is, is an input with a default.
+_IR_WITH_DEFAULTS = 4
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_PASSED_ON = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Transpose"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Port:
+    """An input or output: its element type, and per dimension a size, a name, or `?`."""
+
+    name: str
+    element: str
+    shape: tuple[int | str, ...]
+    has_default: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxFile:
+    """What a file holds.
+
+    Attributes:
+        path: As it was given.
+        size_bytes: Of this file; weights that lie in files beside it are not in it.
+        info: The passport; `None` in a foreign file.
+        ir_version: Version of the ONNX container.
+        opsets: Version of each operator set; the empty name is ONNX's own.
+        producer: Program that wrote the file, with its version.
+        inputs: With those that have a default.
+        outputs: In order.
+        nodes: Nodes of the graph by operator, the most frequent first; those inside functions are not among them.
+        functions: Nodes inside each model-local function.
+        parameters: Weights and biases of convolutions and matrix products, also where they come quantised.
+    """
+
+    path: str
+    size_bytes: int
+    info: ModelInfo | None
+    ir_version: int
+    opsets: dict[str, int]
+    producer: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    nodes: dict[str, int]
+    functions: dict[str, int]
+    parameters: int
+
+
+def read_onnx(path: str | Path) -> OnnxFile:
+    """The contents of an ONNX file.
+
+    Raises:
+        LoadError: The file is absent, truncated, not ONNX, or has a passport that cannot be read.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
+    try:
+        return _read(memoryview(data), path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise LoadError(
+            f"{path} is no ONNX file, or a truncated one ({error}).", fix="Export it:  y7 export --weights WEIGHTS.pt"
+        ) from error
+
+
+def _read(data: memoryview, path: Path) -> OnnxFile:
+    model = _message(data)
+    if _MODEL_GRAPH not in model or _MODEL_IR not in model:
+        raise ValueError("there is no graph in it")
+    graph = _message(_bytes(model[_MODEL_GRAPH][-1]))
+    nodes = [_message(_bytes(node)) for node in graph.get(_GRAPH_NODE, [])]
+    ir_version = _whole(model, _MODEL_IR)
+    tensors = dict(_tensor(_bytes(tensor)) for tensor in graph.get(_GRAPH_INITIALIZER, []))
+    inputs = [_port(_bytes(value), tensors) for value in graph.get(_GRAPH_INPUT, [])]
+    metadata = dict(_entry(_bytes(entry)) for entry in model.get(_MODEL_METADATA, []))
+    functions = [_message(_bytes(function)) for function in model.get(_MODEL_FUNCTIONS, [])]
+    return OnnxFile(
+        path=str(path),
+        size_bytes=len(data),
+        info=ModelInfo.from_json(metadata[PASSPORT_KEY]) if PASSPORT_KEY in metadata else None,
+        ir_version=ir_version,
+        opsets=dict(_opset(_bytes(entry)) for entry in model.get(_MODEL_OPSETS, [])),
+        producer=f"{_text(model, _MODEL_PRODUCER)} {_text(model, _MODEL_PRODUCER_VERSION)}".strip(),
+        inputs=tuple(port for port in inputs if not port.has_default or ir_version >= _IR_WITH_DEFAULTS),
+        outputs=tuple(_port(_bytes(value), {}) for value in graph.get(_GRAPH_OUTPUT, [])),
+        nodes=dict(Counter(_text(node, _NODE_OP) for node in nodes).most_common()),
+        functions={_text(body, _FUNCTION_NAME): len(body.get(_FUNCTION_NODE, [])) for body in functions},
+        parameters=_parameters(nodes, tensors),
+    )
+
+
+def _parameters(nodes: Iterable[dict[int, list[Value]]], tensors: dict[str, int]) -> int:
+    """Elements of the tensors that weighted nodes take, followed through what only converts them."""
+    sizes = dict(tensors)
+    total = 0
+    for node in nodes:
+        op, inputs = _text(node, _NODE_OP), [_decoded(name) for name in node.get(_NODE_INPUT, [])]
+        if op in _WEIGHTED:
+            total += sum(sizes.get(name, 0) for name in inputs)
+            continue
+        size = None
+        if op == "Constant":
+            size = next(_constants(node), None)
+        elif op in _PASSED_ON and inputs:
+            size = sizes.get(inputs[0])
+        if size is not None:
+            sizes[_text(node, _NODE_OUTPUT)] = size
+    return total
+
+
+def _constants(node: dict[int, list[Value]]) -> Iterator[int]:
+    for attribute in node.get(_NODE_ATTRIBUTE, []):
+        for tensor in _message(_bytes(attribute)).get(_ATTRIBUTE_TENSOR, []):
+            yield _tensor(_bytes(tensor))[1]
+
+
+def _tensor(data: memoryview) -> tuple[str, int]:
+    """Name and number of elements."""
+    tensor = _message(data)
+    sides: list[int] = []
+    for value in tensor.get(_TENSOR_DIMS, []):
+        sides += [value] if isinstance(value, int) else _packed(value)
+    return _text(tensor, _TENSOR_NAME), prod(sides)
+
+
+def _port(data: memoryview, tensors: dict[str, int]) -> Port:
+    value = _message(data)
+    name, element = _text(value, _VALUE_NAME), "?"
+    shape: tuple[int | str, ...] = ()
+    for kind in value.get(_VALUE_TYPE, []):
+        for tensor in _message(_bytes(kind)).get(_TYPE_TENSOR, []):
+            fields = _message(_bytes(tensor))
+            number = _whole(fields, _TENSOR_TYPE_ELEMENT)
+            element = _ELEMENTS.get(number, f"type {number}")
+            dims = [_message(_bytes(s)).get(_SHAPE_DIM, []) for s in fields.get(_TENSOR_TYPE_SHAPE, [])]
+            shape = tuple(_side(_bytes(dim)) for group in dims for dim in group)
+    return Port(name=name, element=element, shape=shape, has_default=name in tensors)
+
+
+def _side(data: memoryview) -> int | str:
+    dim = _message(data)
+    return _whole(dim, _DIM_VALUE) if _DIM_VALUE in dim else _text(dim, _DIM_NAME) or "?"
+
+
+def _entry(data: memoryview) -> tuple[str, str]:
+    entry = _message(data)
+    return _text(entry, _KEY), _text(entry, _VALUE)
+
+
+def _opset(data: memoryview) -> tuple[str, int]:
+    entry = _message(data)
+    return _text(entry, _KEY), _whole(entry, _VALUE)
+
+
+# --- the wire format ------------------------------------------------------------------------------------------------
+
+
+def _message(data: memoryview) -> dict[int, list[Value]]:
+    """The values of every field, in order; strings, packed numbers and messages are still bytes."""
+    fields: dict[int, list[Value]] = {}
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == _VARINT:
+            value: Value
+            value, at = _varint(data, at)
+        else:
+            if kind == _LENGTH:
+                size, at = _varint(data, at)
+            elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+                size = 8 if kind == _EIGHT_BYTES else 4
+            else:
+                raise ValueError(f"wire type {kind} at byte {at}")
+            if not 0 <= size <= len(data) - at:
+                raise ValueError(f"{size} bytes announced, {len(data) - at} left")
+            value, at = data[at : at + size], at + size
+        fields.setdefault(key >> 3, []).append(value)
+    return fields
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A number in groups of seven bits, the lowest first, and the place behind it."""
+    number = 0
+    for index in range(_MAX_VARINT_BYTES):
+        byte = data[at + index]
+        number |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            signed = number - 2**64 if number >= 2**63 else number
+            return signed, at + index + 1
+    raise ValueError(f"a number longer than {_MAX_VARINT_BYTES} bytes")
+
+
+def _packed(data: memoryview) -> list[int]:
+    numbers: list[int] = []
+    at = 0
+    while at < len(data):
+        number, at = _varint(data, at)
+        numbers.append(number)
+    return numbers
+
+
+def _bytes(value: Value) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a number where a message belongs")
+    return value
+
+
+def _decoded(value: Value) -> str:
+    return bytes(_bytes(value)).decode("utf-8", "replace")
+
+
+def _text(fields: dict[int, list[Value]], number: int) -> str:
+    return _decoded(fields[number][-1]) if number in fields else ""
+
+
+def _whole(fields: dict[int, list[Value]], number: int) -> int:
+    value = fields[number][-1] if number in fields else 0
+    if not isinstance(value, int):
+        raise ValueError("bytes where a number belongs")
+    return value

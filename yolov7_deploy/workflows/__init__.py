@@ -1,0 +1,1 @@
+"""End-to-end pipelines behind the commands: export, quantize, predict, demo."""

@@ -1,0 +1,197 @@
+"""The road over several stations: a checkpoint to a verified ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from yolov7_deploy import __version__
+from yolov7_deploy._atomic_file import unfinished_name
+from yolov7_deploy.checkpoint import load_checkpoint
+from yolov7_deploy.datasets import Dataset
+from yolov7_deploy.errors import ExportError, ParityError, UsageError
+from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, form
+from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.image import Image
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
+from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
+from yolov7_deploy.precision.calibration_images import CalibrationPictures
+from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.runtimes.onnxruntime import OrtBackend
+from yolov7_deploy.runtimes.pytorch import PytorchBackend
+from yolov7_deploy.workflows.quantize import Quantized, Quantizer, Show, silent
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[str, float], None]
+
+_CALIBRATED_SHOWN = 2  # pictures an INT8 file is verified on, where none are given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What an export wrote and how it was checked.
+
+    `parity` is `None` where verification was left out, `quantized` where the file is not INT8.
+    """
+
+    path: Path
+    info: ModelInfo
+    bytes: int
+    parity: ParityReport | None
+    quantized: Quantized | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Request:
+    """What INT8 needs beyond the weights: pictures to calibrate on, and others with labels if AP shall be known."""
+
+    pictures: CalibrationPictures
+    options: QuantizeOptions
+    data: Dataset | None = None
+    show: Show = silent
+
+
+def export_weights(
+    weights: Path,
+    output: Path,
+    *,
+    options: ExportOptions,
+    precision: str = "fp32",
+    int8: Int8Request | None = None,
+    verify: bool = True,
+    pictures: Sequence[Image] = (),
+    say: Say | None = None,
+) -> ExportReport:
+    """Exports a checkpoint to ONNX and checks the file through ONNX Runtime against torch.
+
+    The file gets its name only after the check: a failed or killed export leaves nothing, and an older file stays.
+
+    Args:
+        weights: A checkpoint.
+        output: The `.onnx` file to write.
+        options: See `ExportOptions`.
+        precision: `fp32`, `fp16` or `int8`.
+        int8: What `int8` needs.
+        verify: Compare stage by stage.
+        pictures: What to compare on, and what half precision is measured on. Where empty: a drawn picture, and for INT8
+            some of those it was calibrated on.
+        say: Called with each finished step and its seconds.
+
+    Raises:
+        UsageError: The precision is unknown.
+        LoadError: The checkpoint cannot be read.
+        ExportError: The graph or file cannot be written.
+        ParityError: The file is not the model; the message says at which stage they part.
+    """
+    if output.suffix != ".onnx":
+        raise ExportError(f"{output} is not named like an ONNX file.", fix=f"--output {output.with_suffix('.onnx')}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown.", fix=f"One of: {', '.join(PRECISIONS)}")
+    if (precision == "int8") != (int8 is not None):
+        raise UsageError(
+            f"precision {precision!r} with int8={int8}: INT8 needs pictures to calibrate on, and nothing else does.",
+            fix="precision='int8', int8=Int8Request(pictures=open_calibration(FOLDER), options=QuantizeOptions())",
+        )
+    step = _Steps(say)
+    checkpoint = load_checkpoint(weights)
+    step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
+    model = fuse(build_model(checkpoint))
+    step.done("fused BatchNorm, RepConv and implicit knowledge")
+    exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
+    step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
+    exported, quantized, pictures = _lowered(exported, precision, int8, pictures, step)
+    reference = PytorchBackend(model, checkpoint.info) if verify else None
+    size, parity = _written(exported, output, reference, pictures, step)
+    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity, quantized=quantized)
+
+
+def _written(
+    exported: OnnxModel, output: Path, reference: PytorchBackend | None, pictures: Sequence[Image], step: _Steps
+) -> tuple[int, ParityReport | None]:
+    """Writes the file, and gives it its name if it is the reference's model; its size, and the check."""
+    partial = unfinished_name(output)
+    try:
+        exported.save(partial)
+        parity = None
+        if reference is not None:
+            parity = _verified(reference, partial, exported.info, pictures)
+            step.done(f"verified against torch on {parity.pictures} picture{'s' * (parity.pictures > 1)}")
+        size = partial.stat().st_size
+        partial.replace(output)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return size, parity
+
+
+def _lowered(
+    exported: OnnxModel, precision: str, int8: Int8Request | None, pictures: Sequence[Image], step: _Steps
+) -> tuple[OnnxModel, Quantized | None, Sequence[Image]]:
+    """The graph in its precision, how INT8 came about, and the pictures to verify it on."""
+    quantized = None
+    if int8 is not None:
+        quantized = Quantizer(
+            exported, int8.pictures, int8.options, data=int8.data, say=step.done, show=int8.show
+        ).run()
+        pictures = pictures or list(islice(int8.pictures, _CALIBRATED_SHOWN))
+    pictures = pictures or [drawn_picture(exported.info.default_hw)]
+    if precision == "fp16":
+        return _in_half(exported, pictures, step), None, pictures
+    return (exported if quantized is None else quantized.model), quantized, pictures
+
+
+def _in_half(exported: OnnxModel, pictures: Sequence[Image], step: _Steps) -> OnnxModel:
+    half = to_fp16(exported, pictures)
+    step.done("; ".join(half.info.notes[len(exported.info.notes) :]))
+    return half
+
+
+def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: Sequence[Image]) -> ParityReport:
+    input_hw = info.default_hw
+    backend = OrtBackend.open(path, device="cpu", input_hw=None)
+    parity = compare(
+        form("torch", reference, None, input_hw=input_hw),
+        form("ONNX Runtime", backend, path, input_hw=input_hw),
+        pictures,
+        thresholds=comparison_thresholds(info),
+    )
+    if parity.first_loss is not None:
+        lost = parity.first_loss
+        raise ParityError(
+            f"The exported file is not the model: at the stage {lost.stage!r} it differs by {lost.differences} "
+            f"(allowed {lost.limits}). No file was written.",
+            fix=_remedy(info.precision),
+        )
+    return parity
+
+
+def _remedy(precision: str) -> str:
+    if precision == "int8":
+        return "Calibrate on more pictures like those to come, or keep layers float:  --data D.yaml --max-drop 0.3"
+    if precision == "fp16":
+        return "Try  --precision fp32, or pictures of your own:  --picture FILE; --no-verify writes it all the same."
+    return "Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same."
+
+
+class _Steps:
+    """Tells how long each step took."""
+
+    def __init__(self, say: Say | None) -> None:
+        self._say, self._started = say, time.perf_counter()
+
+    def done(self, what: str) -> None:
+        seconds = time.perf_counter() - self._started
+        logger.info("%s (%.1f s)", what, seconds)
+        if self._say:
+            self._say(what, seconds)
+        self._started = time.perf_counter()
