@@ -6,13 +6,13 @@ import gc
 
 import onnx
 import pytest
-from engines import exported, foreign, plugin_library
+
+from tests.support.engines import exported, foreign, plugin_library
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
-from pictured import CONF, MAX_DET, SUPPRESSION
-from small_models import HW, exported_tiny, info_of, tiny
-from training_runs import Notes, leave_out_charts, one_thread, small_request, small_shapes
-
+from tests.support.sample_images import CONF, MAX_DET, SUPPRESSION
+from tests.support.small_models import HW, exported_tiny, info_of, tiny
+from tests.support.training_runs import Notes, leave_out_charts, one_thread, small_request, small_shapes
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE

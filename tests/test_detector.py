@@ -8,9 +8,16 @@ import pytest
 import torch
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
-from pictured import BOX_TOLERANCE, CONF, MAX_DET, PICTURES, SCORE_TOLERANCE, assert_identical, assert_same
-from small_models import HW, fused_tiny
-
+from tests.support.sample_images import (
+    BOX_TOLERANCE,
+    CONF,
+    MAX_DET,
+    PICTURES,
+    SCORE_TOLERANCE,
+    assert_identical,
+    assert_same,
+)
+from tests.support.small_models import HW, fused_tiny
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.image import fit_letterbox, to_network_input

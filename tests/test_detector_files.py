@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
-from pictured import (
+from tests.support.sample_images import (
     CONF,
     MAX_DET,
     PICTURES,
@@ -16,8 +16,7 @@ from pictured import (
     foreign,
     needs_no_cuda,
 )
-from small_models import HW
-
+from tests.support.small_models import HW
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 

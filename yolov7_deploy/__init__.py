@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from yolov7_deploy._version import __version__
+
 if TYPE_CHECKING:
     from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from yolov7_deploy.detections import Detections
@@ -31,29 +33,27 @@ if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.builder import build_engine
     from yolov7_deploy.tensorrt.engine import Engine
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "Checkpoint": "checkpoint",
     "Detections": "detections",
     "Detector": "detector",
-    "Engine": "engine.engine",
+    "Engine": "tensorrt.engine",
     "EngineOptions": "options",
     "ExportOptions": "options",
     "Int8Options": "options",
-    "ModelInfo": "info",
+    "ModelInfo": "metadata",
     "OnnxModel": "export.onnx_model",
     "Thresholds": "options",
     "Y7Error": "errors",
     "Yolov7": "model.yolov7",
-    "build_engine": "engine.build",
+    "build_engine": "tensorrt.builder",
     "build_model": "model.yolov7",
     "calibrate": "precision.calibrate",
-    "export_onnx": "export.to_onnx",
-    "fuse": "fusion",
+    "export_onnx": "export.onnx_exporter",
+    "fuse": "model.fusion",
     "load_checkpoint": "checkpoint",
     "new_model": "model.yolov7",
-    "open_calibration": "precision.pictures",
+    "open_calibration": "precision.calibration_images",
     "save_checkpoint": "checkpoint",
     "to_fp16": "precision.fp16",
     "to_int8": "precision.int8",

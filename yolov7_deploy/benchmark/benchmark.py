@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from yolov7_deploy import __version__
+from yolov7_deploy._version import __version__
 from yolov7_deploy.benchmark.consistency import Answers
 from yolov7_deploy.benchmark.devices import Place
 from yolov7_deploy.benchmark.inputs import Frames

@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy import __version__
+from yolov7_deploy._version import __version__
 from yolov7_deploy.doctor.known_issues import Trap, find_traps
 from yolov7_deploy.doctor.packages import Library, find_module, read_libraries
 from yolov7_deploy.doctor.plugin import plugin_state

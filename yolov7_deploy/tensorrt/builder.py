@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from yolov7_deploy import __version__
+from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.export.nms import OP
 from yolov7_deploy.export.onnx_model import OnnxModel

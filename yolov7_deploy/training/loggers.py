@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from yolov7_deploy import __version__
 from yolov7_deploy._atomic_file import whole_file
 from yolov7_deploy._console import write_json
+from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from yolov7_deploy import __version__
 from yolov7_deploy._atomic_file import unfinished_name
+from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError

@@ -1,0 +1,249 @@
+"""The speed/accuracy chart: what is on it, where, and in which words."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from itertools import combinations
+
+import matplotlib
+import pytest
+
+from tests.support.speed_reports import speed_report
+from yolov7_deploy.benchmark.chart import COLOURS, DPI, LEAST_AXES, PAPER_COLOUR, draw_chart, speed_accuracy_chart
+from yolov7_deploy.benchmark.label_layout import LabelGround
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.image import read_image
+from yolov7_deploy.paper import TABLE_2, VARIANTS, paper_row
+
+H200 = {"machine": "NVIDIA H200", "backend": "tensorrt", "precision": "fp16"}
+
+
+def series(share, **where):
+    """All variants at a share of the paper's times, 2.5 ms where it has none."""
+    times = {variant: share * 1000 / (paper_row(variant).fps or 400) for variant in VARIANTS}
+    return [
+        speed_report(
+            variant,
+            engine_ms=ms,
+            end_to_end_ms=1.1 * ms,
+            side=paper_row(variant).size,
+            beside_paper=True,
+            **where,
+        )
+        for variant, ms in times.items()
+    ]
+
+
+SITUATIONS = {
+    "nothing": [],
+    "one processor": [speed_report(beside_paper=True)],
+    "one GPU": [speed_report(engine_ms=1.0, end_to_end_ms=1.13, ap=0.511, **H200)],
+    "no AP": [speed_report(), speed_report("", weights="mine.onnx", engine_ms=290.0)],
+    "a GPU's series": series(0.6, **H200),
+    "two series and a processor": [*series(0.2, **H200), *series(0.6), speed_report(ap=0.5365)],
+    "many machines": [speed_report(machine=f"machine {i}", engine_ms=5 + i, ap=0.512) for i in range(14)],
+}
+
+
+def words(figure):
+    """Everything written outside the axes: legends and small print, as one line."""
+    texts = [text for legend in figure.legends for text in (legend.get_title(), *legend.get_texts())]
+    return " ".join(" ".join(text.get_text().split()) for text in (*texts, *figure.texts))
+
+
+def markers(figure, colour):
+    """(shape, milliseconds, AP, filled) of each measured marker of a colour."""
+    return [
+        (line.get_marker(), line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() == colour)
+        for line in figure.axes[0].lines
+        if line.get_color() == colour and line.get_linestyle() == "None"
+    ]
+
+
+def test_it_is_a_png_of_the_promised_size(tmp_path):
+    path = tmp_path / "new" / "folder" / "speed.png"
+    speed_accuracy_chart([speed_report(ap=0.51)], path)
+    assert read_image(path).shape == (1000, 1600, 3)
+    assert [entry.name for entry in path.parent.iterdir()] == ["speed.png"]
+
+
+def test_the_same_reports_give_the_same_bytes_whatever_the_user_has_set(tmp_path):
+    speed_accuracy_chart(SITUATIONS["a GPU's series"], tmp_path / "a.png")
+    settings = {"font.size": 30.0, "axes.facecolor": "red", "savefig.dpi": 17.0, "text.usetex": True}
+    with matplotlib.rc_context(settings):
+        speed_accuracy_chart(SITUATIONS["a GPU's series"], tmp_path / "b.png")
+        assert {name: matplotlib.rcParams[name] for name in settings} == settings
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_file_holds_pixels_only(tmp_path):
+    speed_accuracy_chart([], tmp_path / "a.png")
+    data, kinds, place = (tmp_path / "a.png").read_bytes(), set(), 8
+    while place < len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        kinds.add(kind)
+        place += 12 + length
+    assert kinds == {b"IHDR", b"pHYs", b"IDAT", b"IEND"}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_no_label_lies_on_another_or_leaves_the_axes(situation):
+    figure = draw_chart(SITUATIONS[situation])
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) >= 7
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(axes.bbox.x0 <= b.x0 and b.x1 <= axes.bbox.x1 for b in boxes)
+    assert all(axes.bbox.y0 <= b.y0 and b.y1 <= axes.bbox.y1 for b in boxes)
+
+
+def test_the_papers_rows_stand_at_their_times_and_precisions():
+    figure = draw_chart([])
+    (line,) = [line for line in figure.axes[0].lines if line.get_color() == PAPER_COLOUR]
+    rows = sorted((row for row in TABLE_2 if row.model.startswith("YOLOv7")), key=lambda row: -row.fps)
+    assert list(line.get_xdata()) == [1000 / row.fps for row in rows]
+    assert list(line.get_ydata()) == [row.val.ap for row in rows]
+    drawn = sum(len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() != "None")
+    assert drawn == len(TABLE_2)
+    assert [text.get_text() for text in figure.axes[0].texts] == [row.model.removeprefix("YOLO") for row in rows]
+
+
+def test_engine_is_filled_and_end_to_end_open_at_the_measured_ap():
+    report = speed_report(engine_ms=4.0, end_to_end_ms=5.0, ap=0.514, ap_source="results/ap.json", beside_paper=True)
+    figure = draw_chart([report])
+    assert sorted(markers(figure, COLOURS[0])) == [
+        ("o", 4.0, pytest.approx(51.4), True),
+        ("o", 5.0, pytest.approx(51.4), False),
+    ]
+    assert "AP measured with this file" in words(figure)
+    assert "AP published" not in words(figure)
+    assert "AP of yolov7.onnx: results/ap.json." in words(figure)
+
+
+def test_a_published_ap_is_drawn_and_named_differently():
+    figure = draw_chart([speed_report("yolov7x", beside_paper=True)])
+    assert [marker[0::2] for marker in markers(figure, COLOURS[0])] == [("D", 52.9), ("D", 52.9)]
+    assert "AP published for the official model, not measured with this file" in words(figure)
+    assert "AP measured" not in words(figure)
+
+
+def test_without_any_ap_the_time_stands_at_the_foot_and_the_legend_says_so():
+    figure = draw_chart([speed_report()])
+    foot = figure.axes[0].get_ylim()[0]
+    assert [marker[:3] for marker in markers(figure, COLOURS[0])] == [("v", 300.0, foot), ("v", 305.0, foot)]
+    assert foot < min(row.val.ap for row in TABLE_2)
+    assert "AP not known at this size: only its time, at the foot" in words(figure)
+
+
+def test_a_precision_published_for_another_size_is_not_taken():
+    assert {marker[0] for marker in markers(draw_chart([speed_report(side=640, beside_paper=True)]), COLOURS[0])} == {
+        "D"
+    }
+    assert {marker[0] for marker in markers(draw_chart([speed_report(side=320, beside_paper=True)]), COLOURS[0])} == {
+        "v"
+    }
+
+
+def test_the_legend_says_what_each_span_includes_and_where_it_was_measured():
+    said = words(draw_chart([speed_report(ap=0.5), speed_report(ap=0.5, **H200)]))
+    assert "Paper: V100, PyTorch FP16, network only" in said
+    assert "AMD EPYC, onnxruntime fp32" in said and "NVIDIA H200, tensorrt fp16" in said
+    assert "engine: the network, and suppression where the file has it" in said
+    assert "end to end: from a picture in memory to its boxes" in said
+
+
+def test_one_series_is_joined_in_the_order_of_its_times():
+    reports = series(0.6, **H200)
+    figure = draw_chart(list(reversed(reports)))
+    (line,) = [line for line in figure.axes[0].lines if line.get_color() == COLOURS[0] and line.get_linestyle() == "-"]
+    assert list(line.get_xdata()) == sorted(report.rows[0].span("engine").p50 for report in reports)
+
+
+@pytest.mark.parametrize(("engine_ms", "scale"), [(0.5, "log"), (1.0, "linear"), (30.0, "linear"), (300.0, "log")])
+def test_times_far_from_the_papers_make_the_axis_logarithmic(engine_ms, scale):
+    axes = draw_chart([speed_report(engine_ms=engine_ms, end_to_end_ms=1.1 * engine_ms, ap=0.5)]).axes[0]
+    assert axes.get_xscale() == scale
+    assert ("logarithmic" in axes.get_xlabel()) == (scale == "log")
+    assert axes.get_xlim()[0] < engine_ms < axes.get_xlim()[1]
+
+
+def test_a_report_without_batch_1_is_named_and_not_drawn():
+    figure = draw_chart([speed_report(batch=8, ap=0.5)])
+    assert "Not measured at batch 1, so not drawn: yolov7.onnx." in words(figure)
+    assert "nothing at batch 1" in words(figure)
+    assert markers(figure, COLOURS[0]) == []
+
+
+def test_many_machines_make_the_picture_higher_not_the_axes_lower():
+    figure = draw_chart(SITUATIONS["many machines"])
+    assert figure.get_figheight() > 6.25
+    assert figure.axes[0].bbox.height >= LEAST_AXES * DPI - 1
+
+
+@pytest.mark.parametrize(
+    "name", ["$a$ ^{b}_\\frac.onnx", "零件\n检测.onnx", "_hidden.onnx", "x" * 300 + ".onnx", "\udcff.pt"]
+)
+def test_any_file_name_can_stand_on_it(tmp_path, name):
+    report = speed_report("", weights=name, machine=f"_{name}", ap=0.4, ap_source=name)
+    speed_accuracy_chart([report], tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").shape[1] == 1600
+
+
+def test_other_formats_are_refused_with_the_name_to_use(tmp_path):
+    with pytest.raises(UsageError, match=r"speed\.svg: a chart is a PNG") as caught:
+        speed_accuracy_chart([], tmp_path / "speed.svg")
+    assert caught.value.fix == "Name it speed.png"
+
+
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.png").mkdir()
+    for path in (tmp_path / "file" / "a.png", tmp_path / "taken.png"):
+        with pytest.raises(UsageError, match=f"{path.name} cannot be written"):
+            speed_accuracy_chart([], path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "taken.png"]
+
+
+def test_without_matplotlib_the_extra_is_named():
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+from yolov7_deploy.errors import missing_library
+try:
+    import yolov7_deploy.measure.speed.chart
+except ModuleNotFoundError as error:
+    print(missing_library(error, "for y7 bench"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "matplotlib is needed for y7 bench.\npip install 'yolov7-deploy[bench]'\n"
+
+
+def test_drawing_does_not_load_pyplot():
+    code = """
+import sys
+from yolov7_deploy.measure.speed.chart import draw_chart
+draw_chart([])
+print("matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_label_goes_where_it_covers_no_marker_and_fewest_lines():
+    ground = LabelGround(frame=(0.0, 0.0, 400.0, 400.0))
+    ground.add_line([(0.0, 200.0), (400.0, 200.0)])
+    ground.add_line([(200.0, 200.0)], marker=20.0)
+    ground.boxes.append((0.0, 210.0, 400.0, 400.0))
+    x, y = ground.place((200.0, 200.0), (60.0, 20.0))
+    assert abs(x - 200.0) <= 60.0 and 150.0 < y <= 190.0
+
+
+def test_places_that_were_given_are_taken():
+    ground = LabelGround(frame=(0.0, 0.0, 100.0, 24.0))
+    given = [ground.place((50.0, 12.0), (20.0, 20.0)) for _ in range(6)]
+    places = [place for place in given if place]
+    assert 2 <= len(places) < 6
+    assert all(abs(a[0] - b[0]) >= 20.0 for a, b in combinations(places, 2))
+    assert ground.place((50.0, 12.0), (20.0, 30.0)) is None

@@ -1,0 +1,240 @@
+"""Many callers of one Detector: what they get, what they hold, and in which order they come."""
+
+import gc
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.support.sample_images import CONF, MAX_DET, PICTURES
+from tests.support.small_models import HW
+from yolov7_deploy.detector import Detector
+from yolov7_deploy.errors import ImageError, UsageError
+from yolov7_deploy.hardware.cpu import usable_cores
+from yolov7_deploy.runtimes.fair_semaphore import Turns
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import soak
+
+THREADS = 8
+WAIT_S = 60
+
+
+@pytest.fixture
+def opened(files):
+    """A Detector of its own with an open batch, and what it finds in each picture alone."""
+    with Detector(files("plugin", batch=None), img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
+        yield detector, [detector(picture) for picture in PICTURES]
+
+
+# --- the soak -----------------------------------------------------------------------------------------------------
+
+
+def test_eight_threads_get_bit_for_bit_what_one_gets(opened):
+    detector, expected = opened
+    done = soak.soak(detector, PICTURES, expected, threads=THREADS, calls=200)
+    assert len(done.call_ms) == sum(done.calls_of) == 200
+    assert done.unequal == 0
+    assert min(done.calls_of) >= 10
+    assert not [what for what in done.failures() if "became" in what]
+
+
+@pytest.mark.slow
+def test_two_thousand_calls_of_eight_threads_stay_flat_and_as_fast_as_one_thread_at_its_best(files):
+    # Of the usual small size: at HW a call takes 6 ms, and the load of the machine decides.
+    path = files("plugin", batch=None, input_hw=(320, 320))
+    with Detector(path, conf=0.95, max_det=MAX_DET, device="cpu") as detector:
+        expected = [detector(picture) for picture in PICTURES]
+        done = soak.soak(detector, PICTURES, expected, threads=THREADS, calls=2000)
+        assert done.failures() == []
+        rates = soak.throughput(detector, PICTURES, threads=THREADS, block_s=2.0)
+    best, ratio = soak.best_ratio(rates)
+    assert ratio >= soak.MIN_RATIO, f"{ratio:.3f} of {best}"
+
+
+def test_a_soak_of_some_seconds_ends_then(opened):
+    detector, expected = opened
+    begin = time.perf_counter()
+    done = soak.soak(detector, PICTURES, expected, threads=2, seconds=1.0)
+    assert 1.0 <= time.perf_counter() - begin < 30
+    assert done.call_ms
+
+
+def test_a_soak_notices_a_result_that_differs(opened):
+    detector, expected = opened
+    moved = replace(expected[0], boxes=np.nextafter(expected[0].boxes, np.float32(np.inf)))
+    done = soak.soak(detector, PICTURES, [moved, *expected[1:]], threads=2, calls=10)
+    assert done.unequal == 2
+    assert "2 results differ" in done.failures()[0]
+
+
+def test_a_soak_raises_what_a_call_raises(opened):
+    detector, expected = opened
+    with pytest.raises(ImageError):
+        soak.soak(detector, [*PICTURES[:4], PICTURES[4].astype(float)], expected, threads=4, calls=100)
+
+
+def test_a_soak_tells_a_leak_from_noise():
+    def seen(memory):
+        samples = [soak.Sample(calls=10 * i, memory_mb=mb, threads=9, files=5) for i, mb in enumerate(memory, 1)]
+        return soak.Soak(samples=samples, call_ms=[1.0] * 1000)
+
+    noise = np.random.default_rng(0).normal(0, 2, 100)
+    warming = np.minimum(np.arange(100) * 20, 300)  # until 150 calls
+    assert seen(300 + noise + warming).failures() == []
+    leaking = seen(600 + noise + np.arange(100) * 0.5)  # 40 MB while settled
+    assert leaking.memory_growth == pytest.approx(40 / 610, rel=0.1)
+    assert leaking.failures() == [f"memory grew by {leaking.memory_growth:.1%}"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("threads", "9 threads became 10"), ("files", "5 open files became 6")])
+def test_a_soak_tells_more_threads_or_files_from_a_moment_of_more(name, words):
+    steady = [soak.Sample(calls=10 * i, memory_mb=300, threads=9, files=5) for i in range(1, 101)]
+    more = replace(steady[0], **{name: getattr(steady[0], name) + 1})
+
+    def failures(samples):
+        return soak.Soak(samples=samples, call_ms=[1.0] * 1000).failures()
+
+    moment = [replace(more, calls=one.calls) if one.calls in (300, 900) else one for one in steady]
+    assert failures(moment) == []
+    assert failures([replace(more, calls=one.calls) if one.calls > 700 else one for one in steady]) == [words]
+
+
+def test_the_best_arrangement_is_chosen_over_all_rounds_and_the_ratio_is_paired():
+    rates = {"one thread, 1 a call": [10, 12, 30], "one thread, 2 a call": [20, 22, 10], "threads": [22, 11, 20]}
+    assert soak.best_ratio(rates) == ("one thread, 2 a call", pytest.approx(1.1))
+
+
+# --- errors and closing under load --------------------------------------------------------------------------------
+
+
+def test_a_bad_picture_raises_in_its_own_call_only(opened):
+    detector, expected = opened
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(detector, np.zeros((0, 3, 3)) if i % 7 == 3 else PICTURES[i % 5]) for i in range(40)]
+    for i, future in enumerate(futures):
+        if i % 7 == 3:
+            assert isinstance(future.exception(), ImageError)
+        else:
+            assert soak.equal(future.result(), expected[i % 5])
+
+
+def test_closing_while_callers_are_inside_gives_results_or_says_closed(opened):
+    detector, expected = opened
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(detector, PICTURES[i % 5]) for i in range(60)]
+        wait(futures[:10])
+        detector.close()
+    errors = [(i, future.exception()) for i, future in enumerate(futures)]
+    assert all(soak.equal(futures[i].result(), expected[i % 5]) for i, error in errors if error is None)
+    refused = [error for _, error in errors if error is not None]
+    assert refused and all(isinstance(error, UsageError) and "closed" in str(error) for error in refused)
+
+
+def test_closing_frees_the_network_while_the_detector_lives(opened):
+    detector, _ = opened
+    gc.collect()
+    before = len(_sessions())
+    detector.close()
+    assert len(_sessions()) == before - 1
+
+
+def _sessions():
+    return [one for one in gc.get_objects() if type(one) is onnxruntime.InferenceSession]
+
+
+def test_a_detector_says_how_many_run_at_a_time(opened):
+    cores = usable_cores()
+    told = dict(opened[0].settings)
+    assert told == {"threads of the runtime": str(cores), "runs at a time": f"at most {2 * cores}"}
+
+
+# --- turns --------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_callers_than_places_are_inside():
+    turns, inside, most = Turns(3), [], []
+
+    def enter(number):
+        with turns:
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.002)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(enter, range(60)))
+    assert max(most) == 3
+
+
+def test_callers_enter_in_the_order_in_which_they_came():
+    turns, entered, threads = Turns(1), [], []
+
+    def enter(number):
+        with turns:
+            entered.append(number)
+
+    with turns:
+        for number in range(6):
+            threads.append(threading.Thread(target=enter, args=(number,)))
+            threads[-1].start()
+            until(lambda: len(turns._waiting) == len(threads))
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert entered == list(range(6))
+
+
+def test_an_error_inside_gives_the_place_back():
+    turns = Turns(1)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="inside"), turns:
+            raise ValueError("inside")
+    with turns:
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches one thread there")
+def test_ctrl_c_while_waiting_takes_no_place(request):
+    # A shell's background job is born deaf to it.
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
+    turns, enter, leave = Turns(1), threading.Event(), threading.Event()
+
+    def stay():
+        with turns:
+            enter.set()
+            leave.wait(WAIT_S)
+
+    def interrupt():
+        until(lambda: turns._waiting)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    staying, interrupting = threading.Thread(target=stay), threading.Thread(target=interrupt)
+    staying.start()
+    assert enter.wait(WAIT_S)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt), turns:
+        pass
+    leave.set()
+    staying.join(WAIT_S)
+    interrupting.join(WAIT_S)
+    assert not turns._waiting
+    with turns:
+        pass
+
+
+def until(is_so):
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -1,0 +1,306 @@
+"""`y7 bench`: what people type, what they see, what lies on the disk afterwards, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.speeds import report, row
+from yolov7_deploy._console import write_json
+from yolov7_deploy.benchmark.report import SpeedReport
+from yolov7_deploy.cli.app import app
+from yolov7_deploy.cli.bench import counted_rows, find_variant_name, parse_frame, parse_numbers
+from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
+from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.visualize import write_picture
+
+TRIES = 3  # of a comparison that is too noisy to tell
+QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
+TIMEOUT_S = 120
+
+
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    """What a turn is long for, a steady clock, is not what is tested here."""
+    monkeypatch.setattr("yolov7_deploy.benchmark.benchmark.TURN_S", 0.005)
+
+
+@pytest.fixture
+def bench(files, tmp_path, monkeypatch):
+    """The command on the small network, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, weights=None, quick=QUICK):
+        path = files("plugin") if weights is None else weights
+        typed = ["bench", "--weights", str(path), *quick, *map(str, arguments)]
+        result = CliRunner().invoke(app, typed)
+        if isinstance(result.exception, Y7Error):
+            raise result.exception
+        return result
+
+    return run
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- what is typed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("1", (1,)), ("1,8,32", (1, 8, 32)), ("1 8", (1, 8)), (" 4, 2 ", (4, 2))]
+)
+def test_lists_of_numbers_are_read_as_people_type_them(text, numbers):
+    assert parse_numbers(text, "batch") == numbers
+
+
+@pytest.mark.parametrize("text", ["abc", "", ",", "1.5", "-1", "1;2", "9999999", "²"])
+def test_lists_that_mean_nothing_are_refused(text):
+    with pytest.raises(UsageError, match=r"--batch .* is no list of numbers"):
+        parse_numbers(text, "batch")
+
+
+def test_a_frame_is_width_times_height():
+    assert parse_frame("1920x1080") == (1080, 1920)
+    for text in ("0x5", "1920", "axb", "99999x1", "1920x1080x3"):
+        with pytest.raises(UsageError, match="--frame"):
+            parse_frame(text)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_printed_and_nothing_written(bench, tmp_path):
+    result = bench("--batch", "1", "--threads", "1,2")
+    assert result.exit_code == 0, result.output
+    assert "pictures/s" in result.stdout and "one drawn picture, 64x48" in result.stdout
+    assert "while 2 called at once" in result.stdout
+    assert everything(tmp_path) == []
+
+
+def test_old_spellings_are_accepted(bench, files):
+    typed = ["--batch-size", "1", "--img-size", "128x192", "--conf-thres", "0.7", "--iou-thres", "0.5", "--json", "-"]
+    record = json.loads(bench(*typed, weights=files("plugin")).stdout)
+    assert "conf 0.7, iou 0.5" in dict(record["settings"])["thresholds"]
+    assert CliRunner().invoke(app, ["benchmark", "--help"]).exit_code == 0
+
+
+def test_the_record_alone_is_on_standard_output(bench):
+    result = bench("--json", "-")
+    assert json.loads(result.stdout)["kind"] == "y7 bench"
+    assert "pictures/s" in result.stderr
+
+
+def test_the_paper_brings_its_row_a_record_and_a_chart(bench, files, tmp_path):
+    val = tmp_path / "val.json"
+    val.write_text(json.dumps({"ap": 0.35, "weights": str(files("plugin")), "images": 82}))
+    result = bench("--paper", "--val-json", val)
+    assert "YOLOv7-tiny in the paper" in result.stdout and "0.4 ms a picture at batch 32" in result.stdout
+    assert "35.0 % (" in result.stdout and ", 82 images)" in result.stdout
+    assert everything(tmp_path) == ["runs/bench/exp/bench.json", "runs/bench/exp/chart.png", "val.json"]
+    assert all(f": runs/bench/exp/{name}" in result.stdout for name in ("bench.json", "chart.png"))
+    measured = SpeedReport.load("runs/bench/exp/bench.json")
+    assert (measured.paper.model, measured.ap) == ("YOLOv7-tiny", 0.35)
+    assert Path("runs/bench/exp/chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("typed", "written"),
+    [
+        (["--paper", "--no-chart"], ["runs/bench/exp/bench.json"]),
+        (["--paper", "--no-chart", "--json", "r.json"], ["r.json"]),
+        (["--paper", "--json", "a/r.json", "--chart", "b/c.png"], ["a/r.json", "b/c.png"]),
+        (["--paper", "--save-dir", "out"], ["out/bench.json", "out/chart.png"]),
+        (["--save-dir", "out"], ["out/bench.json"]),
+        (["--chart", "c.png"], ["c.png"]),
+    ],
+)
+def test_what_is_written_goes_where_it_is_told(bench, tmp_path, typed, written):
+    bench(*typed)
+    assert everything(tmp_path) == written
+
+
+def test_a_run_is_compared_with_an_earlier_one(bench, tmp_path):
+    bench("--json", "old.json")
+    result = bench("--compare", "old.json", "--json", "new.json")
+    assert "against old.json" in result.stdout and "Holm" in result.stdout
+    assert {one["span"] for one in json.loads(Path("new.json").read_text())["comparison"]["differences"]} >= {"engine"}
+    old = SpeedReport.load("old.json")
+    slow = replace(old, rows=(replace(old.rows[0], spans=tuple(slower(span, 0.1) for span in old.rows[0].spans)),))
+    write_json(slow.to_dict(), "slow.json")
+    # Other programs may take the processor during a run this short, which then rightly says that it cannot tell.
+    verdicts = []
+    while verdicts[-1:] != ["slower"] and len(verdicts) < TRIES:
+        told = bench("--compare", "slow.json").stdout
+        verdicts += [line.split()[-1] for line in told.splitlines() if " end_to_end " in line]
+    assert verdicts[-1] == "slower" and set(verdicts[:-1]) <= {"tell"}
+
+
+def slower(span, factor):
+    return replace(span, p50=span.p50 * factor, blocks=tuple(block * factor for block in span.blocks))
+
+
+def test_own_pictures_are_measured_with(bench, tmp_path):
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / "in" / name, drawn_picture((64, 64)))
+    result = bench("--source", tmp_path / "in", quick=QUICK[:4] + QUICK[6:])
+    assert f"frames: 2 pictures of {tmp_path / 'in'}" in result.stdout
+
+
+def test_a_file_of_a_fixed_batch_is_measured_at_it(bench, files):
+    result = bench("--json", "-", weights=files("plugin", batch=2))
+    assert [row["batch"] for row in json.loads(result.stdout)["rows"]] == [2]
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_needs_no_weights_and_says_what_it_is(bench, tmp_path):
+    result = bench("--estimate", "orin-nx", "--json", "e.json", weights="yolov7", quick=())
+    assert "estimated, not measured: yolov7 at 640x640" in result.stdout
+    document = json.loads(Path("e.json").read_text())
+    assert (document["kind"], document["measured"]) == ("y7 estimate", False)
+    with pytest.raises(UsageError, match="it is no report of y7 bench"):
+        bench("--compare", "e.json")
+
+
+def test_an_estimate_is_not_mixed_with_measuring(bench):
+    with pytest.raises(UsageError, match="measures nothing, so --paper, --threads cannot apply"):
+        bench("--estimate", "v100", "--paper", "--threads", "4", weights="yolov7", quick=())
+
+
+def test_a_file_tells_its_network(files, tmp_path):
+    assert find_variant_name(str(files("plugin"))) == "yolov7-tiny"
+    assert find_variant_name(str(files("torch"))) == "yolov7-tiny"
+    assert find_variant_name("yolov7-w6_training.pt") == "yolov7-w6"
+    with pytest.raises(LoadError):
+        find_variant_name(str(tmp_path / "absent.onnx"))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "error", "words"),
+    [
+        (["--batch", "0"], UsageError, "--batch 0 must be at least 1"),
+        (["--batch", "abc"], UsageError, "no list of numbers"),
+        (["--batch", "8"], UsageError, "takes at most 1 at once.\ny7 export .*--batch 8"),
+        (["--threads", "0"], UsageError, "--threads 0"),
+        (["--duration", "nan"], UsageError, "--duration nan"),
+        (["--conf", "2"], UsageError, "conf must be"),
+        (["--device", "tpu"], DeviceError, "tpu"),
+        (["--device", "7"], DeviceError, "cuda:7"),
+        (["--half"], UsageError, "is fp32"),
+        (["--compare", "absent.json"], UsageError, "absent.json cannot be read"),
+        (["--compare", "."], UsageError, "cannot be read"),
+        (["--source", "empty"], SourceError, "empty"),
+        (["--chart", "c.png", "--no-chart"], UsageError, "contradict"),
+        (["--chart", "c.jpg"], UsageError, "a chart is a PNG"),
+        (["--save-dir", "file/out"], UsageError, "is no folder"),
+        (["--json", "empty"], UsageError, "it is a folder"),
+        (["--val-json", "absent.json"], UsageError, "absent.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_leaves_nothing(bench, tmp_path, typed, error, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    quick = QUICK[:4] if "--source" in typed else QUICK
+    with pytest.raises(error, match=words):
+        bench(*typed, quick=quick)
+    assert everything(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("{", "cannot be compared with"),
+        ("[]", "no report of y7 bench"),
+        (json.dumps({"kind": "y7 bench", "schema": 99}), "its schema is 99"),
+        (json.dumps({**report().to_dict(), "rows": [{"batch": "one"}]}), "batch is 'one'"),
+    ],
+)
+def test_a_file_that_is_no_report_is_not_compared_with(bench, tmp_path, document, words):
+    (tmp_path / "old.json").write_text(document)
+    with pytest.raises(UsageError, match=words):
+        bench("--compare", "old.json")
+
+
+def test_there_must_be_such_weights(bench):
+    with pytest.raises(LoadError, match=r"absent\.onnx does not exist"):
+        bench(weights="absent.onnx")
+
+
+@pytest.mark.parametrize(("device", "other"), [("v100", "v100"), ("jetson", "orin-nx")])
+def test_another_machine_is_named_and_an_estimate_offered(tmp_path, device, other):
+    done = subprocess.run(
+        [sys.executable, "-m", "yolov7_deploy", "bench", "--weights", "yolov7", "--device", device],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""},
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"DeviceError: --device {device}: this machine ")
+    assert f"y7 bench --estimate {other}" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_told_after_the_table(files):
+    done = run_bench(files("plugin"), "--json", "/dev/full")
+    assert done.returncode == 1
+    assert "pictures/s" in done.stdout
+    assert "UsageError: /dev/full cannot be written: No space left on device" in done.stderr
+
+
+def test_work_that_ends_early_says_what_was_complete(capsys):
+    for rows, words in ((0, ""), (1, "1 row was complete; nothing is written.\n"), (2, "2 rows were complete; ")):
+        with pytest.raises(KeyboardInterrupt), counted_rows() as on_row:
+            for _ in range(rows):
+                on_row(row())
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err.startswith(words)
+
+
+def test_ctrl_c_leaves_nothing_half_written(files, tmp_path):
+    process = subprocess.Popen(
+        [*command(files("plugin")), "--threads", "1,2", "--duration", "30", "--save-dir", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    try:
+        while "bench, in percent" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert output == "" and not (tmp_path / "out").exists()
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def command(weights: Path) -> list[str]:
+    return [sys.executable, "-m", "yolov7_deploy", "bench", "--weights", str(weights), *QUICK[2:]]
+
+
+def run_bench(weights: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    typed = [*command(weights), "--duration", "0.1", *arguments]
+    return subprocess.run(typed, capture_output=True, text=True, env=ENVIRONMENT, timeout=TIMEOUT_S, check=False)

@@ -1,0 +1,264 @@
+"""`y7 quantize`, `y7 export --int8` and what `y7 info` and `y7 verify` say of such files; bad input of every kind."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.sample_images import CONF, foreign, noise
+from tests.support.small_models import HW, exported_tiny
+from yolov7_deploy.cli.app import app
+from yolov7_deploy.errors import DatasetError, ExportError, LoadError, ParityError, SourceError, UsageError
+from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.options import QuantizeOptions
+from yolov7_deploy.precision.calibration_images import open_calibration
+from yolov7_deploy.precision.int8 import to_int8
+from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.workflows.export import Int8Request, export_weights
+
+IMG = f"{HW[0]},{HW[1]}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "pictures").mkdir()
+    for seed in range(3):
+        write_picture(tmp_path / "pictures" / f"{seed}.png", noise(*HW, seed=seed))
+    return tmp_path
+
+
+@pytest.fixture
+def model(here):
+    exported_tiny().save(here / "m.onnx")
+    return here / "m.onnx"
+
+
+def y7(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(kind, *arguments):
+    """The error of a command that must fail without leaving a file of its own."""
+    before = set(Path.cwd().rglob("*.onnx"))
+    result = y7(*arguments)
+    assert isinstance(result.exception, kind), result.exception
+    assert set(Path.cwd().rglob("*.onnx")) == before
+    assert result.exception.fix
+    return result.exception
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_quantize_writes_a_file_with_its_account(model, here):
+    result = y7("quantize", "--weights", model, "--calib", "pictures", "--json", "record.json")
+    assert result.exception is None, result.output
+    info = OnnxModel.load(here / "m-int8.onnx").info
+    assert info.precision == "int8" and info.int8.pictures == 3
+    for words in ("55 of 58 convolutions", "Q/DQ pairs, one a tensor", "in front of upsampling", "Few pictures (3)"):
+        assert words.lower() in result.output.lower(), words
+    record = json.loads((here / "record.json").read_text())
+    assert record["path"] == "m-int8.onnx"
+    assert record["account"]["int8_convolutions"] == 55
+    assert record["account"]["int8_share_of_macs"] == pytest.approx(info.int8.share)
+    assert record["calibration"]["pictures"] == 3
+    assert record["layers"] == [] and record["accuracy"] is None
+
+
+def test_export_int8_is_the_whole_road(files, here):
+    common = ("export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "pictures")
+    result = y7(*common, "--json", "record.json")
+    assert result.exception is None, result.output
+    written = here / f"{files().stem}-int8.onnx"
+    assert OnnxModel.load(written).info.precision == "int8"
+    assert "verified against torch on 2 pictures" in result.output
+    assert f"{written.name}: " in result.output and ", int8, opset 17" in result.output
+    record = json.loads((here / "record.json").read_text())
+    assert record["passport"]["int8"]["method"] == "mse"
+    assert record["parity"]["ok"] and record["quantization"]["account"]["int8_convolutions"] == 55
+    assert [stage["stage"] for stage in record["parity"]["stages"]][-1] == "detections"
+
+
+def test_a_library_caller_gets_the_same(files, here):
+    request = Int8Request(pictures=open_calibration("pictures"), options=QuantizeOptions())
+    from yolov7_deploy.options import ExportOptions
+
+    report = export_weights(
+        files(), Path("m.onnx"), options=ExportOptions(input_hw=HW, conf=CONF), precision="int8", int8=request
+    )
+    assert report.quantized is not None and report.quantized.account.int8_convolutions == 55
+    with pytest.raises(UsageError, match="INT8 needs pictures to calibrate on"):
+        export_weights(files(), Path("n.onnx"), options=ExportOptions(input_hw=HW), precision="int8")
+
+
+def test_the_chart_and_the_calibration_cache_are_written(model, here):
+    result = y7("quantize", "--weights", model, "--calib", "pictures", "--chart", "cost.png", "--trt-cache", "m.cache")
+    assert result.exception is None, result.output
+    drawn = cv2.imread(str(here / "cost.png"))
+    assert drawn.shape[1] > 800 and drawn.std() > 10
+    assert (here / "m.cache").read_text().startswith("TRT-8601-EntropyCalibration2\nimages: ")
+    assert "what INT8 costs alone in a layer, the 20 dearest of 55" in result.output
+
+
+def test_the_same_command_gives_the_same_bytes(model, here):
+    for name in ("a", "b"):
+        assert y7("quantize", "--weights", model, "--calib", "pictures", "--output", f"{name}.onnx").exception is None
+    assert (here / "a.onnx").read_bytes() == (here / "b.onnx").read_bytes()
+
+
+def test_info_counts_what_is_int8(model, here):
+    y7("quantize", "--weights", model, "--calib", "pictures", "--spare", "model.7.conv")
+    result = y7("info", "m-int8.onnx", "--json", "info.json")
+    assert "54 of 58 convolutions" in result.output and "one a tensor" in result.output
+    counted = json.loads((here / "info.json").read_text())["int8"]
+    assert counted["int8_convolutions"] == 54 and counted["pairs_twice"] == []
+    assert {row["layer"] for row in counted["convolutions"] if not row["int8"]} == {
+        "model.7.conv",
+        "model.77.m.0",
+        "model.77.m.1",
+        "model.77.m.2",
+    }
+    assert "int8" not in json.loads(y7("info", model, "--json", "-").stdout)
+
+
+def test_verify_holds_an_int8_file_to_the_tolerance_of_int8(model, here):
+    y7("quantize", "--weights", model, "--calib", "pictures")
+    result = y7("verify", "--weights", model, "--against", "m-int8.onnx", "--images", "pictures")
+    assert "rms / std" in result.output and "candidates" not in result.output
+
+
+def test_a_broken_int8_file_is_lost(files, here, monkeypatch):
+    def broken(model, calibration, options):
+        small = to_int8(model, calibration, options)
+        scale = next(t for t in small.proto.graph.initializer if t.name == "model.7.act__scale")
+        scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1e-4, np.float32), scale.name))
+        return small
+
+    monkeypatch.setattr("yolov7_deploy.workflows.quantize.to_int8", broken)
+    error = refused(
+        ParityError, "export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "pictures"
+    )
+    assert "'head'" in error.message and "--max-drop" in error.fix
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [["--int8"], ["--precision", "int8"], ["--quantize", "8"]], ids=" ".join)
+def test_int8_without_pictures_says_what_is_needed_and_why(flag, files, here):
+    error = refused(UsageError, "export", "--weights", files(), *flag)
+    assert "random numbers" in error.message and "--calib FOLDER" in error.fix
+
+
+def test_quantize_without_pictures_says_the_same(model):
+    assert "--calib FOLDER" in refused(UsageError, "quantize", "--weights", model).fix
+
+
+@pytest.mark.parametrize("flag", [["--calib", "pictures"], ["--data", "d.yaml"], ["--max-drop", "0.3"]], ids=" ".join)
+def test_an_option_of_int8_without_int8_is_refused(flag, files, here):
+    error = refused(UsageError, "export", "--weights", files(), *flag)
+    assert flag[0] in error.message and "--int8" in error.fix
+
+
+def test_weights_that_are_no_onnx_name_the_other_command(files, here):
+    error = refused(UsageError, "quantize", "--weights", files(), "--calib", "pictures")
+    assert "y7 export" in error.fix and "--int8 --calib" in error.fix
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        (["--method", "mean"], "mean"),
+        (["--rest", "int4"], "int4"),
+        (["--max-drop", "-1", "--data", "d.yaml"], "max-drop"),
+        (["--chart", "cost.svg"], "PNG"),
+        (["--calib-limit", "0"], "at least 1"),
+        (["--spare", "model.700.conv"], "model.700.conv"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_that_cannot_be_meant_is_refused(typed, words, model):
+    error = refused((UsageError, ExportError, SourceError), "quantize", "-w", model, "--calib", "pictures", *typed)
+    assert words in error.message + error.fix
+
+
+def test_max_drop_without_labels_is_refused_before_anything_is_measured(model):
+    error = refused(UsageError, "quantize", "-w", model, "--calib", "pictures", "--max-drop", "0.3")
+    assert "--data" in error.fix
+
+
+@pytest.mark.parametrize("calib", ["nowhere", "empty", "nowhere.yaml"])
+def test_no_pictures_at_all_are_an_error(calib, model, here):
+    (here / "empty").mkdir()
+    assert calib in refused((SourceError, DatasetError), "quantize", "-w", model, "--calib", calib).message
+
+
+def test_unreadable_pictures_among_good_ones_are_counted_and_named(model, here):
+    (here / "pictures" / "broken.jpg").write_bytes(b"")
+    write_picture(here / "pictures" / "black.png", np.zeros((40, 40, 3), np.uint8))
+    result = y7("quantize", "-w", model, "--calib", "pictures")
+    assert result.exception is None
+    assert "broken.jpg" in result.output and "black.png" in result.output
+    assert OnnxModel.load(here / "m-int8.onnx").info.int8.pictures == 3
+
+
+def test_only_black_pictures_are_an_error(model, here):
+    (here / "black").mkdir()
+    write_picture(here / "black" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    assert "colour" in refused(SourceError, "quantize", "-w", model, "--calib", "black").message
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_a_smaller_file_is_refused(kind, model, files, here):
+    if kind == "int8":
+        y7("quantize", "-w", model, "--calib", "pictures", "-o", "small.onnx")
+    else:
+        y7("export", "-w", files(), "--img", IMG, "--fp16", "--no-verify", "-o", "small.onnx")
+    error = refused(ExportError, "quantize", "-w", "small.onnx", "--calib", "pictures")
+    assert "already" in error.message and "float32 file" in error.fix
+
+
+def test_the_cache_of_another_model_is_refused(model, here):
+    y7("quantize", "-w", model, "--calib", "pictures", "--calib-cache", "ranges.npz")
+    exported_tiny(classes=3).save(here / "other.onnx")
+    error = refused(UsageError, "quantize", "-w", "other.onnx", "--calib", "pictures", "--calib-cache", "ranges.npz")
+    assert "another model" in error.message
+
+
+def test_weights_that_make_no_numbers_are_an_error(here):
+    proto = onnx.ModelProto()
+    proto.CopyFrom(exported_tiny().proto)
+    weight = next(t for t in proto.graph.initializer if t.name == "model.7.conv.weight")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(proto, here / "nan.onnx")
+    assert "no numbers" in refused(ExportError, "quantize", "-w", "nan.onnx", "--calib", "pictures").message
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_a_file_that_is_no_model_is_an_error(content, here):
+    if content is not None:
+        (here / "bad.onnx").write_bytes(content)
+    refused(LoadError, "quantize", "-w", "bad.onnx", "--calib", "pictures")
+
+
+def test_a_file_without_a_passport_becomes_int8_and_says_what_was_assumed(model, here):
+    foreign(model, here / "foreign.onnx")
+    result = y7("quantize", "-w", "foreign.onnx", "--calib", "pictures")
+    assert result.exception is None, result.output
+    info = OnnxModel.load(here / "foreign-int8.onnx").info
+    assert info.int8.rest == "fp32" and info.int8.int8_convolutions == 55
+    assert any("no passport" in note for note in info.notes)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_before_anything_is_measured(model, here):
+    (here / "file").write_text("in the way")
+    error = refused(ExportError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
+    assert "--output" in error.fix  # before the pictures are looked at

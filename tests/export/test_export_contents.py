@@ -1,0 +1,304 @@
+"""What an exported file says about itself, what export refuses, and how files are written."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+# Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
+# hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
+from tests.support.detecting import (
+    CONF,
+    ENDS,
+    IOU,
+    RAW_TOLERANCE,
+    SUPPRESSED,
+    SUPPRESSION,
+)
+from tests.support.deterministic import fill_model
+from tests.support.small_models import HW, exported_tiny, fused_tiny, images, info_of, session
+from yolov7_deploy.errors import ExportError, LoadError, UsageError
+from yolov7_deploy.export.nms import OVERFLOW
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
+from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.options import ExportOptions
+
+# --- what is in the file ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nms", ENDS)
+def test_the_same_export_twice_gives_the_same_bytes(nms):
+    model = fused_tiny()
+    options = ExportOptions(input_hw=HW, nms=nms)
+    first, second = (export_onnx(model, info_of(model), options).proto for _ in range(2))
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
+
+
+def test_exporting_leaves_the_model_as_it_was():
+    model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    export_onnx(model, info_of(model), ExportOptions(input_hw=HW))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("nms", ENDS)
+def test_the_passport_travels_inside(nms, tmp_path):
+    model = exported_tiny(nms=nms, batch=None, conf=CONF, iou=IOU, opset=15, max_det=70, class_agnostic=True)
+    model.save(tmp_path / "m.onnx")
+    loaded = OnnxModel.load(tmp_path / "m.onnx")
+    info = loaded.info
+    assert info == model.info
+    assert loaded.proto == model.proto
+    assert (info.variant, info.input_hw, info.batch, info.opset) == ("yolov7-tiny", HW, None, 15)
+    assert info.class_names == info_of(fused_tiny()).class_names
+    assert info.anchors == fused_tiny().anchors
+    if nms == "none":
+        assert info.nms is None
+        return
+    assert (info.nms.kind, info.nms.conf, info.nms.iou, info.nms.max_det) == (nms, CONF, IOU, 70)
+    assert (info.nms.multi_label, info.nms.class_agnostic) == (True, True)
+    assert info.nms.runtime_thresholds == (nms != "efficient")
+
+
+@pytest.mark.parametrize("nms", SUPPRESSED)
+def test_the_passport_says_whether_only_the_best_class_counts(nms):
+    assert exported_tiny(nms=nms, conf=CONF, iou=IOU, multi_label=False).info.nms.multi_label is False
+
+
+@pytest.mark.parametrize("simplify", [True, False])
+def test_the_heads_named_in_the_passport_are_the_raw_maps(simplify):
+    model = exported_tiny(nms="plugin", simplify=simplify)
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model.proto)
+    graph.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in model.info.heads)
+    maps = session(graph).run(list(model.info.heads), {"images": images()})
+    with torch.no_grad():
+        net = fused_tiny()
+        expected = net.head.maps(net.features(torch.from_numpy(images())))
+    assert [m.shape for m in maps] == [(1, 30, HW[0] // s, HW[1] // s) for s in (8, 16, 32)]
+    for ours, raw in zip(maps, expected, strict=True):
+        np.testing.assert_allclose(ours, raw.numpy(), atol=RAW_TOLERANCE * max(1, raw.std().item()))
+
+
+@pytest.mark.parametrize("nms, domain, op", [("plugin", "y7", "Y7NMS"), ("efficient", "TRT", "EfficientNMS_TRT")])
+@pytest.mark.parametrize("opset", [13, 17, 18, 21])
+def test_the_suppression_node_is_a_function_that_tensorrt_may_replace(nms, domain, op, opset):
+    proto = exported_tiny(nms=nms, opset=opset, batch=None, conf=CONF, iou=IOU).proto
+    node = proto.graph.node[-1]
+    (body,) = proto.functions
+    assert (node.domain, node.op_type) == (body.domain, body.name) == (domain, op)
+    assert domain in {entry.domain for entry in proto.opset_import}
+    assert list(node.output) == [*NMS_OUTPUTS, *([OVERFLOW] if nms == "plugin" else [])]
+    assert [output.name for output in proto.graph.output] == list(NMS_OUTPUTS)
+    assert proto.ir_version >= 8
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert (attributes["plugin_version"], attributes["plugin_namespace"]) == (b"1", b"")
+    assert {a.type for a in node.attribute if not a.name.startswith("plugin_")} <= {
+        onnx.AttributeProto.INT,
+        onnx.AttributeProto.INTS,
+        onnx.AttributeProto.FLOAT,
+        onnx.AttributeProto.FLOATS,
+    }
+    assert set(body.attribute) == set(attributes)
+    assert [(entry.domain, entry.version) for entry in body.opset_import] == [("", opset)]
+
+
+@pytest.mark.parametrize("nms", ["plugin", "efficient"])
+def test_every_name_inside_the_function_has_the_prefix(nms):
+    (body,) = exported_tiny(nms=nms, conf=CONF, iou=IOU).proto.functions
+    names = {*body.input, *body.output, *names_in(body.node)}
+    assert len(names) > 50
+    assert {name for name in names if not name.startswith("y7nms__")} == set()
+
+
+def names_in(nodes):
+    """Every tensor and node name of nodes and of the graphs inside them."""
+    for node in nodes:
+        yield from (name for name in (node.name, *node.input, *node.output) if name)
+        for attribute in node.attribute:
+            inner = attribute.g
+            yield from (value.name for value in (*inner.input, *inner.output, *inner.initializer))
+            yield from names_in(inner.node)
+
+
+@pytest.mark.parametrize("nms", ["none", "standard"])
+def test_without_a_function_only_standard_operators_are_left(nms):
+    proto = exported_tiny(nms=nms, conf=CONF, iou=IOU).proto
+    assert not proto.functions
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert "NonMaxSuppression" not in {node.op_type for node in proto.graph.node}
+
+
+def test_the_plugin_node_holds_everything_a_plugin_must_know():
+    node = exported_tiny(nms="plugin", **{**SUPPRESSION, "max_det": 70}, class_agnostic=True).proto.graph.node[-1]
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes["strides"] == [8, 16, 32]
+    assert attributes["anchors"] == [side for level in fused_tiny().anchors for anchor in level for side in anchor]
+    assert {name: attributes[name] for name in ("classes", "max_det", "max_candidates")} == {
+        "classes": 5,
+        "max_det": 70,
+        "max_candidates": 1024,
+    }
+    assert (attributes["multi_label"], attributes["class_agnostic"]) == (1, 1)
+    assert list(node.input[3:]) == ["conf_threshold", "iou_threshold"]
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unfused_model_is_refused():
+    model = new_model("yolov7-tiny", classes=2).eval()
+    with pytest.raises(ExportError, match="fused") as caught:
+        export_onnx(model, info_of(model), ExportOptions(input_hw=HW))
+    assert "fuse" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "hw, fix", [((100, 128), "--img 128,128"), ((128, 31), "--img 128,32"), ((0, 64), "--img 32,64")]
+)
+def test_a_size_that_is_no_multiple_of_the_stride_is_refused(hw, fix):
+    with pytest.raises(UsageError, match="stride 32") as caught:
+        export_onnx(fused_tiny(), info_of(fused_tiny()), ExportOptions(input_hw=hw))
+    assert caught.value.fix == fix
+
+
+def test_a_negative_size_is_refused():
+    with pytest.raises(UsageError):
+        export_onnx(fused_tiny(), info_of(fused_tiny()), ExportOptions(input_hw=(-64, 64)))
+
+
+def test_more_boxes_than_anchors_are_refused():
+    options = ExportOptions(input_hw=(32, 32), max_det=100)
+    with pytest.raises(UsageError, match="only 63 anchors") as caught:
+        export_onnx(fused_tiny(), info_of(fused_tiny()), options)
+    assert caught.value.fix == "--max-det 63"
+    export_onnx(fused_tiny(), info_of(fused_tiny()), replace(options, nms="none"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nms": "fast"},
+        {"opset": 12},
+        {"opset": 22},
+        {"batch": 0},
+        {"conf": 1.5},
+        {"iou": -0.1},
+        {"max_det": 0},
+        {"max_candidates": 10},
+        {"input_kind": "float16"},
+    ],
+)
+def test_options_without_a_meaning_are_refused_with_a_fix(options):
+    with pytest.raises(UsageError) as caught:
+        ExportOptions(**options)
+    assert str(next(iter(options.values()))) in caught.value.message
+    assert caught.value.fix
+
+
+def test_a_layer_without_a_translation_is_named():
+    model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
+    model.model[3].act = torch.nn.Hardswish()
+    with pytest.raises(ExportError, match="Hardswish"):
+        export_onnx(model, info_of(model), ExportOptions(input_hw=HW))
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return exported_tiny(nms="none", conf=CONF, iou=IOU)
+
+
+def test_saving_into_a_folder_that_does_not_exist_makes_it(model, tmp_path):
+    model.save(tmp_path / "new" / "m.onnx")
+    assert OnnxModel.load(tmp_path / "new" / "m.onnx").info == model.info
+
+
+def test_saving_below_a_file_says_so(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="cannot be written") as caught:
+        model.save(tmp_path / "file" / "m.onnx")
+    assert caught.value.fix
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_saving_into_a_read_only_folder_leaves_no_file(model, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ExportError, match="cannot be written"):
+        model.save(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_over_a_folder_leaves_no_partial_file(model, tmp_path):
+    (tmp_path / "m.onnx").mkdir()
+    with pytest.raises(ExportError, match="cannot be written"):
+        model.save(tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_breaks_off_keeps_the_old_file_and_leaves_no_partial_one(model, tmp_path, monkeypatch, fault):
+    target = tmp_path / "m.onnx"
+    target.write_bytes(b"the old file")
+    write = type(target).write_bytes
+
+    def break_off(path, data):
+        write(path, data[: len(data) // 2])
+        raise fault
+
+    monkeypatch.setattr(type(target), "write_bytes", break_off)
+    with pytest.raises((ExportError, KeyboardInterrupt)) as caught:
+        model.save(target)
+    assert isinstance(caught.value, ExportError) == isinstance(fault, OSError)
+    monkeypatch.undo()
+    assert target.read_bytes() == b"the old file"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_saved_file_replaces_the_old_one(model, tmp_path):
+    target = tmp_path / "m.onnx"
+    target.write_bytes(b"the old file")
+    model.save(target)
+    assert OnnxModel.load(target).info == model.info
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_files_that_hold_no_model_of_ours_are_refused(model, tmp_path):
+    path = tmp_path / "m.onnx"
+    with pytest.raises(LoadError, match="cannot be read"):
+        OnnxModel.load(path)
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(LoadError, match="not an ONNX file"):
+        OnnxModel.load(path)
+    data = model.proto.SerializeToString()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(LoadError, match="not an ONNX file"):
+        OnnxModel.load(path)
+    foreign = onnx.ModelProto()
+    foreign.CopyFrom(model.proto)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, path)
+    with pytest.raises(LoadError, match="no passport"):
+        OnnxModel.load(path)
+
+
+def test_a_passport_that_is_none_is_refused(model, tmp_path):
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model.proto)
+    helper.set_model_props(broken, {"yolov7_deploy": "{}"})
+    onnx.save(broken, tmp_path / "m.onnx")
+    with pytest.raises(LoadError, match="passport"):
+        OnnxModel.load(tmp_path / "m.onnx")
+
+
+def test_the_passport_reads_back_from_its_own_text(model):
+    assert ModelInfo.from_json(model.info.to_json()) == model.info

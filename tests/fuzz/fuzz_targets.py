@@ -1,0 +1,393 @@
+"""What the fuzz test does to each loader, and the child process in which it does it.
+
+One case by hand:  python tests/fuzz/fuzz_targets.py LOADER --first 17 --count 1 --keep DAMAGED_FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import itertools
+import json
+import os
+import random
+import resource
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.fuzz import container_mutations, fuzz_seeds, mutations
+from yolov7_deploy.errors import Y7Error
+
+HANG_S = 30  # far more than any loader takes for these small files, on a machine that has other things to do
+EXTRA_BYTES = 2**30  # address space that all cases of one loader may take beyond what the sound files took
+OUT_OF_MEMORY = ("bad_alloc", "nsufficient memory", "failed to allocate", "not enough memory")
+FRAMES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A loader under test.
+
+    Attributes:
+        seeds: Makes the sound files.
+        mutate: Makes a damaged one.
+        load: Opens the file at a path and uses what comes out; raises only `Y7Error`.
+        suffix: Of the file.
+        place: Where the damaged file goes, inside the folder of the campaign.
+        weight: Cases for every hundred of another loader.
+        prepare: Puts other files into the folder first.
+    """
+
+    seeds: Callable[[Path], list[bytes]]
+    mutate: mutations.Mutator
+    load: Callable[[Path], object]
+    suffix: str
+    place: str = "damaged"
+    weight: int = 100
+    prepare: Callable[[Path], None] = lambda folder: None
+
+
+# --- what is done with a file -----------------------------------------------------------------------------------------
+
+
+def _checkpoint(path: Path) -> None:
+    from yolov7_deploy.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    _passport_of(checkpoint.info)
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.tensors.values())
+
+
+def _passport(path: Path) -> None:
+    from yolov7_deploy.metadata import ModelInfo
+
+    _passport_of(ModelInfo.from_json(path.read_bytes().decode("utf-8", "surrogateescape")))
+
+
+def _passport_of(info: Any) -> None:
+    """What readers of a passport do with it."""
+    from yolov7_deploy.cli.info import _passport_text
+    from yolov7_deploy.metadata import ModelInfo
+
+    assert ModelInfo.from_json(info.to_json()) == info
+    _passport_text(info).encode()
+    hash(info)
+    assert max(*info.default_hw, info.stride) < 2**20
+
+
+def _onnx_model(path: Path) -> None:
+    from yolov7_deploy.export.onnx_model import OnnxModel
+
+    model = OnnxModel.load(path)
+    _passport_of(model.info)
+
+
+def _info(path: Path) -> None:
+    from yolov7_deploy.cli.info import info
+
+    info(str(path), json_path=os.devnull)
+
+
+def _detector(path: Path) -> None:
+    """Opens every file, and runs what ONNX's own checker calls sound.
+
+    ONNX Runtime opens some graphs that it should not and crashes when they run: a Constant of the function body whose
+    value is of another type than it says, for one (case 6508). A loader cannot see that without the checker, which the
+    production image does not have.
+    """
+    import onnx
+
+    from yolov7_deploy.detector import Detector
+
+    with Detector(path, device="cpu") as detector:
+        try:
+            onnx.checker.check_model(path, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, UnicodeDecodeError, ValueError):
+            return
+        if max(detector.input_hw) <= 4 * fuzz_seeds.SIDE:
+            # Weights that are not finite any more make NumPy warn, as they should.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            detector(fuzz_seeds.picture()).filter(conf=0.3)
+            warnings.simplefilter("error", RuntimeWarning)
+
+
+def _picture(path: Path) -> None:
+    from yolov7_deploy.datasets.image_size import read_picture_hw
+    from yolov7_deploy.image import read_image
+
+    try:
+        read_picture_hw(path)
+    finally:
+        image = read_image(path)
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
+
+
+def _source(path: Path) -> None:
+    from yolov7_deploy.sources import open_source
+
+    with open_source(path) as source:
+        _ = source.total
+        for frame in itertools.islice(source, FRAMES):
+            assert frame.image.dtype == np.uint8 and frame.image.ndim == 3 and frame.image.shape[2] == 3
+
+
+def _list(path: Path) -> None:
+    from yolov7_deploy.sources import open_source
+
+    for on_error in ("skip", "raise"):
+        source = open_source(path, on_error=on_error)
+        _ = source.paths
+        if not source.is_live and all("://" not in shown for shown in source.paths):
+            list(itertools.islice(source, FRAMES))
+
+
+def _dataset(path: Path) -> None:
+    from yolov7_deploy.datasets import open_dataset
+
+    root = path.parent if path.suffix != ".txt" else path.parent.parent
+    dataset = open_dataset(root / "data.yaml" if path.suffix == ".txt" else path)
+    for sample in itertools.islice(dataset, 4):
+        assert len(sample.boxes) == len(sample.class_ids) == len(sample.crowd) == len(sample.polygons)
+    dataset.box_counts()
+    json.dumps(dataset.ground_truth(range(min(4, len(dataset)))), allow_nan=False)
+    "".join((*dataset.class_names, *dataset.problems)).encode()
+
+
+def _with_pictures(folder: Path) -> None:
+    """Two pictures, their labels, a list of them, an annotation file and a YAML."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for number in (1, 2):
+        (folder / "images" / f"{number}.png").write_bytes(fuzz_seeds.encoded(".png", fuzz_seeds.picture()))
+        (folder / "labels" / f"{number}.txt").write_bytes(fuzz_seeds.labels()[0])
+    (folder / "list.txt").write_text("./images/1.png\nimages/2.png\n")
+    (folder / "coco.json").write_bytes(fuzz_seeds.coco_documents()[0])
+    (folder / "data.yaml").write_bytes(fuzz_seeds.yamls()[0])
+
+
+def _engine(path: Path) -> None:
+    """Plan or record was damaged; both are named like the campaign's engine."""
+    from yolov7_deploy.cli.info import info
+    from yolov7_deploy.tensorrt.engine import Engine
+
+    engine = path.with_suffix("") if path.suffix == ".json" else path
+    loaded = Engine.load(engine)
+    if loaded.record is not None:
+        _passport_of(loaded.record.info)
+        assert type(loaded.record).from_json(loaded.record.to_json()) == loaded.record
+    for layers in (False, True):
+        info(str(engine), json_path=os.devnull, layers=layers)
+
+
+def _plugin(path: Path) -> None:
+    from yolov7_deploy.tensorrt.plugin_library import describe_plugin
+
+    library = describe_plugin(path)
+    f"{library} {library.runs_on(86)}".encode()
+
+
+def _mutate_library(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Half of the time what it says of itself, cut or filled up to the same length."""
+    start = data.find(b'{"name"')
+    if start < 0 or rng.random() < 0.5:
+        return mutations.mutate_bytes(rng, data, others)
+    stop = data.index(b"\0", start)
+    said = mutations.mutate_json(rng, data[start:stop], ())
+    return data[:start] + said[: stop - start].ljust(stop - start) + data[stop:]
+
+
+def _with_plan(folder: Path) -> None:
+    (folder / "damaged.engine").write_bytes(fuzz_seeds.plans()[0])
+
+
+def _mutate_record(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """Half of the time the inspector's document, or the builder's list, inside the record."""
+    document = json.loads(data)
+    key, mutate = ("inspector", mutations.mutate_json) if document["inspector"] else ("listing", mutations.mutate_bytes)
+    if rng.random() < 0.5 or not document[key]:
+        return mutations.mutate_json(rng, data, others)
+    said = mutate(rng, document[key].encode(), ())
+    return json.dumps({**document, key: said.decode("utf-8", "replace")}).encode()
+
+
+def _mutate_onnx(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
+    """A graph that is still a graph, with a passport or without; one time in three only bytes are changed."""
+    if rng.random() < 0.35:
+        return mutations.mutate_bytes(rng, data, others)
+    import onnx
+
+    proto = onnx.load_model_from_string(data)
+    if proto.metadata_props and rng.random() < 0.2:
+        entry = proto.metadata_props[0]
+        entry.value = mutations.mutate_json(rng, entry.value.encode(), ()).decode("utf-8", "replace")
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        container_mutations.changed_message(rng, proto)
+    return proto.SerializeToString()
+
+
+TARGETS = {
+    "torch": Target(
+        seeds=fuzz_seeds.checkpoints, mutate=container_mutations.mutate_zip, load=_checkpoint, suffix=".pt"
+    ),
+    "safetensors": Target(
+        seeds=fuzz_seeds.safetensors_files,
+        mutate=container_mutations.mutate_safetensors,
+        load=_checkpoint,
+        suffix=".safetensors",
+    ),
+    "passport": Target(
+        seeds=lambda _: fuzz_seeds.passports(), mutate=mutations.mutate_json, load=_passport, suffix=".json"
+    ),
+    "onnx-model": Target(seeds=lambda _: fuzz_seeds.graphs(), mutate=_mutate_onnx, load=_onnx_model, suffix=".onnx"),
+    "onnx-info": Target(seeds=lambda _: fuzz_seeds.graphs(), mutate=_mutate_onnx, load=_info, suffix=".onnx"),
+    "detector": Target(
+        seeds=lambda _: fuzz_seeds.graphs(), mutate=_mutate_onnx, load=_detector, weight=40, suffix=".onnx"
+    ),
+    "picture": Target(
+        seeds=lambda _: fuzz_seeds.pictures(), mutate=container_mutations.mutate_picture, load=_picture, suffix=".png"
+    ),
+    "video": Target(seeds=fuzz_seeds.videos, mutate=container_mutations.mutate_picture, load=_source, suffix=".mp4"),
+    "list": Target(
+        seeds=lambda _: fuzz_seeds.source_lists(),
+        mutate=mutations.mutate_text,
+        load=_list,
+        suffix=".txt",
+        prepare=_with_pictures,
+    ),
+    "yaml": Target(
+        seeds=lambda _: fuzz_seeds.yamls(),
+        mutate=mutations.mutate_text,
+        load=_dataset,
+        weight=40,
+        suffix=".yaml",
+        prepare=_with_pictures,
+    ),
+    "coco": Target(
+        seeds=lambda _: fuzz_seeds.coco_documents(),
+        mutate=mutations.mutate_json,
+        load=_dataset,
+        suffix=".json",
+        prepare=_with_pictures,
+    ),
+    "engine": Target(seeds=lambda _: fuzz_seeds.plans(), mutate=mutations.mutate_bytes, load=_engine, suffix=".engine"),
+    "record": Target(
+        seeds=lambda _: fuzz_seeds.records(),
+        mutate=_mutate_record,
+        load=_engine,
+        weight=40,
+        suffix=".engine.json",
+        prepare=_with_plan,
+    ),
+    "plugin": Target(seeds=fuzz_seeds.plugin_libraries, mutate=_mutate_library, load=_plugin, suffix=".so", weight=10),
+    "labels": Target(
+        seeds=lambda _: fuzz_seeds.labels(),
+        mutate=mutations.mutate_text,
+        load=_dataset,
+        suffix=".txt",
+        place="labels/1",
+        prepare=_with_pictures,
+    ),
+}
+
+
+# --- the child process ------------------------------------------------------------------------------------------------
+
+
+def damaged(name: str, case: int, seeds: Sequence[bytes]) -> bytes:
+    """The file of a case, the same on every machine that makes the same sound files."""
+    rng = random.Random(f"{name}:{case}")
+    return TARGETS[name].mutate(rng, rng.choice(seeds), seeds)
+
+
+def complaint(error: Exception) -> str:
+    """What is wrong with the way a file was refused; empty where all is well."""
+    if not isinstance(error, Y7Error):
+        return "".join(traceback.format_exception(error))[-3000:]
+    if not error.message or not error.fix:
+        return f"{type(error).__name__} without a message or without a fix: {error}"
+    if not str(error).isascii():
+        try:
+            str(error).encode()
+        except UnicodeEncodeError:
+            return f"{type(error).__name__} that cannot be printed: {str(error)!r:.500}"
+    if len(str(error)) > 5000:
+        text = str(error)
+        return f"{type(error).__name__} of {len(text)} characters: {text[:200]}...{text[-200:]}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or any(words in str(cause) for words in OUT_OF_MEMORY):
+            return f"it took all memory before it was refused: {error}"
+        cause = cause.__cause__
+    return ""
+
+
+def campaign(name: str, *, first: int, count: int, folder: Path, keep: Path | None) -> None:
+    """Loads the cases first..first+count-1; before each its number is on the disk, after each what went wrong.
+
+    The sound files come first: one at least must load, and what they take of address space is not counted.
+    """
+    target = TARGETS[name]
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        seeds = target.seeds(Path(home))
+    warnings.simplefilter("error")
+    target.prepare(folder)
+    os.chdir(folder)
+    path = folder / f"{target.place}{target.suffix}"
+    accepted = 0
+    for seed in seeds:
+        path.write_bytes(seed)
+        try:
+            target.load(path)
+            accepted += 1
+        except Y7Error as error:
+            assert not complaint(error), complaint(error)
+    assert accepted, "no sound file is accepted, so damaged ones would prove nothing"
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES, resource.RLIM_INFINITY))
+    with (folder / "current").open("w") as current, (folder / "findings").open("a") as findings:
+        for case in range(first, first + count):
+            content = damaged(name, case, seeds)
+            os.pwrite(current.fileno(), f"{case:12d}".encode(), 0)
+            if keep is not None:
+                keep.write_bytes(content)
+            path.write_bytes(content)
+            faulthandler.dump_traceback_later(HANG_S, exit=True)
+            try:
+                target.load(path)
+                wrong = ""
+            except Exception as error:  # noqa: BLE001 - any error is what is looked for
+                wrong = complaint(error)
+            faulthandler.cancel_dump_traceback_later()
+            if wrong:
+                findings.write(json.dumps([case, wrong]) + "\n")
+                findings.flush()
+        os.pwrite(current.fileno(), b"done        ", 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=TARGETS)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--keep", type=Path)
+    options = parser.parse_args()
+    keep = options.keep and options.keep.absolute()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        campaign(options.name, first=options.first, count=options.count, folder=folder, keep=keep)
+        if options.folder is None:
+            sys.stdout.write((folder / "findings").read_text() or "no finding\n")
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    main()

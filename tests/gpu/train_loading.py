@@ -1,0 +1,131 @@
+"""Generated pictures, and what their loader does: alone, and with a network that learns from them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_loader import repeated
+
+from tests.gpu.train_steps import Bench, Sizes, Stepper, images_per_s, new_stepper, precision, synchronize
+from yolov7_deploy.datasets import Dataset, open_dataset
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, SPLITS, write_shapes
+from yolov7_deploy.training.augment import Augmentation
+from yolov7_deploy.training.dataloader import TrainLoader
+from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
+from yolov7_deploy.training.sample import Batch
+
+REPEATS = 8  # of the pictures in an epoch, which would be over before the workers are in step
+ALL_CACHED = 2**36
+PREFETCHED = 2  # batches of each worker that torch's loader asks for ahead
+
+
+def make_shapes(bench: Bench) -> dict[str, Any]:
+    """Writes the pictures in as many processes as there are cores, and one YAML for all of them."""
+    sizes, started = bench.sizes, time.perf_counter()
+    write = partial(write_set, folder=bench.folder, sizes=sizes)
+    processes = min(sizes.sets, os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        folders = list(pool.map(write, range(sizes.sets)))
+    places = {split: [str(folder / "images" / split) for folder in folders] for split in SPLITS}
+    # JSON is YAML too.
+    bench.data.write_text(json.dumps({**places, "names": list(CLASS_NAMES)}), encoding="utf-8")
+    return {
+        "train": sizes.sets * sizes.train,
+        "val": sizes.sets * sizes.val,
+        "img": sizes.img,
+        "format": "PNG",
+        "processes": processes,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def write_set(seed: int, *, folder: Path, sizes: Sizes) -> Path:
+    """One of the sets; each has a seed of its own."""
+    place = folder / f"shapes-{seed:02d}"
+    write_shapes(place, train=sizes.train, val=sizes.val, size=sizes.img, seed=seed)
+    return place
+
+
+def feed(bench: Bench, variant: str, *, cached: bool) -> dict[str, Any]:
+    """Images per second of the loader alone, of the learner alone on one of its batches, and of both together.
+
+    The pictures come several times in an epoch; where they are cached, each was decoded before anything is measured.
+    """
+    dataset, batch = repeated(open_dataset(bench.data, split="train"), REPEATS), bench.sizes.batches[-1]
+    loader = new_loader(bench, dataset, variant, batch, cached=cached)
+    stepper = new_stepper(bench.sizes, variant, batch, device=bench.device, half=True, calm=True, classes=CLASS_NAMES)
+    try:
+        found = measured(bench, loader, stepper, fill=loader.steps if cached else 1)
+        bench.rates[variant] = found["images_per_s"]
+        return {
+            **found,
+            "pictures_of_an_epoch": len(dataset),
+            "batch": batch,
+            "img": bench.sizes.img,
+            "workers": bench.sizes.workers,
+            "cores": os.cpu_count(),
+            "precision": precision(stepper.learner, tf32=True),
+            "cached": cached,
+        }
+    finally:
+        loader.close()
+
+
+def new_loader(bench: Bench, dataset: Dataset, variant: str, batch: int, *, cached: bool) -> TrainLoader:
+    """As a training of the variant by its own recipe has it."""
+    img = bench.sizes.img
+    store = PictureStore(dataset, size=img, cache_bytes=ALL_CACHED if cached else 0)
+    augmentation = Augmentation(hyp=PRESETS[preset_for(variant, pretrained=False)], size=img)
+    return TrainLoader(store, augmentation, batch=batch, workers=bench.sizes.workers, seed=0)
+
+
+def measured(bench: Bench, loader: TrainLoader, stepper: Stepper, *, fill: int) -> dict[str, float]:
+    """Rates of loader and learner apart and together, after the first `fill` batches."""
+    sizes, batches = bench.sizes, stream(loader)
+    kept = next(islice(batches, fill - 1, None))
+    learner = images_per_s(stepper, kept, seconds=sizes.seconds)
+    for _ in range(PREFETCHED * sizes.workers):  # which were made meanwhile
+        next(batches)
+    alone, _ = throughput(batches, bench.device, seconds=sizes.seconds / 2)
+    together, waited = throughput(batches, bench.device, seconds=sizes.seconds, work=stepper)
+    return {
+        "loader_images_per_s": round(alone, 1),
+        "learner_images_per_s": round(learner, 1),
+        "images_per_s": round(together, 1),
+        "share_waiting_for_loader": round(max(0.0, 1 - together / learner), 4),
+        "share_host_waits": round(waited, 4),
+    }
+
+
+def stream(loader: TrainLoader) -> Iterator[Batch]:
+    """Epoch after epoch."""
+    for epoch in count():
+        yield from loader.epoch(epoch)
+
+
+def throughput(
+    batches: Iterator[Batch], device: torch.device, *, seconds: float, work: Callable[[Batch], object] | None = None
+) -> tuple[float, float]:
+    """Images per second of batches that are taken, and worked on; and the share of time the host waits for the next."""
+    started, waited, images = time.perf_counter(), 0.0, 0
+    while not images or time.perf_counter() - started < seconds:
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        images += len(batch.images)
+        if work is not None:
+            work(batch)
+    synchronize(device)
+    took = time.perf_counter() - started
+    return images / took, waited / took

@@ -1,0 +1,336 @@
+"""The torch network, the candidates among its outputs and the lanes it runs in: on the CPU device, with stand-ins for
+CUDA graphs only."""
+
+import copy
+import logging
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.sample_images import PICTURES
+from tests.support.small_models import HW, fused_tiny
+from yolov7_deploy.image import fit_letterbox, to_network_input
+from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import detections_of
+from yolov7_deploy.runtimes.torch_cuda_graphs import Graphs, Lane, Lanes, is_out_of_memory
+from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_picture
+
+CPU = torch.device("cpu")
+# Half keeps 11 bits. With these weights, whose boxes are up to 1420 pixels wide, 0.0030 and 3.9 pixels were measured;
+# another processor adds up in another order, so the limits are three times as wide.
+HALF_SCORE, HALF_BOX_PX = 0.01, 12
+CANVASES = [fit_letterbox(picture.shape[:2], HW).apply(picture) for picture in PICTURES]
+
+
+def network(half=False):
+    return TorchNetwork(copy.deepcopy(fused_tiny()), CPU, half=half)
+
+
+def as_it_is(forward):
+    return forward
+
+
+def decoded_by(net, canvases):
+    """Without a lane."""
+    with torch.inference_mode():
+        images = net.empty_input(len(canvases), canvases[0].shape[:2])
+        return net.predict(net.prepare(torch.from_numpy(np.stack(canvases)), images)).clone()
+
+
+# --- network ------------------------------------------------------------------------------------------------------
+
+
+def test_canvases_become_the_network_input_of_the_host_bit_for_bit():
+    net = network()
+    canvases = [*CANVASES[:2], np.arange(np.prod(HW) * 3, dtype=np.uint8).reshape(*HW, 3)]
+    images = net.prepare(torch.from_numpy(np.stack(canvases)), net.empty_input(3, HW))
+    np.testing.assert_array_equal(images.numpy(), to_network_input(canvases))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_in_half_the_network_input_is_rounded_once():
+    net = network(half=True)
+    images = net.prepare(torch.from_numpy(np.stack(CANVASES[:1])), net.empty_input(1, HW))
+    np.testing.assert_array_equal(images.numpy(), to_network_input(CANVASES[:1]).astype(np.float16))
+
+
+def test_half_runs_in_half_and_decodes_in_float32():
+    net = network(half=True)
+    whole, half = decoded_by(network(), CANVASES), decoded_by(net, CANVASES)
+    with torch.inference_mode():
+        maps = net.maps(net.empty_input(1, HW))
+    assert {x.dtype for x in maps} == {torch.float16} and half.dtype == torch.float32
+    assert (half[..., 4:] - whole[..., 4:]).abs().max() < HALF_SCORE
+    assert (half[..., :4] - whole[..., :4]).abs().max() < HALF_BOX_PX
+    # Decoded in half, they would be numbers that half can hold.
+    for part in (half[..., :2], half[..., 2:4], half[..., 4:]):
+        assert not torch.equal(part, part.half().float())
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+# Few values, so that scores tie and meet the threshold exactly; 0.1 is no float32.
+LEVELS = np.array([0, 0.1, 0.25, 0.5, 0.75, 1, np.nan], dtype=np.float32)
+
+
+def random_outputs(seed, *, pictures, anchors, classes, broken):
+    rng = np.random.default_rng(seed)
+    outputs = rng.choice(LEVELS[: len(LEVELS) if broken else -1], (pictures, anchors, 5 + classes))
+    outputs[..., :4] = rng.uniform(0, 64, (pictures, anchors, 4))
+    return outputs.astype(np.float32)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    pictures=st.integers(1, 3),
+    anchors=st.integers(0, 40),
+    classes=st.integers(1, 4),
+    conf=st.sampled_from([0.0, 0.1, 0.25, 0.1875, 0.3, 1.0]),
+    multi_label=st.booleans(),
+    only=st.sampled_from([None, (0,), (1, 2)]),
+    broken=st.booleans(),
+)
+def test_detections_of_the_candidates_are_those_of_all_anchors(
+    seed, pictures, anchors, classes, conf, multi_label, only, broken
+):
+    outputs = random_outputs(seed, pictures=pictures, anchors=anchors, classes=classes, broken=broken)
+    thresholds = Thresholds(conf=conf, multi_label=multi_label, classes=only)
+    rows = split_by_picture(*candidates(torch.from_numpy(outputs), conf), pictures)
+    assert len(rows) == pictures
+    for chosen, output in zip(rows, outputs, strict=True):
+        for ours, expected in zip(detections_of(chosen, thresholds), detections_of(output, thresholds), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+
+
+def test_only_rows_with_a_score_above_the_threshold_leave_the_device():
+    outputs = torch.zeros(3, 6, 7)
+    outputs[1, 2, 4:] = torch.tensor([0.9, 0.1, 0.5])  # 0.45
+    outputs[1, 3, 4:] = torch.tensor([0.9, 0.1, 0.2])  # objectness alone is above
+    outputs[1, 5, 4:] = torch.tensor([0.5, 0.8, 0.0])  # the threshold itself
+    rows, pictures = candidates(outputs, 0.4)
+    assert pictures.tolist() == [1] and torch.equal(rows[0], outputs[1, 2])
+    assert [len(part) for part in split_by_picture(rows, pictures, 3)] == [0, 1, 0]
+
+
+# --- lanes --------------------------------------------------------------------------------------------------------
+
+
+def detected_in(lanes, canvases, conf=0.6):
+    with lanes.taken((len(canvases), *HW)) as lane, lane.on_stream():
+        lane.stage(canvases)
+        lane.prepare()
+        return lane.fetch(lane.run(), conf)
+
+
+def expected_rows(net, canvases, conf=0.6):
+    return split_by_picture(*candidates(decoded_by(net, canvases), conf), len(canvases))
+
+
+def assert_equal_rows(ours, expected):
+    assert [len(rows) for rows in ours] == [len(rows) for rows in expected]
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class StaticGraph:
+    """What a CUDA graph does with memory: one output that every replay overwrites. Counts captures and replays."""
+
+    captures = 0
+
+    def __call__(self, forward):
+        self.captures += 1
+        output = forward().clone()
+
+        def replay():
+            return output.copy_(forward())
+
+        return replay
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_lane_gives_what_the_network_gives(half, count):
+    net = network(half)
+    lanes = Lanes(lambda size: Lane(net, size, capture=as_it_is), most=1)
+    assert_equal_rows(detected_in(lanes, CANVASES[:count]), expected_rows(net, CANVASES[:count]))
+
+
+def test_results_outlive_the_next_call_in_the_same_lane():
+    net, graph = network(), StaticGraph()
+    lanes = Lanes(lambda size: Lane(net, size, capture=graph), most=1)
+    first = detected_in(lanes, CANVASES[:1])
+    assert len(first[0]) > 0
+    detected_in(lanes, CANVASES[1:2])
+    assert_equal_rows(first, expected_rows(net, CANVASES[:1]))
+    assert graph.captures == 1
+
+
+def test_eight_threads_get_each_their_own_result():
+    net, graph = network(), StaticGraph()
+    lanes = Lanes(lambda size: Lane(net, size, capture=graph), most=3)
+    expected = [expected_rows(net, [canvas]) for canvas in CANVASES]
+    wrong = []
+
+    def call(number):
+        for turn in range(6):
+            which = (number + turn) % len(CANVASES)
+            try:
+                assert_equal_rows(detected_in(lanes, [CANVASES[which]]), expected[which])
+            except AssertionError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    assert graph.captures <= 3
+
+
+class BareLane:
+    """A lane of which only the size matters."""
+
+    def __init__(self, size):
+        self.size = size
+
+
+def bare_lanes(most):
+    made = []
+
+    def make(size):
+        made.append(size)
+        return BareLane(size)
+
+    return Lanes(make, most=most), made
+
+
+def use(lanes, number):
+    with lanes.taken((1, number, 32)) as lane:
+        return weakref.ref(lane)
+
+
+def test_the_least_recently_used_lane_makes_room():
+    lanes, made = bare_lanes(most=2)
+    for number in (1, 2, 1, 3, 1, 2):
+        use(lanes, number)
+    assert [height for _, height, _ in made] == [1, 2, 3, 2]
+
+
+def test_more_callers_than_lanes_wait_for_one():
+    lanes, made = bare_lanes(most=1)
+    entered = threading.Event()
+    waiting = threading.Thread(target=lambda: (use(lanes, 2), entered.set()))
+    with lanes.taken((1, 1, 32)):
+        waiting.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(10)
+    waiting.join()
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_lane_in_which_a_call_failed_is_not_used_again(error):
+    lanes, made = bare_lanes(most=1)
+    with pytest.raises(error), lanes.taken((1, 1, 32)):
+        raise error
+    use(lanes, 1)
+    assert len(made) == 2
+
+
+def test_a_lane_that_could_not_be_made_takes_no_place():
+    def make(size):
+        raise ValueError("no")
+
+    lanes = Lanes(make, most=1)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no"):
+            use(lanes, 1)
+
+
+def alive(lane):
+    return lane() is not None
+
+
+def test_lanes_given_up_are_freed():
+    lanes, _ = bare_lanes(most=4)
+    idle = use(lanes, 1)
+    assert alive(idle)
+    assert lanes.give_up() == 1
+    assert not alive(idle)
+    assert lanes.give_up() == 0
+
+
+def test_closing_frees_lanes_and_those_in_use_at_the_end_of_their_call():
+    lanes, _ = bare_lanes(most=4)
+    idle = use(lanes, 1)
+    with lanes.taken((1, 2, 32)) as lane:
+        busy = weakref.ref(lane)
+        lanes.close()
+        assert not alive(idle) and alive(busy)
+    del lane
+    assert not alive(busy)
+    assert not alive(use(lanes, 3)), "a call after closing leaves nothing behind"
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_cannot_be_made_is_told_once_and_does_without(caplog):
+    tried = []
+
+    def refuse(forward):
+        tried.append(forward)
+        raise RuntimeError("operation not permitted when stream is capturing\nlong advice")
+
+    graphs = Graphs(refuse)
+    with caplog.at_level(logging.WARNING):
+        assert graphs(as_it_is) is as_it_is and graphs(as_it_is) is as_it_is
+    (record,) = caplog.records
+    assert "(operation not permitted when stream is capturing)" in record.getMessage()
+    assert len(tried) == 1 and not graphs.work
+
+
+def test_memory_that_runs_out_in_a_capture_says_nothing_against_graphs():
+    def exhaust(forward):
+        try:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    graphs = Graphs(exhaust)
+    with pytest.raises(RuntimeError, match="previous error") as caught:
+        graphs(as_it_is)
+    assert is_out_of_memory(caught.value) and graphs.work
+
+
+def test_only_one_graph_is_made_at_a_time():
+    inside, most = [], []
+
+    def slow(forward):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return forward
+
+    threads = [threading.Thread(target=Graphs(slow), args=(as_it_is,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))

@@ -1,0 +1,77 @@
+"""Small networks with deterministic weights, exported and run, for tests of more than one station."""
+
+from functools import lru_cache
+
+import numpy as np
+import onnxruntime
+import torch
+
+from tests.support.deterministic import fill_model, picture
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
+from yolov7_deploy.model.yolov7 import Yolov7, new_model
+from yolov7_deploy.options import ExportOptions
+
+HW = (128, 192)  # not square, so that swapped sides show; 1512 anchors, more than the suppression tests let in
+CALM = 0.05  # of the head's weights: raw values of 2 instead of 40
+
+
+def info_of(model: Yolov7) -> ModelInfo:
+    """The passport of a model's weights."""
+    return ModelInfo(
+        variant=model.variant.name,
+        class_names=tuple(f"thing {i}" for i in range(model.classes)),
+        strides=model.head.strides,
+        anchors=model.anchors,
+        source="deterministic",
+    )
+
+
+def tiny(classes: int = 5) -> Yolov7:
+    """yolov7-tiny whose scores spread over 0 to 1; with the head as it is, nearly all would be exactly 0 or 1."""
+    model = fill_model(new_model("yolov7-tiny", classes=classes))
+    with torch.no_grad():
+        for convolution in model.head.m:
+            convolution.weight *= CALM
+    return model
+
+
+@lru_cache
+def fused_tiny(classes: int = 5) -> Yolov7:
+    """`tiny`, fused; shared, so not to be changed."""
+    return fuse(tiny(classes))
+
+
+@lru_cache
+def exported_tiny(classes: int = 5, **options: object) -> OnnxModel:
+    """yolov7-tiny as ONNX at HW; shared, so not to be changed."""
+    model = fused_tiny(classes)
+    return export_onnx(model, info_of(model), ExportOptions(**{"input_hw": HW, **options}))
+
+
+@lru_cache
+def tiny_session(classes: int = 5, **options: object) -> onnxruntime.InferenceSession:
+    """`exported_tiny` in ONNX Runtime."""
+    return session(exported_tiny(classes, **options).proto)
+
+
+def session(proto) -> onnxruntime.InferenceSession:
+    """A graph in ONNX Runtime on the CPU; its warnings about inputs with a default are left out."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache
+def images(count: int = 1) -> np.ndarray:
+    """Network inputs [count, 3, H, W], all different."""
+    return np.concatenate([picture(*HW, salt=f"{i}").numpy() for i in range(count)])
+
+
+@lru_cache
+def decoded_by_torch(classes: int = 5, count: int = 1) -> np.ndarray:
+    """What torch makes of `images(count)`: [count, A, 5 + C]."""
+    with torch.no_grad():
+        return fused_tiny(classes).predict(torch.from_numpy(images(count))).numpy()

@@ -1,0 +1,238 @@
+"""Engines of a small graph, or of a real network, on the fake TensorRT and the fake GPU."""
+
+import ctypes
+import gc
+import platform
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.fakes.emulated_kernels import compile_described
+from tests.fakes.fake_trt_runtime import RTX, FakeTrt, plan_of
+from tests.fakes.faked_cuda import fake_cudart
+from yolov7_deploy.image import fit_letterbox, to_network_input
+from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.options import Thresholds
+from yolov7_deploy.runtimes import cuda, cudart
+from yolov7_deploy.runtimes.base import open_backend
+from yolov7_deploy.runtimes.cudart import LibraryRuntime
+from yolov7_deploy.runtimes.letterbox_kernel import Kernels
+from yolov7_deploy.tensorrt.build_record import EngineRecord
+from yolov7_deploy.tensorrt.engine import Engine, digest
+from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
+
+HW = (64, 96)
+SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # of the three boxes in every picture
+FACTORS = np.array([[40], [50], [60]], np.float32)
+CAPABILITY = 90  # of the fake GPU
+NMS = NmsInfo(
+    kind="plugin",
+    conf=0.25,
+    iou=0.45,
+    max_det=3,
+    max_candidates=100,
+    multi_label=True,
+    class_agnostic=False,
+    runtime_thresholds=True,
+)
+INFO = ModelInfo(
+    variant="custom", class_names=("a", "b", "c"), strides=(8,), anchors=(((1, 1),),), input_hw=HW, nms=NMS
+)
+
+_MEANS = """
+    as_float = Cast <to = 1> (images)
+    means = ReduceMean <keepdims = 0> (as_float, axes)
+    rgb = Gather <axis = 1> (means, order)
+    unit = Div (rgb, range)
+    red_green = Gather <axis = 1> (unit, pair)
+    one_row = Unsqueeze (red_green, one)
+    rows = Mul (one_row, factors)
+    boxes = Add (rows, size)
+    none = ReduceSum (unit, one)
+    nought = Mul (none, zero)
+    scored = Add (scores, nought)
+"""
+_CONSTANTS = """
+    float[1] range = {%s}, int64[3] order = {%s}, int64[2] axes = {%s}, int64[4] pair = {0, 1, 0, 1},
+    int64[1] one = {1}, float[1,3,1] factors = {40, 50, 60}, float[1,1,4] size = {0, 0, 9, 9}, float[1] zero = {0},
+    float[1,3] scores = {0.9, 0.6, 0.3}
+"""
+_SUPPRESSED = """
+<ir_version: 8, opset_import: ["": 18]>
+toy (%s images, float[1] conf_threshold, float[1] iou_threshold)
+ => (float[%s,3] unread, int32[%s,1] num_dets, float[%s,3,4] det_boxes, float[%s,3] det_scores,
+     int32[%s,3] det_classes, int32[%s,1] overflow)
+<%s, int32[1,3] classes = {0, 1, 2}, int32[1,1] overflowed = {%s}>
+{ %s
+    is_above = Greater (scored, conf_threshold)
+    above = Cast <to = 1> (is_above)
+    count = ReduceSum (above, one)
+    num_dets = Cast <to = 6> (count)
+    det_boxes = Identity (boxes)
+    no_iou = Mul (iou_threshold, zero)
+    det_scores = Add (scored, no_iou)
+    nought_i = Cast <to = 6> (nought)
+    det_classes = Add (classes, nought_i)
+    overflow = Add (overflowed, nought_i)
+    unread = Identity (unit)
+}
+"""
+_DECODED = """
+<ir_version: 8, opset_import: ["": 18]>
+toy (%s images) => (float[%s,3,8] output)
+<%s, float[1,3,3] each = {1, 0, 0, 0, 1, 0, 0, 0, 1}, int64[1] last = {-1}>
+{ %s
+    objectness = Unsqueeze (scored, last)
+    column = Mul (objectness, zero)
+    classes = Add (each, column)
+    output = Concat <axis = 2> (boxes, objectness, classes)
+}
+"""
+
+
+def toy(batch=1, *, kind="float", decoded=False, overflow=0):
+    """A graph that finds three boxes of scores SCORES and classes 0, 1, 2 in every canvas, by its mean colours.
+
+    Args:
+        batch: `None` for an open one.
+        kind: Type of `images`: float, float16 or uint8.
+        decoded: Raw rows instead of suppressed ones.
+        overflow: What that output says.
+    """
+    side = "B" if batch is None else str(batch)
+    uint8 = kind == "uint8"
+    shape = [side, *map(str, HW), "3"] if uint8 else [side, "3", *map(str, HW)]
+    images = f"{kind}[{','.join(shape)}]"
+    constants = _CONSTANTS % (("255", "2, 1, 0", "1, 2") if uint8 else ("1", "0, 1, 2", "2, 3"))
+    if decoded:
+        return onnx.parser.parse_model(_DECODED % (images, side, constants, _MEANS))
+    return onnx.parser.parse_model(_SUPPRESSED % (images, *[side] * 6, constants, overflow, _MEANS))
+
+
+def boxes_in(picture, letterbox=None):
+    """What `toy` finds, xyxy float32 [3, 4] in canvas pixels."""
+    letterbox = letterbox or fit_letterbox(picture.shape[:2], HW)
+    red, green, _ = to_network_input([letterbox.apply(picture)])[0].mean((1, 2), dtype=np.float64).astype(np.float32)
+    return np.array([[red, green, red, green]]) * FACTORS + np.array([[0, 0, 9, 9]], np.float32)
+
+
+def picture(seed, height=48, width=80):
+    """A colour of its own with some noise, so that each picture has boxes of its own."""
+    rng = np.random.default_rng(seed)
+    colour = rng.integers(30, 225, 3)
+    return (colour + rng.integers(-30, 30, (height, width, 3))).astype(np.uint8)
+
+
+def assert_found(found, image, *, rows=3):
+    """The first rows of what `toy` finds in this picture."""
+    np.testing.assert_allclose(found.boxes, boxes_in(image)[:rows], atol=BOX_TOLERANCE)
+    np.testing.assert_allclose(found.scores, SCORES[:rows], rtol=1e-6)
+    assert found.class_ids.tolist() == list(range(rows))
+
+
+BOX_TOLERANCE = 2e-3  # means of 6144 values as float32, times 60; pictures differ by whole pixels
+
+
+class Setting:
+    """One TensorRT of the fake kind, and engines for it.
+
+    Attributes:
+        trt: The module, importable as TensorRT is.
+        library: The fake CUDA runtime.
+        cuda: A Cuda of its own on it.
+    """
+
+    def __init__(self, folder, monkeypatch, version="10.3.0"):
+        self.folder, self.monkeypatch, self.installed, self.opened = folder, monkeypatch, [], []
+        self.library = ctypes.CDLL(str(fake_cudart()))
+        self.cuda = cuda.Cuda(LibraryRuntime(str(fake_cudart())))
+        self.use(version)
+        monkeypatch.setattr(cuda, "runtimes", lambda: iter([LibraryRuntime(str(fake_cudart()))]))
+        monkeypatch.setattr(cudart, "has_current_context", lambda: False)
+        self.build_kernels()
+
+    def use(self, version):
+        """Another TensorRT is installed."""
+        self.trt = FakeTrt(version, self.library)
+        self.installed.append(self.trt)
+        self.product = "tensorrt_rtx" if version == RTX else "tensorrt"
+        self.monkeypatch.setitem(sys.modules, self.product, self.trt)
+
+    def build_kernels(self):
+        """Our kernels are built; they work in the stream's turn, which the emulated ones do not know."""
+        emulated = compile_described("letterbox.cu", capability=CAPABILITY)
+        self.monkeypatch.setenv(PLUGIN_VARIABLE, str(emulated))
+        launch = Kernels.letterbox
+
+        def letterbox(kernels, *, stream, **what):
+            self.trt.queue(stream, lambda: launch(kernels, stream=0, **what))
+
+        self.monkeypatch.setattr(Kernels, "letterbox", letterbox)
+
+    def without_kernels(self):
+        """No library of ours is built."""
+        self.monkeypatch.delenv(PLUGIN_VARIABLE)
+        self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder))
+        self.monkeypatch.setattr("yolov7_deploy.tensorrt.plugin_library.SYSTEM_FOLDERS", ())
+
+    def engine(self, graph=None, *, info=INFO, batches=(1, 4), recorded=True, name="toy.engine", **fields):
+        """Path of an engine that fits this machine but for the given fields of its record."""
+        plan = plan_of(graph or toy(), self.trt.__version__, batches)
+        record = EngineRecord(
+            info=info,
+            **{
+                "plan_bytes": len(plan),
+                "plan_sha256": digest(plan),
+                "product": self.product,
+                "tensorrt": self.trt.__version__,
+                "compute_capability": "" if self.product == "tensorrt_rtx" else "9.0",
+                "platform": f"{platform.system().lower()}-{platform.machine()}",
+                **fields,
+            },
+        )
+        path = self.folder / name
+        Engine(plan=plan, record=record if recorded else None).save(path)
+        return path
+
+    def backend(self, graph=None, *, device="auto", **options):
+        """An open backend, closed at the end of the test."""
+        self.opened.append(open_backend(self.engine(graph, **options), device=device, input_hw=None))
+        return self.opened[-1]
+
+    def calls(self):
+        """Names of the CUDA calls from now on, each time those since the last time."""
+        log = self.folder / "calls"
+        log.touch()
+        self.monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
+        read = 0
+
+        def new():
+            nonlocal read
+            lines = log.read_text().split()
+            read, since = len(lines), lines[read:]
+            return since
+
+        return new
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """A machine with TensorRT 10.3 and a GPU; nothing undefined may be done on it, and everything is given back."""
+    made = Setting(tmp_path, monkeypatch)
+    before = made.library.fake_cuda_live()
+    yield made
+    for backend in made.opened:
+        backend.close()
+    assert [trt.violations for trt in made.installed] == [[]] * len(made.installed)
+    if made.library.fake_cuda_live() != before:
+        gc.collect()  # slow; exceptions keep what they met on their way
+    assert made.library.fake_cuda_live() == before
+
+
+def infer(backend, pictures, *, timed=False, hw=HW, **thresholds):
+    """Found of each picture."""
+    boxes = [fit_letterbox(one.shape[:2], hw) for one in pictures]
+    chosen = Thresholds(**{"conf": 0.25, "max_det": 100, "multi_label": True, **thresholds})
+    return backend.infer(pictures, boxes, chosen, timed=timed)

@@ -1,0 +1,256 @@
+"""What works with libraries missing, what is said where it does not, and how fast the doors open.
+
+Each test runs in a process of its own in which the libraries named cannot be found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.deterministic import fill_model
+from yolov7_deploy.cli.app import COMMANDS
+from yolov7_deploy.detector import Detector
+from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.model.fusion import fuse
+from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.options import ExportOptions
+
+HEAVY = (
+    "cuda",
+    "cv2",
+    "faster_coco_eval",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+    "pycocotools",
+    "pycuda",
+    "safetensors",
+    "tensorboard",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch",
+    "yaml",
+)
+# What the production image does without.
+NOT_AT_RUN_TIME = tuple(name for name in HEAVY if name not in {"cv2", "onnxruntime"})
+VERBS = [name for command, aliases in COMMANDS for name in (command.__name__, *aliases)]
+
+BLOCK = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+COMMAND = """
+import runpy
+sys.argv = {arguments!r}
+runpy.run_module("yolov7_deploy", run_name="__main__")
+"""
+
+# Seconds of wall time, the interpreter's own start included; the best of several runs, because a busy machine can
+# only make it longer.
+IMPORT_LIMIT_S = 0.15
+HELP_LIMIT_S = 0.4
+MAX_RUNS = 25
+
+# The package is found from any folder, installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+SIDE = 64
+MODEL = "the small ONNX file"
+PICTURE = np.random.default_rng(7).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+
+
+def python(code: str, *, without: tuple[str, ...], cwd=None) -> subprocess.CompletedProcess[str]:
+    script = BLOCK.format(names=set(without)) + code
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False
+    )
+
+
+def y7(*arguments: str, without: tuple[str, ...], cwd=None) -> subprocess.CompletedProcess[str]:
+    return python(COMMAND.format(arguments=["y7", *arguments]), without=without, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A small ONNX file with suppression inside."""
+    model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
+    info = ModelInfo(variant="yolov7-tiny", class_names=("first", "second"), strides=(8, 16, 32), anchors=model.anchors)
+    options = ExportOptions(input_hw=(SIDE, SIDE), conf=0.01, max_det=20, max_candidates=100)
+    path = tmp_path_factory.mktemp("cold") / "tiny.onnx"
+    export_onnx(model, info, options).save(path)
+    return path
+
+
+def test_the_front_door_opens_and_lists_its_names_without_any_library():
+    code = "import yolov7_deploy\nassert 'Detector' in dir(yolov7_deploy)\nyolov7_deploy.Thresholds()\n"
+    done = python(code, without=(*HEAVY, "numpy", "rich", "typer"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_answers_without_any_library():
+    done = y7("--help", without=(*HEAVY, "numpy"))
+    assert done.returncode == 0, done.stderr
+    assert all(command.__name__ in done.stdout for command, _ in COMMANDS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_without_any_library(verb):
+    done = y7(verb, "--help", without=(*HEAVY, "numpy"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: y7 {verb}") or f"y7 {verb}" in done.stdout.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    "library,name,extra",
+    [
+        ("onnxruntime", "model.onnx", "cpu"),
+        ("torch", "model.pt", "export"),
+        ("safetensors", "model.safetensors", "export"),
+    ],
+)
+def test_a_detector_names_the_library_and_the_extra_it_needs(tmp_path, library, name, extra):
+    (tmp_path / name).write_bytes(b"anything")
+    code = f"""
+from yolov7_deploy import Detector
+from yolov7_deploy.errors import MissingLibraryError
+try:
+    Detector({name!r})
+except MissingLibraryError as error:
+    print(error)
+"""
+    done = python(code, without=(library,), cwd=tmp_path)
+    assert done.stdout == f"{library} is needed to run {name}.\npip install 'yolov7-deploy[{extra}]'\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "library,name",
+    [
+        ("torch", "load_checkpoint"),
+        ("safetensors", "save_checkpoint"),
+        ("torch", "new_model"),
+        ("torch", "build_model"),
+        ("torch", "fuse"),
+        ("torch", "export_onnx"),
+        ("onnx", "export_onnx"),
+        ("onnxsim", "export_onnx"),
+        ("onnx", "OnnxModel"),
+    ],
+)
+def test_the_front_door_names_the_library_and_the_extra_it_needs(library, name):
+    code = f"""
+import yolov7_deploy
+from yolov7_deploy.errors import MissingLibraryError
+try:
+    yolov7_deploy.{name}
+except MissingLibraryError as error:
+    print(error)
+"""
+    done = python(code, without=(library,))
+    assert done.stdout == f"{library} is needed for {name}.\npip install 'yolov7-deploy[export]'\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "library,extra,arguments",
+    [
+        ("torch", "export", ["demo"]),
+        ("onnxruntime", "cpu", ["demo"]),
+        ("torch", "export", ["export", "--weights", "model.pt"]),
+        ("onnx", "export", ["export", "--weights", "model.pt"]),
+        ("onnxruntime", "cpu", ["export", "--weights", "model.pt"]),
+        ("faster_coco_eval", "val", ["val", "--data", "data.yaml"]),
+        ("yaml", "val", ["val", "--data", "data.yaml"]),
+        ("onnx", "export", ["verify", "--weights", MODEL, "--against", MODEL]),
+        ("torch", "export", ["info", "yolov7"]),
+        ("torch", "export", ["info", "model.pt"]),
+        ("matplotlib", "bench", ["bench", "--paper", "--weights", "model.pt"]),
+        ("torch", "export", ["train", "--data", "data.yaml"]),
+        ("matplotlib", "bench", ["train", "--data", "data.yaml"]),
+        ("faster_coco_eval", "val", ["train", "--data", "data.yaml"]),
+    ],
+)
+def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, arguments, tmp_path, model_file):
+    (tmp_path / "model.pt").write_bytes(b"anything")
+    arguments = [str(model_file) if argument == MODEL else argument for argument in arguments]
+    done = y7(*arguments, without=(library,), cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    message, fix = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert message.startswith(f"MissingLibraryError: {library} is needed")
+    assert extra in fix.removeprefix("pip install 'yolov7-deploy[").removesuffix("]'").split(",")
+
+
+def test_doctor_examines_a_machine_that_has_nothing():
+    done = y7("doctor", without=HEAVY)
+    assert done.returncode == 0, done.stderr
+    assert "pip install" in done.stdout
+
+
+def test_the_runtime_wing_runs_without_torch_and_without_onnx(model_file):
+    code = f"""
+import json
+import numpy as np
+from yolov7_deploy import Detector
+picture = np.array({PICTURE.tolist()}, dtype=np.uint8)
+with Detector({str(model_file)!r}, device="cpu") as detector:
+    found = detector(picture)
+print(json.dumps([found.boxes.tolist(), found.class_ids.tolist()]))
+"""
+    done = python(code, without=NOT_AT_RUN_TIME)
+    assert done.returncode == 0, done.stderr
+    with Detector(model_file, device="cpu") as detector:
+        found = detector(PICTURE)
+    assert len(found) > 0
+    assert json.loads(done.stdout) == [found.boxes.tolist(), found.class_ids.tolist()]
+
+
+def test_the_detector_does_not_load_the_command_line(model_file):
+    code = f"""
+from yolov7_deploy import Detector
+Detector({str(model_file)!r}, device="cpu").close()
+print(sorted({{"rich", "typer"}} & set(sys.modules)))
+"""
+    assert python(code, without=()).stdout == "[]\n"
+
+
+def best_time_s(*arguments: str, limit_s: float) -> float:
+    """The shortest run, looked for until one is under the limit."""
+    best = math.inf
+    for _ in range(MAX_RUNS):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], capture_output=True, env=ENVIRONMENT, check=True)
+        best = min(best, time.perf_counter() - start)
+        if best < limit_s:
+            break
+    return best
+
+
+def test_the_front_door_opens_at_once():
+    assert best_time_s("-c", "import yolov7_deploy", limit_s=IMPORT_LIMIT_S) < IMPORT_LIMIT_S
+
+
+def test_the_command_line_answers_at_once():
+    assert best_time_s("-m", "yolov7_deploy", "--help", limit_s=HELP_LIMIT_S) < HELP_LIMIT_S
+
+
+def test_a_build_without_any_tensorrt_names_the_extra_before_anything_else(model_file):
+    done = y7("build", "--weights", str(model_file), without=("tensorrt", "tensorrt_rtx"))
+    assert done.returncode == 1, done.stderr
+    assert "is needed" in done.stderr and "pip install 'yolov7-deploy[tensorrt-rtx]'" in done.stderr
+    assert not model_file.with_suffix(".engine").exists()

@@ -1,0 +1,245 @@
+"""Mosaics and warps: the fast way shows what the slow obvious one shows, boxes lie on their pixels."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.training_images import dataset_of, labels_of, random_dataset, reader_of, record, star, written
+from yolov7_deploy.image import PAD_GREY
+from yolov7_deploy.training.hyperparameters import Hyperparameters
+from yolov7_deploy.training.mosaic import corners_of_nine, draw_four, draw_layout, draw_nine, mosaic_scene, warp_tiles
+from yolov7_deploy.training.objects import flattened, unflattened
+from yolov7_deploy.training.random_affine import Warp, draw_warp, warp_objects
+from yolov7_deploy.training.sample import NO_POLYGON
+
+SIZE = 64
+UPRIGHT = Hyperparameters(scale=0.45)  # from 0.55 on: nothing is reduced
+TURNED = Hyperparameters(degrees=20, shear=8, perspective=0.0004, scale=0.5)
+SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth picture changes by 60 a pixel at most
+SEAM_PX = 2  # the canvas mixes the pixels on both sides of a seam, up to one of its own, shown 1.6 times as large
+EDGE_PX = 1.0  # an edge may lie anywhere in the pixel that it cuts
+HWS = [(64, 48), (40, 64), (64, 64), (64, 20), (33, 64)]
+
+
+def scaling(scale, shift=(0, 0), out_hw=(SIZE, SIZE)):
+    matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]], dtype=np.float64)
+    return Warp(matrix=matrix, scale=scale, out_hw=out_hw)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return random_dataset(tmp_path_factory.mktemp("mosaic"), HWS)
+
+
+@pytest.fixture(scope="module")
+def reader(dataset):
+    return reader_of(dataset, size=SIZE)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_four_tiles_meet_in_a_point_of_the_inner_half(reader, seed):
+    layout = draw_four(reader.store, 2, rng=np.random.default_rng(seed))
+    a, b, c, d = layout.tiles
+    x, y = d.left, d.top
+    assert a.index == 2 and layout.side == 2 * SIZE
+    assert SIZE // 2 <= x <= 3 * SIZE // 2 and SIZE // 2 <= y <= 3 * SIZE // 2
+    assert (a.left + a.hw[1], a.top + a.hw[0]) == (x, y)
+    assert (b.left, b.top + b.hw[0]) == (x, y) and (c.left + c.hw[1], c.top) == (x, y)
+
+
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100)), min_size=9, max_size=9))
+def test_nine_tiles_lie_around_the_first_without_covering_each_other(sides):
+    count = np.zeros((500, 500), np.int64)
+    corners = corners_of_nine(sides, 100)
+    for (left, top), (h, w) in zip(corners, sides, strict=True):
+        count[100 + top : 100 + top + h, 100 + left : 100 + left + w] += 1
+    assert count.max() == 1
+    assert count.sum() == sum(h * w for h, w in sides)
+    assert corners[0] == (100, 100)
+
+
+def test_the_window_of_nine_tiles_lies_anywhere_on_their_canvas(reader):
+    offsets = np.array(
+        [
+            (SIZE - tile.left, SIZE - tile.top)
+            for seed in range(200)
+            for tile in draw_nine(reader.store, 0, rng=np.random.default_rng(seed)).tiles[:1]
+        ]
+    )
+    assert offsets.min() >= 0 and offsets.max() < SIZE
+    assert (np.ptp(offsets, axis=0) > 0.9 * SIZE).all()
+
+
+def test_one_mosaic_in_five_has_nine_tiles_and_all_pictures_come(reader):
+    layouts = [draw_layout(reader.store, 1, rng=np.random.default_rng(seed)) for seed in range(500)]
+    nine = sum(len(layout.tiles) == 9 for layout in layouts)
+    assert {len(layout.tiles) for layout in layouts} == {4, 9} and 70 < nine < 130
+    assert {layout.tiles[0].index for layout in layouts} == {1}
+    assert {tile.index for layout in layouts for tile in layout.tiles} == set(range(len(HWS)))
+
+
+# --- the fast way and the plain way -----------------------------------------------------------------------------------
+
+
+def near_seams(layout, warp, hw):
+    """Pixels near an edge of a tile, where the canvas mixes both sides."""
+    near = np.zeros(hw, bool)
+    for tile in layout.tiles:
+        x1, y1, x2, y2 = tile.visible(layout.side)
+        corners = np.array([[x1, y1], [x2, y2]]) * warp.matrix[0, 0] + warp.matrix[:2, 2] - 0.5
+        low, high = np.floor(corners).astype(int), np.ceil(corners).astype(int)
+        inner, outer = np.zeros(hw, bool), np.zeros(hw, bool)
+        (ax, ay), (bx, by) = np.maximum(low[0] - SEAM_PX, 0), np.maximum(high[1] + SEAM_PX, 0)
+        outer[ay : by + 1, ax : bx + 1] = True
+        (ax, ay), (bx, by) = np.maximum(high[0] + SEAM_PX, 0), np.maximum(low[1] - SEAM_PX, 0)
+        inner[ay : by + 1, ax : bx + 1] = True
+        near |= outer & ~inner
+    return near
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tiles_warped_straight_into_the_result_are_what_the_canvas_shows(reader, seed):
+    rng = np.random.default_rng(seed)
+    fast = mosaic_scene(reader, 0, hyp=UPRIGHT, rng=np.random.default_rng(seed))
+    plain = mosaic_scene(reader, 0, hyp=UPRIGHT, rng=np.random.default_rng(seed), is_plain=True)
+    layout = draw_layout(reader.store, 0, rng=rng)
+    warp = draw_warp(UPRIGHT, canvas_hw=(layout.side,) * 2, out_hw=(SIZE, SIZE), rng=rng)
+    np.testing.assert_array_equal(fast.objects.boxes, plain.objects.boxes)
+    np.testing.assert_array_equal(fast.objects.class_ids, plain.objects.class_ids)
+    different = np.abs(fast.image.astype(int) - plain.image).max(axis=2)
+    clear = ~near_seams(layout, warp, (SIZE, SIZE))
+    assert clear.any() and different[clear].max() <= SAME_PX
+
+
+def test_there_are_objects_to_compare(reader):
+    counts = [len(mosaic_scene(reader, 0, hyp=UPRIGHT, rng=np.random.default_rng(seed)).objects) for seed in range(40)]
+    assert np.mean(counts) > 5
+
+
+def test_a_pixel_belongs_to_the_tile_in_which_its_centre_lies(tmp_path):
+    """White tiles: what is not exactly white is exactly grey, also where two of them meet."""
+    white = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    reader = reader_of(dataset_of([record(written(tmp_path / "a.png", white), (SIZE, SIZE))]), size=SIZE)
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        layout = draw_layout(reader.store, 0, rng=rng)
+        warp = draw_warp(UPRIGHT, canvas_hw=(layout.side,) * 2, out_hw=(SIZE, SIZE), rng=rng)
+        x, y = (np.arange(SIZE) + 0.5 - warp.matrix[:2, 2, None]) / warp.scale  # of centres, on the canvas
+        covered = np.zeros((SIZE, SIZE), bool)
+        for tile in layout.tiles:
+            x1, y1, x2, y2 = tile.visible(layout.side)
+            covered |= ((x >= x1) & (x < x2)) & ((y >= y1) & (y < y2))[:, None]
+        image = warp_tiles(reader, layout, warp).image
+        np.testing.assert_array_equal(image, np.where(covered, 255, PAD_GREY)[:, :, None].repeat(3, axis=2))
+
+
+def test_a_tile_outside_is_never_read(dataset, monkeypatch):
+    reader = reader_of(dataset, size=SIZE)
+    layout = draw_four(reader.store, 0, rng=np.random.default_rng(0))
+    read = []
+    monkeypatch.setattr(reader, "image", lambda index, *, scale: read.append(index))
+    corner = layout.tiles[3]
+    warp_tiles(reader, layout, scaling(2.0, (-2.0 * corner.left, -2.0 * corner.top)))
+    assert read == [corner.index]
+
+
+def test_pictures_that_come_out_small_are_read_small(dataset, monkeypatch):
+    reader = reader_of(dataset, size=SIZE)
+    layout = draw_four(reader.store, 0, rng=np.random.default_rng(0))
+    scales = []
+    monkeypatch.setattr(reader, "image", lambda index, *, scale: scales.append(scale))
+    warp_tiles(reader, layout, scaling(0.3))
+    assert scales == [0.3] * 4
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**7])
+def test_a_small_mosaic_is_the_average_of_what_it_stands_for(tmp_path, cache_bytes):
+    """Stripes of one pixel become grey; taking single pixels would leave black or white ones."""
+    stripes = np.zeros((SIZE, SIZE, 3), np.uint8)
+    stripes[:, ::2] = 255
+    reader = reader_of(
+        dataset_of([record(written(tmp_path / "a.jpg", stripes), (SIZE, SIZE))]), size=SIZE, cache_bytes=cache_bytes
+    )
+    layout = draw_four(reader.store, 0, rng=np.random.default_rng(0))
+    image = warp_tiles(reader, layout, scaling(0.25)).image
+    assert image.min() > 100 and image.max() < 155
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_tile_that_cannot_be_read_is_grey_and_has_no_objects(tmp_path, is_plain):
+    dataset = random_dataset(tmp_path, [(SIZE, SIZE)])
+    dataset.path(0).write_bytes(b"no picture")
+    reader = reader_of(dataset, size=SIZE)
+    scene = mosaic_scene(reader, 0, hyp=UPRIGHT, rng=np.random.default_rng(0), is_plain=is_plain)
+    assert (scene.image == PAD_GREY).all() and len(scene.objects) == 0
+    assert list(reader.problems) == [0] and not reader.has_read
+
+
+def test_a_turned_mosaic_goes_over_the_canvas(reader, monkeypatch):
+    monkeypatch.setattr("yolov7_deploy.training.mosaic.warp_tiles", None)
+    scene = mosaic_scene(reader, 0, hyp=TURNED, rng=np.random.default_rng(1))
+    assert scene.image.shape == (SIZE, SIZE, 3) and len(scene.objects)
+
+
+def test_copy_paste_adds_objects_to_a_mosaic(reader):
+    counts = [
+        len(mosaic_scene(reader, 0, hyp=replace(UPRIGHT, copy_paste=fraction), rng=np.random.default_rng(seed)).objects)
+        for fraction in (0.0, 1.0)
+        for seed in range(10)
+    ]
+    assert sum(counts[10:]) > sum(counts[:10])
+
+
+# --- boxes and pixels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hyp", [UPRIGHT, Hyperparameters(), TURNED])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_box_lies_on_the_pixels_of_its_object(tmp_path, hyp, seed):
+    """One bright star on black, warped: what is bright is what the box says."""
+    outline = star(np.random.default_rng(seed), corners=9)
+    image = np.zeros((SIZE * 4, SIZE * 4, 3), np.uint8)
+    points = (outline * SIZE * 4 * 16 - 8).round().astype(np.int32)
+    cv2.fillPoly(image, [points], (255, 255, 255), shift=4)
+    black = record(written(tmp_path / "b.png", np.zeros_like(image)), image.shape[:2])
+    bright = record(written(tmp_path / "a.png", image), image.shape[:2], labels_of([outline]))
+    reader = reader_of(dataset_of([bright, *[black] * 99]), size=SIZE * 4)
+    scene = mosaic_scene(reader, 0, hyp=hyp, rng=np.random.default_rng(seed))
+    seen = np.argwhere(scene.image[..., 0] > 190)
+    if not len(scene.objects):
+        return
+    slack = EDGE_PX * max(1.0, 1.1 + hyp.scale)  # a pixel of the picture is that large
+    np.testing.assert_allclose(
+        scene.objects.boxes[0], [*seen.min(axis=0)[::-1], *seen.max(axis=0)[::-1] + 1], atol=slack + EDGE_PX
+    )
+
+
+def test_an_outline_gives_a_box_at_least_as_tight_as_the_corners(reader):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        warp = draw_warp(TURNED, canvas_hw=(SIZE, SIZE), out_hw=(SIZE, SIZE), rng=rng)
+        objects = reader.store.flat_objects(seed % len(HWS))
+        boxed = replace(objects, points=NO_POLYGON, counts=np.zeros(len(objects), np.int64))
+        tight, loose = (warp_objects(found, replace(warp, scale=0.0)) for found in (objects, boxed))
+        for box, class_id in zip(tight.boxes, tight.class_ids, strict=True):
+            around = loose.boxes[loose.class_ids == class_id]
+            inside = (around[:, :2] <= box[:2] + EDGE_PX / 100).all(1) & (around[:, 2:] >= box[2:] - EDGE_PX / 100).all(
+                1
+            )
+            assert inside.any()
+
+
+def test_flat_objects_come_back_as_they_were(reader):
+    for index in range(len(HWS)):
+        objects = reader.store.objects(index)
+        back = unflattened(flattened(objects))
+        np.testing.assert_array_equal(back.boxes, objects.boxes)
+        for one, other in zip(back.polygons, objects.polygons, strict=True):
+            np.testing.assert_array_equal(one, other)
