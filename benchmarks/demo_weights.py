@@ -29,7 +29,7 @@ COMMON = (
     "--no-rebase-bn --set cls=3 --set mixup=0 --set paste_in=0"
 )
 # The gains of objectness and classes are scaled to size and classes by the recipe, here to a tenth and less; with these
-# values both are learned in few epochs. Single pictures take turns with mosaics, whose shapes are half as large, and
+# values both are learned in few epochs. Single images take turns with mosaics, whose shapes are half as large, and
 # most of the way is gone at a small size, where a processor is fast.
 TRAININGS = (
     f"{COMMON} --img 256 --batch 32 --nominal-batch 32 --epochs 14 --val-every 4 --close-mosaic 2 --set lr0=0.02 "
@@ -69,7 +69,7 @@ def main() -> None:
         {
             "commands": [f"y7 {command}" for command in (SHAPES, *TRAININGS)],
             "epochs": {name: epochs(options.work / name) for name in FOLDERS},
-            "unseen_pictures": UNSEEN,
+            "unseen_images": UNSEEN,
             "unseen_seed": SEED_UNSEEN,
             "unseen": aps,
             "bytes": shipped.stat().st_size,

@@ -17,7 +17,7 @@ from recording import parser, record
 from yolov7_deploy import Detector
 from yolov7_deploy.image import read_image
 
-SETTLED = 100  # calls after which the allocator has seen every picture
+SETTLED = 100  # calls after which the allocator has seen every image
 
 
 def main() -> None:
@@ -27,14 +27,14 @@ def main() -> None:
     arguments.add_argument("--calls", type=int, default=1000)
     arguments.add_argument("--name", default="detector_overhead")
     options = arguments.parse_args()
-    pictures = [read_image(path) for path in sorted(options.images.glob("*.jpg"))]
+    images = [read_image(path) for path in sorted(options.images.glob("*.jpg"))]
     shares, calls_ms, memory_mb = [], [], {}
     process = psutil.Process()
     with Detector(options.weights, device="cpu") as detector:
         detector.warmup()
         for call in range(1, options.calls + 1):
             started = time.perf_counter()
-            found = detector(pictures[call % len(pictures)])
+            found = detector(images[call % len(images)])
             total_ms = (time.perf_counter() - started) * 1e3
             calls_ms.append(total_ms)
             shares.append(1 - found.speed.inference_ms / total_ms)

@@ -36,12 +36,12 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=100)
     arguments.add_argument("--defaults", action="store_true", help="the bare session with ONNX Runtime's own options")
     options = arguments.parse_args()
-    frame = drawn_frames().pictures[0]
+    frame = drawn_frames().images[0]
     bare, engine, whole = [], [], []
     with Detector(options.weights, device="cpu") as detector:
         session = bare_session(options.weights, defaults=options.defaults)
         letterbox = fit_letterbox((frame.shape[0], frame.shape[1]), detector.input_hw)
-        # One picture of the file's own batch, float32 or bytes, as the Detector feeds it.
+        # One image of the file's own batch, float32 or bytes, as the Detector feeds it.
         canvases = [letterbox.apply(frame)] * (detector.info.batch or 1)
         array = np.stack(canvases) if detector.info.input_kind == "uint8" else to_network_input(canvases)
         feeds = {session.get_inputs()[0].name: array}

@@ -2,7 +2,7 @@
 
 Fits everything again, which takes a minute. PyTorch on the paper's V100 rows: three variants are fitted and four judge,
 then all 35 ways to take three of seven, the structure chosen anew in each. TensorRT on the other published figures: a
-row, then a device left out at a time. Nothing is measured; errors are of pictures per second, positive is too fast.
+row, then a device left out at a time. Nothing is measured; errors are of images per second, positive is too fast.
 
     python benchmarks/estimator_error.py
 """

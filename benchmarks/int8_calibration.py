@@ -51,7 +51,7 @@ def main() -> None:
         options.machine,
         {
             "weights": Path(options.weights).name,
-            "pictures": runs["calibrate"][0]["pictures"],
+            "images": runs["calibrate"][0]["images"],
             "ratio": round(float(np.median(ratios)), 2),
             "ratio_limit": 2.5,
             "ratios": [round(ratio, 2) for ratio in ratios],
@@ -63,19 +63,19 @@ def main() -> None:
 
 
 def run_one(kind: str, path: Path, calib: str) -> dict[str, float]:
-    """From opening the network to the last picture; pictures are read in both."""
-    model, pictures = OnnxModel.load(path), open_calibration(calib)
+    """From opening the network to the last image; images are read in both."""
+    model, images = OnnxModel.load(path), open_calibration(calib)
     started = time.perf_counter()
     if kind == "calibrate":
-        count = calibrate(model, pictures, count=len(pictures)).pictures
+        count = calibrate(model, images, count=len(images)).images
     else:
         runner, count = NetworkRunner(model.proto, Network(model).nodes, model.info.heads), 0
-        for picture in pictures:
-            runner.run(network_input(picture, model.info))
+        for image in images:
+            runner.run(network_input(image, model.info))
             count += 1
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"seconds": round(seconds, 2), "peak_gb": round(peak, 3), "pictures": count}
+    return {"seconds": round(seconds, 2), "peak_gb": round(peak, 3), "images": count}
 
 
 if __name__ == "__main__":

@@ -42,22 +42,22 @@ def main() -> None:
     arguments.add_argument("--weights", default="yolov7")
     arguments.add_argument("--calib", required=True)
     arguments.add_argument("--data", required=True, type=Path)
-    arguments.add_argument("--head-pictures", type=int, default=32, help="of the data, for the head error")
+    arguments.add_argument("--head-images", type=int, default=32, help="of the data, for the head error")
     options = arguments.parse_args()
     checkpoint = load_checkpoint(find_weights(options.weights))
     model = export_onnx(fuse(build_model(checkpoint)), checkpoint.info, ExportOptions(max_det=MAX_DET))
-    pictures, data = open_calibration(options.calib), open_dataset(options.data)
-    calibration = calibrate(model, pictures, count=len(pictures))
+    images, data = open_calibration(options.calib), open_dataset(options.data)
+    calibration = calibrate(model, images, count=len(images))
     reference = accuracy(model, data)
     rows: dict[str, object] = {"float32": {"ap": reference.ap, "ap50": reference.ap50}}
-    heads = list(head_maps(model, data, options.head_pictures))
+    heads = list(head_maps(model, data, options.head_images))
     for name, chosen in VARIANTS:
         small = to_int8(model, calibration, chosen)
         report = accuracy(small, data)
         drop = accuracy_drop(data, range(len(data)), reference.predictions, report.predictions)
         errors = [
             head_error(theirs, ours, model.info.heads, model.info)
-            for theirs, ours in zip(heads, head_maps(small, data, options.head_pictures), strict=True)
+            for theirs, ours in zip(heads, head_maps(small, data, options.head_images), strict=True)
         ]
         rows[name] = {
             "ap": report.ap,
@@ -72,7 +72,7 @@ def main() -> None:
         options.machine,
         {
             "weights": Path(options.weights).name,
-            "calibrated_on": calibration.pictures,
+            "calibrated_on": calibration.images,
             "measured_on": len(data),
             "int8_share_of_macs": small.info.int8.share,
             "points_limit_mse": 0.3,

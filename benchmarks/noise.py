@@ -10,17 +10,17 @@ import torch
 from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.training.sample import Batch
 
-OBJECTS = 12  # of a picture: a mosaic of COCO has about as many
+OBJECTS = 12  # of an image: a mosaic of COCO has about as many
 
 
-def noise_batch(pictures: int, img: int) -> Batch:
-    """Pictures [img, img] of noise, each with boxes of 80 classes; always the same."""
-    random, count = np.random.default_rng(0), OBJECTS * pictures
+def noise_batch(images: int, img: int) -> Batch:
+    """Images [img, img] of noise, each with boxes of 80 classes; always the same."""
+    random, count = np.random.default_rng(0), OBJECTS * images
     sides = random.uniform(0.05, 0.4, (count, 2))
     centres = random.uniform(sides / 2, 1 - sides / 2)
-    numbers = [np.repeat(np.arange(pictures), OBJECTS), random.integers(0, len(COCO_NAMES), count)]
+    numbers = [np.repeat(np.arange(images), OBJECTS), random.integers(0, len(COCO_NAMES), count)]
     return Batch(
-        images=torch.from_numpy(random.integers(0, 256, (pictures, img, img, 3), dtype=np.uint8)),
+        images=torch.from_numpy(random.integers(0, 256, (images, img, img, 3), dtype=np.uint8)),
         targets=torch.tensor(np.concatenate([np.stack(numbers, 1), centres, sides], 1), dtype=torch.float32),
         paths=(Path("noise"),),
     )

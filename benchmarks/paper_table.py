@@ -23,8 +23,8 @@ PAPER_COLUMNS = ("model", "size", "params (M)", "GFLOPs", "AP val", "AP test", "
 NOTE = """\
 Paper: arXiv 2207.02696, Tables 1, 2 and 9; batch-32 times are from its section 8, the official README and issue 77
 of the official repository. Its speeds are of PyTorch FP16 and the network only, its parameters and GFLOPs of D6
-those of the training graph. Measured: pictures per second at batch 1, from medians. The engine span is the network,
-and suppression where the file has it; end to end is from a picture in memory to its boxes. A cell is empty where
+those of the training graph. Measured: images per second at batch 1, from medians. The engine span is the network,
+and suppression where the file has it; end to end is from an image in memory to its boxes. A cell is empty where
 nothing was measured, and names the input size where that is not the paper's."""
 
 Series = tuple[str, str, str]  # folder of the machine, backend, precision
@@ -79,7 +79,7 @@ def paper_cells(row: PaperRow) -> list[str]:
 
 
 def measured_cells(report: SpeedReport | None, row: PaperRow) -> list[str]:
-    """Pictures per second of the engine and end to end at batch 1."""
+    """Images per second of the engine and end to end at batch 1."""
     measured = next((one for one in report.rows if one.batch == 1), None) if report else None
     if report is None or measured is None:
         return ["", ""]

@@ -1,8 +1,8 @@
 """Many callers of one Detector for a long time: memory, results, and throughput against a single caller at its best.
 
-First the soak: every thread calls in a closed loop with pictures of its own turn, each result is compared bit for bit
-with that of the same picture alone before, and memory, threads and open files are sampled. Then throughput, in blocks
-that take turns so that a machine's drift meets all alike: the threads, and one thread with 1, 2, 4, 8, 16 pictures a
+First the soak: every thread calls in a closed loop with images of its own turn, each result is compared bit for bit
+with that of the same image alone before, and memory, threads and open files are sampled. Then throughput, in blocks
+that take turns so that a machine's drift meets all alike: the threads, and one thread with 1, 2, 4, 8, 16 images a
 call as far as the file takes them. Works with every kind of file.
 
     python benchmarks/soak.py --weights yolov7.onnx [--calls 2000 | --seconds 600] [--threads 8] [--images DIR]
@@ -58,7 +58,7 @@ class Soak:
         samples: In order of time.
         call_ms: Of all calls.
         calls_of: Of each thread.
-        unequal: Calls whose result was not that of the picture alone.
+        unequal: Calls whose result was not that of the image alone.
         seconds: Wall time.
         other_cores: Cores that other programs kept busy meanwhile.
     """
@@ -100,7 +100,7 @@ class Soak:
         ]
 
     def _unequal(self) -> list[str]:
-        return [f"{self.unequal} results differ from those of the picture alone"] if self.unequal else []
+        return [f"{self.unequal} results differ from those of the image alone"] if self.unequal else []
 
     def _early_and_late(self, name: str) -> tuple[int, int]:
         """The usual number in each half: the C library opens a file for a moment now and then, and threads end late."""
@@ -111,14 +111,14 @@ class Soak:
 
 def main() -> None:
     options = _options()
-    pictures = _pictures(options.images, 2 * options.threads)
+    images = _images(options.images, 2 * options.threads)
     with Detector(options.weights, device=options.device, conf=options.conf) as detector:
         detector.warmup()
-        expected = [detector(picture) for picture in pictures]
+        expected = [detector(image) for image in images]
         gpu_mb = [_gpu_mb(detector.device)]
-        done = soak(detector, pictures, expected, threads=options.threads, calls=options.calls, seconds=options.seconds)
+        done = soak(detector, images, expected, threads=options.threads, calls=options.calls, seconds=options.seconds)
         gpu_mb.append(_gpu_mb(detector.device))
-        rates = throughput(detector, pictures, threads=options.threads, block_s=options.block_s)
+        rates = throughput(detector, images, threads=options.threads, block_s=options.block_s)
         about = {
             "weights": options.weights.name,
             "nms": detector.info.nms.kind if detector.info.nms else "host",
@@ -127,8 +127,8 @@ def main() -> None:
             "input_hw": detector.input_hw,
             "settings": dict(detector.settings),
             "conf": detector.thresholds.conf,
-            "pictures": f"{len(pictures)} of {options.images.name if options.images else 'generated noise'}",
-            "detections_per_picture": round(statistics.fmean(map(len, expected)), 1),
+            "images": f"{len(images)} of {options.images.name if options.images else 'generated noise'}",
+            "detections_per_image": round(statistics.fmean(map(len, expected)), 1),
         }
     best, ratio = best_ratio(rates)
     failures = done.failures() + ([f"ratio {ratio:.3f} is below {MIN_RATIO}"] if ratio < MIN_RATIO else [])
@@ -138,7 +138,7 @@ def main() -> None:
         about
         | _told(done)
         | {"gpu_memory_mb": gpu_mb}
-        | {"pictures_per_second": {name: round(statistics.median(of), 2) for name, of in rates.items()}}
+        | {"images_per_second": {name: round(statistics.median(of), 2) for name, of in rates.items()}}
         | {"ratios_by_round": [round(a / b, 3) for a, b in zip(rates["threads"], rates[best], strict=True)]}
         | {"best_single_thread": best, "ratio": round(ratio, 3), "ratio_limit": MIN_RATIO, "failures": failures},
     )
@@ -147,7 +147,7 @@ def main() -> None:
 
 def soak(
     detector: Callable[[Image], Detections],
-    pictures: Sequence[Image],
+    images: Sequence[Image],
     expected: Sequence[Detections],
     *,
     threads: int,
@@ -165,9 +165,9 @@ def soak(
 
     def call(thread: int) -> None:
         while not is_over(number := next(numbers)) and not finished.is_set():
-            one = number % len(pictures)
+            one = number % len(images)
             started = time.perf_counter()
-            found = detector(pictures[one])
+            found = detector(images[one])
             call_ms = (time.perf_counter() - started) * 1e3
             is_equal = equal(found, expected[one])
             with lock:
@@ -207,18 +207,18 @@ def equal(found: Detections, expected: Detections) -> bool:
 
 
 def throughput(
-    detector: Detector, pictures: Sequence[Image], *, threads: int, block_s: float, rounds: int = ROUNDS
+    detector: Detector, images: Sequence[Image], *, threads: int, block_s: float, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Pictures per second in each round: `threads`, and one thread by pictures a call."""
+    """Images per second in each round: `threads`, and one thread by images a call."""
     most = detector.largest_batch or max(BATCHES)
     sizes = sorted({size for size in BATCHES if size <= most} | {min(most, max(BATCHES))})
-    lists = {size: [pictures[i % len(pictures)] for i in range(size)] for size in sizes}
+    lists = {size: [images[i % len(images)] for i in range(size)] for size in sizes}
 
     def alone(size: int) -> float:
         return _rate(lambda _: detector.batch(lists[size]), size, 1, block_s)
 
     def together() -> float:
-        return _rate(lambda number: detector(pictures[number % len(pictures)]), 1, threads, block_s)
+        return _rate(lambda number: detector(images[number % len(images)]), 1, threads, block_s)
 
     blocks = {f"one thread, {size} a call": partial(alone, size) for size in sizes} | {"threads": together}
     for size in sizes:
@@ -237,7 +237,7 @@ def best_ratio(rates: dict[str, list[float]]) -> tuple[str, float]:
 
 
 def _rate(call: Callable[[int], object], size: int, threads: int, block_s: float) -> float:
-    """Pictures per second of threads that each call again until the time is over; every call counts to its end."""
+    """Images per second of threads that each call again until the time is over; every call counts to its end."""
     numbers, begin = count(), time.perf_counter()
 
     def work() -> tuple[int, float]:
@@ -292,7 +292,7 @@ def _told(done: Soak) -> dict[str, object]:
     }
 
 
-def _pictures(folder: Path | None, number: int) -> list[Image]:
+def _images(folder: Path | None, number: int) -> list[Image]:
     """The first of a folder, or noise at two scales, all of other sizes and always the same."""
     if folder is not None:
         return [read_image(path) for path in sorted(folder.glob("*.jpg"))[:number]]

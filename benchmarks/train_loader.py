@@ -1,6 +1,6 @@
-"""Augmented pictures per second of the training loader, and of a plain one with the same libraries.
+"""Augmented images per second of the training loader, and of a plain one with the same libraries.
 
-The plain one is written as the official augmentation is described: per picture, read and decode every tile, paint the
+The plain one is written as the official augmentation is described: per image, read and decode every tile, paint the
 canvas, warp it, follow each outline by 1000 points. Both make mosaics of the `p5` recipe without paste-in, with as many
 workers; runs alternate.
 
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from yolov7_deploy.datasets import Dataset, Sample, open_dataset
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.dataloader import TrainLoader
-from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.hyperparameters import PRESETS
 
 HYP = replace(PRESETS["p5"], paste_in=0.0)
@@ -59,7 +59,7 @@ class PlainScenes(torch.utils.data.Dataset):
         return torch.from_numpy(image), torch.from_numpy(labels.astype(np.float32))
 
     def read(self, index: int) -> np.ndarray:
-        """A picture, longer side resized to `size`."""
+        """An image, longer side resized to `size`."""
         image = cv2.imread(str(self.samples[index].path))
         ratio = self.size / max(image.shape[:2])
         if ratio != 1:
@@ -68,7 +68,7 @@ class PlainScenes(torch.utils.data.Dataset):
         return image
 
     def mosaic(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A warped mosaic of four or nine pictures, and its labels."""
+        """A warped mosaic of four or nine images, and its labels."""
         count = 4 if rng.random() < 0.8 else 9
         indices = [index, *rng.integers(len(self), size=count - 1).tolist()]
         images = [self.cache[i] if self.cache else self.read(i) for i in indices]
@@ -168,7 +168,7 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def stacked(scenes: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of scenes; the picture's number goes before each label."""
+    """A batch of scenes; the image's number goes before each label."""
     labels = [
         torch.cat([torch.full((len(found), 1), float(number)), found], dim=1)
         for number, (_, found) in enumerate(scenes)
@@ -216,14 +216,14 @@ def plain_epochs(dataset: Dataset, *, cached: bool, size: int, batch: int, worke
 def our_epochs(
     dataset: Dataset, *, cached: bool, size: int, batch: int, workers: int, paste_in: float = 0.0
 ) -> Callable[[], Iterable]:
-    store = PictureStore(dataset, size=size, cache_bytes=ALL_CACHED if cached else 0)
+    store = ImageStore(dataset, size=size, cache_bytes=ALL_CACHED if cached else 0)
     augmentation = Augmentation(hyp=replace(HYP, paste_in=paste_in), size=size)
     loader = TrainLoader(store, augmentation, batch=batch, workers=workers, seed=0)
     epochs = iter(range(10**6))
     return lambda: loader.epoch(next(epochs))
 
 
-def pictures_per_s(epoch: Callable[[], Iterable], count: int) -> float:
+def images_per_s(epoch: Callable[[], Iterable], count: int) -> float:
     started = time.perf_counter()
     for _ in epoch():
         pass
@@ -231,7 +231,7 @@ def pictures_per_s(epoch: Callable[[], Iterable], count: int) -> float:
 
 
 def compare(dataset: Dataset, *, cached: bool, rounds: int, size: int, batch: int, workers: int) -> dict[str, object]:
-    """Pictures per second of both loaders in alternating runs, after one of each that starts workers and caches."""
+    """Images per second of both loaders in alternating runs, after one of each that starts workers and caches."""
     both = {
         "plain": plain_epochs(dataset, cached=cached, size=size, batch=batch, workers=workers),
         "ours": our_epochs(dataset, cached=cached, size=size, batch=batch, workers=workers),
@@ -242,7 +242,7 @@ def compare(dataset: Dataset, *, cached: bool, rounds: int, size: int, batch: in
     runs: dict[str, list[float]] = {name: [] for name in both}
     for number in range(rounds + 1):
         for name, epoch in both.items():
-            speed = pictures_per_s(epoch, len(dataset))
+            speed = images_per_s(epoch, len(dataset))
             if number:
                 runs[name].append(round(speed, 1))
                 print(f"{'cached' if cached else 'uncached':9} {name:20} {speed:7.1f} images/s", flush=True)
@@ -253,7 +253,7 @@ def compare(dataset: Dataset, *, cached: bool, rounds: int, size: int, batch: in
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--data", required=True, help="a dataset YAML; its train pictures are used")
+    arguments.add_argument("--data", required=True, help="a dataset YAML; its train images are used")
     arguments.add_argument("--img", type=int, default=640)
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument("--workers", type=int, default=2)

@@ -53,7 +53,7 @@ def main() -> None:
     print(f"the same (place, target) pairs: {same:.2%}")
     print(f"assignment and loss: {share:.1%} of a step of {np.median(step_s):.2f} s")
     print(f"a step in bfloat16: {np.median(step_s) / np.median(half_s):.2f} times as fast as in float32")
-    print(f"matching: {np.median(theirs) / np.median(ours):.1f} times as fast as picture by picture")
+    print(f"matching: {np.median(theirs) / np.median(ours):.1f} times as fast as image by image")
     record(
         "train_loss",
         options.machine,
@@ -61,7 +61,7 @@ def main() -> None:
             "variant": options.variant,
             "batch": options.batch,
             "img": options.img,
-            "objects_per_picture": OBJECTS,
+            "objects_per_image": OBJECTS,
             "classes": len(COCO_NAMES),
             "candidates": len(predictions.image),
             "step_s": [round(value, 4) for value in step_s],
@@ -78,14 +78,14 @@ def main() -> None:
     )
 
 
-def make(variant: str, pictures: int, img: int, *, half: bool = False) -> tuple[Learner, Batch]:
+def make(variant: str, images: int, img: int, *, half: bool = False) -> tuple[Learner, Batch]:
     """A learner with fresh weights, and a batch of noise with boxes."""
-    hyp, options = PRESETS["tiny"], TrainOptions(batch=pictures, img=img, half=half)
-    schedule = Schedule(hyp=hyp, epochs=10, steps=100, batch=pictures, nominal_batch=64, linear=False)
+    hyp, options = PRESETS["tiny"], TrainOptions(batch=images, img=img, half=half)
+    schedule = Schedule(hyp=hyp, epochs=10, steps=100, batch=images, nominal_batch=64, linear=False)
     model = starting_model(variant, COCO_NAMES).model
     learner = Learner(model, hyp=hyp, options=options, schedule=schedule, world=World())
     learner.train_mode()
-    return learner, noise_batch(pictures, img)
+    return learner, noise_batch(images, img)
 
 
 def raw_maps(learner: Learner, batch: Batch) -> list[torch.Tensor]:
@@ -113,7 +113,7 @@ def scene(learner: Learner, raws: list[torch.Tensor], batch: Batch) -> tuple[Pre
 
 
 def obvious_match(predictions: Predictions, truth: GroundTruth, most: int) -> list[list[int]]:
-    """Picture by picture, with a table over targets, candidates and classes, as the rule is usually written down."""
+    """Image by image, with a table over targets, candidates and classes, as the rule is usually written down."""
     chosen: list[tuple[int, int]] = []
     for image in truth.image.unique():
         rows = (truth.image == image).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""`y7 val` against the bare network on the same pictures, alternating in one run.
+"""`y7 val` against the bare network on the same images, alternating in one run.
 
 The bare network is ONNX Runtime's `run` alone on prepared inputs. `y7 val` is the whole command: Python's start,
 reading, letterbox, network, suppression, metric.
@@ -56,8 +56,8 @@ def network_seconds(weights: Path, paths: list[Path]) -> float:
     name, (_, _, *input_hw) = session.get_inputs()[0].name, session.get_inputs()[0].shape
     total = 0.0
     for path in paths:
-        picture = read_image(path)
-        canvas = fit_letterbox(picture.shape[:2], tuple(input_hw)).apply(picture)
+        image = read_image(path)
+        canvas = fit_letterbox(image.shape[:2], tuple(input_hw)).apply(image)
         tensor = to_network_input([canvas])
         started = time.perf_counter()
         session.run(None, {name: tensor})

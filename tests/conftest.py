@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.engines import exported, foreign, plugin_library
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 from tests.support.sample_images import CONF, MAX_DET, SUPPRESSION
 from tests.support.small_models import HW, exported_tiny, info_of, tiny
 from tests.support.training_runs import Notes, leave_out_charts, one_thread, small_request, small_shapes
@@ -125,13 +125,13 @@ def one_torch_thread():
 
 @pytest.fixture
 def no_charts(monkeypatch):
-    """For trainings that are not about their pictures."""
+    """For trainings that are not about their images."""
     leave_out_charts(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The YAML of a few pictures to train on."""
+    """The YAML of a few images to train on."""
     return small_shapes(tmp_path_factory.mktemp("data"))
 
 

@@ -73,7 +73,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 SIDE = 64
 MODEL = "the small ONNX file"
-PICTURE = np.random.default_rng(7).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(7).integers(0, 256, (48, 80, 3), dtype=np.uint8)
 
 
 def python(code: str, *, without: tuple[str, ...], cwd=None) -> subprocess.CompletedProcess[str]:
@@ -207,15 +207,15 @@ def test_the_runtime_wing_runs_without_torch_and_without_onnx(model_file):
 import json
 import numpy as np
 from yolov7_deploy import Detector
-picture = np.array({PICTURE.tolist()}, dtype=np.uint8)
+image = np.array({IMAGE.tolist()}, dtype=np.uint8)
 with Detector({str(model_file)!r}, device="cpu") as detector:
-    found = detector(picture)
+    found = detector(image)
 print(json.dumps([found.boxes.tolist(), found.class_ids.tolist()]))
 """
     done = python(code, without=NOT_AT_RUN_TIME)
     assert done.returncode == 0, done.stderr
     with Detector(model_file, device="cpu") as detector:
-        found = detector(PICTURE)
+        found = detector(IMAGE)
     assert len(found) > 0
     assert json.loads(done.stdout) == [found.boxes.tolist(), found.class_ids.tolist()]
 

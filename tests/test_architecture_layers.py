@@ -177,7 +177,7 @@ def allowed(path: Path, places: set[str]) -> bool:
     return any(inside(path).startswith(place) if place.endswith("/") else inside(path) == place for place in places)
 
 
-def test_every_file_has_a_room_in_the_picture():
+def test_every_file_has_a_room_in_the_image():
     homeless = {room(module) for module in MODULES} - set(ROWS) - set(DOORS)
     assert not homeless, f"add to LAYERS: {sorted(homeless)}"
 

@@ -169,17 +169,17 @@ def test_describe_counts_in_class_order():
     assert found.describe() == "2 persons, 1 dog"
 
 
-def test_plot_leaves_the_picture_untouched_and_save_writes_what_it_drew(tmp_path):
-    picture = np.full((*HW, 3), 90, dtype=np.uint8)
-    drawn = make().plot(picture)
-    assert (picture == 90).all()
+def test_plot_leaves_the_image_untouched_and_save_writes_what_it_drew(tmp_path):
+    image = np.full((*HW, 3), 90, dtype=np.uint8)
+    drawn = make().plot(image)
+    assert (image == 90).all()
     assert (drawn != 90).any()
-    make().save(tmp_path / "new" / "x.png", picture)
+    make().save(tmp_path / "new" / "x.png", image)
     assert np.array_equal(read_image(tmp_path / "new" / "x.png"), drawn)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.png"]
 
 
-def test_plot_on_a_picture_of_another_size_is_refused():
+def test_plot_on_a_image_of_another_size_is_refused():
     with pytest.raises(UsageError, match="640x480"):
         make().plot(np.zeros((240, 320, 3), dtype=np.uint8))
 

@@ -1,4 +1,4 @@
-"""Detector: pictures in, Detections out, the same whatever is under the floor."""
+"""Detector: images in, Detections out, the same whatever is under the floor."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 from tests.support.sample_images import (
     BOX_TOLERANCE,
     CONF,
+    IMAGES,
     MAX_DET,
-    PICTURES,
     SCORE_TOLERANCE,
     assert_identical,
     assert_same,
@@ -28,12 +28,12 @@ from yolov7_deploy.postprocess import detections_of
 
 
 def test_the_detector_is_letterbox_network_suppression_and_back(detector):
-    for picture in PICTURES:
-        letterbox = fit_letterbox(picture.shape[:2], HW)
+    for image in IMAGES:
+        letterbox = fit_letterbox(image.shape[:2], HW)
         with torch.no_grad():
-            decoded = fused_tiny().predict(torch.from_numpy(to_network_input([letterbox.apply(picture)])))[0].numpy()
+            decoded = fused_tiny().predict(torch.from_numpy(to_network_input([letterbox.apply(image)])))[0].numpy()
         boxes, scores, class_ids = detections_of(decoded, Thresholds(conf=CONF, max_det=MAX_DET))
-        found = detector(picture)
+        found = detector(image)
         assert len(found) > 5
         np.testing.assert_allclose(found.boxes, letterbox.undo(boxes), atol=BOX_TOLERANCE)
         np.testing.assert_allclose(found.scores, scores, atol=SCORE_TOLERANCE)
@@ -48,17 +48,15 @@ def test_every_file_gives_the_boxes_of_torch(detectors, kind, batch):
     ours = detectors(kind, batch=batch)
     assert ours.info.batch == batch
     for count in (1, 4, 5):
-        for found, expected in zip(
-            ours.batch(PICTURES[:count]), detectors("torch").batch(PICTURES[:count]), strict=True
-        ):
+        for found, expected in zip(ours.batch(IMAGES[:count]), detectors("torch").batch(IMAGES[:count]), strict=True):
             assert len(found) > 5
             assert_same(found, expected)
 
 
 def test_a_uint8_file_gives_the_boxes_of_torch(detectors):
     for found, expected in zip(
-        detectors("plugin", input_kind="uint8", batch=None).batch(PICTURES),
-        detectors("torch").batch(PICTURES),
+        detectors("plugin", input_kind="uint8", batch=None).batch(IMAGES),
+        detectors("torch").batch(IMAGES),
         strict=True,
     ):
         assert_same(found, expected)
@@ -66,8 +64,8 @@ def test_a_uint8_file_gives_the_boxes_of_torch(detectors):
 
 def test_boxes_are_sorted_clipped_and_typed(detectors):
     for kind in ("torch", "plugin"):
-        for picture, found in zip(PICTURES, detectors(kind).batch(PICTURES), strict=True):
-            height, width = picture.shape[:2]
+        for image, found in zip(IMAGES, detectors(kind).batch(IMAGES), strict=True):
+            height, width = image.shape[:2]
             assert (found.boxes.dtype, found.scores.dtype, found.class_ids.dtype) == (np.float32, np.float32, np.int64)
             assert (np.diff(found.scores) <= 0).all() and (found.scores > np.float32(CONF)).all()
             assert found.boxes.min() >= 0
@@ -81,71 +79,71 @@ def test_boxes_are_sorted_clipped_and_typed(detectors):
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
-def test_no_pictures_give_no_detections(detectors, kind):
+def test_no_images_give_no_detections(detectors, kind):
     assert detectors(kind).batch([]) == []
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
 def test_nothing_found_is_empty_and_never_none(detectors, kind):
-    found = detectors(kind)(PICTURES[0], conf=1.0)
+    found = detectors(kind)(IMAGES[0], conf=1.0)
     assert len(found) == 0
     assert found.boxes.shape == (0, 4)
 
 
 def test_paths_and_arrays_give_the_same(detector, tmp_path):
     path = tmp_path / "a.png"
-    cv2.imwrite(str(path), PICTURES[1])
-    expected = detector(PICTURES[1])
+    cv2.imwrite(str(path), IMAGES[1])
+    expected = detector(IMAGES[1])
     assert expected.path == ""
     for given in (path, str(path)):
         found = detector(given)
         assert found.path == str(path)
         assert_identical(found, expected)
-    mixed = detector.batch([PICTURES[1], path])
+    mixed = detector.batch([IMAGES[1], path])
     assert [one.path for one in mixed] == ["", str(path)]
 
 
-def test_grey_and_bgra_pictures_are_taken(detector):
-    grey = PICTURES[0][:, :, 0]
+def test_grey_and_bgra_images_are_taken(detector):
+    grey = IMAGES[0][:, :, 0]
     assert_identical(detector(grey), detector(np.repeat(grey[:, :, None], 3, 2)))
-    assert_identical(detector(np.dstack([PICTURES[0], grey])), detector(PICTURES[0]))
+    assert_identical(detector(np.dstack([IMAGES[0], grey])), detector(IMAGES[0]))
 
 
-def test_the_picture_is_left_as_it_was(detector):
-    picture = PICTURES[0].copy()
-    detector(picture)
-    np.testing.assert_array_equal(picture, PICTURES[0])
+def test_the_image_is_left_as_it_was(detector):
+    image = IMAGES[0].copy()
+    detector(image)
+    np.testing.assert_array_equal(image, IMAGES[0])
 
 
-def test_a_picture_that_is_none_is_refused(detector, tmp_path):
+def test_a_image_that_is_none_is_refused(detector, tmp_path):
     with pytest.raises(ImageError, match="float32"):
-        detector(PICTURES[0].astype(np.float32))
+        detector(IMAGES[0].astype(np.float32))
     with pytest.raises(ImageError):
         detector(tmp_path / "absent.jpg")
 
 
 def test_a_list_given_to_a_call_is_refused_with_the_way_to_batch(detector):
-    for pictures in (PICTURES[:2], [PICTURES[0], PICTURES[4]]):
+    for images in (IMAGES[:2], [IMAGES[0], IMAGES[4]]):
         with pytest.raises(ImageError) as caught:
-            detector(pictures)
+            detector(images)
         assert "batch" in caught.value.fix
 
 
-def test_more_pictures_than_enter_at_once_come_back_in_order(detector):
-    pictures = [PICTURES[i % 5] for i in range(35)]
-    found = detector.batch(pictures)
+def test_more_images_than_enter_at_once_come_back_in_order(detector):
+    images = [IMAGES[i % 5] for i in range(35)]
+    found = detector.batch(images)
     assert len(found) == 35
     for i, one in enumerate(found):
-        assert one.image_hw == pictures[i].shape[:2]
+        assert one.image_hw == images[i].shape[:2]
         assert_same(one, found[i % 5])
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
-def test_submitted_pictures_come_back_in_their_futures(detectors, kind):
+def test_submitted_images_come_back_in_their_futures(detectors, kind):
     detector = detectors(kind)
-    futures = [detector.submit(picture, conf=0.7) for picture in PICTURES]
-    for future, picture in zip(futures, PICTURES, strict=True):
-        assert_same(future.result(timeout=60), detector(picture, conf=0.7))
+    futures = [detector.submit(image, conf=0.7) for image in IMAGES]
+    for future, image in zip(futures, IMAGES, strict=True):
+        assert_same(future.result(timeout=60), detector(image, conf=0.7))
 
 
 def test_a_future_holds_the_error(detector, tmp_path):
@@ -156,21 +154,21 @@ def test_a_future_holds_the_error(detector, tmp_path):
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
 def test_eight_threads_get_equal_results(detectors, kind):
     detector = detectors(kind)
-    expected = [detector(picture) for picture in PICTURES]
+    expected = [detector(image) for image in IMAGES]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda i: detector(PICTURES[i % 5]), range(40)))
+        results = list(pool.map(lambda i: detector(IMAGES[i % 5]), range(40)))
     for i, found in enumerate(results):
         assert_same(found, expected[i % 5])
 
 
-def test_stream_gives_the_pictures_of_a_folder_in_order(detector, tmp_path):
-    for i, picture in enumerate(PICTURES[:3]):
-        cv2.imwrite(str(tmp_path / f"{i}.png"), picture)
+def test_stream_gives_the_images_of_a_folder_in_order(detector, tmp_path):
+    for i, image in enumerate(IMAGES[:3]):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), image)
     seen = list(detector.stream(tmp_path, max_det=5))
     assert [frame.path for frame, _ in seen] == [str(tmp_path / f"{i}.png") for i in range(3)]
     for i, (frame, found) in enumerate(seen):
         assert found.path == frame.path
-        assert_identical(found, detector(PICTURES[i], max_det=5))
+        assert_identical(found, detector(IMAGES[i], max_det=5))
 
 
 def test_stream_of_an_empty_folder_says_so(detector, tmp_path):
@@ -185,29 +183,29 @@ def test_stream_of_an_empty_folder_says_so(detector, tmp_path):
 def test_thresholds_of_a_call_replace_those_of_the_detector(detectors, kind):
     detector = detectors(kind)
     kept = detector.thresholds
-    everything = detector(PICTURES[0])
-    above = detector(PICTURES[0], conf=0.75)
+    everything = detector(IMAGES[0])
+    above = detector(IMAGES[0], conf=0.75)
     assert 0 < len(above) < len(everything)
     assert_identical(above, everything.filter(conf=0.75))
-    assert len(detector(PICTURES[0], iou=0.05)) < len(everything) < len(detector(PICTURES[0], iou=0.95))
-    assert_identical(detector(PICTURES[0], max_det=3), everything[:3])
+    assert len(detector(IMAGES[0], iou=0.05)) < len(everything) < len(detector(IMAGES[0], iou=0.95))
+    assert_identical(detector(IMAGES[0], max_det=3), everything[:3])
     assert detector.thresholds == kept
-    assert_identical(detector(PICTURES[0]), everything)
+    assert_identical(detector(IMAGES[0]), everything)
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
 def test_only_the_wanted_classes_come_back(detectors, kind):
     detector = detectors(kind)
-    everything = detector(PICTURES[0])
+    everything = detector(IMAGES[0])
     counts = np.bincount(everything.class_ids, minlength=5)
     wanted = int(counts.argmax())
     assert 0 < counts[wanted] < len(everything) < MAX_DET
-    assert_identical(detector(PICTURES[0], classes=[wanted]), everything.filter(classes=wanted))
+    assert_identical(detector(IMAGES[0], classes=[wanted]), everything.filter(classes=wanted))
 
 
 def test_lower_thresholds_than_the_file_was_exported_with_find_more(plugin, detector):
-    assert_same(plugin(PICTURES[0], conf=0.5), detector(PICTURES[0], conf=0.5))
-    assert len(plugin(PICTURES[0], conf=0.5)) > len(plugin(PICTURES[0]))
+    assert_same(plugin(IMAGES[0], conf=0.5), detector(IMAGES[0], conf=0.5))
+    assert len(plugin(IMAGES[0], conf=0.5)) > len(plugin(IMAGES[0]))
 
 
 def test_thresholds_left_out_are_those_of_the_file(files):
@@ -227,7 +225,7 @@ def test_without_a_size_the_papers_is_taken(files):
 @pytest.mark.parametrize("class_id", [5, -1])
 def test_an_unknown_class_id_is_refused(detectors, files, kind, class_id):
     with pytest.raises(UsageError, match=f"Class id {class_id} .* 5 classes") as caught:
-        detectors(kind)(PICTURES[0], classes=[0, class_id])
+        detectors(kind)(IMAGES[0], classes=[0, class_id])
     assert "0 to 4" in caught.value.fix
     with pytest.raises(UsageError, match="Class id"):
         Detector(files(kind), classes=[class_id], device="cpu")
@@ -236,7 +234,7 @@ def test_an_unknown_class_id_is_refused(detectors, files, kind, class_id):
 @pytest.mark.parametrize("options", [{"conf": 1.5}, {"iou": -1}, {"max_det": 0}])
 def test_thresholds_without_a_meaning_are_refused(detector, options):
     with pytest.raises(UsageError) as caught:
-        detector(PICTURES[0], **options)
+        detector(IMAGES[0], **options)
     assert next(iter(options)) in caught.value.message
 
 
@@ -244,19 +242,19 @@ def test_thresholds_without_a_meaning_are_refused(detector, options):
 def test_what_the_suppression_inside_cannot_do_is_refused(files, option):
     with Detector(files("plugin"), device="cpu", **option) as detector:
         with pytest.raises(UsageError, match=next(iter(option))) as caught:
-            detector(PICTURES[0])
+            detector(IMAGES[0])
         assert caught.value.fix
 
 
 def test_what_the_suppression_outside_can_do_is_done(files, detectors):
     with Detector(files("none"), conf=CONF, max_det=MAX_DET, multi_label=True, device="cpu") as detector:
-        assert len(detector(PICTURES[0])) > len(detectors("none")(PICTURES[0]))
+        assert len(detector(IMAGES[0])) > len(detectors("none")(IMAGES[0]))
 
 
 def test_an_efficient_file_takes_higher_thresholds_and_refuses_lower_ones(files):
     with Detector(files("efficient", multi_label=True), device="cpu") as detector:
-        everything = detector(PICTURES[0])
-        assert_identical(detector(PICTURES[0], conf=0.75), everything.filter(conf=0.75))
+        everything = detector(IMAGES[0])
+        assert_identical(detector(IMAGES[0], conf=0.75), everything.filter(conf=0.75))
         for option in ({"conf": 0.3}, {"iou": 0.6}, {"iou": 0.3}):
             with pytest.raises(UsageError, match=next(iter(option))):
-                detector(PICTURES[0], **option)
+                detector(IMAGES[0], **option)

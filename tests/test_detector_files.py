@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 from tests.support.sample_images import (
     CONF,
+    IMAGES,
     MAX_DET,
-    PICTURES,
     assert_identical,
     foreign,
     needs_no_cuda,
@@ -26,15 +26,15 @@ from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
 def test_after_closing_every_call_is_refused(files, kind):
     with Detector(files(kind), img=HW, device="cpu") as detector:
-        future = detector.submit(PICTURES[0])
+        future = detector.submit(IMAGES[0])
         assert len(future.result(timeout=60)) > 0
     detector.close()
     for call in (detector, detector.submit):
         with pytest.raises(UsageError, match="closed") as caught:
-            call(PICTURES[0])
+            call(IMAGES[0])
         assert caught.value.fix
     with pytest.raises(UsageError, match="closed"):
-        detector.batch([PICTURES[0]])
+        detector.batch([IMAGES[0]])
     with pytest.raises(UsageError, match="closed"):
         detector.warmup()
 
@@ -42,12 +42,12 @@ def test_after_closing_every_call_is_refused(files, kind):
 def test_closing_leaves_no_thread_behind(files):
     before = threading.active_count()
     with Detector(files("plugin"), device="cpu") as detector:
-        detector.submit(PICTURES[0]).result(timeout=60)
+        detector.submit(IMAGES[0]).result(timeout=60)
         assert threading.active_count() > before
     assert threading.active_count() == before
 
 
-def test_warmup_runs_without_a_picture(detectors):
+def test_warmup_runs_without_a_image(detectors):
     detectors("torch").warmup()
     detectors("plugin").warmup(runs=1)
 
@@ -119,8 +119,8 @@ def test_a_file_without_a_passport_opens_with_a_warning(files, detectors, tmp_pa
         )
         assert detector.class_names == tuple(f"class_{i}" for i in range(5))
         assert detector.input_hw == HW
-        for picture in PICTURES:
-            assert_identical(detector(picture), detectors("none")(picture))
+        for image in IMAGES:
+            assert_identical(detector(image), detectors("none")(image))
 
 
 def test_a_foreign_file_with_suppression_inside_opens(files, detectors, tmp_path):
@@ -128,9 +128,9 @@ def test_a_foreign_file_with_suppression_inside_opens(files, detectors, tmp_path
     with Detector(path, device="cpu") as detector:
         assert detector.input_hw == HW
         assert detector.class_names[:2] == ("class_0", "class_1")
-        for picture in PICTURES:
-            assert_identical(detector(picture), detectors("plugin")(picture))
-        assert len(detector(PICTURES[0], conf=0.75)) == len(detectors("plugin")(PICTURES[0], conf=0.75))
+        for image in IMAGES:
+            assert_identical(detector(image), detectors("plugin")(image))
+        assert len(detector(IMAGES[0], conf=0.75)) == len(detectors("plugin")(IMAGES[0], conf=0.75))
 
 
 def without_thresholds(proto):
@@ -149,12 +149,12 @@ def test_a_foreign_file_whose_outputs_are_in_another_order_opens(files, detector
         proto.graph.output.extend(outputs)
 
     with Detector(foreign(files("plugin"), tmp_path / "m.onnx", shuffled), device="cpu") as detector:
-        assert_identical(detector(PICTURES[0]), detectors("plugin")(PICTURES[0]))
+        assert_identical(detector(IMAGES[0]), detectors("plugin")(IMAGES[0]))
 
 
 def test_a_foreign_file_with_overridable_thresholds_takes_them(files, detectors, tmp_path):
     with Detector(foreign(files("plugin"), tmp_path / "m.onnx"), device="cpu") as detector:
-        ours, expected = (one(PICTURES[0], conf=0.75) for one in (detector, detectors("plugin")))
+        ours, expected = (one(IMAGES[0], conf=0.75) for one in (detector, detectors("plugin")))
         assert_identical(ours, expected)
 
 
@@ -166,7 +166,7 @@ def test_a_foreign_file_of_open_size_takes_the_size_asked_for(files, detectors, 
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "m.onnx")
     with Detector(tmp_path / "m.onnx", img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
-        assert_identical(detector(PICTURES[0]), detectors("none")(PICTURES[0]))
+        assert_identical(detector(IMAGES[0]), detectors("none")(IMAGES[0]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Reading pictures, and the letterbox there and back, against the official formulas spelt out."""
+"""Reading images, and the letterbox there and back, against the official formulas spelt out."""
 
 import math
 
@@ -38,7 +38,7 @@ def noise(height, width, channels=3, *, dtype=np.uint8, seed=0):
 
 
 def official_pads(canvas, resized):
-    """Pixels before and after the picture along one axis."""
+    """Pixels before and after the image along one axis."""
     half = (canvas - resized) / 2
     return round(half - 0.1), round(half + 0.1)
 
@@ -60,7 +60,7 @@ def official_canvas(image, resized_hw, canvas_hw, method):
 @example((1, 3000), (640, 640))
 @example((640, 480), (640, 640))
 @example((1080, 1920), (640, 640))
-def test_the_picture_is_as_large_as_fits_and_lies_where_the_official_one_does(source, canvas):
+def test_the_image_is_as_large_as_fits_and_lies_where_the_official_one_does(source, canvas):
     letterbox = fit_letterbox(source, canvas)
     ratio = min(canvas[0] / source[0], canvas[1] / source[1])
     for axis, before in ((0, letterbox.top), (1, letterbox.left)):
@@ -79,7 +79,7 @@ def test_a_box_comes_back_to_where_it_was(source, canvas, data):
     ys = data.draw(st.tuples(st.floats(0, source[0]), st.floats(0, source[0])).map(sorted))
     xs = data.draw(st.tuples(st.floats(0, source[1]), st.floats(0, source[1])).map(sorted))
     box = np.array([xs[0], ys[0], xs[1], ys[1]])
-    # Where the pixels really went: the resized picture's own scale, and whole pixels of padding.
+    # Where the pixels really went: the resized image's own scale, and whole pixels of padding.
     scale = np.array([resized / side for resized, side in zip(letterbox.resized_hw, source, strict=True)])[[1, 0, 1, 0]]
     placed = box * scale + [letterbox.left, letterbox.top] * 2
     back = letterbox.undo(placed[None].astype(np.float32))
@@ -121,7 +121,7 @@ def test_the_canvas_equals_the_official_one(source, canvas):
     assert ours.dtype == np.uint8
 
 
-def test_a_picture_that_fits_keeps_its_pixels_and_gets_grey_around():
+def test_a_image_that_fits_keeps_its_pixels_and_gets_grey_around():
     image = noise(96, 63)
     kept = image.copy()
     canvas = fit_letterbox((96, 63), (96, 96)).apply(image)
@@ -131,7 +131,7 @@ def test_a_picture_that_fits_keeps_its_pixels_and_gets_grey_around():
     np.testing.assert_array_equal(image, kept)
 
 
-def test_a_picture_of_the_canvas_size_is_copied():
+def test_a_image_of_the_canvas_size_is_copied():
     image = noise(64, 64)
     canvas = fit_letterbox((64, 64), (64, 64)).apply(image)
     np.testing.assert_array_equal(canvas, image)
@@ -156,7 +156,7 @@ def official_evaluation(source, canvas, size):
     ratio = size / max(height, width)
     if ratio != 1:
         height, width = int(height * ratio), int(width * ratio)
-    # Then the letterbox without scaling up; the canvas of a rectangular batch holds every picture of it.
+    # Then the letterbox without scaling up; the canvas of a rectangular batch holds every image of it.
     assert min(canvas[0] / height, canvas[1] / width, 1) == 1
     pad_x, pad_y = (canvas[1] - width) / 2, (canvas[0] - height) / 2
     top, left = official_pads(canvas[0], height)[0], official_pads(canvas[1], width)[0]
@@ -164,7 +164,7 @@ def official_evaluation(source, canvas, size):
 
 
 def rect_canvas(resized_hw, stride=32, pad=0.5):
-    """The smallest canvas of the official rectangular mode that one picture gets."""
+    """The smallest canvas of the official rectangular mode that one image gets."""
     return tuple(math.ceil(side / stride + pad) * stride for side in resized_hw)
 
 
@@ -235,7 +235,7 @@ def test_every_pixel_value_is_scaled_as_torch_scales_it():
     np.testing.assert_array_equal(to_network_input([values])[0, 0], (torch.from_numpy(values)[..., 0].float() / 255.0))
 
 
-# --- what people pass as a picture --------------------------------------------------------------------------------
+# --- what people pass as an image --------------------------------------------------------------------------------
 
 
 def test_bgr_is_given_back_without_a_copy():
@@ -270,7 +270,7 @@ def test_the_result_is_contiguous_with_the_same_pixels(view):
     np.testing.assert_array_equal(as_bgr(image), image)
 
 
-def test_a_nested_list_is_refused_because_it_may_be_several_pictures():
+def test_a_nested_list_is_refused_because_it_may_be_several_images():
     with pytest.raises(ImageError, match="this one is a list"):
         as_bgr([[[1, 2, 3]]])
 
@@ -348,15 +348,15 @@ def test_an_empty_file_says_so(tmp_path):
     assert "0 bytes" in refusal(tmp_path / "a.jpg")
 
 
-def test_text_is_no_picture(tmp_path):
-    (tmp_path / "a.jpg").write_text("not a picture")
+def test_text_is_no_image(tmp_path):
+    (tmp_path / "a.jpg").write_text("not an image")
     assert "13 bytes" in refusal(tmp_path / "a.jpg")
 
 
-def test_a_jpeg_cut_off_in_its_header_is_no_picture(tmp_path):
+def test_a_jpeg_cut_off_in_its_header_is_no_image(tmp_path):
     data = cv2.imencode(".jpg", noise(200, 200))[1].tobytes()
     (tmp_path / "a.jpg").write_bytes(data[:100])
-    assert "not a picture" in refusal(tmp_path / "a.jpg")
+    assert "not an image" in refusal(tmp_path / "a.jpg")
 
 
 def test_a_missing_file_says_so(tmp_path):

@@ -41,13 +41,13 @@ def test_label_text_contrasts_with_its_background(class_id):
     boxes=st.lists(st.tuples(*[st.floats(-50, 400, width=32)] * 4), max_size=6),
     label=st.text(max_size=20),
 )
-def test_any_box_on_any_picture_can_be_drawn(hw, boxes, label):
-    picture = np.full((*hw, 3), 7, dtype=np.uint8)
+def test_any_box_on_any_image_can_be_drawn(hw, boxes, label):
+    image = np.full((*hw, 3), 7, dtype=np.uint8)
     array = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    drawn = draw_boxes(picture, array, labels=[label] * len(boxes), class_ids=list(range(len(boxes))))
-    assert drawn.shape == picture.shape
+    drawn = draw_boxes(image, array, labels=[label] * len(boxes), class_ids=list(range(len(boxes))))
+    assert drawn.shape == image.shape
     assert drawn.dtype == np.uint8
-    assert (picture == 7).all()
+    assert (image == 7).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -57,7 +57,7 @@ def test_boxes_that_are_not_numbers_do_not_stop_the_drawing(value):
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (40, 60, 1), (40, 60, 4)])
-def test_grey_and_transparent_pictures_are_drawn_in_colour(shape):
+def test_grey_and_transparent_images_are_drawn_in_colour(shape):
     boxes = np.array([[5, 5, 30, 30]], dtype=np.float32)
     assert draw_boxes(np.zeros(shape, dtype=np.uint8), boxes, labels=["x"], class_ids=[0]).shape == (40, 60, 3)
 
@@ -67,7 +67,7 @@ def test_grey_and_transparent_pictures_are_drawn_in_colour(shape):
     corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     far=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
-def test_labels_stay_inside_the_picture(hw, corner, far):
+def test_labels_stay_inside_the_image(hw, corner, far):
     xs, ys = sorted((corner[0], far[0])), sorted((corner[1], far[1]))
     rect = tuple(int(v) for v in (xs[0] * (hw[1] - 1), ys[0] * (hw[0] - 1), xs[1] * (hw[1] - 1), ys[1] * (hw[0] - 1)))
     pen = fit_pen(hw)
@@ -88,7 +88,7 @@ def test_the_label_of_a_box_inside_another_with_the_same_corner_moves_away():
     assert _hidden(second, np.array([first])) == 0
 
 
-def test_lines_and_text_grow_with_the_picture():
+def test_lines_and_text_grow_with_the_image():
     small, large = fit_pen((240, 320)), fit_pen((2160, 3840))
     assert small.line < large.line
     assert small.text_scale < large.text_scale
@@ -97,8 +97,8 @@ def test_lines_and_text_grow_with_the_picture():
 
 def test_the_same_input_gives_the_same_bytes():
     boxes = np.array([[5, 5, 90, 80], [20, 30, 60, 70]], dtype=np.float32)
-    pictures = [draw_boxes(np.zeros((100, 100, 3), np.uint8), boxes, labels=["a", "b"], class_ids=[3, 4]) for _ in "12"]
-    assert np.array_equal(*pictures)
+    images = [draw_boxes(np.zeros((100, 100, 3), np.uint8), boxes, labels=["a", "b"], class_ids=[3, 4]) for _ in "12"]
+    assert np.array_equal(*images)
 
 
 def test_the_better_of_two_equal_boxes_lies_on_top():
@@ -107,18 +107,18 @@ def test_the_better_of_two_equal_boxes_lies_on_top():
     assert tuple(drawn[50, 10].tolist()) == class_colour(1)
 
 
-def test_a_written_picture_replaces_the_old_one_without_leaving_a_temporary_file(tmp_path):
-    from yolov7_deploy.visualize import write_picture
+def test_a_written_image_replaces_the_old_one_without_leaving_a_temporary_file(tmp_path):
+    from yolov7_deploy.visualize import write_image
 
     for value in (10, 200):
-        write_picture(tmp_path / "a.PNG", np.full((5, 5, 3), value, dtype=np.uint8))
+        write_image(tmp_path / "a.PNG", np.full((5, 5, 3), value, dtype=np.uint8))
     assert (read_image(tmp_path / "a.PNG") == 200).all()
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
 
 
-def test_a_picture_below_a_file_is_refused_in_our_words(tmp_path):
-    from yolov7_deploy.visualize import write_picture
+def test_a_image_below_a_file_is_refused_in_our_words(tmp_path):
+    from yolov7_deploy.visualize import write_image
 
     (tmp_path / "file").touch()
     with pytest.raises(ImageError, match="cannot be written"):
-        write_picture(tmp_path / "file" / "a.png", np.zeros((5, 5, 3), np.uint8))
+        write_image(tmp_path / "file" / "a.png", np.zeros((5, 5, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Detections: what leaves the house. Boxes, scores and class ids of one picture; filter, draw, save, convert.
+"""Detections: what leaves the house. Boxes, scores and class ids of one image; filter, draw, save, convert.
 
 Libraries that only a conversion needs (supervision, pandas) are looked for when that conversion is called.
 """
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import MissingLibraryError, UsageError
 from yolov7_deploy.image import FloatArray, Image
-from yolov7_deploy.visualize import draw_boxes, write_picture
+from yolov7_deploy.visualize import draw_boxes, write_image
 
 IntArray = npt.NDArray[np.int64]
 Index = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.bool_] | npt.NDArray[np.integer[Any]]
@@ -27,7 +27,7 @@ Index = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.bool_] | n
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Milliseconds one picture took; for a batch, the batch's time divided by its pictures."""
+    """Milliseconds one image took; for a batch, the batch's time divided by its images."""
 
     preprocess_ms: float = 0.0
     inference_ms: float = 0.0
@@ -51,15 +51,15 @@ class Detection:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Detections:
-    """The objects found in one picture, best score first; never `None`, and empty where nothing was found.
+    """The objects found in one image, best score first; never `None`, and empty where nothing was found.
 
     Attributes:
-        boxes: float32 [N, 4] xyxy in source pixels, clipped to the picture.
+        boxes: float32 [N, 4] xyxy in source pixels, clipped to the image.
         scores: float32 [N].
         class_ids: int64 [N].
         class_names: All names of the model, indexed by class id.
-        image_hw: Height and width of the source picture.
-        path: Where the picture came from, empty for arrays.
+        image_hw: Height and width of the source image.
+        path: Where the image came from, empty for arrays.
         speed: Where the time went.
 
     Raises:
@@ -134,28 +134,28 @@ class Detections:
         return ", ".join(parts) or "nothing found"
 
     def plot(self, image_bgr: Image) -> Image:
-        """A copy of the picture [H, W, 3] with boxes and labels on it.
+        """A copy of the image [H, W, 3] with boxes and labels on it.
 
         Raises:
-            UsageError: The picture is not of the size these boxes belong to.
+            UsageError: The image is not of the size these boxes belong to.
         """
         if image_bgr.shape[:2] != self.image_hw:
             raise UsageError(
-                f"The picture is {image_bgr.shape[1]}x{image_bgr.shape[0]}, the boxes belong to one of "
+                f"The image is {image_bgr.shape[1]}x{image_bgr.shape[0]}, the boxes belong to one of "
                 f"{self.image_hw[1]}x{self.image_hw[0]}.",
-                fix="Pass the picture that was detected on, before any resizing.",
+                fix="Pass the image that was detected on, before any resizing.",
             )
         labels = [f"{item.class_name} {item.score:.2f}" for item in self]
         return draw_boxes(image_bgr, self.boxes, labels=labels, class_ids=self.class_ids.tolist())
 
     def save(self, path: str | Path, image_bgr: Image) -> None:
-        """Writes the drawn picture; the suffix chooses the format.
+        """Writes the drawn image; the suffix chooses the format.
 
         Raises:
             ImageError: The format is unknown or the file cannot be written.
             UsageError: See `plot`.
         """
-        write_picture(path, self.plot(image_bgr))
+        write_image(path, self.plot(image_bgr))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every number reads back to the same float32. Timings are left out, they never repeat."""
@@ -178,7 +178,7 @@ class Detections:
         """COCO results: xywh rounded to 3 decimals and scores to 5, as the official test program writes them.
 
         Args:
-            image_id: The picture's id in the annotation file.
+            image_id: The image's id in the annotation file.
             category_ids: The dataset's category id of each class id; `None` where they are the same.
         """
         corner, size = self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]

@@ -27,8 +27,8 @@ from yolov7_deploy.sources import Frame, SourceLike, open_source
 
 logger = logging.getLogger(__name__)
 
-Picture = npt.NDArray[Any] | GpuArray | str | Path
-LARGEST_BATCH = 32  # pictures that enter a network of open batch size at once, as many as in the paper's batch timings
+ImageLike = npt.NDArray[Any] | GpuArray | str | Path
+LARGEST_BATCH = 32  # images that enter a network of open batch size at once, as many as in the paper's batch timings
 NOTHING = Outputs(
     found=[],
     preprocess_ms=0,
@@ -40,7 +40,7 @@ SUBMIT_THREADS = 4  # two calls in the network, one being prepared and one being
 
 
 class Detector:
-    """Finds objects in pictures with a `.pt`, `.safetensors`, `.onnx` or `.engine` file.
+    """Finds objects in images with a `.pt`, `.safetensors`, `.onnx` or `.engine` file.
 
     Usable from several threads at once. Thresholds left out are those of the file, where suppression is inside it,
     else the official ones (`Thresholds`); each call may override them.
@@ -105,7 +105,7 @@ class Detector:
 
     @property
     def largest_batch(self) -> int | None:
-        """Most pictures that can enter the network at once; `None` where the file leaves it open."""
+        """Most images that can enter the network at once; `None` where the file leaves it open."""
         return self._backend.largest_batch
 
     @property
@@ -120,14 +120,14 @@ class Detector:
 
     def __call__(
         self,
-        image: Picture,
+        image: ImageLike,
         *,
         conf: float | None = None,
         iou: float | None = None,
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> Detections:
-        """The objects in one picture: uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path.
+        """The objects in one image: uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path.
 
         An engine takes uint8 BGR [H, W, 3] arrays on its GPU too (torch, cupy, pycuda, ...), without a copy: by DLPack
         or `__cuda_array_interface__`, after what their library's stream has still to do.
@@ -136,14 +136,14 @@ class Detector:
 
     def batch(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageLike],
         *,
         conf: float | None = None,
         iou: float | None = None,
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> list[Detections]:
-        """The objects in several pictures of any sizes, in their order; an empty list gives an empty list."""
+        """The objects in several images of any sizes, in their order; an empty list gives an empty list."""
         thresholds = self._changed(
             self.thresholds,
             conf=conf,
@@ -155,8 +155,8 @@ class Detector:
         parts = [images[start : start + size] for start in range(0, len(images), size)]
         return [found for part in parts for found in self._at_once(part, thresholds, timed=False)[0]]
 
-    def timed(self, images: Sequence[Picture]) -> tuple[list[Detections], Spans]:
-        """Like `batch` with all pictures entering the network together, and where the time of the call went.
+    def timed(self, images: Sequence[ImageLike]) -> tuple[list[Detections], Spans]:
+        """Like `batch` with all images entering the network together, and where the time of the call went.
 
         Every span is measured by itself, which on a GPU takes longer than the same work in one go: for benchmarks.
         """
@@ -167,26 +167,26 @@ class Detector:
         spans = outputs.spans
         assert spans is not None, "a backend that was asked to measure its spans"
         inside = spans.upload_ms + spans.engine_ms + spans.download_ms + spans.postprocess_ms
-        # Converting pictures, geometry and results is host work of this class; it counts as preparation.
+        # Converting images, geometry and results is host work of this class; it counts as preparation.
         return detections, replace(spans, preprocess_ms=max(spans.preprocess_ms, total_ms - inside))
 
     def _at_once(
-        self, items: Sequence[Picture], thresholds: Thresholds, *, timed: bool
+        self, items: Sequence[ImageLike], thresholds: Thresholds, *, timed: bool
     ) -> tuple[list[Detections], Outputs]:
-        pictures = [self._picture(item) for item in items]
-        letterboxes = [fit_letterbox(_hw(picture), self.input_hw) for picture in pictures]
-        found, outputs = self._infer(pictures, letterboxes, thresholds, timed=timed)
+        images = [self._image(item) for item in items]
+        letterboxes = [fit_letterbox(_hw(image), self.input_hw) for image in images]
+        found, outputs = self._infer(images, letterboxes, thresholds, timed=timed)
         paths = [str(item) if isinstance(item, str | Path) else "" for item in items]
         return [replace(one, path=path) for one, path in zip(found, paths, strict=True)], outputs
 
-    def _picture(self, item: Picture) -> Image:
+    def _image(self, item: ImageLike) -> Image:
         if isinstance(item, str | Path):
             return read_image(item)
         if not is_gpu_array(item):
             return as_bgr(item)
         if not self._backend.takes_gpu_arrays:
             raise UsageError(
-                f"{self.path.name} takes pictures in main memory here; this {type(item).__name__} is on a GPU.",
+                f"{self.path.name} takes images in main memory here; this {type(item).__name__} is on a GPU.",
                 fix="Pass image.cpu().numpy() (cupy, pycuda: image.get()); engines take it where  y7 plugin  has run.",
             )
         return cast(Image, item)  # for the backend, which knows
@@ -214,7 +214,7 @@ class Detector:
 
     def submit(
         self,
-        image: Picture,
+        image: ImageLike,
         *,
         conf: float | None = None,
         iou: float | None = None,
@@ -231,7 +231,7 @@ class Detector:
     def infer(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds
     ) -> list[Detections]:
-        """The layer below: contiguous uint8 BGR pictures with a placement each, all of one canvas size."""
+        """The layer below: contiguous uint8 BGR images with a placement each, all of one canvas size."""
         return self._infer(images, letterboxes, thresholds, timed=False)[0]
 
     def _infer(
@@ -250,13 +250,13 @@ class Detector:
         return [self._detections(*pair, speed) for pair in zip(outputs.found, letterboxes, strict=True)], outputs
 
     def warmup(self, runs: int = 2) -> None:
-        """Runs a grey picture through, so that the first real one is not the slow one."""
+        """Runs a grey image through, so that the first real one is not the slow one."""
         grey = np.full((*self.input_hw, 3), PAD_GREY, dtype=np.uint8)
         for _ in range(runs):
             self(grey)
 
     def close(self) -> None:
-        """Waits for submitted pictures and frees the model when the last call is out; calling it twice is fine."""
+        """Waits for submitted images and frees the model when the last call is out; calling it twice is fine."""
         self._closed = True
         with self._pool_lock:
             if self._pool is not None:

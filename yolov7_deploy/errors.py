@@ -65,7 +65,7 @@ class ParityError(Y7Error):
 
 
 class ImageError(Y7Error):
-    """A picture that cannot be read or is not a picture."""
+    """An image that cannot be read or is not an image."""
 
 
 class SourceError(Y7Error):

@@ -1,6 +1,6 @@
-"""Reading pictures, and the letterbox there and back.
+"""Reading images, and the letterbox there and back.
 
-Pictures are uint8 BGR arrays [H, W, 3] everywhere, as OpenCV has them.
+Images are uint8 BGR arrays [H, W, 3] everywhere, as OpenCV has them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FloatArray = npt.NDArray[np.float32]
 PAD_GREY = 114  # the official letterbox colour
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# Decoding takes up to 6 bytes a pixel, so the largest picture takes 1 GB; medium-format cameras end at 151 megapixels.
+# Decoding takes up to 6 bytes a pixel, so the largest image takes 1 GB; medium-format cameras end at 151 megapixels.
 MAX_PIXELS = 180_000_000
 # A byte of Huffman codes holds at most 8 flat blocks of 8 x 8 pixels, one of LZW codes at most 2730 pixels: a file with
-# more pixels than these for each byte is cut off, and would take minutes and gigabytes to become a grey picture.
+# more pixels than these for each byte is cut off, and would take minutes and gigabytes to become a grey image.
 _PIXELS_PER_BYTE = {"JPEG": 1024, "GIF": 4096}
 _HEAD_BYTES = 2**16
 JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that are no frames
@@ -41,15 +41,15 @@ _DECODING = {
 
 
 def read_image(path: str | Path, *, reduced: int = 1) -> Image:
-    """A picture file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
+    """An image file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
 
     Args:
         path: The file.
-        reduced: 2, 4 or 8 gives a picture with sides smaller by it, rounded up or down; of a JPEG in less time, and
+        reduced: 2, 4 or 8 gives an image with sides smaller by it, rounded up or down; of a JPEG in less time, and
             each pixel is then the average of those it stands for.
 
     Raises:
-        ImageError: The file is absent, empty, larger than `MAX_PIXELS`, or not a picture OpenCV can decode.
+        ImageError: The file is absent, empty, larger than `MAX_PIXELS`, or not an image OpenCV can decode.
     """
     path = Path(path)
     try:
@@ -61,13 +61,13 @@ def read_image(path: str | Path, *, reduced: int = 1) -> Image:
 
 
 def decode_image(data: npt.NDArray[np.uint8], *, name: str, reduced: int = 1) -> Image:
-    """The bytes of a picture file, uint8 [N], as uint8 BGR [H, W, 3]; `reduced` as in `read_image`.
+    """The bytes of an image file, uint8 [N], as uint8 BGR [H, W, 3]; `reduced` as in `read_image`.
 
     Raises:
         ImageError: See `read_image`; the message calls it `name`.
     """
     if data.size == 0:
-        raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the picture again.")
+        raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the image again.")
     _refuse_huge(data, name)
     try:
         image = cv2.imdecode(data, _DECODING[reduced])
@@ -75,7 +75,7 @@ def decode_image(data: npt.NDArray[np.uint8], *, name: str, reduced: int = 1) ->
         image = None
     if image is None or image.size == 0:
         raise ImageError(
-            f"{name} is not a picture OpenCV can decode ({data.size} bytes).",
+            f"{name} is not an image OpenCV can decode ({data.size} bytes).",
             fix=f"Convert it to one of: {' '.join(IMAGE_SUFFIXES)}",
         )
     return as_bgr(image.astype(np.uint8, copy=False))  # OpenCV 5 leaves a grey PFM grey
@@ -96,7 +96,7 @@ def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
         if height * width > _PIXELS_PER_BYTE.get(kind, MAX_PIXELS) * data.size:
             raise ImageError(
                 f"{name} is cut off: {data.size} bytes cannot hold the {width} x {height} pixels of its header.",
-                fix="Copy or download the picture again.",
+                fix="Copy or download the image again.",
             )
 
 
@@ -183,7 +183,7 @@ def _jpeg_sizes(data: memoryview) -> list[tuple[int, int]]:
 
 
 def as_bgr(image: object) -> Image:
-    """Any array that people pass as a picture, as contiguous uint8 BGR [H, W, 3]; no copy where it already is one.
+    """Any array that people pass as an image, as contiguous uint8 BGR [H, W, 3]; no copy where it already is one.
 
     Grey [H, W] or [H, W, 1] is repeated, the alpha of BGRA [H, W, 4] is dropped, uint16 is scaled by 1/257.
 
@@ -196,14 +196,14 @@ def as_bgr(image: object) -> Image:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise ImageError(
-            f"A picture must be an array [H, W, 3] (BGR), [H, W] or [H, W, 4]; this one is {shape}.",
+            f"An image must be an array [H, W, 3] (BGR), [H, W] or [H, W, 4]; this one is {shape}.",
             fix="For a batch call detector.batch([image, ...]); for channels first use image.transpose(1, 2, 0).",
         )
     if array.dtype == np.uint16:
         array = (array // 257).astype(np.uint8)
     if array.dtype != np.uint8:
         raise ImageError(
-            f"A picture must be uint8 or uint16; this one is {array.dtype}.",
+            f"An image must be uint8 or uint16; this one is {array.dtype}.",
             fix="For floats 0..1 use (image * 255).round().astype('uint8').",
         )
     array = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
@@ -211,26 +211,26 @@ def as_bgr(image: object) -> Image:
 
 
 def _as_array(image: object) -> npt.NDArray[Any]:
-    """Anything NumPy takes for an array, such as a PIL picture; not a list, which is rather several pictures."""
+    """Anything NumPy takes for an array, such as a PIL image; not a list, which is rather several images."""
     if not hasattr(image, "__array__") and not hasattr(image, "__array_interface__"):
         raise ImageError(
-            f"A picture must be an array [H, W, 3] (BGR); this one is a {type(image).__name__}.",
-            fix="For several pictures call detector.batch([image, ...]); for a file give its path.",
+            f"An image must be an array [H, W, 3] (BGR); this one is a {type(image).__name__}.",
+            fix="For several images call detector.batch([image, ...]); for a file give its path.",
         )
     return np.asarray(image)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Letterbox:
-    """How one picture is placed on a network-sized canvas, and how boxes come back.
+    """How one image is placed on a network-sized canvas, and how boxes come back.
 
     Attributes:
-        source_hw: Height and width of the picture.
+        source_hw: Height and width of the image.
         resized_hw: Height and width it is scaled to.
         canvas_hw: Height and width of the network input.
         top, left: Pixels of grey above and to the left.
         gain: Canvas pixels per source pixel, to take boxes back.
-        offset_xy: Canvas position of the picture's corner, to take boxes back; unrounded, as the official one.
+        offset_xy: Canvas position of the image's corner, to take boxes back; unrounded, as the official one.
         shrink_by_area: Scale with pixel-area averaging (the official evaluation loader) instead of bilinear.
     """
 
@@ -244,7 +244,7 @@ class Letterbox:
     shrink_by_area: bool = False
 
     def apply(self, image_bgr: Image) -> Image:
-        """The canvas uint8 BGR [canvas_h, canvas_w, 3] with the picture on it; always a new array."""
+        """The canvas uint8 BGR [canvas_h, canvas_w, 3] with the image on it; always a new array."""
         height, width = self.resized_hw
         if (height, width) != self.source_hw:
             method = cv2.INTER_AREA if self.shrink_by_area else cv2.INTER_LINEAR
@@ -254,7 +254,7 @@ class Letterbox:
         return canvas
 
     def undo(self, boxes_xyxy: FloatArray) -> FloatArray:
-        """Boxes [N, 4] from canvas pixels to source pixels, clipped to the picture; a new array."""
+        """Boxes [N, 4] from canvas pixels to source pixels, clipped to the image; a new array."""
         offset = np.array(self.offset_xy * 2, dtype=np.float32)
         height, width = self.source_hw
         boxes = (boxes_xyxy - offset) / np.float32(self.gain)

@@ -48,8 +48,8 @@ class Int8Info:
 
     Attributes:
         method: By which the ranges of activations were chosen.
-        pictures: How many they were measured on.
-        pictures_sha256: Of those pictures, in any order.
+        images: How many they were measured on.
+        images_sha256: Of those images, in any order.
         rest: Type of what is not INT8: `fp16` or `fp32`.
         convolutions, int8_convolutions: How many there are, and how many of them compute in INT8.
         share: Part of all multiply-accumulates that INT8 does; `None` where shapes are open.
@@ -57,8 +57,8 @@ class Int8Info:
     """
 
     method: str
-    pictures: int
-    pictures_sha256: str
+    images: int
+    images_sha256: str
     rest: str
     convolutions: int
     int8_convolutions: int

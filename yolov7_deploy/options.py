@@ -33,7 +33,7 @@ class Thresholds:
     Attributes:
         conf: Keep scores above this (strictly).
         iou: Suppress a box that overlaps a better one of its class by more than this.
-        max_det: At most this many boxes a picture, best first.
+        max_det: At most this many boxes an image, best first.
         classes: Only these class ids; `None` keeps all.
         multi_label: Every class above `conf` is a detection, instead of a box's best class only
             (the evaluation protocol; official detection keeps the best class).
@@ -139,7 +139,7 @@ class QuantizeOptions:
         int8: See `Int8Options`.
         max_drop: AP points (of 100) that INT8 may lose; layers are spared until it loses no more. `None` spares none.
         sensitivity: Find what each layer costs, also where nothing need be spared.
-        cache: File that keeps the calibration; by default one in the cache folder, named after model and pictures.
+        cache: File that keeps the calibration; by default one in the cache folder, named after model and images.
     """
 
     int8: Int8Options = field(default_factory=Int8Options)
@@ -159,10 +159,10 @@ class ValOptions:
     """How average precision is measured; the defaults are the official evaluation's, except `batch`.
 
     Attributes:
-        rect: Pictures sorted by shape, each batch on a canvas of its own size (the published protocol); `False` is a
+        rect: Images sorted by shape, each batch on a canvas of its own size (the published protocol); `False` is a
             plain letterbox; `None` is rect where the model takes any input size.
-        batch: Pictures that share a canvas, and that run together. The official program takes 32, which gives some
-            pictures another canvas and needs four times the memory.
+        batch: Images that share a canvas, and that run together. The official program takes 32, which gives some
+            images another canvas and needs four times the memory.
         conf, iou, max_det, multi_label: See `Thresholds`.
     """
 
@@ -189,7 +189,7 @@ class BenchOptions:
     """How speed is measured: a row for each batch size with each number of callers.
 
     Attributes:
-        batches: Pictures of a call; each is measured by itself.
+        batches: Images of a call; each is measured by itself.
         threads: Callers at the same time.
         duration_s: Of either part of a row: latency with its spans, and throughput. A slow model takes longer, until
             there are calls enough.
@@ -282,24 +282,24 @@ class TrainOptions:
     """How a network is trained; what a recipe calls hyper-parameters is in a file of its own.
 
     Attributes:
-        epochs: Passes over the training pictures.
-        batch: Pictures of a step, of all processes together.
-        nominal_batch: Gradients of several steps are added up to about so many pictures.
+        epochs: Passes over the training images.
+        batch: Images of a step, of all processes together.
+        nominal_batch: Gradients of several steps are added up to about so many images.
         img: Input side, a multiple of the largest stride.
         seed: Of everything random.
-        workers: Processes that prepare pictures, for each training process.
-        cache_gib: Memory for prepared pictures; `None` is a quarter of what is free.
+        workers: Processes that prepare images, for each training process.
+        cache_gib: Memory for prepared images; `None` is a quarter of what is free.
         half: Mixed precision: float16 on a GPU, bfloat16 on a CPU (fast where it has such instructions). `None` is on a
             GPU only.
         adam: AdamW instead of SGD.
         linear_lr: The learning rate falls linearly instead of as a cosine.
-        sync_bn: BatchNorm over the pictures of all processes.
-        rebase_bn: Weights that are given get the BatchNorm statistics of the pictures, with the same output.
+        sync_bn: BatchNorm over the images of all processes.
+        rebase_bn: Weights that are given get the BatchNorm statistics of the images, with the same output.
         freeze: Layers that stay as they are: one number is the first so many, several are just these.
         multi_scale: Sizes from half to one and a half of `img`, another one each step.
-        rect: Pictures of one shape together on a canvas of that shape, without mosaic.
+        rect: Images of one shape together on a canvas of that shape, without mosaic.
         close_mosaic: Last epochs without mosaic, mixup and pasting.
-        image_weights: Pictures of classes that are found badly come more often.
+        image_weights: Images of classes that are found badly come more often.
         autoanchor: Fit new anchors if too few targets are reached (they are only counted otherwise).
         patience: Epochs without progress until training ends; 0 is never.
         val_every: Epochs from one validation to the next; 0 is only the last.

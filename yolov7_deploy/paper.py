@@ -29,7 +29,7 @@ VARIANTS = {
     "yolov7-e6e": "YOLOv7-E6E",
 }
 
-# Milliseconds per picture at batch 32 on a V100: README for the table of six, section 8 of the paper for tiny,
+# Milliseconds per image at batch 32 on a V100: README for the table of six, section 8 of the paper for tiny,
 # issue 77 of the official repository for tiny-silu.
 BATCH32_MS = {
     "yolov7-tiny": 0.4,
@@ -64,9 +64,9 @@ class PaperRow:
         params_m: Millions of parameters.
         gflops: At `size`.
         size: Longer side of the input in pixels.
-        fps: Pictures per second at batch 1 on `device`.
+        fps: Images per second at batch 1 on `device`.
         device: `V100` or `A100`, empty where no speed is given.
-        batch32_ms: Milliseconds per picture at batch 32 on a V100.
+        batch32_ms: Milliseconds per image at batch 32 on a V100.
         val: On COCO val2017.
         test: On COCO test-dev.
         source: Where the numbers stand.

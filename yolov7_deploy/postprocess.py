@@ -66,7 +66,7 @@ def greedy_nms(
 def detections_of(
     output: FloatArray, thresholds: Thresholds, *, max_candidates: int = MAX_CANDIDATES
 ) -> tuple[FloatArray, FloatArray, IntArray]:
-    """Boxes, scores and class ids of one picture from a decoded head output, best first.
+    """Boxes, scores and class ids of one image from a decoded head output, best first.
 
     The official semantics: a score is objectness * class probability (objectness alone with one class), kept if it
     exceeds `conf` strictly; of `multi_label` every class of an anchor counts, otherwise its best; equal scores keep the

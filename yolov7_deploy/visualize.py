@@ -1,6 +1,6 @@
-"""Drawing boxes and labels on a picture, and writing the picture.
+"""Drawing boxes and labels on an image, and writing the image.
 
-Sizes follow the picture, colours follow the class, and a label goes where it hides no other label if such a place
+Sizes follow the image, colours follow the class, and a label goes where it hides no other label if such a place
 is next to its box.
 """
 
@@ -62,7 +62,7 @@ def text_colour(background: Colour) -> Colour:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pen:
-    """Sizes in pixels for one picture."""
+    """Sizes in pixels for one image."""
 
     line: int
     text_scale: float
@@ -79,9 +79,9 @@ def fit_pen(image_hw: tuple[int, int]) -> Pen:
 
 
 def draw_boxes(image_bgr: Image, boxes_xyxy: FloatArray, *, labels: Sequence[str], class_ids: Sequence[int]) -> Image:
-    """A copy of the picture [H, W, 3] with boxes [N, 4] and one label each; earlier ones lie on top.
+    """A copy of the image [H, W, 3] with boxes [N, 4] and one label each; earlier ones lie on top.
 
-    An empty label draws none, and so does one that is larger than the picture. Boxes outside are clipped.
+    An empty label draws none, and so does one that is larger than the image. Boxes outside are clipped.
     """
     canvas: Image = as_bgr(image_bgr).copy()
     hw = (canvas.shape[0], canvas.shape[1])
@@ -155,8 +155,8 @@ def _draw_label(canvas: Image, spot: Rect, label: str, colour: Colour, *, pen: P
     cv2.putText(canvas, label, start, FONT, pen.text_scale, text_colour(colour), pen.text_weight, cv2.LINE_AA)
 
 
-def write_picture(path: str | Path, image_bgr: Image) -> None:
-    """Writes the picture under a temporary name and renames it; folders are made, the suffix chooses the format.
+def write_image(path: str | Path, image_bgr: Image) -> None:
+    """Writes the image under a temporary name and renames it; folders are made, the suffix chooses the format.
 
     Raises:
         ImageError: OpenCV has no writer for the suffix, or the file cannot be written.

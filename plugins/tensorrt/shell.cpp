@@ -202,7 +202,7 @@ void check_profile(const NodeParams& params, const nvinfer1::DynamicPluginTensor
   }
   const auto& largest = inputs[0].max;
   if (largest.d[0] > kMaxBatch) {
-    refuse("the batch is up to ", largest.d[0], " pictures; the kernels take at most ", kMaxBatch, ".");
+    refuse("the batch is up to ", largest.d[0], " images; the kernels take at most ", kMaxBatch, ".");
   }
   const int64_t height = static_cast<int64_t>(largest.d[2]) * params.strides[0];
   const int64_t width = static_cast<int64_t>(largest.d[3]) * params.strides[0];
@@ -217,14 +217,14 @@ void check_profile(const NodeParams& params, const nvinfer1::DynamicPluginTensor
 
 size_t workspace_bytes(const NodeParams& params, int64_t batch, DataType type) {
   // An open batch before any profile is known is taken at its largest.
-  const int64_t pictures = batch < 1 ? kMaxBatch : batch;
-  if (pictures > kMaxBatch) {
-    refuse("the batch has ", pictures, " pictures; the kernels take at most ", kMaxBatch, ".");
+  const int64_t images = batch < 1 ? kMaxBatch : batch;
+  if (images > kMaxBatch) {
+    refuse("the batch has ", images, " images; the kernels take at most ", kMaxBatch, ".");
   }
-  const Y7NmsParams described = params.kernel_params(static_cast<int32_t>(pictures), kernel_type(type));
+  const Y7NmsParams described = params.kernel_params(static_cast<int32_t>(images), kernel_type(type));
   const size_t bytes = y7_nms_workspace(&described);
   if (bytes == 0) {
-    refuse("the kernels refuse a batch of ", pictures, " with ", params.text(), ".");
+    refuse("the kernels refuse a batch of ", images, " with ", params.text(), ".");
   }
   return bytes;
 }

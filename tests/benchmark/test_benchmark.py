@@ -25,24 +25,24 @@ from yolov7_deploy.image import Image
 from yolov7_deploy.options import BenchOptions
 
 QUICK = BenchOptions(duration_s=0.2, warmup_s=0.5)
-FRAMES = Frames(pictures=(noise(128, 192), noise(90, 60, 1), noise(300, 400, 2)), words="three of noise")
+FRAMES = Frames(images=(noise(128, 192), noise(90, 60, 1), noise(300, 400, 2)), words="three of noise")
 
 
 # --- frames and answers -----------------------------------------------------------------------------------------------
 
 
-def test_batches_hold_every_picture_and_no_memory_twice():
-    pictures: tuple[Image, ...] = tuple(np.full((2, 2, 3), number, np.uint8) for number in range(3))
-    frames = Frames(pictures=pictures, words="")
-    told = [[int(picture[0, 0, 0]) for picture in batch] for batch in frames.batches(2)]
+def test_batches_hold_every_image_and_no_memory_twice():
+    images: tuple[Image, ...] = tuple(np.full((2, 2, 3), number, np.uint8) for number in range(3))
+    frames = Frames(images=images, words="")
+    told = [[int(image[0, 0, 0]) for image in batch] for batch in frames.batches(2)]
     assert told == [[0, 1], [2, 0]]
     (batch,) = frames.batches(7)
-    assert [int(picture[0, 0, 0]) for picture in batch] == [0, 1, 2, 0, 1, 2, 0]
-    assert len({picture.ctypes.data for picture in batch}) == 7
+    assert [int(image[0, 0, 0]) for image in batch] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({image.ctypes.data for image in batch}) == 7
 
 
 @pytest.mark.parametrize("hw", [(1080, 1920), (48, 64), (9, 7), (1, 1)])
-def test_the_drawn_picture_has_the_size_asked_for(hw):
+def test_the_drawn_image_has_the_size_asked_for(hw):
     assert drawn_frames(hw).hw == hw
 
 
@@ -89,7 +89,7 @@ def test_answers_may_round_but_not_change(later, same):
 
 
 def test_a_box_without_an_area_is_the_same_as_itself():
-    """Clipped at the border of the picture, it overlaps nothing, not even itself."""
+    """Clipped at the border of the image, it overlaps nothing, not even itself."""
     flat = replace(found(0.9), boxes=np.array([[640, 10, 640, 90]], np.float32))
     assert same_detections(flat, flat, conf=0.25)
 
@@ -137,8 +137,8 @@ def test_throughput_of_one_caller_is_what_its_calls_take(measured):
     for one in measured.rows:
         whole = one.span("end_to_end")
         if one.threads == 1:  # calls may be faster here than there, but not by much than the fastest
-            assert 1 / 3 / whole.p99 <= one.pictures_per_second / 1e3 / one.batch <= 1.25 / whole.least
-        assert one.pictures == pytest.approx(one.pictures_per_second * one.seconds, abs=0.51)
+            assert 1 / 3 / whole.p99 <= one.images_per_second / 1e3 / one.batch <= 1.25 / whole.least
+        assert one.images == pytest.approx(one.images_per_second * one.seconds, abs=0.51)
 
 
 def test_a_report_comes_back_from_its_file_as_it_was(measured, tmp_path):
@@ -165,7 +165,7 @@ def test_a_report_says_what_ran(measured, files):
 
 
 def test_a_checkpoint_is_measured_too(detectors):
-    measured = measure_speed(detectors("torch"), Frames(pictures=FRAMES.pictures[:1], words="one"), options=QUICK)
+    measured = measure_speed(detectors("torch"), Frames(images=FRAMES.images[:1], words="one"), options=QUICK)
     assert (measured.backend, measured.nms) == ("pytorch", "host")
     assert "torch" in dict(measured.environment)
 
@@ -186,7 +186,7 @@ class Forgetful:
 
 
 def test_a_detector_whose_answers_change_is_not_measured(plugin):
-    assert len(plugin(FRAMES.pictures[0]))
+    assert len(plugin(FRAMES.images[0]))
     with pytest.raises(DeviceError, match="times of such a detector mean nothing"):
         measure_speed(Forgetful(plugin, 15), FRAMES, options=QUICK)
 
@@ -196,7 +196,7 @@ def test_batches_that_the_file_cannot_run_are_refused(detectors, plugin):
         measure_speed(plugin, FRAMES, options=BenchOptions(batches=(1, 2)))
     with pytest.raises(UsageError, match=r"fixed batch of 2 and would be filled up.*\n--batch 2"):
         measure_speed(detectors("plugin", batch=2), FRAMES, options=BenchOptions(batches=(1,)))
-    with pytest.raises(UsageError, match="at most 32 pictures"):
+    with pytest.raises(UsageError, match="at most 32 images"):
         measure_speed(detectors("torch"), FRAMES, options=BenchOptions(batches=(33,)))
 
 
@@ -258,7 +258,7 @@ def test_the_table_says_what_was_measured_and_what_was_not():
     told = describe_speed(report(rows=(row(), row(threads=4, loaded=loaded)), notes=("a note",)))
     for words in (
         "folder/yolov7.onnx (yolov7, onnxruntime, fp32) at 640x640 on cpu: a machine",
-        "one drawn picture; 4 detections a picture",
+        "one drawn image; 4 detections an image",
         "0.62",
         "600 MB host",
         "while 4 called at once, a call took p50 30",
@@ -278,7 +278,7 @@ def test_the_paper_is_compared_with_the_network_only():
     engine = beside.rows[0].span("engine").p50
     (line,) = (line for line in told.splitlines() if line.startswith("network, batch 1 "))
     assert line.endswith(f"{engine * 161 / 1000:.3g}x its time")
-    assert "161 pictures/s at batch 1 and 2.8 ms a picture at batch 32" in told
+    assert "161 images/s at batch 1 and 2.8 ms an image at batch 32" in told
     assert "no letterbox, no upload, no suppression" in told
     assert "51.0 % (val.json)" in told and "-0.2 points" in told
     assert not [line for line in told.splitlines() if line.startswith("end to end, batch") and "its time" in line]

@@ -151,7 +151,7 @@ def test_the_legend_says_what_each_span_includes_and_where_it_was_measured():
     assert "Paper: V100, PyTorch FP16, network only" in said
     assert "AMD EPYC, onnxruntime fp32" in said and "NVIDIA H200, tensorrt fp16" in said
     assert "engine: the network, and suppression where the file has it" in said
-    assert "end to end: from a picture in memory to its boxes" in said
+    assert "end to end: from an image in memory to its boxes" in said
 
 
 def test_one_series_is_joined_in_the_order_of_its_times():
@@ -176,7 +176,7 @@ def test_a_report_without_batch_1_is_named_and_not_drawn():
     assert markers(figure, COLOURS[0]) == []
 
 
-def test_many_machines_make_the_picture_higher_not_the_axes_lower():
+def test_many_machines_make_the_image_higher_not_the_axes_lower():
     figure = draw_chart(SITUATIONS["many machines"])
     assert figure.get_figheight() > 6.25
     assert figure.axes[0].bbox.height >= LEAST_AXES * DPI - 1

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from tests.support.sample_images import CONF, MAX_DET, PICTURES
+from tests.support.sample_images import CONF, IMAGES, MAX_DET
 from tests.support.small_models import HW
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
@@ -31,9 +31,9 @@ WAIT_S = 60
 
 @pytest.fixture
 def opened(files):
-    """A Detector of its own with an open batch, and what it finds in each picture alone."""
+    """A Detector of its own with an open batch, and what it finds in each image alone."""
     with Detector(files("plugin", batch=None), img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
-        yield detector, [detector(picture) for picture in PICTURES]
+        yield detector, [detector(image) for image in IMAGES]
 
 
 # --- the soak -----------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def opened(files):
 
 def test_eight_threads_get_bit_for_bit_what_one_gets(opened):
     detector, expected = opened
-    done = soak.soak(detector, PICTURES, expected, threads=THREADS, calls=200)
+    done = soak.soak(detector, IMAGES, expected, threads=THREADS, calls=200)
     assert len(done.call_ms) == sum(done.calls_of) == 200
     assert done.unequal == 0
     assert min(done.calls_of) >= 10
@@ -53,10 +53,10 @@ def test_two_thousand_calls_of_eight_threads_stay_flat_and_as_fast_as_one_thread
     # Of the usual small size: at HW a call takes 6 ms, and the load of the machine decides.
     path = files("plugin", batch=None, input_hw=(320, 320))
     with Detector(path, conf=0.95, max_det=MAX_DET, device="cpu") as detector:
-        expected = [detector(picture) for picture in PICTURES]
-        done = soak.soak(detector, PICTURES, expected, threads=THREADS, calls=2000)
+        expected = [detector(image) for image in IMAGES]
+        done = soak.soak(detector, IMAGES, expected, threads=THREADS, calls=2000)
         assert done.failures() == []
-        rates = soak.throughput(detector, PICTURES, threads=THREADS, block_s=2.0)
+        rates = soak.throughput(detector, IMAGES, threads=THREADS, block_s=2.0)
     best, ratio = soak.best_ratio(rates)
     assert ratio >= soak.MIN_RATIO, f"{ratio:.3f} of {best}"
 
@@ -64,7 +64,7 @@ def test_two_thousand_calls_of_eight_threads_stay_flat_and_as_fast_as_one_thread
 def test_a_soak_of_some_seconds_ends_then(opened):
     detector, expected = opened
     begin = time.perf_counter()
-    done = soak.soak(detector, PICTURES, expected, threads=2, seconds=1.0)
+    done = soak.soak(detector, IMAGES, expected, threads=2, seconds=1.0)
     assert 1.0 <= time.perf_counter() - begin < 30
     assert done.call_ms
 
@@ -72,7 +72,7 @@ def test_a_soak_of_some_seconds_ends_then(opened):
 def test_a_soak_notices_a_result_that_differs(opened):
     detector, expected = opened
     moved = replace(expected[0], boxes=np.nextafter(expected[0].boxes, np.float32(np.inf)))
-    done = soak.soak(detector, PICTURES, [moved, *expected[1:]], threads=2, calls=10)
+    done = soak.soak(detector, IMAGES, [moved, *expected[1:]], threads=2, calls=10)
     assert done.unequal == 2
     assert "2 results differ" in done.failures()[0]
 
@@ -80,7 +80,7 @@ def test_a_soak_notices_a_result_that_differs(opened):
 def test_a_soak_raises_what_a_call_raises(opened):
     detector, expected = opened
     with pytest.raises(ImageError):
-        soak.soak(detector, [*PICTURES[:4], PICTURES[4].astype(float)], expected, threads=4, calls=100)
+        soak.soak(detector, [*IMAGES[:4], IMAGES[4].astype(float)], expected, threads=4, calls=100)
 
 
 def test_a_soak_tells_a_leak_from_noise():
@@ -117,10 +117,10 @@ def test_the_best_arrangement_is_chosen_over_all_rounds_and_the_ratio_is_paired(
 # --- errors and closing under load --------------------------------------------------------------------------------
 
 
-def test_a_bad_picture_raises_in_its_own_call_only(opened):
+def test_a_bad_image_raises_in_its_own_call_only(opened):
     detector, expected = opened
     with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(detector, np.zeros((0, 3, 3)) if i % 7 == 3 else PICTURES[i % 5]) for i in range(40)]
+        futures = [pool.submit(detector, np.zeros((0, 3, 3)) if i % 7 == 3 else IMAGES[i % 5]) for i in range(40)]
     for i, future in enumerate(futures):
         if i % 7 == 3:
             assert isinstance(future.exception(), ImageError)
@@ -131,7 +131,7 @@ def test_a_bad_picture_raises_in_its_own_call_only(opened):
 def test_closing_while_callers_are_inside_gives_results_or_says_closed(opened):
     detector, expected = opened
     with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(detector, PICTURES[i % 5]) for i in range(60)]
+        futures = [pool.submit(detector, IMAGES[i % 5]) for i in range(60)]
         wait(futures[:10])
         detector.close()
     errors = [(i, future.exception()) for i, future in enumerate(futures)]

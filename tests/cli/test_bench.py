@@ -19,8 +19,8 @@ from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.bench import counted_rows, find_variant_name, parse_frame, parse_numbers
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
-from yolov7_deploy.evaluation.synthetic_image import drawn_picture
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.evaluation.synthetic_image import drawn_image
+from yolov7_deploy.visualize import write_image
 
 TRIES = 3  # of a comparison that is too noisy to tell
 QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
@@ -82,7 +82,7 @@ def test_a_frame_is_width_times_height():
 def test_a_table_is_printed_and_nothing_written(bench, tmp_path):
     result = bench("--batch", "1", "--threads", "1,2")
     assert result.exit_code == 0, result.output
-    assert "pictures/s" in result.stdout and "one drawn picture, 64x48" in result.stdout
+    assert "images/s" in result.stdout and "one drawn image, 64x48" in result.stdout
     assert "while 2 called at once" in result.stdout
     assert everything(tmp_path) == []
 
@@ -97,14 +97,14 @@ def test_old_spellings_are_accepted(bench, files):
 def test_the_record_alone_is_on_standard_output(bench):
     result = bench("--json", "-")
     assert json.loads(result.stdout)["kind"] == "y7 bench"
-    assert "pictures/s" in result.stderr
+    assert "images/s" in result.stderr
 
 
 def test_the_paper_brings_its_row_a_record_and_a_chart(bench, files, tmp_path):
     val = tmp_path / "val.json"
     val.write_text(json.dumps({"ap": 0.35, "weights": str(files("plugin")), "images": 82}))
     result = bench("--paper", "--val-json", val)
-    assert "YOLOv7-tiny in the paper" in result.stdout and "0.4 ms a picture at batch 32" in result.stdout
+    assert "YOLOv7-tiny in the paper" in result.stdout and "0.4 ms an image at batch 32" in result.stdout
     assert "35.0 % (" in result.stdout and ", 82 images)" in result.stdout
     assert everything(tmp_path) == ["runs/bench/exp/bench.json", "runs/bench/exp/chart.png", "val.json"]
     assert all(f": runs/bench/exp/{name}" in result.stdout for name in ("bench.json", "chart.png"))
@@ -149,11 +149,11 @@ def slower(span, factor):
     return replace(span, p50=span.p50 * factor, blocks=tuple(block * factor for block in span.blocks))
 
 
-def test_own_pictures_are_measured_with(bench, tmp_path):
+def test_own_images_are_measured_with(bench, tmp_path):
     for name in ("a.png", "b.png"):
-        write_picture(tmp_path / "in" / name, drawn_picture((64, 64)))
+        write_image(tmp_path / "in" / name, drawn_image((64, 64)))
     result = bench("--source", tmp_path / "in", quick=QUICK[:4] + QUICK[6:])
-    assert f"frames: 2 pictures of {tmp_path / 'in'}" in result.stdout
+    assert f"frames: 2 images of {tmp_path / 'in'}" in result.stdout
 
 
 def test_a_file_of_a_fixed_batch_is_measured_at_it(bench, files):
@@ -260,7 +260,7 @@ def test_another_machine_is_named_and_an_estimate_offered(tmp_path, device, othe
 def test_a_full_disk_is_told_after_the_table(files):
     done = run_bench(files("plugin"), "--json", "/dev/full")
     assert done.returncode == 1
-    assert "pictures/s" in done.stdout
+    assert "images/s" in done.stdout
     assert "UsageError: /dev/full cannot be written: No space left on device" in done.stderr
 
 

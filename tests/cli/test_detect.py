@@ -17,7 +17,7 @@ from yolov7_deploy.cli.options import parse_img
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 
 NAMES = ("person", "dog")
 HW = (48, 64)
@@ -43,7 +43,7 @@ def grey(value: int = 50) -> np.ndarray:
 def inputs(tmp_path) -> Path:
     folder = tmp_path / "in"
     for name in ("a.png", "b.jpg"):
-        write_picture(folder / name, grey())
+        write_image(folder / name, grey())
     return folder
 
 
@@ -119,7 +119,7 @@ def run(monkeypatch, tmp_path):
     return invoke
 
 
-def test_the_command_prints_a_line_a_picture_and_numbers_its_runs(run, inputs):
+def test_the_command_prints_a_line_a_image_and_numbers_its_runs(run, inputs):
     for name in ("exp", "exp2"):
         result = run("--source", inputs, "--conf-thres", 0.3, "--iou-thres", 0.5, "--topk-all", 10)
         assert result.exception is None
@@ -140,7 +140,7 @@ def test_nosave_writes_nothing_and_json_to_stdout_is_only_json(run, inputs, tmp_
     record = json.loads(result.stdout)
     assert list(record) == sorted(record)
     assert record["thresholds"]["classes"] == [1]
-    assert [item["class_name"] for picture in record["images"] for item in picture["detections"]] == ["dog", "dog"]
+    assert [item["class_name"] for image in record["images"] for item in image["detections"]] == ["dog", "dog"]
     assert "1/2 a.png" in result.stderr
     assert files(tmp_path) == before
     assert StandIn.options["device"] == "cuda:0"

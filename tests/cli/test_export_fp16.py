@@ -21,7 +21,7 @@ from yolov7_deploy.evaluation.verification import verify_forms
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.export import export_weights
 
 IMG = f"{HW[0]},{HW[1]}"
@@ -99,8 +99,8 @@ def test_an_unknown_precision_is_refused_with_the_known_ones(typed, files):
 
 
 def test_fp16_writes_a_verified_file_of_its_own_name(files, here):
-    write_picture(here / "p.png", noise(*HW))
-    result = export(files(), "--fp16", "--picture", "p.png", "--json", "record.json")
+    write_image(here / "p.png", noise(*HW))
+    result = export(files(), "--fp16", "--image", "p.png", "--json", "record.json")
     assert result.exception is None, result.output
     written = here / f"{files().stem}-fp16.onnx"
     info = OnnxModel.load(written).info
@@ -187,8 +187,8 @@ def test_a_broken_half_file_is_lost_before_suppression(pair, tmp_path, breakage)
 
 
 def test_an_export_whose_half_file_is_broken_is_not_kept(files, here, monkeypatch):
-    def broken(model, pictures):
-        half = to_fp16(model, pictures)
+    def broken(model, images):
+        half = to_fp16(model, images)
         bias = next(t for t in half.proto.graph.initializer if t.name == "model.77.m.0.bias")
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float16(1), bias.name))
         return half
@@ -207,6 +207,6 @@ def test_a_map_that_is_no_number_is_over_every_limit_whichever_comes_first():
 
 
 @pytest.mark.parametrize("values", [(0.0, float("nan")), (float("nan"), 0.0)])
-def test_the_worst_picture_is_the_one_without_a_number(values):
+def test_the_worst_image_is_the_one_without_a_number(values):
     old, new = (StageResult(stage="head", differences={"x": value}, limits={"x": 1.0}) for value in values)
     assert not parity._worse(old, new).ok

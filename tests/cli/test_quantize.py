@@ -17,7 +17,7 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.export import Int8Request, export_weights
 
 IMG = f"{HW[0]},{HW[1]}"
@@ -27,9 +27,9 @@ IMG = f"{HW[0]},{HW[1]}"
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for seed in range(3):
-        write_picture(tmp_path / "pictures" / f"{seed}.png", noise(*HW, seed=seed))
+        write_image(tmp_path / "images" / f"{seed}.png", noise(*HW, seed=seed))
     return tmp_path
 
 
@@ -57,27 +57,27 @@ def refused(kind, *arguments):
 
 
 def test_quantize_writes_a_file_with_its_account(model, here):
-    result = y7("quantize", "--weights", model, "--calib", "pictures", "--json", "record.json")
+    result = y7("quantize", "--weights", model, "--calib", "images", "--json", "record.json")
     assert result.exception is None, result.output
     info = OnnxModel.load(here / "m-int8.onnx").info
-    assert info.precision == "int8" and info.int8.pictures == 3
-    for words in ("55 of 58 convolutions", "Q/DQ pairs, one a tensor", "in front of upsampling", "Few pictures (3)"):
+    assert info.precision == "int8" and info.int8.images == 3
+    for words in ("55 of 58 convolutions", "Q/DQ pairs, one a tensor", "in front of upsampling", "Few images (3)"):
         assert words.lower() in result.output.lower(), words
     record = json.loads((here / "record.json").read_text())
     assert record["path"] == "m-int8.onnx"
     assert record["account"]["int8_convolutions"] == 55
     assert record["account"]["int8_share_of_macs"] == pytest.approx(info.int8.share)
-    assert record["calibration"]["pictures"] == 3
+    assert record["calibration"]["images"] == 3
     assert record["layers"] == [] and record["accuracy"] is None
 
 
 def test_export_int8_is_the_whole_road(files, here):
-    common = ("export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "pictures")
+    common = ("export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "images")
     result = y7(*common, "--json", "record.json")
     assert result.exception is None, result.output
     written = here / f"{files().stem}-int8.onnx"
     assert OnnxModel.load(written).info.precision == "int8"
-    assert "verified against torch on 2 pictures" in result.output
+    assert "verified against torch on 2 images" in result.output
     assert f"{written.name}: " in result.output and ", int8, opset 17" in result.output
     record = json.loads((here / "record.json").read_text())
     assert record["passport"]["int8"]["method"] == "mse"
@@ -86,19 +86,19 @@ def test_export_int8_is_the_whole_road(files, here):
 
 
 def test_a_library_caller_gets_the_same(files, here):
-    request = Int8Request(pictures=open_calibration("pictures"), options=QuantizeOptions())
+    request = Int8Request(images=open_calibration("images"), options=QuantizeOptions())
     from yolov7_deploy.options import ExportOptions
 
     report = export_weights(
         files(), Path("m.onnx"), options=ExportOptions(input_hw=HW, conf=CONF), precision="int8", int8=request
     )
     assert report.quantized is not None and report.quantized.account.int8_convolutions == 55
-    with pytest.raises(UsageError, match="INT8 needs pictures to calibrate on"):
+    with pytest.raises(UsageError, match="INT8 needs images to calibrate on"):
         export_weights(files(), Path("n.onnx"), options=ExportOptions(input_hw=HW), precision="int8")
 
 
 def test_the_chart_and_the_calibration_cache_are_written(model, here):
-    result = y7("quantize", "--weights", model, "--calib", "pictures", "--chart", "cost.png", "--trt-cache", "m.cache")
+    result = y7("quantize", "--weights", model, "--calib", "images", "--chart", "cost.png", "--trt-cache", "m.cache")
     assert result.exception is None, result.output
     drawn = cv2.imread(str(here / "cost.png"))
     assert drawn.shape[1] > 800 and drawn.std() > 10
@@ -108,12 +108,12 @@ def test_the_chart_and_the_calibration_cache_are_written(model, here):
 
 def test_the_same_command_gives_the_same_bytes(model, here):
     for name in ("a", "b"):
-        assert y7("quantize", "--weights", model, "--calib", "pictures", "--output", f"{name}.onnx").exception is None
+        assert y7("quantize", "--weights", model, "--calib", "images", "--output", f"{name}.onnx").exception is None
     assert (here / "a.onnx").read_bytes() == (here / "b.onnx").read_bytes()
 
 
 def test_info_counts_what_is_int8(model, here):
-    y7("quantize", "--weights", model, "--calib", "pictures", "--spare", "model.7.conv")
+    y7("quantize", "--weights", model, "--calib", "images", "--spare", "model.7.conv")
     result = y7("info", "m-int8.onnx", "--json", "info.json")
     assert "54 of 58 convolutions" in result.output and "one a tensor" in result.output
     counted = json.loads((here / "info.json").read_text())["int8"]
@@ -128,8 +128,8 @@ def test_info_counts_what_is_int8(model, here):
 
 
 def test_verify_holds_an_int8_file_to_the_tolerance_of_int8(model, here):
-    y7("quantize", "--weights", model, "--calib", "pictures")
-    result = y7("verify", "--weights", model, "--against", "m-int8.onnx", "--images", "pictures")
+    y7("quantize", "--weights", model, "--calib", "images")
+    result = y7("verify", "--weights", model, "--against", "m-int8.onnx", "--images", "images")
     assert "rms / std" in result.output and "candidates" not in result.output
 
 
@@ -142,7 +142,7 @@ def test_a_broken_int8_file_is_lost(files, here, monkeypatch):
 
     monkeypatch.setattr("yolov7_deploy.workflows.quantize.to_int8", broken)
     error = refused(
-        ParityError, "export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "pictures"
+        ParityError, "export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "images"
     )
     assert "'head'" in error.message and "--max-drop" in error.fix
 
@@ -151,23 +151,23 @@ def test_a_broken_int8_file_is_lost(files, here, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", [["--int8"], ["--precision", "int8"], ["--quantize", "8"]], ids=" ".join)
-def test_int8_without_pictures_says_what_is_needed_and_why(flag, files, here):
+def test_int8_without_images_says_what_is_needed_and_why(flag, files, here):
     error = refused(UsageError, "export", "--weights", files(), *flag)
     assert "random numbers" in error.message and "--calib FOLDER" in error.fix
 
 
-def test_quantize_without_pictures_says_the_same(model):
+def test_quantize_without_images_says_the_same(model):
     assert "--calib FOLDER" in refused(UsageError, "quantize", "--weights", model).fix
 
 
-@pytest.mark.parametrize("flag", [["--calib", "pictures"], ["--data", "d.yaml"], ["--max-drop", "0.3"]], ids=" ".join)
+@pytest.mark.parametrize("flag", [["--calib", "images"], ["--data", "d.yaml"], ["--max-drop", "0.3"]], ids=" ".join)
 def test_an_option_of_int8_without_int8_is_refused(flag, files, here):
     error = refused(UsageError, "export", "--weights", files(), *flag)
     assert flag[0] in error.message and "--int8" in error.fix
 
 
 def test_weights_that_are_no_onnx_name_the_other_command(files, here):
-    error = refused(UsageError, "quantize", "--weights", files(), "--calib", "pictures")
+    error = refused(UsageError, "quantize", "--weights", files(), "--calib", "images")
     assert "y7 export" in error.fix and "--int8 --calib" in error.fix
 
 
@@ -184,50 +184,50 @@ def test_weights_that_are_no_onnx_name_the_other_command(files, here):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_option_that_cannot_be_meant_is_refused(typed, words, model):
-    error = refused((UsageError, ExportError, SourceError), "quantize", "-w", model, "--calib", "pictures", *typed)
+    error = refused((UsageError, ExportError, SourceError), "quantize", "-w", model, "--calib", "images", *typed)
     assert words in error.message + error.fix
 
 
 def test_max_drop_without_labels_is_refused_before_anything_is_measured(model):
-    error = refused(UsageError, "quantize", "-w", model, "--calib", "pictures", "--max-drop", "0.3")
+    error = refused(UsageError, "quantize", "-w", model, "--calib", "images", "--max-drop", "0.3")
     assert "--data" in error.fix
 
 
 @pytest.mark.parametrize("calib", ["nowhere", "empty", "nowhere.yaml"])
-def test_no_pictures_at_all_are_an_error(calib, model, here):
+def test_no_images_at_all_are_an_error(calib, model, here):
     (here / "empty").mkdir()
     assert calib in refused((SourceError, DatasetError), "quantize", "-w", model, "--calib", calib).message
 
 
-def test_unreadable_pictures_among_good_ones_are_counted_and_named(model, here):
-    (here / "pictures" / "broken.jpg").write_bytes(b"")
-    write_picture(here / "pictures" / "black.png", np.zeros((40, 40, 3), np.uint8))
-    result = y7("quantize", "-w", model, "--calib", "pictures")
+def test_unreadable_images_among_good_ones_are_counted_and_named(model, here):
+    (here / "images" / "broken.jpg").write_bytes(b"")
+    write_image(here / "images" / "black.png", np.zeros((40, 40, 3), np.uint8))
+    result = y7("quantize", "-w", model, "--calib", "images")
     assert result.exception is None
     assert "broken.jpg" in result.output and "black.png" in result.output
-    assert OnnxModel.load(here / "m-int8.onnx").info.int8.pictures == 3
+    assert OnnxModel.load(here / "m-int8.onnx").info.int8.images == 3
 
 
-def test_only_black_pictures_are_an_error(model, here):
+def test_only_black_images_are_an_error(model, here):
     (here / "black").mkdir()
-    write_picture(here / "black" / "0.png", np.zeros((40, 40, 3), np.uint8))
+    write_image(here / "black" / "0.png", np.zeros((40, 40, 3), np.uint8))
     assert "colour" in refused(SourceError, "quantize", "-w", model, "--calib", "black").message
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
 def test_a_smaller_file_is_refused(kind, model, files, here):
     if kind == "int8":
-        y7("quantize", "-w", model, "--calib", "pictures", "-o", "small.onnx")
+        y7("quantize", "-w", model, "--calib", "images", "-o", "small.onnx")
     else:
         y7("export", "-w", files(), "--img", IMG, "--fp16", "--no-verify", "-o", "small.onnx")
-    error = refused(ExportError, "quantize", "-w", "small.onnx", "--calib", "pictures")
+    error = refused(ExportError, "quantize", "-w", "small.onnx", "--calib", "images")
     assert "already" in error.message and "float32 file" in error.fix
 
 
 def test_the_cache_of_another_model_is_refused(model, here):
-    y7("quantize", "-w", model, "--calib", "pictures", "--calib-cache", "ranges.npz")
+    y7("quantize", "-w", model, "--calib", "images", "--calib-cache", "ranges.npz")
     exported_tiny(classes=3).save(here / "other.onnx")
-    error = refused(UsageError, "quantize", "-w", "other.onnx", "--calib", "pictures", "--calib-cache", "ranges.npz")
+    error = refused(UsageError, "quantize", "-w", "other.onnx", "--calib", "images", "--calib-cache", "ranges.npz")
     assert "another model" in error.message
 
 
@@ -239,19 +239,19 @@ def test_weights_that_make_no_numbers_are_an_error(here):
     values[0] = np.nan
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(proto, here / "nan.onnx")
-    assert "no numbers" in refused(ExportError, "quantize", "-w", "nan.onnx", "--calib", "pictures").message
+    assert "no numbers" in refused(ExportError, "quantize", "-w", "nan.onnx", "--calib", "images").message
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", None])
 def test_a_file_that_is_no_model_is_an_error(content, here):
     if content is not None:
         (here / "bad.onnx").write_bytes(content)
-    refused(LoadError, "quantize", "-w", "bad.onnx", "--calib", "pictures")
+    refused(LoadError, "quantize", "-w", "bad.onnx", "--calib", "images")
 
 
 def test_a_file_without_a_passport_becomes_int8_and_says_what_was_assumed(model, here):
     foreign(model, here / "foreign.onnx")
-    result = y7("quantize", "-w", "foreign.onnx", "--calib", "pictures")
+    result = y7("quantize", "-w", "foreign.onnx", "--calib", "images")
     assert result.exception is None, result.output
     info = OnnxModel.load(here / "foreign-int8.onnx").info
     assert info.int8.rest == "fp32" and info.int8.int8_convolutions == 55
@@ -261,4 +261,4 @@ def test_a_file_without_a_passport_becomes_int8_and_says_what_was_assumed(model,
 def test_a_place_that_cannot_be_written_is_an_error_before_anything_is_measured(model, here):
     (here / "file").write_text("in the way")
     error = refused(ExportError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
-    assert "--output" in error.fix  # before the pictures are looked at
+    assert "--output" in error.fix  # before the images are looked at

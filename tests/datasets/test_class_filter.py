@@ -46,7 +46,7 @@ def test_only_boxes_of_the_chosen_classes_stay_numbered_in_the_order_given(datas
     assert chosen.record(0).areas.tolist() == [10, 20, 40]
 
 
-def test_pictures_without_a_chosen_class_stay_as_background(dataset):
+def test_images_without_a_chosen_class_stay_as_background(dataset):
     chosen = with_classes(dataset, ["dog"])
     assert [len(sample.boxes) for sample in chosen] == [1, 0, 0]
     assert [sample.image_id for sample in chosen] == [100, 101, 102]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.coco import COCO_CATEGORY_IDS
-from yolov7_deploy.datasets.image_size import read_picture_hw
+from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.yolo_labels import label_path, read_label_files
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.image import read_image
@@ -21,7 +21,7 @@ from yolov7_deploy.image import read_image
 PIXEL = 1e-3  # float32 of coordinates below 1000
 
 
-def write_picture(path, hw=(40, 60)):
+def write_image(path, hw=(40, 60)):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), np.zeros((*hw, 3), np.uint8))
     return path
@@ -29,9 +29,9 @@ def write_picture(path, hw=(40, 60)):
 
 @pytest.fixture
 def yolo(tmp_path):
-    """A YAML with two pictures: one with a box, one without a label file."""
-    write_picture(tmp_path / "images/val/7.png")
-    write_picture(tmp_path / "images/val/12.jpg", (30, 20))
+    """A YAML with two images: one with a box, one without a label file."""
+    write_image(tmp_path / "images/val/7.png")
+    write_image(tmp_path / "images/val/12.jpg", (30, 20))
     labels = tmp_path / "labels/val"
     labels.mkdir(parents=True)
     (labels / "7.txt").write_text("1 0.5 0.5 0.5 0.25\n")
@@ -52,7 +52,7 @@ def coco_document():
 
 @pytest.fixture
 def coco(tmp_path):
-    write_picture(tmp_path / "images/val/a.png")
+    write_image(tmp_path / "images/val/a.png")
     (tmp_path / "annotations").mkdir()
     path = tmp_path / "annotations/instances_val.json"
     path.write_text(json.dumps(coco_document()))
@@ -67,7 +67,7 @@ def test_a_yaml_gives_boxes_in_pixels_ordered_by_path(yolo):
     assert dataset.class_names == ("cat", "dog")
 
 
-def test_a_missing_label_file_is_a_background_picture(yolo):
+def test_a_missing_label_file_is_a_background_image(yolo):
     sample = open_dataset(yolo / "data.yaml")[0]
     assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
 
@@ -78,7 +78,7 @@ def test_image_ids_are_the_numbers_in_the_file_names(yolo):
 
 
 def test_image_ids_are_places_where_a_name_is_no_number(yolo):
-    write_picture(yolo / "images/val/x.png")
+    write_image(yolo / "images/val/x.png")
     assert [s.image_id for s in open_dataset(yolo / "data.yaml")] == [0, 1, 2]
 
 
@@ -135,7 +135,7 @@ def test_boxes_written_as_labels_come_back(tmp_path_factory, rows):
 
 def test_label_paths_replace_the_first_images_folder_that_has_labels(tmp_path):
     assert label_path(Path("/d/images/val/1.jpg")) == Path("/d/labels/val/1.txt")
-    assert label_path(Path("/d/pictures/1.jpg")) == Path("/d/pictures/1.txt")
+    assert label_path(Path("/d/images/1.jpg")) == Path("/d/images/1.txt")
     (tmp_path / "images/set/labels").mkdir(parents=True)
     assert label_path(tmp_path / "images/set/images/1.jpg") == tmp_path / "images/set/labels/1.txt"
 
@@ -162,13 +162,13 @@ def test_yaml_entries_may_be_relative_to_the_working_folder(yolo, monkeypatch):
         ("val: images/val\nnames: {0: cat, 2: dog}", "keys of names"),
         ("val: images/val\nnames: [cat, dog, cat]", "names has 'cat' more than once"),
         ("val: images/val\nnames: {0: 1, 1: '1'}", "names has '1' more than once"),
-        ("path: elsewhere\nval: pictures\nnames: [cat]", "looked for .*elsewhere/pictures"),
-        ("names: [cat]", "no val pictures"),
+        ("path: elsewhere\nval: images\nnames: [cat]", "looked for .*elsewhere/images"),
+        ("names: [cat]", "no val images"),
         ("train: images/val\nnames: [cat]", r"it has train"),
         ("val: nowhere\nnames: [cat]", "nowhere, which does not exist"),
         ("val: [", "cannot be read as YAML"),
         ("- 1", "not a dataset YAML"),
-        ("val: labels\nnames: [cat]", "none of the 0 pictures"),
+        ("val: labels\nnames: [cat]", "none of the 0 images"),
     ],
 )
 def test_a_wrong_yaml_says_what_is_wrong(yolo, text, words):
@@ -177,13 +177,13 @@ def test_a_wrong_yaml_says_what_is_wrong(yolo, text, words):
         open_dataset(yolo / "data.yaml")
 
 
-def test_limit_takes_the_first_pictures(yolo):
+def test_limit_takes_the_first_images(yolo):
     assert len(open_dataset(yolo / "data.yaml", limit=1)) == 1
     with pytest.raises(DatasetError, match="limit must be"):
         open_dataset(yolo / "data.yaml", limit=0)
 
 
-def test_a_coco_file_finds_its_pictures_and_classes(coco):
+def test_a_coco_file_finds_its_images_and_classes(coco):
     dataset = open_dataset(coco)
     assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (3, 5)
     sample = dataset[0]
@@ -198,7 +198,7 @@ def test_ground_truth_keeps_areas_and_numbers_annotations_from_one(coco):
     assert [(a["id"], a["area"], a["category_id"]) for a in annotations] == [(1, 150.0, 5), (2, 2400.0, 3)]
 
 
-def test_pictures_that_are_not_found_list_the_folders_tried(coco):
+def test_images_that_are_not_found_list_the_folders_tried(coco):
     (coco.parent.parent / "images/val").rename(coco.parent.parent / "elsewhere")
     with pytest.raises(DatasetError, match="looked in") as caught:
         open_dataset(coco)
@@ -206,8 +206,8 @@ def test_pictures_that_are_not_found_list_the_folders_tried(coco):
     assert len(open_dataset(coco, images=coco.parent.parent / "elsewhere")) == 1
 
 
-def test_a_wrong_picture_folder_is_an_error(coco, tmp_path):
-    with pytest.raises(DatasetError, match=r"None of the 1 pictures"):
+def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
+    with pytest.raises(DatasetError, match=r"None of the 1 images"):
         open_dataset(coco, images=tmp_path)
 
 
@@ -256,9 +256,9 @@ def test_yaml_names_that_the_annotations_lack_are_an_error(coco):
         open_dataset(root / "data.yaml")
 
 
-def test_a_picture_that_the_annotations_lack_is_an_error(coco):
+def test_a_image_that_the_annotations_lack_is_an_error(coco):
     root = coco.parent.parent
-    write_picture(root / "images/val/b.png")
+    write_image(root / "images/val/b.png")
     (root / "data.yaml").write_text("val: images/val\nnames: [dog, cat]\nannotations: annotations/instances_val.json\n")
     with pytest.raises(DatasetError, match=r"b\.png is not in"):
         open_dataset(root / "data.yaml")
@@ -279,24 +279,24 @@ def exif(orientation, order):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
 def test_the_header_gives_the_decoded_size(tmp_path, suffix):
-    path = write_picture(tmp_path / f"a{suffix}", (31, 57))
-    assert read_picture_hw(path) == read_image(path).shape[:2] == (31, 57)
+    path = write_image(tmp_path / f"a{suffix}", (31, 57))
+    assert read_image_hw(path) == read_image(path).shape[:2] == (31, 57)
 
 
 @pytest.mark.parametrize("order", [b"II", b"MM"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_header_gives_the_size_after_exif_orientation(tmp_path, orientation, order):
-    path = write_picture(tmp_path / "a.jpg", (31, 57))
+    path = write_image(tmp_path / "a.jpg", (31, 57))
     data = path.read_bytes()
     path.write_bytes(data[:2] + exif(orientation, order) + data[2:])
-    assert read_picture_hw(path) == read_image(path).shape[:2]
+    assert read_image_hw(path) == read_image(path).shape[:2]
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n1234", b"text"])
-def test_the_size_of_what_is_no_picture_is_an_image_error(tmp_path, data):
+def test_the_size_of_what_is_no_image_is_an_image_error(tmp_path, data):
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(ImageError):
-        read_picture_hw(tmp_path / "a.jpg")
+        read_image_hw(tmp_path / "a.jpg")
 
 
 @pytest.mark.skipif("Y7_SHARED" not in os.environ, reason="Y7_SHARED does not name the folder with coco-mini")
@@ -307,5 +307,5 @@ def test_a_yaml_and_its_annotation_file_give_the_same_samples():
     assert by_yaml.category_ids == by_json.category_ids == COCO_CATEGORY_IDS
     for one, other in zip(by_yaml, by_json, strict=True):
         assert one.path.name == other.path.name
-        assert read_picture_hw(one.path) == one.image_hw
+        assert read_image_hw(one.path) == one.image_hw
         np.testing.assert_array_equal(one.boxes, other.boxes)

@@ -26,7 +26,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """Three pictures: with a box and a repeated one, with a polygon, without a label file."""
+    """Three images: with a box and a repeated one, with a polygon, without a label file."""
     for name, hw in (("1.png", (40, 60)), ("2.png", (30, 20)), ("3.png", (50, 50))):
         (tmp_path / "images").mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / "images" / name), np.zeros((*hw, 3), np.uint8))
@@ -58,7 +58,7 @@ def opened(data, **options):
 
 @pytest.fixture
 def read(monkeypatch):
-    """Names of the label files and pictures that are read."""
+    """Names of the label files and images that are read."""
     names = []
 
     def noted(function):
@@ -68,7 +68,7 @@ def read(monkeypatch):
 
         return call
 
-    for function in ("read_label_file", "read_picture_hw"):
+    for function in ("read_label_file", "read_image_hw"):
         monkeypatch.setattr(label_cache, function, noted(getattr(label_cache, function)))
     return names
 
@@ -122,13 +122,13 @@ def test_label_files_that_come_and_go_are_seen(data):
     assert [len(sample.boxes) for sample in opened(data)] == [0, 2, 1]
 
 
-def test_a_picture_of_another_size_is_seen(data):
+def test_a_image_of_another_size_is_seen(data):
     opened(data)
     cv2.imwrite(str(data / "images/2.png"), np.zeros((70, 80, 3), np.uint8))
     assert opened(data)[1].image_hw == (70, 80)
 
 
-def test_other_pictures_and_other_classes_have_a_cache_of_their_own(data, cache_folder, read):
+def test_other_images_and_other_classes_have_a_cache_of_their_own(data, cache_folder, read):
     opened(data)
     opened(data, limit=2)
     (data / "data.yaml").write_text("val: images\nnames: [cat, dog, cow]\n")
@@ -152,7 +152,7 @@ def test_wrong_lines_are_told_each_time_and_the_other_files_kept(data, read):
         assert len(read) == names
 
 
-def test_a_picture_that_cannot_be_read_is_tried_again(data):
+def test_a_image_that_cannot_be_read_is_tried_again(data):
     (data / "images/3.png").write_bytes(b"\x89PNG")
     assert len(opened(data)) == 3
     cv2.imwrite(str(data / "images/3.png"), np.zeros((9, 8, 3), np.uint8))
@@ -242,7 +242,7 @@ def test_no_half_file_stays(data, cache_folder, monkeypatch):
     assert list(cache_folder.iterdir()) == []
 
 
-def test_a_folder_can_be_named_and_no_picture_is_an_empty_answer(tmp_path):
+def test_a_folder_can_be_named_and_no_image_is_an_empty_answer(tmp_path):
     assert read_labels_cached([], classes=1, folder=tmp_path / "here") == ([], [], [])
 
 

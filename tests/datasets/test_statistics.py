@@ -40,22 +40,22 @@ def dataset():
     return Dataset(records, source="data.yaml", class_names=names, category_ids=(0, 1, 2, 3), problems=("one line",))
 
 
-def test_sizes_are_in_pixels_of_pictures_with_this_longer_side(dataset):
+def test_sizes_are_in_pixels_of_images_with_this_longer_side(dataset):
     sizes, unreadable = label_sizes(dataset, size=640)
     expected = [[320, 240], [6.4, 4.8], [64, 96], [6.4, 4.48]]
     np.testing.assert_allclose(sizes, expected, rtol=FLOAT)
     assert unreadable == 1
 
 
-def test_pictures_and_boxes_are_counted_per_class(dataset):
+def test_images_and_boxes_are_counted_per_class(dataset):
     found = describe_labels(dataset, size=640)
-    assert [(one.name, one.pictures, one.boxes) for one in found.classes] == [
+    assert [(one.name, one.images, one.boxes) for one in found.classes] == [
         ("cat", 2, 3),
         ("dog", 2, 2),
         ("cow", 0, 0),
         ("owl", 0, 0),
     ]
-    assert (found.pictures, found.background_pictures, found.boxes, found.crowd_boxes) == (4, 1, 5, 1)
+    assert (found.images, found.background_images, found.boxes, found.crowd_boxes) == (4, 1, 5, 1)
     assert found.empty_classes == ("cow", "owl") and found.unreadable == 1 and found.problems == ("one line",)
 
 
@@ -73,10 +73,10 @@ def test_sides_go_from_the_smallest_to_the_largest_box(dataset):
 
 def test_the_words_hold_what_people_look_for(dataset):
     words = describe_labels(dataset).words()
-    assert "4 pictures (1 without a box), 5 boxes of 4 classes, 1 crowd boxes" in words
+    assert "4 images (1 without a box), 5 boxes of 4 classes, 1 crowd boxes" in words
     assert "2 (40.0%) smaller than 8 pixels at 640" in words
     assert "most frequent: cat 3, dog 2\n" in words
-    assert "classes without a box: 'cow', 'owl'" in words and "1 pictures cannot be read" in words
+    assert "classes without a box: 'cow', 'owl'" in words and "1 images cannot be read" in words
 
 
 def test_the_rarest_classes_are_named_where_there_are_many():
@@ -90,10 +90,10 @@ def test_the_rarest_classes_are_named_where_there_are_many():
 def test_a_dataset_without_boxes_is_described_too():
     empty = Dataset([record("a.png", (9, 9), [])], source="x", class_names=("cat",), category_ids=(0,))
     found = describe_labels(empty)
-    assert found.sides == () and "1 pictures (1 without a box), 0 boxes of 1 classes" in found.words()
+    assert found.sides == () and "1 images (1 without a box), 0 boxes of 1 classes" in found.words()
 
 
 def test_the_record_is_json(dataset):
     record = json.loads(json.dumps(describe_labels(dataset).to_dict()))
-    assert record["classes"][0] == {"name": "cat", "pictures": 2, "boxes": 3}
+    assert record["classes"][0] == {"name": "cat", "images": 2, "boxes": 3}
     assert record["sides"]["1"] > record["sides"]["0.5"] and record["empty_classes"] == ["cow", "owl"]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.datasets.synthetic import CLASS_NAMES, LARGEST, MAX_OBJECTS, SMALLEST, shape_picture, write_shapes
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, LARGEST, MAX_OBJECTS, SMALLEST, shape_image, write_shapes
 from yolov7_deploy.datasets.synthetic_render import FORMS, MARGIN_PX, MAX_HIDDEN, TEXTURES, ShapeCanvas, direction
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import read_image
@@ -17,11 +17,11 @@ from yolov7_deploy.image import read_image
 SIZE = 96
 DIGITS = 1e-6  # of a label file
 EDGE_PX = 2.5  # a pixel, and the soft edge about the tip of a star
-FIRST_PICTURES = "74469affa3466ba7da637cc2b4fdec71ce5330cc0d7f8b1d55ab3252c4470469"  # SHA-256 of eight pictures
+FIRST_IMAGES = "74469affa3466ba7da637cc2b4fdec71ce5330cc0d7f8b1d55ab3252c4470469"  # SHA-256 of eight images
 
 
-def pictures(count, *, size=320, split="train", seed=0):
-    return [shape_picture(k, split=split, size=size, seed=seed) for k in range(1, count + 1)]
+def images(count, *, size=320, split="train", seed=0):
+    return [shape_image(k, split=split, size=size, seed=seed) for k in range(1, count + 1)]
 
 
 def crossings(points, polygon):
@@ -85,27 +85,27 @@ def test_directions_are_unit_vectors_all_around():
     assert quarters.min() > 20
 
 
-def test_pictures_are_the_same_on_every_machine():
+def test_images_are_the_same_on_every_machine():
     digest = hashlib.sha256()
-    for image, _ in pictures(8, size=SIZE):
+    for image, _ in images(8, size=SIZE):
         digest.update(image.tobytes())
-    assert digest.hexdigest() == FIRST_PICTURES
+    assert digest.hexdigest() == FIRST_IMAGES
 
 
-def test_a_picture_depends_on_its_four_numbers_alone():
-    one, _ = shape_picture(7, split="train", size=SIZE, seed=3)
-    pictures(2, size=SIZE)
-    assert np.array_equal(one, shape_picture(7, split="train", size=SIZE, seed=3)[0])
+def test_a_image_depends_on_its_four_numbers_alone():
+    one, _ = shape_image(7, split="train", size=SIZE, seed=3)
+    images(2, size=SIZE)
+    assert np.array_equal(one, shape_image(7, split="train", size=SIZE, seed=3)[0])
     for other in (
-        shape_picture(8, split="train", size=SIZE, seed=3),
-        shape_picture(7, split="val", size=SIZE, seed=3),
-        shape_picture(7, split="train", size=SIZE, seed=4),
+        shape_image(8, split="train", size=SIZE, seed=3),
+        shape_image(7, split="val", size=SIZE, seed=3),
+        shape_image(7, split="train", size=SIZE, seed=4),
     ):
         assert not np.array_equal(one, other[0])
 
 
-def test_objects_are_of_all_classes_and_sizes_inside_the_picture_and_some_pictures_have_none():
-    labels = [labels for _, labels in pictures(120)]
+def test_objects_are_of_all_classes_and_sizes_inside_the_image_and_some_images_have_none():
+    labels = [labels for _, labels in images(120)]
     counts = np.array([len(found.boxes) for found in labels])
     assert counts.min() == 0 and 1 <= np.sum(counts == 0) <= 20 and counts.max() == MAX_OBJECTS
     boxes = np.concatenate([found.boxes for found in labels])
@@ -118,7 +118,7 @@ def test_objects_are_of_all_classes_and_sizes_inside_the_picture_and_some_pictur
 def test_later_objects_hide_little_of_earlier_ones():
     y, x = np.mgrid[:160, :160] + 0.5
     points, hidden = np.stack([x.ravel(), y.ravel()], axis=1), []
-    for _, labels in pictures(25, size=160):
+    for _, labels in images(25, size=160):
         masks = [crossings(points, polygon * 160) for polygon in labels.polygons]
         rings = labels.class_ids == CLASS_NAMES.index("ring")
         for index, mask in enumerate(masks):
@@ -138,7 +138,7 @@ def test_later_objects_hide_little_of_earlier_ones():
 def test_numbers_that_cannot_be_meant_are_refused(wrong):
     k, options = wrong.pop("k", 1), {"split": "train", "size": SIZE, "seed": 0, **wrong}
     with pytest.raises(DatasetError, match="No shapes"):
-        shape_picture(k, **options)
+        shape_image(k, **options)
 
 
 @pytest.fixture
@@ -147,11 +147,11 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 6), ("val", 2)])
-def test_the_folder_opens_with_the_labels_of_the_pictures(written, split, count):
+def test_the_folder_opens_with_the_labels_of_the_images(written, split, count):
     dataset = open_dataset(written, split=split)
     assert len(dataset) == count and dataset.class_names == CLASS_NAMES and not dataset.problems
     for k, sample in enumerate(dataset, start=1):
-        image, labels = shape_picture(k, split=split, size=SIZE, seed=1)
+        image, labels = shape_image(k, split=split, size=SIZE, seed=1)
         assert np.array_equal(read_image(sample.path), image)
         np.testing.assert_allclose(sample.boxes / SIZE, labels.boxes, atol=2 * DIGITS)
         assert sample.class_ids.tolist() == labels.class_ids.tolist()
@@ -198,7 +198,7 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="cannot be written"):
         write_shapes(tmp_path / "file/shapes", train=1, val=1, size=SIZE, seed=0)
-    with pytest.raises(DatasetError, match="0 pictures for training"):
+    with pytest.raises(DatasetError, match="0 images for training"):
         write_shapes(tmp_path / "shapes", train=0, val=1, size=SIZE, seed=0)
 
 

@@ -70,7 +70,7 @@ def test_space_to_depth_stays_a_kernel_of_an_engine():
     assert compiled_kernels("yolov7-w6", (1280, 1280))[0].kind == "ReOrg"
 
 
-def test_the_first_convolution_reads_the_picture_and_writes_its_map():
+def test_the_first_convolution_reads_the_image_and_writes_its_map():
     first = eager_kernels("yolov7", (480, 640))[0]
     assert (first.layer, first.kind, first.operator) == (0, "Conv", "convolution")
     assert (first.read, first.written, first.weights) == (3 * 480 * 640, 32 * 480 * 640, 32 * 27 + 32)
@@ -93,7 +93,7 @@ def test_tiles_that_do_not_fill_a_wave_cost_the_whole_wave():
     asked = demand([CONVOLUTION], v100, TILED, batch=1, precision="fp16")
     assert asked.compute_s[0] == pytest.approx(80 * 2 * 128 * 128 * 256 / 125e12)
     ten = demand([CONVOLUTION], v100, TILED, batch=10, precision="fp16")
-    assert ten.compute_s[0] == asked.compute_s[0], "79 tiles of ten pictures fill the wave that 8 of one leave empty"
+    assert ten.compute_s[0] == asked.compute_s[0], "79 tiles of ten images fill the wave that 8 of one leave empty"
     eleven = demand([CONVOLUTION], v100, TILED, batch=11, precision="fp16")
     assert eleven.compute_s[0] == pytest.approx(2 * asked.compute_s[0])
 
@@ -251,14 +251,14 @@ def test_an_estimate_says_what_it_is_and_how_far_off_it_may_be():
 def test_the_papers_rows_are_estimated_within_the_goal():
     for row in _paper():
         found = estimate(row.variant, device=row.device, batch=row.batch, size=row.input_hw)
-        assert found.pictures_per_second == pytest.approx(row.fps, rel=GOAL), row
+        assert found.images_per_second == pytest.approx(row.fps, rel=GOAL), row
 
 
 def test_the_parts_of_an_estimate_fit_together():
     found = estimate("yolov7-tiny", device="orin-nano", batch=4, precision="int8")
     shares = found.shares
     assert shares.compute + shares.memory + shares.launch == pytest.approx(1)
-    assert found.pictures_per_second == pytest.approx(4 * found.fps)
+    assert found.images_per_second == pytest.approx(4 * found.fps)
     assert found.gflops == pytest.approx(4 * complexity("yolov7-tiny", size=640).gflops, rel=BIAS_REL)
     times = [layer.ms for layer in found.layers]
     assert times == sorted(times, reverse=True) and sum(times) < found.ms
@@ -278,7 +278,7 @@ def test_an_estimate_for_a_device_without_a_figure_says_that_its_error_is_unknow
     assert unjudged.error.median is None and "no FP32 speed is published" in describe_estimate(unjudged)
 
 
-def test_a_square_picture_is_not_set_beside_the_papers_rectangles():
+def test_a_square_image_is_not_set_beside_the_papers_rectangles():
     assert any("161 FPS" in note for note in estimate("yolov7", device="v100").notes)
     for other in (estimate("yolov7", device="v100", size=(480, 640)), estimate("yolov7", device="v100", batch=8)):
         assert not any("161 FPS" in note for note in other.notes)
@@ -311,7 +311,7 @@ def test_the_same_question_has_the_same_answer():
     [
         ({"device": "orin-nxx"}, "Did you mean orin-nx"),
         ({"device": ""}, "One of: v100"),
-        ({"device": "v100", "batch": 0}, "at least one picture, not 0"),
+        ({"device": "v100", "batch": 0}, "at least one image, not 0"),
         ({"device": "v100", "size": 100}, "multiples of 32, not 100"),
         ({"device": "v100", "size": (480, 0)}, "multiples of 32, not 0"),
         ({"device": "v100", "precision": "fp8"}, "'fp8' is no precision"),

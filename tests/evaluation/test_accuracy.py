@@ -35,7 +35,7 @@ def model_info(**changes):
 
 
 class PlannedDetector:
-    """A stand-in: gives planned boxes for a picture, which it knows by the value of its first pixel."""
+    """A stand-in: gives planned boxes for an image, which it knows by the value of its first pixel."""
 
     def __init__(self, planned, *, info=None, input_hw=(64, 64)):
         self.planned = planned
@@ -61,7 +61,7 @@ class PlannedDetector:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures of 40x60, grey values 0, 50 and 100, with a cat, a dog and a cat."""
+    """Three images of 40x60, grey values 0, 50 and 100, with a cat, a dog and a cat."""
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     for number, label in enumerate(["0 0.5 0.5 0.5 0.5", "1 0.5 0.5 0.5 0.5", "0 0.25 0.25 0.2 0.3"]):
@@ -140,7 +140,7 @@ def test_rect_of_a_fixed_input_size_is_a_usage_error(folder):
     st.integers(1, 9),
     st.sampled_from([(640, 32), (1280, 64), (320, 32)]),
 )
-def test_rect_canvases_hold_every_picture_of_their_group(sizes, batch, size_stride):
+def test_rect_canvases_hold_every_image_of_their_group(sizes, batch, size_stride):
     size, stride = size_stride
     groups = rect_groups(dict(enumerate(sizes)), size=size, stride=stride, batch=batch)
     assert sorted(i for group in groups for i in group.indices) == list(range(len(sizes)))
@@ -156,7 +156,7 @@ def test_rect_canvases_hold_every_picture_of_their_group(sizes, batch, size_stri
 @pytest.mark.parametrize(
     ("sizes", "canvas_hw"),
     [
-        ([(480, 640)], (512, 672)),  # landscape: rows from the highest picture, columns from the size
+        ([(480, 640)], (512, 672)),  # landscape: rows from the highest image, columns from the size
         ([(640, 480)], (672, 512)),
         ([(427, 640), (480, 640)], (512, 672)),
         ([(480, 640), (640, 480)], (672, 672)),
@@ -169,32 +169,32 @@ def test_rect_canvases_are_the_official_ones(sizes, canvas_hw):
     assert group.canvas_hw == canvas_hw
 
 
-def test_unreadable_pictures_are_skipped_with_their_ground_truth(folder):
-    (folder / "images/0.png").write_bytes(b"not a picture")
+def test_unreadable_images_are_skipped_with_their_ground_truth(folder):
+    (folder / "images/0.png").write_bytes(b"not an image")
     data = (folder / "images/2.png").read_bytes()
     (folder / "images/2.png").write_bytes(data[:60])  # the header is whole, the pixels are not
     report, _ = evaluated(folder, {50: perfect(open_dataset(folder / "data.yaml")[1:2])[0]})
     assert report.images == 1 and report.ap == pytest.approx(1)
     assert [Path(item.path).name for item in report.skipped] == ["0.png", "2.png"]
-    assert all("not a picture" in item.reason for item in report.skipped)
+    assert all("not an image" in item.reason for item in report.skipped)
 
 
-def test_a_dataset_without_readable_pictures_is_an_error(folder):
-    for picture in (folder / "images").iterdir():
-        picture.write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"None of the 3 pictures could be used.*0 bytes"):
+def test_a_dataset_without_readable_images_is_an_error(folder):
+    for image in (folder / "images").iterdir():
+        image.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"None of the 3 images could be used.*0 bytes"):
         evaluated(folder, {})
 
 
 def test_a_dataset_without_boxes_is_an_error_that_says_where_labels_were_sought(folder):
     for label in (folder / "labels").iterdir():
         label.unlink()
-    with pytest.raises(DatasetError, match="not one box in 3 pictures") as caught:
+    with pytest.raises(DatasetError, match="not one box in 3 images") as caught:
         evaluated(folder, {})
     assert str(folder / "labels" / "0.txt") in caught.value.message
 
 
-def test_pictures_of_another_size_than_annotated_are_skipped(folder):
+def test_images_of_another_size_than_annotated_are_skipped(folder):
     images = [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40 + i} for i in range(2)]
     boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 20, 20]} for i in range(2)]
     document = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
@@ -243,7 +243,7 @@ def test_predictions_are_rounded_as_the_official_program_does(folder):
     assert report.predictions == [{"image_id": 0, "category_id": 1, "bbox": [1.0, 2.0, 10.123, 10.0], "score": 0.12346}]
 
 
-def test_progress_ends_with_every_picture(folder):
+def test_progress_ends_with_every_image(folder):
     seen = []
     dataset = open_dataset(folder / "data.yaml")
     evaluate(PlannedDetector({}), dataset, options=ValOptions(batch=2), progress=lambda *args: seen.append(args))
@@ -266,7 +266,7 @@ def test_reading_overlaps_with_inference(folder, monkeypatch):
 
     monkeypatch.setattr(accuracy, "read_image", slow_read)
     evaluate(Busy({}), open_dataset(folder / "data.yaml", limit=2), options=ValOptions(batch=1))
-    assert overlapped == [False, True], "the second picture is read while the first is in the network"
+    assert overlapped == [False, True], "the second image is read while the first is in the network"
 
 
 def test_an_interrupt_stops_the_readers(folder):

@@ -15,7 +15,7 @@ from yolov7_deploy.errors import DatasetError, UsageError
 from yolov7_deploy.evaluation.accuracy import judge
 from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, drop_words
 
-SIDE = 200  # of a picture, in pixels
+SIDE = 200  # of an image, in pixels
 SAME_SUMS = 1e-12  # the same float64 numbers, perhaps added in another order
 SETS = 60
 SPREAD_KNOWN = 3 / math.sqrt(2 * SETS)  # three standard errors of a standard deviation of so many
@@ -24,7 +24,7 @@ HELD = 0.95 - 3 * math.sqrt(0.95 * 0.05 / SETS)
 T_DIGITS = 3e-4  # printed tables of Student's t have four decimals; the formula is right to 2e-4
 
 
-def picture(image_id, boxes_xyxy, class_ids, *, crowd=False):
+def make_image(image_id, boxes_xyxy, class_ids, *, crowd=False):
     boxes = np.array(boxes_xyxy, np.float64).reshape(-1, 4)
     labels = Labels(
         boxes=boxes / SIDE,
@@ -35,7 +35,7 @@ def picture(image_id, boxes_xyxy, class_ids, *, crowd=False):
     return Record(path=Path(f"{image_id}.png"), image_id=image_id, image_hw=(SIDE, SIDE), labels=labels)
 
 
-def pictures(records, classes=2):
+def images(records, classes=2):
     names, ids = tuple(f"class {i}" for i in range(classes)), tuple(range(1, classes + 1))
     return Dataset(records, source="drawn", class_names=names, category_ids=ids)
 
@@ -46,9 +46,9 @@ def result(image_id, box_xyxy, score, class_id):
 
 
 def drawn(rng, count, *, classes=2, noise=0.6):
-    """Pictures with boxes, a detector that finds most of them and false ones, and the same one with noisy scores.
+    """Images with boxes, a detector that finds most of them and false ones, and the same one with noisy scores.
 
-    Every fifth picture is hard, and class 0 is more frequent than the last.
+    Every fifth image is hard, and class 0 is more frequent than the last.
     """
     records, reference, other = [], [], []
     for image_id in range(1, count + 1):
@@ -56,13 +56,13 @@ def drawn(rng, count, *, classes=2, noise=0.6):
         corners = rng.uniform(0, SIDE / 2, (objects + false, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(10, SIDE / 2, corners.shape)], axis=1)
         class_ids = (rng.uniform(0, 1, len(boxes)) ** 2 * classes).astype(np.int64)
-        records.append(picture(image_id, boxes[:objects], class_ids[:objects]))
+        records.append(make_image(image_id, boxes[:objects], class_ids[:objects]))
         found = boxes + rng.normal(0, 4, boxes.shape)
         sure = rng.normal(np.where(np.arange(len(boxes)) < objects, 1.5 - 2 * (image_id % 5 == 0), -0.5), 1)
         for results, logits in ((reference, sure), (other, sure + rng.normal(0, noise, len(sure)))):
             scores = 1 / (1 + np.exp(-logits))
             results += [result(image_id, *row) for row in zip(found, scores.tolist(), class_ids, strict=True)]
-    return pictures(records, classes), reference, other
+    return images(records, classes), reference, other
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def compared():
 
 @pytest.fixture
 def two_cats():
-    """Two pictures with one box each, found by the first detector and in the first picture only by the second."""
+    """Two images with one box each, found by the first detector and in the first image only by the second."""
     box = (10, 10, 60, 60)
-    dataset = pictures([picture(1, [box], [0]), picture(2, [box], [0])])
+    dataset = images([make_image(1, [box], [0]), make_image(2, [box], [0])])
     reference = [result(1, box, 0.9, 0), result(2, box, 0.8, 0)]
     return dataset, reference, reference[:1]
 
@@ -110,7 +110,7 @@ def a_drop(points=0.4, error=0.2, *, margin=None, images=100, reference_ap=0.5):
 
 
 @pytest.mark.parametrize("groups", [2, 7, 20, 30])
-def test_the_drop_and_its_error_are_those_of_judging_the_pictures_without_each_group(compared, groups):
+def test_the_drop_and_its_error_are_those_of_judging_the_images_without_each_group(compared, groups):
     dataset, *detectors = compared
     order = np.random.default_rng(1).permutation(len(dataset)).tolist()
     before, after = (judged(dataset, order, predictions) for predictions in detectors)
@@ -137,10 +137,10 @@ def test_the_interval_is_student_t_times_the_error_on_both_sides(compared, group
 def test_a_class_that_is_in_one_group_only_leaves_the_mean_with_it(two_cats):
     dataset, reference, _ = two_cats
     dog = (100, 100, 160, 160)
-    dataset = pictures([*(dataset._records), picture(3, [dog], [1])])
+    dataset = images([*(dataset._records), make_image(3, [dog], [1])])
     reference = [*reference, result(3, dog, 0.9, 1)]
     drop = accuracy_drop(dataset, range(3), reference, reference[:2])
-    # without picture 1 or 2 the dog is half of the AP that is lost, without picture 3 no AP is lost
+    # without image 1 or 2 the dog is half of the AP that is lost, without image 3 no AP is lost
     assert drop.points == pytest.approx(50)
     assert drop.standard_error == pytest.approx(math.sqrt(2 / 3 * (2 * (50 - 100 / 3) ** 2 + (100 / 3) ** 2)))
 
@@ -159,7 +159,7 @@ def test_exchanged_detectors_have_the_negative_drop_and_the_same_error(compared)
     assert gain.standard_error == pytest.approx(drop.standard_error)
 
 
-def test_predictions_of_other_pictures_do_not_count(compared):
+def test_predictions_of_other_images_do_not_count(compared):
     dataset, _, reference, other = with_all(compared)
     some = range(3, 20)
     assert accuracy_drop(dataset, some, reference, other) == accuracy_drop(
@@ -174,7 +174,7 @@ def test_a_detector_that_finds_nothing_loses_all(compared):
     assert drop.verdict(0.3) == "beyond"
 
 
-def test_fewer_pictures_than_groups_are_a_group_each(compared):
+def test_fewer_images_than_groups_are_a_group_each(compared):
     arguments = with_all(compared)
     assert accuracy_drop(*arguments, groups=1000) == accuracy_drop(*arguments, groups=30)
     assert accuracy_drop(*arguments, groups=30) != accuracy_drop(*arguments)
@@ -189,7 +189,7 @@ def test_the_predictions_are_left_as_they_were(compared):
 # --- against chance ---------------------------------------------------------------------------------------------------
 
 
-def test_the_error_is_the_spread_over_other_pictures_and_19_of_20_intervals_hold_the_drop():
+def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_hold_the_drop():
     rng = np.random.default_rng(2)
     drops = []
     for _ in range(SETS):
@@ -202,13 +202,13 @@ def test_the_error_is_the_spread_over_other_pictures_and_19_of_20_intervals_hold
     apart = 100 * np.std([(drop.reference_ap, drop.ap) for drop in drops], axis=0, ddof=1)
     assert spread * (1 - SPREAD_KNOWN) < error < spread * (1 + SPREAD_KNOWN + TOO_WIDE)
     assert held >= HELD
-    assert error < 0.5 * math.hypot(*apart), "on the same pictures: what is hard for both cancels"
+    assert error < 0.5 * math.hypot(*apart), "on the same images: what is hard for both cancels"
 
 
 # --- where nothing can be known ---------------------------------------------------------------------------------------
 
 
-def test_one_picture_has_a_drop_but_no_error(two_cats):
+def test_one_image_has_a_drop_but_no_error(two_cats):
     dataset, reference, other = two_cats
     drop = accuracy_drop(dataset, [1], reference, other)
     assert (drop.points, drop.images) == (pytest.approx(100), 1)
@@ -222,24 +222,24 @@ def test_one_group_has_a_drop_but_no_error(compared):
 
 def test_boxes_in_one_group_only_have_a_drop_but_no_error(two_cats):
     dataset, reference, _ = two_cats
-    dataset = pictures([dataset._records[0], picture(2, [], []), picture(3, [], [])])
+    dataset = images([dataset._records[0], make_image(2, [], []), make_image(3, [], [])])
     drop = accuracy_drop(dataset, range(3), reference[:1], [])
     assert drop.points == pytest.approx(100) and drop.standard_error is None
 
 
-def test_false_alarms_in_pictures_without_boxes_count(two_cats):
+def test_false_alarms_in_images_without_boxes_count(two_cats):
     dataset, reference, _ = two_cats
-    dataset = pictures([*dataset._records, picture(3, [], [])])
+    dataset = images([*dataset._records, make_image(3, [], [])])
     drop = accuracy_drop(dataset, range(3), reference, [*reference, result(3, (0, 0, 9, 9), 0.95, 0)])
     assert drop.points > 30 and drop.standard_error > 0
 
 
 @pytest.mark.parametrize("indices", [[], [0], [0, 1]])
-def test_pictures_without_a_box_to_find_are_an_error(indices):
-    dataset = pictures([picture(1, [], []), picture(2, [(0, 0, 9, 9)], [0], crowd=True)])
-    with pytest.raises(DatasetError, match=f"drawn has no box to find in the {len(indices)} pictures") as caught:
+def test_images_without_a_box_to_find_are_an_error(indices):
+    dataset = images([make_image(1, [], []), make_image(2, [(0, 0, 9, 9)], [0], crowd=True)])
+    with pytest.raises(DatasetError, match=f"drawn has no box to find in the {len(indices)} images") as caught:
         accuracy_drop(dataset, indices, [], [])
-    assert "Measure on more pictures" in caught.value.fix
+    assert "Measure on more images" in caught.value.fix
 
 
 def test_no_group_is_a_usage_error(two_cats):
@@ -274,35 +274,35 @@ def test_a_drop_is_one_json_document(two_cats, indices):
     [
         (
             a_drop(0.1, 0.05, images=5000),
-            "AP falls by 0.10 points (0.5000 to 0.4990) on 5,000 pictures; the 95 % interval of the drop is 0.00 to "
+            "AP falls by 0.10 points (0.5000 to 0.4990) on 5,000 images; the 95 % interval of the drop is 0.00 to "
             "0.20. All of it is within the 0.3 points that may be lost.",
         ),
         (
             a_drop(-0.5, 0.2, margin=0.496),
-            "AP rises by 0.50 points (0.5000 to 0.5050) on 100 pictures; the 95 % interval of the drop is -1.00 to "
+            "AP rises by 0.50 points (0.5000 to 0.5050) on 100 images; the 95 % interval of the drop is -1.00 to "
             "0.00. All of it is within the 0.3 points that may be lost.",
         ),
         (
             a_drop(2, 0.5),
-            "AP falls by 2.00 points (0.5000 to 0.4800) on 100 pictures; the 95 % interval of the drop is 1.00 to "
+            "AP falls by 2.00 points (0.5000 to 0.4800) on 100 images; the 95 % interval of the drop is 1.00 to "
             "3.00. All of it is beyond the 0.3 points that may be lost.",
         ),
         (
             a_drop(0.1, 0.5, images=82),
-            "AP falls by 0.10 points (0.5000 to 0.4990) on 82 pictures; the 95 % interval of the drop is -0.90 to "
-            "1.10. 82 pictures cannot tell whether more than 0.3 points are lost; about 2,500 would if the drop "
+            "AP falls by 0.10 points (0.5000 to 0.4990) on 82 images; the 95 % interval of the drop is -0.90 to "
+            "1.10. 82 images cannot tell whether more than 0.3 points are lost; about 2,500 would if the drop "
             "stayed the same.",  # 82 * (1.0 / 0.2)^2 = 2050
         ),
         (
             a_drop(0.3, 0.5),
-            "AP falls by 0.30 points (0.5000 to 0.4970) on 100 pictures; the 95 % interval of the drop is -0.70 to "
-            "1.30. The drop is so near to 0.3 that not even 100,000 pictures would tell whether more than 0.3 points "
+            "AP falls by 0.30 points (0.5000 to 0.4970) on 100 images; the 95 % interval of the drop is -0.70 to "
+            "1.30. The drop is so near to 0.3 that not even 100,000 images would tell whether more than 0.3 points "
             "are lost.",
         ),
         (
             a_drop(0.29, 0.25),  # 100 * (0.5 / 0.01)^2 = 250,000
-            "AP falls by 0.29 points (0.5000 to 0.4971) on 100 pictures; the 95 % interval of the drop is -0.21 to "
-            "0.79. The drop is so near to 0.3 that not even 100,000 pictures would tell whether more than 0.3 points "
+            "AP falls by 0.29 points (0.5000 to 0.4971) on 100 images; the 95 % interval of the drop is -0.21 to "
+            "0.79. The drop is so near to 0.3 that not even 100,000 images would tell whether more than 0.3 points "
             "are lost.",
         ),
     ],
@@ -314,13 +314,13 @@ def test_the_words_say_the_drop_its_interval_and_what_follows(drop, words):
 def test_a_drop_without_an_interval_is_said_to_be_one(two_cats):
     dataset, reference, other = two_cats
     assert drop_words(accuracy_drop(dataset, [0], reference, other), 0.3) == (
-        "AP falls by 0.00 points (1.0000 to 1.0000) on 1 picture. With boxes in so few pictures there is no interval, "
+        "AP falls by 0.00 points (1.0000 to 1.0000) on 1 image. With boxes in so few images there is no interval, "
         "and no telling whether more than 0.3 points are lost."
     )
 
 
 @given(st.floats(-3, 3), st.floats(0.001, 3), st.integers(1, 50_000))
-def test_as_many_pictures_as_are_said_to_be_needed_would_be_enough(points, margin, images):
+def test_as_many_images_as_are_said_to_be_needed_would_be_enough(points, margin, images):
     drop = a_drop(points, margin / 2, images=images)
     words = drop_words(drop, 0.3)
     if drop.verdict(0.3) != "cannot tell":
@@ -331,6 +331,6 @@ def test_as_many_pictures_as_are_said_to_be_needed_would_be_enough(points, margi
     else:
         enough, expected = int(words.partition("about ")[2].split(" ")[0].replace(",", "")), None
         assert enough >= images
-    # a hair less: the interval of just enough pictures ends at the limit itself
+    # a hair less: the interval of just enough images ends at the limit itself
     then = a_drop(points, margin / 2, margin=margin * math.sqrt(images / enough) * (1 - 1e-9)).verdict(0.3)
     assert then == expected if expected else then != "cannot tell"

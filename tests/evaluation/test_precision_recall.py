@@ -14,13 +14,13 @@ from yolov7_deploy.evaluation.precision_recall import MOST_CANDIDATES, Precision
 from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.options import ValOptions
 
-SIDE = 400  # of a picture, in pixels
+SIDE = 400  # of an image, in pixels
 CELL = 20  # objects lie on a grid, so that a detection hits one box or none
 ROUNDED_DOWN = 0.01  # of recall, where a class has more than 100 boxes
 SAME = 1e-9
 
 
-def picture(image_id, boxes_xyxy, class_ids, *, crowd=()):
+def make_image(image_id, boxes_xyxy, class_ids, *, crowd=()):
     boxes = np.array(boxes_xyxy, np.float64).reshape(-1, 4)
     labels = Labels(
         boxes=boxes / SIDE,
@@ -31,16 +31,16 @@ def picture(image_id, boxes_xyxy, class_ids, *, crowd=()):
     return Record(path=Path(f"{image_id}.png"), image_id=image_id, image_hw=(SIDE, SIDE), labels=labels)
 
 
-def drawn(seed, *, pictures=12, objects=20, classes=4):
+def drawn(seed, *, images=12, objects=20, classes=4):
     """A dataset, and what a detector says of it as (class, score, hit): every box has at most one detection."""
     rng = np.random.default_rng(seed)
     records, predictions, said = [], [], []
-    for image_id in range(1, pictures + 1):
+    for image_id in range(1, images + 1):
         cells = rng.permutation((SIDE // CELL) ** 2)[: 2 * objects]
         corners = np.stack([cells % (SIDE // CELL), cells // (SIDE // CELL)], axis=1) * CELL
         boxes = np.concatenate([corners, corners + CELL - 4], axis=1).astype(np.float64)
         class_ids = rng.integers(0, classes - 1, len(boxes))  # the last class has no box
-        records.append(picture(image_id, boxes[:objects], class_ids[:objects]))
+        records.append(make_image(image_id, boxes[:objects], class_ids[:objects]))
         for place in np.flatnonzero(rng.random(len(boxes)) < 0.7):
             hit = bool(place < objects)
             score = round(float(rng.beta(4, 2) if hit else rng.beta(2, 4)), 3)
@@ -79,7 +79,7 @@ def test_the_best_confidence_is_that_of_counting(seed):
 
 
 def test_many_boxes_in_a_class_cost_less_than_a_hundredth_of_recall():
-    dataset, predictions, said = drawn(9, pictures=60, classes=2)
+    dataset, predictions, said = drawn(9, images=60, classes=2)
     instances = dataset.box_counts().tolist()
     assert instances == [1200, 0]
     best = judge(dataset, range(len(dataset)), predictions)[2].best
@@ -112,7 +112,7 @@ def test_the_curves_follow_the_classes_of_the_dataset_whatever_their_category_id
 def test_a_crowd_is_no_box_to_find():
     box = (10, 10, 60, 60)
     dataset = Dataset(
-        [picture(1, [box, (100, 100, 300, 300)], [0, 0], crowd=[1])],
+        [make_image(1, [box, (100, 100, 300, 300)], [0, 0], crowd=[1])],
         source="drawn",
         class_names=("sheep",),
         category_ids=(1,),
@@ -125,15 +125,15 @@ def test_a_crowd_is_no_box_to_find():
 @pytest.mark.parametrize("found", [[], [(0.9, (200, 200, 20, 20))]])
 def test_a_detector_without_a_hit_has_no_best_confidence(found):
     dataset = Dataset(
-        [picture(1, [(10, 10, 60, 60)], [0])], source="drawn", class_names=("cat", "dog"), category_ids=(1, 2)
+        [make_image(1, [(10, 10, 60, 60)], [0])], source="drawn", class_names=("cat", "dog"), category_ids=(1, 2)
     )
     rows = [{"image_id": 1, "category_id": 1, "bbox": list(box), "score": score} for score, box in found]
     curves = judge(dataset, [0], rows)[2]
     assert curves.best is None and curves.mean_precision.max() == 0 and curves.measured.tolist() == [True, False]
 
 
-def test_pictures_without_boxes_have_no_curve():
-    dataset = Dataset([picture(1, [], [])], source="drawn", class_names=("cat",), category_ids=(1,))
+def test_images_without_boxes_have_no_curve():
+    dataset = Dataset([make_image(1, [], [])], source="drawn", class_names=("cat",), category_ids=(1,))
     curves = judge(dataset, [0], [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}])[2]
     assert curves.best is None and not curves.measured.any() and np.isnan(curves.mean_precision).all()
 

@@ -198,7 +198,7 @@ def test_a_box_that_fell_suppresses_nothing(bare, nms):
 
 
 @EVERY_SUPPRESSION
-def test_a_chain_as_long_as_the_picture_takes_as_many_rounds(bare, nms):
+def test_a_chain_as_long_as_the_image_takes_as_many_rounds(bare, nms):
     """Alternating survivors: every round settles only one more."""
     head = bare(nms, iou=0.3, conf=0.01)
     maps = head.place([((4 + 8 * (i % 11), 30, 15.9, 20), 4.0 - 0.4 * i, (6.0, -30, -30)) for i in range(11)])

@@ -25,7 +25,7 @@ from tests.support.detecting import (
     reference,
     run,
 )
-from tests.support.deterministic import fill_model, picture
+from tests.support.deterministic import fill_model, make_image
 from tests.support.small_models import HW, decoded_by_torch, exported_tiny, images, info_of, session, tiny_session
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.model.configs import VARIANTS
@@ -144,7 +144,7 @@ def test_best_class_and_class_agnostic_equal_the_reference(nms, multi_label, cla
     assert_same_detections(picked(result), reference(decoded_by_torch()[0], **options))
 
 
-def test_best_class_multi_label_and_class_agnostic_differ_on_this_picture():
+def test_best_class_multi_label_and_class_agnostic_differ_on_this_image():
     decoded = decoded_by_torch()[0]
     found = [
         reference(decoded, multi_label=multi_label, class_agnostic=agnostic)
@@ -184,7 +184,7 @@ def test_every_variant_gives_the_maps_of_torch(variant):
     side = 2 * net.head.strides[-1]
     model = export_onnx(net, info_of(net), ExportOptions(input_hw=(side, side), nms="none"))
     assert len(model.info.heads) == net.head.levels
-    image = picture(side, side)
+    image = make_image(side, side)
     with torch.no_grad():
         features = net.features(image)
         expected = [raw.numpy() for raw in net.head.maps(features)]

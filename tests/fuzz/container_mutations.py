@@ -123,8 +123,8 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: Bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def mutate_picture(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """A picture or video that says it is huge, a PNG with right checksums over wrong chunks, or changed bytes."""
+def mutate_image(rng: random.Random, data: bytes, others: Bytes) -> bytes:
+    """An image or video that says it is huge, a PNG with right checksums over wrong chunks, or changed bytes."""
     kind = rng.random()
     if kind < 0.15:
         return oversized(rng, data)

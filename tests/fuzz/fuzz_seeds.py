@@ -17,13 +17,13 @@ from yolov7_deploy.metadata import ModelInfo, NmsInfo
 SIDE = 64
 STRIDES = (8, 16, 32)
 CLASSES = 2
-PICTURE_FORMATS = (
+IMAGE_FORMATS = (
     *(".jpg", ".png", ".bmp", ".webp", ".tiff", ".gif", ".jp2", ".avif", ".ppm", ".pgm", ".pam", ".sr", ".hdr", ".pfm"),
 )
 _FLOAT_FORMATS = (".hdr", ".pfm")
 
 
-def picture(side: int = SIDE) -> np.ndarray:
+def make_image(side: int = SIDE) -> np.ndarray:
     """uint8 BGR [48, side, 3] with edges and a gradient."""
     image = np.zeros((48, side, 3), np.uint8)
     image[:, :, 1] = np.arange(side, dtype=np.uint8)
@@ -31,10 +31,10 @@ def picture(side: int = SIDE) -> np.ndarray:
     return image
 
 
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     """One file of every format, and the variants that have decoders of their own."""
-    image, files = picture(), []
-    for suffix in PICTURE_FORMATS:
+    image, files = make_image(), []
+    for suffix in IMAGE_FORMATS:
         if cv2.haveImageWriter(f"x{suffix}"):
             value = image[:, :, 1] if suffix == ".pgm" else image
             files.append(encoded(suffix, value.astype(np.float32) / 255 if suffix in _FLOAT_FORMATS else value))
@@ -63,11 +63,11 @@ def videos(folder: Path) -> list[bytes]:
         path = folder / f"seed-{codec}{suffix}"
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10, (SIDE, 48))
         for shift in range(6):
-            writer.write(np.roll(picture(), 3 * shift, axis=1))
+            writer.write(np.roll(make_image(), 3 * shift, axis=1))
         writer.release()
         if path.is_file() and path.stat().st_size:
             files.append(path.read_bytes())
-    return [*files, encoded(".gif", picture())]
+    return [*files, encoded(".gif", make_image())]
 
 
 def passports() -> list[bytes]:
@@ -173,7 +173,7 @@ def safetensors_files(folder: Path) -> list[bytes]:
 
 
 def coco_documents() -> list[bytes]:
-    """Boxes, a crowd, polygons and a mask, of two pictures."""
+    """Boxes, a crowd, polygons and a mask, of two images."""
     images = [{"id": i, "file_name": f"{i}.png", "width": SIDE, "height": 48} for i in (1, 2)]
     categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
     mask = {"counts": [10, 5, 3000], "size": [48, SIDE]}
@@ -205,9 +205,9 @@ def labels() -> list[bytes]:
 
 
 def source_lists() -> list[bytes]:
-    """Pictures, a folder, a pattern, addresses, a camera and comments."""
+    """Images, a folder, a pattern, addresses, a camera and comments."""
     return [
-        b"# pictures\nimages/1.png\nimages\nimages/*.png\n\n./images/2.png\n",
+        b"# images\nimages/1.png\nimages\nimages/*.png\n\n./images/2.png\n",
         b"\xef\xbb\xbfimages/1.png\r\nrtsp://user:secret@host/stream\r\n0\r\nhttp://host/a.jpg\r\n",
     ]
 

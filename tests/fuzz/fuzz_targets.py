@@ -115,16 +115,16 @@ def _detector(path: Path) -> None:
         if max(detector.input_hw) <= 4 * fuzz_seeds.SIDE:
             # Weights that are not finite any more make NumPy warn, as they should.
             warnings.simplefilter("ignore", RuntimeWarning)
-            detector(fuzz_seeds.picture()).filter(conf=0.3)
+            detector(fuzz_seeds.make_image()).filter(conf=0.3)
             warnings.simplefilter("error", RuntimeWarning)
 
 
-def _picture(path: Path) -> None:
-    from yolov7_deploy.datasets.image_size import read_picture_hw
+def _image(path: Path) -> None:
+    from yolov7_deploy.datasets.image_size import read_image_hw
     from yolov7_deploy.image import read_image
 
     try:
-        read_picture_hw(path)
+        read_image_hw(path)
     finally:
         image = read_image(path)
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
@@ -161,12 +161,12 @@ def _dataset(path: Path) -> None:
     "".join((*dataset.class_names, *dataset.problems)).encode()
 
 
-def _with_pictures(folder: Path) -> None:
-    """Two pictures, their labels, a list of them, an annotation file and a YAML."""
+def _with_images(folder: Path) -> None:
+    """Two images, their labels, a list of them, an annotation file and a YAML."""
     for name in ("images", "labels"):
         (folder / name).mkdir()
     for number in (1, 2):
-        (folder / "images" / f"{number}.png").write_bytes(fuzz_seeds.encoded(".png", fuzz_seeds.picture()))
+        (folder / "images" / f"{number}.png").write_bytes(fuzz_seeds.encoded(".png", fuzz_seeds.make_image()))
         (folder / "labels" / f"{number}.txt").write_bytes(fuzz_seeds.labels()[0])
     (folder / "list.txt").write_text("./images/1.png\nimages/2.png\n")
     (folder / "coco.json").write_bytes(fuzz_seeds.coco_documents()[0])
@@ -251,16 +251,16 @@ TARGETS = {
     "detector": Target(
         seeds=lambda _: fuzz_seeds.graphs(), mutate=_mutate_onnx, load=_detector, weight=40, suffix=".onnx"
     ),
-    "picture": Target(
-        seeds=lambda _: fuzz_seeds.pictures(), mutate=container_mutations.mutate_picture, load=_picture, suffix=".png"
+    "image": Target(
+        seeds=lambda _: fuzz_seeds.images(), mutate=container_mutations.mutate_image, load=_image, suffix=".png"
     ),
-    "video": Target(seeds=fuzz_seeds.videos, mutate=container_mutations.mutate_picture, load=_source, suffix=".mp4"),
+    "video": Target(seeds=fuzz_seeds.videos, mutate=container_mutations.mutate_image, load=_source, suffix=".mp4"),
     "list": Target(
         seeds=lambda _: fuzz_seeds.source_lists(),
         mutate=mutations.mutate_text,
         load=_list,
         suffix=".txt",
-        prepare=_with_pictures,
+        prepare=_with_images,
     ),
     "yaml": Target(
         seeds=lambda _: fuzz_seeds.yamls(),
@@ -268,14 +268,14 @@ TARGETS = {
         load=_dataset,
         weight=40,
         suffix=".yaml",
-        prepare=_with_pictures,
+        prepare=_with_images,
     ),
     "coco": Target(
         seeds=lambda _: fuzz_seeds.coco_documents(),
         mutate=mutations.mutate_json,
         load=_dataset,
         suffix=".json",
-        prepare=_with_pictures,
+        prepare=_with_images,
     ),
     "engine": Target(seeds=lambda _: fuzz_seeds.plans(), mutate=mutations.mutate_bytes, load=_engine, suffix=".engine"),
     "record": Target(
@@ -293,7 +293,7 @@ TARGETS = {
         load=_dataset,
         suffix=".txt",
         place="labels/1",
-        prepare=_with_pictures,
+        prepare=_with_images,
     ),
 }
 

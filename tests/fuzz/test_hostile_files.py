@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.fuzz import fuzz_seeds
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.datasets.image_size import read_picture_hw
+from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DatasetError, ImageError, LoadError, SourceError
 from yolov7_deploy.hub import find_weights
@@ -35,8 +35,8 @@ def written(path, data):
 
 
 def sized(suffix, width, height):
-    """A small picture whose header says another size."""
-    image = fuzz_seeds.picture()
+    """A small image whose header says another size."""
+    image = fuzz_seeds.make_image()
     data = bytearray(fuzz_seeds.encoded(suffix, image))
     match suffix:
         case ".png":
@@ -64,11 +64,11 @@ def sized(suffix, width, height):
     return bytes(data)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tiff", ".jp2", ".avif", ".webp"])
-def test_a_picture_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffix):
+def test_a_image_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffix):
     path = written(tmp_path / f"bomb{suffix}", sized(suffix, HUGE, HUGE - 1))
     with pytest.raises(ImageError, match=f"has {HUGE} x {HUGE - 1} pixels, more than 180 million") as caught:
         read_image(path)
@@ -76,7 +76,7 @@ def test_a_picture_larger_than_the_limit_is_refused_by_its_header(tmp_path, suff
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".gif"])
-def test_a_picture_with_fewer_bytes_than_its_pixels_need_is_cut_off(tmp_path, suffix):
+def test_a_image_with_fewer_bytes_than_its_pixels_need_is_cut_off(tmp_path, suffix):
     path = written(tmp_path / f"short{suffix}", sized(suffix, 13_000, 13_001))
     assert MAX_PIXELS > 13_000 * 13_001
     with pytest.raises(ImageError, match=r"is cut off: .* cannot hold the 13000 x 13001 pixels"):
@@ -90,8 +90,8 @@ def test_a_grey_float_map_becomes_bgr(tmp_path):
 
 def test_a_jpeg_segment_shorter_than_its_own_length_is_no_size(tmp_path):
     path = written(tmp_path / "a.jpg", b"\xff\xd8\xff\xe0\x00\x00" + b"JFIF")
-    with pytest.raises(ImageError, match="not a picture"):
-        read_picture_hw(path)
+    with pytest.raises(ImageError, match="not an image"):
+        read_image_hw(path)
 
 
 def test_what_a_jpeg_has_before_its_frame_hides_no_size(tmp_path):
@@ -102,7 +102,7 @@ def test_what_a_jpeg_has_before_its_frame_hides_no_size(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tiff", ".webp", ".jp2"])
-def test_a_blank_picture_compresses_best_of_all_and_is_read(tmp_path, suffix):
+def test_a_blank_image_compresses_best_of_all_and_is_read(tmp_path, suffix):
     image = np.full((2000, 3000, 3), 114, np.uint8)
     path = written(tmp_path / f"blank{suffix}", fuzz_seeds.encoded(suffix, image))
     assert read_image(path).shape == image.shape
@@ -126,7 +126,7 @@ class Announcing:
         return float(self.side)
 
     def read(self):
-        return cv2.resize(fuzz_seeds.picture(), (0, 0))
+        return cv2.resize(fuzz_seeds.make_image(), (0, 0))
 
     def release(self):
         self.released = True
@@ -233,7 +233,7 @@ def test_a_coco_row_with_a_wrong_value_is_shown(tmp_path, section, change):
     document = json.loads(fuzz_seeds.coco_documents()[0])
     document[section][0].update(change)
     path = written(tmp_path / "instances.json", json.dumps(document).encode())
-    written(tmp_path / "2.png", fuzz_seeds.encoded(".png", fuzz_seeds.picture()))
+    written(tmp_path / "2.png", fuzz_seeds.encoded(".png", fuzz_seeds.make_image()))
     with pytest.raises(DatasetError, match="is malformed") as caught:
         open_dataset(path)
     assert caught.value.fix
@@ -305,10 +305,10 @@ def test_a_passport_with_other_classes_than_the_results_is_refused(tmp_path):
         proto.metadata_props[0].value = json.dumps({**passport, "class_names": ["only one"]})
 
     with opened(tmp_path / "classes.onnx", change) as detector, pytest.raises(LoadError, match="no YOLOv7 layout"):
-        detector(fuzz_seeds.picture())
+        detector(fuzz_seeds.make_image())
 
 
-def test_a_graph_that_wants_more_than_pictures_is_refused(tmp_path):
+def test_a_graph_that_wants_more_than_images_is_refused(tmp_path):
     def change(proto):
         proto.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
 

@@ -1,7 +1,7 @@
 """All checks that need a GPU, in one run of less than nine minutes; each part in a process of its own.
 
 On a machine without a GPU:   python -m tests.gpu prepare --plugin liby7_plugin.so   (writes .gpu/)
-Trained YOLOv7 and labelled pictures (`--weights`, `--data`) make it up to ten minutes longer; a bare `--int8` none.
+Trained YOLOv7 and labelled images (`--weights`, `--data`) make it up to ten minutes longer; a bare `--int8` none.
 Bring .gpu/pieces/part_* to the GPU machine, and there:
                               python -m tests.gpu unpack --pieces PLACE --folder .gpu/whole
                               python -m tests.gpu run --out results [--kit /opt/trt86]
@@ -65,7 +65,7 @@ def main() -> None:
             prepare(
                 options.folder,
                 weights=options.weights,
-                picture=options.picture,
+                image_path=options.image,
                 plugin=options.plugin,
                 architecture=options.architecture,
                 models=options.models,
@@ -86,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     prepare = verbs.add_parser("prepare", help="write what must be brought to the GPU machine")
     prepare.add_argument("--folder", type=Path, default=FOLDER)
     prepare.add_argument("--weights", default="yolov7", help="trained YOLOv7, as for y7 export")
-    prepare.add_argument("--picture", type=Path, help="with objects in it; a drawn street where left out")
+    prepare.add_argument("--image", type=Path, help="with objects in it; a drawn street where left out")
     prepare.add_argument("--plugin", type=Path, help="liby7_plugin.so built with TensorRT 8.6 headers")
     prepare.add_argument("--architecture", default="90", help="compute capability of the kernels library")
     prepare.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
@@ -112,7 +112,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def shared_data() -> Path | None:
-    """The pictures that the tests take, where they are."""
+    """The images that the tests take, where they are."""
     data = Path(os.environ.get("Y7_SHARED", ""), "coco-mini", "coco-mini.yaml")
     return data if "Y7_SHARED" in os.environ and data.is_file() else None
 

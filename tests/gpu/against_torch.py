@@ -45,17 +45,17 @@ class TorchPath:
         return torch.cat(levels, 1)
 
     def __call__(self) -> list[Any]:
-        """Boxes, scores and classes of every picture."""
+        """Boxes, scores and classes of every image."""
         results = []
-        for picture in self.decode():
-            picture = picture[picture[:, 4] > CONF]
-            scores = picture[:, 5:] * picture[:, 4:5]
+        for image in self.decode():
+            image = image[image[:, 4] > CONF]
+            scores = image[:, 5:] * image[:, 4:5]
             row, class_id = (scores > CONF).nonzero(as_tuple=True)
             score, order = scores[row, class_id].sort(descending=True, stable=True)
             order, score = order[:MAX_CANDIDATES], score[:MAX_CANDIDATES]
             row, class_id = row[order], class_id[order]
-            half = picture[row, 2:4] / 2
-            boxes = torch.cat([picture[row, :2] - half, picture[row, :2] + half], -1)
+            half = image[row, 2:4] / 2
+            boxes = torch.cat([image[row, :2] - half, image[row, :2] + half], -1)
             if torch_nms is not None:
                 kept = torch_nms(boxes.float() + class_id[:, None] * CLASS_OFFSET, score.float(), IOU)[:MAX_DET]
                 boxes, score, class_id = boxes[kept], score[kept], class_id[kept]

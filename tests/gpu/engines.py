@@ -39,7 +39,7 @@ def check(setting: Setting) -> None:
 
 
 def run(setting: Setting, cuda: Cuda, name: str, plan: bytes, reference: dict[str, Array]) -> None:
-    """One inference of the picture that the reference was made of, and the engine's time."""
+    """One inference of the image that the reference was made of, and the engine's time."""
     with Stream(cuda) as stream:
         runner = Runner(cuda, stream, plan)
         tensor = reference["canvas"][:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)

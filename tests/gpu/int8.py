@@ -35,7 +35,7 @@ BATCHES, EMULATED_BATCHES = (16, 1), (2, 1)  # the first has the goal of speed, 
 PRECISIONS = ("fp16", "int8")
 FILE = "{model}-{precision}-b{batch}.onnx"
 REFERENCE, ACCURACY = "{}-int8.npz", "{}-int8.json"
-LABELS, PICTURES = "labelled.json", "labelled"
+LABELS, IMAGES = "labelled.json", "labelled"
 OPT_LEVEL = "3"  # TensorRT's own
 ALONE = ("--no-timing-cache",)  # what one build measured would shorten the next
 FRAME_HW, EMULATED_HW = (1080, 1920), (96, 128)
@@ -45,7 +45,7 @@ WARM_UP_S = 10.0
 TIMES_FASTER = 1.3
 MOST_LOST = 0.003  # AP
 # ONNX Runtime can compute an INT8 file in two ways, with integers or (`session.disable_quant_qdq`) in float. With
-# trained YOLOv7 on 82 pictures of COCO their AP differs by 0.0001, and 98.7 % of their detections above 0.3 are the
+# trained YOLOv7 on 82 images of COCO their AP differs by 0.0001, and 98.7 % of their detections above 0.3 are the
 # same by comparing.py; of float32 and INT8 it is 80 %. With the made-up weights of yolov7-tiny it is 51 % of its own.
 MOST_FROM_ORT = 0.002
 NO_GPU, NOT_TRAINED = "times without a GPU mean nothing", "the weights are made up"
@@ -242,7 +242,7 @@ def compare_with_reference(detector: Detector, reference: Mapping[str, Array]) -
         row = compare_detections(listed(one.boxes, one.scores, one.class_ids), expected)
         matched, wanted = matched + int(str(row["matched"])), wanted + int(str(row["reference"]))
     share = matched / wanted if wanted else 0.0
-    return {"pictures": len(found), "detections": sum(map(len, found)), "reference": wanted, "share": share}
+    return {"images": len(found), "detections": sum(map(len, found)), "reference": wanted, "share": share}
 
 
 def listed(boxes: Array, scores: Array, classes: Array, *, least: float = 0.0) -> dict[str, Array]:
@@ -260,7 +260,7 @@ def listed(boxes: Array, scores: Array, classes: Array, *, least: float = 0.0) -
 
 
 def judge_accuracy(bench: Bench, model: str) -> None:
-    """AP of both engines beside ONNX Runtime's of the float32 and the INT8 file on the same pictures."""
+    """AP of both engines beside ONNX Runtime's of the float32 and the INT8 file on the same images."""
     lost, apart = f"{model}: AP that INT8 loses", f"{model}: AP between the INT8 engine and ONNX Runtime"
     folder, goals = bench.setting.folder, bench.goals
     told = json.loads((folder / ACCURACY.format(model)).read_text(encoding="utf-8"))
@@ -275,7 +275,7 @@ def judge_accuracy(bench: Bench, model: str) -> None:
         for name in (lost, apart):
             goals.skip(name, why)
         return
-    dataset = open_dataset(folder / LABELS, images=folder / PICTURES)
+    dataset = open_dataset(folder / LABELS, images=folder / IMAGES)
     reports = {}
     for precision in PRECISIONS:
         engine = bench.engine(model, precision, bench.batches[-1])

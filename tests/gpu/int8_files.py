@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from tests.gpu.comparing import SCORE_SAME
-from tests.gpu.int8 import ACCURACY, BATCHES, FILE, LABELS, MODELS, NOT_TRAINED, PICTURES, REFERENCE
+from tests.gpu.int8 import ACCURACY, BATCHES, FILE, IMAGES, LABELS, MODELS, NOT_TRAINED, REFERENCE
 from tests.gpu.networks import untrained
 from tests.gpu.weights import make_up, stripped, unshared
 from yolov7_deploy.checkpoint import load_checkpoint
@@ -23,7 +23,7 @@ from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.evaluation import synthetic_image as street
 from yolov7_deploy.evaluation.accuracy import evaluate
-from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
 from yolov7_deploy.image import Image, fit_letterbox, read_image
@@ -34,16 +34,16 @@ from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions, V
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.quantize import Quantizer
 
 SIDE = 640
 MAX_DET = 300  # of the evaluation protocol
-CALIBRATED = 96  # pictures at most
-LABELLED = 100  # pictures at most that AP is measured on
-SHOWN = 8  # pictures whose detections are compared
-DRAWN = 8  # pictures where no others are used
-FOUND = 150  # detections in a picture above the threshold of a network with made-up weights
+CALIBRATED = 96  # images at most
+LABELLED = 100  # images at most that AP is measured on
+SHOWN = 8  # images whose detections are compared
+DRAWN = 8  # images where no others are used
+FOUND = 150  # detections in an image above the threshold of a network with made-up weights
 HALF_FILE = "yolov7.onnx"  # of the other parts, with the half weights of trained YOLOv7, which travel once
 FLOAT, INT8 = "fp32.onnx", "int8.onnx"  # whole, at batch 1
 
@@ -82,7 +82,7 @@ def write_int8(
         folder: Where everything goes that travels.
         models: Of MODELS.
         weights: Trained YOLOv7; its weights are made up where there are none, those of every other model always.
-        data: Labelled pictures: trained YOLOv7 is calibrated on those for training, and judged on the others. Where
+        data: Labelled images: trained YOLOv7 is calibrated on those for training, and judged on the others. Where
             there are none, it is calibrated on drawn ones, as are made-up weights, and no AP is measured.
         side: Of the input.
         batches: Of the files.
@@ -107,7 +107,7 @@ def write_int8(
         print(f"INT8 files of {name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-# --- networks and pictures --------------------------------------------------------------------------------------------
+# --- networks and images --------------------------------------------------------------------------------------------
 
 
 def _trained(weights: Path, side: int) -> Source:
@@ -116,7 +116,7 @@ def _trained(weights: Path, side: int) -> Source:
 
 
 def _untrained(name: str, side: int, work: Path, canvas: Image) -> Source:
-    """With a threshold that lets through as many detections as a crowded picture has."""
+    """With a threshold that lets through as many detections as a crowded image has."""
     network, info = untrained(name)
     source = Source(network=network, info=info, trained=False, side=side)
     source.exported(1).save(work / FLOAT)
@@ -126,19 +126,19 @@ def _untrained(name: str, side: int, work: Path, canvas: Image) -> Source:
 
 
 def _drawn(folder: Path, side: int) -> Path:
-    """A folder of pictures that nobody must bring."""
+    """A folder of images that nobody must bring."""
     folder.mkdir()
-    pictures = [street(), *(drawn_picture((side, side), seed=seed) for seed in range(1, DRAWN))]
-    for number, picture in enumerate(pictures):
-        write_picture(folder / f"{number}.png", picture)
+    images = [street(), *(drawn_image((side, side), seed=seed) for seed in range(1, DRAWN))]
+    for number, image in enumerate(images):
+        write_image(folder / f"{number}.png", image)
     return folder
 
 
 def _canvases(dataset: Dataset | None, drawn: Path, side: int) -> list[Image]:
-    """Pictures in the size of the input, so that only the network differs between machines."""
+    """Images in the size of the input, so that only the network differs between machines."""
     paths = sorted(drawn.iterdir()) if dataset is None else [dataset.path(i) for i in range(min(SHOWN, len(dataset)))]
-    pictures = map(read_image, paths)
-    return [fit_letterbox((one.shape[0], one.shape[1]), (side, side)).apply(one) for one in pictures]
+    images = map(read_image, paths)
+    return [fit_letterbox((one.shape[0], one.shape[1]), (side, side)).apply(one) for one in images]
 
 
 # --- what travels -----------------------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ def _write_files(
     """Half and INT8 at each batch size, without what is there already; FLOAT and INT8 whole into `work`."""
     whole = source.exported(1)
     options = QuantizeOptions(cache=None if source.trained else work / "calibration.npz")
-    pictures = open_calibration(calibration, limit=CALIBRATED)
-    quantized = Quantizer(whole, pictures, options, say=lambda words: print(words, flush=True)).run()
+    images = open_calibration(calibration, limit=CALIBRATED)
+    quantized = Quantizer(whole, images, options, say=lambda words: print(words, flush=True)).run()
     made_up = set() if source.trained else {tensor.name for tensor in whole.proto.graph.initializer}
     for batch in batches:
         model = whole if batch == 1 else source.exported(batch)
@@ -173,7 +173,7 @@ def _write_files(
 
 
 def in_half(model: OnnxModel) -> OnnxModel:
-    """What `to_fp16` makes of it, which would run sixteen pictures in more memory than many machines have: here one."""
+    """What `to_fp16` makes of it, which would run sixteen images in more memory than many machines have: here one."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model.proto)
     _batch_of(opened).dim_param = "batch"  # the network in front of decoding takes any
@@ -198,31 +198,31 @@ def _write_reference(path: Path, work: Path, canvases: Sequence[Image], *, train
             parts = {"boxes": found.boxes, "scores": found.scores, "classes": found.class_ids}
             arrays |= {f"{part}_{number}": rows for part, rows in parts.items()}
             count += int((found.scores > arrays["least"]).sum())
-    assert count or not trained, "nothing is detected in the pictures: give others with --data"
+    assert count or not trained, "nothing is detected in the images: give others with --data"
     np.savez_compressed(path, **arrays)
 
 
 def _write_accuracy(folder: Path, name: str, work: Path, dataset: Dataset | None, *, trained: bool) -> None:
-    """AP and predictions of ONNX Runtime in float32 and in INT8, and the pictures; or why there are none."""
+    """AP and predictions of ONNX Runtime in float32 and in INT8, and the images; or why there are none."""
     told: dict[str, object] = {}
     if dataset is None:
-        told["skipped"] = "no labelled pictures were given to prepare" if trained else NOT_TRAINED
+        told["skipped"] = "no labelled images were given to prepare" if trained else NOT_TRAINED
     else:
         for file in (FLOAT, INT8):
             with Detector(work / file, device="cpu") as detector:
                 report = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1))
             told[Path(file).stem] = {"ap": report.ap, "images": report.images, "predictions": report.predictions}
-            print(f"{name} {file} in ONNX Runtime: AP {report.ap} on {report.images} pictures", flush=True)
+            print(f"{name} {file} in ONNX Runtime: AP {report.ap} on {report.images} images", flush=True)
         _copy_labelled(folder, dataset)
     (folder / ACCURACY.format(name)).write_text(json.dumps(told), encoding="utf-8")
 
 
 def _copy_labelled(folder: Path, dataset: Dataset) -> None:
-    """The pictures into one folder, and their ground truth as COCO has it."""
+    """The images into one folder, and their ground truth as COCO has it."""
     paths = [dataset.path(index) for index in range(len(dataset))]
-    assert len({path.name for path in paths}) == len(paths), f"two pictures of {dataset.source} have one name"
-    (folder / PICTURES).mkdir()
+    assert len({path.name for path in paths}) == len(paths), f"two images of {dataset.source} have one name"
+    (folder / IMAGES).mkdir()
     for path in paths:
-        shutil.copy(path, folder / PICTURES)
+        shutil.copy(path, folder / IMAGES)
     truth = dataset.ground_truth(range(len(dataset)))
     (folder / LABELS).write_text(json.dumps(truth), encoding="utf-8")

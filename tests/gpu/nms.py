@@ -32,12 +32,12 @@ END_FILE, END_BATCHES = "nms_end_{kind}_{type}_b{batch}.onnx", (1, 8, 32)
 
 
 def check(setting: Setting) -> None:
-    """Random cases of every mode, whole pictures of YOLOv7, large batches, and repetition."""
+    """Random cases of every mode, whole images of YOLOv7, large batches, and repetition."""
     cuda, kernels = setting.open_cuda(), setting.open_kernels()
     with Stream(cuda) as stream:
         memory = CudaMemory(cuda, stream)
         check_random(setting, kernels, memory)
-        check_whole_pictures(setting, kernels, memory)
+        check_whole_images(setting, kernels, memory)
         check_large_batches(setting, kernels, memory)
         check_repetition(setting, kernels, memory)
 
@@ -61,8 +61,8 @@ def check_random(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
     assert found, "not one detection in all cases: nothing was tested"
 
 
-def check_whole_pictures(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """YOLOv7 at 640 in every mode, type and layout, from empty pictures to more candidates than enter."""
+def check_whole_images(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
+    """YOLOv7 at 640 in every mode, type and layout, from empty images to more candidates than enter."""
     modes = list(itertools.product((False, True), (False, True), (np.float32, np.float16), (None, 1)))
     counts = (0, 100, 1000, 20_000)
     results: dict[str, int] = {}
@@ -73,11 +73,11 @@ def check_whole_pictures(setting: Setting, kernels: Any, memory: CudaMemory) -> 
         found = assert_equals_the_reference(kernels, heads, memory=memory, **options)
         mode = f"multi {multi_label}, agnostic {agnostic}, {kind.__name__}, padding {padding}"
         results[f"{number}: {count} pairs, {mode}"] = found
-    setting.record("whole_pictures", results)
+    setting.record("whole_images", results)
 
 
 def check_large_batches(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """Batches of 8 and 64 pictures of different content."""
+    """Batches of 8 and 64 images of different content."""
     for batch in (3,) if setting.emulated else (8, 64):
         rng = np.random.default_rng(batch)
         heads = yolov7_heads(rng, batch, 200, np.float16, None, scale=setting.some(4, 8))
@@ -87,7 +87,7 @@ def check_large_batches(setting: Setting, kernels: Any, memory: CudaMemory) -> N
 
 
 def check_repetition(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """The same bytes every time, on a picture full of ties."""
+    """The same bytes every time, on an image full of ties."""
     heads = yolov7_heads(np.random.default_rng(3), 4, 3000, np.float16, None, scale=setting.some(1, 8), step=0.5)
     times = setting.some(REPETITIONS, 4)
     outputs = {
@@ -108,15 +108,15 @@ def yolov7_heads(
     scale: int = 1,
     step: float = 0.0,
 ) -> Heads:
-    """Head maps of YOLOv7 at 640 / scale with about `count` (anchor, class) pairs above 0.25 a picture, in clusters.
+    """Head maps of YOLOv7 at 640 / scale with about `count` (anchor, class) pairs above 0.25 an image, in clusters.
 
     Args:
         rng: Source of the values.
-        batch: Pictures.
+        batch: Images.
         count: Wanted pairs.
         kind: float32 or float16.
         padding: As `Heads` takes it.
-        scale: Divides the picture's sides.
+        scale: Divides the image's sides.
         step: Grid that all logits are rounded to, so that scores tie; 0 for none.
     """
     maps: list[Array] = []
@@ -124,8 +124,8 @@ def yolov7_heads(
     for side, share in zip((side // scale for side in SIDES), shares, strict=True):
         raw = rng.normal(-8, 1, (batch, 3, 5 + CLASSES, side, side)).astype(np.float32)
         raw[:, :, :4] = rng.normal(0, 1, (batch, 3, 4, side, side))
-        for picture in range(batch):
-            _place(rng, raw[picture], round(count * share))
+        for image in range(batch):
+            _place(rng, raw[image], round(count * share))
         if step:
             raw = np.round(raw / step) * step
         maps.append(raw.reshape(batch, -1, side, side).astype(kind))
@@ -166,7 +166,7 @@ class Resident:
 
     @staticmethod
     def _repeated(memory: CudaMemory, buffer: Any, times: int) -> Any:
-        """The pictures of a buffer again and again, copied on the device."""
+        """The images of a buffer again and again, copied on the device."""
         made = memory.garbage((buffer.nbytes * times,), np.uint8) if times > 1 else buffer
         for number in range(times if times > 1 else 0):
             memory.stream.copy(made.address + number * buffer.nbytes, buffer.address, buffer.nbytes)

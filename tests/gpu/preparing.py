@@ -94,37 +94,37 @@ def nms_end(end: str, kind: type, batch: int) -> onnx.ModelProto:
     return model
 
 
-def write_made_up(folder: Path, name: str, side: int, picture: Array) -> None:
+def write_made_up(folder: Path, name: str, side: int, image: Array) -> None:
     """A half network whose weights stay behind, and rows of what ONNX Runtime made of the float32 one."""
     network, info = untrained(name)
     model = export_onnx(network, info, ExportOptions(input_hw=(side, side), nms="none"))
     made_names = {tensor.name for tensor in model.proto.graph.initializer}
     make_up(model.proto)
-    canvas = fit_letterbox((picture.shape[0], picture.shape[1]), (side, side)).apply(picture)
+    canvas = fit_letterbox((image.shape[0], image.shape[1]), (side, side)).apply(image)
     (output,) = run(model.proto, canvas)
     rows = np.linspace(0, output.shape[1] - 1, ROWS).astype(np.int64)
     np.savez_compressed(folder / f"{name}.npz", canvas=canvas, rows=rows, output=output[0, rows])
-    half = to_fp16(OnnxModel.of(model.proto, model.info), [picture])
+    half = to_fp16(OnnxModel.of(model.proto, model.info), [image])
     (folder / f"{name}.onnx").write_bytes(stripped(half.proto, made_names))
     scores = np.sort((output[0, :, 4:5] * output[0, :, 5:]).ravel())
     options = ExportOptions(input_hw=(side, side), nms="plugin", conf=float(scores[-SCORED]))
     whole = export_onnx(network, info, options)
     make_up(whole.proto)
-    half = to_fp16(OnnxModel.of(whole.proto, whole.info), [picture])
+    half = to_fp16(OnnxModel.of(whole.proto, whole.info), [image])
     (folder / SUPPRESSED.format(name)).write_bytes(stripped(half.proto, made_names))
 
 
-def write_real(folder: Path, weights: str, picture: Array) -> None:
+def write_real(folder: Path, weights: str, image: Array) -> None:
     """YOLOv7 with its weights as half, and the detections of its float32 form."""
     with tempfile.TemporaryDirectory() as work:
         whole, half = Path(work, "whole.onnx"), folder / "yolov7.onnx"
         export(weights, whole, "--precision", "fp32")
         export(weights, half, "--precision", "fp16")
-        canvas = fit_letterbox((picture.shape[0], picture.shape[1]), (640, 640)).apply(picture)
+        canvas = fit_letterbox((image.shape[0], image.shape[1]), (640, 640)).apply(image)
         proto = onnx.load(whole)
         outputs = dict(zip([output.name for output in proto.graph.output], run(proto, canvas), strict=True))
     confident = int((outputs["det_scores"][0] > CONFIDENT).sum())
-    assert confident, "nothing is detected in the picture: give another one with --picture"
+    assert confident, "nothing is detected in the image: give another one with --image"
     kept = {name: values[0] for name, values in outputs.items()} | {"num_dets": np.array([confident], np.int32)}
     np.savez_compressed(folder / "yolov7.npz", canvas=canvas, **kept)
 
@@ -159,7 +159,7 @@ def prepare(
     folder: Path,
     *,
     weights: str,
-    picture: Path | None,
+    image_path: Path | None,
     plugin: Path | None,
     architecture: str,
     models: Iterable[str],
@@ -175,7 +175,7 @@ def prepare(
         shutil.copy(plugin, whole / PLUGIN)
     write_ends(whole)
     copy_site(whole)
-    image = read_image(picture) if picture else street()
+    image = read_image(image_path) if image_path else street()
     for name in models:
         if name in MADE_UP:
             write_made_up(whole, name, MADE_UP[name], image)

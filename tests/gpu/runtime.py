@@ -50,10 +50,10 @@ def measure(setting: Setting) -> None:
 def soak(setting: Setting) -> None:
     """Eight threads on one engine for nearly ten minutes, every result compared."""
     engine = kept_engine(setting, "yolov7.onnx")
-    pictures = soaking._pictures(None, 16)
+    images = soaking._images(None, 16)
     with opened(setting, engine) as detector:
-        expected = [detector(picture) for picture in pictures]
-        done = soaking.soak(detector, pictures, expected, threads=8, seconds=setting.some(int(SOAK_S), 2))
+        expected = [detector(image) for image in images]
+        done = soaking.soak(detector, images, expected, threads=8, seconds=setting.some(int(SOAK_S), 2))
     setting.record("soak", soaking._told(done) | {"failures": done.failures()})
     assert not done.failures(), done.failures()
 
@@ -77,14 +77,14 @@ def compared(setting: Setting, engine: Path, frames: Frames, *, seconds: float) 
     with opened(setting, engine) as detector:
         options = BenchOptions(batches=(1,), threads=THREADS, duration_s=seconds, warmup_s=WARM_UP_S)
         report = measure_speed(detector, frames, options=options)
-        found = detector(frames.pictures[0])
+        found = detector(frames.images[0])
         on_gpu = found_on_gpu(setting, detector, frames)
     with opened(setting, engine) as plain:
         plain._backend._engine.graph_state = "off: to compare"
         without = measure_speed(
             plain, frames, options=BenchOptions(batches=(1,), duration_s=seconds, warmup_s=WARM_UP_S)
         )
-        same = alike(found, plain(frames.pictures[0]))
+        same = alike(found, plain(frames.images[0]))
     alone, together = report.rows
     end_to_end, engine_ms = alone.span("end_to_end").p50, alone.span("engine").p50
     result: dict[str, object] = {
@@ -94,7 +94,7 @@ def compared(setting: Setting, engine: Path, frames: Frames, *, seconds: float) 
         "limit": MOST_TO_ENGINE,
         "within_limit": end_to_end <= MOST_TO_ENGINE * engine_ms,
         "graph_times_faster": round(without.rows[0].span("end_to_end").p50 / end_to_end, 4),
-        "threads_times_faster": round(together.pictures_per_second / alone.pictures_per_second, 4),
+        "threads_times_faster": round(together.images_per_second / alone.images_per_second, 4),
         "detections": len(found),
         "same_without_graph": same,
         "same_from_gpu": on_gpu is None or alike(found, on_gpu),
@@ -108,10 +108,10 @@ def found_on_gpu(setting: Setting, detector: Detector, frames: Frames) -> Detect
     """Of the first frame, uploaded beforehand; nothing where our kernels are not there."""
     if not detector._backend.takes_gpu_arrays:
         return None
-    picture = frames.pictures[0]
+    image = frames.images[0]
     cuda = setting.open_cuda()
-    with Stream(cuda) as stream, DeviceBuffer(cuda, picture.shape, np.uint8) as buffer:
-        stream.upload(buffer, picture)
+    with Stream(cuda) as stream, DeviceBuffer(cuda, image.shape, np.uint8) as buffer:
+        stream.upload(buffer, image)
         stream.synchronize()
         times = []
         for _ in range(setting.some(200, 3)):

@@ -58,7 +58,7 @@ def check(setting: Setting) -> None:
 
 
 def work(setting: Setting) -> None:
-    """A small picture in each mode and one frame in each type, on buffers of just the right size."""
+    """A small image in each mode and one frame in each type, on buffers of just the right size."""
     cuda, kernels = setting.open_cuda(), setting.open_kernels()
     with Stream(cuda) as stream:
         memory: Any = CudaMemory(cuda, stream, guard=0)

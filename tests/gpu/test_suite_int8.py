@@ -33,7 +33,7 @@ from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8_summary import count_int8
 from yolov7_deploy.tensorrt.inspector import layers_of
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 
 SIDE, BATCHES = 128, (2, 1)
 CONF = 0.5
@@ -46,7 +46,7 @@ needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Weights of a small network, and pictures labelled with what it finds in them."""
+    """Weights of a small network, and images labelled with what it finds in them."""
     source = tmp_path_factory.mktemp("source")
     model = tiny()
     names = info_of(model).class_names
@@ -55,7 +55,7 @@ def source(tmp_path_factory):
     )
     save_checkpoint(checkpoint, source / "weights.safetensors")
     for number in range(4):
-        write_picture(source / f"{number}.png", noise(96, 128, number))
+        write_image(source / f"{number}.png", noise(96, 128, number))
     (source / "labels.json").write_text(json.dumps(labels(source, names)))
     return source
 
@@ -76,7 +76,7 @@ def brought(source, tmp_path_factory):
 
 
 def labels(folder, names):
-    """A COCO document in which every picture shows what the network finds in it, by the protocol of the evaluation."""
+    """A COCO document in which every image shows what the network finds in it, by the protocol of the evaluation."""
     images, annotations = [], []
     protocol = {"conf": CONF, "iou": 0.65, "max_det": 300, "multi_label": True}
     with Detector(folder / "weights.safetensors", img=SIDE, device="cpu", **protocol) as detector:
@@ -132,17 +132,17 @@ def test_the_file_of_another_batch_size_travels_without_weights_and_finds_the_sa
     first, second = BATCHES
     assert all(sizes[precision, second] < sizes[precision, first] / 5 for precision in int8.PRECISIONS)
     assert sizes["int8", first] < 0.6 * sizes["fp16", first]
-    pictures = [noise(96, 128, seed) for seed in range(2)]
+    images = [noise(96, 128, seed) for seed in range(2)]
     for precision in int8.PRECISIONS:
         names = [int8.FILE.format(model=MODEL, precision=precision, batch=batch) for batch in BATCHES]
         with Detector(tmp_path / names[0], device="cpu") as two, Detector(tmp_path / names[1], device="cpu") as one:
             assert (two.info.batch, one.info.batch, one.info.precision) == (2, 1, precision)
-            for found, expected in zip(two.batch(pictures), one.batch(pictures), strict=True):
+            for found, expected in zip(two.batch(images), one.batch(images), strict=True):
                 assert len(found) > 5
                 np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
 
 
-def test_a_file_of_several_pictures_becomes_half_by_running_one():
+def test_a_file_of_several_images_becomes_half_by_running_one():
     model = exported_tiny(batch=2)
     assert int8_files.in_half(model).proto == to_fp16(model, [street()]).proto
     assert int8_files.in_half(model).info == to_fp16(model, [street()]).info
@@ -177,9 +177,9 @@ def test_made_up_int8_weights_stay_behind_and_come_back():
     assert weights.filled(left) == before
 
 
-def test_labelled_pictures_travel_with_what_onnx_runtime_finds_in_them(brought):
+def test_labelled_images_travel_with_what_onnx_runtime_finds_in_them(brought):
     told = json.loads((brought / int8.ACCURACY.format(MODEL)).read_text())
-    assert len(list((brought / int8.PICTURES).iterdir())) == told["fp32"]["images"] == told["int8"]["images"] == 4
+    assert len(list((brought / int8.IMAGES).iterdir())) == told["fp32"]["images"] == told["int8"]["images"] == 4
     assert told["fp32"]["ap"] > 0.7, "the labels are what float32 finds"
     assert len(told["int8"]["predictions"]) > 20
 
@@ -389,6 +389,6 @@ def test_without_a_gpu_a_real_run_builds_fails_and_meets_nothing(source, tmp_pat
         assert "no NVIDIA driver" in told[f"{MODEL} batch {batch}"]["failed"]
     why = {name: row["why"] for name, row in told["goals"].items()}
     assert why == {
-        **dict.fromkeys([LOST, APART], "no labelled pictures were given to prepare"),
+        **dict.fromkeys([LOST, APART], "no labelled images were given to prepare"),
         int8.MODELS[1]: "was not brought",
     }

@@ -9,7 +9,7 @@ pytest.importorskip("psutil")
 
 from tests.gpu import building, runtime, torch_speed
 from tests.gpu.environment import Setting
-from tests.support.trt_kit import picture, setting, toy
+from tests.support.trt_kit import make_image, setting, toy
 from yolov7_deploy.benchmark.inputs import Frames
 
 __all__ = ["setting"]
@@ -27,7 +27,7 @@ def suite(setting, tmp_path, monkeypatch):
         return setting.engine(toy(), name=f"engines/{onnx.stem}.engine")
 
     monkeypatch.setattr(building, "build", build)
-    monkeypatch.setattr(runtime, "drawn_frames", lambda hw: Frames(pictures=(picture(1),), words="one"))
+    monkeypatch.setattr(runtime, "drawn_frames", lambda hw: Frames(images=(make_image(1),), words="one"))
     monkeypatch.setattr(runtime, "SECONDS", 0.0)
     monkeypatch.setattr(runtime, "WARM_UP_S", 0.0)
     return made

@@ -1,4 +1,4 @@
-"""The suite's part `train` on a CPU with a few small pictures, so that no line runs first on a real GPU."""
+"""The suite's part `train` on a CPU with a few small images, so that no line runs first on a real GPU."""
 
 import json
 import sys
@@ -80,7 +80,7 @@ def test_each_precision_says_what_it_is(results):
 
 
 def test_the_loader_is_measured_alone_and_with_the_learner(results):
-    for name in (f"{TINY} with its loader", f"{TINY} with its loader, pictures cached"):
+    for name in (f"{TINY} with its loader", f"{TINY} with its loader, images cached"):
         found = results[name]
         assert min(found[f"{what}images_per_s"] for what in ("", "loader_", "learner_")) > 0
         assert 0 <= found["share_waiting_for_loader"] < 1 and 0 <= found["share_host_waits"] < 1

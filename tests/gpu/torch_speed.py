@@ -24,7 +24,7 @@ WARM_UP_S = 8.0
 
 
 def measure(setting: Setting) -> None:
-    """Every model at both of the paper's batch sizes, the square canvas and the 4:3 one of most COCO pictures."""
+    """Every model at both of the paper's batch sizes, the square canvas and the 4:3 one of most COCO images."""
     names = ("yolov7-tiny",) if setting.emulated else tuple(VARIANTS)
     device = "cpu" if setting.emulated else "cuda:0"
     for name in names:
@@ -46,10 +46,10 @@ def measure(setting: Setting) -> None:
 def engine_ms(
     backend: PytorchBackend, canvas: tuple[int, int], batch: int, setting: Setting, device: str
 ) -> dict[str, object]:
-    """Milliseconds a picture of the engine span, and of the whole call without any span measured."""
-    picture = street()
-    images = [picture] * batch
-    letterboxes = [fit_letterbox((picture.shape[0], picture.shape[1]), canvas)] * batch
+    """Milliseconds an image of the engine span, and of the whole call without any span measured."""
+    image = street()
+    images = [image] * batch
+    letterboxes = [fit_letterbox((image.shape[0], image.shape[1]), canvas)] * batch
     engine: list[float] = []
     whole: list[float] = []
 

@@ -87,7 +87,7 @@ def pieces(bench: Bench) -> list[tuple[str, Piece]]:
     ]
     found += [
         (f"{small} with its loader", partial(feed, bench, small, cached=False)),
-        (f"{small} with its loader, pictures cached", partial(feed, bench, small, cached=True)),
+        (f"{small} with its loader, images cached", partial(feed, bench, small, cached=True)),
     ]
     if large != small:
         found.append((f"{large} with its loader", partial(feed, bench, large, cached=False)))

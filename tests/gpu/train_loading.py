@@ -1,4 +1,4 @@
-"""Generated pictures, and what their loader does: alone, and with a network that learns from them."""
+"""Generated images, and what their loader does: alone, and with a network that learns from them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.synthetic import CLASS_NAMES, SPLITS, write_shapes
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.dataloader import TrainLoader
-from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
 from yolov7_deploy.training.sample import Batch
 
-REPEATS = 8  # of the pictures in an epoch, which would be over before the workers are in step
+REPEATS = 8  # of the images in an epoch, which would be over before the workers are in step
 ALL_CACHED = 2**36
 PREFETCHED = 2  # batches of each worker that torch's loader asks for ahead
 
 
 def make_shapes(bench: Bench) -> dict[str, Any]:
-    """Writes the pictures in as many processes as there are cores, and one YAML for all of them."""
+    """Writes the images in as many processes as there are cores, and one YAML for all of them."""
     sizes, started = bench.sizes, time.perf_counter()
     write = partial(write_set, folder=bench.folder, sizes=sizes)
     processes = min(sizes.sets, os.cpu_count() or 1)
@@ -60,7 +60,7 @@ def write_set(seed: int, *, folder: Path, sizes: Sizes) -> Path:
 def feed(bench: Bench, variant: str, *, cached: bool) -> dict[str, Any]:
     """Images per second of the loader alone, of the learner alone on one of its batches, and of both together.
 
-    The pictures come several times in an epoch; where they are cached, each was decoded before anything is measured.
+    The images come several times in an epoch; where they are cached, each was decoded before anything is measured.
     """
     dataset, batch = repeated(open_dataset(bench.data, split="train"), REPEATS), bench.sizes.batches[-1]
     loader = new_loader(bench, dataset, variant, batch, cached=cached)
@@ -70,7 +70,7 @@ def feed(bench: Bench, variant: str, *, cached: bool) -> dict[str, Any]:
         bench.rates[variant] = found["images_per_s"]
         return {
             **found,
-            "pictures_of_an_epoch": len(dataset),
+            "images_of_an_epoch": len(dataset),
             "batch": batch,
             "img": bench.sizes.img,
             "workers": bench.sizes.workers,
@@ -85,7 +85,7 @@ def feed(bench: Bench, variant: str, *, cached: bool) -> dict[str, Any]:
 def new_loader(bench: Bench, dataset: Dataset, variant: str, batch: int, *, cached: bool) -> TrainLoader:
     """As a training of the variant by its own recipe has it."""
     img = bench.sizes.img
-    store = PictureStore(dataset, size=img, cache_bytes=ALL_CACHED if cached else 0)
+    store = ImageStore(dataset, size=img, cache_bytes=ALL_CACHED if cached else 0)
     augmentation = Augmentation(hyp=PRESETS[preset_for(variant, pretrained=False)], size=img)
     return TrainLoader(store, augmentation, batch=batch, workers=bench.sizes.workers, seed=0)
 

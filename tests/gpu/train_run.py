@@ -1,4 +1,4 @@
-"""A whole training by `yolov7_deploy.training.run.train` on generated pictures, as long as the part has time."""
+"""A whole training by `yolov7_deploy.training.run.train` on generated images, as long as the part has time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from yolov7_deploy.training.loggers import RESULTS_NAME, EpochRecord, read_resul
 
 METRIC = "faster_coco_eval"
 SLOW_RATE = 300.0  # images per second, where the loader's piece gave none
-EPOCH_S, VALIDATION_S = 0.7, 6.0  # of keeping weights and state, and of AP on a few hundred pictures
+EPOCH_S, VALIDATION_S = 0.7, 6.0  # of keeping weights and state, and of AP on a few hundred images
 START_S = 10.0
 VALIDATIONS = 3
 LEAST_EPOCHS, MOST_EPOCHS = 2, 150
@@ -75,8 +75,8 @@ def train_shapes(bench: Bench, variant: str) -> dict[str, Any]:
 
 def affordable_epochs(bench: Bench, variant: str, seconds: float) -> int:
     """How many fit into the time, by what loader and learner did together."""
-    pictures = bench.sizes.sets * bench.sizes.train
-    epoch_s = pictures / bench.rates.get(variant, SLOW_RATE) + EPOCH_S
+    images = bench.sizes.sets * bench.sizes.train
+    epoch_s = images / bench.rates.get(variant, SLOW_RATE) + EPOCH_S
     return int(min(max((seconds - START_S - VALIDATIONS * VALIDATION_S) / epoch_s, LEAST_EPOCHS), MOST_EPOCHS))
 
 

@@ -29,12 +29,12 @@ from yolov7_deploy.training.train_step import Learner, StepNumbers
 Tensors = Mapping[str, torch.Tensor]
 
 NO_GPU = "without a GPU nothing is compared"
-CALM_RATE = 1e-5  # of the learning rate: pictures of noise teach nothing, and the loss must stay a number
+CALM_RATE = 1e-5  # of the learning rate: images of noise teach nothing, and the loss must stay a number
 STEPS = 1000  # of an epoch, of which only the first are done
 WARM_STEPS, WARM_PART = 6, 0.4  # the latter of the measured seconds
 STAGED_STEPS = 20
 PAIR = 2  # steps that are measured together: with a batch of 32 every second one updates the weights
-COMPARED_STEPS, COMPARED_PICTURES = 3, 4
+COMPARED_STEPS, COMPARED_IMAGES = 3, 4
 MOST_APART = 1e-3  # relative difference of a loss in float32; sums in another order differ by 1e-6
 LOSSES = ("box", "objectness", "classes")
 STAGED = (
@@ -48,14 +48,14 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        img: Side of pictures.
+        img: Side of images.
         variants: Networks, the smallest first.
-        batches: Pictures of a step.
-        nominal: Pictures of an update.
+        batches: Images of a step.
+        nominal: Images of an update.
         seconds: Of a measurement.
-        workers: Processes that load pictures.
-        sets: Sets of generated pictures, each made by a process.
-        train, val: Pictures of a set.
+        workers: Processes that load images.
+        sets: Sets of generated images, each made by a process.
+        train, val: Images of a set.
         training_s: About how long the whole training may take; 0 is two epochs.
     """
 
@@ -80,7 +80,7 @@ class Bench:
         goals: Of the part.
         sizes: How much is measured.
         device: Where networks learn.
-        folder: For pictures and runs.
+        folder: For images and runs.
         ends: Time (`time.monotonic`) at which the part ends.
         rates: Images per second of a variant with its loader, once they are known.
     """
@@ -95,7 +95,7 @@ class Bench:
 
     @property
     def data(self) -> Path:
-        """The YAML of the generated pictures."""
+        """The YAML of the generated images."""
         return self.folder / "shapes.yaml"
 
 
@@ -133,9 +133,9 @@ def new_stepper(
     return Stepper(learner)
 
 
-def noise_on(pictures: int, img: int, device: torch.device) -> Batch:
+def noise_on(images: int, img: int, device: torch.device) -> Batch:
     """Noise, in page-locked memory as a loader gives it where there is a GPU."""
-    batch = noise_batch(pictures, img)
+    batch = noise_batch(images, img)
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -164,18 +164,18 @@ def step_speed(bench: Bench, variant: str, batch: int, *, half: bool, tf32: bool
     device, sizes = bench.device, bench.sizes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    pictures = noise_on(batch, sizes.img, device)
+    images = noise_on(batch, sizes.img, device)
     with convolutions(tf32=tf32):
         stepper = new_stepper(sizes, variant, batch, device=device, half=half, calm=True, classes=COCO_NAMES)
-        rate = images_per_s(stepper, pictures, seconds=sizes.seconds)
-        stages = stage_ms(stepper, pictures, steps=bench.setting.some(STAGED_STEPS, PAIR))
+        rate = images_per_s(stepper, images, seconds=sizes.seconds)
+        stages = stage_ms(stepper, images, steps=bench.setting.some(STAGED_STEPS, PAIR))
     whole = stages.pop("whole")
     return {
         "images_per_s": round(rate, 1),
         "step_ms": round(1e3 * batch / rate, 2),
         "steps": stepper.steps,
         "img": sizes.img,
-        "objects_per_picture": OBJECTS,
+        "objects_per_image": OBJECTS,
         "precision": precision(stepper.learner, tf32=tf32),
         "memory_gb": peak_gb(device),
         "staged_step_ms": round(whole, 2),
@@ -276,16 +276,16 @@ def stage_ms(stepper: Stepper, batch: Batch, *, steps: int) -> dict[str, float]:
 
 
 def compare_devices(bench: Bench, variant: str) -> dict[str, Any]:
-    """Losses in float32 of the first steps of a training, of the same weights on the same pictures.
+    """Losses in float32 of the first steps of a training, of the same weights on the same images.
 
     The device takes each step from the weights that the CPU came to: left alone both would soon differ by percents,
     as two ways to add on one CPU do, since the last bits of a loss decide which places are positives in the next step.
     For the same reason the updates, whose distance is told in parts of their length, are not judged.
     """
     sizes = bench.sizes
-    batch = noise_on(COMPARED_PICTURES, sizes.img, CPU)
+    batch = noise_on(COMPARED_IMAGES, sizes.img, CPU)
     here, there = (
-        new_stepper(sizes, variant, COMPARED_PICTURES, device=device, half=False, calm=False, classes=COCO_NAMES)
+        new_stepper(sizes, variant, COMPARED_IMAGES, device=device, half=False, calm=False, classes=COCO_NAMES)
         for device in (bench.device, CPU)
     )
     with convolutions(tf32=False):
@@ -295,7 +295,7 @@ def compare_devices(bench: Bench, variant: str) -> dict[str, Any]:
         bench.goals.at_most(goal, most, MOST_APART)
     else:
         bench.goals.skip(goal, NO_GPU)
-    return {"pictures": COMPARED_PICTURES, "img": sizes.img, "most_apart": most, "steps": steps}
+    return {"images": COMPARED_IMAGES, "img": sizes.img, "most_apart": most, "steps": steps}
 
 
 def step_apart(here: Stepper, there: Stepper, batch: Batch) -> dict[str, Any]:

@@ -35,7 +35,7 @@ GFLOPS = {
 }
 TRAINING_GFLOPS = {"yolov7-w6": "420.6", "yolov7-e6": "588.8", "yolov7-d6": "806.9", "yolov7-e6e": "916.9"}
 
-PAPER_GFLOPS_REL = 0.005  # the paper's numbers are rounded, and counted by a profiler on a smaller picture
+PAPER_GFLOPS_REL = 0.005  # the paper's numbers are rounded, and counted by a profiler on a smaller image
 TINY_GFLOPS_REL = 0.02  # printed with two digits: 3.5 for 3.44
 
 # Rows of the official models: index, type, channels, kernel and stride, input pixels per cell, parameters, inputs.

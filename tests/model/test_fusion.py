@@ -58,7 +58,7 @@ def noise(*shape, seed=1):
 
 
 def narrow_channels(channels: int) -> int:
-    """An eighth; 3 is the picture and 12 its space-to-depth."""
+    """An eighth; 3 is the image and 12 its space-to-depth."""
     return channels if channels in (3, 12) else channels // 8
 
 

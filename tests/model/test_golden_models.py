@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.deterministic import fill_model, picture
+from tests.support.deterministic import fill_model, make_image
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 
@@ -30,7 +30,7 @@ def case(request):
     model = new_model(variant, classes=golden["nc"], training_form=form == "training")
     fill_model(model, golden["salt"])
     with torch.no_grad():
-        image = picture(golden["height"], golden["width"], golden["salt"])
+        image = make_image(golden["height"], golden["width"], golden["salt"])
         raws = model(image)
         decoded = model.head.decode(raws)
     return model, golden, raws, decoded, image

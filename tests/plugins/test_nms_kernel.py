@@ -39,7 +39,7 @@ def test_random_heads_equal_the_reference(build, part):
 @every_build
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_every_order_of_threads_gives_the_same_bytes(build, multi_label):
-    """Crowded pictures with many ties, which take several tiles and, but for the shipped build, several lists."""
+    """Crowded images with many ties, which take several tiles and, but for the shipped build, several lists."""
     heads = random_heads(np.random.default_rng(5), classes=20, pairs=6000)
     outputs = set()
     for seed in range(3 if build == "shipped" else 8):
@@ -68,7 +68,7 @@ def test_half_maps_mean_the_same_as_their_float32_values():
     assert ours.bytes() == theirs.bytes()
 
 
-# --- particular pictures --------------------------------------------------------------------------------------------
+# --- particular images --------------------------------------------------------------------------------------------
 
 
 @every_build

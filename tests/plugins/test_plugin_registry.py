@@ -271,7 +271,7 @@ def test_rtx_builds_the_node_as_our_plugin(rtx, half, batch):
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 8])
 def test_rtx_builds_any_number_of_levels(rtx, levels):
-    # Strides over the picture's size are clipped above, so the pyramid must end in time.
+    # Strides over the image's size are clipped above, so the pyramid must end in time.
     strides = tuple(2**level for level in range(levels)) if levels < 8 else (8,) * 8
     assert rtx(heads_only(strides=strides))["plan"] > 0
 
@@ -280,7 +280,7 @@ def test_rtx_builds_up_to_the_largest_batch_and_refuses_more(rtx):
     assert rtx(heads_only(batch="batch"), largest=1024)["plan"] > 0
     record = rtx(heads_only(batch="batch"), largest=1025)
     assert record["plan"] == 0
-    assert any("the batch is up to 1025 pictures" in text for text in record["messages"])
+    assert any("the batch is up to 1025 images" in text for text in record["messages"])
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])

@@ -79,7 +79,7 @@ def test_parameters_survive_the_engine_file(driven):
 def test_profiles_are_checked_and_every_refusal_is_logged(driven):
     assert driven["profiles"] == [True, False, False]
     expected = [
-        "the batch is up to 1025 pictures; the kernels take at most 1024.",
+        "the batch is up to 1025 images; the kernels take at most 1024.",
         "head map 2 has 3x3 cells; attribute strides says 32 pixels a cell, but head map 0 covers 64x64 pixels.",
         "enqueue: a kernel failed (batch 2, classes=7 max_det=100",
         "the node has 3 inputs; attribute strides names 3 levels",

@@ -22,30 +22,30 @@ from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_di
 from yolov7_deploy.precision.histogram import Histogram
 from yolov7_deploy.precision.subgraph import Network
 
-PICTURES = (noise(*HW, 1), noise(60, 250, 2), noise(*HW, 3), noise(300, 400, 4))
+IMAGES = (noise(*HW, 1), noise(60, 250, 2), noise(*HW, 3), noise(300, 400, 4))
 # Means are added up in float32 inside the graph, in another order than NumPy does; relative to the mean magnitude.
 MEAN_REL = 1e-5
 # Doubles added up in another order.
 ORDER_REL = 1e-14
-# Thirty pictures need what three need, and a few digests more.
+# Thirty images need what three need, and a few digests more.
 GROWTH = 1.05
 
 MATRIX = [("float32", 1), ("float32", 3), ("uint8", 1), ("uint8", 3)]
 
 
-def calibrated(model, pictures=PICTURES):
-    return calibrate(model, pictures, count=len(pictures))
+def calibrated(model, images=IMAGES):
+    return calibrate(model, images, count=len(images))
 
 
 @lru_cache
 def calibration_of(input_kind="float32", batch=1) -> Calibration:
-    """Of yolov7-tiny on PICTURES; shared, so not to be changed."""
+    """Of yolov7-tiny on IMAGES; shared, so not to be changed."""
     return calibrated(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))
 
 
-def fed(picture, input_kind, batch):
-    """The picture as the network takes it, slowly."""
-    placed = fit_letterbox(picture.shape[:2], HW).apply(picture)
+def fed(image, input_kind, batch):
+    """The image as the network takes it, slowly."""
+    placed = fit_letterbox(image.shape[:2], HW).apply(image)
     if input_kind == "float32":
         placed = np.stack([placed[..., channel] / np.float32(255) for channel in (2, 1, 0)])
     return np.stack([placed] * batch)
@@ -53,7 +53,7 @@ def fed(picture, input_kind, batch):
 
 @lru_cache
 def tensors_of(input_kind, batch):
-    """For each picture all float tensors in front of decoding and the input, as outputs of a graph of ONNX Runtime."""
+    """For each image all float tensors in front of decoding and the input, as outputs of a graph of ONNX Runtime."""
     model = exported_tiny(nms="plugin", input_kind=input_kind, batch=batch)
     proto = copy.deepcopy(model.proto)
     nodes = [node for node in proto.graph.node if not node.domain and not node.name.startswith("end__")]
@@ -63,7 +63,7 @@ def tensors_of(input_kind, batch):
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     opened = session(proto)
-    arrays = [fed(picture, input_kind, batch) for picture in PICTURES]
+    arrays = [fed(image, input_kind, batch) for image in IMAGES]
     return [
         {"images": array, **dict(zip(names, opened.run(names, {"images": array}), strict=True))} for array in arrays
     ]
@@ -79,9 +79,9 @@ def convolutions(model):
 @pytest.mark.parametrize("input_kind, batch", MATRIX)
 def test_histograms_are_those_of_the_tensors_themselves(input_kind, batch):
     found, tensors = calibration_of(input_kind, batch), tensors_of(input_kind, batch)
-    assert found.pictures == len(PICTURES)
+    assert found.images == len(IMAGES)
     for name, histogram in found.histograms.items():
-        values = np.concatenate([of_picture[name].reshape(-1) for of_picture in tensors])
+        values = np.concatenate([of_image[name].reshape(-1) for of_image in tensors])
         np.testing.assert_array_equal(histogram.counts, Histogram.of(values).counts, err_msg=name)
         assert histogram.largest == np.abs(values).max(), name
 
@@ -92,7 +92,7 @@ def test_means_are_those_of_each_channel_that_a_convolution_reads(input_kind, ba
     read = {node.input[0] for node in convolutions(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))}
     assert found.means.keys() == read
     for name, means in found.means.items():
-        values = np.concatenate([of_picture[name] for of_picture in tensors]).astype(np.float64)
+        values = np.concatenate([of_image[name] for of_image in tensors]).astype(np.float64)
         assert means.dtype == np.float64 and means.shape == (values.shape[1],)
         reach = np.abs(values).mean()
         np.testing.assert_allclose(means, values.mean(axis=(0, 2, 3)), rtol=0, atol=MEAN_REL * reach, err_msg=name)
@@ -104,7 +104,7 @@ def test_the_largest_results_are_those_of_each_convolution_before_its_activation
     made = [node.output[0] for node in convolutions(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))]
     assert list(found.largest) == made
     for name, largest in found.largest.items():
-        assert largest == max(float(np.abs(of_picture[name]).max()) for of_picture in tensors), name
+        assert largest == max(float(np.abs(of_image[name]).max()) for of_image in tensors), name
 
 
 @pytest.mark.parametrize("input_kind", ["float32", "uint8"])
@@ -123,19 +123,19 @@ def test_what_every_convolution_reads_is_counted_or_is_joined_of_what_is_counted
     assert ("images" in counted) == (input_kind == "float32")
 
 
-def test_a_fixed_batch_counts_each_picture_as_often_as_it_runs():
+def test_a_fixed_batch_counts_each_image_as_often_as_it_runs():
     one, three = calibration_of(batch=1), calibration_of(batch=3)
     for name, histogram in one.histograms.items():
         assert three.histograms[name].counts.sum() == 3 * histogram.counts.sum()
     np.testing.assert_array_equal(three.histograms["images"].counts, 3 * one.histograms["images"].counts)
 
 
-# --- pictures and their order -----------------------------------------------------------------------------------------
+# --- images and their order -----------------------------------------------------------------------------------------
 
 
-def test_the_order_of_pictures_does_not_matter():
+def test_the_order_of_images_does_not_matter():
     model = exported_tiny(nms="plugin")
-    found, other = calibration_of(), calibrated(model, (PICTURES[2], PICTURES[0], PICTURES[3], PICTURES[1]))
+    found, other = calibration_of(), calibrated(model, (IMAGES[2], IMAGES[0], IMAGES[3], IMAGES[1]))
     assert found.histograms.keys() == other.histograms.keys()
     for name, histogram in found.histograms.items():
         np.testing.assert_array_equal(histogram.counts, other.histograms[name].counts)
@@ -146,39 +146,38 @@ def test_the_order_of_pictures_does_not_matter():
     assert {name: getattr(found, name) for name in rest} == {name: getattr(other, name) for name in rest}
 
 
-def test_the_digest_of_pictures_is_of_the_pictures():
+def test_the_digest_of_images_is_of_the_images():
     model = exported_tiny(nms="plugin")
     digests = {
-        calibrated(model, pictures).pictures_sha256
-        for pictures in (PICTURES[:1], PICTURES[1:2], PICTURES[:2], PICTURES[:1] * 2)
+        calibrated(model, images).images_sha256 for images in (IMAGES[:1], IMAGES[1:2], IMAGES[:2], IMAGES[:1] * 2)
     }
     assert len(digests) == 4
 
 
-def test_pictures_may_come_one_by_one():
-    found = calibrate(exported_tiny(nms="plugin"), iter(PICTURES), count=len(PICTURES))
-    assert found.pictures_sha256 == calibration_of().pictures_sha256
+def test_images_may_come_one_by_one():
+    found = calibrate(exported_tiny(nms="plugin"), iter(IMAGES), count=len(IMAGES))
+    assert found.images_sha256 == calibration_of().images_sha256
 
 
-def test_progress_is_told_after_each_picture():
+def test_progress_is_told_after_each_image():
     told = []
-    calibrate(exported_tiny(nms="plugin"), PICTURES, count=9, progress=lambda done, count: told.append((done, count)))
+    calibrate(exported_tiny(nms="plugin"), IMAGES, count=9, progress=lambda done, count: told.append((done, count)))
     assert told == [(1, 9), (2, 9), (3, 9), (4, 9)]
 
 
-def test_without_a_picture_nothing_is_calibrated():
-    with pytest.raises(UsageError, match="no picture"):
+def test_without_a_image_nothing_is_calibrated():
+    with pytest.raises(UsageError, match="no image"):
         calibrate(exported_tiny(nms="plugin"), [], count=0)
 
 
 def test_the_model_is_left_as_it_was():
     model = exported_tiny(nms="plugin")
     before = model.proto.SerializeToString(deterministic=True)
-    calibrated(model, PICTURES[:1])
+    calibrated(model, IMAGES[:1])
     assert model.proto.SerializeToString(deterministic=True) == before
 
 
-def test_memory_does_not_grow_with_the_number_of_pictures():
+def test_memory_does_not_grow_with_the_number_of_images():
     def peak(count):
         tracemalloc.reset_peak()
         calibrate(exported_tiny(nms="plugin"), (noise(*HW, seed) for seed in range(count)), count=count)
@@ -189,7 +188,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures():
         few, many = peak(3), peak(30)
     finally:
         tracemalloc.stop()
-    assert few > 10e6  # the tensors of a picture are among what is traced
+    assert few > 10e6  # the tensors of an image are among what is traced
     assert many < GROWTH * few
 
 
@@ -277,9 +276,9 @@ def overflowing(graph):
         scaled(graph, f"model.{layer}.conv.bias", 0)
 
 
-def test_infinite_values_are_refused_with_tensor_and_picture():
+def test_infinite_values_are_refused_with_tensor_and_image():
     black = np.zeros((*HW, 3), np.uint8)
-    with pytest.raises(ExportError, match=r"On picture 3, model\.1\.act holds values that are infinite") as caught:
+    with pytest.raises(ExportError, match=r"On image 3, model\.1\.act holds values that are infinite") as caught:
         calibrated(changed(overflowing), (black, black, noise(*HW), black))
     assert caught.value.fix
     calibrated(changed(overflowing), (black, black))
@@ -287,8 +286,8 @@ def test_infinite_values_are_refused_with_tensor_and_picture():
 
 @pytest.mark.parametrize("layer", ["model.0.conv", "model.40.conv"])
 def test_weights_that_are_no_numbers_are_refused(layer):
-    with pytest.raises(ExportError, match=r"On picture 1, .* infinite or no numbers"):
-        calibrated(changed(lambda graph: scaled(graph, f"{layer}.weight", np.nan)), PICTURES)
+    with pytest.raises(ExportError, match=r"On image 1, .* infinite or no numbers"):
+        calibrated(changed(lambda graph: scaled(graph, f"{layer}.weight", np.nan)), IMAGES)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -303,14 +302,14 @@ def test_a_head_map_that_is_no_number_is_refused(bad):
         values[3] = bad
         stored.CopyFrom(numpy_helper.from_array(values, bias))
 
-    with pytest.raises(ExportError, match=f"On picture 1, {head} holds values that are infinite or no numbers"):
-        calibrated(changed(spoil), PICTURES)
+    with pytest.raises(ExportError, match=f"On image 1, {head} holds values that are infinite or no numbers"):
+        calibrated(changed(spoil), IMAGES)
 
 
 # --- graphs of others -------------------------------------------------------------------------------------------------
 
 
-def test_a_constant_that_is_joined_to_what_a_convolution_reads_is_counted_with_every_picture():
+def test_a_constant_that_is_joined_to_what_a_convolution_reads_is_counted_with_every_image():
     """As where a network is given the place of each cell (CoordConv)."""
     places = np.linspace(-7, 7, 2 * 8 * 8, dtype=np.float32).reshape(1, 2, 8, 8)
     weights = {

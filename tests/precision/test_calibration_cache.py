@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support.calibrations import NETWORK, SEEN, arrays, assert_equal, made, refused, rewritten
-from tests.support.sample_images import PICTURES
+from tests.support.sample_images import IMAGES
 from tests.support.small_models import exported_tiny
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.precision.calibrate import calibrate
@@ -30,8 +30,8 @@ from yolov7_deploy.precision.histogram import Histogram
 
 @pytest.fixture(scope="module")
 def measured():
-    """Of yolov7-tiny on three pictures."""
-    return replace(calibrate(exported_tiny(), PICTURES[:3], count=3), notes=("Few pictures (3).", "Grün 🐈"))
+    """Of yolov7-tiny on three images."""
+    return replace(calibrate(exported_tiny(), IMAGES[:3], count=3), notes=("Few images (3).", "Grün 🐈"))
 
 
 @pytest.fixture
@@ -124,21 +124,21 @@ def test_the_default_place_is_in_the_cache_and_names_both_digests(monkeypatch, t
     assert default_place(NETWORK, SEEN) == expected
 
 
-def test_a_calibration_of_this_model_and_these_pictures_is_accepted():
-    check_calibration(made(), Path("c.npz"), network_sha256=NETWORK, pictures_sha256=SEEN)
+def test_a_calibration_of_this_model_and_these_images_is_accepted():
+    check_calibration(made(), Path("c.npz"), network_sha256=NETWORK, images_sha256=SEEN)
 
 
 @pytest.mark.parametrize(
-    ("network", "pictures", "said"),
+    ("network", "images", "said"),
     [
         ("c" * 64, SEEN, "of another model (SHA-256 of model aaaaaaaaaaaa instead of cccccccccccc)."),
-        (NETWORK, "c" * 64, "of other pictures (SHA-256 of pictures bbbbbbbbbbbb instead of cccccccccccc)."),
-        ("c" * 64, "d" * 64, "of another model and other pictures (SHA-256 of model aaaaaaaaaaaa instead of "),
+        (NETWORK, "c" * 64, "of other images (SHA-256 of images bbbbbbbbbbbb instead of cccccccccccc)."),
+        ("c" * 64, "d" * 64, "of another model and other images (SHA-256 of model aaaaaaaaaaaa instead of "),
     ],
 )
-def test_a_calibration_of_something_else_says_of_what_and_what_to_do(network, pictures, said):
+def test_a_calibration_of_something_else_says_of_what_and_what_to_do(network, images, said):
     with pytest.raises(UsageError) as caught:
-        check_calibration(made(), Path("c.npz"), network_sha256=network, pictures_sha256=pictures)
+        check_calibration(made(), Path("c.npz"), network_sha256=network, images_sha256=images)
     assert caught.value.message.startswith(f"c.npz is a calibration {said}")
     assert "--calib-cache FILE.npz" in caught.value.fix and "rm c.npz" in caught.value.fix
 
@@ -247,10 +247,10 @@ def test_a_file_of_another_schema_says_which(kept):
     ("change", "said"),
     [
         (lambda plain: plain.update(kind="something"), "says something else"),
-        (lambda plain: plain.pop("pictures"), "pictures is missing"),
-        (lambda plain: plain.update(pictures=0), "of 0 pictures"),
-        (lambda plain: plain.update(pictures=True), "pictures is True"),
-        (lambda plain: plain.update(pictures=2.5), r"pictures is 2\.5"),
+        (lambda plain: plain.pop("images"), "images is missing"),
+        (lambda plain: plain.update(images=0), "of 0 images"),
+        (lambda plain: plain.update(images=True), "images is True"),
+        (lambda plain: plain.update(images=2.5), r"images is 2\.5"),
         (lambda plain: plain.update(tensors="abc"), "tensors is 'abc'"),
         (lambda plain: plain.update(tensors=["a", "a", "zeros", "tiny"]), "names a tensor twice"),
         (lambda plain: plain["tensors"].append("more"), "offsets has"),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fuzz.mutations import mutate_bytes
 from tests.support.calibrations import assert_equal, made, refused, rewritten
-from tests.support.sample_images import PICTURES
+from tests.support.sample_images import IMAGES
 from tests.support.small_models import exported_tiny
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.precision.calibrate import calibrate
@@ -26,8 +26,8 @@ LITTLE_MEMORY = 8 * 2**20  # bytes; what hostile files claim is many times as mu
 
 @pytest.fixture(scope="module")
 def measured():
-    """Of yolov7-tiny on two pictures."""
-    return calibrate(exported_tiny(), PICTURES[:2], count=2)
+    """Of yolov7-tiny on two images."""
+    return calibrate(exported_tiny(), IMAGES[:2], count=2)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def loaded_or_refused(path, data, *expected):
     except LoadError as error:
         assert error.fix
         return False
-    assert_equal(found, next((one for one in expected if one.pictures == found.pictures), expected[0]))
+    assert_equal(found, next((one for one in expected if one.images == found.images), expected[0]))
     return True
 
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_cut_off_is_refused(measured, path):
 
 
 def test_a_file_with_any_other_damage_gives_the_same_calibration_or_is_refused(path, tmp_path):
-    one, other = made(), made(pictures=4, means={})
+    one, other = made(), made(images=4, means={})
     sound, parts = bytes_of(one, path), bytes_of(other, tmp_path / "other.npz")
     for seed in range(MUTATIONS):  # some of them put the other file, whole, in place of this one
         loaded_or_refused(path, mutate_bytes(random.Random(seed), sound, (parts,)), one, other)

@@ -1,4 +1,4 @@
-"""The pictures of a calibration: which ones they are, what is left out, and what a reader is told."""
+"""The images of a calibration: which ones they are, what is left out, and what a reader is told."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def written(path, image):
 
 
 def many(folder, count, first=0):
-    """So many pictures, told apart by their blue corner."""
+    """So many images, told apart by their blue corner."""
     paths = []
     for number in range(first, first + count):
         image = noise(*HW, seed=number)
@@ -37,8 +37,8 @@ def many(folder, count, first=0):
     return paths
 
 
-def corners(pictures):
-    return [int(image[0, 0, 0]) for image in pictures]
+def corners(images):
+    return [int(image[0, 0, 0]) for image in images]
 
 
 def video(path, frames):
@@ -56,7 +56,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def yolo(tmp_path):
-    """A YAML with three pictures to train on and two to measure AP on."""
+    """A YAML with three images to train on and two to measure AP on."""
     many(tmp_path / "images/train", 3)
     many(tmp_path / "images/val", 2, first=100)
     path = tmp_path / "data.yaml"
@@ -64,41 +64,41 @@ def yolo(tmp_path):
     return path
 
 
-# --- which pictures ---------------------------------------------------------------------------------------------------
+# --- which images ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_all_its_pictures_in_order_any_number_of_times(folder):
-    pictures = open_calibration(folder)
-    assert len(pictures) == 5
-    assert corners(pictures) == corners(pictures) == [0, 1, 2, 3, 4]
-    assert pictures.skipped == ()
-    assert [path.name for path in pictures.files] == [f"{n:04d}.png" for n in range(5)]
-    assert pictures.source == str(folder)
+def test_a_folder_gives_all_its_images_in_order_any_number_of_times(folder):
+    images = open_calibration(folder)
+    assert len(images) == 5
+    assert corners(images) == corners(images) == [0, 1, 2, 3, 4]
+    assert images.skipped == ()
+    assert [path.name for path in images.files] == [f"{n:04d}.png" for n in range(5)]
+    assert images.source == str(folder)
 
 
-def test_pictures_are_what_read_image_makes_of_the_files_in_two_iterations_at_once(folder):
-    pictures = open_calibration(folder)
-    for path, image, again in zip(pictures.files, pictures, pictures, strict=True):
+def test_images_are_what_read_image_makes_of_the_files_in_two_iterations_at_once(folder):
+    images = open_calibration(folder)
+    for path, image, again in zip(images.files, images, images, strict=True):
         np.testing.assert_array_equal(image, read_image(path))
         np.testing.assert_array_equal(image, again)
 
 
-@pytest.mark.parametrize("kind", ["picture", "pattern", "list"])
-def test_a_picture_a_pattern_and_a_list_are_read_like_a_folder(folder, kind):
+@pytest.mark.parametrize("kind", ["image", "pattern", "list"])
+def test_a_image_a_pattern_and_a_list_are_read_like_a_folder(folder, kind):
     (folder / "list.txt").write_text("0003.png\n# not this one\n0001.png\n0003.png\n")
-    data = {"picture": folder / "0002.png", "pattern": f"{folder}/000[24].png", "list": folder / "list.txt"}[kind]
-    assert corners(open_calibration(data)) == {"picture": [2], "pattern": [2, 4], "list": [3, 1]}[kind]
+    data = {"image": folder / "0002.png", "pattern": f"{folder}/000[24].png", "list": folder / "list.txt"}[kind]
+    assert corners(open_calibration(data)) == {"image": [2], "pattern": [2, 4], "list": [3, 1]}[kind]
 
 
 def test_a_yaml_gives_train_or_where_there_is_none_val_and_says_which(yolo):
-    pictures = open_calibration(yolo)
-    assert corners(pictures) == [0, 1, 2]
-    assert pictures.notes[0] == "Calibrated on train of data.yaml."
+    images = open_calibration(yolo)
+    assert corners(images) == [0, 1, 2]
+    assert images.notes[0] == "Calibrated on train of data.yaml."
     yolo.write_text("val: images/val\nnc: 1\nnames: [thing]\n")
-    pictures = open_calibration(yolo)
-    assert corners(pictures) == [100, 101]
-    why = "as it names no train pictures: AP measured on these is flattered"
-    assert pictures.notes[0] == f"Calibrated on val of data.yaml, {why}."
+    images = open_calibration(yolo)
+    assert corners(images) == [100, 101]
+    why = "as it names no train images: AP measured on these is flattered"
+    assert images.notes[0] == f"Calibrated on val of data.yaml, {why}."
 
 
 def test_a_yaml_whose_train_list_is_missing_is_refused_and_not_replaced_by_val(yolo):
@@ -108,16 +108,16 @@ def test_a_yaml_whose_train_list_is_missing_is_refused_and_not_replaced_by_val(y
     assert "--calib FOLDER" in caught.value.fix
 
 
-def test_a_coco_json_gives_its_pictures_or_says_where_it_looked(tmp_path):
+def test_a_coco_json_gives_its_images_or_says_where_it_looked(tmp_path):
     paths = many(tmp_path / "images/some", 3)
-    images = [{"id": i, "file_name": path.name, "width": 32, "height": 24} for i, path in enumerate(paths)]
-    document = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    entries = [{"id": i, "file_name": path.name, "width": 32, "height": 24} for i, path in enumerate(paths)]
+    document = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
     target = tmp_path / "annotations/instances_some.json"
     target.parent.mkdir()
     target.write_text(json.dumps(document))
-    pictures = open_calibration(target)
-    assert corners(pictures) == [0, 1, 2]
-    assert pictures.notes[0] == "Calibrated on instances_some.json."
+    images = open_calibration(target)
+    assert corners(images) == [0, 1, 2]
+    assert images.notes[0] == "Calibrated on instances_some.json."
     for path in paths:
         path.unlink()
     with pytest.raises(DatasetError, match="were not found; looked in") as caught:
@@ -144,13 +144,13 @@ def test_a_folder_needs_no_pyyaml_and_a_dataset_says_what_to_install(yolo, monke
 
 
 @pytest.mark.parametrize(("count", "limit"), [(10, 4), (7, 7), (7, 6), (5, 100), (9, 1), (13, 5)])
-def test_pictures_above_the_limit_are_evenly_spaced(tmp_path, count, limit):
+def test_images_above_the_limit_are_evenly_spaced(tmp_path, count, limit):
     many(tmp_path, count)
-    pictures = open_calibration(tmp_path, limit=limit)
+    images = open_calibration(tmp_path, limit=limit)
     taken = min(count, limit)
-    assert len(pictures) == taken
-    assert corners(pictures) == [i * count // taken for i in range(taken)]
-    assert (f"{taken} of {count} pictures were taken, evenly spaced." in pictures.notes) == (taken < count)
+    assert len(images) == taken
+    assert corners(images) == [i * count // taken for i in range(taken)]
+    assert (f"{taken} of {count} images were taken, evenly spaced." in images.notes) == (taken < count)
 
 
 def test_the_limit_stands_where_nothing_is_said(tmp_path):
@@ -161,7 +161,7 @@ def test_the_limit_stands_where_nothing_is_said(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, -3])
 def test_a_limit_below_one_is_refused(folder, limit):
-    with pytest.raises(UsageError, match=f"at least 1 picture, not {limit}") as caught:
+    with pytest.raises(UsageError, match=f"at least 1 image, not {limit}") as caught:
         open_calibration(folder, limit=limit)
     assert caught.value.fix
 
@@ -169,50 +169,50 @@ def test_a_limit_below_one_is_refused(folder, limit):
 @pytest.mark.parametrize(
     ("count", "word"), [(1, "Far too few"), (7, "Far too few"), (8, "Few"), (99, "Few"), (100, "")]
 )
-def test_few_pictures_are_said_to_be_few_and_why(tmp_path, count, word):
+def test_few_images_are_said_to_be_few_and_why(tmp_path, count, word):
     many(tmp_path, count)
     why = (
-        "ranges come from what pictures show, and values that only others reach are clipped. "
-        "Use 100 to 500 pictures like those to come, and not those that AP is measured on."
+        "ranges come from what images show, and values that only others reach are clipped. "
+        "Use 100 to 500 images like those to come, and not those that AP is measured on."
     )
-    assert open_calibration(tmp_path).notes == ((f"{word} pictures ({count}): {why}",) if word else ())
+    assert open_calibration(tmp_path).notes == ((f"{word} images ({count}): {why}",) if word else ())
 
 
 def test_what_was_left_out_does_not_count(tmp_path):
     many(tmp_path, 8)
     written(tmp_path / "0003.png", np.zeros((*HW, 3), np.uint8))
-    pictures = open_calibration(tmp_path)
-    assert pictures.notes[-1].startswith("Few pictures (8)")
-    assert len(list(pictures)) == 7
-    assert pictures.notes[-1].startswith("Far too few pictures (7)")
+    images = open_calibration(tmp_path)
+    assert images.notes[-1].startswith("Few images (8)")
+    assert len(list(images)) == 7
+    assert images.notes[-1].startswith("Far too few images (7)")
 
 
 # --- what is left out -------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_among_good_ones_are_left_out_and_named(folder):
+def test_unreadable_images_among_good_ones_are_left_out_and_named(folder):
     for number in range(4):
         (folder / f"empty{number}.png").touch()
-    (folder / "0001.png").write_bytes(b"no picture")
-    pictures = open_calibration(folder)
-    assert pictures.skipped == ()
+    (folder / "0001.png").write_bytes(b"no image")
+    images = open_calibration(folder)
+    assert images.skipped == ()
     for _ in range(2):  # counted anew every time
-        assert corners(pictures) == [0, 2, 3, 4]
-        assert [Path(entry.path).name for entry in pictures.skipped] == [
+        assert corners(images) == [0, 2, 3, 4]
+        assert [Path(entry.path).name for entry in images.skipped] == [
             "0001.png",
             *(f"empty{number}.png" for number in range(4)),
         ]
-    assert "is empty (0 bytes)" in pictures.skipped[1].reason
-    assert "Left out, as they cannot be read: 0001.png, empty0.png, empty1.png and 2 more." in pictures.notes
+    assert "is empty (0 bytes)" in images.skipped[1].reason
+    assert "Left out, as they cannot be read: 0001.png, empty0.png, empty1.png and 2 more." in images.notes
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 200, 30)])
-def test_pictures_of_a_single_colour_are_left_out_with_the_reason(folder, colour):
+def test_images_of_a_single_colour_are_left_out_with_the_reason(folder, colour):
     written(folder / "plain.png", np.full((*HW, 3), colour, np.uint8))
-    pictures = open_calibration(folder)
-    assert len(list(pictures)) == 5
-    assert [(entry.path, entry.reason) for entry in pictures.skipped] == [(f"{folder}/plain.png", SINGLE_COLOUR)]
-    assert "Left out, as a single colour shows nothing that a range could be learnt from: plain.png." in pictures.notes
+    images = open_calibration(folder)
+    assert len(list(images)) == 5
+    assert [(entry.path, entry.reason) for entry in images.skipped] == [(f"{folder}/plain.png", SINGLE_COLOUR)]
+    assert "Left out, as a single colour shows nothing that a range could be learnt from: plain.png." in images.notes
 
 
 @pytest.mark.parametrize("place", [(0, 1), (23, 31), (12, 0)])
@@ -221,17 +221,17 @@ def test_one_pixel_of_another_colour_is_enough(tmp_path, place):
     image[place] = (0, 0, 1)
     written(tmp_path / "a.png", image)
     written(tmp_path / "b.png", np.zeros((*HW, 3), np.uint8))
-    pictures = open_calibration(tmp_path)
-    assert next(iter(pictures)).any()  # stopping early is no error
-    assert len(list(pictures)) == 1
+    images = open_calibration(tmp_path)
+    assert next(iter(images)).any()  # stopping early is no error
+    assert len(list(images)) == 1
 
 
 def test_entries_of_a_list_that_are_missing_are_left_out_and_named(folder):
     (folder / "list.txt").write_text("0001.png\ngone.png\n")
-    pictures = open_calibration(folder / "list.txt")
-    assert corners(pictures) == [1]
-    assert [entry.path for entry in pictures.skipped] == ["gone.png"]
-    assert "Left out, as they cannot be read: gone.png." in pictures.notes
+    images = open_calibration(folder / "list.txt")
+    assert corners(images) == [1]
+    assert [entry.path for entry in images.skipped] == ["gone.png"]
+    assert "Left out, as they cannot be read: gone.png." in images.notes
     (folder / "list.txt").write_text("gone.png\n")
     with pytest.raises(SourceError, match=r"line 1: gone\.png does not exist"):
         open_calibration(folder / "list.txt")
@@ -239,19 +239,19 @@ def test_entries_of_a_list_that_are_missing_are_left_out_and_named(folder):
 
 def test_a_name_that_cannot_be_printed_is_written_in_ascii(folder):
     (folder / "a\nb.png").touch()
-    pictures = open_calibration(folder)
-    assert len(list(pictures)) == 5
-    assert any(r"'a\nb.png'" in note for note in pictures.notes)
+    images = open_calibration(folder)
+    assert len(list(images)) == 5
+    assert any(r"'a\nb.png'" in note for note in images.notes)
 
 
-# --- other kinds of pictures ------------------------------------------------------------------------------------------
+# --- other kinds of images ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "channels", "kind"),
     [("grey.png", 1, np.uint8), ("rgba.png", 4, np.uint8), ("deep.png", 3, np.uint16), ("grey16.tiff", 1, np.uint16)],
 )
-def test_grey_rgba_and_16_bit_pictures_become_bgr(tmp_path, name, channels, kind):
+def test_grey_rgba_and_16_bit_images_become_bgr(tmp_path, name, channels, kind):
     image = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (*HW, channels), kind)
     written(tmp_path / name, image)
     (found,) = open_calibration(tmp_path)
@@ -264,24 +264,24 @@ def test_grey_rgba_and_16_bit_pictures_become_bgr(tmp_path, name, channels, kind
 def test_a_video_gives_evenly_spaced_frames(tmp_path):
     path = video(tmp_path / "shots.mp4", 10)
     frames = [frame.image for frame in open_source(path)]
-    pictures = open_calibration(path, limit=4)
-    assert len(pictures) == 4
+    images = open_calibration(path, limit=4)
+    assert len(images) == 4
     for _ in range(2):
-        for image, number in zip(pictures, (0, 2, 5, 7), strict=True):
+        for image, number in zip(images, (0, 2, 5, 7), strict=True):
             np.testing.assert_array_equal(image, frames[number])
-    assert pictures.notes[:2] == (
-        "4 of 10 pictures were taken, evenly spaced.",
-        "4 are frames of videos, where neighbours look alike: pictures of many scenes tell more.",
+    assert images.notes[:2] == (
+        "4 of 10 images were taken, evenly spaced.",
+        "4 are frames of videos, where neighbours look alike: images of many scenes tell more.",
     )
 
 
-def test_videos_among_pictures_count_by_their_frames(folder):
+def test_videos_among_images_count_by_their_frames(folder):
     path = video(folder / "0002a.mp4", 5)
     frames = [frame.image for frame in open_source(path)]
-    pictures = open_calibration(folder, limit=5)
-    assert [path.name for path in pictures.files] == ["0000.png", "0002.png", "0002a.mp4", "0003.png"]
-    expected = [*map(read_image, pictures.files[:2]), frames[1], frames[3], read_image(pictures.files[3])]
-    for image, other in zip(pictures, expected, strict=True):
+    images = open_calibration(folder, limit=5)
+    assert [path.name for path in images.files] == ["0000.png", "0002.png", "0002a.mp4", "0003.png"]
+    expected = [*map(read_image, images.files[:2]), frames[1], frames[3], read_image(images.files[3])]
+    for image, other in zip(images, expected, strict=True):
         np.testing.assert_array_equal(image, other)
 
 
@@ -295,10 +295,10 @@ def test_a_video_that_is_cut_off_gives_what_it_has(folder):
     path.write_bytes(data[: len(data) // 2])
     whole = len(list(open_source(path)))
     assert 0 < whole < 20
-    pictures = open_calibration(folder)
-    assert len(list(pictures)) == 5 + whole
-    assert len(pictures) == 25
-    assert [entry.reason for entry in pictures.skipped] == [
+    images = open_calibration(folder)
+    assert len(list(images)) == 5 + whole
+    assert len(images) == 25
+    assert [entry.reason for entry in images.skipped] == [
         f"{path} ended after {whole} of the 20 frames that its header announces."
     ]
 
@@ -306,16 +306,16 @@ def test_a_video_that_is_cut_off_gives_what_it_has(folder):
 def test_a_video_that_announces_no_length_is_counted(tmp_path):
     path = tmp_path / "raw.mjpeg"
     path.write_bytes(b"".join(cv2.imencode(".jpg", noise(48, 64, n))[1].tobytes() for n in range(12)))
-    pictures = open_calibration(path, limit=3)
-    assert len(list(pictures)) == 3
-    assert pictures.notes[0] == "3 of 12 pictures were taken, evenly spaced."
+    images = open_calibration(path, limit=3)
+    assert len(list(images)) == 3
+    assert images.notes[0] == "3 of 12 images were taken, evenly spaced."
 
 
-def test_a_broken_video_is_left_out_among_pictures_and_refused_alone(folder):
+def test_a_broken_video_is_left_out_among_images_and_refused_alone(folder):
     (folder / "broken.mp4").write_bytes(b"no video")
-    pictures = open_calibration(folder)
-    assert len(list(pictures)) == 5
-    assert "Left out, as they cannot be read: broken.mp4." in pictures.notes
+    images = open_calibration(folder)
+    assert len(list(images)) == 5
+    assert "Left out, as they cannot be read: broken.mp4." in images.notes
     with pytest.raises(SourceError, match="not a video that OpenCV can open"):
         open_calibration(folder / "broken.mp4")
 
@@ -326,7 +326,7 @@ def test_a_broken_video_is_left_out_among_pictures_and_refused_alone(folder):
 def test_a_missing_path_and_an_empty_folder_say_what_was_looked_for(tmp_path):
     with pytest.raises(SourceError, match=r"gone does not exist \(looked for "):
         open_calibration(tmp_path / "gone")
-    with pytest.raises(SourceError, match="has no picture and no video in it"):
+    with pytest.raises(SourceError, match="has no image and no video in it"):
         open_calibration(tmp_path)
 
 
@@ -336,7 +336,7 @@ def test_a_missing_dataset_says_so(tmp_path, name):
         open_calibration(tmp_path / name)
 
 
-def test_a_folder_with_pictures_below_offers_the_pattern(tmp_path):
+def test_a_folder_with_images_below_offers_the_pattern(tmp_path):
     many(tmp_path / "deeper", 1)
     with pytest.raises(SourceError) as caught:
         open_calibration(tmp_path)
@@ -344,24 +344,24 @@ def test_a_folder_with_pictures_below_offers_the_pattern(tmp_path):
     assert len(open_calibration(f"{tmp_path}/**/*")) == 1
 
 
-def test_a_folder_of_black_and_empty_pictures_ends_with_what_was_wrong(tmp_path):
+def test_a_folder_of_black_and_empty_images_ends_with_what_was_wrong(tmp_path):
     for number in range(3):
         written(tmp_path / f"black{number}.png", np.zeros((*HW, 3), np.uint8))
     (tmp_path / "a.png").touch()
-    pictures = open_calibration(tmp_path)
+    images = open_calibration(tmp_path)
     with pytest.raises(SourceError) as caught:
-        list(pictures)
+        list(images)
     assert caught.value.message == (
-        f"{tmp_path} has no picture to calibrate on. {tmp_path}/a.png is empty (0 bytes). "
+        f"{tmp_path} has no image to calibrate on. {tmp_path}/a.png is empty (0 bytes). "
         f"{tmp_path}/black0.png {SINGLE_COLOUR}. {tmp_path}/black1.png {SINGLE_COLOUR}. And 1 more."
     )
-    assert caught.value.fix == "Give 100 to 500 pictures like those to come:  --calib FOLDER"
-    assert len(pictures.skipped) == 4
+    assert caught.value.fix == "Give 100 to 500 images like those to come:  --calib FOLDER"
+    assert len(images.skipped) == 4
 
 
 @pytest.mark.parametrize("data", ["0", "rtsp://user:secret@camera/1", "http://host/a.jpg", "http://host/data.yaml"])
 def test_cameras_streams_and_addresses_are_refused_with_what_to_do(folder, data):
-    with pytest.raises(UsageError, match="is no file: calibration needs the same pictures every time") as caught:
+    with pytest.raises(UsageError, match="is no file: calibration needs the same images every time") as caught:
         open_calibration(data)
     assert "secret" not in caught.value.message
     assert "Record a video first" in caught.value.fix
@@ -370,15 +370,15 @@ def test_cameras_streams_and_addresses_are_refused_with_what_to_do(folder, data)
         open_calibration(folder / "list.txt")
 
 
-# --- the same pictures as somewhere else ------------------------------------------------------------------------------
+# --- the same images as somewhere else ------------------------------------------------------------------------------
 
 
 def test_overlap_counts_the_files_that_are_in_both(folder, yolo):
     paths = sorted(folder.iterdir())
-    pictures = open_calibration(folder)
-    assert overlap(pictures, paths) == 5
-    assert overlap(pictures, [*paths[:2], paths[0], folder / "other.png"]) == 2
-    assert overlap(pictures, []) == 0
+    images = open_calibration(folder)
+    assert overlap(images, paths) == 5
+    assert overlap(images, [*paths[:2], paths[0], folder / "other.png"]) == 2
+    assert overlap(images, []) == 0
     val = open_dataset(yolo, split="val")
     assert overlap(open_calibration(yolo), map(val.path, range(len(val)))) == 0
     assert overlap(open_calibration(yolo.parent / "images/val"), map(val.path, range(len(val)))) == 2
@@ -387,8 +387,8 @@ def test_overlap_counts_the_files_that_are_in_both(folder, yolo):
 def test_overlap_sees_through_links_and_relative_paths(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(folder)
-    pictures = open_calibration("link")
-    assert overlap(pictures, [folder / "0001.png", folder / ".." / folder.name / "0002.png"]) == 2
+    images = open_calibration("link")
+    assert overlap(images, [folder / "0001.png", folder / ".." / folder.name / "0002.png"]) == 2
 
 
 def test_overlap_bears_paths_that_no_file_can_have(folder):

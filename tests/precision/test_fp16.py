@@ -25,7 +25,7 @@ from tests.support.detecting import (
     reference,
     run,
 )
-from tests.support.deterministic import fill_model, picture
+from tests.support.deterministic import fill_model, make_image
 from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, info_of, session
 from yolov7_deploy.errors import ExportError, UsageError
@@ -41,7 +41,7 @@ from yolov7_deploy.precision.fp16 import HALF_OPS, WIDEST, to_fp16
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "models.json").read_text())
 LARGE = ("yolov7", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x")
-PICTURES = (noise(*HW),)
+IMAGES = (noise(*HW),)
 # Of a raw map, in its standard deviations. Measured: tiny 0.006, the hottest variant (d6) 0.03.
 HEAD_TOLERANCE = {"yolov7-d6": 0.06}
 COMMON_TOLERANCE = 0.02
@@ -51,7 +51,7 @@ HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 @lru_cache
 def half_tiny(**options) -> OnnxModel:
     """yolov7-tiny at HW in half; shared, so not to be changed."""
-    return to_fp16(exported_tiny(**options), PICTURES)
+    return to_fp16(exported_tiny(**options), IMAGES)
 
 
 def with_heads(model):
@@ -142,7 +142,7 @@ def test_weights_are_the_rounded_ones_and_the_file_is_half_the_size(simplify):
 def test_the_float32_model_is_left_as_it_was():
     model = exported_tiny(nms="plugin", **SUPPRESSION)
     before = model.proto.SerializeToString(deterministic=True)
-    first, second = (to_fp16(model, PICTURES).proto.SerializeToString(deterministic=True) for _ in range(2))
+    first, second = (to_fp16(model, IMAGES).proto.SerializeToString(deterministic=True) for _ in range(2))
     assert model.proto.SerializeToString(deterministic=True) == before
     assert first == second
 
@@ -204,7 +204,7 @@ def test_every_variant_is_finite_on_its_golden_input(variant):
     net = fuse(fill_model(new_model(variant, classes=golden["nc"], training_form=False), golden["salt"]))
     hw = (golden["height"], golden["width"])
     whole = export_onnx(net, info_of(net), ExportOptions(input_hw=hw, nms="none", simplify=False))
-    array = picture(*hw, golden["salt"]).numpy()
+    array = make_image(*hw, golden["salt"]).numpy()
     half = to_fp16(whole, [np.rint(array[0, ::-1].transpose(1, 2, 0) * 255).astype(np.uint8)])
     expected = heads_of(whole, array)
     output, *maps = session(with_heads(half)).run(None, {"images": array})
@@ -242,7 +242,7 @@ def scaled(first, second):
 )
 def test_what_does_not_fit_half_stays_float32(first, second, why, monkeypatch):
     whole = scaled(first, second)
-    half = to_fp16(whole, PICTURES)
+    half = to_fp16(whole, IMAGES)
     assert why in " ".join(half.info.notes)
     kinds = types_of(half.proto)
     assert kinds[why.split()[0]] == FLOAT
@@ -255,12 +255,12 @@ def test_what_does_not_fit_half_stays_float32(first, second, why, monkeypatch):
     monkeypatch.setattr(fp16, "_range_reason", lambda largest: "")
     monkeypatch.setattr(fp16, "_weight_reason", lambda weight: "")
     with np.errstate(over="ignore"):
-        careless = worst(heads_of(to_fp16(whole, PICTURES), images()), expected)
+        careless = worst(heads_of(to_fp16(whole, IMAGES), images()), expected)
     assert not careless < 2 * kept
 
 
 def test_only_the_neighbours_of_a_wide_value_stay_float32():
-    half = to_fp16(scaled(2.0**16, 2.0**-16), PICTURES)
+    half = to_fp16(scaled(2.0**16, 2.0**-16), IMAGES)
     kinds = types_of(half.proto)
     kept = [node.name for node in network_of(half) if node.op_type != "Cast" and kinds[node.output[0]] == FLOAT]
     assert kept == ["model.0.conv", "model.0.act", "model.1.conv"]
@@ -272,7 +272,7 @@ def test_a_head_that_does_not_fit_makes_all_maps_float32_for_the_plugin():
     with torch.no_grad():
         net.head.m[1].bias += 2 * WIDEST
     whole = export_onnx(net, info_of(net), ExportOptions(input_hw=HW, nms="plugin", max_det=20))
-    half = to_fp16(whole, PICTURES)
+    half = to_fp16(whole, IMAGES)
     kinds = types_of(half.proto)
     node = next(node for node in half.proto.graph.node if node.op_type == "Y7NMS")
     assert {kinds[name] for name in node.input} == {FLOAT}
@@ -280,14 +280,14 @@ def test_a_head_that_does_not_fit_makes_all_maps_float32_for_the_plugin():
     session(half.proto).run(None, {"images": images()})
 
 
-def test_ranges_are_the_largest_magnitudes_over_all_pictures():
+def test_ranges_are_the_largest_magnitudes_over_all_images():
     model = exported_tiny(nms="none", batch=3)
-    pictures = [noise(*HW, seed=seed) for seed in range(2)]
+    frames = [noise(*HW, seed=seed) for seed in range(2)]
     names = [model.info.heads[0], "model.5.conv"]
-    found = activation_ranges(model, network_of(model), names, pictures)
+    found = activation_ranges(model, network_of(model), names, frames)
     proto = copy.deepcopy(model.proto)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    arrays = [p[None, ..., ::-1].transpose(0, 3, 1, 2).repeat(3, 0) / np.float32(255) for p in pictures]
+    arrays = [p[None, ..., ::-1].transpose(0, 3, 1, 2).repeat(3, 0) / np.float32(255) for p in frames]
     runs = [session(proto).run(names, {"images": np.ascontiguousarray(array)}) for array in arrays]
     for index, name in enumerate(names):
         assert found[name] == pytest.approx(max(float(np.abs(values[index]).max()) for values in runs), rel=1e-5)
@@ -312,7 +312,7 @@ def test_control_flow_inside_the_network_stays_float32():
     nodes.insert(place + 1, helper.make_node("If", ["always"], ["model.7.act"], name="choice", **branches))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    half = to_fp16(OnnxModel.of(proto, model.info), PICTURES)
+    half = to_fp16(OnnxModel.of(proto, model.info), IMAGES)
     kinds = types_of(half.proto)
     assert kinds["inner"] == kinds["model.7.act"] == FLOAT
     assert worst(heads_of(half, images()), heads_of(model, images())) < COMMON_TOLERANCE
@@ -323,7 +323,7 @@ def test_control_flow_inside_the_network_stays_float32():
 
 def test_a_model_in_half_is_refused():
     with pytest.raises(ExportError, match="fp16 already") as caught:
-        to_fp16(half_tiny(nms="none"), PICTURES)
+        to_fp16(half_tiny(nms="none"), IMAGES)
     assert "--fp16" in caught.value.fix
 
 
@@ -331,16 +331,16 @@ def test_half_weights_under_a_passport_of_fp32_are_refused():
     half = half_tiny(nms="none")
     wrong = OnnxModel(half.proto, replace(half.info, precision="fp32"))
     with pytest.raises(ExportError, match="half already"):
-        to_fp16(wrong, PICTURES)
+        to_fp16(wrong, IMAGES)
 
 
 @pytest.mark.parametrize("heads", [(), ("nowhere",)])
 def test_a_graph_whose_head_is_unknown_is_refused(heads):
     model = exported_tiny(nms="none")
     with pytest.raises(ExportError, match="not exported by this package"):
-        to_fp16(OnnxModel(model.proto, replace(model.info, heads=heads)), PICTURES)
+        to_fp16(OnnxModel(model.proto, replace(model.info, heads=heads)), IMAGES)
 
 
-def test_without_a_picture_nothing_is_measured():
-    with pytest.raises(UsageError, match="no picture"):
+def test_without_a_image_nothing_is_measured():
+    with pytest.raises(UsageError, match="no image"):
         to_fp16(exported_tiny(nms="none"), [])

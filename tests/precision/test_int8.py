@@ -32,7 +32,7 @@ from yolov7_deploy.precision.int8 import to_int8
 from yolov7_deploy.precision.int8_summary import count_int8
 from yolov7_deploy.precision.subgraph import Network
 
-PICTURES = [noise(*HW, seed=seed) for seed in range(3)]
+IMAGES = [noise(*HW, seed=seed) for seed in range(3)]
 HALF, FLOAT, INT8 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT8
 # Of a raw map's spread, in the mean of squares: deterministic weights of nearly no structure are harder than trained
 # ones (0.1). Measured: 0.05.
@@ -45,7 +45,7 @@ CONVOLUTIONS, HEADS = 58, 3
 
 @lru_cache
 def calibration(**options):
-    return calibrate(exported_tiny(**options), PICTURES, count=len(PICTURES))
+    return calibrate(exported_tiny(**options), IMAGES, count=len(IMAGES))
 
 
 def quantized(options=None, **export):
@@ -124,7 +124,7 @@ def test_weights_are_stored_as_int8_and_the_file_is_a_quarter_of_the_size():
 def test_the_float32_model_is_left_as_it_was_and_the_same_input_gives_the_same_bytes():
     model = exported_tiny(nms="plugin", **SUPPRESSION)
     before = model.proto.SerializeToString(deterministic=True)
-    again = calibrate(model, PICTURES, count=len(PICTURES))
+    again = calibrate(model, IMAGES, count=len(IMAGES))
     first, second = (to_int8(model, c, Int8Options()) for c in (calibration(nms="plugin", **SUPPRESSION), again))
     assert model.proto.SerializeToString(deterministic=True) == before
     assert first.proto.SerializeToString(deterministic=True) == second.proto.SerializeToString(deterministic=True)
@@ -136,8 +136,8 @@ def test_the_passport_says_how_it_came_about(tmp_path):
     info = OnnxModel.load(tmp_path / "m.onnx").info
     assert info == small.info
     assert info.precision == "int8"
-    assert (info.int8.method, info.int8.pictures, info.int8.rest) == ("mse", len(PICTURES), "fp16")
-    assert info.int8.pictures_sha256 == calibration(nms="plugin", **SUPPRESSION).pictures_sha256
+    assert (info.int8.method, info.int8.images, info.int8.rest) == ("mse", len(IMAGES), "fp16")
+    assert info.int8.images_sha256 == calibration(nms="plugin", **SUPPRESSION).images_sha256
     assert info.int8.share == pytest.approx(count_int8(small.proto).share)
     assert [layer for layer, _ in info.int8.kept] == list(info.heads)
     assert info.notes[0].startswith(f"int8: {CONVOLUTIONS - HEADS} of {CONVOLUTIONS} convolutions, ")
@@ -247,7 +247,7 @@ def test_with_every_layer_spared_nothing_is_left_to_do():
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: usual(), lambda: to_fp16(exported_tiny(nms="none"), PICTURES)])
+@pytest.mark.parametrize("make", [lambda: usual(), lambda: to_fp16(exported_tiny(nms="none"), IMAGES)])
 def test_a_smaller_model_is_refused(make):
     with pytest.raises(ExportError, match="already") as caught:
         to_int8(make(), calibration(nms="none"), Int8Options())
@@ -300,7 +300,7 @@ def foreign_net(*, constant=True):
 
 def test_a_plain_network_of_others_becomes_int8_but_for_its_last_convolution():
     model = foreign_net()
-    small = to_int8(model, calibrate(model, PICTURES, count=3), Int8Options())
+    small = to_int8(model, calibrate(model, IMAGES, count=3), Int8Options())
     assert small.info.int8.rest == "fp32"  # where decoding begins is unknown
     assert [layer for layer, _ in small.info.int8.kept] == ["conv2"]
     given = np.random.default_rng(1).random((1, 3, 32, 32), dtype=np.float32)
@@ -329,6 +329,6 @@ def test_what_computes_in_float_between_two_convolutions_is_named():
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     changed = OnnxModel(proto, model.info)
-    small = to_int8(changed, calibrate(changed, PICTURES), Int8Options())
+    small = to_int8(changed, calibrate(changed, IMAGES), Int8Options())
     assert "float between INT8 convolutions: Softplus (odd)" in small.info.notes
     assert not [note for note in usual().info.notes if "between INT8" in note]

@@ -107,7 +107,7 @@ def test_multiply_accumulates_are_those_of_every_number_that_the_convolution_mak
 
 
 @pytest.mark.parametrize("batch", [2, 7, "batch"])
-def test_they_are_of_one_picture_whatever_the_batch(batch):
+def test_they_are_of_one_image_whatever_the_batch(batch):
     assert count_int8(single(batch=batch)).convolutions == count_int8(single()).convolutions
 
 

@@ -168,8 +168,8 @@ class Sketch:
 
 
 def quantized(model, **options):
-    pictures = [noise(16, 16, seed) for seed in range(3)]
-    return to_int8(model, calibrate(model, pictures, count=3), Int8Options(**options))
+    images = [noise(16, 16, seed) for seed in range(3)]
+    return to_int8(model, calibrate(model, images, count=3), Int8Options(**options))
 
 
 def placed(model, *, spared=()):
@@ -272,7 +272,7 @@ def test_without_a_convolution_there_is_nothing_to_place():
         quantized(model)
 
 
-def test_a_sum_with_a_constant_or_the_picture_is_no_residual():
+def test_a_sum_with_a_constant_or_the_image_is_no_residual():
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3, c_out=3)
     shifted = sketch.node("Add", first, sketch.weight("shift", np.ones((3, 1, 1), np.float32)), name="shifted")

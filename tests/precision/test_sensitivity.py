@@ -17,7 +17,7 @@ from yolov7_deploy.precision.qdq_placement import place
 from yolov7_deploy.precision.sensitivity import head_error, layer_costs
 from yolov7_deploy.precision.subgraph import Network
 
-PICTURES = [noise(*HW, seed=seed) for seed in range(2)]
+IMAGES = [noise(*HW, seed=seed) for seed in range(2)]
 # ONNX Runtime adds up in another order in a part of the network than in the whole, so that values between two steps
 # fall to the other side; deterministic weights make much of that. Measured: 0.07. Another layer differs by factors.
 TOLERANCE = 0.15
@@ -26,8 +26,8 @@ TOLERANCE = 0.15
 @pytest.fixture(scope="module")
 def measured():
     model = exported_tiny(nms="none")
-    calibration = calibrate(model, PICTURES, count=2)
-    return model, calibration, layer_costs(model, calibration, PICTURES, Int8Options())
+    calibration = calibrate(model, IMAGES, count=2)
+    return model, calibration, layer_costs(model, calibration, IMAGES, Int8Options())
 
 
 def slow_error(model, calibration, layer):
@@ -37,8 +37,8 @@ def slow_error(model, calibration, layer):
     scales = tensor_scales(place(network, {}), calibration, "mse")
     proto = write_pairs(network, place(network, others), scales, calibration.means)
     errors = []
-    for picture in PICTURES:
-        fed = network_input(picture, model.info)
+    for image in IMAGES:
+        fed = network_input(image, model.info)
         runs = [NetworkRunner(p, p.graph.node, network.heads).run(fed) for p in (model.proto, proto)]
         errors.append(head_error(*runs, network.heads, model.info))
     return float(np.sqrt(np.mean(np.square(errors))))
@@ -64,7 +64,7 @@ def test_every_convolution_but_the_heads_has_a_cost_and_the_dearest_come_first(m
 def test_what_is_spared_already_has_no_cost(measured):
     model, calibration, costs = measured
     dearest = costs[0].layer
-    fewer = layer_costs(model, calibration, PICTURES[:1], Int8Options(spare={dearest: "because"}))
+    fewer = layer_costs(model, calibration, IMAGES[:1], Int8Options(spare={dearest: "because"}))
     assert dearest not in [cost.layer for cost in fewer]
     assert len(fewer) == len(costs) - 1
 
@@ -72,13 +72,11 @@ def test_what_is_spared_already_has_no_cost(measured):
 def test_progress_is_told(measured):
     model, calibration, costs = measured
     told = []
-    layer_costs(
-        model, calibration, PICTURES[:1], Int8Options(), progress=lambda done, total: told.append((done, total))
-    )
+    layer_costs(model, calibration, IMAGES[:1], Int8Options(), progress=lambda done, total: told.append((done, total)))
     assert told == [(done, len(costs)) for done in range(1, len(costs) + 1)]
 
 
-def test_only_as_many_pictures_are_kept_as_memory_allows(measured, monkeypatch):
+def test_only_as_many_images_are_kept_as_memory_allows(measured, monkeypatch):
     model, calibration, _ = measured
     kept = []
     wanted = sensitivity._references
@@ -90,7 +88,7 @@ def test_only_as_many_pictures_are_kept_as_memory_allows(measured, monkeypatch):
     monkeypatch.setattr(sensitivity, "_references", counted)
     for limit in (1.0, 1e12):
         monkeypatch.setattr(sensitivity, "MEMORY_BYTES", limit)
-        layer_costs(model, calibration, PICTURES, Int8Options())
+        layer_costs(model, calibration, IMAGES, Int8Options())
     assert kept == [1, 2]
 
 

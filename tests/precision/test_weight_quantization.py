@@ -112,7 +112,7 @@ def test_the_weights_are_left_as_they_were():
 
 
 def around(images, kernel):
-    """Pictures continued at their other side, so that a convolution sees every pixel at every place of its kernel."""
+    """Images continued at their other side, so that a convolution sees every pixel at every place of its kernel."""
     border = kernel // 2
     return np.pad(images, [(0, 0), (0, 0), (border, border), (border, border)], mode="wrap")
 

@@ -1,4 +1,4 @@
-"""Pictures on the GPU: both protocols, whose stream waits for whom, what is refused, and that nothing is copied."""
+"""Images on the GPU: both protocols, whose stream waits for whom, what is refused, and that nothing is copied."""
 
 import ctypes
 import gc
@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.trt_kit import assert_found, infer, picture, setting, toy
+from tests.support.trt_kit import assert_found, infer, make_image, setting, toy
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, ImageError, UsageError
 from yolov7_deploy.image import fit_evaluation_letterbox
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.cuda import DeviceBuffer, Stream
-from yolov7_deploy.runtimes.device_arrays import _Tensor, _Versioned, gpu_hw, gpu_picture, is_gpu_array
+from yolov7_deploy.runtimes.device_arrays import _Tensor, _Versioned, gpu_hw, gpu_image, is_gpu_array
 
 __all__ = ["setting"]
 
 
 class OnGpu:
-    """A picture in memory of the fake GPU, with rows `pitch` bytes apart."""
+    """An image in memory of the fake GPU, with rows `pitch` bytes apart."""
 
     def __init__(self, setting, image, pitch=None):
         height, width = image.shape[:2]
@@ -78,10 +78,10 @@ class Dlpack(OnGpu):
 
 @pytest.mark.parametrize("pitch", [None, 512])
 @pytest.mark.parametrize("kind", ["interface", "dlpack", "versioned", "without strides"])
-def test_a_picture_on_the_gpu_is_read_where_it_is(setting, kind, pitch):
+def test_a_image_on_the_gpu_is_read_where_it_is(setting, kind, pitch):
     if kind == "without strides" and pitch:
         pytest.skip("without strides rows have no pitch")
-    backend, image = setting.backend(), picture(3, 100, 150)
+    backend, image = setting.backend(), make_image(3, 100, 150)
     options = {"versioned": {"versioned": True}, "without strides": {"strides": False}}.get(kind, {})
     given = CudaArray(setting, image, pitch) if kind == "interface" else Dlpack(setting, image, pitch, **options)
     assert is_gpu_array(given)
@@ -96,9 +96,9 @@ def test_a_picture_on_the_gpu_is_read_where_it_is(setting, kind, pitch):
         assert all(stream > 2 for stream in given.streams), "our stream, so that theirs is waited for"
 
 
-def test_host_and_gpu_pictures_mix(setting):
+def test_host_and_gpu_images_mix(setting):
     backend = setting.backend(toy(None))
-    images = [picture(seed, 30 + seed, 50) for seed in range(4)]
+    images = [make_image(seed, 30 + seed, 50) for seed in range(4)]
     for _ in range(3):
         mixed = [images[0], CudaArray(setting, images[1], 200), images[2], Dlpack(setting, images[3])]
         for found, image in zip(infer(backend, mixed).found, images, strict=True):
@@ -106,7 +106,7 @@ def test_host_and_gpu_pictures_mix(setting):
 
 
 def test_the_detector_takes_them_too(setting):
-    image = picture(7, 90, 60)
+    image = make_image(7, 90, 60)
     with Detector(setting.engine()) as detector:
         found = detector(CudaArray(setting, image))
         np.testing.assert_array_equal(found.boxes, detector(image).boxes)
@@ -124,23 +124,23 @@ class Shaped:
 
 @pytest.mark.parametrize("stream", ["theirs", "default"])
 def test_what_the_producer_still_has_to_do_comes_first(setting, stream):
-    backend, image = setting.backend(), picture(5)
+    backend, image = setting.backend(), make_image(5)
     infer(backend, [image])
     with Stream(setting.cuda) as theirs:
-        given = CudaArray(setting, picture(6), stream=theirs.handle if stream == "theirs" else 1)
-        if stream == "theirs":  # the picture is still on its way
+        given = CudaArray(setting, make_image(6), stream=theirs.handle if stream == "theirs" else 1)
+        if stream == "theirs":  # the image is still on its way
             source = CudaArray(setting, image)
             theirs.copy(given.buffer.pointer, source.buffer.pointer, source.buffer.nbytes)
         calls = setting.calls()
-        assert_found(infer(backend, [given]).found[0], image if stream == "theirs" else picture(6))
+        assert_found(infer(backend, [given]).found[0], image if stream == "theirs" else make_image(6))
         assert "cudaStreamWaitEvent" in calls()
 
 
 def test_nobody_waits_where_the_producer_says_so_and_everybody_where_it_says_nothing(setting):
     backend, calls = setting.backend(), setting.calls()
-    infer(backend, [CudaArray(setting, picture(1))])
+    infer(backend, [CudaArray(setting, make_image(1))])
     assert "cudaStreamWaitEvent" not in calls()
-    silent = CudaArray(setting, picture(1))
+    silent = CudaArray(setting, make_image(1))
     del silent.__cuda_array_interface__["stream"]
     infer(backend, [silent])
     assert "cudaStreamWaitEvent" in calls()
@@ -158,22 +158,22 @@ def test_nobody_waits_where_the_producer_says_so_and_everybody_where_it_says_not
 def test_pixels_of_another_kind_are_refused(setting, changes, error, words):
     backend = setting.backend()
     with pytest.raises(error, match=words) as caught:
-        infer(backend, [CudaArray(setting, picture(0), **changes)])
+        infer(backend, [CudaArray(setting, make_image(0), **changes)])
     assert "uint8 BGR" in caught.value.fix
-    assert_found(infer(backend, [picture(0)]).found[0], picture(0))
+    assert_found(infer(backend, [make_image(0)]).found[0], make_image(0))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (5, 5), (5, 5, 4), (1, 5, 5, 3)])
-def test_shapes_that_are_no_picture_are_refused(shape):
+def test_shapes_that_are_no_image_are_refused(shape):
     with pytest.raises(ImageError):
         gpu_hw(Shaped(shape))
 
 
-def test_a_picture_on_another_gpu_names_both(setting):
+def test_a_image_on_another_gpu_names_both(setting):
     setting.monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
     backend = setting.backend()
     with setting.cuda.working_on(1):
-        given = [CudaArray(setting, picture(0)), Dlpack(setting, picture(0), device=1)]
+        given = [CudaArray(setting, make_image(0)), Dlpack(setting, make_image(0), device=1)]
     for one in given:
         with pytest.raises(DeviceError, match=r"is on cuda:1, the detector on cuda:0") as caught:
             infer(backend, [one])
@@ -181,8 +181,8 @@ def test_a_picture_on_another_gpu_names_both(setting):
     assert given[1].streams == [], "its library was not asked to copy it"
 
 
-def test_an_address_of_host_memory_is_no_picture_on_a_gpu(setting):
-    backend, image = setting.backend(), picture(0)
+def test_an_address_of_host_memory_is_no_image_on_a_gpu(setting):
+    backend, image = setting.backend(), make_image(0)
     given = CudaArray(setting, image, data=(image.ctypes.data, True))
     with pytest.raises(DeviceError, match="is not on a GPU"):
         infer(backend, [given])
@@ -194,17 +194,17 @@ def test_a_library_that_does_not_give_its_pixels_away_is_quoted(setting):
             raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
 
     with pytest.raises(DeviceError, match="A Trained does not give its pixels away: Can't export") as caught:
-        infer(setting.backend(), [Trained(setting, picture(0))])
+        infer(setting.backend(), [Trained(setting, make_image(0))])
     assert "detach" in caught.value.fix
     with pytest.raises(ImageError, match="this one is float8"):
-        infer(setting.backend(name="b.engine"), [Dlpack(setting, picture(0), code=2)])
+        infer(setting.backend(name="b.engine"), [Dlpack(setting, make_image(0), code=2)])
 
 
 def test_the_owner_is_held_until_the_work_is_done(setting):
     with Stream(setting.cuda) as stream:
-        given = CudaArray(setting, picture(0))
+        given = CudaArray(setting, make_image(0))
         died = weakref.ref(given)
-        taken = gpu_picture(given, stream, device=0)
+        taken = gpu_image(given, stream, device=0)
         del given
         assert died() is taken.owner
         del taken
@@ -212,7 +212,7 @@ def test_the_owner_is_held_until_the_work_is_done(setting):
 
 
 def test_arrays_in_main_memory_are_none(setting):
-    image = picture(0)
+    image = make_image(0)
     for given in (image, torch.from_numpy(image), "path", setting.folder, 3):
         assert not is_gpu_array(given)
     with Detector(setting.engine()) as detector:
@@ -221,20 +221,20 @@ def test_arrays_in_main_memory_are_none(setting):
 
 def test_without_our_kernels_the_detector_says_what_to_type(setting):
     setting.without_kernels()
-    words = r"toy\.engine takes pictures in main memory here; this CudaArray"
+    words = r"toy\.engine takes images in main memory here; this CudaArray"
     with Detector(setting.engine()) as detector, pytest.raises(UsageError, match=words) as caught:
-        detector(CudaArray(setting, picture(0)))
+        detector(CudaArray(setting, make_image(0)))
     assert ".cpu().numpy()" in caught.value.fix
 
 
-def test_a_gpu_picture_for_a_letterbox_of_the_host_is_refused_and_leaves_no_trace(setting):
-    backend, image = setting.backend(), picture(1, 128, 192)
+def test_a_gpu_image_for_a_letterbox_of_the_host_is_refused_and_leaves_no_trace(setting):
+    backend, image = setting.backend(), make_image(1, 128, 192)
     area = fit_evaluation_letterbox((128, 192), (64, 96), size=96)
     for _ in range(2):
         with pytest.raises(UsageError, match="made on the host"):
             backend.infer([CudaArray(setting, image)], [area], Thresholds(conf=0.25, multi_label=True))
         for seed in range(3):
-            assert_found(infer(backend, [picture(seed)]).found[0], picture(seed))
+            assert_found(infer(backend, [make_image(seed)]).found[0], make_image(seed))
 
 
 def test_a_stream_follows_what_another_still_has_to_do(setting):

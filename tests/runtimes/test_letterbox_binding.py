@@ -142,13 +142,13 @@ def test_a_frame_is_the_struct_of_the_header_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
 def test_a_batch_equals_opencv_bit_for_bit(kernels, dtype):
-    pictures = [noise(seed, *hw) for seed, hw in enumerate([(48, 80), (200, 33), (1, 1), (288, 480)])]
-    boxes = [fit_letterbox(picture.shape[:2], CANVAS) for picture in pictures]
+    images = [noise(seed, *hw) for seed, hw in enumerate([(48, 80), (200, 33), (1, 1), (288, 480)])]
+    boxes = [fit_letterbox(image.shape[:2], CANVAS) for image in images]
     frames = [
-        frame_of(box, pixels=picture.ctypes.data, pitch=picture.strides[0])
-        for picture, box in zip(pictures, boxes, strict=True)
+        frame_of(box, pixels=image.ctypes.data, pitch=image.strides[0])
+        for image, box in zip(images, boxes, strict=True)
     ]
-    canvases = [box.apply(picture) for picture, box in zip(pictures, boxes, strict=True)]
+    canvases = [box.apply(image) for image, box in zip(images, boxes, strict=True)]
     expected = np.stack(canvases) if dtype == np.uint8 else to_network_input(canvases).astype(dtype)
     np.testing.assert_array_equal(run(kernels, frames, CANVAS, dtype), expected)
 
@@ -166,16 +166,16 @@ def test_a_refusal_carries_the_sentence_of_the_library(kernels, wrong):
 
 
 def test_threads_may_call_at_once(kernels):
-    pictures = [noise(seed, 60 + seed, 90) for seed in range(4)]
-    boxes = [fit_letterbox(picture.shape[:2], CANVAS) for picture in pictures]
+    images = [noise(seed, 60 + seed, 90) for seed in range(4)]
+    boxes = [fit_letterbox(image.shape[:2], CANVAS) for image in images]
     equal = []
 
-    def work(picture, box):
-        frames = [frame_of(box, pixels=picture.ctypes.data, pitch=picture.strides[0])] * 4
-        expected = np.stack([box.apply(picture)] * 4)
+    def work(image, box):
+        frames = [frame_of(box, pixels=image.ctypes.data, pitch=image.strides[0])] * 4
+        expected = np.stack([box.apply(image)] * 4)
         equal.extend((run(kernels, frames, CANVAS) == expected).all() for _ in range(10))
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(pictures, boxes, strict=True)]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(images, boxes, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -242,13 +242,13 @@ def test_the_rows_of_a_plan_are_those_that_the_kernel_reads(kernels):
         canvas_hw = (part[-1][1], 3)
         frames, kept, expected = [], [], np.full((len(part), *canvas_hw, 3), PAD_GREY, np.uint8)
         for number, (source, resized) in enumerate(part):
-            picture, plan = noise(number, source, 3), plan_rows(source, resized)
+            image, plan = noise(number, source, 3), plan_rows(source, resized)
             assert (np.unique(plan.table) == np.arange(len(plan.rows))).all(), (source, resized)
-            kept.append(picture[plan.rows])
+            kept.append(image[plan.rows])
             box = replace(fit_letterbox((source, 3), canvas_hw), resized_hw=(resized, 3), top=0, left=0)
             at = {"pixels": kept[-1].ctypes.data, "pitch": 9, "rows": plan.table.ctypes.data}
             frames.append(frame_of(box, **at))
-            expected[number, :resized] = cv2.resize(picture, (3, resized), interpolation=cv2.INTER_LINEAR)
+            expected[number, :resized] = cv2.resize(image, (3, resized), interpolation=cv2.INTER_LINEAR)
         found = run(kernels, frames, canvas_hw)
         assert [pair for pair, one, other in zip(part, found, expected, strict=True) if (one != other).any()] == []
 
@@ -256,10 +256,10 @@ def test_the_rows_of_a_plan_are_those_that_the_kernel_reads(kernels):
 @pytest.mark.parametrize("hw", [(1080, 1920), (2160, 3840), (1440, 2560), (1080, 810)])
 def test_gathered_rows_give_the_canvas_of_the_whole_frame(kernels, hw):
     """On a smaller canvas than usual, with grey around and rows of a pitch of their own."""
-    picture = noise(1, *hw)
+    image = noise(1, *hw)
     box = fit_letterbox(hw, CANVAS)
     plan = row_plan(box)
     staged = np.full((len(plan.rows), hw[1] + 5, 3), 0xEE, np.uint8)
-    staged[:, : hw[1]] = picture[plan.rows]
+    staged[:, : hw[1]] = image[plan.rows]
     frame = frame_of(box, pixels=staged.ctypes.data, pitch=staged.strides[0], rows=plan.table.ctypes.data)
-    np.testing.assert_array_equal(run(kernels, [frame], CANVAS)[0], box.apply(picture))
+    np.testing.assert_array_equal(run(kernels, [frame], CANVAS)[0], box.apply(image))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.runtimes.test_torch_cuda_graphs import HALF_BOX_PX, HALF_SCORE, as_it_is
-from tests.support.sample_images import CONF, PICTURES, assert_same
+from tests.support.sample_images import CONF, IMAGES, assert_same
 from tests.support.small_models import HW, fused_tiny, info_of
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, UsageError
@@ -35,9 +35,9 @@ def backend(**options):
     return PytorchBackend(model, info_of(model), **options)
 
 
-def infer(runner, pictures, thresholds=THRESHOLDS, *, timed=False, hw=HW):
-    letterboxes = [fit_letterbox(picture.shape[:2], hw) for picture in pictures]
-    return runner.infer(pictures, letterboxes, thresholds, timed=timed)
+def infer(runner, images, thresholds=THRESHOLDS, *, timed=False, hw=HW):
+    letterboxes = [fit_letterbox(image.shape[:2], hw) for image in images]
+    return runner.infer(images, letterboxes, thresholds, timed=timed)
 
 
 def as_detections(found):
@@ -78,14 +78,14 @@ def test_half_on_a_cpu_is_refused_with_the_way_out(files):
 def test_lanes_find_what_the_plain_path_finds(multi_label):
     thresholds = Thresholds(conf=CONF, multi_label=multi_label)
     plain, lanes = backend(), backend(capture=as_it_is)
-    for pictures in (PICTURES[:1], PICTURES):
-        assert_alike(infer(lanes, pictures, thresholds).found, infer(plain, pictures, thresholds).found)
+    for images in (IMAGES[:1], IMAGES):
+        assert_alike(infer(lanes, images, thresholds).found, infer(plain, images, thresholds).found)
 
 
 def test_half_in_lanes_is_told_and_finds_nearly_the_same():
     whole, half = backend(), backend(half=True, capture=as_it_is)
     assert half.info.precision == "fp16"
-    assert_close_boxes(infer(half, PICTURES).found, infer(whole, PICTURES).found)
+    assert_close_boxes(infer(half, IMAGES).found, infer(whole, IMAGES).found)
 
 
 def assert_close_boxes(ours, expected):
@@ -104,7 +104,7 @@ def matched(a: Found, b: Found):
 
 
 def test_stages_are_float32_in_every_precision():
-    canvas = PICTURES[0]
+    canvas = IMAGES[0]
     whole, half = backend().stages(canvas), backend(half=True).stages(canvas)
     assert {x.dtype for x in (*half.heads, half.decoded)} == {np.dtype(np.float32)}
     assert np.abs(whole.decoded[:, 4:] - half.decoded[:, 4:]).max() < HALF_SCORE
@@ -119,8 +119,8 @@ def test_a_graph_that_cannot_be_made_leaves_results_as_they_are(caplog):
     runner = backend(capture=refuse)
     with caplog.at_level(logging.WARNING):
         assert dict(runner.settings)["CUDA graph"] == "on"
-        for pictures in (PICTURES[:1], PICTURES[:2]):
-            assert_alike(infer(runner, pictures).found, infer(backend(), pictures).found)
+        for images in (IMAGES[:1], IMAGES[:2]):
+            assert_alike(infer(runner, images).found, infer(backend(), images).found)
     assert len(caplog.records) == 1
     assert dict(runner.settings)["CUDA graph"] == "failed"
 
@@ -138,17 +138,17 @@ def slow(forward):
 
 def test_the_engine_span_is_the_network_and_inference_what_lies_around_it():
     runner = backend(capture=slow)
-    infer(runner, PICTURES[:1])
-    outputs = infer(runner, PICTURES[:1], timed=True)
+    infer(runner, IMAGES[:1])
+    outputs = infer(runner, IMAGES[:1], timed=True)
     spans = outputs.spans
     assert spans.engine_ms >= SLEEP_S * 1e3
     assert min(spans.preprocess_ms, spans.upload_ms, spans.download_ms, spans.postprocess_ms) > 0
     assert outputs.inference_ms == spans.upload_ms + spans.engine_ms + spans.download_ms
-    assert infer(runner, PICTURES[:1]).spans is None
+    assert infer(runner, IMAGES[:1]).spans is None
 
 
 def test_nothing_is_uploaded_or_downloaded_on_a_cpu():
-    outputs = infer(backend(), PICTURES[:2])
+    outputs = infer(backend(), IMAGES[:2])
     assert (outputs.spans.upload_ms, outputs.spans.download_ms) == (0, 0)
     assert outputs.inference_ms == outputs.spans.engine_ms > 0
     assert outputs.preprocess_ms > 0 and outputs.postprocess_ms > 0
@@ -170,11 +170,11 @@ def test_out_of_memory_is_explained_and_the_next_call_works():
 
     runner = backend(capture=capture)
     with pytest.raises(DeviceError) as caught:
-        infer(runner, PICTURES[:2])
-    assert "2 pictures of 128x192 need more memory than cpu has: CUDA out of memory" in caught.value.message
+        infer(runner, IMAGES[:2])
+    assert "2 images of 128x192 need more memory than cpu has: CUDA out of memory" in caught.value.message
     assert "advice" not in caught.value.message and "--batch" in caught.value.fix
     short.clear()
-    assert_alike(infer(runner, PICTURES[:2]).found, infer(backend(), PICTURES[:2]).found)
+    assert_alike(infer(runner, IMAGES[:2]).found, infer(backend(), IMAGES[:2]).found)
 
 
 def test_lanes_of_other_sizes_make_room_before_a_call_fails():
@@ -190,8 +190,8 @@ def test_lanes_of_other_sizes_make_room_before_a_call_fails():
         return run
 
     runner = backend(capture=capture)
-    infer(runner, PICTURES[:1])
-    assert_alike(infer(runner, PICTURES[:2]).found, infer(backend(), PICTURES[:2]).found)
+    infer(runner, IMAGES[:1])
+    assert_alike(infer(runner, IMAGES[:2]).found, infer(backend(), IMAGES[:2]).found)
     assert len(calls) == 3
 
 
@@ -216,7 +216,7 @@ def test_a_failed_call_holds_no_tensors_when_memory_is_given_back():
 
     runner._give_up_lanes = giving_up
     with pytest.raises(DeviceError):
-        infer(runner, PICTURES[:1])
+        infer(runner, IMAGES[:1])
     assert len(held) == 1
 
 
@@ -228,12 +228,12 @@ def test_errors_that_are_no_lack_of_memory_stay_what_they_are():
         return run
 
     with pytest.raises(RuntimeError, match="shapes"):
-        infer(backend(capture=capture), PICTURES[:1])
+        infer(backend(capture=capture), IMAGES[:1])
 
 
 def test_closing_twice_is_fine():
     runner = backend(capture=as_it_is)
-    infer(runner, PICTURES[:1])
+    infer(runner, IMAGES[:1])
     runner.close()
     runner.close()
 
@@ -251,7 +251,7 @@ def graphed():
 @on_gpu
 @pytest.mark.gpu
 def test_a_gpu_runs_half_in_graphs(graphed):
-    infer(graphed, PICTURES[:1])
+    infer(graphed, IMAGES[:1])
     assert (graphed.device, graphed.info.precision) == ("cuda:0", "fp16")
     assert dict(graphed.settings)["CUDA graph"] == "on"
 
@@ -261,8 +261,8 @@ def test_a_gpu_runs_half_in_graphs(graphed):
 @pytest.mark.parametrize("half", [False, True])
 def test_a_graph_changes_no_bit(half):
     graph, eager = backend(device="cuda", half=half), backend(device="cuda", half=half, capture=as_it_is)
-    for pictures in (PICTURES[:1], PICTURES, PICTURES[1:2]):
-        for a, b in zip(infer(graph, pictures).found, infer(eager, pictures).found, strict=True):
+    for images in (IMAGES[:1], IMAGES, IMAGES[1:2]):
+        for a, b in zip(infer(graph, images).found, infer(eager, images).found, strict=True):
             assert len(a.scores) > 0
             np.testing.assert_array_equal(a.boxes, b.boxes)
             np.testing.assert_array_equal(a.scores, b.scores)
@@ -284,13 +284,13 @@ def test_a_gpu_prepares_and_chooses_as_the_host_does():
 @on_gpu
 @pytest.mark.gpu
 def test_threads_on_a_gpu_get_each_their_own_result(graphed):
-    expected = [infer(graphed, [picture]).found[0] for picture in PICTURES]
+    expected = [infer(graphed, [image]).found[0] for image in IMAGES]
     wrong = []
 
     def call(number):
         for turn in range(20):
-            which = (number + turn) % len(PICTURES)
-            found = infer(graphed, [PICTURES[which]]).found[0]
+            which = (number + turn) % len(IMAGES)
+            found = infer(graphed, [IMAGES[which]]).found[0]
             if not np.array_equal(found.boxes, expected[which].boxes):
                 wrong.append(which)
 
@@ -305,7 +305,7 @@ def test_threads_on_a_gpu_get_each_their_own_result(graphed):
 @on_gpu
 @pytest.mark.gpu
 def test_half_on_a_gpu_finds_nearly_what_float32_on_a_cpu_finds(graphed):
-    assert_close_boxes(infer(graphed, PICTURES).found, infer(backend(), PICTURES).found)
+    assert_close_boxes(infer(graphed, IMAGES).found, infer(backend(), IMAGES).found)
 
 
 @on_gpu
@@ -314,10 +314,10 @@ def test_a_gpu_without_memory_is_explained_and_works_again(graphed):
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
         with pytest.raises(DeviceError, match="need more memory than cuda:0 has"):
-            infer(graphed, PICTURES[:1] * 64)
+            infer(graphed, IMAGES[:1] * 64)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(infer(graphed, PICTURES[:1]).found[0].scores) > 0
+    assert len(infer(graphed, IMAGES[:1]).found[0].scores) > 0
 
 
 @on_gpu

@@ -12,7 +12,7 @@ import pytest
 from onnx import helper
 
 from tests.fakes.fake_trt_runtime import ABSENT, RTX, Context, Engine, Runtime
-from tests.support.trt_kit import INFO, NMS, assert_found, infer, picture, setting, toy
+from tests.support.trt_kit import INFO, NMS, assert_found, infer, make_image, setting, toy
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, UsageError
 from yolov7_deploy.runtimes import tensorrt as trt
 from yolov7_deploy.runtimes.base import open_backend
@@ -82,13 +82,13 @@ def test_a_plan_without_a_record_opens_with_assumptions(setting, caplog):
     assert (backend.info.input_hw, backend.info.batch) == ((64, 96), None)
     text = "\n".join(record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert "no build record" in text and "assumed" in text
-    assert_found(infer(backend, [picture(1)]).found[0], picture(1))
+    assert_found(infer(backend, [make_image(1)]).found[0], make_image(1))
 
 
 def test_a_foreign_plan_of_raw_rows_counts_its_classes(setting):
     backend = setting.backend(toy(decoded=True), recorded=False)
     assert backend.info.class_names == ("class_0", "class_1", "class_2")
-    assert len(infer(backend, [picture(1)]).found[0].scores) > 0
+    assert len(infer(backend, [make_image(1)]).found[0].scores) > 0
 
 
 def test_a_plan_says_by_its_first_letters_which_tensorrt_it_is_for(setting):
@@ -179,7 +179,7 @@ def test_a_damaged_kernels_library_costs_the_gpu_letterbox_and_not_the_engine(se
     backend = setting.backend()
     assert dict(backend.settings)["letterbox"].startswith("host")
     assert any("the letterbox stays on the host" in record.message for record in caplog.records)
-    assert_found(infer(backend, [picture(1)]).found[0], picture(1))
+    assert_found(infer(backend, [make_image(1)]).found[0], make_image(1))
 
 
 def test_another_size_or_precision_than_the_files_is_refused(setting):

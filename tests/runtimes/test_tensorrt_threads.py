@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support.trt_kit import assert_found, infer, picture, setting, toy
+from tests.support.trt_kit import assert_found, infer, make_image, setting, toy
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, UsageError
 from yolov7_deploy.runtimes.executor_pool import MOST_SLOTS
@@ -18,13 +18,13 @@ SHORT_S = 1
 WAIT_S = 20  # for what must happen; what must not is not waited for
 
 
-def test_eight_threads_get_the_results_of_their_own_pictures(setting):
+def test_eight_threads_get_the_results_of_their_own_images(setting):
     backend = setting.backend(toy(None))
-    pictures = [picture(seed, 30 + 7 * (seed % 5), 40 + 3 * seed) for seed in range(24)]
+    images = [make_image(seed, 30 + 7 * (seed % 5), 40 + 3 * seed) for seed in range(24)]
 
     def work(number):
         for turn in range(12):
-            chosen = [pictures[(number * 3 + turn + i) % 24] for i in range(1 + (number + turn) % 4)]
+            chosen = [images[(number * 3 + turn + i) % 24] for i in range(1 + (number + turn) % 4)]
             for found, image in zip(infer(backend, chosen).found, chosen, strict=True):
                 assert_found(found, image)
 
@@ -48,10 +48,10 @@ def test_calls_run_at_once_and_no_more_than_there_are_slots(setting):
 
     setting.trt.at_run = at_run
     with ThreadPoolExecutor(3 * MOST_SLOTS) as pool:
-        results = list(pool.map(lambda seed: infer(backend, [picture(seed)]).found[0], range(10 * MOST_SLOTS)))
+        results = list(pool.map(lambda seed: infer(backend, [make_image(seed)]).found[0], range(10 * MOST_SLOTS)))
     setting.trt.at_run = lambda: None
     for seed, found in enumerate(results):
-        assert_found(found, picture(seed))
+        assert_found(found, make_image(seed))
     assert most == MOST_SLOTS
     assert len(setting.trt.contexts) == MOST_SLOTS
 
@@ -66,7 +66,7 @@ def held(setting, backend):
 
     setting.trt.at_run = at_run
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(infer, backend, [picture(0)])
+    future = pool.submit(infer, backend, [make_image(0)])
     assert arrived.wait(WAIT_S)
     setting.trt.at_run = lambda: None
     pool.shutdown(wait=False)
@@ -79,12 +79,12 @@ def test_without_memory_for_a_second_slot_the_first_is_waited_for(setting, caplo
     free, total = setting.cuda.memory()
     setting.monkeypatch.setenv("FAKE_CUDA_MEMORY", str(total - free))
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(infer, backend, [picture(seed)]) for seed in (1, 2)]
+        waiting = [pool.submit(infer, backend, [make_image(seed)]) for seed in (1, 2)]
         while not any("calls run at once" in record.message for record in caplog.records):
             assert not any(one.done() for one in waiting)
         go_on.set()
         for seed, one in enumerate([future, *waiting]):
-            assert_found(one.result(WAIT_S).found[0], picture(seed))
+            assert_found(one.result(WAIT_S).found[0], make_image(seed))
     assert dict(backend.settings)["calls at once"] == "1"
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) <= 2
 
@@ -98,13 +98,13 @@ def test_without_memory_for_the_first_slot_it_says_what_is_missing(setting):
 
 def test_out_of_memory_in_a_run_is_that_calls_error_only(setting):
     backend = setting.backend()
-    assert_found(infer(backend, [picture(0)]).found[0], picture(0))
+    assert_found(infer(backend, [make_image(0)]).found[0], make_image(0))
     free, total = setting.cuda.memory()
     setting.monkeypatch.setenv("FAKE_CUDA_MEMORY", str(total - free + 4096))
     with pytest.raises(DeviceError, match="MiB of GPU memory are needed"):
-        infer(backend, [picture(1, 2000, 900)])
+        infer(backend, [make_image(1, 2000, 900)])
     for _ in range(3):
-        assert_found(infer(backend, [picture(2, 20, 20)]).found[0], picture(2, 20, 20))
+        assert_found(infer(backend, [make_image(2, 20, 20)]).found[0], make_image(2, 20, 20))
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,11 @@ def test_a_lost_gpu_is_told_now_and_at_every_later_call(setting, failure, words)
     backend = setting.backend()
     setting.monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
     with pytest.raises(DeviceError, match=words):
-        infer(backend, [picture(0)])
+        infer(backend, [make_image(0)])
     setting.monkeypatch.delenv("FAKE_CUDA_FAIL")
     for _ in range(2):
         with pytest.raises(DeviceError, match=f"toy.engine cannot run any more: .*{words}") as caught:
-            infer(backend, [picture(0)])
+            infer(backend, [make_image(0)])
         assert caught.value.fix
     backend.close()
     backend.close()
@@ -132,22 +132,22 @@ def test_a_lost_gpu_is_told_now_and_at_every_later_call(setting, failure, words)
 def test_a_failure_that_passes_costs_one_call(setting):
     backend, calls = setting.backend(), setting.calls()
     for _ in range(3):
-        assert_found(infer(backend, [picture(0)]).found[0], picture(0))
+        assert_found(infer(backend, [make_image(0)]).found[0], make_image(0))
     setting.monkeypatch.setenv("FAKE_CUDA_FAIL", "cudaGraphLaunch:999")
     with pytest.raises(DeviceError, match="cudaGraphLaunch failed"):
-        infer(backend, [picture(0)])
+        infer(backend, [make_image(0)])
     setting.monkeypatch.delenv("FAKE_CUDA_FAIL")
     calls()
     for seed in range(4):
-        assert_found(infer(backend, [picture(seed)]).found[0], picture(seed))
+        assert_found(infer(backend, [make_image(seed)]).found[0], make_image(seed))
     assert Counter(calls())["cudaStreamCreateWithFlags"] == 1, "a new slot for the one whose work nobody knows"
 
 
 def test_a_mistake_of_the_caller_costs_no_slot(setting):
     backend, calls = setting.backend(), setting.calls()
     with pytest.raises(UsageError):
-        infer(backend, [picture(0)], hw=(32, 32))
-    infer(backend, [picture(0)])
+        infer(backend, [make_image(0)], hw=(32, 32))
+    infer(backend, [make_image(0)])
     assert "cudaStreamCreateWithFlags" not in calls()
 
 
@@ -156,26 +156,26 @@ def test_closing_waits_for_those_inside_and_refuses_those_who_come(setting):
     backend._slots._most = 1  # so that another call waits for a slot
     future, go_on = held(setting, backend)
     with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(infer, backend, [picture(1)])
+        waiting = pool.submit(infer, backend, [make_image(1)])
         closing = pool.submit(backend.close)
         with pytest.raises(UsageError, match="closed"):
             waiting.result(WAIT_S)
         assert not closing.done()
         go_on.set()
         closing.result(WAIT_S)
-    assert_found(future.result(WAIT_S).found[0], picture(0))
+    assert_found(future.result(WAIT_S).found[0], make_image(0))
     with pytest.raises(UsageError, match="closed"):
-        infer(backend, [picture(0)])
+        infer(backend, [make_image(0)])
     backend.close()
 
 
 def test_a_closed_detector_says_so(setting):
     detector = Detector(setting.engine())
-    detector(picture(0))
+    detector(make_image(0))
     detector.close()
     detector.close()
     with pytest.raises(UsageError, match="closed"):
-        detector(picture(0))
+        detector(make_image(0))
 
 
 def test_every_thread_works_on_the_detectors_gpu_and_gets_its_own_back(setting):
@@ -188,7 +188,7 @@ def test_every_thread_works_on_the_detectors_gpu_and_gets_its_own_back(setting):
     def work(own):
         setting.cuda.set_device(own)
         for seed in range(3):
-            assert_found(infer(backend, [picture(seed)]).found[0], picture(seed))
+            assert_found(infer(backend, [make_image(seed)]).found[0], make_image(seed))
         return setting.cuda.value("cudaGetDevice")
 
     for own in (0, 1, 2):
@@ -197,9 +197,9 @@ def test_every_thread_works_on_the_detectors_gpu_and_gets_its_own_back(setting):
     assert seen == [2] * 9
 
 
-def test_submitted_pictures_come_back_in_their_futures(setting):
+def test_submitted_images_come_back_in_their_futures(setting):
     with Detector(setting.engine()) as detector:
-        futures = [detector.submit(picture(seed)) for seed in range(12)]
+        futures = [detector.submit(make_image(seed)) for seed in range(12)]
         for seed, future in enumerate(futures):
-            expected = detector(picture(seed))
+            expected = detector(make_image(seed))
             assert (future.result(WAIT_S).boxes == expected.boxes).all()

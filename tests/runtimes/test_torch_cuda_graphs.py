@@ -13,19 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.sample_images import PICTURES
+from tests.support.sample_images import IMAGES
 from tests.support.small_models import HW, fused_tiny
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import detections_of
 from yolov7_deploy.runtimes.torch_cuda_graphs import Graphs, Lane, Lanes, is_out_of_memory
-from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_picture
+from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_image
 
 CPU = torch.device("cpu")
 # Half keeps 11 bits. With these weights, whose boxes are up to 1420 pixels wide, 0.0030 and 3.9 pixels were measured;
 # another processor adds up in another order, so the limits are three times as wide.
 HALF_SCORE, HALF_BOX_PX = 0.01, 12
-CANVASES = [fit_letterbox(picture.shape[:2], HW).apply(picture) for picture in PICTURES]
+CANVASES = [fit_letterbox(image.shape[:2], HW).apply(image) for image in IMAGES]
 
 
 def network(half=False):
@@ -79,17 +79,17 @@ def test_half_runs_in_half_and_decodes_in_float32():
 LEVELS = np.array([0, 0.1, 0.25, 0.5, 0.75, 1, np.nan], dtype=np.float32)
 
 
-def random_outputs(seed, *, pictures, anchors, classes, broken):
+def random_outputs(seed, *, images, anchors, classes, broken):
     rng = np.random.default_rng(seed)
-    outputs = rng.choice(LEVELS[: len(LEVELS) if broken else -1], (pictures, anchors, 5 + classes))
-    outputs[..., :4] = rng.uniform(0, 64, (pictures, anchors, 4))
+    outputs = rng.choice(LEVELS[: len(LEVELS) if broken else -1], (images, anchors, 5 + classes))
+    outputs[..., :4] = rng.uniform(0, 64, (images, anchors, 4))
     return outputs.astype(np.float32)
 
 
 @settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    pictures=st.integers(1, 3),
+    images=st.integers(1, 3),
     anchors=st.integers(0, 40),
     classes=st.integers(1, 4),
     conf=st.sampled_from([0.0, 0.1, 0.25, 0.1875, 0.3, 1.0]),
@@ -98,12 +98,12 @@ def random_outputs(seed, *, pictures, anchors, classes, broken):
     broken=st.booleans(),
 )
 def test_detections_of_the_candidates_are_those_of_all_anchors(
-    seed, pictures, anchors, classes, conf, multi_label, only, broken
+    seed, images, anchors, classes, conf, multi_label, only, broken
 ):
-    outputs = random_outputs(seed, pictures=pictures, anchors=anchors, classes=classes, broken=broken)
+    outputs = random_outputs(seed, images=images, anchors=anchors, classes=classes, broken=broken)
     thresholds = Thresholds(conf=conf, multi_label=multi_label, classes=only)
-    rows = split_by_picture(*candidates(torch.from_numpy(outputs), conf), pictures)
-    assert len(rows) == pictures
+    rows = split_by_image(*candidates(torch.from_numpy(outputs), conf), images)
+    assert len(rows) == images
     for chosen, output in zip(rows, outputs, strict=True):
         for ours, expected in zip(detections_of(chosen, thresholds), detections_of(output, thresholds), strict=True):
             np.testing.assert_array_equal(ours, expected)
@@ -114,9 +114,9 @@ def test_only_rows_with_a_score_above_the_threshold_leave_the_device():
     outputs[1, 2, 4:] = torch.tensor([0.9, 0.1, 0.5])  # 0.45
     outputs[1, 3, 4:] = torch.tensor([0.9, 0.1, 0.2])  # objectness alone is above
     outputs[1, 5, 4:] = torch.tensor([0.5, 0.8, 0.0])  # the threshold itself
-    rows, pictures = candidates(outputs, 0.4)
-    assert pictures.tolist() == [1] and torch.equal(rows[0], outputs[1, 2])
-    assert [len(part) for part in split_by_picture(rows, pictures, 3)] == [0, 1, 0]
+    rows, images = candidates(outputs, 0.4)
+    assert images.tolist() == [1] and torch.equal(rows[0], outputs[1, 2])
+    assert [len(part) for part in split_by_image(rows, images, 3)] == [0, 1, 0]
 
 
 # --- lanes --------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def detected_in(lanes, canvases, conf=0.6):
 
 
 def expected_rows(net, canvases, conf=0.6):
-    return split_by_picture(*candidates(decoded_by(net, canvases), conf), len(canvases))
+    return split_by_image(*candidates(decoded_by(net, canvases), conf), len(canvases))
 
 
 def assert_equal_rows(ours, expected):

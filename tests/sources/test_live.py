@@ -17,7 +17,7 @@ from yolov7_deploy.sources.live import LiveReader
 WAIT_S = 10  # generous: threads of a loaded machine
 
 
-def picture(value: int) -> np.ndarray:
+def make_image(value: int) -> np.ndarray:
     return np.full((20, 30, 3), value, dtype=np.uint8)
 
 
@@ -51,7 +51,7 @@ class FakeCapture:
         value = next(self.frames, None)
         if isinstance(value, Exception):
             raise value
-        return (False, None) if value is None else (True, picture(value % 256))
+        return (False, None) if value is None else (True, make_image(value % 256))
 
     def get(self, what):
         return 30.0 if what == cv2.CAP_PROP_FPS else 0.0
@@ -131,7 +131,7 @@ def test_closing_from_another_thread_ends_the_loop():
     class Silent(FakeCapture):
         def read(self):
             time.sleep(0.01)
-            return (True, picture(1)) if self.camera.opened == 1 and not self.camera.released else (False, None)
+            return (True, make_image(1)) if self.camera.opened == 1 and not self.camera.released else (False, None)
 
     camera = FakeCamera([[1]])
     source = open_source(3, opener=lambda address: Silent(camera, camera(address).script))

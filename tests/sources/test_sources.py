@@ -14,14 +14,14 @@ import pytest
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile, VideoWriter, hide_password
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 
 VIDEO_HW = (48, 64)
 VIDEO_FPS = 10.0
 CODEC_ERROR = 12  # grey levels that lossy video may be off in a flat frame
 
 
-def picture(value: int = 50) -> np.ndarray:
+def make_image(value: int = 50) -> np.ndarray:
     return np.full((20, 30, 3), value, dtype=np.uint8)
 
 
@@ -35,9 +35,9 @@ def make_video(path: Path, frames: int = 6) -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for number, name in enumerate(["b.png", "a.png", "C.PNG"]):
-        write_picture(tmp_path / name, picture(10 * number))
-    write_picture(tmp_path / "deep" / "er" / "d.png", picture(99))
-    (tmp_path / "notes.md").write_text("no picture")
+        write_image(tmp_path / name, make_image(10 * number))
+    write_image(tmp_path / "deep" / "er" / "d.png", make_image(99))
+    (tmp_path / "notes.md").write_text("no image")
     (tmp_path / "._a.png").write_bytes(b"macOS resource fork")
     return tmp_path
 
@@ -46,7 +46,7 @@ def names(source) -> list[str]:
     return [Path(frame.path).name for frame in source]
 
 
-def test_a_folder_gives_its_own_pictures_sorted(folder):
+def test_a_folder_gives_its_own_images_sorted(folder):
     source = open_source(folder)
     assert names(source) == ["C.PNG", "a.png", "b.png"]
     assert source.total == 3
@@ -55,7 +55,7 @@ def test_a_folder_gives_its_own_pictures_sorted(folder):
 
 
 @pytest.mark.parametrize("pattern,count", [("*.png", 2), ("**/*.png", 3), ("**", 4), ("[ab].png", 2), ("**/*", 4)])
-def test_patterns_find_pictures(folder, pattern, count):
+def test_patterns_find_images(folder, pattern, count):
     assert len(names(open_source(f"{folder}/{pattern}"))) == count
 
 
@@ -65,17 +65,17 @@ def test_patterns_are_relative_to_the_working_folder(folder, monkeypatch):
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
-    write_picture(tmp_path / "a[1].png", picture())
+    write_image(tmp_path / "a[1].png", make_image())
     assert names(open_source(tmp_path / "a[1].png")) == ["a[1].png"]
 
 
 def test_an_empty_folder_says_what_was_looked_for(tmp_path):
-    with pytest.raises(SourceError, match=r"no picture and no video") as caught:
+    with pytest.raises(SourceError, match=r"no image and no video") as caught:
         open_source(tmp_path)
     assert ".jpg" in caught.value.fix
 
 
-def test_a_folder_with_pictures_only_below_says_so(folder):
+def test_a_folder_with_images_only_below_says_so(folder):
     with pytest.raises(SourceError) as caught:
         open_source(folder / "deep")
     assert "**" in caught.value.fix
@@ -95,12 +95,12 @@ def test_an_absent_file_is_named(path):
 
 
 def test_a_file_that_is_no_media_is_refused(folder):
-    with pytest.raises(SourceError, match="neither a picture nor a video"):
+    with pytest.raises(SourceError, match="neither an image nor a video"):
         open_source(folder / "notes.md")
 
 
-def test_a_picture_is_known_by_its_content_where_the_suffix_is_unknown(tmp_path):
-    write_picture(tmp_path / "a.jpg", picture())
+def test_a_image_is_known_by_its_content_where_the_suffix_is_unknown(tmp_path):
+    write_image(tmp_path / "a.jpg", make_image())
     (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
     assert next(iter(open_source(tmp_path / "a.jfif"))).image.shape == (20, 30, 3)
 
@@ -123,7 +123,7 @@ def test_arrays_become_bgr(array):
 
 
 def test_several_arrays_are_several_frames():
-    assert open_source([picture(), picture()]).total == 2
+    assert open_source([make_image(), make_image()]).total == 2
     assert len(list(open_source(np.zeros((4, 20, 30, 3), np.uint8)))) == 4
 
 
@@ -157,16 +157,16 @@ def test_all_depths_of_png_are_read_as_bgr(tmp_path, kind):
 
 def spoil(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"")
-    (folder / "b.png").write_bytes(b"this is not a picture")
+    (folder / "b.png").write_bytes(b"this is not an image")
 
 
-def test_an_unreadable_picture_stops_by_default(folder):
+def test_an_unreadable_image_stops_by_default(folder):
     spoil(folder)
     with pytest.raises(ImageError, match="0 bytes"):
         list(open_source(folder))
 
 
-def test_unreadable_pictures_are_skipped_and_listed_on_request(folder):
+def test_unreadable_images_are_skipped_and_listed_on_request(folder):
     spoil(folder)
     source = open_source(folder, on_error="skip")
     frames = list(source)
@@ -183,11 +183,11 @@ def test_skipping_everything_is_an_error(tmp_path):
         list(open_source(tmp_path, on_error="skip"))
 
 
-def test_a_cut_off_picture_is_an_error_or_a_picture_but_never_a_crash(tmp_path):
+def test_a_cut_off_image_is_an_error_or_a_image_but_never_a_crash(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for suffix in (".jpg", ".png", ".bmp", ".webp", ".tif"):
         path = tmp_path / f"x{suffix}"
-        write_picture(path, noise)
+        write_image(path, noise)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         try:
             assert next(iter(open_source(path))).image.shape == (64, 64, 3)
@@ -197,7 +197,7 @@ def test_a_cut_off_picture_is_an_error_or_a_picture_but_never_a_crash(tmp_path):
 
 def test_a_list_names_files_beside_it_or_in_the_working_folder(folder, tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    write_picture(elsewhere / "here.png", picture())
+    write_image(elsewhere / "here.png", make_image())
     monkeypatch.chdir(elsewhere)
     (folder / "list.txt").write_text("\ufeff# comment\n\n./a.png\nhere.png\ndeep/er\n" + f"{folder}/b.png\r\n", "utf-8")
     assert names(open_source(folder / "list.txt")) == ["a.png", "here.png", "d.png", "b.png"]
@@ -239,10 +239,10 @@ def test_a_video_gives_every_frame_with_its_time(tmp_path, suffix, codec):
         assert (video.info.fps, video.info.frames, video.info.hw) == (VIDEO_FPS, 6, VIDEO_HW)
 
 
-def test_pictures_and_videos_of_a_folder_count_on(tmp_path):
+def test_images_and_videos_of_a_folder_count_on(tmp_path):
     make_video(tmp_path / "b.mp4", frames=3)
-    write_picture(tmp_path / "a.png", picture())
-    write_picture(tmp_path / "c.png", picture())
+    write_image(tmp_path / "a.png", make_image())
+    write_image(tmp_path / "c.png", make_image())
     source = open_source(tmp_path)
     assert [frame.index for frame in source] == [0, 1, 2, 3, 4]
     assert [frame.number for frame in source] == [None, 0, 1, 2, None]
@@ -252,7 +252,7 @@ def test_pictures_and_videos_of_a_folder_count_on(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a video at all" * 100])
 def test_a_broken_video_is_an_error_that_can_be_skipped(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
-    write_picture(tmp_path / "b.png", picture())
+    write_image(tmp_path / "b.png", make_image())
     with pytest.raises(SourceError, match=r"a\.mp4 is not a video"):
         list(open_source(tmp_path))
     source = open_source(tmp_path, on_error="skip")
@@ -288,7 +288,7 @@ def test_passwords_are_not_shown(address, shown):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A camera server: /shot.jpg is a picture, /live an endless motion JPEG."""
+    """A camera server: /shot.jpg is an image, /live an endless motion JPEG."""
 
     def do_GET(self):
         data = cv2.imencode(".jpg", np.full((*VIDEO_HW, 3), 77, dtype=np.uint8))[1].tobytes()
@@ -325,13 +325,13 @@ def server():
         thread.join()
 
 
-def test_a_picture_behind_an_address_is_downloaded(server):
+def test_a_image_behind_an_address_is_downloaded(server):
     frames = list(open_source(f"{server}/shot.jpg?size=full"))
     assert frames[0].image.shape == (*VIDEO_HW, 3)
     assert frames[0].number is None
 
 
-def test_an_address_without_picture_is_an_error(server):
+def test_an_address_without_image_is_an_error(server):
     with pytest.raises(ImageError, match="404"):
         list(open_source(f"{server}/absent.jpg"))
 

@@ -27,9 +27,9 @@ def made(**changes):
         },
         "means": {"images": np.array([0.1, 1e-300, -2.5]), "a": np.array([1 / 3])},
         "largest": {"x": 3.25, "y": 0.0},
-        "pictures": 3,
+        "images": 3,
         "network_sha256": NETWORK,
-        "pictures_sha256": SEEN,
+        "images_sha256": SEEN,
     }
     return Calibration(**{**whole, **changes})
 

@@ -33,7 +33,7 @@ def run(model_session, array, **thresholds):
 
 
 def picked(result, index=0):
-    """Boxes, scores and class ids of one picture; what lies behind `num_dets` must be zero."""
+    """Boxes, scores and class ids of one image; what lies behind `num_dets` must be zero."""
     count, boxes, scores, classes = (part[index] for part in result)
     n = int(count.item())
     assert not boxes[n:].any() and not scores[n:].any() and not classes[n:].any()

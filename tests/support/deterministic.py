@@ -1,4 +1,4 @@
-"""Weights and pictures that are the same numbers on every machine, so that golden figures can be compared.
+"""Weights and images that are the same numbers on every machine, so that golden figures can be compared.
 
 A tensor is a pure function of its name and shape: SplitMix64 over the element index, seeded by the CRC-32 of the name.
 """
@@ -54,6 +54,6 @@ def fill_model(model, salt=""):
     return model.eval()
 
 
-def picture(height, width, salt=""):
+def make_image(height, width, salt=""):
     """A network input [1, 3, height, width]."""
     return torch.from_numpy(uniform(salt + "image", (1, 3, height, width)))

@@ -60,10 +60,10 @@ def exported(variant="yolov7-tiny", *, half=False, **options):
 
 @lru_cache(maxsize=2)
 def quantized(variant="yolov7-tiny", **options):
-    """An INT8 graph of random weights and the ranges of two pictures; shared, so not to be changed."""
+    """An INT8 graph of random weights and the ranges of two images; shared, so not to be changed."""
     model = exported(variant, **options)
-    pictures = [noise(SIDE, SIDE, seed) for seed in range(2)]
-    return to_int8(model, calibrate(model, pictures, count=len(pictures)), Int8Options())
+    images = [noise(SIDE, SIDE, seed) for seed in range(2)]
+    return to_int8(model, calibrate(model, images, count=len(images)), Int8Options())
 
 
 @lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ from tests.fakes.emulated_kernels import (
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import detections_of
 
-# As shipped, and small: so that pictures of a few hundred anchors need several tiles, lists and digits.
+# As shipped, and small: so that images of a few hundred anchors need several tiles, lists and digits.
 BUILDS = {
     "shipped": (),
     "64 threads": ("Y7_NMS_THREADS=64", "Y7_NMS_SELECT_THREADS=32", "Y7_NMS_CAPACITY=97", "Y7_NMS_STAGED=5"),
@@ -42,12 +42,12 @@ def kernels_of(build):
 
 
 def expected_of(heads, sigmoid, *, conf, iou, max_det, max_candidates, multi_label, class_agnostic):
-    """Per picture boxes, scores, classes, and whether max_candidates pairs passed."""
+    """Per image boxes, scores, classes, and whether max_candidates pairs passed."""
     thresholds = Thresholds(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, class_agnostic=class_agnostic)
-    for picture in decoded(heads, sigmoid):
-        scores = picture[:, 4:5] * (picture[:, 5:] if heads.classes > 1 else 1)
+    for image in decoded(heads, sigmoid):
+        scores = image[:, 4:5] * (image[:, 5:] if heads.classes > 1 else 1)
         passes = (scores if multi_label else scores.max(1)) > np.float32(conf)
-        yield *detections_of(picture, thresholds, max_candidates=max_candidates), passes.sum() >= max_candidates
+        yield *detections_of(image, thresholds, max_candidates=max_candidates), passes.sum() >= max_candidates
 
 
 def assert_equals_the_reference(kernels, heads, *, memory=None, **options):

@@ -1,4 +1,4 @@
-"""Pictures with structure, and how detections of them are compared."""
+"""Images with structure, and how detections of them are compared."""
 
 import cv2
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from yolov7_deploy.detections import Detections
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small pictures come back enlarged.
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 
 BOX_TOLERANCE = 0.05
 SCORE_TOLERANCE = 2e-5
@@ -23,14 +23,14 @@ needs_no_cuda = pytest.mark.skipif(
 
 
 def noise(height, width, seed=0):
-    """A picture with structure at every scale, so that pictures differ after the network."""
+    """An image with structure at every scale, so that images differ after the network."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
     fine = rng.integers(-40, 40, (height, width, 3))
     return np.clip(cv2.resize(coarse, (width, height)).astype(int) + fine, 0, 255).astype(np.uint8)
 
 
-PICTURES = [noise(128, 192), noise(90, 60, 1), noise(300, 400, 2), noise(20, 190, 3), noise(128, 192, 4)]
+IMAGES = [noise(128, 192), noise(90, 60, 1), noise(300, 400, 2), noise(20, 190, 3), noise(128, 192, 4)]
 
 
 def assert_same(ours: Detections, expected: Detections):

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from tests.support.deterministic import fill_model, picture
+from tests.support.deterministic import fill_model, make_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import ModelInfo
@@ -67,7 +67,7 @@ def session(proto) -> onnxruntime.InferenceSession:
 @lru_cache
 def images(count: int = 1) -> np.ndarray:
     """Network inputs [count, 3, H, W], all different."""
-    return np.concatenate([picture(*HW, salt=f"{i}").numpy() for i in range(count)])
+    return np.concatenate([make_image(*HW, salt=f"{i}").numpy() for i in range(count)])
 
 
 @lru_cache

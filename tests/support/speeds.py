@@ -28,16 +28,16 @@ def row(*, batch: int = 1, threads: int = 1, **changes: object) -> SpeedRow:
         "batch": batch,
         "threads": threads,
         "calls": 60,
-        "pictures": 100 * batch,
+        "images": 100 * batch,
         "seconds": 1.5,
-        "pictures_per_second": 80.5,
+        "images_per_second": 80.5,
         "spans": spans(batch),
         "warmup_calls": 9,
         "warmup_s": 1.0,
         "settled": True,
         "host_peak_bytes": 600_000_000,
         "gpu_peak_bytes": None,
-        "energy": Energy(source="a meter", watts=50.0, idle_watts=9.5, joules_per_picture=0.62, samples=70),
+        "energy": Energy(source="a meter", watts=50.0, idle_watts=9.5, joules_per_image=0.62, samples=70),
         "clocks": Clocks(source="a clock", mhz=2400.0, throttled=()),
     }
     return SpeedRow(**{**fields, **changes})
@@ -56,9 +56,9 @@ def report(**changes: object) -> SpeedReport:
         "environment": (("numpy", "2"),),
         "input_hw": (640, 640),
         "frame_hw": (1080, 1920),
-        "frames": "one drawn picture",
+        "frames": "one drawn image",
         "settings": (("threads", "2"),),
         "rows": (row(),),
-        "detections_per_picture": 4.0,
+        "detections_per_image": 4.0,
     }
     return SpeedReport(**{**fields, **changes})

@@ -15,7 +15,7 @@ from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import ExportOptions
 
 SIDE = 128
-_NARROW = 16  # channels below this are not made fewer: of the picture, and of it as space-to-depth has it
+_NARROW = 16  # channels below this are not made fewer: of the image, and of it as space-to-depth has it
 
 
 class Thin(Variant):

@@ -1,4 +1,4 @@
-"""Small datasets of pictures with outlined objects, built in memory or as files."""
+"""Small datasets of images with outlined objects, built in memory or as files."""
 
 from pathlib import Path
 
@@ -7,20 +7,20 @@ import numpy as np
 
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import Labels, Record
-from yolov7_deploy.training.dataset import PictureReader, PictureStore
+from yolov7_deploy.training.dataset import ImageReader, ImageStore
 
 CLASSES = ("a", "b", "c")
 NO_OUTLINE = np.zeros((0, 2))
 
 
 def smooth(hw, seed):
-    """A picture without sharp edges, so that neighbouring pixels tell places apart but roundings little."""
+    """An image without sharp edges, so that neighbouring pixels tell places apart but roundings little."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return cv2.resize(coarse, hw[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def star(rng, corners=7):
-    """A random outline in fractions of a picture."""
+    """A random outline in fractions of an image."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
     reach = rng.uniform(0.05, 0.3, corners)
     return np.clip(rng.uniform(0.1, 0.9, 2) + np.stack([np.cos(angles), np.sin(angles)], axis=1) * reach[:, None], 0, 1)
@@ -60,7 +60,7 @@ def dataset_of(records):
 
 
 def random_dataset(folder, hws, *, seed=0, suffix=".png"):
-    """A picture of each size, each with three outlines and a box."""
+    """An image of each size, each with three outlines and a box."""
     rng = np.random.default_rng(seed)
     return dataset_of(
         record(written(folder / f"{number:03}{suffix}", smooth(hw, seed + number)), hw, random_labels(rng), number)
@@ -69,4 +69,4 @@ def random_dataset(folder, hws, *, seed=0, suffix=".png"):
 
 
 def reader_of(dataset, *, size, cache_bytes=0):
-    return PictureReader(PictureStore(dataset, size=size, cache_bytes=cache_bytes))
+    return ImageReader(ImageStore(dataset, size=size, cache_bytes=cache_bytes))

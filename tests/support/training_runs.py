@@ -1,4 +1,4 @@
-"""Small trainings: generated pictures, requests of the smallest size, a watch that remembers and acts, processes."""
+"""Small trainings: generated images, requests of the smallest size, a watch that remembers and acts, processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = {field.name for field in fields(TrainOptions)}
 
 
 def small_shapes(folder: Path) -> Path:
-    """The YAML of six pictures to train on and three to validate; written once."""
+    """The YAML of six images to train on and three to validate; written once."""
     return write_shapes(folder / "shapes", train=TRAIN, val=VAL, size=SIZE, seed=1)
 
 
@@ -99,7 +99,7 @@ def one_thread():
 
 
 def leave_out_charts(monkeypatch) -> None:
-    """A second less for each training that is not about its pictures."""
+    """A second less for each training that is not about its images."""
     for name in ("draw_labels", "draw_results", "draw_precision_recall"):
         monkeypatch.setattr(training, name, lambda *_: None)
 

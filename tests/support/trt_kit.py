@@ -24,7 +24,7 @@ from yolov7_deploy.tensorrt.engine import Engine, digest
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
 
 HW = (64, 96)
-SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # of the three boxes in every picture
+SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # of the three boxes in every image
 FACTORS = np.array([[40], [50], [60]], np.float32)
 CAPABILITY = 90  # of the fake GPU
 NMS = NmsInfo(
@@ -111,28 +111,28 @@ def toy(batch=1, *, kind="float", decoded=False, overflow=0):
     return onnx.parser.parse_model(_SUPPRESSED % (images, *[side] * 6, constants, overflow, _MEANS))
 
 
-def boxes_in(picture, letterbox=None):
+def boxes_in(image, letterbox=None):
     """What `toy` finds, xyxy float32 [3, 4] in canvas pixels."""
-    letterbox = letterbox or fit_letterbox(picture.shape[:2], HW)
-    red, green, _ = to_network_input([letterbox.apply(picture)])[0].mean((1, 2), dtype=np.float64).astype(np.float32)
+    letterbox = letterbox or fit_letterbox(image.shape[:2], HW)
+    red, green, _ = to_network_input([letterbox.apply(image)])[0].mean((1, 2), dtype=np.float64).astype(np.float32)
     return np.array([[red, green, red, green]]) * FACTORS + np.array([[0, 0, 9, 9]], np.float32)
 
 
-def picture(seed, height=48, width=80):
-    """A colour of its own with some noise, so that each picture has boxes of its own."""
+def make_image(seed, height=48, width=80):
+    """A colour of its own with some noise, so that each image has boxes of its own."""
     rng = np.random.default_rng(seed)
     colour = rng.integers(30, 225, 3)
     return (colour + rng.integers(-30, 30, (height, width, 3))).astype(np.uint8)
 
 
 def assert_found(found, image, *, rows=3):
-    """The first rows of what `toy` finds in this picture."""
+    """The first rows of what `toy` finds in this image."""
     np.testing.assert_allclose(found.boxes, boxes_in(image)[:rows], atol=BOX_TOLERANCE)
     np.testing.assert_allclose(found.scores, SCORES[:rows], rtol=1e-6)
     assert found.class_ids.tolist() == list(range(rows))
 
 
-BOX_TOLERANCE = 2e-3  # means of 6144 values as float32, times 60; pictures differ by whole pixels
+BOX_TOLERANCE = 2e-3  # means of 6144 values as float32, times 60; images differ by whole pixels
 
 
 class Setting:
@@ -231,8 +231,8 @@ def setting(tmp_path, monkeypatch):
     assert made.library.fake_cuda_live() == before
 
 
-def infer(backend, pictures, *, timed=False, hw=HW, **thresholds):
-    """Found of each picture."""
-    boxes = [fit_letterbox(one.shape[:2], hw) for one in pictures]
+def infer(backend, images, *, timed=False, hw=HW, **thresholds):
+    """Found of each image."""
+    boxes = [fit_letterbox(one.shape[:2], hw) for one in images]
     chosen = Thresholds(**{"conf": 0.25, "max_det": 100, "multi_label": True, **thresholds})
-    return backend.infer(pictures, boxes, chosen, timed=timed)
+    return backend.infer(images, boxes, chosen, timed=timed)

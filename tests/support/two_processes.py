@@ -10,10 +10,10 @@ from torch import nn
 from yolov7_deploy.errors import TrainingError
 from yolov7_deploy.training.distributed import SyncedBatchNorm, World, open_world, synced
 
-SHAPE = (6, 5, 4, 3)  # of all pictures; each process has half of them
+SHAPE = (6, 5, 4, 3)  # of all images; each process has half of them
 
 
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+def images() -> tuple[torch.Tensor, torch.Tensor]:
     """An input far from zero mean, and what its output is weighed with."""
     generator = torch.Generator().manual_seed(0)
     return 3 + 2 * torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
@@ -42,7 +42,7 @@ def normed(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict[str, 
 
 def found(world: World) -> dict[str, object]:
     """Everything but the end of a process."""
-    x, weight = (tensor.chunk(world.size)[world.rank] for tensor in pictures())
+    x, weight = (tensor.chunk(world.size)[world.rank] for tensor in images())
     model = synced(nn.Sequential(nn.Sequential(new_norm()), nn.ReLU()), world)
     norm = model.get_submodule("0.0")
     assert isinstance(norm, SyncedBatchNorm)

@@ -1,4 +1,4 @@
-"""From a picture to targets: colours, flips, mixup, letterbox and paste-in, against slow obvious versions."""
+"""From an image to targets: colours, flips, mixup, letterbox and paste-in, against slow obvious versions."""
 
 from dataclasses import replace
 
@@ -112,7 +112,7 @@ def test_the_jitter_stays_in_its_ranges(bright):
     assert 0.6 * 255 - 1 <= min(seen) < 0.7 * 255 and max(seen) == 255
 
 
-# --- single pictures --------------------------------------------------------------------------------------------------
+# --- single images --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", range(len(HWS)))
@@ -132,7 +132,7 @@ def test_one_warp_does_what_letterbox_and_warp_do(reader, monkeypatch, index, hw
     assert np.abs(scene.image.astype(int) - slow)[clear].max() <= TWICE_PX
 
 
-def test_boxes_of_a_single_picture_lie_on_their_pixels(bright):
+def test_boxes_of_a_single_image_lie_on_their_pixels(bright):
     for hw in ((64, 64), (64, 128), (128, 64)):
         scene = single_scene(bright, 0, hyp=replace(STILL, scale=0.3), hw=hw, rng=np.random.default_rng(1))
         rows, columns = np.where(scene.image[..., 0] > 190)
@@ -140,22 +140,22 @@ def test_boxes_of_a_single_picture_lie_on_their_pixels(bright):
         np.testing.assert_allclose(scene.objects.boxes[0], expected, atol=EDGE_PX)
 
 
-def test_outlines_do_not_matter_to_a_single_picture(reader):
+def test_outlines_do_not_matter_to_a_single_image(reader):
     scene = single_scene(reader, 0, hyp=Hyperparameters(degrees=40), hw=(SIZE, SIZE), rng=np.random.default_rng(3))
     assert all(len(polygon) == 0 for polygon in scene.objects.polygons)
 
 
-def test_another_picture_comes_where_one_cannot_be_read(tmp_path):
+def test_another_image_comes_where_one_cannot_be_read(tmp_path):
     dataset = random_dataset(tmp_path, HWS)
-    dataset.path(0).write_bytes(b"no picture")
+    dataset.path(0).write_bytes(b"no image")
     reader = reader_of(dataset, size=SIZE)
     out, _ = scene_of(reader, STILL)
     assert list(reader.problems) == [0] and reader.has_read and (out != PAD_GREY).any()
 
 
-def test_a_scene_is_grey_where_no_picture_can_be_read(tmp_path):
+def test_a_scene_is_grey_where_no_image_can_be_read(tmp_path):
     dataset = random_dataset(tmp_path, HWS[:1])
-    dataset.path(0).write_bytes(b"no picture")
+    dataset.path(0).write_bytes(b"no image")
     reader = reader_of(dataset, size=SIZE)
     out, targets = scene_of(reader, STILL)
     assert (out == PAD_GREY).all() and targets.shape == (0, 5) and not reader.has_read
@@ -186,7 +186,7 @@ def test_mosaics_come_as_often_as_asked_for_and_allowed(reader, monkeypatch, mos
     assert len(made) == mosaics
 
 
-def test_the_last_epochs_show_single_pictures_without_pasted_objects(reader, monkeypatch):
+def test_the_last_epochs_show_single_images_without_pasted_objects(reader, monkeypatch):
     hyp = Hyperparameters(paste_in=1.0, copy_paste=1.0, mixup=1.0)
     scene_of(reader, hyp, epoch=4, plain_from_epoch=5)
     monkeypatch.setattr(augment, "mixed_scene", None)
@@ -203,7 +203,7 @@ def test_a_scene_depends_on_its_generator_alone(dataset):
     assert (scene_of(reader_of(dataset, size=SIZE), Hyperparameters(), seed=6)[0] != one[0]).any()
 
 
-def test_targets_lie_in_the_picture(reader):
+def test_targets_lie_in_the_image(reader):
     for seed in range(30):
         _, targets = scene_of(reader, Hyperparameters(degrees=10, paste_in=0.5), seed=seed)
         low, high = targets[:, 1:3] - targets[:, 3:] / 2, targets[:, 1:3] + targets[:, 3:] / 2
@@ -221,7 +221,7 @@ def test_a_size_that_is_no_size_is_refused():
 
 
 def test_pasted_objects_keep_their_colours(tmp_path):
-    """Yellow objects on a blue picture; the picture alone is made black, colours come out as RGB."""
+    """Yellow objects on a blue image; the image alone is made black, colours come out as RGB."""
     image = np.zeros((256, 256, 3), np.uint8)
     image[:] = (255, 0, 0)
     outline = np.array([[0.2, 0.2], [0.8, 0.2], [0.8, 0.8], [0.2, 0.8]])
@@ -238,7 +238,7 @@ def test_pasted_objects_keep_their_colours(tmp_path):
         if out[..., 2].max() < 150 and yellow.sum() > 100:
             break
     else:
-        pytest.fail("no dark picture got an object")
+        pytest.fail("no dark image got an object")
     assert any(yellow[int(y * 256), int(x * 256)] for _, x, y, _, _ in targets)
     red, _, blue = np.moveaxis(out.astype(int), 2, 0)
     assert (blue > red + 20).any() and not (red > blue + 20)[~yellow & (out[..., 1] < 20)].any()
@@ -272,7 +272,7 @@ def test_a_crop_is_its_object(tmp_path):
         assert bright[inner].all() and not bright[~outer].any()
 
 
-def test_pictures_without_outlines_give_no_crops(bright):
+def test_images_without_outlines_give_no_crops(bright):
     assert len(draw_crops(bright, rng=np.random.default_rng(0))) == 0
     scene_of(bright, replace(STILL, paste_in=1.0))
 
@@ -286,9 +286,9 @@ def test_rare_outlines_do_not_take_for_ever(tmp_path):
     assert 0 in counts and any(0 < count < ENOUGH for count in counts)
 
 
-def test_a_crop_of_a_picture_that_cannot_be_read_has_no_pixel(tmp_path):
+def test_a_crop_of_a_image_that_cannot_be_read_has_no_pixel(tmp_path):
     dataset = random_dataset(tmp_path, HWS[:1])
-    dataset.path(0).write_bytes(b"no picture")
+    dataset.path(0).write_bytes(b"no image")
     reader = reader_of(dataset, size=SIZE)
     crops = draw_crops(reader, rng=np.random.default_rng(0))
     assert not any(crop.mask.any() for crop in crops) and list(reader.problems) == [0]

@@ -22,10 +22,10 @@ FLOAT32 = 1e-5
 ANCHORS = (((10.0, 13.0), (16.0, 30.0), (33.0, 23.0)), ((62.0, 45.0), (116.0, 90.0), (373.0, 326.0)))
 
 
-def dataset_of(pictures):
-    """Pictures as (image_hw, boxes as fractions of width and height [N, 2])."""
+def dataset_of(images):
+    """Images as (image_hw, boxes as fractions of width and height [N, 2])."""
     records = []
-    for index, (image_hw, sizes) in enumerate(pictures):
+    for index, (image_hw, sizes) in enumerate(images):
         sizes = np.asarray(sizes, dtype=np.float64).reshape(-1, 2)
         labels = Labels(
             boxes=np.concatenate([0.5 - sizes / 2, 0.5 + sizes / 2], axis=1),
@@ -43,10 +43,10 @@ def random_dataset(count, seed=0):
     return dataset_of([((480, 640), sides[i : i + 5]) for i in range(0, count, 5)])
 
 
-def slow_fit(pictures, anchors, size, anchor_t):
+def slow_fit(images, anchors, size, anchor_t):
     """Box by box, anchor by anchor, side by side."""
     found = matched = labels = 0
-    for (height, width), sizes in pictures:
+    for (height, width), sizes in images:
         for w, h in np.asarray(sizes) * [width, height] * size / max(height, width):
             hits = sum(max(w / aw, aw / w, h / ah, ah / h) < anchor_t for level in anchors for aw, ah in level)
             found, matched, labels = found + (hits > 0), matched + hits, labels + 1
@@ -55,9 +55,9 @@ def slow_fit(pictures, anchors, size, anchor_t):
 
 def test_a_fit_is_that_of_every_box_with_every_anchor():
     rng = np.random.default_rng(1)
-    pictures = [((300, 400), rng.uniform(0.005, 1, (7, 2))), ((500, 200), rng.uniform(0.005, 0.2, (9, 2)))]
-    fit = anchor_fit(dataset_of(pictures), ANCHORS, size=640, anchor_t=4.0)
-    recall, mean, labels = slow_fit(pictures, ANCHORS, 640, 4.0)
+    images = [((300, 400), rng.uniform(0.005, 1, (7, 2))), ((500, 200), rng.uniform(0.005, 0.2, (9, 2)))]
+    fit = anchor_fit(dataset_of(images), ANCHORS, size=640, anchor_t=4.0)
+    recall, mean, labels = slow_fit(images, ANCHORS, 640, 4.0)
     assert (fit.best_possible_recall, fit.labels) == (recall, labels)
     assert fit.anchors_per_label == pytest.approx(mean) and 0 < recall < 1
     assert f"{recall:.2%} of 16 boxes" in fit.words() and "16,30" in fit.words()
@@ -116,7 +116,7 @@ def test_changes_only_ever_improve_the_fitness():
     assert after.min() >= 2
 
 
-def test_fitted_anchors_reach_more_boxes_than_those_of_other_pictures():
+def test_fitted_anchors_reach_more_boxes_than_those_of_other_images():
     thin = dataset_of([((640, 640), np.random.default_rng(6).uniform([0.2, 0.005], [0.9, 0.02], (300, 2)))])
     official = VARIANTS["yolov7-tiny"].anchors
     fitted = fitted_anchors(thin, levels=3, size=640, anchor_t=4.0, seed=0)

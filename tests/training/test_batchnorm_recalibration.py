@@ -1,4 +1,4 @@
-"""BatchNorm statistics are brought to other pictures without a change of the output."""
+"""BatchNorm statistics are brought to other images without a change of the output."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ SAME = 2e-4  # of the output's standard deviation: every layer is rounded anew t
 
 
 def trained(variant="yolov7-tiny"):
-    """Fixed weights whose kept statistics are not those of any picture."""
+    """Fixed weights whose kept statistics are not those of any image."""
     return fill_model(new_model(variant, classes=3, training_form=True))
 
 
-def batches(count, pictures=2, size=64):
+def batches(count, batch=2, size=64):
     generator = torch.Generator().manual_seed(5)
     for _ in range(count):
-        images = torch.randint(0, 256, (pictures, size, size, 3), dtype=torch.uint8, generator=generator)
+        images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
         yield Batch(images=images, targets=torch.zeros(0, 6), paths=(Path("noise"),))
 
 
@@ -38,7 +38,7 @@ def test_the_output_stays():
     model = trained()
     before = output(model)
     found = rebase_norms(model, batches(3), world=World())
-    assert (found.layers, found.pictures) == (55, 6)
+    assert (found.layers, found.images) == (55, 6)
     for old, new in zip(before, output(model), strict=True):
         assert (old - new).abs().max() < SAME * old.std()
 
@@ -54,14 +54,14 @@ def test_training_then_computes_what_evaluation_does():
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.momentum = 0.0
         model.train()
-        learned = output(model)  # of the very pictures that it was rebased on
+        learned = output(model)  # of the very images that it was rebased on
         model.eval()
         distances.append(max(float((a - b).abs().max() / a.std()) for a, b in zip(evaluated, learned, strict=True)))
     assert distances[0] > 0.1
     assert distances[1] < 0.01
 
 
-def test_statistics_are_those_of_the_pictures():
+def test_statistics_are_those_of_the_images():
     model = trained()
     rebase_norms(model, batches(2), world=World())
     first = model.model[0]
@@ -90,7 +90,7 @@ def test_layers_with_foreign_statistics_are_named():
     assert "model.21.bn" in found.words()
 
 
-def test_without_pictures_nothing_happens():
+def test_without_images_nothing_happens():
     model = trained()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert rebase_norms(model, [], world=World()).far == ()

@@ -73,7 +73,7 @@ def test_a_square_on_whole_pixels_is_filled_exactly():
 
 
 @pytest.mark.parametrize("polygon", [square(100, 5, 8), square(-50, -50, 8), square(3.6, 3.6, 0.3)])
-def test_an_outline_without_a_pixel_of_the_picture_has_no_mask(polygon):
+def test_an_outline_without_a_pixel_of_the_image_has_no_mask(polygon):
     assert mask_of_polygon(np.array(polygon, np.float32), (40, 40)) is None
 
 
@@ -175,7 +175,7 @@ def test_only_masked_pixels_are_pasted():
 
 
 @pytest.mark.parametrize("hw", [(5, 5), (21, 300)])
-def test_small_pictures_get_no_object(hw):
+def test_small_images_get_no_object(hw):
     scene = Scene(image=noise(hw), objects=NO_OBJECTS)
     assert paste_in(scene, [crop_of()], rng=np.random.default_rng(0)) is scene
 
@@ -188,7 +188,7 @@ def test_crops_that_become_too_small_are_left_out():
         assert paste_in(scene, crops, rng=np.random.default_rng(0)) is scene
 
 
-def test_slots_are_whole_pixels_inside_the_picture_of_the_official_sides():
+def test_slots_are_whole_pixels_inside_the_image_of_the_official_sides():
     drawn = [random_slots((100, 200), rng=np.random.default_rng(seed)) for seed in range(200)]
     slots = np.concatenate(drawn)
     assert np.all(slots[:, :2] >= 0) and np.all(slots[:, 2:] <= [200, 100])

@@ -1,4 +1,4 @@
-"""The loader: the same batches however they are made, every picture in its turn, and what it says when things break."""
+"""The loader: the same batches however they are made, every image in its turn, and what it says when things break."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from tests.support.training_images import dataset_of, random_dataset
 from yolov7_deploy.errors import DatasetError, DeviceError, UsageError
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.dataloader import TrainLoader
-from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.sampler import Share, mixed_order, mixed_requests, rect_hw, rect_requests
@@ -44,7 +44,7 @@ def loaders(dataset):
     made = []
 
     def get(*, batch=4, workers=0, seed=1, cache_bytes=0, hyp=HYP, source=dataset, **options):
-        store = PictureStore(source, size=SIZE, cache_bytes=cache_bytes)
+        store = ImageStore(source, size=SIZE, cache_bytes=cache_bytes)
         made.append(
             TrainLoader(store, Augmentation(hyp=hyp, size=SIZE), batch=batch, workers=workers, seed=seed, **options)
         )
@@ -67,7 +67,7 @@ def assert_same(ours, expected):
 # --- what comes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_rgb_pictures_and_targets_in_fractions(loaders):
+def test_a_batch_is_rgb_images_and_targets_in_fractions(loaders):
     loader = loaders()
     batches = list(loader.epoch(0))
     assert len(batches) == loader.steps == 3
@@ -143,17 +143,17 @@ def test_epochs_and_seeds_differ(loaders):
             assert not torch.equal(one.images, other.images)
 
 
-def test_two_scenes_of_one_picture_in_an_epoch_differ(loaders, dataset):
+def test_two_scenes_of_one_image_in_an_epoch_differ(loaders, dataset):
     only = dataset_of([dataset.record(0)])
     batch = next(loaders(batch=2, source=only).epoch(0))
     assert not torch.equal(batch.images[0], batch.images[1])
 
 
-# --- which pictures ---------------------------------------------------------------------------------------------------
+# --- which images ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("batch", "world"), [(1, 1), (3, 1), (4, 2), (7, 3), (25, 1)])
-def test_each_picture_comes_once_and_the_first_ones_again_to_fill_up(batch, world):
+def test_each_image_comes_once_and_the_first_ones_again_to_fill_up(batch, world):
     order = mixed_order(COUNT, seed=0, epoch=0)
     shares = [Share(batch=batch, rank=rank, world=world) for rank in range(world)]
     steps = zip(*(mixed_requests(order, share, epoch=0, size=SIZE, start=0) for share in shares), strict=True)
@@ -163,7 +163,7 @@ def test_each_picture_comes_once_and_the_first_ones_again_to_fill_up(batch, worl
     assert seen[COUNT:] == (seen[:COUNT] * 3)[: len(seen) - COUNT]
 
 
-def test_pictures_come_by_their_weights(loaders):
+def test_images_come_by_their_weights(loaders):
     weights = np.zeros(COUNT)
     weights[[2, 5]] = 1.0, 3.0
     orders = np.concatenate([mixed_order(COUNT, seed=0, epoch=epoch, weights=weights) for epoch in range(100)])
@@ -177,7 +177,7 @@ def test_pictures_come_by_their_weights(loaders):
 
 @pytest.mark.parametrize("weights", [np.ones(3), np.zeros(COUNT), np.full(COUNT, -1.0), np.full(COUNT, np.nan)])
 def test_weights_that_cannot_be_meant_are_refused(weights):
-    with pytest.raises(UsageError, match="weights for 10 pictures"):
+    with pytest.raises(UsageError, match="weights for 10 images"):
         mixed_order(COUNT, seed=0, epoch=0, weights=weights)
 
 
@@ -191,11 +191,11 @@ def test_weights_that_cannot_be_meant_are_refused(weights):
         ([1.0], (640, 640)),
     ],
 )
-def test_a_rect_batch_is_as_small_as_its_pictures_allow(shapes, hw):
+def test_a_rect_batch_is_as_small_as_its_images_allow(shapes, hw):
     assert rect_hw(np.array(shapes), size=640, stride=32) == hw
 
 
-def test_rect_batches_have_similar_pictures_in_a_random_order():
+def test_rect_batches_have_similar_images_in_a_random_order():
     rng = np.random.default_rng(0)
     sides = rng.integers(10, 100, (50, 2))
     options = {"seed": 3, "size": 64, "stride": 8, "start": 0}
@@ -210,7 +210,7 @@ def test_rect_batches_have_similar_pictures_in_a_random_order():
     assert all(len(indices) == 8 and not request.mosaic for indices, request in zip(groups[0], epochs[0], strict=True))
 
 
-def test_rect_batches_are_full_also_of_few_pictures():
+def test_rect_batches_are_full_also_of_few_images():
     sides = np.array([[10, 20], [20, 10]])
     (request,) = rect_requests(sides, Share(batch=5), seed=0, epoch=0, size=64, stride=8, start=0)
     assert request.indices == (0, 1, 0, 1, 0)
@@ -226,9 +226,9 @@ def test_rect_batches_come_in_their_shapes(loaders):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_is_named_and_the_epoch_goes_on(loaders, tmp_path, workers):
+def test_a_broken_image_is_named_and_the_epoch_goes_on(loaders, tmp_path, workers):
     broken = random_dataset(tmp_path, HWS)
-    broken.path(3).write_bytes(b"no picture")
+    broken.path(3).write_bytes(b"no image")
     loader = loaders(batch=5, workers=workers, source=broken)
     batches = list(loader.epoch(0))
     problems = {problem for batch in batches for problem in batch.problems}
@@ -237,11 +237,11 @@ def test_a_broken_picture_is_named_and_the_epoch_goes_on(loaders, tmp_path, work
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_that_all_cannot_be_read_end_the_training(loaders, tmp_path, workers):
+def test_images_that_all_cannot_be_read_end_the_training(loaders, tmp_path, workers):
     broken = random_dataset(tmp_path, HWS[:3])
     for index in range(3):
-        broken.path(index).write_bytes(b"no picture")
-    with pytest.raises(DatasetError, match="None of the 3 pictures for training can be read"):
+        broken.path(index).write_bytes(b"no image")
+    with pytest.raises(DatasetError, match="None of the 3 images for training can be read"):
         list(loaders(workers=workers, source=broken).epoch(0))
 
 
@@ -249,7 +249,7 @@ def test_pictures_that_all_cannot_be_read_end_the_training(loaders, tmp_path, wo
 def test_a_worker_that_dies_is_told_with_what_to_type(loaders, monkeypatch):
     loader = loaders(workers=1)
     monkeypatch.setattr(loader.store, "image", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DeviceError, match="loads pictures died") as caught:
+    with pytest.raises(DeviceError, match="loads images died") as caught:
         list(loader.epoch(0))
     assert "--workers 0" in caught.value.fix and "--shm-size" in caught.value.fix
     loader.close()
@@ -305,9 +305,9 @@ def test_an_interrupt_ends_everything_without_words_from_the_workers(dataset):
     program = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from tests.training.test_dataloader import HYP, HWS, SIZE, Augmentation, PictureStore, TrainLoader, dataset_of
+        from tests.training.test_dataloader import HYP, HWS, SIZE, Augmentation, ImageStore, TrainLoader, dataset_of
         from tests.support.training_images import record
-        store = PictureStore(dataset_of([record({str(dataset.path(0))!r}, HWS[0])]), size=SIZE)
+        store = ImageStore(dataset_of([record({str(dataset.path(0))!r}, HWS[0])]), size=SIZE)
         loader = TrainLoader(store, Augmentation(hyp=HYP, size=SIZE), batch=2, workers=2, seed=0)
         try:
             for epoch in range(10**9):
@@ -360,7 +360,7 @@ def test_numbers_that_cannot_be_meant_are_refused(loaders, options):
 
 def test_store_and_augmentation_must_agree(dataset):
     with pytest.raises(UsageError, match="48 for scenes of 64"):
-        TrainLoader(PictureStore(dataset, size=48), Augmentation(hyp=HYP, size=64), batch=1, workers=0, seed=0)
+        TrainLoader(ImageStore(dataset, size=48), Augmentation(hyp=HYP, size=64), batch=1, workers=0, seed=0)
 
 
 def test_pinning_keeps_what_a_batch_says(monkeypatch):

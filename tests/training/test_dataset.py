@@ -1,4 +1,4 @@
-"""Pictures and labels at the size of training: exact places, one decoding, nothing that depends on who was first."""
+"""Images and labels at the size of training: exact places, one decoding, nothing that depends on who was first."""
 
 import multiprocessing
 import pickle
@@ -11,8 +11,8 @@ import pytest
 from tests.support.training_images import dataset_of, labels_of, random_dataset, record, smooth, star, written
 from yolov7_deploy.errors import DatasetError, DeviceError, ImageError
 from yolov7_deploy.image import decode_image, read_image
-from yolov7_deploy.training import dataset as pictures
-from yolov7_deploy.training.dataset import PictureCache, PictureStore, reduction
+from yolov7_deploy.training import dataset as images
+from yolov7_deploy.training.dataset import ImageCache, ImageStore, reduction
 
 ROUNDING_PX = 1e-3  # float32 of coordinates below 1000
 JPEG = 12  # grey levels that compressing and the decoder's own averaging may cost
@@ -39,13 +39,13 @@ def three(tmp_path):
 
 
 def test_the_longer_side_becomes_the_size_and_the_other_is_truncated(three):
-    store = PictureStore(three, size=50)
+    store = ImageStore(three, size=50)
     assert [store.hw(i) for i in range(3)] == [(33, 50), (50, 25), (50, 50)]
 
 
 def test_sizes_and_objects_are_known_without_decoding(three, monkeypatch):
-    monkeypatch.setattr(pictures, "read_image", None)
-    store = PictureStore(three, size=50)
+    monkeypatch.setattr(images, "read_image", None)
+    store = ImageStore(three, size=50)
     for index in range(3):
         height, width = store.hw(index)
         objects, labels = store.objects(index), three.record(index).labels
@@ -59,15 +59,15 @@ def test_sizes_and_objects_are_known_without_decoding(three, monkeypatch):
 def test_crowd_boxes_are_left_out(tmp_path):
     rng = np.random.default_rng(0)
     labels = labels_of([star(rng), star(rng)], boxes=[[0, 0, 1, 1]], crowd=[True, False, True])
-    store = PictureStore(
+    store = ImageStore(
         dataset_of([record(written(tmp_path / "a.png", smooth((40, 60), 0)), (40, 60), labels)]), size=60
     )
     assert store.objects(0).class_ids.tolist() == [1]
     np.testing.assert_allclose(store.objects(0).polygons[0], labels.polygons[1] * [60, 40], atol=ROUNDING_PX)
 
 
-def test_a_resized_picture_is_that_of_opencv(three):
-    store = PictureStore(three, size=50)
+def test_a_resized_image_is_that_of_opencv(three):
+    store = ImageStore(three, size=50)
     for index in range(3):
         slow = cv2.resize(read_image(three.path(index)), store.hw(index)[::-1], interpolation=cv2.INTER_LINEAR)
         np.testing.assert_array_equal(store.resized(index), slow)
@@ -76,7 +76,7 @@ def test_a_resized_picture_is_that_of_opencv(three):
 @pytest.mark.parametrize(
     ("scale", "step"), [(1.0, 1), (0.51, 1), (0.5, 2), (0.26, 2), (0.25, 4), (0.125, 8), (0.01, 8)]
 )
-def test_a_picture_is_never_reduced_below_what_is_shown(scale, step):
+def test_a_image_is_never_reduced_below_what_is_shown(scale, step):
     assert reduction(scale) == step
 
 
@@ -88,7 +88,7 @@ def test_the_factors_say_where_each_pixel_was(tmp_path, suffix, scale, size, cac
     hw = (59, 83)
     for axis in (0, 1):
         path = written(tmp_path / f"{axis}{suffix}", ramp(hw, axis))
-        store = PictureStore(dataset_of([record(path, hw)]), size=size, cache_bytes=cache_bytes)
+        store = ImageStore(dataset_of([record(path, hw)]), size=size, cache_bytes=cache_bytes)
         image, factors = store.image(0, scale=scale)
         resized_px = (np.arange(image.shape[axis]) + 0.5) / factors[1 - axis]
         source_px = resized_px * hw[axis] / store.hw(0)[axis]
@@ -100,9 +100,9 @@ def test_the_factors_say_where_each_pixel_was(tmp_path, suffix, scale, size, cac
 def test_a_large_photo_is_decoded_small_at_full_scale(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        pictures, "read_image", lambda path, reduced: asked.append(reduced) or read_image(path, reduced=reduced)
+        images, "read_image", lambda path, reduced: asked.append(reduced) or read_image(path, reduced=reduced)
     )
-    store = PictureStore(dataset_of([record(written(tmp_path / "a.jpg", smooth((300, 400), 0)), (300, 400))]), size=64)
+    store = ImageStore(dataset_of([record(written(tmp_path / "a.jpg", smooth((300, 400), 0)), (300, 400))]), size=64)
     image, (factor_x, factor_y) = store.image(0)
     assert (asked, image.shape) == ([4], (75, 100, 3))
     assert (factor_x, factor_y) == pytest.approx((100 / 64, 75 / 48))
@@ -111,7 +111,7 @@ def test_a_large_photo_is_decoded_small_at_full_scale(tmp_path, monkeypatch):
 @pytest.mark.parametrize("hw", [(64, 80), (63, 83), (67, 81)])
 def test_a_large_photo_is_resized_from_a_small_decoding_without_a_shift(tmp_path, hw):
     for axis in (0, 1):
-        store = PictureStore(dataset_of([record(written(tmp_path / f"{axis}.jpg", ramp(hw, axis)), hw)]), size=30)
+        store = ImageStore(dataset_of([record(written(tmp_path / f"{axis}.jpg", ramp(hw, axis)), hw)]), size=30)
         image = store.resized(0)
         assert image.shape[:2] == store.hw(0)
         source_px = (np.arange(image.shape[axis]) + 0.5) * hw[axis] / image.shape[axis]
@@ -121,7 +121,7 @@ def test_a_large_photo_is_resized_from_a_small_decoding_without_a_shift(tmp_path
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("reduced", [2, 4, 8])
-def test_a_reduced_picture_is_turned_as_its_exif_says(orientation, reduced):
+def test_a_reduced_image_is_turned_as_its_exif_says(orientation, reduced):
     _, data = cv2.imencode(".jpg", smooth((64, 96), 3))
     turned = np.frombuffer(exif_turned(data.tobytes(), orientation), np.uint8)
     full = decode_image(turned, name="a")
@@ -131,7 +131,7 @@ def test_a_reduced_picture_is_turned_as_its_exif_says(orientation, reduced):
     assert np.abs(small.astype(int) - slow).max() <= JPEG
 
 
-def test_a_hostile_picture_is_refused_at_any_reduction():
+def test_a_hostile_image_is_refused_at_any_reduction():
     _, data = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))
     huge = bytearray(data.tobytes())
     huge[16:24] = struct.pack(">II", 60000, 60000)
@@ -143,10 +143,10 @@ def test_a_hostile_picture_is_refused_at_any_reduction():
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def test_a_cached_picture_is_decoded_once(three, monkeypatch):
-    store = PictureStore(three, size=50, cache_bytes=10**6)
+def test_a_cached_image_is_decoded_once(three, monkeypatch):
+    store = ImageStore(three, size=50, cache_bytes=10**6)
     first = [store.resized(index).copy() for index in range(3)]
-    monkeypatch.setattr(pictures, "read_image", None)
+    monkeypatch.setattr(images, "read_image", None)
     for index, image in enumerate(first):
         np.testing.assert_array_equal(store.resized(index), image)
         np.testing.assert_array_equal(store.image(index)[0], image)
@@ -155,17 +155,17 @@ def test_a_cached_picture_is_decoded_once(three, monkeypatch):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_what_one_process_decoded_is_there_for_all(three, monkeypatch):
-    store = PictureStore(three, size=50, cache_bytes=10**6)
+    store = ImageStore(three, size=50, cache_bytes=10**6)
     worker = multiprocessing.get_context("fork").Process(target=store.resized, args=(1,))
     worker.start()
     worker.join()
-    monkeypatch.setattr(pictures, "read_image", None)
+    monkeypatch.setattr(images, "read_image", None)
     assert store.resized(1).shape == (50, 25, 3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.6, 0.5, 0.2])
 def test_whether_a_place_is_filled_changes_no_pixel(three, scale):
-    store = PictureStore(three, size=50, cache_bytes=10**6)
+    store = ImageStore(three, size=50, cache_bytes=10**6)
     before = [store.image(index, scale=scale) for index in range(3)]
     for index, (image, factors) in enumerate(before):
         again, same = store.image(index, scale=scale)
@@ -173,20 +173,20 @@ def test_whether_a_place_is_filled_changes_no_pixel(three, scale):
         assert factors == same
 
 
-def test_the_cache_takes_random_pictures_up_to_its_budget():
+def test_the_cache_takes_random_images_up_to_its_budget():
     sizes = np.random.default_rng(0).integers(1, 1000, 200)
     held = []
     for seed in (0, 0, 1):
-        cache = PictureCache(sizes, cache_bytes=20_000, seed=seed)
+        cache = ImageCache(sizes, cache_bytes=20_000, seed=seed)
         held.append([index for index in range(200) if cache.holds(index)])
         assert 20_000 - 1000 < cache.filled_bytes <= 20_000
         assert cache.filled_bytes == sizes[held[-1]].sum()
     assert held[0] == held[1] != held[2]
 
 
-def test_no_two_pictures_share_a_byte():
+def test_no_two_images_share_a_byte():
     hws = [(2, 3), (4, 1), (5, 5), (1, 1)]
-    cache = PictureCache(np.array([h * w * 3 for h, w in hws]), cache_bytes=1000, seed=0)
+    cache = ImageCache(np.array([h * w * 3 for h, w in hws]), cache_bytes=1000, seed=0)
     images = [np.full((*hw, 3), 10 + number, np.uint8) for number, hw in enumerate(hws)]
     assert all(cache.get(number, hw) is None for number, hw in enumerate(hws))
     for number, image in enumerate(images):
@@ -196,46 +196,46 @@ def test_no_two_pictures_share_a_byte():
 
 
 def test_without_a_budget_nothing_is_kept(three, monkeypatch):
-    store = PictureStore(three, size=50)
+    store = ImageStore(three, size=50)
     store.resized(0)
-    monkeypatch.setattr(pictures, "read_image", None)
+    monkeypatch.setattr(images, "read_image", None)
     with pytest.raises(TypeError):
         store.resized(0)
 
 
 def test_memory_that_is_not_there_is_told():
     with pytest.raises(DeviceError, match="cannot be reserved"):
-        PictureCache(np.array([2**62]), cache_bytes=2**63 - 1, seed=0)
+        ImageCache(np.array([2**62]), cache_bytes=2**63 - 1, seed=0)
 
 
 def test_a_store_that_is_sent_to_another_process_reads_without_the_cache(three):
-    store = pickle.loads(pickle.dumps(PictureStore(three, size=50, cache_bytes=10**6)))
-    np.testing.assert_array_equal(store.resized(0), PictureStore(three, size=50).resized(0))
+    store = pickle.loads(pickle.dumps(ImageStore(three, size=50, cache_bytes=10**6)))
+    np.testing.assert_array_equal(store.resized(0), ImageStore(three, size=50).resized(0))
 
 
-# --- pictures that cannot be read -------------------------------------------------------------------------------------
+# --- images that cannot be read -------------------------------------------------------------------------------------
 
 
-def test_a_broken_picture_is_an_error_with_its_name(tmp_path, three):
-    three.path(1).write_bytes(b"no picture")
-    store = PictureStore(three, size=50)
+def test_a_broken_image_is_an_error_with_its_name(tmp_path, three):
+    three.path(1).write_bytes(b"no image")
+    store = ImageStore(three, size=50)
     for read in (store.resized, store.image):
         with pytest.raises(ImageError, match=r"001\.png"):
             read(1)
 
 
-def test_a_picture_of_another_size_than_its_annotations_is_refused(tmp_path):
+def test_a_image_of_another_size_than_its_annotations_is_refused(tmp_path):
     path = written(tmp_path / "a.jpg", smooth((40, 60), 0))
-    store = PictureStore(dataset_of([record(path, (60, 40))]), size=30)
+    store = ImageStore(dataset_of([record(path, (60, 40))]), size=30)
     for read in (store.resized, store.image):
         with pytest.raises(ImageError, match="has not the 40x60 pixels that the annotations say"):
             read(0)
 
 
-def test_a_header_that_cannot_be_read_counts_as_an_empty_picture(tmp_path):
+def test_a_header_that_cannot_be_read_counts_as_an_empty_image(tmp_path):
     good = record(written(tmp_path / "a.png", smooth((40, 60), 0)), None, labels_of([star(np.random.default_rng(0))]))
     bad = record(tmp_path / "absent.png", None, labels_of([star(np.random.default_rng(1))]))
-    store = PictureStore(dataset_of([good, bad]), size=50, cache_bytes=10**6)
+    store = ImageStore(dataset_of([good, bad]), size=50, cache_bytes=10**6)
     assert store.hw(1) == (50, 50)
     assert [len(store.objects(index)) for index in (0, 1)] == [1, 0]
     for read in (store.resized, store.image):
@@ -244,15 +244,15 @@ def test_a_header_that_cannot_be_read_counts_as_an_empty_picture(tmp_path):
 
 
 def test_a_dataset_without_a_readable_header_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match="None of the 2 pictures"):
-        PictureStore(dataset_of([record(tmp_path / name, None) for name in ("a.png", "b.png")]), size=50)
+    with pytest.raises(DatasetError, match="None of the 2 images"):
+        ImageStore(dataset_of([record(tmp_path / name, None) for name in ("a.png", "b.png")]), size=50)
 
 
-def test_a_dataset_without_a_readable_picture_is_told_when_it_is_asked_for(three):
+def test_a_dataset_without_a_readable_image_is_told_when_it_is_asked_for(three):
     for index in range(2):
-        three.path(index).write_bytes(b"no picture")
-    store = PictureStore(three, size=50)
-    store.require_a_picture()
+        three.path(index).write_bytes(b"no image")
+    store = ImageStore(three, size=50)
+    store.require_a_image()
     three.path(2).unlink()
-    with pytest.raises(DatasetError, match="None of the 3 pictures"):
-        store.require_a_picture()
+    with pytest.raises(DatasetError, match="None of the 3 images"):
+        store.require_a_image()

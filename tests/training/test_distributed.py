@@ -1,4 +1,4 @@
-"""Several processes that train together: what one process with all their pictures would do, and no waiting for ever."""
+"""Several processes that train together: what one process with all their images would do, and no waiting for ever."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ from tests.support.training_runs import (
     small_request,
     started,
 )
-from tests.support.two_processes import SHAPE, new_norm, normed, pictures
+from tests.support.two_processes import SHAPE, images, new_norm, normed
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DeviceError, UsageError
 from yolov7_deploy.training.distributed import World, open_world, synced
@@ -37,7 +37,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 MODULE = ["-m", "yolov7_deploy"]
 SAME_NORM = {"rtol": 2e-5, "atol": 2e-5}  # float32 added in another order
 SAME_HALF = 0.05  # of values up to 4 in bfloat16, which has eight bits
-# A network of random weights on pictures of 64 pixels makes a rounding of 1e-7 in its first layers one of 1e-4 in its
+# A network of random weights on images of 64 pixels makes a rounding of 1e-7 in its first layers one of 1e-4 in its
 # last ones; the rate is so small that they do not feed back, and candidates need no matching that may flip.
 CALM = replace(HYP, lr0=1e-5)
 CALM_OPTIONS = {"ota": False, "epochs": 3, "batch": 6, "nominal_batch": 12}
@@ -72,13 +72,13 @@ def pair(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def test_a_synced_norm_is_that_of_all_pictures_together(pair):
-    x, weight = pictures()
+def test_a_synced_norm_is_that_of_all_images_together(pair):
+    x, weight = images()
     whole = normed(new_norm(), x, weight)
     for name in ("y", "x", "eval"):
         both = torch.cat([found[f"norm.{name}"] for found in pair])
         torch.testing.assert_close(both, whole[name], **SAME_NORM)
-    for name in ("weight.grad", "bias.grad"):  # each process has its pictures' part
+    for name in ("weight.grad", "bias.grad"):  # each process has its images' part
         torch.testing.assert_close(sum(found[f"norm.{name}"] for found in pair), whole[name], **SAME_NORM)
     for found in pair:
         for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
@@ -86,7 +86,7 @@ def test_a_synced_norm_is_that_of_all_pictures_together(pair):
 
 
 def test_a_synced_norm_adds_in_float32_and_gives_what_it_got(pair):
-    whole = new_norm()(pictures()[0])
+    whole = new_norm()(images()[0])
     both = torch.cat([found["half"] for found in pair])
     assert both.dtype == torch.bfloat16 and both.shape == SHAPE
     torch.testing.assert_close(both.float(), whole, rtol=0, atol=SAME_HALF)
@@ -147,7 +147,7 @@ def test_devices_are_found_by_name_or_number(monkeypatch):
 # --- whole trainings --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one_with_all_their_pictures(data, tmp_path, monkeypatch):
+def test_two_processes_train_as_one_with_all_their_images(data, tmp_path, monkeypatch):
     leave_out_charts(monkeypatch)
     calm = f"--set lr0={CALM.lr0} --no-ota --epochs 3 --batch 6 --nominal-batch 12".split()
     code, out, err = together(*arguments(data, tmp_path / "two", *calm))
@@ -160,7 +160,7 @@ def test_two_processes_train_as_one_with_all_their_pictures(data, tmp_path, monk
     assert update_differs(one[1], two[1], data) < SAME_UPDATE
     # What is said and written, once.
     assert len(out.splitlines()) == 1 + 3 + 3 and len(read_results(tmp_path / "two" / "results.csv")) == 3
-    assert err.count("pictures to train on") == 1 and "Warning" not in err
+    assert err.count("images to train on") == 1 and "Warning" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
     assert not list((tmp_path / "two").glob(".*"))
 
@@ -262,13 +262,13 @@ def test_without_synced_norms_statistics_are_those_of_the_first_process(data, tm
 
 
 @pytest.mark.slow
-def test_pictures_that_other_processes_could_not_read_are_named(data, tmp_path):
+def test_images_that_other_processes_could_not_read_are_named(data, tmp_path):
     shutil.copytree(data.parent, tmp_path / "shapes")
-    pictures_of = sorted((tmp_path / "shapes/images/train").iterdir())
-    for path in pictures_of[1:]:
+    images_of = sorted((tmp_path / "shapes/images/train").iterdir())
+    for path in images_of[1:]:
         path.write_bytes(path.read_bytes()[:200])
     single = ["--set", "mosaic=0", "--set", "mixup=0", "--epochs", "1"]
     code, _, err = together(*arguments(tmp_path / "shapes" / data.name, tmp_path / "run", *single))
     assert code == 0, err
-    for path in pictures_of[1:]:  # three of the six are of the second process
+    for path in images_of[1:]:  # three of the six are of the second process
         assert err.count(f"left out: {path} ") == 1

@@ -1,4 +1,4 @@
-"""What goes wrong in a training: numbers, memory, disks, pictures; each says what to do, and leaves the last state."""
+"""What goes wrong in a training: numbers, memory, disks, images; each says what to do, and leaves the last state."""
 
 import resource
 import shutil
@@ -29,7 +29,7 @@ from yolov7_deploy.training.train_step import Learner
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
 
-ADDRESS_SPACE_MIB = 600  # beyond what the program has when it begins; 16 pictures of 320 pixels need twice as much
+ADDRESS_SPACE_MIB = 600  # beyond what the program has when it begins; 16 images of 320 pixels need twice as much
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ class Blob:
 
 @pytest.fixture
 def memory(monkeypatch):
-    """A device with room for so many pictures; counts what is held in each step, and its sizes."""
+    """A device with room for so many images; counts what is held in each step, and its sizes."""
     alive, tried = weakref.WeakSet(), []
     real = Learner.losses
 
@@ -106,9 +106,9 @@ def memory(monkeypatch):
         def limited(self, batch, *, size=None):
             held = Blob()
             alive.add(held)
-            pictures = batch.images.shape[0]
-            tried.append((pictures, size, len(alive)))
-            if pictures > room:
+            images = batch.images.shape[0]
+            tried.append((images, size, len(alive)))
+            if images > room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
             return real(self, batch, size=size)
 
@@ -120,9 +120,7 @@ def memory(monkeypatch):
 
 def test_out_of_memory_names_the_batch_that_fits(data, tmp_path, memory):
     tried = memory(2)
-    with pytest.raises(
-        DeviceError, match="A batch of 6 pictures of 64x64 does not fit into the memory of cpu"
-    ) as caught:
+    with pytest.raises(DeviceError, match="A batch of 6 images of 64x64 does not fit into the memory of cpu") as caught:
         train(small_request(data, tmp_path / "run", batch=6), watch=Notes())
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.); one does." in caught.value.message
     assert caught.value.fix == "--batch 1"
@@ -132,13 +130,13 @@ def test_out_of_memory_names_the_batch_that_fits(data, tmp_path, memory):
 
 def test_out_of_memory_in_multi_scale_is_about_the_largest_size(data, tmp_path, memory):
     tried = memory(3)
-    with pytest.raises(DeviceError, match="A batch of 6 pictures of up to 96x96") as caught:
+    with pytest.raises(DeviceError, match="A batch of 6 images of up to 96x96") as caught:
         train(small_request(data, tmp_path / "run", batch=6, multi_scale=True), watch=Notes())
     assert caught.value.fix == "--batch 3" and tried[1:] == [(3, 96, 1)]
 
 
-@pytest.mark.parametrize(("batch", "words"), [(4, ", and neither does one picture (CUDA"), (1, "cpu (CUDA")])
-def test_no_room_for_one_picture_asks_for_smaller_ones(data, tmp_path, memory, batch, words):
+@pytest.mark.parametrize(("batch", "words"), [(4, ", and neither does one image (CUDA"), (1, "cpu (CUDA")])
+def test_no_room_for_one_image_asks_for_smaller_ones(data, tmp_path, memory, batch, words):
     memory(0)
     with pytest.raises(DeviceError) as caught:
         train(small_request(data, tmp_path / "run", batch=batch, img=128), watch=Notes())
@@ -194,7 +192,7 @@ def test_a_limit_of_the_system_is_out_of_memory(data, tmp_path):
     large = arguments(data, tmp_path / "run", "--batch", "16", "--img", "320")
     code, _, err = finished(started(["-c", _LIMITED.format(mib=ADDRESS_SPACE_MIB), *large]))
     assert code == 1 and "Traceback" not in err, err
-    assert "DeviceError: A batch of 16 pictures of 320x320 does not fit into the memory of cpu" in err
+    assert "DeviceError: A batch of 16 images of 320x320 does not fit into the memory of cpu" in err
     assert err.splitlines()[-1].startswith(("--batch ", "A smaller size or variant:"))
 
 
@@ -237,10 +235,10 @@ def test_what_finds_no_room_leaves_the_older_files_and_the_training_goes_on(
     assert_same_weights(folder, whole)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
-def test_corrupt_pictures_are_named_once_and_training_goes_on(data, tmp_path):
+def test_corrupt_images_are_named_once_and_training_goes_on(data, tmp_path):
     shutil.copytree(data.parent, tmp_path / "shapes")
     broken = [sorted((tmp_path / "shapes/images" / split).iterdir())[0] for split in ("train", "val")]
     for path in broken:
@@ -254,11 +252,11 @@ def test_corrupt_pictures_are_named_once_and_training_goes_on(data, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_pictures_of_which_none_can_be_read_are_refused_at_once(data, tmp_path, split):
+def test_images_of_which_none_can_be_read_are_refused_at_once(data, tmp_path, split):
     shutil.copytree(data.parent, tmp_path / "shapes")
     for path in (tmp_path / "shapes/images" / split).iterdir():
-        path.write_bytes(b"no picture")
-    with pytest.raises(DatasetError, match=r"None of the \d pictures of .*shapes\.yaml can be read"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"None of the \d images of .*shapes\.yaml can be read"):
         train(small_request(tmp_path / "shapes" / data.name, tmp_path / "run"), watch=Notes())
 
 

@@ -74,7 +74,7 @@ def test_losses_and_gradients_are_the_official_ones(case):
 
 
 def test_widths_are_matched_in_units_of_the_width():
-    """The official program scales all four coordinates by the height, which is wrong unless pictures are square."""
+    """The official program scales all four coordinates by the height, which is wrong unless images are square."""
     case = "ota_p5"
     facts = GOLDEN[case]
     raws = golden_raws(case, facts, heads=1)
@@ -88,7 +88,7 @@ def test_widths_are_matched_in_units_of_the_width():
 
 
 def obvious_match(predictions, truth, most):
-    """Picture by picture, target by target, as the paper's text has it."""
+    """Image by image, target by target, as the paper's text has it."""
     positives = {}
     for image in truth.image.unique().tolist():
         rows = (truth.image == image).nonzero().flatten().tolist()
@@ -142,7 +142,7 @@ def random_scene(seed, *, images=4, targets=9, candidates=60, classes=5):
     truth = GroundTruth(
         boxes=boxes(targets),
         class_ids=torch.tensor(random.integers(0, classes, targets)),
-        image=torch.tensor(random.integers(0, images + 1, targets)),  # the last picture has no candidates
+        image=torch.tensor(random.integers(0, images + 1, targets)),  # the last image has no candidates
     )
     return predictions, truth
 

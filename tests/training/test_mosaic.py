@@ -19,7 +19,7 @@ from yolov7_deploy.training.sample import NO_POLYGON
 SIZE = 64
 UPRIGHT = Hyperparameters(scale=0.45)  # from 0.55 on: nothing is reduced
 TURNED = Hyperparameters(degrees=20, shear=8, perspective=0.0004, scale=0.5)
-SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth picture changes by 60 a pixel at most
+SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth image changes by 60 a pixel at most
 SEAM_PX = 2  # the canvas mixes the pixels on both sides of a seam, up to one of its own, shown 1.6 times as large
 EDGE_PX = 1.0  # an edge may lie anywhere in the pixel that it cuts
 HWS = [(64, 48), (40, 64), (64, 64), (64, 20), (33, 64)]
@@ -77,7 +77,7 @@ def test_the_window_of_nine_tiles_lies_anywhere_on_their_canvas(reader):
     assert (np.ptp(offsets, axis=0) > 0.9 * SIZE).all()
 
 
-def test_one_mosaic_in_five_has_nine_tiles_and_all_pictures_come(reader):
+def test_one_mosaic_in_five_has_nine_tiles_and_all_images_come(reader):
     layouts = [draw_layout(reader.store, 1, rng=np.random.default_rng(seed)) for seed in range(500)]
     nine = sum(len(layout.tiles) == 9 for layout in layouts)
     assert {len(layout.tiles) for layout in layouts} == {4, 9} and 70 < nine < 130
@@ -150,7 +150,7 @@ def test_a_tile_outside_is_never_read(dataset, monkeypatch):
     assert read == [corner.index]
 
 
-def test_pictures_that_come_out_small_are_read_small(dataset, monkeypatch):
+def test_images_that_come_out_small_are_read_small(dataset, monkeypatch):
     reader = reader_of(dataset, size=SIZE)
     layout = draw_four(reader.store, 0, rng=np.random.default_rng(0))
     scales = []
@@ -175,7 +175,7 @@ def test_a_small_mosaic_is_the_average_of_what_it_stands_for(tmp_path, cache_byt
 @pytest.mark.parametrize("is_plain", [True, False])
 def test_a_tile_that_cannot_be_read_is_grey_and_has_no_objects(tmp_path, is_plain):
     dataset = random_dataset(tmp_path, [(SIZE, SIZE)])
-    dataset.path(0).write_bytes(b"no picture")
+    dataset.path(0).write_bytes(b"no image")
     reader = reader_of(dataset, size=SIZE)
     scene = mosaic_scene(reader, 0, hyp=UPRIGHT, rng=np.random.default_rng(0), is_plain=is_plain)
     assert (scene.image == PAD_GREY).all() and len(scene.objects) == 0
@@ -215,7 +215,7 @@ def test_a_box_lies_on_the_pixels_of_its_object(tmp_path, hyp, seed):
     seen = np.argwhere(scene.image[..., 0] > 190)
     if not len(scene.objects):
         return
-    slack = EDGE_PX * max(1.0, 1.1 + hyp.scale)  # a pixel of the picture is that large
+    slack = EDGE_PX * max(1.0, 1.1 + hyp.scale)  # a pixel of the image is that large
     np.testing.assert_allclose(
         scene.objects.boxes[0], [*seen.min(axis=0)[::-1], *seen.max(axis=0)[::-1] + 1], atol=slack + EDGE_PX
     )

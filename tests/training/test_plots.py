@@ -1,4 +1,4 @@
-"""Pictures of a training run: they appear for every run and dataset there may be, and say what they were given."""
+"""Images of a training run: they appear for every run and dataset there may be, and say what they were given."""
 
 import dataclasses
 import math
@@ -98,10 +98,10 @@ def test_every_run_has_a_chart_with_whole_epochs_and_nothing_of_it_is_cut_off(na
     assert ticks and all(tick.lstrip("−-").isdigit() for tick in ticks)
 
 
-def test_a_chart_is_a_picture_in_a_new_folder(tmp_path):
+def test_a_chart_is_a_image_in_a_new_folder(tmp_path):
     draw_results(RUNS["gone on"], tmp_path / "new" / "results.png")
-    picture = cv2.imread(str(tmp_path / "new" / "results.png"))
-    assert picture.shape[1] == 13 * plots.DPI and picture.std() > 5
+    image = cv2.imread(str(tmp_path / "new" / "results.png"))
+    assert image.shape[1] == 13 * plots.DPI and image.std() > 5
 
 
 def test_a_line_holds_the_values_of_its_column():
@@ -265,7 +265,7 @@ def batch_of(images, targets=()):
 
 
 def shades(count, hw=(100, 80)):
-    """Pictures of one colour each, RGB."""
+    """Images of one colour each, RGB."""
     return [np.full((*hw, 3), (10 * i, 40, 200), np.uint8) for i in range(count)]
 
 
@@ -275,7 +275,7 @@ def drawn(tmp_path, batch, names=("cat", "dog"), **options):
 
 
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2), (16, 4, 4)])
-def test_pictures_of_a_batch_stand_in_rows_in_their_colours(tmp_path, count, columns, rows):
+def test_images_of_a_batch_stand_in_rows_in_their_colours(tmp_path, count, columns, rows):
     sheet = drawn(tmp_path, batch_of(shades(count)))
     step_y, step_x = 100 + plots.GAP, 80 + plots.GAP
     assert sheet.shape == (rows * step_y - plots.GAP, columns * step_x - plots.GAP, 3)
@@ -285,20 +285,20 @@ def test_pictures_of_a_batch_stand_in_rows_in_their_colours(tmp_path, count, col
         assert (sheet[top : top + 100, left : left + 80] == expected).all()
 
 
-def test_no_more_pictures_than_asked_are_drawn(tmp_path):
+def test_no_more_images_than_asked_are_drawn(tmp_path):
     batch = batch_of(shades(9), [[8, 0, 0.5, 0.5, 0.5, 0.5]])
     assert drawn(tmp_path, batch, most=4).shape == (2 * 100 + plots.GAP, 2 * 80 + plots.GAP, 3)
     assert drawn(tmp_path, batch).shape == (3 * 104 - plots.GAP, 3 * 84 - plots.GAP, 3)
 
 
-def test_large_pictures_are_made_smaller_and_keep_their_shape(tmp_path):
+def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path):
     sheet = drawn(tmp_path, batch_of(shades(9, hw=(1280, 640))))
     assert plots.MOST_PIXELS - 20 < sheet.shape[0] <= plots.MOST_PIXELS
     assert sheet.shape[1] == pytest.approx(sheet.shape[0] / 2, abs=8)
     assert (sheet[:600, :310] == (200, 40, 0)).all(), "no border is added"
 
 
-def test_boxes_are_drawn_where_the_targets_say_and_on_their_picture_only(tmp_path):
+def test_boxes_are_drawn_where_the_targets_say_and_on_their_image_only(tmp_path):
     images = [np.zeros((200, 400, 3), np.uint8)] * 2
     sheet = drawn(tmp_path, batch_of(images, [[1, 1, 0.5, 0.5, 0.25, 0.6]]), names=("cat", ""))
     first, second = sheet[:, :400], sheet[:, 400 + plots.GAP :]

@@ -15,7 +15,7 @@ from yolov7_deploy.training.random_affine import Warp, draw_warp, visible_boxes,
 from yolov7_deploy.training.sample import NO_POLYGON, Objects
 
 SIZE = 64
-SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth picture changes by 60 a pixel at most
+SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth image changes by 60 a pixel at most
 STEP_PX = 0.05  # between points along an outline
 
 
@@ -31,7 +31,7 @@ def scaling(scale, shift=(0, 0), out_hw=(SIZE, SIZE)):
 
 
 def slow_visible_box(polygon, hw):
-    """Points all along the outline, and the corners of the picture inside it."""
+    """Points all along the outline, and the corners of the image inside it."""
     points = []
     for start, end in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         parts = np.linspace(0, 1, 2 + int(np.linalg.norm(end - start) / STEP_PX))[:, None]
@@ -58,17 +58,17 @@ def test_visible_boxes_are_those_of_points_all_along_the_outline(seed):
     assert (found >= 0).all() and (found <= [60, 40, 60, 40]).all()
 
 
-def test_an_object_that_fills_the_picture_keeps_its_box():
+def test_an_object_that_fills_the_image_keeps_its_box():
     square = np.array([[-10, -10], [100, -10], [100, 100], [-10, 100]], dtype=float)
     np.testing.assert_array_equal(visible_boxes(square, np.array([4]), (40, 60)), [[0, 0, 60, 40]])
 
 
-def test_an_object_over_a_side_of_the_picture_reaches_to_that_side():
+def test_an_object_over_a_side_of_the_image_reaches_to_that_side():
     band = np.array([[-10, -10], [20, -10], [20, 100], [-10, 100]], dtype=float)
     np.testing.assert_array_equal(visible_boxes(band, np.array([4]), (40, 60)), [[0, 0, 20, 40]])
 
 
-def test_an_object_around_the_picture_but_not_on_it_has_no_box():
+def test_an_object_around_the_image_but_not_on_it_has_no_box():
     """A frame, as one outline that goes round twice."""
     outer = [[-10, -10], [100, -10], [100, 100], [-10, 100], [-10, -10]]
     inner = [[-5, -5], [-5, 90], [90, 90], [90, -5], [-5, -5]]

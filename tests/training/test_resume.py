@@ -287,7 +287,7 @@ def test_changed_labels_are_another_dataset(halfway, data, tmp_path, split):
     label = next(path for path in labels if path.stat().st_size)
     lines = label.read_text().splitlines()
     label.write_text("\n".join(["0 0.5 0.5 0.2 0.2", *lines[1:]]) + "\n")
-    with pytest.raises(UsageError, match="pictures or labels differ"):
+    with pytest.raises(UsageError, match="images or labels differ"):
         resume(halfway, watch=Notes(), data=str(tmp_path / "shapes" / data.name))
 
 

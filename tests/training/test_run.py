@@ -46,7 +46,7 @@ FILES = {
     "run.json",
     "state.safetensors",
 }
-TOP = 5  # detections of a picture
+TOP = 5  # detections of an image
 SAME_AP = 1e-3  # of torch and ONNX Runtime, which add in another order
 
 
@@ -91,7 +91,7 @@ def test_run_json_is_what_is_needed_to_repeat_it(done, data):
     document = json.loads((report.folder / "run.json").read_text())
     request = small_request(data, report.folder, epochs=2)
     assert document["request"] == json.loads(json.dumps(asdict(request)))
-    assert document["pictures"] == {"train": TRAIN, "val": VAL}
+    assert document["images"] == {"train": TRAIN, "val": VAL}
     assert document["classes"] == list(open_dataset(data, split="train").class_names)
     assert document["weights"] is None and len(document["data_sha256"]) == 64
 
@@ -125,7 +125,7 @@ def test_a_report_is_plain_data_and_words(done):
 
 def test_the_watch_hears_of_data_anchors_and_weights(done):
     _, notes = done
-    assert f"{TRAIN} pictures to train on, {VAL} to validate" in notes.said
+    assert f"{TRAIN} images to train on, {VAL} to validate" in notes.said
     assert "yolov7-tiny from random weights of seed 0, on cpu" in notes.said
     assert "can be found" in notes.said
 
@@ -145,7 +145,7 @@ def test_the_weights_are_exported_as_they_are_and_find_the_same(done, data, tmp_
 
 
 def own_detections(detector, data):
-    """The pictures to validate on, with a network's best detections as their labels."""
+    """The images to validate on, with a network's best detections as their labels."""
     real = open_dataset(data, split="val")
     records = []
     for index in range(len(real)):
@@ -276,14 +276,14 @@ def test_weights_to_begin_with_are_named_and_taken(done, data, tmp_path, monkeyp
     assert document["weights"]["source"] == "last.safetensors" and len(document["weights"]["sha256"]) == 64
 
 
-def test_weights_to_begin_with_get_statistics_of_the_pictures_and_stay_the_same_network(
+def test_weights_to_begin_with_get_statistics_of_the_images_and_stay_the_same_network(
     done, data, tmp_path, monkeypatch
 ):
     leave_out_charts(monkeypatch)
     notes, path = Notes(), done[0].folder / "last.safetensors"
     hyp = Hyperparameters(lr0=0.0, warmup_epochs=0.0)
     report = train(small_request(data, tmp_path / "run", weights=str(path), hyp=hyp), watch=notes)
-    assert "statistics of 55 BatchNorm layers are those of 6 pictures now" in notes.said
+    assert "statistics of 55 BatchNorm layers are those of 6 images now" in notes.said
     own, given = weights(report.folder), weights(path.parent)
     assert own["model.0.conv.weight"].equal(given["model.0.conv.weight"])
     assert not own["model.0.bn.weight"].equal(given["model.0.bn.weight"])
@@ -313,8 +313,8 @@ def test_a_folder_that_holds_a_training_is_refused(done, data):
         ({"auxiliary": "full"}, "--auxiliary full: yolov7-tiny has no auxiliary heads", "yolov7-w6"),
         ({"auxiliary": "none"}, "--auxiliary none: yolov7-tiny has no auxiliary heads", "Leave it out"),
         ({"variant": "yolov8"}, "'yolov8' is no YOLOv7 variant", "yolov7-tiny"),
-        ({"img": 32, "batch": 1}, "One picture of 32 pixels leaves yolov7-tiny's BatchNorm one value", "--batch 2"),
-        ({"batch": 1, "multi_scale": True}, "One picture of 32 pixels", "--batch 2, or --img 96"),
+        ({"img": 32, "batch": 1}, "One image of 32 pixels leaves yolov7-tiny's BatchNorm one value", "--batch 2"),
+        ({"batch": 1, "multi_scale": True}, "One image of 32 pixels", "--batch 2, or --img 96"),
         ({"freeze": (99,)}, "--freeze 99: yolov7-tiny has layers 0..77", "--freeze 38"),
         ({"device": "gpu"}, "--device gpu is unknown", "auto, cpu, cuda"),
     ],

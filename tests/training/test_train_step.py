@@ -43,18 +43,18 @@ def learner_of(variant=TINY, *, hyp=AT_ONCE, whole=False, **options):
     return learner
 
 
-def batch_of(seed=0, *, pictures=2, hw=(128, 128), objects=4):
+def batch_of(seed=0, *, count=2, hw=(128, 128), objects=4):
     rng = np.random.default_rng(seed)
     targets = np.concatenate(
         [
-            np.sort(rng.integers(0, pictures, (objects, 1)), axis=0),
+            np.sort(rng.integers(0, count, (objects, 1)), axis=0),
             rng.integers(0, CLASSES, (objects, 1)),
             rng.uniform(0.3, 0.7, (objects, 2)),
             rng.uniform(0.1, 0.5, (objects, 2)),
         ],
         axis=1,
     )
-    images = torch.from_numpy(rng.integers(0, 256, (pictures, *hw, 3), np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (count, *hw, 3), np.uint8))
     return Batch(images=images, targets=torch.from_numpy(targets).float(), paths=())
 
 
@@ -141,7 +141,7 @@ def test_a_size_is_a_function_of_seed_epoch_and_step():
     assert learner_of().size(0, 0) is None
 
 
-def test_the_network_sees_pictures_of_the_size_and_rgb_from_0_to_1():
+def test_the_network_sees_images_of_the_size_and_rgb_from_0_to_1():
     learner = learner_of(multi_scale=True)
     seen = []
     learner.model.model[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.datasets.synthetic import CLASS_NAMES, shape_picture, write_shapes
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, shape_image, write_shapes
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.evaluation import synthetic_image as street
@@ -22,7 +22,7 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, find_weights, shipped_weights
 from yolov7_deploy.image import read_image
 from yolov7_deploy.options import BenchOptions, ExportOptions, ValOptions
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import demo as module
 from yolov7_deploy.workflows import demo as shapes_road
 from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
@@ -96,7 +96,7 @@ def test_half_that_is_slower_than_float32_is_explained(tmp_path, fp16_speed):
     assert (shapes_road.HALF_IS_SLOW in words) == (fp16_speed < 32.0)
 
 
-def test_a_picture_for_the_shapes_network_is_refused():
+def test_a_image_for_the_shapes_network_is_refused():
     result = CliRunner().invoke(app, ["demo", "--source", "street.jpg"])
     assert isinstance(result.exception, UsageError)
     assert "--weights yolov7" in str(result.exception)
@@ -107,16 +107,16 @@ def test_weights_of_yours_are_taken_as_they_are(tmp_path, monkeypatch):
     lines: list[str] = []
     weights = tmp_path / "mine.safetensors"
     weights.write_bytes(shipped_weights().read_bytes())
-    picture, _ = shape_picture(4, split="val", size=320, seed=0)
-    write_picture(tmp_path / "shapes.png", picture)
+    image, _ = shape_image(4, split="val", size=320, seed=0)
+    write_image(tmp_path / "shapes.png", image)
     folder = tmp_path / "new" / "out"
     report = run_demo(weights=weights, source=tmp_path / "shapes.png", save_dir=folder, say=lines.append)
     assert report.onnx == folder / "mine.onnx"
     assert json.loads(report.detections.to_json())["detections"]
-    assert read_image(folder / "shapes-detected.png").shape == picture.shape
+    assert read_image(folder / "shapes-detected.png").shape == image.shape
 
 
-def test_a_picture_that_is_absent_is_our_error(tmp_path, monkeypatch):
+def test_a_image_that_is_absent_is_our_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "export_weights", None)  # found out before any long work
     with pytest.raises(ImageError):
         run_demo(weights=shipped_weights(), source=tmp_path / "absent.jpg", save_dir=tmp_path, say=lambda line: None)

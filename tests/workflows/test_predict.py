@@ -18,7 +18,7 @@ from yolov7_deploy.image import read_image
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.predict import AnnotateOptions, Report, _Names, annotate, next_run_folder, write_text
 
 NAMES = ("person", "dog")
@@ -45,7 +45,7 @@ def grey(value: int = 50) -> np.ndarray:
 def inputs(tmp_path) -> Path:
     folder = tmp_path / "in"
     for name in ("a.png", "b.jpg", "deep/a.png", "deep/b.png"):
-        write_picture(folder / name, grey())
+        write_image(folder / name, grey())
     return folder
 
 
@@ -60,7 +60,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_pictures_keep_their_names_and_never_overwrite_each_other(inputs, tmp_path):
+def test_images_keep_their_names_and_never_overwrite_each_other(inputs, tmp_path):
     out = tmp_path / "out"
     report = annotate(find_two, open_source(f"{inputs}/**/*"), options=AnnotateOptions(save_dir=out))
     assert files(out) == ["a.png", "a_2.png", "b.jpg", "b.png"]
@@ -70,11 +70,11 @@ def test_pictures_keep_their_names_and_never_overwrite_each_other(inputs, tmp_pa
     assert (read_image(out / "a.png") != 50).any()
 
 
-def test_label_files_pair_with_their_pictures(inputs, tmp_path):
+def test_label_files_pair_with_their_images(inputs, tmp_path):
     out = tmp_path / "out"
     annotate(find_two, open_source(f"{inputs}/**/*"), options=AnnotateOptions(save_dir=out, save_txt=True))
-    pictures = {path.stem for path in out.iterdir() if path.is_file()}
-    assert pictures == {path.stem for path in (out / "labels").iterdir()} == {"a", "a_2", "b", "b_2"}
+    images = {path.stem for path in out.iterdir() if path.is_file()}
+    assert images == {path.stem for path in (out / "labels").iterdir()} == {"a", "a_2", "b", "b_2"}
     assert (out / "labels" / "a.txt").read_text() == find_two(grey()).to_yolo()
 
 
@@ -265,7 +265,7 @@ def test_an_opencv_without_windows_says_what_to_install(monkeypatch):
         Window("x")
 
 
-def test_the_real_detector_annotates_a_picture(tmp_path, inputs):
+def test_the_real_detector_annotates_a_image(tmp_path, inputs):
     """Random weights find nothing worth naming, but every wall between file and file is crossed."""
     pytest.importorskip("torch", reason="torch is not installed")
     module = pytest.importorskip("yolov7_deploy.detector", reason="there is no detector to run")

@@ -17,7 +17,7 @@ from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import quantize
 from yolov7_deploy.workflows.quantize import Quantizer, describe, to_record
 
@@ -37,10 +37,10 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for seed in range(COUNT):
-        write_picture(folder / f"{seed}.png", noise(*HW, seed=seed))
+        write_image(folder / f"{seed}.png", noise(*HW, seed=seed))
     return folder
 
 
@@ -60,50 +60,50 @@ def spoiled():
 
 
 @pytest.fixture(scope="module")
-def data(pictures, tmp_path_factory):
+def data(images, tmp_path_factory):
     """What float32 finds is what there is to find, so that its AP is high and what INT8 changes costs."""
     path = tmp_path_factory.mktemp("data") / "m.onnx"
     exported_tiny().save(path)
-    images, annotations = [], []
+    entries, annotations = [], []
     with Detector(path, device="cpu") as detector:
-        for number, file in enumerate(sorted(pictures.iterdir())):
+        for number, file in enumerate(sorted(images.iterdir())):
             found = detector(noise(*HW, seed=number), max_det=BOXES)
-            images.append({"id": number, "file_name": str(file), "height": HW[0], "width": HW[1]})
+            entries.append({"id": number, "file_name": str(file), "height": HW[0], "width": HW[1]})
             for (x1, y1, x2, y2), kind in zip(found.boxes.tolist(), found.class_ids.tolist(), strict=True):
                 box = [x1, y1, x2 - x1, y2 - y1]
                 common = {"id": len(annotations) + 1, "image_id": number, "category_id": kind, "iscrowd": 0}
                 annotations.append({**common, "bbox": box, "area": box[2] * box[3]})
         names = detector.info.class_names
     document = {
-        "images": images,
+        "images": entries,
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
     }
     target = path.with_name("instances.json")
     target.write_text(json.dumps(document))
-    return open_dataset(target, images=pictures)
+    return open_dataset(target, images=images)
 
 
-def run(model, pictures, data=None, said=None, **options):
+def run(model, images, data=None, said=None, **options):
     heard = [] if said is None else said
-    return Quantizer(model, open_calibration(pictures), QuantizeOptions(**options), data=data, say=heard.append).run()
+    return Quantizer(model, open_calibration(images), QuantizeOptions(**options), data=data, say=heard.append).run()
 
 
 # --- the layer that was spoiled -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def natural(pictures, data):
+def natural(images, data):
     """What INT8 loses on this network as it is, in AP points."""
-    return run(exported_tiny(), pictures, data).drop
+    return run(exported_tiny(), images, data).drop
 
 
-def test_the_spoiled_layer_is_found_and_spared(pictures, data, natural):
+def test_the_spoiled_layer_is_found_and_spared(images, data, natural):
     allowed = natural.points + MARGIN
-    before = run(spoiled(), pictures, data)
+    before = run(spoiled(), images, data)
     assert before.drop.points > allowed + 10
     said = []
-    result = run(spoiled(), pictures, data, said, max_drop=allowed)
+    result = run(spoiled(), images, data, said, max_drop=allowed)
     assert result.costs[0].layer == SPOILED
     assert result.costs[0].error > 3 * result.costs[1].error
     kept = dict(result.model.info.int8.kept)
@@ -117,13 +117,13 @@ def test_the_spoiled_layer_is_found_and_spared(pictures, data, natural):
     json.dumps(to_record(result), allow_nan=False)
 
 
-def test_nothing_is_spared_where_little_is_lost(pictures, data, natural):
-    result = run(exported_tiny(), pictures, data, max_drop=natural.points + 1)
+def test_nothing_is_spared_where_little_is_lost(images, data, natural):
+    result = run(exported_tiny(), images, data, max_drop=natural.points + 1)
     assert len(result.model.info.int8.kept) == len(result.model.info.heads)
     assert result.costs == () and len(result.trials) == 1
 
 
-def test_what_no_sparing_mends_is_an_error(pictures, data):
+def test_what_no_sparing_mends_is_an_error(images, data):
     class Hopeless(Quantizer):
         """Every INT8 file finds nothing."""
 
@@ -133,108 +133,108 @@ def test_what_no_sparing_mends_is_an_error(pictures, data):
                 report.predictions.clear()
             return report
 
-    pair = (exported_tiny(), open_calibration(pictures))
+    pair = (exported_tiny(), open_calibration(images))
     quantizer = Hopeless(*pair, QuantizeOptions(max_drop=0.3), data=data, say=lambda words: None)
     with pytest.raises(ParityError, match=r"more than 0\.3 AP points even with all layers but one spared"):
         quantizer.run()
 
 
-def test_max_drop_without_labels_is_refused(pictures):
+def test_max_drop_without_labels_is_refused(images):
     with pytest.raises(UsageError, match="nothing to measure it on") as caught:
-        run(exported_tiny(), pictures, max_drop=0.3)
+        run(exported_tiny(), images, max_drop=0.3)
     assert "--data" in caught.value.fix
 
 
 # --- the calibration is kept --------------------------------------------------------------------------------------
 
 
-def test_another_method_needs_no_second_calibration(pictures, tmp_path, monkeypatch):
+def test_another_method_needs_no_second_calibration(images, tmp_path, monkeypatch):
     cache = tmp_path / "ranges.npz"
-    first = run(exported_tiny(), pictures, cache=cache)
+    first = run(exported_tiny(), images, cache=cache)
     monkeypatch.setattr(quantize, "calibrate", None)  # would be called
     said = []
-    second = run(exported_tiny(), pictures, said=said, cache=cache, int8=Int8Options(method="max"))
-    assert f"calibration of {COUNT} pictures from {cache}" in said
+    second = run(exported_tiny(), images, said=said, cache=cache, int8=Int8Options(method="max"))
+    assert f"calibration of {COUNT} images from {cache}" in said
     assert second.model.info.int8.method == "max"
-    assert second.model.info.int8.pictures_sha256 == first.model.info.int8.pictures_sha256
-    again = run(exported_tiny(), pictures, cache=cache)
+    assert second.model.info.int8.images_sha256 == first.model.info.int8.images_sha256
+    again = run(exported_tiny(), images, cache=cache)
     assert again.model.proto.SerializeToString(deterministic=True) == first.model.proto.SerializeToString(
         deterministic=True
     )
 
 
-def test_the_cache_folder_keeps_it_under_the_names_of_model_and_pictures(pictures, monkeypatch, tmp_path):
+def test_the_cache_folder_keeps_it_under_the_names_of_model_and_images(images, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    run(exported_tiny(), pictures)
+    run(exported_tiny(), images)
     assert len(kept := list((tmp_path / "yolov7_deploy" / "calibration").iterdir())) == 1
-    run(spoiled(), pictures)
+    run(spoiled(), images)
     assert len(list(kept[0].parent.iterdir())) == 2
 
 
-def test_a_file_of_another_model_or_of_other_pictures_is_refused(pictures, tmp_path):
+def test_a_file_of_another_model_or_of_other_images_is_refused(images, tmp_path):
     cache = tmp_path / "ranges.npz"
-    run(exported_tiny(), pictures, cache=cache)
+    run(exported_tiny(), images, cache=cache)
     before = cache.read_bytes()
     with pytest.raises(UsageError, match="another model"):
-        run(spoiled(), pictures, cache=cache)
-    with pytest.raises(UsageError, match="other pictures"):
-        run(exported_tiny(), pictures / "0.png", cache=cache)
+        run(spoiled(), images, cache=cache)
+    with pytest.raises(UsageError, match="other images"):
+        run(exported_tiny(), images / "0.png", cache=cache)
     assert cache.read_bytes() == before
 
 
-def test_a_damaged_file_is_an_error_where_it_was_named_and_made_again_where_not(pictures, tmp_path, monkeypatch):
+def test_a_damaged_file_is_an_error_where_it_was_named_and_made_again_where_not(images, tmp_path, monkeypatch):
     named = tmp_path / "ranges.npz"
     named.write_bytes(b"damaged")
     with pytest.raises(LoadError):
-        run(exported_tiny(), pictures, cache=named)
+        run(exported_tiny(), images, cache=named)
     assert named.read_bytes() == b"damaged"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run(exported_tiny(), pictures)
+    run(exported_tiny(), images)
     (kept,) = (tmp_path / "cache" / "yolov7_deploy" / "calibration").iterdir()
     whole = kept.read_bytes()
     kept.write_bytes(whole[: len(whole) // 2])
     said = []
-    run(exported_tiny(), pictures, said=said)
+    run(exported_tiny(), images, said=said)
     assert any(words.startswith("made again") for words in said)
     assert kept.read_bytes() == whole
 
 
-def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_stop(pictures, tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_stop(images, tmp_path, monkeypatch):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, and no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     said = []
-    assert run(exported_tiny(), pictures, said=said).account.int8_convolutions > 0
+    assert run(exported_tiny(), images, said=said).account.int8_convolutions > 0
     assert any("not kept" in words for words in said)
     with pytest.raises(ExportError):
-        run(exported_tiny(), pictures, cache=blocked / "ranges.npz")
+        run(exported_tiny(), images, cache=blocked / "ranges.npz")
 
 
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
-def test_the_passport_says_what_ap_says_and_that_pictures_are_few(pictures, data):
-    notes = run(exported_tiny(), pictures, data).model.info.notes
-    assert any("of the pictures AP is measured on were calibrated on" in note for note in notes)
-    assert any("pictures" in note and "95 % interval" in note for note in notes)
-    assert any("ew pictures (6)" in note for note in notes)
+def test_the_passport_says_what_ap_says_and_that_images_are_few(images, data):
+    notes = run(exported_tiny(), images, data).model.info.notes
+    assert any("of the images AP is measured on were calibrated on" in note for note in notes)
+    assert any("images" in note and "95 % interval" in note for note in notes)
+    assert any("ew images (6)" in note for note in notes)
 
 
-def test_sensitivity_is_found_where_asked_for(pictures):
-    result = run(exported_tiny(), pictures, sensitivity=True)
+def test_sensitivity_is_found_where_asked_for(images):
+    result = run(exported_tiny(), images, sensitivity=True)
     assert len(result.costs) == result.account.int8_convolutions
     assert result.costs[0].layer in describe(result)
     assert result.drop is None and to_record(result)["accuracy"] is None
 
 
-def test_the_same_pictures_under_other_names_are_the_same(pictures, tmp_path):
-    for number, file in enumerate(sorted(pictures.iterdir(), reverse=True)):
+def test_the_same_images_under_other_names_are_the_same(images, tmp_path):
+    for number, file in enumerate(sorted(images.iterdir(), reverse=True)):
         (tmp_path / f"again-{number}.png").write_bytes(Path(file).read_bytes())
-    first, second = (run(exported_tiny(), folder).model.info.int8 for folder in (pictures, tmp_path))
+    first, second = (run(exported_tiny(), folder).model.info.int8 for folder in (images, tmp_path))
     assert first == second
 
 
-def test_the_float32_model_is_judged_once(pictures, data, natural, monkeypatch):
+def test_the_float32_model_is_judged_once(images, data, natural, monkeypatch):
     judged = []
     whole = Quantizer._accuracy
 
@@ -243,7 +243,7 @@ def test_the_float32_model_is_judged_once(pictures, data, natural, monkeypatch):
         return whole(self, model, what)
 
     monkeypatch.setattr(Quantizer, "_accuracy", counted)
-    run(spoiled(), pictures, data, max_drop=natural.points + MARGIN)
+    run(spoiled(), images, data, max_drop=natural.points + MARGIN)
     assert judged == ["fp32", "int8", "int8"]
 
 

@@ -1,1 +1,1 @@
-"""Speed of a Detector: measured, put into words and pictures, compared."""
+"""Speed of a Detector: measured, put into words and images, compared."""

@@ -65,7 +65,7 @@ def measure_speed(
     progress: Progress | None = None,
     on_row: Callable[[SpeedRow], None] | None = None,
 ) -> SpeedReport:
-    """How fast a detector is with these pictures.
+    """How fast a detector is with these images.
 
     For every batch size: a warm-up until times are stable, then turns of `detector.batch` (end to end, with nothing
     measured inside) and `detector.timed` (the spans). For every number of callers: all calling at once, while power
@@ -82,7 +82,7 @@ def measure_speed(
 
     Raises:
         UsageError: A batch size that the file cannot run.
-        DeviceError: The detector gave different results for the same picture, or ran out of memory.
+        DeviceError: The detector gave different results for the same image, or ran out of memory.
     """
     check_batches(detector, options.batches)
     started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -99,7 +99,7 @@ def measure_speed(
     report = replace(
         _described(detector, frames, place),
         rows=tuple(rows),
-        detections_per_picture=round(bench.detections_per_picture, 2),
+        detections_per_image=round(bench.detections_per_image, 2),
         started_at=started_at,
     )
     return replace(report, notes=(*report.notes, *_notes(report, detector)))
@@ -152,14 +152,14 @@ def check_batches(detector: Detector, batches: Sequence[int]) -> None:
         )
         if batch > (largest or LARGEST_BATCH):
             if largest is None:
-                why, larger = f"a Detector lets at most {LARGEST_BATCH} pictures enter", f"--batch {LARGEST_BATCH}"
+                why, larger = f"a Detector lets at most {LARGEST_BATCH} images enter", f"--batch {LARGEST_BATCH}"
             else:
                 why = f"{path} takes at most {largest}"
             raise UsageError(f"--batch {batch}: {why} at once.", fix=larger)
         if fixed is not None and batch < fixed:
             raise UsageError(
                 f"--batch {batch}: {path} has a fixed batch of {fixed} and would be filled up, so that the time of "
-                f"{fixed} pictures would be measured.",
+                f"{fixed} images would be measured.",
                 fix=f"--batch {fixed}, or export one of this size:  {larger}",
             )
 
@@ -185,7 +185,7 @@ class _Bench:
         self._total = _PARTS * len(options.batches) * (1 + len(options.threads))
         self._done = 0
         self._answers = Answers(detector.thresholds.conf)
-        self.detections_per_picture = 0.0
+        self.detections_per_image = 0.0
 
     def rows(self) -> Iterator[SpeedRow]:
         """Each row as soon as it is complete."""
@@ -242,7 +242,7 @@ class _Bench:
         )
         load = others.share()
         answers.check()
-        self.detections_per_picture = answers.mean_count()
+        self.detections_per_image = answers.mean_count()
         times = [span_time(name, values) for name, values in spans.items()]
         spans_of_a_call = (*times, span_time("end_to_end", whole))
         return _Latency(warmup=warmup, calls=len(whole), spans=spans_of_a_call, other_load=load)
@@ -256,14 +256,14 @@ class _Bench:
         self._answers.check()
         rate = batch * together.calls / together.seconds
         host_peak, gpu_peak = self._meters.look_at_memory()
-        energy, energy_absent = self._meters.energy(reading, pictures_per_second=rate)
+        energy, energy_absent = self._meters.energy(reading, images_per_second=rate)
         return SpeedRow(
             batch=batch,
             threads=threads,
             calls=latency.calls,
-            pictures=round(together.calls * batch),
+            images=round(together.calls * batch),
             seconds=together.seconds,
-            pictures_per_second=rate,
+            images_per_second=rate,
             spans=latency.spans,
             warmup_calls=latency.warmup.calls,
             warmup_s=latency.warmup.seconds,
@@ -310,7 +310,7 @@ def _settings(detector: Detector) -> tuple[tuple[str, str], ...]:
 def _notes(report: SpeedReport, detector: Detector) -> Iterator[str]:
     """What a reader should know of the numbers."""
     yield from detector.info.notes
-    if not report.detections_per_picture:
+    if not report.detections_per_image:
         yield "nothing was found in these frames, so suppression and drawing up results had nothing to do"
     if detector.info.nms is not None:
         yield "suppression is inside the file: it counts as engine time"

@@ -1,4 +1,4 @@
-"""Speed against accuracy as a picture, in the manner of the paper's figure 1, with what was measured on it."""
+"""Speed against accuracy as an image, in the manner of the paper's figure 1, with what was measured on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.paper import PAPER, TABLE_2, VARIANTS, PaperRow
 
 DPI = 160
-WIDTH, HEIGHT, LEAST_AXES = 10.0, 6.25, 3.4  # of the picture and the axes, in inches
+WIDTH, HEIGHT, LEAST_AXES = 10.0, 6.25, 3.4  # of the image and the axes, in inches
 # Wong's palette (Nature Methods 8, 441, 2011), which colour-blind readers can tell apart. The paper has the blue.
 PAPER_COLOUR = "#0072B2"
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
@@ -41,7 +41,7 @@ ORIGINS = {
     "unknown": "AP not known at this size: only its time, at the foot",
 }
 ENGINE = "engine: the network, and suppression where the file has it"
-END_TO_END = "end to end: from a picture in memory to its boxes"
+END_TO_END = "end to end: from an image in memory to its boxes"
 # All times in between: the linear axis of the paper, whose slowest real-time detector takes 29 ms.
 LINEAR_MS = (0.8, 40.0)
 ENGINE_SIZE, END_TO_END_SIZE, PAPER_SIZE = 6.5, 10.0, 5.0  # of markers, in points
@@ -88,7 +88,7 @@ def speed_accuracy_chart(reports: Sequence[SpeedReport], path: Path) -> None:
 
     It has 1600 x 1000 pixels, and is higher where many reports need a long legend. AP is what was measured with a
     report's file; else that of the paper's row the report stands beside, where sizes agree, which is drawn
-    differently; a report without either shows its time only. One without a row of batch 1 is named below the picture.
+    differently; a report without either shows its time only. One without a row of batch 1 is named below the image.
     The time axis is linear like the paper's, and logarithmic where times are far apart. Same reports, same bytes; the
     file appears complete or not at all, and folders are made.
 
@@ -211,14 +211,14 @@ def _set_axes(axes: Axes, points: Sequence[_Point]) -> None:
     precisions = [*(point.ap for point in points if point.ap is not None), *(y for _, y in map(_spot, rows))]
     if all(LINEAR_MS[0] <= time <= LINEAR_MS[1] for time in ours):
         axes.set_xlim(0.0, 1.06 * max(times))
-        axes.set_xlabel("time of one picture, batch 1 (ms)")
+        axes.set_xlabel("time of one image, batch 1 (ms)")
     else:
         axes.set_xscale("log")
         axes.set_xlim(min(times) / 1.35, 1.35 * max(times))
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("time of one picture, batch 1 (ms, logarithmic)")
+        axes.set_xlabel("time of one image, batch 1 (ms, logarithmic)")
     room = 0.05 * (max(precisions) - min(precisions))
     foot = 2 * room if any(point.ap is None for point in points) else 0.0
     axes.set_ylim(min(precisions) - room - foot, max(precisions) + 1.5 * room)

@@ -232,7 +232,7 @@ def _warnings(old: SpeedReport, new: SpeedReport, rows: int) -> Iterator[str]:
         ("network input", old.input_hw, new.input_hw),
         ("size of the frames", old.frame_hw, new.frame_hw),
         ("frames", old.frames, new.frames),
-        ("detections a picture", old.detections_per_picture, new.detections_per_picture),
+        ("detections an image", old.detections_per_image, new.detections_per_image),
     )
     yield from (f"{what}: {before} then, {now} now" for what, before, now in facts if before != now)
     earlier, later = dict((*old.environment, *old.settings)), dict((*new.environment, *new.settings))

@@ -1,4 +1,4 @@
-"""Whether a detector gives the same results to the same pictures from the first call to the last."""
+"""Whether a detector gives the same results to the same images from the first call to the last."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError
 
-# Two calls with one picture differ by no more, even where a GPU adds in another order.
+# Two calls with one image differ by no more, even where a GPU adds in another order.
 SAME_SCORE = 0.02
-SAME_PLACE = 0.01  # of the picture's longer side
+SAME_PLACE = 0.01  # of the image's longer side
 
 
 class Answers:
-    """The first and the latest results of calls with the same pictures, by a number that the caller chooses.
+    """The first and the latest results of calls with the same images, by a number that the caller chooses.
 
     Args:
         conf: The threshold; what scores nearly this may come and go.
@@ -40,10 +40,10 @@ class Answers:
         for (number, caller), latest in self._latest.items():
             for place, (now, before) in enumerate(zip(latest, self._first[number], strict=True)):
                 if not same_detections(now, before, conf=self._conf):
-                    raise _unsteady(before, now, f"picture {place + 1} of batch {number + 1}, caller {caller + 1}")
+                    raise _unsteady(before, now, f"image {place + 1} of batch {number + 1}, caller {caller + 1}")
 
     def mean_count(self) -> float:
-        """Detections a picture, of the first results."""
+        """Detections an image, of the first results."""
         return float(np.mean([len(one) for found in self._first.values() for one in found]))
 
 
@@ -61,7 +61,7 @@ def same_detections(a: Detections, b: Detections, *, conf: float) -> bool:
 def _unsteady(before: Detections, now: Detections, which: str) -> DeviceError:
     moved = ", in other places" if len(before) == len(now) else ""
     return DeviceError(
-        f"The same picture gave {len(before)} detections first ({before.describe()}) and {len(now)} later "
+        f"The same image gave {len(before)} detections first ({before.describe()}) and {len(now)} later "
         f"({now.describe()}{moved}): {which}. The times of such a detector mean nothing.",
         fix="Look for the difference:  y7 verify --weights WEIGHTS.pt --against FILE",
     )

@@ -62,7 +62,7 @@ class Meters:
         if watch is not None:
             reading.clocks = watch.state
 
-    def energy(self, reading: Reading, *, pictures_per_second: float) -> tuple[Energy | None, str]:
+    def energy(self, reading: Reading, *, images_per_second: float) -> tuple[Energy | None, str]:
         """The reading as energy, or why there is none."""
         if self._meter is None:
             return None, self._why_not
@@ -72,7 +72,7 @@ class Meters:
             source=self._meter.source,
             watts=reading.watts,
             idle_watts=self.idle_watts,
-            joules_per_picture=reading.watts / pictures_per_second,
+            joules_per_image=reading.watts / images_per_second,
             samples=reading.samples,
         )
         return energy, ""

@@ -46,14 +46,14 @@ class Energy:
         source: What measured it, and what it covers: `NVML (GPU board)`, `INA3221 VDD_IN`, `RAPL (processor package)`.
         watts: Mean power while the calls ran.
         idle_watts: Mean power just before, with the model loaded and nothing running; `None` where not measured.
-        joules_per_picture: Mean power divided by throughput, idle power included.
+        joules_per_image: Mean power divided by throughput, idle power included.
         samples: Readings behind the mean.
     """
 
     source: str
     watts: float
     idle_watts: float | None
-    joules_per_picture: float
+    joules_per_image: float
     samples: int
 
 
@@ -62,11 +62,11 @@ class SpeedRow:
     """One batch size with one number of threads.
 
     Attributes:
-        batch: Pictures that enter the network together.
+        batch: Images that enter the network together.
         threads: Callers at the same time.
         calls: End to end, by a single caller: what the percentiles are of.
-        pictures, seconds: Done by all callers together, and how long that took.
-        pictures_per_second: Of all threads together, end to end.
+        images, seconds: Done by all callers together, and how long that took.
+        images_per_second: Of all threads together, end to end.
         spans: One for each of `SPANS`, of a single caller; rows of one batch size share them.
         other_load: Share of the machine's processor time that other programs had meanwhile, 0 to 1; `None` where the
             system does not tell.
@@ -83,9 +83,9 @@ class SpeedRow:
     batch: int
     threads: int
     calls: int
-    pictures: int
+    images: int
     seconds: float
-    pictures_per_second: float
+    images_per_second: float
     spans: tuple[SpanTime, ...]
     warmup_calls: int
     warmup_s: float
@@ -111,7 +111,7 @@ class PaperSpeed:
         model, size, source: Which row.
         device: `V100`.
         fps: Batch 1, `None` where the paper has none.
-        batch32_ms: Milliseconds a picture at batch 32.
+        batch32_ms: Milliseconds an image at batch 32.
         ap: On val2017, in percent.
         span: What its times include, in words.
     """
@@ -138,11 +138,11 @@ class SpeedReport:
         machine: Name of what it ran on, such as `NVIDIA H200` or the processor's name.
         environment: Versions and facts by name, for the reader and for telling two reports apart.
         input_hw: Of the network.
-        frame_hw: Of the pictures given.
-        frames: Where the pictures came from, in words.
+        frame_hw: Of the images given.
+        frames: Where the images came from, in words.
         settings: How it was measured, by name: CUDA graph, transfers, waiting, threads of the runtime.
         rows: One for each batch size and number of threads.
-        detections_per_picture: Mean; suppression takes longer the more there is to suppress. `None` where not told.
+        detections_per_image: Mean; suppression takes longer the more there is to suppress. `None` where not told.
         paper: The paper's row, where it was asked for.
         ap: Average precision (0 to 1) measured with this artifact, and `ap_source` where that is written and
             of how many images, where they are not the whole of val2017.
@@ -165,7 +165,7 @@ class SpeedReport:
     frames: str
     settings: tuple[tuple[str, str], ...]
     rows: tuple[SpeedRow, ...]
-    detections_per_picture: float | None = None
+    detections_per_image: float | None = None
     paper: PaperSpeed | None = None
     ap: float | None = None
     ap_source: str = ""

@@ -9,7 +9,7 @@ from yolov7_deploy.benchmark.comparison import Comparison, Difference
 from yolov7_deploy.benchmark.report import SPANS, PaperSpeed, SpeedReport, SpeedRow
 
 WIDE = 1.1  # an interval that goes further to both sides cannot tell a tenth from nothing
-_COLUMNS = ("batch", "callers", "p50", "p90", "p99", *SPANS[:-1], "pictures/s", "J/picture", "memory")
+_COLUMNS = ("batch", "callers", "p50", "p90", "p99", *SPANS[:-1], "images/s", "J/image", "memory")
 
 
 def describe_speed(report: SpeedReport) -> str:
@@ -56,8 +56,8 @@ def describe_comparison(comparison: Comparison) -> str:
 
 
 def _found_words(report: SpeedReport) -> str:
-    count = report.detections_per_picture
-    return "" if count is None else f"; {count:g} detections a picture"
+    count = report.detections_per_image
+    return "" if count is None else f"; {count:g} detections an image"
 
 
 def _row_cells(row: SpeedRow) -> list[object]:
@@ -68,8 +68,8 @@ def _row_cells(row: SpeedRow) -> list[object]:
         row.threads,
         *map(_ms, (whole.p50, whole.p90, whole.p99)),
         *(_ms(row.span(name).p50) if row.span(name).p50 else None for name in SPANS[:-1]),
-        f"{row.pictures_per_second:.4g}",
-        None if row.energy is None else f"{row.energy.joules_per_picture:.3g}",
+        f"{row.images_per_second:.4g}",
+        None if row.energy is None else f"{row.energy.joules_per_image:.3g}",
         f"{memory / 1e6:.0f} MB {'host' if row.gpu_peak_bytes is None else 'GPU'}",
     ]
 
@@ -121,8 +121,8 @@ def _beside_paper(report: SpeedReport, paper: PaperSpeed) -> str:
             rows.append(
                 [
                     f"{'network' if span == 'engine' else 'end to end'}, batch {row.batch}",
-                    f"{_ms(ours)} ms, {1e3 * row.batch / ours:.4g} pictures/s",
-                    f"{_ms(shown)} ms, {1e3 * row.batch / shown:.4g} pictures/s" if shown else "not given",
+                    f"{_ms(ours)} ms, {1e3 * row.batch / ours:.4g} images/s",
+                    f"{_ms(shown)} ms, {1e3 * row.batch / shown:.4g} images/s" if shown else "not given",
                     f"{ours / shown:.3g}x its time" if shown else None,
                 ]
             )
@@ -137,8 +137,8 @@ def _beside_paper(report: SpeedReport, paper: PaperSpeed) -> str:
         "ratio",
     ]
     given = [
-        *([f"{paper.fps:g} pictures/s at batch 1"] if paper.fps else []),
-        *([f"{paper.batch32_ms:g} ms a picture at batch 32"] if paper.batch32_ms else []),
+        *([f"{paper.fps:g} images/s at batch 1"] if paper.fps else []),
+        *([f"{paper.batch32_ms:g} ms an image at batch 32"] if paper.batch32_ms else []),
     ]
     lines = [
         table(rows, columns, f"{paper.model} in the paper ({paper.source})"),

@@ -25,7 +25,7 @@ DEFAULTS = BenchOptions()
 RUNS = Path("runs/bench")
 
 Batch = Annotated[
-    str | None, typer.Option("--batch", "--batch-size", help="Pictures of a call: 1, or several as 1,8,32.")
+    str | None, typer.Option("--batch", "--batch-size", help="Images of a call: 1, or several as 1,8,32.")
 ]
 Threads = Annotated[str, typer.Option("--threads", help="Callers at the same time: 1, or several as 1,4.")]
 Device = Annotated[
@@ -33,10 +33,10 @@ Device = Annotated[
     typer.Option("--device", help="auto, cpu, cuda:0, 0, or a kind of machine with its conventions: v100, jetson."),
 ]
 SourceText = Annotated[
-    str | None, typer.Option("--source", "-s", help="Measure with these pictures, as in y7 detect; else a drawn one.")
+    str | None, typer.Option("--source", "-s", help="Measure with these images, as in y7 detect; else a drawn one.")
 ]
 FrameText = Annotated[
-    str | None, typer.Option("--frame", help="Width x height of the drawn picture (default: 1920x1080).")
+    str | None, typer.Option("--frame", help="Width x height of the drawn image (default: 1920x1080).")
 ]
 Duration = Annotated[float, typer.Option("--duration", help="Seconds of each part of a row: latency, then throughput.")]
 Warmup = Annotated[float, typer.Option("--warmup", help="Seconds after which the warm-up ends in any case.")]
@@ -218,7 +218,7 @@ def parse_frame(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"\s*([1-9][0-9]{0,5})[xX, ]([1-9][0-9]{0,5})\s*", text)
     if match is None or max(int(match[1]), int(match[2])) > MAX_FRAME_SIDE:
         raise UsageError(
-            f"--frame {text} is no size of a picture of at most {MAX_FRAME_SIDE} pixels a side.",
+            f"--frame {text} is no size of an image of at most {MAX_FRAME_SIDE} pixels a side.",
             fix="Width x height, for example: --frame 1920x1080",
         )
     return int(match[2]), int(match[1])
@@ -230,7 +230,7 @@ def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
     if source is None:
         return drawn_frames(hw or DRAWN_HW)
     if hw is not None:
-        raise UsageError("--frame is the size of the drawn picture; --source brings its own.", fix="Leave one out.")
+        raise UsageError("--frame is the size of the drawn image; --source brings its own.", fix="Leave one out.")
     return read_frames(source)
 
 

@@ -20,14 +20,14 @@ def demo(
         ),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--source", "-s", help="With --weights: a picture, instead of a drawn one.")
+        Path | None, typer.Option("--source", "-s", help="With --weights: an image, instead of a drawn one.")
     ] = None,
     save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for everything it writes.")] = Path("demo"),
 ) -> None:
     """Show the whole way on this machine: export, verify, measure, detect."""
     if weights is None and source is not None:
         raise UsageError(
-            "The network that comes along finds generated shapes only, nothing in a picture of yours.",
+            "The network that comes along finds generated shapes only, nothing in an image of yours.",
             fix=f"y7 demo --weights yolov7 --source {source}",
         )
     from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo

@@ -1,4 +1,4 @@
-"""`y7 detect`: pictures, videos, cameras and streams in; drawn pictures, labels and JSON out."""
+"""`y7 detect`: images, videos, cameras and streams in; drawn images, labels and JSON out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SourceText = Annotated[
     typer.Option(
         "--source",
         "-s",
-        help="Picture, folder, 'pattern', video, camera number, rtsp:// or http:// address, or .txt list of these.",
+        help="Image, folder, 'pattern', video, camera number, rtsp:// or http:// address, or .txt list of these.",
     ),
 ]
 Classes = Annotated[
@@ -59,8 +59,8 @@ SaveDir = Annotated[
 ]
 SaveTxt = Annotated[bool, typer.Option("--save-txt", help="Write YOLO label files to labels/.")]
 SaveConf = Annotated[bool, typer.Option("--save-conf", help="With --save-txt: add the score to each line.")]
-View = Annotated[bool, typer.Option("--view", "--view-img", help="Show each picture; any key goes on, q or Esc ends.")]
-NoSave = Annotated[bool, typer.Option("--nosave", help="Write no drawn pictures and videos.")]
+View = Annotated[bool, typer.Option("--view", "--view-img", help="Show each image; any key goes on, q or Esc ends.")]
+NoSave = Annotated[bool, typer.Option("--nosave", help="Write no drawn images and videos.")]
 
 
 def detect(
@@ -83,7 +83,7 @@ def detect(
     view: View = False,
     nosave: NoSave = False,
 ) -> None:
-    """Find objects in pictures, videos, cameras or streams."""
+    """Find objects in images, videos, cameras or streams."""
     check_thresholds(conf=conf, iou=iou, max_det=max_det)
     wanted, input_size = split_classes(classes), parse_img(img)
 

@@ -58,8 +58,8 @@ Simplify = Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run on
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare ONNX Runtime with torch before the file is kept.")
 ]
-Picture = Annotated[
-    Path | None, typer.Option("--picture", help="Verify, and find what half can hold, on this one, not a drawn one.")
+Image = Annotated[
+    Path | None, typer.Option("--image", help="Verify, and find what half can hold, on this one, not a drawn one.")
 ]
 End2end = Annotated[bool, typer.Option("--end2end", help="Same as --nms efficient.", hidden=True)]
 Grid = Annotated[bool, typer.Option("--grid", help="Decoding is always inside.", hidden=True)]
@@ -94,7 +94,7 @@ def export(
     opset: Opset = DEFAULTS.opset,
     simplify: Simplify = DEFAULTS.simplify,
     verify: Verify = True,
-    picture: Picture = None,
+    image: Image = None,
     end2end: End2end = False,
     grid: Grid = False,
     engine: MakeEngine = False,
@@ -126,7 +126,7 @@ def export(
     build = _engine_options(target, plugin, workspace, opt_level, max_batch, asked=engine)
     to_stderr = json_path == "-"
     on = None if build is None else _find_tensorrt(build)
-    report = _run(weights, output, options, number_type, request, verify=verify, picture=picture, to_stderr=to_stderr)
+    report = _run(weights, output, options, number_type, request, verify=verify, image=image, to_stderr=to_stderr)
     _finish(report, None if build is None else _build(report.path, build, on, to_stderr=to_stderr), json_path)
 
 
@@ -173,7 +173,7 @@ def _run(
     int8: Int8Request | None,
     *,
     verify: bool,
-    picture: Path | None,
+    image: Path | None,
     to_stderr: bool,
 ) -> ExportReport:
     from yolov7_deploy._console import progress
@@ -181,7 +181,7 @@ def _run(
     from yolov7_deploy.image import read_image
     from yolov7_deploy.workflows.export import export_weights
 
-    pictures = [read_image(picture)] if picture else []
+    images = [read_image(image)] if image else []
     with progress("download") as show:
         path = find_weights(weights, progress=show)
     report = export_weights(
@@ -191,7 +191,7 @@ def _run(
         precision=precision,
         int8=int8,
         verify=verify,
-        pictures=pictures,
+        images=images,
         say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
     )
     typer.echo(describe(report), err=to_stderr)
@@ -201,7 +201,7 @@ def _run(
 def _int8_request(
     calib: Path | None, data: Path | None, max_drop: float | None, *, is_int8: bool
 ) -> Int8Request | None:
-    """Opens the pictures before the export, which takes long."""
+    """Opens the images before the export, which takes long."""
     options = asked_for_int8(calib, data=data, max_drop=max_drop, is_int8=is_int8)
     if options is None or calib is None:
         return None
@@ -209,7 +209,7 @@ def _int8_request(
     from yolov7_deploy.precision.calibration_images import open_calibration
     from yolov7_deploy.workflows.export import Int8Request
 
-    return Int8Request(pictures=open_calibration(calib), options=options, data=open_data(data, None), show=progress)
+    return Int8Request(images=open_calibration(calib), options=options, data=open_data(data, None), show=progress)
 
 
 def _engine_options(
@@ -292,7 +292,7 @@ def describe(report: ExportReport) -> str:
             + ("every class of a box" if kept.multi_label else "best class of a box")
             + ("; conf and iou can be changed at run time" if kept.runtime_thresholds else "")
         )
-    parts.append(f"Try it:  y7 detect --weights {report.path} --source PICTURE")
+    parts.append(f"Try it:  y7 detect --weights {report.path} --source IMAGE")
     return "\n".join(parts)
 
 

@@ -30,7 +30,7 @@ Iou = Annotated[
 ]
 MaxDet = Annotated[
     int | None,
-    typer.Option("--max-det", "--topk-all", help=f"At most this many boxes a picture {OWN.format(DEFAULTS.max_det)}."),
+    typer.Option("--max-det", "--topk-all", help=f"At most this many boxes an image {OWN.format(DEFAULTS.max_det)}."),
 ]
 Img = Annotated[
     str | None,

@@ -21,7 +21,7 @@ DEFAULTS = Int8Options()
 
 Calib = Annotated[
     Path | None,
-    typer.Option("--calib", help="Pictures to find ranges on: folder, list, pattern, dataset YAML, COCO JSON, video."),
+    typer.Option("--calib", help="Images to find ranges on: folder, list, pattern, dataset YAML, COCO JSON, video."),
 ]
 CALIB_LIMIT = 512
 CalibLimit = Annotated[int, typer.Option("--calib-limit", help="At most so many of them, evenly spaced.")]
@@ -32,7 +32,7 @@ Method = Annotated[
     str, typer.Option("--method", help="How ranges are chosen from histograms: mse, percentile, entropy or max.")
 ]
 Data = Annotated[
-    Path | None, typer.Option("--data", help="Other pictures, with labels, for AP: dataset YAML or COCO JSON.")
+    Path | None, typer.Option("--data", help="Other images, with labels, for AP: dataset YAML or COCO JSON.")
 ]
 MaxDrop = Annotated[
     float | None,
@@ -40,10 +40,10 @@ MaxDrop = Annotated[
 ]
 Spare = Annotated[list[str] | None, typer.Option("--spare", help="A layer that stays float; may be given often.")]
 
-NO_PICTURES = UsageError(
-    "INT8 needs sample pictures: the range of each tensor is measured on them, and ranges of random numbers or of no "
-    "pictures clip what real ones show.",
-    fix="Add  --calib FOLDER  with 100 to 500 pictures like those to come; not those AP is measured on.",
+NO_IMAGES = UsageError(
+    "INT8 needs sample images: the range of each tensor is measured on them, and ranges of random numbers or of no "
+    "images clip what real ones show.",
+    fix="Add  --calib FOLDER  with 100 to 500 images like those to come; not those AP is measured on.",
 )
 
 
@@ -53,7 +53,7 @@ def quantize(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME-int8.onnx here.")] = None,
     method: Method = DEFAULTS.method,
     data: Data = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first so many pictures.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first so many images.")] = None,
     max_drop: MaxDrop = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Find what INT8 costs in each layer; takes minutes.")
@@ -70,7 +70,7 @@ def quantize(
 ) -> None:
     """Make an INT8 file of a float32 ONNX file, and say what it costs."""
     if calib is None:
-        raise NO_PICTURES
+        raise NO_IMAGES
     options = QuantizeOptions(
         int8=Int8Options(method=method, rest=rest, spare=dict.fromkeys(spare or (), "asked for with --spare")),
         max_drop=max_drop,
@@ -109,14 +109,14 @@ def asked_for_int8(
     """How an export quantises, if at all.
 
     Raises:
-        UsageError: INT8 without pictures, or an option of INT8 without it.
+        UsageError: INT8 without images, or an option of INT8 without it.
     """
     given = {"--calib": calib, "--data": data, "--max-drop": max_drop}
     typed = [f"{name} {value}" for name, value in given.items() if value is not None]
     if typed and not is_int8:
         raise UsageError(f"{typed[0]} is about INT8, and no INT8 is asked for.", fix="Add  --int8")
     if is_int8 and calib is None:
-        raise NO_PICTURES
+        raise NO_IMAGES
     return QuantizeOptions(max_drop=max_drop) if is_int8 else None
 
 
@@ -142,7 +142,7 @@ def _check_place(place: Path) -> None:
 
 
 def open_data(data: Path | None, limit: int | None) -> Dataset | None:
-    """The pictures AP is measured on, if any."""
+    """The images AP is measured on, if any."""
     if data is None:
         return None
     from yolov7_deploy.datasets import open_dataset
@@ -164,10 +164,10 @@ def run(
     from yolov7_deploy.precision.calibration_images import open_calibration
     from yolov7_deploy.workflows.quantize import Quantizer
 
-    pictures = open_calibration(calib, limit=limit)
+    images = open_calibration(calib, limit=limit)
     return Quantizer(
         model,
-        pictures,
+        images,
         options,
         data=data,
         say=lambda words: typer.echo(words, err=to_stderr),

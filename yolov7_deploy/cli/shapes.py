@@ -9,11 +9,11 @@ import typer
 
 
 def shapes(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for pictures, labels and YAML.")],
-    train: Annotated[int, typer.Option("--train", help="Pictures for training.")] = 2000,
-    val: Annotated[int, typer.Option("--val", help="Pictures for validation.")] = 200,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for images, labels and YAML.")],
+    train: Annotated[int, typer.Option("--train", help="Images for training.")] = 2000,
+    val: Annotated[int, typer.Option("--val", help="Images for validation.")] = 200,
     img: Annotated[int, typer.Option("--img", "--img-size", "--imgsz", help="Their height and width.")] = 320,
-    seed: Annotated[int, typer.Option("--seed", help="Another one gives other pictures.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Another one gives other images.")] = 0,
 ) -> None:
     """Generate a dataset of textured shapes, to try training on."""
     from yolov7_deploy._console import progress
@@ -21,5 +21,5 @@ def shapes(
 
     with progress("shapes") as show:
         path = write_shapes(output, train=train, val=val, size=img, seed=seed, progress=show)
-    typer.echo(f"{path}: {train} pictures for training, {val} for validation; {', '.join(CLASS_NAMES)}")
+    typer.echo(f"{path}: {train} images for training, {val} for validation; {', '.join(CLASS_NAMES)}")
     typer.echo(f"To train on them:  y7 train --data {path} --img {img}")

@@ -40,14 +40,14 @@ Hyp = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One value of the recipe, as lr0=0.001; repeatable.")]
 ShowHyp = Annotated[bool, typer.Option("--show-hyp", help="Print the recipe as a file, and end.")]
-Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training pictures.")]
-BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", help="Pictures of a step, of all processes.")]
-NominalBatch = Annotated[int, typer.Option("--nominal-batch", help="Pictures whose gradients make an update.")]
+Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training images.")]
+BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", help="Images of a step, of all processes.")]
+NominalBatch = Annotated[int, typer.Option("--nominal-batch", help="Images whose gradients make an update.")]
 Img = Annotated[str, typer.Option("--img", "--img-size", "--imgsz", help="Input side.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0; several GPUs: start with torchrun.")]
-Workers = Annotated[int, typer.Option("--workers", help="Processes that prepare pictures; 0 is none.")]
+Workers = Annotated[int, typer.Option("--workers", help="Processes that prepare images; 0 is none.")]
 Cache = Annotated[
-    float | None, typer.Option("--cache", help="GiB for prepared pictures (default: a quarter of what is free).")
+    float | None, typer.Option("--cache", help="GiB for prepared images (default: a quarter of what is free).")
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the training in --save-dir, or with the newest, as it was begun.")
@@ -60,9 +60,9 @@ Freeze = Annotated[
 Classes = Annotated[str | None, typer.Option("--classes", help="Only these: names or numbers, 'person,dog' or '0 16'.")]
 SingleClass = Annotated[bool, typer.Option("--single-cls", help="All boxes are of one class.")]
 MultiScale = Annotated[bool, typer.Option("--multi-scale", help="Sizes from half to one and a half of --img.")]
-Rect = Annotated[bool, typer.Option("--rect", help="Pictures of one shape together, without mosaic.")]
+Rect = Annotated[bool, typer.Option("--rect", help="Images of one shape together, without mosaic.")]
 CloseMosaic = Annotated[int, typer.Option("--close-mosaic", help="Last epochs without mosaic, mixup and pasting.")]
-ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Pictures of badly found classes more often.")]
+ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Images of badly found classes more often.")]
 AutoAnchor = Annotated[bool, typer.Option("--autoanchor/--noautoanchor", help="Fit anchors if they reach too little.")]
 Half = Annotated[
     bool | None,
@@ -72,7 +72,7 @@ Adam = Annotated[bool, typer.Option("--adam", help="AdamW instead of SGD.")]
 LinearLr = Annotated[bool, typer.Option("--linear-lr", help="The rate falls linearly instead of as a cosine.")]
 SyncBn = Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm over all processes.")]
 RebaseBn = Annotated[
-    bool, typer.Option("--rebase-bn/--no-rebase-bn", help="With --weights: BatchNorm statistics of these pictures.")
+    bool, typer.Option("--rebase-bn/--no-rebase-bn", help="With --weights: BatchNorm statistics of these images.")
 ]
 Patience = Annotated[int, typer.Option("--patience", help="End after so many epochs without progress; 0 is never.")]
 ValEvery = Annotated[int, typer.Option("--val-every", help="Epochs from one validation to the next; 0: only the last.")]

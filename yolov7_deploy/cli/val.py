@@ -36,11 +36,11 @@ def val(
     data: Annotated[Path, typer.Option("--data", help="Dataset YAML, or a COCO instances JSON.")],
     weights: Weights = "yolov7",
     images: Annotated[
-        Path | None, typer.Option("--images", help="Picture folder of a JSON; guessed where it is in a usual place.")
+        Path | None, typer.Option("--images", help="Image folder of a JSON; guessed where it is in a usual place.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Part of the dataset: val, test or train.")] = "val",
     img: Img = None,
-    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Pictures that run together.")] = DEFAULTS.batch,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Images that run together.")] = DEFAULTS.batch,
     rect: Annotated[
         bool | None,
         typer.Option("--rect/--no-rect", help="Published protocol or plain letterbox; rect where the model allows it."),
@@ -50,9 +50,9 @@ def val(
         float, typer.Option("--iou", "--iou-thres", help="Suppress boxes that overlap a better one by more than this.")
     ] = DEFAULTS.iou,
     max_det: Annotated[
-        int, typer.Option("--max-det", "--topk-all", help="At most this many boxes a picture.")
+        int, typer.Option("--max-det", "--topk-all", help="At most this many boxes an image.")
     ] = DEFAULTS.max_det,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many pictures.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many images.")] = None,
     device: Device = "auto",
     half: Half = None,
     json_path: JsonPath = None,
@@ -107,7 +107,7 @@ def describe(report: AccuracyReport, *, per_class: bool) -> str:
     remarks += [f"skipped {item.path}: {item.reason}" for item in report.skipped]
     parts += remarks[:MAX_REMARKS]
     if len(remarks) > MAX_REMARKS:
-        parts.append(f"and {len(remarks) - MAX_REMARKS} more notes and skipped pictures: all of them are in --json")
+        parts.append(f"and {len(remarks) - MAX_REMARKS} more notes and skipped images: all of them are in --json")
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""`y7 verify`: the same pictures through several forms of a model, and where they part."""
+"""`y7 verify`: the same images through several forms of a model, and where they part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def verify(
         str, typer.Option("--weights", "-w", help="The form to trust: a file or an official name.")
     ] = "yolov7",
     images: Annotated[
-        Path | None, typer.Option("--images", "--source", help="Pictures to compare on; a drawn one without it.")
+        Path | None, typer.Option("--images", "--source", help="Images to compare on; a drawn one without it.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Also measure AP of each form: dataset YAML or instances JSON.")
@@ -29,7 +29,7 @@ def verify(
     max_drop: Annotated[
         float, typer.Option("--max-drop", help="AP points (of 100) a form may lose; more is exit code 1.")
     ] = 0.3,
-    limit: Annotated[int, typer.Option("--limit", help="At most so many pictures.")] = 16,
+    limit: Annotated[int, typer.Option("--limit", help="At most so many images.")] = 16,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")] = "cpu",
     json_path: JsonPath = None,
 ) -> None:
@@ -67,7 +67,7 @@ def describe(result: Verification) -> str:
             [row.weights, row.precision, f"{row.ap:.4f}", f"{row.ap50:.4f}", f"{(row.ap - reference) * 100:+.2f}"]
             for row in result.accuracy
         ]
-        parts.append(table(rows, ["form", "precision", "AP", "AP50", "points"], f"AP on {result.images} pictures"))
+        parts.append(table(rows, ["form", "precision", "AP", "AP50", "points"], f"AP on {result.images} images"))
     return "\n".join(parts)
 
 
@@ -83,5 +83,5 @@ def stage_table(report: ParityReport) -> str:
             shown = None if limit is None else f"{limit:g}"
             note = stage.note if number == 0 else ""
             rows.append([stage.stage if number == 0 else "", name, f"{difference:.2g}", shown, holds, note])
-    title = f"{report.against} against {report.reference}, {report.pictures} picture{'s' * (report.pictures > 1)}"
+    title = f"{report.against} against {report.reference}, {report.images} image{'s' * (report.images > 1)}"
     return table(rows, ["stage", "worst", "difference", "limit", "", "on"], title)

@@ -32,10 +32,10 @@ def open_dataset(
 
     Args:
         data: The JSON or YAML file.
-        images: Picture folder of a JSON; without it the usual places beside the file are tried.
+        images: Image folder of a JSON; without it the usual places beside the file are tried.
         split: Which part of a YAML, and which folder to guess for a JSON.
-        limit: Only the first so many pictures.
-        cache: Of label files and picture headers read only those that have changed since the last time, and keep what
+        limit: Only the first so many images.
+        cache: Of label files and image headers read only those that have changed since the last time, and keep what
             they say in the user's cache folder. Headers are then read at once, not when a size is asked for.
 
     Raises:

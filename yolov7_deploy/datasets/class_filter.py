@@ -16,9 +16,9 @@ LEFT_OUT = -1
 
 
 def with_classes(dataset: Dataset, names_or_ids: Sequence[str | int]) -> Dataset:
-    """The same pictures with boxes of the chosen classes only, numbered from 0 in the order given.
+    """The same images with boxes of the chosen classes only, numbered from 0 in the order given.
 
-    Pictures that lose all of their boxes stay, as background.
+    Images that lose all of their boxes stay, as background.
 
     Args:
         dataset: Not changed.
@@ -45,7 +45,7 @@ def with_classes(dataset: Dataset, names_or_ids: Sequence[str | int]) -> Dataset
 
 
 def as_single_class(dataset: Dataset) -> Dataset:
-    """The same pictures and boxes, all of one class called `object`; a dataset of one class keeps its name."""
+    """The same images and boxes, all of one class called `object`; a dataset of one class keeps its name."""
     return _renumbered(
         dataset,
         np.zeros_like,

@@ -1,4 +1,4 @@
-"""COCO annotation files: where their pictures are, which category is which class, and the boxes."""
+"""COCO annotation files: where their images are, which category is which class, and the boxes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _WRONG = (ArithmeticError, KeyError, TypeError, ValueError, RecursionError)
 
 
 def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None) -> Dataset:
-    """The samples of an instances file whose pictures are in `images`, or in one of the usual places beside it.
+    """The samples of an instances file whose images are in `images`, or in one of the usual places beside it.
 
     Raises:
-        DatasetError: The file is malformed, or its pictures are not found.
+        DatasetError: The file is malformed, or its images are not found.
     """
     document = read_coco(path)
     names = [image["file_name"] for image in document["images"]]
@@ -36,7 +36,7 @@ def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None)
     folder = images or _guess_folder(path, names, split)
     if not any(is_file(folder / name) for name in names):
         raise DatasetError(
-            f"None of the {len(names)} pictures of {path} is in {folder} (the first is {short(names[0])}).",
+            f"None of the {len(names)} images of {path} is in {folder} (the first is {short(names[0])}).",
             fix="Name their folder:  --images DIR",
         )
     pairs = sorted(zip((folder / name for name in names), document["images"], strict=True), key=lambda pair: pair[0])
@@ -50,7 +50,7 @@ def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None)
 
 
 def _guess_folder(path: Path, names: Sequence[str], split: str) -> Path:
-    """The folder of the pictures, in the layouts of COCO itself, of this package and of labelling tools."""
+    """The folder of the images, in the layouts of COCO itself, of this package and of labelling tools."""
     home = path.resolve().parent
     parts = dict.fromkeys((path.stem.split("_")[-1], split, f"{split}2017"))
     tried = [base / part for base in (home.parent / "images", home.parent, home) for part in parts]
@@ -60,7 +60,7 @@ def _guess_folder(path: Path, names: Sequence[str], split: str) -> Path:
             return folder
     looked = "\n  ".join(str(folder) for folder in dict.fromkeys(tried))
     raise DatasetError(
-        f"The pictures of {path} (the first is {short(names[0])}) were not found; looked in:\n  {looked}",
+        f"The images of {path} (the first is {short(names[0])}) were not found; looked in:\n  {looked}",
         fix="Name their folder:  --images DIR",
     )
 
@@ -156,7 +156,7 @@ def coco_records(
     *,
     source: Path,
 ) -> list[Record]:
-    """One record per (picture, image entry) pair, with the boxes of the document.
+    """One record per (image, image entry) pair, with the boxes of the document.
 
     Raises:
         DatasetError: An annotation is malformed or of a category that is no class.

@@ -1,4 +1,4 @@
-"""The size of a picture from its first bytes: decoding thousands of pictures to sort them would take minutes."""
+"""The size of an image from its first bytes: decoding thousands of images to sort them would take minutes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ORIENTATION_TAG = 0x0112
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
-def read_picture_hw(path: Path) -> tuple[int, int]:
+def read_image_hw(path: Path) -> tuple[int, int]:
     """Height and width that `read_image` would give; JPEG and PNG from their headers, others by decoding.
 
     Raises:
-        ImageError: The file is absent or not a picture.
+        ImageError: The file is absent or not an image.
     """
     try:
         with path.open("rb") as file:

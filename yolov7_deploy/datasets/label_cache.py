@@ -1,4 +1,4 @@
-"""What was read from label files and picture headers, kept on disk and never trusted: each entry is checked.
+"""What was read from label files and image headers, kept on disk and never trusted: each entry is checked.
 
 Reading the labels of a large dataset again takes a minute; asking whether its files have changed takes a second.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import whole_file
-from yolov7_deploy.datasets.image_size import read_picture_hw
+from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.samples import BoolArray, IntArray, Labels
 from yolov7_deploy.datasets.yolo_labels import LabelFile, checked_labels, label_path, read_label_file
 from yolov7_deploy.errors import ImageError
@@ -33,7 +33,7 @@ VERSION = 1  # of the arrays, and of how lines are understood
 # A file that changed this shortly before it was read may change once more within the same tick of its clock (two
 # seconds on FAT, the coarsest there is), and would then look as before. Such entries are not kept.
 SETTLED_NS = 2_000_000_000
-STAMPS = 6  # size, time of the contents and of the inode; of the label file, then of the picture
+STAMPS = 6  # size, time of the contents and of the inode; of the label file, then of the image
 ABSENT = -1
 SCALARS: Mapping[str, type[np.generic]] = {
     "stamps": np.int64,
@@ -58,22 +58,22 @@ Hw = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Entry:
-    """A picture: its label file, and its height and width (`None` where its header cannot be read)."""
+    """An image: its label file, and its height and width (`None` where its header cannot be read)."""
 
     file: LabelFile
     image_hw: Hw | None
 
 
 def read_labels_cached(
-    pictures: Sequence[Path], *, classes: int, folder: Path | None = None
+    images: Sequence[Path], *, classes: int, folder: Path | None = None
 ) -> tuple[list[Labels], list[Hw | None], list[str]]:
-    """As `read_label_files`, and the size of each picture; what has not changed since the last time is not read again.
+    """As `read_label_files`, and the size of each image; what has not changed since the last time is not read again.
 
     An entry is taken only while size and times of both files are as they were. A damaged cache is read anew, and one
     that cannot be written is a logged warning.
 
     Args:
-        pictures: The picture files.
+        images: The image files.
         classes: Number of classes.
         folder: Where caches are kept; `$XDG_CACHE_HOME/yolov7_deploy/labels` by default.
 
@@ -81,17 +81,17 @@ def read_labels_cached(
         DatasetError: See `read_label_files`.
     """
     start, now_ns = time.perf_counter(), time.time_ns()
-    paths = _label_paths(pictures)
-    place = (cache_dir() / "labels" if folder is None else folder) / f"{_digest(pictures, paths, classes)}.npz"
+    paths = _label_paths(images)
+    place = (cache_dir() / "labels" if folder is None else folder) / f"{_digest(images, paths, classes)}.npz"
     stamps = np.array(
-        [(*_stamp(path), *_stamp(picture)) for path, picture in zip(paths, pictures, strict=True)], dtype=np.int64
+        [(*_stamp(path), *_stamp(image)) for path, image in zip(paths, images, strict=True)], dtype=np.int64
     ).reshape(-1, STAMPS)
     kept = _load(place, count=len(paths), classes=classes)
     fresh = np.all(kept["stamps"] == stamps, axis=1) if kept else np.zeros(len(paths), dtype=np.bool_)
     entries: list[Entry | None] = _unpacked(kept, fresh) if kept else [None] * len(paths)
     whole = [
-        entry or Entry(file=read_label_file(path, classes=classes), image_hw=_picture_hw(picture))
-        for entry, path, picture in zip(entries, paths, pictures, strict=True)
+        entry or Entry(file=read_label_file(path, classes=classes), image_hw=_image_hw(image))
+        for entry, path, image in zip(entries, paths, images, strict=True)
     ]
     if not fresh.all():
         _write(place, _packed(whole, _trusted(stamps, whole, now_ns)))
@@ -102,18 +102,18 @@ def read_labels_cached(
     return labels, [entry.image_hw for entry in whole], repairs
 
 
-def _label_paths(pictures: Sequence[Path]) -> list[Path]:
-    """`label_path` of each; looks only once where the labels of a folder of pictures are."""
+def _label_paths(images: Sequence[Path]) -> list[Path]:
+    """`label_path` of each; looks only once where the labels of a folder of images are."""
     folders: dict[Path, Path] = {}
-    for picture in pictures:
-        if picture.parent not in folders:
-            folders[picture.parent] = label_path(picture).parent
-    return [folders[picture.parent] / f"{picture.stem}.txt" for picture in pictures]
+    for image in images:
+        if image.parent not in folders:
+            folders[image.parent] = label_path(image).parent
+    return [folders[image.parent] / f"{image.stem}.txt" for image in images]
 
 
-def _digest(pictures: Sequence[Path], paths: Sequence[Path], classes: int) -> str:
+def _digest(images: Sequence[Path], paths: Sequence[Path], classes: int) -> str:
     digest = hashlib.sha256(f"{VERSION} {classes} {Path.cwd()}".encode("utf-8", "surrogateescape"))
-    for files in (pictures, paths):
+    for files in (images, paths):
         digest.update("\0".join(map(str, files)).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -127,15 +127,15 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _picture_hw(picture: Path) -> Hw | None:
+def _image_hw(image: Path) -> Hw | None:
     try:
-        return read_picture_hw(picture)
+        return read_image_hw(image)
     except ImageError:
         return None
 
 
 def _trusted(stamps: IntArray, entries: Sequence[Entry], now_ns: int) -> IntArray:
-    """The stamps, or such as no file has where an entry must be read again: changed just now, no picture, or errors."""
+    """The stamps, or such as no file has where an entry must be read again: changed just now, no image, or errors."""
     times = stamps[:, [1, 2, 4, 5]].max(axis=1)
     whole = np.array([entry.image_hw is not None and not entry.file.errors for entry in entries], dtype=np.bool_)
     return np.where((whole & (times < now_ns - SETTLED_NS))[:, None], stamps, ABSENT - 1)

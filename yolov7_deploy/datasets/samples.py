@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.datasets.image_size import read_picture_hw
+from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import FloatArray
 
@@ -21,7 +21,7 @@ DoubleArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Labels:
-    """What is in one picture, in fractions of its width and height (so that its size need not be known yet).
+    """What is in one image, in fractions of its width and height (so that its size need not be known yet).
 
     Attributes:
         boxes: float64 [N, 4] xyxy.
@@ -38,10 +38,10 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """One picture and what is in it.
+    """One image and what is in it.
 
     Attributes:
-        path: The picture file; it may turn out to be unreadable.
+        path: The image file; it may turn out to be unreadable.
         image_id: COCO image id.
         image_hw: Height and width in pixels as decoded (EXIF orientation applied).
         boxes: float32 [N, 4] xyxy in pixels.
@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Record:
-    """A sample before its picture was looked at: `labels` are fractions of a size that may not be known yet.
+    """A sample before its image was looked at: `labels` are fractions of a size that may not be known yet.
 
     `areas` are COCO's (of the mask, in pixels); `None` takes the boxes' areas.
     """
@@ -74,7 +74,7 @@ class Record:
 
 
 class Dataset(Sequence[Sample]):
-    """Pictures with boxes, ordered by path.
+    """Images with boxes, ordered by path.
 
     Attributes:
         source: The file it was opened from.
@@ -106,10 +106,10 @@ class Dataset(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        """The sample at `index`; reads the picture's header where its size is not known yet.
+        """The sample at `index`; reads the image's header where its size is not known yet.
 
         Raises:
-            ImageError: The picture cannot be read.
+            ImageError: The image cannot be read.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -126,11 +126,11 @@ class Dataset(Sequence[Sample]):
         )
 
     def record(self, index: int) -> Record:
-        """All that is known of a sample, without touching its picture; nobody may write into it."""
+        """All that is known of a sample, without touching its image; nobody may write into it."""
         return self._records[index]
 
     def path(self, index: int) -> Path:
-        """The picture file of a sample, without touching it."""
+        """The image file of a sample, without touching it."""
         return self._records[index].path
 
     def image_id(self, index: int) -> int:
@@ -138,14 +138,14 @@ class Dataset(Sequence[Sample]):
         return self._records[index].image_id
 
     def image_hw(self, index: int) -> tuple[int, int]:
-        """Height and width of a picture: from the annotation file, else from the picture's header (read once).
+        """Height and width of an image: from the annotation file, else from the image's header (read once).
 
         Raises:
-            ImageError: The picture cannot be read.
+            ImageError: The image cannot be read.
         """
         record = self._records[index]
         if record.image_hw is None:
-            record = self._records[index] = replace(record, image_hw=read_picture_hw(record.path))
+            record = self._records[index] = replace(record, image_hw=read_image_hw(record.path))
         assert record.image_hw is not None
         return record.image_hw
 
@@ -164,15 +164,15 @@ class Dataset(Sequence[Sample]):
         """
         if not self.box_counts().any():
             raise DatasetError(
-                "\n".join([f"{self.source} has not one box in {len(self)} pictures.", *self.problems[:3]]),
-                fix="Check --data, and that labels lie where its pictures' paths say.",
+                "\n".join([f"{self.source} has not one box in {len(self)} images.", *self.problems[:3]]),
+                fix="Check --data, and that labels lie where its images' paths say.",
             )
 
     def ground_truth(self, indices: Sequence[int]) -> dict[str, Any]:
         """The chosen samples as a COCO document: `images`, `annotations` (ids from 1), `categories`.
 
         Raises:
-            ImageError: The size of a picture is needed and it cannot be read.
+            ImageError: The size of an image is needed and it cannot be read.
         """
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []

@@ -22,12 +22,12 @@ class ClassCount:
 
     Attributes:
         name: Of the class.
-        pictures: With at least one of it.
+        images: With at least one of it.
         boxes: In all.
     """
 
     name: str
-    pictures: int
+    images: int
     boxes: int
 
 
@@ -37,22 +37,22 @@ class LabelStatistics:
 
     Attributes:
         source: The file of the dataset.
-        pictures: All of them.
-        background_pictures: Those without a box.
-        unreadable: Pictures whose size is not known, as their header cannot be read.
-        boxes: In readable and other pictures.
+        images: All of them.
+        background_images: Those without a box.
+        unreadable: Images whose size is not known, as their header cannot be read.
+        boxes: In readable and other images.
         crowd_boxes: Regions that are neither hit nor false alarm.
         classes: In class order.
-        size: Longer side of the pictures that `small_boxes` are counted at.
+        size: Longer side of the images that `small_boxes` are counted at.
         small_boxes: With a longer side below `SMALL_PX` there.
-        sides: For each of `QUANTILES` the side of a square of a box's area, in longer sides of its picture; empty
+        sides: For each of `QUANTILES` the side of a square of a box's area, in longer sides of its image; empty
             where there is no box.
         problems: What was repaired while reading.
     """
 
     source: str
-    pictures: int
-    background_pictures: int
+    images: int
+    background_images: int
     unreadable: int
     boxes: int
     crowd_boxes: int
@@ -70,12 +70,12 @@ class LabelStatistics:
     def words(self) -> str:
         """The statistics for people, a few lines."""
         lines = [
-            f"{self.pictures} pictures ({self.background_pictures} without a box), {self.boxes} boxes of "
+            f"{self.images} images ({self.background_images} without a box), {self.boxes} boxes of "
             f"{len(self.classes)} classes" + (f", {self.crowd_boxes} crowd boxes" if self.crowd_boxes else "")
         ]
         if self.sides:
             lines.append(
-                f"boxes: half of them below {self.sides[QUANTILES.index(0.5)]:.3f} of the picture's longer side, from "
+                f"boxes: half of them below {self.sides[QUANTILES.index(0.5)]:.3f} of the image's longer side, from "
                 f"{self.sides[0]:.3f} to {self.sides[-1]:.3f}; {self.small_boxes} "
                 f"({self.small_boxes / self.boxes:.1%}) smaller than {SMALL_PX} pixels at {self.size}"
             )
@@ -87,7 +87,7 @@ class LabelStatistics:
         if self.empty_classes:
             lines.append(f"classes without a box: {some(self.empty_classes)}")
         if self.unreadable:
-            lines.append(f"{self.unreadable} pictures cannot be read")
+            lines.append(f"{self.unreadable} images cannot be read")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,33 +97,33 @@ class LabelStatistics:
 
 
 def describe_labels(dataset: Dataset, *, size: int = 640) -> LabelStatistics:
-    """Counts what is labelled. Reads the headers of pictures whose size is not known yet.
+    """Counts what is labelled. Reads the headers of images whose size is not known yet.
 
     Args:
         dataset: What `open_dataset` gives.
-        size: Pictures are counted as scaled so that their longer side is this.
+        size: Images are counted as scaled so that their longer side is this.
     """
     classes = len(dataset.class_names)
-    boxes, pictures = np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64)
+    boxes, images = np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64)
     background = crowd = 0
     for index in range(len(dataset)):
         labels = dataset.record(index).labels
         found = np.bincount(labels.class_ids[~labels.crowd], minlength=classes)
-        boxes, pictures = boxes + found, pictures + (found > 0)
+        boxes, images = boxes + found, images + (found > 0)
         background += not found.any()
         crowd += int(labels.crowd.sum())
     sizes, unreadable = label_sizes(dataset, size=size)
     sides = np.quantile(np.sqrt(sizes.prod(axis=1)) / size, QUANTILES).tolist() if len(sizes) else []
     return LabelStatistics(
         source=dataset.source,
-        pictures=len(dataset),
-        background_pictures=background,
+        images=len(dataset),
+        background_images=background,
         unreadable=unreadable,
         boxes=int(boxes.sum()),
         crowd_boxes=crowd,
         classes=tuple(
-            ClassCount(name=name, pictures=int(in_pictures), boxes=int(count))
-            for name, in_pictures, count in zip(dataset.class_names, pictures, boxes, strict=True)
+            ClassCount(name=name, images=int(in_images), boxes=int(count))
+            for name, in_images, count in zip(dataset.class_names, images, boxes, strict=True)
         ),
         size=size,
         small_boxes=int(np.sum(sizes.max(axis=1) < SMALL_PX)),
@@ -133,9 +133,9 @@ def describe_labels(dataset: Dataset, *, size: int = 640) -> LabelStatistics:
 
 
 def label_sizes(dataset: Dataset, *, size: int) -> tuple[DoubleArray, int]:
-    """Widths and heights of all boxes but crowd ones, float64 [N, 2], in pixels of pictures of longer side `size`.
+    """Widths and heights of all boxes but crowd ones, float64 [N, 2], in pixels of images of longer side `size`.
 
-    Boxes in a picture whose header cannot be read are left out; the second value is the number of such pictures.
+    Boxes in an image whose header cannot be read are left out; the second value is the number of such images.
     """
     found, unreadable = [np.zeros((0, 2))], 0
     for index in range(len(dataset)):

@@ -1,4 +1,4 @@
-"""Paints one generated picture: a background that distracts, and objects that stand out from it.
+"""Paints one generated image: a background that distracts, and objects that stand out from it.
 
 As in `shape_forms` only arithmetic that every processor rounds the same way, and sums of whole numbers.
 """
@@ -107,7 +107,7 @@ def turned(points: DoubleArray, cosine: float, sine: float) -> DoubleArray:
     return np.stack([cosine * x - sine * y, sine * x + cosine * y], axis=1)
 
 
-# What the generated pictures are painted with: fields from 0 to 1, between the two colours of a thing.
+# What the generated images are painted with: fields from 0 to 1, between the two colours of a thing.
 #
 # As in `shape_forms` only arithmetic that every processor rounds the same way.
 
@@ -221,7 +221,7 @@ Colour = IntArray  # [3], blue, green, red
 
 
 class ShapeCanvas:
-    """A square picture in the making; every choice comes from `rng`, in the order of the calls."""
+    """A square image in the making; every choice comes from `rng`, in the order of the calls."""
 
     def __init__(self, size: int, *, rng: np.random.Generator) -> None:
         """A background: soft colours, irregular blobs of texture and lines."""
@@ -259,7 +259,7 @@ class ShapeCanvas:
                 return placed
         return None
 
-    def picture(self) -> Image:
+    def render(self) -> Image:
         """What a camera makes of it: a little blurred and noisy, uint8 BGR [size, size, 3]."""
         pixels = _blurred(self._pixels, 0.25 * self._rng.random())
         strength = int(self._rng.integers(MAX_NOISE, endpoint=True))
@@ -269,7 +269,7 @@ class ShapeCanvas:
         return image
 
     def _around(self, centre: DoubleArray, reach: int) -> tuple[Window, Field, Field]:
-        """The part of the picture up to `reach` pixels from the centre, and its x [1, w] and y [h, 1] from there."""
+        """The part of the image up to `reach` pixels from the centre, and its x [1, w] and y [h, 1] from there."""
         low = np.maximum(np.floor(centre).astype(int) - reach, 0)
         high = np.minimum(np.floor(centre).astype(int) + reach + 1, self._size)
         x, y = (np.arange(low[i], high[i]) + 0.5 - centre[i] for i in range(2))

@@ -1,4 +1,4 @@
-"""YOLO dataset YAMLs: which pictures a split has, and what judges them."""
+"""YOLO dataset YAMLs: which images a split has, and what judges them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False)
     With `cache` label files that have not changed are not read again; a COCO file is one file and always read.
 
     Raises:
-        DatasetError: The YAML, its lists or its labels are malformed, or pictures are missing.
+        DatasetError: The YAML, its lists or its labels are malformed, or images are missing.
     """
     config = _read_yaml(path)
     names = _names(config, path)
     root = path.parent / _text(config.get("path") or ".", path)
-    pictures = _pictures(config, split, root, path)
+    images = _images(config, split, root, path)
     annotations = config.get("annotations")
     # A single annotation file is the ground truth of val: a file for every split would be a mapping.
     judge = annotations.get(split) if isinstance(annotations, dict) else annotations if split == "val" else None
     if judge is None:
-        return _open_labels(pictures, names, source=path.name, limit=limit, cache=cache)
+        return _open_labels(images, names, source=path.name, limit=limit, cache=cache)
     source = _located(_text(judge, path), root, path)
     document = read_coco(source)
     class_names, category_ids = match_classes(document, names, source=source)
-    pairs = _matched(pictures[:limit], document["images"], source)
+    pairs = _matched(images[:limit], document["images"], source)
     records = coco_records(pairs, document, category_ids, source=source)
     return Dataset(records, source=path.name, class_names=class_names, category_ids=category_ids)
 
@@ -113,23 +113,23 @@ def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return texts
 
 
-def _pictures(config: Mapping[str, Any], split: str, root: Path, path: Path) -> list[Path]:
+def _images(config: Mapping[str, Any], split: str, root: Path, path: Path) -> list[Path]:
     entries = config.get(split)
     if not entries:
         have = ", ".join(key for key in SPLITS if config.get(key)) or f"none of {', '.join(SPLITS)}"
-        raise DatasetError(f"{path} has no {split} pictures (it has {have}).", fix=f"Add for example:  {split}: images")
+        raise DatasetError(f"{path} has no {split} images (it has {have}).", fix=f"Add for example:  {split}: images")
     found: list[Path] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         place = _located(_text(entry, path), root, path)
         found += _in_folder(place) if place.is_dir() else _in_list(place, root)
-    pictures = sorted(dict.fromkeys(found))
-    if not any(is_file(picture) for picture in pictures):
-        example = f" (the first is {short(str(pictures[0]))})" if pictures else ""
+    images = sorted(dict.fromkeys(found))
+    if not any(is_file(image) for image in images):
+        example = f" (the first is {short(str(images[0]))})" if images else ""
         raise DatasetError(
-            f"{path}: none of the {len(pictures)} pictures of {split}: {shown(entries)} exists{example}.",
+            f"{path}: none of the {len(images)} images of {split}: {shown(entries)} exists{example}.",
             fix="Correct the list, or `path` in the YAML.",
         )
-    return pictures
+    return images
 
 
 def _text(value: object, path: Path) -> str:
@@ -156,14 +156,14 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _in_list(listing: Path, root: Path) -> Iterator[Path]:
-    """The pictures of a text list; relative entries belong to the list's folder, else to the dataset's root."""
+    """The images of a text list; relative entries belong to the list's folder, else to the dataset's root."""
     try:
         if not listing.is_file():
             raise ValueError("it is no file")  # a device or pipe would be read for ever
         lines = listing.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise DatasetError(
-            f"{listing} is not a text list of pictures: {reason(error)}.", fix="One path a line."
+            f"{listing} is not a text list of images: {reason(error)}.", fix="One path a line."
         ) from error
     for entry in filter(None, map(str.strip, lines)):
         beside = listing.parent / entry
@@ -171,33 +171,33 @@ def _in_list(listing: Path, root: Path) -> Iterator[Path]:
 
 
 def _matched(
-    pictures: Sequence[Path], images: Sequence[Mapping[str, Any]], source: Path
+    images: Sequence[Path], entries_in_file: Sequence[Mapping[str, Any]], source: Path
 ) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Each picture with its image entry, by file name; folders only decide between files of one name."""
+    """Each image with its entry, by file name; folders only decide between files of one name."""
     by_name: dict[str, list[Mapping[str, Any]]] = {}
-    for image in images:
-        by_name.setdefault(Path(image["file_name"]).name, []).append(image)
+    for entry in entries_in_file:
+        by_name.setdefault(Path(entry["file_name"]).name, []).append(entry)
     pairs = []
-    for picture in pictures:
-        entries = by_name.get(picture.name, [])
-        if len(entries) > 1:
-            entries = [image for image in entries if picture.as_posix().endswith(f"/{image['file_name']}")]
-        if len(entries) != 1:
+    for image in images:
+        candidates = by_name.get(image.name, [])
+        if len(candidates) > 1:
+            candidates = [entry for entry in candidates if image.as_posix().endswith(f"/{entry['file_name']}")]
+        if len(candidates) != 1:
             raise DatasetError(
-                f"{short(str(picture))} is {'not' if not entries else 'more than once'} in {source}.",
-                fix="Use the annotation file of these pictures, or leave `annotations` out of the YAML.",
+                f"{short(str(image))} is {'not' if not candidates else 'more than once'} in {source}.",
+                fix="Use the annotation file of these images, or leave `annotations` out of the YAML.",
             )
-        pairs.append((picture, entries[0]))
+        pairs.append((image, candidates[0]))
     return pairs
 
 
 def _open_labels(
-    pictures: Sequence[Path], names: tuple[str, ...], *, source: str, limit: int | None, cache: bool
+    images: Sequence[Path], names: tuple[str, ...], *, source: str, limit: int | None, cache: bool
 ) -> Dataset:
-    numbers = [int(picture.stem) if picture.stem.isdecimal() else -1 for picture in pictures]
+    numbers = [int(image.stem) if image.stem.isdecimal() else -1 for image in images]
     # The official program takes the number in the file name; that works only if every name has its own.
     named_by_number = min(numbers) >= 0 and len(set(numbers)) == len(numbers)
-    chosen = pictures[:limit]
+    chosen = images[:limit]
     sizes: Sequence[tuple[int, int] | None]
     if cache:
         labels, sizes, problems = read_labels_cached(chosen, classes=len(names))

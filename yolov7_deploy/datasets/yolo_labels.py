@@ -17,13 +17,13 @@ MIN_POLYGON_COLUMNS = 7  # class and three points
 SLACK = 1e-4  # labelling tools round to 4..6 digits: this far outside 0..1 is clipped, not an error
 
 
-def label_path(picture: Path) -> Path:
-    """The label file of a picture: `/images/` becomes `/labels/`, the suffix `.txt`.
+def label_path(image: Path) -> Path:
+    """The label file of an image: `/images/` becomes `/labels/`, the suffix `.txt`.
 
     The official program replaces the first `/images/` of the path; where that folder does not exist the last one is
-    taken, so that a dataset may itself lie under a folder called images. Without any the label is beside the picture.
+    taken, so that a dataset may itself lie under a folder called images. Without any the label is beside the image.
     """
-    text = picture.with_suffix(".txt").as_posix()
+    text = image.with_suffix(".txt").as_posix()
     first = Path(text.replace("/images/", "/labels/", 1))
     last = Path("/labels/".join(text.rsplit("/images/", 1)))
     return first if first.parent.is_dir() else last
@@ -37,7 +37,7 @@ class LabelFile:
         labels: Of the lines that can be understood.
         repairs: What was dropped (duplicates and empty boxes), one line each.
         errors: Lines that cannot be understood, and why.
-        is_missing: There is no such file: a picture with nothing in it.
+        is_missing: There is no such file: an image with nothing in it.
     """
 
     labels: Labels
@@ -46,15 +46,15 @@ class LabelFile:
     is_missing: bool = False
 
 
-def read_label_files(pictures: Sequence[Path], *, classes: int) -> tuple[list[Labels], list[str]]:
-    """The labels of each picture, and what was repaired (duplicates and empty boxes dropped), one line each.
+def read_label_files(images: Sequence[Path], *, classes: int) -> tuple[list[Labels], list[str]]:
+    """The labels of each image, and what was repaired (duplicates and empty boxes dropped), one line each.
 
-    A missing or empty file is a picture with nothing in it.
+    A missing or empty file is an image with nothing in it.
 
     Raises:
         DatasetError: Lines that cannot be understood; all files are read first and the message lists the first ten.
     """
-    paths = [label_path(picture) for picture in pictures]
+    paths = [label_path(image) for image in images]
     return checked_labels([read_label_file(path, classes=classes) for path in paths], paths)
 
 

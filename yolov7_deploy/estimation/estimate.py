@@ -48,7 +48,7 @@ class HeldOutError:
     Attributes:
         known: Some of those speeds are of this device, with this runtime and precision. Where it is not, the numbers
             are of other devices, and how far off this one is nobody knows.
-        median, worst: Absolute errors of pictures per second, 0.05 is 5 %; `None` where nothing can be judged.
+        median, worst: Absolute errors of images per second, 0.05 is 5 %; `None` where nothing can be judged.
         rows: Number of errors behind them.
         judged_by: Which speeds those are, and how they were held out.
     """
@@ -103,10 +103,10 @@ class Estimate:
         device, device_title: Name as in `devices.DEVICES`, and the maker's.
         runtime: `torch` (eager, what the paper measured) or `tensorrt`.
         precision: `fp32`, `fp16` or `int8`.
-        batch: Pictures per pass.
+        batch: Images per pass.
         input_hw: Height and width of the network's input in pixels.
         ms: Milliseconds of one pass.
-        pictures_per_second: Passes one after the other.
+        images_per_second: Passes one after the other.
         gflops: Billions of operations of one pass, two for each multiply-accumulate.
         gigabytes: 10^9 bytes that its kernels read and write.
         shares: What bounds it.
@@ -125,7 +125,7 @@ class Estimate:
     batch: int
     input_hw: tuple[int, int]
     ms: float
-    pictures_per_second: float
+    images_per_second: float
     gflops: float
     gigabytes: float
     shares: Shares
@@ -159,13 +159,13 @@ def estimate(
     Args:
         variant: Official name.
         device: One of `devices.DEVICES`, in any spelling.
-        batch: Pictures per pass.
+        batch: Images per pass.
         size: Side of a square input in pixels, or height and width; the paper's square where absent.
         precision: `fp32` (TF32 where the GPU has it), `fp16` or `int8`.
         runtime: `torch` or `tensorrt`; where absent that of the paper on a V100, and TensorRT elsewhere.
 
     Raises:
-        UsageError: Unknown variant, device, precision or runtime, no pictures, a size its strides do not divide, or
+        UsageError: Unknown variant, device, precision or runtime, no images, a size its strides do not divide, or
             INT8 where there is no public figure of it or with PyTorch.
     """
     architecture, machine = find_variant(variant), find_device(device)
@@ -185,7 +185,7 @@ def estimate(
         batch=batch,
         input_hw=(height, width),
         ms=times.ms,
-        pictures_per_second=1e3 * batch / times.ms,
+        images_per_second=1e3 * batch / times.ms,
         gflops=batch * sum(kernel.flops for kernel in kernels) / 1e9,
         gigabytes=gigabytes(kernels, batch=batch, bytes_per_element=BYTES[precision]),
         shares=Shares(**{part: float(seconds.sum()) * 1e3 / times.ms for part, seconds in _parts(times).items()}),
@@ -209,7 +209,7 @@ def _check(machine: Device, runtime: str, precision: str, batch: int) -> None:
     if precision not in BYTES:
         raise UsageError(f"{precision!r} is no precision of the estimator.", fix=f"One of: {', '.join(BYTES)}")
     if batch < 1:
-        raise UsageError(f"A batch holds at least one picture, not {batch}.", fix="For example: --batch 1")
+        raise UsageError(f"A batch holds at least one image, not {batch}.", fix="For example: --batch 1")
     if precision == "int8" and runtime == "torch":
         raise UsageError("PyTorch runs no INT8 on a GPU here.", fix="Take TensorRT, or --precision fp16")
     if peak(machine, precision) is None:
@@ -290,7 +290,7 @@ def describe_estimate(found: Estimate) -> str:
     lines = (
         f"estimated, not measured: {found.variant} at {width}x{height} on {found.device_title}, "
         f"{_TITLES[found.runtime]} {found.precision.upper()}, batch {found.batch}",
-        f"{found.ms:.2f} ms a pass, {found.pictures_per_second:.0f} pictures/s",
+        f"{found.ms:.2f} ms a pass, {found.images_per_second:.0f} images/s",
         f"bound by {', '.join(f'{part} {share:.0%}' for part, share in shares)} "
         f"({found.gflops:.1f} GFLOPs, {found.gigabytes:.2f} GB)",
         f"slowest layers: {', '.join(layers)}",

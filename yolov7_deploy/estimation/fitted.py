@@ -31,7 +31,7 @@ FITTED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """Absolute errors of pictures per second on rows that the fit had not seen: 0.05 is 5 %."""
+    """Absolute errors of images per second on rows that the fit had not seen: 0.05 is 5 %."""
 
     median: float
     worst: float

@@ -28,7 +28,7 @@ _CONCATENATION = "cat"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """One kernel launch for one picture. With a batch of B everything but `weights` is B times as much.
+    """One kernel launch for one image. With a batch of B everything but `weights` is B times as much.
 
     Attributes:
         layer: Official number of the layer it belongs to.
@@ -38,7 +38,7 @@ class Kernel:
         weights: Elements of weights and biases read.
         read: Elements of activations read.
         written: Elements of activations written.
-        pixels: Cells of the output map; rows of the matrix that a convolution computes, for one picture.
+        pixels: Cells of the output map; rows of the matrix that a convolution computes, for one image.
         filters: Output channels of a convolution: columns of that matrix.
         depth: Products summed for one element of it, c_in * k * k; 0 for all others.
     """
@@ -61,7 +61,7 @@ def eager_kernels(variant: str, input_hw: tuple[int, int]) -> tuple[Kernel, ...]
 
     Args:
         variant: Official name.
-        input_hw: Height and width of the picture in pixels.
+        input_hw: Height and width of the image in pixels.
 
     Raises:
         UsageError: Unknown variant, or a size that its strides do not divide.
@@ -108,7 +108,7 @@ def compiled_kernels(variant: str, input_hw: tuple[int, int]) -> tuple[Kernel, .
 
 
 def check_size(variant: str, input_hw: tuple[int, int]) -> None:
-    """Whether the variant takes pictures of this size.
+    """Whether the variant takes images of this size.
 
     Raises:
         UsageError: Unknown variant, or a side that is no multiple of its largest stride.

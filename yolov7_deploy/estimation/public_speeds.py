@@ -33,7 +33,7 @@ class PublicSpeed:
         device: Name in `DEVICES`.
         runtime: `torch` or `tensorrt`.
         precision: `fp16` or `int8`.
-        batch: Pictures per pass.
+        batch: Images per pass.
         input_hw: Height and width of the network's input in pixels.
         ms: Milliseconds of one pass.
         source: Who says so.
@@ -52,16 +52,16 @@ class PublicSpeed:
 
     @property
     def fps(self) -> float:
-        """Pictures per second."""
+        """Images per second."""
         return 1e3 * self.batch / self.ms
 
 
 def paper_canvas(variant: str) -> tuple[int, int]:
     """Height and width that the paper's speeds are for, as far as one canvas can stand for all.
 
-    The authors' speed task letterboxes every picture to a rectangle with the longer side at the size of the table and
-    the other rounded up to whole strides. Over 82 pictures of COCO val2017 the median canvas is three quarters of the
-    square, that of a picture of 640x480; the mean is 0.73.
+    The authors' speed task letterboxes every image to a rectangle with the longer side at the size of the table and
+    the other rounded up to whole strides. Over 82 images of COCO val2017 the median canvas is three quarters of the
+    square, that of an image of 640x480; the mean is 0.73.
     """
     size = find_variant(variant).size
     return size * 3 // 4, size

@@ -6,7 +6,7 @@ A kernel computes for c seconds and moves memory for m seconds, both at the devi
     m = bytes / bandwidth
 
 A convolution is a matrix product cut into tiles, one to a multiprocessor at a time. Unless tiles fill whole waves, part
-of the GPU waits: this is why a batch of one picture is slow even where the GPU has all the work it wants. A kernel
+of the GPU waits: this is why a batch of one image is slow even where the GPU has all the work it wants. A kernel
 takes max(c / compute, m / memory) + gap, where `compute` and `memory` are the shares of the peaks that are reached.
 
 Eager PyTorch has the processor hand over one operator after the other, `launch` apart, and the GPU works them off in
@@ -125,7 +125,7 @@ def peak(device: Device, precision: str) -> float | None:
 
 
 def demand(kernels: Sequence[Kernel], device: Device, structure: Structure, *, batch: int, precision: str) -> Demand:
-    """What the kernels take at the device's peaks for a batch of pictures."""
+    """What the kernels take at the device's peaks for a batch of images."""
     operations = peak(device, precision)
     assert operations is not None, f"{device.name} has no {precision} peak"
     pixels, filters, depth, flops, weights, moved = (

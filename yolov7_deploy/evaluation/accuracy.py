@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassAccuracy:
-    """One row of the class-wise table; `ap` and `ap50` are `None` for a class that is in no picture."""
+    """One row of the class-wise table; `ap` and `ap50` are `None` for a class that is in no image."""
 
     class_id: int
     name: str
@@ -55,7 +55,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Skipped:
-    """A picture that could not be used, and why."""
+    """An image that could not be used, and why."""
 
     path: str
     reason: str
@@ -66,10 +66,10 @@ class AccuracyReport:
     """COCO's twelve numbers (0..1; `None` where no ground truth is of that kind) and how they came about.
 
     Attributes:
-        images: Pictures that were judged; `skipped` ones are not among them.
+        images: Images that were judged; `skipped` ones are not among them.
         thresholds: Those in force: a file with its own suppression may hold stricter ones than were asked for.
-        protocol: Placement of the pictures, in words.
-        speed_ms: Per picture: preprocess, inference, postprocess. Reading files overlaps and is not counted.
+        protocol: Placement of the images, in words.
+        speed_ms: Per image: preprocess, inference, postprocess. Reading files overlaps and is not counted.
         classes: One row per class of the dataset.
         weights_sha256: Of the file, where it was given.
         notes: What a reader of the number should know.
@@ -115,18 +115,18 @@ def evaluate(
 ) -> AccuracyReport:
     """The accuracy of a detector on a dataset.
 
-    Reading the next batch overlaps with inference of the current one. Pictures that cannot be read are left out,
+    Reading the next batch overlaps with inference of the current one. Images that cannot be read are left out,
     with their ground truth, and named in the report.
 
     Args:
         detector: Anything that opens as a Detector.
         dataset: What `open_dataset` gives.
         options: Protocol and thresholds.
-        progress: Called with pictures done and in all, after each batch.
+        progress: Called with images done and in all, after each batch.
 
     Raises:
         UsageError: rect is asked of a model with a fixed input size.
-        DatasetError: There is no box to find, no readable picture, or the classes are not the detector's.
+        DatasetError: There is no box to find, no readable image, or the classes are not the detector's.
     """
     start = time.perf_counter()
     rect = is_rect(detector.info, options)
@@ -145,12 +145,12 @@ def evaluate(
         predictions += known.to_coco(dataset.image_id(index), category_ids=_table(category_of))
     if not used:
         raise DatasetError(
-            f"None of the {len(dataset)} pictures could be used: {skipped[0].path}: {skipped[0].reason}",
-            fix="Check the pictures' folder.",
+            f"None of the {len(dataset)} images could be used: {skipped[0].path}: {skipped[0].reason}",
+            fix="Check the images' folder.",
         )
     summary, classes, curves = judge(dataset, used, predictions)
     logger.info(
-        "accuracy: %s on %d pictures: AP %s, %.1f s", protocol, len(used), summary["ap"], time.perf_counter() - start
+        "accuracy: %s on %d images: AP %s, %.1f s", protocol, len(used), summary["ap"], time.perf_counter() - start
     )
     return AccuracyReport(
         **cast("dict[str, Any]", summary),
@@ -197,7 +197,7 @@ def _table(category_of: Mapping[int, int]) -> list[int]:
 
 
 def _sizes(dataset: Dataset) -> tuple[dict[int, tuple[int, int]], list[Skipped]]:
-    """Height and width of every picture whose header can be read, by index in order of path, and those that cannot."""
+    """Height and width of every image whose header can be read, by index in order of path, and those that cannot."""
     sized, skipped = {}, []
     for index in sorted(range(len(dataset)), key=lambda i: str(dataset.path(i))):
         try:
@@ -216,7 +216,7 @@ def _detect(
     skipped: list[Skipped],
     progress: Progress | None,
 ) -> Iterator[tuple[int, Detections]]:
-    """Index and detections of each readable picture; the others are appended to `skipped`."""
+    """Index and detections of each readable image; the others are appended to `skipped`."""
     pool = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1), thread_name_prefix="y7-read")
     done = len(skipped)
 
@@ -227,11 +227,11 @@ def _detect(
     try:
         coming = start(groups[0] if groups else None)
         for group, following in zip_longest(groups, groups[1:]):
-            pictures = [future.result() for future in coming]
+            loaded = [future.result() for future in coming]
             coming = start(following)
-            skipped += [picture for picture in pictures if isinstance(picture, Skipped)]
-            good = [(i, p) for i, p in zip(group.indices, pictures, strict=True) if not isinstance(p, Skipped)]
-            images = [picture for _, picture in good]
+            skipped += [item for item in loaded if isinstance(item, Skipped)]
+            good = [(i, p) for i, p in zip(group.indices, loaded, strict=True) if not isinstance(p, Skipped)]
+            images = [item for _, item in good]
             boxes = [fit((p.shape[0], p.shape[1]), group.canvas_hw) for p in images]
             found = detector.infer(images, boxes, thresholds) if images else []
             yield from zip((i for i, _ in good), found, strict=True)

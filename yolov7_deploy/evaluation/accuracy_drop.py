@@ -1,10 +1,10 @@
-"""What one detector loses against another on the same pictures, and how far the number of pictures lets us trust it.
+"""What one detector loses against another on the same images, and how far the number of images lets us trust it.
 
-AP is no mean over pictures, so its error comes from the delete-a-group jackknife (P. S. Kott, "The delete-a-group
-jackknife", Journal of Official Statistics 17, 2001, 521-526): the drop is measured again with each group of pictures
-left out. Both detectors see the same pictures, so what makes a picture hard for both cancels in the difference.
+AP is no mean over images, so its error comes from the delete-a-group jackknife (P. S. Kott, "The delete-a-group
+jackknife", Journal of Official Statistics 17, 2001, 521-526): the drop is measured again with each group of images
+left out. Both detectors see the same images, so what makes an image hard for both cancels in the difference.
 A jackknife errs on the wide side (B. Efron, C. Stein, "The jackknife estimate of variance", Annals of Statistics 9,
-1981, 586-596); with a box or two of each class in all the pictures it does so by a fifth and more.
+1981, 586-596); with a box or two of each class in all the images it does so by a fifth and more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import DatasetError, UsageError
 
 GROUPS = 20
-MOST_PICTURES = 100_000  # about COCO's training set (118,287); nobody labels more to settle this
+MOST_IMAGES = 100_000  # about COCO's training set (118,287); nobody labels more to settle this
 # Two-sided 95 % quantiles of Student's t with 1 to 9 degrees of freedom; `_t95` has a formula for more.
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 NORMAL95 = 1.959964
@@ -41,7 +41,7 @@ class AccuracyDrop:
         reference_ap, ap: 0..1.
         points: 100 * (reference_ap - ap); negative where the other detector is the better one.
         standard_error, low, high: Of `points`; all `None` where they cannot be known.
-        images: Pictures that were judged.
+        images: Images that were judged.
     """
 
     reference_ap: float
@@ -73,32 +73,32 @@ def accuracy_drop(
     *,
     groups: int = GROUPS,
 ) -> AccuracyDrop:
-    """The drop in AP from `reference` to `other`, with an interval for the drop on all pictures of this kind.
+    """The drop in AP from `reference` to `other`, with an interval for the drop on all images of this kind.
 
-    The i-th picture belongs to group i % `groups`; fewer pictures than groups make a group each. A class counts where
-    it has a box, so leaving out its only group takes it out of the mean, as drawing other pictures would.
+    The i-th image belongs to group i % `groups`; fewer images than groups make a group each. A class counts where
+    it has a box, so leaving out its only group takes it out of the mean, as drawing other images would.
 
     The error is unknown where there is one group, or where one group has all the boxes. It is 0 where the predictions
-    are the same, but also where no group shows a difference, which a handful of easy pictures may not.
-    For 2,000 pictures with 190 predictions each it takes two to three times as long as one `judge`.
+    are the same, but also where no group shows a difference, which a handful of easy images may not.
+    For 2,000 images with 190 predictions each it takes two to three times as long as one `judge`.
 
     Args:
         dataset: Where the ground truth comes from.
         indices: The samples that both detectors have seen.
-        reference, other: COCO results, as `AccuracyReport.predictions`; those of other pictures do not count.
+        reference, other: COCO results, as `AccuracyReport.predictions`; those of other images do not count.
         groups: At least 1. Fewer make the interval wider and less steady, and save little time.
 
     Raises:
         UsageError: There is no group.
-        DatasetError: The pictures have no box to find.
+        DatasetError: The images have no box to find.
     """
     if groups < 1:
         raise UsageError(f"groups must be at least 1, not {groups}.", fix=f"For example: groups={GROUPS}")
     document = dataset.ground_truth(indices)
     if all(annotation["iscrowd"] for annotation in document["annotations"]):
         raise DatasetError(
-            f"{dataset.source} has no box to find in the {len(indices)} pictures that both detectors have seen.",
-            fix="Measure on more pictures, or check that the labels lie where the pictures' paths say.",
+            f"{dataset.source} has no box to find in the {len(indices)} images that both detectors have seen.",
+            fix="Measure on more images, or check that the labels lie where the images' paths say.",
         )
     truth = COCO(document)
     ids = [dataset.image_id(index) for index in indices]
@@ -123,32 +123,32 @@ def accuracy_drop(
 def drop_words(drop: AccuracyDrop, max_drop: float) -> str:
     """The drop with its interval, and whether more than `max_drop` points are lost: two sentences for people.
 
-    Where that cannot be told, the second says how many pictures would do if the drop stayed what it is (the error goes
+    Where that cannot be told, the second says how many images would do if the drop stayed what it is (the error goes
     with one over the root of their number).
     """
     moved = f"falls by {drop.points:.2f}" if drop.points >= 0 else f"rises by {-drop.points:.2f}"
-    pictures = f"{drop.images:,} picture{'' if drop.images == 1 else 's'}"
-    measured = f"AP {moved} points ({drop.reference_ap:.4f} to {drop.ap:.4f}) on {pictures}"
+    images = f"{drop.images:,} image{'' if drop.images == 1 else 's'}"
+    measured = f"AP {moved} points ({drop.reference_ap:.4f} to {drop.ap:.4f}) on {images}"
     question = f"whether more than {max_drop:g} points are lost"
     if drop.low is None or drop.high is None:
-        return f"{measured}. With boxes in so few pictures there is no interval, and no telling {question}."
+        return f"{measured}. With boxes in so few images there is no interval, and no telling {question}."
     measured += f"; the 95 % interval of the drop is {_rounded(drop.low)} to {_rounded(drop.high)}."
     verdict = drop.verdict(max_drop)
     if verdict != "cannot tell":
         return f"{measured} All of it is {verdict} the {max_drop:g} points that may be lost."
-    needed = _pictures_needed(drop, max_drop)
+    needed = _images_needed(drop, max_drop)
     if needed is None:
-        many = f"not even {MOST_PICTURES:,} pictures would tell {question}"
+        many = f"not even {MOST_IMAGES:,} images would tell {question}"
         return f"{measured} The drop is so near to {max_drop:g} that {many}."
-    return f"{measured} {pictures} cannot tell {question}; about {needed:,} would if the drop stayed the same."
+    return f"{measured} {images} cannot tell {question}; about {needed:,} would if the drop stayed the same."
 
 
 def _aps(truth: COCO, predictions: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[int]]) -> list[float]:
-    """AP (0..1) of a detector on each part of the pictures, named by their ids; NaN where a part has no box to find.
+    """AP (0..1) of a detector on each part of the images, named by their ids; NaN where a part has no box to find.
 
     The boxes are matched once, which is most of the work, and summed up for each part. faster-coco-eval's own
     evaluation on several machines (its utils/pytorch/coco_eval.py) sets the same two members before `accumulate`:
-    the matches by class, area range and picture, in this order, and the parameters that name these pictures.
+    the matches by class, area range and image, in this order, and the parameters that name these images.
     """
     seen = set(truth.getImgIds())
     rows = [(p["image_id"], *p["bbox"], p["score"], p["category_id"]) for p in predictions if p["image_id"] in seen]
@@ -195,12 +195,12 @@ def _t95(degrees: int) -> float:
     )
 
 
-def _pictures_needed(drop: AccuracyDrop, max_drop: float) -> int | None:
-    """Pictures whose interval would just reach `max_drop`, rounded up: never less than now; `None` for too many."""
+def _images_needed(drop: AccuracyDrop, max_drop: float) -> int | None:
+    """Images whose interval would just reach `max_drop`, rounded up: never less than now; `None` for too many."""
     assert drop.high is not None
     distance, margin = abs(max_drop - drop.points), drop.high - drop.points
     needed = drop.images * (margin / distance) ** 2 if distance > 0 else math.inf
-    if needed > MOST_PICTURES:
+    if needed > MOST_IMAGES:
         return None
     step = max(5 * 10 ** (len(str(math.ceil(needed))) - 2), 1)
     return int(math.ceil(needed / step) * step)

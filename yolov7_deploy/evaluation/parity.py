@@ -1,6 +1,6 @@
 """Where two forms of the same model part: letterbox, head, decode, candidates, detections, stage by stage.
 
-Each stage is compared on the same picture, so the first stage over its tolerance is where the loss begins.
+Each stage is compared on the same image, so the first stage over its tolerance is where the loss begins.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Tolerance:
         head_rms: Root of the mean squared difference, in the same.
         box_px: Largest difference of a box side, in input pixels.
         score: Largest difference of a score; also how close to `conf` a detection may be found by one form only.
-        swaps: Detections a picture that may differ by more, or be found by one form only: between two boxes that
+        swaps: Detections an image that may differ by more, or be found by one form only: between two boxes that
             overlap by nearly `iou`, or score nearly alike, suppression decides by the last bit.
     """
 
@@ -51,14 +51,14 @@ class Tolerance:
 # hundredths of a pixel. The limits leave a factor of ten.
 TOLERANCES = {
     "fp32": Tolerance(head=1e-3, head_rms=1e-3, box_px=0.25, score=1e-3),
-    # Half keeps 11 bits. Measured with the official yolov7 on pictures of COCO: raw maps within 0.035 of their spread
-    # (24 pictures; the eight variants with random weights: 0.03), decoded boxes within 2.9 pixels (the widest ones) and
-    # scores within 0.0043 (82 pictures); at conf 0.25 no detection swapped, at 0.01 at most two a picture. The limits
+    # Half keeps 11 bits. Measured with the official yolov7 on images of COCO: raw maps within 0.035 of their spread
+    # (24 images; the eight variants with random weights: 0.03), decoded boxes within 2.9 pixels (the widest ones) and
+    # scores within 0.0043 (82 images); at conf 0.25 no detection swapped, at 0.01 at most two an image. The limits
     # leave a factor of three; scores, which depend on the weights most, a little more. A layer that overflows or loses
     # its bits is off by tenths of a spread and more.
     "fp16": Tolerance(head=0.1, head_rms=0.1, box_px=9, score=0.02, swaps=3),
     # INT8 keeps 8 bits and clips: single cells differ by anything, so only means over a map and plain detections count.
-    # Measured with the official yolov7 on 24 pictures of COCO: means within 0.10 of a map's spread, scores of matched
+    # Measured with the official yolov7 on 24 images of COCO: means within 0.10 of a map's spread, scores of matched
     # detections within 0.18, none of a score above conf + 0.3 lost. What that is worth, AP says (`y7 verify --data`).
     "int8": Tolerance(head=math.inf, head_rms=0.3, box_px=math.inf, score=0.3, swaps=2),
 }
@@ -66,7 +66,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult:
-    """One stage on one picture, or the worst over several.
+    """One stage on one image, or the worst over several.
 
     Attributes:
         stage: One of `STAGES`.
@@ -88,11 +88,11 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParityReport:
-    """All stages that both forms show, each with its worst picture."""
+    """All stages that both forms show, each with its worst image."""
 
     reference: str
     against: str
-    pictures: int
+    images: int
     stages: tuple[StageResult, ...]
 
     @property
@@ -134,20 +134,20 @@ class Form:
 def compare(
     reference: Form,
     against: Form,
-    pictures: Sequence[Image],
+    images: Sequence[Image],
     *,
     thresholds: Thresholds,
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """The stages of two forms on the same pictures (uint8 BGR).
+    """The stages of two forms on the same images (uint8 BGR).
 
     Thresholds that the files fix must agree with `thresholds`.
 
     Raises:
-        UsageError: There is no picture, or the forms take inputs of different sizes.
+        UsageError: There is no image, or the forms take inputs of different sizes.
     """
-    if not pictures:
-        raise UsageError("There is no picture to compare on.", fix="Give some:  --images DIR")
+    if not images:
+        raise UsageError("There is no image to compare on.", fix="Give some:  --images DIR")
     if reference.input_hw != against.input_hw:
         (h, w), (other_h, other_w) = reference.input_hw, against.input_hw
         raise UsageError(
@@ -155,27 +155,27 @@ def compare(
             fix=f"Export both at one size:  --img {h},{w}",
         )
     worst: dict[str, StageResult] = {}
-    for done, picture in enumerate(pictures, 1):
-        for result in _one_picture(reference, against, picture, thresholds):
+    for done, image in enumerate(images, 1):
+        for result in _one_image(reference, against, image, thresholds):
             worst[result.stage] = _worse(worst.get(result.stage), result)
         if progress:
-            progress(done, len(pictures))
+            progress(done, len(images))
     report = ParityReport(
         reference=reference.name,
         against=against.name,
-        pictures=len(pictures),
+        images=len(images),
         stages=tuple(worst[stage] for stage in STAGES if stage in worst),
     )
-    logger.info("%s against %s on %d pictures: %s", against.name, reference.name, len(pictures), report.ok)
+    logger.info("%s against %s on %d images: %s", against.name, reference.name, len(images), report.ok)
     return report
 
 
-def _one_picture(reference: Form, against: Form, picture: Image, thresholds: Thresholds) -> list[StageResult]:
+def _one_image(reference: Form, against: Form, image: Image, thresholds: Thresholds) -> list[StageResult]:
     tolerance = _coarser(reference.backend.info, against.backend.info)
-    placed = fit_letterbox((picture.shape[0], picture.shape[1]), reference.input_hw)
+    placed = fit_letterbox((image.shape[0], image.shape[1]), reference.input_hw)
     results = []
     if reference.inside and against.inside:
-        canvas = placed.apply(picture)
+        canvas = placed.apply(image)
         theirs, ours = reference.inside.stages(canvas), against.inside.stages(canvas)
         if theirs.heads and ours.heads:
             results.append(_heads(theirs.heads, ours.heads, tolerance))
@@ -186,8 +186,8 @@ def _one_picture(reference: Form, against: Form, picture: Image, thresholds: Thr
     if nms is not None and nms.runtime_thresholds and tolerance.head < math.inf:
         everything = replace(thresholds, conf=0.0, iou=1.0)
         unsuppressed = replace(tolerance, swaps=0)
-        results.append(_found("candidates", reference, against, picture, placed, everything, unsuppressed))
-    results.append(_found("detections", reference, against, picture, placed, thresholds, tolerance))
+        results.append(_found("candidates", reference, against, image, placed, everything, unsuppressed))
+    results.append(_found("detections", reference, against, image, placed, thresholds, tolerance))
     return results
 
 
@@ -235,12 +235,12 @@ def _found(
     stage: str,
     reference: Form,
     against: Form,
-    picture: Image,
+    image: Image,
     placed: Letterbox,
     thresholds: Thresholds,
     tolerance: Tolerance,
 ) -> StageResult:
-    a, b = (form.backend.infer([picture], [placed], thresholds).found[0] for form in (reference, against))
+    a, b = (form.backend.infer([image], [placed], thresholds).found[0] for form in (reference, against))
     pairs = matched(a, b)
     alone_a, alone_b = (
         scores[np.setdiff1d(np.arange(len(scores)), pairs[:, side])] for side, scores in enumerate((a.scores, b.scores))

@@ -86,7 +86,7 @@ def _best_point(
 ) -> OperatingPoint | None:
     """The confidence with the highest mean F1; the highest such confidence where several have it.
 
-    The interpolated precision would not do, because it counts what only comes at lower confidence: on 82 pictures of
+    The interpolated precision would not do, because it counts what only comes at lower confidence: on 82 images of
     COCO it says F1 0.69 at confidence 0.07, where the truth is 0.60 at 0.36. So hits are counted from the recall that
     a confidence reaches (exactly up to 100 boxes in a class, else rounded down by less than a hundredth of them), and
     alarms from the detections (those on a crowd, too, which COCO ignores).

@@ -1,4 +1,4 @@
-"""How pictures are placed for a measurement: the published rect protocol and the plain letterbox."""
+"""How images are placed for a measurement: the published rect protocol and the plain letterbox."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Group:
 def plan(
     detector: Detector, sized: Mapping[int, tuple[int, int]], *, rect: bool, batch: int
 ) -> tuple[list[Group], Fit, str]:
-    """The groups to run, how a picture is placed on its group's canvas, and that in words."""
+    """The groups to run, how an image is placed on its group's canvas, and that in words."""
     if not rect:
         height, width = detector.input_hw
         groups = _consecutive(list(sized), batch, lambda _: (height, width))
@@ -46,9 +46,9 @@ def plan(
 
 
 def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int, batch: int) -> list[Group]:
-    """The official rectangular batches: pictures in order of path, sorted by height / width, `batch` at a time.
+    """The official rectangular batches: images in order of path, sorted by height / width, `batch` at a time.
 
-    With a = height / width of a group's pictures its canvas is (max a, 1) if all a < 1, (1, 1 / min a) if all a > 1,
+    With a = height / width of a group's images its canvas is (max a, 1) if all a < 1, (1, 1 / min a) if all a > 1,
     else (1, 1), each side times `size`, plus half a stride, rounded up to whole strides.
     """
 
@@ -63,8 +63,8 @@ def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int,
         return height, width
 
     indices = list(sized)
-    # NumPy's default sort, not a stable one: it puts pictures of equal shape into the same batches as the official
-    # program, and a batch decides the canvas of its pictures.
+    # NumPy's default sort, not a stable one: it puts images of equal shape into the same batches as the official
+    # program, and a batch decides the canvas of its images.
     order = np.array([sized[i][0] / sized[i][1] for i in indices]).argsort()
     return _consecutive([indices[i] for i in order], batch, canvas_hw)
 

@@ -1,4 +1,4 @@
-"""A picture to measure with where none is at hand."""
+"""An image to measure with where none is at hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yolov7_deploy.image import Image
 
 FloatArray = npt.NDArray[np.float32]
 
-PICTURE_HW = (480, 640)
+IMAGE_HW = (480, 640)
 SKY, HORIZON_HAZE = (235, 200, 150), (175, 180, 190)  # blue, green, red
 GRASS, ROAD, PAINT, STEEL, RED, WHITE = (
     (60, 120, 80),
@@ -34,54 +34,52 @@ STOP = (
 
 def street() -> Image:
     """A drawn street with a stop sign, the same pixels everywhere; the official weights recognise it."""
-    height, width = PICTURE_HW
+    height, width = IMAGE_HW
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    picture = np.empty((height, width, 3), dtype=np.float32)
-    picture[:] = SKY + (y / height)[..., None] * (np.array(HORIZON_HAZE, dtype=np.float32) - SKY)
-    _draw_ground(picture, y, x)
-    _draw_sign(picture, y, x, centre=(0.36 * height, 0.3 * width), radius=0.15 * height)
+    image = np.empty((height, width, 3), dtype=np.float32)
+    image[:] = SKY + (y / height)[..., None] * (np.array(HORIZON_HAZE, dtype=np.float32) - SKY)
+    _draw_ground(image, y, x)
+    _draw_sign(image, y, x, centre=(0.36 * height, 0.3 * width), radius=0.15 * height)
     grain = np.random.default_rng(3).normal(0, 6, (height, width, 1))
-    return (picture + grain).clip(0, 255).astype(np.uint8)
+    return (image + grain).clip(0, 255).astype(np.uint8)
 
 
-def _draw_ground(picture: FloatArray, y: FloatArray, x: FloatArray) -> None:
+def _draw_ground(image: FloatArray, y: FloatArray, x: FloatArray) -> None:
     """Grass, and a road with a dashed line that runs to the horizon."""
-    height, width = PICTURE_HW
+    height, width = IMAGE_HW
     horizon = 0.62 * height
     near = (y - horizon) / (height - horizon)  # 0 at the horizon, 1 at the lower edge
     off_centre = np.abs(x - 0.62 * width) / width
     below = near > 0
-    picture[below] = GRASS
-    picture[below & (off_centre < 0.04 + 0.55 * near)] = ROAD
-    picture[below & (off_centre < 0.003 + 0.015 * near) & ((12 * near).astype(int) % 2 == 0)] = PAINT
+    image[below] = GRASS
+    image[below & (off_centre < 0.04 + 0.55 * near)] = ROAD
+    image[below & (off_centre < 0.003 + 0.015 * near) & ((12 * near).astype(int) % 2 == 0)] = PAINT
 
 
-def _draw_sign(
-    picture: FloatArray, y: FloatArray, x: FloatArray, *, centre: tuple[float, float], radius: float
-) -> None:
+def _draw_sign(image: FloatArray, y: FloatArray, x: FloatArray, *, centre: tuple[float, float], radius: float) -> None:
     """A red octagon with a white rim and four letters, on a post."""
     dy, dx = np.abs(y - centre[0]), np.abs(x - centre[1])
-    picture[(dx < 0.08 * radius) & (y > centre[0]) & (y < centre[0] + 3.8 * radius)] = STEEL
+    image[(dx < 0.08 * radius) & (y > centre[0]) & (y < centre[0] + 3.8 * radius)] = STEEL
     for size, colour in ((radius, WHITE), (0.93 * radius, RED)):
-        picture[(np.maximum(dx, dy) < size) & (dx + dy < size * math.sqrt(2))] = colour
+        image[(np.maximum(dx, dy) < size) & (dx + dy < size * math.sqrt(2))] = colour
     dots = np.array([[int(dot) for dot in row.replace(" ", "0")] for row in STOP])
     dot = int(1.5 * radius / dots.shape[1])
     letters = np.kron(dots, np.ones((round(1.3 * dot), dot))) > 0
     top, left = int(centre[0] - letters.shape[0] / 2), int(centre[1] - letters.shape[1] / 2)
-    picture[top : top + letters.shape[0], left : left + letters.shape[1]][letters] = WHITE
+    image[top : top + letters.shape[0], left : left + letters.shape[1]][letters] = WHITE
 
 
-def drawn_picture(input_hw: tuple[int, int], *, seed: int = 7) -> Image:
-    """A deterministic picture of shaded rectangles and discs; lower than the input, so that it is padded."""
+def drawn_image(input_hw: tuple[int, int], *, seed: int = 7) -> Image:
+    """A deterministic image of shaded rectangles and discs; lower than the input, so that it is padded."""
     height, width = max(8, input_hw[0] * 3 // 4), input_hw[1]
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
-    picture = np.stack([rows / height, columns / width, (rows + columns) / (height + width)], -1) * 200
+    image = np.stack([rows / height, columns / width, (rows + columns) / (height + width)], -1) * 200
     for number in range(24):
         y, x = rng.uniform(0, (height, width))
         half_h, half_w = rng.uniform(0.02, 0.25, 2) * (height, width)
         inside = (np.abs(rows - y) < half_h) & (np.abs(columns - x) < half_w)
         if number % 2:
             inside = ((rows - y) / half_h) ** 2 + ((columns - x) / half_w) ** 2 < 1
-        picture[inside] = rng.uniform(0, 255, 3) * (0.7 + 0.3 * np.sin(columns[inside] / 3))[:, None]
-    return picture.clip(0, 255).astype(np.uint8)
+        image[inside] = rng.uniform(0, 255, 3) * (0.7 + 0.3 * np.sin(columns[inside] / 3))[:, None]
+    return image.clip(0, 255).astype(np.uint8)

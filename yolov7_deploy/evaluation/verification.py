@@ -14,7 +14,7 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, form
-from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.options import ValOptions
@@ -70,13 +70,13 @@ def verify_forms(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Verification:
-    """Compares each of `others` with `trusted` on the same pictures.
+    """Compares each of `others` with `trusted` on the same images.
 
     Args:
         trusted, others: Model files.
-        images: Folder, file, pattern or list; pictures of `data`, or a drawn one, where absent.
+        images: Folder, file, pattern or list; images of `data`, or a drawn one, where absent.
         data: Dataset to measure AP on.
-        limit: At most so many pictures for the stages, and for AP.
+        limit: At most so many images for the stages, and for AP.
         max_drop: AP points of 100 that may be lost.
         device: Where to run.
         progress: Called with steps done and in all.
@@ -86,20 +86,18 @@ def verify_forms(
     """
     dataset = open_dataset(data, limit=limit) if data else None
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
-    pictures = _pictures(source, limit)
-    reports = [_stages(trusted, path, pictures, device, progress) for path in others]
+    frames = _images(source, limit)
+    reports = [_stages(trusted, path, frames, device, progress) for path in others]
     accuracy = _accuracy([trusted, *others], dataset, device, progress) if dataset else []
     return Verification(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
-        images=len(dataset) if dataset else len(pictures) or 1,
+        images=len(dataset) if dataset else len(frames) or 1,
         losses=(*_stage_losses(reports), *_accuracy_losses(accuracy, max_drop)),
     )
 
 
-def _stages(
-    trusted: Path, path: Path, pictures: Sequence[Image], device: str, progress: Progress | None
-) -> ParityReport:
+def _stages(trusted: Path, path: Path, images: Sequence[Image], device: str, progress: Progress | None) -> ParityReport:
     other = open_backend(path, device=device, input_hw=None)
     hw = other.info.default_hw
     reference = open_backend(
@@ -109,7 +107,7 @@ def _stages(
     return compare(
         form(str(trusted), reference, trusted, input_hw=reference.info.input_hw or hw),
         form(str(path), other, path, input_hw=hw),
-        pictures or [drawn_picture(hw)],
+        images or [drawn_image(hw)],
         thresholds=comparison_thresholds(_strictest(reference, other)),
         progress=progress,
     )
@@ -133,7 +131,7 @@ def _accuracy(paths: Sequence[Path], dataset: Dataset, device: str, progress: Pr
     return accuracy
 
 
-def _pictures(source: Path | list[Path] | None, limit: int) -> list[Image]:
+def _images(source: Path | list[Path] | None, limit: int) -> list[Image]:
     if source is None:
         return []
     with open_source(source) as frames:

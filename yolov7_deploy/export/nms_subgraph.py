@@ -190,7 +190,7 @@ def suppress(
     """Candidates, best first, to the four outputs.
 
     Tile by tile: a tile loses what the survivors so far overlap, then settles among itself, then its survivors join. It
-    ends when every picture has `max_det` survivors or nothing above `conf` is left, so the cost follows the picture
+    ends when every image has `max_det` survivors or nothing above `conf` is left, so the cost follows the image
     and not the number of candidates.
 
     Args:
@@ -261,7 +261,7 @@ def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.Graph
 
 
 def _goes_on(body: GraphWriter, rows: str, number: str, best: str, rules: _Rules) -> str:
-    """Bool: some picture has room left and a candidate above the threshold at the head of its next tile."""
+    """Bool: some image has room left and a candidate above the threshold at the head of its next tile."""
     following = body.node("Gather", rows, body.node("Add", number, body.constant(1, "one")), axis=1)
     head = body.slice(body.slice(following, 1, 0, 1), 2, 4, 5)  # [B, 1, 1]
     has_more = body.node("Cast", body.node(rules.above, head, rules.conf), to=TensorProto.FLOAT)
@@ -308,7 +308,7 @@ def _not_hit(writer: GraphWriter, active: str, hits: str) -> str:
 def _fixed_point(writer: GraphWriter, valid: str, beats: str, tile: int) -> str:
     """Float [B, tile], 1 where a candidate survives: keep = valid and not hit by a kept one, until nothing changes.
 
-    The n best candidates are final after n rounds, so `tile` rounds are always enough; real pictures take a few.
+    The n best candidates are final after n rounds, so `tile` rounds are always enough; real images take a few.
     """
     body = GraphWriter(prefix=f"{beats}_round__", constants_as_nodes=True)
     number, go_in, keep_in = (body.unique(name) for name in ("number", "go", "keep"))

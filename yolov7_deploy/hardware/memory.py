@@ -18,7 +18,7 @@ def gpu_memory_used(device: str, *, root: Path = ROOT, library: str = NVML, driv
     """Bytes that all programs together use on a GPU; `None` for `cpu` and where nothing tells.
 
     Only the difference of two readings says what a model takes. A Jetson has one memory for processor and GPU: there
-    it is what the whole board uses, so other programs and the pictures of this one are in the difference.
+    it is what the whole board uses, so other programs and the images of this one are in the difference.
 
     Args:
         device: `cpu`, `cuda` or `cuda:N`, as CUDA counts.

@@ -64,7 +64,7 @@ class LayerCost:
         c_out: Output channels.
         window: Kernel and stride as `3/2`, `/2` where a block halves the resolution by itself, `x2` upsampling.
         reduction: Input pixels per output cell; `None` for heads, which have several.
-        sources: Numbers of the layers it reads, in concatenation order; -1 is the picture.
+        sources: Numbers of the layers it reads, in concatenation order; -1 is the image.
         parameters: Learnable numbers before fusion.
         parameters_fused: After it; `None` where only the training form has the layer.
         form: `training` and `deploy` rows exist in that form only.
@@ -117,7 +117,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def gflops(model: Yolov7, *, size: int) -> float:
-    """Billions of operations for one picture of `size` x `size` pixels, auxiliary branches included if there are any.
+    """Billions of operations for one image of `size` x `size` pixels, auxiliary branches included if there are any.
 
     2 x the multiply-accumulates of every convolution, and one more for each output element that a BatchNorm shifts
     (fused, its bias; the head has no BatchNorm). Activations, pooling and decoding do not count. This is the paper's

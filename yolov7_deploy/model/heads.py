@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from yolov7_deploy.model.configs import Anchors
 
 BOX_AND_OBJECTNESS = 5
-OBJECTS_PER_IMAGE = 8.0  # prior of the objectness bias: 8 objects in a 640-pixel picture
+OBJECTS_PER_IMAGE = 8.0  # prior of the objectness bias: 8 objects in a 640-pixel image
 
 
 class Implicit(nn.Module):

@@ -1,4 +1,4 @@
-"""How large the values inside a graph get on real pictures."""
+"""How large the values inside a graph get on real images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PREFIX = "range__"
 
 
 def activation_ranges(
-    model: OnnxModel, network: Sequence[onnx.NodeProto], names: Sequence[str], pictures: Sequence[Image]
+    model: OnnxModel, network: Sequence[onnx.NodeProto], names: Sequence[str], images: Sequence[Image]
 ) -> dict[str, float]:
-    """The largest absolute value that each tensor takes on any of the pictures.
+    """The largest absolute value that each tensor takes on any of the images.
 
     The largest value is found inside the graph, by two more nodes a tensor, so a run gives one number a tensor and
     needs no more memory than the network itself: all activations of a 1280-pixel model would be gigabytes.
@@ -28,17 +28,17 @@ def activation_ranges(
         model: A float32 graph.
         network: Its nodes to run, in order; those behind the head are not needed.
         names: float32 tensors that these nodes make.
-        pictures: uint8 BGR of any size.
+        images: uint8 BGR of any size.
 
     Raises:
-        UsageError: There is no picture.
+        UsageError: There is no image.
     """
-    if not pictures:
-        raise UsageError("There is no picture to measure activation ranges on.", fix="Give some:  --picture FILE")
+    if not images:
+        raise UsageError("There is no image to measure activation ranges on.", fix="Give some:  --image FILE")
     runner = NetworkRunner(model.proto, [*network, *_probes(names)], [_PREFIX + name for name in names])
     worst = np.zeros(len(names))
-    for picture in pictures:
-        found = runner.run(network_input(picture, model.info))
+    for image in images:
+        found = runner.run(network_input(image, model.info))
         worst = np.maximum(worst, [found[_PREFIX + name].item() for name in names])
     return dict(zip(names, worst.tolist(), strict=True))
 

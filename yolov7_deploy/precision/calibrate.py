@@ -1,6 +1,6 @@
-"""What the values inside a network are like on sample pictures: histograms, means and extremes, from one pass.
+"""What the values inside a network are like on sample images: histograms, means and extremes, from one pass.
 
-Every way of choosing INT8 ranges starts from the same `Calibration`, so trying another one needs no picture again.
+Every way of choosing INT8 ranges starts from the same `Calibration`, so trying another one needs no image again.
 """
 
 from __future__ import annotations
@@ -37,70 +37,70 @@ _OF_RESULTS = {"ReduceMax": _MOST, "ReduceMin": _LEAST, "ReduceMean": _AVERAGE}
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
-    """What one pass over sample pictures tells.
+    """What one pass over sample images tells.
 
     Attributes:
         histograms: Of every tensor whose values INT8 may have to hold.
         means: Of what each convolution reads, per channel [C].
         largest: Largest magnitude of what each convolution makes, before its activation.
-        pictures: How many were measured on.
+        images: How many were measured on.
         network_sha256: Of nodes and weights in front of decoding.
-        pictures_sha256: Of the pictures as placed in the network's input, in any order.
-        notes: What a reader should know (skipped pictures, few pictures).
+        images_sha256: Of the images as placed in the network's input, in any order.
+        notes: What a reader should know (skipped images, few images).
     """
 
     histograms: Mapping[str, Histogram]
     means: Mapping[str, DoubleArray]
     largest: Mapping[str, float]
-    pictures: int
+    images: int
     network_sha256: str
-    pictures_sha256: str
+    images_sha256: str
     notes: tuple[str, ...] = field(default=())
 
 
 def calibrate(
-    model: OnnxModel, pictures: Iterable[Image], *, count: int = 0, progress: Progress | None = None
+    model: OnnxModel, images: Iterable[Image], *, count: int = 0, progress: Progress | None = None
 ) -> Calibration:
-    """Runs the network on every picture and counts what its tensors hold.
+    """Runs the network on every image and counts what its tensors hold.
 
-    One picture is in memory at a time, with the tensors of the network that are counted: 340 MB for YOLOv7 at 640.
+    One image is in memory at a time, with the tensors of the network that are counted: 340 MB for YOLOv7 at 640.
 
     Args:
         model: A float32 graph.
-        pictures: uint8 BGR of any size.
+        images: uint8 BGR of any size.
         count: How many there are, for `progress`; 0 where nobody knows.
-        progress: Called with pictures done and in all.
+        progress: Called with images done and in all.
 
     Raises:
-        UsageError: There is no picture.
+        UsageError: There is no image.
         ExportError: A tensor is infinite or no number on one of them.
     """
     start = time.perf_counter()
     network = Network(model)
     counter = _Counter(model, network)
     digests = []
-    for done, picture in enumerate(pictures, 1):
-        fed = network_input(picture, model.info)
-        digests.append(picture_digest(fed))
+    for done, image in enumerate(images, 1):
+        fed = network_input(image, model.info)
+        digests.append(image_digest(fed))
         counter.add(fed)
         if progress:
             progress(done, count)
     if not digests:
-        raise UsageError("There is no picture to calibrate on.", fix="Give some:  --calib FOLDER")
+        raise UsageError("There is no image to calibrate on.", fix="Give some:  --calib FOLDER")
     seconds = time.perf_counter() - start
-    logger.info("calibrated %d tensors on %d pictures, %.1f s", len(counter.histograms), len(digests), seconds)
+    logger.info("calibrated %d tensors on %d images, %.1f s", len(counter.histograms), len(digests), seconds)
     return Calibration(
         histograms=counter.histograms,
         means={name: total / len(digests) for name, total in counter.sums.items()},
         largest=counter.largest,
-        pictures=len(digests),
+        images=len(digests),
         network_sha256=network_digest(network),
-        pictures_sha256=pictures_digest(digests),
+        images_sha256=images_digest(digests),
     )
 
 
 class _Counter:
-    """Sums over pictures of what a `Calibration` holds.
+    """Sums over images of what a `Calibration` holds.
 
     Means and extremes are found inside the graph, by a node or two each, and come out as a few numbers.
     """
@@ -116,15 +116,15 @@ class _Counter:
         counted = [name for name in self._counted if name not in self._constants]
         names = [*counted, *(name for node in extra for name in node.output)]
         self._runner = NetworkRunner(model.proto, [*network.nodes, *extra], names)
-        self._pictures = 0
+        self._images = 0
         self.histograms: dict[str, Histogram] = {}
         self.sums: dict[str, DoubleArray] = {}
         self.largest: dict[str, float] = dict.fromkeys(self._made, 0.0)
 
     def add(self, fed: npt.NDArray[np.generic]) -> None:
-        """Counts one more picture."""
+        """Counts one more image."""
         found = {**self._runner.run(fed), **self._constants}
-        self._pictures += 1
+        self._images += 1
         for name in self._counted:
             histogram = Histogram.of(found.pop(name))
             self._check(name, histogram.is_finite)
@@ -141,18 +141,18 @@ class _Counter:
     def _check(self, name: str, is_finite: bool) -> None:
         if not is_finite:
             raise ExportError(
-                f"On picture {self._pictures}, {name} holds values that are infinite or no numbers.",
-                fix="Check the weights (y7 verify); leave the picture out if it is unlike the others.",
+                f"On image {self._images}, {name} holds values that are infinite or no numbers.",
+                fix="Check the weights (y7 verify); leave the image out if it is unlike the others.",
             )
 
 
-def picture_digest(fed: npt.NDArray[np.generic]) -> bytes:
-    """SHA-256 of a picture as the network takes it."""
+def image_digest(fed: npt.NDArray[np.generic]) -> bytes:
+    """SHA-256 of an image as the network takes it."""
     return hashlib.sha256(fed.tobytes()).digest()
 
 
-def pictures_digest(digests: Iterable[bytes]) -> str:
-    """SHA-256 of pictures in any order, from that of each."""
+def images_digest(digests: Iterable[bytes]) -> str:
+    """SHA-256 of images in any order, from that of each."""
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 

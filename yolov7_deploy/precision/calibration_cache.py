@@ -1,4 +1,4 @@
-"""A `Calibration` in a file, so that another way of choosing ranges costs seconds and needs no picture.
+"""A `Calibration` in a file, so that another way of choosing ranges costs seconds and needs no image.
 
 The file is a compressed .npz that `numpy.load` opens too. Histograms are kept as their bins that are not empty, one
 tensor behind the other. It is read without trusting it: nothing in it is executed, and every size follows from an
@@ -63,9 +63,9 @@ class _Header:
     tensors: tuple[str, ...]
     read: tuple[str, ...]
     made: tuple[str, ...]
-    pictures: int
+    images: int
     network_sha256: str
-    pictures_sha256: str
+    images_sha256: str
     notes: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -74,8 +74,8 @@ class _Header:
                 raise ValueError(f"it has {len(names)} tensors, more than {MAX_TENSORS}")
             if len(set(names)) != len(names):
                 raise ValueError("it names a tensor twice")
-        if self.pictures < 1:
-            raise ValueError(f"it is of {self.pictures} pictures")
+        if self.images < 1:
+            raise ValueError(f"it is of {self.images} images")
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -130,25 +130,25 @@ def load_calibration(path: Path) -> Calibration:
         ) from error
 
 
-def check_calibration(calibration: Calibration, path: Path, *, network_sha256: str, pictures_sha256: str) -> None:
-    """Refuses a calibration that is not of this network and these pictures.
+def check_calibration(calibration: Calibration, path: Path, *, network_sha256: str, images_sha256: str) -> None:
+    """Refuses a calibration that is not of this network and these images.
 
     Args:
         calibration: Loaded from `path`.
         path: For the message.
         network_sha256: See `network_digest`.
-        pictures_sha256: See `Calibration`.
+        images_sha256: See `Calibration`.
 
     Raises:
         UsageError: It says which of the two differs.
     """
     pairs = {
         "model": (calibration.network_sha256, network_sha256),
-        "pictures": (calibration.pictures_sha256, pictures_sha256),
+        "images": (calibration.images_sha256, images_sha256),
     }
     wrong = {what: digests for what, digests in pairs.items() if digests[0] != digests[1]}
     if wrong:
-        which = " and ".join({"model": "another model", "pictures": "other pictures"}[what] for what in wrong)
+        which = " and ".join({"model": "another model", "images": "other images"}[what] for what in wrong)
         details = ", ".join(f"{what} {of[:12]} instead of {wanted[:12]}" for what, (of, wanted) in wrong.items())
         raise UsageError(
             f"{path} is a calibration of {which} (SHA-256 of {details}).",
@@ -156,9 +156,9 @@ def check_calibration(calibration: Calibration, path: Path, *, network_sha256: s
         )
 
 
-def default_place(network_sha256: str, pictures_sha256: str) -> Path:
-    """Where the calibration of a network on some pictures is kept unless said otherwise."""
-    return cache_dir() / "calibration" / f"{network_sha256[:16]}-{pictures_sha256[:16]}.npz"
+def default_place(network_sha256: str, images_sha256: str) -> Path:
+    """Where the calibration of a network on some images is kept unless said otherwise."""
+    return cache_dir() / "calibration" / f"{network_sha256[:16]}-{images_sha256[:16]}.npz"
 
 
 # --- a calibration and its columns ------------------------------------------------------------------------------------
@@ -172,9 +172,9 @@ def _taken_apart(calibration: Calibration) -> tuple[_Header, dict[str, Array]]:
         tensors=tuple(calibration.histograms),
         read=tuple(calibration.means),
         made=tuple(calibration.largest),
-        pictures=calibration.pictures,
+        images=calibration.images,
         network_sha256=calibration.network_sha256,
-        pictures_sha256=calibration.pictures_sha256,
+        images_sha256=calibration.images_sha256,
         notes=tuple(calibration.notes),
     )
     return header, {
@@ -211,9 +211,9 @@ def _put_together(header: _Header, columns: Mapping[str, Array]) -> Calibration:
             for name, (start, stop) in zip(header.read, spans, strict=True)
         },
         largest=dict(zip(header.made, largest, strict=True)),
-        pictures=header.pictures,
+        images=header.images,
         network_sha256=header.network_sha256,
-        pictures_sha256=header.pictures_sha256,
+        images_sha256=header.images_sha256,
         notes=header.notes,
     )
 

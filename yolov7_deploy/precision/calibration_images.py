@@ -1,4 +1,4 @@
-"""The pictures that INT8 ranges are measured on: from any files that hold pictures, the same ones in the same order."""
+"""The images that INT8 ranges are measured on: from any files that hold images, the same ones in the same order."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from yolov7_deploy.sources.video import VideoFile
 logger = logging.getLogger(__name__)
 
 LIMIT = 512
-ENOUGH = "100 to 500 pictures"
+ENOUGH = "100 to 500 images"
 SINGLE_COLOUR = "is of a single colour, which shows nothing that a range could be learnt from"  # as `Skipped.reason`
 _FEW, _FAR_TOO_FEW = 100, 8
 _NAMED = 3  # files named in one note
 _DATASET_SUFFIXES = (".json", ".yaml", ".yml")
 _WHY_MANY = (
-    "ranges come from what pictures show, and values that only others reach are clipped. "
+    "ranges come from what images show, and values that only others reach are clipped. "
     f"Use {ENOUGH} like those to come, and not those that AP is measured on."
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _File:
-    """A picture, or a video: how many frames it has, and the numbers of those that are measured on."""
+    """An image, or a video: how many frames it has, and the numbers of those that are measured on."""
 
     path: Path
     frames: int = 1
@@ -42,22 +42,22 @@ class _File:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
-class CalibrationPictures:
-    """Pictures uint8 BGR [H, W, 3], any number of times, always in the same order; each is read when it is asked for.
+class CalibrationImages:
+    """Images uint8 BGR [H, W, 3], any number of times, always in the same order; each is read when it is asked for.
 
     What cannot be read, or is of a single colour, is left out. While iterating, `SourceError` is raised at the end if
     nothing was left.
 
     Args:
         source: What they were opened from, for messages.
-        files: Pictures and videos in order.
-        limit: So many pictures at most, evenly spaced.
+        files: Images and videos in order.
+        limit: So many images at most, evenly spaced.
         missing: What was left out before anything was read.
         notes: What a reader should know of where they come from.
 
     Attributes:
         source: What they were opened from.
-        files: Each picture and video that is measured on, in order.
+        files: Each image and video that is measured on, in order.
     """
 
     def __init__(
@@ -107,22 +107,22 @@ class CalibrationPictures:
         return (*self._notes, *_notes_on_skipped(self._skipped), *_notes_on_number(self._used or len(self)))
 
 
-def open_calibration(data: str | Path, *, limit: int = LIMIT) -> CalibrationPictures:
-    """The pictures that `data` means, evenly spaced over all of them where they are more than `limit`.
+def open_calibration(data: str | Path, *, limit: int = LIMIT) -> CalibrationImages:
+    """The images that `data` means, evenly spaced over all of them where they are more than `limit`.
 
     Args:
-        data: A folder (not its subfolders), a picture, a video, a pattern (`shots/**/*.jpg`), a `.txt` list of any of
-            these, a dataset YAML (its `train` pictures, or `val` where it names none), or a COCO instances JSON.
-        limit: So many at most: pictures `i * n // limit` of n.
+        data: A folder (not its subfolders), an image, a video, a pattern (`shots/**/*.jpg`), a `.txt` list of any of
+            these, a dataset YAML (its `train` images, or `val` where it names none), or a COCO instances JSON.
+        limit: So many at most: images `i * n // limit` of n.
 
     Raises:
-        UsageError: A limit below 1; a camera, stream or address, which would not give the same pictures again.
+        UsageError: A limit below 1; a camera, stream or address, which would not give the same images again.
         SourceError: Nothing to read, or at the end of an iteration nothing that could be used.
         DatasetError: A YAML or JSON that does not open.
         MissingLibraryError: PyYAML is needed for a dataset file.
     """
     if limit < 1:
-        raise UsageError(f"Calibration needs at least 1 picture, not {limit}.", fix=f"Use {ENOUGH}.")
+        raise UsageError(f"Calibration needs at least 1 image, not {limit}.", fix=f"Use {ENOUGH}.")
     text = str(data).strip()
     if Path(text).suffix.lower() in _DATASET_SUFFIXES and "://" not in text and not os.path.isdir(text):  # noqa: PTH112
         paths, notes = _in_dataset(Path(text))
@@ -139,10 +139,10 @@ def open_calibration(data: str | Path, *, limit: int = LIMIT) -> CalibrationPict
             missing.append(Skipped(path=str(path), reason=error.message))
     if not files:
         raise _nothing_left(text, missing)
-    return CalibrationPictures(text, files, limit=limit, missing=missing, notes=notes)
+    return CalibrationImages(text, files, limit=limit, missing=missing, notes=notes)
 
 
-def overlap(calibration: CalibrationPictures, paths: Iterable[Path]) -> int:
+def overlap(calibration: CalibrationImages, paths: Iterable[Path]) -> int:
     """How many of the calibration's files are among these paths: AP measured on them would be flattered.
 
     Files are the same where their paths lead to one place; copies are not found.
@@ -169,18 +169,18 @@ def _in_source(text: str) -> tuple[list[Path], list[Skipped]]:
     elsewhere = [path for path in source.paths if "://" in path] or list(source.paths[-1:] if source.is_live else ())
     if elsewhere:
         raise UsageError(
-            f"{elsewhere[0]} is no file: calibration needs the same pictures every time, and a camera, stream or "
+            f"{elsewhere[0]} is no file: calibration needs the same images every time, and a camera, stream or "
             "address may give others.",
-            fix="Record a video first, or download the pictures:  ffmpeg -i ADDRESS -t 60 recorded.mp4   and then  "
+            fix="Record a video first, or download the images:  ffmpeg -i ADDRESS -t 60 recorded.mp4   and then  "
             "--calib recorded.mp4",
         )
     return [Path(path) for path in source.paths], list(source.skipped)
 
 
 def _in_dataset(path: Path) -> tuple[list[Path], list[str]]:
-    """The pictures of a YAML or JSON, and a note which of its splits they are."""
+    """The images of a YAML or JSON, and a note which of its splits they are."""
     try:
-        # Only here, because it needs PyYAML, and a folder of pictures does not.
+        # Only here, because it needs PyYAML, and a folder of images does not.
         from yolov7_deploy.datasets import open_dataset
     except ModuleNotFoundError as error:
         raise missing_library(error, f"to read {path}") from error
@@ -189,13 +189,13 @@ def _in_dataset(path: Path) -> tuple[list[Path], list[str]]:
         try:
             dataset = open_dataset(path, split=split)
         except DatasetError as error:
-            if not error.message.startswith(f"{path} has no train pictures"):
+            if not error.message.startswith(f"{path} has no train images"):
                 raise
-            split, why = "val", ", as it names no train pictures: AP measured on these is flattered"
+            split, why = "val", ", as it names no train images: AP measured on these is flattered"
             dataset = open_dataset(path, split=split)
     except DatasetError as error:
         raise DatasetError(
-            error.message, fix="Correct it, or give the folder of the pictures instead:  --calib FOLDER"
+            error.message, fix="Correct it, or give the folder of the images instead:  --calib FOLDER"
         ) from error
     of_split = "" if path.suffix.lower() == ".json" else f"{split} of "
     return [dataset.path(i) for i in range(len(dataset))], [f"Calibrated on {of_split}{_printable(path.name)}{why}."]
@@ -223,10 +223,10 @@ def _evenly_spaced(files: Sequence[_File], limit: int) -> list[_File]:
 
 
 def _read(file: _File) -> Iterator[tuple[str, Image]]:
-    """Name and picture of each wanted frame.
+    """Name and image of each wanted frame.
 
     Raises:
-        ImageError: It is no picture.
+        ImageError: It is no image.
         SourceError: It is no video, or ends before the last frame that is wanted.
     """
     if not file.is_video:
@@ -247,14 +247,14 @@ def _read(file: _File) -> Iterator[tuple[str, Image]]:
 
 def _is_single_colour(image: Image) -> bool:
     colour = image[0, 0]
-    return bool((image[0] == colour).all() and (image == colour).all())  # most pictures are told by their first row
+    return bool((image[0] == colour).all() and (image == colour).all())  # most images are told by their first row
 
 
 def _nothing_left(source: str, skipped: Sequence[Skipped]) -> SourceError:
     reasons = [f"{s.path} {SINGLE_COLOUR}." if s.reason == SINGLE_COLOUR else s.reason for s in skipped]
     more = f" And {len(reasons) - _NAMED} more." if len(reasons) > _NAMED else ""
     return SourceError(
-        f"{source} has no picture to calibrate on. {' '.join(reasons[:_NAMED])}{more}",
+        f"{source} has no image to calibrate on. {' '.join(reasons[:_NAMED])}{more}",
         fix=f"Give {ENOUGH} like those to come:  --calib FOLDER",
     )
 
@@ -265,10 +265,10 @@ def _nothing_left(source: str, skipped: Sequence[Skipped]) -> SourceError:
 def _notes_on_choice(chosen: Sequence[_File], total: int) -> Iterator[str]:
     count = sum(len(file.wanted) for file in chosen)
     if count < total:
-        yield f"{count} of {total} pictures were taken, evenly spaced."
+        yield f"{count} of {total} images were taken, evenly spaced."
     frames = sum(len(file.wanted) for file in chosen if file.is_video)
     if frames > 1:
-        yield f"{frames} are frames of videos, where neighbours look alike: pictures of many scenes tell more."
+        yield f"{frames} are frames of videos, where neighbours look alike: images of many scenes tell more."
 
 
 def _notes_on_skipped(skipped: Sequence[Skipped]) -> Iterator[str]:
@@ -291,6 +291,6 @@ def _printable(name: str) -> str:
 
 def _notes_on_number(count: int) -> Iterator[str]:
     if count < _FAR_TOO_FEW:
-        yield f"Far too few pictures ({count}): {_WHY_MANY}"
+        yield f"Far too few images ({count}): {_WHY_MANY}"
     elif count < _FEW:
-        yield f"Few pictures ({count}): {_WHY_MANY}"
+        yield f"Few images ({count}): {_WHY_MANY}"

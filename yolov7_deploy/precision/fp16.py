@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 HALF_MAX = 65504.0
 HALF_NORMAL = 2.0**-14  # below, bits are lost; below 2**-25, all of them
-# Other pictures reach further than the measured ones, and a convolution's partial sums further than its result.
+# Other images reach further than the measured ones, and a convolution's partial sums further than its result.
 MARGIN = 4
 WIDEST = HALF_MAX / MARGIN
 # Here even the largest value of a tensor is so near to half's end that a hundredth of it keeps 7 bits of 11.
@@ -37,10 +37,10 @@ _IS = "is "  # begins the reason of a node whose kind stays float32
 _NAMED = 8  # nodes named in one note
 
 
-def to_fp16(model: OnnxModel, pictures: Sequence[Image]) -> OnnxModel:
+def to_fp16(model: OnnxModel, images: Sequence[Image]) -> OnnxModel:
     """The same model with half weights and activations; inputs, outputs, decoding and suppression stay float32.
 
-    A node stays float32 where a weight of it, or a value that it reads or makes on one of the pictures, does not fit
+    A node stays float32 where a weight of it, or a value that it reads or makes on one of the images, does not fit
     half: above `WIDEST`, since half ends at 65504 and what is beyond becomes infinite, or wholly below `FAINTEST`,
     where bits are lost until nothing is left. The passport notes name these nodes and what the weights lost.
 
@@ -48,23 +48,23 @@ def to_fp16(model: OnnxModel, pictures: Sequence[Image]) -> OnnxModel:
 
     Args:
         model: A float32 graph written by `export_onnx`; it is left as it was.
-        pictures: uint8 BGR, to measure activations on. The more they are like those to come, the better; `MARGIN`
+        images: uint8 BGR, to measure activations on. The more they are like those to come, the better; `MARGIN`
             covers what a few do not show.
 
     Raises:
-        UsageError: There is no picture.
+        UsageError: There is no image.
         ExportError: The model is of lower precision already, or was not exported by this package.
     """
     _check(model)
     network = Network(model)
     made = [name for node in network.nodes for name in node.output if name in network.floats]
-    ranges = activation_ranges(model, network.nodes, made, pictures)
+    ranges = activation_ranges(model, network.nodes, made, images)
     kept = float32_reasons(network, ranges)
     half = {name for name in made if network.makers[name].output[0] not in kept}
     caster = Caster(model.proto, floats=network.floats, half=half, heads=model.info.heads)
     proto = caster.written()
     check_types(proto)
-    notes = _notes(kept, half, [network.weights[name] for name in caster.weights], ranges, len(pictures))
+    notes = _notes(kept, half, [network.weights[name] for name in caster.weights], ranges, len(images))
     logger.info("%s", "; ".join(notes))
     return OnnxModel.of(proto, replace(model.info, precision="fp16", notes=(*model.info.notes, *notes)))
 
@@ -133,7 +133,7 @@ def _weight_reason(weight: Weight) -> str:
 
 
 def _notes(
-    kept: Mapping[str, str], half: set[str], halved: Sequence[Weight], ranges: Mapping[str, float], pictures: int
+    kept: Mapping[str, str], half: set[str], halved: Sequence[Weight], ranges: Mapping[str, float], images: int
 ) -> tuple[str, ...]:
     """What computes in half, what does not and why, and what the weights lost."""
     notes = [f"fp16: {len(half)} of {len(half) + len(kept)} nodes in front of decoding are half"]
@@ -147,8 +147,7 @@ def _notes(
     if ranges:
         largest = max(ranges, key=lambda name: ranges[name])
         notes.append(
-            f"largest value on {pictures} picture{'s' * (pictures > 1)}: {ranges[largest]:.4g} ({largest}), "
-            f"limit {WIDEST:g}"
+            f"largest value on {images} image{'s' * (images > 1)}: {ranges[largest]:.4g} ({largest}), limit {WIDEST:g}"
         )
     total = sum(weight.size for weight in halved)
     vanished = sum(int(np.count_nonzero(weight) - np.count_nonzero(as_half(weight))) for weight in halved)

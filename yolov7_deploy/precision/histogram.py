@@ -1,8 +1,8 @@
 """How often values of each magnitude occur, and the largest one that INT8 should tell apart.
 
 A histogram counts magnitudes by the first sixteen bits of their float32, which are the bfloat16 below it: 128 bins in
-every octave, from the smallest number to the largest. So no range need be known before the first picture, bins never
-move, and sums of histograms do not depend on the order of their pictures.
+every octave, from the smallest number to the largest. So no range need be known before the first image, bins never
+move, and sums of histograms do not depend on the order of their images.
 """
 
 from __future__ import annotations

@@ -262,8 +262,8 @@ def _passport(
     names = {node.output[0]: node.name or node.output[0] for node in proto.graph.node if node.op_type == "Conv"}
     int8 = Int8Info(
         method=options.method,
-        pictures=calibration.pictures,
-        pictures_sha256=calibration.pictures_sha256,
+        images=calibration.images,
+        images_sha256=calibration.images_sha256,
         rest=options.rest,
         convolutions=len(account.convolutions),
         int8_convolutions=account.int8_convolutions,
@@ -280,7 +280,7 @@ def _notes(int8: Int8Info, account: Int8Account, islands: Mapping[str, str]) -> 
     yield f"int8: {int8.int8_convolutions} of {int8.convolutions} convolutions{share}; the rest is {int8.rest}"
     yield (
         f"ranges of {sum(account.pairs.values())} tensors in {account.scales} scales, by {int8.method} on "
-        f"{int8.pictures} picture{'s' * (int8.pictures != 1)}"
+        f"{int8.images} image{'s' * (int8.images != 1)}"
     )
     for reason in dict.fromkeys(reason for _, reason in int8.kept):
         layers = [layer for layer, why in int8.kept if why == reason]

@@ -18,7 +18,7 @@ Types: TypeAlias = Mapping[str, onnx.TypeProto.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvolutionCost:
-    """One convolution: its multiply-accumulates a picture, `None` where its shape is open, and whether it is INT8."""
+    """One convolution: its multiply-accumulates an image, `None` where its shape is open, and whether it is INT8."""
 
     name: str
     macs: int | None
@@ -114,7 +114,7 @@ def _reads_int8(node: onnx.NodeProto | None, types: Types) -> bool:
 
 
 def _macs(made: onnx.TypeProto.Tensor | None, weight: onnx.TypeProto.Tensor | None) -> int | None:
-    """Multiply-accumulates a picture: one for each weight at each place of the result."""
+    """Multiply-accumulates an image: one for each weight at each place of the result."""
     if made is None or weight is None:
         return None
     sides = [int(side.dim_value) for side in (*weight.shape.dim, *made.shape.dim[2:])]

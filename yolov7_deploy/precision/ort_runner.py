@@ -19,10 +19,10 @@ AnyArray = npt.NDArray[np.generic]
 _ERRORS_ONLY = 3
 
 
-def network_input(picture: Image, info: ModelInfo) -> AnyArray:
-    """A picture as a model takes it, as often as its fixed batch wants it."""
-    placed = fit_letterbox((picture.shape[0], picture.shape[1]), info.default_hw)
-    batch = [placed.apply(picture)] * (info.batch or 1)
+def network_input(image: Image, info: ModelInfo) -> AnyArray:
+    """An image as a model takes it, as often as its fixed batch wants it."""
+    placed = fit_letterbox((image.shape[0], image.shape[1]), info.default_hw)
+    batch = [placed.apply(image)] * (info.batch or 1)
     return np.stack(batch) if info.input_kind == "uint8" else to_network_input(batch)
 
 

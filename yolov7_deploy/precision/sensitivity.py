@@ -51,7 +51,7 @@ class LayerCost:
 def layer_costs(
     model: OnnxModel,
     calibration: Calibration,
-    pictures: Sequence[Image],
+    images: Sequence[Image],
     options: Int8Options,
     *,
     progress: Progress | None = None,
@@ -59,12 +59,12 @@ def layer_costs(
     """The cost of each convolution that can be INT8, the dearest first.
 
     Each is quantised alone, and only what it changes is computed again: half the network on average. The tensors that
-    such parts begin with stay in memory, so only as many pictures are used as fit into `MEMORY_BYTES`, at least one.
+    such parts begin with stay in memory, so only as many images are used as fit into `MEMORY_BYTES`, at least one.
 
     Args:
         model: A float32 graph.
         calibration: Of it.
-        pictures: uint8 BGR; two rank layers well.
+        images: uint8 BGR; two rank layers well.
         options: Method, and what is spared already.
         progress: Called with layers done and in all.
     """
@@ -73,7 +73,7 @@ def layer_costs(
     placement = place(network, spared_layers(network, options.spare))
     scales = tensor_scales(placement, calibration, options.method)
     parts = [_Part(network, layer, scales, calibration, options) for layer in placement.convolutions]
-    references = _references(model, network, parts, pictures)
+    references = _references(model, network, parts, images)
     shares = _shares(model.proto)
     costs = []
     for done, part in enumerate(parts, 1):
@@ -83,19 +83,19 @@ def layer_costs(
         costs.append(LayerCost(layer=part.name, error=error, share=shares.get(part.name)))
         if progress:
             progress(done, len(parts))
-    logger.info("cost of %d layers on %d pictures, %.1f s", len(costs), len(references), time.perf_counter() - start)
+    logger.info("cost of %d layers on %d images, %.1f s", len(costs), len(references), time.perf_counter() - start)
     return tuple(sorted(costs, key=lambda cost: -cost.error))
 
 
 def _references(
-    model: OnnxModel, network: Network, parts: Sequence[_Part], pictures: Sequence[Image]
+    model: OnnxModel, network: Network, parts: Sequence[_Part], images: Sequence[Image]
 ) -> list[dict[str, FloatArray]]:
-    """What float32 makes of each picture: the head maps, and the tensors that parts begin with."""
+    """What float32 makes of each image: the head maps, and the tensors that parts begin with."""
     wanted = list(dict.fromkeys([*network.heads, *(name for part in parts for name in part.begins_with)]))
     whole = NetworkRunner(model.proto, network.nodes, wanted)
     found: list[dict[str, FloatArray]] = []
-    for picture in pictures:
-        found.append(whole.run(network_input(picture, model.info)))
+    for image in images:
+        found.append(whole.run(network_input(image, model.info)))
         if (len(found) + 1) * sum(values.nbytes for values in found[0].values()) > MEMORY_BYTES:
             break
     return found

@@ -1,4 +1,4 @@
-"""The seam under the Detector: uint8 pictures plus geometry go down, boxes in network pixels come up.
+"""The seam under the Detector: uint8 images plus geometry go down, boxes in network pixels come up.
 
 Geometry belongs to the Detector, pixels to the backend: on a CPU the letterbox is OpenCV's, on a GPU a kernel.
 """
@@ -24,7 +24,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """Detections of one picture in network-input pixels, best score first.
+    """Detections of one image in network-input pixels, best score first.
 
     Attributes:
         boxes: float32 [N, 4] xyxy.
@@ -58,7 +58,7 @@ class Spans:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outputs:
-    """What a backend gives for a list of pictures: one `Found` each, and where the time went (whole call).
+    """What a backend gives for a list of images: one `Found` each, and where the time went (whole call).
 
     `inference_ms` is everything between the prepared input and the raw results. `spans` tells the parts where the
     call was `timed`.
@@ -90,8 +90,8 @@ class Backend(Protocol):
     Attributes:
         info: The model's passport.
         device: Where it runs, `cpu` or `cuda:N`.
-        largest_batch: Most pictures that enter the network at once, `None` where any number may; more are run in parts.
-        takes_gpu_arrays: Pictures may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
+        largest_batch: Most images that enter the network at once, `None` where any number may; more are run in parts.
+        takes_gpu_arrays: Images may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
     """
 
     info: ModelInfo
@@ -112,7 +112,7 @@ class Backend(Protocol):
         *,
         timed: bool = False,
     ) -> Outputs:
-        """Pictures (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size.
+        """Images (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size.
 
         Args:
             images: As many as there are letterboxes.

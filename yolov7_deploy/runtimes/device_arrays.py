@@ -1,4 +1,4 @@
-"""Pictures that are on a GPU already: arrays of torch, cupy, pycuda, numba or any other library, taken without a copy.
+"""Images that are on a GPU already: arrays of torch, cupy, pycuda, numba or any other library, taken without a copy.
 
 Two protocols tell where they lie: DLPack and `__cuda_array_interface__`. DLPack is asked first, because it lets the
 producer order its own work before ours on the GPU; `__cuda_array_interface__` names a stream at best. Nobody waits on
@@ -41,15 +41,15 @@ GpuArray = DlpackArray | CudaArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GpuPicture:
-    """A uint8 BGR picture [H, W, 3] on a GPU.
+class GpuImage:
+    """A uint8 BGR image [H, W, 3] on a GPU.
 
     Attributes:
         pointer: Address of its first pixel.
         pitch: Bytes from one row to the next.
         hw: Height and width.
         device: Number of the GPU.
-        owner: Keeps the memory; held until the work on the picture is done.
+        owner: Keeps the memory; held until the work on the image is done.
     """
 
     pointer: int
@@ -67,19 +67,19 @@ def is_gpu_array(x: object) -> bool:
 
 
 def gpu_hw(x: Any) -> tuple[int, int]:  # noqa: ANN401 - any library's array
-    """Height and width of a picture on a GPU.
+    """Height and width of an image on a GPU.
 
     Raises:
         ImageError: Its shape is not [H, W, 3], or it has no pixels.
     """
     shape = tuple(int(side) for side in (x.shape if hasattr(x, "shape") else x.__cuda_array_interface__["shape"]))
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise ImageError(f"A picture on the GPU must be an array [H, W, 3] (BGR); this one is {shape}.", fix=_FIX)
+        raise ImageError(f"An image on the GPU must be an array [H, W, 3] (BGR); this one is {shape}.", fix=_FIX)
     return shape[0], shape[1]
 
 
-def gpu_picture(x: Any, stream: Stream, *, device: int) -> GpuPicture:  # noqa: ANN401
-    """Where a picture lies; what its producer still has to do for it comes before later work of `stream`.
+def gpu_image(x: Any, stream: Stream, *, device: int) -> GpuImage:  # noqa: ANN401
+    """Where an image lies; what its producer still has to do for it comes before later work of `stream`.
 
     Args:
         x: An array for which `is_gpu_array` holds. Rows may be apart, pixels may not.
@@ -87,31 +87,31 @@ def gpu_picture(x: Any, stream: Stream, *, device: int) -> GpuPicture:  # noqa: 
         device: Number of the GPU of that stream.
 
     Raises:
-        ImageError: It is no uint8 picture [H, W, 3], or its pixels do not lie side by side.
+        ImageError: It is no uint8 image [H, W, 3], or its pixels do not lie side by side.
         DeviceError: It is on another GPU, or its library does not give it away.
     """
     hw = gpu_hw(x)
-    picture = _by_dlpack(x, hw, stream, device) if hasattr(x, "__dlpack__") else _by_interface(x, hw, stream)
-    if picture.device != device:
-        raise _elsewhere(picture.device, device)
-    return picture
+    image = _by_dlpack(x, hw, stream, device) if hasattr(x, "__dlpack__") else _by_interface(x, hw, stream)
+    if image.device != device:
+        raise _elsewhere(image.device, device)
+    return image
 
 
 def _elsewhere(found: int, wanted: int) -> DeviceError:
     return DeviceError(
-        f"The picture is on cuda:{found}, the detector on cuda:{wanted}.",
+        f"The image is on cuda:{found}, the detector on cuda:{wanted}.",
         fix=f"Move it (torch: image.to('cuda:{wanted}')), or open a Detector with device='cuda:{found}'.",
     )
 
 
 def _placed(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None) -> int:
-    """The pitch of a picture with these strides in bytes.
+    """The pitch of an image with these strides in bytes.
 
     Raises:
         ImageError: Another type, or pixels that do not lie side by side.
     """
     if dtype != "uint8":
-        raise ImageError(f"A picture on the GPU must be uint8; this one is {dtype}.", fix=_FIX)
+        raise ImageError(f"An image on the GPU must be uint8; this one is {dtype}.", fix=_FIX)
     row = 3 * hw[1]
     if strides is None:
         return row
@@ -119,14 +119,14 @@ def _placed(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None) -
     # A stride along an axis of length one means nothing.
     is_dense = channel == 1 and (pixel == 3 or hw[1] == 1) and (pitch >= row or hw[0] == 1)
     if not is_dense:
-        raise ImageError(f"The pixels of this picture on the GPU are {tuple(strides)} bytes apart.", fix=_FIX)
+        raise ImageError(f"The pixels of this image on the GPU are {tuple(strides)} bytes apart.", fix=_FIX)
     return max(pitch, row)
 
 
 # --- __cuda_array_interface__ ---------------------------------------------------------------------------------------
 
 
-def _by_interface(x: Any, hw: tuple[int, int], stream: Stream) -> GpuPicture:  # noqa: ANN401
+def _by_interface(x: Any, hw: tuple[int, int], stream: Stream) -> GpuImage:  # noqa: ANN401
     found = x.__cuda_array_interface__
     dtype = "uint8" if found["typestr"][1:] == "u1" else found["typestr"]
     pitch = _placed(hw, dtype=dtype, strides=found.get("strides"))
@@ -134,13 +134,13 @@ def _by_interface(x: Any, hw: tuple[int, int], stream: Stream) -> GpuPicture:  #
     device = stream.cuda.gpu_of(pointer)
     if device is None:
         raise DeviceError(
-            f"The picture's address {pointer:#x} is not on a GPU.", fix="Pass the array of its library, still open."
+            f"The image's address {pointer:#x} is not on a GPU.", fix="Pass the array of its library, still open."
         )
     # Before version 3 nothing is said; most such libraries work on the default stream.
     produced_on = found.get("stream", _LEGACY_STREAM)
     if produced_on is not None:
         stream.follow(int(produced_on))
-    return GpuPicture(pointer=pointer, pitch=pitch, hw=hw, device=device, owner=x)
+    return GpuImage(pointer=pointer, pitch=pitch, hw=hw, device=device, owner=x)
 
 
 # --- DLPack ---------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class _Versioned(ctypes.Structure):
     ]
 
 
-def _by_dlpack(x: Any, hw: tuple[int, int], stream: Stream, device: int) -> GpuPicture:  # noqa: ANN401
+def _by_dlpack(x: Any, hw: tuple[int, int], stream: Stream, device: int) -> GpuImage:  # noqa: ANN401
     index = int(x.__dlpack_device__()[1])
     if index != device:  # its library might copy it here by itself
         raise _elsewhere(index, device)
@@ -195,7 +195,7 @@ def _by_dlpack(x: Any, hw: tuple[int, int], stream: Stream, device: int) -> GpuP
     pitch = _placed(hw, dtype=dtype, strides=strides)
     # The capsule is not taken over: its own destructor gives the memory back when nobody holds it any more.
     pointer = int(tensor.data or 0) + int(tensor.byte_offset)
-    return GpuPicture(pointer=pointer, pitch=pitch, hw=hw, device=index, owner=(capsule, x))
+    return GpuImage(pointer=pointer, pitch=pitch, hw=hw, device=index, owner=(capsule, x))
 
 
 def _tensor_in(capsule: object) -> _Tensor:

@@ -1,6 +1,6 @@
 """The slots of one engine: as many calls run at once as there are slots, the others wait for a free one.
 
-Two keep the GPU busy while a third thread writes its picture and a fourth reads its results; more take memory and win
+Two keep the GPU busy while a third thread writes its image and a fourth reads its results; more take memory and win
 nothing. The lock is held to take and to give back, never while the GPU works.
 """
 

@@ -139,7 +139,7 @@ def find_kernels(compute_capability: tuple[int, int]) -> Kernels | None:
 
 
 def frame_of(letterbox: Letterbox, *, pixels: int, pitch: int, rows: int = 0) -> np.void:
-    """A record `FRAME` for one picture on the GPU.
+    """A record `FRAME` for one image on the GPU.
 
     Args:
         letterbox: Where it lands; the kernel is bilinear and cannot shrink by area.
@@ -176,7 +176,7 @@ class RowPlan:
 
 
 def row_plan(letterbox: Letterbox) -> RowPlan | None:
-    """Which rows to stage for a picture, or `None` where staging all of them is as good.
+    """Which rows to stage for an image, or `None` where staging all of them is as good.
 
     1080 rows on 360 need every third, whose centres meet; 2160 on 360 need two of six, 720 on 360 need all.
     """

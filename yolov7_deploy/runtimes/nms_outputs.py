@@ -45,7 +45,7 @@ def kept(
     classes: npt.NDArray[Any],
     thresholds: Thresholds,
 ) -> Found:
-    """One picture's rows that the caller wants, as copies.
+    """One image's rows that the caller wants, as copies.
 
     Args:
         count: Rows that are filled.

@@ -49,7 +49,7 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 class OrtBackend:
     """An ONNX file ready to run.
 
-    Calls from many threads take turns in the network (`RUNS_PER_CORE`) while others prepare pictures and make results.
+    Calls from many threads take turns in the network (`RUNS_PER_CORE`) while others prepare images and make results.
 
     Args:
         session: The opened file.
@@ -104,7 +104,7 @@ class OrtBackend:
     ) -> Outputs:
         """See `Backend.infer`.
 
-        A file of fixed batch runs as often as needed, the last time filled up with its last picture. With suppression
+        A file of fixed batch runs as often as needed, the last time filled up with its last image. With suppression
         inside the file, `classes` filters what the file gives, and `max_det` cannot exceed its rows. Waiting for a turn
         counts as time of the network.
         """
@@ -117,8 +117,8 @@ class OrtBackend:
             results = [self._run({self._input: batch, **feeds}) for batch in batches]
         except _ORT_ERRORS as error:
             raise DeviceError(
-                f"ONNX Runtime could not run {len(images)} pictures: {_reason(error)}",
-                fix="Try fewer pictures at once, or --device cpu",
+                f"ONNX Runtime could not run {len(images)} images: {_reason(error)}",
+                fix="Try fewer images at once, or --device cpu",
             ) from error
         inferred = time.perf_counter()
         for batch, result in zip(batches, results, strict=True):
@@ -232,7 +232,7 @@ def _check_result(result: Sequence[Any], batch: int, info: ModelInfo) -> None:
     numeric = all(getattr(value, "dtype", np.dtype(object)).kind in "fiu" for value in result)
     if not numeric or not all(fits):
         raise LoadError(
-            f"The file gives results of shapes {str(shapes)[:200]} for {batch} pictures, which is no YOLOv7 layout.",
+            f"The file gives results of shapes {str(shapes)[:200]} for {batch} images, which is no YOLOv7 layout.",
             fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
         )
 

@@ -143,7 +143,7 @@ class PytorchBackend:
             if not self._give_up_lanes():
                 height, width = letterboxes[0].canvas_hw
                 raise DeviceError(
-                    f"{len(images)} pictures of {height}x{width} need more memory than {self.device} has: {reason}",
+                    f"{len(images)} images of {height}x{width} need more memory than {self.device} has: {reason}",
                     fix=self._memory_fix(),
                 )
 
@@ -159,7 +159,7 @@ class PytorchBackend:
             size = (len(images), *letterboxes[0].canvas_hw)
             rows, spans = self._run_in_lane(self._lanes, size, canvases, thresholds.conf, timed=timed)
         fetched = time.perf_counter()
-        found = [_found(of_picture, thresholds) for of_picture in rows]
+        found = [_found(of_image, thresholds) for of_image in rows]
         spans = replace(
             spans,
             preprocess_ms=spans.preprocess_ms + letterbox_ms,

@@ -1,6 +1,6 @@
 """Runs a TensorRT engine: TensorRT 8.6 to 11 and TensorRT-RTX through one path, tensors by name on streams.
 
-Pictures go up as they are and are letterboxed on the GPU. Calls of several threads run at once, each in a slot of its
+Images go up as they are and are letterboxed on the GPU. Calls of several threads run at once, each in a slot of its
 own (`trt_slots.py`); what they share is read-only. Results are copies, which belong to the caller.
 """
 
@@ -25,7 +25,7 @@ from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import detections_of
 from yolov7_deploy.runtimes.base import Found, Outputs, Spans, check_wishes
 from yolov7_deploy.runtimes.cuda import Cuda, Device, open_cuda
-from yolov7_deploy.runtimes.device_arrays import GpuPicture, gpu_picture, is_gpu_array
+from yolov7_deploy.runtimes.device_arrays import GpuImage, gpu_image, is_gpu_array
 from yolov7_deploy.runtimes.executor_pool import TrtSlots
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels, find_kernels
 from yolov7_deploy.runtimes.nms_outputs import check_fixed, kept
@@ -114,9 +114,9 @@ class TrtBackend:
         *,
         timed: bool = False,
     ) -> Outputs:
-        """See `Backend.infer`; pictures may be arrays on this GPU, which are not copied.
+        """See `Backend.infer`; images may be arrays on this GPU, which are not copied.
 
-        Lists above the largest batch run in parts, those below the smallest are filled up with their last picture.
+        Lists above the largest batch run in parts, those below the smallest are filled up with their last image.
         """
         self._check_usable()
         if self.info.nms is not None:
@@ -141,10 +141,10 @@ class TrtBackend:
     ) -> Outputs:
         """One part in one slot, which is free again when the results are copies."""
         started = time.perf_counter()
-        pictures = [self._picture(image, slot) for image in images]
+        inputs = [self._image(image, slot) for image in images]
         taken = time.perf_counter()
         batch = max(len(images), self._engine.batches[0])
-        run = slot.run(pictures, letterboxes, thresholds, batch=batch, timed=timed)
+        run = slot.run(inputs, letterboxes, thresholds, batch=batch, timed=timed)
         ran = time.perf_counter()
         found = self._found(run.results, len(images), thresholds)
         postprocess_ms = (time.perf_counter() - ran) * 1e3
@@ -156,8 +156,8 @@ class TrtBackend:
             spans=replace(run.spans, postprocess_ms=postprocess_ms) if run.spans else None,
         )
 
-    def _picture(self, image: Image, slot: TrtSlot) -> Image | GpuPicture:
-        return gpu_picture(image, slot.stream, device=self._index) if is_gpu_array(image) else image
+    def _image(self, image: Image, slot: TrtSlot) -> Image | GpuImage:
+        return gpu_image(image, slot.stream, device=self._index) if is_gpu_array(image) else image
 
     def _found(self, results: Results, count: int, thresholds: Thresholds) -> list[Found]:
         if not self._engine.suppresses:
@@ -190,7 +190,7 @@ class TrtBackend:
         engine, (height, width) = self._engine, letterboxes[0].canvas_hw
         low, high = engine.canvas_hw(engine.smallest), engine.canvas_hw(engine.largest)
         if any(letterbox.canvas_hw != (height, width) for letterbox in letterboxes):
-            raise UsageError("Pictures of one call have canvases of different sizes.", fix="Call once for each size.")
+            raise UsageError("Images of one call have canvases of different sizes.", fix="Call once for each size.")
         if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
             takes = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
             raise UsageError(

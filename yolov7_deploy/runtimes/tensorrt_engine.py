@@ -59,7 +59,7 @@ class TrtEngine:
         name: Of the file, for messages.
 
     Attributes:
-        images: The input for pictures; -1 where a side is open.
+        images: The input for images; -1 where a side is open.
         canvas_dtype: Its type, `layout` its order of axes.
         smallest, largest: Limits of its shape.
         outputs: Those that are read first, in the order of `wanted`, then the others.
@@ -131,15 +131,15 @@ class TrtEngine:
 
     @property
     def batches(self) -> tuple[int, int]:
-        """Fewest and most pictures that enter at once."""
+        """Fewest and most images that enter at once."""
         return self.smallest[0], self.largest[0]
 
     def shape(self, batch: int, canvas_hw: tuple[int, int]) -> Shape:
-        """Of the input for pictures."""
+        """Of the input for images."""
         return (batch, *canvas_hw, 3) if self.layout == "nhwc" else (batch, 3, *canvas_hw)
 
     def canvas_hw(self, shape: Shape) -> tuple[int, int]:
-        """Height and width in a shape of the input for pictures."""
+        """Height and width in a shape of the input for images."""
         return (shape[1], shape[2]) if self.layout == "nhwc" else (shape[2], shape[3])
 
     @property

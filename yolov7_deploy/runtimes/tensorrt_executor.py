@@ -30,12 +30,12 @@ from yolov7_deploy.image import Image, Letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.base import Spans
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
-from yolov7_deploy.runtimes.device_arrays import GpuPicture
+from yolov7_deploy.runtimes.device_arrays import GpuImage
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels
 from yolov7_deploy.runtimes.tensorrt_engine import CONF, IOU, Shape, TrtEngine
 from yolov7_deploy.runtimes.upload import PIECE_BYTES, Staging
 
-Pixels = Sequence[Image | GpuPicture]
+Pixels = Sequence[Image | GpuImage]
 Results = dict[str, npt.NDArray[Any]]
 _Step = Callable[[], None]
 
@@ -135,29 +135,29 @@ class TrtSlot:
 
     def run(
         self,
-        pictures: Pixels,
+        images: Pixels,
         letterboxes: Sequence[Letterbox],
         thresholds: Thresholds,
         *,
         batch: int,
         timed: bool = False,
     ) -> Run:
-        """The results of pictures on canvases of one size; fewer than `batch` are filled up with the last one.
+        """The results of images on canvases of one size; fewer than `batch` are filled up with the last one.
 
         Raises:
             DeviceError: The GPU is out of memory, or lost, or TensorRT failed.
-            UsageError: Pictures on the GPU with a letterbox that is the host's.
+            UsageError: Images on the GPU with a letterbox that is the host's.
         """
         started = time.perf_counter()
         lane = self._lane(self._engine.shape(batch, letterboxes[0].canvas_hw))
         self._staging.set_thresholds(thresholds)
         if self._kernels is not None and not any(map(_averages, letterboxes)):
-            self._follow(moved=self._staging.place(pictures, letterboxes, batch=batch))
+            self._follow(moved=self._staging.place(images, letterboxes, batch=batch))
             steps = _Steps(upload=self._upload, letterbox=partial(self._letterbox, self._kernels, lane.shape))
         else:
             canvases, moved = self._staging.canvases(lane.shape, self._engine.canvas_dtype)
             self._follow(moved=moved)
-            _write_canvases(canvases, pictures, letterboxes)
+            _write_canvases(canvases, images, letterboxes)
             steps = _Steps(upload=partial(self._upload_canvases, canvases))
         go = self._measured if timed else self._launched
         return go(lane, steps, started)
@@ -278,9 +278,9 @@ class TrtSlot:
         if not lane.context.execute_async_v3(self.stream.handle):
             self.stream.cuda.runtime.call("cudaGetLastError")
             raise DeviceError(
-                f"TensorRT could not run {self._engine.name} with {lane.shape[0]} pictures. It said:\n"
+                f"TensorRT could not run {self._engine.name} with {lane.shape[0]} images. It said:\n"
                 f"{self._engine.log.words}",
-                fix="Try fewer pictures at once; y7 doctor shows the GPU and its libraries.",
+                fix="Try fewer images at once; y7 doctor shows the GPU and its libraries.",
             )
 
     def _download(self, lane: _Lane) -> None:
@@ -328,7 +328,7 @@ class TrtSlot:
             sides = tuple(int(side) for side in context.get_tensor_shape(output.name))
             if min(sides, default=1) < 0:
                 raise LoadError(
-                    f"Output {output.name} of {engine.name} has a size that depends on the picture: {sides}.",
+                    f"Output {output.name} of {engine.name} has a size that depends on the image: {sides}.",
                     fix="Export it with fixed sizes:  y7 export --weights WEIGHTS.pt --engine",
                 )
             results[output.name] = _Result(start=at, shape=sides, dtype=np.dtype(_storage(output.dtype)))
@@ -369,16 +369,16 @@ def _averages(letterbox: Letterbox) -> bool:
     return letterbox.shrink_by_area and letterbox.resized_hw != letterbox.source_hw
 
 
-def _write_canvases(canvases: Array, pictures: Pixels, letterboxes: Sequence[Letterbox]) -> None:
+def _write_canvases(canvases: Array, images: Pixels, letterboxes: Sequence[Letterbox]) -> None:
     """Letterboxes on the host; the last canvas fills the batch up."""
-    for canvas, picture, letterbox in zip(canvases, pictures, letterboxes, strict=False):
-        if isinstance(picture, GpuPicture):
+    for canvas, image, letterbox in zip(canvases, images, letterboxes, strict=False):
+        if isinstance(image, GpuImage):
             raise UsageError(
-                "This letterbox is made on the host, and a picture is on the GPU.", fix="Pass image.cpu().numpy()"
+                "This letterbox is made on the host, and an image is on the GPU.", fix="Pass image.cpu().numpy()"
             )
-        made = letterbox.apply(picture)
+        made = letterbox.apply(image)
         canvas[...] = made if canvases.dtype == np.uint8 else to_network_input([made])[0]
-    canvases[len(pictures) :] = canvases[len(pictures) - 1]
+    canvases[len(images) :] = canvases[len(images) - 1]
 
 
 def _storage(dtype: str) -> str:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from yolov7_deploy.image import FloatArray, Image
-from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_picture
+from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_image
 
 logger = logging.getLogger(__name__)
 
-Size = tuple[int, int, int]  # pictures, height and width of the canvas
+Size = tuple[int, int, int]  # images, height and width of the canvas
 Forward = Callable[[], Tensor]
 Capture = Callable[[Forward], Forward]
 
@@ -76,11 +76,11 @@ class Lane:
         return self._forward()
 
     def fetch(self, decoded: Tensor, conf: float) -> list[FloatArray]:
-        """Of each picture the rows that can become detections, in memory of their own; see `candidates`."""
+        """Of each image the rows that can become detections, in memory of their own; see `candidates`."""
         found = candidates(decoded, conf)
-        rows, pictures = (part.to("cpu", non_blocking=self._stream is not None) for part in found)
+        rows, images = (part.to("cpu", non_blocking=self._stream is not None) for part in found)
         self.wait()
-        return split_by_picture(rows, pictures, self.size[0])
+        return split_by_image(rows, images, self.size[0])
 
     def wait(self) -> None:
         """Until the device has done all that was asked of it in this lane; other threads run meanwhile."""

@@ -66,7 +66,7 @@ class TorchNetwork:
 def candidates(decoded: Tensor, conf: float) -> tuple[Tensor, Tensor]:
     """The rows of a decoded output that can become detections, in their order.
 
-    `detections_of` finds the same in a picture's rows as in all its anchors: only those are left out that it leaves
+    `detections_of` finds the same in an image's rows as in all its anchors: only those are left out that it leaves
     out too, because no score of theirs exceeds `conf`. Rows that hold no number stay, and are its to judge.
 
     Args:
@@ -74,18 +74,18 @@ def candidates(decoded: Tensor, conf: float) -> tuple[Tensor, Tensor]:
         conf: See `Thresholds`.
 
     Returns:
-        Rows float32 [K, 5 + C], and int64 [K], the picture that each is of. Finding how many there are waits for a GPU.
+        Rows float32 [K, 5 + C], and int64 [K], the image that each is of. Finding how many there are waits for a GPU.
     """
     objectness = decoded[..., 4]
     chosen = objectness > conf
     if decoded.shape[2] > 6:
         # Rounding keeps order, so the best product is that of the best class.
         chosen &= ~(objectness * decoded[..., 5:].amax(-1) <= conf)
-    pictures, anchors = chosen.nonzero(as_tuple=True)
-    return decoded[pictures, anchors], pictures
+    images, anchors = chosen.nonzero(as_tuple=True)
+    return decoded[images, anchors], images
 
 
-def split_by_picture(rows: Tensor, pictures: Tensor, count: int) -> list[FloatArray]:
-    """`candidates` on the host as one array [K_i, 5 + C] for each of `count` pictures."""
-    ends = np.searchsorted(pictures.numpy(), np.arange(1, count))
+def split_by_image(rows: Tensor, images: Tensor, count: int) -> list[FloatArray]:
+    """`candidates` on the host as one array [K_i, 5 + C] for each of `count` images."""
+    ends = np.searchsorted(images.numpy(), np.arange(1, count))
     return np.split(rows.numpy(), ends)

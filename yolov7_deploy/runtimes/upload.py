@@ -16,7 +16,7 @@ import numpy.typing as npt
 from yolov7_deploy.image import Image, Letterbox
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, PinnedBuffer
-from yolov7_deploy.runtimes.device_arrays import GpuPicture
+from yolov7_deploy.runtimes.device_arrays import GpuImage
 from yolov7_deploy.runtimes.letterbox_kernel import FRAME, RowPlan, frame_of, row_plan
 
 Bytes = npt.NDArray[np.uint8]
@@ -28,7 +28,7 @@ _CONF_AT, _IOU_AT, _FRAMES_AT = 0, _ALIGNMENT, 2 * _ALIGNMENT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
-    """Where the rows and the row table of a host picture begin, counted from the start of the staging memory."""
+    """Where the rows and the row table of a host image begin, counted from the start of the staging memory."""
 
     image: Image
     plan: RowPlan | None
@@ -49,7 +49,7 @@ class _Place:
 
 
 class Staging:
-    """Page-locked memory and its twin on the GPU; both grow with the pictures.
+    """Page-locked memory and its twin on the GPU; both grow with the images.
 
     Args:
         cuda: Of the thread's GPU.
@@ -83,8 +83,8 @@ class Staging:
         for at, value in ((_CONF_AT, thresholds.conf), (_IOU_AT, thresholds.iou)):
             self.host[at : at + 4].view(np.float32)[0] = value
 
-    def place(self, pictures: Sequence[Image | GpuPicture], letterboxes: Sequence[Letterbox], *, batch: int) -> bool:
-        """Finds room for pictures and writes the table of frames, whose last one fills the batch up.
+    def place(self, images: Sequence[Image | GpuImage], letterboxes: Sequence[Letterbox], *, batch: int) -> bool:
+        """Finds room for images and writes the table of frames, whose last one fills the batch up.
 
         Tables come before pixels, so that the first piece that goes up holds all of them.
 
@@ -95,30 +95,28 @@ class Staging:
             DeviceError: There is no memory for them.
         """
         on_host = [
-            (picture, row_plan(letterbox))
-            for picture, letterbox in zip(pictures, letterboxes, strict=True)
-            if not isinstance(picture, GpuPicture)
+            (image, row_plan(letterbox))
+            for image, letterbox in zip(images, letterboxes, strict=True)
+            if not isinstance(image, GpuImage)
         ]
         plans = [plan for _, plan in on_host]
         tables = np.cumsum([self._head, *(_aligned(plan.table.nbytes) if plan else 0 for plan in plans)]).tolist()
         self._places, at = [], tables[-1]
-        for (image, plan), table_at in zip(on_host, tables[:-1], strict=True):
-            place = _Place(image=image, plan=plan, table_at=table_at, rows_at=at)
+        for (pixels, plan), table_at in zip(on_host, tables[:-1], strict=True):
+            place = _Place(image=pixels, plan=plan, table_at=table_at, rows_at=at)
             self._places.append(place)
             at = _aligned(place.end)
         self.used = self._places[-1].end if self._places else self._head
         moved = self.reserve(self.used)
-        self._write_tables(pictures, letterboxes, batch)
+        self._write_tables(images, letterboxes, batch)
         return moved
 
-    def _write_tables(
-        self, pictures: Sequence[Image | GpuPicture], letterboxes: Sequence[Letterbox], batch: int
-    ) -> None:
+    def _write_tables(self, images: Sequence[Image | GpuImage], letterboxes: Sequence[Letterbox], batch: int) -> None:
         base, places = self.device.pointer, iter(self._places)
         frames = self.host[_FRAMES_AT : _FRAMES_AT + batch * FRAME.itemsize].view(FRAME)
-        for number, (picture, letterbox) in enumerate(zip(pictures, letterboxes, strict=True)):
-            if isinstance(picture, GpuPicture):
-                frames[number] = frame_of(letterbox, pixels=picture.pointer, pitch=picture.pitch)
+        for number, (image, letterbox) in enumerate(zip(images, letterboxes, strict=True)):
+            if isinstance(image, GpuImage):
+                frames[number] = frame_of(letterbox, pixels=image.pointer, pitch=image.pitch)
                 continue
             place = next(places)
             table_at = 0
@@ -126,7 +124,7 @@ class Staging:
                 table_at = base + place.table_at
                 self._part(place.table_at, place.plan.table.nbytes).view(np.int32)[:] = place.plan.table.reshape(-1)
             frames[number] = frame_of(letterbox, pixels=base + place.rows_at, pitch=place.pitch, rows=table_at)
-        frames[len(pictures) :] = frames[len(pictures) - 1]
+        frames[len(images) :] = frames[len(images) - 1]
 
     def write(self) -> Iterator[int]:
         """Writes the pixels that were placed; yields how far, whenever a piece is ready, and at the end `used`."""

@@ -1,4 +1,4 @@
-"""A window that shows pictures, where OpenCV was built with one and there is a display."""
+"""A window that shows images, where OpenCV was built with one and there is a display."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Window:
         self._title = title
         # asked first: without a display the window libraries end the whole process
         if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            raise UsageError("There is no display to show pictures on.", fix="Save them instead:  --save-dir results")
+            raise UsageError("There is no display to show images on.", fix="Save them instead:  --save-dir results")
         try:
             cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
         except cv2.error as error:
@@ -36,7 +36,7 @@ class Window:
             ) from error
 
     def show(self, image_bgr: Image, *, wait: bool) -> bool:
-        """Shows the picture, until a key is pressed with `wait`; False once the user asks to end (q, Esc, closing)."""
+        """Shows the image, until a key is pressed with `wait`; False once the user asks to end (q, Esc, closing)."""
         cv2.imshow(self._title, image_bgr)
         while True:
             key = cv2.waitKey(POLL_MS if wait else 1)

@@ -107,7 +107,7 @@ class LiveReader:
                     return
                 failures = 1 if self._count > before else failures + 1
                 if self._count == 0:
-                    self._failure = f"{_shown(self.address)} could not be opened, or gave no picture."
+                    self._failure = f"{_shown(self.address)} could not be opened, or gave no image."
                     return
                 if failures > self._reconnects:
                     self._failure = (

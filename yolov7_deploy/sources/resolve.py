@@ -1,4 +1,4 @@
-"""What the text of a source means: which pictures, videos, cameras and streams it names."""
+"""What the text of a source means: which images, videos, cameras and streams it names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_PATTERN = 4096  # characters, as long as paths may be; matching takes their 
 SIGNS = "*?["  # of a pattern
 
 OnError = Literal["raise", "skip"]
-Kind = Literal["picture", "video", "live", "array"]
+Kind = Literal["image", "video", "live", "array"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -145,7 +145,7 @@ def _address(text: str, scheme: str) -> Item:
     kind: Kind = "live"
     if scheme in ("http", "https"):
         is_motion_jpeg = suffix in (".mjpg", ".mjpeg")
-        kind = "picture" if suffix in IMAGE_SUFFIXES else "video" if _is_video(suffix) and not is_motion_jpeg else kind
+        kind = "image" if suffix in IMAGE_SUFFIXES else "video" if _is_video(suffix) and not is_motion_jpeg else kind
     return Item(kind=kind, address=text, shown=hide_password(text))
 
 
@@ -154,7 +154,7 @@ def _is_video(suffix: str) -> bool:
 
 
 def _is_media(path: Path) -> bool:
-    hidden = path.name.startswith(".")  # macOS leaves "._photo.jpg" files that are no pictures
+    hidden = path.name.startswith(".")  # macOS leaves "._photo.jpg" files that are no images
     return not hidden and path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and path.is_file()
 
 
@@ -162,13 +162,13 @@ def _file(path: Path) -> Item:
     if _is_video(path.suffix):
         return Item(kind="video", address=str(path), shown=str(path))
     if not path.is_file():  # a pipe or device would be waited for
-        raise SourceError(f"{path} is no file.", fix="Name a picture, video, folder, camera number or address.")
+        raise SourceError(f"{path} is no file.", fix="Name an image, video, folder, camera number or address.")
     if path.suffix.lower() not in IMAGE_SUFFIXES and not cv2.haveImageReader(str(path)):
         raise SourceError(
-            f"{path} is neither a picture nor a video by its suffix.",
-            fix=f"Pictures: {' '.join(IMAGE_SUFFIXES)}   videos: {' '.join(VIDEO_SUFFIXES)}   lists: {LIST_SUFFIX}",
+            f"{path} is neither an image nor a video by its suffix.",
+            fix=f"Images: {' '.join(IMAGE_SUFFIXES)}   videos: {' '.join(VIDEO_SUFFIXES)}   lists: {LIST_SUFFIX}",
         )
-    return Item(kind="picture", address=str(path), shown=str(path))
+    return Item(kind="image", address=str(path), shown=str(path))
 
 
 def _resolve_folder(folder: Path) -> Iterator[Item]:
@@ -176,7 +176,7 @@ def _resolve_folder(folder: Path) -> Iterator[Item]:
     if not files:
         deeper = any(_is_media(path) for path in folder.rglob("*"))
         raise SourceError(
-            f"The folder {folder} has no picture and no video in it.",
+            f"The folder {folder} has no image and no video in it.",
             fix=f"Its subfolders do:  --source '{folder}/**/*'"
             if deeper
             else f"Looked for {' '.join(IMAGE_SUFFIXES)} and videos.",
@@ -200,7 +200,7 @@ def _resolve_pattern(pattern: Path) -> Iterator[Item]:
         ) from error
     files = [path for path in matches if _is_media(path)]
     if not files:
-        found = f"{len(matches)} matches, none of them a picture or video" if matches else "no match"
+        found = f"{len(matches)} matches, none of them an image or video" if matches else "no match"
         raise SourceError(
             f"The pattern {_shown(str(pattern))} found nothing to read ({found}; looked in "
             f"{_shown(str(base.absolute()))}).",

@@ -1,4 +1,4 @@
-"""Where pictures come from: files, folders, patterns, videos, cameras, streams, lists and arrays, all as `Frame`s."""
+"""Where images come from: files, folders, patterns, videos, cameras, streams, lists and arrays, all as `Frame`s."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, as_bgr, read_image
 from yolov7_deploy.sources.live import LiveReader
 from yolov7_deploy.sources.resolve import Item, OnError, Skipped, resolve
-from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_picture, open_capture
+from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_image, open_capture
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +27,15 @@ SourceLike = str | Path | int | npt.NDArray[Any] | Sequence[str | Path | npt.NDA
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Frame:
-    """One picture and where it comes from.
+    """One image and where it comes from.
 
     Attributes:
         image: uint8 BGR [H, W, 3].
         path: File or address, without passwords; `camera 0`; empty for arrays.
-        index: Number of the picture in the whole source, from 0.
-        number: Number of the frame in its own video or stream, from 0; `None` for pictures.
+        index: Number of the image in the whole source, from 0.
+        number: Number of the frame in its own video or stream, from 0; `None` for images.
         timestamp_s: Seconds from the start of the video; for live frames the capture time as `time.time()`;
-            0 for pictures.
+            0 for images.
         is_live: From a camera or stream, where frames may have been dropped.
         fps: Frames per second of its video or stream, 0 where unknown.
         dropped: Frames of this stream that came and went unused so far.
@@ -142,7 +142,7 @@ class Source:
         elif item.kind == "array":
             yield Frame(image=as_bgr(item.address), path="", index=index)
         elif item.shown.startswith(("http://", "https://")):
-            yield Frame(image=download_picture(item.address), path=item.shown, index=index)
+            yield Frame(image=download_image(item.address), path=item.shown, index=index)
         else:
             yield Frame(image=read_image(item.address), path=item.shown, index=index)
 
@@ -211,17 +211,17 @@ def open_source(
     """Everything `source` means, ready to iterate.
 
     Args:
-        source: A picture or video file, a folder (not its subfolders), a pattern (`shots/**/*.jpg`), a camera number,
-            a stream or picture address, a `.txt` file that lists any of these, an array [H, W, 3], or a sequence
+        source: An image or video file, a folder (not its subfolders), a pattern (`shots/**/*.jpg`), a camera number,
+            a stream or image address, a `.txt` file that lists any of these, an array [H, W, 3], or a sequence
             of any of these.
-        on_error: What an unreadable picture among good ones does; what was skipped stands in `Source.skipped`.
+        on_error: What an unreadable image among good ones does; what was skipped stands in `Source.skipped`.
         reconnects: How often in a row a lost stream is opened again.
         reconnect_wait_s: Pause before the first of these.
         opener: Opens cameras, streams and videos; tests pass a stand-in.
 
     Raises:
         SourceError: Nothing to read: an absent file, an empty folder, a pattern without match.
-        ImageError: While iterating, a picture that cannot be read.
+        ImageError: While iterating, an image that cannot be read.
         UsageError: An argument of a kind that is no source.
     """
     missing: list[Skipped] = []

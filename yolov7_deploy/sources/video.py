@@ -209,11 +209,11 @@ class VideoWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def download_picture(address: str) -> Image:
-    """The picture behind an http address as uint8 BGR [H, W, 3].
+def download_image(address: str) -> Image:
+    """The image behind an http address as uint8 BGR [H, W, 3].
 
     Raises:
-        ImageError: It cannot be downloaded, or is not a picture.
+        ImageError: It cannot be downloaded, or is not an image.
     """
     try:
         with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT_S) as answer:

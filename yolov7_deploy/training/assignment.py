@@ -1,7 +1,7 @@
 """Which candidates become positives: as many per target as its predictions overlap it, the cheapest ones (paper 4.2).
 
-This is the simplified optimal transport of YOLOX that YOLOv7 takes, for all pictures of a batch at once: a row for
-each target, in it the candidates of its picture. No loop over pictures, no table over classes: with y the square root
+This is the simplified optimal transport of YOLOX that YOLOv7 takes, for all images of a batch at once: a row for
+each target, in it the candidates of its image. No loop over images, no table over classes: with y the square root
 of class probability times objectness, the class cost of target g and candidate m,
 
     sum over c of BCE(y[m, c], c is the class of g)  =  S[m] + ln(1 - y[m, g]) - ln y[m, g],
@@ -65,7 +65,7 @@ def find_candidates(
     """The candidates of each level, in order of neighbour (own, left, above, right, below), anchor, target.
 
     Args:
-        targets: [T, 6]: image, class, cx, cy, w, h; the last four in fractions of the picture.
+        targets: [T, 6]: image, class, cx, cy, w, h; the last four in fractions of the image.
         grids: Height and width in cells of each level.
         anchors: [levels, 3, 2] width and height in cells of their level.
         anchor_t: Largest factor between a side of the target and of the anchor.
@@ -156,12 +156,12 @@ def match(predictions: Predictions, truth: GroundTruth, *, most: int) -> tuple[T
 
 
 class _Table:
-    """Costs of (target, candidate) pairs of one picture, computed for the rows that are asked for."""
+    """Costs of (target, candidate) pairs of one image, computed for the rows that are asked for."""
 
     def __init__(self, predictions: Predictions, truth: GroundTruth) -> None:
         self.predictions, self.truth = predictions, truth
         images = int(torch.maximum(predictions.image.max(), truth.image.max())) + 1
-        # Candidates of one picture side by side: `order` sorts them, keeping their order in the picture.
+        # Candidates of one image side by side: `order` sorts them, keeping their order in the image.
         self.order = torch.sort(predictions.image, stable=True).indices
         self.counts = torch.bincount(predictions.image, minlength=images)
         self.starts = self.counts.cumsum(0) - self.counts
@@ -171,7 +171,7 @@ class _Table:
         self.no_class_cost, self.class_gain = _class_costs(predictions)
 
     def row_parts(self) -> Iterator[Tensor]:
-        """Targets whose picture has candidates, so many at a time as fit `PAIRS_AT_ONCE`."""
+        """Targets whose image has candidates, so many at a time as fit `PAIRS_AT_ONCE`."""
         rows = (self.counts[self.truth.image] > 0).nonzero().flatten()
         at_once = max(1, PAIRS_AT_ONCE // max(1, int(self.counts.max())))
         yield from torch.split(rows, at_once)
@@ -191,7 +191,7 @@ class _Table:
         return candidate.gather(1, cheapest)[takes], rows[:, None].expand_as(takes)[takes]
 
     def cheapest_target(self, candidates: Tensor) -> Tensor:
-        """Of all targets of a candidate's picture the one it costs least."""
+        """Of all targets of a candidate's image the one it costs least."""
         image = self.predictions.image[candidates]
         count = self.target_counts[image]
         place = torch.arange(int(count.max()), device=candidates.device)

@@ -1,4 +1,4 @@
-"""From pictures to what the network is trained on: the official augmentation, in its order."""
+"""From images to what the network is trained on: the official augmentation, in its order."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import FloatArray, Image, fit_letterbox
 from yolov7_deploy.training.copy_paste import paste_in
-from yolov7_deploy.training.dataset import PictureReader
+from yolov7_deploy.training.dataset import ImageReader
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.mosaic import draw_crops, mosaic_scene
 from yolov7_deploy.training.objects import FlatObjects
 from yolov7_deploy.training.random_affine import GREY, draw_warp, warp_objects, warp_pixels
 from yolov7_deploy.training.sample import NO_OBJECTS, NO_POLYGON, Objects, Scene, joined
 
-MIXUP_BETA = 8.0  # both parameters of the distribution of the share of the first picture
-HUES = 180  # of an 8-bit picture in OpenCV
+MIXUP_BETA = 8.0  # both parameters of the distribution of the share of the first image
+HUES = 180  # of an 8-bit image in OpenCV
 NO_JITTER = np.ones(3)
 STRIP_BYTES = 100_000
-MAX_TRIES = 20  # other pictures, where one cannot be read
+MAX_TRIES = 20  # other images, where one cannot be read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """How pictures are varied.
+    """How images are varied.
 
     Attributes:
         hyp: Probabilities and ranges.
-        size: Side of a mosaic, longer side of a picture.
+        size: Side of a mosaic, longer side of an image.
         plain_from_epoch: From this epoch on neither mosaic nor mixup, paste-in and copy-paste; `None` is never.
     """
 
@@ -42,15 +42,15 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise UsageError(f"Pictures of {self.size} pixels cannot be trained on.", fix="For example: --img 640")
+            raise UsageError(f"Images of {self.size} pixels cannot be trained on.", fix="For example: --img 640")
 
     def is_plain(self, epoch: int) -> bool:
-        """Whether an epoch shows single pictures only."""
+        """Whether an epoch shows single images only."""
         return self.plain_from_epoch is not None and epoch >= self.plain_from_epoch
 
 
 def make_scene(
-    reader: PictureReader,
+    reader: ImageReader,
     augmentation: Augmentation,
     *,
     index: int,
@@ -59,12 +59,12 @@ def make_scene(
     mosaic: bool = True,
     rng: np.random.Generator,
 ) -> FloatArray:
-    """Makes the scene that begins with picture `index`, and gives its targets.
+    """Makes the scene that begins with image `index`, and gives its targets.
 
     Args:
-        reader: Where pictures come from.
+        reader: Where images come from.
         augmentation: How it is varied.
-        index: The picture; others join it at random.
+        index: The image; others join it at random.
         epoch: Decides whether scenes are plain already.
         out: uint8 [H, W, 3]; gets the scene as RGB.
         mosaic: Whether mosaics are allowed; they are square.
@@ -90,7 +90,7 @@ def make_scene(
     return targets_of(scene.objects, (height, width), flips)
 
 
-def mixed_scene(reader: PictureReader, index: int, *, hyp: Hyperparameters, rng: np.random.Generator) -> Scene:
+def mixed_scene(reader: ImageReader, index: int, *, hyp: Hyperparameters, rng: np.random.Generator) -> Scene:
     """A mosaic, and with the probability of mixup a second one shining through it."""
     scene = mosaic_scene(reader, index, hyp=hyp, rng=rng)
     if rng.random() >= hyp.mixup:
@@ -102,11 +102,11 @@ def mixed_scene(reader: PictureReader, index: int, *, hyp: Hyperparameters, rng:
 
 
 def single_scene(
-    reader: PictureReader, index: int, *, hyp: Hyperparameters, hw: tuple[int, int], rng: np.random.Generator
+    reader: ImageReader, index: int, *, hyp: Hyperparameters, hw: tuple[int, int], rng: np.random.Generator
 ) -> Scene:
-    """One picture, letterboxed to `hw` and warped in a single step; boxes are those of the warped corners.
+    """One image, letterboxed to `hw` and warped in a single step; boxes are those of the warped corners.
 
-    Where the picture cannot be read, a random other one; grey without objects where many cannot.
+    Where the image cannot be read, a random other one; grey without objects where many cannot.
     """
     warp = draw_warp(hyp, canvas_hw=hw, out_hw=hw, rng=rng)
     for _ in range(MAX_TRIES):
@@ -138,10 +138,10 @@ def boxed(objects: FlatObjects, scale_xy: tuple[float, float], corner_xy: tuple[
 def recolour(
     image: Image, gains: DoubleArray, *, out: Image, code: int, flips: Sequence[bool] = (False, False)
 ) -> None:
-    """Writes the picture with hue, saturation and value multiplied by `gains`.
+    """Writes the image with hue, saturation and value multiplied by `gains`.
 
     It goes strip by strip: what lies between the steps then stays in the processor's cache, and the system need not
-    hand out and take back memory for four more pictures, which takes as long as the arithmetic.
+    hand out and take back memory for four more images, which takes as long as the arithmetic.
 
     Args:
         image: uint8 BGR [H, W, 3].
@@ -176,7 +176,7 @@ def jitter_tables(gains: DoubleArray) -> Image:
 
 
 def targets_of(objects: Objects, hw: tuple[int, int], flips: Sequence[bool]) -> FloatArray:
-    """Class, centre x, y, width, height in fractions of a picture flipped as `flips` say, float32 [N, 5]."""
+    """Class, centre x, y, width, height in fractions of an image flipped as `flips` say, float32 [N, 5]."""
     boxes = objects.boxes / np.array([hw[1], hw[0]] * 2, dtype=np.float32)
     targets = np.empty((len(objects), 5), dtype=np.float32)
     targets[:, 0] = objects.class_ids

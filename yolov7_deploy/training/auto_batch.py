@@ -34,18 +34,18 @@ def batch_that_fits(learner: Learner, batch: Batch, error: BaseException) -> Dev
         batch: What did not fit.
         error: What was raised; its frames, which hold the activations of the step, are cleared.
     """
-    world, pictures = learner.world, batch.images.shape[0]
-    fitting = pictures // 2
+    world, images = learner.world, batch.images.shape[0]
+    fitting = images // 2
     traceback.clear_frames(error.__traceback__)
     while world.size == 1 and fitting and not _fits(learner, batch, fitting):
         fitting //= 2
-    what = f"A batch of {pictures * world.size} pictures of {_size(learner, batch)}"
+    what = f"A batch of {images * world.size} images of {_size(learner, batch)}"
     if world.size > 1:
         what += f", shared by {world.size} processes,"
     reason = str(error).partition("\n")[0][:200]
     if not fitting:
         smaller = max(learner.stride, learner.options.img // 2 // learner.stride * learner.stride)
-        neither = ", and neither does one picture" if pictures > 1 else ""
+        neither = ", and neither does one image" if images > 1 else ""
         return DeviceError(
             f"{what} does not fit into the memory of {world.device}{neither} ({reason}).",
             fix=f"A smaller size or variant:  --img {smaller}",
@@ -68,10 +68,10 @@ def _size(learner: Learner, batch: Batch) -> str:
     return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[2]}x{batch.images.shape[1]}"
 
 
-def _fits(learner: Learner, batch: Batch, pictures: int) -> bool:
-    """Whether forward and backward of the first pictures of a batch succeed; weights stay as they are."""
-    targets = batch.targets[batch.targets[:, 0] < pictures]
-    part = Batch(images=batch.images[:pictures], targets=targets, paths=batch.paths[:pictures])
+def _fits(learner: Learner, batch: Batch, images: int) -> bool:
+    """Whether forward and backward of the first images of a batch succeed; weights stay as they are."""
+    targets = batch.targets[batch.targets[:, 0] < images]
+    part = Batch(images=batch.images[:images], targets=targets, paths=batch.paths[:images])
     _free(learner)
     try:
         learner.losses(part, size=_largest(learner)).total.backward()  # type: ignore[no-untyped-call]

@@ -38,7 +38,7 @@ class AnchorFit:
         best_possible_recall: Fraction of the boxes that match an anchor; no training can find the others.
         anchors_per_label: Mean number of anchors that a box matches.
         anchor_t: Largest factor between the sides of a match.
-        size: Longer side of the pictures that boxes are measured in.
+        size: Longer side of the images that boxes are measured in.
     """
 
     anchors: Anchors

@@ -1,9 +1,9 @@
-"""BatchNorm statistics brought to the pictures that will be trained on, without any change of the output.
+"""BatchNorm statistics brought to the images that will be trained on, without any change of the output.
 
 A trained network computes with the statistics it has kept; while it trains, with those of the batch. Where both differ,
 the network that begins to train is another one than the network that was given: the published `yolov7_training.pt`
 keeps variances in its RepConv branches that are 20 to 50 times what its own layers give, and a short fine-tuning from
-it loses more than ten points of AP. With mean m and variance v of real pictures and s = sqrt(v + eps), the same is
+it loses more than ten points of AP. With mean m and variance v of real images and s = sqrt(v + eps), the same is
 
     gamma' = gamma s / s_kept,   beta' = beta + gamma (m - m_kept) / s_kept,   kept mean m, kept variance v:
 
@@ -22,36 +22,36 @@ from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.training.distributed import World
 from yolov7_deploy.training.sample import Batch
 
-PICTURES = 64  # enough: a layer sees at least 400 places of each at 640 pixels
+IMAGES = 64  # enough: a layer sees at least 400 places of each at 640 pixels
 FAR = 2.0  # a factor between kept and real deviation that is worth telling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rebased:
-    """What was done: how many layers, on how many pictures, and which were far from what real pictures give."""
+    """What was done: how many layers, on how many images, and which were far from what real images give."""
 
     layers: int
-    pictures: int
+    images: int
     far: tuple[str, ...]
 
     def words(self) -> str:
         """One line for people."""
         found = f"; {len(self.far)} had others by more than {FAR:g} times (first {self.far[0]})" if self.far else ""
         return (
-            f"statistics of {self.layers} BatchNorm layers are those of {self.pictures} pictures now, "
+            f"statistics of {self.layers} BatchNorm layers are those of {self.images} images now, "
             f"with the same output{found}"
         )
 
 
 @torch.no_grad()
 def rebase_norms(model: Yolov7, batches: Iterable[Batch], *, frozen: tuple[int, ...] = (), world: World) -> Rebased:
-    """Gives every BatchNorm that will learn the statistics of these pictures; the output in eval mode stays.
+    """Gives every BatchNorm that will learn the statistics of these images; the output in eval mode stays.
 
     Args:
         model: Changed in place; on the device of `world`.
         batches: Of this process.
         frozen: Layers that stay as they are.
-        world: The processes, whose pictures count together.
+        world: The processes, whose images count together.
     """
     was_training = model.training
     moments = {
@@ -59,18 +59,18 @@ def rebase_norms(model: Yolov7, batches: Iterable[Batch], *, frozen: tuple[int, 
         for name, module in model.named_modules()
         if isinstance(module, nn.BatchNorm2d) and int(name.split(".")[1]) not in frozen
     }
-    pictures = 0
+    images = 0
     model.eval()
     try:
         for batch in batches:
             model(batch.images.to(world.device).permute(0, 3, 1, 2).float() / 255)
-            pictures += len(batch.images) * world.size
+            images += len(batch.images) * world.size
     finally:
         for one in moments.values():
             one.close()
         model.train(was_training)
-    far = tuple(name for name, one in moments.items() if pictures and one.apply(world) > FAR)
-    return Rebased(layers=len(moments), pictures=pictures, far=far)
+    far = tuple(name for name, one in moments.items() if images and one.apply(world) > FAR)
+    return Rebased(layers=len(moments), images=images, far=far)
 
 
 class _Moments:

@@ -1,4 +1,4 @@
-"""Objects with an outline once more in the same picture, or in another one."""
+"""Objects with an outline once more in the same image, or in another one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from yolov7_deploy.training.sample import NO_POLYGON, Objects, Scene, joined
 
 # The numbers of the official recipe.
 MAX_HIDDEN = 0.30  # of an object that was there before
-SLOTS = (0.75,) * 2 + (0.5,) * 4 + (0.25,) * 4 + (0.125,) * 4 + (0.0625,) * 6  # largest sides, in those of the picture
+SLOTS = (0.75,) * 2 + (0.5,) * 4 + (0.25,) * 4 + (0.125,) * 4 + (0.0625,) * 6  # largest sides, in those of the image
 SKIPPED = 0.2  # probability that nothing is tried for a slot
 MIN_SLOT_PX = 20
 MIN_SIDE_PX = 10
@@ -24,7 +24,7 @@ MIN_AREA_PX = 20  # 60 values of three channels
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Crop:
-    """One object cut out of its picture.
+    """One object cut out of its image.
 
     Attributes:
         image: uint8 BGR [h, w, 3].
@@ -45,7 +45,7 @@ class Crop:
 
 
 def copy_paste(scene: Scene, *, fraction: float, rng: np.random.Generator) -> Scene:
-    """A fraction of the objects with an outline a second time, mirrored to the other side of the picture.
+    """A fraction of the objects with an outline a second time, mirrored to the other side of the image.
 
     One is left out where it would hide 30 % of the box of another object. A box is that of the pasted mask. Without
     anything pasted the scene comes back as it is.
@@ -77,7 +77,7 @@ def copy_paste(scene: Scene, *, fraction: float, rng: np.random.Generator) -> Sc
 
 
 def paste_in(scene: Scene, crops: Sequence[Crop], *, rng: np.random.Generator) -> Scene:
-    """Objects of other pictures in up to 20 places where they hide less than 30 % of the box of every other one.
+    """Objects of other images in up to 20 places where they hide less than 30 % of the box of every other one.
 
     A place of random size gets a random crop, scaled to fit into it. A box is that of the pasted mask. Without
     anything pasted the scene comes back as it is.
@@ -101,7 +101,7 @@ def paste_in(scene: Scene, crops: Sequence[Crop], *, rng: np.random.Generator) -
 
 
 def random_slots(image_hw: tuple[int, int], *, rng: np.random.Generator) -> FloatArray:
-    """Places for objects as whole pixels, float32 [0..20, 4] xyxy: random sides and centres, cut at the picture."""
+    """Places for objects as whole pixels, float32 [0..20, 4] xyxy: random sides and centres, cut at the image."""
     size = np.array(image_hw[::-1])
     largest = np.maximum(1, (size * np.array(SLOTS)[:, None]).astype(np.int64))
     sides = rng.integers(1, largest, endpoint=True)
@@ -120,7 +120,7 @@ def hidden_fractions(over: FloatArray, below: FloatArray) -> FloatArray:
 
 
 def mask_of_polygon(polygon: FloatArray, image_hw: tuple[int, ...]) -> tuple[tuple[int, int], BoolArray] | None:
-    """The pixels whose centres are inside an outline [K, 2] (even-odd rule), cut at the picture; `None` without any.
+    """The pixels whose centres are inside an outline [K, 2] (even-odd rule), cut at the image; `None` without any.
 
     OpenCV fills the pixels that the outline touches too: masks and so boxes would be up to a pixel too large.
 

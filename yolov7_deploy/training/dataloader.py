@@ -1,4 +1,4 @@
-"""Batches of augmented pictures, made by worker processes while the device computes."""
+"""Batches of augmented images, made by worker processes while the device computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import DeviceError, UsageError, Y7Error
 from yolov7_deploy.training.augment import Augmentation, make_scene
-from yolov7_deploy.training.dataset import PictureReader, PictureStore
+from yolov7_deploy.training.dataset import ImageReader, ImageStore
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.sampler import Request, Share, mixed_order, mixed_requests, rect_requests
 
@@ -27,18 +27,18 @@ class TrainLoader:
     """The batches of each epoch, the same ones whatever the number of workers, and from any step on.
 
     Every scene is a function of seed, epoch and its position in the epoch. Processes that train together see in a
-    step exactly what one process with all their pictures would see.
+    step exactly what one process with all their images would see.
 
     Attributes:
-        store: Pictures and labels.
-        order_weights: float64 [N], how often each picture comes in the epochs that begin from now on, relatively, not
+        store: Images and labels.
+        order_weights: float64 [N], how often each image comes in the epochs that begin from now on, relatively, not
             in `rect`; `None` is each once.
-        steps: Batches of an epoch; each is full, so the last one may show pictures a second time.
+        steps: Batches of an epoch; each is full, so the last one may show images a second time.
     """
 
     def __init__(
         self,
-        store: PictureStore,
+        store: ImageStore,
         augmentation: Augmentation,
         *,
         batch: int,
@@ -53,14 +53,14 @@ class TrainLoader:
         """Prepares the loader; workers start with the first epoch.
 
         Args:
-            store: Pictures and labels, of the size of `augmentation`.
+            store: Images and labels, of the size of `augmentation`.
             augmentation: What is done to them.
-            batch: Pictures in a batch of this process.
+            batch: Images in a batch of this process.
             workers: Processes that make batches; 0 makes them here, when they are asked for.
             seed: Of every choice.
             rank: Number of this process among those that train together.
             world: How many these are.
-            rect: Batches of pictures of similar shape, without mosaics.
+            rect: Batches of images of similar shape, without mosaics.
             stride: Sides of such batches are multiples of this.
             pin_memory: Batches lie in page-locked memory, from where a GPU takes them while it computes.
 
@@ -69,7 +69,7 @@ class TrainLoader:
         """
         if workers < 0 or seed < 0 or store.size != augmentation.size:
             raise UsageError(
-                f"{workers} workers, seed {seed}, pictures of {store.size} for scenes of {augmentation.size} pixels.",
+                f"{workers} workers, seed {seed}, images of {store.size} for scenes of {augmentation.size} pixels.",
                 fix="Workers and seed go from 0, and both sizes are one.",
             )
         self.store, self._size, self._seed = store, augmentation.size, seed
@@ -99,7 +99,7 @@ class TrainLoader:
             start: The first step.
 
         Raises:
-            DatasetError: No picture can be read.
+            DatasetError: No image can be read.
             DeviceError: A worker died.
             UsageError: Weights that do not fit, or after `close`.
         """
@@ -109,14 +109,14 @@ class TrainLoader:
         try:
             batches = iter(self._loader) if self._requests.coming else iter(())
         except OSError as error:  # of the fork
-            raise _no_memory(f"No process to load pictures can be started: {error}.") from error
+            raise _no_memory(f"No process to load images can be started: {error}.") from error
         while True:
             try:
                 batch = next(batches, None)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                raise _no_memory(f"A process that loads pictures died: {error}") from error
+                raise _no_memory(f"A process that loads images died: {error}") from error
             if batch is None:
                 return
             if isinstance(batch, Y7Error):
@@ -157,7 +157,7 @@ class _Requests(Sampler[Request]):
 class _Scenes(Dataset[Batch | Y7Error]):
     """Makes batches, in a worker; errors of ours travel as values, since torch would wrap them in their traceback."""
 
-    def __init__(self, store: PictureStore, augmentation: Augmentation, *, seed: int) -> None:
+    def __init__(self, store: ImageStore, augmentation: Augmentation, *, seed: int) -> None:
         self._store, self._augmentation, self._seed = store, augmentation, seed
 
     def __getitem__(self, request: Request) -> Batch | Y7Error:
@@ -167,13 +167,13 @@ class _Scenes(Dataset[Batch | Y7Error]):
             return error
 
 
-def make_batch(store: PictureStore, augmentation: Augmentation, request: Request, *, seed: int) -> Batch:
+def make_batch(store: ImageStore, augmentation: Augmentation, request: Request, *, seed: int) -> Batch:
     """The batch that is asked for: a function of its arguments and of the files.
 
     Raises:
-        DatasetError: No picture can be read.
+        DatasetError: No image can be read.
     """
-    reader = PictureReader(store)
+    reader = ImageReader(store)
     images = _empty((len(request.indices), *request.hw, 3))
     targets = []
     for number, (position, index) in enumerate(zip(request.positions, request.indices, strict=True)):
@@ -188,7 +188,7 @@ def make_batch(store: PictureStore, augmentation: Augmentation, request: Request
         )
         targets.append(np.insert(found, 0, number, axis=1))
     if not reader.has_read:
-        store.require_a_picture()
+        store.require_a_image()
     return Batch(
         images=images,
         targets=torch.from_numpy(np.concatenate(targets)),
@@ -209,9 +209,9 @@ def _start_worker(number: int) -> None:
 
 
 def _keep_memory() -> None:
-    """Lets the C library keep up to 128 MB that were freed for the next picture, where it can be told so.
+    """Lets the C library keep up to 128 MB that were freed for the next image, where it can be told so.
 
-    Every picture would be handed out by the system, page by page, and given back: a fifth of a worker's time.
+    Every image would be handed out by the system, page by page, and given back: a fifth of a worker's time.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         set_option = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""The pictures and labels of a dataset at the size of training."""
+"""The images and labels of a dataset at the size of training."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from yolov7_deploy.training.objects import FlatObjects, unflattened
 from yolov7_deploy.training.sample import NO_POLYGON, Objects
 
 
-class PictureCache:
-    """A place for each picture that fits, known before any is decoded.
+class ImageCache:
+    """A place for each image that fits, known before any is decoded.
 
-    The memory is anonymous and shared, made before worker processes are forked, so that a picture decoded by one is
+    The memory is anonymous and shared, made before worker processes are forked, so that an image decoded by one is
     there for all; it does not count as /dev/shm. Pages are taken as they are filled. There is no lock: two workers
     that fill one place write the same bytes, and the flag of a place is set after its pixels.
     """
 
     def __init__(self, sizes: IntArray, *, cache_bytes: int, seed: int) -> None:
-        """Chooses the pictures, at random where not all fit, and reserves the memory.
+        """Chooses the images, at random where not all fit, and reserves the memory.
 
         Args:
-            sizes: int64 [N], bytes of each picture; 0 for one that needs no place.
+            sizes: int64 [N], bytes of each image; 0 for one that needs no place.
             cache_bytes: Not more than this; 0 is no cache.
             seed: Of the choice.
 
@@ -55,17 +55,17 @@ class PictureCache:
         return {**self.__dict__, "_memory": None}
 
     def holds(self, index: int) -> bool:
-        """Whether the picture has a place, filled or not."""
+        """Whether the image has a place, filled or not."""
         return bool(self._places[index] >= 0)
 
     def get(self, index: int, hw: tuple[int, int]) -> Image | None:
-        """The picture, a view [h, w, 3] that nobody may write; `None` where it is not there yet."""
+        """The image, a view [h, w, 3] that nobody may write; `None` where it is not there yet."""
         if self._memory is None or not self._memory[self.filled_bytes + index]:
             return None
         return self._view(self._memory, index, hw)
 
     def put(self, index: int, image: Image) -> None:
-        """Fills the place of the picture."""
+        """Fills the place of the image."""
         if self._memory is not None:
             self._view(self._memory, index, image.shape[:2])[:] = image
             self._memory[self.filled_bytes + index] = 1
@@ -81,7 +81,7 @@ def _reserve(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size)
     except (OSError, OverflowError, ValueError) as error:
         raise DeviceError(
-            f"{size / 1e9:.1f} GB for decoded pictures cannot be reserved: {error}.", fix="Give the cache less memory."
+            f"{size / 1e9:.1f} GB for decoded images cannot be reserved: {error}.", fix="Give the cache less memory."
         ) from error
 
 
@@ -93,27 +93,27 @@ REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can do while it decodes
 _log = logging.getLogger(__name__)
 
 
-class PictureStore:
-    """Pictures resized so that the longer side is `size`, and their objects in resized pixels without crowd boxes.
+class ImageStore:
+    """Images resized so that the longer side is `size`, and their objects in resized pixels without crowd boxes.
 
-    Sizes and objects are known without decoding. A picture whose header cannot be read counts as an empty one of
+    Sizes and objects are known without decoding. An image whose header cannot be read counts as an empty one of
     [size, size], and asking for its pixels raises.
 
     Attributes:
-        size: The longer side, also of pictures that were smaller.
+        size: The longer side, also of images that were smaller.
     """
 
     def __init__(self, dataset: Dataset, *, size: int, cache_bytes: int = 0, seed: int = 0) -> None:
-        """Reads the headers of the pictures (where the annotations do not say their sizes), and reserves the cache.
+        """Reads the headers of the images (where the annotations do not say their sizes), and reserves the cache.
 
         Args:
-            dataset: Pictures and labels.
+            dataset: Images and labels.
             size: The longer side in pixels.
-            cache_bytes: For decoded, resized pictures; 0 is off.
-            seed: Chooses the pictures of the cache where not all fit.
+            cache_bytes: For decoded, resized images; 0 is off.
+            seed: Chooses the images of the cache where not all fit.
 
         Raises:
-            DatasetError: No picture can be read.
+            DatasetError: No image can be read.
             DeviceError: There is not so much memory for the cache.
         """
         started = time.perf_counter()
@@ -122,12 +122,12 @@ class PictureStore:
         self._wrong: dict[int, str] = {}
         self._collect(dataset)
         if len(self._wrong) == len(self):
-            raise _no_pictures(self._paths, self._wrong)
+            raise _no_images(self._paths, self._wrong)
         sizes = self._hw.prod(axis=1) * 3
         sizes[list(self._wrong)] = 0
-        self._cache = PictureCache(sizes, cache_bytes=cache_bytes, seed=seed)
+        self._cache = ImageCache(sizes, cache_bytes=cache_bytes, seed=seed)
         seconds = time.perf_counter() - started
-        _log.info("%d pictures of %s, %d cached, %.1f s", len(self), dataset.source, len(self._cache), seconds)
+        _log.info("%d images of %s, %d cached, %.1f s", len(self), dataset.source, len(self._cache), seconds)
 
     def _collect(self, dataset: Dataset) -> None:
         """Sizes, and all labels in a few arrays: a million small ones would be copied into every worker process."""
@@ -163,11 +163,11 @@ class PictureStore:
         return len(self._paths)
 
     def path(self, index: int) -> Path:
-        """The picture file."""
+        """The image file."""
         return self._paths[index]
 
     def hw(self, index: int) -> tuple[int, int]:
-        """Height and width of the resized picture."""
+        """Height and width of the resized image."""
         height, width = self._hw[index].tolist()
         return height, width
 
@@ -187,7 +187,7 @@ class PictureStore:
         return unflattened(self.flat_objects(index))
 
     def resized(self, index: int) -> Image:
-        """The picture as uint8 BGR of `hw(index)`, from the cache or into it; nobody may write into it.
+        """The image as uint8 BGR of `hw(index)`, from the cache or into it; nobody may write into it.
 
         Raises:
             ImageError: It cannot be read.
@@ -202,19 +202,19 @@ class PictureStore:
         return image
 
     def image(self, index: int, *, scale: float = 1.0) -> tuple[Image, tuple[float, float]]:
-        """The picture as large as it is cheap to have, for one who warps it anyway.
+        """The image as large as it is cheap to have, for one who warps it anyway.
 
-        Where `scale` makes it much smaller, whole pixels are averaged first (by the decoder, where the picture has no
-        place in the cache), which takes less time and does not alias. What comes depends on whether a picture has a
+        Where `scale` makes it much smaller, whole pixels are averaged first (by the decoder, where the image has no
+        place in the cache), which takes less time and does not alias. What comes depends on whether an image has a
         place, never on whether the place is filled: batches do not depend on which worker was first.
 
         Args:
-            index: Which picture.
-            scale: How much larger than the resized picture it will be shown.
+            index: Which image.
+            scale: How much larger than the resized image it will be shown.
 
         Returns:
             uint8 BGR [H, W, 3] that nobody may write, and how many of its pixels, along x and along y, are one pixel
-            of the resized picture. Corner lies on corner.
+            of the resized image. Corner lies on corner.
 
         Raises:
             ImageError: It cannot be read.
@@ -241,7 +241,7 @@ class PictureStore:
         ):
             raise ImageError(
                 f"{self._paths[index]} has not the {source[1]}x{source[0]} pixels that the annotations say.",
-                fix="Use the annotations of these pictures.",
+                fix="Use the annotations of these images.",
             )
         factor_y, factor_x = (
             ratio * (1 / step if short == -(-long // step) else short / long)
@@ -249,8 +249,8 @@ class PictureStore:
         )
         return image, (factor_x, factor_y)
 
-    def require_a_picture(self) -> None:
-        """Returns when any picture can be read, after trying them in their order.
+    def require_a_image(self) -> None:
+        """Returns when any image can be read, after trying them in their order.
 
         Raises:
             DatasetError: None can.
@@ -262,11 +262,11 @@ class PictureStore:
                 self._wrong.setdefault(index, error.message)
                 continue
             return
-        raise _no_pictures(self._paths, self._wrong)
+        raise _no_images(self._paths, self._wrong)
 
 
 def _of_size(image: Image, factors_xy: tuple[float, float], hw: tuple[int, int]) -> Image:
-    """The picture resized, where `factors_xy` of its pixels are one of the result."""
+    """The image resized, where `factors_xy` of its pixels are one of the result."""
     height, width = hw
     if all(
         abs(f * side - n) < 1e-6 for f, side, n in zip(factors_xy, (width, height), image.shape[1::-1], strict=True)
@@ -281,7 +281,7 @@ def _of_size(image: Image, factors_xy: tuple[float, float], hw: tuple[int, int])
 
 
 def _in_fractions(labels: Labels) -> FlatObjects:
-    """The labels of one picture without crowd boxes, in fractions of its sides."""
+    """The labels of one image without crowd boxes, in fractions of its sides."""
     kept = ~labels.crowd
     polygons = [
         polygon if len(polygon) > 2 else NO_POLYGON
@@ -297,34 +297,34 @@ def _in_fractions(labels: Labels) -> FlatObjects:
 
 
 def reduction(scale: float) -> int:
-    """By how much a picture may be smaller before it is shown `scale` times as large: 1, 2, 4 or 8."""
+    """By how much an image may be smaller before it is shown `scale` times as large: 1, 2, 4 or 8."""
     return next((step for step in REDUCTIONS if scale * step <= 1), 1)
 
 
-def _no_pictures(paths: list[Path], wrong: dict[int, str]) -> DatasetError:
+def _no_images(paths: list[Path], wrong: dict[int, str]) -> DatasetError:
     first = f" The first: {wrong[0]}" if 0 in wrong else ""
     return DatasetError(
-        f"None of the {len(paths)} pictures for training can be read.{first}",
-        fix="Check the pictures that `train` of the dataset YAML names.",
+        f"None of the {len(paths)} images for training can be read.{first}",
+        fix="Check the images that `train` of the dataset YAML names.",
     )
 
 
-class PictureReader:
-    """Reads from a store; a picture that cannot be read is `None` and remembered, and training goes on.
+class ImageReader:
+    """Reads from a store; an image that cannot be read is `None` and remembered, and training goes on.
 
     Attributes:
         store: Where sizes and objects are.
         problems: What could not be read and why, by index.
-        has_read: A picture could be read.
+        has_read: An image could be read.
     """
 
-    def __init__(self, store: PictureStore) -> None:
+    def __init__(self, store: ImageStore) -> None:
         self.store = store
         self.problems: dict[int, str] = {}
         self.has_read = False
 
     def resized(self, index: int) -> Image | None:
-        """See `PictureStore.resized`."""
+        """See `ImageStore.resized`."""
         try:
             image = self.store.resized(index)
         except ImageError as error:
@@ -334,7 +334,7 @@ class PictureReader:
         return image
 
     def image(self, index: int, *, scale: float) -> tuple[Image, tuple[float, float]] | None:
-        """See `PictureStore.image`."""
+        """See `ImageStore.image`."""
         try:
             found = self.store.image(index, scale=scale)
         except ImageError as error:

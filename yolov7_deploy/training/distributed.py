@@ -136,7 +136,7 @@ def _device(text: str, local: int | None) -> torch.device:
 
 
 def synced(model: nn.Module, world: World) -> nn.Module:
-    """The model with BatchNorm over the pictures of all processes; changed in place where that is possible."""
+    """The model with BatchNorm over the images of all processes; changed in place where that is possible."""
     if world.size == 1:
         return model
     if world.device.type == "cuda":
@@ -151,7 +151,7 @@ def synced(model: nn.Module, world: World) -> nn.Module:
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the pictures of all processes on a CPU, which torch's own does not do."""
+    """BatchNorm over the images of all processes on a CPU, which torch's own does not do."""
 
     world: World
 
@@ -168,7 +168,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         kind, x = x.dtype, x.float()  # sums of bfloat16 would be wrong by percents
-        count = x.numel() // x.shape[1] * self.world.size  # every process has the same number of pictures
+        count = x.numel() // x.shape[1] * self.world.size  # every process has the same number of images
         mean = _added(x.sum((0, 2, 3))) / count
         centred = x - mean.view(1, -1, 1, 1)
         variance = _added(centred.square().sum((0, 2, 3))) / count

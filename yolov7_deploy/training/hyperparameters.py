@@ -34,7 +34,7 @@ class Hyperparameters:
         box: Gain of the box loss.
         cls: Gain of the class loss, for 80 classes.
         cls_pw: Weight of positives in the class loss.
-        obj: Gain of the objectness loss, for pictures of 640 pixels.
+        obj: Gain of the objectness loss, for images of 640 pixels.
         obj_pw: Weight of positives in the objectness loss.
         anchor_t: Anchors and targets match up to this ratio of their sides.
         fl_gamma: Gamma of the focal loss; 0 is plain cross entropy.
@@ -43,7 +43,7 @@ class Hyperparameters:
         hsv_s: Change of the saturation.
         hsv_v: Change of the value.
         degrees: Rotation either way.
-        translate: Shift either way, as a fraction of the picture.
+        translate: Shift either way, as a fraction of the image.
         scale: Scale from 1 - scale to 1.1 + scale.
         shear: Shear either way in degrees.
         perspective: Up to 0.001 makes sense.
@@ -52,7 +52,7 @@ class Hyperparameters:
         mosaic: Probability of a mosaic; one in five has nine tiles, the others four.
         mixup: Probability of two mosaics laid over each other.
         copy_paste: Fraction of the objects with an outline that are copied to the other side.
-        paste_in: Probability that objects with an outline are pasted in from other pictures.
+        paste_in: Probability that objects with an outline are pasted in from other images.
     """
 
     lr0: float = 0.01

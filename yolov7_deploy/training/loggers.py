@@ -80,13 +80,13 @@ class EpochRecord:
         epoch: Counted as the training loop counts.
         box, obj, cls, total: Means of the losses over the epoch's batches, gains included.
         positives: Places of the lead heads that a target was assigned to, in a step on average.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         ap, ap50, ap75, ap_small, ap_medium, ap_large, ar100: COCO's numbers (0..1) of the validation; `None` where
             there was none after this epoch, or nothing of that kind to find.
         lr_norm, lr_weight, lr_bias: Learning rates at the end of the epoch: of batch norms and implicit knowledge, of
             the other weights, and of biases.
         momentum: At the end of the epoch.
-        images_per_s: Pictures trained on, without the validation.
+        images_per_s: Images trained on, without the validation.
         memory_bytes: Largest use of the device's memory; `None` where nobody counts it.
         seconds: Of the epoch, validation included.
     """
@@ -117,7 +117,7 @@ class EpochRecord:
         if self.epoch < 0 or self.size < 1:
             raise UsageError(
                 f"An epoch must be at least 0 and a size at least 1, not {self.epoch} and {self.size}.",
-                fix="Count epochs from 0 or 1, and give the side of the pictures in pixels.",
+                fix="Count epochs from 0 or 1, and give the side of the images in pixels.",
             )
 
 

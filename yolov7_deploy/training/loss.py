@@ -1,7 +1,7 @@
 """The losses: box (CIoU), objectness and class, for lead and auxiliary heads (paper 4.2).
 
 Every mean is over the positives, or cells, of all processes together: several processes give the loss and the gradients
-of one process with all their pictures.
+of one process with all their images.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class LossOptions:
         constraint: Auxiliary centres reach from -0.5 to 1.5 cells, so that far cells of the coarse assignment never fit
             perfectly (table 7); `False` lets them reach from -1 to 2.
         overlaps: Overlaps that say how many positives a target takes; 10, and 20 with auxiliary heads, where left out.
-        official_height: Targets are matched as the official program does it, widths in units of the picture's height.
-            This differs from the truth in pictures that are not square only, and exists to be compared with.
+        official_height: Targets are matched as the official program does it, widths in units of the image's height.
+            This differs from the truth in images that are not square only, and exists to be compared with.
     """
 
     ota: bool = True
@@ -59,7 +59,7 @@ class LossParts:
     """A loss: `total` has gradients and is multiplied by the batch size; the others are for people.
 
     Attributes:
-        total: What to differentiate: box + objectness + classes, times the pictures of all processes, times the
+        total: What to differentiate: box + objectness + classes, times the images of all processes, times the
             processes.
         box, objectness, classes: After their gains, without gradients; with several processes this one's share of it.
         positives: Positives of the lead heads in this process.
@@ -119,7 +119,7 @@ class DetectionLoss(nn.Module):
 
         Args:
             raws: [B, 3, H, W, 5 + C] per level, fine to coarse; those of auxiliary heads follow, if there are any.
-            targets: float32 [N, 6]: picture, class, cx, cy, w, h in fractions of the picture.
+            targets: float32 [N, 6]: image, class, cx, cy, w, h in fractions of the image.
         """
         levels = len(self.strides)
         lead, auxiliary = list(raws[:levels]), list(raws[levels:])

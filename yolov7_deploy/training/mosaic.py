@@ -1,8 +1,8 @@
-"""Several pictures on one canvas, of which a warped part is shown.
+"""Several images on one canvas, of which a warped part is shown.
 
 What lies where is planned on sizes alone. Then either the canvas is painted and warped, or, where the warp only scales
-and shifts, each picture that the result shows is warped straight into its rectangle of it: no canvas, nothing decoded
-in vain, and pictures that come out small are decoded small.
+and shifts, each image that the result shows is warped straight into its rectangle of it: no canvas, nothing decoded
+in vain, and images that come out small are decoded small.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from yolov7_deploy.image import PAD_GREY, FloatArray, Image
 from yolov7_deploy.training.copy_paste import Crop, copy_paste, mask_of_polygon
-from yolov7_deploy.training.dataset import PictureReader, PictureStore
+from yolov7_deploy.training.dataset import ImageReader, ImageStore
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.objects import FlatObjects, flattened, placed, unflattened
 from yolov7_deploy.training.random_affine import Warp, draw_warp, warp_objects, warp_pixels
@@ -27,7 +27,7 @@ FOUR_OF_ALL = 0.8  # the others have nine tiles
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """A picture, its size, and where its first pixel lies on the canvas (also outside of it)."""
+    """An image, its size, and where its first pixel lies on the canvas (also outside of it)."""
 
     index: int
     hw: tuple[int, int]
@@ -48,13 +48,13 @@ class Layout:
     side: int
 
 
-def draw_layout(store: PictureStore, first: int, *, rng: np.random.Generator) -> Layout:
-    """A mosaic that begins with picture `first`: four of five have four tiles, the others nine."""
+def draw_layout(store: ImageStore, first: int, *, rng: np.random.Generator) -> Layout:
+    """A mosaic that begins with image `first`: four of five have four tiles, the others nine."""
     return draw_four(store, first, rng=rng) if rng.random() < FOUR_OF_ALL else draw_nine(store, first, rng=rng)
 
 
-def draw_four(store: PictureStore, first: int, *, rng: np.random.Generator) -> Layout:
-    """Four pictures that meet in a random point of the inner half of a canvas twice as large as a picture."""
+def draw_four(store: ImageStore, first: int, *, rng: np.random.Generator) -> Layout:
+    """Four images that meet in a random point of the inner half of a canvas twice as large as an image."""
     size = store.size
     x, y = (int(value) for value in rng.uniform(size / 2, 3 * size / 2, size=2))
     indices = [first, *rng.integers(len(store), size=3).tolist()]
@@ -66,8 +66,8 @@ def draw_four(store: PictureStore, first: int, *, rng: np.random.Generator) -> L
     return Layout(tiles=tuple(tiles), side=2 * size)
 
 
-def draw_nine(store: PictureStore, first: int, *, rng: np.random.Generator) -> Layout:
-    """A random window, twice as large as a picture, of nine pictures around the first one."""
+def draw_nine(store: ImageStore, first: int, *, rng: np.random.Generator) -> Layout:
+    """A random window, twice as large as an image, of nine images around the first one."""
     size = store.size
     indices = [first, *rng.integers(len(store), size=8).tolist()]
     offset_x, offset_y = (int(value) for value in rng.uniform(0, size, size=2))
@@ -80,7 +80,7 @@ def draw_nine(store: PictureStore, first: int, *, rng: np.random.Generator) -> L
 
 
 def corners_of_nine(sides: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Left and top of nine pictures of the given (height, width): the first at (size, size), the others around it.
+    """Left and top of nine images of the given (height, width): the first at (size, size), the others around it.
 
     They go round from above the first one to the right, as in the official program.
     """
@@ -105,13 +105,13 @@ def corners_of_nine(sides: Sequence[tuple[int, int]], size: int) -> list[tuple[i
 
 
 def mosaic_scene(
-    reader: PictureReader, first: int, *, hyp: Hyperparameters, rng: np.random.Generator, is_plain: bool = False
+    reader: ImageReader, first: int, *, hyp: Hyperparameters, rng: np.random.Generator, is_plain: bool = False
 ) -> Scene:
-    """A warped mosaic, uint8 BGR [size, size], that begins with picture `first`.
+    """A warped mosaic, uint8 BGR [size, size], that begins with image `first`.
 
     Args:
-        reader: Where pictures come from; a tile that cannot be read stays grey.
-        first: Index of a picture; the others are random.
+        reader: Where images come from; a tile that cannot be read stays grey.
+        first: Index of an image; the others are random.
         hyp: How far the warp goes, and the fraction of `copy_paste`.
         rng: Of every choice.
         is_plain: Paint and warp the whole canvas also where it is not needed.
@@ -127,7 +127,7 @@ def mosaic_scene(
     return Scene(image=warp_pixels(scene.image, warp), objects=warp_objects(flattened(scene.objects), warp))
 
 
-def paint(reader: PictureReader, layout: Layout) -> Scene:
+def paint(reader: ImageReader, layout: Layout) -> Scene:
     """The whole canvas, with the objects of the tiles that could be read."""
     canvas = np.full((layout.side, layout.side, 3), PAD_GREY, dtype=np.uint8)
     read = []
@@ -140,7 +140,7 @@ def paint(reader: PictureReader, layout: Layout) -> Scene:
     return Scene(image=canvas, objects=unflattened(_objects(reader.store, read, layout.side)))
 
 
-def warp_tiles(reader: PictureReader, layout: Layout, warp: Warp) -> Scene:
+def warp_tiles(reader: ImageReader, layout: Layout, warp: Warp) -> Scene:
     """What `warp` shows of the canvas, without painting it; only for a warp that is upright.
 
     A pixel belongs to the tile in which its centre lies, so that tiles meet without a seam, where the canvas would
@@ -171,7 +171,7 @@ def _window(box: tuple[int, int, int, int], warp: Warp) -> tuple[int, int, int, 
     return max(0, x1), max(0, y1), min(width, x2), min(height, y2)
 
 
-def _objects(store: PictureStore, tiles: Sequence[Tile], side: int) -> FlatObjects:
+def _objects(store: ImageStore, tiles: Sequence[Tile], side: int) -> FlatObjects:
     parts = [store.flat_objects(tile.index) for tile in tiles]
     return placed(parts, [(tile.left, tile.top) for tile in tiles], side=side)
 
@@ -182,7 +182,7 @@ TAKEN = 0.5  # of the outlined objects of a mosaic
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Cutting:
-    """Where an object is: its picture, the part of that in sight (x1, y1, x2, y2), and its outline there."""
+    """Where an object is: its image, the part of that in sight (x1, y1, x2, y2), and its outline there."""
 
     index: int
     part: tuple[int, int, int, int]
@@ -193,10 +193,10 @@ class Cutting:
 class Crops(Sequence[Crop]):
     """Crops that are read when they are asked for: of thirty that are at hand a scene takes about five."""
 
-    def __init__(self, reader: PictureReader, cuttings: Sequence[Cutting]) -> None:
+    def __init__(self, reader: ImageReader, cuttings: Sequence[Cutting]) -> None:
         self._reader = reader
         self._cuttings = cuttings
-        self._pictures: dict[int, Image | None] = {}
+        self._images: dict[int, Image | None] = {}
         self._made: dict[int, Crop] = {}
 
     def __len__(self) -> int:
@@ -207,7 +207,7 @@ class Crops(Sequence[Crop]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Crop]: ...
     def __getitem__(self, index: int | slice) -> Crop | Sequence[Crop]:
-        """One crop; of a picture that cannot be read, one without a pixel of an object."""
+        """One crop; of an image that cannot be read, one without a pixel of an object."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index not in self._made:
@@ -215,9 +215,9 @@ class Crops(Sequence[Crop]):
         return self._made[index]
 
     def _cut(self, cutting: Cutting) -> Crop:
-        if cutting.index not in self._pictures:
-            self._pictures[cutting.index] = self._reader.resized(cutting.index)
-        image = self._pictures[cutting.index]
+        if cutting.index not in self._images:
+            self._images[cutting.index] = self._reader.resized(cutting.index)
+        image = self._images[cutting.index]
         x1, y1, x2, y2 = cutting.part
         found = mask_of_polygon(cutting.polygon - np.array([x1, y1], np.float32), (y2 - y1, x2 - x1))
         if image is None or found is None:
@@ -227,7 +227,7 @@ class Crops(Sequence[Crop]):
         return Crop(image=window, mask=mask, class_id=cutting.class_id)
 
 
-def draw_crops(reader: PictureReader, *, rng: np.random.Generator) -> Crops:
+def draw_crops(reader: ImageReader, *, rng: np.random.Generator) -> Crops:
     """At least 30 random objects with an outline, half of those in each of several mosaics that are never painted.
 
     None where a first mosaic gives none, and fewer where outlines are so rare that thirty mosaics hold fewer.
@@ -242,7 +242,7 @@ def draw_crops(reader: PictureReader, *, rng: np.random.Generator) -> Crops:
     return Crops(reader, cuttings)
 
 
-def _cuttings(reader: PictureReader, tile: Tile, side: int) -> list[Cutting]:
+def _cuttings(reader: ImageReader, tile: Tile, side: int) -> list[Cutting]:
     """The outlined objects of a tile of which a pixel at least is in sight."""
     x1, y1, x2, y2 = (edge - corner for edge, corner in zip(tile.visible(side), (tile.left, tile.top) * 2, strict=True))
     objects = unflattened(reader.store.flat_objects(tile.index))

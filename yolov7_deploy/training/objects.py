@@ -54,7 +54,7 @@ def unflattened(objects: FlatObjects) -> Objects:
 
 
 def placed(parts: Sequence[FlatObjects], corners_xy: Sequence[tuple[int, int]], *, side: int) -> FlatObjects:
-    """The objects of several pictures on one canvas [side, side]: moved to their picture's corner, cut at its border.
+    """The objects of several images on one canvas [side, side]: moved to their image's corner, cut at its border.
 
     Outlines are cut by moving the points outside to the border, as the official program does.
     """

@@ -38,8 +38,8 @@ class Schedule:
         hyp: The recipe.
         epochs: In all.
         steps: Of one epoch.
-        batch: Pictures of a step, of all processes.
-        nominal_batch: Pictures of an update.
+        batch: Images of a step, of all processes.
+        nominal_batch: Images of an update.
         linear: The rate falls linearly instead of as a cosine.
     """
 
@@ -63,7 +63,7 @@ class Schedule:
 
     @property
     def weight_decay(self) -> float:
-        """The recipe's, for the pictures of an update as they really are."""
+        """The recipe's, for the images of an update as they really are."""
         return self.hyp.weight_decay * self.batch * self.full_accumulation / self.nominal_batch
 
     def factor(self, epoch: int) -> float:

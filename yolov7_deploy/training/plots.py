@@ -1,4 +1,4 @@
-"""Pictures of a training run: its labels, a batch, its epochs, and precision against recall at its end."""
+"""Images of a training run: its labels, a batch, its epochs, and precision against recall at its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from yolov7_deploy.datasets.samples import DoubleArray, IntArray
 from yolov7_deploy.evaluation.precision_recall import PrecisionRecall
 from yolov7_deploy.image import FloatArray, Image, fit_letterbox
 from yolov7_deploy.training.loggers import EpochRecord
-from yolov7_deploy.visualize import class_colour, draw_boxes, write_picture
+from yolov7_deploy.visualize import class_colour, draw_boxes, write_image
 
 if TYPE_CHECKING:
     from yolov7_deploy.training.sample import Batch
@@ -40,10 +40,10 @@ MOST_NAMES = 100  # classes that are named below their bars
 MOST_COUNTS = 30  # classes whose bars have their number written on top
 FAR_APART = 50  # the most frequent class has so many times the boxes of the rarest: the axis is logarithmic
 BINS = 60
-SMALLEST = 1 / 512  # of the axes of widths and heights; a pixel or two of the picture
+SMALLEST = 1 / 512  # of the axes of widths and heights; a pixel or two of the image
 OVERLAID = 400  # boxes laid over each other
-MOST_PIXELS = 1920  # of the longer side of a batch's picture
-GAP = 4  # pixels between its pictures
+MOST_PIXELS = 1920  # of the longer side of a batch's image
+GAP = 4  # pixels between its images
 
 # Per panel: title, and its lines as (column, name, colour, width).
 Lines = tuple[tuple[str, str, str, float], ...]
@@ -99,7 +99,7 @@ def draw_labels(class_ids: IntArray, boxes: FloatArray | DoubleArray, class_name
 
     Args:
         class_ids: int64 [N].
-        boxes: [N, 4], centre x, centre y, width, height in fractions of the picture.
+        boxes: [N, 4], centre x, centre y, width, height in fractions of the image.
         class_names: In class-id order; those without boxes are told apart by colour.
         path: The chart; folders are made, and the file appears complete or not at all.
 
@@ -111,7 +111,7 @@ def draw_labels(class_ids: IntArray, boxes: FloatArray | DoubleArray, class_name
 
 
 def draw_batch(batch: Batch, class_names: Sequence[str], path: Path, *, most: int = 16) -> None:
-    """Writes a picture with the first pictures of a batch side by side, and what the network is told of them.
+    """Writes an image with the first images of a batch side by side, and what the network is told of them.
 
     It has up to 1920 pixels a side; the suffix chooses the format.
 
@@ -132,7 +132,7 @@ def draw_batch(batch: Batch, class_names: Sequence[str], path: Path, *, most: in
         top, left = place // columns * step_y, place % columns * step_x
         cell = _batch_cell(image, targets[targets[:, 0] == place], class_names, cell_hw)
         sheet[top : top + cell_hw[0], left : left + cell_hw[1]] = cell
-    write_picture(path, sheet)
+    write_image(path, sheet)
 
 
 def _results_figure(records: Sequence[EpochRecord]) -> Figure:
@@ -312,7 +312,7 @@ def _draw_centres(axes: Axes, boxes: DoubleArray) -> None:
     edges = np.linspace(0.0, 1.0, BINS + 1)
     _draw_heat(axes, boxes[:, 0], boxes[:, 1], edges)
     axes.set(xlim=(0.0, 1.0), ylim=(1.0, 0.0), xlabel="x", ylabel="y")
-    axes.set_title("centres, in fractions of the picture", loc="left", fontsize=10)
+    axes.set_title("centres, in fractions of the image", loc="left", fontsize=10)
 
 
 def _draw_sizes(axes: Axes, boxes: DoubleArray) -> None:
@@ -321,7 +321,7 @@ def _draw_sizes(axes: Axes, boxes: DoubleArray) -> None:
     axes.set(xscale="log", yscale="log", xlim=(SMALLEST, 1.0), ylim=(SMALLEST, 1.0), xlabel="width", ylabel="height")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title("sizes, in fractions of the picture", loc="left", fontsize=10)
+    axes.set_title("sizes, in fractions of the image", loc="left", fontsize=10)
 
 
 def _draw_heat(axes: Axes, x: DoubleArray, y: DoubleArray, edges: DoubleArray) -> None:
@@ -343,11 +343,11 @@ def _draw_overlaid(axes: Axes, class_ids: IntArray, boxes: DoubleArray) -> None:
     axes.set(xlim=(-0.5, 0.5), ylim=(0.5, -0.5), xticks=[], yticks=[])
     axes.set_box_aspect(1.0)
     axes.spines[["top", "right"]].set_visible(True)
-    axes.set_title(f"{len(chosen):,} boxes, centred in the picture", loc="left", fontsize=10)
+    axes.set_title(f"{len(chosen):,} boxes, centred in the image", loc="left", fontsize=10)
 
 
 def _batch_cell(image: Image, targets: FloatArray, class_names: Sequence[str], cell_hw: tuple[int, int]) -> Image:
-    """One picture with its boxes, drawn after shrinking so that lines and names stay readable."""
+    """One image with its boxes, drawn after shrinking so that lines and names stay readable."""
     placed = replace(fit_letterbox((image.shape[0], image.shape[1]), cell_hw), shrink_by_area=True)
     centres, sizes = targets[:, 2:4], targets[:, 4:6]
     boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1) * np.tile(cell_hw[::-1], 2)

@@ -24,7 +24,7 @@ MIN_AREA_OF_BOX = 0.10
 MIN_AREA_OF_POLYGON = 0.01
 
 GREY = (PAD_GREY, PAD_GREY, PAD_GREY)
-_HORIZON = 1e-6  # what is nearer to it or behind it has no place in the picture
+_HORIZON = 1e-6  # what is nearer to it or behind it has no place in the image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,13 +75,13 @@ def draw_warp(
 
 
 def warp_pixels(image: Image, warp: Warp, *, out: Image | None = None, replicate: bool = False) -> Image:
-    """The picture where `warp` puts it, uint8 [*out_hw, 3], bilinear.
+    """The image where `warp` puts it, uint8 [*out_hw, 3], bilinear.
 
     Args:
         image: uint8 [H, W, 3].
         warp: From its points to those of the result.
-        out: Where to write it, for example a window of a larger picture.
-        replicate: Continue the edges of the picture instead of grey.
+        out: Where to write it, for example a window of a larger image.
+        replicate: Continue the edges of the image instead of grey.
     """
     # OpenCV counts from pixel centres, and wants the way back.
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -102,8 +102,8 @@ def warp_objects(objects: FlatObjects, warp: Warp) -> Objects:
     """The objects of which enough is left, with boxes as tight as is known, and without outlines.
 
     The box of an object with an outline is that of the part of the outline's area that is in the result; of one
-    without, that of its four corners. Each object takes the road of what is known about it, so that pictures with
-    outlines and pictures without may be mixed.
+    without, that of its four corners. Each object takes the road of what is known about it, so that images with
+    outlines and images without may be mixed.
     """
     outlined = objects.counts > 0
     boxes = np.zeros((len(objects), 4), dtype=np.float64)
@@ -163,16 +163,16 @@ def _cut(boxes: DoubleArray, hw: tuple[int, int]) -> DoubleArray:
 
 
 def visible_boxes(points: DoubleArray, counts: IntArray, hw: tuple[int, int]) -> DoubleArray:
-    """The box around the common area of each polygon and the picture, zeros where there is none; float64 [N, 4].
+    """The box around the common area of each polygon and the image, zeros where there is none; float64 [N, 4].
 
-    The corners of that area are ends of edges cut at the picture's border, and corners of the picture inside the
+    The corners of that area are ends of edges cut at the image's border, and corners of the image inside the
     polygon (even-odd rule). The official program keeps those of 1000 points along the outline that are in the
-    picture: it loses an object that fills the picture, and the side of one that reaches over a corner.
+    image: it loses an object that fills the image, and the side of one that reaches over a corner.
 
     Args:
         points: float64 [P, 2], the polygons one behind the other.
         counts: int64 [N], how many points each has; at least 1.
-        hw: Height and width of the picture.
+        hw: Height and width of the image.
     """
     starts = np.cumsum(counts) - counts
     following = np.arange(1, len(points) + 1)

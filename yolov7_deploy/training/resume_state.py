@@ -57,7 +57,7 @@ class RunState:
 
     Attributes:
         request: What was asked for; going on needs nothing else.
-        data_sha256: Of all pictures' names and labels.
+        data_sha256: Of all images' names and labels.
         class_names: What it learns to find.
         anchors: Per level three (width, height) in input pixels.
         world: Processes.
@@ -68,7 +68,7 @@ class RunState:
         scale: Of the loss in mixed precision, and the steps since it last grew.
         best: Best fitness so far, -1 before the first.
         best_epoch: When that was.
-        class_aps: AP of each class at the last validation, where pictures are chosen by it.
+        class_aps: AP of each class at the last validation, where images are chosen by it.
         seconds: Spent so far.
     """
 

@@ -23,12 +23,12 @@ from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.tensorrt.memory_estimate import free_host_memory
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.autoanchor import anchor_fit, fitted_anchors
-from yolov7_deploy.training.batchnorm_recalibration import PICTURES, rebase_norms
+from yolov7_deploy.training.batchnorm_recalibration import IMAGES, rebase_norms
 from yolov7_deploy.training.callbacks import Watch
 from yolov7_deploy.training.checkpoints import LAST, STATE, remove_leftovers
 from yolov7_deploy.training.config import TrainRequest
 from yolov7_deploy.training.dataloader import TrainLoader
-from yolov7_deploy.training.dataset import PictureStore
+from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.distributed import World, open_world
 from yolov7_deploy.training.initialization import require_variant, starting_model
 from yolov7_deploy.training.loggers import RunLog, read_results, write_run
@@ -41,7 +41,7 @@ from yolov7_deploy.training.trainer import Trainer, TrainReport
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-FREE_PART = 0.25  # of the free memory, for prepared pictures
+FREE_PART = 0.25  # of the free memory, for prepared images
 ENOUGH_RECALL = 0.98  # of anchors: below it new ones are worth fitting
 
 
@@ -57,7 +57,7 @@ def train(request: TrainRequest, *, watch: Watch) -> TrainReport:
 
     Raises:
         UsageError: The request contradicts itself, or its folder already holds a training.
-        DatasetError: Pictures or labels are missing or malformed.
+        DatasetError: Images or labels are missing or malformed.
         LoadError: The weights cannot be read.
         DeviceError: There is no such device, or its memory is too small; the message says which batch fits.
         TrainingError: The loss is no number any more.
@@ -123,7 +123,7 @@ def resume(folder: Path, *, watch: Watch, device: str | None = None, data: str |
         opened = _open_data(request)
         if opened.sha256 != state.data_sha256:
             raise UsageError(
-                f"{request.data} is not the dataset this training began with: pictures or labels differ.",
+                f"{request.data} is not the dataset this training began with: images or labels differ.",
                 fix=f"Begin anew from its weights:  y7 train --data D.yaml --weights {folder / LAST}",
             )
         if world.size != state.world:
@@ -155,7 +155,7 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
     try:
         if request.weights and options.rebase_bn and not resuming:
             model.to(world.device)
-            few = islice(loader.epoch(0), -(-PICTURES // options.batch))
+            few = islice(loader.epoch(0), -(-IMAGES // options.batch))
             frozen = frozen_layers(options.freeze, model)
             watch.say(rebase_norms(model, few, frozen=frozen, world=world).words())
         learner = Learner(model, hyp=request.hyp, options=options, schedule=schedule, world=world)
@@ -178,7 +178,7 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
 def _loader(dataset: Dataset, request: TrainRequest, world: World, *, stride: int) -> TrainLoader:
     options = request.options
     budget = (options.cache_gib or 0) * GIB / world.size
-    store = PictureStore(dataset, size=options.img, cache_bytes=int(budget))
+    store = ImageStore(dataset, size=options.img, cache_bytes=int(budget))
     closes = options.epochs - options.close_mosaic if options.close_mosaic else None
     return TrainLoader(
         store,
@@ -195,7 +195,7 @@ def _loader(dataset: Dataset, request: TrainRequest, world: World, *, stride: in
 
 
 def _with_budget(request: TrainRequest) -> TrainRequest:
-    """With the memory for prepared pictures as a number, which decides how they are scaled where not all find room."""
+    """With the memory for prepared images as a number, which decides how they are scaled where not all find room."""
     if request.options.cache_gib is not None:
         return request
     free = free_host_memory()
@@ -225,7 +225,7 @@ def _check(request: TrainRequest, world: World) -> None:
     together = options.batch if options.sync_bn else options.batch // world.size
     if together == 1 and smallest == stride:
         raise UsageError(
-            f"One picture of {smallest} pixels leaves {variant.name}'s BatchNorm one value a channel.",
+            f"One image of {smallest} pixels leaves {variant.name}'s BatchNorm one value a channel.",
             fix=f"--batch {2 * world.size}, or --img {options.img + stride}",
         )
 
@@ -242,12 +242,12 @@ def _open_data(request: TrainRequest) -> _Data:
         train_set, val_set = (as_single_class(dataset) for dataset in (train_set, val_set))
     for dataset in (train_set, val_set):
         dataset.require_boxes()
-        _require_a_picture(dataset)
+        _require_a_image(dataset)
     return _Data(train=train_set, val=val_set, sha256=_digest(train_set, val_set))
 
 
-def _require_a_picture(dataset: Dataset) -> None:
-    """Returns when any picture has a header, which is found out before anything takes time."""
+def _require_a_image(dataset: Dataset) -> None:
+    """Returns when any image has a header, which is found out before anything takes time."""
     reasons = []
     for index in range(len(dataset)):
         try:
@@ -257,8 +257,8 @@ def _require_a_picture(dataset: Dataset) -> None:
         else:
             return
     raise DatasetError(
-        f"None of the {len(dataset)} pictures of {dataset.source} can be read. The first: {reasons[0]}",
-        fix="Check the pictures that its train and val name.",
+        f"None of the {len(dataset)} images of {dataset.source} can be read. The first: {reasons[0]}",
+        fix="Check the images that its train and val name.",
     )
 
 
@@ -275,7 +275,7 @@ def _digest(*datasets: Dataset) -> str:
 
 
 def _about(data: _Data, request: TrainRequest) -> str:
-    counts = f"{len(data.train)} pictures to train on, {len(data.val)} to validate"
+    counts = f"{len(data.train)} images to train on, {len(data.val)} to validate"
     problems = [*data.train.problems[:3], *data.val.problems[:3]]
     return "\n".join(
         [f"{request.data}: {counts}", describe_labels(data.train, size=request.options.img).words(), *problems]
@@ -310,7 +310,7 @@ def _begin_folder(folder: Path, request: TrainRequest, data: _Data, checkpoint: 
         "request": asdict(request),
         "command": sys.argv[1:],
         "data_sha256": data.sha256,
-        "pictures": {"train": len(data.train), "val": len(data.val)},
+        "images": {"train": len(data.train), "val": len(data.val)},
         "classes": list(data.train.class_names),
         "weights": source,
     }
@@ -353,7 +353,7 @@ def describe_report(report: TrainReport) -> Sequence[str]:
     if report.accuracy is not None and report.accuracy.ap is not None:
         lines.append(
             f"best epoch {report.best_epoch} of {report.epochs}: AP {report.accuracy.ap:.4f}, "
-            f"AP50 {report.accuracy.ap50 or 0:.4f} on {report.accuracy.images} pictures"
+            f"AP50 {report.accuracy.ap50 or 0:.4f} on {report.accuracy.images} images"
         )
     lines.append(f"{report.seconds / 60:.1f} minutes; weights in {report.weights}, charts beside them")
     lines.append(f"Next:  y7 export --weights {report.weights}")

@@ -16,7 +16,7 @@ NO_POLYGON = np.zeros((0, 2), dtype=np.float32)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Objects:
-    """The objects of one picture or canvas, in its pixels.
+    """The objects of one image or canvas, in its pixels.
 
     Attributes:
         boxes: float32 [N, 4] xyxy.
@@ -48,7 +48,7 @@ def joined(*parts: Objects) -> Objects:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Scene:
-    """A picture, uint8 BGR [H, W, 3], and the objects in it."""
+    """An image, uint8 BGR [H, W, 3], and the objects in it."""
 
     image: Image
     objects: Objects
@@ -60,10 +60,10 @@ class Batch:
 
     Attributes:
         images: uint8 RGB [B, H, W, 3]; channels last, so that a device makes floats of it in one pass.
-        targets: float32 [N, 6]: picture in the batch, class, centre x, centre y, width, height; the last four in
+        targets: float32 [N, 6]: image in the batch, class, centre x, centre y, width, height; the last four in
             fractions of width and height.
-        paths: The first picture of each scene, for messages.
-        problems: The pictures that could not be read for this batch, and why.
+        paths: The first image of each scene, for messages.
+        problems: The images that could not be read for this batch, and why.
     """
 
     images: Tensor

@@ -1,4 +1,4 @@
-"""Which pictures an epoch shows, in which order, and to which process."""
+"""Which images an epoch shows, in which order, and to which process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from yolov7_deploy.datasets.samples import DoubleArray, IntArray
 from yolov7_deploy.errors import UsageError
 
 
-def picture_weights(class_ids: Sequence[IntArray], aps: DoubleArray) -> DoubleArray | None:
-    """A weight per picture, adding up to 1: the sum over its boxes of w_c (1 - AP_c)^2 / C, with w_c ~ 1 / boxes of c.
+def image_weights(class_ids: Sequence[IntArray], aps: DoubleArray) -> DoubleArray | None:
+    """A weight per image, adding up to 1: the sum over its boxes of w_c (1 - AP_c)^2 / C, with w_c ~ 1 / boxes of c.
 
-    `None` where no picture has a box.
+    `None` where no image has a box.
 
     Args:
-        class_ids: Of the boxes of each picture.
+        class_ids: Of the boxes of each image.
         aps: AP of each class, [C].
     """
     classes = len(aps)
@@ -39,7 +39,7 @@ class Request:
     Attributes:
         epoch: Of the run.
         positions: Of its scenes in the epoch; with seed and epoch each decides every choice in its scene.
-        indices: The first picture of each scene.
+        indices: The first image of each scene.
         hw: Height and width of the scenes.
         mosaic: Whether they may be mosaics.
     """
@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What one of `world` processes takes of a step; together they see what one with all their pictures sees."""
+    """What one of `world` processes takes of a step; together they see what one with all their images sees."""
 
     batch: int
     rank: int = 0
@@ -68,7 +68,7 @@ class Share:
 
     @property
     def whole(self) -> int:
-        """The pictures of a step, of all processes."""
+        """The images of a step, of all processes."""
         return self.batch * self.world
 
     def of(self, step: int) -> range:
@@ -78,22 +78,22 @@ class Share:
 
 
 def mixed_order(count: int, *, seed: int, epoch: int, weights: DoubleArray | None = None) -> IntArray:
-    """The pictures of an epoch, int64 [count]: each once, or drawn with replacement by their weights.
+    """The images of an epoch, int64 [count]: each once, or drawn with replacement by their weights.
 
     Raises:
-        UsageError: The weights are not one for each picture, or are not all from 0.
+        UsageError: The weights are not one for each image, or are not all from 0.
     """
     rng = np.random.default_rng((seed, epoch, 0, _ORDER))
     if weights is None:
         return rng.permutation(count)
     total = float(weights.sum())
     if weights.shape != (count,) or not 0 < total < np.inf or weights.min() < 0:
-        raise UsageError(f"{len(weights)} weights for {count} pictures.", fix="Give a number from 0 for each picture.")
+        raise UsageError(f"{len(weights)} weights for {count} images.", fix="Give a number from 0 for each image.")
     return rng.choice(count, size=count, p=weights / total)
 
 
 def mixed_requests(order: IntArray, share: Share, *, epoch: int, size: int, start: int) -> Iterator[Request]:
-    """The batches of an epoch from step `start` on; the first pictures come again where the last batch is not full."""
+    """The batches of an epoch from step `start` on; the first images come again where the last batch is not full."""
     for step in range(start, -(-len(order) // share.whole)):
         positions = share.of(step)
         indices = order[np.array(positions) % len(order)].tolist()
@@ -103,12 +103,12 @@ def mixed_requests(order: IntArray, share: Share, *, epoch: int, size: int, star
 def rect_requests(
     sides: IntArray, share: Share, *, seed: int, epoch: int, size: int, stride: int, start: int
 ) -> Iterator[Request]:
-    """Batches of pictures of similar shape, each as small as they allow; only the order of the batches is random.
+    """Batches of images of similar shape, each as small as they allow; only the order of the batches is random.
 
-    The last batch takes pictures of the one before where it would not be full.
+    The last batch takes images of the one before where it would not be full.
 
     Args:
-        sides: int64 [N, 2], height and width of each picture.
+        sides: int64 [N, 2], height and width of each image.
         share: Of this process; all of them have one shape in a step.
         seed: Of the order.
         epoch: Of the order.
@@ -137,7 +137,7 @@ ROUNDING = 1e-9  # of a quotient: a side that is a whole number of strides stays
 
 
 def rect_hw(shapes: DoubleArray, *, size: int, stride: int) -> tuple[int, int]:
-    """Height and width of a batch of pictures with these ratios of height to width, as in the official program."""
+    """Height and width of a batch of images with these ratios of height to width, as in the official program."""
     low, high = float(shapes.min()), float(shapes.max())
     height, width = (high, 1.0) if high < 1 else (1.0, 1 / low) if low > 1 else (1.0, 1.0)
     tall, wide = (int(np.ceil(side * size / stride - ROUNDING)) * stride for side in (height, width))

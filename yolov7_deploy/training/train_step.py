@@ -102,7 +102,7 @@ class Learner:
         """One step.
 
         Args:
-            batch: This process's pictures.
+            batch: This process's images.
             epoch: From 0.
             step: Of the whole training, from 0.
             in_epoch: Of this epoch, from 0.
@@ -122,7 +122,7 @@ class Learner:
         return numbers
 
     def size(self, epoch: int, in_epoch: int) -> int | None:
-        """Side of the pictures of a step in multi-scale training; `None` is as they come."""
+        """Side of the images of a step in multi-scale training; `None` is as they come."""
         if not self.options.multi_scale:
             return None
         rng = np.random.default_rng((self.options.seed, epoch, in_epoch))
@@ -132,7 +132,7 @@ class Learner:
         """Forward and loss of a batch; nothing learns yet.
 
         Args:
-            batch: This process's pictures.
+            batch: This process's images.
             size: Side that they are brought to; `None` leaves them.
         """
         images = self._images(batch.images, size)

@@ -32,7 +32,7 @@ from yolov7_deploy.training.optimizer import BIASES, NORMS, WEIGHTS, set_rates
 from yolov7_deploy.training.plots import draw_batch
 from yolov7_deploy.training.resume_state import RunState, Sums, load_run_state
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.sampler import picture_weights
+from yolov7_deploy.training.sampler import image_weights
 from yolov7_deploy.training.train_step import Learner, StepNumbers
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TrainReport:
         epochs: How many were done.
         best_epoch: Which is the best, from 1; 0 if none was validated.
         accuracy: Of the best weights; known to the first of several processes.
-        unreadable: Pictures that could not be used, and why.
+        unreadable: Images that could not be used, and why.
         seconds: In all.
     """
 
@@ -70,7 +70,7 @@ class Trainer:
 
     Args:
         learner: The network that learns.
-        loader: Its pictures.
+        loader: Its images.
         val: What it is validated on.
         state: Where the training is.
         log: Losses and AP of each epoch, in the first of several processes.
@@ -153,7 +153,7 @@ class Trainer:
     def _learn_epoch(self) -> None:
         state, steps = self._state, self._loader.steps
         self._learner.train_mode()
-        self._loader.order_weights = self._picture_weights()
+        self._loader.order_weights = self._image_weights()
         self._epoch_started, self._first_step = time.monotonic(), state.step
         with self._watch.epoch(state.epoch, self._options.epochs) as show:
             for batch in self._loader.epoch(state.epoch, start=state.step):
@@ -192,7 +192,7 @@ class Trainer:
             raise batch_that_fits(self._learner, batch, error) from error
 
     def _look_at(self, batch: Batch) -> None:
-        """Names new unreadable pictures, and draws the first batch of a training."""
+        """Names new unreadable images, and draws the first batch of a training."""
         self._leave_out(batch.problems)
         if self._world.is_first and self._state.epoch == 0 and self._state.step == 0:
             draw_batch(batch, self._state.class_names, self._folder / "first_batch.jpg")
@@ -212,8 +212,8 @@ class Trainer:
         kept = f"{self._folder / STATE} has the last good weights. " if (self._folder / STATE).exists() else ""
         raise TrainingError(
             f"The loss is no number any more in epoch {state.epoch + 1}, step {state.step + 1} ({where}). {kept}"
-            f"The pictures of that step begin with {paths}.",
-            fix="Try a lower rate (--set lr0=0.001), --no-half, or look at the labels of these pictures.",
+            f"The images of that step begin with {paths}.",
+            fix="Try a lower rate (--set lr0=0.001), --no-half, or look at the labels of these images.",
         )
 
     def _note(self) -> str:
@@ -264,7 +264,7 @@ class Trainer:
             self._watch.counting("validate") as show,
         ):
             report = evaluate(detector, self._val, options=options, progress=show)
-        self._leave_out(picture.reason for picture in report.skipped)
+        self._leave_out(image.reason for image in report.skipped)
         return report
 
     def _judge(self, epoch: int, report: AccuracyReport) -> None:
@@ -297,14 +297,14 @@ class Trainer:
             seconds=time.monotonic() - self._epoch_started,
         )
 
-    def _picture_weights(self) -> DoubleArray | None:
-        """How often each picture comes, where pictures of badly found classes come more often."""
+    def _image_weights(self) -> DoubleArray | None:
+        """How often each image comes, where images of badly found classes come more often."""
         if not self._options.image_weights:
             return None
         classes = len(self._state.class_names)
         aps = np.array(self._state.class_aps or (0.0,) * classes)
         store = self._loader.store
-        return picture_weights([store.objects(index).class_ids for index in range(len(store))], aps)
+        return image_weights([store.objects(index).class_ids for index in range(len(store))], aps)
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 

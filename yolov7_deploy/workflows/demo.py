@@ -20,17 +20,17 @@ from yolov7_deploy.hub import SHAPES_WEIGHTS, shipped_weights
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.options import BenchOptions, ExportOptions, QuantizeOptions, ValOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.export import ExportReport, Int8Request, export_weights
 
 Say = Callable[[str], None]
 
-NOTHING_NOTE = "   Nothing found in the drawn street (it has a stop sign). With a picture of yours:  --source photo.jpg"
+NOTHING_NOTE = "   Nothing found in the drawn street (it has a stop sign). With an image of yours:  --source photo.jpg"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoReport:
-    """What the demo made: the checkpoint it started from, the verified file, the drawn picture and what is in it."""
+    """What the demo made: the checkpoint it started from, the verified file, the drawn image and what is in it."""
 
     weights: Path
     onnx: Path
@@ -45,21 +45,21 @@ def run_demo(*, save_dir: Path, say: Say, weights: Path, source: Path | None = N
         save_dir: Folder for everything it writes.
         say: Called with each line of the explanation.
         weights: A checkpoint.
-        source: A picture; a street with a stop sign is drawn where it is left out.
+        source: An image; a street with a stop sign is drawn where it is left out.
 
     Raises:
         Y7Error: Any error of the stations on the way; nothing is caught here.
     """
     make_folder(save_dir)
-    picture, drawn = _picture(source, save_dir)
-    image = read_image(picture)
+    path, drawn = _image(source, save_dir)
+    image = read_image(path)
     say(f"1  The checkpoint: {weights}")
     onnx = save_dir / f"{weights.stem}.onnx"
     say(f"2  One ONNX file with suppression inside: {onnx}")
     explain_export(
         export_weights(weights, onnx, options=ExportOptions(), say=lambda what, seconds: step(say, what, seconds)), say
     )
-    say(f"3  Detections in {picture}")
+    say(f"3  Detections in {path}")
     detections = _detect_street(onnx, image, drawn, say=say)
     if source is None and not len(detections):
         say(NOTHING_NOTE)
@@ -95,12 +95,12 @@ def explain_export(report: ExportReport, say: Say) -> None:
     say(f"   {report.bytes / 1e6:.1f} MB")
 
 
-def _picture(source: Path | None, save_dir: Path) -> tuple[Path, Path]:
-    """The picture to look at, and where the drawn one goes."""
+def _image(source: Path | None, save_dir: Path) -> tuple[Path, Path]:
+    """The image to look at, and where the drawn one goes."""
     if source is not None:
         return source, save_dir / f"{source.stem}-detected.png"
     path = save_dir / "street.png"
-    write_picture(path, street())
+    write_image(path, street())
     return path, save_dir / "street-detected.png"
 
 
@@ -123,7 +123,7 @@ def _detect_street(onnx: Path, image: Image, drawn: Path, *, say: Say) -> Detect
 def next_commands(weights: Path, onnx: Path) -> str:
     """What to type next."""
     commands = {
-        f"y7 detect --weights {onnx} --source FOLDER": "your pictures, videos, cameras",
+        f"y7 detect --weights {onnx} --source FOLDER": "your images, videos, cameras",
         f"y7 val --weights {onnx} --data DATA.yaml": "its accuracy on your labels",
         f"y7 export --weights {weights} --help": "other sizes, batches, thresholds",
         "y7 doctor": "what this machine can run",
@@ -132,10 +132,10 @@ def next_commands(weights: Path, onnx: Path) -> str:
     return "\n".join(["Next:", *(f"   {command:{width}}   {why}" for command, why in commands.items())])
 
 
-# Pictures of another seed than those it was trained on: none of them was ever seen.
-SEED, CALIBRATION, JUDGES, PICTURE_SIDE = 1, 100, 100, 320
+# Images of another seed than those it was trained on: none of them was ever seen.
+SEED, CALIBRATION, JUDGES, IMAGE_SIDE = 1, 100, 100, 320
 INPUT_HW = (416, 416)  # as it was trained
-LOOKED_AT = 3  # the picture that detections are drawn in
+LOOKED_AT = 3  # the image that detections are drawn in
 PRECISIONS = ("fp32", "fp16", "int8")
 SPEED = BenchOptions(duration_s=1.5, warmup_s=1.5)
 PLAIN = ValOptions(rect=False)
@@ -149,9 +149,9 @@ class ShapesReport:
     Attributes:
         weights: The trained checkpoint.
         files: The ONNX file of each precision.
-        aps: AP of each form on pictures it never saw: `torch`, `fp32`, `fp16`, `int8`.
-        speeds: Pictures per second of each file, end to end, one at a time.
-        drawn: The drawn picture.
+        aps: AP of each form on images it never saw: `torch`, `fp32`, `fp16`, `int8`.
+        speeds: Images per second of each file, end to end, one at a time.
+        drawn: The drawn image.
         detections: What is in it.
     """
 
@@ -178,10 +178,10 @@ def run_shapes_demo(*, save_dir: Path, say: Say) -> ShapesReport:
     say(f"1  The checkpoint: {SHAPES_WEIGHTS}, trained by  y7 train  to find six kinds of shapes")
     say(f"   {weights}")
     folder = save_dir / "shapes"
-    data = write_shapes(folder, train=CALIBRATION, val=JUDGES, size=PICTURE_SIDE, seed=SEED)
-    say(f"   {CALIBRATION} generated pictures to calibrate on, {JUDGES} others to judge by, none seen in training")
+    data = write_shapes(folder, train=CALIBRATION, val=JUDGES, size=IMAGE_SIDE, seed=SEED)
+    say(f"   {CALIBRATION} generated images to calibrate on, {JUDGES} others to judge by, none seen in training")
     files = {precision: _exported(weights, precision, folder, save_dir, say) for precision in PRECISIONS}
-    say(f"3  Accuracy and speed on this machine, by the shipped path ({JUDGES} pictures, then one at a time)")
+    say(f"3  Accuracy and speed on this machine, by the shipped path ({JUDGES} images, then one at a time)")
     dataset = open_dataset(data, split="val")
     aps = {"torch": _ap(weights, dataset)} | {precision: _ap(path, dataset) for precision, path in files.items()}
     speeds = {precision: _speed(path, dataset.path(LOOKED_AT)) for precision, path in files.items()}
@@ -198,16 +198,16 @@ def _exported(weights: Path, precision: str, folder: Path, save_dir: Path, say: 
     say(f"2  {precision.upper()}: {path}")
     int8 = None
     if precision == "int8":
-        pictures = open_calibration(folder / "images" / "train")
+        images = open_calibration(folder / "images" / "train")
         options = QuantizeOptions(cache=save_dir / "calibration.npz")
-        int8 = Int8Request(pictures=pictures, options=options)
+        int8 = Int8Request(images=images, options=options)
     report = export_weights(
         weights,
         path,
         options=ExportOptions(input_hw=INPUT_HW),
         precision=precision,
         int8=int8,
-        pictures=[] if int8 else [read_image(file) for file in sorted((folder / "images" / "train").iterdir())[:4]],
+        images=[] if int8 else [read_image(file) for file in sorted((folder / "images" / "train").iterdir())[:4]],
         say=lambda what, seconds: step(say, what, seconds),
     )
     explain_export(report, say)
@@ -219,9 +219,9 @@ def _ap(path: Path, dataset: Dataset) -> float:
         return evaluate(detector, dataset, options=PLAIN).ap or 0.0
 
 
-def _speed(path: Path, picture: Path) -> float:
+def _speed(path: Path, image: Path) -> float:
     with Detector(path) as detector:
-        return measure_speed(detector, read_frames(picture), options=SPEED).rows[0].pictures_per_second
+        return measure_speed(detector, read_frames(image), options=SPEED).rows[0].images_per_second
 
 
 def _told(weights: Path, files: Mapping[str, Path], aps: Mapping[str, float], speeds: Mapping[str, float]) -> str:
@@ -230,17 +230,17 @@ def _told(weights: Path, files: Mapping[str, Path], aps: Mapping[str, float], sp
         [name, f"{aps[name]:.4f}", f"{path.stat().st_size / 1e6:.1f}", f"{speeds[name]:.1f}"]
         for name, path in files.items()
     ]
-    words = table(rows, ["form", "AP", "MB", "pictures/s"])
+    words = table(rows, ["form", "AP", "MB", "images/s"])
     if speeds["fp16"] < speeds["fp32"]:
         words += f"\n{HALF_IS_SLOW}"
     return words
 
 
-def _detect(onnx: Path, picture: Path, drawn: Path, say: Say) -> Detections:
-    image = read_image(picture)
+def _detect(onnx: Path, path: Path, drawn: Path, say: Say) -> Detections:
+    image = read_image(path)
     with Detector(onnx) as detector:
         found = detector(image)
-    say(f"4  Detections of the INT8 file in {picture}")
+    say(f"4  Detections of the INT8 file in {path}")
     say(f"   {found.describe()}")
     found.save(drawn, image)
     say(f"   drawn: {drawn}")
@@ -250,7 +250,7 @@ def _detect(onnx: Path, picture: Path, drawn: Path, say: Say) -> Detections:
 def _next(data: Path, files: Mapping[str, Path]) -> str:
     commands = {
         "y7 demo --weights yolov7": "the same with the official weights (found here, or downloaded)",
-        f"y7 detect --weights {files['fp32']} --source {data.parent / 'images' / 'val'}": "more of these pictures",
+        f"y7 detect --weights {files['fp32']} --source {data.parent / 'images' / 'val'}": "more of these images",
         f"y7 bench --weights {files['fp32']} --threads 1,2": "every span of a call",
         f"y7 train --data {data} --variant yolov7-tiny --img 416": "train a network of your own",
         "y7 doctor": "what this machine can run",

@@ -16,7 +16,7 @@ from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, form
-from yolov7_deploy.evaluation.synthetic_image import drawn_picture
+from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
@@ -24,7 +24,7 @@ from yolov7_deploy.metadata import ModelInfo
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
-from yolov7_deploy.precision.calibration_images import CalibrationPictures
+from yolov7_deploy.precision.calibration_images import CalibrationImages
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.runtimes.onnxruntime import OrtBackend
 from yolov7_deploy.runtimes.pytorch import PytorchBackend
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Say = Callable[[str, float], None]
 
-_CALIBRATED_SHOWN = 2  # pictures an INT8 file is verified on, where none are given
+_CALIBRATED_SHOWN = 2  # images an INT8 file is verified on, where none are given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +53,9 @@ class ExportReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Request:
-    """What INT8 needs beyond the weights: pictures to calibrate on, and others with labels if AP shall be known."""
+    """What INT8 needs beyond the weights: images to calibrate on, and others with labels if AP shall be known."""
 
-    pictures: CalibrationPictures
+    images: CalibrationImages
     options: QuantizeOptions
     data: Dataset | None = None
     show: Show = silent
@@ -69,7 +69,7 @@ def export_weights(
     precision: str = "fp32",
     int8: Int8Request | None = None,
     verify: bool = True,
-    pictures: Sequence[Image] = (),
+    images: Sequence[Image] = (),
     say: Say | None = None,
 ) -> ExportReport:
     """Exports a checkpoint to ONNX and checks the file through ONNX Runtime against torch.
@@ -83,7 +83,7 @@ def export_weights(
         precision: `fp32`, `fp16` or `int8`.
         int8: What `int8` needs.
         verify: Compare stage by stage.
-        pictures: What to compare on, and what half precision is measured on. Where empty: a drawn picture, and for INT8
+        images: What to compare on, and what half precision is measured on. Where empty: a drawn image, and for INT8
             some of those it was calibrated on.
         say: Called with each finished step and its seconds.
 
@@ -99,8 +99,8 @@ def export_weights(
         raise UsageError(f"precision {precision!r} is unknown.", fix=f"One of: {', '.join(PRECISIONS)}")
     if (precision == "int8") != (int8 is not None):
         raise UsageError(
-            f"precision {precision!r} with int8={int8}: INT8 needs pictures to calibrate on, and nothing else does.",
-            fix="precision='int8', int8=Int8Request(pictures=open_calibration(FOLDER), options=QuantizeOptions())",
+            f"precision {precision!r} with int8={int8}: INT8 needs images to calibrate on, and nothing else does.",
+            fix="precision='int8', int8=Int8Request(images=open_calibration(FOLDER), options=QuantizeOptions())",
         )
     step = _Steps(say)
     checkpoint = load_checkpoint(weights)
@@ -109,14 +109,14 @@ def export_weights(
     step.done("fused BatchNorm, RepConv and implicit knowledge")
     exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
-    exported, quantized, pictures = _lowered(exported, precision, int8, pictures, step)
+    exported, quantized, images = _lowered(exported, precision, int8, images, step)
     reference = PytorchBackend(model, checkpoint.info) if verify else None
-    size, parity = _written(exported, output, reference, pictures, step)
+    size, parity = _written(exported, output, reference, images, step)
     return ExportReport(path=output, info=exported.info, bytes=size, parity=parity, quantized=quantized)
 
 
 def _written(
-    exported: OnnxModel, output: Path, reference: PytorchBackend | None, pictures: Sequence[Image], step: _Steps
+    exported: OnnxModel, output: Path, reference: PytorchBackend | None, images: Sequence[Image], step: _Steps
 ) -> tuple[int, ParityReport | None]:
     """Writes the file, and gives it its name if it is the reference's model; its size, and the check."""
     partial = unfinished_name(output)
@@ -124,8 +124,8 @@ def _written(
         exported.save(partial)
         parity = None
         if reference is not None:
-            parity = _verified(reference, partial, exported.info, pictures)
-            step.done(f"verified against torch on {parity.pictures} picture{'s' * (parity.pictures > 1)}")
+            parity = _verified(reference, partial, exported.info, images)
+            step.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
         size = partial.stat().st_size
         partial.replace(output)
     finally:
@@ -135,34 +135,32 @@ def _written(
 
 
 def _lowered(
-    exported: OnnxModel, precision: str, int8: Int8Request | None, pictures: Sequence[Image], step: _Steps
+    exported: OnnxModel, precision: str, int8: Int8Request | None, images: Sequence[Image], step: _Steps
 ) -> tuple[OnnxModel, Quantized | None, Sequence[Image]]:
-    """The graph in its precision, how INT8 came about, and the pictures to verify it on."""
+    """The graph in its precision, how INT8 came about, and the images to verify it on."""
     quantized = None
     if int8 is not None:
-        quantized = Quantizer(
-            exported, int8.pictures, int8.options, data=int8.data, say=step.done, show=int8.show
-        ).run()
-        pictures = pictures or list(islice(int8.pictures, _CALIBRATED_SHOWN))
-    pictures = pictures or [drawn_picture(exported.info.default_hw)]
+        quantized = Quantizer(exported, int8.images, int8.options, data=int8.data, say=step.done, show=int8.show).run()
+        images = images or list(islice(int8.images, _CALIBRATED_SHOWN))
+    images = images or [drawn_image(exported.info.default_hw)]
     if precision == "fp16":
-        return _in_half(exported, pictures, step), None, pictures
-    return (exported if quantized is None else quantized.model), quantized, pictures
+        return _in_half(exported, images, step), None, images
+    return (exported if quantized is None else quantized.model), quantized, images
 
 
-def _in_half(exported: OnnxModel, pictures: Sequence[Image], step: _Steps) -> OnnxModel:
-    half = to_fp16(exported, pictures)
+def _in_half(exported: OnnxModel, images: Sequence[Image], step: _Steps) -> OnnxModel:
+    half = to_fp16(exported, images)
     step.done("; ".join(half.info.notes[len(exported.info.notes) :]))
     return half
 
 
-def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: Sequence[Image]) -> ParityReport:
+def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, images: Sequence[Image]) -> ParityReport:
     input_hw = info.default_hw
     backend = OrtBackend.open(path, device="cpu", input_hw=None)
     parity = compare(
         form("torch", reference, None, input_hw=input_hw),
         form("ONNX Runtime", backend, path, input_hw=input_hw),
-        pictures,
+        images,
         thresholds=comparison_thresholds(info),
     )
     if parity.first_loss is not None:
@@ -177,9 +175,9 @@ def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, pictures: 
 
 def _remedy(precision: str) -> str:
     if precision == "int8":
-        return "Calibrate on more pictures like those to come, or keep layers float:  --data D.yaml --max-drop 0.3"
+        return "Calibrate on more images like those to come, or keep layers float:  --data D.yaml --max-drop 0.3"
     if precision == "fp16":
-        return "Try  --precision fp32, or pictures of your own:  --picture FILE; --no-verify writes it all the same."
+        return "Try  --precision fp32, or images of your own:  --image FILE; --no-verify writes it all the same."
     return "Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same."
 
 

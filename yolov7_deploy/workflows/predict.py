@@ -1,4 +1,4 @@
-"""Detecting on a whole source and keeping the results: drawn pictures and videos, label files, one JSON record."""
+"""Detecting on a whole source and keeping the results: drawn images and videos, label files, one JSON record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yolov7_deploy.image import IMAGE_SUFFIXES, Image
 from yolov7_deploy.sources import VIDEO_SUFFIXES, Frame, Skipped, Source
 from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoWriter
-from yolov7_deploy.visualize import write_picture
+from yolov7_deploy.visualize import write_image
 
 LABELS = "labels"
 SCHEMA = 1
@@ -32,12 +32,12 @@ class AnnotateOptions:
     """What is kept.
 
     Attributes:
-        save_dir: Where drawn pictures, videos and `labels/` go; `None` keeps no files. Made when the first is written.
-        save_drawn: Keep drawn pictures and videos.
-        save_txt: Keep a YOLO label file per picture or frame, empty where nothing was found.
+        save_dir: Where drawn images, videos and `labels/` go; `None` keeps no files. Made when the first is written.
+        save_drawn: Keep drawn images and videos.
+        save_txt: Keep a YOLO label file per image or frame, empty where nothing was found.
         save_conf: Put the score at the end of each label line.
         keep_records: Collect every frame's detections for `Report.records`; costs memory on long streams.
-        view: Show each picture in a window; q or Esc ends.
+        view: Show each image in a window; q or Esc ends.
     """
 
     save_dir: Path | None = None
@@ -59,13 +59,13 @@ class Report:
     """What happened, filled while it happens.
 
     Attributes:
-        frames: Pictures and frames detected on.
+        frames: Images and frames detected on.
         found: Detections in all of them.
         speed: Mean milliseconds a frame.
         records: One JSON object a frame, with `keep_records`.
         skipped: What could not be read.
         dropped: Frames of live streams that came and went unused.
-        files: Drawn pictures and videos that were written; label files are not listed.
+        files: Drawn images and videos that were written; label files are not listed.
         stopped: Ended by the user, in the window or by Ctrl-C on a live stream.
     """
 
@@ -111,7 +111,7 @@ def annotate(
 
     Raises:
         SourceError: Nothing could be read, or no video can be written.
-        ImageError: A picture that cannot be read (depending on the source's `on_error`) or written.
+        ImageError: An image that cannot be read (depending on the source's `on_error`) or written.
         UsageError: A result would overwrite its own input, or there is no display to show it on.
     """
     _refuse_overwriting(options, source)
@@ -161,14 +161,14 @@ def _loop(
 
 
 def _refuse_overwriting(options: AnnotateOptions, source: Source) -> None:
-    """Drawn pictures keep their names, so they must not go where the originals are."""
+    """Drawn images keep their names, so they must not go where the originals are."""
     if options.save_dir is None or not options.save_drawn:
         return
     target = options.save_dir.resolve()
     folders = {Path(path).parent for path in source.paths if path and "://" not in path}
     if any(folder.resolve() == target for folder in folders):
         raise UsageError(
-            f"{options.save_dir} holds the pictures that are read; drawn ones would overwrite them.",
+            f"{options.save_dir} holds the images that are read; drawn ones would overwrite them.",
             fix="Choose another folder:  --save-dir results",
         )
 
@@ -203,10 +203,10 @@ class _Sink:
         if folder is None:
             return
         if frame.number is None:
-            name = self._names.reserve(*_picture_name(frame))
+            name = self._names.reserve(*_image_name(frame))
             stem = Path(name).stem
             if self._options.save_drawn and drawn is not None:
-                write_picture(folder / name, drawn)
+                write_image(folder / name, drawn)
                 self._report.files.append(folder / name)
         else:
             stem = f"{self._video_stem(frame)}_{frame.number + 1}"  # the official program counts frames from 1
@@ -277,7 +277,7 @@ class _Names:
         raise AssertionError("unreachable")
 
 
-def _picture_name(frame: Frame) -> tuple[str, str]:
+def _image_name(frame: Frame) -> tuple[str, str]:
     if not frame.path:
         return f"image_{frame.index:06d}", ".jpg"
     suffix = Path(urlsplit(frame.path).path if "://" in frame.path else frame.path).suffix

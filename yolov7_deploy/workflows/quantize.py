@@ -26,14 +26,14 @@ from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, 
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.inspection.int8_file import account_lines, account_record
 from yolov7_deploy.options import Int8Options, QuantizeOptions, ValOptions
-from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_digest, picture_digest, pictures_digest
+from yolov7_deploy.precision.calibrate import Calibration, calibrate, image_digest, images_digest, network_digest
 from yolov7_deploy.precision.calibration_cache import (
     check_calibration,
     default_place,
     load_calibration,
     save_calibration,
 )
-from yolov7_deploy.precision.calibration_images import CalibrationPictures, overlap
+from yolov7_deploy.precision.calibration_images import CalibrationImages, overlap
 from yolov7_deploy.precision.int8 import check_quantizable, to_int8
 from yolov7_deploy.precision.int8_summary import Int8Account, count_int8
 from yolov7_deploy.precision.ort_runner import network_input
@@ -79,7 +79,7 @@ Progress = Callable[[int, int], None]
 Show = Callable[[str], AbstractContextManager[Progress]]
 Say = Callable[[str], None]
 
-RANKING_PICTURES = 2
+RANKING_IMAGES = 2
 TOLD_AGAINST = 0.3  # AP points; what `y7 verify` allows where nothing is asked
 
 
@@ -124,9 +124,9 @@ class Quantizer:
 
     Args:
         model: The float32 graph.
-        pictures: To calibrate on.
+        images: To calibrate on.
         options: See `QuantizeOptions`.
-        data: To measure AP on, which should be other pictures.
+        data: To measure AP on, which should be other images.
         say: Called with each finished step.
         show: Opens a progress display for a step.
 
@@ -137,7 +137,7 @@ class Quantizer:
     def __init__(
         self,
         model: OnnxModel,
-        pictures: CalibrationPictures,
+        images: CalibrationImages,
         options: QuantizeOptions,
         *,
         data: Dataset | None = None,
@@ -147,7 +147,7 @@ class Quantizer:
         check_quantizable(model)
         if options.max_drop is not None and data is None:
             raise UsageError("--max-drop is about AP, and there is nothing to measure it on.", fix="Add  --data D.yaml")
-        self._model, self._pictures, self._options, self._data = model, pictures, options, data
+        self._model, self._images, self._options, self._data = model, images, options, data
         self._say, self._show = say, show
         self._reference: AccuracyReport | None = None
         self._trials: list[Trial] = []
@@ -159,7 +159,7 @@ class Quantizer:
         Raises:
             ExportError: There is nothing to quantise, or values without a range.
             ParityError: More than `max_drop` is lost even with every layer spared.
-            UsageError: The calibration file is of another model or of other pictures.
+            UsageError: The calibration file is of another model or of other images.
         """
         calibration = self._calibrated()
         options, model = self._options.int8, to_int8(self._model, calibration, self._options.int8)
@@ -186,19 +186,19 @@ class Quantizer:
     # --- calibration --------------------------------------------------------------------------------------------------
 
     def _calibrated(self) -> Calibration:
-        """From the file if it is of this model and these pictures, else measured and kept."""
+        """From the file if it is of this model and these images, else measured and kept."""
         network = network_digest(Network(self._model))
-        pictures = pictures_digest(picture_digest(network_input(one, self._model.info)) for one in self._pictures)
-        place = self._options.cache or default_place(network, pictures)
+        images = images_digest(image_digest(network_input(one, self._model.info)) for one in self._images)
+        place = self._options.cache or default_place(network, images)
         calibration = self._kept(place)
         if calibration is not None:
-            check_calibration(calibration, place, network_sha256=network, pictures_sha256=pictures)
-            self._say(f"calibration of {calibration.pictures} pictures from {place}")
+            check_calibration(calibration, place, network_sha256=network, images_sha256=images)
+            self._say(f"calibration of {calibration.images} images from {place}")
         else:
             with self._show("calibrate") as progress:
-                calibration = calibrate(self._model, self._pictures, count=len(self._pictures), progress=progress)
-            self._say(f"calibrated on {calibration.pictures} pictures, {self._keep(calibration, place)}")
-        return replace(calibration, notes=(*self._pictures.notes, *self._overlapping()))
+                calibration = calibrate(self._model, self._images, count=len(self._images), progress=progress)
+            self._say(f"calibrated on {calibration.images} images, {self._keep(calibration, place)}")
+        return replace(calibration, notes=(*self._images.notes, *self._overlapping()))
 
     def _kept(self, place: Path) -> Calibration | None:
         """What is in the file; one in the cache folder that cannot be read is made again."""
@@ -225,8 +225,8 @@ class Quantizer:
     def _overlapping(self) -> tuple[str, ...]:
         if self._data is None:
             return ()
-        both = overlap(self._pictures, [self._data.path(index) for index in range(len(self._data))])
-        return (f"{both} of the pictures AP is measured on were calibrated on",) if both else ()
+        both = overlap(self._images, [self._data.path(index) for index in range(len(self._data))])
+        return (f"{both} of the images AP is measured on were calibrated on",) if both else ()
 
     # --- accuracy -----------------------------------------------------------------------------------------------------
 
@@ -258,8 +258,8 @@ class Quantizer:
     # --- what is spared -----------------------------------------------------------------------------------------------
 
     def _ranked(self, calibration: Calibration, options: Int8Options) -> tuple[LayerCost, ...]:
-        step = max(1, calibration.pictures // RANKING_PICTURES)
-        few = list(islice(self._pictures, 0, step * RANKING_PICTURES, step))
+        step = max(1, calibration.images // RANKING_IMAGES)
+        few = list(islice(self._images, 0, step * RANKING_IMAGES, step))
         with self._show("cost of each layer") as progress:
             costs = layer_costs(self._model, calibration, few, options, progress=progress)
         self._say(f"ranked {len(costs)} layers by what INT8 costs in each; the dearest is {costs[0].layer}")
@@ -275,8 +275,8 @@ class Quantizer:
         if spared is None:
             raise ParityError(
                 f"INT8 loses more than {max_drop:g} AP points even with all layers but one spared: it is lost "
-                "elsewhere, or the pictures are too few to tell.",
-                fix="Allow more (--max-drop), measure on more pictures (--data), or take  --precision fp16",
+                "elsewhere, or the images are too few to tell.",
+                fix="Allow more (--max-drop), measure on more images (--data), or take  --precision fp16",
             )
         return tuple(cost.layer for cost in costs if cost.layer in spared)
 
@@ -320,8 +320,8 @@ def to_record(result: Quantized) -> dict[str, Any]:
     """The whole record for machines."""
     return {
         "calibration": {
-            "pictures": result.calibration.pictures,
-            "pictures_sha256": result.calibration.pictures_sha256,
+            "images": result.calibration.images,
+            "images_sha256": result.calibration.images_sha256,
             "network_sha256": result.calibration.network_sha256,
         },
         "account": account_record(result.account),
