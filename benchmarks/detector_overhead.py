@@ -1,6 +1,6 @@
 """What a Detector costs beside the network itself on a CPU, and whether its memory grows.
 
-Overhead is everything but ONNX Runtime's `run`: reading nothing, letterbox, layout, suppression, boxes back. Both parts
+Overhead is everything but ONNX Runtime's `run`: reading nothing, letterbox, layout, NMS, boxes back. Both parts
 come from the same calls, so the machine's speed cancels out.
 
     python benchmarks/detector_overhead.py --weights yolov7.onnx --images DIR [--calls 1000]
@@ -41,15 +41,15 @@ def main() -> None:
             if call % SETTLED == 0:
                 memory_mb[str(call)] = round(process.memory_info().rss / 1e6, 1)
                 print(f"{call} calls, {memory_mb[str(call)]} MB", flush=True)
-        info = detector.info
+        metadata = detector.metadata
     middle = sorted(shares)[len(shares) // 2]
     record(
         options.name,
         options.machine,
         {
             "weights": options.weights.name,
-            "nms": info.nms.kind if info.nms else "none",
-            "input_hw": info.input_hw,
+            "nms": metadata.nms.kind if metadata.nms else "none",
+            "input_hw": metadata.input_hw,
             "calls": options.calls,
             "call_ms": round(sorted(calls_ms)[len(calls_ms) // 2], 1),
             "overhead_share": round(middle, 4),

@@ -1,7 +1,7 @@
 """Whether the engine span of `y7 bench` is the time of ONNX Runtime itself, and end to end what it adds.
 
 The bare loop is `session.run` of a session made here with one prepared input, and nothing else in the loop. It,
-`detector.timed` and `detector.batch` take turns of one call each in one process, in a random order, so that what else
+`detector.profile` and `detector.batch` take turns of one call each in one process, in a random order, so that what else
 runs on the machine slows all alike; the ratio of a round is that of neighbours, and the median over rounds is compared.
 Its interval is that of the sign test. The bare session has the options of the Detector's; with `--defaults` those of
 ONNX Runtime, whose threads stay awake after a run and slow whoever comes next.
@@ -42,15 +42,15 @@ def main() -> None:
         session = bare_session(options.weights, defaults=options.defaults)
         letterbox = fit_letterbox((frame.shape[0], frame.shape[1]), detector.input_hw)
         # One image of the file's own batch, float32 or bytes, as the Detector feeds it.
-        canvases = [letterbox.apply(frame)] * (detector.info.batch or 1)
-        array = np.stack(canvases) if detector.info.input_kind == "uint8" else to_network_input(canvases)
+        canvases = [letterbox.apply(frame)] * (detector.metadata.batch or 1)
+        array = np.stack(canvases) if detector.metadata.input_kind == "uint8" else to_network_input(canvases)
         feeds = {session.get_inputs()[0].name: array}
 
         def run_bare() -> None:
             bare.append(timed_ms(lambda: session.run(None, feeds)))
 
         def run_spans() -> None:
-            engine.append(detector.timed([frame])[1].engine_ms)
+            engine.append(detector.profile([frame])[1].engine_ms)
 
         def run_whole() -> None:
             whole.append(timed_ms(lambda: detector.batch([frame])))
@@ -63,14 +63,14 @@ def main() -> None:
                     run()
             if number % 10 == 0:
                 print(f"{number} rounds", flush=True)
-        info, settings = detector.info, detector.settings
+        metadata, runtime_info = detector.metadata, detector.runtime_info
     ratio, low, high = median_ratio(engine[WARM_ROUNDS:], bare[WARM_ROUNDS:])
     added, *_ = median_ratio(whole[WARM_ROUNDS:], bare[WARM_ROUNDS:])
     result = {
         "weights": options.weights.name,
-        "variant": info.variant,
-        "input_hw": info.input_hw,
-        "settings": dict(settings),
+        "variant": metadata.variant,
+        "input_hw": metadata.input_hw,
+        "settings": dict(runtime_info),
         "bare_options": "ONNX Runtime's own" if options.defaults else "the Detector's",
         "rounds": options.rounds,
         "bare_ms": summary(bare[WARM_ROUNDS:]),

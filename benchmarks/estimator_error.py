@@ -20,10 +20,10 @@ from yolov7_deploy.estimation.fitting import (
     Fit,
     HeldOut,
     fit,
-    judge,
     leave_groups_out,
     leave_one_device_out,
     leave_one_row_out,
+    score_held_out,
 )
 from yolov7_deploy.estimation.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, PublicSpeed, paper_speeds
 
@@ -49,13 +49,13 @@ def _torch() -> dict[str, object]:
         "torch structure is the one chosen": structure == min(CANDIDATES, key=lambda one: fit(seen, one).loss),
         "torch structures chosen in splits": [[asdict(one), times] for one, times in chosen.items() if times],
     }
-    result |= _rows("torch fitted", judge(found, seen, structure))
-    result |= _rows("torch held out", judge(found, unseen, structure))
+    result |= _rows("torch fitted", score_held_out(found, seen, structure))
+    result |= _rows("torch held out", score_held_out(found, unseen, structure))
     for batch in (1, 32):
-        held_out = _only(judge(found, unseen, structure), lambda row, batch=batch: row.batch == batch)
+        held_out = _only(score_held_out(found, unseen, structure), lambda row, batch=batch: row.batch == batch)
         result[f"torch held out, batch {batch}"] = _summary(held_out)
         result[f"torch 35 splits, batch {batch}"] = _summary(_only(splits, lambda row, batch=batch: row.batch == batch))
-    others = judge(found, [row for row in JUDGED_ONLY if row.runtime == "torch"], structure)
+    others = score_held_out(found, [row for row in JUDGED_ONLY if row.runtime == "torch"], structure)
     return result | _rows("torch elsewhere", others) | {"torch elsewhere": _summary(others), "goal": GOAL}
 
 
@@ -67,14 +67,14 @@ def _tensorrt() -> dict[str, object]:
         "tensorrt constants": _constants(found),
         "tensorrt constants in the package": _constants(FITTED["tensorrt"]),
     }
-    result |= _rows("tensorrt fitted", judge(found, rows, structure))
+    result |= _rows("tensorrt fitted", score_held_out(found, rows, structure))
     result |= _rows("tensorrt row left out", by_row)
     for device in dict.fromkeys(row.device for row, _ in by_row.rows):
         only = _only(by_row, lambda row, device=device: row.device == device)
         result[f"tensorrt rows left out, {device}"] = _summary(only)
     result |= _rows("tensorrt device left out", by_device)
     result["tensorrt devices left out"] = _summary(by_device)
-    others = judge(found, [row for row in JUDGED_ONLY if row.runtime == "tensorrt"], structure)
+    others = score_held_out(found, [row for row in JUDGED_ONLY if row.runtime == "tensorrt"], structure)
     return result | _rows("tensorrt, more than the network", others)
 
 

@@ -69,9 +69,9 @@ def run_one(kind: str, path: Path, calib: str) -> dict[str, float]:
     if kind == "calibrate":
         count = calibrate(model, images, count=len(images)).images
     else:
-        runner, count = NetworkRunner(model.proto, Network(model).nodes, model.info.heads), 0
+        runner, count = NetworkRunner(model.proto, Network(model).nodes, model.metadata.heads), 0
         for image in images:
-            runner.run(network_input(image, model.info))
+            runner.run(network_input(image, model.metadata))
             count += 1
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

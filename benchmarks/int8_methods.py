@@ -45,7 +45,7 @@ def main() -> None:
     arguments.add_argument("--head-images", type=int, default=32, help="of the data, for the head error")
     options = arguments.parse_args()
     checkpoint = load_checkpoint(find_weights(options.weights))
-    model = export_onnx(fuse(build_model(checkpoint)), checkpoint.info, ExportOptions(max_det=MAX_DET))
+    model = export_onnx(fuse(build_model(checkpoint)), checkpoint.metadata, ExportOptions(max_det=MAX_DET))
     images, data = open_calibration(options.calib), open_dataset(options.data)
     calibration = calibrate(model, images, count=len(images))
     reference = accuracy(model, data)
@@ -56,7 +56,7 @@ def main() -> None:
         report = accuracy(small, data)
         drop = accuracy_drop(data, range(len(data)), reference.predictions, report.predictions)
         errors = [
-            head_error(theirs, ours, model.info.heads, model.info)
+            head_error(theirs, ours, model.metadata.heads, model.metadata)
             for theirs, ours in zip(heads, head_maps(small, data, options.head_images), strict=True)
         ]
         rows[name] = {
@@ -66,7 +66,7 @@ def main() -> None:
             "head_error": float(np.sqrt(np.mean(np.square(errors)))),
         }
         print(f"{name:28} AP {report.ap:.4f}  points lost {drop.points:+.2f}", flush=True)
-    assert small.info.int8 is not None
+    assert small.metadata.int8 is not None
     record(
         "int8_methods",
         options.machine,
@@ -74,7 +74,7 @@ def main() -> None:
             "weights": Path(options.weights).name,
             "calibrated_on": calibration.images,
             "measured_on": len(data),
-            "int8_share_of_macs": small.info.int8.share,
+            "int8_share_of_macs": small.metadata.int8.share,
             "points_limit_mse": 0.3,
             "methods": rows,
         },
@@ -91,9 +91,9 @@ def accuracy(model: OnnxModel, data: Dataset) -> AccuracyReport:
 
 def head_maps(model: OnnxModel, data: Dataset, count: int) -> Iterator[dict[str, np.ndarray]]:
     network = Network(model)
-    runner = NetworkRunner(model.proto, network.nodes, model.info.heads)
+    runner = NetworkRunner(model.proto, network.nodes, model.metadata.heads)
     for index in range(min(count, len(data))):
-        yield runner.run(network_input(read_image(data.path(index)), model.info))
+        yield runner.run(network_input(read_image(data.path(index)), model.metadata))
 
 
 if __name__ == "__main__":

@@ -38,14 +38,14 @@ def main() -> None:
     net = fuse(build_model(checkpoint))
     spoil(net)
     result = Quantizer(
-        export_onnx(net, checkpoint.info, ExportOptions(max_det=MAX_DET)),
+        export_onnx(net, checkpoint.metadata, ExportOptions(max_det=MAX_DET)),
         open_calibration(options.calib),
         QuantizeOptions(max_drop=options.max_drop),
         data=open_dataset(options.data),
         say=lambda words: print(words, flush=True),
     ).run()
     print(describe(result))
-    int8 = result.model.info.int8
+    int8 = result.model.metadata.int8
     assert int8 is not None and result.drop is not None
     record(
         "int8_spared",
@@ -57,7 +57,7 @@ def main() -> None:
             "float32_ap": result.drop.reference_ap,
             "trials": [{"spared": trial.spared, "ap": trial.ap, "points": trial.points} for trial in result.trials],
             "dearest": [{"layer": cost.layer, "head_error": cost.error} for cost in result.costs[:3]],
-            "spared": [layer for layer, _ in int8.kept if layer not in result.model.info.heads],
+            "spared": [layer for layer, _ in int8.kept if layer not in result.model.metadata.heads],
         },
     )
 

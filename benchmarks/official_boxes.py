@@ -5,7 +5,7 @@
 
 Detections are the same if image and class agree, no side of the box is off by more than 0.01 pixels and the score by
 more than 0.0001: a few units of the rounding in the files. What is left over, on both sides, comes from the official
-suppression: it tells classes apart by moving boxes by 4096 pixels a class in float32, which rounds coordinates to
+NMS: it tells classes apart by moving boxes by 4096 pixels a class in float32, which rounds coordinates to
 hundredths of a pixel, so overlaps close to the threshold may fall to the other side.
 """
 

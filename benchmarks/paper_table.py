@@ -24,7 +24,7 @@ NOTE = """\
 Paper: arXiv 2207.02696, Tables 1, 2 and 9; batch-32 times are from its section 8, the official README and issue 77
 of the official repository. Its speeds are of PyTorch FP16 and the network only, its parameters and GFLOPs of D6
 those of the training graph. Measured: images per second at batch 1, from medians. The engine span is the network,
-and suppression where the file has it; end to end is from an image in memory to its boxes. A cell is empty where
+and NMS where the file has it; end to end is from an image in memory to its boxes. A cell is empty where
 nothing was measured, and names the input size where that is not the paper's."""
 
 Series = tuple[str, str, str]  # folder of the machine, backend, precision

@@ -121,11 +121,11 @@ def main() -> None:
         rates = throughput(detector, images, threads=options.threads, block_s=options.block_s)
         about = {
             "weights": options.weights.name,
-            "nms": detector.info.nms.kind if detector.info.nms else "host",
-            "precision": detector.info.precision,
+            "nms": detector.metadata.nms.kind if detector.metadata.nms else "host",
+            "precision": detector.metadata.precision,
             "device": detector.device,
             "input_hw": detector.input_hw,
-            "settings": dict(detector.settings),
+            "settings": dict(detector.runtime_info),
             "conf": detector.thresholds.conf,
             "images": f"{len(images)} of {options.images.name if options.images else 'generated noise'}",
             "detections_per_image": round(statistics.fmean(map(len, expected)), 1),
@@ -210,7 +210,7 @@ def throughput(
     detector: Detector, images: Sequence[Image], *, threads: int, block_s: float, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
     """Images per second in each round: `threads`, and one thread by images a call."""
-    most = detector.largest_batch or max(BATCHES)
+    most = detector.max_batch_size or max(BATCHES)
     sizes = sorted({size for size in BATCHES if size <= most} | {min(most, max(BATCHES))})
     lists = {size: [images[i % len(images)] for i in range(size)] for size in sizes}
 

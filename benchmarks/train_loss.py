@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.assignment import GroundTruth, Predictions, match
-from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.hyperparameters import PRESETS
 from yolov7_deploy.training.initialization import starting_model
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.train_step import Learner
+from yolov7_deploy.training.train_step import TrainStep
 
 ROUNDS = 5
 
@@ -78,24 +78,24 @@ def main() -> None:
     )
 
 
-def make(variant: str, images: int, img: int, *, half: bool = False) -> tuple[Learner, Batch]:
+def make(variant: str, images: int, img: int, *, half: bool = False) -> tuple[TrainStep, Batch]:
     """A learner with fresh weights, and a batch of noise with boxes."""
     hyp, options = PRESETS["tiny"], TrainOptions(batch=images, img=img, half=half)
     schedule = Schedule(hyp=hyp, epochs=10, steps=100, batch=images, nominal_batch=64, linear=False)
     model = starting_model(variant, COCO_NAMES).model
-    learner = Learner(model, hyp=hyp, options=options, schedule=schedule, world=World())
+    learner = TrainStep(model, hyp=hyp, options=options, schedule=schedule, world=DistributedContext())
     learner.train_mode()
     return learner, noise_batch(images, img)
 
 
-def raw_maps(learner: Learner, batch: Batch) -> list[torch.Tensor]:
+def raw_maps(learner: TrainStep, batch: Batch) -> list[torch.Tensor]:
     """What the network says of a batch, without gradients."""
     images = batch.images.permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         return [raw.clone() for raw in learner.model(images)]
 
 
-def scene(learner: Learner, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
+def scene(learner: TrainStep, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
     """What matching gets to see."""
     seen: list[tuple[Predictions, GroundTruth]] = []
 

@@ -1,7 +1,7 @@
 """`y7 val` against the bare network on the same images, alternating in one run.
 
 The bare network is ONNX Runtime's `run` alone on prepared inputs. `y7 val` is the whole command: Python's start,
-reading, letterbox, network, suppression, metric.
+reading, letterbox, network, NMS, metric.
 
     python benchmarks/val_overhead.py --weights yolov7.onnx --data D.yaml [--rounds 2]
 """

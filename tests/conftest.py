@@ -11,7 +11,7 @@ from tests.support.engines import exported, foreign, plugin_library
 
 # Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 from tests.support.sample_images import CONF, MAX_DET, SUPPRESSION
-from tests.support.small_models import HW, exported_tiny, info_of, tiny
+from tests.support.small_models import HW, exported_tiny, metadata_of, tiny
 from tests.support.training_runs import Notes, leave_out_charts, one_thread, small_request, small_shapes
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
@@ -33,7 +33,7 @@ def files(tmp_path_factory):
                 tensors=model.state_dict(),
                 variant="yolov7-tiny",
                 training=False,
-                class_names=info_of(model).class_names,
+                class_names=metadata_of(model).class_names,
                 anchors=model.anchors,
             )
             save_checkpoint(checkpoint, path)
@@ -96,13 +96,13 @@ def detectors(files):
 
 @pytest.fixture
 def detector(detectors):
-    """One whose suppression is outside, so that everything may be asked of it."""
+    """One whose NMS is outside, so that everything may be asked of it."""
     return detectors("torch")
 
 
 @pytest.fixture
 def plugin(detectors):
-    """One whose suppression is inside the file."""
+    """One whose NMS is inside the file."""
     return detectors("plugin")
 
 

@@ -20,7 +20,7 @@ from tests.support.deterministic import fill_model
 from yolov7_deploy.cli.app import COMMANDS
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
@@ -89,9 +89,11 @@ def y7(*arguments: str, without: tuple[str, ...], cwd=None) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory):
-    """A small ONNX file with suppression inside."""
+    """A small ONNX file with NMS inside."""
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
-    info = ModelInfo(variant="yolov7-tiny", class_names=("first", "second"), strides=(8, 16, 32), anchors=model.anchors)
+    info = ModelMetadata(
+        variant="yolov7-tiny", class_names=("first", "second"), strides=(8, 16, 32), anchors=model.anchors
+    )
     options = ExportOptions(input_hw=(SIDE, SIDE), conf=0.01, max_det=20, max_candidates=100)
     path = tmp_path_factory.mktemp("cold") / "tiny.onnx"
     export_onnx(model, info, options).save(path)

@@ -18,7 +18,7 @@ NAMES = [
     "EngineOptions",
     "ExportOptions",
     "Int8Options",
-    "ModelInfo",
+    "ModelMetadata",
     "OnnxModel",
     "Thresholds",
     "Y7Error",

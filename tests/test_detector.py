@@ -22,7 +22,7 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
+from yolov7_deploy.postprocess import postprocess
 
 # --- the same boxes everywhere ------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def test_the_detector_is_letterbox_network_suppression_and_back(detector):
         letterbox = fit_letterbox(image.shape[:2], HW)
         with torch.no_grad():
             decoded = fused_tiny().predict(torch.from_numpy(to_network_input([letterbox.apply(image)])))[0].numpy()
-        boxes, scores, class_ids = detections_of(decoded, Thresholds(conf=CONF, max_det=MAX_DET))
+        boxes, scores, class_ids = postprocess(decoded, Thresholds(conf=CONF, max_det=MAX_DET))
         found = detector(image)
         assert len(found) > 5
         np.testing.assert_allclose(found.boxes, letterbox.undo(boxes), atol=BOX_TOLERANCE)
@@ -46,7 +46,7 @@ def test_every_file_gives_the_boxes_of_torch(detectors, kind, batch):
     if kind == "standard" and batch is not None:
         pytest.skip("the body of plugin")
     ours = detectors(kind, batch=batch)
-    assert ours.info.batch == batch
+    assert ours.metadata.batch == batch
     for count in (1, 4, 5):
         for found, expected in zip(ours.batch(IMAGES[:count]), detectors("torch").batch(IMAGES[:count]), strict=True):
             assert len(found) > 5

@@ -111,11 +111,11 @@ def test_text_with_the_suffix_of_onnx_is_refused(tmp_path):
 # --- files of others ----------------------------------------------------------------------------------------------
 
 
-def test_a_file_without_a_passport_opens_with_a_warning(files, detectors, tmp_path, caplog):
+def test_a_file_without_a_metadata_opens_with_a_warning(files, detectors, tmp_path, caplog):
     path = foreign(files("none"), tmp_path / "m.onnx")
     with caplog.at_level(logging.WARNING), Detector(path, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
         assert any(
-            "no passport" in record.getMessage() and "m.onnx" in record.getMessage() for record in caplog.records
+            "no metadata" in record.getMessage() and "m.onnx" in record.getMessage() for record in caplog.records
         )
         assert detector.class_names == tuple(f"class_{i}" for i in range(5))
         assert detector.input_hw == HW

@@ -1,4 +1,4 @@
-"""Box arithmetic and suppression against a quadratic loop in plain Python."""
+"""Box arithmetic and NMS against a quadratic loop in plain Python."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of, greedy_nms, iou_matrix, xywh_to_xyxy
+from yolov7_deploy.postprocess import greedy_nms, iou_matrix, postprocess, xywh_to_xyxy
 
 # float32 against Python's float64: three products and a quotient.
 IOU_TOLERANCE = 1e-6
@@ -68,7 +68,7 @@ def slow_detections(output, thresholds):
 
 
 def assert_as_slow(output, thresholds):
-    boxes, scores, class_ids = detections_of(output, thresholds)
+    boxes, scores, class_ids = postprocess(output, thresholds)
     slow_boxes, slow_scores, slow_classes = slow_detections(output, thresholds)
     assert class_ids.tolist() == slow_classes
     np.testing.assert_array_equal(scores, slow_scores)
@@ -111,7 +111,7 @@ def test_centre_and_size_give_the_corners_back(boxes):
     np.testing.assert_array_equal(xywh_to_xyxy(centred), boxes)
 
 
-# --- suppression --------------------------------------------------------------------------------------------------
+# --- NMS --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300)
@@ -189,59 +189,59 @@ def test_detections_of_random_scores_equal_the_semantics_spelt_out(multi_label):
 
 def test_a_score_equal_to_the_threshold_is_left_out():
     output = head([[5, 5, 4, 4, 0.5, 0.5, 0.5], [25, 5, 4, 4, 1, 0.5, 0.25]])
-    assert detections_of(output, Thresholds(conf=0.25))[1].tolist() == [0.5]
-    assert detections_of(output, Thresholds(conf=0.249))[1].tolist() == [0.5, 0.25]
-    assert len(detections_of(output, Thresholds(conf=0.5))[1]) == 0
+    assert postprocess(output, Thresholds(conf=0.25))[1].tolist() == [0.5]
+    assert postprocess(output, Thresholds(conf=0.249))[1].tolist() == [0.5, 0.25]
+    assert len(postprocess(output, Thresholds(conf=0.5))[1]) == 0
 
 
 def test_multi_label_gives_every_class_and_otherwise_only_the_best():
     output = head([[5, 5, 4, 4, 1, 0.5, 0.75, 0.25]])
-    _, scores, class_ids = detections_of(output, Thresholds(conf=0.3, multi_label=True))
+    _, scores, class_ids = postprocess(output, Thresholds(conf=0.3, multi_label=True))
     assert (scores.tolist(), class_ids.tolist()) == ([0.75, 0.5], [1, 0])
-    _, scores, class_ids = detections_of(output, Thresholds(conf=0.3))
+    _, scores, class_ids = postprocess(output, Thresholds(conf=0.3))
     assert (scores.tolist(), class_ids.tolist()) == ([0.75], [1])
 
 
 def test_a_box_whose_best_class_is_not_wanted_is_no_detection_of_its_second_class():
     output = head([[5, 5, 4, 4, 1, 0.5, 0.75]])
-    assert len(detections_of(output, Thresholds(classes=(0,)))[1]) == 0
-    assert detections_of(output, Thresholds(classes=(0,), multi_label=True))[1].tolist() == [0.5]
+    assert len(postprocess(output, Thresholds(classes=(0,)))[1]) == 0
+    assert postprocess(output, Thresholds(classes=(0,), multi_label=True))[1].tolist() == [0.5]
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_with_one_class_the_score_is_the_objectness(multi_label):
     output = head([[5, 5, 4, 4, 0.75, 0.001], [25, 5, 4, 4, 0.2, 1]])
-    _, scores, class_ids = detections_of(output, Thresholds(multi_label=multi_label))
+    _, scores, class_ids = postprocess(output, Thresholds(multi_label=multi_label))
     assert (scores.tolist(), class_ids.tolist()) == ([0.75], [0])
 
 
 def test_unwanted_classes_take_no_room():
     output = head([[10 * i, 5, 4, 4, 1, 0.9, 0.1] for i in range(5)] + [[90, 5, 4, 4, 1, 0.1, 0.8]])
-    _, scores, class_ids = detections_of(output, Thresholds(classes=(1,), max_det=1), max_candidates=1)
+    _, scores, class_ids = postprocess(output, Thresholds(classes=(1,), max_det=1), max_candidates=1)
     assert (scores.tolist(), class_ids.tolist()) == (head([0.8]).tolist(), [1])
 
 
 def test_max_det_keeps_the_best():
     output = head([[10 * i, 5, 4, 4, 1, 0.3 + i / 16, 0] for i in range(8)])
-    scores = detections_of(output, Thresholds(max_det=3))[1]
+    scores = postprocess(output, Thresholds(max_det=3))[1]
     np.testing.assert_array_equal(scores, head([0.3 + i / 16 for i in (7, 6, 5)]))
 
 
 def test_only_the_best_candidates_enter_suppression():
     output = head([[5, 5, 4, 4, 1, s, 0] for s in (0.9, 0.8, 0.7)] + [[50, 50, 4, 4, 1, 0.6, 0]])
-    assert len(detections_of(output, Thresholds())[1]) == 2
-    assert len(detections_of(output, Thresholds(), max_candidates=3)[1]) == 1
+    assert len(postprocess(output, Thresholds())[1]) == 2
+    assert len(postprocess(output, Thresholds(), max_candidates=3)[1]) == 1
 
 
 def test_class_agnostic_suppresses_across_classes():
     output = head([[5, 5, 4, 4, 1, 0.9, 0], [5, 5, 4, 4, 1, 0, 0.8]])
-    assert detections_of(output, Thresholds())[2].tolist() == [0, 1]
-    assert detections_of(output, Thresholds(class_agnostic=True))[2].tolist() == [0]
+    assert postprocess(output, Thresholds())[2].tolist() == [0, 1]
+    assert postprocess(output, Thresholds(class_agnostic=True))[2].tolist() == [0]
 
 
 def test_equal_scores_keep_the_order_of_anchors_and_classes():
     output = head([[10 * i, 5, 4, 4, 1, 0.5, 0.5] for i in (3, 1, 2)])
-    boxes, _, class_ids = detections_of(output, Thresholds(multi_label=True))
+    boxes, _, class_ids = postprocess(output, Thresholds(multi_label=True))
     assert boxes[:, 0].tolist() == [28, 28, 8, 8, 18, 18]
     assert class_ids.tolist() == [0, 1] * 3
 
@@ -251,7 +251,7 @@ def test_equal_scores_keep_the_order_of_anchors_and_classes():
 @pytest.mark.parametrize("classes", [1, 80])
 def test_no_candidates_give_empty_arrays(anchors, multi_label, classes):
     output = np.zeros((anchors, 5 + classes), np.float32)
-    boxes, scores, class_ids = detections_of(output, Thresholds(conf=0, multi_label=multi_label))
+    boxes, scores, class_ids = postprocess(output, Thresholds(conf=0, multi_label=multi_label))
     assert (boxes.shape, scores.shape, class_ids.shape) == ((0, 4), (0,), (0,))
     assert (boxes.dtype, scores.dtype, class_ids.dtype) == (np.float32, np.float32, np.int64)
 
@@ -261,18 +261,18 @@ def test_no_candidates_give_empty_arrays(anchors, multi_label, classes):
 def test_nan_scores_are_no_detections(multi_label, column):
     output = head([[5, 5, 4, 4, 1, 0.9, 0.8], [25, 5, 4, 4, 1, 0.7, 0.1]])
     output[0, column] = np.nan
-    boxes, scores, _ = detections_of(output, Thresholds(multi_label=multi_label))
+    boxes, scores, _ = postprocess(output, Thresholds(multi_label=multi_label))
     assert np.isfinite(scores).all()
     assert 23 in boxes[:, 0]
 
 
 def test_a_nan_class_score_does_not_hide_the_best_class_of_its_box():
     output = head([[5, 5, 4, 4, 1, np.nan, 0.8]])
-    assert detections_of(output, Thresholds(multi_label=True))[2].tolist() == [1]
+    assert postprocess(output, Thresholds(multi_label=True))[2].tolist() == [1]
 
 
 def test_the_output_is_left_as_it_was():
     output = head([[5, 5, 4, 4, 1, 0.9, 0.8]])
     before = output.copy()
-    detections_of(output, Thresholds(multi_label=True))
+    postprocess(output, Thresholds(multi_label=True))
     np.testing.assert_array_equal(output, before)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.errors import Y7Error
     from yolov7_deploy.export.onnx_exporter import export_onnx
     from yolov7_deploy.export.onnx_model import OnnxModel
-    from yolov7_deploy.metadata import ModelInfo
+    from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.model.fusion import fuse
     from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
     from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options, Thresholds
@@ -41,7 +41,7 @@ _HOMES = {
     "EngineOptions": "options",
     "ExportOptions": "options",
     "Int8Options": "options",
-    "ModelInfo": "metadata",
+    "ModelMetadata": "metadata",
     "OnnxModel": "export.onnx_model",
     "Thresholds": "options",
     "Y7Error": "errors",
@@ -67,7 +67,7 @@ __all__ = [
     "EngineOptions",
     "ExportOptions",
     "Int8Options",
-    "ModelInfo",
+    "ModelMetadata",
     "OnnxModel",
     "Thresholds",
     "Y7Error",

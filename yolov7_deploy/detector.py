@@ -19,9 +19,9 @@ from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.runtimes.base import Found, Outputs, Spans, open_backend
+from yolov7_deploy.runtimes.base import RawDetections, RuntimeResult, TimingBreakdown, open_backend
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, SourceLike, open_source
 
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 ImageLike = npt.NDArray[Any] | GpuArray | str | Path
 LARGEST_BATCH = 32  # images that enter a network of open batch size at once, as many as in the paper's batch timings
-NOTHING = Outputs(
+EMPTY_RESULT = RuntimeResult(
     found=[],
     preprocess_ms=0,
     inference_ms=0,
     postprocess_ms=0,
-    spans=Spans(preprocess_ms=0, upload_ms=0, engine_ms=0, download_ms=0, postprocess_ms=0),
+    spans=TimingBreakdown(preprocess_ms=0, upload_ms=0, engine_ms=0, download_ms=0, postprocess_ms=0),
 )
 SUBMIT_THREADS = 4  # two calls in the network, one being prepared and one being read: 1.14 x two threads on two cores
 
@@ -42,7 +42,7 @@ SUBMIT_THREADS = 4  # two calls in the network, one being prepared and one being
 class Detector:
     """Finds objects in images with a `.pt`, `.safetensors`, `.onnx` or `.engine` file.
 
-    Usable from several threads at once. Thresholds left out are those of the file, where suppression is inside it,
+    Usable from several threads at once. Thresholds left out are those of the file, where NMS is inside it,
     else the official ones (`Thresholds`); each call may override them.
 
     Args:
@@ -82,10 +82,10 @@ class Detector:
         self.path = find_weights(weights)
         wanted_hw = (img, img) if isinstance(img, int) else img
         self._backend = open_backend(self.path, device=device, input_hw=wanted_hw, half=half)
-        self.info: ModelInfo = self._backend.info
-        self.input_hw: tuple[int, int] = wanted_hw or self.info.default_hw
+        self.metadata: ModelMetadata = self._backend.metadata
+        self.input_hw: tuple[int, int] = wanted_hw or self.metadata.default_hw
         self.thresholds = self._changed(
-            _own_thresholds(self.info),
+            _own_thresholds(self.metadata),
             conf=conf,
             iou=iou,
             max_det=max_det,
@@ -104,19 +104,19 @@ class Detector:
         return self._backend.device
 
     @property
-    def largest_batch(self) -> int | None:
+    def max_batch_size(self) -> int | None:
         """Most images that can enter the network at once; `None` where the file leaves it open."""
-        return self._backend.largest_batch
+        return self._backend.max_batch_size
 
     @property
-    def settings(self) -> tuple[tuple[str, str], ...]:
+    def runtime_info(self) -> tuple[tuple[str, str], ...]:
         """How it runs, in words, such as ("CUDA graph", "on")."""
-        return self._backend.settings
+        return self._backend.runtime_info
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """One name per class id."""
-        return self.info.class_names
+        return self.metadata.class_names
 
     def __call__(
         self,
@@ -151,11 +151,11 @@ class Detector:
             classes=tuple(classes) if classes is not None else None,
             max_det=max_det,
         )
-        size = self.largest_batch or LARGEST_BATCH
+        size = self.max_batch_size or LARGEST_BATCH
         parts = [images[start : start + size] for start in range(0, len(images), size)]
         return [found for part in parts for found in self._at_once(part, thresholds, timed=False)[0]]
 
-    def timed(self, images: Sequence[ImageLike]) -> tuple[list[Detections], Spans]:
+    def profile(self, images: Sequence[ImageLike]) -> tuple[list[Detections], TimingBreakdown]:
         """Like `batch` with all images entering the network together, and where the time of the call went.
 
         Every span is measured by itself, which on a GPU takes longer than the same work in one go: for benchmarks.
@@ -172,7 +172,7 @@ class Detector:
 
     def _at_once(
         self, items: Sequence[ImageLike], thresholds: Thresholds, *, timed: bool
-    ) -> tuple[list[Detections], Outputs]:
+    ) -> tuple[list[Detections], RuntimeResult]:
         images = [self._image(item) for item in items]
         letterboxes = [fit_letterbox(_hw(image), self.input_hw) for image in images]
         found, outputs = self._infer(images, letterboxes, thresholds, timed=timed)
@@ -236,10 +236,10 @@ class Detector:
 
     def _infer(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
-    ) -> tuple[list[Detections], Outputs]:
+    ) -> tuple[list[Detections], RuntimeResult]:
         self._check_open()
         if not images:
-            return [], NOTHING
+            return [], EMPTY_RESULT
         outputs = self._backend.infer(images, letterboxes, thresholds, timed=timed)
         count = len(images)
         speed = Speed(
@@ -271,12 +271,12 @@ class Detector:
     ) -> None:
         self.close()
 
-    def _detections(self, found: Found, letterbox: Letterbox, speed: Speed) -> Detections:
+    def _detections(self, found: RawDetections, letterbox: Letterbox, speed: Speed) -> Detections:
         return Detections(
             boxes=letterbox.undo(found.boxes),
             scores=found.scores,
             class_ids=found.class_ids,
-            class_names=self.info.class_names,
+            class_names=self.metadata.class_names,
             image_hw=letterbox.source_hw,
             speed=speed,
         )
@@ -284,11 +284,11 @@ class Detector:
     def _changed(self, thresholds: Thresholds, **changes: Any) -> Thresholds:  # noqa: ANN401 - fields of Thresholds
         given = {name: value for name, value in changes.items() if value is not None}
         classes = given.get("classes") or ()
-        unknown = [c for c in classes if not 0 <= c < len(self.info.class_names)]
+        unknown = [c for c in classes if not 0 <= c < len(self.metadata.class_names)]
         if unknown:
             raise UsageError(
-                f"Class id {unknown[0]} does not exist; the model has {len(self.info.class_names)} classes.",
-                fix=f"Use ids from 0 to {len(self.info.class_names) - 1}.",
+                f"Class id {unknown[0]} does not exist; the model has {len(self.metadata.class_names)} classes.",
+                fix=f"Use ids from 0 to {len(self.metadata.class_names) - 1}.",
             )
         return replace(thresholds, **given) if given else thresholds
 
@@ -297,11 +297,11 @@ class Detector:
             raise UsageError("This Detector is closed.", fix="Open a new one, or keep it open longer.")
 
 
-def _own_thresholds(info: ModelInfo) -> Thresholds:
+def _own_thresholds(metadata: ModelMetadata) -> Thresholds:
     """Those inside the file, else the official ones."""
-    if info.nms is None:
+    if metadata.nms is None:
         return Thresholds()
-    nms = info.nms
+    nms = metadata.nms
     return Thresholds(
         conf=nms.conf,
         iou=nms.iou,

@@ -1,7 +1,7 @@
-"""ModelInfo: the passport that travels with a model through every file format.
+"""ModelInfo: the metadata that travels with a model through every file format.
 
-`.onnx` carries it in `metadata_props` under `PASSPORT_KEY`, `.safetensors` in its header under the same key,
-`.engine` beside it in `NAME.engine.json`. A file without one still opens: `foreign_info` says what was assumed.
+`.onnx` carries it in `metadata_props` under `METADATA_KEY`, `.safetensors` in its header under the same key,
+`.engine` beside it in `NAME.engine.json`. A file without one still opens: `foreign_metadata` says what was assumed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from yolov7_deploy._serialization import from_plain, shown
 from yolov7_deploy.errors import LoadError
 
-PASSPORT_KEY = "yolov7_deploy"
+METADATA_KEY = "yolov7_deploy"
 SCHEMA = 1
 
 # Beyond these a number is damage: no network takes such sides, and no list of detections has so many rows.
@@ -25,8 +25,8 @@ InputKind = Literal["float32", "uint8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NmsInfo:
-    """What the suppression inside a graph does.
+class NmsMetadata:
+    """What the NMS inside a graph does.
 
     `conf` and `iou` are the values the file falls back to; with `runtime_thresholds` they are also optional
     inputs of the graph, so one file serves every threshold. The other fields are fixed by the export.
@@ -67,7 +67,7 @@ class Int8Info:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelInfo:
+class ModelMetadata:
     """Everything a runtime must know about a model that its tensors do not say.
 
     Attributes:
@@ -80,7 +80,7 @@ class ModelInfo:
         input_kind: `float32` is NCHW RGB 0..1; `uint8` is NHWC BGR 0..255.
         precision: `fp32`, `fp16` or `int8`.
         int8: How the ranges of INT8 came about; `None` in other precisions and in files of others.
-        nms: Suppression inside the file; `None` where the output is the decoded head.
+        nms: NMS inside the file; `None` where the output is the decoded head.
         heads: Names of the raw head tensors inside an ONNX graph, fine to coarse.
         opset: ONNX opset, 0 for files that are not ONNX.
         source: Name of the weights file this came from.
@@ -98,7 +98,7 @@ class ModelInfo:
     input_kind: InputKind = "float32"
     precision: str = "fp32"
     int8: Int8Info | None = None
-    nms: NmsInfo | None = None
+    nms: NmsMetadata | None = None
     heads: tuple[str, ...] = ()
     opset: int = 0
     source: str = ""
@@ -122,25 +122,25 @@ class ModelInfo:
         return self.input_hw or (side, side)
 
     def to_json(self) -> str:
-        """One line of sorted JSON, the same bytes for the same passport."""
+        """One line of sorted JSON, the same bytes for the same metadata."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> ModelInfo:
-        """The passport written by `to_json`; fields of a newer writer are left out.
+    def from_json(cls, text: str) -> ModelMetadata:
+        """The metadata written by `to_json`; fields of a newer writer are left out.
 
         Raises:
-            LoadError: The text is not a passport of this schema; the message names the field.
+            LoadError: The text is not metadata of this schema; the message names the field.
         """
         try:
-            info = from_plain(cls, _current(json.loads(text)))
-            _check(info)
+            metadata = from_plain(cls, _current(json.loads(text)))
+            _check(metadata)
         except (ValueError, RecursionError) as error:
             raise LoadError(
-                f"The passport inside the file cannot be read ({error}).",
+                f"The metadata inside the file cannot be read ({error}).",
                 fix="Export the model again:  y7 export --weights WEIGHTS.pt",
             ) from error
-        return info
+        return metadata
 
 
 def _current(raw: object) -> dict[str, Any]:
@@ -151,24 +151,24 @@ def _current(raw: object) -> dict[str, Any]:
     return raw
 
 
-def _check(info: ModelInfo) -> None:
+def _check(metadata: ModelMetadata) -> None:
     """Refuses numbers that nothing can be made with, before anybody allocates memory by them."""
-    sides = {"input_hw": info.input_hw or (), "strides": info.strides}
+    sides = {"input_hw": metadata.input_hw or (), "strides": metadata.strides}
     for name, values in sides.items():
         if not all(1 <= value <= MAX_SIDE for value in values):
             raise ValueError(f"{name} is {shown(values)}; sides go from 1 to {MAX_SIDE} pixels")
-    if info.batch is not None and not 1 <= info.batch <= MAX_COUNT:
-        raise ValueError(f"batch is {info.batch}")
-    pairs = [len(level) for level in info.anchors]
+    if metadata.batch is not None and not 1 <= metadata.batch <= MAX_COUNT:
+        raise ValueError(f"batch is {metadata.batch}")
+    pairs = [len(level) for level in metadata.anchors]
     if pairs and (min(pairs) == 0 or len(set(pairs)) != 1):
         raise ValueError(f"anchors per level are {shown(pairs)}; every level has the same number")
-    if not all(0 < side <= MAX_SIDE for level in info.anchors for pair in level for side in pair):
-        raise ValueError(f"anchors are {shown(info.anchors)}; sides are above 0")
-    if info.nms is not None:
-        _check_nms(info.nms)
+    if not all(0 < side <= MAX_SIDE for level in metadata.anchors for pair in level for side in pair):
+        raise ValueError(f"anchors are {shown(metadata.anchors)}; sides are above 0")
+    if metadata.nms is not None:
+        _check_nms(metadata.nms)
 
 
-def _check_nms(nms: NmsInfo) -> None:
+def _check_nms(nms: NmsMetadata) -> None:
     for name, threshold in (("conf", nms.conf), ("iou", nms.iou)):
         if not 0 <= threshold <= 1:
             raise ValueError(f"{name} is {threshold:g}; thresholds lie in 0..1")
@@ -176,11 +176,11 @@ def _check_nms(nms: NmsInfo) -> None:
         raise ValueError(f"max_det is {shown(nms.max_det)} and max_candidates {shown(nms.max_candidates)}")
 
 
-def foreign_info(
-    *, classes: int, input_hw: tuple[int, int] | None, batch: int | None, input_kind: InputKind, nms: NmsInfo | None
-) -> ModelInfo:
-    """The passport assumed for a file that carries none: classes are called `class_0`, `class_1`, ..."""
-    return ModelInfo(
+def foreign_metadata(
+    *, classes: int, input_hw: tuple[int, int] | None, batch: int | None, input_kind: InputKind, nms: NmsMetadata | None
+) -> ModelMetadata:
+    """The metadata assumed for a file that carries none: classes are called `class_0`, `class_1`, ..."""
+    return ModelMetadata(
         variant="custom",
         class_names=tuple(f"class_{i}" for i in range(classes)),
         strides=(),
@@ -189,5 +189,5 @@ def foreign_info(
         batch=batch,
         input_kind=input_kind,
         nms=nms,
-        notes=("no passport in the file: class names, letterbox and RGB order are assumed",),
+        notes=("no metadata in the file: class names, letterbox and RGB order are assumed",),
     )

@@ -1,7 +1,7 @@
 """Tables 1, 2, 9 and 10 of the YOLOv7 paper (arXiv 2207.02696) as data, every row of them.
 
 Numbers stand as printed: AP in percent, parameters in millions, GFLOPs (two operations per multiply-accumulate).
-Speeds are PyTorch FP16 on the GPU named, the network's forward pass only: no suppression, no TensorRT, batch 1.
+Speeds are PyTorch FP16 on the GPU named, the network's forward pass only: no NMS, no TensorRT, batch 1.
 Table 9 repeats Table 2 without the columns by object size and adds the slower detectors, so it is kept as that sum.
 
 Two things to know before comparing: the parameters and FLOPs of YOLOv7-D6 are those of its training graph (deployed
@@ -86,7 +86,7 @@ class PaperRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingRow:
-    """One row of Table 10: YOLOv7-X under another precision and suppression threshold, AP on val2017 in percent."""
+    """One row of Table 10: YOLOv7-X under another precision and NMS threshold, AP on val2017 in percent."""
 
     model: str
     precision: str

@@ -1,6 +1,6 @@
-"""Box arithmetic and the reference suppression in NumPy, slow and obviously right.
+"""Box arithmetic and the reference NMS in NumPy, slow and obviously right.
 
-Every other suppression in this package (the ONNX function body, the CUDA kernels) is tested against this file.
+Every other NMS in this package (the ONNX function body, the CUDA kernels) is tested against this file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from yolov7_deploy.options import Thresholds
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-MAX_CANDIDATES = 30_000  # official limit of boxes that enter suppression
+MAX_CANDIDATES = 30_000  # official limit of boxes that enter NMS
 
 
 def xywh_to_xyxy(boxes: FloatArray) -> FloatArray:
@@ -63,7 +63,7 @@ def greedy_nms(
     return np.array(kept, dtype=np.int64)
 
 
-def detections_of(
+def postprocess(
     output: FloatArray, thresholds: Thresholds, *, max_candidates: int = MAX_CANDIDATES
 ) -> tuple[FloatArray, FloatArray, IntArray]:
     """Boxes, scores and class ids of one image from a decoded head output, best first.

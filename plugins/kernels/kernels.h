@@ -38,7 +38,7 @@ typedef struct Y7NmsParams {
   int32_t levels;          // 1 to Y7_MAX_LEVELS
   int32_t classes;         // C, at least 1
   int32_t max_det;         // rows of the outputs
-  int32_t max_candidates;  // best (anchor, class) pairs that enter suppression
+  int32_t max_candidates;  // best (anchor, class) pairs that enter NMS
   int32_t multi_label;     // every class of an anchor, or its best only
   int32_t class_agnostic;  // boxes suppress those of other classes too
   int32_t type;            // Y7_FLOAT32 or Y7_FLOAT16, of the head maps

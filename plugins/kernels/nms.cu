@@ -1,4 +1,4 @@
-// Decoding and greedy suppression of raw YOLOv7 head maps in two kernels.
+// Decoding and greedy NMS of raw YOLOv7 head maps in two kernels.
 //
 //   select    reads every objectness, the classes only where that passes, and lists what scores above the threshold.
 //   suppress  one block an image: takes the list best first in sorted tiles, decodes only those boxes, suppresses.

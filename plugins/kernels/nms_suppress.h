@@ -137,7 +137,7 @@ __device__ uint32_t survivors_of_tile(const Plan& plan, SuppressScratch& s, uint
 }
 
 // Grid B, block THREADS, 24 KiB of shared memory. With n candidates and k survivors: O(n log^2 n) for the sort and
-// O(n (k + GROUP)) for the suppression, over THREADS; more than THREADS candidates cost two or three scans of the list
+// O(n (k + GROUP)) for the NMS, over THREADS; more than THREADS candidates cost two or three scans of the list
 // a tile.
 template <class T>
 __global__ void __launch_bounds__(THREADS) suppress(const Y7_GRID_CONSTANT Plan plan) {

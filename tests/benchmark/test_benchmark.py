@@ -13,7 +13,7 @@ from tests.support.small_models import HW
 from tests.support.speeds import report, row, span
 from yolov7_deploy._console import write_json
 from yolov7_deploy.benchmark.benchmark import measure_speed
-from yolov7_deploy.benchmark.consistency import Answers, same_detections
+from yolov7_deploy.benchmark.consistency import ConsistencyChecker, same_detections
 from yolov7_deploy.benchmark.inputs import Frames, drawn_frames, read_frames
 from yolov7_deploy.benchmark.references import paper_speed, read_ap
 from yolov7_deploy.benchmark.report import SPANS, SpeedReport
@@ -78,7 +78,7 @@ def found(*scores: float, shift: float = 0.0, class_id: int = 0) -> Detections:
     ],
 )
 def test_answers_may_round_but_not_change(later, same):
-    answers = Answers(conf=0.25)
+    answers = ConsistencyChecker(conf=0.25)
     answers.keep(0, [found(0.9, 0.6)])
     answers.keep(0, [later], caller=3)
     if same:
@@ -161,7 +161,7 @@ def test_a_report_says_what_ran(measured, files):
     assert {"numpy", "onnxruntime", "python", "system"} <= dict(measured.environment).keys()
     assert "conf 0.6" in dict(measured.settings)["thresholds"]
     assert any("p99 of" in note for note in measured.notes) == any(one.calls < 100 for one in measured.rows)
-    assert "suppression is inside the file: it counts as engine time" in measured.notes
+    assert "NMS is inside the file: it counts as engine time" in measured.notes
 
 
 def test_a_checkpoint_is_measured_too(detectors):
@@ -279,6 +279,6 @@ def test_the_paper_is_compared_with_the_network_only():
     (line,) = (line for line in told.splitlines() if line.startswith("network, batch 1 "))
     assert line.endswith(f"{engine * 161 / 1000:.3g}x its time")
     assert "161 images/s at batch 1 and 2.8 ms an image at batch 32" in told
-    assert "no letterbox, no upload, no suppression" in told
+    assert "no letterbox, no upload, no NMS" in told
     assert "51.0 % (val.json)" in told and "-0.2 points" in told
     assert not [line for line in told.splitlines() if line.startswith("end to end, batch") and "its time" in line]

@@ -150,7 +150,7 @@ def test_the_legend_says_what_each_span_includes_and_where_it_was_measured():
     said = words(draw_chart([speed_report(ap=0.5), speed_report(ap=0.5, **H200)]))
     assert "Paper: V100, PyTorch FP16, network only" in said
     assert "AMD EPYC, onnxruntime fp32" in said and "NVIDIA H200, tensorrt fp16" in said
-    assert "engine: the network, and suppression where the file has it" in said
+    assert "engine: the network, and NMS where the file has it" in said
     assert "end to end: from an image in memory to its boxes" in said
 
 

@@ -12,10 +12,10 @@ import pytest
 from yolov7_deploy.benchmark.sampling import (
     BLOCKS,
     STABLE_BLOCK_S,
-    call_together,
+    interleave,
     no_garbage_collection,
+    run_concurrently,
     span_time,
-    take_turns,
     warm_up,
 )
 from yolov7_deploy.errors import DeviceError
@@ -49,7 +49,7 @@ def test_turns_alternate_their_order_and_give_everybody_the_least():
     order: list[str] = []
     shares: list[float] = []
     runs = [lambda: order.append("a"), lambda: order.append("b")]
-    take_turns(runs, turn_s=0, seconds=0, least_turns=4, on_turn=shares.append)
+    interleave(runs, turn_s=0, seconds=0, least_turns=4, on_turn=shares.append)
     assert "".join(order) == "abbaabba"
     assert shares == [0.25, 0.5, 0.75, 1.0]
 
@@ -68,7 +68,7 @@ def test_the_garbage_collector_is_as_it_was_before(was_on):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_callers_that_wait_do_not_slow_each_other(threads):
-    done = call_together(lambda _: time.sleep(0.02), threads=threads, seconds=0.5, least_calls=3)
+    done = run_concurrently(lambda _: time.sleep(0.02), threads=threads, seconds=0.5, least_calls=3)
     rate = done.calls / done.seconds
     assert 0.5 * threads / 0.02 < rate <= threads / 0.02
     assert min(done.samples_ms) >= 20
@@ -81,13 +81,13 @@ def test_callers_that_exclude_each_other_are_no_faster_than_one():
         with lock:
             time.sleep(0.01)
 
-    done = call_together(call, threads=4, seconds=0.4, least_calls=3)
+    done = run_concurrently(call, threads=4, seconds=0.4, least_calls=3)
     assert done.calls / done.seconds <= 100
 
 
 def test_a_call_cut_by_the_end_counts_by_its_part():
     """One caller is so slow that its whole calls would say little of its rate."""
-    done = call_together(lambda caller: time.sleep(0.3 if caller else 0.05), threads=2, seconds=0.75, least_calls=1)
+    done = run_concurrently(lambda caller: time.sleep(0.3 if caller else 0.05), threads=2, seconds=0.75, least_calls=1)
     assert done.calls == pytest.approx(done.seconds / 0.05 + done.seconds / 0.3, rel=0.2)
     assert done.calls % 1 != 0
     assert len(done.samples_ms) > done.calls - 2
@@ -103,7 +103,7 @@ def test_the_error_of_a_caller_ends_all_and_is_raised():
         time.sleep(0.001)
 
     with pytest.raises(DeviceError, match="out of memory"):
-        call_together(call, threads=4, seconds=60, least_calls=3)
+        run_concurrently(call, threads=4, seconds=60, least_calls=3)
     assert not [thread for thread in threading.enumerate() if "work" in thread.name]
 
 
@@ -113,7 +113,7 @@ def test_an_error_before_the_start_leaves_nobody_waiting():
             raise DeviceError("no second context")
 
     with pytest.raises(DeviceError, match="second context"):
-        call_together(call, threads=3, seconds=60, least_calls=3)
+        run_concurrently(call, threads=3, seconds=60, least_calls=3)
 
 
 def stat(folder, *, user, idle, steal=0):

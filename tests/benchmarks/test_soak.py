@@ -19,7 +19,7 @@ from tests.support.small_models import HW
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.hardware.cpu import usable_cores
-from yolov7_deploy.runtimes.fair_semaphore import Turns
+from yolov7_deploy.runtimes.fair_semaphore import FairSemaphore
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -154,7 +154,7 @@ def _sessions():
 
 def test_a_detector_says_how_many_run_at_a_time(opened):
     cores = usable_cores()
-    told = dict(opened[0].settings)
+    told = dict(opened[0].runtime_info)
     assert told == {"threads of the runtime": str(cores), "runs at a time": f"at most {2 * cores}"}
 
 
@@ -162,7 +162,7 @@ def test_a_detector_says_how_many_run_at_a_time(opened):
 
 
 def test_no_more_callers_than_places_are_inside():
-    turns, inside, most = Turns(3), [], []
+    turns, inside, most = FairSemaphore(3), [], []
 
     def enter(number):
         with turns:
@@ -177,7 +177,7 @@ def test_no_more_callers_than_places_are_inside():
 
 
 def test_callers_enter_in_the_order_in_which_they_came():
-    turns, entered, threads = Turns(1), [], []
+    turns, entered, threads = FairSemaphore(1), [], []
 
     def enter(number):
         with turns:
@@ -194,7 +194,7 @@ def test_callers_enter_in_the_order_in_which_they_came():
 
 
 def test_an_error_inside_gives_the_place_back():
-    turns = Turns(1)
+    turns = FairSemaphore(1)
     for _ in range(3):
         with pytest.raises(ValueError, match="inside"), turns:
             raise ValueError("inside")
@@ -208,7 +208,7 @@ def test_ctrl_c_while_waiting_takes_no_place(request):
     request.addfinalizer(
         partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
     )
-    turns, enter, leave = Turns(1), threading.Event(), threading.Event()
+    turns, enter, leave = FairSemaphore(1), threading.Event(), threading.Event()
 
     def stay():
         with turns:

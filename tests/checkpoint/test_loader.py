@@ -21,7 +21,7 @@ from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoin
 from yolov7_deploy.checkpoint.architecture import FINGERPRINTS, recognise
 from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
-from yolov7_deploy.metadata import PASSPORT_KEY
+from yolov7_deploy.metadata import METADATA_KEY
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import build_model, new_model
 
@@ -322,7 +322,7 @@ def test_a_folder_that_is_a_file_is_told(path, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_safetensors_file_without_passport_is_read(tmp_path, dtype):
+def test_a_safetensors_file_without_metadata_is_read(tmp_path, dtype):
     model = Model().to(dtype)
     file = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file(copy.deepcopy(model.state_dict()), file)
@@ -340,11 +340,11 @@ def test_a_truncated_safetensors_file_says_so(tmp_path):
         load_checkpoint(file)
 
 
-@pytest.mark.parametrize("passport", ["[" * 100_000, "{}", "null", json.dumps({"schema": 1, "variant": 3})])
-def test_a_hostile_passport_is_refused(tmp_path, passport):
+@pytest.mark.parametrize("metadata", ["[" * 100_000, "{}", "null", json.dumps({"schema": 1, "variant": 3})])
+def test_a_hostile_metadata_is_refused(tmp_path, metadata):
     file = tmp_path / "x.safetensors"
-    safetensors.torch.save_file(copy.deepcopy(Model().state_dict()), file, {PASSPORT_KEY: passport, "key_order": "[[["})
-    with pytest.raises(LoadError, match="passport"):
+    safetensors.torch.save_file(copy.deepcopy(Model().state_dict()), file, {METADATA_KEY: metadata, "key_order": "[[["})
+    with pytest.raises(LoadError, match="metadata"):
         load_checkpoint(file)
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tests.support.deterministic import fill_model
 from tests.support.engines import HAS_RTX, NO_RTX, SIDE, exported, files, foreign
-from tests.support.small_models import info_of
+from tests.support.small_models import metadata_of
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.build import parse_targets
@@ -146,10 +146,10 @@ def test_an_absent_file_is_our_error(tmp_path):
         open_onnx(tmp_path / "nothing.onnx")
 
 
-def test_a_foreign_file_has_a_passport_that_says_what_it_assumes(small, caplog):
-    info = open_onnx(small).info
-    assert (info.variant, info.input_hw, info.batch, info.precision) == ("custom", (8, 8), 1, "fp32")
-    assert info.notes[0] in caplog.text
+def test_a_foreign_file_has_a_metadata_that_says_what_it_assumes(small, caplog):
+    metadata = open_onnx(small).metadata
+    assert (metadata.variant, metadata.input_hw, metadata.batch, metadata.precision) == ("custom", (8, 8), 1, "fp32")
+    assert metadata.notes[0] in caplog.text
 
 
 def test_an_operator_set_of_the_future_is_named(tmp_path):
@@ -262,7 +262,7 @@ def test_an_export_goes_on_to_the_engine(tmp_path, monkeypatch):
         tensors=model.state_dict(),
         variant="yolov7-tiny",
         training=False,
-        class_names=info_of(model).class_names,
+        class_names=metadata_of(model).class_names,
         anchors=model.anchors,
     )
     save_checkpoint(checkpoint, tmp_path / "tiny.safetensors")
@@ -271,5 +271,5 @@ def test_an_export_goes_on_to_the_engine(tmp_path, monkeypatch):
     assert result.exception is None, result.output
     assert "tiny-fp16.engine: " in result.output
     record = Engine.load(tmp_path / "tiny-fp16.engine").record
-    assert (record.targets, record.info.precision) == (("8.9",), "fp16")
+    assert (record.targets, record.metadata.precision) == (("8.9",), "fp16")
     assert json.loads(Path("r.json").read_text())["engine"]["record"]["targets"] == ["8.9"]

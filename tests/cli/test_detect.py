@@ -88,7 +88,7 @@ class StandIn:
         self.path = weights
         given_ = {name: options[name] for name in ("conf", "iou", "max_det") if options[name] is not None}
         self.thresholds = Thresholds(**given_)
-        self.info = SimpleNamespace(class_names=NAMES, precision="fp32")
+        self.metadata = SimpleNamespace(class_names=NAMES, precision="fp32")
         self.device = "cpu"
         self.input_hw = (640, 640)
 

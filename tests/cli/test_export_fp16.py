@@ -103,12 +103,12 @@ def test_fp16_writes_a_verified_file_of_its_own_name(files, here):
     result = export(files(), "--fp16", "--image", "p.png", "--json", "record.json")
     assert result.exception is None, result.output
     written = here / f"{files().stem}-fp16.onnx"
-    info = OnnxModel.load(written).info
-    assert info.precision == "fp16"
-    assert info.notes[-1] in result.output
+    metadata = OnnxModel.load(written).metadata
+    assert metadata.precision == "fp16"
+    assert metadata.notes[-1] in result.output
     assert f"{written.name}: " in result.output and ", fp16, opset 17" in result.output
     record = json.loads((here / "record.json").read_text())
-    assert record["passport"]["precision"] == "fp16"
+    assert record["metadata"]["precision"] == "fp16"
     assert record["parity"]["ok"]
     head = record["parity"]["stages"][0]
     assert head["limits"] == {"raw / std": TOLERANCES["fp16"].head, "rms / std": TOLERANCES["fp16"].head_rms}
@@ -117,7 +117,7 @@ def test_fp16_writes_a_verified_file_of_its_own_name(files, here):
 
 def test_fp32_keeps_the_plain_name(files, here):
     assert export(files(), "--precision", "fp32", "--no-verify").exception is None
-    assert OnnxModel.load(here / f"{files().stem}.onnx").info.precision == "fp32"
+    assert OnnxModel.load(here / f"{files().stem}.onnx").metadata.precision == "fp32"
 
 
 def test_a_library_caller_gets_the_same(files, here):
@@ -129,7 +129,7 @@ def test_a_library_caller_gets_the_same(files, here):
         precision="fp16",
         say=lambda what, _: said.append(what),
     )
-    assert report.info.precision == "fp16" and report.parity is not None and report.parity.ok
+    assert report.metadata.precision == "fp16" and report.parity is not None and report.parity.ok
     assert any("135 of 135 nodes" in line for line in said)
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.support.deterministic import fill_model
 from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
-from yolov7_deploy.cli.info import info
+from yolov7_deploy.cli.metadata import info
 from yolov7_deploy.errors import CheckpointError, LoadError, UsageError
 from yolov7_deploy.inspection.describe import describe_variant, describe_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
@@ -166,7 +166,7 @@ def test_many_classes_are_cut_short_on_paper_only(run, tmp_path):
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def test_onnx_files_of_ours_show_their_passport(run, onnx_file):
+def test_onnx_files_of_ours_show_their_metadata(run, onnx_file):
     text = run(onnx_file).stdout
     for part in ("yolov7-tiny, fp32, 80 classes", "58 Conv", "6,219,709", "y7 1", "conf 0.25", "thing 0"):
         assert part in text
@@ -179,7 +179,7 @@ def test_reading_without_onnx_equals_reading_with_it(tmp_path, nms):
     model = exported_tiny(80, nms=nms)
     model.save(tmp_path / "m.onnx")
     record, graph = read_onnx(tmp_path / "m.onnx"), model.proto.graph
-    assert record.info == model.info
+    assert record.metadata == model.metadata
     assert record.ir_version == model.proto.ir_version
     assert record.opsets == {entry.domain: entry.version for entry in model.proto.opset_import}
     assert sum(record.nodes.values()) == len(graph.node)
@@ -210,13 +210,13 @@ def weight(name: str, *shape: int, dtype=np.float16) -> TensorProto:
     return numpy_helper.from_array(np.zeros(shape, dtype), name)
 
 
-def test_foreign_onnx_opens_and_is_said_to_have_no_passport(run, tmp_path):
+def test_foreign_onnx_opens_and_is_said_to_have_no_metadata(run, tmp_path):
     path = foreign(tmp_path, [helper.make_node("Conv", ["x", "w"], ["y"])], [weight("w", 4, 3, 1, 1)])
     done = run(path, "--json", tmp_path / "r.json")
-    assert "passport    none: not written by this package" in done.stdout
+    assert "metadata    none: not written by this package" in done.stdout
     assert "x float16 [batch, 3, ?, 8]" in done.stdout
     record = json.loads((tmp_path / "r.json").read_text())
-    assert (record["kind"], record["info"], record["parameters"]) == ("onnx", None, 12)
+    assert (record["kind"], record["metadata"], record["parameters"]) == ("onnx", None, 12)
 
 
 def test_weights_are_counted_through_quantisation_and_constants_and_nothing_else_is(tmp_path):
@@ -242,7 +242,7 @@ def test_truncated_files_are_told_from_whole_ones_at_any_length(onnx_file, tmp_p
     path = tmp_path / "cut.onnx"
     for length in (0, 1, 2, 100, len(data) // 2, *rng.integers(1, 5000, 20).tolist()):
         path.write_bytes(data[:length])
-        with pytest.raises(LoadError, match=r"no ONNX file|passport"):
+        with pytest.raises(LoadError, match=r"no ONNX file|metadata"):
             read_onnx(path)
 
 

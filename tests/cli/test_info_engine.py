@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.inspection.engine_file import read_engine_file
-from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.tensorrt.build_record import (
     DlaUse,
     EngineRecord,
@@ -42,14 +42,14 @@ def plan_of(tag: bytes = b"ftrt", version: tuple[int, int, int, int] = (10, 3, 0
 
 PLAN = plan_of()
 RECORD = EngineRecord(
-    info=ModelInfo(
+    metadata=ModelMetadata(
         variant="yolov7-tiny",
         class_names=NAMES,
         strides=(8, 16, 32),
         anchors=(((12.0, 16.0), (19.0, 36.0), (40.0, 28.0)),) * 3,
         input_hw=(640, 640),
         precision="fp16",
-        nms=NmsInfo(
+        nms=NmsMetadata(
             kind="plugin",
             conf=0.25,
             iou=0.45,
@@ -139,7 +139,7 @@ def test_an_engine_tells_how_where_and_for_what_it_was_built(run, engine):
         "memory 30.1 MB for an execution context, 1900.0 MB of main memory while it was built",
         "cache /cache/orin.timing",
         "note kept in float32: the decode",
-        "passport yolov7-tiny, fp16, 80 classes",
+        "metadata yolov7-tiny, fp16, 80 classes",
     ):
         assert part in text
 
@@ -249,7 +249,7 @@ def test_the_json_is_the_whole_record(run, engine):
     document = json.loads(run(engine(), "--json", "-").stdout)
     assert document["kind"] == "engine" and document["size_bytes"] == len(PLAN)
     assert document["record"]["plan_sha256"] == RECORD.plan_sha256
-    assert document["record"]["info"]["class_names"] == list(NAMES)
+    assert document["record"]["metadata"]["class_names"] == list(NAMES)
     assert document["summary"]["types"] == {"Reformat": 2, "CaskConvolution": 2, "PluginV2": 1}
     assert document["table"]["layers"][1]["weights_bytes"] == (864 + 32) * 2
 

@@ -59,14 +59,14 @@ def refused(kind, *arguments):
 def test_quantize_writes_a_file_with_its_account(model, here):
     result = y7("quantize", "--weights", model, "--calib", "images", "--json", "record.json")
     assert result.exception is None, result.output
-    info = OnnxModel.load(here / "m-int8.onnx").info
-    assert info.precision == "int8" and info.int8.images == 3
+    metadata = OnnxModel.load(here / "m-int8.onnx").metadata
+    assert metadata.precision == "int8" and metadata.int8.images == 3
     for words in ("55 of 58 convolutions", "Q/DQ pairs, one a tensor", "in front of upsampling", "Few images (3)"):
         assert words.lower() in result.output.lower(), words
     record = json.loads((here / "record.json").read_text())
     assert record["path"] == "m-int8.onnx"
     assert record["account"]["int8_convolutions"] == 55
-    assert record["account"]["int8_share_of_macs"] == pytest.approx(info.int8.share)
+    assert record["account"]["int8_share_of_macs"] == pytest.approx(metadata.int8.share)
     assert record["calibration"]["images"] == 3
     assert record["layers"] == [] and record["accuracy"] is None
 
@@ -76,11 +76,11 @@ def test_export_int8_is_the_whole_road(files, here):
     result = y7(*common, "--json", "record.json")
     assert result.exception is None, result.output
     written = here / f"{files().stem}-int8.onnx"
-    assert OnnxModel.load(written).info.precision == "int8"
+    assert OnnxModel.load(written).metadata.precision == "int8"
     assert "verified against torch on 2 images" in result.output
     assert f"{written.name}: " in result.output and ", int8, opset 17" in result.output
     record = json.loads((here / "record.json").read_text())
-    assert record["passport"]["int8"]["method"] == "mse"
+    assert record["metadata"]["int8"]["method"] == "mse"
     assert record["parity"]["ok"] and record["quantization"]["account"]["int8_convolutions"] == 55
     assert [stage["stage"] for stage in record["parity"]["stages"]][-1] == "detections"
 
@@ -205,7 +205,7 @@ def test_unreadable_images_among_good_ones_are_counted_and_named(model, here):
     result = y7("quantize", "-w", model, "--calib", "images")
     assert result.exception is None
     assert "broken.jpg" in result.output and "black.png" in result.output
-    assert OnnxModel.load(here / "m-int8.onnx").info.int8.images == 3
+    assert OnnxModel.load(here / "m-int8.onnx").metadata.int8.images == 3
 
 
 def test_only_black_images_are_an_error(model, here):
@@ -249,13 +249,13 @@ def test_a_file_that_is_no_model_is_an_error(content, here):
     refused(LoadError, "quantize", "-w", "bad.onnx", "--calib", "images")
 
 
-def test_a_file_without_a_passport_becomes_int8_and_says_what_was_assumed(model, here):
+def test_a_file_without_a_metadata_becomes_int8_and_says_what_was_assumed(model, here):
     foreign(model, here / "foreign.onnx")
     result = y7("quantize", "-w", "foreign.onnx", "--calib", "images")
     assert result.exception is None, result.output
-    info = OnnxModel.load(here / "foreign-int8.onnx").info
-    assert info.int8.rest == "fp32" and info.int8.int8_convolutions == 55
-    assert any("no passport" in note for note in info.notes)
+    metadata = OnnxModel.load(here / "foreign-int8.onnx").metadata
+    assert metadata.int8.rest == "fp32" and metadata.int8.int8_convolutions == 55
+    assert any("no metadata" in note for note in metadata.notes)
 
 
 def test_a_place_that_cannot_be_written_is_an_error_before_anything_is_measured(model, here):

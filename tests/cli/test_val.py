@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.detections import Detections
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 
 
 class BlackDetector:
     """Finds one cat, always in the same place."""
 
     asked = None
-    info = ModelInfo(variant="custom", class_names=("cat", "dog"), strides=(), anchors=(), precision="fp16")
+    metadata = ModelMetadata(variant="custom", class_names=("cat", "dog"), strides=(), anchors=(), precision="fp16")
 
     def __init__(self, weights, *, device, img, half):
         type(self).asked = half
@@ -36,7 +36,7 @@ class BlackDetector:
             boxes=np.array([[15, 10, 45, 30]], np.float32),
             scores=np.array([0.5], np.float32),
             class_ids=np.array([0]),
-            class_names=self.info.class_names,
+            class_names=self.metadata.class_names,
             image_hw=(40, 60),
         )
         return [found] * len(images)

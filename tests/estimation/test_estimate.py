@@ -19,10 +19,10 @@ from yolov7_deploy.estimation.fitting import (
     FREE,
     HeldOut,
     fit,
-    judge,
     leave_groups_out,
     leave_one_device_out,
     leave_one_row_out,
+    score_held_out,
 )
 from yolov7_deploy.estimation.layer_work import Kernel, compiled_kernels, eager_kernels
 from yolov7_deploy.estimation.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, paper_speeds
@@ -158,14 +158,14 @@ def test_the_held_out_error_on_the_papers_v100_is_the_committed_one_and_under_th
     structure = fitted.STRUCTURES["torch"]
     found = fit(_paper(fitted.FITTED_VARIANTS), structure)
     unseen = [row for row in _paper() if row.variant not in fitted.FITTED_VARIANTS and row.batch == batch]
-    _same(judge(found, unseen, structure), kept)
+    _same(score_held_out(found, unseen, structure), kept)
     assert kept.median < GOAL
 
 
 def test_the_error_elsewhere_is_the_committed_one():
     rows = [row for row in JUDGED_ONLY if row.runtime == "torch"]
     structure = fitted.STRUCTURES["torch"]
-    _same(judge(fit(_paper(fitted.FITTED_VARIANTS), structure), rows, structure), fitted.TORCH_T4)
+    _same(score_held_out(fit(_paper(fitted.FITTED_VARIANTS), structure), rows, structure), fitted.TORCH_T4)
 
 
 def test_the_error_of_a_device_without_a_figure_is_the_committed_one():

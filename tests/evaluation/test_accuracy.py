@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import DatasetError, UsageError
-from yolov7_deploy.evaluation.accuracy import evaluate, judge
+from yolov7_deploy.evaluation.accuracy import compute_coco_metrics, evaluate
 from yolov7_deploy.evaluation.protocol import rect_groups, thresholds_in_force
 from yolov7_deploy.image import fit_evaluation_letterbox
-from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.options import Thresholds, ValOptions
 
 OFFICIAL_DIGITS = 5e-5  # the official figures are printed with four decimals
@@ -31,15 +31,15 @@ needs_shared = pytest.mark.skipif(
 
 def model_info(**changes):
     values = {"variant": "custom", "class_names": NAMES, "strides": (), "anchors": (), "source": "a.pt"}
-    return ModelInfo(**(values | changes))
+    return ModelMetadata(**(values | changes))
 
 
 class PlannedDetector:
     """A stand-in: gives planned boxes for an image, which it knows by the value of its first pixel."""
 
-    def __init__(self, planned, *, info=None, input_hw=(64, 64)):
+    def __init__(self, planned, *, metadata=None, input_hw=(64, 64)):
         self.planned = planned
-        self.info = info or model_info()
+        self.metadata = metadata or model_info()
         self.input_hw = input_hw
         self.calls = []
 
@@ -53,7 +53,7 @@ class PlannedDetector:
             boxes=np.array(boxes, np.float32).reshape(-1, 4),
             scores=np.array(scores, np.float32),
             class_ids=np.array(class_ids, np.int64),
-            class_names=self.info.class_names,
+            class_names=self.metadata.class_names,
             image_hw=image.shape[:2],
             speed=Speed(preprocess_ms=1.0, inference_ms=2.0, postprocess_ms=3.0),
         )
@@ -125,13 +125,13 @@ def test_no_rect_is_a_plain_letterbox(folder):
 
 
 def test_fixed_input_sizes_are_measured_by_a_plain_letterbox(folder):
-    report, _ = evaluated(folder, info=model_info(input_hw=(32, 64)), input_hw=(32, 64))
+    report, _ = evaluated(folder, metadata=model_info(input_hw=(32, 64)), input_hw=(32, 64))
     assert report.protocol == "letterbox 64x32"
 
 
 def test_rect_of_a_fixed_input_size_is_a_usage_error(folder):
     with pytest.raises(UsageError, match="takes 64x32 only") as caught:
-        evaluated(folder, info=model_info(input_hw=(32, 64)), options=ValOptions(rect=True))
+        evaluated(folder, metadata=model_info(input_hw=(32, 64)), options=ValOptions(rect=True))
     assert "--rect" in caught.value.fix
 
 
@@ -207,25 +207,25 @@ def test_images_of_another_size_than_annotated_are_skipped(folder):
 def test_classes_are_matched_by_name(folder):
     dataset = open_dataset(folder / "data.yaml")
     swapped = {key: (boxes, scores, 2 - ids) for key, (boxes, scores, ids) in perfect(dataset).items()}
-    report, _ = evaluated(folder, swapped, info=model_info(class_names=("cow", "Dog", "cat")))
+    report, _ = evaluated(folder, swapped, metadata=model_info(class_names=("cow", "Dog", "cat")))
     assert report.ap == pytest.approx(1)
 
 
 def test_classes_that_the_dataset_lacks_are_no_false_alarms(folder):
     planned = perfect(open_dataset(folder / "data.yaml"))
     planned[0] = ([*planned[0][0], [0, 0, 5, 5]], [0.9, 0.95], [0, 2])
-    report, _ = evaluated(folder, planned, info=model_info(class_names=("cat", "dog", "cow")))
+    report, _ = evaluated(folder, planned, metadata=model_info(class_names=("cat", "dog", "cow")))
     assert report.ap == pytest.approx(1) and len(report.predictions) == 3
 
 
 def test_models_without_names_are_matched_by_place(folder):
-    report, _ = evaluated(folder, info=model_info(class_names=("class_0", "class_1")))
+    report, _ = evaluated(folder, metadata=model_info(class_names=("class_0", "class_1")))
     assert report.ap == pytest.approx(1)
 
 
 def test_classes_that_the_model_does_not_know_are_an_error(folder):
     with pytest.raises(DatasetError, match="boxes of 'dog', which the model does not know"):
-        evaluated(folder, info=model_info(class_names=("cat", "cow", "pig")))
+        evaluated(folder, metadata=model_info(class_names=("cat", "cow", "pig")))
 
 
 def test_the_report_is_one_json_document_without_predictions(folder):
@@ -283,7 +283,7 @@ def test_an_interrupt_stops_the_readers(folder):
 
 
 def test_a_file_with_fixed_suppression_reports_the_thresholds_it_holds():
-    nms = NmsInfo(
+    nms = NmsMetadata(
         kind="efficient",
         conf=0.25,
         iou=0.45,
@@ -312,7 +312,9 @@ def test_the_official_detections_get_the_official_twelve_numbers(data, predictio
     root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
     dataset = open_dataset(root / data)
     official = json.loads((root / "official_ap.json").read_text())[key]
-    summary, classes, _ = judge(dataset, range(len(dataset)), json.loads((root / predictions).read_text()))
+    summary, classes, _ = compute_coco_metrics(
+        dataset, range(len(dataset)), json.loads((root / predictions).read_text())
+    )
     np.testing.assert_allclose(list(summary.values()), list(official.values()), atol=OFFICIAL_DIGITS)
     measured = [c.ap for c in classes if c.ap is not None]
     assert np.mean(measured) == pytest.approx(summary["ap"])
@@ -332,7 +334,7 @@ def test_the_metric_equals_pycocotools_to_the_last_digits(capsys):
     reference.accumulate()
     reference.summarize()
     capsys.readouterr()
-    summary, _, _ = judge(dataset, range(len(dataset)), predictions)
+    summary, _, _ = compute_coco_metrics(dataset, range(len(dataset)), predictions)
     np.testing.assert_allclose(list(summary.values()), reference.stats, atol=1e-12)
     assert capsys.readouterr() == ("", ""), "the metric prints nothing"
 
@@ -362,7 +364,7 @@ def test_the_official_detections_replayed_through_a_detector_give_the_official_n
         boxes = np.array(boxes)
         boxes[:, 2:] += boxes[:, :2]
         planned[cv2.imread(str(sample.path)).tobytes()] = (boxes, scores, class_ids)
-    detector = Replay({}, info=model_info(class_names=dataset.class_names), input_hw=(640, 640))
+    detector = Replay({}, metadata=model_info(class_names=dataset.class_names), input_hw=(640, 640))
     detector.canvases = Counter()
     report = evaluate(detector, dataset, options=ValOptions())
     assert report.ap == pytest.approx(0.5315, abs=OFFICIAL_DIGITS) and report.images == 82

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.errors import DatasetError, UsageError
-from yolov7_deploy.evaluation.accuracy import judge
+from yolov7_deploy.evaluation.accuracy import compute_coco_metrics
 from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, drop_words
 
 SIDE = 200  # of an image, in pixels
@@ -85,7 +85,7 @@ def of(dataset, indices, predictions):
 
 
 def judged(dataset, indices, predictions):
-    return judge(dataset, indices, of(dataset, indices, predictions))[0]["ap"]
+    return compute_coco_metrics(dataset, indices, of(dataset, indices, predictions))[0]["ap"]
 
 
 def with_all(compared):

@@ -9,9 +9,9 @@ import pytest
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.detections import Detections, Speed
-from yolov7_deploy.evaluation.accuracy import evaluate, judge
+from yolov7_deploy.evaluation.accuracy import compute_coco_metrics, evaluate
 from yolov7_deploy.evaluation.precision_recall import MOST_CANDIDATES, PrecisionRecall, precision_recall
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import ValOptions
 
 SIDE = 400  # of an image, in pixels
@@ -72,7 +72,7 @@ def test_the_best_confidence_is_that_of_counting(seed):
     dataset, predictions, said = drawn(seed)
     instances = dataset.box_counts().tolist()
     assert max(instances) <= 100 and instances[-1] == 0
-    best = judge(dataset, range(len(dataset)), predictions)[2].best
+    best = compute_coco_metrics(dataset, range(len(dataset)), predictions)[2].best
     assert best is not None
     found = (best.f1, best.confidence, best.precision, best.recall)
     np.testing.assert_allclose(found, counted_best(said, instances), atol=SAME)
@@ -82,7 +82,7 @@ def test_many_boxes_in_a_class_cost_less_than_a_hundredth_of_recall():
     dataset, predictions, said = drawn(9, images=60, classes=2)
     instances = dataset.box_counts().tolist()
     assert instances == [1200, 0]
-    best = judge(dataset, range(len(dataset)), predictions)[2].best
+    best = compute_coco_metrics(dataset, range(len(dataset)), predictions)[2].best
     f1, _, p, r = counted_best(said, instances)
     assert best is not None
     assert f1 - ROUNDED_DOWN <= best.f1 <= f1 + SAME
@@ -91,7 +91,7 @@ def test_many_boxes_in_a_class_cost_less_than_a_hundredth_of_recall():
 
 def test_the_curves_are_those_of_the_average_precision():
     dataset, predictions, _ = drawn(1)
-    summary, classes, curves = judge(dataset, range(len(dataset)), predictions)
+    summary, classes, curves = compute_coco_metrics(dataset, range(len(dataset)), predictions)
     assert curves.measured.tolist() == [row.ap50 is not None for row in classes] == [True, True, True, False]
     for area, row in zip(curves.ap50.tolist(), classes, strict=True):
         assert (area == pytest.approx(row.ap50)) if row.ap50 is not None else np.isnan(area)
@@ -103,8 +103,8 @@ def test_the_curves_follow_the_classes_of_the_dataset_whatever_their_category_id
     dataset, predictions, _ = drawn(2, classes=3)
     other = Dataset(dataset._records, source="drawn", class_names=dataset.class_names, category_ids=(9, 4, 7))
     renamed = [row | {"category_id": (9, 4, 7)[row["category_id"] - 1]} for row in predictions]
-    ours = judge(dataset, range(len(dataset)), predictions)[2]
-    theirs = judge(other, range(len(other)), renamed)[2]
+    ours = compute_coco_metrics(dataset, range(len(dataset)), predictions)[2]
+    theirs = compute_coco_metrics(other, range(len(other)), renamed)[2]
     np.testing.assert_array_equal(ours.precision, theirs.precision)
     assert ours.best == theirs.best
 
@@ -118,7 +118,7 @@ def test_a_crowd_is_no_box_to_find():
         category_ids=(1,),
     )
     found = [{"image_id": 1, "category_id": 1, "bbox": [10, 10, 50, 50], "score": 0.5}]
-    best = judge(dataset, [0], found)[2].best
+    best = compute_coco_metrics(dataset, [0], found)[2].best
     assert best is not None and (best.confidence, best.precision, best.recall, best.f1) == (0.5, 1, 1, 1)
 
 
@@ -128,13 +128,15 @@ def test_a_detector_without_a_hit_has_no_best_confidence(found):
         [make_image(1, [(10, 10, 60, 60)], [0])], source="drawn", class_names=("cat", "dog"), category_ids=(1, 2)
     )
     rows = [{"image_id": 1, "category_id": 1, "bbox": list(box), "score": score} for score, box in found]
-    curves = judge(dataset, [0], rows)[2]
+    curves = compute_coco_metrics(dataset, [0], rows)[2]
     assert curves.best is None and curves.mean_precision.max() == 0 and curves.measured.tolist() == [True, False]
 
 
 def test_images_without_boxes_have_no_curve():
     dataset = Dataset([make_image(1, [], [])], source="drawn", class_names=("cat",), category_ids=(1,))
-    curves = judge(dataset, [0], [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}])[2]
+    curves = compute_coco_metrics(
+        dataset, [0], [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}]
+    )[2]
     assert curves.best is None and not curves.measured.any() and np.isnan(curves.mean_precision).all()
 
 
@@ -159,7 +161,7 @@ def test_a_report_has_the_curves_but_its_document_does_not(tmp_path):
     (tmp_path / "data.yaml").write_text("val: images\nnames: [cat]\n")
 
     class Found:
-        info = ModelInfo(variant="custom", class_names=("cat",), strides=(), anchors=(), source="a.pt")
+        metadata = ModelMetadata(variant="custom", class_names=("cat",), strides=(), anchors=(), source="a.pt")
         input_hw = (64, 64)
 
         def infer(self, images, letterboxes, thresholds):

@@ -20,12 +20,12 @@ from tests.support.detecting import (
     SUPPRESSION,
 )
 from tests.support.deterministic import fill_model
-from tests.support.small_models import HW, exported_tiny, fused_tiny, images, info_of, session
+from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.export.nms import OVERFLOW
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
@@ -37,48 +37,50 @@ from yolov7_deploy.options import ExportOptions
 def test_the_same_export_twice_gives_the_same_bytes(nms):
     model = fused_tiny()
     options = ExportOptions(input_hw=HW, nms=nms)
-    first, second = (export_onnx(model, info_of(model), options).proto for _ in range(2))
+    first, second = (export_onnx(model, metadata_of(model), options).proto for _ in range(2))
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
 def test_exporting_leaves_the_model_as_it_was():
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    export_onnx(model, info_of(model), ExportOptions(input_hw=HW))
+    export_onnx(model, metadata_of(model), ExportOptions(input_hw=HW))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("nms", ENDS)
-def test_the_passport_travels_inside(nms, tmp_path):
+def test_the_metadata_travels_inside(nms, tmp_path):
     model = exported_tiny(nms=nms, batch=None, conf=CONF, iou=IOU, opset=15, max_det=70, class_agnostic=True)
     model.save(tmp_path / "m.onnx")
     loaded = OnnxModel.load(tmp_path / "m.onnx")
-    info = loaded.info
-    assert info == model.info
+    metadata = loaded.metadata
+    assert metadata == model.metadata
     assert loaded.proto == model.proto
-    assert (info.variant, info.input_hw, info.batch, info.opset) == ("yolov7-tiny", HW, None, 15)
-    assert info.class_names == info_of(fused_tiny()).class_names
-    assert info.anchors == fused_tiny().anchors
+    assert (metadata.variant, metadata.input_hw, metadata.batch, metadata.opset) == ("yolov7-tiny", HW, None, 15)
+    assert metadata.class_names == metadata_of(fused_tiny()).class_names
+    assert metadata.anchors == fused_tiny().anchors
     if nms == "none":
-        assert info.nms is None
+        assert metadata.nms is None
         return
-    assert (info.nms.kind, info.nms.conf, info.nms.iou, info.nms.max_det) == (nms, CONF, IOU, 70)
-    assert (info.nms.multi_label, info.nms.class_agnostic) == (True, True)
-    assert info.nms.runtime_thresholds == (nms != "efficient")
+    assert (metadata.nms.kind, metadata.nms.conf, metadata.nms.iou, metadata.nms.max_det) == (nms, CONF, IOU, 70)
+    assert (metadata.nms.multi_label, metadata.nms.class_agnostic) == (True, True)
+    assert metadata.nms.runtime_thresholds == (nms != "efficient")
 
 
 @pytest.mark.parametrize("nms", SUPPRESSED)
-def test_the_passport_says_whether_only_the_best_class_counts(nms):
-    assert exported_tiny(nms=nms, conf=CONF, iou=IOU, multi_label=False).info.nms.multi_label is False
+def test_the_metadata_says_whether_only_the_best_class_counts(nms):
+    assert exported_tiny(nms=nms, conf=CONF, iou=IOU, multi_label=False).metadata.nms.multi_label is False
 
 
 @pytest.mark.parametrize("simplify", [True, False])
-def test_the_heads_named_in_the_passport_are_the_raw_maps(simplify):
+def test_the_heads_named_in_the_metadata_are_the_raw_maps(simplify):
     model = exported_tiny(nms="plugin", simplify=simplify)
     graph = onnx.ModelProto()
     graph.CopyFrom(model.proto)
-    graph.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in model.info.heads)
-    maps = session(graph).run(list(model.info.heads), {"images": images()})
+    graph.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in model.metadata.heads
+    )
+    maps = session(graph).run(list(model.metadata.heads), {"images": images()})
     with torch.no_grad():
         net = fused_tiny()
         expected = net.head.maps(net.features(torch.from_numpy(images())))
@@ -156,7 +158,7 @@ def test_the_plugin_node_holds_everything_a_plugin_must_know():
 def test_an_unfused_model_is_refused():
     model = new_model("yolov7-tiny", classes=2).eval()
     with pytest.raises(ExportError, match="fused") as caught:
-        export_onnx(model, info_of(model), ExportOptions(input_hw=HW))
+        export_onnx(model, metadata_of(model), ExportOptions(input_hw=HW))
     assert "fuse" in caught.value.fix
 
 
@@ -165,21 +167,21 @@ def test_an_unfused_model_is_refused():
 )
 def test_a_size_that_is_no_multiple_of_the_stride_is_refused(hw, fix):
     with pytest.raises(UsageError, match="stride 32") as caught:
-        export_onnx(fused_tiny(), info_of(fused_tiny()), ExportOptions(input_hw=hw))
+        export_onnx(fused_tiny(), metadata_of(fused_tiny()), ExportOptions(input_hw=hw))
     assert caught.value.fix == fix
 
 
 def test_a_negative_size_is_refused():
     with pytest.raises(UsageError):
-        export_onnx(fused_tiny(), info_of(fused_tiny()), ExportOptions(input_hw=(-64, 64)))
+        export_onnx(fused_tiny(), metadata_of(fused_tiny()), ExportOptions(input_hw=(-64, 64)))
 
 
 def test_more_boxes_than_anchors_are_refused():
     options = ExportOptions(input_hw=(32, 32), max_det=100)
     with pytest.raises(UsageError, match="only 63 anchors") as caught:
-        export_onnx(fused_tiny(), info_of(fused_tiny()), options)
+        export_onnx(fused_tiny(), metadata_of(fused_tiny()), options)
     assert caught.value.fix == "--max-det 63"
-    export_onnx(fused_tiny(), info_of(fused_tiny()), replace(options, nms="none"))
+    export_onnx(fused_tiny(), metadata_of(fused_tiny()), replace(options, nms="none"))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_a_layer_without_a_translation_is_named():
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
     model.model[3].act = torch.nn.Hardswish()
     with pytest.raises(ExportError, match="Hardswish"):
-        export_onnx(model, info_of(model), ExportOptions(input_hw=HW))
+        export_onnx(model, metadata_of(model), ExportOptions(input_hw=HW))
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def model():
 
 def test_saving_into_a_folder_that_does_not_exist_makes_it(model, tmp_path):
     model.save(tmp_path / "new" / "m.onnx")
-    assert OnnxModel.load(tmp_path / "new" / "m.onnx").info == model.info
+    assert OnnxModel.load(tmp_path / "new" / "m.onnx").metadata == model.metadata
 
 
 def test_saving_below_a_file_says_so(model, tmp_path):
@@ -268,7 +270,7 @@ def test_a_saved_file_replaces_the_old_one(model, tmp_path):
     target = tmp_path / "m.onnx"
     target.write_bytes(b"the old file")
     model.save(target)
-    assert OnnxModel.load(target).info == model.info
+    assert OnnxModel.load(target).metadata == model.metadata
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -287,18 +289,18 @@ def test_files_that_hold_no_model_of_ours_are_refused(model, tmp_path):
     foreign.CopyFrom(model.proto)
     del foreign.metadata_props[:]
     onnx.save(foreign, path)
-    with pytest.raises(LoadError, match="no passport"):
+    with pytest.raises(LoadError, match="no metadata"):
         OnnxModel.load(path)
 
 
-def test_a_passport_that_is_none_is_refused(model, tmp_path):
+def test_a_metadata_that_is_none_is_refused(model, tmp_path):
     broken = onnx.ModelProto()
     broken.CopyFrom(model.proto)
     helper.set_model_props(broken, {"yolov7_deploy": "{}"})
     onnx.save(broken, tmp_path / "m.onnx")
-    with pytest.raises(LoadError, match="passport"):
+    with pytest.raises(LoadError, match="metadata"):
         OnnxModel.load(tmp_path / "m.onnx")
 
 
-def test_the_passport_reads_back_from_its_own_text(model):
-    assert ModelInfo.from_json(model.info.to_json()) == model.info
+def test_the_metadata_reads_back_from_its_own_text(model):
+    assert ModelMetadata.from_json(model.metadata.to_json()) == model.metadata

@@ -1,4 +1,4 @@
-"""Suppression alone, on a bare head, against the reference."""
+"""NMS alone, on a bare head, against the reference."""
 
 import itertools
 
@@ -20,9 +20,9 @@ from tests.support.small_models import session
 from yolov7_deploy.export.nms import OVERFLOW, attach_nms
 from yolov7_deploy.export.nms_subgraph import NmsPlan
 from yolov7_deploy.options import ExportOptions, Thresholds
-from yolov7_deploy.postprocess import detections_of
+from yolov7_deploy.postprocess import postprocess
 
-# --- suppression alone, on a bare head ----------------------------------------------------------------------------
+# --- NMS alone, on a bare head ----------------------------------------------------------------------------
 
 STRIDES = (8, 16)
 ANCHORS = (((10, 14), (20, 16), (24, 40)), ((40, 30), (60, 90), (120, 100)))
@@ -30,7 +30,7 @@ BARE_HW = (64, 96)
 
 
 class BareHead:
-    """A graph of nothing but suppression, fed with the boxes and scores a test wants.
+    """A graph of nothing but NMS, fed with the boxes and scores a test wants.
 
     Each wish (box xywh, objectness logit, class logits) is put into the cell its centre lies in, at the first anchor
     that is free and can reach its size.
@@ -95,7 +95,7 @@ class BareHead:
             multi_label=options.multi_label,
             class_agnostic=options.class_agnostic,
         )
-        return detections_of(decoded, chosen, max_candidates=self.plan.candidates)
+        return postprocess(decoded, chosen, max_candidates=self.plan.candidates)
 
 
 def decode(maps, classes):

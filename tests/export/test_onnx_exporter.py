@@ -1,4 +1,4 @@
-"""The exported graph does what torch and the reference suppression do, in every form, opset and batch."""
+"""The exported graph does what torch and the reference NMS do, in every form, opset and batch."""
 
 import itertools
 
@@ -26,7 +26,7 @@ from tests.support.detecting import (
     run,
 )
 from tests.support.deterministic import fill_model, make_image
-from tests.support.small_models import HW, decoded_by_torch, exported_tiny, images, info_of, session, tiny_session
+from tests.support.small_models import HW, decoded_by_torch, exported_tiny, images, metadata_of, session, tiny_session
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.fusion import fuse
@@ -114,10 +114,10 @@ def test_uint8_input_equals_float32_input(nms):
     else:
         for index in range(2):
             assert_same_detections(picked(ours, index), picked(expected, index))
-    assert exported_tiny(input_kind="uint8", **options).info.input_kind == "uint8"
+    assert exported_tiny(input_kind="uint8", **options).metadata.input_kind == "uint8"
 
 
-# --- what suppression is told -------------------------------------------------------------------------------------
+# --- what NMS is told -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nms", ["standard", "plugin"])
@@ -182,15 +182,15 @@ LARGE = ("yolov7", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x
 def test_every_variant_gives_the_maps_of_torch(variant):
     net = fuse(fill_model(new_model(variant, classes=3)))
     side = 2 * net.head.strides[-1]
-    model = export_onnx(net, info_of(net), ExportOptions(input_hw=(side, side), nms="none"))
-    assert len(model.info.heads) == net.head.levels
+    model = export_onnx(net, metadata_of(net), ExportOptions(input_hw=(side, side), nms="none"))
+    assert len(model.metadata.heads) == net.head.levels
     image = make_image(side, side)
     with torch.no_grad():
         features = net.features(image)
         expected = [raw.numpy() for raw in net.head.maps(features)]
         decoded = net.predict(image).numpy()
     model.proto.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in model.info.heads
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in model.metadata.heads
     )
     output, *maps = session(model.proto).run(None, {"images": image.numpy()})
     for ours, raw in zip(maps, expected, strict=True):
@@ -204,7 +204,7 @@ def test_no_two_values_share_a_name_in_a_network_with_slices_of_its_own():
     w6 = fuse(fill_model(new_model("yolov7-w6", classes=2)))
     for nms in ENDS:
         options = ExportOptions(input_hw=(64, 128), nms=nms, simplify=False, max_det=20)
-        graph = export_onnx(w6, info_of(w6), options).proto.graph
+        graph = export_onnx(w6, metadata_of(w6), options).proto.graph
         values = [name for node in graph.node for name in node.output] + [tensor.name for tensor in graph.initializer]
         for names in (values, [node.name for node in graph.node]):
             assert sorted({name for name in names if names.count(name) > 1}) == []

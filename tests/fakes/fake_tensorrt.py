@@ -86,7 +86,7 @@ def tensor(name, shape, dtype="FLOAT"):
 
 
 class Network:
-    """What a parser fills: one convolution, and a suppression by `last`."""
+    """What a parser fills: one convolution, and a NMS by `last`."""
 
     def __init__(self, flags, last="LOOP", batch=1):
         self.flags = flags

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 
 SIDE = 64
 STRIDES = (8, 16, 32)
@@ -70,22 +70,26 @@ def videos(folder: Path) -> list[bytes]:
     return [*files, encoded(".gif", make_image())]
 
 
-def passports() -> list[bytes]:
-    """With suppression and without, of a fixed and of an open size."""
+def metadata_texts() -> list[bytes]:
+    """With NMS and without, of a fixed and of an open size."""
     anchors = tuple(tuple((float(4 * i + j), float(3 * i + j)) for j in (3, 5, 9)) for i in (1, 2, 3))
     names = tuple(f"thing {i}" for i in range(CLASSES))
     plain = {"variant": "custom", "class_names": names, "strides": STRIDES, "anchors": anchors, "source": "seed.pt"}
-    nms = NmsInfo(
+    nms = NmsMetadata(
         kind="plugin", conf=0.25, iou=0.45, max_det=20, max_candidates=64,
         multi_label=True, class_agnostic=False, runtime_thresholds=True,
     )  # fmt: skip
     fixed = {"input_hw": (SIDE, SIDE), "batch": 1, "opset": 17, "heads": ("p3", "p4", "p5"), "notes": ("a note",)}
-    infos = [ModelInfo(**plain), ModelInfo(**plain, **fixed, nms=nms), ModelInfo(**plain, **fixed, input_kind="uint8")]
-    return [info.to_json().encode() for info in infos]
+    infos = [
+        ModelMetadata(**plain),
+        ModelMetadata(**plain, **fixed, nms=nms),
+        ModelMetadata(**plain, **fixed, input_kind="uint8"),
+    ]
+    return [metadata.to_json().encode() for metadata in infos]
 
 
 def graphs() -> list[bytes]:
-    """Three convolutions for a network, with every end there is; the last carries no passport."""
+    """Three convolutions for a network, with every end there is; the last carries no metadata."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -94,7 +98,7 @@ def graphs() -> list[bytes]:
     from yolov7_deploy.export.onnx_model import OnnxModel
     from yolov7_deploy.options import ExportOptions
 
-    infos = [ModelInfo.from_json(text.decode()) for text in passports()]
+    infos = [ModelMetadata.from_json(text.decode()) for text in metadata_texts()]
     heads, columns = ("p3", "p4", "p5"), 3 * (5 + CLASSES)
     rng = np.random.default_rng(0)
     nodes, weights, outputs = [], [], []
@@ -120,20 +124,20 @@ def graphs() -> list[bytes]:
         onnx.checker.check_model(proto)
         nms = None
         if kind != "none":
-            nms = NmsInfo(
+            nms = NmsMetadata(
                 kind=kind, conf=0.25, iou=0.45, max_det=20, max_candidates=64,
                 multi_label=True, class_agnostic=False, runtime_thresholds=kind != "efficient",
             )  # fmt: skip
-        info = ModelInfo.from_json(json.dumps({**json.loads(infos[1].to_json()), "nms": None}))
+        metadata = ModelMetadata.from_json(json.dumps({**json.loads(infos[1].to_json()), "nms": None}))
         foreign = proto.SerializeToString(deterministic=True)
-        files.append(OnnxModel.of(proto, _with(info, nms)).proto.SerializeToString(deterministic=True))
+        files.append(OnnxModel.of(proto, _with(metadata, nms)).proto.SerializeToString(deterministic=True))
     return [*files, foreign]
 
 
-def _with(info: ModelInfo, nms: NmsInfo | None) -> ModelInfo:
+def _with(metadata: ModelMetadata, nms: NmsMetadata | None) -> ModelMetadata:
     from dataclasses import replace
 
-    return replace(info, nms=nms)
+    return replace(metadata, nms=nms)
 
 
 def checkpoints(folder: Path) -> list[bytes]:
@@ -157,7 +161,7 @@ def checkpoints(folder: Path) -> list[bytes]:
 
 
 def safetensors_files(folder: Path) -> list[bytes]:
-    """Our own format in float32 and float16, and one without a passport."""
+    """Our own format in float32 and float16, and one without metadata."""
     import safetensors.torch
 
     from yolov7_deploy.checkpoint import load_checkpoint, save_checkpoint
@@ -256,14 +260,14 @@ def records() -> list[bytes]:
     from yolov7_deploy.tensorrt.build_record import EngineRecord, EngineTensor, InputShape, NetworkLayer, PluginUse
     from yolov7_deploy.tensorrt.engine import digest
 
-    info = ModelInfo.from_json(passports()[1].decode())
+    metadata = ModelMetadata.from_json(metadata_texts()[1].decode())
     shape = (1, 3, SIDE, SIDE)
     layers = (NetworkLayer(name="conv", type="CONVOLUTION", precision="fp16"),)
     files = []
     for i, text in enumerate((*map(json.dumps, INSPECTIONS), "")):
         plan = plans()[0]
         record = EngineRecord(
-            info=info, plan_bytes=len(plan), plan_sha256=digest(plan), product="tensorrt", tensorrt="10.3.0.26",
+            metadata=metadata, plan_bytes=len(plan), plan_sha256=digest(plan), product="tensorrt", tensorrt="10.3.0.26",
             inspector=text, listing="" if text else LISTING, network_layers=layers if i else (),
             targets=("8.6", "8.9"), notes=("a note",),
             plugin=PluginUse(path="/usr/lib/liby7_plugin.so", version="1", abi="v3") if i % 2 else None,

@@ -62,32 +62,32 @@ def _checkpoint(path: Path) -> None:
     from yolov7_deploy.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
-    _passport_of(checkpoint.info)
+    _metadata_of(checkpoint.metadata)
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.tensors.values())
 
 
-def _passport(path: Path) -> None:
-    from yolov7_deploy.metadata import ModelInfo
+def _metadata(path: Path) -> None:
+    from yolov7_deploy.metadata import ModelMetadata
 
-    _passport_of(ModelInfo.from_json(path.read_bytes().decode("utf-8", "surrogateescape")))
+    _metadata_of(ModelMetadata.from_json(path.read_bytes().decode("utf-8", "surrogateescape")))
 
 
-def _passport_of(info: Any) -> None:
-    """What readers of a passport do with it."""
-    from yolov7_deploy.cli.info import _passport_text
-    from yolov7_deploy.metadata import ModelInfo
+def _metadata_of(metadata: Any) -> None:
+    """What readers of metadata do with it."""
+    from yolov7_deploy.cli.info import _metadata_text
+    from yolov7_deploy.metadata import ModelMetadata
 
-    assert ModelInfo.from_json(info.to_json()) == info
-    _passport_text(info).encode()
-    hash(info)
-    assert max(*info.default_hw, info.stride) < 2**20
+    assert ModelMetadata.from_json(metadata.to_json()) == metadata
+    _metadata_text(metadata).encode()
+    hash(metadata)
+    assert max(*metadata.default_hw, metadata.stride) < 2**20
 
 
 def _onnx_model(path: Path) -> None:
     from yolov7_deploy.export.onnx_model import OnnxModel
 
     model = OnnxModel.load(path)
-    _passport_of(model.info)
+    _metadata_of(model.metadata)
 
 
 def _info(path: Path) -> None:
@@ -181,7 +181,7 @@ def _engine(path: Path) -> None:
     engine = path.with_suffix("") if path.suffix == ".json" else path
     loaded = Engine.load(engine)
     if loaded.record is not None:
-        _passport_of(loaded.record.info)
+        _metadata_of(loaded.record.metadata)
         assert type(loaded.record).from_json(loaded.record.to_json()) == loaded.record
     for layers in (False, True):
         info(str(engine), json_path=os.devnull, layers=layers)
@@ -219,7 +219,7 @@ def _mutate_record(rng: random.Random, data: bytes, others: Sequence[bytes]) -> 
 
 
 def _mutate_onnx(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """A graph that is still a graph, with a passport or without; one time in three only bytes are changed."""
+    """A graph that is still a graph, with metadata or without; one time in three only bytes are changed."""
     if rng.random() < 0.35:
         return mutations.mutate_bytes(rng, data, others)
     import onnx
@@ -243,8 +243,8 @@ TARGETS = {
         load=_checkpoint,
         suffix=".safetensors",
     ),
-    "passport": Target(
-        seeds=lambda _: fuzz_seeds.passports(), mutate=mutations.mutate_json, load=_passport, suffix=".json"
+    "metadata": Target(
+        seeds=lambda _: fuzz_seeds.metadata_texts(), mutate=mutations.mutate_json, load=_metadata, suffix=".json"
     ),
     "onnx-model": Target(seeds=lambda _: fuzz_seeds.graphs(), mutate=_mutate_onnx, load=_onnx_model, suffix=".onnx"),
     "onnx-info": Target(seeds=lambda _: fuzz_seeds.graphs(), mutate=_mutate_onnx, load=_info, suffix=".onnx"),

@@ -22,7 +22,7 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DatasetError, ImageError, LoadError, SourceError
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import MAX_PIXELS, read_image
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile
 
@@ -146,7 +146,7 @@ def test_an_error_of_opencv_while_reading_a_video_is_ours():
     assert caught.value.fix
 
 
-# --- passports --------------------------------------------------------------------------------------------------------
+# --- metadata ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -168,18 +168,18 @@ def test_an_error_of_opencv_while_reading_a_video_is_ours():
         ("input_kind", "complex64"),
     ],
 )
-def test_a_passport_with_a_wrong_value_names_the_field(field, value):
-    document = json.loads(fuzz_seeds.passports()[1])
+def test_a_metadata_with_a_wrong_value_names_the_field(field, value):
+    document = json.loads(fuzz_seeds.metadata_texts()[1])
     with pytest.raises(
-        LoadError, match=f"passport inside the file cannot be read .*{'kind|conf|' * (field == 'nms')}{field}"
+        LoadError, match=f"metadata inside the file cannot be read .*{'kind|conf|' * (field == 'nms')}{field}"
     ):
-        ModelInfo.from_json(json.dumps({**document, field: value}))
+        ModelMetadata.from_json(json.dumps({**document, field: value}))
 
 
 def test_a_name_of_half_a_character_can_be_printed():
-    document = json.loads(fuzz_seeds.passports()[0])
-    info = ModelInfo.from_json(json.dumps({**document, "class_names": ["\ud800", "bär"]}))
-    assert info.class_names == ("?", "bär")
+    document = json.loads(fuzz_seeds.metadata_texts()[0])
+    metadata = ModelMetadata.from_json(json.dumps({**document, "class_names": ["\ud800", "bär"]}))
+    assert metadata.class_names == ("?", "bär")
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -290,19 +290,19 @@ def test_a_graph_whose_names_are_no_text_is_refused(tmp_path):
     assert caught.value.fix
 
 
-def test_a_passport_of_another_size_than_the_graph_is_refused(tmp_path):
+def test_a_metadata_of_another_size_than_the_graph_is_refused(tmp_path):
     def change(proto):
-        passport = json.loads(proto.metadata_props[0].value)
-        proto.metadata_props[0].value = json.dumps({**passport, "input_hw": [60_000, 60_000]})
+        metadata = json.loads(proto.metadata_props[0].value)
+        proto.metadata_props[0].value = json.dumps({**metadata, "input_hw": [60_000, 60_000]})
 
-    with pytest.raises(LoadError, match=r"passport of .* says .*60000.*its graph .*64"):
+    with pytest.raises(LoadError, match=r"metadata of .* says .*60000.*its graph .*64"):
         opened(tmp_path / "size.onnx", change)
 
 
-def test_a_passport_with_other_classes_than_the_results_is_refused(tmp_path):
+def test_a_metadata_with_other_classes_than_the_results_is_refused(tmp_path):
     def change(proto):
-        passport = json.loads(proto.metadata_props[0].value)
-        proto.metadata_props[0].value = json.dumps({**passport, "class_names": ["only one"]})
+        metadata = json.loads(proto.metadata_props[0].value)
+        proto.metadata_props[0].value = json.dumps({**metadata, "class_names": ["only one"]})
 
     with opened(tmp_path / "classes.onnx", change) as detector, pytest.raises(LoadError, match="no YOLOv7 layout"):
         detector(fuzz_seeds.make_image())

@@ -13,7 +13,7 @@ from tests.gpu.nms import ANCHORS, CLASSES, CONF, IOU, MAX_CANDIDATES, MAX_DET, 
 
 try:
     from torchvision.ops import nms as torch_nms
-except ImportError:  # then PyTorch is spared the suppression
+except ImportError:  # then PyTorch is spared the NMS
     torch_nms = None
 
 CASES = ((np.float16, 300, 1), (np.float32, 300, 1), (np.float16, 1000, 1), (np.float16, 300, 32))
@@ -21,7 +21,7 @@ CLASS_OFFSET = 4096.0  # pixels between classes, so that boxes of two classes ne
 
 
 class TorchPath:
-    """Decode and suppression of raw head maps on the GPU, grids made beforehand."""
+    """Decode and NMS of raw head maps on the GPU, grids made beforehand."""
 
     def __init__(self, maps: list[Any]) -> None:
         self.maps = maps

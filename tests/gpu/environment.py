@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 GUARD = 512  # bytes before and behind a buffer that nobody may write, a multiple of every vector load
 GUARD_BYTE, GARBAGE_BYTE = 0x5C, 0xAB
 KERNELS, PLUGIN = "liby7_kernels.so", "liby7_plugin_v2.so"
-SUPPRESSED = "{}-nms.onnx"  # a network with made-up weights and suppression inside
+SUPPRESSED = "{}-nms.onnx"  # a network with made-up weights and NMS inside
 
 
 @dataclass(kw_only=True, slots=True)

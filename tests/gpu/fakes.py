@@ -54,11 +54,11 @@ def fake_tensorrt(folder: Path) -> Iterator[None]:
 
 def engine_of(kit: Any, model: OnnxModel, path: Path) -> Path:
     """An engine of the same graph, with an inspector's table of its convolutions."""
-    batch = model.info.batch or 1
+    batch = model.metadata.batch or 1
     prepared = prepare_graph(model, own_plugin=False)
     made: Path = kit.engine(
         prepared.proto,
-        info=model.info,
+        metadata=model.metadata,
         batches=(batch, batch),
         name=str(path.relative_to(kit.folder)),
         nms_by=prepared.nms_by,

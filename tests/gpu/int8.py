@@ -204,12 +204,12 @@ def described(engine: Path) -> dict[str, object]:
     file = read_engine_file(engine)
     record = file.record
     assert record is not None, "y7 build writes a record"
-    int8 = record.info.int8
+    int8 = record.metadata.int8
     return {
         "build_s": record.build_s,
         "plan_bytes": file.size_bytes,
         "tensorrt": f"{file.product} {file.tensorrt}",
-        "suppression": record.nms_by,
+        "NMS": record.nms_by,
         "strongly_typed": record.strongly_typed,
         "flags": record.flags,
         "layers": asdict(file.summary) if file.summary else None,

@@ -27,7 +27,7 @@ from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
 from yolov7_deploy.image import Image, fit_letterbox, read_image
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions, ValOptions
@@ -50,10 +50,10 @@ FLOAT, INT8 = "fp32.onnx", "int8.onnx"  # whole, at batch 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A network to export: with its passport, and the threshold that its files fall back to."""
+    """A network to export: with its metadata, and the threshold that its files fall back to."""
 
     network: Yolov7
-    info: ModelInfo
+    metadata: ModelMetadata
     trained: bool
     side: int
     conf: float = ExportOptions().conf
@@ -61,7 +61,7 @@ class Source:
     def exported(self, batch: int) -> OnnxModel:
         """In float32."""
         options = ExportOptions(input_hw=(self.side, self.side), batch=batch, conf=self.conf, max_det=MAX_DET)
-        model = export_onnx(self.network, self.info, options)
+        model = export_onnx(self.network, self.metadata, options)
         if not self.trained:
             make_up(model.proto)
         return model
@@ -112,13 +112,13 @@ def write_int8(
 
 def _trained(weights: Path, side: int) -> Source:
     checkpoint = load_checkpoint(weights)
-    return Source(network=fuse(build_model(checkpoint)), info=checkpoint.info, trained=True, side=side)
+    return Source(network=fuse(build_model(checkpoint)), metadata=checkpoint.metadata, trained=True, side=side)
 
 
 def _untrained(name: str, side: int, work: Path, canvas: Image) -> Source:
     """With a threshold that lets through as many detections as a crowded image has."""
-    network, info = untrained(name)
-    source = Source(network=network, info=info, trained=False, side=side)
+    network, metadata = untrained(name)
+    source = Source(network=network, metadata=metadata, trained=False, side=side)
     source.exported(1).save(work / FLOAT)
     with Detector(work / FLOAT, device="cpu") as detector:
         scores = detector(canvas, conf=0.0).scores  # the best first
@@ -164,7 +164,7 @@ def _write_files(
         model = whole if batch == 1 else source.exported(batch)
         # In front of decoding the network is the same for every batch size, and so are its ranges.
         for lower in (in_half(model), to_int8(model, quantized.calibration, Int8Options())):
-            file = FILE.format(model=name, precision=lower.info.precision, batch=batch)
+            file = FILE.format(model=name, precision=lower.metadata.precision, batch=batch)
             proto = onnx.ModelProto()
             proto.CopyFrom(lower.proto)
             (folder / file).write_bytes(unshared(stripped(proto, made_up), known, file=file))
@@ -177,9 +177,9 @@ def in_half(model: OnnxModel) -> OnnxModel:
     opened = onnx.ModelProto()
     opened.CopyFrom(model.proto)
     _batch_of(opened).dim_param = "batch"  # the network in front of decoding takes any
-    half = to_fp16(OnnxModel(opened, replace(model.info, batch=None)), [street()])
-    _batch_of(half.proto).dim_value = model.info.batch or 1
-    return OnnxModel.of(half.proto, replace(half.info, batch=model.info.batch))
+    half = to_fp16(OnnxModel(opened, replace(model.metadata, batch=None)), [street()])
+    _batch_of(half.proto).dim_value = model.metadata.batch or 1
+    return OnnxModel.of(half.proto, replace(half.metadata, batch=model.metadata.batch))
 
 
 def _batch_of(proto: onnx.ModelProto) -> onnx.TensorShapeProto.Dimension:

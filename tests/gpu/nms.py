@@ -1,4 +1,4 @@
-"""The suppression kernels on the GPU: equal to the reference bit by bit, every time the same, and how fast."""
+"""The NMS kernels on the GPU: equal to the reference bit by bit, every time the same, and how fast."""
 
 from __future__ import annotations
 

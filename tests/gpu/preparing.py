@@ -50,7 +50,7 @@ ROWS = 2000  # of a raw output that are compared
 # pytest and what it needs, since the tests' own cases run on the GPU too; what the soak reads memory with; what judges
 # AP, which only the Python version of this machine can import.
 SITE = ("psutil", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "yaml", "faster_coco_eval")
-SCORED = 200  # pairs of anchor and class that pass the threshold where suppression is inside
+SCORED = 200  # pairs of anchor and class that pass the threshold where NMS is inside
 CONFIDENT = 0.3  # of the detections that an engine must find again
 
 
@@ -67,7 +67,7 @@ def build_kernels(folder: Path, architecture: str) -> None:
 
 
 def write_ends(folder: Path) -> None:
-    """Decode and suppression as networks of their own, head maps as inputs, without function bodies."""
+    """Decode and NMS as networks of their own, head maps as inputs, without function bodies."""
     for batch in END_BATCHES:
         for kind in (np.float32, np.float16):
             for end in ("efficient", "plugin") + (("none",) if batch == 1 else ()):
@@ -96,21 +96,21 @@ def nms_end(end: str, kind: type, batch: int) -> onnx.ModelProto:
 
 def write_made_up(folder: Path, name: str, side: int, image: Array) -> None:
     """A half network whose weights stay behind, and rows of what ONNX Runtime made of the float32 one."""
-    network, info = untrained(name)
-    model = export_onnx(network, info, ExportOptions(input_hw=(side, side), nms="none"))
+    network, metadata = untrained(name)
+    model = export_onnx(network, metadata, ExportOptions(input_hw=(side, side), nms="none"))
     made_names = {tensor.name for tensor in model.proto.graph.initializer}
     make_up(model.proto)
     canvas = fit_letterbox((image.shape[0], image.shape[1]), (side, side)).apply(image)
     (output,) = run(model.proto, canvas)
     rows = np.linspace(0, output.shape[1] - 1, ROWS).astype(np.int64)
     np.savez_compressed(folder / f"{name}.npz", canvas=canvas, rows=rows, output=output[0, rows])
-    half = to_fp16(OnnxModel.of(model.proto, model.info), [image])
+    half = to_fp16(OnnxModel.of(model.proto, model.metadata), [image])
     (folder / f"{name}.onnx").write_bytes(stripped(half.proto, made_names))
     scores = np.sort((output[0, :, 4:5] * output[0, :, 5:]).ravel())
     options = ExportOptions(input_hw=(side, side), nms="plugin", conf=float(scores[-SCORED]))
-    whole = export_onnx(network, info, options)
+    whole = export_onnx(network, metadata, options)
     make_up(whole.proto)
-    half = to_fp16(OnnxModel.of(whole.proto, whole.info), [image])
+    half = to_fp16(OnnxModel.of(whole.proto, whole.metadata), [image])
     (folder / SUPPRESSED.format(name)).write_bytes(stripped(half.proto, made_names))
 
 

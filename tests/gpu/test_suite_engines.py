@@ -89,7 +89,7 @@ def test_a_build_that_fails_is_recorded_with_what_it_said(setting, tmp_path):
     results = json.loads(setting.result.read_text())
     assert results["yolov7-tiny build"]["exit"] == 1
     assert (
-        "Error" in results["yolov7-tiny build"]["said"] or "carries no passport" in results["yolov7-tiny build"]["said"]
+        "Error" in results["yolov7-tiny build"]["said"] or "carries no metadata" in results["yolov7-tiny build"]["said"]
     )
 
 

@@ -21,7 +21,7 @@ from tests.gpu import targets as goals
 from tests.gpu.environment import PLUGIN, Setting
 from tests.support.engines import HAS_RTX, NO_RTX
 from tests.support.sample_images import noise
-from tests.support.small_models import exported_tiny, info_of, tiny
+from tests.support.small_models import exported_tiny, metadata_of, tiny
 from yolov7_deploy.benchmark import benchmark as speed
 from yolov7_deploy.benchmark import sampling
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
@@ -49,7 +49,7 @@ def source(tmp_path_factory):
     """Weights of a small network, and images labelled with what it finds in them."""
     source = tmp_path_factory.mktemp("source")
     model = tiny()
-    names = info_of(model).class_names
+    names = metadata_of(model).class_names
     checkpoint = Checkpoint(
         tensors=model.state_dict(), variant="yolov7-tiny", training=False, class_names=names, anchors=model.anchors
     )
@@ -136,7 +136,7 @@ def test_the_file_of_another_batch_size_travels_without_weights_and_finds_the_sa
     for precision in int8.PRECISIONS:
         names = [int8.FILE.format(model=MODEL, precision=precision, batch=batch) for batch in BATCHES]
         with Detector(tmp_path / names[0], device="cpu") as two, Detector(tmp_path / names[1], device="cpu") as one:
-            assert (two.info.batch, one.info.batch, one.info.precision) == (2, 1, precision)
+            assert (two.metadata.batch, one.metadata.batch, one.metadata.precision) == (2, 1, precision)
             for found, expected in zip(two.batch(images), one.batch(images), strict=True):
                 assert len(found) > 5
                 np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
@@ -145,7 +145,7 @@ def test_the_file_of_another_batch_size_travels_without_weights_and_finds_the_sa
 def test_a_file_of_several_images_becomes_half_by_running_one():
     model = exported_tiny(batch=2)
     assert int8_files.in_half(model).proto == to_fp16(model, [street()]).proto
-    assert int8_files.in_half(model).info == to_fp16(model, [street()]).info
+    assert int8_files.in_half(model).metadata == to_fp16(model, [street()]).metadata
 
 
 def test_weights_that_another_part_brings_do_not_travel_again(tmp_path):

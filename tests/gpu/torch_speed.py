@@ -8,7 +8,7 @@ import torch
 
 from tests.gpu.environment import Setting
 from tests.gpu.networks import untrained
-from yolov7_deploy.benchmark.sampling import take_turns, warm_up
+from yolov7_deploy.benchmark.sampling import interleave, warm_up
 from yolov7_deploy.evaluation import synthetic_image as street
 from yolov7_deploy.hardware.power import open_power_meter
 from yolov7_deploy.image import fit_letterbox
@@ -16,8 +16,8 @@ from yolov7_deploy.options import Thresholds
 from yolov7_deploy.paper import VARIANTS, paper_row
 from yolov7_deploy.runtimes.pytorch import PytorchBackend
 
-# Random weights take as long as trained ones; nothing passes this threshold, so suppression does not matter.
-NOTHING = Thresholds(conf=1.0)
+# Random weights take as long as trained ones; nothing passes this threshold, so NMS does not matter.
+EMPTY_RESULT = Thresholds(conf=1.0)
 BATCHES = (1, 32)
 SECONDS = 3.0  # of each measurement
 WARM_UP_S = 8.0
@@ -29,9 +29,9 @@ def measure(setting: Setting) -> None:
     device = "cpu" if setting.emulated else "cuda:0"
     for name in names:
         row = paper_row(name)
-        network, info = untrained(name)
-        backend = PytorchBackend(network, info, device=device)
-        side = 128 if setting.emulated else info.default_hw[0]
+        network, metadata = untrained(name)
+        backend = PytorchBackend(network, metadata, device=device)
+        side = 128 if setting.emulated else metadata.default_hw[0]
         for batch in BATCHES[: setting.some(2, 1)]:
             for canvas in ((side, side), (side * 3 // 4, side)):
                 result = engine_ms(backend, canvas, batch, setting, device)
@@ -54,12 +54,12 @@ def engine_ms(
     whole: list[float] = []
 
     def spans() -> None:
-        found = backend.infer(images, letterboxes, NOTHING, timed=True).spans
+        found = backend.infer(images, letterboxes, EMPTY_RESULT, timed=True).spans
         assert found is not None
         engine.append(found.engine_ms / batch)
 
     def call() -> None:
-        found = backend.infer(images, letterboxes, NOTHING)
+        found = backend.infer(images, letterboxes, EMPTY_RESULT)
         whole.append((found.preprocess_ms + found.inference_ms + found.postprocess_ms) / batch)
 
     seconds = 0.2 if setting.emulated else SECONDS
@@ -69,11 +69,11 @@ def engine_ms(
     whole.clear()
     meter = open_power_meter(device)
     if isinstance(meter, str):
-        take_turns((spans, call), turn_s=0.1, seconds=seconds, least_turns=3, on_turn=lambda share: None)
+        interleave((spans, call), turn_s=0.1, seconds=seconds, least_turns=3, on_turn=lambda share: None)
         watts: object = meter
     else:
         with meter:
-            take_turns((spans, call), turn_s=0.1, seconds=seconds, least_turns=3, on_turn=lambda share: None)
+            interleave((spans, call), turn_s=0.1, seconds=seconds, least_turns=3, on_turn=lambda share: None)
         watts = round(meter.mean_watts, 1)
     middle = statistics.median(engine)
     return {
@@ -82,5 +82,5 @@ def engine_ms(
         "call_ms": round(statistics.median(whole), 4),
         "calls": len(whole),
         "watts": watts,
-        "settings": dict(backend.settings),
+        "settings": dict(backend.runtime_info),
     }

@@ -16,7 +16,7 @@ from unittest.mock import patch
 from tests.gpu.environment import Setting
 from tests.gpu.train_steps import Bench
 from yolov7_deploy.options import Thresholds, TrainOptions
-from yolov7_deploy.training.callbacks import Nobody
+from yolov7_deploy.training.callbacks import NullCallback
 from yolov7_deploy.training.config import TrainRequest
 from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
 from yolov7_deploy.training.loggers import RESULTS_NAME, EpochRecord, read_results
@@ -36,7 +36,7 @@ class OutOfTime(Exception):  # noqa: N818 - no error: what was trained so far co
     """The training was ended after an epoch."""
 
 
-class Diary(Nobody):
+class Diary(NullCallback):
     """Records each epoch as soon as it is over, and ends the training when its time is."""
 
     def __init__(self, setting: Setting, ends: float) -> None:

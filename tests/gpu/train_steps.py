@@ -19,12 +19,12 @@ from tests.gpu.environment import Setting
 from tests.gpu.targets import Goals
 from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.training.distributed import CPU, World
+from yolov7_deploy.training.distributed import CPU, DistributedContext
 from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
 from yolov7_deploy.training.initialization import starting_model
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.train_step import Learner, StepNumbers
+from yolov7_deploy.training.train_step import StepMetrics, TrainStep
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -102,10 +102,10 @@ class Bench:
 class Stepper:
     """Takes one training step after the other, each with finite losses."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: TrainStep) -> None:
         self.learner, self.steps = learner, 0
 
-    def __call__(self, batch: Batch) -> StepNumbers:
+    def __call__(self, batch: Batch) -> StepMetrics:
         """What the step says of itself."""
         numbers = self.learner.learn(batch, epoch=0, step=self.steps, in_epoch=self.steps)
         assert numbers.is_finite, f"the loss is no number in step {self.steps}: {numbers}"
@@ -128,7 +128,7 @@ def new_stepper(
         hyp=hyp, epochs=options.epochs, steps=STEPS, batch=batch, nominal_batch=sizes.nominal, linear=False
     )
     model = starting_model(variant, tuple(classes)).model
-    learner = Learner(model, hyp=hyp, options=options, schedule=schedule, world=World(device=device))
+    learner = TrainStep(model, hyp=hyp, options=options, schedule=schedule, world=DistributedContext(device=device))
     learner.train_mode()
     return Stepper(learner)
 
@@ -160,7 +160,7 @@ def convolutions(*, tf32: bool) -> Iterator[None]:
 
 
 def step_speed(bench: Bench, variant: str, batch: int, *, half: bool, tf32: bool = True) -> dict[str, Any]:
-    """Images per second of `Learner.learn` on one batch of noise, peak memory, and the share of each stage."""
+    """Images per second of `TrainStep.learn` on one batch of noise, peak memory, and the share of each stage."""
     device, sizes = bench.device, bench.sizes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -185,7 +185,7 @@ def step_speed(bench: Bench, variant: str, batch: int, *, half: bool, tf32: bool
     }
 
 
-def precision(learner: Learner, *, tf32: bool) -> str:
+def precision(learner: TrainStep, *, tf32: bool) -> str:
     """What forward computes in."""
     if learner.half:
         return "float16" if learner.scaler.is_enabled() else "bfloat16"
@@ -245,7 +245,7 @@ class Stopwatch:
 
 
 def stage_ms(stepper: Stepper, batch: Batch, *, steps: int) -> dict[str, float]:
-    """Mean milliseconds of each stage of `Learner.learn`, of the `rest`, and of the `whole` step.
+    """Mean milliseconds of each stage of `TrainStep.learn`, of the `rest`, and of the `whole` step.
 
     An update counts as often as it comes: with a batch of 32 in every second step.
     """

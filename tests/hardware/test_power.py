@@ -17,7 +17,7 @@ from tests.hardware.test_power_inputs import LINES, program
 from tests.support.boards import laid_out, wait_until
 from yolov7_deploy.hardware.gpu import read_visible_gpus
 from yolov7_deploy.hardware.nvml import open_gpu
-from yolov7_deploy.hardware.power import Course, SampledMeter, open_power_meter
+from yolov7_deploy.hardware.power import PowerIntegrator, SampledMeter, open_power_meter
 from yolov7_deploy.hardware.rapl import open_packages
 
 GPUS = "0000:af:00.0 NVIDIA T4;0000:3b:00.0 Tesla V100-SXM2-16GB"
@@ -61,7 +61,7 @@ def samplers():
 
 
 def test_sampled_watts_are_weighted_by_the_time_between_them():
-    course = Course(counts_joules=False)
+    course = PowerIntegrator(counts_joules=False)
     for time_s, watts in ((0.0, 10.0), (1.0, 20.0), (4.0, 20.0)):
         course.add(time_s, watts)
     assert course.mean_watts == pytest.approx((15 * 1 + 20 * 3) / 4)
@@ -69,7 +69,7 @@ def test_sampled_watts_are_weighted_by_the_time_between_them():
 
 
 def test_a_counter_is_read_between_its_first_and_its_last_move():
-    course = Course(counts_joules=True)
+    course = PowerIntegrator(counts_joules=True)
     readings = [(0.00, 100.0), (0.04, 100.0), (0.10, 130.0), (0.15, 130.0), (0.20, 150.0), (0.30, 170.0), (0.39, 170.0)]
     for time_s, joules in readings:
         course.add(time_s, joules)
@@ -78,7 +78,7 @@ def test_a_counter_is_read_between_its_first_and_its_last_move():
 
 
 def test_a_counter_that_begins_anew_loses_only_the_moment_of_that():
-    course = Course(counts_joules=True)
+    course = PowerIntegrator(counts_joules=True)
     for time_s, joules in ((0.0, 990.0), (1.0, 1000.0), (2.0, 1010.0), (3.0, 2.0), (4.0, 12.0), (5.0, 22.0)):
         course.add(time_s, joules)
     assert course.mean_watts == pytest.approx(10.0)
@@ -86,7 +86,7 @@ def test_a_counter_that_begins_anew_loses_only_the_moment_of_that():
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
 def test_a_reading_that_is_none_is_left_out(value):
-    course = Course(counts_joules=False)
+    course = PowerIntegrator(counts_joules=False)
     for time_s, watts in ((0.0, 10.0), (1.0, value), (2.0, 10.0)):
         course.add(time_s, watts)
     assert (course.mean_watts, course.samples) == (10.0, 2)
@@ -94,7 +94,7 @@ def test_a_reading_that_is_none_is_left_out(value):
 
 @pytest.mark.parametrize("counts_joules", [False, True])
 def test_too_few_readings_are_no_mean_and_no_samples(counts_joules):
-    course = Course(counts_joules=counts_joules)
+    course = PowerIntegrator(counts_joules=counts_joules)
     assert math.isnan(course.mean_watts) and course.samples == 0
     course.add(0.0, 5.0)
     assert math.isnan(course.mean_watts) and course.samples == 0

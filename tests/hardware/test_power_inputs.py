@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.boards import laid_out
 from yolov7_deploy.hardware.ina3221 import read_rails
 from yolov7_deploy.hardware.power import INPUTS, find_input
-from yolov7_deploy.hardware.tegrastats import Line, Tegrastats, read_line, read_one_line
+from yolov7_deploy.hardware.tegrastats import Tegrastats, TegrastatsSample, read_line, read_one_line
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "tegrastats.txt"
 
@@ -103,7 +103,7 @@ def test_a_part_that_is_switched_off_has_no_temperature():
 
 @pytest.mark.parametrize("text", ["", "\n", "tegrastats: command not found", "GR3D_FREQ", "VDD_IN mW/mW", "RAM /MB"])
 def test_text_that_is_no_line_says_nothing(text):
-    assert read_line(text) == Line()
+    assert read_line(text) == TegrastatsSample()
 
 
 PIECES = ["RAM", "VDD_IN", "GR3D_FREQ", "5mW/5mW", "0%", "@[1,]", "9@", "-1C", "/"]

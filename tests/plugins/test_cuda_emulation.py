@@ -1,4 +1,4 @@
-"""The emulated GPU finds the mistakes it promises to find; and sanitizers find none in the suppression on it."""
+"""The emulated GPU finds the mistakes it promises to find; and sanitizers find none in the NMS on it."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What the suppression's C ABI refuses, what it needs, and that the real compiler takes its kernels."""
+"""What the NMS's C ABI refuses, what it needs, and that the real compiler takes its kernels."""
 
 import re
 import shutil

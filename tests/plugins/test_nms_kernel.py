@@ -1,4 +1,4 @@
-"""The CUDA suppression, compiled for an emulated GPU, against the NumPy reference.
+"""The CUDA NMS, compiled for an emulated GPU, against the NumPy reference.
 
 Y7_NMS_CASES=5000 runs that many random cases instead of a few.
 """

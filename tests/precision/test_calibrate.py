@@ -17,7 +17,7 @@ from tests.support.small_models import HW, exported_tiny, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import fit_letterbox
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_digest
 from yolov7_deploy.precision.histogram import Histogram
 from yolov7_deploy.precision.subgraph import Network
@@ -204,7 +204,7 @@ def changed(change, **options):
     model = exported_tiny(**{"nms": "plugin", **options})
     proto = copy.deepcopy(model.proto)
     change(proto.graph)
-    return OnnxModel(proto, model.info)
+    return OnnxModel(proto, model.metadata)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_weights_that_are_no_numbers_are_refused(layer):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_head_map_that_is_no_number_is_refused(bad):
     """No convolution reads it, and so no histogram counts it."""
-    head = exported_tiny(nms="plugin").info.heads[1]
+    head = exported_tiny(nms="plugin").metadata.heads[1]
 
     def spoil(graph):
         bias = next(node for node in graph.node if node.output[0] == head).input[2]
@@ -332,7 +332,7 @@ def test_a_constant_that_is_joined_to_what_a_convolution_reads_is_counted_with_e
         initializer=[numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    model = OnnxModel(proto, ModelInfo(variant="custom", class_names=(), strides=(), anchors=(), input_hw=(8, 8)))
+    model = OnnxModel(proto, ModelMetadata(variant="custom", class_names=(), strides=(), anchors=(), input_hw=(8, 8)))
     found = calibrated(model, [noise(8, 8, seed) for seed in range(3)])
     np.testing.assert_array_equal(found.histograms["places"].counts, 3 * Histogram.of(places).counts)
     assert found.histograms["places"].largest == 7

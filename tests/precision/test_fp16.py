@@ -27,7 +27,7 @@ from tests.support.detecting import (
 )
 from tests.support.deterministic import fill_model, make_image
 from tests.support.sample_images import noise
-from tests.support.small_models import HW, exported_tiny, fused_tiny, images, info_of, session
+from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
@@ -58,12 +58,12 @@ def with_heads(model):
     """The graph with its raw maps as outputs, which then stand behind the others."""
     proto = copy.deepcopy(model.proto)
     known = {output.name for output in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in model.info.heads if name not in known)
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in model.metadata.heads if name not in known)
     return proto
 
 
 def heads_of(model, array):
-    return session(with_heads(model)).run(list(model.info.heads), {"images": array})
+    return session(with_heads(model)).run(list(model.metadata.heads), {"images": array})
 
 
 def worst(ours, expected):
@@ -96,7 +96,7 @@ def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset,
     assert ports(half.proto.graph.input) == ports(whole.proto.graph.input)
     assert ports(half.proto.graph.output) == ports(whole.proto.graph.output)
     kinds = types_of(half.proto)
-    assert {kinds[name] for name in half.info.heads} == {HALF}
+    assert {kinds[name] for name in half.metadata.heads} == {HALF}
     for node in network_of(half):
         if node.op_type in HALF_OPS:
             assert kinds[node.output[0]] == HALF, node.name
@@ -125,7 +125,7 @@ def test_bytes_are_scaled_in_float32():
     scaling = [node for node in network_of(half) if node.op_type not in HALF_OPS and node.op_type != "Cast"]
     assert [node.op_type for node in scaling] == ["Transpose", "Gather", "Div"]
     assert {kinds[node.output[0]] for node in scaling} == {FLOAT}
-    assert any("Div" in note for note in half.info.notes)
+    assert any("Div" in note for note in half.metadata.notes)
 
 
 @pytest.mark.parametrize("simplify", [True, False])
@@ -147,16 +147,16 @@ def test_the_float32_model_is_left_as_it_was():
     assert first == second
 
 
-def test_the_passport_says_fp16_and_what_stayed_float32(tmp_path):
+def test_the_metadata_says_fp16_and_what_stayed_float32(tmp_path):
     whole, half = exported_tiny(nms="plugin", **SUPPRESSION), half_tiny(nms="plugin", **SUPPRESSION)
     half.save(tmp_path / "m.onnx")
-    info = OnnxModel.load(tmp_path / "m.onnx").info
-    assert info == half.info
-    assert replace(info, precision="fp32", notes=()) == whole.info
-    assert info.precision == "fp16"
+    metadata = OnnxModel.load(tmp_path / "m.onnx").metadata
+    assert metadata == half.metadata
+    assert replace(metadata, precision="fp32", notes=()) == whole.metadata
+    assert metadata.precision == "fp16"
     nodes = len(network_of(whole))
-    assert info.notes[0] == f"fp16: {nodes} of {nodes} nodes in front of decoding are half"
-    assert any("became 0" in note for note in info.notes)
+    assert metadata.notes[0] == f"fp16: {nodes} of {nodes} nodes in front of decoding are half"
+    assert any("became 0" in note for note in metadata.notes)
 
 
 # --- the numbers --------------------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ def test_the_passport_says_fp16_and_what_stayed_float32(tmp_path):
 
 @pytest.mark.parametrize("nms", ENDS)
 def test_decoding_and_suppression_are_those_of_float32(nms):
-    """What the file finds is what float32 decoding and the reference suppression make of its own half maps."""
+    """What the file finds is what float32 decoding and the reference NMS make of its own half maps."""
     half = half_tiny(nms=nms, batch=None, **SUPPRESSION)
     maps = heads_of(half, images(2))
     assert {raw.dtype for raw in maps} == {np.dtype(np.float16)}
-    ends = session(end_of(half)).run(None, dict(zip(half.info.heads, maps, strict=True)))
+    ends = session(end_of(half)).run(None, dict(zip(half.metadata.heads, maps, strict=True)))
     with torch.no_grad():
         head = fused_tiny().head
         raws = [torch.from_numpy(raw.astype(np.float32)) for raw in maps]
@@ -203,7 +203,7 @@ def test_every_variant_is_finite_on_its_golden_input(variant):
     golden = GOLDEN[f"{variant}/deploy"]
     net = fuse(fill_model(new_model(variant, classes=golden["nc"], training_form=False), golden["salt"]))
     hw = (golden["height"], golden["width"])
-    whole = export_onnx(net, info_of(net), ExportOptions(input_hw=hw, nms="none", simplify=False))
+    whole = export_onnx(net, metadata_of(net), ExportOptions(input_hw=hw, nms="none", simplify=False))
     array = make_image(*hw, golden["salt"]).numpy()
     half = to_fp16(whole, [np.rint(array[0, ::-1].transpose(1, 2, 0) * 255).astype(np.uint8)])
     expected = heads_of(whole, array)
@@ -211,7 +211,7 @@ def test_every_variant_is_finite_on_its_golden_input(variant):
     assert np.isfinite(output).all()
     assert worst(maps, expected) < HEAD_TOLERANCE.get(variant, COMMON_TOLERANCE)
     # The deterministic weights of e6e run hot enough for the last level to need float32.
-    assert ("float32 for their values" in " ".join(half.info.notes)) == (variant == "yolov7-e6e")
+    assert ("float32 for their values" in " ".join(half.metadata.notes)) == (variant == "yolov7-e6e")
 
 
 # --- values that half cannot hold ---------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def scaled(first, second):
         two.bias *= first * second
         for convolution in rest:  # both read the second layer
             convolution.weight /= first * second
-    return export_onnx(net, info_of(net), ExportOptions(input_hw=HW, nms="none"))
+    return export_onnx(net, metadata_of(net), ExportOptions(input_hw=HW, nms="none"))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def scaled(first, second):
 def test_what_does_not_fit_half_stays_float32(first, second, why, monkeypatch):
     whole = scaled(first, second)
     half = to_fp16(whole, IMAGES)
-    assert why in " ".join(half.info.notes)
+    assert why in " ".join(half.metadata.notes)
     kinds = types_of(half.proto)
     assert kinds[why.split()[0]] == FLOAT
     assert kinds["model.4.conv"] == HALF
@@ -264,26 +264,26 @@ def test_only_the_neighbours_of_a_wide_value_stay_float32():
     kinds = types_of(half.proto)
     kept = [node.name for node in network_of(half) if node.op_type != "Cast" and kinds[node.output[0]] == FLOAT]
     assert kept == ["model.0.conv", "model.0.act", "model.1.conv"]
-    assert half.info.notes[0].startswith(f"fp16: {len(network_of(exported_tiny(nms='none'))) - 3} of ")
+    assert half.metadata.notes[0].startswith(f"fp16: {len(network_of(exported_tiny(nms='none'))) - 3} of ")
 
 
 def test_a_head_that_does_not_fit_makes_all_maps_float32_for_the_plugin():
     net = copy.deepcopy(fused_tiny())
     with torch.no_grad():
         net.head.m[1].bias += 2 * WIDEST
-    whole = export_onnx(net, info_of(net), ExportOptions(input_hw=HW, nms="plugin", max_det=20))
+    whole = export_onnx(net, metadata_of(net), ExportOptions(input_hw=HW, nms="plugin", max_det=20))
     half = to_fp16(whole, IMAGES)
     kinds = types_of(half.proto)
     node = next(node for node in half.proto.graph.node if node.op_type == "Y7NMS")
     assert {kinds[name] for name in node.input} == {FLOAT}
-    assert [kinds[name] for name in half.info.heads] == [HALF, FLOAT, HALF]
+    assert [kinds[name] for name in half.metadata.heads] == [HALF, FLOAT, HALF]
     session(half.proto).run(None, {"images": images()})
 
 
 def test_ranges_are_the_largest_magnitudes_over_all_images():
     model = exported_tiny(nms="none", batch=3)
     frames = [noise(*HW, seed=seed) for seed in range(2)]
-    names = [model.info.heads[0], "model.5.conv"]
+    names = [model.metadata.heads[0], "model.5.conv"]
     found = activation_ranges(model, network_of(model), names, frames)
     proto = copy.deepcopy(model.proto)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
@@ -312,7 +312,7 @@ def test_control_flow_inside_the_network_stays_float32():
     nodes.insert(place + 1, helper.make_node("If", ["always"], ["model.7.act"], name="choice", **branches))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    half = to_fp16(OnnxModel.of(proto, model.info), IMAGES)
+    half = to_fp16(OnnxModel.of(proto, model.metadata), IMAGES)
     kinds = types_of(half.proto)
     assert kinds["inner"] == kinds["model.7.act"] == FLOAT
     assert worst(heads_of(half, images()), heads_of(model, images())) < COMMON_TOLERANCE
@@ -327,9 +327,9 @@ def test_a_model_in_half_is_refused():
     assert "--fp16" in caught.value.fix
 
 
-def test_half_weights_under_a_passport_of_fp32_are_refused():
+def test_half_weights_under_a_metadata_of_fp32_are_refused():
     half = half_tiny(nms="none")
-    wrong = OnnxModel(half.proto, replace(half.info, precision="fp32"))
+    wrong = OnnxModel(half.proto, replace(half.metadata, precision="fp32"))
     with pytest.raises(ExportError, match="half already"):
         to_fp16(wrong, IMAGES)
 
@@ -338,7 +338,7 @@ def test_half_weights_under_a_passport_of_fp32_are_refused():
 def test_a_graph_whose_head_is_unknown_is_refused(heads):
     model = exported_tiny(nms="none")
     with pytest.raises(ExportError, match="not exported by this package"):
-        to_fp16(OnnxModel(model.proto, replace(model.info, heads=heads)), IMAGES)
+        to_fp16(OnnxModel(model.proto, replace(model.metadata, heads=heads)), IMAGES)
 
 
 def test_without_a_image_nothing_is_measured():

@@ -24,7 +24,7 @@ from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import ModelInfo, foreign_info
+from yolov7_deploy.metadata import ModelMetadata, foreign_metadata
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.fp16 import to_fp16
@@ -61,7 +61,7 @@ def usual() -> OnnxModel:
 def heads_of(model, array):
     proto = copy.deepcopy(model.proto)
     known = {output.name for output in proto.graph.output}
-    heads = Network(model).heads if not model.info.heads else model.info.heads
+    heads = Network(model).heads if not model.metadata.heads else model.metadata.heads
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in heads if name not in known)
     return [raw.astype(np.float32) for raw in session(proto).run(list(heads), {"images": array})]
 
@@ -85,7 +85,7 @@ def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset,
     for kind in ("input", "output"):
         ports = [[v.SerializeToString() for v in getattr(m.proto.graph, kind)] for m in (whole, small)]
         assert ports[0] == ports[1]
-    assert small.info.int8.int8_convolutions == CONVOLUTIONS - HEADS
+    assert small.metadata.int8.int8_convolutions == CONVOLUTIONS - HEADS
     values = stored(small)
     for node in small.proto.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -98,7 +98,7 @@ def test_what_is_not_int8_is_half_and_cast_once():
     small = usual()
     graph = onnx.shape_inference.infer_shapes(small.proto, check_type=True, strict_mode=True).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-    heads = [node for node in small.proto.graph.node if node.output[0] in small.info.heads]
+    heads = [node for node in small.proto.graph.node if node.output[0] in small.metadata.heads]
     assert {kinds[name] for node in heads for name in node.output} == {HALF}
     casts = [node for node in small.proto.graph.node if node.op_type == "Cast"]
     assert sorted(node.input[0] for node in casts) == [f"model.{layer}.act" for layer in (74, 75, 76)]
@@ -110,7 +110,7 @@ def test_a_rest_of_float32_has_no_half_at_all():
     small = quantized(Int8Options(rest="fp32"), nms="none")
     assert not [tensor.name for tensor in small.proto.graph.initializer if tensor.data_type == HALF]
     assert not [node for node in small.proto.graph.node if node.op_type == "Cast" and not node.name.startswith("end__")]
-    assert small.info.int8.rest == "fp32"
+    assert small.metadata.int8.rest == "fp32"
 
 
 def test_weights_are_stored_as_int8_and_the_file_is_a_quarter_of_the_size():
@@ -130,19 +130,21 @@ def test_the_float32_model_is_left_as_it_was_and_the_same_input_gives_the_same_b
     assert first.proto.SerializeToString(deterministic=True) == second.proto.SerializeToString(deterministic=True)
 
 
-def test_the_passport_says_how_it_came_about(tmp_path):
+def test_the_metadata_says_how_it_came_about(tmp_path):
     small = usual()
     small.save(tmp_path / "m.onnx")
-    info = OnnxModel.load(tmp_path / "m.onnx").info
-    assert info == small.info
-    assert info.precision == "int8"
-    assert (info.int8.method, info.int8.images, info.int8.rest) == ("mse", len(IMAGES), "fp16")
-    assert info.int8.images_sha256 == calibration(nms="plugin", **SUPPRESSION).images_sha256
-    assert info.int8.share == pytest.approx(count_int8(small.proto).share)
-    assert [layer for layer, _ in info.int8.kept] == list(info.heads)
-    assert info.notes[0].startswith(f"int8: {CONVOLUTIONS - HEADS} of {CONVOLUTIONS} convolutions, ")
-    assert "head: what decoding reads stays float" in info.notes[-1]
-    assert replace(info, precision="fp32", int8=None, notes=()) == exported_tiny(nms="plugin", **SUPPRESSION).info
+    metadata = OnnxModel.load(tmp_path / "m.onnx").metadata
+    assert metadata == small.metadata
+    assert metadata.precision == "int8"
+    assert (metadata.int8.method, metadata.int8.images, metadata.int8.rest) == ("mse", len(IMAGES), "fp16")
+    assert metadata.int8.images_sha256 == calibration(nms="plugin", **SUPPRESSION).images_sha256
+    assert metadata.int8.share == pytest.approx(count_int8(small.proto).share)
+    assert [layer for layer, _ in metadata.int8.kept] == list(metadata.heads)
+    assert metadata.notes[0].startswith(f"int8: {CONVOLUTIONS - HEADS} of {CONVOLUTIONS} convolutions, ")
+    assert "head: what decoding reads stays float" in metadata.notes[-1]
+    assert (
+        replace(metadata, precision="fp32", int8=None, notes=()) == exported_tiny(nms="plugin", **SUPPRESSION).metadata
+    )
 
 
 # --- the numbers --------------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def simulated(model, array, layer):
     net, found = copy.deepcopy(fused_tiny()), []
     modules = dict(net.named_modules())
     for node in model.proto.graph.node:
-        if node.op_type != "Conv" or node.output[0] in model.info.heads:
+        if node.op_type != "Conv" or node.output[0] in model.metadata.heads:
             continue
         module, (data, weight) = modules[node.name], (makers[name] for name in node.input[:2])
         scale = torch.tensor(values[data.input[1]])
@@ -194,10 +196,10 @@ def test_the_maps_are_those_of_float32_but_for_rounding(input_kind):
 
 @pytest.mark.parametrize("nms", ENDS)
 def test_decoding_and_suppression_are_those_of_float32(nms):
-    """What the file finds is what float32 decoding and the reference suppression make of its own maps."""
+    """What the file finds is what float32 decoding and the reference NMS make of its own maps."""
     small = quantized(nms=nms, batch=None, **SUPPRESSION)
     maps = [raw.astype(np.float16) for raw in heads_of(small, images(2))]
-    ends = session(end_of(small)).run(None, dict(zip(small.info.heads, maps, strict=True)))
+    ends = session(end_of(small)).run(None, dict(zip(small.metadata.heads, maps, strict=True)))
     with torch.no_grad():
         head = fused_tiny().head
         raws = [torch.from_numpy(raw.astype(np.float32)) for raw in maps]
@@ -226,9 +228,9 @@ def test_a_spared_layer_reads_and_computes_in_half():
     small = quantized(Int8Options(spare={"model.7.conv": "because"}), nms="none")
     node = next(node for node in small.proto.graph.node if node.name == "model.7.conv")
     assert not [name for name in node.input if "int8" in name]
-    assert ("model.7.conv", "because") in small.info.int8.kept
-    assert small.info.int8.int8_convolutions == CONVOLUTIONS - HEADS - 1
-    assert any("model.7.conv (because)" in note for note in small.info.notes)
+    assert ("model.7.conv", "because") in small.metadata.int8.kept
+    assert small.metadata.int8.int8_convolutions == CONVOLUTIONS - HEADS - 1
+    assert any("model.7.conv (because)" in note for note in small.metadata.notes)
     assert rms(heads_of(small, images()), heads_of(exported_tiny(nms="none"), images())) < HEAD_TOLERANCE
 
 
@@ -254,8 +256,8 @@ def test_a_smaller_model_is_refused(make):
     assert "Start from the float32 file" in caught.value.fix
 
 
-def test_a_passport_that_hides_a_smaller_model_does_not_help():
-    liar = OnnxModel(usual().proto, exported_tiny(nms="plugin", **SUPPRESSION).info)
+def test_a_metadata_that_hides_a_smaller_model_does_not_help():
+    liar = OnnxModel(usual().proto, exported_tiny(nms="plugin", **SUPPRESSION).metadata)
     with pytest.raises(ExportError, match="quantised already: it has a"):
         to_int8(liar, calibration(nms="plugin", **SUPPRESSION), Int8Options())
 
@@ -276,7 +278,7 @@ def test_an_unknown_option_is_refused(wrong):
 
 
 def foreign_net(*, constant=True):
-    """Two convolutions with ReLU, a third in front of a sigmoid, without a passport."""
+    """Two convolutions with ReLU, a third in front of a sigmoid, without metadata."""
     rng = np.random.default_rng(0)
     weights = [rng.normal(0, 0.2, shape).astype(np.float32) for shape in ((8, 3, 3, 3), (8, 8, 3, 3), (4, 8, 1, 1))]
     nodes, last = [], "images"
@@ -294,15 +296,15 @@ def foreign_net(*, constant=True):
     output = helper.make_tensor_value_info("output", FLOAT, [1, 4, 32, 32])
     graph = helper.make_graph(nodes, "foreign", inputs, [output], initializer=tensors)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    info: ModelInfo = foreign_info(classes=0, input_hw=(32, 32), batch=1, input_kind="float32", nms=None)
-    return OnnxModel(proto, info)
+    metadata: ModelMetadata = foreign_metadata(classes=0, input_hw=(32, 32), batch=1, input_kind="float32", nms=None)
+    return OnnxModel(proto, metadata)
 
 
 def test_a_plain_network_of_others_becomes_int8_but_for_its_last_convolution():
     model = foreign_net()
     small = to_int8(model, calibrate(model, IMAGES, count=3), Int8Options())
-    assert small.info.int8.rest == "fp32"  # where decoding begins is unknown
-    assert [layer for layer, _ in small.info.int8.kept] == ["conv2"]
+    assert small.metadata.int8.rest == "fp32"  # where decoding begins is unknown
+    assert [layer for layer, _ in small.metadata.int8.kept] == ["conv2"]
     given = np.random.default_rng(1).random((1, 3, 32, 32), dtype=np.float32)
     ours, expected = (session(m.proto).run(None, {"images": given})[0] for m in (small, model))
     assert 0 < np.abs(ours - expected).max() < 0.05
@@ -328,7 +330,7 @@ def test_what_computes_in_float_between_two_convolutions_is_named():
     nodes.insert(2, helper.make_node("Softplus", ["a0"], ["odd"], name="odd one"))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    changed = OnnxModel(proto, model.info)
+    changed = OnnxModel(proto, model.metadata)
     small = to_int8(changed, calibrate(changed, IMAGES), Int8Options())
-    assert "float between INT8 convolutions: Softplus (odd)" in small.info.notes
-    assert not [note for note in usual().info.notes if "between INT8" in note]
+    assert "float between INT8 convolutions: Softplus (odd)" in small.metadata.notes
+    assert not [note for note in usual().metadata.notes if "between INT8" in note]

@@ -149,7 +149,7 @@ def test_twice_those_of_tiny_and_an_addition_for_each_biased_number_are_the_oper
         value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
         for value in onnx.shape_inference.infer_shapes(model.proto).graph.value_info
     }
-    additions = sum(math.prod(shapes[c.name]) for c in account.convolutions if c.name not in model.info.heads)
+    additions = sum(math.prod(shapes[c.name]) for c in account.convolutions if c.name not in model.metadata.heads)
     macs = sum(cost.macs for cost in account.convolutions)
     assert 2 * (macs + additions) == round(complexity("yolov7-tiny", size=size).gflops * 1e9)
     assert 0 < additions < 0.004 * macs
@@ -265,8 +265,8 @@ def test_a_file_of_ours_is_int8_but_for_its_heads_and_has_no_pair_twice():
     found = to_int8(model, calibrate(model, [noise(*HW)], count=1), Int8Options())
     account, before = count_int8(found.proto), count_int8(model.proto)
     assert [(c.name, c.macs) for c in account.convolutions] == [(c.name, c.macs) for c in before.convolutions]
-    assert {cost.name for cost in account.convolutions if not cost.is_int8} == set(model.info.heads)
-    heads = sum(cost.macs for cost in account.convolutions if cost.name in model.info.heads)
+    assert {cost.name for cost in account.convolutions if not cost.is_int8} == set(model.metadata.heads)
+    heads = sum(cost.macs for cost in account.convolutions if cost.name in model.metadata.heads)
     assert account.share == 1 - heads / sum(cost.macs for cost in account.convolutions)
     kinds = Counter(node.op_type for node in found.proto.graph.node)
     assert sum(account.pairs.values()) == kinds["QuantizeLinear"]

@@ -18,7 +18,7 @@ from tests.support.small_models import session
 from tests.support.thin_variants import random_model, thin_model
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import foreign_info
+from yolov7_deploy.metadata import foreign_metadata
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
@@ -163,8 +163,8 @@ class Sketch:
         )
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
-        info = foreign_info(classes=1, input_hw=(16, 16), batch=1, input_kind="float32", nms=None)
-        return OnnxModel(proto, info)
+        metadata = foreign_metadata(classes=1, input_hw=(16, 16), batch=1, input_kind="float32", nms=None)
+        return OnnxModel(proto, metadata)
 
 
 def quantized(model, **options):
@@ -260,7 +260,7 @@ def test_a_convolution_whose_weights_are_no_initializer_stays_float_and_says_why
     placement = placed(model)
     assert placement.kept == {"b": "its weights are no float32 initializer", "head": HEAD_REASON}
     assert placement.convolutions == ("a",)
-    assert ("b", placement.kept["b"]) in quantized(model).info.int8.kept
+    assert ("b", placement.kept["b"]) in quantized(model).metadata.int8.kept
 
 
 def test_without_a_convolution_there_is_nothing_to_place():

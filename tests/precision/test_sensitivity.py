@@ -38,9 +38,9 @@ def slow_error(model, calibration, layer):
     proto = write_pairs(network, place(network, others), scales, calibration.means)
     errors = []
     for image in IMAGES:
-        fed = network_input(image, model.info)
+        fed = network_input(image, model.metadata)
         runs = [NetworkRunner(p, p.graph.node, network.heads).run(fed) for p in (model.proto, proto)]
-        errors.append(head_error(*runs, network.heads, model.info))
+        errors.append(head_error(*runs, network.heads, model.metadata))
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
@@ -53,19 +53,19 @@ def test_a_cost_is_what_the_whole_network_with_that_layer_in_int8_shows(measured
 
 def test_every_convolution_but_the_heads_has_a_cost_and_the_dearest_come_first(measured):
     model, _, costs = measured
-    names = [node.name for node in Network(model).convolutions if node.output[0] not in model.info.heads]
+    names = [node.name for node in Network(model).convolutions if node.output[0] not in model.metadata.heads]
     assert sorted(cost.layer for cost in costs) == sorted(names)
     assert [cost.error for cost in costs] == sorted((cost.error for cost in costs), reverse=True)
-    heads = sum(cost.macs for cost in count_int8(model.proto).convolutions if cost.name in model.info.heads)
+    heads = sum(cost.macs for cost in count_int8(model.proto).convolutions if cost.name in model.metadata.heads)
     whole = sum(cost.macs for cost in count_int8(model.proto).convolutions)
     assert sum(cost.share for cost in costs) == pytest.approx(1 - heads / whole)
 
 
 def test_what_is_spared_already_has_no_cost(measured):
     model, calibration, costs = measured
-    dearest = costs[0].layer
-    fewer = layer_costs(model, calibration, IMAGES[:1], Int8Options(spare={dearest: "because"}))
-    assert dearest not in [cost.layer for cost in fewer]
+    most_sensitive = costs[0].layer
+    fewer = layer_costs(model, calibration, IMAGES[:1], Int8Options(spare={most_sensitive: "because"}))
+    assert most_sensitive not in [cost.layer for cost in fewer]
     assert len(fewer) == len(costs) - 1
 
 
@@ -94,19 +94,21 @@ def test_only_as_many_images_are_kept_as_memory_allows(measured, monkeypatch):
 
 def test_cells_without_objects_do_not_count():
     model = exported_tiny(nms="none")
-    info, name = model.info, model.info.heads[0]
-    reference = np.zeros((1, 3 * (5 + len(info.class_names)), 4, 4), np.float32)
+    metadata, name = model.metadata, model.metadata.heads[0]
+    reference = np.zeros((1, 3 * (5 + len(metadata.class_names)), 4, 4), np.float32)
     shaped = reference.reshape(1, 3, -1, 4, 4)
     shaped[:, :, 4] = -30
     shaped[:, 0, 4, 1, 1] = 30  # one cell with an object
     far, near = reference.copy(), reference.copy()
     far.reshape(shaped.shape)[:, :, :, 3, 3] += 5
     near.reshape(shaped.shape)[:, 0, :, 1, 1] += 5
-    assert head_error({name: reference}, {name: far}, [name], info) < 1e-4
-    assert head_error({name: reference}, {name: near}, [name], info) == pytest.approx(5, rel=1e-3)
+    assert head_error({name: reference}, {name: far}, [name], metadata) < 1e-4
+    assert head_error({name: reference}, {name: near}, [name], metadata) == pytest.approx(5, rel=1e-3)
 
 
 def test_maps_of_others_are_compared_by_their_spread():
-    info = replace(exported_tiny(nms="none").info, heads=())
+    metadata = replace(exported_tiny(nms="none").metadata, heads=())
     values = np.random.default_rng(0).normal(0, 3, (1, 7, 8, 8)).astype(np.float32)
-    assert head_error({"x": values}, {"x": values + 1.5}, ["x"], info) == pytest.approx(1.5 / values.std(), rel=1e-3)
+    assert head_error({"x": values}, {"x": values + 1.5}, ["x"], metadata) == pytest.approx(
+        1.5 / values.std(), rel=1e-3
+    )

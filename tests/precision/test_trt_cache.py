@@ -14,7 +14,7 @@ from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny
 from tests.support.thin_variants import SIDE, thin_model
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import foreign_info
+from yolov7_deploy.metadata import foreign_metadata
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.histogram import LEVELS
@@ -99,7 +99,7 @@ def test_every_float_tensor_in_front_of_decoding_has_a_line_and_none_behind(whic
     made = [name for node in nodes_of(model) for name in node.output]
     of_bytes = options.get("input_kind") == "uint8"
     assert list(scales_in(text_of(which, **options))) == [*([] if of_bytes else ["images"]), *made]
-    assert set(model.info.heads) < set(made)
+    assert set(model.metadata.heads) < set(made)
     assert len(made) < len(model.proto.graph.node)
 
 
@@ -168,7 +168,7 @@ def test_a_sigmoid_ends_at_one(which):
 @every_model
 def test_heads_are_not_clipped(which, options):
     scales, largest = scales_in(text_of(which, **options)), calibration_of(which, **options).largest
-    for head in model_of(which, **options).info.heads:
+    for head in model_of(which, **options).metadata.heads:
         assert scales[head] == pytest.approx(largest[head] / LEVELS, rel=FLOAT32_REL)
 
 
@@ -200,7 +200,7 @@ def foreign(*nodes, shape):
         initializer=[numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return OnnxModel(proto, foreign_info(classes=1, input_hw=(64, 64), batch=1, input_kind="float32", nms=None))
+    return OnnxModel(proto, foreign_metadata(classes=1, input_hw=(64, 64), batch=1, input_kind="float32", nms=None))
 
 
 def test_an_unknown_range_has_no_line_instead_of_a_range_of_nothing():

@@ -12,12 +12,12 @@ import torch
 
 from tests.runtimes.test_torch_cuda_graphs import HALF_BOX_PX, HALF_SCORE, as_it_is
 from tests.support.sample_images import CONF, IMAGES, assert_same
-from tests.support.small_models import HW, fused_tiny, info_of
+from tests.support.small_models import HW, fused_tiny, metadata_of
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, UsageError
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.runtimes.base import Found, open_backend
+from yolov7_deploy.runtimes.base import RawDetections, open_backend
 from yolov7_deploy.runtimes.pytorch import MOST_LANES, PytorchBackend
 from yolov7_deploy.runtimes.torch_cuda_graphs import capture_graph
 from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates
@@ -32,7 +32,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no
 
 def backend(**options):
     model = copy.deepcopy(fused_tiny())
-    return PytorchBackend(model, info_of(model), **options)
+    return PytorchBackend(model, metadata_of(model), **options)
 
 
 def infer(runner, images, thresholds=THRESHOLDS, *, timed=False, hw=HW):
@@ -45,7 +45,7 @@ def as_detections(found):
         boxes=found.boxes,
         scores=found.scores,
         class_ids=found.class_ids,
-        class_names=info_of(fused_tiny()).class_names,
+        class_names=metadata_of(fused_tiny()).class_names,
         image_hw=HW,
     )
 
@@ -62,16 +62,16 @@ def assert_alike(ours, expected):
 
 def test_a_cpu_runs_float32_and_says_so():
     runner = backend()
-    assert (runner.device, runner.info.precision) == ("cpu", "fp32")
-    assert dict(runner.settings)["memory layout"] == "channels last"
-    assert "CUDA graph" not in dict(runner.settings)
+    assert (runner.device, runner.metadata.precision) == ("cpu", "fp32")
+    assert dict(runner.runtime_info)["memory layout"] == "channels last"
+    assert "CUDA graph" not in dict(runner.runtime_info)
 
 
 def test_half_on_a_cpu_is_refused_with_the_way_out(files):
     with pytest.raises(UsageError, match="Half precision needs a GPU") as caught:
         open_backend(files(), device="cpu", input_hw=HW, half=True)
     assert "--no-half" in caught.value.fix
-    assert open_backend(files(), device="cpu", input_hw=HW, half=False).info.precision == "fp32"
+    assert open_backend(files(), device="cpu", input_hw=HW, half=False).metadata.precision == "fp32"
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -84,7 +84,7 @@ def test_lanes_find_what_the_plain_path_finds(multi_label):
 
 def test_half_in_lanes_is_told_and_finds_nearly_the_same():
     whole, half = backend(), backend(half=True, capture=as_it_is)
-    assert half.info.precision == "fp16"
+    assert half.metadata.precision == "fp16"
     assert_close_boxes(infer(half, IMAGES).found, infer(whole, IMAGES).found)
 
 
@@ -93,7 +93,7 @@ def assert_close_boxes(ours, expected):
         assert matched(a, b) >= HALF_MATCHED and matched(b, a) >= HALF_MATCHED
 
 
-def matched(a: Found, b: Found):
+def matched(a: RawDetections, b: RawDetections):
     """Part of `a` that has a partner in `b`."""
     same = (
         (a.class_ids[:, None] == b.class_ids[None])
@@ -118,11 +118,11 @@ def test_a_graph_that_cannot_be_made_leaves_results_as_they_are(caplog):
 
     runner = backend(capture=refuse)
     with caplog.at_level(logging.WARNING):
-        assert dict(runner.settings)["CUDA graph"] == "on"
+        assert dict(runner.runtime_info)["CUDA graph"] == "on"
         for images in (IMAGES[:1], IMAGES[:2]):
             assert_alike(infer(runner, images).found, infer(backend(), images).found)
     assert len(caplog.records) == 1
-    assert dict(runner.settings)["CUDA graph"] == "failed"
+    assert dict(runner.runtime_info)["CUDA graph"] == "failed"
 
 
 # --- spans --------------------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def graphed():
 @pytest.mark.gpu
 def test_a_gpu_runs_half_in_graphs(graphed):
     infer(graphed, IMAGES[:1])
-    assert (graphed.device, graphed.info.precision) == ("cuda:0", "fp16")
-    assert dict(graphed.settings)["CUDA graph"] == "on"
+    assert (graphed.device, graphed.metadata.precision) == ("cuda:0", "fp16")
+    assert dict(graphed.runtime_info)["CUDA graph"] == "on"
 
 
 @on_gpu

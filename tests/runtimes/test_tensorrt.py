@@ -31,7 +31,7 @@ FIXED = replace(NMS, runtime_thresholds=False)
 def test_every_tensorrt_gives_the_boxes_of_each_image(setting, version, batch):
     setting.use(version)
     backend = setting.backend(toy(batch))
-    assert dict(backend.settings)["letterbox"] == "GPU kernel"
+    assert dict(backend.runtime_info)["letterbox"] == "GPU kernel"
     for count in (1, 2, 3, 1, 1, 5, 4, 4, 4, 1):
         images = [make_image(seed) for seed in range(count)]
         for found, image in zip(infer(backend, images).found, images, strict=True):
@@ -44,7 +44,7 @@ def test_every_type_of_input_gives_the_same_boxes_with_either_letterbox(setting,
     if not kernels:
         setting.without_kernels()
     backend = setting.backend(toy(None, kind=kind))
-    assert (dict(backend.settings)["letterbox"] == "GPU kernel") == kernels == backend.takes_gpu_arrays
+    assert (dict(backend.runtime_info)["letterbox"] == "GPU kernel") == kernels == backend.takes_gpu_arrays
     tolerance = 0.05 if kind == "float16" else 2e-3  # of the canvas: 11 bits of mantissa
     for sizes in ([(48, 80)], [(48, 80)], [(300, 200), (10, 90)], [(300, 200), (10, 90)], [(64, 96)]):
         images = [make_image(seed, *size) for seed, size in enumerate(sizes)]
@@ -68,10 +68,10 @@ def test_a_real_network_gives_the_boxes_of_its_onnx_file(setting):
     prepared = prepare_graph(model, own_plugin=False)
     onnx_file = setting.folder / "tiny.onnx"
     model.save(onnx_file)
-    engine = setting.engine(prepared.proto, info=model.info, nms_by="operators", name="tiny.engine")
+    engine = setting.engine(prepared.proto, metadata=model.metadata, nms_by="operators", name="tiny.engine")
     with Detector(engine) as ours, Detector(onnx_file, device="cpu") as theirs:
         assert ours.input_hw == NETWORK_HW
-        assert (ours.device, ours.largest_batch, ours.class_names) == ("cuda:0", 4, theirs.class_names)
+        assert (ours.device, ours.max_batch_size, ours.class_names) == ("cuda:0", 4, theirs.class_names)
         for found, expected in zip(ours.batch(IMAGES), theirs.batch(IMAGES), strict=True):
             assert len(found) > 5
             assert_same(found, expected)
@@ -93,7 +93,7 @@ def test_thresholds_classes_and_max_det_are_those_of_the_call(setting):
 
 def test_suppression_after_the_engine_takes_every_threshold(setting):
     graph = toy(None, decoded=True)
-    backend = setting.backend(graph, info=replace(INFO, nms=None))
+    backend = setting.backend(graph, metadata=replace(INFO, nms=None))
     images = [make_image(seed) for seed in range(3)]
     for found, image in zip(infer(backend, images, iou=1.0, multi_label=False).found, images, strict=True):
         assert found.class_ids.tolist() == [0, 1, 2]
@@ -106,8 +106,8 @@ def test_suppression_after_the_engine_takes_every_threshold(setting):
 @pytest.mark.parametrize(("batch", "batches"), [(3, (3, 3)), (None, (2, 3))])
 def test_lists_are_run_in_parts_and_filled_up(setting, batch, batches):
     backend = setting.backend(toy(batch), batches=batches)
-    assert backend.largest_batch == 3
-    assert backend.info.batch == batch
+    assert backend.max_batch_size == 3
+    assert backend.metadata.batch == batch
     for count in (7, 1, 3, 2, 1, 1):
         images = [make_image(seed) for seed in range(count)]
         outputs = infer(backend, images)
@@ -132,7 +132,7 @@ def test_no_images_give_nothing(setting):
     with Detector(setting.engine()) as detector:
         assert detector.batch([]) == []
         assert detector.infer([], [], detector.thresholds) == []
-        assert detector.timed([])[0] == []
+        assert detector.profile([])[0] == []
 
 
 def test_results_are_copies_that_outlive_everything(setting):
@@ -175,9 +175,9 @@ def test_every_span_is_measured_by_itself(setting, kernels):
 
 def test_a_detector_times_an_engine(setting):
     with Detector(setting.engine()) as detector:
-        detections, spans = detector.timed([make_image(0)])
+        detections, spans = detector.profile([make_image(0)])
         assert len(detections) == 1 and spans.engine_ms > 0
-        assert dict(detector.settings)["transfers"] == "included"
+        assert dict(detector.runtime_info)["transfers"] == "included"
 
 
 def test_every_way_to_write_a_image_down_is_taken(setting):
@@ -221,7 +221,7 @@ def test_thresholds_that_are_part_of_the_engine_cannot_be_changed(setting):
     for name, value in (("conf_threshold", NMS.conf), ("iou_threshold", NMS.iou)):
         graph.graph.initializer.append(numpy_helper.from_array(np.array([value], np.float32), name))
     backend = setting.backend(graph)
-    assert backend.info.nms == FIXED
+    assert backend.metadata.nms == FIXED
     assert_found(infer(backend, [make_image(1)], conf=0.5).found[0], make_image(1), rows=2)
     for wish in ({"conf": 0.1}, {"iou": 0.6}):
         with pytest.raises(UsageError, match=next(iter(wish))):
@@ -240,4 +240,4 @@ def test_opening_says_what_runs_where(setting, caplog):
     backend = setting.backend()
     (line,) = [record.message for record in caplog.records if "Imaginary GPU 0" in record.message]
     assert "letterbox GPU kernel" in line and "CUDA graph on" in line
-    assert dict(backend.settings)["runtime"] == "TensorRT 10.3.0"
+    assert dict(backend.runtime_info)["runtime"] == "TensorRT 10.3.0"

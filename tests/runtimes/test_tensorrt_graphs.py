@@ -136,7 +136,7 @@ def test_what_cannot_be_recorded_runs_without_a_graph_and_says_so_once(setting, 
     assert RECORD not in calls()
     (warning,) = [record for record in caplog.records if "without CUDA graphs" in record.message]
     assert warning.levelno == logging.WARNING
-    assert dict(backend.settings)["CUDA graph"].startswith("off: cudaGraphInstantiateWithFlags failed")
+    assert dict(backend.runtime_info)["CUDA graph"].startswith("off: cudaGraphInstantiateWithFlags failed")
 
 
 def test_a_timed_run_leaves_the_graphs_alone(setting):
@@ -156,7 +156,7 @@ def test_tensorrt_rtx_records_by_itself_what_nobody_else_may(setting):
     for seed in range(4):
         checked(backend, make_image(seed))
     assert RECORD not in calls()
-    assert dict(backend.settings)["CUDA graph"] == "inside TensorRT-RTX"
+    assert dict(backend.runtime_info)["CUDA graph"] == "inside TensorRT-RTX"
     assert setting.trt.contexts[-1].strategy == "whole"
 
 

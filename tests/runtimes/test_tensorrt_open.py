@@ -77,9 +77,9 @@ def test_a_refused_plan_comes_with_tensorrts_last_words(setting):
 
 def test_a_plan_without_a_record_opens_with_assumptions(setting, caplog):
     backend = setting.backend(toy(None), recorded=False)
-    assert backend.info.class_names[:2] == ("class_0", "class_1")
-    assert backend.info.nms.runtime_thresholds and backend.info.nms.max_det == 3
-    assert (backend.info.input_hw, backend.info.batch) == ((64, 96), None)
+    assert backend.metadata.class_names[:2] == ("class_0", "class_1")
+    assert backend.metadata.nms.runtime_thresholds and backend.metadata.nms.max_det == 3
+    assert (backend.metadata.input_hw, backend.metadata.batch) == ((64, 96), None)
     text = "\n".join(record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert "no build record" in text and "assumed" in text
     assert_found(infer(backend, [make_image(1)]).found[0], make_image(1))
@@ -87,7 +87,7 @@ def test_a_plan_without_a_record_opens_with_assumptions(setting, caplog):
 
 def test_a_foreign_plan_of_raw_rows_counts_its_classes(setting):
     backend = setting.backend(toy(decoded=True), recorded=False)
-    assert backend.info.class_names == ("class_0", "class_1", "class_2")
+    assert backend.metadata.class_names == ("class_0", "class_1", "class_2")
     assert len(infer(backend, [make_image(1)]).found[0].scores) > 0
 
 
@@ -95,7 +95,7 @@ def test_a_plan_says_by_its_first_letters_which_tensorrt_it_is_for(setting):
     setting.use(RTX)
     path = setting.engine(recorded=False)
     setting.monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert dict(opened(path).settings)["runtime"] == f"TensorRT-RTX {RTX}"
+    assert dict(opened(path).runtime_info)["runtime"] == f"TensorRT-RTX {RTX}"
 
 
 def graph_of(*tensors):
@@ -130,9 +130,9 @@ def test_layouts_that_are_none_are_refused_with_what_was_found(setting, tensors)
     assert tensors[0][0] in caught.value.message
 
 
-def test_an_engine_that_does_not_do_what_its_passport_says_is_refused(setting):
+def test_an_engine_that_does_not_do_what_its_metadata_says_is_refused(setting):
     with pytest.raises(LoadError, match="no YOLOv7 layout"):
-        setting.backend(toy(), info=replace(INFO, nms=None))
+        setting.backend(toy(), metadata=replace(INFO, nms=None))
 
 
 def plugin_at(folder):
@@ -177,7 +177,7 @@ def test_a_damaged_kernels_library_costs_the_gpu_letterbox_and_not_the_engine(se
     broken.write_bytes(b"not a library")
     setting.monkeypatch.setenv(PLUGIN_VARIABLE, str(broken))
     backend = setting.backend()
-    assert dict(backend.settings)["letterbox"].startswith("host")
+    assert dict(backend.runtime_info)["letterbox"].startswith("host")
     assert any("the letterbox stays on the host" in record.message for record in caplog.records)
     assert_found(infer(backend, [make_image(1)]).found[0], make_image(1))
 
@@ -217,10 +217,10 @@ def test_a_tensorrt_that_makes_no_context_is_an_error_of_the_device(setting):
         setting.backend()
 
 
-def test_thresholds_of_the_passport_are_open_as_far_as_the_engine_takes_them(setting):
-    assert setting.backend().info.nms == NMS
+def test_thresholds_of_the_metadata_are_open_as_far_as_the_engine_takes_them(setting):
+    assert setting.backend().metadata.nms == NMS
     closed = replace(INFO, nms=replace(NMS, runtime_thresholds=False))
-    assert setting.backend(info=closed, name="b.engine").info.nms == NMS
+    assert setting.backend(metadata=closed, name="b.engine").metadata.nms == NMS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")

@@ -85,7 +85,7 @@ def test_without_memory_for_a_second_slot_the_first_is_waited_for(setting, caplo
         go_on.set()
         for seed, one in enumerate([future, *waiting]):
             assert_found(one.result(WAIT_S).found[0], make_image(seed))
-    assert dict(backend.settings)["calls at once"] == "1"
+    assert dict(backend.runtime_info)["calls at once"] == "1"
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) <= 2
 
 

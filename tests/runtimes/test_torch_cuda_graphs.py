@@ -17,8 +17,8 @@ from tests.support.sample_images import IMAGES
 from tests.support.small_models import HW, fused_tiny
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
-from yolov7_deploy.runtimes.torch_cuda_graphs import Graphs, Lane, Lanes, is_out_of_memory
+from yolov7_deploy.postprocess import postprocess
+from yolov7_deploy.runtimes.torch_cuda_graphs import CapturedGraph, CapturedGraphPool, Graphs, is_out_of_memory
 from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_image
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_detections_of_the_candidates_are_those_of_all_anchors(
     rows = split_by_image(*candidates(torch.from_numpy(outputs), conf), images)
     assert len(rows) == images
     for chosen, output in zip(rows, outputs, strict=True):
-        for ours, expected in zip(detections_of(chosen, thresholds), detections_of(output, thresholds), strict=True):
+        for ours, expected in zip(postprocess(chosen, thresholds), postprocess(output, thresholds), strict=True):
             np.testing.assert_array_equal(ours, expected)
 
 
@@ -158,13 +158,13 @@ class StaticGraph:
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_lane_gives_what_the_network_gives(half, count):
     net = network(half)
-    lanes = Lanes(lambda size: Lane(net, size, capture=as_it_is), most=1)
+    lanes = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=as_it_is), most=1)
     assert_equal_rows(detected_in(lanes, CANVASES[:count]), expected_rows(net, CANVASES[:count]))
 
 
 def test_results_outlive_the_next_call_in_the_same_lane():
     net, graph = network(), StaticGraph()
-    lanes = Lanes(lambda size: Lane(net, size, capture=graph), most=1)
+    lanes = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=graph), most=1)
     first = detected_in(lanes, CANVASES[:1])
     assert len(first[0]) > 0
     detected_in(lanes, CANVASES[1:2])
@@ -174,7 +174,7 @@ def test_results_outlive_the_next_call_in_the_same_lane():
 
 def test_eight_threads_get_each_their_own_result():
     net, graph = network(), StaticGraph()
-    lanes = Lanes(lambda size: Lane(net, size, capture=graph), most=3)
+    lanes = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=graph), most=3)
     expected = [expected_rows(net, [canvas]) for canvas in CANVASES]
     wrong = []
 
@@ -209,7 +209,7 @@ def bare_lanes(most):
         made.append(size)
         return BareLane(size)
 
-    return Lanes(make, most=most), made
+    return CapturedGraphPool(make, most=most), made
 
 
 def use(lanes, number):
@@ -249,7 +249,7 @@ def test_a_lane_that_could_not_be_made_takes_no_place():
     def make(size):
         raise ValueError("no")
 
-    lanes = Lanes(make, most=1)
+    lanes = CapturedGraphPool(make, most=1)
     for _ in range(3):
         with pytest.raises(ValueError, match="no"):
             use(lanes, 1)

@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
+from yolov7_deploy.postprocess import postprocess
 
 # Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
 # hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
@@ -56,7 +56,7 @@ def assert_same_detections(ours, expected):
 
 def reference(decoded, *, max_candidates=MAX_CANDIDATES, **thresholds):
     chosen = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "multi_label": True, **thresholds}
-    return detections_of(decoded, Thresholds(**chosen), max_candidates=max_candidates)
+    return postprocess(decoded, Thresholds(**chosen), max_candidates=max_candidates)
 
 
 def network_of(model):
@@ -71,6 +71,6 @@ def end_of(model):
     proto.graph.node.extend(nodes)
     del proto.graph.input[0]
     proto.graph.input.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in model.info.heads
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in model.metadata.heads
     )
     return proto

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from tests.support.deterministic import fill_model
 from tests.support.plugin_kit import HEADERS_VARIABLE
 from tests.support.sample_images import noise
-from tests.support.small_models import info_of
+from tests.support.small_models import metadata_of
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.model.fusion import fuse
@@ -55,7 +55,7 @@ def exported(variant="yolov7-tiny", *, half=False, **options):
     if half:
         return to_fp16(exported(variant, **options), (noise(SIDE, SIDE),))
     fused = _fused(variant)
-    return export_onnx(fused, info_of(fused), ExportOptions(**{"input_hw": (SIDE, SIDE), **options}))
+    return export_onnx(fused, metadata_of(fused), ExportOptions(**{"input_hw": (SIDE, SIDE), **options}))
 
 
 @lru_cache(maxsize=2)
@@ -86,7 +86,7 @@ def plugin_library(folder):
 
 
 def build(model, **options):
-    """An engine of TensorRT-RTX for TARGET, with suppression by operators."""
+    """An engine of TensorRT-RTX for TARGET, with NMS by operators."""
     return build_engine(model, EngineOptions(**{"targets": (TARGET,), "plugin": "off", **options}), on=rtx())
 
 
@@ -96,7 +96,7 @@ def ports(tensors):
 
 
 def check(engine, model):
-    """What holds for every engine of `build` with suppression inside."""
+    """What holds for every engine of `build` with NMS inside."""
     record = engine.record
     weights = sum(len(weight.raw_data) for weight in model.proto.graph.initializer)
     assert record.plan_bytes == len(engine.plan) > WEIGHTS_SHARE * weights
@@ -104,7 +104,7 @@ def check(engine, model):
     assert ports(record.inputs) == {"images": ("float32", (1, 3, SIDE, SIDE)), **THRESHOLDS}
     assert ports(record.outputs) == OUTPUTS
     assert (record.targets, record.strongly_typed, record.runtime_thresholds) == ((TARGET,), True, True)
-    assert record.info == model.info
+    assert record.metadata == model.metadata
 
 
 def foreign(op="Relu", domain="", opset=17):

@@ -1,4 +1,4 @@
-"""Random and simple head maps, and the comparison of the suppression kernels with the NumPy reference, bit by bit.
+"""Random and simple head maps, and the comparison of the NMS kernels with the NumPy reference, bit by bit.
 
 The reference gets the kernels' own sigmoid (`sigmoid_of`), because two correct exponentials differ by an ulp, and that
 decides between equal scores; a test compares that sigmoid with NumPy's. All other arithmetic must be identical.
@@ -23,7 +23,7 @@ from tests.fakes.emulated_kernels import (
     sigmoid_of,
 )
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
+from yolov7_deploy.postprocess import postprocess
 
 # As shipped, and small: so that images of a few hundred anchors need several tiles, lists and digits.
 BUILDS = {
@@ -47,7 +47,7 @@ def expected_of(heads, sigmoid, *, conf, iou, max_det, max_candidates, multi_lab
     for image in decoded(heads, sigmoid):
         scores = image[:, 4:5] * (image[:, 5:] if heads.classes > 1 else 1)
         passes = (scores if multi_label else scores.max(1)) > np.float32(conf)
-        yield *detections_of(image, thresholds, max_candidates=max_candidates), passes.sum() >= max_candidates
+        yield *postprocess(image, thresholds, max_candidates=max_candidates), passes.sum() >= max_candidates
 
 
 def assert_equals_the_reference(kernels, heads, *, memory=None, **options):

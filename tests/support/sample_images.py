@@ -53,7 +53,7 @@ def assert_identical(ours: Detections, expected: Detections):
 
 
 def foreign(path, target, change=lambda proto: None):
-    """The same network without a passport."""
+    """The same network without metadata."""
     proto = onnx.load(path)
     del proto.metadata_props[:]
     change(proto)

@@ -9,18 +9,18 @@ import torch
 from tests.support.deterministic import fill_model, make_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 from yolov7_deploy.options import ExportOptions
 
-HW = (128, 192)  # not square, so that swapped sides show; 1512 anchors, more than the suppression tests let in
+HW = (128, 192)  # not square, so that swapped sides show; 1512 anchors, more than the NMS tests let in
 CALM = 0.05  # of the head's weights: raw values of 2 instead of 40
 
 
-def info_of(model: Yolov7) -> ModelInfo:
-    """The passport of a model's weights."""
-    return ModelInfo(
+def metadata_of(model: Yolov7) -> ModelMetadata:
+    """The metadata of a model's weights."""
+    return ModelMetadata(
         variant=model.variant.name,
         class_names=tuple(f"thing {i}" for i in range(model.classes)),
         strides=model.head.strides,
@@ -48,7 +48,7 @@ def fused_tiny(classes: int = 5) -> Yolov7:
 def exported_tiny(classes: int = 5, **options: object) -> OnnxModel:
     """yolov7-tiny as ONNX at HW; shared, so not to be changed."""
     model = fused_tiny(classes)
-    return export_onnx(model, info_of(model), ExportOptions(**{"input_hw": HW, **options}))
+    return export_onnx(model, metadata_of(model), ExportOptions(**{"input_hw": HW, **options}))
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from tests.support.small_models import info_of
+from tests.support.small_models import metadata_of
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.model.configs import VARIANTS, Variant
@@ -45,4 +45,4 @@ def random_model(variant: Variant) -> OnnxModel:
     """A variant of random weights at SIDE, as it is traced, with decoded output."""
     torch.manual_seed(0)
     model = Yolov7(variant, classes=2, fused=True).eval()
-    return export_onnx(model, info_of(model), ExportOptions(input_hw=(SIDE, SIDE), nms="none", simplify=False))
+    return export_onnx(model, metadata_of(model), ExportOptions(input_hw=(SIDE, SIDE), nms="none", simplify=False))

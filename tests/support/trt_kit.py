@@ -13,7 +13,7 @@ from tests.fakes.emulated_kernels import compile_described
 from tests.fakes.fake_trt_runtime import RTX, FakeTrt, plan_of
 from tests.fakes.faked_cuda import fake_cudart
 from yolov7_deploy.image import fit_letterbox, to_network_input
-from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes import cuda, cudart
 from yolov7_deploy.runtimes.base import open_backend
@@ -27,7 +27,7 @@ HW = (64, 96)
 SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # of the three boxes in every image
 FACTORS = np.array([[40], [50], [60]], np.float32)
 CAPABILITY = 90  # of the fake GPU
-NMS = NmsInfo(
+NMS = NmsMetadata(
     kind="plugin",
     conf=0.25,
     iou=0.45,
@@ -37,7 +37,7 @@ NMS = NmsInfo(
     class_agnostic=False,
     runtime_thresholds=True,
 )
-INFO = ModelInfo(
+INFO = ModelMetadata(
     variant="custom", class_names=("a", "b", "c"), strides=(8,), anchors=(((1, 1),),), input_hw=HW, nms=NMS
 )
 
@@ -177,11 +177,11 @@ class Setting:
         self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder))
         self.monkeypatch.setattr("yolov7_deploy.tensorrt.plugin_library.SYSTEM_FOLDERS", ())
 
-    def engine(self, graph=None, *, info=INFO, batches=(1, 4), recorded=True, name="toy.engine", **fields):
+    def engine(self, graph=None, *, metadata=INFO, batches=(1, 4), recorded=True, name="toy.engine", **fields):
         """Path of an engine that fits this machine but for the given fields of its record."""
         plan = plan_of(graph or toy(), self.trt.__version__, batches)
         record = EngineRecord(
-            info=info,
+            metadata=metadata,
             **{
                 "plan_bytes": len(plan),
                 "plan_sha256": digest(plan),

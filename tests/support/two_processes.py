@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from yolov7_deploy.errors import TrainingError
-from yolov7_deploy.training.distributed import SyncedBatchNorm, World, open_world, synced
+from yolov7_deploy.training.distributed import DistributedContext, SyncedBatchNorm, open_world, synced
 
 SHAPE = (6, 5, 4, 3)  # of all images; each process has half of them
 
@@ -40,7 +40,7 @@ def normed(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict[str, 
     return {"y": y.detach(), **gradients, **state, "eval": norm.eval()(x).detach()}
 
 
-def found(world: World) -> dict[str, object]:
+def found(world: DistributedContext) -> dict[str, object]:
     """Everything but the end of a process."""
     x, weight = (tensor.chunk(world.size)[world.rank] for tensor in images())
     model = synced(nn.Sequential(nn.Sequential(new_norm()), nn.ReLU()), world)

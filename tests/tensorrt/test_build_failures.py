@@ -20,7 +20,7 @@ from yolov7_deploy.options import EngineOptions
 from yolov7_deploy.tensorrt import builder as build_module
 from yolov7_deploy.tensorrt.build_messages import Failure, ParserFault
 from yolov7_deploy.tensorrt.build_process import out_of_memory
-from yolov7_deploy.tensorrt.builder import Telling, build_engine, build_file
+from yolov7_deploy.tensorrt.builder import BuildCallbacks, build_engine, build_file
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
@@ -34,7 +34,7 @@ TIMEOUT_S = 120
 @needs_rtx
 @pytest.mark.parametrize("op,domain", [("Frobnicate", ""), ("FusedConv", "com.microsoft")])
 def test_an_unknown_operator_is_named_with_its_node(op, domain):
-    model = OnnxModel(foreign(op, domain), exported().info)
+    model = OnnxModel(foreign(op, domain), exported().metadata)
     with pytest.raises(EngineError) as caught:
         build_engine(model, on=rtx())
     assert f"node last ({f'{domain}.' if domain else ''}{op}): Plugin not found" in caught.value.message
@@ -90,7 +90,7 @@ def during_the_build(act):
             for child in psutil.Process().children(recursive=True):
                 act(child)
 
-    return Telling(say=say)
+    return BuildCallbacks(say=say)
 
 
 @needs_rtx

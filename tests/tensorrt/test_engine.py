@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.small_models import fused_tiny, info_of
+from tests.support.small_models import fused_tiny, metadata_of
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.tensorrt.build_record import (
     DlaUse,
@@ -30,7 +30,7 @@ PLUGIN = PluginUse(path="/cache/liby7_plugin.so", version="1", abi="v3")
 
 def record_of(plan=PLAN, **fields):
     made = EngineRecord(
-        info=info_of(fused_tiny()),
+        metadata=metadata_of(fused_tiny()),
         plan_bytes=len(plan),
         plan_sha256=digest(plan),
         product="tensorrt",
@@ -144,7 +144,7 @@ def test_a_plan_that_is_not_the_records_is_refused_with_the_command_that_repairs
         (lambda raw: raw | {"shapes": [{"name": "images"}]}, "min is missing"),
         (lambda raw: raw | {"plugin": []}, r"plugin is \[\]"),
         (lambda raw: raw | {"build_s": True}, "build_s is True"),
-        (lambda raw: raw | {"info": None}, "passport"),
+        (lambda raw: raw | {"metadata": None}, "metadata"),
         (lambda raw: [raw], "not an object but list"),
     ],
 )

@@ -14,7 +14,7 @@ from tests.support.engines import exported, quantized
 from tests.support.small_models import session
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import EngineOptions
 from yolov7_deploy.precision.int8_summary import count_int8
 from yolov7_deploy.tensorrt.builder import build_engine
@@ -48,7 +48,7 @@ def weights_only(values, scales, zeros=None, *, axis=None, nodes=(), inputs=(), 
         initializer=[numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return OnnxModel(proto, ModelInfo(variant="custom", class_names=(), strides=(), anchors=(), precision="int8"))
+    return OnnxModel(proto, ModelMetadata(variant="custom", class_names=(), strides=(), anchors=(), precision="int8"))
 
 
 def rounded(proto):
@@ -100,7 +100,7 @@ def test_the_int8_of_a_network_comes_back_bit_by_bit():
 
 def test_what_onnx_runtime_computes_stays_the_same():
     model = quantized(nms="none")
-    image = np.random.default_rng(2).random((1, 3, *model.info.input_hw), dtype=np.float32)
+    image = np.random.default_rng(2).random((1, 3, *model.metadata.input_hw), dtype=np.float32)
     outputs = [session(prepared(model, float_weights=wanted)).run(None, {"images": image}) for wanted in (False, True)]
     np.testing.assert_array_equal(*(output[0] for output in outputs))
 
@@ -223,7 +223,7 @@ def test_tensorrt_before_10_gets_float_weights_and_all_others_the_int8_of_the_fi
     assert (record.flags, record.strongly_typed) == (flags, not flags)
     assert account.weights == (0 if is_float else in_file.weights)
     assert sum(account.pairs.values()) == sum(in_file.pairs.values()) + (in_file.weights if is_float else 0)
-    assert record.info == model.info
+    assert record.metadata == model.metadata
 
 
 def test_a_float32_file_is_the_same_for_every_tensorrt():

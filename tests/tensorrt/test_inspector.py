@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov7_deploy.errors import LoadError
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.tensorrt.build_record import EngineRecord, NetworkLayer
 from yolov7_deploy.tensorrt.inspector import LayerTensor, layers_of, parsed_network, read_inspector, read_listing
 
@@ -295,24 +295,32 @@ def test_a_list_that_never_ends_takes_no_longer_than_its_length(piece):
 
 
 def test_the_best_table_of_a_record_is_what_runs_then_what_was_listed_then_what_was_parsed():
-    passport = ModelInfo(variant="custom", class_names=(), strides=(), anchors=())
+    metadata = ModelMetadata(variant="custom", class_names=(), strides=(), anchors=())
     layer = NetworkLayer(name="conv", type="CONVOLUTION", precision="float16")
     known = {"inspector": text("detailed_10.json"), "listing": LISTING, "network_layers": (layer,)}
     for detail in ("detailed", "compiled", "network"):
-        record = EngineRecord(info=passport, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="10", **known)
+        record = EngineRecord(
+            metadata=metadata, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="10", **known
+        )
         table, notes = layers_of(record)
         assert (table.detail, notes) == (detail, ())
         known.pop(next(iter(known)))
     broken = EngineRecord(
-        info=passport, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="10", inspector="{", listing=LISTING
+        metadata=metadata,
+        plan_bytes=0,
+        plan_sha256="",
+        product="tensorrt",
+        tensorrt="10",
+        inspector="{",
+        listing=LISTING,
     )
     table, notes = layers_of(broken)
     assert table.detail == "compiled" and "no JSON" in notes[0]
 
 
 def test_a_record_of_before_there_were_lists_still_loads():
-    passport = ModelInfo(variant="custom", class_names=(), strides=(), anchors=())
-    record = EngineRecord(info=passport, plan_bytes=0, plan_sha256="", product="tensorrt_rtx", tensorrt="1.7")
+    metadata = ModelMetadata(variant="custom", class_names=(), strides=(), anchors=())
+    record = EngineRecord(metadata=metadata, plan_bytes=0, plan_sha256="", product="tensorrt_rtx", tensorrt="1.7")
     older = json.loads(record.to_json())
     del older["listing"]
     assert EngineRecord.from_json(json.dumps(older)) == record

@@ -114,10 +114,10 @@ def test_the_compiler_and_the_headers_of_wheels_are_found(tmp_path, monkeypatch)
         ("nvidia-cuda-nvcc", ("nvidia/cu13/bin/nvcc",)),
         ("kernel-lens", ("kernel_lens/include/NvInferRuntime.h",)),
     ):
-        info = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
-        (info / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+        metadata = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
+        (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
         for file in files:
             (tmp_path / file).parent.mkdir(parents=True)
             (tmp_path / file).touch(mode=0o755)

@@ -26,7 +26,7 @@ def convolutions(record):
 
 def expected(model):
     """The same of a file whose rest is half."""
-    int8 = model.info.int8
+    int8 = model.metadata.int8
     return {("int8", "int8"): int8.int8_convolutions, ("fp16", "fp16"): int8.convolutions - int8.int8_convolutions}
 
 
@@ -40,7 +40,7 @@ def test_every_convolution_that_is_int8_in_the_file_is_int8_in_the_engine_with_s
     check(engine, model)
     assert engine.record.nms_by == by
     assert convolutions(engine.record) == expected(model)
-    assert model.info.int8.int8_convolutions > 0.9 * model.info.int8.convolutions
+    assert model.metadata.int8.int8_convolutions > 0.9 * model.metadata.int8.convolutions
     table, _ = layers_of(engine.record)
     assert table.plugins == (("nms",) if library else ())
     assert not [note for note in engine.record.notes if "INT8" in note]
@@ -66,7 +66,7 @@ def test_turing_makes_the_whole_plan_compute_in_float_and_the_record_says_so(tar
     """A fact of TensorRT-RTX 1.7: one list of layers serves all targets of a plan."""
     model = quantized()
     record = build(model, targets=targets).record
-    count = model.info.int8.int8_convolutions
+    count = model.metadata.int8.int8_convolutions
     assert convolutions(record)["int8", "int8"] == 0
     note = next(note for note in record.notes if note.startswith(f"{count} of the {count} INT8 convolutions"))
     assert "compute capability 7.5" in note and note in caplog.text
@@ -106,4 +106,4 @@ def test_the_file_of_an_engine_that_was_never_opened_tells_its_int8(tmp_path):
     build(model).save(tmp_path / "tiny.engine")
     summary = read_engine_file(tmp_path / "tiny.engine").summary
     assert summary.detail == "compiled"
-    assert summary.convolutions == {"int8": model.info.int8.int8_convolutions, "fp16": 3}
+    assert summary.convolutions == {"int8": model.metadata.int8.int8_convolutions, "fp16": 3}

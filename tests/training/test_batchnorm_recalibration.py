@@ -8,7 +8,7 @@ import torch
 from tests.support.deterministic import fill_model
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.training.batchnorm_recalibration import rebase_norms
-from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.sample import Batch
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -37,7 +37,7 @@ def output(model):
 def test_the_output_stays():
     model = trained()
     before = output(model)
-    found = rebase_norms(model, batches(3), world=World())
+    found = rebase_norms(model, batches(3), world=DistributedContext())
     assert (found.layers, found.images) == (55, 6)
     for old, new in zip(before, output(model), strict=True):
         assert (old - new).abs().max() < SAME * old.std()
@@ -49,7 +49,7 @@ def test_training_then_computes_what_evaluation_does():
     distances = []
     for rebased in (False, True):
         if rebased:
-            rebase_norms(model, batches(1), world=World())
+            rebase_norms(model, batches(1), world=DistributedContext())
         for norm in model.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.momentum = 0.0
@@ -63,7 +63,7 @@ def test_training_then_computes_what_evaluation_does():
 
 def test_statistics_are_those_of_the_images():
     model = trained()
-    rebase_norms(model, batches(2), world=World())
+    rebase_norms(model, batches(2), world=DistributedContext())
     first = model.model[0]
     entering = torch.cat([first.conv(b.images.permute(0, 3, 1, 2).float() / 255) for b in batches(2)])
     torch.testing.assert_close(first.bn.running_mean, entering.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -74,18 +74,18 @@ def test_frozen_layers_stay_bit_for_bit():
     model = trained()
     before = {name: tensor.clone() for name, tensor in model.model[3].state_dict().items()}
     other = model.model[4].bn.running_mean.clone()
-    rebase_norms(model, batches(1), frozen=(0, 1, 2, 3), world=World())
+    rebase_norms(model, batches(1), frozen=(0, 1, 2, 3), world=DistributedContext())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.model[3].state_dict().items())
     assert not torch.equal(other, model.model[4].bn.running_mean)
 
 
 def test_layers_with_foreign_statistics_are_named():
     model = trained()
-    rebase_norms(model, batches(2), world=World())
+    rebase_norms(model, batches(2), world=DistributedContext())
     norm = model.model[20 + 1].bn
     norm.running_var.mul_(30)
     norm.weight.data.mul_(30**0.5)
-    found = rebase_norms(model, batches(2), world=World())
+    found = rebase_norms(model, batches(2), world=DistributedContext())
     assert found.far == ("model.21.bn",)
     assert "model.21.bn" in found.words()
 
@@ -93,5 +93,5 @@ def test_layers_with_foreign_statistics_are_named():
 def test_without_images_nothing_happens():
     model = trained()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert rebase_norms(model, [], world=World()).far == ()
+    assert rebase_norms(model, [], world=DistributedContext()).far == ()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

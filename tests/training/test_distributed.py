@@ -25,7 +25,7 @@ from tests.support.training_runs import (
 from tests.support.two_processes import SHAPE, images, new_norm, normed
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DeviceError, UsageError
-from yolov7_deploy.training.distributed import World, open_world, synced
+from yolov7_deploy.training.distributed import DistributedContext, open_world, synced
 from yolov7_deploy.training.initialization import starting_model
 from yolov7_deploy.training.loggers import read_results
 from yolov7_deploy.training.resume_state import load_run_state
@@ -106,7 +106,7 @@ def test_a_process_whose_partner_ended_says_so_at_once(pair):
 
 
 def test_one_process_is_a_world_of_its_own():
-    world = World()
+    world = DistributedContext()
     tensor = torch.ones(2)
     assert world.add(tensor) is tensor and tensor.tolist() == [1, 1]
     assert (world.agreed("x"), world.gathered("x"), world.command, world.is_first) == ("x", ["x"], "y7", True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolov7_deploy.training.ema import MovingAverage
+from yolov7_deploy.training.ema import ModelEma
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # float32 against float64
 
@@ -25,7 +25,7 @@ def changed(model, seed):
 
 def test_an_average_follows_the_formula():
     model = small_model()
-    average = MovingAverage(model)
+    average = ModelEma(model)
     expected = {name: tensor.double() for name, tensor in model.state_dict().items()}
     for n in range(1, 6):
         changed(model, n)
@@ -41,7 +41,7 @@ def test_an_average_follows_the_formula():
 
 def test_the_average_is_slow_after_many_updates():
     model = small_model()
-    average = MovingAverage(model)
+    average = ModelEma(model)
     average.updates = 10**6
     before = {name: tensor.clone() for name, tensor in average.tensors.items()}
     changed(model, 1)
@@ -52,7 +52,7 @@ def test_the_average_is_slow_after_many_updates():
 
 def test_counters_are_copied_and_statistics_are_averaged():
     model = small_model()
-    average = MovingAverage(model)
+    average = ModelEma(model)
     model(torch.randn(2, 3, 8, 8))
     average.update(model)
     assert average.tensors["1.num_batches_tracked"].item() == 1
@@ -62,7 +62,7 @@ def test_counters_are_copied_and_statistics_are_averaged():
 
 def test_what_does_not_change_stays_bit_for_bit():
     model = small_model()
-    average = MovingAverage(model)
+    average = ModelEma(model)
     for _ in range(20):
         average.update(model)
     assert all(torch.equal(average.tensors[name], tensor) for name, tensor in model.state_dict().items())
@@ -70,7 +70,7 @@ def test_what_does_not_change_stays_bit_for_bit():
 
 def test_the_average_has_memory_of_its_own():
     model = small_model()
-    average = MovingAverage(model)
+    average = ModelEma(model)
     before = average.tensors["0.weight"].clone()
     changed(model, 1)
     assert torch.equal(average.tensors["0.weight"], before)
@@ -78,10 +78,10 @@ def test_the_average_has_memory_of_its_own():
 
 def test_a_kept_average_goes_on_as_if_it_had_not_stopped():
     model, other = small_model(), small_model()
-    average = MovingAverage(model)
+    average = ModelEma(model)
     changed(model, 1)
     average.update(model)
-    resumed = MovingAverage(other)
+    resumed = ModelEma(other)
     resumed.load({name: tensor.clone() for name, tensor in average.tensors.items()}, updates=average.updates)
     changed(model, 2)
     for one in (average, resumed):

@@ -25,7 +25,7 @@ from yolov7_deploy.training import run as training
 from yolov7_deploy.training.auto_batch import is_out_of_memory
 from yolov7_deploy.training.resume_state import load_run_state
 from yolov7_deploy.training.run import resume, train
-from yolov7_deploy.training.train_step import Learner
+from yolov7_deploy.training.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
 
@@ -37,7 +37,7 @@ def learners(monkeypatch):
     """The learners of trainings from now on."""
     made = []
 
-    class Known(Learner):
+    class Known(TrainStep):
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
             made.append(self)
@@ -100,7 +100,7 @@ class Blob:
 def memory(monkeypatch):
     """A device with room for so many images; counts what is held in each step, and its sizes."""
     alive, tried = weakref.WeakSet(), []
-    real = Learner.losses
+    real = TrainStep.losses
 
     def with_room_for(room):
         def limited(self, batch, *, size=None):
@@ -112,7 +112,7 @@ def memory(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
             return real(self, batch, size=size)
 
-        monkeypatch.setattr(Learner, "losses", limited)
+        monkeypatch.setattr(TrainStep, "losses", limited)
         return tried
 
     return with_room_for
@@ -273,6 +273,6 @@ def test_an_error_that_is_nobodys_fault_is_not_called_memory(data, tmp_path, mon
     def broken(*_, **__):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(Learner, "losses", broken)
+    monkeypatch.setattr(TrainStep, "losses", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(small_request(data, tmp_path / "run", hyp=HYP), watch=Notes())

@@ -11,7 +11,7 @@ import torch
 from tests.support.deterministic import centred, uniform
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.training.assignment import COARSE, FINE, GroundTruth, Predictions, find_candidates, match
-from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.loss import DetectionLoss, LossOptions, _last_written, complete_iou, decoded, scaled_gains
 
@@ -50,7 +50,7 @@ def loss_of(facts, **options):
         classes=facts["nc"],
         gains=Hyperparameters(**hyp),
         options=LossOptions(**options),
-        world=World(),
+        world=DistributedContext(),
     )
 
 

@@ -102,7 +102,7 @@ def test_the_weights_are_a_training_checkpoint_with_names_and_anchors(done, data
     assert (checkpoint.variant, checkpoint.training) == ("yolov7-tiny", True)
     assert checkpoint.class_names == open_dataset(data, split="train").class_names
     with Detector(report.folder / "last.safetensors", device="cpu", img=SIZE) as detector:
-        assert detector.info.class_names == checkpoint.class_names
+        assert detector.metadata.class_names == checkpoint.class_names
 
 
 def test_the_state_says_that_it_is_over(done):
@@ -171,7 +171,7 @@ class Measured:
         self._aps, self.calls = list(aps), []
 
     def __call__(self, detector, dataset, *, options, progress):
-        self.calls.append(detector.info.source)
+        self.calls.append(detector.metadata.source)
         ap = self._aps.pop(0)
         report = evaluate(detector, dataset, options=options)
         return replace(report, ap=ap, ap50=ap)

@@ -12,11 +12,11 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.train_step import Learner, frozen_layers, training_sizes
+from yolov7_deploy.training.train_step import TrainStep, frozen_layers, training_sizes
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -38,7 +38,7 @@ def learner_of(variant=TINY, *, hyp=AT_ONCE, whole=False, **options):
     schedule = Schedule(
         hyp=hyp, epochs=10, steps=10, batch=asked.batch, nominal_batch=asked.nominal_batch, linear=False
     )
-    learner = Learner(model, hyp=hyp, options=asked, schedule=schedule, world=World())
+    learner = TrainStep(model, hyp=hyp, options=asked, schedule=schedule, world=DistributedContext())
     learner.train_mode()
     return learner
 

@@ -80,8 +80,8 @@ def test_without_weights_the_demo_goes_the_whole_road(nowhere, monkeypatch):
     assert aps["int8"] == pytest.approx(aps["torch"], abs=0.05)
     written = nowhere / "demo"
     for precision in ("fp32", "fp16", "int8"):
-        info = OnnxModel.load(written / f"{SHAPES_WEIGHTS}-{precision}.onnx").info
-        assert (info.precision, info.class_names) == (precision, CLASS_NAMES)
+        metadata = OnnxModel.load(written / f"{SHAPES_WEIGHTS}-{precision}.onnx").metadata
+        assert (metadata.precision, metadata.class_names) == (precision, CLASS_NAMES)
     assert read_image(written / "shapes-detected.png").shape == (320, 320, 3)
     assert not (nowhere / "cache").exists()
 

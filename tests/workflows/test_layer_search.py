@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.workflows.quantize import PRUNED, fewest_spared
+from yolov7_deploy.workflows.quantize import PRUNED, min_excluded_layers
 
 LAYERS = [f"layer {number}" for number in range(40)]
 
@@ -22,7 +22,7 @@ def needing(needed, calls):
 @given(st.sets(st.integers(0, len(LAYERS) - 1), min_size=1))
 def test_what_must_be_spared_is(places):
     needed, calls = frozenset(LAYERS[place] for place in places), []
-    found = fewest_spared(LAYERS, needing(needed, calls))
+    found = min_excluded_layers(LAYERS, needing(needed, calls))
     assert needed <= found
     last = max(places) + 1
     if last <= PRUNED:
@@ -35,21 +35,21 @@ def test_what_must_be_spared_is(places):
 
 def test_the_dearest_layer_alone_is_tried_first():
     calls = []
-    assert fewest_spared(LAYERS, needing(frozenset(LAYERS[:1]), calls)) == frozenset(LAYERS[:1])
+    assert min_excluded_layers(LAYERS, needing(frozenset(LAYERS[:1]), calls)) == frozenset(LAYERS[:1])
     assert calls == [frozenset(LAYERS[:1])]
 
 
 def test_a_layer_that_was_ranked_too_high_goes_back_to_int8():
     calls = []
-    assert fewest_spared(LAYERS, needing(frozenset(LAYERS[2:3]), calls)) == frozenset(LAYERS[2:3])
+    assert min_excluded_layers(LAYERS, needing(frozenset(LAYERS[2:3]), calls)) == frozenset(LAYERS[2:3])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_nothing_is_found_where_nothing_helps(count):
     calls = []
-    assert fewest_spared(LAYERS[:count], needing(frozenset({"another"}), calls)) is None
+    assert min_excluded_layers(LAYERS[:count], needing(frozenset({"another"}), calls)) is None
     assert calls[-1] == frozenset(LAYERS[:count])
 
 
 def test_without_layers_nothing_is_found():
-    assert fewest_spared([], needing(frozenset({"another"}), [])) is None
+    assert min_excluded_layers([], needing(frozenset({"another"}), [])) is None

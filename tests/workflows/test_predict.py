@@ -115,7 +115,7 @@ def test_a_video_becomes_a_video_of_the_same_rate_size_and_length(tmp_path):
         on_frame=lambda frame, found: seen.append((frame.number, found.path)),
     )
     with VideoFile(str(out / "clip.mp4")) as video:
-        assert (video.info.fps, video.info.frames, video.info.hw) == (10, 5, HW)
+        assert (video.metadata.fps, video.metadata.frames, video.metadata.hw) == (10, 5, HW)
     assert files(out) == ["clip.mp4", *(f"labels/clip_{n}.txt" for n in range(1, 6))]
     assert seen == [(n, str(tmp_path / "clip.mp4")) for n in range(5)]
 
@@ -178,7 +178,7 @@ def test_interrupting_a_live_stream_is_its_normal_end(tmp_path):
     assert report.stopped
     assert report.frames == len(report.records) == 3
     with VideoFile(str(tmp_path / "out" / "camera_0.mp4")) as video:
-        assert video.info.frames == 3
+        assert video.metadata.frames == 3
 
 
 def test_a_lost_live_stream_is_an_error_that_keeps_the_recording(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.sample_images import noise
-from tests.support.small_models import HW, exported_tiny, fused_tiny, info_of
+from tests.support.small_models import HW, exported_tiny, fused_tiny, metadata_of
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
@@ -19,7 +19,7 @@ from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import quantize
-from yolov7_deploy.workflows.quantize import Quantizer, describe, to_record
+from yolov7_deploy.workflows.quantize import Quantizer, describe, to_dict
 
 SPOILED = "model.1.conv"  # the only reader of model.0, whose results come out of a LeakyReLU
 FACTOR = 2.0**9
@@ -56,7 +56,7 @@ def spoiled():
         made.weight[3] *= FACTOR
         made.bias[3] *= FACTOR
         reader.weight[:, 3] /= FACTOR
-    return export_onnx(net, info_of(net), ExportOptions(input_hw=HW))
+    return export_onnx(net, metadata_of(net), ExportOptions(input_hw=HW))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def data(images, tmp_path_factory):
                 box = [x1, y1, x2 - x1, y2 - y1]
                 common = {"id": len(annotations) + 1, "image_id": number, "category_id": kind, "iscrowd": 0}
                 annotations.append({**common, "bbox": box, "area": box[2] * box[3]})
-        names = detector.info.class_names
+        names = detector.metadata.class_names
     document = {
         "images": entries,
         "annotations": annotations,
@@ -106,20 +106,20 @@ def test_the_spoiled_layer_is_found_and_spared(images, data, natural):
     result = run(spoiled(), images, data, said, max_drop=allowed)
     assert result.costs[0].layer == SPOILED
     assert result.costs[0].error > 3 * result.costs[1].error
-    kept = dict(result.model.info.int8.kept)
-    assert [layer for layer in kept if layer not in result.model.info.heads] == [SPOILED]
+    kept = dict(result.model.metadata.int8.kept)
+    assert [layer for layer in kept if layer not in result.model.metadata.heads] == [SPOILED]
     assert "spared for AP: alone in INT8 it moves the head by" in kept[SPOILED]
     assert result.drop.points <= allowed
     assert [len(trial.spared) for trial in result.trials] == [0, 1]
     assert any(f"spared 1: {SPOILED}" in words for words in said)
     assert SPOILED in describe(result) and "kept float" in describe(result)
-    assert to_record(result)["trials"][1]["spared"] == [SPOILED]
-    json.dumps(to_record(result), allow_nan=False)
+    assert to_dict(result)["trials"][1]["spared"] == [SPOILED]
+    json.dumps(to_dict(result), allow_nan=False)
 
 
 def test_nothing_is_spared_where_little_is_lost(images, data, natural):
     result = run(exported_tiny(), images, data, max_drop=natural.points + 1)
-    assert len(result.model.info.int8.kept) == len(result.model.info.heads)
+    assert len(result.model.metadata.int8.kept) == len(result.model.metadata.heads)
     assert result.costs == () and len(result.trials) == 1
 
 
@@ -129,7 +129,7 @@ def test_what_no_sparing_mends_is_an_error(images, data):
 
         def _accuracy(self, model, what):
             report = super()._accuracy(model, what)
-            if model.info.precision == "int8":
+            if model.metadata.precision == "int8":
                 report.predictions.clear()
             return report
 
@@ -155,8 +155,8 @@ def test_another_method_needs_no_second_calibration(images, tmp_path, monkeypatc
     said = []
     second = run(exported_tiny(), images, said=said, cache=cache, int8=Int8Options(method="max"))
     assert f"calibration of {COUNT} images from {cache}" in said
-    assert second.model.info.int8.method == "max"
-    assert second.model.info.int8.images_sha256 == first.model.info.int8.images_sha256
+    assert second.model.metadata.int8.method == "max"
+    assert second.model.metadata.int8.images_sha256 == first.model.metadata.int8.images_sha256
     again = run(exported_tiny(), images, cache=cache)
     assert again.model.proto.SerializeToString(deterministic=True) == first.model.proto.SerializeToString(
         deterministic=True
@@ -213,8 +213,8 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_stop(images, tmp_
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
-def test_the_passport_says_what_ap_says_and_that_images_are_few(images, data):
-    notes = run(exported_tiny(), images, data).model.info.notes
+def test_the_metadata_says_what_ap_says_and_that_images_are_few(images, data):
+    notes = run(exported_tiny(), images, data).model.metadata.notes
     assert any("of the images AP is measured on were calibrated on" in note for note in notes)
     assert any("images" in note and "95 % interval" in note for note in notes)
     assert any("ew images (6)" in note for note in notes)
@@ -224,13 +224,13 @@ def test_sensitivity_is_found_where_asked_for(images):
     result = run(exported_tiny(), images, sensitivity=True)
     assert len(result.costs) == result.account.int8_convolutions
     assert result.costs[0].layer in describe(result)
-    assert result.drop is None and to_record(result)["accuracy"] is None
+    assert result.drop is None and to_dict(result)["accuracy"] is None
 
 
 def test_the_same_images_under_other_names_are_the_same(images, tmp_path):
     for number, file in enumerate(sorted(images.iterdir(), reverse=True)):
         (tmp_path / f"again-{number}.png").write_bytes(Path(file).read_bytes())
-    first, second = (run(exported_tiny(), folder).model.info.int8 for folder in (images, tmp_path))
+    first, second = (run(exported_tiny(), folder).model.metadata.int8 for folder in (images, tmp_path))
     assert first == second
 
 
@@ -239,7 +239,7 @@ def test_the_float32_model_is_judged_once(images, data, natural, monkeypatch):
     whole = Quantizer._accuracy
 
     def counted(self, model, what):
-        judged.append(model.info.precision)
+        judged.append(model.metadata.precision)
         return whole(self, model, what)
 
     monkeypatch.setattr(Quantizer, "_accuracy", counted)

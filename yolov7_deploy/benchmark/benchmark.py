@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from yolov7_deploy._version import __version__
-from yolov7_deploy.benchmark.consistency import Answers
-from yolov7_deploy.benchmark.devices import Place
+from yolov7_deploy.benchmark.consistency import ConsistencyChecker
+from yolov7_deploy.benchmark.devices import DeviceProfile
 from yolov7_deploy.benchmark.inputs import Frames
 from yolov7_deploy.benchmark.monitors import Meters
 from yolov7_deploy.benchmark.report import BUSY, SPANS, SpanTime, SpeedReport, SpeedRow
 from yolov7_deploy.benchmark.sampling import (
     Throughput,
     Warmup,
-    call_together,
+    interleave,
+    run_concurrently,
     span_time,
-    take_turns,
     timed_ms,
     warm_up,
 )
@@ -60,7 +60,7 @@ def measure_speed(
     frames: Frames,
     *,
     options: BenchOptions = BenchOptions(),  # noqa: B008 - frozen
-    place: Place | None = None,
+    place: DeviceProfile | None = None,
     gpu_bytes_before: int | None = None,
     progress: Progress | None = None,
     on_row: Callable[[SpeedRow], None] | None = None,
@@ -68,7 +68,7 @@ def measure_speed(
     """How fast a detector is with these images.
 
     For every batch size: a warm-up until times are stable, then turns of `detector.batch` (end to end, with nothing
-    measured inside) and `detector.timed` (the spans). For every number of callers: all calling at once, while power
+    measured inside) and `detector.profile` (the spans). For every number of callers: all calling at once, while power
     and clocks are read.
 
     Args:
@@ -105,17 +105,17 @@ def measure_speed(
     return replace(report, notes=(*report.notes, *_notes(report, detector)))
 
 
-def _described(detector: Detector, frames: Frames, place: Place | None) -> SpeedReport:
+def _described(detector: Detector, frames: Frames, place: DeviceProfile | None) -> SpeedReport:
     """What is measured, on what and how; without a row."""
-    info, here = detector.info, read_machine()
+    metadata, here = detector.metadata, read_machine()
     backend = backend_row(detector.path).name
     return SpeedReport(
         weights=str(detector.path),
         weights_sha256=file_digest(detector.path),
-        variant="" if info.variant == "custom" else info.variant,
+        variant="" if metadata.variant == "custom" else metadata.variant,
         backend=backend,
-        precision=info.precision,
-        nms=info.nms.kind if info.nms else "host",
+        precision=metadata.precision,
+        nms=metadata.nms.kind if metadata.nms else "host",
         device=detector.device,
         machine=place.machine if place else here.cpu,
         environment=(
@@ -141,9 +141,9 @@ def check_batches(detector: Detector, batches: Sequence[int]) -> None:
     Raises:
         UsageError: The file takes fewer, or always runs more.
     """
-    fixed, largest, path = detector.info.batch, detector.largest_batch, detector.path
+    fixed, largest, path = detector.metadata.batch, detector.max_batch_size, detector.path
     is_engine = backend_row(path).name == "tensorrt"
-    weights = detector.info.source or "WEIGHTS.pt"
+    weights = detector.metadata.source or "WEIGHTS.pt"
     for batch in batches:
         larger = (
             f"y7 build --weights {path.stem}.onnx --max-batch {batch}   (of a file exported with --dynamic-batch)"
@@ -184,14 +184,14 @@ class _Bench:
         self._progress = progress
         self._total = _PARTS * len(options.batches) * (1 + len(options.threads))
         self._done = 0
-        self._answers = Answers(detector.thresholds.conf)
+        self._answers = ConsistencyChecker(detector.thresholds.conf)
         self.detections_per_image = 0.0
 
     def rows(self) -> Iterator[SpeedRow]:
         """Each row as soon as it is complete."""
         self._progress(0, self._total)
         for batch in self._options.batches:
-            batches, self._answers = self._frames.batches(batch), Answers(self._detector.thresholds.conf)
+            batches, self._answers = self._frames.batches(batch), ConsistencyChecker(self._detector.thresholds.conf)
             latency = self._latency(batches)
             self._advance()
             for threads in self._options.threads:
@@ -225,15 +225,15 @@ class _Bench:
 
         def run_spans() -> None:
             number = next_batch()
-            found, times = detector.timed(batches[number])
+            found, times = detector.profile(batches[number])
             for name, values in spans.items():
                 values.append(getattr(times, f"{name}_ms"))
             answers.keep(number, found)
 
         warmup = warm_up(warm, limit_s=self._options.warmup_s)
-        detector.timed(batches[0])
+        detector.profile(batches[0])
         others = OtherLoad()
-        take_turns(
+        interleave(
             (run_whole, run_spans),
             turn_s=TURN_S,
             seconds=self._options.duration_s,
@@ -285,14 +285,14 @@ class _Bench:
             number = turns[caller] % len(batches)
             self._answers.keep(number, self._detector.batch(batches[number]), caller=caller)
 
-        return call_together(call, threads=threads, seconds=self._options.duration_s, least_calls=LEAST_TOGETHER)
+        return run_concurrently(call, threads=threads, seconds=self._options.duration_s, least_calls=LEAST_TOGETHER)
 
 
 def _versions(libraries: Sequence[str]) -> Iterator[tuple[str, str]]:
     for library in libraries:
         try:
-            yield library, metadata.version(library)
-        except metadata.PackageNotFoundError:
+            yield library, importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
             continue
 
 
@@ -300,20 +300,20 @@ def _settings(detector: Detector) -> tuple[tuple[str, str], ...]:
     """How it was measured: what is said here, and what the backend says."""
     kept = detector.thresholds
     return (
-        ("end to end", "uint8 BGR frames in host memory to Detections: letterbox, transfers, network, suppression"),
+        ("end to end", "uint8 BGR frames in host memory to Detections: letterbox, transfers, network, NMS"),
         ("thresholds", f"conf {kept.conf:g}, iou {kept.iou:g}, max-det {kept.max_det}"),
         ("garbage collector", "off while measuring"),
-        *detector.settings,
+        *detector.runtime_info,
     )
 
 
 def _notes(report: SpeedReport, detector: Detector) -> Iterator[str]:
     """What a reader should know of the numbers."""
-    yield from detector.info.notes
+    yield from detector.metadata.notes
     if not report.detections_per_image:
-        yield "nothing was found in these frames, so suppression and drawing up results had nothing to do"
-    if detector.info.nms is not None:
-        yield "suppression is inside the file: it counts as engine time"
+        yield "nothing was found in these frames, so NMS and drawing up results had nothing to do"
+    if detector.metadata.nms is not None:
+        yield "NMS is inside the file: it counts as engine time"
     for row in report.rows:
         name = f"batch {row.batch}, {row.threads} caller{'s' * (row.threads > 1)}"
         if row.threads == report.rows[0].threads:

@@ -40,7 +40,7 @@ ORIGINS = {
     "published": "AP published for the official model, not measured with this file",
     "unknown": "AP not known at this size: only its time, at the foot",
 }
-ENGINE = "engine: the network, and suppression where the file has it"
+ENGINE = "engine: the network, and NMS where the file has it"
 END_TO_END = "end to end: from an image in memory to its boxes"
 # All times in between: the linear axis of the paper, whose slowest real-time detector takes 29 ms.
 LINEAR_MS = (0.8, 40.0)

@@ -227,7 +227,7 @@ def _warnings(old: SpeedReport, new: SpeedReport, rows: int) -> Iterator[str]:
         ("device", old.device, new.device),
         ("backend", old.backend, new.backend),
         ("precision", old.precision, new.precision),
-        ("suppression", old.nms, new.nms),
+        ("NMS", old.nms, new.nms),
         ("model", old.variant, new.variant),
         ("network input", old.input_hw, new.input_hw),
         ("size of the frames", old.frame_hw, new.frame_hw),

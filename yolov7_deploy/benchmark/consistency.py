@@ -14,7 +14,7 @@ SAME_SCORE = 0.02
 SAME_PLACE = 0.01  # of the image's longer side
 
 
-class Answers:
+class ConsistencyChecker:
     """The first and the latest results of calls with the same images, by a number that the caller chooses.
 
     Args:

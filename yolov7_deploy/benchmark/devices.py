@@ -23,7 +23,7 @@ MEASURE_HERE = "or measure this machine:  y7 bench --device auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class DeviceProfile:
     """A device of this machine.
 
     Attributes:
@@ -59,7 +59,7 @@ def choose_place(
     run: Run = run_command,
     library: str = NVML,
     driver: str = DRIVER,
-) -> Place:
+) -> DeviceProfile:
     """The device that a name means here.
 
     Args:
@@ -95,7 +95,7 @@ def choose_place(
     return _gpu(here, int(named[1] or 0), device)
 
 
-def _auto(here: _Here, gpu_usable: bool) -> Place:
+def _auto(here: _Here, gpu_usable: bool) -> DeviceProfile:
     if here.gpus and gpu_usable:
         place = _jetson(here) if here.board else _gpu(here, 0, "auto")
         return _with_note(place, f"auto took {place.device}: {here.gpus[0].name}.")
@@ -108,12 +108,12 @@ def _auto(here: _Here, gpu_usable: bool) -> Place:
     return _with_note(_processor(here), f"auto took the processor: {why}.")
 
 
-def _with_note(place: Place, note: str) -> Place:
+def _with_note(place: DeviceProfile, note: str) -> DeviceProfile:
     return replace(place, notes=(note, *place.notes))
 
 
-def _processor(here: _Here) -> Place:
-    return Place(device="cpu", machine=_processor_title(here))
+def _processor(here: _Here) -> DeviceProfile:
+    return DeviceProfile(device="cpu", machine=_processor_title(here))
 
 
 def _processor_title(here: _Here) -> str:
@@ -132,20 +132,20 @@ def _found(here: _Here) -> str:
     return ", ".join(filter(None, (_processor_title(here), _gpu_names(here) or "no GPU")))
 
 
-def _gpu(here: _Here, index: int, asked: str) -> Place:
+def _gpu(here: _Here, index: int, asked: str) -> DeviceProfile:
     gpu = next((gpu for gpu in here.gpus if gpu.index == index), None)
     if gpu is None:
         seen = ", ".join(f"cuda:{gpu.index} is {gpu.name}" for gpu in here.gpus)
         message = f"--device {asked}: CUDA shows no GPU cuda:{index} here ({seen or _found(here)})."
         fix = "--device cuda:0" if seen else "y7 bench --device cpu   (nvidia-smi -L and y7 doctor show what is here)"
         raise DeviceError(message, fix=fix)
-    return Place(device=f"cuda:{index}", machine=gpu.name)
+    return DeviceProfile(device=f"cuda:{index}", machine=gpu.name)
 
 
 # --- V100 -------------------------------------------------------------------------------------------------------------
 
 
-def _v100(here: _Here) -> Place:
+def _v100(here: _Here) -> DeviceProfile:
     gpu = next((gpu for gpu in here.gpus if "V100" in gpu.name), None)
     if gpu is None:
         hidden = "CUDA shows no Tesla V100" if "V100" in _found(here) else "this machine has no Tesla V100"
@@ -158,7 +158,7 @@ def _v100(here: _Here) -> Place:
         "The paper's speeds on a V100 are FP16 and the network alone: compare with --half, or with an FP16 engine.",
     ]
     if isinstance(sensors, str):
-        return Place(device=f"cuda:{gpu.index}", machine=gpu.name, notes=(*notes, sensors))
+        return DeviceProfile(device=f"cuda:{gpu.index}", machine=gpu.name, notes=(*notes, sensors))
     settings = []
     persistent = sensors.persistent()
     if persistent is not None:
@@ -177,13 +177,13 @@ def _v100(here: _Here) -> Place:
                 f"Application clocks hold the multiprocessors to {sm} of {highest:.0f} MHz: "
                 f"sudo nvidia-smi -ac {memory},{highest:.0f}"
             )
-    return Place(device=f"cuda:{gpu.index}", machine=gpu.name, settings=tuple(settings), notes=tuple(notes))
+    return DeviceProfile(device=f"cuda:{gpu.index}", machine=gpu.name, settings=tuple(settings), notes=tuple(notes))
 
 
 # --- Jetson -----------------------------------------------------------------------------------------------------------
 
 
-def _jetson(here: _Here) -> Place:
+def _jetson(here: _Here) -> DeviceProfile:
     if here.board is None:
         raise DeviceError(
             f"--device jetson: this machine is no Jetson but {_found(here)}.",
@@ -198,7 +198,7 @@ def _jetson(here: _Here) -> Place:
         )
         settings.append(("GPU clock", span))
     notes = tuple(_board_notes(here.board, clock is not None and not clock.pinned))
-    return Place(device="cuda:0", machine=_board_title(here.board), settings=tuple(settings), notes=notes)
+    return DeviceProfile(device="cuda:0", machine=_board_title(here.board), settings=tuple(settings), notes=notes)
 
 
 def _board_title(board: Board) -> str:

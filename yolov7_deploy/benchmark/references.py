@@ -12,7 +12,7 @@ from yolov7_deploy.benchmark.report import PaperSpeed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.paper import paper_row
 
-PAPER_SPAN = "PyTorch FP16 forward pass of the network only: no letterbox, no upload, no suppression"
+PAPER_SPAN = "PyTorch FP16 forward pass of the network only: no letterbox, no upload, no NMS"
 VAL2017 = 5000  # images, of which the paper's AP is; a report of another number says so beside its AP
 _HOW = "y7 val --weights FILE --data DATA --json val.json"
 

@@ -142,7 +142,7 @@ class SpeedReport:
         frames: Where the images came from, in words.
         settings: How it was measured, by name: CUDA graph, transfers, waiting, threads of the runtime.
         rows: One for each batch size and number of threads.
-        detections_per_image: Mean; suppression takes longer the more there is to suppress. `None` where not told.
+        detections_per_image: Mean; NMS takes longer the more there is to suppress. `None` where not told.
         paper: The paper's row, where it was asked for.
         ap: Average precision (0 to 1) measured with this artifact, and `ap_source` where that is written and
             of how many images, where they are not the whole of val2017.

@@ -76,7 +76,7 @@ def timed_ms(call: Call) -> float:
     return (time.perf_counter_ns() - started) / 1e6
 
 
-def take_turns(
+def interleave(
     runs: Sequence[Call], *, turn_s: float, seconds: float, least_turns: int, on_turn: Callable[[float], None]
 ) -> None:
     """Runs several things in turns, so that a machine that drifts is the same to all of them.
@@ -131,7 +131,7 @@ def span_time(name: str, samples_ms: Sequence[float]) -> SpanTime:
     )
 
 
-def call_together(call: Callable[[int], object], *, threads: int, seconds: float, least_calls: int) -> Throughput:
+def run_concurrently(call: Callable[[int], object], *, threads: int, seconds: float, least_calls: int) -> Throughput:
     """Callers that each call again as soon as they have their answer, until each got `least_calls` done.
 
     The clock starts when everybody has had the first answer, so that all are at work, one behind the other where they

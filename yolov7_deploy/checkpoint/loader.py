@@ -26,7 +26,7 @@ from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
 from yolov7_deploy.checkpoint.torch_archive import NumberArray, TorchFile, is_safetensors, require_file
 from yolov7_deploy.datasets.coco_classes import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
-from yolov7_deploy.metadata import PASSPORT_KEY, ModelInfo
+from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ class Checkpoint:
         return tuple(8 << level for level in range(len(self.anchors)))
 
     @property
-    def info(self) -> ModelInfo:
-        """The passport of these weights."""
-        return ModelInfo(
+    def metadata(self) -> ModelMetadata:
+        """The metadata of these weights."""
+        return ModelMetadata(
             variant=self.variant,
             class_names=self.class_names,
             strides=self.strides,
@@ -128,7 +128,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = False) -> None:
-    """Writes safetensors with a passport: same checkpoint, same bytes; no half-written file; folders are made.
+    """Writes safetensors with metadata: same checkpoint, same bytes; no half-written file; folders are made.
 
     Args:
         checkpoint: What to write.
@@ -142,8 +142,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     target = Path(path)
     tensors = {key: _stored(key, tensor, half=half) for key, tensor in checkpoint.tensors.items()}
     order = json.dumps(list(tensors), separators=(",", ":"))
-    metadata = {"format": "pt", PASSPORT_KEY: checkpoint.info.to_json(), _KEY_ORDER: order}
-    data = _with_sorted_header(safetensors.torch.save(tensors, metadata))
+    header = {"format": "pt", METADATA_KEY: checkpoint.metadata.to_json(), _KEY_ORDER: order}
+    data = _with_sorted_header(safetensors.torch.save(tensors, header))
     try:
         with whole_file(target) as unfinished:
             unfinished.write_bytes(data)
@@ -176,23 +176,23 @@ def _read_safetensors(path: Path) -> _Contents:
     """Our own format, or any safetensors file with official tensor names."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
+            header: dict[str, str] = file.metadata() or {}
             arrays = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise LoadError(
             f"{path.name} is a damaged or truncated safetensors file ({str(error)[:200]!a}).",
             fix="Copy or download the file again, and compare its size with the original.",
         ) from error
-    if PASSPORT_KEY not in metadata:
+    if METADATA_KEY not in header:
         return _Contents(arrays=arrays)
     try:
-        info = ModelInfo.from_json(metadata[PASSPORT_KEY])
+        metadata = ModelMetadata.from_json(header[METADATA_KEY])
     except RecursionError as error:
-        raise LoadError(f"The passport of {path.name} is no passport.", fix="Do not use this file.") from error
-    order = _key_order(metadata.get(_KEY_ORDER, "[]"))
+        raise LoadError(f"The metadata of {path.name} is not valid metadata.", fix="Do not use this file.") from error
+    order = _key_order(header.get(_KEY_ORDER, "[]"))
     if set(order) == set(arrays):
         arrays = {key: arrays[key] for key in order}
-    return _Contents(arrays=arrays, names=info.class_names, variant=info.variant)
+    return _Contents(arrays=arrays, names=metadata.class_names, variant=metadata.variant)
 
 
 def _widened(tensor: torch.Tensor) -> NumberArray:
@@ -274,7 +274,7 @@ def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:
 
 
 def _variant(architecture: Architecture, contents: _Contents, source: str) -> str:
-    """The variant: told by the tensors, but only the activation (or the passport) knows tiny from tiny-silu."""
+    """The variant: told by the tensors, but only the activation (or the metadata) knows tiny from tiny-silu."""
     activations = contents.activations - {"Identity"}
     variant = architecture.variant
     if variant == TINY and (activations == {"SiLU"} or contents.variant == _TINY_SILU):
@@ -287,7 +287,7 @@ def _variant(architecture: Architecture, contents: _Contents, source: str) -> st
         )
     if contents.variant not in ("", variant):
         raise CheckpointError(
-            f"The passport of {source} says {contents.variant}, its tensors say {variant}.", fix="Write it again."
+            f"The metadata of {source} says {contents.variant}, its tensors say {variant}.", fix="Write it again."
         )
     return variant
 

@@ -262,14 +262,14 @@ def _measure(
     wanted = place.device if place else "auto"
     before = gpu_memory_used("cuda:0" if wanted == "auto" else wanted)
     with Detector(path, device=wanted, **detector_options) as detector, counted_rows() as on_row:
-        info = detector.info
-        beside = paper_speed(info.variant, detector.input_hw) if paper else None
+        metadata = detector.metadata
+        beside = paper_speed(metadata.variant, detector.input_hw) if paper else None
         place = place or choose_place("auto", gpu_usable=detector.device != "cpu")
         with progress("bench, in percent") as show:
             report = measure_speed(
                 detector,
                 frames,
-                options=replace(options, batches=(info.batch or 1,)) if own_batch else options,
+                options=replace(options, batches=(metadata.batch or 1,)) if own_batch else options,
                 place=place,
                 gpu_bytes_before=before,
                 progress=lambda done, total: show(100 * done // total, 100),
@@ -360,13 +360,13 @@ def find_variant_name(weights: str) -> str:
     if suffix == ".onnx":
         from yolov7_deploy.inspection.onnx_file import read_onnx
 
-        passport = read_onnx(weights).info
-        variant = passport.variant if passport else ""
+        metadata = read_onnx(weights).metadata
+        variant = metadata.variant if metadata else ""
     elif suffix in (".engine", ".plan", ".trt"):
         from yolov7_deploy.inspection.engine_file import read_engine_file
 
         record = read_engine_file(weights).record
-        variant = record.info.variant if record else ""
+        variant = record.metadata.variant if record else ""
     else:
         from yolov7_deploy.hub import find_weights
         from yolov7_deploy.inspection.describe import describe_weights

@@ -14,7 +14,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import EngineOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.tensorrt.builder import EngineReport, Telling
+    from yolov7_deploy.tensorrt.builder import BuildCallbacks, EngineReport
 
 DEFAULTS = EngineOptions()
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
@@ -25,9 +25,7 @@ Target = Annotated[
     str | None,
     typer.Option("--target", help="GPUs to build for with TensorRT-RTX, here or elsewhere: sm86,sm89,sm120."),
 ]
-Plugin = Annotated[
-    str, typer.Option("--plugin", help="Suppression by our plugin: auto (where it is built), on or off.")
-]
+Plugin = Annotated[str, typer.Option("--plugin", help="NMS by our plugin: auto (where it is built), on or off.")]
 Batch = Annotated[
     int | None, typer.Option("--batch", "--batch-size", help="The one batch size of a file with an open batch.")
 ]
@@ -95,7 +93,7 @@ def build(
     if json_path is not None:
         from yolov7_deploy._console import write_json
 
-        write_json(to_record(report), json_path)
+        write_json(to_dict(report), json_path)
 
 
 def parse_targets(text: str | None) -> tuple[str, ...]:
@@ -121,13 +119,13 @@ def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: 
 
 
 @contextmanager
-def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[Telling]:
+def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[BuildCallbacks]:
     """Steps as lines, the build as a bar or a line every ten seconds, TensorRT's log where asked for."""
     from yolov7_deploy._console import progress
-    from yolov7_deploy.tensorrt.builder import Telling
+    from yolov7_deploy.tensorrt.builder import BuildCallbacks
 
     with progress("building, in percent") as show:
-        yield Telling(
+        yield BuildCallbacks(
             say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
             progress=show,
             log=(lambda line: typer.echo(f"TensorRT {line}", err=True)) if verbose else None,
@@ -139,14 +137,14 @@ def describe(report: EngineReport) -> str:
     from yolov7_deploy.tensorrt.build_record import TITLES
 
     record, lines = report.record, []
-    suppression = {
+    nms_run_by = {
         "plugin": f"the plugin {record.plugin.path}" if record.plugin else "TensorRT's EfficientNMS_TRT",
         "operators": "operators of the graph",
         "none": "nobody: the output is the decoded head",
     }[record.nms_by]
     runs_on = ", ".join(record.targets) or (f"{record.gpu} ({record.compute_capability})" if record.gpu else "")
     lines.append(
-        f"{report.path}: {record.plan_bytes / 1e6:.1f} MB, {record.info.variant} {record.info.precision}, "
+        f"{report.path}: {record.plan_bytes / 1e6:.1f} MB, {record.metadata.variant} {record.metadata.precision}, "
         f"{TITLES[record.product]} {record.tensorrt}, {len(record.network_layers)} layers as parsed, "
         f"{record.build_s:.1f} s"
     )
@@ -158,7 +156,7 @@ def describe(report: EngineReport) -> str:
         if shape.min != shape.max
     ]
     changeable = "; conf and iou can be changed at run time" if record.runtime_thresholds else ""
-    lines.append(f"Suppression by {suppression}{changeable}")
+    lines.append(f"NMS by {nms_run_by}{changeable}")
     if record.dla:
         lines.append(f"DLA core {record.dla.core}: {len(record.dla.fallback)} layers stay on the GPU")
     lines += [f"Note: {note}" for note in record.notes]
@@ -166,7 +164,7 @@ def describe(report: EngineReport) -> str:
     return "\n".join(lines)
 
 
-def to_record(report: EngineReport) -> dict[str, object]:
+def to_dict(report: EngineReport) -> dict[str, object]:
     """The record for machines."""
     import json
 

@@ -131,10 +131,10 @@ def _run(
     from yolov7_deploy.detections import find_classes
     from yolov7_deploy.workflows.predict import Report
 
-    ids = None if classes is None else find_classes(classes, detector.info.class_names)
+    ids = None if classes is None else find_classes(classes, detector.metadata.class_names)
     record = {
         "weights": str(detector.path),
-        "precision": detector.info.precision,
+        "precision": detector.metadata.precision,
         "device": detector.device,
         "input_hw": list(detector.input_hw),
         "thresholds": asdict(replace(detector.thresholds, classes=ids)),

@@ -10,7 +10,7 @@ import typer
 
 from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
 from yolov7_deploy.cli.build import describe as describe_engine
-from yolov7_deploy.cli.build import to_record as engine_record
+from yolov7_deploy.cli.build import to_dict as engine_record
 from yolov7_deploy.cli.options import Img, JsonPath, parse_img
 from yolov7_deploy.cli.quantize import Calib, Data, MaxDrop, asked_for_int8, open_data
 from yolov7_deploy.errors import UsageError
@@ -264,7 +264,7 @@ def _finish(report: ExportReport, engine: EngineReport | None, json_path: str | 
     from yolov7_deploy._console import write_json
 
     built = {} if engine is None else {"engine": engine_record(engine)}
-    write_json(to_record(report) | built, json_path)
+    write_json(to_dict(report) | built, json_path)
 
 
 def _stem(asked: str, found: Path) -> str:
@@ -276,17 +276,17 @@ def describe(report: ExportReport) -> str:
     """The check and the file for people."""
     from yolov7_deploy.cli.verify import stage_table
 
-    info, parts = report.info, []
+    metadata, parts = report.metadata, []
     if report.parity:
         parts.append(stage_table(report.parity))
-    height, width = info.input_hw or (0, 0)
-    batch = "open" if info.batch is None else str(info.batch)
+    height, width = metadata.input_hw or (0, 0)
+    batch = "open" if metadata.batch is None else str(metadata.batch)
     parts.append(
-        f"{report.path}: {report.bytes / 1e6:.1f} MB, {info.variant} {width}x{height}, batch {batch}, input "
-        f"{info.input_kind}, {info.precision}, opset {info.opset}"
+        f"{report.path}: {report.bytes / 1e6:.1f} MB, {metadata.variant} {width}x{height}, batch {batch}, input "
+        f"{metadata.input_kind}, {metadata.precision}, opset {metadata.opset}"
     )
-    if info.nms:
-        kept = info.nms
+    if metadata.nms:
+        kept = metadata.nms
         parts.append(
             f"NMS inside ({kept.kind}): conf {kept.conf:g}, iou {kept.iou:g}, max-det {kept.max_det}, "
             + ("every class of a box" if kept.multi_label else "best class of a box")
@@ -296,14 +296,14 @@ def describe(report: ExportReport) -> str:
     return "\n".join(parts)
 
 
-def to_record(report: ExportReport) -> dict[str, object]:
+def to_dict(report: ExportReport) -> dict[str, object]:
     """The record for machines."""
     import json
 
     return {
         "path": str(report.path),
         "bytes": report.bytes,
-        "passport": json.loads(report.info.to_json()),
+        "metadata": json.loads(report.metadata.to_json()),
         "parity": report.parity.to_dict() if report.parity else None,
         **_int8_record(report),
     }
@@ -312,6 +312,6 @@ def to_record(report: ExportReport) -> dict[str, object]:
 def _int8_record(report: ExportReport) -> dict[str, object]:
     if report.quantized is None:
         return {}
-    from yolov7_deploy.workflows.quantize import to_record as quantized_record
+    from yolov7_deploy.workflows.quantize import to_dict as quantized_record
 
     return {"quantization": quantized_record(report.quantized)}

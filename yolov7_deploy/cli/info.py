@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.inspection.describe import PaperCost, VariantRecord, WeightsRecord
     from yolov7_deploy.inspection.engine_file import EngineFile
     from yolov7_deploy.inspection.onnx_file import OnnxFile, Port
-    from yolov7_deploy.metadata import ModelInfo
+    from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.model.configs import Anchors
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
@@ -227,32 +227,34 @@ def _onnx_text(record: OnnxFile, int8: list[str]) -> str:
         _field("parameters", f"{record.parameters:,} in convolutions and matrix products"),
         *int8,
     ]
-    passport = _passport_text(record.info) if record.info else _field("passport", "none: not written by this package")
-    headline = f"{record.path}: {record.info.variant if record.info else 'ONNX'}"
-    return "\n\n".join([headline, "\n".join(lines), passport])
+    metadata = (
+        _metadata_text(record.metadata) if record.metadata else _field("metadata", "none: not written by this package")
+    )
+    headline = f"{record.path}: {record.metadata.variant if record.metadata else 'ONNX'}"
+    return "\n\n".join([headline, "\n".join(lines), metadata])
 
 
-def _passport_text(passport: ModelInfo) -> str:
-    nms = passport.nms
-    size = "any size" if passport.input_hw is None else f"{passport.input_hw[0]}x{passport.input_hw[1]}"
-    batch = "any batch" if passport.batch is None else f"batch {passport.batch}"
-    suppression = "none inside: the output is the decoded head"
+def _metadata_text(metadata: ModelMetadata) -> str:
+    nms = metadata.nms
+    size = "any size" if metadata.input_hw is None else f"{metadata.input_hw[0]}x{metadata.input_hw[1]}"
+    batch = "any batch" if metadata.batch is None else f"batch {metadata.batch}"
+    nms_text = "none inside: the output is the decoded head"
     if nms is not None:
         kept = "every class of a box" if nms.multi_label else "best class of a box"
         open_ = "changeable at run time" if nms.runtime_thresholds else "fixed"
-        suppression = f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({open_}), max-det {nms.max_det}, {kept}"
-    source = f"{passport.source} {passport.source_sha256}".strip()
+        nms_text = f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({open_}), max-det {nms.max_det}, {kept}"
+    source = f"{metadata.source} {metadata.source_sha256}".strip()
     lines = [
-        _field("passport", f"{passport.variant}, {passport.precision}, {len(passport.class_names)} classes"),
-        _field("takes", f"{size} (height x width), {batch}, {passport.input_kind}"),
-        _field("NMS", suppression),
-        _field("strides", _listed(passport.strides)),
+        _field("metadata", f"{metadata.variant}, {metadata.precision}, {len(metadata.class_names)} classes"),
+        _field("takes", f"{size} (height x width), {batch}, {metadata.input_kind}"),
+        _field("NMS", nms_text),
+        _field("strides", _listed(metadata.strides)),
         *([_field("source", source)] if source else []),
-        *([_field("written by", f"yolov7-deploy {passport.version}")] if passport.version else []),
-        *(_field("note", note) for note in passport.notes),
-        _names_text(passport.class_names),
+        *([_field("written by", f"yolov7-deploy {metadata.version}")] if metadata.version else []),
+        *(_field("note", note) for note in metadata.notes),
+        _names_text(metadata.class_names),
     ]
-    anchors = [_anchors_text(passport.anchors, passport.strides)] if passport.anchors else []
+    anchors = [_anchors_text(metadata.anchors, metadata.strides)] if metadata.anchors else []
     return "\n\n".join(["\n".join(lines), *anchors])
 
 
@@ -273,7 +275,7 @@ def _engine_text(file: EngineFile, *, layers: bool) -> str:
 
     record = file.record
     wrote = f"{TITLES[file.product]} {file.tensorrt}" if file.product in TITLES else ""
-    headline = f"{record.info.variant}, {record.info.precision}" if record else "TensorRT engine"
+    headline = f"{record.metadata.variant}, {record.metadata.precision}" if record else "TensorRT engine"
     lines = [
         _field("file", f"{_megabytes(file.size_bytes)}, sha256 {file.sha256}"),
         *([_field("written by", f"{wrote}, as the plan itself says")] if wrote and record is None else []),
@@ -287,7 +289,7 @@ def _engine_text(file: EngineFile, *, layers: bool) -> str:
         lines.append(f"{'layers'.ljust(INDENT)}on its GPU:  {command}")  # not folded, to be copied
     parts = [f"{file.path}: {headline}", "\n".join(lines)]
     if record is not None:
-        parts.append(_passport_text(record.info))
+        parts.append(_metadata_text(record.metadata))
     if file.summary is not None and file.table is not None:
         parts.append("\n".join(_field(name, text) for name, text in layer_fields(file.summary)))
         parts += [layer_table(file.table)] if layers else []

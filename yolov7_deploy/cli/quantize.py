@@ -98,9 +98,9 @@ def quantize(
         cost_chart(result, chart, title=place.stem)
     if json_path is not None:
         from yolov7_deploy._console import write_json
-        from yolov7_deploy.workflows.quantize import to_record
+        from yolov7_deploy.workflows.quantize import to_dict
 
-        write_json({"path": str(place), **to_record(result)}, json_path)
+        write_json({"path": str(place), **to_dict(result)}, json_path)
 
 
 def asked_for_int8(

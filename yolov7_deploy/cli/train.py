@@ -177,7 +177,7 @@ def _request(
 def _begin(request: TrainRequest, json_path: str | None) -> None:
     from yolov7_deploy.training.run import train as train_network
 
-    _finish(train_network(request, watch=_Porch(json_path)), json_path)
+    _finish(train_network(request, watch=ConsoleCallback(json_path)), json_path)
 
 
 def _refuse_changes(context: typer.Context) -> None:
@@ -195,7 +195,10 @@ def _resume(save_dir: Path | None, *, data: Path | None, device: str | None, jso
     from yolov7_deploy.training.run import resume
 
     folder = save_dir or _newest()
-    _finish(resume(folder, watch=_Porch(json_path), device=device, data=None if data is None else str(data)), json_path)
+    _finish(
+        resume(folder, watch=ConsoleCallback(json_path), device=device, data=None if data is None else str(data)),
+        json_path,
+    )
 
 
 def _finish(report: Any, json_path: str | None) -> None:  # noqa: ANN401 - its type is torch's side of the wall
@@ -267,7 +270,7 @@ def _values(texts: list[str] | None) -> dict[str, float]:
     return values
 
 
-class _Porch:
+class ConsoleCallback:
     """Shows a training to people: a line an epoch on standard output, unless JSON is there; the rest beside it."""
 
     def __init__(self, json_path: str | None) -> None:

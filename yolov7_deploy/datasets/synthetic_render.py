@@ -31,7 +31,7 @@ Distance = Callable[[Field, Field], Field]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Form:
+class Shape:
     """A form about 0, 0 that just fits into the unit circle.
 
     Attributes:
@@ -91,13 +91,13 @@ _REACH = math.sqrt(1 - CROSS_ARM * CROSS_ARM)  # so that the corners of the arms
 _QUARTER = np.array([(CROSS_ARM, -_REACH), (CROSS_ARM, -CROSS_ARM), (_REACH, -CROSS_ARM)])
 _TURNS = [np.array(turn) for turn in ([[1, 0], [0, 1]], [[0, 1], [-1, 0]], [[-1, 0], [0, -1]], [[0, -1], [1, 0]])]
 
-FORMS: Mapping[str, Form] = {
-    "circle": Form(outline=_around((1,), ROUND_POINTS), distance=_circle),
-    "square": Form(outline=np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * math.sqrt(0.5), distance=_square),
-    "triangle": Form(outline=_around((1,), 3), distance=_triangle),
-    "star": Form(outline=_around((1, STAR_INNER), 10), distance=_star),
-    "ring": Form(outline=_around((1,), ROUND_POINTS), distance=_ring),
-    "cross": Form(outline=np.concatenate([_QUARTER @ turn for turn in _TURNS]), distance=_cross),
+FORMS: Mapping[str, Shape] = {
+    "circle": Shape(outline=_around((1,), ROUND_POINTS), distance=_circle),
+    "square": Shape(outline=np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * math.sqrt(0.5), distance=_square),
+    "triangle": Shape(outline=_around((1,), 3), distance=_triangle),
+    "star": Shape(outline=_around((1, STAR_INNER), 10), distance=_star),
+    "ring": Shape(outline=_around((1,), ROUND_POINTS), distance=_ring),
+    "cross": Shape(outline=np.concatenate([_QUARTER @ turn for turn in _TURNS]), distance=_cross),
 }
 
 
@@ -238,7 +238,7 @@ class ShapeCanvas:
         for _ in range(int(rng.integers(MAX_LINES, endpoint=True))):
             self._add_line()
 
-    def add(self, form: Form, *, side: float) -> DoubleArray | None:
+    def add(self, form: Shape, *, side: float) -> DoubleArray | None:
         """Paints a form whose box has this longer side, turned at random; gives its outline in pixels, [K, 2] xy.
 
         `None`, and nothing painted, where every place tried would hide too much of another object.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy._version import __version__
-from yolov7_deploy.doctor.known_issues import Trap, find_traps
+from yolov7_deploy.doctor.known_issues import KnownIssue, find_traps
 from yolov7_deploy.doctor.packages import Library, find_module, read_libraries
 from yolov7_deploy.doctor.plugin import plugin_state
 from yolov7_deploy.hardware.machine import Machine, read_machine
@@ -20,7 +20,7 @@ JETSON_WHEELS = "https://pypi.jetson-ai-lab.io/jp6/cu126/+simple"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ability:
+class Capability:
     """Something this package does: whether it can here, with what or why not, and what to type to get it."""
 
     what: str
@@ -46,8 +46,8 @@ class Diagnosis:
     python: str
     machine: Machine
     libraries: dict[str, Library]
-    abilities: tuple[Ability, ...]
-    traps: tuple[Trap, ...]
+    abilities: tuple[Capability, ...]
+    traps: tuple[KnownIssue, ...]
     weights: tuple[WeightsPlace, ...]
 
 
@@ -65,10 +65,10 @@ def diagnose() -> Diagnosis:
     )
 
 
-def find_abilities(libraries: dict[str, Library], machine: Machine) -> list[Ability]:
+def find_abilities(libraries: dict[str, Library], machine: Machine) -> list[Capability]:
     """What can be done with these libraries on this machine."""
 
-    def needs(what: str, *names: str) -> Ability:
+    def needs(what: str, *names: str) -> Capability:
         return _needs(what, [libraries[name] for name in names])
 
     weights_cpu = needs("run .pt and .safetensors on the CPU", "torch", "safetensors", "cv2", "numpy")
@@ -106,11 +106,11 @@ def find_weight_files() -> list[WeightsPlace]:
     ]
 
 
-def _needs(what: str, libraries: list[Library]) -> Ability:
+def _needs(what: str, libraries: list[Library]) -> Capability:
     wanting = [library for library in libraries if not library.works]
     if wanting:
-        return Ability(what=what, possible=False, reason=_reason(wanting), fix=_install(wanting))
-    return Ability(what=what, possible=True, reason=", ".join(_named(library) for library in libraries))
+        return Capability(what=what, possible=False, reason=_reason(wanting), fix=_install(wanting))
+    return Capability(what=what, possible=True, reason=", ".join(_named(library) for library in libraries))
 
 
 def _reason(wanting: list[Library]) -> str:
@@ -140,40 +140,40 @@ def _named(library: Library) -> str:
     return f"{library.name} {library.version}".strip()
 
 
-def _on_gpu(what: str, on_cpu: Ability, machine: Machine, library: Ability) -> Ability:
+def _on_gpu(what: str, on_cpu: Capability, machine: Machine, library: Capability) -> Capability:
     """What runs on the CPU also runs on a GPU, if there is one and the library was built for it."""
     if not on_cpu.possible:
-        return Ability(what=what, possible=False, reason=on_cpu.reason, fix=on_cpu.fix)
+        return Capability(what=what, possible=False, reason=on_cpu.reason, fix=on_cpu.fix)
     if not machine.has_gpu:
-        return Ability(what=what, possible=False, reason="no NVIDIA GPU is visible (nvidia-smi lists none)")
-    return Ability(what=what, possible=library.possible, reason=library.reason, fix=library.fix)
+        return Capability(what=what, possible=False, reason="no NVIDIA GPU is visible (nvidia-smi lists none)")
+    return Capability(what=what, possible=library.possible, reason=library.reason, fix=library.fix)
 
 
-def _torch_on_gpu(torch: Library) -> Ability:
+def _torch_on_gpu(torch: Library) -> Capability:
     if torch.details == ("cpu",):
-        return Ability(
+        return Capability(
             what="",
             possible=False,
             reason=f"torch {torch.version} was built without CUDA",
             fix="pip install --force-reinstall torch   (or the line for your CUDA from https://pytorch.org)",
         )
-    return Ability(what="", possible=True, reason=" ".join([_named(torch), *torch.details]))
+    return Capability(what="", possible=True, reason=" ".join([_named(torch), *torch.details]))
 
 
-def _onnx_on_gpu(onnxruntime: Library, machine: Machine) -> Ability:
+def _onnx_on_gpu(onnxruntime: Library, machine: Machine) -> Capability:
     if CUDA_PROVIDER in onnxruntime.details:
-        return Ability(what="", possible=True, reason=f"{_named(onnxruntime)} with {CUDA_PROVIDER}")
+        return Capability(what="", possible=True, reason=f"{_named(onnxruntime)} with {CUDA_PROVIDER}")
     fix = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'yolov7-deploy[gpu]'"
     if machine.jetson is not None:
         # PyPI has no onnxruntime-gpu for these boards.
         index = f" --index-url {JETSON_WHEELS}" if machine.jetson.jetpack.startswith("6") else ""
         fix = f"pip uninstall -y onnxruntime; pip install onnxruntime-gpu{index}"
-    return Ability(
+    return Capability(
         what="", possible=False, reason=f"{_named(onnxruntime)} has only {', '.join(onnxruntime.details)}", fix=fix
     )
 
 
-def _build_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
+def _build_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
     """TensorRT builds where it finds a GPU, TensorRT-RTX anywhere."""
     what = "build TensorRT engines"
     full, rtx, onnx = (libraries[name] for name in ("tensorrt", "tensorrt_rtx", "onnx"))
@@ -182,24 +182,24 @@ def _build_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
     ready = _needs(what, [full if machine.has_gpu and not rtx.works else rtx, onnx])
     if full.works and not rtx.works:
         reason = f"{_named(full)} builds only where there is a GPU, and none is visible; {rtx.name} builds without one"
-        return Ability(what=what, possible=False, reason=reason, fix=ready.fix)
+        return Capability(what=what, possible=False, reason=reason, fix=ready.fix)
     if ready.possible:
-        return Ability(what=what, possible=True, reason=f"{ready.reason}, for any GPU it knows (y7 build --target)")
+        return Capability(what=what, possible=True, reason=f"{ready.reason}, for any GPU it knows (y7 build --target)")
     return ready
 
 
-def _run_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
+def _run_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
     what = "run TensorRT engines"
     if find_module("yolov7_deploy.runtimes.tensorrt") is None:
-        return Ability(what=what, possible=False, reason="this version of yolov7-deploy does not run them")
+        return Capability(what=what, possible=False, reason="this version of yolov7-deploy does not run them")
     cuda = libraries["pycuda"] if libraries["pycuda"].works else libraries["cuda"]
     ready = _needs(what, [_tensorrt(libraries), cuda, libraries["cv2"], libraries["numpy"]])
     return _on_gpu(what, ready, machine, ready)
 
 
-def _suppress_in_engines(libraries: dict[str, Library], machine: Machine) -> Ability:
+def _suppress_in_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
     possible, reason, fix = plugin_state(libraries, machine)
-    return Ability(what="suppress inside engines with our plugin", possible=possible, reason=reason, fix=fix)
+    return Capability(what="suppress inside engines with our plugin", possible=possible, reason=reason, fix=fix)
 
 
 def _tensorrt(libraries: dict[str, Library]) -> Library:

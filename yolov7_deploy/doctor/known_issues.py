@@ -16,14 +16,14 @@ RTX_LINKS = "$HOME/.local/lib/tensorrt_rtx"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trap:
+class KnownIssue:
     """What is wrong and what it does, and what to type."""
 
     what: str
     fix: str
 
 
-def find_traps(libraries: dict[str, Library], machine: Machine) -> list[Trap]:
+def find_traps(libraries: dict[str, Library], machine: Machine) -> list[KnownIssue]:
     """What is installed in a way that does not do what it seems to."""
     return [
         *_two_opencvs(libraries["cv2"]),
@@ -38,28 +38,28 @@ def _names(library: Library) -> list[str]:
     return [entry.partition(" ")[0] for entry in library.distributions]
 
 
-def _two_opencvs(cv2: Library) -> Iterator[Trap]:
+def _two_opencvs(cv2: Library) -> Iterator[KnownIssue]:
     names = _names(cv2)
     if len(names) > 1:
-        yield Trap(
+        yield KnownIssue(
             what=f"{' and '.join(names)} are both installed. They share the folder cv2, so files of one are over those "
             "of the other, and uninstalling either breaks both.",
             fix=f"pip uninstall -y {' '.join(names)}; pip install {OPENCV[0]}",
         )
 
 
-def _two_onnxruntimes(onnxruntime: Library) -> Iterator[Trap]:
+def _two_onnxruntimes(onnxruntime: Library) -> Iterator[KnownIssue]:
     names = _names(onnxruntime)
     if len(names) > 1:
         wanted = next((name for name in names if name != "onnxruntime"), names[0])
-        yield Trap(
+        yield KnownIssue(
             what=f"{' and '.join(names)} are both installed. They share the folder onnxruntime, and the one installed "
             "last hides the other: often the CPU one hides the GPU one.",
             fix=f"pip uninstall -y {' '.join(names)}; pip install {wanted}",
         )
 
 
-def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[Trap]:
+def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[KnownIssue]:
     """A TensorRT that does not know the GPU of this machine, any more or yet."""
     if not tensorrt.installed:
         return
@@ -67,10 +67,10 @@ def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[Trap]:
         build = PlannedBuild(product="tensorrt", tensorrt=tensorrt.version, compute_capability=capability)
         for finding in capability_findings(build, capability):
             if finding.level == "error":
-                yield Trap(what=finding.text, fix=finding.fix)
+                yield KnownIssue(what=finding.text, fix=finding.fix)
 
 
-def _rtx_without_link(rtx: Library) -> Iterator[Trap]:
+def _rtx_without_link(rtx: Library) -> Iterator[KnownIssue]:
     """The parser opens libtensorrt_rtx.so, of which the wheel has only the .so.1; the process then ends at once."""
     spec = find_module("tensorrt_rtx_libs") if rtx.installed else None
     folders = [Path(text) for text in (spec.submodule_search_locations or ())] if spec else []
@@ -78,7 +78,7 @@ def _rtx_without_link(rtx: Library) -> Iterator[Trap]:
     searched = [Path(text) for text in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if text]
     if real is None or any((folder / RTX_LIBRARY).exists() for folder in searched):
         return
-    yield Trap(
+    yield KnownIssue(
         what=f"The wheel of TensorRT-RTX has {real.name} but no {RTX_LIBRARY}, which its ONNX parser opens: parsing "
         "ends the process without a message. y7 build knows a way around it, programs of your own need the link.",
         fix=f"mkdir -p {RTX_LINKS}; ln -sf {real} {RTX_LINKS}/{RTX_LIBRARY}; "
@@ -86,11 +86,11 @@ def _rtx_without_link(rtx: Library) -> Iterator[Trap]:
     )
 
 
-def _faults(libraries: dict[str, Library]) -> Iterator[Trap]:
+def _faults(libraries: dict[str, Library]) -> Iterator[KnownIssue]:
     for library in libraries.values():
         if library.fault:
             names = " ".join(_names(library)) or library.name
             fix = f"pip install --force-reinstall {names}"
             if "libGL" in library.fault:
                 fix = f"pip uninstall -y {names}; pip install {OPENCV[0]}   (it needs no display libraries)"
-            yield Trap(what=f"{library.name} does not load: {library.fault}", fix=fix)
+            yield KnownIssue(what=f"{library.name} does not load: {library.fault}", fix=fix)

@@ -268,7 +268,7 @@ def _fitted_on(runtime: str) -> tuple[str, ...]:
 
 
 def _notes(machine: Device, runtime: str, variant: str, input_hw: tuple[int, int], batch: int) -> tuple[str, ...]:
-    notes = ["network and decoding only: no letterbox, no transfers, no suppression"]
+    notes = ["network and decoding only: no letterbox, no transfers, no NMS"]
     if machine.note:
         notes.append(machine.note)
     if runtime == "torch":

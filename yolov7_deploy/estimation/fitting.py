@@ -136,7 +136,7 @@ class HeldOut:
         return max(abs(error) for _, error in self.rows)
 
 
-def judge(fitted: Fit, rows: Sequence[PublicSpeed], structure: Structure) -> HeldOut:
+def score_held_out(fitted: Fit, rows: Sequence[PublicSpeed], structure: Structure) -> HeldOut:
     """Errors of one fit on rows it has not seen."""
     return HeldOut(rows=tuple((row, fitted.error(row, structure)) for row in rows))
 
@@ -155,7 +155,7 @@ def leave_groups_out(
         seen = [row for row in rows if row.variant in inside]
         best, structure = min(((fit(seen, s), s) for s in structures), key=lambda pair: pair[0].loss)
         chosen[structure] += 1
-        errors += judge(best, [row for row in rows if row.variant not in inside], structure).rows
+        errors += score_held_out(best, [row for row in rows if row.variant not in inside], structure).rows
     return HeldOut(rows=tuple(errors)), chosen
 
 
@@ -174,5 +174,5 @@ def leave_one_device_out(rows: Sequence[PublicSpeed], structure: Structure) -> H
     errors: list[tuple[PublicSpeed, float]] = []
     for device in dict.fromkeys(row.device for row in rows):
         found = fit([row for row in rows if row.device != device], structure)
-        errors += judge(found, [row for row in rows if row.device == device], structure).rows
+        errors += score_held_out(found, [row for row in rows if row.device == device], structure).rows
     return HeldOut(rows=tuple(errors))

@@ -1,7 +1,7 @@
 """Speeds of YOLOv7 networks that others have published, as data: what the estimator is fitted on and judged by.
 
 All are as their sources report them; none was measured again. What a figure includes beside the network stands in
-`span`: rows that time work of the host are never fitted on, those with suppression inside the engine are.
+`span`: rows that time work of the host are never fitted on, those with NMS inside the engine are.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ _DEEPSTREAM = "github.com/NVIDIA-AI-IOT/yolo_deepstream, README (trtexec)"
 _QAT = "github.com/NVIDIA-AI-IOT/yolo_deepstream, yolov7_qat/README (trtexec, CUDA graph)"
 _PADDLE = "github.com/PaddlePaddle/PaddleYOLO, MODEL_ZOO (TensorRT 8.0.3)"
 _TRITON = "github.com/levipereira/triton-server-yolo (TensorRT 8.6.1)"
-_PIPELINE = "whole DeepStream pipeline, decoding of video to suppression"
+_PIPELINE = "whole DeepStream pipeline, decoding of video to NMS"
 
 # Fitted on and judged by.
 TENSORRT_SPEEDS = (
@@ -134,7 +134,7 @@ TENSORRT_SPEEDS = (
     _square("yolov7", "rtx-3090", "fp16", 8, 13.5, "github.com/WongKinYiu/yolov7, deploy/triton-inference-server",
             "network and EfficientNMS"),
     _square("yolov7-tiny", "rtx-3090", "fp16", 16, 16e3 / 1900, "github.com/WongKinYiu/yolov7, PR 280",
-            "network and suppression"),
+            "network and NMS"),
     _square("yolov7-tiny", "orin-nx", "fp16", 1, 6.01, "github.com/ouyanghaodong/DEYO, issue 1 (jetson_clocks)"),
 )  # fmt: skip
 
@@ -143,7 +143,7 @@ JUDGED_ONLY = (
     _square("yolov7", "v100", "fp16", 1, 1e3 / 226, "github.com/marcoslucianops/DeepStream-Yolo", _PIPELINE),
     _square("yolov7x", "v100", "fp16", 1, 1e3 / 155.1, "github.com/marcoslucianops/DeepStream-Yolo", _PIPELINE),
     _square("yolov7-tiny", "xavier-nx", "fp16", 1, 1e3 / 65, "github.com/WongKinYiu/yolov7, issue 703",
-            "a C++ program without suppression"),
+            "a C++ program without NMS"),
     *(
         PublicSpeed(variant=variant, device="t4", runtime="torch", precision="fp16", batch=batch, input_hw=canvas,
                     ms=ms, source="github.com/WongKinYiu/yolov7, comparison notebooks (Colab)")

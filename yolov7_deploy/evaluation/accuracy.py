@@ -67,7 +67,7 @@ class AccuracyReport:
 
     Attributes:
         images: Images that were judged; `skipped` ones are not among them.
-        thresholds: Those in force: a file with its own suppression may hold stricter ones than were asked for.
+        thresholds: Those in force: a file with its own NMS may hold stricter ones than were asked for.
         protocol: Placement of the images, in words.
         speed_ms: Per image: preprocess, inference, postprocess. Reading files overlaps and is not counted.
         classes: One row per class of the dataset.
@@ -129,12 +129,12 @@ def evaluate(
         DatasetError: There is no box to find, no readable image, or the classes are not the detector's.
     """
     start = time.perf_counter()
-    rect = is_rect(detector.info, options)
-    category_of = _category_of(detector.info.class_names, dataset)
+    rect = is_rect(detector.metadata, options)
+    category_of = _category_of(detector.metadata.class_names, dataset)
     dataset.require_boxes()
     sized, skipped = _sizes(dataset)
     groups, fit, protocol = plan(detector, sized, rect=rect, batch=options.batch)
-    thresholds, notes = thresholds_in_force(options.thresholds, detector.info)
+    thresholds, notes = thresholds_in_force(options.thresholds, detector.metadata)
     used: list[int] = []
     speeds: list[tuple[float, float, float]] = []
     predictions: list[dict[str, Any]] = []
@@ -148,16 +148,16 @@ def evaluate(
             f"None of the {len(dataset)} images could be used: {skipped[0].path}: {skipped[0].reason}",
             fix="Check the images' folder.",
         )
-    summary, classes, curves = judge(dataset, used, predictions)
+    summary, classes, curves = compute_coco_metrics(dataset, used, predictions)
     logger.info(
         "accuracy: %s on %d images: AP %s, %.1f s", protocol, len(used), summary["ap"], time.perf_counter() - start
     )
     return AccuracyReport(
         **cast("dict[str, Any]", summary),
         images=len(used),
-        weights=detector.info.source,
+        weights=detector.metadata.source,
         backend="",
-        precision=detector.info.precision,
+        precision=detector.metadata.precision,
         thresholds=thresholds,
         protocol=protocol,
         speed_ms=dict(zip(("preprocess", "inference", "postprocess"), np.mean(speeds, axis=0).tolist(), strict=True)),
@@ -253,7 +253,7 @@ def _read(path: Path, expected_hw: tuple[int, int]) -> Image | Skipped:
     return Skipped(path=str(path), reason=f"is {real_w}x{real_h}, but the annotations are of {width}x{height}")
 
 
-def judge(
+def compute_coco_metrics(
     dataset: Dataset, indices: Sequence[int], predictions: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, float | None], tuple[ClassAccuracy, ...], PrecisionRecall]:
     """COCO's twelve numbers by name, the class-wise table and the curves, of predictions for the chosen samples.

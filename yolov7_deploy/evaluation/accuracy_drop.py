@@ -80,7 +80,7 @@ def accuracy_drop(
 
     The error is unknown where there is one group, or where one group has all the boxes. It is 0 where the predictions
     are the same, but also where no group shows a difference, which a handful of easy images may not.
-    For 2,000 images with 190 predictions each it takes two to three times as long as one `judge`.
+    For 2,000 images with 190 predictions each it takes two to three times as long as one `compute_coco_metrics`.
 
     Args:
         dataset: Where the ground truth comes from.

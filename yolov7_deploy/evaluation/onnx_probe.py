@@ -11,7 +11,7 @@ import onnxruntime
 from yolov7_deploy.export.nms import EFFICIENT_OP
 from yolov7_deploy.export.onnx_model import RAW_OUTPUT, OnnxModel
 from yolov7_deploy.image import FloatArray, Image, to_network_input
-from yolov7_deploy.runtimes.base import Stages
+from yolov7_deploy.runtimes.base import IntermediateOutputs
 
 _ERRORS_ONLY = 3
 
@@ -28,7 +28,7 @@ class OnnxProbe:
 
     def __init__(self, path: Path) -> None:
         model = OnnxModel.load(path)
-        self._info = model.info
+        self._info = model.metadata
         graph = model.proto.graph
         self._scored = [list(node.input) for node in graph.node if node.op_type == EFFICIENT_OP]
         inside = [*self._info.heads, *(name for names in self._scored for name in names)]
@@ -43,8 +43,8 @@ class OnnxProbe:
         )
         self._input = self._session.get_inputs()[0].name
 
-    def stages(self, canvas: Image) -> Stages:
-        """What the file makes of one canvas. A decode that is part of a suppression op cannot be seen."""
+    def stages(self, canvas: Image) -> IntermediateOutputs:
+        """What the file makes of one canvas. A decode that is part of a NMS op cannot be seen."""
         batch = [canvas] * (self._info.batch or 1)
         fed = np.stack(batch) if self._info.input_kind == "uint8" else to_network_input(batch)
         results = dict(zip(self._wanted, self._session.run(self._wanted, {self._input: fed}), strict=True))
@@ -56,4 +56,4 @@ class OnnxProbe:
             ones = np.ones((results[boxes].shape[1], 1), dtype=np.float32)
             decoded = np.concatenate([results[boxes][0], ones, results[scores][0]], axis=1)
         heads = [results[name][0].astype(np.float32) for name in self._info.heads]
-        return Stages(heads=heads, decoded=decoded)
+        return IntermediateOutputs(heads=heads, decoded=decoded)

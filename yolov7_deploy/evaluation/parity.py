@@ -16,10 +16,10 @@ import numpy as np
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import FloatArray, Image, Letterbox, fit_letterbox
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import iou_matrix, xywh_to_xyxy
-from yolov7_deploy.runtimes.base import Backend, Found, Stages
+from yolov7_deploy.runtimes.base import Backend, IntermediateOutputs, RawDetections
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Tolerance:
         box_px: Largest difference of a box side, in input pixels.
         score: Largest difference of a score; also how close to `conf` a detection may be found by one form only.
         swaps: Detections an image that may differ by more, or be found by one form only: between two boxes that
-            overlap by nearly `iou`, or score nearly alike, suppression decides by the last bit.
+            overlap by nearly `iou`, or score nearly alike, NMS decides by the last bit.
     """
 
     head: float
@@ -113,27 +113,27 @@ class ParityReport:
         return {**document, "ok": self.ok}
 
 
-class Inside(Protocol):
+class StageProbe(Protocol):
     """Something that shows its stages: the torch backend, or an `OnnxProbe`."""
 
-    def stages(self, canvas: Image) -> Stages:
+    def stages(self, canvas: Image) -> IntermediateOutputs:
         """What it makes of one canvas."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
+class Artifact:
     """One form of the model under comparison."""
 
     name: str
     backend: Backend
-    inside: Inside | None
+    inside: StageProbe | None
     input_hw: tuple[int, int]
 
 
 def compare(
-    reference: Form,
-    against: Form,
+    reference: Artifact,
+    against: Artifact,
     images: Sequence[Image],
     *,
     thresholds: Thresholds,
@@ -170,8 +170,8 @@ def compare(
     return report
 
 
-def _one_image(reference: Form, against: Form, image: Image, thresholds: Thresholds) -> list[StageResult]:
-    tolerance = _coarser(reference.backend.info, against.backend.info)
+def _one_image(reference: Artifact, against: Artifact, image: Image, thresholds: Thresholds) -> list[StageResult]:
+    tolerance = _coarser(reference.backend.metadata, against.backend.metadata)
     placed = fit_letterbox((image.shape[0], image.shape[1]), reference.input_hw)
     results = []
     if reference.inside and against.inside:
@@ -181,8 +181,8 @@ def _one_image(reference: Form, against: Form, image: Image, thresholds: Thresho
             results.append(_heads(theirs.heads, ours.heads, tolerance))
         if theirs.decoded is not None and ours.decoded is not None:
             results.append(_decoded(theirs.decoded, ours.decoded, tolerance))
-    # Without a threshold and without suppression, what comes out of a file with NMS inside is its decoding.
-    nms = against.backend.info.nms or reference.backend.info.nms
+    # Without a threshold and without NMS, what comes out of a file with NMS inside is its decoding.
+    nms = against.backend.metadata.nms or reference.backend.metadata.nms
     if nms is not None and nms.runtime_thresholds and tolerance.head < math.inf:
         everything = replace(thresholds, conf=0.0, iou=1.0)
         unsuppressed = replace(tolerance, swaps=0)
@@ -191,10 +191,10 @@ def _one_image(reference: Form, against: Form, image: Image, thresholds: Thresho
     return results
 
 
-def _coarser(*infos: ModelInfo) -> Tolerance:
+def _coarser(*infos: ModelMetadata) -> Tolerance:
     """The tolerance of the form of the lowest precision: no other can be nearer to it than it is to the truth."""
     order = list(TOLERANCES)
-    return TOLERANCES[max((info.precision for info in infos), key=order.index)]
+    return TOLERANCES[max((metadata.precision for metadata in infos), key=order.index)]
 
 
 def _heads(reference: Sequence[FloatArray], against: Sequence[FloatArray], tolerance: Tolerance) -> StageResult:
@@ -233,8 +233,8 @@ def _scores(decoded: FloatArray) -> FloatArray:
 
 def _found(
     stage: str,
-    reference: Form,
-    against: Form,
+    reference: Artifact,
+    against: Artifact,
     image: Image,
     placed: Letterbox,
     thresholds: Thresholds,
@@ -274,7 +274,7 @@ def _found(
     )
 
 
-def matched(a: Found, b: Found) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+def matched(a: RawDetections, b: RawDetections) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """Index pairs [M, 2] of detections of the same class that overlap best, at least by `SAME_OBJECT_IOU`.
 
     Pairs are made in order of overlap; equal overlaps in order of score.
@@ -307,7 +307,7 @@ def _counted(old: str, new: str) -> str:
     return " ".join([str(int(a) + int(c)), "of", str(int(b) + int(d)), *rest])
 
 
-def form(name: str, backend: Backend, path: Path | None, *, input_hw: tuple[int, int]) -> Form:
+def form(name: str, backend: Backend, path: Path | None, *, input_hw: tuple[int, int]) -> Artifact:
     """A form with a look inside where its kind of file allows one.
 
     Args:
@@ -316,19 +316,19 @@ def form(name: str, backend: Backend, path: Path | None, *, input_hw: tuple[int,
         path: Its file, `None` for a model in memory.
         input_hw: Input size to compare at.
     """
-    inside: Inside | None = None
+    inside: StageProbe | None = None
     if hasattr(backend, "stages"):
         inside = backend  # type: ignore[assignment]
-    elif path is not None and path.suffix == ".onnx" and backend.info.heads:
+    elif path is not None and path.suffix == ".onnx" and backend.metadata.heads:
         from yolov7_deploy.evaluation.onnx_probe import OnnxProbe
 
         inside = OnnxProbe(path)
-    return Form(name=name, backend=backend, inside=inside, input_hw=input_hw)
+    return Artifact(name=name, backend=backend, inside=inside, input_hw=input_hw)
 
 
-def comparison_thresholds(info: ModelInfo) -> Thresholds:
+def comparison_thresholds(metadata: ModelMetadata) -> Thresholds:
     """Those inside a file, else the official ones with a low `conf`, so that there is something to compare."""
-    nms = info.nms
+    nms = metadata.nms
     if nms is None:
         return Thresholds(conf=0.01)
     return Thresholds(

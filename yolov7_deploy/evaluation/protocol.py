@@ -11,7 +11,7 @@ import numpy as np
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import Letterbox, fit_evaluation_letterbox, fit_letterbox
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds, ValOptions
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def plan(
         height, width = detector.input_hw
         groups = _consecutive(list(sized), batch, lambda _: (height, width))
         return groups, fit_letterbox, f"letterbox {width}x{height}"
-    size, stride = max(detector.input_hw), max(detector.info.stride, RECT_MIN_STRIDE)
+    size, stride = max(detector.input_hw), max(detector.metadata.stride, RECT_MIN_STRIDE)
     groups = rect_groups(sized, size=size, stride=stride, batch=batch)
     tallest, widest = (max((g.canvas_hw[axis] for g in groups), default=0) for axis in (0, 1))
     words = f"rect {size} (pad {RECT_PAD}, batch {batch}, canvases up to {widest}x{tallest})"
@@ -76,9 +76,9 @@ def _consecutive(
     return [Group(indices=part, canvas_hw=canvas_hw(part)) for part in parts]
 
 
-def thresholds_in_force(asked: Thresholds, info: ModelInfo) -> tuple[Thresholds, tuple[str, ...]]:
-    """What a file with its own suppression really applies, and a note where that is not what was asked for."""
-    nms = info.nms
+def thresholds_in_force(asked: Thresholds, metadata: ModelMetadata) -> tuple[Thresholds, tuple[str, ...]]:
+    """What a file with its own NMS really applies, and a note where that is not what was asked for."""
+    nms = metadata.nms
     if nms is None:
         return asked, ()
     real = replace(
@@ -92,22 +92,22 @@ def thresholds_in_force(asked: Thresholds, info: ModelInfo) -> tuple[Thresholds,
     if real == asked:
         return asked, ()
     note = (
-        f"the suppression inside the file holds conf {real.conf:g}, iou {real.iou:g}, max_det {real.max_det}, "
+        f"the NMS inside the file holds conf {real.conf:g}, iou {real.iou:g}, max_det {real.max_det}, "
         f"multi_label {real.multi_label}: AP is not comparable with the published one"
     )
     return real, (note,)
 
 
-def is_rect(info: ModelInfo, options: ValOptions) -> bool:
+def is_rect(metadata: ModelMetadata, options: ValOptions) -> bool:
     """Whether to measure with rect batches: what was asked for, else what the model can do.
 
     Raises:
         UsageError: rect is asked of a model with a fixed input size.
     """
-    if info.input_hw is None:
+    if metadata.input_hw is None:
         return options.rect is not False
     if options.rect:
-        height, width = info.input_hw
+        height, width = metadata.input_hw
         raise UsageError(
             f"--rect needs a model that takes any input size; this one takes {width}x{height} only.",
             fix="Leave --rect out for a plain letterbox, or measure the weights it was exported from.",

@@ -16,7 +16,7 @@ from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, form
 from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.image import Image
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import ValOptions
 from yolov7_deploy.runtimes.base import Backend, backend_row, open_backend
 from yolov7_deploy.sources import open_source
@@ -99,13 +99,13 @@ def verify_forms(
 
 def _stages(trusted: Path, path: Path, images: Sequence[Image], device: str, progress: Progress | None) -> ParityReport:
     other = open_backend(path, device=device, input_hw=None)
-    hw = other.info.default_hw
+    hw = other.metadata.default_hw
     reference = open_backend(
         trusted, device=device, input_hw=None if _fixed(trusted) else hw, half=None if _fixed(trusted) else False
     )
-    _check_same_classes(trusted, reference.info, path, other.info)
+    _check_same_classes(trusted, reference.metadata, path, other.metadata)
     return compare(
-        form(str(trusted), reference, trusted, input_hw=reference.info.input_hw or hw),
+        form(str(trusted), reference, trusted, input_hw=reference.metadata.input_hw or hw),
         form(str(path), other, path, input_hw=hw),
         images or [drawn_image(hw)],
         thresholds=comparison_thresholds(_strictest(reference, other)),
@@ -115,7 +115,7 @@ def _stages(trusted: Path, path: Path, images: Sequence[Image], device: str, pro
 
 def _accuracy(paths: Sequence[Path], dataset: Dataset, device: str, progress: Progress | None) -> list[FormAccuracy]:
     """AP of each form at one input size: that of the first file whose size is fixed."""
-    fixed = [open_backend(path, device=device, input_hw=None).info.input_hw for path in paths if _fixed(path)]
+    fixed = [open_backend(path, device=device, input_hw=None).metadata.input_hw for path in paths if _fixed(path)]
     size = next((hw for hw in fixed if hw is not None), None)
     accuracy = []
     for path in paths:
@@ -142,12 +142,12 @@ def _fixed(path: Path) -> bool:
     return backend_row(path).name != "pytorch"
 
 
-def _strictest(reference: Backend, other: Backend) -> ModelInfo:
-    """The passport whose suppression cannot be changed, if any is inside a file."""
-    return other.info if other.info.nms is not None else reference.info
+def _strictest(reference: Backend, other: Backend) -> ModelMetadata:
+    """The metadata whose NMS cannot be changed, if any is inside a file."""
+    return other.metadata if other.metadata.nms is not None else reference.metadata
 
 
-def _check_same_classes(trusted: Path, reference: ModelInfo, path: Path, other: ModelInfo) -> None:
+def _check_same_classes(trusted: Path, reference: ModelMetadata, path: Path, other: ModelMetadata) -> None:
     if len(reference.class_names) != len(other.class_names):
         raise UsageError(
             f"{trusted} has {len(reference.class_names)} classes, {path} {len(other.class_names)}: not the same model.",

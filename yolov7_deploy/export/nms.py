@@ -1,4 +1,4 @@
-"""Puts decoding and suppression into the graph: none, standard, EfficientNMS, or our own op.
+"""Puts decoding and NMS into the graph: none, standard, EfficientNMS, or our own op.
 
 `plugin` ends the network at the raw head maps and adds one node, `y7::Y7NMS`, that decodes and suppresses. The node is
 a model-local ONNX function whose body is standard operators, so every runtime runs the file; TensorRT takes our plugin

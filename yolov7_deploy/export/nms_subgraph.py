@@ -1,7 +1,7 @@
-"""Decoding and greedy suppression in standard operators of fixed size.
+"""Decoding and greedy NMS in standard operators of fixed size.
 
 Best class per anchor, then the `candidates` best anchors, then their classes: no (anchor, class) pair among the best
-can hide in another anchor, because its anchor would outscore it. Only those candidates are decoded. Suppression goes
+can hide in another anchor, because its anchor would outscore it. Only those candidates are decoded. NMS goes
 tile by tile, and within a tile to its fixed point, which is the greedy result: a candidate falls if a better, surviving
 one of its class overlaps it.
 """
@@ -32,7 +32,7 @@ class NmsPlan:
         columns: 5 + C.
         cells: float32 [A, 5], per anchor the cell's column and row, stride, anchor width and height.
         anchors, strides: As the head has them.
-        candidates: How many enter suppression, at most the number of anchors.
+        candidates: How many enter NMS, at most the number of anchors.
         options: What the user asked for.
     """
 

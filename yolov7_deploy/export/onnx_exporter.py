@@ -24,19 +24,19 @@ from yolov7_deploy.export.graph_builder import GraphWriter
 from yolov7_deploy.export.nms import attach_nms
 from yolov7_deploy.export.nms_subgraph import NmsPlan
 from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
-from yolov7_deploy.metadata import ModelInfo, NmsInfo
+from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import ExportOptions
 
 IR_VERSION = 8  # the oldest with model-local functions; readable by ONNX Runtime 1.10 and later
 
 
-def export_onnx(model: Yolov7, info: ModelInfo, options: ExportOptions) -> OnnxModel:
-    """The network of a fused model, its decoding and suppression as one ONNX graph with a passport.
+def export_onnx(model: Yolov7, metadata: ModelMetadata, options: ExportOptions) -> OnnxModel:
+    """The network of a fused model, its decoding and NMS as one ONNX graph with metadata.
 
     Args:
         model: A fused model (`fuse`).
-        info: Passport of the weights: names, anchors, source; the graph's own fields are filled in here.
+        info: Metadata of the weights: names, anchors, source; the graph's own fields are filled in here.
         options: See `ExportOptions`.
 
     Raises:
@@ -45,7 +45,7 @@ def export_onnx(model: Yolov7, info: ModelInfo, options: ExportOptions) -> OnnxM
     """
     if not model.fused:
         raise ExportError("Only a fused model is exported.", fix="Call fuse(model) first.")
-    input_hw = options.input_hw or info.default_hw
+    input_hw = options.input_hw or metadata.default_hw
     options = replace(options, input_hw=input_hw)
     plan = NmsPlan.of(model.head.strides, model.anchors, model.classes, options)
     writer = GraphWriter()
@@ -54,7 +54,7 @@ def export_onnx(model: Yolov7, info: ModelInfo, options: ExportOptions) -> OnnxM
     network = _model(writer, heads, plan, input_hw)
     if options.simplify:
         network = _simplified(network)
-    return OnnxModel.of(attach_nms(network, heads, plan), _passport(info, heads, plan))
+    return OnnxModel.of(attach_nms(network, heads, plan), _metadata(metadata, heads, plan))
 
 
 class _Maps(nn.Module):
@@ -154,10 +154,10 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     return simplified
 
 
-def _passport(info: ModelInfo, heads: tuple[str, ...], plan: NmsPlan) -> ModelInfo:
+def _metadata(metadata: ModelMetadata, heads: tuple[str, ...], plan: NmsPlan) -> ModelMetadata:
     options, nms = plan.options, None
     if options.nms != "none":
-        nms = NmsInfo(
+        nms = NmsMetadata(
             kind=options.nms,  # type: ignore[arg-type]
             conf=options.conf,
             iou=options.iou,
@@ -168,7 +168,7 @@ def _passport(info: ModelInfo, heads: tuple[str, ...], plan: NmsPlan) -> ModelIn
             runtime_thresholds=options.nms != "efficient",
         )
     return replace(
-        info,
+        metadata,
         input_hw=options.input_hw,
         batch=options.batch,
         input_kind=options.input_kind,

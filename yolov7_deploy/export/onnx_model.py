@@ -1,4 +1,4 @@
-"""OnnxModel: a graph and its passport, loaded and saved together."""
+"""OnnxModel: a graph and its metadata, loaded and saved together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from yolov7_deploy._atomic_file import whole_file
 from yolov7_deploy.errors import ExportError, LoadError
-from yolov7_deploy.metadata import PASSPORT_KEY, ModelInfo
+from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
 INPUT_NAME = "images"
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
@@ -19,28 +19,28 @@ RAW_OUTPUT = "output"
 
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
-    """A graph and its passport.
+    """A graph and its metadata.
 
     Attributes:
         proto: The graph; treat it as read-only and work on copies.
-        info: The passport, also inside `proto.metadata_props`.
+        info: The metadata, also inside `proto.metadata_props`.
     """
 
     proto: onnx.ModelProto
-    info: ModelInfo
+    metadata: ModelMetadata
 
     @classmethod
-    def of(cls, proto: onnx.ModelProto, info: ModelInfo) -> OnnxModel:
-        """Puts the passport into the graph's metadata (the only change made to `proto`)."""
-        onnx.helper.set_model_props(proto, {PASSPORT_KEY: info.to_json()})
-        return cls(proto, info)
+    def of(cls, proto: onnx.ModelProto, metadata: ModelMetadata) -> OnnxModel:
+        """Puts the metadata into the graph's metadata (the only change made to `proto`)."""
+        onnx.helper.set_model_props(proto, {METADATA_KEY: metadata.to_json()})
+        return cls(proto, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> OnnxModel:
         """The graph in a file written by `save`.
 
         Raises:
-            LoadError: The file is absent, not ONNX, or carries no passport.
+            LoadError: The file is absent, not ONNX, or carries no metadata.
         """
         path = Path(path)
         try:
@@ -49,12 +49,12 @@ class OnnxModel:
             raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
         except DecodeError as error:
             raise LoadError(f"{path} is not an ONNX file.", fix="Export it:  y7 export --weights yolov7") from error
-        passport = {entry.key: entry.value for entry in proto.metadata_props}.get(PASSPORT_KEY)
-        if passport is None:
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
+        if metadata is None:
             raise LoadError(
-                f"{path} carries no passport of this package.", fix="Export it again:  y7 export --weights yolov7"
+                f"{path} carries no metadata of this package.", fix="Export it again:  y7 export --weights yolov7"
             )
-        return cls(proto, ModelInfo.from_json(passport))
+        return cls(proto, ModelMetadata.from_json(metadata))
 
     def save(self, path: str | Path) -> None:
         """Writes the file under a temporary name and renames it, so a killed run leaves no half file; folders are made.

@@ -19,7 +19,7 @@ from yolov7_deploy.hardware.gpu import DRIVER
 from yolov7_deploy.hardware.jetson import ROOT, Run, read_board, read_text, run_command
 from yolov7_deploy.hardware.nvml import NVML, NvmlGpu, open_gpu
 from yolov7_deploy.hardware.sampling import Sampler, read_number, read_word
-from yolov7_deploy.hardware.tegrastats import ABSENT_BELOW_C, Line, Tegrastats, find_program, read_one_line
+from yolov7_deploy.hardware.tegrastats import ABSENT_BELOW_C, Tegrastats, TegrastatsSample, find_program, read_one_line
 
 # 57000000.gpu (Nano), 17000000.gp10b (TX2), .gv11b (Xavier), .ga10b or .gpu (Orin), gpu-gpc-0 (Thor, whose other
 # domain gpu-nvd-0 is video).
@@ -120,7 +120,7 @@ class ClockWatch(Protocol):
         """Ends it, however the work ended."""
 
 
-class Watch:
+class ClockMonitor:
     """A watch that makes its state of readings.
 
     Args:
@@ -152,7 +152,7 @@ class Watch:
             mode=self._fixed.mode,
         )
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ClockMonitor:
         self._readings = []
         self._open.enter_context(self._feed(self._readings.append))
         return self
@@ -205,7 +205,7 @@ def _gpu_watch(gpu: NvmlGpu) -> ClockWatch:
             throttled=gpu.throttle_reasons(),
         )
 
-    return Watch(Clocks(source="NVML", mhz_max=gpu.mhz_max(), power_limit_w=gpu.power_limit_w()), _sampled(read))
+    return ClockMonitor(Clocks(source="NVML", mhz_max=gpu.mhz_max(), power_limit_w=gpu.power_limit_w()), _sampled(read))
 
 
 # --- processor --------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _processor_watch(root: Path, run: Run) -> ClockWatch | None:
     board = read_board(root=root, run=run)
     modes = [*governors, *([board.mode.name] if board and board.mode else [])]
     source = "sysfs" if scaled or first.mhz is None else "/proc/cpuinfo"
-    return Watch(Clocks(source=source, mhz_max=_highest(limits), mode=", ".join(modes)), _sampled(read))
+    return ClockMonitor(Clocks(source=source, mhz_max=_highest(limits), mode=", ".join(modes)), _sampled(read))
 
 
 def _cpuinfo_mhz(root: Path) -> list[float | None]:
@@ -259,7 +259,7 @@ def _board_watch(root: Path, run: Run, program: str | None) -> ClockWatch | None
         line = read_one_line(program) if program else None
         if program is None or line is None or (line.gpu_mhz is None and line.temperature_c is None):
             return None
-        return Watch(Clocks(source="tegrastats", mode=mode), _told(program))
+        return ClockMonitor(Clocks(source="tegrastats", mode=mode), _told(program))
     folder = clock.folder
     zones = [path.parent / "temp" for path in _named(root / "sys/class/thermal", "thermal_zone*/type", "gpu")]
     alerts = _named(root / "sys/class/thermal", "cooling_device*/type", "throttle-alert")
@@ -277,7 +277,7 @@ def _board_watch(root: Path, run: Run, program: str | None) -> ClockWatch | None
 
     pinned = "clocks held by jetson_clocks" if clock.pinned else ""
     mode = ", ".join(filter(None, (mode, pinned)))
-    return Watch(Clocks(source="sysfs", mhz_max=clock.most_mhz, mode=mode), _sampled(read))
+    return ClockMonitor(Clocks(source="sysfs", mhz_max=clock.most_mhz, mode=mode), _sampled(read))
 
 
 def _named(folder: Path, pattern: str, part: str) -> list[Path]:
@@ -287,7 +287,7 @@ def _named(folder: Path, pattern: str, part: str) -> list[Path]:
 
 def _told(program: str) -> Feed:
     def feed(add: Take) -> AbstractContextManager[object]:
-        def take(line: Line) -> None:
+        def take(line: TegrastatsSample) -> None:
             add(Reading(mhz=line.gpu_mhz, memory_mhz=line.memory_mhz, temperature_c=line.temperature_c))
 
         return Tegrastats(take, program=program)

@@ -33,7 +33,7 @@ MODULE = "whole module"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Input:
+class PowerInput:
     """Rails whose sum is what goes in, and what that feeds."""
 
     rails: tuple[str, ...]
@@ -45,16 +45,16 @@ class Input:
 
 # The first that a board has all rails of.
 INPUTS = (
-    Input(rails=("VIN",), covers="module and carrier board"),  # AGX Thor, by its INA238
-    Input(rails=("VDD_IN",)),  # TX1, TX2, Xavier NX, Orin NX, Orin Nano
-    Input(rails=("POM_5V_IN",)),  # Nano
-    Input(rails=("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")),  # AGX Orin
-    Input(rails=("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0")),  # AGX Thor
-    Input(rails=("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V")),  # AGX Xavier
+    PowerInput(rails=("VIN",), covers="module and carrier board"),  # AGX Thor, by its INA238
+    PowerInput(rails=("VDD_IN",)),  # TX1, TX2, Xavier NX, Orin NX, Orin Nano
+    PowerInput(rails=("POM_5V_IN",)),  # Nano
+    PowerInput(rails=("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")),  # AGX Orin
+    PowerInput(rails=("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0")),  # AGX Thor
+    PowerInput(rails=("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V")),  # AGX Xavier
 )
 
 
-def find_input(rails: Collection[str]) -> Input | None:
+def find_input(rails: Collection[str]) -> PowerInput | None:
     """The input of a board that has these rails; `None` where no set of them is known to be all of it."""
     return next((known for known in INPUTS if set(known.rails) <= set(rails)), None)
 
@@ -91,7 +91,7 @@ class PowerMeter(Protocol):
         """Ends it, however the work ended."""
 
 
-class Course:
+class PowerIntegrator:
     """The course of power over one measurement, from readings of watts or of a counter of joules."""
 
     def __init__(self, *, counts_joules: bool) -> None:
@@ -143,7 +143,7 @@ class SampledMeter:
     def __init__(self, source: str, read: Callable[[], float | None], *, counts_joules: bool, period_s: float) -> None:
         self.source = source
         self._read, self._counts = read, counts_joules
-        self._course = Course(counts_joules=counts_joules)
+        self._course = PowerIntegrator(counts_joules=counts_joules)
         self._sampler = Sampler(self._take, period_s=period_s)
 
     @property
@@ -157,7 +157,7 @@ class SampledMeter:
         return self._course.samples
 
     def __enter__(self) -> SampledMeter:
-        self._course = Course(counts_joules=self._counts)
+        self._course = PowerIntegrator(counts_joules=self._counts)
         self._sampler.__enter__()
         return self
 
@@ -174,10 +174,10 @@ class SampledMeter:
 class TegrastatsMeter:
     """A meter that reads what tegrastats tells about the input of a board."""
 
-    def __init__(self, program: str, rails: Input) -> None:
+    def __init__(self, program: str, rails: PowerInput) -> None:
         self.source = f"tegrastats {rails}"
         self._program, self._rails = program, rails
-        self._course = Course(counts_joules=False)
+        self._course = PowerIntegrator(counts_joules=False)
         self._open = ExitStack()
 
     @property
@@ -191,9 +191,9 @@ class TegrastatsMeter:
         return self._course.samples
 
     def __enter__(self) -> TegrastatsMeter:
-        self._course = course = Course(counts_joules=False)
+        self._course = course = PowerIntegrator(counts_joules=False)
 
-        def take(line: tegrastats.Line) -> None:
+        def take(line: tegrastats.TegrastatsSample) -> None:
             known = [line.rails_w.get(name, math.nan) for name in self._rails.rails]
             course.add(time.perf_counter(), sum(known))
 

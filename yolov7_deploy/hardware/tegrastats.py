@@ -31,7 +31,7 @@ _TEMPERATURE = re.compile(r"(?<!\S)([\w-]+)@(-?\d{1,3}(?:\.\d+)?)C")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
+class TegrastatsSample:
     """One line of tegrastats; what it does not have is `None` or empty.
 
     Attributes:
@@ -58,13 +58,13 @@ class Line:
         return next((known[name] for name in ("gpu", "tj", "thermal") if name in known), None)
 
 
-def read_line(text: str) -> Line:
+def read_line(text: str) -> TegrastatsSample:
     """What a line says; an empty one of text that is none."""
     gpu_percent, gpu_mhz = _engine(_GPU, text)
     memory_percent, memory_mhz = _engine(_MEMORY_CLOCK, text)
     ram = _RAM.search(text)
     temperatures = {name.lower(): float(degrees) for name, degrees in _TEMPERATURE.findall(text)}
-    return Line(
+    return TegrastatsSample(
         rails_w={name: int(now) / 1000 for name, now in _RAIL.findall(text)},
         gpu_percent=gpu_percent,
         gpu_mhz=gpu_mhz,
@@ -93,7 +93,7 @@ class Tegrastats:
         program: Its path.
     """
 
-    def __init__(self, take: Callable[[Line], None], *, program: str) -> None:
+    def __init__(self, take: Callable[[TegrastatsSample], None], *, program: str) -> None:
         self._take, self._program = take, program
         self._first = threading.Event()
         self._child: subprocess.Popen[str] | None = None
@@ -138,9 +138,9 @@ class Tegrastats:
                 self._first.set()
 
 
-def read_one_line(program: str) -> Line | None:
+def read_one_line(program: str) -> TegrastatsSample | None:
     """The first line that the program says; `None` where it says nothing within seconds."""
-    lines: list[Line] = []
+    lines: list[TegrastatsSample] = []
     with Tegrastats(lines.append, program=program) as child:
         child.wait_for_a_line()
     return lines[0] if lines else None

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from yolov7_deploy.errors import LoadError
-from yolov7_deploy.metadata import PASSPORT_KEY, ModelInfo
+from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
 Value = int | memoryview
 
@@ -61,7 +61,7 @@ class OnnxFile:
     Attributes:
         path: As it was given.
         size_bytes: Of this file; weights that lie in files beside it are not in it.
-        info: The passport; `None` in a foreign file.
+        info: The metadata; `None` in a foreign file.
         ir_version: Version of the ONNX container.
         opsets: Version of each operator set; the empty name is ONNX's own.
         producer: Program that wrote the file, with its version.
@@ -74,7 +74,7 @@ class OnnxFile:
 
     path: str
     size_bytes: int
-    info: ModelInfo | None
+    metadata: ModelMetadata | None
     ir_version: int
     opsets: dict[str, int]
     producer: str
@@ -89,7 +89,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
     """The contents of an ONNX file.
 
     Raises:
-        LoadError: The file is absent, truncated, not ONNX, or has a passport that cannot be read.
+        LoadError: The file is absent, truncated, not ONNX, or has metadata that cannot be read.
     """
     path = Path(path)
     try:
@@ -118,7 +118,7 @@ def _read(data: memoryview, path: Path) -> OnnxFile:
     return OnnxFile(
         path=str(path),
         size_bytes=len(data),
-        info=ModelInfo.from_json(metadata[PASSPORT_KEY]) if PASSPORT_KEY in metadata else None,
+        metadata=ModelMetadata.from_json(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None,
         ir_version=ir_version,
         opsets=dict(_opset(_bytes(entry)) for entry in model.get(_MODEL_OPSETS, [])),
         producer=f"{_text(model, _MODEL_PRODUCER)} {_text(model, _MODEL_PRODUCER_VERSION)}".strip(),

@@ -38,7 +38,7 @@ def activation_ranges(
     runner = NetworkRunner(model.proto, [*network, *_probes(names)], [_PREFIX + name for name in names])
     worst = np.zeros(len(names))
     for image in images:
-        found = runner.run(network_input(image, model.info))
+        found = runner.run(network_input(image, model.metadata))
         worst = np.maximum(worst, [found[_PREFIX + name].item() for name in names])
     return dict(zip(names, worst.tolist(), strict=True))
 

@@ -80,7 +80,7 @@ def calibrate(
     counter = _Counter(model, network)
     digests = []
     for done, image in enumerate(images, 1):
-        fed = network_input(image, model.info)
+        fed = network_input(image, model.metadata)
         digests.append(image_digest(fed))
         counter.add(fed)
         if progress:

@@ -100,7 +100,7 @@ class CalibrationImages:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the passport and for people: where from, how many of how many, what was left out, too few.
+        """Sentences for the metadata and for people: where from, how many of how many, what was left out, too few.
 
         They are complete after an iteration.
         """

@@ -1,4 +1,4 @@
-"""Half weights and activations in the network; input, decoding, suppression and outputs stay float32.
+"""Half weights and activations in the network; input, decoding, NMS and outputs stay float32.
 
 The types are in the file, cast by cast, because TensorRT 11 and TensorRT-RTX take nothing else, and because older
 TensorRT with its FP16 flag and ONNX Runtime run the very same file.
@@ -38,13 +38,13 @@ _NAMED = 8  # nodes named in one note
 
 
 def to_fp16(model: OnnxModel, images: Sequence[Image]) -> OnnxModel:
-    """The same model with half weights and activations; inputs, outputs, decoding and suppression stay float32.
+    """The same model with half weights and activations; inputs, outputs, decoding and NMS stay float32.
 
     A node stays float32 where a weight of it, or a value that it reads or makes on one of the images, does not fit
     half: above `WIDEST`, since half ends at 65504 and what is beyond becomes infinite, or wholly below `FAINTEST`,
-    where bits are lost until nothing is left. The passport notes name these nodes and what the weights lost.
+    where bits are lost until nothing is left. The metadata notes name these nodes and what the weights lost.
 
-    The heads go into our suppression node as half: its function body and its plugin make float32 of them.
+    The heads go into our NMS node as half: its function body and its plugin make float32 of them.
 
     Args:
         model: A float32 graph written by `export_onnx`; it is left as it was.
@@ -61,29 +61,29 @@ def to_fp16(model: OnnxModel, images: Sequence[Image]) -> OnnxModel:
     ranges = activation_ranges(model, network.nodes, made, images)
     kept = float32_reasons(network, ranges)
     half = {name for name in made if network.makers[name].output[0] not in kept}
-    caster = Caster(model.proto, floats=network.floats, half=half, heads=model.info.heads)
+    caster = Caster(model.proto, floats=network.floats, half=half, heads=model.metadata.heads)
     proto = caster.written()
     check_types(proto)
     notes = _notes(kept, half, [network.weights[name] for name in caster.weights], ranges, len(images))
     logger.info("%s", "; ".join(notes))
-    return OnnxModel.of(proto, replace(model.info, precision="fp16", notes=(*model.info.notes, *notes)))
+    return OnnxModel.of(proto, replace(model.metadata, precision="fp16", notes=(*model.metadata.notes, *notes)))
 
 
 def _check(model: OnnxModel) -> None:
-    info, graph = model.info, model.proto.graph
+    metadata, graph = model.metadata, model.proto.graph
     again = "Start from the float32 file:  y7 export --weights WEIGHTS.pt --fp16"
-    if info.precision != "fp32":
-        raise ExportError(f"The model is {info.precision} already.", fix=again)
+    if metadata.precision != "fp32":
+        raise ExportError(f"The model is {metadata.precision} already.", fix=again)
     made = {name for node in graph.node for name in node.output}
-    if not info.heads or not made.issuperset(info.heads):
+    if not metadata.heads or not made.issuperset(metadata.heads):
         raise ExportError(
-            f"The graph was not exported by this package: it has no head maps {', '.join(info.heads) or 'named'}, so "
-            "where decoding begins is unknown.",
+            "This package did not export the graph, which has no head maps "
+            f"{', '.join(metadata.heads) or 'named'}, so where decoding begins is unknown.",
             fix=again,
         )
     found = half_weight(graph)
     if found:
-        raise ExportError(f"The passport says fp32, but {found} is half already.", fix=again)
+        raise ExportError(f"The metadata says fp32, but {found} is half already.", fix=again)
 
 
 # --- what stays float32 -------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _weight_reason(weight: Weight) -> str:
     return f"has weights of at most {largest:.3g}" if lost > WEIGHT_LOSS * norm else ""
 
 
-# --- what the passport says ---------------------------------------------------------------------------------------
+# --- what the metadata says ---------------------------------------------------------------------------------------
 
 
 def _notes(

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import Int8Info, ModelInfo
+from yolov7_deploy.metadata import Int8Info, ModelMetadata
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration, network_digest
 from yolov7_deploy.precision.fp16 import float32_reasons
@@ -39,10 +39,10 @@ _NAMED = 8  # layers named in one note
 
 
 def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) -> OnnxModel:
-    """The same model with INT8 convolutions; inputs, outputs, decoding and suppression stay float32.
+    """The same model with INT8 convolutions; inputs, outputs, decoding and NMS stay float32.
 
     Weights have a scale for each output channel, activations one for each tensor, and one for all tensors that a
-    Concat, MaxPool or nearest Resize joins. The passport says what stayed float and why.
+    Concat, MaxPool or nearest Resize joins. The metadata says what stayed float and why.
 
     Args:
         model: A float32 graph, of this package or foreign; it is left as it was.
@@ -54,7 +54,7 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
             the calibration is of another network, or a layer to spare is not in it.
     """
     check_quantizable(model)
-    if not model.info.heads:  # where decoding begins is unknown, and decoding needs float32
+    if not model.metadata.heads:  # where decoding begins is unknown, and decoding needs float32
         options = replace(options, rest="fp32")
     network = Network(model)
     _check_calibration(network, calibration)
@@ -68,7 +68,7 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
     quantized = write_pairs(network, placement, scales, calibration.means if options.correct_bias else {})
     proto = quantized if options.rest == "fp32" else _halved(network, placement, quantized, calibration, model)
     check_types(proto)
-    return OnnxModel.of(proto, _passport(model, proto, placement, calibration, options))
+    return OnnxModel.of(proto, _metadata(model, proto, placement, calibration, options))
 
 
 def check_quantizable(model: OnnxModel) -> None:
@@ -82,8 +82,8 @@ def check_quantizable(model: OnnxModel) -> None:
     if found is not None:
         raise ExportError(f"The graph is quantised already: it has a {found.op_type} ({found.name}).", fix=again)
     half = half_weight(model.proto.graph)
-    if model.info.precision != "fp32" or half:
-        found_as = model.info.precision if half is None else f"half ({half})"
+    if model.metadata.precision != "fp32" or half:
+        found_as = model.metadata.precision if half is None else f"half ({half})"
         raise ExportError(
             f"The model is {found_as} already; ranges are measured, and weights rounded, in float32.", fix=again
         )
@@ -249,15 +249,15 @@ def _halved(
         if name in network.floats
     }
     floats = network.floats | {name + _BACK for name in placement.pairs}
-    return Caster(quantized, floats=floats, half=half, heads=model.info.heads).written()
+    return Caster(quantized, floats=floats, half=half, heads=model.metadata.heads).written()
 
 
-# --- what the passport says -------------------------------------------------------------------------------------------
+# --- what the metadata says -------------------------------------------------------------------------------------------
 
 
-def _passport(
+def _metadata(
     model: OnnxModel, proto: onnx.ModelProto, placement: Placement, calibration: Calibration, options: Int8Options
-) -> ModelInfo:
+) -> ModelMetadata:
     account = count_int8(proto)
     names = {node.output[0]: node.name or node.output[0] for node in proto.graph.node if node.op_type == "Conv"}
     int8 = Int8Info(
@@ -270,9 +270,9 @@ def _passport(
         share=account.share,
         kept=tuple((names[output], reason) for output, reason in placement.kept.items()),
     )
-    notes = (*model.info.notes, *_notes(int8, account, placement.islands), *calibration.notes)
+    notes = (*model.metadata.notes, *_notes(int8, account, placement.islands), *calibration.notes)
     logger.info("%s", "; ".join(notes))
-    return replace(model.info, precision="int8", int8=int8, notes=notes)
+    return replace(model.metadata, precision="int8", int8=int8, notes=notes)
 
 
 def _notes(int8: Int8Info, account: Int8Account, islands: Mapping[str, str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from yolov7_deploy.image import Image, fit_letterbox, to_network_input
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 
 FloatArray = npt.NDArray[np.float32]
 AnyArray = npt.NDArray[np.generic]
@@ -19,11 +19,11 @@ AnyArray = npt.NDArray[np.generic]
 _ERRORS_ONLY = 3
 
 
-def network_input(image: Image, info: ModelInfo) -> AnyArray:
+def network_input(image: Image, metadata: ModelMetadata) -> AnyArray:
     """An image as a model takes it, as often as its fixed batch wants it."""
-    placed = fit_letterbox((image.shape[0], image.shape[1]), info.default_hw)
-    batch = [placed.apply(image)] * (info.batch or 1)
-    return np.stack(batch) if info.input_kind == "uint8" else to_network_input(batch)
+    placed = fit_letterbox((image.shape[0], image.shape[1]), metadata.default_hw)
+    batch = [placed.apply(image)] * (metadata.batch or 1)
+    return np.stack(batch) if metadata.input_kind == "uint8" else to_network_input(batch)
 
 
 class NetworkRunner:

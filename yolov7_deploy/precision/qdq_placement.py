@@ -7,7 +7,7 @@
    it commutes with quantisation and moves bytes.
 4. An upsampling Resize reads through a pair as well: quantising first moves a quarter of the bytes.
 5. A residual Add reads both its terms through pairs of one scale.
-6. The last convolutions, decoding and suppression stay float.
+6. The last convolutions, decoding and NMS stay float.
 """
 
 from __future__ import annotations

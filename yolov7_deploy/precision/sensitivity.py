@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.int8 import spared_layers, tensor_scales
@@ -78,7 +78,9 @@ def layer_costs(
     costs = []
     for done, part in enumerate(parts, 1):
         runner = part.runner()
-        errors = [head_error(found, {**found, **runner.run(found)}, network.heads, model.info) for found in references]
+        errors = [
+            head_error(found, {**found, **runner.run(found)}, network.heads, model.metadata) for found in references
+        ]
         error = float(np.sqrt(np.mean(np.square(errors))))
         costs.append(LayerCost(layer=part.name, error=error, share=shares.get(part.name)))
         if progress:
@@ -95,21 +97,21 @@ def _references(
     whole = NetworkRunner(model.proto, network.nodes, wanted)
     found: list[dict[str, FloatArray]] = []
     for image in images:
-        found.append(whole.run(network_input(image, model.info)))
+        found.append(whole.run(network_input(image, model.metadata)))
         if (len(found) + 1) * sum(values.nbytes for values in found[0].values()) > MEMORY_BYTES:
             break
     return found
 
 
 def head_error(
-    reference: Mapping[str, FloatArray], other: Mapping[str, FloatArray], heads: Sequence[str], info: ModelInfo
+    reference: Mapping[str, FloatArray], other: Mapping[str, FloatArray], heads: Sequence[str], metadata: ModelMetadata
 ) -> float:
     """How far raw head maps are from those of float32; see `LayerCost.error`."""
-    classes, differing, weights = len(info.class_names), 0.0, 0.0
+    classes, differing, weights = len(metadata.class_names), 0.0, 0.0
     for name in heads:
         theirs, ours = reference[name].astype(np.float64), other[name].astype(np.float64)
         squares = np.square(ours - theirs)
-        if info.heads and theirs.shape[1] % (5 + classes) == 0:
+        if metadata.heads and theirs.shape[1] % (5 + classes) == 0:
             rows = squares.reshape(len(theirs), -1, 5 + classes, theirs[0, 0].size)
             objectness = theirs.reshape(rows.shape)[:, :, 4]
             weight = 1 / (1 + np.exp(-objectness))

@@ -24,7 +24,7 @@ _LONGEST_SIZE = 16
 class Network:
     """The nodes in front of decoding, and who makes and reads their tensors.
 
-    In a graph of ours they end at the head maps that the passport names. In a foreign one, all nodes count, and the
+    In a graph of ours they end at the head maps that the metadata names. In a foreign one, all nodes count, and the
     heads are what the last convolutions make.
 
     Args:
@@ -51,7 +51,7 @@ class Network:
             for name in dict.fromkeys(read_by(node)):
                 self.readers.setdefault(name, []).append(node)
         self._stored = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
-        self.heads = tuple(model.info.heads) or tuple(self._last_convolutions())
+        self.heads = tuple(model.metadata.heads) or tuple(self._last_convolutions())
 
     @cached_property
     def weights(self) -> dict[str, Weight]:

@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import LoadError, UsageError, missing_library
 from yolov7_deploy.image import FloatArray, Image, Letterbox
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class RawDetections:
     """Detections of one image in network-input pixels, best score first.
 
     Attributes:
@@ -38,15 +38,15 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spans:
+class TimingBreakdown:
     """Milliseconds of one call, by where they went; a span that does not exist is 0 (nothing is uploaded on a CPU).
 
     Attributes:
         preprocess_ms: Letterbox and layout, on the host or on the GPU.
         upload_ms: To the GPU, staging in page-locked memory included.
-        engine_ms: The network, with suppression where that is inside the file.
+        engine_ms: The network, with NMS where that is inside the file.
         download_ms: From the GPU.
-        postprocess_ms: Suppression outside the file, and making the results.
+        postprocess_ms: NMS outside the file, and making the results.
     """
 
     preprocess_ms: float
@@ -57,27 +57,27 @@ class Spans:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outputs:
-    """What a backend gives for a list of images: one `Found` each, and where the time went (whole call).
+class RuntimeResult:
+    """What a backend gives for a list of images: one `RawDetections` each, and where the time went (whole call).
 
     `inference_ms` is everything between the prepared input and the raw results. `spans` tells the parts where the
     call was `timed`.
     """
 
-    found: list[Found]
+    found: list[RawDetections]
     preprocess_ms: float
     inference_ms: float
     postprocess_ms: float
-    spans: Spans | None = None
+    spans: TimingBreakdown | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stages:
+class IntermediateOutputs:
     """What happens to one canvas on the way to its detections, as far as a file shows it.
 
     Attributes:
         heads: Raw head maps float32 [3 * (5 + C), H, W], fine to coarse; empty where they cannot be seen.
-        decoded: float32 [A, 5 + C]: cx, cy, w, h, objectness, classes; `None` where suppression follows at once.
+        decoded: float32 [A, 5 + C]: cx, cy, w, h, objectness, classes; `None` where NMS follows at once.
     """
 
     heads: list[FloatArray]
@@ -88,19 +88,19 @@ class Backend(Protocol):
     """A model that runs. `infer` may be called from several threads at once.
 
     Attributes:
-        info: The model's passport.
+        info: The model's metadata.
         device: Where it runs, `cpu` or `cuda:N`.
         largest_batch: Most images that enter the network at once, `None` where any number may; more are run in parts.
         takes_gpu_arrays: Images may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
     """
 
-    info: ModelInfo
+    metadata: ModelMetadata
     device: str
-    largest_batch: int | None
+    max_batch_size: int | None
     takes_gpu_arrays: bool
 
     @property
-    def settings(self) -> tuple[tuple[str, str], ...]:
+    def runtime_info(self) -> tuple[tuple[str, str], ...]:
         """What a benchmark must say of how it runs, such as ("CUDA graph", "on"); calls may change it."""
         ...
 
@@ -111,8 +111,8 @@ class Backend(Protocol):
         thresholds: Thresholds,
         *,
         timed: bool = False,
-    ) -> Outputs:
-        """Images (contiguous uint8 BGR) through letterbox, network and suppression; all canvases are of one size.
+    ) -> RuntimeResult:
+        """Images (contiguous uint8 BGR) through letterbox, network and NMS; all canvases are of one size.
 
         Args:
             images: As many as there are letterboxes.
@@ -194,14 +194,14 @@ def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None, h
     return cast(Backend, backend.open(path, device=device, input_hw=input_hw, half=half))
 
 
-def check_wishes(
-    path: Path, info: ModelInfo, *, input_hw: tuple[int, int] | None, half: bool | None, export: str = ""
+def check_request_supported(
+    path: Path, metadata: ModelMetadata, *, input_hw: tuple[int, int] | None, half: bool | None, export: str = ""
 ) -> None:
     """Refuses another size or precision than a file has in it.
 
     Args:
         path: The file.
-        info: Its passport.
+        info: Its metadata.
         input_hw: The size asked for, if any.
         half: The precision asked for, if any.
         export: What `y7 export` needs more to make such a file.
@@ -209,14 +209,14 @@ def check_wishes(
     Raises:
         UsageError: It names both and the command for the other one.
     """
-    if input_hw is not None and info.input_hw is not None and input_hw != info.input_hw:
-        have, want = info.input_hw, input_hw
+    if input_hw is not None and metadata.input_hw is not None and input_hw != metadata.input_hw:
+        have, want = metadata.input_hw, input_hw
         raise UsageError(
             f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
             fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]} {export}".rstrip(),
         )
-    if half is not None and half != (info.precision == "fp16"):
+    if half is not None and half != (metadata.precision == "fp16"):
         raise UsageError(
-            f"{path} is {info.precision}; its precision is in the file.",
+            f"{path} is {metadata.precision}; its precision is in the file.",
             fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'} {export}".rstrip(),
         )

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 
 from yolov7_deploy.errors import DeviceError, ImageError, UsageError
-from yolov7_deploy.runtimes.tensorrt_executor import TrtSlot
+from yolov7_deploy.runtimes.tensorrt_executor import TrtExecutor
 
 logger = logging.getLogger(__name__)
 
 MOST_SLOTS = 4
 
 
-class TrtSlots:
+class TrtExecutorPool:
     """A bounded pool; the first slot is made at once.
 
     Args:
@@ -30,7 +30,7 @@ class TrtSlots:
         DeviceError: There is no memory for even one.
     """
 
-    def __init__(self, make: Callable[[], TrtSlot], *, most: int = MOST_SLOTS) -> None:
+    def __init__(self, make: Callable[[], TrtExecutor], *, most: int = MOST_SLOTS) -> None:
         self._make, self._most = make, most
         self._changed = threading.Condition()
         self._free = [make()]
@@ -43,7 +43,7 @@ class TrtSlots:
         return self._most
 
     @contextlib.contextmanager
-    def slot(self) -> Iterator[TrtSlot]:
+    def slot(self) -> Iterator[TrtExecutor]:
         """A slot of one's own until the end of the block.
 
         Whatever ends the block but an error of the caller's leaves a slot whose work nobody knows: it is closed, and
@@ -64,7 +64,7 @@ class TrtSlots:
             raise
         self._give_back(slot)
 
-    def _taken(self) -> TrtSlot:
+    def _taken(self) -> TrtExecutor:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._free or self._made < self._most)
@@ -93,12 +93,12 @@ class TrtSlots:
             self._most = self._made
         logger.warning("%d calls run at once, others wait: %s", self._made, error.message)
 
-    def _give_back(self, slot: TrtSlot) -> None:
+    def _give_back(self, slot: TrtExecutor) -> None:
         with self._changed:
             self._free.append(slot)
             self._changed.notify_all()
 
-    def _discard(self, slot: TrtSlot) -> None:
+    def _discard(self, slot: TrtExecutor) -> None:
         try:
             slot.close()
         finally:

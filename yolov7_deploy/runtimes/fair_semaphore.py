@@ -7,7 +7,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turns:
+class FairSemaphore:
     """A place for each of `places` callers; who waits longest gets the next.
 
     With `threading.Semaphore` whoever comes back first takes the place before the one it was meant for has woken up:

@@ -1,4 +1,4 @@
-"""What files with suppression inside give, and what may be asked of them: the same for every runtime."""
+"""What files with NMS inside give, and what may be asked of them: the same for every runtime."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.metadata import NmsInfo
+from yolov7_deploy.metadata import NmsMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.runtimes.base import Found
+from yolov7_deploy.runtimes.base import RawDetections
 
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
 UNKNOWN_CLASSES = 1000  # names made up for a foreign file with NMS inside, which does not say how many it has
 
 
-def check_fixed(nms: NmsInfo, thresholds: Thresholds) -> None:
-    """Refuses what the suppression inside the file cannot do, instead of doing something else.
+def check_nms_compatible(nms: NmsMetadata, thresholds: Thresholds) -> None:
+    """Refuses what the NMS inside the file cannot do, instead of doing something else.
 
     Raises:
         UsageError: It names the threshold and both values.
@@ -38,13 +38,13 @@ def check_fixed(nms: NmsInfo, thresholds: Thresholds) -> None:
             )
 
 
-def kept(
+def filter_outputs(
     count: int,
     boxes: npt.NDArray[np.float32],
     scores: npt.NDArray[np.float32],
     classes: npt.NDArray[Any],
     thresholds: Thresholds,
-) -> Found:
+) -> RawDetections:
     """One image's rows that the caller wants, as copies.
 
     Args:
@@ -58,4 +58,4 @@ def kept(
     if thresholds.classes is not None:
         keep = keep[np.isin(classes[keep], thresholds.classes)]
     keep = keep[: thresholds.max_det]
-    return Found(boxes=boxes[keep], scores=scores[keep], class_ids=classes[keep].astype(np.int64))
+    return RawDetections(boxes=boxes[keep], scores=scores[keep], class_ids=classes[keep].astype(np.int64))

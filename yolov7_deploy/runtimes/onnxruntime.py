@@ -1,6 +1,6 @@
 """Runs an ONNX file through ONNX Runtime, on a CPU or a CUDA GPU.
 
-Ours are recognised by their passport; a foreign file opens if its inputs and outputs have the field's names and shapes.
+Ours are recognised by their metadata; a foreign file opens if its inputs and outputs have the field's names and shapes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.hardware.cpu import usable_cores
 from yolov7_deploy.image import Image, Letterbox, to_network_input
-from yolov7_deploy.metadata import MAX_SIDE, PASSPORT_KEY, InputKind, ModelInfo, NmsInfo, foreign_info
+from yolov7_deploy.metadata import MAX_SIDE, METADATA_KEY, InputKind, ModelMetadata, NmsMetadata, foreign_metadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
-from yolov7_deploy.runtimes.base import Found, Outputs, Spans, check_wishes
-from yolov7_deploy.runtimes.fair_semaphore import Turns
-from yolov7_deploy.runtimes.nms_outputs import NMS_OUTPUTS, UNKNOWN_CLASSES, check_fixed, kept
+from yolov7_deploy.postprocess import postprocess
+from yolov7_deploy.runtimes.base import RawDetections, RuntimeResult, TimingBreakdown, check_request_supported
+from yolov7_deploy.runtimes.fair_semaphore import FairSemaphore
+from yolov7_deploy.runtimes.nms_outputs import NMS_OUTPUTS, UNKNOWN_CLASSES, check_nms_compatible, filter_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +53,23 @@ class OrtBackend:
 
     Args:
         session: The opened file.
-        info: Its passport.
+        info: Its metadata.
         device: Where it runs, in our words.
     """
 
     takes_gpu_arrays = False
 
-    def __init__(self, session: onnxruntime.InferenceSession, info: ModelInfo, *, device: str) -> None:
-        self.info, self.device = info, device
-        self.largest_batch = info.batch
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: ModelMetadata, *, device: str) -> None:
+        self.metadata, self.device = metadata, device
+        self.max_batch_size = metadata.batch
         self._session: onnxruntime.InferenceSession | None = session
         self._threads = session.get_session_options().intra_op_num_threads
         self._runs = RUNS_PER_CORE * (self._threads or os.cpu_count() or 1)
-        self._turns = Turns(self._runs)
+        self._turns = FairSemaphore(self._runs)
         self._overridable = {entry.name for entry in session.get_overridable_initializers()}
         self._input = session.get_inputs()[0].name
         # By name, because foreign files have them in other orders.
-        self._outputs = [session.get_outputs()[0].name] if info.nms is None else list(NMS_OUTPUTS)
+        self._outputs = [session.get_outputs()[0].name] if metadata.nms is None else list(NMS_OUTPUTS)
 
     @classmethod
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> OrtBackend:
@@ -77,18 +77,18 @@ class OrtBackend:
         providers, place = _providers(device)
         try:
             session = onnxruntime.InferenceSession(str(path), session_options(), providers=providers)
-            info = _info(session, path)
+            metadata = _info(session, path)
         except _ORT_ERRORS as error:
             raise LoadError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
                 fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
             ) from error
-        check_wishes(path, info, input_hw=input_hw, half=half)
-        return cls(session, info, device=place)
+        check_request_supported(path, metadata, input_hw=input_hw, half=half)
+        return cls(session, metadata, device=place)
 
     @property
-    def settings(self) -> tuple[tuple[str, str], ...]:
-        """See `Backend.settings`."""
+    def runtime_info(self) -> tuple[tuple[str, str], ...]:
+        """See `Backend.runtime_info`."""
         return (
             ("threads of the runtime", str(self._threads or "its own choice")),
             ("runs at a time", f"at most {self._runs}"),
@@ -101,16 +101,16 @@ class OrtBackend:
         thresholds: Thresholds,
         *,
         timed: bool = False,
-    ) -> Outputs:
+    ) -> RuntimeResult:
         """See `Backend.infer`.
 
-        A file of fixed batch runs as often as needed, the last time filled up with its last image. With suppression
+        A file of fixed batch runs as often as needed, the last time filled up with its last image. With NMS
         inside the file, `classes` filters what the file gives, and `max_det` cannot exceed its rows. Waiting for a turn
         counts as time of the network.
         """
         started = time.perf_counter()
         canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
-        batches = [self._as_input(part) for part in _parts(canvases, self.info.batch)]
+        batches = [self._as_input(part) for part in _parts(canvases, self.metadata.batch)]
         feeds = self._threshold_feeds(thresholds)
         prepared = time.perf_counter()
         try:
@@ -122,17 +122,17 @@ class OrtBackend:
             ) from error
         inferred = time.perf_counter()
         for batch, result in zip(batches, results, strict=True):
-            _check_result(result, len(batch), self.info)
+            _check_result(result, len(batch), self.metadata)
         found = [one for result in results for one in self._found(result, thresholds)][: len(images)]
         done = time.perf_counter()
-        spans = Spans(
+        spans = TimingBreakdown(
             preprocess_ms=(prepared - started) * 1e3,
             upload_ms=0.0,  # with a GPU's provider, copies are part of the run
             engine_ms=(inferred - prepared) * 1e3,
             download_ms=0.0,
             postprocess_ms=(done - inferred) * 1e3,
         )
-        return Outputs(
+        return RuntimeResult(
             found=found,
             preprocess_ms=spans.preprocess_ms,
             inference_ms=spans.engine_ms,
@@ -153,26 +153,26 @@ class OrtBackend:
         return results
 
     def _as_input(self, canvases: Sequence[Image]) -> npt.NDArray[Any]:
-        return np.stack(canvases) if self.info.input_kind == "uint8" else to_network_input(canvases)
+        return np.stack(canvases) if self.metadata.input_kind == "uint8" else to_network_input(canvases)
 
     def _threshold_feeds(self, thresholds: Thresholds) -> dict[str, npt.NDArray[np.float32]]:
-        nms = self.info.nms
+        nms = self.metadata.nms
         if nms is None:
             return {}
-        check_fixed(nms, thresholds)
+        check_nms_compatible(nms, thresholds)
         wanted = {"conf_threshold": thresholds.conf, "iou_threshold": thresholds.iou}
         return {
             name: np.array([value], dtype=np.float32) for name, value in wanted.items() if name in self._overridable
         }
 
-    def _found(self, result: Sequence[npt.NDArray[Any]], thresholds: Thresholds) -> Iterator[Found]:
-        if self.info.nms is None:
+    def _found(self, result: Sequence[npt.NDArray[Any]], thresholds: Thresholds) -> Iterator[RawDetections]:
+        if self.metadata.nms is None:
             for output in result[0]:
-                boxes, scores, class_ids = detections_of(output, thresholds)
-                yield Found(boxes=boxes, scores=scores, class_ids=class_ids)
+                boxes, scores, class_ids = postprocess(output, thresholds)
+                yield RawDetections(boxes=boxes, scores=scores, class_ids=class_ids)
             return
         for count, boxes, scores, classes in zip(*result, strict=True):
-            yield kept(int(count.item()), boxes, scores, classes, thresholds)
+            yield filter_outputs(int(count.item()), boxes, scores, classes, thresholds)
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -214,15 +214,15 @@ def _providers(device: str) -> tuple[list[Any], str]:
     return [cuda, "CPUExecutionProvider"], f"cuda:{index or 0}"
 
 
-def _check_result(result: Sequence[Any], batch: int, info: ModelInfo) -> None:
+def _check_result(result: Sequence[Any], batch: int, metadata: ModelMetadata) -> None:
     """Refuses what a graph gives instead of what it announces; its sizes may be open until it runs.
 
     Raises:
         LoadError: The results have other shapes than the layout.
     """
     shapes: list[tuple[int, ...]] = [getattr(value, "shape", ()) for value in result]
-    if info.nms is None:
-        fits = [len(shape) == 3 and shape[::2] == (batch, 5 + len(info.class_names)) for shape in shapes]
+    if metadata.nms is None:
+        fits = [len(shape) == 3 and shape[::2] == (batch, 5 + len(metadata.class_names)) for shape in shapes]
     else:
         rows = shapes[2][1] if len(shapes[2]) == 2 else -1
         # Some exporters leave out the dimension of one behind num_dets.
@@ -248,11 +248,11 @@ def _reason(error: Exception) -> str:
 # --- what a file says about itself --------------------------------------------------------------------------------
 
 
-def _info(session: onnxruntime.InferenceSession, path: Path) -> ModelInfo:
-    """The passport, or what is assumed of a file without one.
+def _info(session: onnxruntime.InferenceSession, path: Path) -> ModelMetadata:
+    """The metadata, or what is assumed of a file without one.
 
     Raises:
-        LoadError: The passport is damaged or of another graph, or the graph is none of ours or of the field's.
+        LoadError: The metadata is damaged or of another graph, or the graph is none of ours or of the field's.
     """
     inputs, outputs = session.get_inputs(), session.get_outputs()
     names = tuple(output.name for output in outputs)
@@ -262,22 +262,22 @@ def _info(session: onnxruntime.InferenceSession, path: Path) -> ModelInfo:
     )
     if len(inputs) != 1 or not outputs or len(_shape(inputs[0])) != 4:  # those with a default are not among them
         raise refusal
-    passport = session.get_modelmeta().custom_metadata_map.get(PASSPORT_KEY)
-    if passport is None:
-        info = _foreign(session, refusal)
-        logger.warning("%s: %s", path, "; ".join(info.notes))
-        return info
-    info = ModelInfo.from_json(passport)
-    if info.nms is not None and not set(NMS_OUTPUTS) <= set(names):
+    metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if metadata is None:
+        metadata = _foreign(session, refusal)
+        logger.warning("%s: %s", path, "; ".join(metadata.notes))
+        return metadata
+    metadata = ModelMetadata.from_json(metadata)
+    if metadata.nms is not None and not set(NMS_OUTPUTS) <= set(names):
         raise refusal
     batch, input_hw, input_kind = _takes(inputs[0])
-    said = (info.batch, info.input_hw if input_hw else None, info.input_kind)
+    said = (metadata.batch, metadata.input_hw if input_hw else None, metadata.input_kind)
     if said != (batch, input_hw, input_kind):
         raise LoadError(
-            f"The passport of {path} says batch, size and type {said}, its graph {(batch, input_hw, input_kind)}.",
+            f"The metadata of {path} says batch, size and type {said}, its graph {(batch, input_hw, input_kind)}.",
             fix="They are of different files: export it again:  y7 export --weights WEIGHTS.pt",
         )
-    return info
+    return metadata
 
 
 def _shape(node: Any) -> list[Any]:  # noqa: ANN401 - ONNX Runtime's NodeArg
@@ -298,7 +298,7 @@ def _takes(node: Any) -> tuple[int | None, tuple[int, int] | None, InputKind]:  
     return batch, input_hw, "uint8" if is_uint8 else "float32"
 
 
-def _foreign(session: onnxruntime.InferenceSession, refusal: LoadError) -> ModelInfo:
+def _foreign(session: onnxruntime.InferenceSession, refusal: LoadError) -> ModelMetadata:
     outputs = {output.name: _shape(output) for output in session.get_outputs()}
     first = next(iter(outputs.values()))
     batch, input_hw, input_kind = _takes(session.get_inputs()[0])
@@ -308,7 +308,7 @@ def _foreign(session: onnxruntime.InferenceSession, refusal: LoadError) -> Model
         if len(outputs["det_boxes"]) != 3:
             raise refusal
         limit = outputs["det_boxes"][1]
-        nms = NmsInfo(
+        nms = NmsMetadata(
             kind="efficient",
             conf=0.0,
             iou=0.45,
@@ -318,8 +318,8 @@ def _foreign(session: onnxruntime.InferenceSession, refusal: LoadError) -> Model
             class_agnostic=False,
             runtime_thresholds=False,
         )
-        return foreign_info(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=nms)
+        return foreign_metadata(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=nms)
     columns = first[-1] if len(first) == 3 else None
     if not isinstance(columns, int) or not 6 <= columns <= 5 + _MAX_FOREIGN_CLASSES:
         raise refusal
-    return foreign_info(classes=columns - 5, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=None)
+    return foreign_metadata(classes=columns - 5, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=None)

@@ -1,6 +1,6 @@
-"""Runs a checkpoint through the fused reference model; suppression is the reference one on the host.
+"""Runs a checkpoint through the fused reference model; NMS is the reference one on the host.
 
-What the paper times as the network, PyTorch in half precision on a GPU without suppression, is the engine span here.
+What the paper times as the network, PyTorch in half precision on a GPU without NMS, is the engine span here.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError
 from yolov7_deploy.image import FloatArray, Image, Letterbox, to_network_input
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
-from yolov7_deploy.runtimes.base import Found, Outputs, Spans, Stages
+from yolov7_deploy.postprocess import postprocess
+from yolov7_deploy.runtimes.base import IntermediateOutputs, RawDetections, RuntimeResult, TimingBreakdown
 from yolov7_deploy.runtimes.torch_cuda_graphs import (
     Capture,
+    CapturedGraph,
+    CapturedGraphPool,
     Graphs,
-    Lane,
-    Lanes,
     Size,
     capture_graph,
     first_line,
@@ -44,20 +44,20 @@ class PytorchBackend:
 
     Args:
         model: A fused model in float32; it becomes the backend's, which converts it in place.
-        info: Its passport.
+        info: Its metadata.
         device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
         half: Half precision; `None` is on a GPU only.
         capture: Runs the network in lanes, and how their forwards become repeatable; `None` is lanes with CUDA graphs
             on a GPU, and no lanes where the device works in the host's own memory.
     """
 
-    largest_batch: int | None = None
+    max_batch_size: int | None = None
     takes_gpu_arrays = False
 
     def __init__(
         self,
         model: Yolov7,
-        info: ModelInfo,
+        metadata: ModelMetadata,
         *,
         device: str = "cpu",
         half: bool | None = None,
@@ -67,7 +67,7 @@ class PytorchBackend:
         self._on_gpu = place.type == "cuda"
         self._half = self._on_gpu if half is None else half
         self.device = str(place)
-        self.info = replace(info, precision="fp16" if self._half else "fp32")
+        self.metadata = replace(metadata, precision="fp16" if self._half else "fp32")
         try:
             self._network = TorchNetwork(model, place, half=self._half)
         except torch.cuda.OutOfMemoryError as error:
@@ -76,7 +76,7 @@ class PytorchBackend:
             ) from error
         self._graphs = Graphs(capture or capture_graph)
         in_lanes = self._on_gpu or capture is not None
-        self._lanes = Lanes(self._new_lane, most=MOST_LANES) if in_lanes else None
+        self._lanes = CapturedGraphPool(self._new_lane, most=MOST_LANES) if in_lanes else None
 
     @classmethod
     def open(
@@ -90,19 +90,19 @@ class PytorchBackend:
                 fix="--no-half, or --device cuda:0",
             )
         checkpoint = load_checkpoint(path)
-        info = checkpoint.info
-        if input_hw is not None and any(side < 1 or side % info.stride for side in input_hw):
-            up = [max(1, -(-side // info.stride)) * info.stride for side in input_hw]
+        metadata = checkpoint.metadata
+        if input_hw is not None and any(side < 1 or side % metadata.stride for side in input_hw):
+            up = [max(1, -(-side // metadata.stride)) * metadata.stride for side in input_hw]
             raise UsageError(
-                f"An input of {input_hw[0]}x{input_hw[1]} is no multiple of this model's stride {info.stride}.",
+                f"An input of {input_hw[0]}x{input_hw[1]} is no multiple of this model's stride {metadata.stride}.",
                 fix=f"--img {up[0]},{up[1]}",
             )
-        return cls(fuse(build_model(checkpoint)), info, device=str(place), half=half)
+        return cls(fuse(build_model(checkpoint)), metadata, device=str(place), half=half)
 
     @property
-    def settings(self) -> tuple[tuple[str, str], ...]:
-        """See `Backend.settings`."""
-        found = [("memory layout", "channels last"), ("decode", "float32"), ("suppression", "host")]
+    def runtime_info(self) -> tuple[tuple[str, str], ...]:
+        """See `Backend.runtime_info`."""
+        found = [("memory layout", "channels last"), ("decode", "float32"), ("NMS", "host")]
         if self._lanes is None:
             return (*found, ("threads", str(torch.get_num_threads())))
         found += [("CUDA graph", "on" if self._graphs.work else "failed"), ("upload", "uint8, page-locked")]
@@ -117,7 +117,7 @@ class PytorchBackend:
         thresholds: Thresholds,
         *,
         timed: bool = False,
-    ) -> Outputs:
+    ) -> RuntimeResult:
         """See `Backend.infer`. In lanes only a `timed` call has spans.
 
         Spans are wall time with the device idle at both ends, as the official program measures. The engine span is what
@@ -149,7 +149,7 @@ class PytorchBackend:
 
     def _infer(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
-    ) -> Outputs:
+    ) -> RuntimeResult:
         started = time.perf_counter()
         canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
         letterbox_ms = (time.perf_counter() - started) * 1e3
@@ -165,7 +165,7 @@ class PytorchBackend:
             preprocess_ms=spans.preprocess_ms + letterbox_ms,
             postprocess_ms=(time.perf_counter() - fetched) * 1e3,
         )
-        return Outputs(
+        return RuntimeResult(
             found=found,
             preprocess_ms=spans.preprocess_ms,
             inference_ms=spans.upload_ms + spans.engine_ms + spans.download_ms,
@@ -173,7 +173,7 @@ class PytorchBackend:
             spans=spans if timed or self._lanes is None else None,
         )
 
-    def _run_here(self, canvases: Sequence[Image]) -> tuple[list[FloatArray], Spans]:
+    def _run_here(self, canvases: Sequence[Image]) -> tuple[list[FloatArray], TimingBreakdown]:
         """Canvases to decoded outputs, in the host's memory."""
         marks = [time.perf_counter()]
         images = torch.from_numpy(to_network_input(canvases)).to(self._network.device, self._network.dtype)
@@ -182,13 +182,13 @@ class PytorchBackend:
             decoded = self._network.predict(images).cpu().numpy()
         marks.append(time.perf_counter())
         layout, engine = ((after - before) * 1e3 for before, after in pairwise(marks))
-        return list(decoded), Spans(
+        return list(decoded), TimingBreakdown(
             preprocess_ms=layout, upload_ms=0.0, engine_ms=engine, download_ms=0.0, postprocess_ms=0.0
         )
 
     def _run_in_lane(
-        self, lanes: Lanes, size: Size, canvases: Sequence[Image], conf: float, *, timed: bool
-    ) -> tuple[list[FloatArray], Spans]:
+        self, lanes: CapturedGraphPool, size: Size, canvases: Sequence[Image], conf: float, *, timed: bool
+    ) -> tuple[list[FloatArray], TimingBreakdown]:
         """Canvases to the candidates among decoded outputs; the spans are true only if it was `timed`."""
         marks = [time.perf_counter()]
 
@@ -207,18 +207,18 @@ class PytorchBackend:
             rows = lane.fetch(decoded, conf)
             mark()
         stage, layout, engine, fetch = ((after - before) * 1e3 for before, after in pairwise(marks))
-        return rows, Spans(
+        return rows, TimingBreakdown(
             preprocess_ms=layout, upload_ms=stage, engine_ms=engine, download_ms=fetch, postprocess_ms=0.0
         )
 
-    def stages(self, canvas: Image) -> Stages:
+    def stages(self, canvas: Image) -> IntermediateOutputs:
         """What the network makes of one canvas on the way to its detections."""
         network = self._network
         with torch.inference_mode():
             images = network.empty_input(1, (canvas.shape[0], canvas.shape[1]))
             maps = network.maps(network.prepare(torch.from_numpy(canvas)[None].to(network.device), images))
             decoded = network.decode(maps)
-        return Stages(heads=[x[0].float().cpu().numpy() for x in maps], decoded=decoded[0].cpu().numpy())
+        return IntermediateOutputs(heads=[x[0].float().cpu().numpy() for x in maps], decoded=decoded[0].cpu().numpy())
 
     def close(self) -> None:
         """Frees buffers and graphs; the weights go with the object."""
@@ -236,8 +236,8 @@ class PytorchBackend:
         more = ", or take half precision" if self._on_gpu and not self._half else ""
         return f"Take a smaller --batch or --img, or end other programs on this device{more}."
 
-    def _new_lane(self, size: Size) -> Lane:
-        return Lane(self._network, size, capture=self._graphs)
+    def _new_lane(self, size: Size) -> CapturedGraph:
+        return CapturedGraph(self._network, size, capture=self._graphs)
 
 
 def _torch_device(name: str) -> torch.device:
@@ -253,6 +253,6 @@ def _torch_device(name: str) -> torch.device:
         ) from error
 
 
-def _found(output: FloatArray, thresholds: Thresholds) -> Found:
-    boxes, scores, class_ids = detections_of(output, thresholds)
-    return Found(boxes=boxes, scores=scores, class_ids=class_ids)
+def _found(output: FloatArray, thresholds: Thresholds) -> RawDetections:
+    boxes, scores, class_ids = postprocess(output, thresholds)
+    return RawDetections(boxes=boxes, scores=scores, class_ids=class_ids)

@@ -20,17 +20,17 @@ import numpy as np
 
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, PluginError, UsageError, missing_library
 from yolov7_deploy.image import Image, Letterbox
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import detections_of
-from yolov7_deploy.runtimes.base import Found, Outputs, Spans, check_wishes
+from yolov7_deploy.postprocess import postprocess
+from yolov7_deploy.runtimes.base import RawDetections, RuntimeResult, TimingBreakdown, check_request_supported
 from yolov7_deploy.runtimes.cuda import Cuda, Device, open_cuda
 from yolov7_deploy.runtimes.device_arrays import GpuImage, gpu_image, is_gpu_array
-from yolov7_deploy.runtimes.executor_pool import TrtSlots
+from yolov7_deploy.runtimes.executor_pool import TrtExecutorPool
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels, find_kernels
-from yolov7_deploy.runtimes.nms_outputs import check_fixed, kept
+from yolov7_deploy.runtimes.nms_outputs import check_nms_compatible, filter_outputs
 from yolov7_deploy.runtimes.tensorrt_engine import OVERFLOW, TrtEngine, TrtLog
-from yolov7_deploy.runtimes.tensorrt_executor import Results, TrtSlot
+from yolov7_deploy.runtimes.tensorrt_executor import Results, TrtExecutor
 from yolov7_deploy.tensorrt.build_record import TITLES, EngineMachine, EngineRecord, PluginUse, Product
 from yolov7_deploy.tensorrt.capabilities import Dialect, Trt, load_tensorrt
 from yolov7_deploy.tensorrt.engine import Engine, plan_version
@@ -55,18 +55,20 @@ class TrtBackend:
 
     Args:
         engine: The opened engine.
-        info: Its passport.
+        info: Its metadata.
         cuda: The CUDA runtime, whose GPU number `index` it runs on.
         kernels: Our kernels for that GPU, if they are built.
     """
 
-    def __init__(self, engine: TrtEngine, info: ModelInfo, cuda: Cuda, kernels: Kernels | None, *, index: int) -> None:
-        self.info, self.device = info, f"cuda:{index}"
-        self.largest_batch: int | None = engine.batches[1]
+    def __init__(
+        self, engine: TrtEngine, metadata: ModelMetadata, cuda: Cuda, kernels: Kernels | None, *, index: int
+    ) -> None:
+        self.metadata, self.device = metadata, f"cuda:{index}"
+        self.max_batch_size: int | None = engine.batches[1]
         self.takes_gpu_arrays = kernels is not None
         self._engine, self._cuda, self._kernels, self._index = engine, cuda, kernels, index
         self._overflowed = False
-        self._slots = TrtSlots(lambda: TrtSlot(cuda, engine, kernels))
+        self._slots = TrtExecutorPool(lambda: TrtExecutor(cuda, engine, kernels))
 
     @classmethod
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> TrtBackend:
@@ -85,18 +87,18 @@ class TrtBackend:
             gpu = cuda.device()
             _load_plugins(dialect, path, record, gpu)
             engine = _deserialised(dialect, path, file)
-            info = engine.info(record.info if record else None)
-            check_wishes(path, info, input_hw=input_hw, half=half, export="--engine")
+            metadata = engine.metadata(record.metadata if record else None)
+            check_request_supported(path, metadata, input_hw=input_hw, half=half, export="--engine")
             kernels = _kernels(gpu)
             if record is None:
-                logger.warning("%s: %s", path, "; ".join(info.notes))
-            opened = cls(engine, replace(info, notes=(*info.notes, *file.notes)), cuda, kernels, index=index)
-        logger.info("%s on %s: %s", path, gpu.name, ", ".join(f"{name} {value}" for name, value in opened.settings))
+                logger.warning("%s: %s", path, "; ".join(metadata.notes))
+            opened = cls(engine, replace(metadata, notes=(*metadata.notes, *file.notes)), cuda, kernels, index=index)
+        logger.info("%s on %s: %s", path, gpu.name, ", ".join(f"{name} {value}" for name, value in opened.runtime_info))
         return opened
 
     @property
-    def settings(self) -> tuple[tuple[str, str], ...]:
-        """See `Backend.settings`."""
+    def runtime_info(self) -> tuple[tuple[str, str], ...]:
+        """See `Backend.runtime_info`."""
         letterbox = "GPU kernel" if self._kernels else "host (y7 plugin builds that of the GPU)"
         return (
             ("runtime", self._engine.dialect.title),
@@ -113,14 +115,14 @@ class TrtBackend:
         thresholds: Thresholds,
         *,
         timed: bool = False,
-    ) -> Outputs:
+    ) -> RuntimeResult:
         """See `Backend.infer`; images may be arrays on this GPU, which are not copied.
 
         Lists above the largest batch run in parts, those below the smallest are filled up with their last image.
         """
         self._check_usable()
-        if self.info.nms is not None:
-            check_fixed(self.info.nms, thresholds)
+        if self.metadata.nms is not None:
+            check_nms_compatible(self.metadata.nms, thresholds)
         size = self._engine.batches[1]
         parts = [slice(start, start + size) for start in range(0, len(images), size)]
         done = []
@@ -132,13 +134,13 @@ class TrtBackend:
 
     def _run(
         self,
-        slot: TrtSlot,
+        slot: TrtExecutor,
         images: Sequence[Image],
         letterboxes: Sequence[Letterbox],
         thresholds: Thresholds,
         *,
         timed: bool,
-    ) -> Outputs:
+    ) -> RuntimeResult:
         """One part in one slot, which is free again when the results are copies."""
         started = time.perf_counter()
         inputs = [self._image(image, slot) for image in images]
@@ -148,7 +150,7 @@ class TrtBackend:
         ran = time.perf_counter()
         found = self._found(run.results, len(images), thresholds)
         postprocess_ms = (time.perf_counter() - ran) * 1e3
-        return Outputs(
+        return RuntimeResult(
             found=found,
             preprocess_ms=run.preprocess_ms + (taken - started) * 1e3,
             inference_ms=run.inference_ms,
@@ -156,26 +158,28 @@ class TrtBackend:
             spans=replace(run.spans, postprocess_ms=postprocess_ms) if run.spans else None,
         )
 
-    def _image(self, image: Image, slot: TrtSlot) -> Image | GpuImage:
+    def _image(self, image: Image, slot: TrtExecutor) -> Image | GpuImage:
         return gpu_image(image, slot.stream, device=self._index) if is_gpu_array(image) else image
 
-    def _found(self, results: Results, count: int, thresholds: Thresholds) -> list[Found]:
+    def _found(self, results: Results, count: int, thresholds: Thresholds) -> list[RawDetections]:
         if not self._engine.suppresses:
             decoded = results[self._engine.wanted[0]]
-            found = [detections_of(output.astype(np.float32, copy=False), thresholds) for output in decoded[:count]]
-            return [Found(boxes=boxes, scores=scores, class_ids=classes) for boxes, scores, classes in found]
+            found = [postprocess(output.astype(np.float32, copy=False), thresholds) for output in decoded[:count]]
+            return [RawDetections(boxes=boxes, scores=scores, class_ids=classes) for boxes, scores, classes in found]
         boxes, scores = (results[name].astype(np.float32, copy=False) for name in ("det_boxes", "det_scores"))
         rows = results["num_dets"].reshape(-1).tolist()
         if OVERFLOW in results and results[OVERFLOW][:count].any():
             self._warn_of_overflow()
-        return [kept(rows[i], boxes[i], scores[i], results["det_classes"][i], thresholds) for i in range(count)]
+        return [
+            filter_outputs(rows[i], boxes[i], scores[i], results["det_classes"][i], thresholds) for i in range(count)
+        ]
 
     def _warn_of_overflow(self) -> None:
         if not self._overflowed:
             self._overflowed = True
-            limit = self.info.nms.max_candidates if self.info.nms else 0
+            limit = self.metadata.nms.max_candidates if self.metadata.nms else 0
             logger.warning(
-                "%s: more boxes passed the threshold than suppression takes (%s); the weakest were left out. "
+                "%s: more boxes passed the threshold than NMS takes (%s); the weakest were left out. "
                 "Raise conf, or export with more:  y7 export --max-candidates N",
                 self._engine.name,
                 limit or "its limit",
@@ -206,16 +210,16 @@ class TrtBackend:
             self._slots.close()
 
 
-def _together(done: Sequence[Outputs], *, timed: bool) -> Outputs:
+def _together(done: Sequence[RuntimeResult], *, timed: bool) -> RuntimeResult:
     """The parts of one call as one."""
     spans = [one.spans for one in done if one.spans]
-    names = Spans.__dataclass_fields__
-    return Outputs(
+    names = TimingBreakdown.__dataclass_fields__
+    return RuntimeResult(
         found=[found for one in done for found in one.found],
         preprocess_ms=sum(one.preprocess_ms for one in done),
         inference_ms=sum(one.inference_ms for one in done),
         postprocess_ms=sum(one.postprocess_ms for one in done),
-        spans=Spans(**{name: sum(getattr(one, name) for one in spans) for name in names}) if timed else None,
+        spans=TimingBreakdown(**{name: sum(getattr(one, name) for one in spans) for name in names}) if timed else None,
     )
 
 

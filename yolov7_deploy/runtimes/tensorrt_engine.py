@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from yolov7_deploy.errors import DeviceError, LoadError
-from yolov7_deploy.metadata import InputKind, ModelInfo, NmsInfo, foreign_info
+from yolov7_deploy.metadata import InputKind, ModelMetadata, NmsMetadata, foreign_metadata
 from yolov7_deploy.runtimes.nms_outputs import NMS_OUTPUTS, UNKNOWN_CLASSES
 from yolov7_deploy.tensorrt.build_record import EngineTensor
 from yolov7_deploy.tensorrt.capabilities import Dialect, Trt
@@ -121,7 +121,7 @@ class TrtEngine:
 
     @property
     def suppresses(self) -> bool:
-        """Suppression is inside."""
+        """NMS is inside."""
         return len(self.wanted) > 1
 
     @property
@@ -162,28 +162,28 @@ class TrtEngine:
             self.graph_state = f"off: {error.message}"
             logger.warning("%s runs without CUDA graphs, which is slower: %s", self.name, error.message)
 
-    def info(self, passport: ModelInfo | None) -> ModelInfo:
-        """The passport as far as the engine bears it out, or what is assumed of one without."""
+    def metadata(self, metadata: ModelMetadata | None) -> ModelMetadata:
+        """The metadata as far as the engine bears it out, or what is assumed of one without."""
         batch = None if self.batches[0] != self.batches[1] else self.batches[0]
         low, high = self.canvas_hw(self.smallest), self.canvas_hw(self.largest)
         input_hw = low if low == high else None
         kind: InputKind = "uint8" if self.layout == "nhwc" else "float32"
-        if passport is None:
+        if metadata is None:
             return self._foreign(batch, input_hw, kind)
-        nms = passport.nms
+        nms = metadata.nms
         if (nms is not None) != self.suppresses:
             raise self._refusal
         if nms is not None:
             nms = replace(nms, runtime_thresholds=self.takes_thresholds)
-        return replace(passport, batch=batch, input_hw=input_hw, input_kind=kind, nms=nms)
+        return replace(metadata, batch=batch, input_hw=input_hw, input_kind=kind, nms=nms)
 
-    def _foreign(self, batch: int | None, input_hw: tuple[int, int] | None, kind: InputKind) -> ModelInfo:
+    def _foreign(self, batch: int | None, input_hw: tuple[int, int] | None, kind: InputKind) -> ModelMetadata:
         first = self.outputs[0]
         if not self.suppresses:
             classes = first.shape[-1] - 5
-            return foreign_info(classes=classes, input_hw=input_hw, batch=batch, input_kind=kind, nms=None)
+            return foreign_metadata(classes=classes, input_hw=input_hw, batch=batch, input_kind=kind, nms=None)
         rows = next(one for one in self.outputs if one.name == "det_boxes").shape[1]
-        nms = NmsInfo(
+        nms = NmsMetadata(
             kind="efficient",
             conf=0.25 if self.takes_thresholds else 0.0,
             iou=0.45,
@@ -193,7 +193,7 @@ class TrtEngine:
             class_agnostic=False,
             runtime_thresholds=self.takes_thresholds,
         )
-        return foreign_info(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=kind, nms=nms)
+        return foreign_metadata(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=kind, nms=nms)
 
 
 def _layout(tensors: tuple[EngineTensor, ...]) -> str:

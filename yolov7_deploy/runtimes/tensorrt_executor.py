@@ -28,7 +28,7 @@ import numpy.typing as npt
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.image import Image, Letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.runtimes.base import Spans
+from yolov7_deploy.runtimes.base import TimingBreakdown
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
 from yolov7_deploy.runtimes.device_arrays import GpuImage
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels
@@ -98,10 +98,10 @@ class Run:
     results: Results
     preprocess_ms: float
     inference_ms: float
-    spans: Spans | None
+    spans: TimingBreakdown | None
 
 
-class TrtSlot:
+class TrtExecutor:
     """Runs one batch after the other.
 
     Args:
@@ -237,7 +237,7 @@ class TrtSlot:
         took = [1e3 * end.seconds_since(start) for start, end in pairwise(self._events)]
         host_s = prepared - started
         on_gpu = steps.letterbox is not None
-        spans = Spans(
+        spans = TimingBreakdown(
             preprocess_ms=took[1] if on_gpu else host_s * 1e3,
             upload_ms=took[0] + (host_s * 1e3 if on_gpu else 0.0),
             engine_ms=took[2],
@@ -246,7 +246,9 @@ class TrtSlot:
         )
         return self._run(lane, preprocess_s=host_s, inference_s=time.perf_counter() - prepared, spans=spans)
 
-    def _run(self, lane: _Lane, *, preprocess_s: float, inference_s: float, spans: Spans | None = None) -> Run:
+    def _run(
+        self, lane: _Lane, *, preprocess_s: float, inference_s: float, spans: TimingBreakdown | None = None
+    ) -> Run:
         memory = self._read.array
         results = {
             name: memory[result.start : result.end].view(result.dtype).reshape(result.shape)

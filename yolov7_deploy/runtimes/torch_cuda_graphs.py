@@ -30,7 +30,7 @@ WARM_UPS = 3  # torch's own recommendation: libraries pick kernels and take thei
 _capturing = threading.Lock()
 
 
-class Lane:
+class CapturedGraph:
     """Buffers and stream for `size`, and the network made ready for them. One call at a time.
 
     The steps of a call are `stage`, `prepare`, `run` and `fetch`, all within `on_stream`; only `fetch` has to wait for
@@ -88,7 +88,7 @@ class Lane:
             self._stream.synchronize()
 
 
-class Lanes:
+class CapturedGraphPool:
     """The lanes of a backend, for any number of threads; a call without a free lane of its size makes one.
 
     Args:
@@ -96,15 +96,15 @@ class Lanes:
         most: How many may exist; then the least recently used free one is given up, or waited for.
     """
 
-    def __init__(self, make: Callable[[Size], Lane], *, most: int) -> None:
+    def __init__(self, make: Callable[[Size], CapturedGraph], *, most: int) -> None:
         self._make, self._most = make, most
         self._changed = threading.Condition()
-        self._free: list[Lane] = []  # least recently used first
+        self._free: list[CapturedGraph] = []  # least recently used first
         self._count = 0
         self._closed = False
 
     @contextlib.contextmanager
-    def taken(self, size: Size) -> Iterator[Lane]:
+    def taken(self, size: Size) -> Iterator[CapturedGraph]:
         """A lane that nobody else uses meanwhile. One in which a call failed is not used again."""
         lane = self._take(size)
         try:
@@ -128,7 +128,7 @@ class Lanes:
         self._closed = True
         self.give_up()
 
-    def _take(self, size: Size) -> Lane | None:
+    def _take(self, size: Size) -> CapturedGraph | None:
         """A free lane, or `None` and the right to make one."""
         with self._changed:
             while True:
@@ -144,7 +144,7 @@ class Lanes:
                     return None
                 self._changed.wait()
 
-    def _give_back(self, lane: Lane | None) -> None:
+    def _give_back(self, lane: CapturedGraph | None) -> None:
         with self._changed:
             if lane is None or self._closed:
                 self._count -= 1

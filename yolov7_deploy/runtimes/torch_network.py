@@ -66,7 +66,7 @@ class TorchNetwork:
 def candidates(decoded: Tensor, conf: float) -> tuple[Tensor, Tensor]:
     """The rows of a decoded output that can become detections, in their order.
 
-    `detections_of` finds the same in an image's rows as in all its anchors: only those are left out that it leaves
+    `postprocess` finds the same in an image's rows as in all its anchors: only those are left out that it leaves
     out too, because no score of theirs exceeds `conf`. Rows that hold no number stay, and are its to judge.
 
     Args:

@@ -44,7 +44,7 @@ _WANTED_BYTES = re.compile(r"(?:requested|allocat\w+|size)\D{0,40}?(\d{6,})\s*by
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ended:
+class ProcessResult:
     """How a child ended: exit code (negative for a signal), last lines of its log, most memory it was seen with."""
 
     code: int
@@ -98,7 +98,7 @@ def run_build(job: BuildJob, graph: bytes, on_event: OnEvent) -> tuple[bytes, Bu
         return plan, report, ended.lines
 
 
-def run_worker(arguments: list[str], folder: Path, on_event: OnEvent) -> Ended:
+def run_worker(arguments: list[str], folder: Path, on_event: OnEvent) -> ProcessResult:
     """Runs the worker to its end; whatever ends the waiting (Ctrl-C, an error in `on_event`) ends the worker too."""
     lines: deque[str] = deque(maxlen=LAST_LINES)
     peak = 0
@@ -124,7 +124,7 @@ def run_worker(arguments: list[str], folder: Path, on_event: OnEvent) -> Ended:
             if process.stdout:
                 process.stdout.close()
     lines.extend(_tail(folder / LOG))
-    return Ended(code=process.returncode, lines=tuple(lines), peak_memory_bytes=peak)
+    return ProcessResult(code=process.returncode, lines=tuple(lines), peak_memory_bytes=peak)
 
 
 def _started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -191,7 +191,7 @@ def _no_memory(what: str) -> EngineError:
     )
 
 
-def _death(ended: Ended) -> EngineError:
+def _death(ended: ProcessResult) -> EngineError:
     said = "\n".join(ended.lines) or "It said nothing."
     memory = out_of_memory(ended.lines, peak_memory_bytes=ended.peak_memory_bytes)
     if memory is not None:

@@ -9,7 +9,7 @@ from typing import Literal
 from yolov7_deploy._serialization import members_of, shown
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.hardware.jetson import version_numbers
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 
 SCHEMA = 1
 
@@ -110,7 +110,7 @@ class EngineRecord:
     """How, where and for what an engine was built.
 
     Attributes:
-        info: Passport of the model inside.
+        info: Metadata of the model inside.
         plan_bytes, plan_sha256: Of the plan file.
         product, tensorrt: Which TensorRT built it, and its version.
         cuda, driver: Versions of the CUDA runtime and of the driver, empty where there is none.
@@ -140,7 +140,7 @@ class EngineRecord:
         y7_version: Version of this package.
     """
 
-    info: ModelInfo
+    metadata: ModelMetadata
     plan_bytes: int
     plan_sha256: str
     product: Product
@@ -177,7 +177,7 @@ class EngineRecord:
 
     def to_json(self) -> str:
         """Sorted JSON, the same bytes for the same record."""
-        record = asdict(self) | {"schema": SCHEMA, "info": json.loads(self.info.to_json())}
+        record = asdict(self) | {"schema": SCHEMA, "metadata": json.loads(self.metadata.to_json())}
         return json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -197,8 +197,8 @@ class EngineRecord:
                 raise ValueError(f"not an object but {type(raw).__name__}")
             if raw.get("schema") != SCHEMA:
                 raise ValueError(f"schema is {shown(raw.get('schema'))}, this version reads {SCHEMA}")
-            passport = ModelInfo.from_json(json.dumps(raw.pop("info", None)))
-            return cls(info=passport, **members_of(cls, raw, leave="info"))
+            metadata = ModelMetadata.from_json(json.dumps(raw.pop("metadata", None)))
+            return cls(metadata=metadata, **members_of(cls, raw, leave="metadata"))
         except (ValueError, RecursionError, LoadError) as error:
             reason = error.message if isinstance(error, LoadError) else error
             raise LoadError(

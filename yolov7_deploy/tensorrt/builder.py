@@ -40,14 +40,14 @@ _LEVELS: dict[str, HardwareCompatibility] = {
     "same-cc": "same_compute_capability",
 }
 _SUPPRESSION = {
-    "plugin": "suppression by the plugin",
-    "operators": "suppression by operators of the graph",
-    "none": "no suppression inside",
+    "plugin": "NMS by the plugin",
+    "operators": "NMS by operators of the graph",
+    "none": "no NMS inside",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Telling:
+class BuildCallbacks:
     """Where a build tells what it does.
 
     Attributes:
@@ -75,11 +75,11 @@ def build_engine(
     *,
     on: Installation | None = None,
     folder: Path | None = None,
-    telling: Telling | None = None,
+    telling: BuildCallbacks | None = None,
 ) -> Engine:
     """The engine of a model: plan and record. Takes seconds with TensorRT-RTX and minutes with TensorRT.
 
-    Our suppression node becomes our plugin where that is built, and operators otherwise. Its thresholds become inputs
+    Our NMS node becomes our plugin where that is built, and operators otherwise. Its thresholds become inputs
     of the engine, so they change from call to call, and its flag for a full list of candidates an output `overflow`.
 
     Args:
@@ -95,7 +95,7 @@ def build_engine(
         EngineError: TensorRT cannot build it here; the message names the node, the option or the memory.
     """
     options = options or EngineOptions()
-    events = _Events(telling or Telling())
+    events = _Events(telling or BuildCallbacks())
     found = on or find_tensorrt(options)
     library, notes = choose_plugin(model, options, found)
     graph = prepare_graph(model, own_plugin=library is not None, plugins=found.plugins, float_weights=found.abi == "v2")
@@ -125,7 +125,7 @@ def build_file(
     *,
     options: EngineOptions,
     on: Installation | None = None,
-    telling: Telling | None = None,
+    telling: BuildCallbacks | None = None,
 ) -> EngineReport:
     """Builds the engine of an ONNX file and writes it with its record; an older one stays until then.
 
@@ -179,7 +179,7 @@ def _job(
     cache = str(options.timing_cache) if options.timing_cache else f"{cache_dir() / 'timing'}/"
     job = BuildJob(
         product=found.product,
-        precision=model.info.precision,
+        precision=model.metadata.precision,
         plugin=str(library.path) if library else "",
         targets=targets,
         shapes=_shapes(graph.proto, options),
@@ -266,7 +266,7 @@ def _preflight(job: BuildJob, found: Installation, model_bytes: int, folder: Pat
 class _Events:
     """Passes on what a build tells."""
 
-    def __init__(self, telling: Telling) -> None:
+    def __init__(self, telling: BuildCallbacks) -> None:
         self._telling, self._last = telling, time.perf_counter()
 
     def step(self, what: str) -> None:
@@ -299,7 +299,7 @@ def _record(
     found = report.installation
     assert found is not None, "a build without failure says where"
     return EngineRecord(
-        info=model.info,
+        metadata=model.metadata,
         plan_bytes=0,
         plan_sha256="",
         product=found.product,
@@ -336,10 +336,10 @@ def _record(
 
 def _lost_int8(record: EngineRecord) -> tuple[str, ...]:
     """A note where convolutions that are INT8 in the file are not in the engine, as far as its builder listed them."""
-    listed = read_listing(record.listing) if record.info.int8 else None
-    if record.info.int8 is None or listed is None:
+    listed = read_listing(record.listing) if record.metadata.int8 else None
+    if record.metadata.int8 is None or listed is None:
         return ()
-    wanted = record.info.int8.int8_convolutions
+    wanted = record.metadata.int8.int8_convolutions
     lost = wanted - listed.convolutions.get("int8", 0)
     if lost <= 0:
         return ()

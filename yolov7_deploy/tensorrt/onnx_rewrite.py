@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.export.nms import CONF_INPUT, EFFICIENT_OP, IOU_INPUT, OP, OVERFLOW
 from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
-from yolov7_deploy.metadata import PASSPORT_KEY, InputKind, ModelInfo, NmsInfo, foreign_info
+from yolov7_deploy.metadata import METADATA_KEY, InputKind, ModelMetadata, NmsMetadata, foreign_metadata
 from yolov7_deploy.tensorrt.build_record import NmsBy
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class PreparedGraph:
 
 
 def open_onnx(path: Path) -> OnnxModel:
-    """The model in an ONNX file; one without a passport opens with a warning, and a passport that says what it assumes.
+    """The model in an ONNX file; one without metadata opens with a warning, and metadata that says what it assumes.
 
     Raises:
         LoadError: The file is absent, empty, cut off or no ONNX.
@@ -67,18 +67,18 @@ def open_onnx(path: Path) -> OnnxModel:
     except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise LoadError(f"{path} is not an ONNX file, or cut off.", fix=fix) from error
     try:
-        passport = {entry.key: entry.value for entry in proto.metadata_props}.get(PASSPORT_KEY)
-        info = _foreign_info(proto) if passport is None else ModelInfo.from_json(passport)
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
+        metadata = _foreign_metadata(proto) if metadata is None else ModelMetadata.from_json(metadata)
     except UnicodeDecodeError as error:
         raise LoadError(f"{path} is damaged: a name in it is no text.", fix=fix) from error
-    if passport is not None:
-        return OnnxModel(proto, info)
-    logger.warning("%s: %s", path, "; ".join(info.notes))
-    return OnnxModel(proto, info)
+    if metadata is not None:
+        return OnnxModel(proto, metadata)
+    logger.warning("%s: %s", path, "; ".join(metadata.notes))
+    return OnnxModel(proto, metadata)
 
 
 def has_own_nms(proto: onnx.ModelProto) -> bool:
-    """Our suppression node is in it, which our plugin can take."""
+    """Our NMS node is in it, which our plugin can take."""
     return _node(proto, OP) is not None
 
 
@@ -269,7 +269,7 @@ def _read(graph: onnx.GraphProto) -> Iterator[str]:
 # --- files of others --------------------------------------------------------------------------------------------------
 
 
-def _foreign_info(proto: onnx.ModelProto) -> ModelInfo:
+def _foreign_metadata(proto: onnx.ModelProto) -> ModelMetadata:
     """What the shapes of inputs and outputs tell."""
     weights = {weight.name for weight in proto.graph.initializer}
     inputs = [entry for entry in proto.graph.input if entry.name not in weights]
@@ -281,7 +281,7 @@ def _foreign_info(proto: onnx.ModelProto) -> ModelInfo:
     nms = None
     if set(NMS_OUTPUTS) <= set(outputs):
         boxes = outputs[NMS_OUTPUTS[1]]
-        nms = NmsInfo(
+        nms = NmsMetadata(
             kind="efficient",
             conf=0.0,
             iou=0.45,
@@ -295,14 +295,14 @@ def _foreign_info(proto: onnx.ModelProto) -> ModelInfo:
     classes = last[-1] - 5 if nms is None and len(last) == 3 else 0
     halves = any(weight.data_type == TensorProto.FLOAT16 for weight in proto.graph.initializer)
     quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
-    info = foreign_info(
+    metadata = foreign_metadata(
         classes=max(0, classes),
         input_hw=(hw[0], hw[1]) if hw and min(hw) > 0 else None,
         batch=image[0] if image and image[0] > 0 else None,
         input_kind=kind,
         nms=nms,
     )
-    return replace(info, precision="int8" if quantized else "fp16" if halves else "fp32")
+    return replace(metadata, precision="int8" if quantized else "fp16" if halves else "fp32")
 
 
 def _sides(entry: onnx.ValueInfoProto) -> list[int]:

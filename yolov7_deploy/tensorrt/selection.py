@@ -59,7 +59,7 @@ def title(found: Installation) -> str:
 def choose_plugin(
     model: OnnxModel, options: EngineOptions, found: Installation
 ) -> tuple[PluginLibrary | None, tuple[str, ...]]:
-    """The library that takes our suppression node, and what to note where none does.
+    """The library that takes our NMS node, and what to note where none does.
 
     Raises:
         EngineError: It is asked for and cannot be had.
@@ -67,7 +67,7 @@ def choose_plugin(
     """
     if not has_own_nms(model.proto):
         if options.plugin == "on":
-            kind = model.info.nms.kind if model.info.nms else "none"
+            kind = model.metadata.nms.kind if model.metadata.nms else "none"
             raise EngineError(
                 f"--plugin on: the graph has no node for the plugin (it was exported with --nms {kind}).",
                 fix="Export it with  --nms plugin",

@@ -10,7 +10,7 @@ import torch
 
 from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.train_step import Learner, training_sizes
+from yolov7_deploy.training.train_step import TrainStep, training_sizes
 
 # The last is what the convolutions of torch on a processor say.
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "could not create a primitive")
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def batch_that_fits(learner: Learner, batch: Batch, error: BaseException) -> DeviceError:
+def batch_that_fits(learner: TrainStep, batch: Batch, error: BaseException) -> DeviceError:
     """An error that says which batch fits, found by trying halves of the one that did not.
 
     Of several processes only this one may be short of memory, and the others do not take part in trials: then half the
@@ -58,17 +58,17 @@ def batch_that_fits(learner: Learner, batch: Batch, error: BaseException) -> Dev
     )
 
 
-def _largest(learner: Learner) -> int | None:
+def _largest(learner: TrainStep) -> int | None:
     """The largest size that a step may have in multi-scale training."""
     return training_sizes(learner.options.img, learner.stride)[-1] if learner.options.multi_scale else None
 
 
-def _size(learner: Learner, batch: Batch) -> str:
+def _size(learner: TrainStep, batch: Batch) -> str:
     largest = _largest(learner)
     return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[2]}x{batch.images.shape[1]}"
 
 
-def _fits(learner: Learner, batch: Batch, images: int) -> bool:
+def _fits(learner: TrainStep, batch: Batch, images: int) -> bool:
     """Whether forward and backward of the first images of a batch succeed; weights stay as they are."""
     targets = batch.targets[batch.targets[:, 0] < images]
     part = Batch(images=batch.images[:images], targets=targets, paths=batch.paths[:images])
@@ -85,7 +85,7 @@ def _fits(learner: Learner, batch: Batch, images: int) -> bool:
     return True
 
 
-def _free(learner: Learner) -> None:
+def _free(learner: TrainStep) -> None:
     learner.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if learner.world.device.type == "cuda":

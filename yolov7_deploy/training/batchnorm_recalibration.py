@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov7_deploy.model.yolov7 import Yolov7
-from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.sample import Batch
 
 IMAGES = 64  # enough: a layer sees at least 400 places of each at 640 pixels
@@ -44,7 +44,9 @@ class Rebased:
 
 
 @torch.no_grad()
-def rebase_norms(model: Yolov7, batches: Iterable[Batch], *, frozen: tuple[int, ...] = (), world: World) -> Rebased:
+def rebase_norms(
+    model: Yolov7, batches: Iterable[Batch], *, frozen: tuple[int, ...] = (), world: DistributedContext
+) -> Rebased:
     """Gives every BatchNorm that will learn the statistics of these images; the output in eval mode stays.
 
     Args:
@@ -93,7 +95,7 @@ class _Moments:
         """Looks no longer."""
         self._hook.remove()
 
-    def apply(self, world: World) -> float:
+    def apply(self, world: DistributedContext) -> float:
         """Rewrites the layer; the median factor between its kept and its real deviation, whichever way."""
         norm = self._norm
         assert norm.running_mean is not None and norm.running_var is not None

@@ -12,7 +12,7 @@ ShowStep = Callable[[int, int, str], None]
 ShowCount = Callable[[int, int], None]
 
 
-class Watch(Protocol):
+class TrainCallback(Protocol):
     """What is told of a training."""
 
     def say(self, words: str) -> None:
@@ -28,7 +28,7 @@ class Watch(Protocol):
         """What an epoch came to."""
 
 
-class Nobody:
+class NullCallback:
     """A watch that shows nothing."""
 
     def say(self, words: str) -> None:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class World:
+class DistributedContext:
     """One process's place among those that train together."""
 
     rank: int = 0
@@ -68,7 +68,7 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(device: str) -> Iterator[World]:
+def open_world(device: str) -> Iterator[DistributedContext]:
     """This process's place: by the variables of `torchrun`, alone without them.
 
     Args:
@@ -81,7 +81,7 @@ def open_world(device: str) -> Iterator[World]:
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
-        yield World(device=_device(device, None))
+        yield DistributedContext(device=_device(device, None))
         return
     rank, local = _number("RANK", -1), _number("LOCAL_RANK", -1)
     if rank < 0 or local < 0:
@@ -94,7 +94,7 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield World(rank=rank, size=size, device=place)
+        yield DistributedContext(rank=rank, size=size, device=place)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -135,7 +135,7 @@ def _device(text: str, local: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def synced(model: nn.Module, world: World) -> nn.Module:
+def synced(model: nn.Module, world: DistributedContext) -> nn.Module:
     """The model with BatchNorm over the images of all processes; changed in place where that is possible."""
     if world.size == 1:
         return model
@@ -153,10 +153,10 @@ def synced(model: nn.Module, world: World) -> nn.Module:
 class SyncedBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the images of all processes on a CPU, which torch's own does not do."""
 
-    world: World
+    world: DistributedContext
 
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d, world: World) -> SyncedBatchNorm:
+    def of(cls, norm: nn.BatchNorm2d, world: DistributedContext) -> SyncedBatchNorm:
         """The same layer, with the same parameters and statistics."""
         made = cls(norm.num_features, eps=norm.eps, momentum=norm.momentum)
         made.load_state_dict(norm.state_dict())

@@ -12,7 +12,7 @@ LONGEST = 0.9999
 RAMP = 2000.0  # updates after which the average is about as slow as it gets
 
 
-class MovingAverage:
+class ModelEma:
     """v <- d v + (1 - d) w after update n, with d = 0.9999 (1 - exp(-n / 2000)), over everything a model holds.
 
     Attributes:

@@ -17,7 +17,7 @@ ANCHORS_PER_LEVEL = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Start:
+class InitializedModel:
     """A network in training form, and in words where its weights come from."""
 
     model: Yolov7
@@ -32,7 +32,7 @@ def starting_model(
     anchors: Anchors | None = None,
     auxiliary: str = "partial",
     seed: int = 0,
-) -> Start:
+) -> InitializedModel:
     """A network for these classes, with all that fits of a checkpoint.
 
     Tensors of the same name and shape are taken, from a deploy form too, which then gives the same output as before.
@@ -56,8 +56,8 @@ def starting_model(
         torch.manual_seed(seed)
         model = new_model(variant, classes=len(class_names), training_form=True, anchors=anchors, auxiliary=auxiliary)
     if checkpoint is None:
-        return Start(model=model, words=f"random weights of seed {seed}")
-    return Start(model=model, words=_transfer(model, checkpoint, class_names))
+        return InitializedModel(model=model, words=f"random weights of seed {seed}")
+    return InitializedModel(model=model, words=_transfer(model, checkpoint, class_names))
 
 
 def require_variant(checkpoint: Checkpoint, variant: str) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS
 from yolov7_deploy.training.assignment import COARSE, FINE, Candidates, GroundTruth, Predictions, find_candidates, match
-from yolov7_deploy.training.distributed import World
+from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 
 BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # of objectness, fine to coarse
@@ -105,7 +105,7 @@ class DetectionLoss(nn.Module):
         classes: int,
         gains: Hyperparameters,
         options: LossOptions,
-        world: World,
+        world: DistributedContext,
     ) -> None:
         super().__init__()
         self.strides, self.classes, self.gains = tuple(strides), classes, gains

@@ -24,18 +24,18 @@ from yolov7_deploy.tensorrt.memory_estimate import free_host_memory
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.autoanchor import anchor_fit, fitted_anchors
 from yolov7_deploy.training.batchnorm_recalibration import IMAGES, rebase_norms
-from yolov7_deploy.training.callbacks import Watch
+from yolov7_deploy.training.callbacks import TrainCallback
 from yolov7_deploy.training.checkpoints import LAST, STATE, remove_leftovers
 from yolov7_deploy.training.config import TrainRequest
 from yolov7_deploy.training.dataloader import TrainLoader
 from yolov7_deploy.training.dataset import ImageStore
-from yolov7_deploy.training.distributed import World, open_world
+from yolov7_deploy.training.distributed import DistributedContext, open_world
 from yolov7_deploy.training.initialization import require_variant, starting_model
 from yolov7_deploy.training.loggers import RunLog, read_results, write_run
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.plots import draw_labels, draw_precision_recall, draw_results
 from yolov7_deploy.training.resume_state import RunState, load_run_state
-from yolov7_deploy.training.train_step import Learner, frozen_layers, training_sizes
+from yolov7_deploy.training.train_step import TrainStep, frozen_layers, training_sizes
 from yolov7_deploy.training.trainer import Trainer, TrainReport
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class _Data:
     sha256: str
 
 
-def train(request: TrainRequest, *, watch: Watch) -> TrainReport:
+def train(request: TrainRequest, *, watch: TrainCallback) -> TrainReport:
     """Trains what is asked for, from the beginning.
 
     Raises:
@@ -103,7 +103,7 @@ def train(request: TrainRequest, *, watch: Watch) -> TrainReport:
         return _run(start.model, data, state, world, watch, resuming=False)
 
 
-def resume(folder: Path, *, watch: Watch, device: str | None = None, data: str | None = None) -> TrainReport:
+def resume(folder: Path, *, watch: TrainCallback, device: str | None = None, data: str | None = None) -> TrainReport:
     """Goes on with a training that was interrupted, exactly where its last state was written.
 
     Args:
@@ -140,7 +140,9 @@ def resume(folder: Path, *, watch: Watch, device: str | None = None, data: str |
         return _run(model, opened, replace(state, request=request), world, watch, resuming=True)
 
 
-def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch, *, resuming: bool) -> TrainReport:
+def _run(
+    model: Yolov7, data: _Data, state: RunState, world: DistributedContext, watch: TrainCallback, *, resuming: bool
+) -> TrainReport:
     request, folder = state.request, Path(state.request.folder)
     loader = _loader(data.train, request, world, stride=max(model.variant.strides))
     options = request.options
@@ -158,7 +160,7 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
             few = islice(loader.epoch(0), -(-IMAGES // options.batch))
             frozen = frozen_layers(options.freeze, model)
             watch.say(rebase_norms(model, few, frozen=frozen, world=world).words())
-        learner = Learner(model, hyp=request.hyp, options=options, schedule=schedule, world=world)
+        learner = TrainStep(model, hyp=request.hyp, options=options, schedule=schedule, world=world)
         with contextlib.ExitStack() as open_files:
             log = None
             if world.is_first:
@@ -175,7 +177,7 @@ def _run(model: Yolov7, data: _Data, state: RunState, world: World, watch: Watch
         loader.close()
 
 
-def _loader(dataset: Dataset, request: TrainRequest, world: World, *, stride: int) -> TrainLoader:
+def _loader(dataset: Dataset, request: TrainRequest, world: DistributedContext, *, stride: int) -> TrainLoader:
     options = request.options
     budget = (options.cache_gib or 0) * GIB / world.size
     store = ImageStore(dataset, size=options.img, cache_bytes=int(budget))
@@ -203,7 +205,7 @@ def _with_budget(request: TrainRequest) -> TrainRequest:
     return replace(request, options=replace(request.options, cache_gib=gib))
 
 
-def _check(request: TrainRequest, world: World) -> None:
+def _check(request: TrainRequest, world: DistributedContext) -> None:
     """Refuses what cannot be meant, before anything takes time."""
     options, variant = request.options, find_variant(request.variant)
     stride = max(variant.strides)
@@ -282,7 +284,7 @@ def _about(data: _Data, request: TrainRequest) -> str:
     )
 
 
-def _anchors(request: TrainRequest, data: _Data, anchors: Anchors, watch: Watch) -> Anchors:
+def _anchors(request: TrainRequest, data: _Data, anchors: Anchors, watch: TrainCallback) -> Anchors:
     """The anchors to train with: as they are, unless new ones are asked for and needed."""
     size, ratio = request.options.img, request.hyp.anchor_t
     fit = anchor_fit(data.train, anchors, size=size, anchor_t=ratio)

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.training.distributed import World, synced
-from yolov7_deploy.training.ema import MovingAverage
+from yolov7_deploy.training.distributed import DistributedContext, synced
+from yolov7_deploy.training.ema import ModelEma
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.loss import DetectionLoss, LossOptions, LossParts, scaled_gains
 from yolov7_deploy.training.optimizer import Schedule, make_optimizer, set_rates
@@ -27,7 +27,7 @@ SCALE_GROWTH_STEPS = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepNumbers:
+class StepMetrics:
     """What one step says, of all processes together; losses after their gains."""
 
     box: float
@@ -42,7 +42,7 @@ class StepNumbers:
         return bool(np.isfinite([self.box, self.objectness, self.classes]).all())
 
 
-class Learner:
+class TrainStep:
     """A network that learns; the same steps on one device, or shared by several processes.
 
     Args:
@@ -54,7 +54,13 @@ class Learner:
     """
 
     def __init__(
-        self, model: Yolov7, *, hyp: Hyperparameters, options: TrainOptions, schedule: Schedule, world: World
+        self,
+        model: Yolov7,
+        *,
+        hyp: Hyperparameters,
+        options: TrainOptions,
+        schedule: Schedule,
+        world: DistributedContext,
     ) -> None:
         self.options, self.schedule, self.world = options, schedule, world
         on_gpu = world.device.type == "cuda"
@@ -77,7 +83,7 @@ class Learner:
             world=world,
         ).to(world.device)
         self.stride = max(model.variant.strides)
-        self.average = MovingAverage(self.model)
+        self.average = ModelEma(self.model)
         self.optimizer = make_optimizer(self.model, schedule, adam=options.adam)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=self.half and on_gpu, growth_interval=SCALE_GROWTH_STEPS
@@ -98,7 +104,7 @@ class Learner:
         for index in self._frozen:
             layers[index].eval()
 
-    def learn(self, batch: Batch, *, epoch: int, step: int, in_epoch: int, stop: bool = False) -> StepNumbers:
+    def learn(self, batch: Batch, *, epoch: int, step: int, in_epoch: int, stop: bool = False) -> StepMetrics:
         """One step.
 
         Args:
@@ -149,11 +155,11 @@ class Learner:
             return x
         return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
-    def _numbers(self, parts: LossParts, stop: bool) -> StepNumbers:
+    def _numbers(self, parts: LossParts, stop: bool) -> StepMetrics:
         one = parts.box.new_tensor([float(parts.positives), float(stop)])
         values = torch.cat((torch.stack((parts.box, parts.objectness, parts.classes)), one))
         box, objectness, classes, positives, stops = self.world.add(values).tolist()
-        return StepNumbers(box=box, objectness=objectness, classes=classes, positives=positives, stop=stops > 0)
+        return StepMetrics(box=box, objectness=objectness, classes=classes, positives=positives, stop=stops > 0)
 
     # --- keeping and going on -----------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.hardware.memory import host_peak_bytes
 from yolov7_deploy.options import ValOptions
 from yolov7_deploy.training.auto_batch import batch_that_fits, is_out_of_memory
-from yolov7_deploy.training.callbacks import Watch
+from yolov7_deploy.training.callbacks import TrainCallback
 from yolov7_deploy.training.checkpoints import BEST, LAST, STATE, keep_best, keep_last, keep_state
 from yolov7_deploy.training.dataloader import TrainLoader
 from yolov7_deploy.training.loggers import EpochRecord, RunLog
@@ -33,7 +33,7 @@ from yolov7_deploy.training.plots import draw_batch
 from yolov7_deploy.training.resume_state import RunState, Sums, load_run_state
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.sampler import image_weights
-from yolov7_deploy.training.train_step import Learner, StepNumbers
+from yolov7_deploy.training.train_step import StepMetrics, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,14 @@ class Trainer:
     """
 
     def __init__(
-        self, learner: Learner, loader: TrainLoader, val: Dataset, *, state: RunState, log: RunLog | None, watch: Watch
+        self,
+        learner: TrainStep,
+        loader: TrainLoader,
+        val: Dataset,
+        *,
+        state: RunState,
+        log: RunLog | None,
+        watch: TrainCallback,
     ) -> None:
         self._learner, self._loader, self._val = learner, loader, val
         self._state, self._log, self._watch = state, log, watch
@@ -180,7 +187,7 @@ class Trainer:
         )
         raise KeyboardInterrupt
 
-    def _learn(self, batch: Batch) -> StepNumbers:
+    def _learn(self, batch: Batch) -> StepMetrics:
         state = self._state
         step = state.epoch * self._loader.steps + state.step
         stop = self._interrupted.is_set()
@@ -203,7 +210,7 @@ class Trainer:
                 self._unreadable[problem] = None
                 self._watch.say(f"left out: {problem}")
 
-    def _refuse_nan(self, numbers: StepNumbers, batch: Batch) -> None:
+    def _refuse_nan(self, numbers: StepMetrics, batch: Batch) -> None:
         if numbers.is_finite:
             return
         state = self._state

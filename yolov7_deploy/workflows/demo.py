@@ -55,7 +55,7 @@ def run_demo(*, save_dir: Path, say: Say, weights: Path, source: Path | None = N
     image = read_image(path)
     say(f"1  The checkpoint: {weights}")
     onnx = save_dir / f"{weights.stem}.onnx"
-    say(f"2  One ONNX file with suppression inside: {onnx}")
+    say(f"2  One ONNX file with NMS inside: {onnx}")
     explain_export(
         export_weights(weights, onnx, options=ExportOptions(), say=lambda what, seconds: step(say, what, seconds)), say
     )

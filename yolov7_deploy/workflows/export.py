@@ -20,7 +20,7 @@ from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
-from yolov7_deploy.metadata import ModelInfo
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
@@ -45,7 +45,7 @@ class ExportReport:
     """
 
     path: Path
-    info: ModelInfo
+    metadata: ModelMetadata
     bytes: int
     parity: ParityReport | None
     quantized: Quantized | None = None
@@ -107,12 +107,12 @@ def export_weights(
     step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
     model = fuse(build_model(checkpoint))
     step.done("fused BatchNorm, RepConv and implicit knowledge")
-    exported = export_onnx(model, replace(checkpoint.info, version=__version__), options)
+    exported = export_onnx(model, replace(checkpoint.metadata, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
     exported, quantized, images = _lowered(exported, precision, int8, images, step)
-    reference = PytorchBackend(model, checkpoint.info) if verify else None
+    reference = PytorchBackend(model, checkpoint.metadata) if verify else None
     size, parity = _written(exported, output, reference, images, step)
-    return ExportReport(path=output, info=exported.info, bytes=size, parity=parity, quantized=quantized)
+    return ExportReport(path=output, metadata=exported.metadata, bytes=size, parity=parity, quantized=quantized)
 
 
 def _written(
@@ -124,7 +124,7 @@ def _written(
         exported.save(partial)
         parity = None
         if reference is not None:
-            parity = _verified(reference, partial, exported.info, images)
+            parity = _verified(reference, partial, exported.metadata, images)
             step.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
         size = partial.stat().st_size
         partial.replace(output)
@@ -142,7 +142,7 @@ def _lowered(
     if int8 is not None:
         quantized = Quantizer(exported, int8.images, int8.options, data=int8.data, say=step.done, show=int8.show).run()
         images = images or list(islice(int8.images, _CALIBRATED_SHOWN))
-    images = images or [drawn_image(exported.info.default_hw)]
+    images = images or [drawn_image(exported.metadata.default_hw)]
     if precision == "fp16":
         return _in_half(exported, images, step), None, images
     return (exported if quantized is None else quantized.model), quantized, images
@@ -150,25 +150,25 @@ def _lowered(
 
 def _in_half(exported: OnnxModel, images: Sequence[Image], step: _Steps) -> OnnxModel:
     half = to_fp16(exported, images)
-    step.done("; ".join(half.info.notes[len(exported.info.notes) :]))
+    step.done("; ".join(half.metadata.notes[len(exported.metadata.notes) :]))
     return half
 
 
-def _verified(reference: PytorchBackend, path: Path, info: ModelInfo, images: Sequence[Image]) -> ParityReport:
-    input_hw = info.default_hw
+def _verified(reference: PytorchBackend, path: Path, metadata: ModelMetadata, images: Sequence[Image]) -> ParityReport:
+    input_hw = metadata.default_hw
     backend = OrtBackend.open(path, device="cpu", input_hw=None)
     parity = compare(
         form("torch", reference, None, input_hw=input_hw),
         form("ONNX Runtime", backend, path, input_hw=input_hw),
         images,
-        thresholds=comparison_thresholds(info),
+        thresholds=comparison_thresholds(metadata),
     )
     if parity.first_loss is not None:
         lost = parity.first_loss
         raise ParityError(
             f"The exported file is not the model: at the stage {lost.stage!r} it differs by {lost.differences} "
             f"(allowed {lost.limits}). No file was written.",
-            fix=_remedy(info.precision),
+            fix=_remedy(metadata.precision),
         )
     return parity
 

@@ -44,7 +44,7 @@ from yolov7_deploy.precision.subgraph import Network
 PRUNED = 8
 
 
-def fewest_spared(dearest: Sequence[str], fits: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
+def min_excluded_layers(most_sensitive: Sequence[str], fits: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
     """A small set of layers to spare with which the model fits; `None` if it does not fit with all of them spared.
 
     The dearest one, two, four, ... are spared until it fits, then the number is halved in between. A rank is no proof
@@ -55,19 +55,19 @@ def fewest_spared(dearest: Sequence[str], fits: Callable[[frozenset[str]], bool]
         fits: Measures with these spared; called with each set once.
     """
     least, most = 0, 1
-    while not fits(frozenset(dearest[:most])):
-        if most >= len(dearest):
+    while not fits(frozenset(most_sensitive[:most])):
+        if most >= len(most_sensitive):
             return None
-        least, most = most, min(2 * most, len(dearest))
+        least, most = most, min(2 * most, len(most_sensitive))
     while most - least > 1:
         middle = (least + most) // 2
-        if fits(frozenset(dearest[:middle])):
+        if fits(frozenset(most_sensitive[:middle])):
             most = middle
         else:
             least = middle
-    spared = frozenset(dearest[:most])
+    spared = frozenset(most_sensitive[:most])
     if most <= PRUNED:
-        for layer in reversed(dearest[: most - 1]):  # without the last it was tried already
+        for layer in reversed(most_sensitive[: most - 1]):  # without the last it was tried already
             if len(spared) > 1 and fits(spared - {layer}):
                 spared -= {layer}
     return spared
@@ -84,7 +84,7 @@ TOLD_AGAINST = 0.3  # AP points; what `y7 verify` allows where nothing is asked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
+class Measurement:
     """AP with some layers spared."""
 
     spared: tuple[str, ...]
@@ -97,7 +97,7 @@ class Quantized:
     """An INT8 model and how it came about.
 
     Attributes:
-        model: The graph with its passport.
+        model: The graph with its metadata.
         calibration: What its ranges were chosen from.
         account: What of it is INT8.
         drop: AP it loses against float32; `None` where none was measured.
@@ -110,7 +110,7 @@ class Quantized:
     account: Int8Account
     drop: AccuracyDrop | None
     costs: tuple[LayerCost, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[Measurement, ...]
 
 
 @contextmanager
@@ -150,7 +150,7 @@ class Quantizer:
         self._model, self._images, self._options, self._data = model, images, options, data
         self._say, self._show = say, show
         self._reference: AccuracyReport | None = None
-        self._trials: list[Trial] = []
+        self._trials: list[Measurement] = []
         self._reports: dict[frozenset[str], AccuracyReport] = {}
 
     def run(self) -> Quantized:
@@ -163,7 +163,7 @@ class Quantizer:
         """
         calibration = self._calibrated()
         options, model = self._options.int8, to_int8(self._model, calibration, self._options.int8)
-        for note in model.info.notes[len(self._model.info.notes) :]:
+        for note in model.metadata.notes[len(self._model.metadata.notes) :]:
             self._say(note)
         drop = self._measured(model, frozenset())
         exceeds = drop is not None and self._options.max_drop is not None and drop.points > self._options.max_drop
@@ -188,7 +188,7 @@ class Quantizer:
     def _calibrated(self) -> Calibration:
         """From the file if it is of this model and these images, else measured and kept."""
         network = network_digest(Network(self._model))
-        images = images_digest(image_digest(network_input(one, self._model.info)) for one in self._images)
+        images = images_digest(image_digest(network_input(one, self._model.metadata)) for one in self._images)
         place = self._options.cache or default_place(network, images)
         calibration = self._kept(place)
         if calibration is not None:
@@ -237,7 +237,7 @@ class Quantizer:
             self._reference = self._accuracy(self._model, "AP of float32")
         report = self._reports[spared] = self._accuracy(model, f"AP of INT8 with {len(spared)} spared")
         drop = self._drop(report)
-        trial = Trial(spared=tuple(sorted(spared)), ap=drop.ap, points=drop.points)
+        trial = Measurement(spared=tuple(sorted(spared)), ap=drop.ap, points=drop.points)
         self._trials.append(trial)
         self._say(f"AP {drop.reference_ap:.4f} in float32, {drop.ap:.4f} in INT8 with {len(spared)} layers spared")
         return drop
@@ -271,7 +271,7 @@ class Quantizer:
             drop = self._measured(model, layers)
             return drop is not None and drop.points <= max_drop
 
-        spared = fewest_spared([cost.layer for cost in costs[:-1]], fits)
+        spared = min_excluded_layers([cost.layer for cost in costs[:-1]], fits)
         if spared is None:
             raise ParityError(
                 f"INT8 loses more than {max_drop:g} AP points even with all layers but one spared: it is lost "
@@ -288,12 +288,12 @@ class Quantizer:
         return replace(self._options.int8, spare={**self._options.int8.spare, **reasons})
 
     def _told(self, model: OnnxModel, drop: AccuracyDrop | None) -> OnnxModel:
-        """The AP goes into the passport too."""
+        """The AP goes into the metadata too."""
         if drop is None:
             return model
         words = drop_words(drop, TOLD_AGAINST if self._options.max_drop is None else self._options.max_drop)
         self._say(words)
-        return OnnxModel.of(model.proto, replace(model.info, notes=(*model.info.notes, words)))
+        return OnnxModel.of(model.proto, replace(model.metadata, notes=(*model.metadata.notes, words)))
 
 
 SHOWN = 20  # layers in the table; all are in the JSON
@@ -303,7 +303,7 @@ def describe(result: Quantized) -> str:
     """What was found beyond the steps that were told on the way: pairs, costs of layers, AP of the search."""
     parts = ["\n".join(account_lines(result.account))]
     if result.costs:
-        kept = {layer for layer, _ in result.model.info.int8.kept} if result.model.info.int8 else set()
+        kept = {layer for layer, _ in result.model.metadata.int8.kept} if result.model.metadata.int8 else set()
         rows: list[list[object]] = [
             [cost.layer, f"{cost.error:.4f}", _percent(cost.share), "kept float" if cost.layer in kept else ""]
             for cost in result.costs[:SHOWN]
@@ -316,7 +316,7 @@ def describe(result: Quantized) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def to_record(result: Quantized) -> dict[str, Any]:
+def to_dict(result: Quantized) -> dict[str, Any]:
     """The whole record for machines."""
     return {
         "calibration": {
@@ -330,7 +330,7 @@ def to_record(result: Quantized) -> dict[str, Any]:
             {"layer": cost.layer, "head_error": cost.error, "share_of_macs": cost.share} for cost in result.costs
         ],
         "trials": [{"spared": list(trial.spared), "ap": trial.ap, "points": trial.points} for trial in result.trials],
-        "notes": list(result.model.info.notes),
+        "notes": list(result.model.metadata.notes),
     }
 
 
@@ -359,7 +359,7 @@ def cost_chart(result: Quantized, path: Path, *, title: str) -> None:
 def _figure(result: Quantized, title: str) -> Figure:
     order = {cost.name: place for place, cost in enumerate(result.account.convolutions)}
     costs = sorted(result.costs, key=lambda cost: order.get(cost.layer, -1))
-    int8 = result.model.info.int8
+    int8 = result.model.metadata.int8
     spared = {layer for layer, _ in int8.kept} if int8 else set()
     figure = Figure(figsize=(WIDTH, MARGIN + ROW * len(costs)))
     FigureCanvasAgg(figure)
