@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,23 @@ Half = Annotated[
     typer.Option("--half/--no-half", help="Half precision for checkpoints (default: on a GPU, and only there)."),
 ]
 JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
+
+
+def was_given(name: str) -> bool:
+    """Return whether the user set a parameter of the running command, as an option or an environment variable.
+
+    Args:
+        name: The parameter's name in the command's function, such as `max_det`.
+
+    Raises:
+        LookupError: The command does not have this parameter.
+    """
+    # Newer versions of typer contain a copy of click; the base of its context class shows which one is used.
+    click = import_module(typer.Context.__mro__[1].__module__.rpartition(".")[0] + ".globals")
+    source = click.get_current_context().get_parameter_source(name)
+    if source is None:
+        raise LookupError(f"The command does not have a parameter {name}.")
+    return source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def check_thresholds(*, conf: float | None, iou: float | None, max_det: int | None) -> None:
