@@ -1,4 +1,4 @@
-"""`y7 detect`: what people type, what they see, and what lies on the disk afterwards."""
+"""`y7 detect`: options, terminal output, and written files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from yolov7_deploy.cli.detect import detect, split_classes
-from yolov7_deploy.cli.options import parse_img
+from yolov7_deploy.cli.detect import detect
+from yolov7_deploy.cli.options import parse_classes, parse_img
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
@@ -24,7 +24,7 @@ HW = (48, 64)
 
 
 def find_two(image: np.ndarray) -> Detections:
-    """A detector that always finds a person and a dog."""
+    """Return a person and a dog for every image."""
     return Detections(
         boxes=[[5, 5, 40, 40], [10, 10, 30, 30]],
         scores=[0.9, 0.5],
@@ -55,12 +55,12 @@ def files(folder: Path) -> list[str]:
     "text,size",
     [(None, None), ("640", 640), ("384x640", (384, 640)), ("384,640", (384, 640)), ("384 640", (384, 640))],
 )
-def test_sizes_are_read_as_people_type_them(text, size):
+def test_image_sizes_are_parsed_in_all_spellings(text, size):
     assert parse_img(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "x", "640x", "0", "-1", "640x640x3", "640 384,", "6.4", "big"])
-def test_sizes_that_mean_nothing_are_refused(text):
+def test_invalid_image_sizes_are_refused(text):
     with pytest.raises(UsageError, match="not a size"):
         parse_img(text)
 
@@ -76,18 +76,18 @@ def test_sizes_that_mean_nothing_are_refused(text):
         (["dog,0"], ["dog", 0]),
     ],
 )
-def test_classes_are_read_as_people_type_them(texts, classes):
-    assert split_classes(texts) == classes
+def test_classes_are_parsed_in_all_spellings(texts, classes):
+    assert parse_classes(texts) == classes
 
 
-class StandIn:
-    """The shape of `Detector` without a network."""
+class FakeDetector:
+    """`Detector` without a network."""
 
     def __init__(self, weights, **options):
-        StandIn.options = options
+        FakeDetector.options = options
         self.path = weights
-        given_ = {name: options[name] for name in ("conf", "iou", "max_det") if options[name] is not None}
-        self.thresholds = Thresholds(**given_)
+        given = {name: options[name] for name in ("conf", "iou", "max_det") if options[name] is not None}
+        self.thresholds = Thresholds(**given)
         self.metadata = SimpleNamespace(class_names=NAMES, precision="fp32")
         self.device = "cpu"
         self.input_hw = (640, 640)
@@ -105,7 +105,7 @@ class StandIn:
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     detector, weights = ModuleType("yolov7_deploy.detector"), ModuleType("yolov7_deploy.hub")
-    detector.Detector = StandIn  # type: ignore[attr-defined]
+    detector.Detector = FakeDetector  # type: ignore[attr-defined]
     weights.find_weights = lambda name, **_: Path(name)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", detector)
     monkeypatch.setitem(sys.modules, "yolov7_deploy.hub", weights)
@@ -119,21 +119,22 @@ def run(monkeypatch, tmp_path):
     return invoke
 
 
-def test_the_command_prints_a_line_a_image_and_numbers_its_runs(run, inputs):
+def test_detect_prints_one_line_per_image_and_numbers_its_runs(run, inputs):
     for name in ("exp", "exp2"):
         result = run("--source", inputs, "--conf-thres", 0.3, "--iou-thres", 0.5, "--topk-all", 10)
         assert result.exception is None
         lines = result.stdout.splitlines()
         assert "conf 0.3, iou 0.5, max-det 10" in lines[0]
-        assert lines[1:3] == ["1/2 a.png 64x48: 1 person, 1 dog, 6.0ms", "2/2 b.jpg 64x48: 1 person, 1 dog, 6.0ms"]
+        assert lines[1] == "1/2 a.png 64x48: person: 1, dog: 1, 6.0ms"
+        assert lines[2] == "2/2 b.jpg 64x48: person: 1, dog: 1, 6.0ms"
         assert lines[3] == "Speed: 1.0ms preprocess, 2.0ms inference, 3.0ms postprocess per image"
         assert lines[4] == f"Results saved to runs/detect/{name}"
     assert files(Path("runs")) == [f"detect/{run}/{name}" for run in ("exp", "exp2") for name in ("a.png", "b.jpg")]
-    assert StandIn.options["conf"] == 0.3
-    assert StandIn.options["max_det"] == 10
+    assert FakeDetector.options["conf"] == 0.3
+    assert FakeDetector.options["max_det"] == 10
 
 
-def test_nosave_writes_nothing_and_json_to_stdout_is_only_json(run, inputs, tmp_path):
+def test_nosave_writes_nothing_and_stdout_contains_only_the_json(run, inputs, tmp_path):
     before = files(tmp_path)
     result = run("--source", inputs, "--nosave", "--json", "-", "--classes", "dog", "--device", "0", "--img", "384x640")
     assert result.exception is None
@@ -143,11 +144,11 @@ def test_nosave_writes_nothing_and_json_to_stdout_is_only_json(run, inputs, tmp_
     assert [item["class_name"] for image in record["images"] for item in image["detections"]] == ["dog", "dog"]
     assert "1/2 a.png" in result.stderr
     assert files(tmp_path) == before
-    assert StandIn.options["device"] == "cuda:0"
-    assert StandIn.options["img"] == (384, 640)
+    assert FakeDetector.options["device"] == "0"
+    assert FakeDetector.options["img"] == (384, 640)
 
 
-def test_the_command_skips_what_is_broken_and_says_so(run, inputs, tmp_path):
+def test_unreadable_images_are_skipped_and_reported(run, inputs, tmp_path):
     (inputs / "a.png").write_bytes(b"")
     result = run("--source", inputs, "--save-dir", tmp_path / "out", "--json", tmp_path / "new" / "r.json")
     assert result.exception is None
@@ -156,30 +157,32 @@ def test_the_command_skips_what_is_broken_and_says_so(run, inputs, tmp_path):
     assert len(json.loads((tmp_path / "new" / "r.json").read_text())["skipped"]) == 1
 
 
-def test_the_command_makes_no_run_folder_when_it_fails(run, tmp_path):
+def test_no_run_folder_is_made_when_detect_fails(run, tmp_path):
     assert isinstance(run("--source", "absent.jpg").exception, SourceError)
     assert isinstance(run("--source", tmp_path, "--classes", "dgo").exception, SourceError)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("wrong", [("--conf", 25), ("--iou", -1), ("--max-det", 0), ("--img", "big")])
-def test_wrong_numbers_are_refused_before_a_model_is_looked_for(run, inputs, monkeypatch, wrong):
+def test_wrong_thresholds_are_refused_before_the_weights_are_searched(run, inputs, monkeypatch, wrong):
     monkeypatch.setattr(sys.modules["yolov7_deploy.hub"], "find_weights", None)
     assert isinstance(run("--source", inputs, *wrong).exception, UsageError)
 
 
-def test_thresholds_left_out_are_those_of_the_model(run, inputs):
+def test_default_thresholds_are_those_of_the_model(run, inputs):
     assert run("--source", inputs, "--nosave").exception is None
-    assert {StandIn.options[name] for name in ("conf", "iou", "max_det", "multi_label", "class_agnostic")} == {None}
+    assert {FakeDetector.options[name] for name in ("conf", "iou", "max_det", "multi_label", "class_agnostic")} == {
+        None
+    }
 
 
 @pytest.mark.parametrize("option,half", [([], None), (["--half"], True), (["--no-half"], False)])
-def test_the_precision_is_handed_to_the_detector(run, inputs, option, half):
+def test_half_is_passed_to_the_detector(run, inputs, option, half):
     assert run("--source", inputs, "--nosave", *option).exception is None
-    assert StandIn.options["half"] is half
+    assert FakeDetector.options["half"] is half
 
 
-def test_a_wrong_class_is_answered_with_a_near_one(run, inputs):
+def test_an_unknown_class_is_answered_with_a_similar_one(run, inputs):
     error = run("--source", inputs, "--classes", "dgo").exception
     assert isinstance(error, UsageError)
     assert "dog" in error.fix

@@ -1,4 +1,4 @@
-"""`y7 info`: variants beside the paper, weights files, ONNX files, and what it refuses."""
+"""`y7 info`: variants compared with the paper, weights files, ONNX files, and the errors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from tests.support.deterministic import fill_model
 from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
-from yolov7_deploy.cli.metadata import info
+from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import CheckpointError, LoadError, UsageError
-from yolov7_deploy.inspection.describe import describe_variant, describe_weights
+from yolov7_deploy.inspection.describe import inspect_variant, inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model
@@ -65,9 +65,9 @@ def onnx_file(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_described_beside_the_paper(run, variant):
+def test_every_variant_is_compared_with_the_paper(run, variant):
     done = run(variant)
-    record = describe_variant(variant)
+    record = inspect_variant(variant)
     assert done.exit_code == 0
     assert f"{record.cost.parameters_fused:,}" in done.stdout
     for entry in record.paper:
@@ -75,25 +75,25 @@ def test_every_variant_is_described_beside_the_paper(run, variant):
     assert record.strides == VARIANTS[variant].strides and record.anchors == VARIANTS[variant].anchors
 
 
-def test_e6e_has_the_papers_numbers_and_ours(run):
+def test_e6e_shows_the_numbers_of_the_paper_and_of_this_package(run):
     text = run("yolov7-e6e").stdout
     for part in ("166,408,884", "151,757,244", "151,687,420", "843.22", "843.2", "56.8", "36", "739 x 380"):
         assert part in text
 
 
 def test_tiny_is_compared_at_both_sizes_of_the_paper():
-    record = describe_variant("yolov7-tiny")
+    record = inspect_variant("yolov7-tiny")
     assert [(entry.size, entry.row.gflops, round(entry.gflops, 2)) for entry in record.paper] == [
         (416, 5.8, 5.81),
         (320, 3.5, 3.44),
     ]
 
 
-def test_d6_says_that_the_paper_counts_the_training_graph(run):
+def test_d6_has_a_note_that_the_paper_counts_the_training_graph(run):
     text = " ".join(run("yolov7-d6").stdout.split())
     assert "the paper's 154.7M and 806.8G are the training graph" in text
     assert "deployed it has 133.8M and 702.6G" in text
-    assert "training graph" not in " ".join(describe_variant("yolov7-e6").notes)
+    assert "training graph" not in " ".join(inspect_variant("yolov7-e6").notes)
 
 
 def test_layers_are_listed_with_their_inputs(run):
@@ -107,7 +107,7 @@ def test_layers_are_listed_with_their_inputs(run):
 def test_a_variant_wins_over_a_file_of_its_name(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("yolov7").write_bytes(b"something else")
-    assert "beside the paper" in run("yolov7").stdout
+    assert "compared with the paper" in run("yolov7").stdout
 
 
 def test_a_file_wins_when_its_suffix_is_given(run, tmp_path, monkeypatch):
@@ -119,10 +119,10 @@ def test_a_file_wins_when_its_suffix_is_given(run, tmp_path, monkeypatch):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_tell_what_they_are(run, tmp_path):
+def test_weights_are_described_with_variant_classes_and_digest(run, tmp_path):
     path = write_weights(tmp_path / "mine.safetensors")
     text = run(path).stdout
-    record = describe_weights(path)
+    record = inspect_weights(path)
     assert "yolov7-tiny, training form, 2 classes" in text
     assert "0 first thing, 1 second" in text
     assert f"sha256 {record.sha256}" in text and len(record.sha256) == 64
@@ -132,15 +132,15 @@ def test_weights_tell_what_they_are(run, tmp_path):
 
 
 def test_weights_in_deploy_form_have_the_parameters_of_that_form(tmp_path):
-    record = describe_weights(write_weights(tmp_path / "deploy.safetensors", training=False))
+    record = inspect_weights(write_weights(tmp_path / "deploy.safetensors", training=False))
     assert (record.form, record.parameters) == ("deploy", record.cost.parameters_deploy)
 
 
-def test_anchors_of_ones_own_are_told(run, tmp_path):
+def test_custom_anchors_are_shown(run, tmp_path):
     path = write_weights(tmp_path / "mine.safetensors", anchors=OWN_ANCHORS)
     text = run(path).stdout
-    assert "anchors of its own, not the variant's" in text and "11 x 13" in text
-    assert describe_weights(path).own_anchors
+    assert "custom anchors, different from the variant's" in text and "11 x 13" in text
+    assert inspect_weights(path).own_anchors
 
 
 def test_official_state_dicts_are_described_as_well(run, tmp_path):
@@ -148,25 +148,25 @@ def test_official_state_dicts_are_described_as_well(run, tmp_path):
     assert "yolov7-tiny, deploy form, 80 classes" in run(tmp_path / "w.pt").stdout
 
 
-def test_an_official_name_is_looked_for_where_weights_lie(run, tmp_path, monkeypatch):
+def test_an_official_name_is_searched_in_the_weights_folder(run, tmp_path, monkeypatch):
     write_weights(tmp_path / "yolov7-e6.safetensors")
     monkeypatch.setenv("Y7_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)
     assert "yolov7-tiny, training form" in run("yolov7-e6.pt").stdout
 
 
-def test_many_classes_are_cut_short_on_paper_only(run, tmp_path):
+def test_many_classes_are_truncated_in_the_text_and_complete_in_the_json(run, tmp_path):
     model = fill_model(new_model("yolov7-tiny", classes=120))
     torch.save(model.state_dict(), tmp_path / "w.pt")
     done = run(tmp_path / "w.pt", "--json", tmp_path / "r.json")
-    assert "and 20 more: all of them are in --json" in " ".join(done.stdout.split())
+    assert "and 20 more, all of them in --json" in " ".join(done.stdout.split())
     assert len(json.loads((tmp_path / "r.json").read_text())["class_names"]) == 120
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def test_onnx_files_of_ours_show_their_metadata(run, onnx_file):
+def test_onnx_files_of_this_package_show_their_metadata(run, onnx_file):
     text = run(onnx_file).stdout
     for part in ("yolov7-tiny, fp32, 80 classes", "58 Conv", "6,219,709", "y7 1", "conf 0.25", "thing 0"):
         assert part in text
@@ -210,7 +210,7 @@ def weight(name: str, *shape: int, dtype=np.float16) -> TensorProto:
     return numpy_helper.from_array(np.zeros(shape, dtype), name)
 
 
-def test_foreign_onnx_opens_and_is_said_to_have_no_metadata(run, tmp_path):
+def test_foreign_onnx_files_are_described_without_metadata(run, tmp_path):
     path = foreign(tmp_path, [helper.make_node("Conv", ["x", "w"], ["y"])], [weight("w", 4, 3, 1, 1)])
     done = run(path, "--json", tmp_path / "r.json")
     assert "metadata    none: not written by this package" in done.stdout
@@ -219,7 +219,7 @@ def test_foreign_onnx_opens_and_is_said_to_have_no_metadata(run, tmp_path):
     assert (record["kind"], record["metadata"], record["parameters"]) == ("onnx", None, 12)
 
 
-def test_weights_are_counted_through_quantisation_and_constants_and_nothing_else_is(tmp_path):
+def test_only_weights_count_as_parameters_also_quantized_and_constant_ones(tmp_path):
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "scale"], ["w"]),
         helper.make_node("Constant", [], ["c"], value=weight("", 2, 5)),
@@ -236,7 +236,7 @@ def test_old_files_that_list_weights_as_inputs_have_one_input(tmp_path):
     assert [port.name for port in read_onnx(path).inputs] == ["x"]
 
 
-def test_truncated_files_are_told_from_whole_ones_at_any_length(onnx_file, tmp_path):
+def test_truncated_files_are_refused_at_any_length(onnx_file, tmp_path):
     data = onnx_file.read_bytes()
     rng = np.random.default_rng(5)
     path = tmp_path / "cut.onnx"
@@ -255,7 +255,7 @@ def test_noise_is_refused_and_never_hangs(tmp_path):
             read_onnx(path)
 
 
-def test_damaged_bytes_give_a_record_or_our_error(tmp_path):
+def test_corrupted_bytes_give_a_result_or_a_load_error(tmp_path):
     good = foreign(tmp_path, [helper.make_node("Conv", ["x", "w"], ["y"])], [weight("w", 4, 3, 1, 1)]).read_bytes()
     rng = np.random.default_rng(8)
     path = tmp_path / "damaged.onnx"
@@ -285,24 +285,24 @@ def test_onnx_files_are_described_without_torch_onnx_and_onnxruntime(onnx_file):
 # --- records and refusals ---------------------------------------------------------------------------------------------
 
 
-def test_the_record_on_stdout_is_json_alone(run):
+def test_stdout_contains_only_the_json(run):
     done = run("yolov7", "--json", "-")
     record = json.loads(done.stdout)
     assert record["kind"] == "variant"
     assert record["cost"]["parameters_fused"] == 36_905_341
     assert record["paper"][0]["row"]["fps"] == 161
     assert len(record["layers"]) == 105 + 2  # the head in both forms
-    assert "beside the paper" in done.stderr
+    assert "compared with the paper" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["weights", "onnx"])
-def test_records_of_files_name_their_kind(run, tmp_path, onnx_file, kind):
+def test_the_json_of_a_file_names_its_kind(run, tmp_path, onnx_file, kind):
     path = onnx_file if kind == "onnx" else write_weights(tmp_path / "w.safetensors")
     assert json.loads(run(path, "--json", "-").stdout)["kind"] == kind
 
 
 @pytest.mark.parametrize("name", ["absent.pt", "absent.onnx", "yolov9"])
-def test_what_is_not_there_is_refused(run, tmp_path, monkeypatch, name):
+def test_missing_files_and_unknown_names_are_refused(run, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LoadError, match=name):
         run(name)

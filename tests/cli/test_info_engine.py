@@ -1,4 +1,4 @@
-"""`y7 info F.engine`: the build record, the layers, what a foreign plan says of itself, and what is refused."""
+"""`y7 info F.engine`: the build record, the layers, the header of a foreign plan, and the errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = tuple(f"thing {i}" for i in range(80))
 
 
 def header(tag: bytes, size: int, version: tuple[int, int, int, int], targets: int = 0) -> bytes:
-    """The first 64 bytes of a plan: tag, layout, length, version, and for TensorRT-RTX a bit for each target."""
+    """Return the first 64 bytes of a plan: tag, layout, length, version, and for TensorRT-RTX one bit per target."""
     start = tag + bytes(4) + (2).to_bytes(8, "little") + size.to_bytes(8, "little") + bytes(version)
     return (start + b"vtrt" + targets.to_bytes(8, "little")).ljust(64, b"\0")
 
@@ -104,7 +104,7 @@ def run():
 
 @pytest.fixture
 def engine(tmp_path):
-    """Saves the plan with a record of given changes."""
+    """Return a function that saves the plan with a changed build record."""
 
     def save(name="tiny.engine", **changes):
         path = tmp_path / name
@@ -121,7 +121,7 @@ def flat(text: str) -> str:
 # --- with a record ----------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_tells_how_where_and_for_what_it_was_built(run, engine):
+def test_an_engine_shows_how_where_and_for_which_gpus_it_was_built(run, engine):
     text = flat(run(engine()).stdout)
     for part in (
         "tiny.engine: yolov7-tiny, fp16",
@@ -144,7 +144,7 @@ def test_an_engine_tells_how_where_and_for_what_it_was_built(run, engine):
         assert part in text
 
 
-def test_the_layers_are_summed_up_as_they_run(run, engine):
+def test_the_layers_are_summarized_as_executed(run, engine):
     text = flat(run(engine()).stdout)
     for part in (
         "layers 5 as they run: 2 Reformat, 2 CaskConvolution, 1 PluginV2",
@@ -159,7 +159,7 @@ def test_the_layers_are_summed_up_as_they_run(run, engine):
     assert "sm80_xmma" not in text
 
 
-def test_the_layer_table_has_a_line_for_every_layer(run, engine):
+def test_the_layer_table_has_one_row_per_layer(run, engine):
     lines = [line.split() for line in run(engine(), "--layers").stdout.splitlines()]
     table = lines[next(i for i, line in enumerate(lines) if line[:2] == ["layer", "type"]) :]
     assert [line[0] for line in table[1:]] == ["0", "1", "2", "3", "4"]
@@ -192,24 +192,24 @@ def test_an_engine_built_without_a_gpu_has_its_layers_as_its_builder_listed_them
 
 
 @pytest.mark.parametrize("name", ["names_10.json", "names_11.json"])
-def test_an_engine_of_which_only_names_were_kept_says_so(run, engine, name):
+def test_an_inspection_with_layer_names_only_is_reported_as_such(run, engine, name):
     text = flat(run(engine(inspector=(INSPECTIONS / name).read_text()), "--layers").stdout)
     assert "layers 3 as they run, of which only the names were kept" in text
     assert "precision not known reformats 1 plugin not known" in text
     assert "2 /model.105/Y7NMS" in text
 
 
-def test_an_inspection_that_cannot_be_read_costs_only_itself(run, engine):
+def test_an_unreadable_inspection_becomes_a_note(run, engine):
     text = flat(run(engine(inspector='{"Layers": [')).stdout)
     assert "note The inspector's text about the engine cannot be read: it is no JSON" in text
     assert "layers 2 as parsed" in text
 
 
-def test_an_engine_without_any_layers_says_that_they_are_not_known(run, engine):
+def test_an_engine_without_layers_reports_them_as_unknown(run, engine):
     assert "The layers of this engine are not known." in run(engine(inspector="", network_layers=()), "--layers").stdout
 
 
-def test_what_the_record_does_not_know_is_left_out(run, engine):
+def test_fields_that_the_record_does_not_contain_are_left_out(run, engine):
     path = engine(
         workspace_bytes=0, timing_cache="", device_memory_bytes=0, peak_memory_bytes=0, flags=(), optimization_level=-1
     )
@@ -219,7 +219,7 @@ def test_what_the_record_does_not_know_is_left_out(run, engine):
     assert "optimisation" not in text
 
 
-def test_a_fixed_shape_is_told_once(run, engine):
+def test_a_fixed_shape_is_shown_once(run, engine):
     fixed = (1, 3, 640, 640)
     path = engine(
         shapes=(InputShape(name="images", min=fixed, opt=fixed, max=fixed),),
@@ -241,11 +241,11 @@ def test_a_fixed_shape_is_told_once(run, engine):
         ({"nms_by": "none", "plugin": None}, "NMS by nobody: the output is the decoded head"),
     ],
 )
-def test_what_an_engine_was_built_for_is_told(run, engine, changes, expected):
+def test_build_options_are_shown(run, engine, changes, expected):
     assert expected in flat(run(engine(**changes)).stdout)
 
 
-def test_the_json_is_the_whole_record(run, engine):
+def test_the_json_contains_the_whole_record(run, engine):
     document = json.loads(run(engine(), "--json", "-").stdout)
     assert document["kind"] == "engine" and document["size_bytes"] == len(PLAN)
     assert document["record"]["plan_sha256"] == RECORD.plan_sha256
@@ -257,25 +257,25 @@ def test_the_json_is_the_whole_record(run, engine):
 # --- foreign engines --------------------------------------------------------------------------------------------------
 
 
-def test_a_foreign_engine_says_what_its_own_header_says(run, tmp_path):
+def test_a_foreign_engine_shows_what_its_header_contains(run, tmp_path):
     path = tmp_path / "foreign.engine"
     path.write_bytes(PLAN)
     text = flat(run(path, "--layers").stdout)
     assert "foreign.engine: TensorRT engine" in text
-    assert "written by TensorRT 10.3.0.26, as the plan itself says" in text
+    assert "written by TensorRT 10.3.0.26, according to the plan" in text
     assert "note no build record (foreign.engine.json) beside the plan" in text
     assert f"trtexec --loadEngine={path} --dumpLayerInfo" in text
     assert "The layers of this engine are not known." in text
 
 
-def test_a_foreign_engine_of_tensorrt_rtx_tells_its_targets(run, tmp_path):
+def test_a_foreign_engine_of_tensorrt_rtx_shows_its_targets(run, tmp_path):
     path = tmp_path / "rtx.plan"
     path.write_bytes(plan_of(b"vtrt", (1, 7, 1, 116), targets=0b001100))
     text = flat(run(path).stdout)
     assert "written by TensorRT-RTX 1.7.1.116" in text and "runs on compute capability 8.6, 8.9" in text
 
 
-def test_a_real_engine_of_tensorrt_rtx_tells_its_version_length_and_targets(tmp_path):
+def test_the_header_of_a_real_tensorrt_rtx_engine_contains_version_length_and_targets(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx (pip install 'yolov7-deploy[tensorrt-rtx]')")
     path = tmp_path / "real.engine"
     code = """
@@ -288,8 +288,8 @@ layer = network.add_convolution_nd(network.add_input("images", trt.float32, (1, 
 network.mark_output(layer.get_output(0))
 config = builder.create_builder_config()
 config.num_compute_capabilities = 2
-for place, name in enumerate(("SM75", "SM89")):
-    config.set_compute_capability(getattr(trt.ComputeCapability, name), place)
+for index, name in enumerate(("SM75", "SM89")):
+    config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
 open(sys.argv[1], "wb").write(bytes(builder.build_serialized_network(network, config)))
 print(trt.__version__)
 """
@@ -302,7 +302,7 @@ print(trt.__version__)
         read_engine_file(path)
 
 
-def test_a_plan_with_a_header_of_another_layout_is_described_without_version(run, tmp_path):
+def test_a_plan_with_an_unknown_header_layout_is_described_without_a_version(run, tmp_path):
     path = tmp_path / "old.trt"
     path.write_bytes(b"ptrt" + bytes(100))
     text = run(path).stdout
@@ -319,14 +319,14 @@ def test_a_truncated_engine_is_refused_with_both_lengths(run, engine):
         run(path)
 
 
-def test_a_truncated_foreign_engine_is_told_by_its_header(run, tmp_path):
+def test_a_truncated_foreign_engine_is_detected_by_its_header(run, tmp_path):
     path = tmp_path / "foreign.engine"
     path.write_bytes(PLAN[:1000])
     with pytest.raises(LoadError, match=r"cut off: it has 1000 bytes of at least 4096"):
         run(path)
 
 
-def test_a_plan_of_less_than_a_header_is_cut_off(run, tmp_path):
+def test_a_plan_shorter_than_its_header_is_refused_as_truncated(run, tmp_path):
     path = tmp_path / "tag.engine"
     path.write_bytes(b"ftrt")
     with pytest.raises(LoadError, match="cut off: it has 4 bytes of at least 28"):
@@ -334,26 +334,26 @@ def test_a_plan_of_less_than_a_header_is_cut_off(run, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 500, b"PK\x03\x04 something", b"{}"])
-def test_what_is_no_engine_is_refused(run, tmp_path, content):
+def test_other_files_are_refused(run, tmp_path, content):
     path = tmp_path / "x.engine"
     path.write_bytes(content)
     with pytest.raises(LoadError, match="no TensorRT engine"):
         run(path)
 
 
-def test_a_plan_behind_the_json_of_another_program_is_refused_with_the_cut_that_frees_it(run, tmp_path):
-    path, freed = tmp_path / "theirs.engine", tmp_path / "plan.engine"
+def test_a_plan_after_foreign_json_is_refused_with_the_command_that_extracts_it(run, tmp_path):
+    path, extracted = tmp_path / "theirs.engine", tmp_path / "plan.engine"
     extra = json.dumps({"description": "a model", "stride": 32}).encode()
     path.write_bytes(len(extra).to_bytes(4, "little") + extra + PLAN)
     with pytest.raises(LoadError, match=r"behind \d+ bytes of JSON") as caught:
         run(path)
-    command = caught.value.fix.partition(":  ")[2].replace("plan.engine", str(freed))
+    command = caught.value.fix.partition(":  ")[2].replace("plan.engine", str(extracted))
     subprocess.run(command, shell=True, check=True)
-    assert freed.read_bytes() == PLAN
+    assert extracted.read_bytes() == PLAN
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", '{"schema": 99}', "\udcff"])
-def test_a_record_that_cannot_be_read_is_refused(run, engine, record):
+def test_an_unreadable_record_is_refused(run, engine, record):
     path = engine()
     path.with_name("tiny.engine.json").write_bytes(record.encode("utf-8", "surrogateescape"))
     with pytest.raises(LoadError, match=r"tiny\.engine\.json can"):
@@ -368,13 +368,13 @@ def test_a_folder_and_a_missing_file_are_refused(run, tmp_path):
         run(tmp_path / "absent.engine")
 
 
-def test_no_tensorrt_torch_or_onnx_is_needed(engine):
+def test_tensorrt_torch_and_onnx_are_not_needed(engine):
     code = """
 import sys
 for name in ("tensorrt", "tensorrt_rtx", "torch", "onnx", "onnxruntime"):
     sys.modules[name] = None
-from yolov7_deploy.measure.engine_file import read_engine_file
-from yolov7_deploy.engine.preflight import PlannedBuild, preflight
+from yolov7_deploy.inspection.engine_file import read_engine_file
+from yolov7_deploy.tensorrt.preflight import PlannedBuild, preflight
 print(read_engine_file(sys.argv[1]).summary.layers)
 preflight(PlannedBuild(product="tensorrt", tensorrt="10.3.0"))
 """

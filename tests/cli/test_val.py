@@ -1,4 +1,4 @@
-"""`y7 val`: what it prints and writes, with a stand-in for the network."""
+"""`y7 val`: printed and written results, with a fake detector."""
 
 import json
 import sys
@@ -15,14 +15,14 @@ from yolov7_deploy.detections import Detections
 from yolov7_deploy.metadata import ModelMetadata
 
 
-class BlackDetector:
-    """Finds one cat, always in the same place."""
+class FakeDetector:
+    """A detector that finds one cat, always at the same position."""
 
-    asked = None
+    half = None
     metadata = ModelMetadata(variant="custom", class_names=("cat", "dog"), strides=(), anchors=(), precision="fp16")
 
     def __init__(self, weights, *, device, img, half):
-        type(self).asked = half
+        type(self).half = half
         self.input_hw = (img or 64, img or 64)
 
     def __enter__(self):
@@ -50,21 +50,21 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "labels/3.txt").write_text("0 0.5 0.5 0.5 0.5")
     (tmp_path / "data.yaml").write_text("val: images\nnames: [cat, dog]\n")
     (tmp_path / "m.onnx").touch()
-    stand_in = ModuleType("yolov7_deploy.detector")
-    stand_in.Detector = BlackDetector
-    monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", stand_in)
+    module = ModuleType("yolov7_deploy.detector")
+    module.Detector = FakeDetector
+    monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", module)
     app = typer.Typer()
     app.command()(val)
     common = ["--data", str(tmp_path / "data.yaml"), "--weights", str(tmp_path / "m.onnx")]
     return lambda *args: CliRunner().invoke(app, [*common, *args], catch_exceptions=False)
 
 
-def test_val_prints_thresholds_and_protocol_with_the_numbers(run):
+def test_val_prints_thresholds_and_protocol_with_the_metrics(run):
     result = run()
     assert result.exit_code == 0
     assert "(onnxruntime, fp16) on 1 images" in result.stdout
     assert "protocol: rect 64 (pad 0.5, batch 8" in result.stdout
-    assert "conf 0.001, iou 0.65, max-det 300, every class of a box" in result.stdout
+    assert "conf 0.001, iou 0.65, max-det 300, multi-label NMS" in result.stdout
     assert "AP  IoU 0.50:0.95   1.0000" in result.stdout
     assert "val: 1/1, " in result.stderr
 
@@ -77,21 +77,21 @@ def test_val_accepts_the_official_spellings(run):
 
 
 @pytest.mark.parametrize("option,half", [([], None), (["--half"], True), (["--no-half"], False)])
-def test_val_hands_the_precision_to_the_detector(run, option, half):
+def test_val_passes_half_to_the_detector(run, option, half):
     run(*option)
-    assert BlackDetector.asked is half
+    assert FakeDetector.half is half
 
 
-def test_val_writes_the_record_and_the_predictions(run, tmp_path):
+def test_val_writes_the_json_and_the_predictions(run, tmp_path):
     run("--json", str(tmp_path / "r.json"), "--predictions", str(tmp_path / "p.json"))
     record = json.loads((tmp_path / "r.json").read_text())
-    assert (record["ap"], record["images"], record["backend"]) == (1.0, 1, "onnxruntime")
+    assert (record["ap"], record["images"], record["runtime"]) == (1.0, 1, "onnxruntime")
     assert record["weights"].endswith("m.onnx")
     (prediction,) = json.loads((tmp_path / "p.json").read_text())
     assert prediction == {"image_id": 3, "category_id": 0, "bbox": [15.0, 10.0, 30.0, 20.0], "score": 0.5}
 
 
-def test_json_on_standard_output_is_alone_there(run):
+def test_stdout_contains_only_the_json(run):
     result = run("--json", "-")
     assert json.loads(result.stdout)["ap50"] == 1.0
     assert "protocol: " in result.stderr

@@ -1,1 +1,1 @@
-"""The porch: one file a command; each parses, calls one library function and prints."""
+"""The command line `y7`: one module per command, which parses options, calls the library and prints the result."""

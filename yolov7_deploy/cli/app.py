@@ -1,4 +1,4 @@
-"""Builds the command `y7` and turns our errors into a message and exit code 1."""
+"""The command `y7`: registers all commands, and reports errors of this package as a message and exit code 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells: 128 + SIGINT
 
 app = typer.Typer(
     name="y7",
@@ -57,14 +57,14 @@ for _command, _aliases in COMMANDS:
 
 
 def main() -> None:
-    """The console command: runs `app`, prints our errors without a traceback."""
+    """Run the command line; print errors of this package without a traceback."""
     try:
         try:
             app(prog_name="y7")
         except ModuleNotFoundError as error:
             raise missing_library(error, f"for y7 {' '.join(sys.argv[1:2])}") from error
     except Y7Error as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - this is the porch
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - the command line prints
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)  # noqa: T201

@@ -1,4 +1,4 @@
-"""`y7 demo`: the whole way once, explained: checkpoint, verified ONNX files, accuracy, speed, detections."""
+"""`y7 demo`: a guided tour from a checkpoint to verified ONNX files, accuracy, speed and detections."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from yolov7_deploy.cli.options import locate_weights
 from yolov7_deploy.errors import UsageError
 
 
@@ -16,18 +17,21 @@ def demo(
         typer.Option(
             "--weights",
             "-w",
-            help="A checkpoint, or an official name, for FP32 only. Left out: the small network that comes along.",
+            help="A checkpoint or an official name, shown in FP32 only (default: the small demo network).",
         ),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--source", "-s", help="With --weights: an image, instead of a drawn one.")
+        Path | None, typer.Option("--source", "-s", help="With --weights: an image (default: a synthetic one).")
     ] = None,
-    save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for everything it writes.")] = Path("demo"),
+    save_dir: Annotated[Path, typer.Option("--save-dir", help="Output folder.")] = Path("demo"),
 ) -> None:
-    """Show the whole way on this machine: export, verify, measure, detect."""
+    """Show export, verification, accuracy, speed and detection on this machine.
+
+    Example:  y7 demo
+    """
     if weights is None and source is not None:
         raise UsageError(
-            "The network that comes along finds generated shapes only, nothing in an image of yours.",
+            "The demo network detects generated shapes only, nothing in other images.",
             fix=f"y7 demo --weights yolov7 --source {source}",
         )
     from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
@@ -35,9 +39,4 @@ def demo(
     if weights is None:
         run_shapes_demo(save_dir=save_dir, say=typer.echo)
         return
-    from yolov7_deploy._console import progress
-    from yolov7_deploy.hub import find_weights
-
-    with progress("download") as show:
-        path = find_weights(weights, progress=show)
-    run_demo(weights=path, source=source, save_dir=save_dir, say=typer.echo)
+    run_demo(weights=locate_weights(weights), source=source, save_dir=save_dir, say=typer.echo)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from yolov7_deploy.cli.options import (
-    OWN,
+    DEFAULT_FROM_MODEL,
     Conf,
     Device,
     Half,
@@ -20,6 +20,9 @@ from yolov7_deploy.cli.options import (
     MaxDet,
     Weights,
     check_thresholds,
+    label_rule,
+    locate_weights,
+    parse_classes,
     parse_img,
 )
 from yolov7_deploy.errors import SourceError
@@ -30,37 +33,41 @@ if TYPE_CHECKING:
     from yolov7_deploy.detections import Detections
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import Frame, Source
-    from yolov7_deploy.workflows.predict import AnnotateOptions, Detect, Report
+    from yolov7_deploy.workflows.predict import AnnotateOptions, Detect, PredictionReport
 
 RUNS = Path("runs/detect")
-
 
 SourceText = Annotated[
     str,
     typer.Option(
         "--source",
         "-s",
-        help="Image, folder, 'pattern', video, camera number, rtsp:// or http:// address, or .txt list of these.",
+        help="Image, folder, 'pattern', video, camera number, rtsp:// or http:// address, or a .txt list of these.",
     ),
 ]
 Classes = Annotated[
-    list[str] | None, typer.Option("--classes", help="Only these: names or numbers, 'person,dog' or '0 16'.")
+    list[str] | None,
+    typer.Option("--classes", help="Detect only these classes: names or numbers, 'person,dog' or '0 16'."),
 ]
 MultiLabel = Annotated[
     bool | None,
     typer.Option(
         "--multi-label/--best-class",
-        help=f"Every class of a box above --conf, or its best only {OWN.format('its best')}.",
+        help=f"All classes of a box above --conf, or only its best {DEFAULT_FROM_MODEL.format('its best')}.",
     ),
 ]
-AgnosticNms = Annotated[bool | None, typer.Option("--agnostic-nms", help="Boxes suppress those of other classes too.")]
+AgnosticNms = Annotated[
+    bool | None, typer.Option("--agnostic-nms", help="Class-agnostic NMS: boxes of different classes compete.")
+]
 SaveDir = Annotated[
-    Path | None, typer.Option("--save-dir", help="Write here instead of a new folder runs/detect/expN.")
+    Path | None, typer.Option("--save-dir", help="Output folder (default: a new folder runs/detect/expN).")
 ]
 SaveTxt = Annotated[bool, typer.Option("--save-txt", help="Write YOLO label files to labels/.")]
 SaveConf = Annotated[bool, typer.Option("--save-conf", help="With --save-txt: add the score to each line.")]
-View = Annotated[bool, typer.Option("--view", "--view-img", help="Show each image; any key goes on, q or Esc ends.")]
-NoSave = Annotated[bool, typer.Option("--nosave", help="Write no drawn images and videos.")]
+View = Annotated[
+    bool, typer.Option("--view", "--view-img", help="Show each image in a window; any key continues, q or Esc ends.")
+]
+NoSave = Annotated[bool, typer.Option("--nosave", help="Do not write images and videos with drawn boxes.")]
 
 
 def detect(
@@ -83,13 +90,14 @@ def detect(
     view: View = False,
     nosave: NoSave = False,
 ) -> None:
-    """Find objects in images, videos, cameras or streams."""
-    check_thresholds(conf=conf, iou=iou, max_det=max_det)
-    wanted, input_size = split_classes(classes), parse_img(img)
+    """Detect objects in images, videos, cameras or streams.
 
-    from yolov7_deploy._console import progress
+    Example:  y7 detect --weights yolov7.onnx --source street.jpg
+    """
+    check_thresholds(conf=conf, iou=iou, max_det=max_det)
+    class_filter, input_size = parse_classes(classes), parse_img(img)
+
     from yolov7_deploy.detector import Detector
-    from yolov7_deploy.hub import find_weights
     from yolov7_deploy.sources import open_source
     from yolov7_deploy.workflows.predict import AnnotateOptions, next_run_folder
 
@@ -104,11 +112,9 @@ def detect(
         view=view,
     )
     opened = open_source(source, on_error="skip")
-    with progress("download") as show:
-        path = find_weights(weights, progress=show)
     with Detector(
-        path,
-        device=f"cuda:{device}" if device.isdigit() else device,
+        locate_weights(weights),
+        device=device,
         img=input_size,
         half=half,
         conf=conf,
@@ -117,7 +123,7 @@ def detect(
         multi_label=multi_label,
         class_agnostic=agnostic_nms,
     ) as detector:
-        _run(detector, opened, classes=wanted, options=options, json_path=json_path)
+        _run(detector, opened, classes=class_filter, options=options, json_path=json_path)
 
 
 def _run(
@@ -129,31 +135,31 @@ def _run(
     json_path: str | None,
 ) -> None:
     from yolov7_deploy.detections import find_classes
-    from yolov7_deploy.workflows.predict import Report
+    from yolov7_deploy.workflows.predict import PredictionReport
 
-    ids = None if classes is None else find_classes(classes, detector.metadata.class_names)
-    record = {
+    class_ids = None if classes is None else find_classes(classes, detector.metadata.class_names)
+    settings = {
         "weights": str(detector.path),
         "precision": detector.metadata.precision,
         "device": detector.device,
         "input_hw": list(detector.input_hw),
-        "thresholds": asdict(replace(detector.thresholds, classes=ids)),
+        "thresholds": asdict(replace(detector.thresholds, classes=class_ids)),
     }
-    lines = Lines(source, to_stderr=json_path == "-")
-    lines.say(_headline(record))
-    report = Report()
+    console = DetectConsole(source, to_stderr=json_path == "-")
+    console.print(_headline(settings))
+    report = PredictionReport()
     try:
-        lines.run(functools.partial(detector, classes=ids), options=options, report=report)
+        console.annotate(functools.partial(detector, classes=class_ids), options=options, report=report)
     except SourceError:
-        # a camera that is lost after hours: what was found until then is worth keeping
+        # A camera may disconnect after hours: keep what was detected until then.
         if report.frames:
-            _conclude(report, lines, record=record, save_dir=options.save_dir, json_path=json_path)
+            _finish(report, console, settings=settings, save_dir=options.save_dir, json_path=json_path)
         raise
-    _conclude(report, lines, record=record, save_dir=options.save_dir, json_path=json_path)
+    _finish(report, console, settings=settings, save_dir=options.save_dir, json_path=json_path)
 
 
-class Lines:
-    """What the user sees: a line a frame, and on a terminal a progress bar below them."""
+class DetectConsole:
+    """Terminal output of `y7 detect`: one line per frame, and on a terminal a progress bar below the lines."""
 
     def __init__(self, source: Source, *, to_stderr: bool) -> None:
         from rich.console import Console
@@ -163,72 +169,70 @@ class Lines:
         self._console = Console(stderr=to_stderr)
         self._progress: tuple[Progress, TaskID] | None = None
 
-    def say(self, line: str) -> None:
-        """One line, above the progress bar where there is one."""
+    def print(self, line: str) -> None:
+        """Print one line, above the progress bar if there is one."""
         if self._progress is None:
             typer.echo(line, err=self._to_stderr)
         else:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def run(self, detector: Detect, *, options: AnnotateOptions, report: Report) -> None:
-        """Fills the report, with a bar for more than one frame on a terminal."""
+    def annotate(self, detector: Detect, *, options: AnnotateOptions, report: PredictionReport) -> None:
+        """Run the detector over the source and fill the report, with a bar for several frames on a terminal."""
         from rich.progress import Progress
 
         from yolov7_deploy.workflows.predict import annotate
 
         if not self._console.is_terminal or self._source.total == 1:
-            annotate(detector, self._source, options=options, report=report, on_frame=self._frame)
+            annotate(detector, self._source, options=options, report=report, on_frame=self._print_frame)
             return
         with Progress(console=self._console, transient=True) as progress:
             self._progress = (progress, progress.add_task("detecting", total=self._source.total))
             try:
-                annotate(detector, self._source, options=options, report=report, on_frame=self._frame)
+                annotate(detector, self._source, options=options, report=report, on_frame=self._print_frame)
             finally:
                 self._progress = None
 
-    def _frame(self, frame: Frame, detections: Detections) -> None:
+    def _print_frame(self, frame: Frame, detections: Detections) -> None:
         total = self._source.total
-        place = f"{frame.index + 1}/{total}" if total else f"{frame.index + 1}"
+        number = f"{frame.index + 1}/{total}" if total else f"{frame.index + 1}"
         height, width = detections.image_hw
         name = frame.path if frame.is_live else Path(frame.path).name
-        lost = f", {frame.dropped} dropped" if frame.dropped else ""
-        self.say(f"{place} {name} {width}x{height}: {detections.describe()}, {detections.speed.total_ms:.1f}ms{lost}")
+        dropped = f", {frame.dropped} dropped" if frame.dropped else ""
+        time_ms = f"{detections.speed.total_ms:.1f}ms"
+        self.print(f"{number} {name} {width}x{height}: {detections.describe()}, {time_ms}{dropped}")
         if self._progress is not None:
             self._progress[0].advance(self._progress[1])
 
 
-def _headline(record: dict[str, Any]) -> str:
-    height, width = record["input_hw"]
-    thresholds = record["thresholds"]
-    kept = "every class of a box" if thresholds["multi_label"] else "best class of a box"
+def _headline(settings: dict[str, Any]) -> str:
+    height, width = settings["input_hw"]
+    thresholds = settings["thresholds"]
     return (
-        f"{record['weights']} ({record['precision']}, {record['device']}, {height}x{width}): "
-        f"conf {thresholds['conf']}, iou {thresholds['iou']}, max-det {thresholds['max_det']}, {kept}"
+        f"{settings['weights']} ({settings['precision']}, {settings['device']}, {height}x{width}): "
+        f"conf {thresholds['conf']}, iou {thresholds['iou']}, max-det {thresholds['max_det']}, "
+        f"{label_rule(thresholds['multi_label'])}"
     )
 
 
-def _conclude(
-    report: Report, lines: Lines, *, record: dict[str, Any], save_dir: Path | None, json_path: str | None
+def _finish(
+    report: PredictionReport,
+    console: DetectConsole,
+    *,
+    settings: dict[str, Any],
+    save_dir: Path | None,
+    json_path: str | None,
 ) -> None:
+    """Print the summary and write the JSON result."""
     from yolov7_deploy._console import write_json
 
     for item in report.skipped:
         typer.echo(f"Skipped: {item.reason}", err=True)
     speed = report.speed
-    lines.say(
+    console.print(
         f"Speed: {speed.preprocess_ms:.1f}ms preprocess, {speed.inference_ms:.1f}ms inference, "
         f"{speed.postprocess_ms:.1f}ms postprocess per image"
     )
     if save_dir is not None and save_dir.is_dir():
-        lines.say(f"Results saved to {save_dir}")
+        console.print(f"Results saved to {save_dir}")
     if json_path is not None:
-        write_json({**report.to_dict(), **record}, json_path)
-
-
-def split_classes(texts: list[str] | None) -> list[int | str] | None:
-    """`["person,dog"]`, `["0 16"]` or `["0", "16"]` as single names and numbers; names may contain spaces."""
-    if not texts:
-        return None
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    words = [word for part in parts for word in (part.split() if part.replace(" ", "").isdigit() else [part])]
-    return [int(word) if word.isascii() and word.isdigit() else word for word in words if word]
+        write_json({**report.to_dict(), **settings}, json_path)

@@ -1,4 +1,4 @@
-"""`y7 doctor`: what is installed, what can run here, and what to type for the rest."""
+"""`y7 doctor`: report what is installed, what can run on this machine, and how to install the rest."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from yolov7_deploy.hardware.machine import Machine
 
 
-def doctor(
-    json_path: JsonPath = None,
-) -> None:
-    """Say what is installed, what can run here, and what to type for the rest."""
+def doctor(json_path: JsonPath = None) -> None:
+    """Report what is installed, what can run on this machine, and how to install the rest.
+
+    Example:  y7 doctor
+    """
     from yolov7_deploy._console import write_json
     from yolov7_deploy.doctor import diagnose
 
@@ -29,30 +30,30 @@ def doctor(
 
 
 def describe(diagnosis: Diagnosis) -> str:
-    """The diagnosis for people."""
+    """Return the diagnosis as tables."""
     from yolov7_deploy._console import table
 
-    libraries = [[entry.name, _version(entry), _remark(entry)] for entry in diagnosis.libraries.values()]
-    abilities = [[entry.what, "yes" if entry.possible else "no", entry.reason] for entry in diagnosis.abilities]
-    places = [[place.label, place.folder or "not set", ", ".join(place.files) or None] for place in diagnosis.weights]
+    libraries = [[entry.name, _version(entry), _details(entry)] for entry in diagnosis.libraries.values()]
+    capabilities = [[entry.what, "yes" if entry.possible else "no", entry.reason] for entry in diagnosis.capabilities]
+    folders = [[entry.label, entry.folder or "not set", ", ".join(entry.files) or None] for entry in diagnosis.weights]
     parts = [
         f"yolov7-deploy {diagnosis.version}, Python {diagnosis.python}",
         table(list(_machine(diagnosis.machine)), ["machine", ""]),
-        table(libraries, ["library", "version", "remark"]),
-        table(abilities, ["what", "here", "with, or why not"]),
+        table(libraries, ["library", "version", "details"]),
+        table(capabilities, ["capability", "available", "with, or why not"]),
     ]
-    fixes = dict.fromkeys(entry.fix for entry in diagnosis.abilities if entry.fix)
+    fixes = dict.fromkeys(entry.fix for entry in diagnosis.capabilities if entry.fix)
     if fixes:
-        parts.append("\n".join(["To get what is missing:", *(f"  {fix}" for fix in fixes)]))
-    parts += [f"Trap: {trap.what}\n  {trap.fix}" for trap in diagnosis.traps]
-    parts.append(table(places, ["weights are looked for in", "folder", "official files found"]))
+        parts.append("\n".join(["To install what is missing:", *(f"  {fix}" for fix in fixes)]))
+    parts += [f"Known issue: {issue.what}\n  {issue.fix}" for issue in diagnosis.known_issues]
+    parts.append(table(folders, ["weights are searched in", "folder", "official files found"]))
     return "\n\n".join(parts)
 
 
 def _machine(machine: Machine) -> Iterator[list[object]]:
     yield ["system", f"{machine.system}, {machine.architecture}"]
     cores = f"{machine.cores} cores"
-    yield ["processor", f"{machine.cpu}, {cores}, {machine.usable_cores} usable"]
+    yield ["CPU", f"{machine.cpu}, {cores}, {machine.usable_cores} usable"]
     yield ["memory", None if machine.memory_gb is None else f"{machine.memory_gb:.1f} GB"]
     board = machine.jetson
     if board is not None:
@@ -71,7 +72,7 @@ def _version(library: Library) -> str | None:
     return library.version or ("unknown" if library.installed else None)
 
 
-def _remark(library: Library) -> str:
+def _details(library: Library) -> str:
     if library.fault:
         return f"does not load: {library.fault}"
     others = [entry for entry in library.distributions if entry.partition(" ")[0] != library.name]

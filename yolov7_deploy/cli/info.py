@@ -1,4 +1,4 @@
-"""`y7 info`: what a variant costs beside the paper, and what a weights file, an ONNX file or an engine holds."""
+"""`y7 info`: the cost of a variant compared with the paper, or the contents of a weights file, ONNX file or engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.options import JsonPath
+from yolov7_deploy.cli.options import JsonPath, label_rule, locate_weights
 from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 MAX_NAMES = 100
-LINE = 100  # characters of a paragraph
+LINE = 100  # characters per line of wrapped text
 INDENT = 12
 NO_BREAK = "\u00a0"
 LAYER_COLUMNS = ("layer", "type", "channels", "k/s", "1/res", "parameters", "fused", "from", "form")
@@ -32,45 +32,47 @@ LAYER_COLUMNS = ("layer", "type", "channels", "k/s", "1/res", "parameters", "fus
 def info(
     target: Annotated[
         str,
-        typer.Argument(metavar="WEIGHTS-or-VARIANT", help="A .pt, .safetensors, .onnx or .engine file, or a variant."),
+        typer.Argument(
+            metavar="WEIGHTS-or-VARIANT",
+            help="A .pt, .safetensors, .onnx or .engine file, or a variant such as yolov7.",
+        ),
     ],
     json_path: JsonPath = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Print the layer table, of an engine as it runs.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Print the table of layers.")] = False,
 ) -> None:
-    """Say what a variant costs, or what a model file holds."""
+    """Show what a variant costs, or what a model file contains.
+
+    Example:  y7 info yolov7-tiny
+    """
     from yolov7_deploy._console import write_json
     from yolov7_deploy.model.configs import VARIANTS
 
     record: VariantRecord | WeightsRecord | OnnxFile | EngineFile
-    more: dict[str, object] = {}
+    extra: dict[str, object] = {}
     if target in VARIANTS:
         kind, (record, text) = "variant", _variant(target, layers=layers)
     elif Path(target).suffix.lower() == ".onnx":
-        kind, (record, more, text) = "onnx", _onnx(target, layers=layers)
+        kind, (record, extra, text) = "onnx", _onnx(target, layers=layers)
     elif Path(target).suffix.lower() in ENGINE_SUFFIXES:
         kind, (record, text) = "engine", _engine(target, layers=layers)
     else:
         kind, (record, text) = "weights", _weights(target, layers=layers)
     typer.echo(text, err=json_path == "-")
     if json_path is not None:
-        write_json({"kind": kind, **asdict(record), **more}, json_path)
+        write_json({"kind": kind, **asdict(record), **extra}, json_path)
 
 
 def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
-    from yolov7_deploy.inspection.describe import describe_variant
+    from yolov7_deploy.inspection.describe import inspect_variant
 
-    record = describe_variant(name)
+    record = inspect_variant(name)
     return record, _variant_text(record, layers=layers)
 
 
 def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
-    from yolov7_deploy._console import progress
-    from yolov7_deploy.hub import find_weights
-    from yolov7_deploy.inspection.describe import describe_weights
+    from yolov7_deploy.inspection.describe import inspect_weights
 
-    with progress("download") as show:
-        path = find_weights(target, progress=show)
-    record = describe_weights(path)
+    record = inspect_weights(locate_weights(target))
     return record, _weights_text(record, layers=layers)
 
 
@@ -80,26 +82,29 @@ def _onnx(target: str, *, layers: bool) -> tuple[OnnxFile, dict[str, object], st
 
     if layers:
         raise UsageError(
-            f"--layers is about variants and weights; {target} has nodes, which are counted without it.",
+            f"--layers is for variants, weights and engines; {target} is an ONNX file, whose nodes are always counted.",
             fix=f"y7 info {target}",
         )
     path = find_weights(target)
     record = read_onnx(path)
-    more, lines = _int8(path, record)
-    return record, more, _onnx_text(record, lines)
+    int8_record, int8_lines = _int8(path, record)
+    return record, int8_record, _onnx_text(record, int8_lines)
 
 
 def _int8(path: Path, record: OnnxFile) -> tuple[dict[str, object], list[str]]:
-    """What is INT8 in a quantised file, as a record and in words; counting needs onnx, which not every machine has."""
+    """Return what a quantized file computes in INT8, as a record and as text lines; both are empty for other files.
+
+    Counting needs onnx; without it, one line names the extra that installs it.
+    """
     if not {"QuantizeLinear", "DequantizeLinear"} & set(record.nodes):
         return {}, []
     try:
-        from yolov7_deploy.inspection.int8_file import account_lines, account_record, read_account
+        from yolov7_deploy.inspection.int8_file import int8_to_dict, read_int8_account, summarize_int8
     except ModuleNotFoundError as error:
         return {}, [_field("int8", f"not counted: {missing_library(error, 'to count it')}".replace("\n", "  "))]
-    account = read_account(path)
-    computes, pairs = account_lines(account)
-    return {"int8": account_record(account)}, [_field("int8", computes), _field("", pairs)]
+    account = read_int8_account(path)
+    computes, pairs = summarize_int8(account)
+    return {"int8": int8_to_dict(account)}, [_field("int8", computes), _field("", pairs)]
 
 
 def _engine(target: str, *, layers: bool) -> tuple[EngineFile, str]:
@@ -123,7 +128,7 @@ def _variant_text(record: VariantRecord, *, layers: bool) -> str:
         table(
             [row for entry in record.paper for row in _paper_rows(entry, cost)],
             ["", "size", "parameters", "GFLOPs", "AP val", "AP test", "FPS V100", "ms at batch 32"],
-            "beside the paper (AP of COCO, in percent)",
+            "compared with the paper (COCO AP in percent)",
         ),
         *(textwrap.fill(f"note: {note}", LINE, subsequent_indent="      ") for note in record.notes),
     ]
@@ -132,7 +137,7 @@ def _variant_text(record: VariantRecord, *, layers: bool) -> str:
 
 def _weights_text(record: WeightsRecord, *, layers: bool) -> str:
     cost = record.cost
-    whose = "anchors of its own, not the variant's" if record.own_anchors else "anchors of the variant"
+    title = "custom anchors, different from the variant's" if record.own_anchors else "anchors of the variant"
     parts = [
         f"{record.path}: {record.variant}, {record.form} form, {len(record.class_names)} classes",
         "\n".join(
@@ -142,7 +147,7 @@ def _weights_text(record: WeightsRecord, *, layers: bool) -> str:
                 _field("strides", _listed(record.strides)),
             ]
         ),
-        _anchors_text(record.anchors, record.strides, title=whose),
+        _anchors_text(record.anchors, record.strides, title=title),
         _cost_table(cost),
         _names_text(record.class_names),
     ]
@@ -160,7 +165,7 @@ def _cost_table(cost: Complexity) -> str:
     rows: list[list[object]] = [
         ["training form", f"{cost.parameters_training:>11,}", f"{cost.gflops_training:.2f}"],
         ["deploy form, as published", f"{cost.parameters_deploy:>11,}", None],
-        ["fused, as it runs", f"{cost.parameters_fused:>11,}", f"{cost.gflops:.2f}"],
+        ["fused, as executed", f"{cost.parameters_fused:>11,}", f"{cost.gflops:.2f}"],
     ]
     return table(rows, ["", " parameters", f"GFLOPs at {cost.size}"], f"cost with {cost.classes} classes")
 
@@ -171,7 +176,7 @@ def _paper_rows(entry: PaperCost, cost: Complexity) -> list[list[object]]:
     ours = [f"{cost.parameters_fused / 1e6:.1f}M", f"{entry.gflops:.1f}"]
     return [
         ["paper", entry.size, f"{row.params_m}M", row.gflops, val, test, row.fps, row.batch32_ms],
-        ["here, fused", entry.size, *ours, None, None, None, None],
+        ["this package, fused", entry.size, *ours, None, None, None, None],
     ]
 
 
@@ -208,14 +213,14 @@ def _layer_table(layers: Iterable[LayerCost]) -> str:
 
 def _names_text(names: tuple[str, ...]) -> str:
     entries = [f"{index} {name}".replace(" ", NO_BREAK) for index, name in enumerate(names[:MAX_NAMES])]
-    more = f", and {len(names) - MAX_NAMES} more: all of them are in --json" if len(names) > MAX_NAMES else ""
+    more = f", and {len(names) - MAX_NAMES} more, all of them in --json" if len(names) > MAX_NAMES else ""
     return _field("classes", ", ".join(entries) + more).replace(NO_BREAK, " ")
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def _onnx_text(record: OnnxFile, int8: list[str]) -> str:
+def _onnx_text(record: OnnxFile, int8_lines: list[str]) -> str:
     opsets = ", ".join(f"{domain} {version}".strip() for domain, version in record.opsets.items())
     lines = [
         _field("file", f"{_megabytes(record.size_bytes)}, written by {record.producer or 'an unnamed program'}"),
@@ -223,9 +228,9 @@ def _onnx_text(record: OnnxFile, int8: list[str]) -> str:
         *(_field("input" if i == 0 else "", _port_text(port)) for i, port in enumerate(record.inputs)),
         *(_field("output" if i == 0 else "", _port_text(port)) for i, port in enumerate(record.outputs)),
         _field("nodes", f"{sum(record.nodes.values())}: {_counts(record.nodes)}"),
-        *(_field("function", f"{name}, of {count} nodes") for name, count in record.functions.items()),
-        _field("parameters", f"{record.parameters:,} in convolutions and matrix products"),
-        *int8,
+        *(_field("function", f"{name}, {count} nodes") for name, count in record.functions.items()),
+        _field("parameters", f"{record.parameters:,} in convolutions and matrix multiplications"),
+        *int8_lines,
     ]
     metadata = (
         _metadata_text(record.metadata) if record.metadata else _field("metadata", "none: not written by this package")
@@ -238,15 +243,17 @@ def _metadata_text(metadata: ModelMetadata) -> str:
     nms = metadata.nms
     size = "any size" if metadata.input_hw is None else f"{metadata.input_hw[0]}x{metadata.input_hw[1]}"
     batch = "any batch" if metadata.batch is None else f"batch {metadata.batch}"
-    nms_text = "none inside: the output is the decoded head"
+    nms_text = "not in the model: the output is the decoded head"
     if nms is not None:
-        kept = "every class of a box" if nms.multi_label else "best class of a box"
-        open_ = "changeable at run time" if nms.runtime_thresholds else "fixed"
-        nms_text = f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({open_}), max-det {nms.max_det}, {kept}"
+        thresholds = "changeable at run time" if nms.runtime_thresholds else "fixed"
+        nms_text = (
+            f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({thresholds}), max-det {nms.max_det}, "
+            f"{label_rule(nms.multi_label)}"
+        )
     source = f"{metadata.source} {metadata.source_sha256}".strip()
     lines = [
         _field("metadata", f"{metadata.variant}, {metadata.precision}, {len(metadata.class_names)} classes"),
-        _field("takes", f"{size} (height x width), {batch}, {metadata.input_kind}"),
+        _field("accepts", f"{size} (height x width), {batch}, {metadata.input_kind}"),
         _field("NMS", nms_text),
         _field("strides", _listed(metadata.strides)),
         *([_field("source", source)] if source else []),
@@ -274,11 +281,11 @@ def _engine_text(file: EngineFile, *, layers: bool) -> str:
     from yolov7_deploy.tensorrt.build_record import TITLES
 
     record = file.record
-    wrote = f"{TITLES[file.product]} {file.tensorrt}" if file.product in TITLES else ""
+    writer = f"{TITLES[file.product]} {file.tensorrt}" if file.product in TITLES else ""
     headline = f"{record.metadata.variant}, {record.metadata.precision}" if record else "TensorRT engine"
     lines = [
         _field("file", f"{_megabytes(file.size_bytes)}, sha256 {file.sha256}"),
-        *([_field("written by", f"{wrote}, as the plan itself says")] if wrote and record is None else []),
+        *([_field("written by", f"{writer}, according to the plan")] if writer and record is None else []),
         *([_field("runs on", f"compute capability {_listed(file.targets)}")] if file.targets and not record else []),
         *(_field(name, text) for name, text in (build_fields(record) if record else ())),
         *(_field("note", note) for note in file.notes),
@@ -286,7 +293,7 @@ def _engine_text(file: EngineFile, *, layers: bool) -> str:
     if record is None:
         tool = "tensorrt_rtx" if file.product == "tensorrt_rtx" else "trtexec"
         command = f"{tool} --loadEngine={file.path} --dumpLayerInfo --skipInference"
-        lines.append(f"{'layers'.ljust(INDENT)}on its GPU:  {command}")  # not folded, to be copied
+        lines.append(f"{'layers'.ljust(INDENT)}on its GPU:  {command}")  # not wrapped, so that it can be copied
     parts = [f"{file.path}: {headline}", "\n".join(lines)]
     if record is not None:
         parts.append(_metadata_text(record.metadata))
@@ -298,7 +305,7 @@ def _engine_text(file: EngineFile, *, layers: bool) -> str:
     return "\n\n".join(parts)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def _field(name: str, text: str) -> str:

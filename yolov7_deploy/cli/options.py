@@ -1,10 +1,11 @@
-"""Options that several commands share, and how their texts are read."""
+"""Options that several commands share, and the functions that parse their values."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,36 +14,43 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import Thresholds
 
 DEFAULTS = Thresholds()
+DEFAULT_FROM_MODEL = "(default: the value in the model file, else {})"
 
 Weights = Annotated[
     str, typer.Option("--weights", "-w", help="A .pt, .safetensors, .onnx or .engine file, or an official name.")
 ]
-OWN = "(default: the model file's own, else {})"
 Conf = Annotated[
-    float | None, typer.Option("--conf", "--conf-thres", help=f"Keep scores above this {OWN.format(DEFAULTS.conf)}.")
+    float | None,
+    typer.Option(
+        "--conf", "--conf-thres", help=f"Confidence threshold, 0 to 1 {DEFAULT_FROM_MODEL.format(DEFAULTS.conf)}."
+    ),
 ]
 Iou = Annotated[
     float | None,
     typer.Option(
-        "--iou",
-        "--iou-thres",
-        help=f"Suppress boxes that overlap a better one by more than this {OWN.format(DEFAULTS.iou)}.",
+        "--iou", "--iou-thres", help=f"IoU threshold of NMS, 0 to 1 {DEFAULT_FROM_MODEL.format(DEFAULTS.iou)}."
     ),
 ]
 MaxDet = Annotated[
     int | None,
-    typer.Option("--max-det", "--topk-all", help=f"At most this many boxes an image {OWN.format(DEFAULTS.max_det)}."),
+    typer.Option(
+        "--max-det",
+        "--topk-all",
+        help=f"Maximum number of detections per image {DEFAULT_FROM_MODEL.format(DEFAULTS.max_det)}.",
+    ),
 ]
 Img = Annotated[
     str | None,
-    typer.Option("--img", "--img-size", "--imgsz", help="Network input: 640, or height and width as 384x640."),
+    typer.Option(
+        "--img", "--img-size", "--imgsz", help="Network input size: 640, or height and width such as 384x640."
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, or a GPU: cuda:0 or 0.")]
 Half = Annotated[
     bool | None,
-    typer.Option("--half/--no-half", help="Half precision for checkpoints (default: on a GPU, and only there)."),
+    typer.Option("--half/--no-half", help="Run a checkpoint in FP16 (default: on a GPU only)."),
 ]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the whole record; - is stdout.")]
+JsonPath = Annotated[str | None, typer.Option("--json", help="Write the full result as JSON; - is standard output.")]
 
 
 def was_given(name: str) -> bool:
@@ -63,20 +71,20 @@ def was_given(name: str) -> bool:
 
 
 def check_thresholds(*, conf: float | None, iou: float | None, max_det: int | None) -> None:
-    """Refuses what cannot be meant before a model is downloaded or loaded; `None` is the model's own.
+    """Check thresholds before a model is downloaded or loaded; `None` stands for the value in the model file.
 
     Raises:
-        UsageError: A value outside its range.
+        UsageError: A value is outside its range.
     """
     given: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det}
     replace(Thresholds(), **{name: value for name, value in given.items() if value is not None})
 
 
 def parse_img(text: str | None) -> int | tuple[int, int] | None:
-    """`640`, or height and width as `384x640`, `384,640` or `384 640`.
+    """Parse `640`, or height and width as `384x640`, `384,640` or `384 640`.
 
     Raises:
-        UsageError: Anything else.
+        UsageError: The text is not a size.
     """
     if text is None:
         return None
@@ -84,3 +92,26 @@ def parse_img(text: str | None) -> int | tuple[int, int] | None:
     if match is None:
         raise UsageError(f"--img {text} is not a size.", fix="For example: --img 640, or height x width: --img 384x640")
     return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+
+
+def parse_classes(texts: list[str] | None) -> list[int | str] | None:
+    """Parse `["person,dog"]`, `["0 16"]` or `["0", "16"]` into single names and numbers; names may contain spaces."""
+    if not texts:
+        return None
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    words = [word for part in parts for word in (part.split() if part.replace(" ", "").isdigit() else [part])]
+    return [int(word) if word.isascii() and word.isdigit() else word for word in words if word]
+
+
+def label_rule(multi_label: bool) -> str:
+    """Return how many classes of one box can become detections, in words."""
+    return "multi-label NMS" if multi_label else "best class per box"
+
+
+def locate_weights(weights: str) -> Path:
+    """Return the file of a path or an official name, downloaded with a progress bar if it is not on this machine."""
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.hub import find_weights
+
+    with progress("download") as show:
+        return find_weights(weights, progress=show)
