@@ -1,32 +1,32 @@
 // Decoding and greedy NMS of raw YOLOv7 head maps in two kernels.
 //
-//   select    reads every objectness, the classes only where that passes, and lists what scores above the threshold.
-//   suppress  one block an image: takes the list best first in sorted tiles, decodes only those boxes, suppresses.
+//   select    reads every objectness, reads the classes only where it passes, and lists the pairs above the threshold.
+//   suppress  one block per image: reads the list in sorted tiles, best first, decodes only those boxes and runs NMS.
 //
-// A listed pair (anchor, class) is one 64-bit key: the score's float bits above, the inverted number of the pair
-// (anchor * C + class) below. Scores are never negative, so descending keys are falling scores, and equal scores keep
-// the order of anchors and classes. Keys are unique, hence the atomics may fill the list in any order: the result never
-// differs. The list holds CAPACITY keys. Where more pass, `suppress` reads the maps again and fills the list with the
-// best of them as often as it takes, so nothing is lost: that path is slow and exact.
+// A listed pair (anchor, class) is one 64-bit key: the float bits of the score in the upper half, the inverted index of
+// the pair (anchor * C + class) in the lower half. Scores are never negative, so descending keys are descending scores,
+// and equal scores keep the order of anchors and classes. Keys are unique, so the result does not depend on the order
+// in which atomics fill the list. The list holds kCapacity keys. If more pairs pass, `suppress` reads the head maps
+// again and refills the list with the best remaining pairs as often as necessary: that path is slow and exact.
 //
 // The arithmetic is that of float32 NumPy, operation by operation: compile with -fmad=false. Where a product that may
-// be inexact meets a sum, __fmul_rn forbids the fusion too. Only expf may differ, by an ulp or two.
+// be inexact is followed by a sum, __fmul_rn forbids the fusion too. Only expf may differ, by one or two ulp.
 //
-// Memory: 256 KiB of workspace an image. At batch 1, 640 x 640, 80 classes the kernels read 3 * 8400 objectness values
-// (98 KiB of float32) and a 32-byte sector per class of each anchor that passes; the rest is latency: one load after
-// another (threshold, objectness, classes, list, boxes), a sort of 15 to 55 exchanges and about five barriers for
-// every GROUP survivors. A memset and two launches; a last-block ticket in `select` could save one of them, but would
-// tie 1024 threads and the large scratch memory to every one of its blocks.
+// Memory: 256 KiB of workspace per image. At batch 1, 640 x 640, 80 classes the kernels read 3 * 8400 objectness values
+// (98 KiB of float32) and a 32-byte sector per class of each anchor that passes. The rest is latency: dependent loads
+// (threshold, objectness, classes, list, boxes), a sort of 15 to 55 exchanges and about five barriers per kGroupSize
+// survivors. One memset and two launches: merging the kernels with a last-block ticket would save one launch, but every
+// block of `select` would need 1024 threads and the large scratch memory.
 #include <limits.h>
 
-#include "nms_select.h"
-#include "nms_suppress.h"
+#include "nms_select.cuh"
+#include "nms_suppress.cuh"
 
 namespace y7 {
 namespace {
 
 bool is_valid(const Y7NmsParams* p) {
-  return p && p->batch >= 1 && p->batch <= MAX_BATCH && p->levels >= 1 && p->levels <= Y7_MAX_LEVELS &&
+  return p && p->batch >= 1 && p->batch <= Y7_MAX_BATCH && p->levels >= 1 && p->levels <= Y7_MAX_LEVELS &&
          p->classes >= 1 && p->max_det >= 1 && p->max_candidates >= 1 &&
          (p->type == Y7_FLOAT32 || p->type == Y7_FLOAT16);
 }
@@ -37,17 +37,28 @@ bool is_aligned(const void* pointer, size_t bytes) {
 
 size_t counter_bytes(const Y7NmsParams& p) { return (size_t(p.batch) * sizeof(uint32_t) + 255) / 256 * 256; }
 
-// False for maps that make no sense or hold 2^32 pairs and more.
+// Returns false for invalid head maps and for 2^32 or more pairs.
 bool read_heads(const Y7NmsParams& p, const Y7HeadMap* heads, Plan* plan) {
   uint64_t anchors = 0;
   for (int32_t i = 0; i < p.levels; ++i) {
     const Y7HeadMap& head = heads[i];
-    if (!is_aligned(head.data, p.type == Y7_FLOAT16 ? 2 : 4) || head.height < 1 || head.width < 1) return false;
+    if (!is_aligned(head.data, p.type == Y7_FLOAT16 ? 2 : 4) || head.height < 1 || head.width < 1) {
+      return false;
+    }
     const uint64_t cells = uint64_t(head.height) * uint64_t(head.width);
-    if (anchors + Y7_ANCHORS * cells > UINT_MAX / uint64_t(p.classes)) return false;
+    if (anchors + Y7_ANCHORS * cells > UINT_MAX / uint64_t(p.classes)) {
+      return false;
+    }
     Level& level = plan->level[i];
-    level = {head.data, head.batch_stride, head.channel_stride, head.cell_stride, uint32_t(anchors),
-             uint32_t(cells), uint32_t(head.width), head.stride, {}};
+    level = {head.data,
+             head.batch_stride,
+             head.channel_stride,
+             head.cell_stride,
+             uint32_t(anchors),
+             uint32_t(cells),
+             uint32_t(head.width),
+             head.stride,
+             {}};
     for (int k = 0; k < Y7_ANCHORS; ++k) {
       level.anchors[k][0] = head.anchors[k][0];
       level.anchors[k][1] = head.anchors[k][1];
@@ -60,11 +71,15 @@ bool read_heads(const Y7NmsParams& p, const Y7HeadMap* heads, Plan* plan) {
 
 template <class T>
 int32_t run(const Plan& plan, uint32_t batch, void* stream) {
-  const dim3 blocks((plan.anchors - 1) / SELECT_THREADS + 1, batch);
+  const dim3 blocks((plan.anchors - 1) / kSelectThreads + 1, batch);
   int32_t status =
       status_of(cudaMemsetAsync(plan.passed, 0, batch * sizeof(uint32_t), static_cast<cudaStream_t>(stream)));
-  if (status == Y7_OK) status = launch(select<T>, blocks, dim3(SELECT_THREADS), stream, plan);
-  if (status == Y7_OK) status = launch(suppress<T>, dim3(batch), dim3(THREADS), stream, plan);
+  if (status == Y7_OK) {
+    status = launch(select<T>, blocks, dim3(kSelectThreads), stream, plan);
+  }
+  if (status == Y7_OK) {
+    status = launch(suppress<T>, dim3(batch), dim3(kThreads), stream, plan);
+  }
   return status;
 }
 
@@ -72,8 +87,10 @@ int32_t run(const Plan& plan, uint32_t batch, void* stream) {
 }  // namespace y7
 
 extern "C" size_t y7_nms_workspace(const Y7NmsParams* params) {
-  if (!y7::is_valid(params)) return 0;
-  return y7::counter_bytes(*params) + size_t(params->batch) * y7::CAPACITY * sizeof(y7::Key);
+  if (!y7::is_valid(params)) {
+    return 0;
+  }
+  return y7::counter_bytes(*params) + size_t(params->batch) * y7::kCapacity * sizeof(y7::Key);
 }
 
 extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const float* conf, const float* iou,
@@ -88,8 +105,12 @@ extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, con
     return Y7_BAD_ARGUMENT;
   }
   y7::Plan plan = {};
-  if (!y7::read_heads(*params, heads, &plan)) return Y7_BAD_ARGUMENT;
-  if (workspace_bytes < y7_nms_workspace(params)) return Y7_WORKSPACE_TOO_SMALL;
+  if (!y7::read_heads(*params, heads, &plan)) {
+    return Y7_BAD_ARGUMENT;
+  }
+  if (workspace_bytes < y7_nms_workspace(params)) {
+    return Y7_WORKSPACE_TOO_SMALL;
+  }
   plan.levels = uint32_t(params->levels);
   plan.classes = uint32_t(params->classes);
   plan.max_det = uint32_t(params->max_det);

@@ -1,5 +1,5 @@
-// What a status means, in words.
-#include "launch.h"
+// Status codes and their descriptions.
+#include "launch.cuh"
 
 namespace y7 {
 namespace {
@@ -9,7 +9,9 @@ thread_local cudaError_t last_error = cudaSuccess;
 }  // namespace
 
 int32_t status_of(cudaError_t error) {
-  if (error == cudaSuccess) return Y7_OK;
+  if (error == cudaSuccess) {
+    return Y7_OK;
+  }
   last_error = error;
   return Y7_CUDA_ERROR;
 }

@@ -1,4 +1,4 @@
-// What this library is, for programs that only have its file: no TensorRT is needed to ask.
+// A description of this library, which programs can read without TensorRT.
 
 #include <cuda_runtime_api.h>
 
@@ -14,14 +14,15 @@
 #define Y7_HEADERS_PRODUCT "tensorrt"
 #endif
 #define Y7_HEADERS Y7_TEXT(NV_TENSORRT_MAJOR) "." Y7_TEXT(NV_TENSORRT_MINOR) "." Y7_TEXT(NV_TENSORRT_PATCH)
-constexpr const char* kAbi = Y7_SHELL_V3 ? "v3" : "v2";
+constexpr const char* kAbi = Y7_PLUGIN_V3 ? "v3" : "v2";
 #else
 #define Y7_HEADERS_PRODUCT ""
 #define Y7_HEADERS ""
 constexpr const char* kAbi = "kernels";
 #endif
 
-// One JSON object. `compute_capabilities` have machine code inside, `ptx` are compiled by the driver when first used.
+// Returns a JSON object. For `compute_capabilities` the library contains machine code; the code of `ptx` is compiled by
+// the driver on first use.
 extern "C" __attribute__((visibility("default"))) const char* y7_plugin_description() {
   static const std::string text =
       std::string("{\"name\": \"") + y7::kPluginName + "\", \"version\": \"" + y7::kPluginVersion +

@@ -1,12 +1,12 @@
-// The functions by which TensorRT finds the plugin in this library.
+// Entry points through which TensorRT finds the plugin in this library.
 
-#include "log.h"
+#include "logging.h"
 #include "tensorrt.h"
 
-#if Y7_SHELL_V3
-#include "plugin_v3.h"
+#if Y7_PLUGIN_V3
+#include "nms_plugin_v3.h"
 #else
-#include "plugin_v2.h"
+#include "nms_plugin_v2.h"
 #endif
 
 #define Y7_EXPORT extern "C" __attribute__((visibility("default")))
@@ -14,13 +14,13 @@
 namespace {
 
 y7::NmsCreator& creator() {
-  static y7::NmsCreator only;
-  return only;
+  static y7::NmsCreator instance;
+  return instance;
 }
 
 }  // namespace
 
-#if Y7_SHELL_V3
+#if Y7_PLUGIN_V3
 
 Y7_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { y7::set_logger_finder(finder); }
 
@@ -45,13 +45,13 @@ Y7_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
 #endif
 
 #ifdef Y7_STATIC_REGISTRATION
-// TensorRT 8.5 cannot load a plugin library: the library registers itself when the process opens it.
+// TensorRT 8.5 cannot load a plugin library: the library registers the plugin when the process opens it.
 namespace {
 
 struct Registration {
   Registration() noexcept {
     if (!::getPluginRegistry()->registerCreator(creator(), y7::kPluginNamespace)) {
-      y7::log_error("registration", "TensorRT refused it: a plugin of this name and version is there already.");
+      y7::log_error("registration", "TensorRT rejected it: a plugin with this name and version is already registered.");
     }
   }
 };

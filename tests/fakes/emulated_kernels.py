@@ -1,8 +1,8 @@
-"""The C ABI of plugins/kernels from Python, and its kernels compiled by g++ against an emulated GPU.
+"""Python bindings of the C ABI of plugins/kernels, and its kernels compiled by g++ for the CUDA emulation.
 
-`Kernels` calls any library with that ABI: addresses are plain integers, of host memory for the emulated library and of
-device memory for the real one. `emulated` compiles the unchanged .cu files; `Guarded` is host memory whose overruns
-come to light. `run_nms` works for both: it only needs to be told how memory is had (`HostMemory` is the pattern).
+`Kernels` binds any library with that ABI. Addresses are integers: host memory for the emulated library, device memory
+for the real one. `emulated` compiles the unchanged .cu files. `Guarded` is host memory that detects writes beyond its
+ends. `run_nms` works with both libraries; its `memory` argument allocates and copies (see `HostMemory`).
 """
 
 import ctypes
@@ -68,7 +68,7 @@ class LetterboxParams(ctypes.Structure):
 
 
 class Kernels:
-    """A loaded library; only the functions that it has can be called."""
+    """Bindings of a loaded library. Functions that it does not export cannot be called."""
 
     SIGNATURES: ClassVar = {
         "y7_nms_workspace": (ctypes.c_size_t, [ctypes.POINTER(NmsParams)]),
@@ -105,34 +105,34 @@ class Kernels:
         return self.library.y7_status_text(status).decode()
 
     def seed(self, number):
-        """Another order of threads, where they are emulated; a real GPU has an order of its own."""
+        """Set the order of threads in the emulation; a real GPU ignores it."""
         if hasattr(self.library, "cuda_on_cpu_seed"):
             self.library.cuda_on_cpu_seed(number)
 
 
 def emulated(*sources, defines=(), flags=()):
-    """The Kernels of these files of plugins/kernels on the emulated GPU, compiled once per content; or a skip.
+    """Return the `Kernels` of source files, compiled for the emulation once per content; skip the test without g++.
 
     Args:
-        sources: Names such as "nms.cu", or paths of others; status.cu is always among them.
-        defines: Like "Y7_NMS_THREADS=64".
-        flags: Further flags for g++, such as -fsanitize=undefined.
+        sources: Names in plugins/kernels such as "nms.cu", or paths; status.cu is always included.
+        defines: Macros such as "Y7_NMS_THREADS=64".
+        flags: Additional flags for g++, such as -fsanitize=undefined.
     """
     return Kernels(compile_emulated(*sources, defines=defines, flags=flags))
 
 
 def compile_emulated(*sources, defines=(), flags=()):
-    """Path of the shared library behind `emulated`."""
+    """Return the path of the shared library that `emulated` loads."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("g++ is not installed: the kernels cannot be compiled for the emulated GPU")
+        pytest.skip("g++ is not installed: the kernels cannot be compiled for the CUDA emulation")
     files = [SOURCES / name for name in (*sources, "status.cu")]
     command = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas"]  # unroll
     command += ["-ffp-contract=off"]  # no fused multiply-add, as on the GPU (-fmad=false)
     command += [f"-I{EMULATION}", f"-I{SOURCES}", *(f"-D{define}" for define in defines), *flags, "-x", "c++"]
     command += [str(path) for path in (*files, EMULATION / "block.cpp")]
-    read = sorted([*files, *SOURCES.glob("*.h"), *EMULATION.iterdir()])
+    read = sorted([*files, *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), *EMULATION.iterdir()])
     content = hashlib.sha256("\0".join(command).encode() + b"\0".join(path.read_bytes() for path in read)).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"y7-emulated-{os.getuid()}"
     library = folder / f"{content[:24]}.so"
@@ -146,13 +146,13 @@ def compile_emulated(*sources, defines=(), flags=()):
 
 
 def compile_described(*sources, capability=86):
-    """Path of such a library that describes itself as `y7 plugin` builds it, for GPUs of this compute capability."""
+    """Return the path of such a library with the description of one that `y7 plugin` builds for a GPU architecture."""
     defines = [f'Y7_{name}="{capability}"' for name in ("COMPUTE_CAPABILITIES", "PTX")]
     return compile_emulated(*sources, SOURCES.parent / "tensorrt" / "description.cpp", defines=defines)
 
 
 class Guarded:
-    """An array in host memory between two zones that nobody may write, 64-byte aligned and full of garbage at first."""
+    """An array in host memory between two guard zones, 64-byte aligned and initially filled with garbage."""
 
     ZONE = 256
 
@@ -173,37 +173,37 @@ class Guarded:
         return guarded
 
     def check(self):
-        """Fails if something was written outside."""
-        assert (self.before == 0x5C).all(), "written before the begin of a buffer"
+        """Assert that the guard zones are unchanged."""
+        assert (self.before == 0x5C).all(), "written before the start of a buffer"
         assert (self.after == 0x5C).all(), "written beyond the end of a buffer"
 
 
 class HostMemory:
-    """Memory of the emulated GPU. For a real one, write the same three functions over cudaMalloc and cudaMemcpy."""
+    """Memory for the emulated kernels. For a GPU, implement the same methods with cudaMalloc and cudaMemcpy."""
 
     def upload(self, array):
-        """A buffer with this content; `.address` is what kernels see."""
+        """Return a buffer with this content; `.address` is the pointer for the kernels."""
         return Guarded.of(array)
 
     def garbage(self, shape, dtype):
-        """A buffer with any content but zeros."""
+        """Return a buffer with arbitrary content other than zeros."""
         return Guarded(shape, dtype)
 
     def download(self, buffer):
-        """The content as an array, after all work on the GPU is done."""
+        """Return the content as an array, after all work on the GPU has finished."""
         buffer.check()
         return buffer.array.copy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heads:
-    """Raw head maps float32 or float16 [B, 3 * (5 + C), H, W] of every level, fine to coarse.
+    """Raw head maps, float32 or float16 [B, 3 * (5 + C), H, W] per level, from the smallest stride to the largest.
 
     Attributes:
-        maps: One array a level.
+        maps: One array per level.
         strides: Pixels per cell of each level.
-        anchors: Per level three (width, height) in pixels.
-        padding: None for the linear layout; else channels-last with this many more channels than there are.
+        anchors: Three (width, height) in pixels per level.
+        padding: `None` for NCHW; else NHWC with this number of padding channels.
     """
 
     maps: tuple
@@ -216,7 +216,7 @@ class Heads:
         return self.maps[0].shape[1] // 3 - 5
 
     def structs(self, memory):
-        """The HeadMap array, and the buffers that must outlive its use."""
+        """Return the HeadMap array, and the buffers that must exist while it is used."""
         structs, buffers = (HeadMap * len(self.maps))(), []
         for struct, array, stride, anchors in zip(structs, self.maps, self.strides, self.anchors, strict=True):
             _, channels, height, width = array.shape
@@ -238,7 +238,7 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NmsResult:
-    """The five outputs: int32 [B, 1], float32 [B, K, 4], float32 [B, K], int32 [B, K], int32 [B, 1]."""
+    """The five outputs of y7_nms: int32 [B, 1], float32 [B, K, 4], float32 [B, K], int32 [B, K], int32 [B, 1]."""
 
     num_dets: np.ndarray
     boxes: np.ndarray
@@ -264,7 +264,7 @@ def run_nms(
     memory=None,
     stream=None,
 ):
-    """y7_nms from arrays to arrays, with outputs and workspace full of garbage before; fails unless it says Y7_OK."""
+    """Call y7_nms with arrays. Outputs and workspace contain garbage before; asserts the status Y7_OK."""
     memory = memory or HostMemory()
     structs, kept_alive = heads.structs(memory)
     batch = len(heads.maps[0])
@@ -292,28 +292,28 @@ def run_nms(
     return NmsResult(**{name: memory.download(buffer) for name, buffer in buffers.items()})
 
 
-SIGMOIDS_A_ROW = 128
+SIGMOIDS_PER_ROW = 128
 
 
 def sigmoid_of(kernels, logits, *, memory=None):
-    """The kernels' own float32 sigmoid of any array, so that references can be compared bit by bit.
+    """Return the kernels' float32 sigmoid of an array, so that a reference can be bit-equal.
 
-    Two exponentials may differ in the last bit, and then a score lies on the other side of a threshold or of a tie.
-    Here one-class maps carry the logits as objectness and nothing overlaps, so the scores are the sigmoids; which is
-    whose shows in the boxes.
+    Two implementations of expf may differ in the last bit, which changes comparisons with thresholds and the order of
+    scores. Here one-class maps have the logits as objectness and no boxes overlap, so the scores are the sigmoids.
+    The x coordinate of each box identifies its logit.
     """
     values, index = np.unique(np.asarray(logits, np.float32), return_inverse=True)
-    rows = -(-len(values) // SIGMOIDS_A_ROW)
-    maps = np.zeros((rows, 18, 1, SIGMOIDS_A_ROW), np.float32)
+    rows = -(-len(values) // SIGMOIDS_PER_ROW)
+    maps = np.zeros((rows, 18, 1, SIGMOIDS_PER_ROW), np.float32)
     maps[:, 4::6] = -np.inf
-    maps[:, 4, 0] = np.pad(values, (0, rows * SIGMOIDS_A_ROW - len(values))).reshape(rows, -1)
-    sigmoids = np.zeros((rows, SIGMOIDS_A_ROW), np.float32)
+    maps[:, 4, 0] = np.pad(values, (0, rows * SIGMOIDS_PER_ROW - len(values))).reshape(rows, -1)
+    sigmoids = np.zeros((rows, SIGMOIDS_PER_ROW), np.float32)
     for first in range(0, rows, 1024):
         heads = Heads(maps=(maps[first : first + 1024],), strides=(1,), anchors=(((1, 1),) * 3,))
-        result = run_nms(kernels, heads, conf=0, iou=1, max_det=SIGMOIDS_A_ROW, memory=memory)
+        result = run_nms(kernels, heads, conf=0, iou=1, max_det=SIGMOIDS_PER_ROW, memory=memory)
         for row in range(len(result.num_dets)):
             found = int(result.num_dets[row, 0])
-            column = result.boxes[row, :found, 0].astype(np.int64)  # its left side is the number of the cell
+            column = result.boxes[row, :found, 0].astype(np.int64)  # the left edge is the index of the cell
             sigmoids[first + row, column] = result.scores[row, :found]
     sigmoids = sigmoids.reshape(-1)[: len(values)]
     sigmoids[np.isnan(values)] = np.nan
@@ -321,7 +321,7 @@ def sigmoid_of(kernels, logits, *, memory=None):
 
 
 def decoded(heads, sigmoid):
-    """float32 [B, A, 5 + C] as the head decodes it: cx, cy, w, h in pixels, objectness, class probabilities."""
+    """Return the decoded heads, float32 [B, A, 5 + C]: cx, cy, w, h in pixels, objectness, class probabilities."""
     levels = []
     for array, stride, anchors in zip(heads.maps, heads.strides, heads.anchors, strict=True):
         batch, _, height, width = array.shape

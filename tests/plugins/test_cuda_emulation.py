@@ -1,4 +1,4 @@
-"""The emulated GPU finds the mistakes it promises to find; and sanitizers find none in the NMS on it."""
+"""The CUDA emulation detects errors in kernels, and sanitizers find none in the NMS kernels."""
 
 import ctypes
 import os
@@ -24,8 +24,8 @@ FAULTS = {
 }
 
 
-def neighbours(fault, seed, flags=()):
-    """Status of faults.cu's kernel, its text, and whether the result is right."""
+def run_fault(fault, seed, flags=()):
+    """Return the status of the kernel in faults.cu, its text, and whether the result is correct."""
     kernels = emulated(EMULATION / "faults.cu", flags=flags)
     kernels.seed(seed)
     numbers = Guarded.of(np.arange(64, dtype=np.float32))
@@ -35,69 +35,69 @@ def neighbours(fault, seed, flags=()):
 
 
 @pytest.mark.parametrize("flags", [(), ("-DCUDA_ON_CPU_UCONTEXT",)])
-def test_the_emulation_runs_a_kernel_without_mistakes(flags):
+def test_the_emulation_runs_a_correct_kernel(flags):
     for seed in range(5):
-        assert neighbours(0, seed, flags) == (OK, "no error", True)
-        assert neighbours(7, seed, flags) == (OK, "no error", True)
+        assert run_fault(0, seed, flags) == (OK, "no error", True)
+        assert run_fault(7, seed, flags) == (OK, "no error", True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_emulation_names_a_mistake(fault):
-    status, text, _ = neighbours(fault, 1)
+def test_the_emulation_reports_an_error_of_a_kernel(fault):
+    status, text, _ = run_fault(fault, 1)
     assert status == CUDA_ERROR
     assert text.startswith("block (0, 0): ") and FAULTS[fault] in text
 
 
 def test_the_emulation_shows_a_missing_barrier_as_wrong_results():
-    assert not any(neighbours(1, seed)[2] for seed in range(5))
+    assert not any(run_fault(1, seed)[2] for seed in range(5))
 
 
 def test_nothing_is_undefined_and_nothing_outside_the_buffers_is_read():
-    """Two sanitizers in a process of their own, where the zones around every buffer are forbidden to reads too."""
+    """Two sanitizers in a separate process, which also reports reads of the memory around every buffer."""
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
     runtime = Path(library.stdout.strip())
     if library.returncode or not runtime.is_absolute():
         pytest.skip("g++ has no AddressSanitizer here")
-    program = "from tests.plugins import test_cuda_emulation as module; module.run_with_forbidden_zones(6)"
+    program = "from tests.plugins import test_cuda_emulation as module; module.run_with_poisoned_memory(6)"
     environment = {**os.environ, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert child.returncode == 0, child.stderr
-    assert "forbidden read found" in child.stdout
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "invalid read detected" in result.stdout
 
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
-class ForbiddenZones(HostMemory):
-    """Host memory whose zones AddressSanitizer watches; buffers live as long as the process."""
+class PoisonedMemory(HostMemory):
+    """Host memory whose guard zones are poisoned for AddressSanitizer. Buffers exist until the process ends."""
 
     def __init__(self):
-        name = "__asan_poison_memory_region"  # as an attribute, Python would put the class's name in front
+        name = "__asan_poison_memory_region"  # as an attribute, Python would mangle the name
         self.poison = getattr(ctypes.CDLL(None), name)
         self.poison.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.buffers = []
 
-    def _watched(self, buffer):
+    def _poisoned(self, buffer):
         for zone in (buffer.before, buffer.after):
             self.poison(zone.ctypes.data, zone.size)
         self.buffers.append(buffer)
         return buffer
 
     def upload(self, array):
-        return self._watched(super().upload(array))
+        return self._poisoned(super().upload(array))
 
     def garbage(self, shape, dtype):
-        return self._watched(super().garbage(shape, dtype))
+        return self._poisoned(super().garbage(shape, dtype))
 
 
-def run_with_forbidden_zones(cases):
-    """The body of the child process."""
-    memory = ForbiddenZones()
+def run_with_poisoned_memory(cases):
+    """Run random cases, then a read beyond the end of a buffer, in this process."""
+    memory = PoisonedMemory()
     kernels = emulated("nms.cu", defines=BUILDS["64 threads"], flags=SANITIZERS)
     for seed in range(cases):
         one_random_case(kernels, [4, seed], memory=memory)
-    # And the watch is awake: a map that claims more memory than it has.
+    # The sanitizer is active: it reports a head map that is larger than its buffer.
     buffer = memory.upload(np.zeros(18 * 4, np.float32))
     structs = (HeadMap * 1)(HeadMap(data=buffer.address, batch_stride=72, channel_stride=5, cell_stride=1))
     structs[0].height, structs[0].width, structs[0].stride = 2, 2, 8
@@ -110,4 +110,4 @@ def run_with_forbidden_zones(cases):
         call.status(heads=structs, workspace_bytes=10**9)
         os._exit(0)
     assert os.wait()[1] != 0
-    sys.stdout.write("forbidden read found\n")
+    sys.stdout.write("invalid read detected\n")

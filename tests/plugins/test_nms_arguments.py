@@ -1,4 +1,4 @@
-"""What the NMS's C ABI refuses, what it needs, and that the real compiler takes its kernels."""
+"""Validation in the C ABI of NMS, its workspace size, and compilation of the kernels with nvcc."""
 
 import re
 import shutil
@@ -29,17 +29,17 @@ def test_a_call_needs_no_overflow_output():
 
 
 @pytest.mark.parametrize("name", ["params", "heads", "conf", "iou", "outputs", "workspace"])
-def test_a_null_argument_is_refused(name):
+def test_a_null_argument_is_rejected(name):
     call = Call()
     assert call.status(**{name: None}) == BAD_ARGUMENT
     assert call.is_untouched()
 
 
 @pytest.mark.parametrize("name", ["num_dets", "boxes", "scores", "classes"])
-@pytest.mark.parametrize("spoil", [lambda address: None, lambda address: address + 2])
-def test_an_output_that_is_null_or_misaligned_is_refused(name, spoil):
+@pytest.mark.parametrize("change", [lambda address: None, lambda address: address + 2])
+def test_a_null_or_misaligned_output_is_rejected(name, change):
     call = Call()
-    setattr(call.structs, name, spoil(getattr(call.structs, name)))
+    setattr(call.structs, name, change(getattr(call.structs, name)))
     assert call.status() == BAD_ARGUMENT
 
 
@@ -52,7 +52,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_parameter_out_of_range_is_refused_and_has_no_workspace(name, value):
+def test_a_parameter_out_of_range_is_rejected_and_has_no_workspace(name, value):
     call = Call()
     setattr(call.params, name, value)
     assert call.kernels.y7_nms_workspace(call.params) == 0
@@ -61,42 +61,42 @@ def test_a_parameter_out_of_range_is_refused_and_has_no_workspace(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [("height", 0), ("width", -1), ("data", None), ("data", 2)])
-def test_a_head_map_that_makes_no_sense_is_refused(name, value):
+def test_an_invalid_head_map_is_rejected(name, value):
     call = Call()
     setattr(call.heads[0], name, value)
     assert call.status() == BAD_ARGUMENT
 
 
-def test_as_many_pairs_as_do_not_fit_into_32_bits_are_refused():
+def test_more_pairs_than_fit_into_32_bits_are_rejected():
     call = Call(classes=3)
-    call.heads[0].height, call.heads[0].width = 21846, 21845  # 3 anchors a cell, 3 classes: 4.295e9
+    call.heads[0].height, call.heads[0].width = 21846, 21845  # 3 anchors per cell, 3 classes: 4.295e9
     assert 9 * 21846 * 21845 >= 2**32
     assert call.status() == BAD_ARGUMENT
     call.heads[0].height = call.heads[0].width = 2**31 - 1
     assert call.status() == BAD_ARGUMENT
 
 
-def test_a_workspace_that_is_too_small_is_named():
+def test_a_workspace_that_is_too_small_is_reported():
     call = Call()
     assert call.status(workspace_bytes=call.size - 1) == WORKSPACE_TOO_SMALL
     assert "smaller" in call.kernels.status_text(WORKSPACE_TOO_SMALL)
     assert call.is_untouched()
 
 
-def test_the_workspace_is_a_quarter_of_a_mebibyte_an_image():
+def test_the_workspace_is_256_kib_per_image():
     kernels = kernels_of("shipped")
     for batch in (1, 64, 1024):
         size = kernels.y7_nms_workspace(NmsParams(batch, 3, 80, 300, 30_000, 1, 0, FLOAT16))
         assert batch * 2**18 < size <= batch * 2**18 + 4096 + 256
 
 
-def test_every_status_has_a_sentence():
+def test_every_status_has_a_description():
     texts = [kernels_of("64 threads").status_text(status) for status in range(5)]
     assert all(texts) and len(set(texts[:3])) == 3
     assert kernels_of("64 threads").y7_kernels_abi() == KERNELS_ABI
 
 
-# --- the real compiler ----------------------------------------------------------------------------------------------
+# --- nvcc ---------------------------------------------------------------------------------------------------------
 
 
 def nvcc():
@@ -107,7 +107,7 @@ def nvcc():
 
 
 def architectures():
-    """All that this nvcc knows where many cases are asked for, else the oldest and the newest."""
+    """Return all architectures of this nvcc if many cases are requested, else the oldest and the newest."""
     listed = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     known = sorted(set(re.findall(r"sm_\d+\b", listed)), key=lambda name: int(name[3:]))
     return known if CASES > 1000 else [known[0], known[-1]]

@@ -1,6 +1,6 @@
-"""The CUDA NMS, compiled for an emulated GPU, against the NumPy reference.
+"""The CUDA NMS kernels on the CUDA emulation, against the NumPy reference.
 
-Y7_NMS_CASES=5000 runs that many random cases instead of a few.
+The environment variable Y7_NMS_CASES=5000 sets the number of random cases.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tests.support.nms_cases import (
     random_heads,
 )
 
-SIGMOID_ULPS = 2  # CUDA promises 2 of expf, and the division adds half a one
+SIGMOID_ULPS = 2  # 2 for expf (CUDA C++ Programming Guide), and half an ulp for the division
 
 every_build = pytest.mark.parametrize("build", BUILDS)
 
@@ -39,7 +39,7 @@ def test_random_heads_equal_the_reference(build, part):
 @every_build
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_every_order_of_threads_gives_the_same_bytes(build, multi_label):
-    """Crowded images with many ties, which take several tiles and, but for the shipped build, several lists."""
+    """Crowded images with many ties, which need several tiles and, except with the shipped build, several lists."""
     heads = random_heads(np.random.default_rng(5), classes=20, pairs=6000)
     outputs = set()
     for seed in range(3 if build == "shipped" else 8):
@@ -53,18 +53,18 @@ def test_every_build_gives_the_same_bytes():
     assert len({run_nms(kernels_of(build), heads, conf=0.01, iou=0.65).bytes() for build in BUILDS}) == 1
 
 
-def test_the_layout_of_the_maps_changes_nothing():
+def test_the_memory_layout_does_not_change_the_result():
     heads = random_heads(np.random.default_rng(7), classes=20)
     layouts = (None, 0, 1, 5)
     assert len({run_nms(kernels_of("64 threads"), replace(heads, padding=p), conf=0.01).bytes() for p in layouts}) == 1
 
 
-def test_half_maps_mean_the_same_as_their_float32_values():
+def test_float16_maps_give_the_same_result_as_their_float32_values():
     heads = random_heads(np.random.default_rng(8), classes=2)
-    halves = tuple(array.astype(np.float16) for array in heads.maps)
-    floats = tuple(array.astype(np.float32) for array in halves)
+    float16_maps = tuple(array.astype(np.float16) for array in heads.maps)
+    floats = tuple(array.astype(np.float32) for array in float16_maps)
     kernels = kernels_of("64 threads")
-    ours, theirs = (run_nms(kernels, replace(heads, maps=maps), conf=0.01) for maps in (halves, floats))
+    ours, theirs = (run_nms(kernels, replace(heads, maps=maps), conf=0.01) for maps in (float16_maps, floats))
     assert ours.bytes() == theirs.bytes()
 
 
@@ -72,7 +72,7 @@ def test_half_maps_mean_the_same_as_their_float32_values():
 
 
 @every_build
-def test_the_sigmoid_is_that_of_numpy(build):
+def test_the_sigmoid_equals_numpys_within_two_ulp(build):
     logits = np.concatenate([np.linspace(-104, 104, 1000), np.linspace(-8, 8, 1000), [0, -0.0, np.inf, -np.inf]])
     logits = logits.astype(np.float32)
     with np.errstate(over="ignore"):
@@ -85,7 +85,7 @@ def test_the_sigmoid_is_that_of_numpy(build):
 
 
 @every_build
-def test_nothing_above_the_threshold_gives_nothing(build):
+def test_without_a_score_above_the_threshold_there_are_no_detections(build):
     for fill, conf in [(-9, 0.25), (np.nan, 0), (-np.inf, 0), (30, 1)]:
         heads = grid(4, 9, 9, fill, batch=3)
         assert assert_equals_the_reference(kernels_of(build), heads, conf=conf, **DEFAULTS) == 0
@@ -95,7 +95,7 @@ def test_nothing_above_the_threshold_gives_nothing(build):
 @pytest.mark.parametrize("classes", [1, 7])
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_equal_scores_everywhere_keep_the_order_of_anchors_and_classes(build, classes, multi_label):
-    """More ties than any tile or list holds; no digit of the scores tells them apart."""
+    """More ties than any tile or list can hold; no digit of the scores differs."""
     heads = grid(classes, 11, 13, 1.5)
     options = {**DEFAULTS, "multi_label": multi_label, "iou": 1.0}
     assert assert_equals_the_reference(kernels_of(build), heads, conf=0.25, **options) == 100
@@ -105,7 +105,7 @@ def test_equal_scores_everywhere_keep_the_order_of_anchors_and_classes(build, cl
 
 
 @every_build
-def test_scores_that_differ_in_their_last_bits_are_told_apart(build):
+def test_scores_that_differ_in_their_last_bits_are_ordered(build):
     heads = grid(1, 20, 20, 0)
     heads.maps[0][:, 4::6] = 2 + np.arange(1200).reshape(1, 3, 20, 20) * np.float32(2.0**-20)
     assert assert_equals_the_reference(kernels_of(build), heads, conf=0.25, **DEFAULTS) == 100
@@ -113,14 +113,14 @@ def test_scores_that_differ_in_their_last_bits_are_told_apart(build):
 
 @every_build
 @pytest.mark.parametrize("max_candidates", [1, 2, 299, 300, 301])
-def test_overflow_says_that_the_candidates_may_have_been_more(build, max_candidates):
+def test_overflow_is_set_when_the_candidate_limit_is_reached(build, max_candidates):
     heads = grid(1, 10, 10, 1)
     result = run_nms(kernels_of(build), heads, iou=1, max_candidates=max_candidates, max_det=500)
     assert result.num_dets == min(300, max_candidates)
     assert result.overflow == (max_candidates <= 300)
 
 
-def test_a_score_equal_to_the_threshold_is_left_out():
+def test_a_score_equal_to_the_threshold_is_not_detected():
     heads = grid(1, 2, 2, 0)
     kernels = kernels_of("64 threads")
     assert run_nms(kernels, heads, conf=0.5, iou=1).num_dets == 0
@@ -129,7 +129,7 @@ def test_a_score_equal_to_the_threshold_is_left_out():
 
 @every_build
 def test_a_chain_through_all_groups_and_tiles_keeps_every_other_box(build):
-    """Each box overlaps its two neighbours in a row, and scores fall along it, so survivors alternate to the end."""
+    """Each box overlaps its two neighbors in a row of descending scores, so every other box survives."""
     count = 1500 if build == "shipped" else 400
     maps = np.full((1, 18, 1, count), -30, np.float32)
     maps[0, :4] = 0
@@ -140,7 +140,7 @@ def test_a_chain_through_all_groups_and_tiles_keeps_every_other_box(build):
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_a_class_of_nan_spoils_its_anchor_only_where_the_best_class_is_asked_for(multi_label):
+def test_a_nan_class_score_removes_its_anchor_only_without_multi_label(multi_label):
     """As in NumPy, where NaN wins the argmax."""
     heads = grid(3, 1, 2, 2)
     heads.maps[0][0, 6, 0, 0] = np.nan
@@ -149,14 +149,14 @@ def test_a_class_of_nan_spoils_its_anchor_only_where_the_best_class_is_asked_for
     assert found == (17 if multi_label else 5)
 
 
-def test_a_box_of_nan_neither_falls_nor_makes_others_fall():
+def test_a_nan_box_neither_suppresses_nor_is_suppressed():
     heads = grid(1, 1, 3, 2)
     heads.maps[0][0, 3, 0, 1] = np.nan
     assert assert_equals_the_reference(kernels_of("64 threads"), heads, conf=0.25, **{**DEFAULTS, "iou": 0.0}) == 4
 
 
 def test_thresholds_may_have_any_value_at_run_time():
-    """They come from the device unchecked: below zero everything passes but NaN, and NaN passes nothing."""
+    """They are read from the device without validation: below zero, everything except NaN passes; with NaN, nothing."""
     heads = grid(2, 9, 9, -np.inf)
     heads.maps[0][0, 4, 0, 0] = np.nan
     kernels = kernels_of("64 threads")
@@ -168,7 +168,7 @@ def test_thresholds_may_have_any_value_at_run_time():
     assert run_nms(kernels, crowd, iou=-1).num_dets == 1
 
 
-def test_images_of_a_full_batch_do_not_touch_each_other():
+def test_images_of_a_full_batch_are_independent():
     heads = grid(1, 1, 2, -30, batch=1024)
     heads.maps[0][::3, 4, 0, 0] = 1
     heads.maps[0][1::3, 10, 0, 1] = 2

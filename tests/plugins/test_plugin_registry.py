@@ -1,6 +1,6 @@
-"""The real registries, of TensorRT-RTX and of TensorRT 8.6, list our plugin, parse its node and build it.
+"""The plugin in the registries of TensorRT-RTX and of TensorRT 8.6, which list it, parse its node and build it.
 
-Compiles one library per interface for one GPU.
+Compiles one library per plugin interface, for one GPU architecture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.support.plugin_kit import headers_or_skip, old_or_skip
+from tests.support.plugin_kit import headers_or_skip, tensorrt86_or_skip
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.export.nms import DOMAIN, OP
 from yolov7_deploy.tensorrt.plugin_build import build_plugin, find_tools
@@ -33,7 +33,7 @@ OUTPUTS = {
     "y7nms_overflow": ["INT32", 1],
 }
 
-# Loads argv[1], parses argv[2], builds for one GPU, prints one JSON document.
+# Loads argv[1], parses argv[2], builds for one GPU, prints one JSON object.
 RTX = """
 import json, sys
 import tensorrt_rtx as trt
@@ -74,7 +74,7 @@ if record["parsed"]:
 print(json.dumps(record | {"messages": messages}))
 """
 
-# Loads argv[1] into the registry of TensorRT 8.6, uses the creator, prints one JSON document.
+# Loads argv[1] into the registry of TensorRT 8.6, uses the creator, prints one JSON object.
 OLD = """
 import ctypes, json, sys
 import numpy as np
@@ -83,7 +83,7 @@ import tensorrt as trt
 registry = trt.get_plugin_registry()
 library = ctypes.CDLL("libnvinfer.so.8")
 if library.getInferLibVersion() == 8600:
-    # The early-access release has loadLibrary elsewhere in its vtable than the bindings of 8.6.1 think.
+    # In the early-access release, loadLibrary has another position in the vtable than in the bindings of 8.6.1.
     library.getPluginRegistry.restype = ctypes.c_void_p
     this = library.getPluginRegistry()
     vtable = ctypes.cast(this, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p))).contents
@@ -140,7 +140,7 @@ print(json.dumps(record))
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """The library for some headers, each built once."""
+    """Return a function that builds the library for the given headers, once per headers."""
     made: dict[Path, PluginLibrary] = {}
 
     def build(headers: Path) -> PluginLibrary:
@@ -170,13 +170,13 @@ def read_elf(library: PluginLibrary, *options: str) -> str:
 
 
 def exported(library: PluginLibrary) -> set[str]:
-    """Names of the functions that others can call."""
+    """Return the names of the exported functions."""
     rows = [line.split() for line in read_elf(library, "--dyn-syms").splitlines()]
     return {row[7] for row in rows if len(row) > 7 and row[4] == "GLOBAL" and row[6].isdigit()}
 
 
 def needed(library: PluginLibrary) -> set[str]:
-    """Libraries that it loads, without versions: libc."""
+    """Return the names of the libraries that it loads, without versions, such as `libc`."""
     lines = [line for line in read_elf(library, "--dynamic").splitlines() if "(NEEDED)" in line]
     return {line.partition("[")[2].partition(".")[0] for line in lines}
 
@@ -184,12 +184,12 @@ def needed(library: PluginLibrary) -> set[str]:
 # --- TensorRT 10 and later -------------------------------------------------------------------------------------------
 
 
-def test_the_library_says_what_it_is(plugin):
+def test_the_library_describes_itself(plugin):
     assert (plugin.abi, plugin.version, plugin.kernels_abi) == ("v3", PLUGIN_VERSION, KERNELS_ABI)
     assert (plugin.compute_capabilities, plugin.ptx) == ((86,), (86,))
 
 
-def test_the_library_shows_its_entry_points_and_needs_neither_tensorrt_nor_cuda(plugin):
+def test_the_library_exports_its_entry_points_and_links_neither_tensorrt_nor_cuda(plugin):
     assert exported(plugin) == {*C_ABI, "getCreators", "setLoggerFinder"}
     system = {"libstdc++", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread"}
     assert {name for name in needed(plugin) if not name.startswith("ld-")} <= system
@@ -197,11 +197,11 @@ def test_the_library_shows_its_entry_points_and_needs_neither_tensorrt_nor_cuda(
 
 @pytest.fixture(scope="session")
 def rtx(plugin, tmp_path_factory):
-    """Parses and builds a file with TensorRT-RTX and the plugin, in a process of its own."""
+    """Return a function that parses and builds a model with TensorRT-RTX and the plugin in a separate process."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx (pip install 'yolov7-deploy[tensorrt-rtx]')")
     (folder,) = importlib.util.find_spec("tensorrt_rtx_libs").submodule_search_locations
     links = tmp_path_factory.mktemp("libraries")
-    # The wheel's parser opens a name that the wheel does not have.
+    # The wheel's parser opens a library name that the wheel does not contain.
     (links / "libtensorrt_rtx.so").symlink_to(Path(folder) / "libtensorrt_rtx.so.1")
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
 
@@ -216,15 +216,15 @@ def rtx(plugin, tmp_path_factory):
             timeout=TIMEOUT_S,
             check=False,
         )
-        assert done.returncode == 0, f"TensorRT-RTX died with {done.returncode}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"TensorRT-RTX ended with {done.returncode}: {done.stdout}{done.stderr}"
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
 
 
-def heads_only(*, batch: int | str = 1, half: bool = False, strides=(8, 16, 32), **attributes) -> onnx.ModelProto:
-    """A network of head maps and the node alone, 64x128 pixels: seconds to build."""
-    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+def heads_only(*, batch: int | str = 1, fp16: bool = False, strides=(8, 16, 32), **attributes) -> onnx.ModelProto:
+    """Return a model of head maps and the NMS node only, 64x128 pixels, which builds in seconds."""
+    kind = TensorProto.FLOAT16 if fp16 else TensorProto.FLOAT
     maps = [f"head_{level}" for level in range(len(strides))]
     inputs = [
         helper.make_tensor_value_info(name, kind, [batch, 24, max(1, 64 // stride), max(1, 128 // stride)])
@@ -242,7 +242,7 @@ def heads_only(*, batch: int | str = 1, half: bool = False, strides=(8, 16, 32),
         "plugin_version": "1",
         "plugin_namespace": "",
     }
-    # A node stands before it, as in a real network.
+    # A node before it, as in a real network.
     relus = [helper.make_node("Relu", [name], [f"{name}_in"]) for name in maps]
     names = [*(f"{name}_in" for name in maps), "conf", "iou"]
     node = helper.make_node(OP, names, list(OUTPUTS), name="nms", domain=DOMAIN, **{**values, **attributes})
@@ -257,10 +257,10 @@ def heads_only(*, batch: int | str = 1, half: bool = False, strides=(8, 16, 32),
     return model
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("fp16", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("batch", [1, 3, "batch"])
-def test_rtx_builds_the_node_as_our_plugin(rtx, half, batch):
-    record = rtx(heads_only(batch=batch, half=half))
+def test_rtx_builds_the_node_as_our_plugin(rtx, fp16, batch):
+    record = rtx(heads_only(batch=batch, fp16=fp16))
     assert [PLUGIN_NAME, PLUGIN_VERSION, ""] in record["creators"]
     assert record["layers"].count("PLUGIN_V3") == 1
     size = -1 if batch == "batch" else batch
@@ -271,43 +271,43 @@ def test_rtx_builds_the_node_as_our_plugin(rtx, half, batch):
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 8])
 def test_rtx_builds_any_number_of_levels(rtx, levels):
-    # Strides over the image's size are clipped above, so the pyramid must end in time.
+    # heads_only clips strides above the image size, so eight levels share one stride.
     strides = tuple(2**level for level in range(levels)) if levels < 8 else (8,) * 8
     assert rtx(heads_only(strides=strides))["plan"] > 0
 
 
-def test_rtx_builds_up_to_the_largest_batch_and_refuses_more(rtx):
+def test_rtx_builds_up_to_the_maximum_batch_and_rejects_more(rtx):
     assert rtx(heads_only(batch="batch"), largest=1024)["plan"] > 0
     record = rtx(heads_only(batch="batch"), largest=1025)
     assert record["plan"] == 0
     assert any("the batch is up to 1025 images" in text for text in record["messages"])
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-def test_rtx_takes_the_plugin_for_the_exported_file(rtx, half):
+@pytest.mark.parametrize("fp16", [False, True], ids=["float32", "float16"])
+def test_rtx_uses_the_plugin_for_the_exported_file(rtx, fp16):
     from tests.support.small_models import exported_tiny
 
     model = onnx.ModelProto()
     model.CopyFrom(exported_tiny(nms="plugin", batch=None, max_det=50).proto)
-    del model.functions[:]  # as the engine's build does
-    if half:
-        (place,) = [number for number, node in enumerate(model.graph.node) if node.op_type == OP]
-        node = model.graph.node[place]
-        for number in range(len(node.input) - 2):
-            cast = helper.make_node("Cast", [node.input[number]], [f"half_{number}"], to=TensorProto.FLOAT16)
-            node.input[number] = f"half_{number}"
-            model.graph.node.insert(place, cast)
+    del model.functions[:]  # as y7 build does
+    if fp16:
+        (index,) = [i for i, node in enumerate(model.graph.node) if node.op_type == OP]
+        node = model.graph.node[index]
+        for i in range(len(node.input) - 2):
+            cast = helper.make_node("Cast", [node.input[i]], [f"fp16_{i}"], to=TensorProto.FLOAT16)
+            node.input[i] = f"fp16_{i}"
+            model.graph.node.insert(index, cast)
     record = rtx(model)
     assert record["layers"].count("PLUGIN_V3") == 1
-    assert record["layers"].count("CAST") == (3 if half else 0)
+    assert record["layers"].count("CAST") == (3 if fp16 else 0)
     assert record["plan"] > 0, record["messages"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"classes": 0}, "attribute classes is 0; it must be from 1 to"),
-        ({"classes": 4}, "attribute classes is 4, which asks for 27"),
+        ({"classes": 4}, "attribute classes is 4, which requires 27"),
         ({"max_det": 0}, "attribute max_det is 0"),
         ({"max_candidates": -1}, "attribute max_candidates is -1"),
         ({"multi_label": 2}, "attribute multi_label is 2; it must be from 0 to 1"),
@@ -315,14 +315,14 @@ def test_rtx_takes_the_plugin_for_the_exported_file(rtx, half):
         ({"anchors": [1.0] * 12}, "attribute anchors has 12 values; 3 strides need 18"),
         ({"anchors": [1.0] * 17 + [float("nan")]}, "attribute anchors has the value nan"),
         ({"anchors": 1.0}, "attribute anchors has 1 values"),
-        ({"anchors": [1] * 18}, "attribute anchors must hold float32 values"),
-        ({"classes": 3.0}, "attribute classes must hold int32 values"),
+        ({"anchors": [1] * 18}, "attribute anchors must have float32 values"),
+        ({"classes": 3.0}, "attribute classes must have int32 values"),
         ({"classes": [3, 3]}, "attribute classes has 2 values; it must have 1"),
         ({"classes": "three"}, "attribute classes is of TensorRT's field type"),
         ({"strides": [8] * 9}, "attribute strides has 9 values; it must have from 1 to 8"),
     ],
 )
-def test_what_a_node_cannot_mean_is_refused_through_the_logger_of_tensorrt(rtx, changes, words):
+def test_invalid_attributes_are_rejected_through_the_logger_of_tensorrt(rtx, changes, message):
     attributes = {name: value for name, value in changes.items() if name != "strides"}
     model = heads_only(**attributes)
     if "strides" in changes:
@@ -331,10 +331,10 @@ def test_what_a_node_cannot_mean_is_refused_through_the_logger_of_tensorrt(rtx, 
         attribute.ints[:] = changes["strides"]
     record = rtx(model)
     assert not record["parsed"]
-    assert any(text.startswith("Y7NMS plugin, ") and words in text for text in record["messages"]), record["messages"]
+    assert any(text.startswith("Y7NMS plugin, ") and message in text for text in record["messages"]), record["messages"]
 
 
-def test_a_node_of_another_version_finds_no_plugin(rtx):
+def test_a_node_of_another_plugin_version_is_not_parsed(rtx):
     record = rtx(heads_only(plugin_version="2"))
     assert not record["parsed"]
 
@@ -344,21 +344,21 @@ def test_a_node_of_another_version_finds_no_plugin(rtx):
 
 @pytest.fixture(scope="session")
 def old_plugin(built):
-    return built(old_or_skip() / "include")
+    return built(tensorrt86_or_skip() / "include")
 
 
-def test_the_old_library_shows_its_entry_points_and_needs_no_tensorrt(old_plugin):
+def test_the_v2_library_exports_its_entry_points_and_does_not_link_tensorrt(old_plugin):
     assert old_plugin.abi == "v2"
     assert exported(old_plugin) == {*C_ABI, "getPluginCreators", "setLoggerFinder"}
     assert not any("nvinfer" in name for name in needed(old_plugin))
 
 
-def test_the_registry_of_8_6_lists_the_plugin_and_its_bytes_are_safe(old_plugin):
+def test_the_registry_of_8_6_lists_the_plugin_and_damaged_bytes_are_rejected(old_plugin):
     if sys.version_info[:2] != (3, 11):
-        pytest.skip("the bindings of the kit are for Python 3.11")
-    kit = old_or_skip()
+        pytest.skip("the TensorRT 8.6 bindings are for Python 3.11")
+    folder = tensorrt86_or_skip()
     packages = Path(importlib.util.find_spec("numpy").origin).parents[1]
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{kit / 'lib'}", "PYTHONPATH": f"{kit / 'site'}:{packages}"}
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder / 'lib'}", "PYTHONPATH": f"{folder / 'site'}:{packages}"}
     done = subprocess.run(
         [sys.executable, "-c", OLD, old_plugin.path],
         env=environment,
@@ -367,7 +367,7 @@ def test_the_registry_of_8_6_lists_the_plugin_and_its_bytes_are_safe(old_plugin)
         timeout=TIMEOUT_S,
         check=False,
     )
-    assert done.returncode == 0, f"TensorRT died with {done.returncode}: {done.stdout}{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"TensorRT ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}"
     record = json.loads(done.stdout.splitlines()[-1])
     names = ["anchors", "strides", "classes", "max_det", "max_candidates", "multi_label", "class_agnostic"]
     assert record == {

@@ -1,8 +1,8 @@
-"""Random and simple head maps, and the comparison of the NMS kernels with the NumPy reference, bit by bit.
+"""Random and simple head maps, and the bit-exact comparison of the NMS kernels with the NumPy reference.
 
-The reference gets the kernels' own sigmoid (`sigmoid_of`), because two correct exponentials differ by an ulp, and that
-decides between equal scores; a test compares that sigmoid with NumPy's. All other arithmetic must be identical.
-With a `memory` of a real GPU, everything here works on a real library too.
+The reference uses the kernels' own sigmoid (`sigmoid_of`): two correct exponentials may differ by an ulp, which would
+change the order of scores. A test compares that sigmoid with NumPy's. All other arithmetic must be identical.
+With a `memory` of a real GPU, all of this also works with the real library.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.fakes.emulated_kernels import (
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
 
-# As shipped, and small: so that images of a few hundred anchors need several tiles, lists and digits.
+# The shipped sizes, and small ones with which images of a few hundred anchors need several tiles, lists and digits.
 BUILDS = {
     "shipped": (),
     "64 threads": ("Y7_NMS_THREADS=64", "Y7_NMS_SELECT_THREADS=32", "Y7_NMS_CAPACITY=97", "Y7_NMS_STAGED=5"),
@@ -33,7 +33,7 @@ BUILDS = {
 }
 
 
-CASES = int(os.environ.get("Y7_NMS_CASES", "150"))  # of random heads, over all builds
+CASES = int(os.environ.get("Y7_NMS_CASES", "150"))  # random heads, over all builds
 
 
 @cache
@@ -42,7 +42,7 @@ def kernels_of(build):
 
 
 def expected_of(heads, sigmoid, *, conf, iou, max_det, max_candidates, multi_label, class_agnostic):
-    """Per image boxes, scores, classes, and whether max_candidates pairs passed."""
+    """Yield the boxes, scores and classes of each image, and whether max_candidates pairs passed the threshold."""
     thresholds = Thresholds(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, class_agnostic=class_agnostic)
     for image in decoded(heads, sigmoid):
         scores = image[:, 4:5] * (image[:, 5:] if heads.classes > 1 else 1)
@@ -51,7 +51,7 @@ def expected_of(heads, sigmoid, *, conf, iou, max_det, max_candidates, multi_lab
 
 
 def assert_equals_the_reference(kernels, heads, *, memory=None, **options):
-    """Runs the kernels and the reference; returns how many detections they agree on."""
+    """Assert that the kernels equal the reference; return the number of detections."""
     result = run_nms(kernels, heads, memory=memory, **options)
     expected = expected_of(heads, partial(sigmoid_of, kernels, memory=memory), **options)
     for number, (boxes, scores, classes, overflow) in enumerate(expected):
@@ -67,7 +67,7 @@ def assert_equals_the_reference(kernels, heads, *, memory=None, **options):
 
 
 def random_heads(rng, *, classes=None, pairs=4000):
-    """Heads of any shape, type and layout with about that many pairs; half of them with many equal logits."""
+    """Return heads of random shape, dtype and layout with about `pairs` pairs; half of them with many equal logits."""
     classes = classes or int(rng.choice([1, 2, 3, 20, 33, 80, 150]))
     levels = int(rng.integers(1, 5))
     batch = int(rng.choice([1, 1, 3, 8]))
@@ -98,7 +98,7 @@ def random_heads(rng, *, classes=None, pairs=4000):
 
 
 def random_options(rng):
-    """Keyword arguments of run_nms."""
+    """Return random keyword arguments of run_nms."""
     return {
         "conf": float(rng.choice([0, 0.001, 0.05, 0.25, 0.25, 0.5, 0.9, 1])),
         "iou": float(rng.choice([0, 0.2, 0.45, 0.65, 1])),
@@ -110,7 +110,7 @@ def random_options(rng):
 
 
 def one_random_case(kernels, seed, **settings):
-    """The case of this list of numbers."""
+    """Run the random case of a seed (a list of integers); return the number of detections."""
     rng = np.random.default_rng(seed)
     heads, options = random_heads(rng), random_options(rng)
     kernels.seed(seed[-1])
@@ -121,7 +121,7 @@ def one_random_case(kernels, seed, **settings):
 
 
 def grid(classes, height, width, fill, *, kind=np.float32, stride=8.0, batch=1):
-    """One level with every logit the same; only the three boxes of a cell overlap, and these entirely."""
+    """Return one level with equal logits: identical boxes within a cell, no overlap between cells."""
     maps = np.full((batch, 3 * (5 + classes), height, width), fill, kind)
     return Heads(maps=(maps,), strides=(stride,), anchors=(((1.0, 1.0), (1.0, 1.0), (1.0, 1.0)),))
 
@@ -130,7 +130,7 @@ DEFAULTS = {"iou": 0.45, "max_det": 100, "max_candidates": 30_000, "multi_label"
 
 
 class Call:
-    """A valid call of y7_nms whose pieces a test spoils."""
+    """A valid call of y7_nms; tests make one argument invalid."""
 
     def __init__(self, batch=2, classes=3, max_det=4):
         self.kernels = kernels_of("64 threads")

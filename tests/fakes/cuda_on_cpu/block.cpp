@@ -1,4 +1,4 @@
-// Blocks of fibers: the scheduler behind cuda_runtime.h.
+// The scheduler of the emulation: blocks of fibers.
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -17,7 +17,7 @@ dim3 blockDim, gridDim;
 // --- switching stacks -----------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
-using Context = void*;  // the stack pointer, everything else lies on the stack
+using Context = void*;  // the stack pointer; everything else is on the stack
 
 extern "C" void cuda_on_cpu_switch(Context* from, Context* to);
 asm(R"(
@@ -43,7 +43,7 @@ cuda_on_cpu_switch:
 )");
 
 static void start_at(Context* context, char* stack, size_t bytes, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // the ABI wants 16 n + 8 at a function's entry
+  void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // the ABI requires 16 n + 8 at a function's entry
   *top = reinterpret_cast<void*>(entry);
   memset(top - 6, 0, 6 * sizeof(void*));
   *context = top - 6;
@@ -66,9 +66,9 @@ static void start_at(Context* context, char* stack, size_t bytes, void (*entry)(
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t STACK = 64 << 10;
-constexpr size_t SHARED = 48 << 10;
-constexpr size_t FENCE = 64;  // bytes behind every shared variable that nobody may touch
+constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kSharedBytes = 48 << 10;
+constexpr size_t kFenceBytes = 64;  // after every shared variable; must not be written
 
 struct Fiber {
   Context context;
@@ -77,7 +77,7 @@ struct Fiber {
   bool finished, waits;
   Operation operation;  // what it waits for
   unsigned mask, lane, width;
-  uint64_t value;  // what it gave, then what it gets
+  uint64_t value;  // its operand, then its result
 };
 
 struct Variable {
@@ -94,11 +94,11 @@ const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 void (*kernel_body)(void*);
 void* kernel_argument;
-alignas(128) unsigned char shared_memory[SHARED + 128 * FENCE];
+alignas(128) unsigned char shared_memory[kSharedBytes + 128 * kFenceBytes];
 std::vector<Variable> variables;
 unsigned char garbage;
-std::string failure;  // of the running launch
-std::mutex one_launch;  // at a time: all the above is the running one's
+std::string failure;      // of the running launch
+std::mutex launch_mutex;  // all the state above belongs to the running launch
 thread_local std::string message = "no error";
 
 uint32_t draw(uint32_t below) {  // xorshift64*
@@ -109,7 +109,9 @@ uint32_t draw(uint32_t below) {  // xorshift64*
 }
 
 void fail(const std::string& what) {
-  if (failure.empty()) failure = what;
+  if (failure.empty()) {
+    failure = what;
+  }
 }
 
 void switch_to(Context* from, Context* to, const void* stack, size_t bytes) {
@@ -144,17 +146,23 @@ void wake(Fiber& fiber) {
 
 bool is_barrier(Operation operation) { return operation <= Operation::barrier_or; }
 
-// Lets the block go on if all its threads wait at one barrier.
+// Resumes the block if all its threads wait at one barrier.
 bool open_barrier() {
   uint64_t sum = 0;
   for (unsigned t = 0; t < threads; ++t) {
     const Fiber& fiber = fibers[t];
-    if (fiber.finished || fiber.operation != fibers[0].operation || !is_barrier(fiber.operation)) return false;
+    if (fiber.finished || fiber.operation != fibers[0].operation || !is_barrier(fiber.operation)) {
+      return false;
+    }
     sum += fiber.value;
   }
   const Operation operation = fibers[0].operation;
-  if (operation == Operation::barrier_and) sum = sum == threads;
-  if (operation == Operation::barrier_or) sum = sum != 0;
+  if (operation == Operation::barrier_and) {
+    sum = sum == threads;
+  }
+  if (operation == Operation::barrier_or) {
+    sum = sum != 0;
+  }
   for (unsigned t = 0; t < threads; ++t) {
     fibers[t].value = sum;
     wake(fibers[t]);
@@ -178,32 +186,40 @@ unsigned source_lane(const Fiber& fiber, unsigned lane) {
   }
 }
 
-// Completes the warp operation of the current fiber if all living lanes of its mask are here.
+// Completes the warp operation of the current fiber if all unfinished lanes of its mask have arrived.
 void complete_warp() {
   const Fiber& mine = fibers[current];
   const unsigned first = current & ~31u;
   const unsigned mask = mine.mask & (threads - first < 32 ? (1u << (threads - first)) - 1 : ~0u);
   unsigned here = 0, ballot = 0;
-  uint64_t given[32];
+  uint64_t operands[32];
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1) || fibers[first + lane].finished) continue;
+    if (!(mask >> lane & 1) || fibers[first + lane].finished) {
+      continue;
+    }
     const Fiber& fiber = fibers[first + lane];
-    if (!fiber.waits || fiber.operation != mine.operation || fiber.mask != mine.mask) return;
+    if (!fiber.waits || fiber.operation != mine.operation || fiber.mask != mine.mask) {
+      return;
+    }
     here |= 1u << lane;
     ballot |= unsigned(fiber.value != 0) << lane;
-    given[lane] = fiber.value;
+    operands[lane] = fiber.value;
   }
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!(here >> lane & 1)) continue;
+    if (!(here >> lane & 1)) {
+      continue;
+    }
     Fiber& fiber = fibers[first + lane];
     const unsigned source = source_lane(fiber, lane);
-    if (!(here >> source & 1)) fail("a shuffle reads lane " + std::to_string(source) + ", which takes no part in it");
-    fiber.value = fiber.operation == Operation::ballot ? ballot : given[here >> source & 1 ? source : lane];
+    if (!(here >> source & 1)) {
+      fail("a shuffle reads lane " + std::to_string(source) + ", which does not participate");
+    }
+    fiber.value = fiber.operation == Operation::ballot ? ballot : operands[here >> source & 1 ? source : lane];
     wake(fiber);
   }
 }
 
-std::string stuck() {
+std::string deadlock_message() {
   unsigned finished = 0, barrier = 0;
   for (unsigned t = 0; t < threads; ++t) {
     finished += fibers[t].finished;
@@ -211,12 +227,12 @@ std::string stuck() {
   }
   const unsigned warp = threads - finished - barrier;
   return "of " + std::to_string(threads) + " threads " + std::to_string(barrier) + " wait at a barrier, " +
-         std::to_string(warp) + " wait for other lanes of their warp and " + std::to_string(finished) + " are gone";
+         std::to_string(warp) + " wait for other lanes of their warp and " + std::to_string(finished) + " are finished";
 }
 
 void run_block() {
   variables.clear();
-  garbage = uint8_t(0x80 | draw(128));  // as float a negative number, as integer too
+  garbage = uint8_t(0x80 | draw(128));  // negative both as a float and as an integer
   ready.clear();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
@@ -224,26 +240,30 @@ void run_block() {
     fiber.finished = fiber.waits = false;
     if (!fiber.stack) {
       fiber.stack = static_cast<char*>(
-          mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     }
-    // Tops of stacks a power of two apart would all fall into the same few lines of the cache.
-    start_at(&fiber.context, fiber.stack, STACK - t % 64 * 320, fiber_main);
+    // Stack tops a power of two apart would all map to the same few cache lines.
+    start_at(&fiber.context, fiber.stack, kStackBytes - t % 64 * 320, fiber_main);
     ready.push_back(t);
   }
   unsigned finished = 0;
   while (failure.empty() && finished < threads) {
-    if (ready.empty() && !open_barrier()) return fail(stuck());
-    const unsigned place = draw(uint32_t(ready.size()));
-    current = ready[place];
-    ready[place] = ready.back();
+    if (ready.empty() && !open_barrier()) {
+      return fail(deadlock_message());
+    }
+    const unsigned index = draw(uint32_t(ready.size()));
+    current = ready[index];
+    ready[index] = ready.back();
     ready.pop_back();
     threadIdx = fibers[current].index;
-    switch_to(&scheduler, &fibers[current].context, fibers[current].stack, STACK);
+    switch_to(&scheduler, &fibers[current].context, fibers[current].stack, kStackBytes);
     finished += fibers[current].finished;
   }
   for (const Variable& variable : variables) {
-    for (size_t i = variable.end; i < variable.end + FENCE; ++i) {
-      if (shared_memory[i] != garbage) return fail("a shared variable was written beyond its end");
+    for (size_t i = variable.end; i < variable.end + kFenceBytes; ++i) {
+      if (shared_memory[i] != garbage) {
+        return fail("a shared variable was written beyond its end");
+      }
     }
   }
 }
@@ -252,20 +272,22 @@ void run_block() {
 
 void* shared_bytes(const void* key, size_t bytes, size_t alignment) {
   for (const Variable& variable : variables) {
-    if (variable.key == key) return shared_memory + variable.begin;
+    if (variable.key == key) {
+      return shared_memory + variable.begin;
+    }
   }
-  size_t begin = variables.empty() ? 0 : variables.back().end + FENCE;
+  size_t begin = variables.empty() ? 0 : variables.back().end + kFenceBytes;
   begin = (begin + alignment - 1) / alignment * alignment;
-  if (begin + bytes > SHARED + variables.size() * FENCE) {
+  if (begin + bytes > kSharedBytes + variables.size() * kFenceBytes) {
     fprintf(stderr, "cuda_on_cpu: more than 48 KiB of shared memory\n");
     abort();
   }
-  memset(shared_memory + begin, garbage, bytes + FENCE);
+  memset(shared_memory + begin, garbage, bytes + kFenceBytes);
   variables.push_back({key, begin, begin + bytes});
   return shared_memory + begin;
 }
 
-uint64_t meet(Operation operation, unsigned mask, uint64_t value, unsigned lane, unsigned width) {
+uint64_t synchronize(Operation operation, unsigned mask, uint64_t value, unsigned lane, unsigned width) {
   Fiber& fiber = fibers[current];
   fiber.operation = operation;
   fiber.mask = mask;
@@ -274,7 +296,9 @@ uint64_t meet(Operation operation, unsigned mask, uint64_t value, unsigned lane,
   fiber.width = width;
   fiber.waits = true;
   if (!is_barrier(operation)) {
-    if (!(mask >> (current & 31) & 1)) fail("a warp operation's mask leaves out its own lane");
+    if (!(mask >> (current & 31) & 1)) {
+      fail("a warp operation's mask leaves out its own lane");
+    }
     complete_warp();
   }
   back_to_scheduler();
@@ -282,7 +306,9 @@ uint64_t meet(Operation operation, unsigned mask, uint64_t value, unsigned lane,
 }
 
 void maybe_yield() {
-  if (draw(4)) return;
+  if (draw(4)) {
+    return;
+  }
   ready.push_back(current);
   back_to_scheduler();
 }
@@ -292,24 +318,28 @@ cudaError_t launch_grid(dim3 grid, dim3 block, void (*body)(void*), void* argume
   if (!count || count > 1024 || !blocks || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  const std::lock_guard<std::mutex> turn(one_launch);
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   failure.clear();
   threads = unsigned(count);
-  if (fibers.size() < threads) fibers.resize(threads);
+  if (fibers.size() < threads) {
+    fibers.resize(threads);
+  }
   kernel_body = body;
   kernel_argument = argument;
   gridDim = grid;
   blockDim = block;
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t place = draw(uint32_t(i + 1));
-    order[i] = order[place];
-    order[place] = i;
+    const uint64_t other = draw(uint32_t(i + 1));
+    order[i] = order[other];
+    order[other] = i;
   }
   for (const uint64_t number : order) {
     blockIdx = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y), unsigned(number / grid.x / grid.y)};
     run_block();
-    if (failure.empty()) continue;
+    if (failure.empty()) {
+      continue;
+    }
     message = "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + "): " + failure;
     return cudaErrorLaunchFailure;
   }
@@ -331,5 +361,5 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-// Another order of threads and blocks, and other garbage.
+// Sets the seed of the order of threads and blocks, and of the garbage.
 extern "C" void cuda_on_cpu_seed(uint64_t seed) { cuda_on_cpu::random_state = (2 * seed + 1) * 0x9e3779b97f4a7c15ull; }

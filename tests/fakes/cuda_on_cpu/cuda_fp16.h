@@ -18,14 +18,18 @@ inline float __half2float(__half half) {
   return __uint_as_float(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13);
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __half __float2half_rn(float x) {
   const uint32_t bits = __float_as_uint(x);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7fff)};
-  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more
-  if (magnitude < 0x38800000) {                                  // below 2^-14: a multiple of 2^-24
+  if (magnitude > 0x7f800000) {
+    return {uint16_t(sign | 0x7fff)};
+  }
+  if (magnitude >= 0x477ff000) {
+    return {uint16_t(sign | 0x7c00)};  // 65520 and more
+  }
+  if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24
     return {uint16_t(sign | uint16_t(rintf(__uint_as_float(magnitude) * 16777216.0f)))};
   }
   const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);

@@ -1,15 +1,16 @@
 // The CUDA execution model on one CPU thread, for tests of kernels on machines without a GPU.
 //
-// The threads of a block are fibers. Between two waits (barrier, warp operation, now and then an atomic) a fiber runs
-// alone; which one runs next is drawn at random from a seed, as is the order of the blocks and the garbage in shared
-// memory. So a missing barrier shows as results that differ between seeds. A barrier that some threads never reach, a
-// warp operation whose mask names a lane that waits elsewhere, a lane read that was never given, shared memory beyond
-// 48 KiB or written beyond its variable: each ends the launch with cudaErrorLaunchFailure and a sentence.
+// The threads of a block are fibers. A fiber runs alone until it waits: at a barrier, at a warp operation, sometimes at
+// an atomic. A seed determines which fiber runs next, the order of the blocks and the garbage in shared memory. So a
+// missing barrier gives results that differ between seeds. Each of these errors ends the launch with
+// cudaErrorLaunchFailure and a message: a barrier that some threads do not reach, a warp operation whose mask contains
+// a lane that waits elsewhere, a shuffle from a lane that does not participate, a write beyond the end of a shared
+// variable. More than 48 KiB of shared memory ends the process.
 //
-// Launches from several host threads take turns.
+// Launches from several host threads run one after the other.
 //
-// Not emulated: threads that really run at once, weak memory order, dynamic shared memory, streams (a launch runs at
-// once), alignment faults (-fsanitize=undefined finds those).
+// Not emulated: concurrent threads, weak memory order, dynamic shared memory, streams (a launch runs synchronously) and
+// alignment faults (-fsanitize=undefined finds those).
 #ifndef CUDA_ON_CPU_CUDA_RUNTIME_H
 #define CUDA_ON_CPU_CUDA_RUNTIME_H
 
@@ -33,12 +34,12 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-#define CUDA_ON_CPU_VECTOR(base, name)                                                                             \
-  struct name##2 { base x, y; };                                                                                   \
-  struct name##3 { base x, y, z; };                                                                                \
-  struct alignas(4 * sizeof(base)) name##4 { base x, y, z, w; };                                                   \
-  inline name##2 make_##name##2(base x, base y) { return {x, y}; }                                                 \
-  inline name##3 make_##name##3(base x, base y, base z) { return {x, y, z}; }                                      \
+#define CUDA_ON_CPU_VECTOR(base, name)                                        \
+  struct name##2 { base x, y; };                                              \
+  struct name##3 { base x, y, z; };                                           \
+  struct alignas(4 * sizeof(base)) name##4 { base x, y, z, w; };              \
+  inline name##2 make_##name##2(base x, base y) { return {x, y}; }            \
+  inline name##3 make_##name##3(base x, base y, base z) { return {x, y, z}; } \
   inline name##4 make_##name##4(base x, base y, base z, base w) { return {x, y, z, w}; }
 CUDA_ON_CPU_VECTOR(float, float)
 CUDA_ON_CPU_VECTOR(int, int)
@@ -46,7 +47,7 @@ CUDA_ON_CPU_VECTOR(unsigned, uint)
 CUDA_ON_CPU_VECTOR(unsigned char, uchar)
 #undef CUDA_ON_CPU_VECTOR
 
-// --- the host's side ------------------------------------------------------------------------------------------------
+// --- host API ------------------------------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -62,7 +63,7 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
   return cudaSuccess;
 }
 
-// --- the device's side ----------------------------------------------------------------------------------------------
+// --- device API ----------------------------------------------------------------------------------------------------
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -72,14 +73,14 @@ namespace cuda_on_cpu {
 
 enum class Operation { barrier, barrier_count, barrier_and, barrier_or, warp_sync, ballot, index, up, down, exclusive };
 
-// Runs body once per thread of the grid, block after block.
+// Runs body once per thread of the grid, one block after the other.
 cudaError_t launch_grid(dim3 grid, dim3 block, void (*body)(void*), void* argument);
 template <class Body>
 cudaError_t launch(dim3 grid, dim3 block, cudaStream_t, Body body) {
   return launch_grid(grid, block, [](void* pointer) { (*static_cast<Body*>(pointer))(); }, &body);
 }
 
-// The block's one variable of this key, full of garbage at first.
+// Returns the block's variable with this key, initially filled with garbage.
 void* shared_bytes(const void* key, size_t bytes, size_t alignment);
 template <class T>
 T& shared(const void* key) {
@@ -87,9 +88,9 @@ T& shared(const void* key) {
   return *static_cast<T*>(shared_bytes(key, sizeof(T), alignof(T)));
 }
 
-// Waits until every thread of the block (barriers) or of the mask is here, and gives the operation's result.
-uint64_t meet(Operation operation, unsigned mask, uint64_t value, unsigned lane, unsigned width);
-// Sometimes lets other threads run first.
+// Waits until every thread of the block (barriers) or of the mask arrives, and returns the operation's result.
+uint64_t synchronize(Operation operation, unsigned mask, uint64_t value, unsigned lane, unsigned width);
+// Sometimes switches to other threads first.
 void maybe_yield();
 
 template <class T>
@@ -97,26 +98,28 @@ T exchange(Operation operation, unsigned mask, T value, unsigned lane, unsigned 
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "shuffles carry up to 64 bits");
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
-  bits = meet(operation, mask, bits, lane, width);
+  bits = synchronize(operation, mask, bits, lane, width);
   memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::meet(cuda_on_cpu::Operation::barrier, ~0u, 0, 0, 32); }
+inline void __syncthreads() { cuda_on_cpu::synchronize(cuda_on_cpu::Operation::barrier, ~0u, 0, 0, 32); }
 inline int __syncthreads_count(int x) {
-  return int(cuda_on_cpu::meet(cuda_on_cpu::Operation::barrier_count, ~0u, x != 0, 0, 32));
+  return int(cuda_on_cpu::synchronize(cuda_on_cpu::Operation::barrier_count, ~0u, x != 0, 0, 32));
 }
 inline int __syncthreads_and(int x) {
-  return int(cuda_on_cpu::meet(cuda_on_cpu::Operation::barrier_and, ~0u, x != 0, 0, 32));
+  return int(cuda_on_cpu::synchronize(cuda_on_cpu::Operation::barrier_and, ~0u, x != 0, 0, 32));
 }
 inline int __syncthreads_or(int x) {
-  return int(cuda_on_cpu::meet(cuda_on_cpu::Operation::barrier_or, ~0u, x != 0, 0, 32));
+  return int(cuda_on_cpu::synchronize(cuda_on_cpu::Operation::barrier_or, ~0u, x != 0, 0, 32));
 }
-inline void __syncwarp(unsigned mask = ~0u) { cuda_on_cpu::meet(cuda_on_cpu::Operation::warp_sync, mask, 0, 0, 32); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  cuda_on_cpu::synchronize(cuda_on_cpu::Operation::warp_sync, mask, 0, 0, 32);
+}
 inline unsigned __ballot_sync(unsigned mask, int x) {
-  return unsigned(cuda_on_cpu::meet(cuda_on_cpu::Operation::ballot, mask, x != 0, 0, 32));
+  return unsigned(cuda_on_cpu::synchronize(cuda_on_cpu::Operation::ballot, mask, x != 0, 0, 32));
 }
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, !x) == 0; }
@@ -140,20 +143,20 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-#define CUDA_ON_CPU_ATOMIC(name, result)                            \
-  template <class T>                                                \
-  T name(T* address, typename std::common_type<T>::type value) {    \
-    cuda_on_cpu::maybe_yield();                                     \
-    const T old = *address;                                         \
-    *address = T(result);                                           \
-    return old;                                                     \
+#define CUDA_ON_CPU_ATOMIC(name, result)                         \
+  template <class T>                                             \
+  T name(T* address, typename std::common_type<T>::type value) { \
+    cuda_on_cpu::maybe_yield();                                  \
+    const T old = *address;                                      \
+    *address = T(result);                                        \
+    return old;                                                  \
   }
 CUDA_ON_CPU_ATOMIC(atomicAdd, old + value)
 CUDA_ON_CPU_ATOMIC(atomicSub, old - value)
 CUDA_ON_CPU_ATOMIC(atomicMax, old < value ? value : old)
 CUDA_ON_CPU_ATOMIC(atomicMin, value < old ? value : old)
 CUDA_ON_CPU_ATOMIC(atomicOr, old | value)
-CUDA_ON_CPU_ATOMIC(atomicAnd, old & value)
+CUDA_ON_CPU_ATOMIC(atomicAnd, (old & value))
 CUDA_ON_CPU_ATOMIC(atomicXor, old ^ value)
 CUDA_ON_CPU_ATOMIC(atomicExch, value)
 #undef CUDA_ON_CPU_ATOMIC

@@ -1,4 +1,4 @@
-// For host files that ask which toolkit this is.
+// The toolkit version, for host files.
 #ifndef CUDA_ON_CPU_CUDA_RUNTIME_API_H
 #define CUDA_ON_CPU_CUDA_RUNTIME_API_H
 

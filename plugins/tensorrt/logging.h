@@ -1,18 +1,18 @@
-// Messages to TensorRT's logger, and the wall that no exception passes.
-#ifndef Y7_LOG_H
-#define Y7_LOG_H
+// Messages to TensorRT's logger, and the conversion of exceptions to messages at the plugin's interface.
+#ifndef Y7_LOGGING_H
+#define Y7_LOGGING_H
 
 #include <exception>
 
 namespace y7 {
 
-// What TensorRT 8.6 and later pass to setLoggerFinder; null where nobody passed anything.
+// Stores the argument of setLoggerFinder, which TensorRT 8.6 and later call; null before the call.
 void set_logger_finder(void* finder) noexcept;
 
-// Writes one error to TensorRT's logger, to stderr where there is none. `where` is the method that failed.
+// Writes an error to TensorRT's logger, or to stderr without a logger. `where` is the method that failed.
 void log_error(const char* where, const char* what) noexcept;
 
-// Runs a plugin method: an exception becomes a message and `failure`.
+// Returns body(). If it throws, logs the exception and returns `failure`.
 template <typename Result, typename Body>
 Result guarded(const char* where, Result failure, const Body& body) noexcept {
   try {
@@ -27,4 +27,4 @@ Result guarded(const char* where, Result failure, const Body& body) noexcept {
 
 }  // namespace y7
 
-#endif  // Y7_LOG_H
+#endif  // Y7_LOGGING_H

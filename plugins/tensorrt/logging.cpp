@@ -1,4 +1,4 @@
-#include "log.h"
+#include "logging.h"
 
 #include <cxxabi.h>
 
@@ -11,14 +11,14 @@
 #include "params.h"
 #include "tensorrt.h"
 
-// TensorRT 11 and TensorRT-RTX put a versioned base in front of ILogger and ILoggerFinder: the same names, another
-// vtable. The plugin interfaces did not change, so one library serves TensorRT 10, 11 and RTX, and the headers that it
-// was compiled with do not tell which logger it meets. The name of the finder's base class does.
+// In TensorRT 11 and TensorRT-RTX, ILogger and ILoggerFinder have a versioned base class: the same names, a different
+// vtable. The plugin interfaces did not change, so one library works with TensorRT 10, 11 and RTX, and the headers it
+// was compiled with do not determine which logger it gets at run time. The name of the finder's base class does.
 
 namespace y7 {
 
-// The two vtables, slot by slot. Nobody creates or destroys these. They have a named namespace, because of a type that
-// is local to this file the compiler knows that nothing implements it, and drops the calls.
+// The two vtable layouts. These types are never created or destroyed. Their namespace has a name, because for a type
+// that is local to this file the compiler would know that it has no implementation and would remove the calls.
 namespace vtables {
 
 struct PlainFinder {
@@ -71,8 +71,8 @@ std::atomic<void*> logger_finder{nullptr};
 
 #ifdef Y7_STATIC_REGISTRATION
 
-// This library links libnvinfer: its logger is the one of the headers.
-bool to_tensorrt(const char* message) {
+// This library links libnvinfer, so its logger is the one of the headers.
+bool log_to_tensorrt(const char* message) {
   nvinfer1::ILogger* logger = ::getLogger();
   if (logger != nullptr) {
     logger->log(nvinfer1::ILogger::Severity::kERROR, message);
@@ -82,7 +82,7 @@ bool to_tensorrt(const char* message) {
 
 #else
 
-// Whether the class of a polymorphic object, or a base of it, has this mangled name. False without type information.
+// Returns whether the class of a polymorphic object or one of its bases has this mangled name; false without RTTI.
 bool has_base(const void* object, const char* name) {
   const auto* vtable = *static_cast<const std::type_info* const* const*>(object);
   const std::type_info* type = vtable[-1];  // Itanium C++ ABI: the slot before the first function
@@ -105,8 +105,8 @@ bool log_with(void* finder, const char* message) {
   return logger != nullptr;
 }
 
-// False where there is no logger, or none whose form is known.
-bool to_tensorrt(const char* message) {
+// Returns false without a logger and for a logger of unknown layout.
+bool log_to_tensorrt(const char* message) {
   void* finder = logger_finder.load();
   if (finder == nullptr) {
     return false;
@@ -127,10 +127,10 @@ void log_error(const char* where, const char* what) noexcept {
   char message[1024];
   std::snprintf(message, sizeof message, "%s plugin, %s: %s", kPluginName, where, what);
   try {
-    if (to_tensorrt(message)) {
+    if (log_to_tensorrt(message)) {
       return;
     }
-  } catch (...) {  // a finder may throw; the message must still be seen
+  } catch (...) {  // the finder may throw; the message is then printed
   }
   std::fprintf(stderr, "%s\n", message);
 }

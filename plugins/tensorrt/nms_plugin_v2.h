@@ -1,10 +1,10 @@
-// The shell for TensorRT 8.5, 8.6 and 9.
-#ifndef Y7_PLUGIN_V2_H
-#define Y7_PLUGIN_V2_H
+// IPluginV2DynamicExt, for TensorRT 8.5, 8.6 and 9.
+#ifndef Y7_NMS_PLUGIN_V2_H
+#define Y7_NMS_PLUGIN_V2_H
 
 #include <string>
 
-#include "shell.h"
+#include "nms_plugin.h"
 
 namespace y7 {
 
@@ -41,11 +41,11 @@ class NmsPlugin final : public nvinfer1::IPluginV2DynamicExt {
 
  private:
   NodeParams params_;
-  std::vector<uint8_t> bytes_;  // serialised
+  std::vector<uint8_t> serialized_;
   std::string namespace_;
 };
 
-// The return types are narrower than TensorRT's: its headers call the name IPluginV2 deprecated.
+// The return types are narrower than TensorRT's, because its headers mark the name IPluginV2 as deprecated.
 class NmsCreator final : public nvinfer1::IPluginCreator {
  public:
   const char* getPluginName() const noexcept override;
@@ -65,4 +65,4 @@ class NmsCreator final : public nvinfer1::IPluginCreator {
 
 }  // namespace y7
 
-#endif  // Y7_PLUGIN_V2_H
+#endif  // Y7_NMS_PLUGIN_V2_H

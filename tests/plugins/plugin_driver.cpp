@@ -1,30 +1,30 @@
-// Drives the plugin's shell as TensorRT does, with kernels that only write down how they were called. Compiled and run
-// by test_plugin_shells.py, against the headers of either interface. Prints one JSON object.
+// Calls the plugin as TensorRT does, with fake kernels that record their arguments. Compiled and run by
+// test_plugin_interfaces.py, with the headers of either plugin interface. Prints one JSON object.
 #include <iostream>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "log.h"
-#include "shell.h"
-#if Y7_SHELL_V3
-#include "plugin_v3.h"
+#include "logging.h"
+#include "nms_plugin.h"
+#if Y7_PLUGIN_V3
+#include "nms_plugin_v3.h"
 #else
-#include "plugin_v2.h"
+#include "nms_plugin_v2.h"
 #endif
 
 using namespace nvinfer1;
 
 namespace {
 
-std::string called;  // the last y7_nms, as JSON
+std::string last_call;  // of y7_nms, as JSON
 std::vector<std::string> messages;
 
-// Dimensions as the parser has them: -1 is open.
+// Dimensions as the parser represents them: -1 is dynamic.
 class Expression final : public IDimensionExpr, public apiv::VDimensionExpr {
  public:
   explicit Expression(int64_t value) : value_(value) { mImpl = this; }
-#if Y7_SHELL_V3
+#if Y7_PLUGIN_V3
   bool isConstant() const override { return value_ >= 0; }
   int64_t getConstantValue() const override { return value_; }
   bool isSizeTensor() const override { return false; }
@@ -42,7 +42,7 @@ class Builder final : public IExprBuilder, public apiv::VExprBuilder {
   const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) override {
     return nullptr;
   }
-#if Y7_SHELL_V3
+#if Y7_PLUGIN_V3
   const IDimensionExpr* constant(int64_t value) override { return new Expression(value); }
   const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) override {
     return nullptr;
@@ -52,7 +52,7 @@ class Builder final : public IExprBuilder, public apiv::VExprBuilder {
 #endif
 };
 
-// The logger of the headers before TensorRT 11; the real registry of TensorRT-RTX has the other one.
+// The logger of the headers before TensorRT 11; the actual registry of TensorRT-RTX has the versioned one.
 class Logger final : public ILogger {
  public:
   void log(Severity, const char* message) noexcept override { messages.emplace_back(message); }
@@ -69,7 +69,9 @@ class Finder final : public ILoggerFinder {
 Dims dims(std::vector<int> sides) {
   Dims made{};
   made.nbDims = static_cast<int32_t>(sides.size());
-  for (size_t i = 0; i < sides.size(); ++i) made.d[i] = sides[i];
+  for (size_t i = 0; i < sides.size(); ++i) {
+    made.d[i] = sides[i];
+  }
   return made;
 }
 
@@ -92,8 +94,8 @@ std::vector<PluginTensorDesc> described(int batch, int channels, DataType type, 
   return made;
 }
 
-// Every combination that the plugin takes, found as TensorRT does: position by position.
-void count(const y7::NodeParams& params, std::vector<PluginTensorDesc>& so_far, int inputs, int& found) {
+// Counts the format combinations that the plugin supports as TensorRT does, position by position.
+void count_formats(const y7::NodeParams& params, std::vector<PluginTensorDesc>& so_far, int inputs, int& found) {
   const int pos = static_cast<int>(so_far.size());
   if (pos == inputs + y7::kOutputs) {
     ++found;
@@ -105,7 +107,9 @@ void count(const y7::NodeParams& params, std::vector<PluginTensorDesc>& so_far, 
       desc.type = static_cast<DataType>(type);
       desc.format = static_cast<TensorFormat>(format);
       so_far.push_back(desc);
-      if (y7::supports(params, pos, desc, so_far[0], inputs, y7::kOutputs)) count(params, so_far, inputs, found);
+      if (y7::supports_format(params, pos, desc, so_far[0], inputs, y7::kOutputs)) {
+        count_formats(params, so_far, inputs, found);
+      }
       so_far.pop_back();
     }
   }
@@ -116,7 +120,7 @@ std::string combinations(int levels) {
   params.strides.resize(levels, 8);
   std::vector<PluginTensorDesc> none;
   int found = 0;
-  count(params, none, levels + 2, found);
+  count_formats(params, none, levels + 2, found);
   return std::to_string(found);
 }
 
@@ -126,7 +130,9 @@ std::string shapes(const y7::NodeParams& params, const std::vector<std::vector<i
   for (const auto& sides : inputs) {
     DimsExprs shape{};
     shape.nbDims = static_cast<int32_t>(sides.size());
-    for (size_t i = 0; i < sides.size(); ++i) shape.d[i] = new Expression(sides[i]);
+    for (size_t i = 0; i < sides.size(); ++i) {
+      shape.d[i] = new Expression(sides[i]);
+    }
     given.push_back(shape);
   }
   std::ostringstream out;
@@ -145,11 +151,15 @@ std::string enqueued(const y7::NodeParams& params, DataType type, std::vector<Te
   const auto inputs = described(2, params.channels(), type, formats);
   std::vector<const void*> pointers;
   std::vector<void*> outputs;
-  for (size_t i = 0; i < inputs.size(); ++i) pointers.push_back(reinterpret_cast<void*>(0x1000 * (i + 1)));
-  for (int i = 0; i < y7::kOutputs; ++i) outputs.push_back(reinterpret_cast<void*>(0x100000L * (i + 1)));
-  called = "null";
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    pointers.push_back(reinterpret_cast<void*>(0x1000 * (i + 1)));
+  }
+  for (int i = 0; i < y7::kOutputs; ++i) {
+    outputs.push_back(reinterpret_cast<void*>(0x100000L * (i + 1)));
+  }
+  last_call = "null";
   y7::enqueue(params, inputs.data(), pointers.data(), outputs.data(), reinterpret_cast<void*>(0x77), nullptr);
-  return called;
+  return last_call;
 }
 
 std::string profile(int batch, int last_side) {
@@ -160,9 +170,11 @@ std::string profile(int batch, int last_side) {
     ranges[i].desc = inputs[i];
     ranges[i].min = ranges[i].max = inputs[i].dims;
   }
-  // 8x10, 4x6 and 2x4 cells are no pyramid: give the levels those of 64x64 pixels.
+  // 8x10, 4x6 and 2x4 cells are not levels of one image: use those of a 64x64 image.
   const int sides[] = {8, 4, last_side};
-  for (int i = 0; i < 3; ++i) ranges[i].max.d[2] = ranges[i].max.d[3] = sides[i];
+  for (int i = 0; i < 3; ++i) {
+    ranges[i].max.d[2] = ranges[i].max.d[3] = sides[i];
+  }
   const bool fits = y7::guarded("profile", false, [&] {
     y7::check_profile(params, ranges.data(), static_cast<int32_t>(ranges.size()));
     return true;
@@ -170,15 +182,15 @@ std::string profile(int batch, int last_side) {
   return fits ? "true" : "false";
 }
 
-// Parameters after the way through an engine file.
+// Returns whether the parameters survive serialization to an engine and back.
 std::string round_trip() {
   y7::NodeParams params;
   params.classes = 3;
   params.strides = {8, 16};
   params.anchors.resize(12);
   params.anchors[0] = 1.25F;
-  const std::string before = params.text();
-#if Y7_SHELL_V3
+  const std::string before = params.to_string();
+#if Y7_PLUGIN_V3
   y7::NmsPlugin first(params);
   y7::NmsCreator creator;
   auto* copy = creator.createPlugin("again", first.getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
@@ -191,7 +203,7 @@ std::string round_trip() {
   y7::NmsPlugin first(params, "");
   std::vector<uint8_t> bytes(first.getSerializationSize());
   first.serialize(bytes.data());
-  return y7::NodeParams::deserialize(bytes.data(), bytes.size()).text() == before ? "true" : "false";
+  return y7::NodeParams::deserialize(bytes.data(), bytes.size()).to_string() == before ? "true" : "false";
 #endif
 }
 
@@ -216,7 +228,7 @@ extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, con
       << reinterpret_cast<size_t>(outputs->scores) << ", " << reinterpret_cast<size_t>(outputs->classes) << ", "
       << reinterpret_cast<size_t>(outputs->overflow) << ", " << reinterpret_cast<size_t>(workspace)
       << "], \"bytes\": " << bytes << "}";
-  called = out.str();
+  last_call = out.str();
   return params->classes == 7 ? Y7_CUDA_ERROR : Y7_OK;
 }
 
@@ -228,7 +240,7 @@ int main() {
   y7::NodeParams params;
   const TensorFormat linear = TensorFormat::kLINEAR, hwc = TensorFormat::kHWC, hwc8 = TensorFormat::kHWC8;
   std::ostringstream out;
-  out << "{\"v3\": " << Y7_SHELL_V3 << ", \"combinations\": {\"1\": " << combinations(1)
+  out << "{\"v3\": " << Y7_PLUGIN_V3 << ", \"combinations\": {\"1\": " << combinations(1)
       << ", \"3\": " << combinations(3) << ", \"4\": " << combinations(4) << ", \"8\": " << combinations(8) << "}";
   out << ", \"open\": " << shapes(params, {{-1, 255, -1, -1}, {-1, 255, 4, 4}, {-1, 255, 2, 2}, {1}, {1}});
   out << ", \"fixed\": " << shapes(params, {{3, 255, 8, 8}, {3, 255, 4, 4}, {3, 255, 2, 2}, {1}, {1}});
@@ -250,7 +262,9 @@ int main() {
     return shapes(params, {{1, 255, 8, 8}, {1, 255, 4, 4}, {1, 255, 2, 2}, {1}, {2}}).empty() ? 1 : 0;
   });
   out << ", \"messages\": [";
-  for (size_t i = 0; i < messages.size(); ++i) out << (i ? ", " : "") << "\"" << messages[i] << "\"";
+  for (size_t i = 0; i < messages.size(); ++i) {
+    out << (i ? ", " : "") << "\"" << messages[i] << "\"";
+  }
   out << "]}";
   std::cout << out.str() << std::endl;
   return 0;

@@ -1,10 +1,9 @@
-#include "shell.h"
+#include "nms_plugin.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <set>
-#include <sstream>
 #include <string>
 
 namespace y7 {
@@ -16,38 +15,32 @@ using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 
-constexpr int32_t kHwc8 = 8;  // kHWC8 pads its channels to a multiple of this
-// Heads beyond these follow the format of the first: TensorRT tries at most 100 combinations, and 2^4 * 2 are enough.
-constexpr int32_t kFreeFormats = 4;
+constexpr int32_t kHwc8Channels = 8;  // kHWC8 pads the channels to a multiple of this
+// Head maps after these have the format of the first: TensorRT tries at most 100 combinations, and 2^4 * 2 are enough.
+constexpr int32_t kFreeFormatLevels = 4;
 
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw PluginError(text.str());
-}
-
-bool is_parser_key(const char* name) {
-  // Attributes of the node that address the plugin; some callers pass them along.
+bool is_parser_attribute(const char* name) {
+  // Attributes of the node that identify the plugin; some callers pass them to it.
   return std::strcmp(name, "plugin_version") == 0 || std::strcmp(name, "plugin_namespace") == 0;
 }
 
-void check_count(const NodeParams& params, int32_t count) {
+void check_input_count(const NodeParams& params, int32_t count) {
   if (count != params.levels() + kThresholds) {
-    refuse("the node has ", count, " inputs; attribute strides names ", params.levels(),
-           " levels, so it must have as many head maps, then conf_threshold and iou_threshold: ",
-           params.levels() + kThresholds, ".");
+    throw_plugin_error("the node has ", count, " inputs; attribute strides has ", params.levels(),
+                       " levels, so it must have as many head maps, then conf_threshold and iou_threshold: ",
+                       params.levels() + kThresholds, ".");
   }
 }
 
-// Shapes as far as they are known; -1 is unknown.
-void check_head(const NodeParams& params, int32_t level, const int64_t* dims, int32_t rank) {
+// Dimensions of -1 are unknown.
+void check_head_map(const NodeParams& params, int32_t level, const int64_t* dims, int32_t rank) {
   if (rank != 4) {
-    refuse("head map ", level, " has ", rank, " dimensions; it must have 4: batch, channels, height, width.");
+    throw_plugin_error("head map ", level, " has ", rank,
+                       " dimensions; it must have 4: batch, channels, height, width.");
   }
   if (dims[1] >= 0 && dims[1] != params.channels()) {
-    refuse("head map ", level, " has ", dims[1], " channels; attribute classes is ", params.classes,
-           ", which asks for ", params.channels(), " (", Y7_ANCHORS, " * (5 + classes)).");
+    throw_plugin_error("head map ", level, " has ", dims[1], " channels; attribute classes is ", params.classes,
+                       ", which requires ", params.channels(), " (", Y7_ANCHORS, " * (5 + classes)).");
   }
 }
 
@@ -57,11 +50,11 @@ void check_threshold(int32_t index, const int64_t* dims, int32_t rank) {
     volume *= dims[i];
   }
   if (rank < 0 || (volume >= 0 && volume != 1)) {
-    refuse(index == 0 ? "conf_threshold" : "iou_threshold", " has ", volume, " values; it must have one.");
+    throw_plugin_error(index == 0 ? "conf_threshold" : "iou_threshold", " has ", volume, " values; it must have one.");
   }
 }
 
-std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known(const nvinfer1::DimsExprs& shape) {
+std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known_dims(const nvinfer1::DimsExprs& shape) {
   std::array<int64_t, nvinfer1::Dims::MAX_DIMS> dims{};
   for (int32_t i = 0; i < shape.nbDims; ++i) {
     dims[i] = shape.d[i]->isConstant() ? static_cast<int64_t>(shape.d[i]->getConstantValue()) : -1;
@@ -69,7 +62,7 @@ std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known(const nvinfer1::DimsExprs& s
   return dims;
 }
 
-std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known(const nvinfer1::Dims& shape) {
+std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known_dims(const nvinfer1::Dims& shape) {
   std::array<int64_t, nvinfer1::Dims::MAX_DIMS> dims{};
   std::copy(shape.d, shape.d + std::max(0, static_cast<int>(shape.nbDims)), dims.begin());
   return dims;
@@ -77,15 +70,15 @@ std::array<int64_t, nvinfer1::Dims::MAX_DIMS> known(const nvinfer1::Dims& shape)
 
 template <typename Shape>
 void check_input(const NodeParams& params, int32_t index, const Shape& shape) {
-  const auto dims = known(shape);
+  const auto dims = known_dims(shape);
   if (index < params.levels()) {
-    check_head(params, index, dims.data(), shape.nbDims);
+    check_head_map(params, index, dims.data(), shape.nbDims);
   } else {
     check_threshold(index - params.levels(), dims.data(), shape.nbDims);
   }
 }
 
-bool takes_head(const PluginTensorDesc& head) {
+bool supports_head_format(const PluginTensorDesc& head) {
   switch (head.format) {
     case TensorFormat::kLINEAR:
       return head.type == DataType::kFLOAT || head.type == DataType::kHALF;
@@ -100,8 +93,8 @@ bool takes_head(const PluginTensorDesc& head) {
 
 int32_t kernel_type(DataType type) { return type == DataType::kHALF ? Y7_FLOAT16 : Y7_FLOAT32; }
 
-Y7HeadMap head_map(const NodeParams& params, int32_t level, const PluginTensorDesc& described, const void* data) {
-  const auto& d = described.dims.d;
+Y7HeadMap head_map(const NodeParams& params, int32_t level, const PluginTensorDesc& desc, const void* data) {
+  const auto& d = desc.dims.d;
   const int64_t channels = d[1];
   const int64_t cells = static_cast<int64_t>(d[2]) * d[3];
   Y7HeadMap map{};
@@ -110,12 +103,13 @@ Y7HeadMap head_map(const NodeParams& params, int32_t level, const PluginTensorDe
   map.width = static_cast<int32_t>(d[3]);
   map.stride = static_cast<float>(params.strides[level]);
   std::memcpy(map.anchors, &params.anchors[static_cast<size_t>(level) * Y7_ANCHORS * 2], sizeof map.anchors);
-  if (described.format == TensorFormat::kLINEAR) {
+  if (desc.format == TensorFormat::kLINEAR) {
     map.batch_stride = channels * cells;
     map.channel_stride = cells;
     map.cell_stride = 1;
   } else {
-    const int64_t padded = described.format == TensorFormat::kHWC8 ? (channels + kHwc8 - 1) / kHwc8 * kHwc8 : channels;
+    const int64_t padded =
+        desc.format == TensorFormat::kHWC8 ? (channels + kHwc8Channels - 1) / kHwc8Channels * kHwc8Channels : channels;
     map.batch_stride = cells * padded;
     map.channel_stride = 1;
     map.cell_stride = padded;
@@ -134,25 +128,25 @@ FieldList::FieldList(NodeParams& params) {
   collection_.fields = fields_.data();
 }
 
-NodeParams params_of(const nvinfer1::PluginFieldCollection* fields) {
+NodeParams parse_fields(const nvinfer1::PluginFieldCollection* fields) {
   NodeParams params;
   std::set<std::string> seen;
   const int32_t count = fields == nullptr ? 0 : fields->nbFields;
   for (int32_t i = 0; i < count; ++i) {
     const PluginField& field = fields->fields[i];
     if (field.name == nullptr) {
-      refuse("attribute number ", i, " has no name.");
+      throw_plugin_error("attribute number ", i, " has no name.");
     }
-    if (is_parser_key(field.name)) {
+    if (is_parser_attribute(field.name)) {
       continue;
     }
     if (!seen.insert(field.name).second) {
-      refuse("attribute ", field.name, " was given twice.");
+      throw_plugin_error("attribute ", field.name, " is given twice.");
     }
     const bool is_float = field.type == PluginFieldType::kFLOAT32;
     if (!is_float && field.type != PluginFieldType::kINT32) {
-      refuse("attribute ", field.name, " is of TensorRT's field type ", static_cast<int>(field.type),
-             "; this plugin has int32 and float32 attributes only.");
+      throw_plugin_error("attribute ", field.name, " is of TensorRT's field type ", static_cast<int>(field.type),
+                         "; this plugin only has int32 and float32 attributes.");
     }
     params.set({field.name, is_float, const_cast<void*>(field.data), field.length});
   }
@@ -160,17 +154,18 @@ NodeParams params_of(const nvinfer1::PluginFieldCollection* fields) {
   return params;
 }
 
-bool supports(const NodeParams& params, int32_t pos, const PluginTensorDesc& asked, const PluginTensorDesc& first,
-              int32_t inputs, int32_t outputs) {
+bool supports_format(const NodeParams& params, int32_t pos, const PluginTensorDesc& desc, const PluginTensorDesc& first,
+                     int32_t inputs, int32_t outputs) {
   const int32_t levels = params.levels();
   if (inputs != levels + kThresholds || outputs != kOutputs || pos < 0 || pos >= inputs + outputs) {
     return false;
   }
   if (pos < levels) {
-    return takes_head(asked) && asked.type == first.type && (pos < kFreeFormats || asked.format == first.format);
+    return supports_head_format(desc) && desc.type == first.type &&
+           (pos < kFreeFormatLevels || desc.format == first.format);
   }
   const DataType wanted = pos < inputs ? DataType::kFLOAT : output_type(pos - inputs);
-  return asked.format == TensorFormat::kLINEAR && asked.type == wanted;
+  return desc.format == TensorFormat::kLINEAR && desc.type == wanted;
 }
 
 DataType output_type(int32_t index) {
@@ -180,7 +175,7 @@ DataType output_type(int32_t index) {
 
 nvinfer1::DimsExprs output_shape(const NodeParams& params, int32_t index, const nvinfer1::DimsExprs* inputs,
                                  int32_t count, nvinfer1::IExprBuilder& builder) {
-  check_count(params, count);
+  check_input_count(params, count);
   for (int32_t i = 0; i < count; ++i) {
     check_input(params, i, inputs[i]);
   }
@@ -196,56 +191,56 @@ nvinfer1::DimsExprs output_shape(const NodeParams& params, int32_t index, const 
 }
 
 void check_profile(const NodeParams& params, const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count) {
-  check_count(params, count);
+  check_input_count(params, count);
   for (int32_t i = 0; i < count; ++i) {
     check_input(params, i, inputs[i].max);
   }
   const auto& largest = inputs[0].max;
-  if (largest.d[0] > kMaxBatch) {
-    refuse("the batch is up to ", largest.d[0], " images; the kernels take at most ", kMaxBatch, ".");
+  if (largest.d[0] > Y7_MAX_BATCH) {
+    throw_plugin_error("the batch is up to ", largest.d[0], " images; the kernels support at most ", Y7_MAX_BATCH, ".");
   }
   const int64_t height = static_cast<int64_t>(largest.d[2]) * params.strides[0];
   const int64_t width = static_cast<int64_t>(largest.d[3]) * params.strides[0];
   for (int32_t i = 1; i < params.levels(); ++i) {
     const auto& d = inputs[i].max.d;
     if (d[2] * params.strides[i] != height || d[3] * params.strides[i] != width) {
-      refuse("head map ", i, " has ", d[2], "x", d[3], " cells; attribute strides says ", params.strides[i],
-             " pixels a cell, but head map 0 covers ", height, "x", width, " pixels.");
+      throw_plugin_error("head map ", i, " has ", d[2], "x", d[3], " cells; attribute strides says ", params.strides[i],
+                         " pixels a cell, but head map 0 covers ", height, "x", width, " pixels.");
     }
   }
 }
 
 size_t workspace_bytes(const NodeParams& params, int64_t batch, DataType type) {
-  // An open batch before any profile is known is taken at its largest.
-  const int64_t images = batch < 1 ? kMaxBatch : batch;
-  if (images > kMaxBatch) {
-    refuse("the batch has ", images, " images; the kernels take at most ", kMaxBatch, ".");
+  // A dynamic batch before any profile is known: use the maximum.
+  const int64_t images = batch < 1 ? Y7_MAX_BATCH : batch;
+  if (images > Y7_MAX_BATCH) {
+    throw_plugin_error("the batch has ", images, " images; the kernels support at most ", Y7_MAX_BATCH, ".");
   }
-  const Y7NmsParams described = params.kernel_params(static_cast<int32_t>(images), kernel_type(type));
-  const size_t bytes = y7_nms_workspace(&described);
+  const Y7NmsParams desc = params.kernel_params(static_cast<int32_t>(images), kernel_type(type));
+  const size_t bytes = y7_nms_workspace(&desc);
   if (bytes == 0) {
-    refuse("the kernels refuse a batch of ", images, " with ", params.text(), ".");
+    throw_plugin_error("the kernels reject a batch of ", images, " with ", params.to_string(), ".");
   }
   return bytes;
 }
 
-void enqueue(const NodeParams& params, const PluginTensorDesc* described, const void* const* inputs,
-             void* const* outputs, void* workspace, cudaStream_t stream) {
+void enqueue(const NodeParams& params, const PluginTensorDesc* desc, const void* const* inputs, void* const* outputs,
+             void* workspace, cudaStream_t stream) {
   const int32_t levels = params.levels();
   std::array<Y7HeadMap, Y7_MAX_LEVELS> heads{};
   for (int32_t level = 0; level < levels; ++level) {
-    heads[level] = head_map(params, level, described[level], inputs[level]);
+    heads[level] = head_map(params, level, desc[level], inputs[level]);
   }
-  const int64_t batch = described[0].dims.d[0];
-  const Y7NmsParams kernel = params.kernel_params(static_cast<int32_t>(batch), kernel_type(described[0].type));
+  const int64_t batch = desc[0].dims.d[0];
+  const Y7NmsParams kernel = params.kernel_params(static_cast<int32_t>(batch), kernel_type(desc[0].type));
   const Y7NmsOutputs results{static_cast<int32_t*>(outputs[0]), static_cast<float*>(outputs[1]),
                              static_cast<float*>(outputs[2]), static_cast<int32_t*>(outputs[3]),
                              static_cast<int32_t*>(outputs[4])};
   const int32_t status = y7_nms(&kernel, heads.data(), static_cast<const float*>(inputs[levels]),
                                 static_cast<const float*>(inputs[levels + 1]), &results, workspace,
-                                workspace_bytes(params, batch, described[0].type), stream);
+                                workspace_bytes(params, batch, desc[0].type), stream);
   if (status != Y7_OK) {
-    refuse(y7_status_text(status), " (batch ", batch, ", ", params.text(), ")");
+    throw_plugin_error(y7_status_text(status), " (batch ", batch, ", ", params.to_string(), ")");
   }
 }
 

@@ -1,10 +1,10 @@
-// The shell for TensorRT 10 and later and TensorRT-RTX.
-#ifndef Y7_PLUGIN_V3_H
-#define Y7_PLUGIN_V3_H
+// IPluginV3, for TensorRT 10 and later and TensorRT-RTX.
+#ifndef Y7_NMS_PLUGIN_V3_H
+#define Y7_NMS_PLUGIN_V3_H
 
 #include <string>
 
-#include "shell.h"
+#include "nms_plugin.h"
 
 namespace y7 {
 
@@ -47,7 +47,7 @@ class NmsPlugin final : public nvinfer1::IPluginV3,
 
  private:
   NodeParams params_;
-  std::string text_;
+  std::string description_;
   FieldList fields_;
 };
 
@@ -67,4 +67,4 @@ class NmsCreator final : public nvinfer1::IPluginCreatorV3One {
 
 }  // namespace y7
 
-#endif  // Y7_PLUGIN_V3_H
+#endif  // Y7_NMS_PLUGIN_V3_H

@@ -1,17 +1,14 @@
-#include "plugin_v2.h"
+#include "nms_plugin_v2.h"
 
 #include <algorithm>
 #include <utility>
 
-#include "log.h"
+#include "logging.h"
 
 namespace y7 {
 namespace {
 
-constexpr int32_t kDone = 0;
-constexpr int32_t kFailed = 1;
-
-// What TensorRT takes as "no shape"; its interface of this time has no other way to say that something is wrong.
+// An invalid shape: this interface has no other way to report an error.
 nvinfer1::DimsExprs no_shape() {
   nvinfer1::DimsExprs shape{};
   shape.nbDims = -1;
@@ -26,7 +23,7 @@ using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
 NmsPlugin::NmsPlugin(NodeParams params, std::string name_space)
-    : params_(std::move(params)), bytes_(params_.serialize()), namespace_(std::move(name_space)) {}
+    : params_(std::move(params)), serialized_(params_.serialize()), namespace_(std::move(name_space)) {}
 
 nvinfer1::IPluginV2DynamicExt* NmsPlugin::clone() const noexcept {
   return guarded<nvinfer1::IPluginV2DynamicExt*>("clone", nullptr, [&] { return new NmsPlugin(params_, namespace_); });
@@ -39,15 +36,15 @@ DimsExprs NmsPlugin::getOutputDimensions(int32_t index, const DimsExprs* in, int
 
 bool NmsPlugin::supportsFormatCombination(int32_t pos, const PluginTensorDesc* in_out, int32_t inputs,
                                           int32_t outputs) noexcept {
-  return supports(params_, pos, in_out[pos], in_out[0], inputs, outputs);
+  return supports_format(params_, pos, in_out[pos], in_out[0], inputs, outputs);
 }
 
 void NmsPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                                 int32_t) noexcept {
-  // Nothing can be returned here: what is wrong is logged, and `enqueue` refuses it again.
-  guarded("configurePlugin", kFailed, [&] {
+  // This method cannot return an error: it logs the problem, and `enqueue` fails.
+  guarded("configurePlugin", kFailure, [&] {
     check_profile(params_, in, inputs);
-    return kDone;
+    return kSuccess;
   });
 }
 
@@ -58,9 +55,9 @@ size_t NmsPlugin::getWorkspaceSize(const PluginTensorDesc* in, int32_t, const Pl
 
 int32_t NmsPlugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
                            void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
-  return guarded("enqueue", kFailed, [&] {
+  return guarded("enqueue", kFailure, [&] {
     y7::enqueue(params_, in, inputs, outputs, workspace, stream);
-    return kDone;
+    return kSuccess;
   });
 }
 
@@ -71,20 +68,20 @@ DataType NmsPlugin::getOutputDataType(int32_t index, const DataType*, int32_t) c
 const char* NmsPlugin::getPluginType() const noexcept { return kPluginName; }
 const char* NmsPlugin::getPluginVersion() const noexcept { return kPluginVersion; }
 int32_t NmsPlugin::getNbOutputs() const noexcept { return kOutputs; }
-int32_t NmsPlugin::initialize() noexcept { return kDone; }
+int32_t NmsPlugin::initialize() noexcept { return kSuccess; }
 void NmsPlugin::terminate() noexcept {}
-size_t NmsPlugin::getSerializationSize() const noexcept { return bytes_.size(); }
+size_t NmsPlugin::getSerializationSize() const noexcept { return serialized_.size(); }
 
 void NmsPlugin::serialize(void* buffer) const noexcept {
-  std::copy(bytes_.begin(), bytes_.end(), static_cast<uint8_t*>(buffer));
+  std::copy(serialized_.begin(), serialized_.end(), static_cast<uint8_t*>(buffer));
 }
 
 void NmsPlugin::destroy() noexcept { delete this; }
 
 void NmsPlugin::setPluginNamespace(const char* name_space) noexcept {
-  guarded("setPluginNamespace", kFailed, [&] {
+  guarded("setPluginNamespace", kFailure, [&] {
     namespace_ = name_space == nullptr ? "" : name_space;
-    return kDone;
+    return kSuccess;
   });
 }
 
@@ -97,7 +94,7 @@ const nvinfer1::PluginFieldCollection* NmsCreator::getFieldNames() noexcept { re
 nvinfer1::IPluginV2DynamicExt* NmsCreator::createPlugin(const char*,
                                                         const nvinfer1::PluginFieldCollection* fields) noexcept {
   return guarded<nvinfer1::IPluginV2DynamicExt*>("createPlugin", nullptr,
-                                                 [&] { return new NmsPlugin(params_of(fields), namespace_); });
+                                                 [&] { return new NmsPlugin(parse_fields(fields), namespace_); });
 }
 
 nvinfer1::IPluginV2DynamicExt* NmsCreator::deserializePlugin(const char*, const void* data, size_t length) noexcept {
@@ -106,9 +103,9 @@ nvinfer1::IPluginV2DynamicExt* NmsCreator::deserializePlugin(const char*, const 
 }
 
 void NmsCreator::setPluginNamespace(const char* name_space) noexcept {
-  guarded("setPluginNamespace", kFailed, [&] {
+  guarded("setPluginNamespace", kFailure, [&] {
     namespace_ = name_space == nullptr ? "" : name_space;
-    return kDone;
+    return kSuccess;
   });
 }
 
