@@ -21,7 +21,7 @@ import onnxruntime
 from recording import parser, record
 
 from yolov7_deploy import Detector
-from yolov7_deploy.benchmark.inputs import drawn_frames
+from yolov7_deploy.benchmark.benchmark import synthetic_frames
 from yolov7_deploy.benchmark.sampling import no_garbage_collection, timed_ms
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.runtimes.onnxruntime import session_options
@@ -36,7 +36,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=100)
     arguments.add_argument("--defaults", action="store_true", help="the bare session with ONNX Runtime's own options")
     options = arguments.parse_args()
-    frame = drawn_frames().images[0]
+    frame = synthetic_frames().images[0]
     bare, engine, whole = [], [], []
     with Detector(options.weights, device="cpu") as detector:
         session = bare_session(options.weights, defaults=options.defaults)

@@ -23,7 +23,7 @@ PAPER_COLUMNS = ("model", "size", "params (M)", "GFLOPs", "AP val", "AP test", "
 NOTE = """\
 Paper: arXiv 2207.02696, Tables 1, 2 and 9; batch-32 times are from its section 8, the official README and issue 77
 of the official repository. Its speeds are of PyTorch FP16 and the network only, its parameters and GFLOPs of D6
-those of the training graph. Measured: images per second at batch 1, from medians. The engine span is the network,
+those of the training graph. Measured: images per second at batch 1, from medians. The engine stage is the network,
 and NMS where the file has it; end to end is from an image in memory to its boxes. A cell is empty where
 nothing was measured, and names the input size where that is not the paper's."""
 
@@ -38,8 +38,8 @@ def paper_table(results: Path = RESULTS) -> str:
     """
     reports = read_reports(results)
     series = sorted({where for where, _ in reports})
-    spans = ("engine", "end to end")
-    head = [f"{machine}, {backend} {precision}: {span}" for machine, backend, precision in series for span in spans]
+    stages = ("engine", "end to end")
+    head = [f"{machine}, {runtime} {precision}: {stage}" for machine, runtime, precision in series for stage in stages]
     rows = [[*PAPER_COLUMNS, *head]]
     for variant in VARIANTS:
         row = paper_row(variant)
@@ -61,10 +61,10 @@ def read_reports(results: Path) -> dict[tuple[Series, str], SpeedReport]:
         report = SpeedReport.load(path)
         if report.variant not in VARIANTS:
             continue
-        key = ((path.parent.name, report.backend, report.precision), report.variant)
+        key = ((path.parent.name, report.runtime, report.precision), report.variant)
         if key in found:
             raise UsageError(
-                f"{files[key]} and {path} are both about {report.variant} through {report.backend} {report.precision}.",
+                f"{files[key]} and {path} are both about {report.variant} through {report.runtime} {report.precision}.",
                 fix="Give one a name that does not begin with bench_",
             )
         found[key], files[key] = report, path
@@ -85,7 +85,7 @@ def measured_cells(report: SpeedReport | None, row: PaperRow) -> list[str]:
         return ["", ""]
     size = max(report.input_hw)
     remark = "" if size == row.size else f" at {size}"
-    return [f"{rounded(1000 / measured.span(name).p50)}{remark}" for name in ("engine", "end_to_end")]
+    return [f"{rounded(1000 / measured.stage(name).p50)}{remark}" for name in ("engine", "end_to_end")]
 
 
 def rounded(fps: float) -> str:

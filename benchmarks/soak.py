@@ -29,7 +29,7 @@ import psutil
 from recording import parser, record
 
 from yolov7_deploy import Detections, Detector
-from yolov7_deploy.hardware.memory import gpu_memory_used
+from yolov7_deploy.hardware.machine import gpu_memory_used
 from yolov7_deploy.image import Image, read_image
 
 BATCHES = (1, 2, 4, 8, 16)

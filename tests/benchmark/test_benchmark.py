@@ -1,4 +1,4 @@
-"""How speed is measured: frames, answers, a whole run on a small network, and the words about it."""
+"""The benchmark: frames, consistency of results, a whole run on a small network, and its text output."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import pytest
 
 from tests.support.sample_images import noise
 from tests.support.small_models import HW
-from tests.support.speeds import report, row, span
+from tests.support.speed_reports import speed_report, speed_row
 from yolov7_deploy._console import write_json
-from yolov7_deploy.benchmark.benchmark import measure_speed
-from yolov7_deploy.benchmark.consistency import ConsistencyChecker, same_detections
-from yolov7_deploy.benchmark.inputs import Frames, drawn_frames, read_frames
-from yolov7_deploy.benchmark.references import paper_speed, read_ap
-from yolov7_deploy.benchmark.report import SPANS, SpeedReport
+from yolov7_deploy.benchmark.benchmark import (
+    ConsistencyChecker,
+    Frames,
+    measure_speed,
+    read_frames,
+    same_detections,
+    synthetic_frames,
+)
+from yolov7_deploy.benchmark.report import STAGES, SpeedReport, paper_speed, read_ap
 from yolov7_deploy.benchmark.report_text import describe_speed
+from yolov7_deploy.benchmark.sampling import stage_time
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
 from yolov7_deploy.hub import file_digest
@@ -25,28 +30,28 @@ from yolov7_deploy.image import Image
 from yolov7_deploy.options import BenchOptions
 
 QUICK = BenchOptions(duration_s=0.2, warmup_s=0.5)
-FRAMES = Frames(images=(noise(128, 192), noise(90, 60, 1), noise(300, 400, 2)), words="three of noise")
+FRAMES = Frames(images=(noise(128, 192), noise(90, 60, 1), noise(300, 400, 2)), description="three of noise")
 
 
-# --- frames and answers -----------------------------------------------------------------------------------------------
+# --- frames and consistency -------------------------------------------------------------------------------------------
 
 
-def test_batches_hold_every_image_and_no_memory_twice():
+def test_batches_contain_every_image_and_share_no_memory():
     images: tuple[Image, ...] = tuple(np.full((2, 2, 3), number, np.uint8) for number in range(3))
-    frames = Frames(images=images, words="")
-    told = [[int(image[0, 0, 0]) for image in batch] for batch in frames.batches(2)]
-    assert told == [[0, 1], [2, 0]]
+    frames = Frames(images=images, description="")
+    numbers = [[int(image[0, 0, 0]) for image in batch] for batch in frames.batches(2)]
+    assert numbers == [[0, 1], [2, 0]]
     (batch,) = frames.batches(7)
     assert [int(image[0, 0, 0]) for image in batch] == [0, 1, 2, 0, 1, 2, 0]
     assert len({image.ctypes.data for image in batch}) == 7
 
 
 @pytest.mark.parametrize("hw", [(1080, 1920), (48, 64), (9, 7), (1, 1)])
-def test_the_drawn_image_has_the_size_asked_for(hw):
-    assert drawn_frames(hw).hw == hw
+def test_the_synthetic_image_has_the_requested_size(hw):
+    assert synthetic_frames(hw).hw == hw
 
 
-def test_an_empty_folder_is_no_source_of_frames(tmp_path):
+def test_an_empty_folder_is_rejected(tmp_path):
     with pytest.raises(SourceError):
         read_frames(tmp_path)
 
@@ -67,7 +72,7 @@ def found(*scores: float, shift: float = 0.0, class_id: int = 0) -> Detections:
     [
         (found(0.9, 0.6), True),
         (found(0.9001, 0.5999, shift=0.1), True),
-        (found(0.9, 0.6, 0.26), True),  # next to the threshold
+        (found(0.9, 0.6, 0.26), True),  # close to the threshold
         (found(0.6, 0.9), False),
         (found(0.9), False),
         (found(0.9, 0.6, 0.5), False),
@@ -77,19 +82,19 @@ def found(*scores: float, shift: float = 0.0, class_id: int = 0) -> Detections:
         (found(), False),
     ],
 )
-def test_answers_may_round_but_not_change(later, same):
-    answers = ConsistencyChecker(conf=0.25)
-    answers.keep(0, [found(0.9, 0.6)])
-    answers.keep(0, [later], caller=3)
+def test_results_may_differ_by_rounding_only(later, same):
+    results = ConsistencyChecker(conf=0.25)
+    results.add(0, [found(0.9, 0.6)])
+    results.add(0, [later], thread=3)
     if same:
-        answers.check()
+        results.check()
     else:
-        with pytest.raises(DeviceError, match=r"2 detections first .* caller 4\."):
-            answers.check()
+        with pytest.raises(DeviceError, match=r"2 detections first .* thread 4\."):
+            results.check()
 
 
-def test_a_box_without_an_area_is_the_same_as_itself():
-    """Clipped at the border of the image, it overlaps nothing, not even itself."""
+def test_a_box_without_area_is_the_same_as_itself():
+    """Clipped at the image border, its IoU is 0 even with itself."""
     flat = replace(found(0.9), boxes=np.array([[640, 10, 640, 90]], np.float32))
     assert same_detections(flat, flat, conf=0.25)
 
@@ -100,7 +105,7 @@ def test_a_box_without_an_area_is_the_same_as_itself():
 @pytest.fixture(scope="module")
 def measured(request) -> SpeedReport:
     detectors = request.getfixturevalue("detectors")
-    options = replace(QUICK, batches=(1, 2), threads=(1, 2))
+    options = replace(QUICK, batches=(1, 2), concurrency=(1, 2))
     seen: list[tuple[int, int]] = []
     rows: list[object] = []
     found_report = measure_speed(
@@ -115,33 +120,33 @@ def measured(request) -> SpeedReport:
     return found_report
 
 
-def test_there_is_a_row_for_each_batch_with_each_number_of_callers(measured):
-    assert [(one.batch, one.threads) for one in measured.rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+def test_there_is_a_row_for_each_batch_at_each_concurrency(measured):
+    assert [(one.batch, one.concurrency) for one in measured.rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for one in measured.rows:
-        assert tuple(span.name for span in one.spans) == SPANS
+        assert tuple(stage.name for stage in one.stages) == STAGES
         assert one.calls >= 20 and one.warmup_calls >= 1
         assert one.host_peak_bytes > 2**24 and one.gpu_peak_bytes is None
-        assert (one.loaded is None) == (one.threads == 1)
-        assert one.energy is not None or one.energy_absent
+        assert (one.under_load is None) == (one.concurrency == 1)
+        assert one.energy is not None or one.energy_unavailable
 
 
-def test_the_spans_together_are_the_call(measured):
-    """They are of other calls of the same run, on a machine that does other things as well."""
+def test_the_stages_add_up_to_the_call(measured):
+    """They are measured in other calls of the same run, on a machine with other load."""
     for one in measured.rows:
-        parts, whole = sum(one.span(name).p50 for name in SPANS[:-1]), one.span("end_to_end")
-        assert 0.8 * whole.least <= parts <= 1.2 * whole.p99
-        assert one.span("upload").p50 == 0
+        parts, end_to_end = sum(one.stage(name).p50 for name in STAGES[:-1]), one.stage("end_to_end")
+        assert 0.8 * end_to_end.min <= parts <= 1.2 * end_to_end.p99
+        assert one.stage("upload").p50 == 0
 
 
-def test_throughput_of_one_caller_is_what_its_calls_take(measured):
+def test_the_throughput_of_one_thread_matches_its_latency(measured):
     for one in measured.rows:
-        whole = one.span("end_to_end")
-        if one.threads == 1:  # calls may be faster here than there, but not by much than the fastest
-            assert 1 / 3 / whole.p99 <= one.images_per_second / 1e3 / one.batch <= 1.25 / whole.least
+        end_to_end = one.stage("end_to_end")
+        if one.concurrency == 1:  # calls may be faster here than there, but hardly faster than the fastest
+            assert 1 / 3 / end_to_end.p99 <= one.images_per_second / 1e3 / one.batch <= 1.25 / end_to_end.min
         assert one.images == pytest.approx(one.images_per_second * one.seconds, abs=0.51)
 
 
-def test_a_report_comes_back_from_its_file_as_it_was(measured, tmp_path):
+def test_a_report_is_the_same_after_writing_and_reading(measured, tmp_path):
     write_json(measured.to_dict(), tmp_path / "report.json")
     assert SpeedReport.load(tmp_path / "report.json") == measured
     again = tmp_path / "again.json"
@@ -149,8 +154,8 @@ def test_a_report_comes_back_from_its_file_as_it_was(measured, tmp_path):
     assert again.read_bytes() == (tmp_path / "report.json").read_bytes()
 
 
-def test_a_report_says_what_ran(measured, files):
-    assert (measured.backend, measured.precision, measured.nms, measured.device) == (
+def test_a_report_describes_what_ran(measured, files):
+    assert (measured.runtime, measured.precision, measured.nms, measured.device) == (
         "onnxruntime",
         "fp32",
         "plugin",
@@ -165,13 +170,13 @@ def test_a_report_says_what_ran(measured, files):
 
 
 def test_a_checkpoint_is_measured_too(detectors):
-    measured = measure_speed(detectors("torch"), Frames(images=FRAMES.images[:1], words="one"), options=QUICK)
-    assert (measured.backend, measured.nms) == ("pytorch", "host")
+    measured = measure_speed(detectors("torch"), Frames(images=FRAMES.images[:1], description="one"), options=QUICK)
+    assert (measured.runtime, measured.nms) == ("pytorch", "host")
     assert "torch" in dict(measured.environment)
 
 
-class Forgetful:
-    """A detector that finds nothing more after some calls: a race, a stale buffer."""
+class UnstableDetector:
+    """A detector that finds nothing after some calls, as with a race or a stale buffer."""
 
     def __init__(self, detector, calls):
         self._detector, self._left = detector, calls
@@ -185,16 +190,16 @@ class Forgetful:
         return found if self._left > 0 else [one.filter(conf=1.0) for one in found]
 
 
-def test_a_detector_whose_answers_change_is_not_measured(plugin):
+def test_a_detector_whose_results_change_is_not_measured(plugin):
     assert len(plugin(FRAMES.images[0]))
-    with pytest.raises(DeviceError, match="times of such a detector mean nothing"):
-        measure_speed(Forgetful(plugin, 15), FRAMES, options=QUICK)
+    with pytest.raises(DeviceError, match="times of such a detector are meaningless"):
+        measure_speed(UnstableDetector(plugin, 15), FRAMES, options=QUICK)
 
 
-def test_batches_that_the_file_cannot_run_are_refused(detectors, plugin):
+def test_batch_sizes_that_the_file_cannot_run_are_rejected(detectors, plugin):
     with pytest.raises(UsageError, match=r"takes at most 1 at once\.\ny7 export --weights deterministic --batch 2"):
         measure_speed(plugin, FRAMES, options=BenchOptions(batches=(1, 2)))
-    with pytest.raises(UsageError, match=r"fixed batch of 2 and would be filled up.*\n--batch 2"):
+    with pytest.raises(UsageError, match=r"fixed batch of 2 and would be padded.*\n--batch 2"):
         measure_speed(detectors("plugin", batch=2), FRAMES, options=BenchOptions(batches=(1,)))
     with pytest.raises(UsageError, match="at most 32 images"):
         measure_speed(detectors("torch"), FRAMES, options=BenchOptions(batches=(33,)))
@@ -205,47 +210,47 @@ def test_batches_that_the_file_cannot_run_are_refused(detectors, plugin):
     [
         {"batches": (0,)},
         {"batches": ()},
-        {"threads": (1, 0)},
-        {"threads": (257,)},
+        {"concurrency": (1, 0)},
+        {"concurrency": (257,)},
         {"duration_s": -1.0},
         {"duration_s": float("nan")},
         {"warmup_s": float("inf")},
     ],
 )
-def test_options_that_mean_nothing_are_refused(wrong):
+def test_invalid_options_are_rejected(wrong):
     with pytest.raises(UsageError, match="--"):
         BenchOptions(**wrong)
 
 
-# --- beside it, and in words ------------------------------------------------------------------------------------------
+# --- references and text output----------------------------------------------------------------------------------------
 
 
-def test_the_paper_is_beside_it_at_the_size_measured_where_it_has_several():
+def test_the_papers_row_is_that_of_the_measured_size_if_there_is_one():
     assert (paper_speed("yolov7", (640, 640)).fps, paper_speed("yolov7", (640, 640)).size) == (161, 640)
-    assert [paper_speed("yolov7-tiny", (side, side)).size for side in (320, 416, 640)] == [320, 416, 416]
+    assert [paper_speed("yolov7-tiny", (size, size)).size for size in (320, 416, 640)] == [320, 416, 416]
     with pytest.raises(UsageError, match="custom"):
         paper_speed("custom", (640, 640))
 
 
 @pytest.mark.parametrize(
-    ("document", "words"),
+    ("document", "text"),
     [
         ({"ap": 0.5, "weights": "a/other.onnx", "images": 5000}, "is about a/other.onnx"),
         ({"ap": 0.5, "weights": "yolov7.onnx", "images": 5000, "weights_sha256": "ff"}, "another file"),
         ({"ap": None, "weights": "yolov7.onnx", "images": 5000}, "ap is None"),
         ({"ap": 51.2, "weights": "yolov7.onnx", "images": 5000}, "ap is 51.2"),
         ({"weights": "yolov7.onnx"}, "ap is missing"),
-        ([], "it holds"),
+        ([], "it contains"),
     ],
 )
-def test_the_ap_of_another_file_or_of_none_is_refused(document, words, tmp_path):
+def test_the_ap_of_another_file_is_rejected(document, text, tmp_path):
     path = tmp_path / "val.json"
     path.write_text(json.dumps(document))
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=text):
         read_ap(path, tmp_path / "yolov7.onnx", sha256="00")
 
 
-def test_the_ap_of_the_same_file_is_taken(tmp_path):
+def test_the_ap_of_the_same_file_is_used(tmp_path):
     path = tmp_path / "val.json"
     path.write_text(json.dumps({"ap": 0.512, "weights": "elsewhere/yolov7.onnx", "images": 5000, "more": 1}))
     assert read_ap(path, tmp_path / "yolov7.onnx", sha256="00") == (0.512, str(path))
@@ -253,32 +258,35 @@ def test_the_ap_of_the_same_file_is_taken(tmp_path):
     assert read_ap(path, tmp_path / "yolov7.onnx", sha256="00") == (0.6, f"{path}, 82 images")
 
 
-def test_the_table_says_what_was_measured_and_what_was_not():
-    loaded = span("end_to_end", [30.0] * 20)
-    told = describe_speed(report(rows=(row(), row(threads=4, loaded=loaded)), notes=("a note",)))
-    for words in (
-        "folder/yolov7.onnx (yolov7, onnxruntime, fp32) at 640x640 on cpu: a machine",
-        "one drawn image; 4 detections an image",
+def test_the_text_shows_what_was_measured_and_what_was_not():
+    under_load = stage_time("end_to_end", [30.0] * 20)
+    rows = (speed_row(), speed_row(concurrency=4, under_load=under_load))
+    text = describe_speed(speed_report(rows=rows, notes=("a note",)))
+    for part in (
+        "models/yolov7.onnx (yolov7, onnxruntime, fp32) at 640x640 on cpu: AMD EPYC",
+        "one synthetic image; 4 detections per image",
         "0.62",
         "600 MB host",
-        "while 4 called at once, a call took p50 30",
+        "at concurrency 4 a call took p50 30",
         "settings: threads: 2",
         "50.0 W, 9.5 W idle before (a meter)",
         "2400 MHz (a clock)",
         "note: a note",
     ):
-        assert words in told
-    without = replace(row(), energy=None, energy_absent="no permission: sudo this", clocks=None)
-    assert "power: not measured. no permission: sudo this" in describe_speed(report(rows=(without,)))
+        assert part in text
+    without = replace(speed_row(), energy=None, energy_unavailable="no permission: sudo this", clocks=None)
+    assert "power: not measured. no permission: sudo this" in describe_speed(speed_report(rows=(without,)))
 
 
-def test_the_paper_is_compared_with_the_network_only():
-    beside = report(rows=(row(), row(batch=32)), paper=paper_speed("yolov7", (640, 640)), ap=0.51, ap_source="val.json")
-    told = describe_speed(beside)
-    engine = beside.rows[0].span("engine").p50
-    (line,) = (line for line in told.splitlines() if line.startswith("network, batch 1 "))
-    assert line.endswith(f"{engine * 161 / 1000:.3g}x its time")
-    assert "161 images/s at batch 1 and 2.8 ms an image at batch 32" in told
-    assert "no letterbox, no upload, no NMS" in told
-    assert "51.0 % (val.json)" in told and "-0.2 points" in told
-    assert not [line for line in told.splitlines() if line.startswith("end to end, batch") and "its time" in line]
+def test_the_paper_is_compared_with_the_network_time_only():
+    beside = speed_report(
+        rows=(speed_row(), speed_row(batch=32)), paper=paper_speed("yolov7", (640, 640)), ap=0.51, ap_source="val.json"
+    )
+    text = describe_speed(beside)
+    engine = beside.rows[0].stage("engine").p50
+    (line,) = (line for line in text.splitlines() if line.startswith("network, batch 1 "))
+    assert line.endswith(f"{engine * 161 / 1000:.3g}x the time")
+    assert "161 images/s at batch 1 and 2.8 ms per image at batch 32" in text
+    assert "no letterbox, no upload, no NMS" in text
+    assert "51.0 % (val.json)" in text and "-0.2 points" in text
+    assert not [line for line in text.splitlines() if line.startswith("end to end, batch") and "x the time" in line]

@@ -1,35 +1,44 @@
-"""The speed/accuracy chart: what is on it, where, and in which words."""
+"""The chart of speed against accuracy: its points, labels, legends and captions."""
 
 from __future__ import annotations
 
 import struct
 import subprocess
 import sys
+from functools import partial
 from itertools import combinations
 
 import matplotlib
 import pytest
 
-from tests.support.speed_reports import speed_report
-from yolov7_deploy.benchmark.chart import COLOURS, DPI, LEAST_AXES, PAPER_COLOUR, draw_chart, speed_accuracy_chart
-from yolov7_deploy.benchmark.label_layout import LabelGround
+from tests.support import speed_reports
+from yolov7_deploy.benchmark.chart import (
+    COLOURS,
+    DPI,
+    MIN_AXES_HEIGHT,
+    PAPER_COLOUR,
+    LabelLayout,
+    draw_chart,
+    speed_accuracy_chart,
+)
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import read_image
 from yolov7_deploy.paper import TABLE_2, VARIANTS, paper_row
 
-H200 = {"machine": "NVIDIA H200", "backend": "tensorrt", "precision": "fp16"}
+speed_report = partial(speed_reports.speed_report, engine_ms=300.0, end_to_end_ms=305.0)
+H200 = {"machine": "NVIDIA H200", "runtime": "tensorrt", "precision": "fp16"}
 
 
 def series(share, **where):
-    """All variants at a share of the paper's times, 2.5 ms where it has none."""
+    """Reports of all variants at a share of the paper's times, 2.5 ms where it has none."""
     times = {variant: share * 1000 / (paper_row(variant).fps or 400) for variant in VARIANTS}
     return [
         speed_report(
             variant,
             engine_ms=ms,
             end_to_end_ms=1.1 * ms,
-            side=paper_row(variant).size,
-            beside_paper=True,
+            size=paper_row(variant).size,
+            with_paper=True,
             **where,
         )
         for variant, ms in times.items()
@@ -38,17 +47,17 @@ def series(share, **where):
 
 SITUATIONS = {
     "nothing": [],
-    "one processor": [speed_report(beside_paper=True)],
+    "one CPU": [speed_report(with_paper=True)],
     "one GPU": [speed_report(engine_ms=1.0, end_to_end_ms=1.13, ap=0.511, **H200)],
     "no AP": [speed_report(), speed_report("", weights="mine.onnx", engine_ms=290.0)],
     "a GPU's series": series(0.6, **H200),
-    "two series and a processor": [*series(0.2, **H200), *series(0.6), speed_report(ap=0.5365)],
+    "two series and a CPU": [*series(0.2, **H200), *series(0.6), speed_report(ap=0.5365)],
     "many machines": [speed_report(machine=f"machine {i}", engine_ms=5 + i, ap=0.512) for i in range(14)],
 }
 
 
-def words(figure):
-    """Everything written outside the axes: legends and small print, as one line."""
+def text_outside_axes(figure):
+    """Legends and captions, as one line."""
     texts = [text for legend in figure.legends for text in (legend.get_title(), *legend.get_texts())]
     return " ".join(" ".join(text.get_text().split()) for text in (*texts, *figure.texts))
 
@@ -62,14 +71,14 @@ def markers(figure, colour):
     ]
 
 
-def test_it_is_a_png_of_the_promised_size(tmp_path):
+def test_the_chart_is_a_png_of_the_documented_size(tmp_path):
     path = tmp_path / "new" / "folder" / "speed.png"
     speed_accuracy_chart([speed_report(ap=0.51)], path)
     assert read_image(path).shape == (1000, 1600, 3)
     assert [entry.name for entry in path.parent.iterdir()] == ["speed.png"]
 
 
-def test_the_same_reports_give_the_same_bytes_whatever_the_user_has_set(tmp_path):
+def test_the_same_reports_give_the_same_bytes_with_any_user_settings(tmp_path):
     speed_accuracy_chart(SITUATIONS["a GPU's series"], tmp_path / "a.png")
     settings = {"font.size": 30.0, "axes.facecolor": "red", "savefig.dpi": 17.0, "text.usetex": True}
     with matplotlib.rc_context(settings):
@@ -99,7 +108,7 @@ def test_no_label_lies_on_another_or_leaves_the_axes(situation):
     assert all(axes.bbox.y0 <= b.y0 and b.y1 <= axes.bbox.y1 for b in boxes)
 
 
-def test_the_papers_rows_stand_at_their_times_and_precisions():
+def test_the_papers_rows_are_drawn_at_their_times_and_ap():
     figure = draw_chart([])
     (line,) = [line for line in figure.axes[0].lines if line.get_color() == PAPER_COLOUR]
     rows = sorted((row for row in TABLE_2 if row.model.startswith("YOLOv7")), key=lambda row: -row.fps)
@@ -110,59 +119,55 @@ def test_the_papers_rows_stand_at_their_times_and_precisions():
     assert [text.get_text() for text in figure.axes[0].texts] == [row.model.removeprefix("YOLO") for row in rows]
 
 
-def test_engine_is_filled_and_end_to_end_open_at_the_measured_ap():
-    report = speed_report(engine_ms=4.0, end_to_end_ms=5.0, ap=0.514, ap_source="results/ap.json", beside_paper=True)
+def test_engine_markers_are_filled_and_end_to_end_markers_are_open():
+    report = speed_report(engine_ms=4.0, end_to_end_ms=5.0, ap=0.514, ap_source="results/ap.json", with_paper=True)
     figure = draw_chart([report])
     assert sorted(markers(figure, COLOURS[0])) == [
         ("o", 4.0, pytest.approx(51.4), True),
         ("o", 5.0, pytest.approx(51.4), False),
     ]
-    assert "AP measured with this file" in words(figure)
-    assert "AP published" not in words(figure)
-    assert "AP of yolov7.onnx: results/ap.json." in words(figure)
+    assert "AP measured with this file" in text_outside_axes(figure)
+    assert "AP published" not in text_outside_axes(figure)
+    assert "AP of yolov7.onnx: results/ap.json." in text_outside_axes(figure)
 
 
-def test_a_published_ap_is_drawn_and_named_differently():
-    figure = draw_chart([speed_report("yolov7x", beside_paper=True)])
+def test_a_published_ap_has_another_marker_and_legend():
+    figure = draw_chart([speed_report("yolov7x", with_paper=True)])
     assert [marker[0::2] for marker in markers(figure, COLOURS[0])] == [("D", 52.9), ("D", 52.9)]
-    assert "AP published for the official model, not measured with this file" in words(figure)
-    assert "AP measured" not in words(figure)
+    assert "AP published for the official model, not measured with this file" in text_outside_axes(figure)
+    assert "AP measured" not in text_outside_axes(figure)
 
 
-def test_without_any_ap_the_time_stands_at_the_foot_and_the_legend_says_so():
+def test_without_any_ap_the_time_is_drawn_at_the_bottom():
     figure = draw_chart([speed_report()])
-    foot = figure.axes[0].get_ylim()[0]
-    assert [marker[:3] for marker in markers(figure, COLOURS[0])] == [("v", 300.0, foot), ("v", 305.0, foot)]
-    assert foot < min(row.val.ap for row in TABLE_2)
-    assert "AP not known at this size: only its time, at the foot" in words(figure)
+    bottom = figure.axes[0].get_ylim()[0]
+    assert [marker[:3] for marker in markers(figure, COLOURS[0])] == [("v", 300.0, bottom), ("v", 305.0, bottom)]
+    assert bottom < min(row.val.ap for row in TABLE_2)
+    assert "AP not known at this size: drawn at the bottom" in text_outside_axes(figure)
 
 
-def test_a_precision_published_for_another_size_is_not_taken():
-    assert {marker[0] for marker in markers(draw_chart([speed_report(side=640, beside_paper=True)]), COLOURS[0])} == {
-        "D"
-    }
-    assert {marker[0] for marker in markers(draw_chart([speed_report(side=320, beside_paper=True)]), COLOURS[0])} == {
-        "v"
-    }
+def test_an_ap_published_for_another_size_is_not_used():
+    assert {marker[0] for marker in markers(draw_chart([speed_report(size=640, with_paper=True)]), COLOURS[0])} == {"D"}
+    assert {marker[0] for marker in markers(draw_chart([speed_report(size=320, with_paper=True)]), COLOURS[0])} == {"v"}
 
 
-def test_the_legend_says_what_each_span_includes_and_where_it_was_measured():
-    said = words(draw_chart([speed_report(ap=0.5), speed_report(ap=0.5, **H200)]))
-    assert "Paper: V100, PyTorch FP16, network only" in said
-    assert "AMD EPYC, onnxruntime fp32" in said and "NVIDIA H200, tensorrt fp16" in said
-    assert "engine: the network, and NMS where the file has it" in said
-    assert "end to end: from an image in memory to its boxes" in said
+def test_the_legend_says_what_each_time_includes_and_where_it_was_measured():
+    legend = text_outside_axes(draw_chart([speed_report(ap=0.5), speed_report(ap=0.5, **H200)]))
+    assert "Paper: V100, PyTorch FP16, network only" in legend
+    assert "AMD EPYC, onnxruntime fp32" in legend and "NVIDIA H200, tensorrt fp16" in legend
+    assert "engine: the network, and NMS where the file has it" in legend
+    assert "end to end: from an image in memory to its boxes" in legend
 
 
-def test_one_series_is_joined_in_the_order_of_its_times():
+def test_a_series_is_joined_in_the_order_of_its_times():
     reports = series(0.6, **H200)
     figure = draw_chart(list(reversed(reports)))
     (line,) = [line for line in figure.axes[0].lines if line.get_color() == COLOURS[0] and line.get_linestyle() == "-"]
-    assert list(line.get_xdata()) == sorted(report.rows[0].span("engine").p50 for report in reports)
+    assert list(line.get_xdata()) == sorted(report.rows[0].stage("engine").p50 for report in reports)
 
 
 @pytest.mark.parametrize(("engine_ms", "scale"), [(0.5, "log"), (1.0, "linear"), (30.0, "linear"), (300.0, "log")])
-def test_times_far_from_the_papers_make_the_axis_logarithmic(engine_ms, scale):
+def test_the_axis_is_logarithmic_where_times_are_far_from_the_papers(engine_ms, scale):
     axes = draw_chart([speed_report(engine_ms=engine_ms, end_to_end_ms=1.1 * engine_ms, ap=0.5)]).axes[0]
     assert axes.get_xscale() == scale
     assert ("logarithmic" in axes.get_xlabel()) == (scale == "log")
@@ -171,33 +176,33 @@ def test_times_far_from_the_papers_make_the_axis_logarithmic(engine_ms, scale):
 
 def test_a_report_without_batch_1_is_named_and_not_drawn():
     figure = draw_chart([speed_report(batch=8, ap=0.5)])
-    assert "Not measured at batch 1, so not drawn: yolov7.onnx." in words(figure)
-    assert "nothing at batch 1" in words(figure)
+    assert "Not measured at batch 1, so not drawn: yolov7.onnx." in text_outside_axes(figure)
+    assert "nothing at batch 1" in text_outside_axes(figure)
     assert markers(figure, COLOURS[0]) == []
 
 
-def test_many_machines_make_the_image_higher_not_the_axes_lower():
+def test_many_machines_make_the_image_higher_and_not_the_axes_lower():
     figure = draw_chart(SITUATIONS["many machines"])
     assert figure.get_figheight() > 6.25
-    assert figure.axes[0].bbox.height >= LEAST_AXES * DPI - 1
+    assert figure.axes[0].bbox.height >= MIN_AXES_HEIGHT * DPI - 1
 
 
 @pytest.mark.parametrize(
     "name", ["$a$ ^{b}_\\frac.onnx", "零件\n检测.onnx", "_hidden.onnx", "x" * 300 + ".onnx", "\udcff.pt"]
 )
-def test_any_file_name_can_stand_on_it(tmp_path, name):
+def test_any_file_name_can_be_drawn(tmp_path, name):
     report = speed_report("", weights=name, machine=f"_{name}", ap=0.4, ap_source=name)
     speed_accuracy_chart([report], tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").shape[1] == 1600
 
 
-def test_other_formats_are_refused_with_the_name_to_use(tmp_path):
-    with pytest.raises(UsageError, match=r"speed\.svg: a chart is a PNG") as caught:
+def test_other_formats_are_rejected_with_the_name_to_use(tmp_path):
+    with pytest.raises(UsageError, match=r"speed\.svg: charts are written as PNG") as caught:
         speed_accuracy_chart([], tmp_path / "speed.svg")
     assert caught.value.fix == "Name it speed.png"
 
 
-def test_a_place_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
+def test_a_path_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken.png").mkdir()
     for path in (tmp_path / "file" / "a.png", tmp_path / "taken.png"):
@@ -212,7 +217,7 @@ import sys
 sys.modules["matplotlib"] = None
 from yolov7_deploy.errors import missing_library
 try:
-    import yolov7_deploy.measure.speed.chart
+    import yolov7_deploy.benchmark.chart
 except ModuleNotFoundError as error:
     print(missing_library(error, "for y7 bench"))
 """
@@ -223,7 +228,7 @@ except ModuleNotFoundError as error:
 def test_drawing_does_not_load_pyplot():
     code = """
 import sys
-from yolov7_deploy.measure.speed.chart import draw_chart
+from yolov7_deploy.benchmark.chart import draw_chart
 draw_chart([])
 print("matplotlib.pyplot" in sys.modules)
 """
@@ -231,19 +236,19 @@ print("matplotlib.pyplot" in sys.modules)
     assert done.stdout == "False\n"
 
 
-def test_a_label_goes_where_it_covers_no_marker_and_fewest_lines():
-    ground = LabelGround(frame=(0.0, 0.0, 400.0, 400.0))
-    ground.add_line([(0.0, 200.0), (400.0, 200.0)])
-    ground.add_line([(200.0, 200.0)], marker=20.0)
-    ground.boxes.append((0.0, 210.0, 400.0, 400.0))
-    x, y = ground.place((200.0, 200.0), (60.0, 20.0))
+def test_a_label_covers_no_marker_and_the_fewest_lines():
+    layout = LabelLayout(frame=(0.0, 0.0, 400.0, 400.0))
+    layout.add_line([(0.0, 200.0), (400.0, 200.0)])
+    layout.add_line([(200.0, 200.0)], marker=20.0)
+    layout.boxes.append((0.0, 210.0, 400.0, 400.0))
+    x, y = layout.place((200.0, 200.0), (60.0, 20.0))
     assert abs(x - 200.0) <= 60.0 and 150.0 < y <= 190.0
 
 
-def test_places_that_were_given_are_taken():
-    ground = LabelGround(frame=(0.0, 0.0, 100.0, 24.0))
-    given = [ground.place((50.0, 12.0), (20.0, 20.0)) for _ in range(6)]
-    places = [place for place in given if place]
-    assert 2 <= len(places) < 6
-    assert all(abs(a[0] - b[0]) >= 20.0 for a, b in combinations(places, 2))
-    assert ground.place((50.0, 12.0), (20.0, 30.0)) is None
+def test_placed_labels_do_not_overlap():
+    layout = LabelLayout(frame=(0.0, 0.0, 100.0, 24.0))
+    centres = [layout.place((50.0, 12.0), (20.0, 20.0)) for _ in range(6)]
+    placed = [centre for centre in centres if centre]
+    assert 2 <= len(placed) < 6
+    assert all(abs(a[0] - b[0]) >= 20.0 for a, b in combinations(placed, 2))
+    assert layout.place((50.0, 12.0), (20.0, 30.0)) is None

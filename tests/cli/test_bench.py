@@ -1,4 +1,4 @@
-"""`y7 bench`: what people type, what they see, what lies on the disk afterwards, and what is refused."""
+"""`y7 bench`: options, printed output, written files, and rejected input."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.speeds import report, row
+from tests.support.speed_reports import speed_report, speed_row
 from yolov7_deploy._console import write_json
 from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.cli.bench import counted_rows, find_variant_name, parse_frame, parse_numbers
+from yolov7_deploy.cli.bench import find_variant_name, parse_frame, parse_numbers, report_complete_rows
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
 from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.visualize import write_image
 
-TRIES = 3  # of a comparison that is too noisy to tell
+TRIES = 3  # for a comparison that may be too noisy to tell
 QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
 TIMEOUT_S = 120
 
 
 @pytest.fixture(autouse=True)
-def _short_turns(monkeypatch):
-    """What a turn is long for, a steady clock, is not what is tested here."""
-    monkeypatch.setattr("yolov7_deploy.benchmark.benchmark.TURN_S", 0.005)
+def _short_slices(monkeypatch):
+    """Long slices serve a steady clock, which is not tested here."""
+    monkeypatch.setattr("yolov7_deploy.benchmark.benchmark.SLICE_S", 0.005)
 
 
 @pytest.fixture
@@ -49,64 +49,64 @@ def bench(files, tmp_path, monkeypatch):
     return run
 
 
-def everything(folder: Path) -> list[str]:
+def all_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# --- what is typed ----------------------------------------------------------------------------------------------------
+# --- parsing ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1", (1,)), ("1,8,32", (1, 8, 32)), ("1 8", (1, 8)), (" 4, 2 ", (4, 2))]
 )
-def test_lists_of_numbers_are_read_as_people_type_them(text, numbers):
+def test_lists_of_numbers_may_have_commas_or_spaces(text, numbers):
     assert parse_numbers(text, "batch") == numbers
 
 
 @pytest.mark.parametrize("text", ["abc", "", ",", "1.5", "-1", "1;2", "9999999", "²"])
-def test_lists_that_mean_nothing_are_refused(text):
-    with pytest.raises(UsageError, match=r"--batch .* is no list of numbers"):
+def test_other_lists_are_rejected(text):
+    with pytest.raises(UsageError, match=r"--batch .* is not a list of numbers"):
         parse_numbers(text, "batch")
 
 
-def test_a_frame_is_width_times_height():
+def test_a_frame_is_width_x_height():
     assert parse_frame("1920x1080") == (1080, 1920)
     for text in ("0x5", "1920", "axb", "99999x1", "1920x1080x3"):
         with pytest.raises(UsageError, match="--frame"):
             parse_frame(text)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_table_is_printed_and_nothing_written(bench, tmp_path):
-    result = bench("--batch", "1", "--threads", "1,2")
+    result = bench("--batch", "1", "--concurrency", "1,2")
     assert result.exit_code == 0, result.output
-    assert "images/s" in result.stdout and "one drawn image, 64x48" in result.stdout
-    assert "while 2 called at once" in result.stdout
-    assert everything(tmp_path) == []
+    assert "images/s" in result.stdout and "one synthetic image, 64x48" in result.stdout
+    assert "at concurrency 2 a call took" in result.stdout
+    assert all_files(tmp_path) == []
 
 
-def test_old_spellings_are_accepted(bench, files):
+def test_spellings_of_the_official_program_are_accepted(bench, files):
     typed = ["--batch-size", "1", "--img-size", "128x192", "--conf-thres", "0.7", "--iou-thres", "0.5", "--json", "-"]
-    record = json.loads(bench(*typed, weights=files("plugin")).stdout)
-    assert "conf 0.7, iou 0.5" in dict(record["settings"])["thresholds"]
+    report = json.loads(bench(*typed, weights=files("plugin")).stdout)
+    assert "conf 0.7, iou 0.5" in dict(report["settings"])["thresholds"]
     assert CliRunner().invoke(app, ["benchmark", "--help"]).exit_code == 0
 
 
-def test_the_record_alone_is_on_standard_output(bench):
+def test_standard_output_contains_only_the_report(bench):
     result = bench("--json", "-")
     assert json.loads(result.stdout)["kind"] == "y7 bench"
     assert "images/s" in result.stderr
 
 
-def test_the_paper_brings_its_row_a_record_and_a_chart(bench, files, tmp_path):
+def test_the_option_paper_adds_its_row_a_report_and_a_chart(bench, files, tmp_path):
     val = tmp_path / "val.json"
     val.write_text(json.dumps({"ap": 0.35, "weights": str(files("plugin")), "images": 82}))
-    result = bench("--paper", "--val-json", val)
-    assert "YOLOv7-tiny in the paper" in result.stdout and "0.4 ms an image at batch 32" in result.stdout
+    result = bench("--paper", "--val-report", val)
+    assert "YOLOv7-tiny in the paper" in result.stdout and "0.4 ms per image at batch 32" in result.stdout
     assert "35.0 % (" in result.stdout and ", 82 images)" in result.stdout
-    assert everything(tmp_path) == ["runs/bench/exp/bench.json", "runs/bench/exp/chart.png", "val.json"]
+    assert all_files(tmp_path) == ["runs/bench/exp/bench.json", "runs/bench/exp/chart.png", "val.json"]
     assert all(f": runs/bench/exp/{name}" in result.stdout for name in ("bench.json", "chart.png"))
     measured = SpeedReport.load("runs/bench/exp/bench.json")
     assert (measured.paper.model, measured.ap) == ("YOLOv7-tiny", 0.35)
@@ -124,39 +124,39 @@ def test_the_paper_brings_its_row_a_record_and_a_chart(bench, files, tmp_path):
         (["--chart", "c.png"], ["c.png"]),
     ],
 )
-def test_what_is_written_goes_where_it_is_told(bench, tmp_path, typed, written):
+def test_files_are_written_where_the_options_say(bench, tmp_path, typed, written):
     bench(*typed)
-    assert everything(tmp_path) == written
+    assert all_files(tmp_path) == written
 
 
 def test_a_run_is_compared_with_an_earlier_one(bench, tmp_path):
     bench("--json", "old.json")
     result = bench("--compare", "old.json", "--json", "new.json")
-    assert "against old.json" in result.stdout and "Holm" in result.stdout
-    assert {one["span"] for one in json.loads(Path("new.json").read_text())["comparison"]["differences"]} >= {"engine"}
+    assert "compared with old.json" in result.stdout and "Holm" in result.stdout
+    assert {one["stage"] for one in json.loads(Path("new.json").read_text())["comparison"]["differences"]} >= {"engine"}
     old = SpeedReport.load("old.json")
-    slow = replace(old, rows=(replace(old.rows[0], spans=tuple(slower(span, 0.1) for span in old.rows[0].spans)),))
+    slow = replace(old, rows=(replace(old.rows[0], stages=tuple(slower(stage, 0.1) for stage in old.rows[0].stages)),))
     write_json(slow.to_dict(), "slow.json")
-    # Other programs may take the processor during a run this short, which then rightly says that it cannot tell.
+    # Other programs may disturb a run this short, which is then correctly reported as too noisy.
     verdicts = []
     while verdicts[-1:] != ["slower"] and len(verdicts) < TRIES:
-        told = bench("--compare", "slow.json").stdout
-        verdicts += [line.split()[-1] for line in told.splitlines() if " end_to_end " in line]
+        text = bench("--compare", "slow.json").stdout
+        verdicts += [line.split()[-1] for line in text.splitlines() if " end_to_end " in line]
     assert verdicts[-1] == "slower" and set(verdicts[:-1]) <= {"tell"}
 
 
-def slower(span, factor):
-    return replace(span, p50=span.p50 * factor, blocks=tuple(block * factor for block in span.blocks))
+def slower(stage, factor):
+    return replace(stage, p50=stage.p50 * factor, blocks=tuple(block * factor for block in stage.blocks))
 
 
-def test_own_images_are_measured_with(bench, tmp_path):
+def test_the_images_of_source_are_used(bench, tmp_path):
     for name in ("a.png", "b.png"):
         write_image(tmp_path / "in" / name, drawn_image((64, 64)))
     result = bench("--source", tmp_path / "in", quick=QUICK[:4] + QUICK[6:])
     assert f"frames: 2 images of {tmp_path / 'in'}" in result.stdout
 
 
-def test_a_file_of_a_fixed_batch_is_measured_at_it(bench, files):
+def test_a_file_with_a_fixed_batch_is_measured_with_it(bench, files):
     result = bench("--json", "-", weights=files("plugin", batch=2))
     assert [row["batch"] for row in json.loads(result.stdout)["rows"]] == [2]
 
@@ -164,21 +164,21 @@ def test_a_file_of_a_fixed_batch_is_measured_at_it(bench, files):
 # --- estimates --------------------------------------------------------------------------------------------------------
 
 
-def test_an_estimate_needs_no_weights_and_says_what_it_is(bench, tmp_path):
+def test_an_estimate_needs_no_weights_and_is_labelled_as_estimate(bench, tmp_path):
     result = bench("--estimate", "orin-nx", "--json", "e.json", weights="yolov7", quick=())
     assert "estimated, not measured: yolov7 at 640x640" in result.stdout
     document = json.loads(Path("e.json").read_text())
     assert (document["kind"], document["measured"]) == ("y7 estimate", False)
-    with pytest.raises(UsageError, match="it is no report of y7 bench"):
+    with pytest.raises(UsageError, match="it is not a report of y7 bench"):
         bench("--compare", "e.json")
 
 
-def test_an_estimate_is_not_mixed_with_measuring(bench):
-    with pytest.raises(UsageError, match="measures nothing, so --paper, --threads cannot apply"):
-        bench("--estimate", "v100", "--paper", "--threads", "4", weights="yolov7", quick=())
+def test_an_estimate_rejects_options_of_a_measurement(bench):
+    with pytest.raises(UsageError, match="measures nothing, so --concurrency, --paper cannot apply"):
+        bench("--estimate", "v100", "--paper", "--concurrency", "1", weights="yolov7", quick=())
 
 
-def test_a_file_tells_its_network(files, tmp_path):
+def test_a_file_names_its_network(files, tmp_path):
     assert find_variant_name(str(files("plugin"))) == "yolov7-tiny"
     assert find_variant_name(str(files("torch"))) == "yolov7-tiny"
     assert find_variant_name("yolov7-w6_training.pt") == "yolov7-w6"
@@ -186,16 +186,16 @@ def test_a_file_tells_its_network(files, tmp_path):
         find_variant_name(str(tmp_path / "absent.onnx"))
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- rejected input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("typed", "error", "words"),
+    ("typed", "error", "text"),
     [
         (["--batch", "0"], UsageError, "--batch 0 must be at least 1"),
-        (["--batch", "abc"], UsageError, "no list of numbers"),
+        (["--batch", "abc"], UsageError, "not a list of numbers"),
         (["--batch", "8"], UsageError, "takes at most 1 at once.\ny7 export .*--batch 8"),
-        (["--threads", "0"], UsageError, "--threads 0"),
+        (["--concurrency", "0"], UsageError, "--concurrency 0"),
         (["--duration", "nan"], UsageError, "--duration nan"),
         (["--conf", "2"], UsageError, "conf must be"),
         (["--device", "tpu"], DeviceError, "tpu"),
@@ -206,42 +206,42 @@ def test_a_file_tells_its_network(files, tmp_path):
         (["--source", "empty"], SourceError, "empty"),
         (["--chart", "c.png", "--no-chart"], UsageError, "contradict"),
         (["--chart", "c.jpg"], UsageError, "a chart is a PNG"),
-        (["--save-dir", "file/out"], UsageError, "is no folder"),
+        (["--save-dir", "file/out"], UsageError, "is not a folder"),
         (["--json", "empty"], UsageError, "it is a folder"),
-        (["--val-json", "absent.json"], UsageError, "absent.json cannot be read"),
+        (["--val-report", "absent.json"], UsageError, "absent.json cannot be read"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_leaves_nothing(bench, tmp_path, typed, error, words):
+def test_invalid_input_is_rejected_and_leaves_nothing(bench, tmp_path, typed, error, text):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     quick = QUICK[:4] if "--source" in typed else QUICK
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=text):
         bench(*typed, quick=quick)
-    assert everything(tmp_path) == ["file"]
+    assert all_files(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("document", "words"),
+    ("document", "text"),
     [
         ("{", "cannot be compared with"),
-        ("[]", "no report of y7 bench"),
+        ("[]", "not a report of y7 bench"),
         (json.dumps({"kind": "y7 bench", "schema": 99}), "its schema is 99"),
-        (json.dumps({**report().to_dict(), "rows": [{"batch": "one"}]}), "batch is 'one'"),
+        (json.dumps({**speed_report().to_dict(), "rows": [{"batch": "one"}]}), "batch is 'one'"),
     ],
 )
-def test_a_file_that_is_no_report_is_not_compared_with(bench, tmp_path, document, words):
+def test_a_file_that_is_not_a_report_is_not_compared_with(bench, tmp_path, document, text):
     (tmp_path / "old.json").write_text(document)
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=text):
         bench("--compare", "old.json")
 
 
-def test_there_must_be_such_weights(bench):
+def test_missing_weights_are_rejected(bench):
     with pytest.raises(LoadError, match=r"absent\.onnx does not exist"):
         bench(weights="absent.onnx")
 
 
 @pytest.mark.parametrize(("device", "other"), [("v100", "v100"), ("jetson", "orin-nx")])
-def test_another_machine_is_named_and_an_estimate_offered(tmp_path, device, other):
+def test_another_machine_is_named_and_an_estimate_is_offered(tmp_path, device, other):
     done = subprocess.run(
         [sys.executable, "-m", "yolov7_deploy", "bench", "--weights", "yolov7", "--device", device],
         capture_output=True,
@@ -257,25 +257,25 @@ def test_another_machine_is_named_and_an_estimate_offered(tmp_path, device, othe
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_full_disk_is_told_after_the_table(files):
+def test_a_full_disk_is_reported_after_the_table(files):
     done = run_bench(files("plugin"), "--json", "/dev/full")
     assert done.returncode == 1
     assert "images/s" in done.stdout
     assert "UsageError: /dev/full cannot be written: No space left on device" in done.stderr
 
 
-def test_work_that_ends_early_says_what_was_complete(capsys):
-    for rows, words in ((0, ""), (1, "1 row was complete; nothing is written.\n"), (2, "2 rows were complete; ")):
-        with pytest.raises(KeyboardInterrupt), counted_rows() as on_row:
+def test_a_run_that_ends_early_reports_the_complete_rows(capsys):
+    for rows, text in ((0, ""), (1, "Complete rows: 1; nothing is written.\n"), (2, "Complete rows: 2; ")):
+        with pytest.raises(KeyboardInterrupt), report_complete_rows() as on_row:
             for _ in range(rows):
-                on_row(row())
+                on_row(speed_row())
             raise KeyboardInterrupt
-        assert capsys.readouterr().err.startswith(words)
+        assert capsys.readouterr().err.startswith(text)
 
 
-def test_ctrl_c_leaves_nothing_half_written(files, tmp_path):
+def test_ctrl_c_leaves_no_partial_files(files, tmp_path):
     process = subprocess.Popen(
-        [*command(files("plugin")), "--threads", "1,2", "--duration", "30", "--save-dir", str(tmp_path / "out")],
+        [*command(files("plugin")), "--concurrency", "1,2", "--duration", "30", "--save-dir", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

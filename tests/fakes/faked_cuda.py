@@ -1,5 +1,6 @@
 """The fake libraries of tests/fakes/cudart and tests/fakes/nvml, compiled once per content."""
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -19,9 +20,12 @@ def fake_cudart():
     return compiled(SOURCE)
 
 
-def fake_nvml(*options):
-    """Path of NVML and of CUDA's driver library, which are one file here; `-DOLD_DRIVER` for one of long ago."""
-    return str(compiled(NVML_SOURCE, *options))
+def install_fake_nvml(monkeypatch, *options):
+    """Make the fake library the NVML and the CUDA driver of this process; `-DOLD_DRIVER` for an old one."""
+    path = str(compiled(NVML_SOURCE, *options))
+    monkeypatch.setattr("yolov7_deploy.hardware.gpu.CUDA_DRIVER", path)
+    monkeypatch.setattr("pynvml.nvmlLib", ctypes.CDLL(path))
+    monkeypatch.setattr("pynvml._nvmlGetFunctionPointer_cache", {})
 
 
 def compiled(source, *options):

@@ -1,4 +1,4 @@
-"""How many cores a process may keep busy, with and without limits of containers."""
+"""The cores that a process may use, with and without the limits of a container."""
 
 import os
 
@@ -6,12 +6,12 @@ import pytest
 
 from yolov7_deploy.hardware.cpu import usable_cores
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system tells no affinity")
+pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not show CPU affinity")
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Writes files of a made-up machine whose hardware threads are given, and counts its cores."""
+    """Writes the files of a made-up machine with these hardware threads, and counts its cores."""
 
     def count(threads, files):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(threads))
@@ -44,11 +44,11 @@ def test_only_threads_we_may_run_on_count(machine):
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000\n", 8), ("300000 100000\n", 3), ("150000 100000\n", 2), ("10000 100000\n", 1)]
 )
-def test_a_container_of_version_2_has_its_quota(machine, quota, cores):
+def test_a_container_with_cgroup_v2_has_its_quota(machine, quota, cores):
     assert machine(range(8), {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota}) == cores
 
 
-def test_the_tightest_of_the_groups_around_us_counts(machine):
+def test_the_smallest_quota_of_all_parent_groups_counts(machine):
     files = {
         "proc/self/cgroup": "0::/user/job\n",
         "sys/fs/cgroup/user/job/cpu.max": "max 100000\n",
@@ -59,8 +59,8 @@ def test_the_tightest_of_the_groups_around_us_counts(machine):
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("-1\n", 8), ("400000\n", 4)])
-def test_a_container_of_version_1_has_its_quota(machine, quota, cores):
-    # The path is that of the host, which is not there inside.
+def test_a_container_with_cgroup_v1_has_its_quota(machine, quota, cores):
+    # The path is that of the host, which does not exist inside the container.
     files = {
         "proc/self/cgroup": "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n",
         "sys/fs/cgroup/cpu/cpu.cfs_quota_us": quota,
@@ -75,6 +75,6 @@ def test_what_cannot_be_read_limits_nothing(machine, text):
     assert machine(range(8), files) == 8
 
 
-def test_another_system_leaves_it_to_the_runtime(monkeypatch):
+def test_on_another_system_the_runtime_decides(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cores() is None

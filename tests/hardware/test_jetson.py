@@ -1,4 +1,4 @@
-"""Jetson boards before a build: what they are, JetPack against TensorRT, power mode, DLA."""
+"""Jetson boards: model, JetPack, power mode; and the checks before a build for JetPack, TensorRT and DLA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tests.support.boards import BOARDS, about, board, findings, silent, write
-from yolov7_deploy.hardware.jetson import find_jetpack, read_board, run_command
+from yolov7_deploy.hardware.jetson import find_jetpack, read_board
+from yolov7_deploy.hardware.system import run_command
 from yolov7_deploy.tensorrt.preflight import PlannedBuild, installed_wheels, preflight
 
 # --- boards -----------------------------------------------------------------------------------------------------------
@@ -24,22 +25,20 @@ from yolov7_deploy.tensorrt.preflight import PlannedBuild, installed_wheels, pre
         ("thor_7.2", "39.2.0", "7.2", "10.16.2", "11.0", "120W", "MAXN"),
     ],
 )
-def test_a_board_tells_its_jetpack_its_tensorrt_and_its_power_mode(
-    name, l4t, jetpack, tensorrt, capability, mode, best
-):
+def test_a_board_has_its_jetpack_its_tensorrt_and_its_power_mode(name, l4t, jetpack, tensorrt, capability, mode, best):
     found = board(name)
     assert (found.l4t, found.jetpack.name, found.jetpack.tensorrt) == (l4t, jetpack, tensorrt)
     assert found.compute_capability == capability
     assert (found.mode.name, found.highest_mode.name) == (mode, best)
 
 
-def test_a_container_without_the_release_file_is_told_by_its_packages():
+def test_a_container_without_the_release_file_is_recognised_by_its_packages():
     found = board("container_6.2.1")
     assert (found.l4t, found.jetpack.name) == ("36.4.4", "6.2.1")
     assert (found.mode, found.modes, found.highest_mode) == (None, (), None)
 
 
-def test_a_container_that_shows_nothing_but_the_device_tree_is_still_a_board(tmp_path):
+def test_a_container_that_shows_only_the_device_tree_is_still_a_board(tmp_path):
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
     found = read_board(root=tmp_path, run=silent)
@@ -47,7 +46,7 @@ def test_a_container_that_shows_nothing_but_the_device_tree_is_still_a_board(tmp
 
 
 @pytest.mark.parametrize("model", ["", "Raspberry Pi 5 Model B Rev 1.0\0", "NVIDIA DGX Spark\0"])
-def test_other_machines_are_no_boards(tmp_path, model):
+def test_other_machines_are_not_boards(tmp_path, model):
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "proc/device-tree/model").write_text(model)
     assert read_board(root=tmp_path, run=silent) is None
@@ -69,7 +68,7 @@ def test_the_power_mode_comes_from_the_state_file_where_nvpmodel_does_not_answer
         ("40.1", "", "10.16.2"),
     ],
 )
-def test_releases_that_are_not_in_the_table_are_taken_as_the_last_one_before(l4t, name, tensorrt):
+def test_a_release_that_is_not_in_the_table_is_treated_as_the_one_before_it(l4t, name, tensorrt):
     jetpack = find_jetpack(l4t)
     assert (jetpack.name, jetpack.tensorrt) == (name, tensorrt)
 
@@ -79,8 +78,8 @@ def test_older_jetpacks_are_not_known(l4t):
     assert find_jetpack(l4t) is None
 
 
-def test_a_command_that_is_absent_or_fails_gives_nothing():
-    assert run_command(["no-such-command-of-anyone"]) is None
+def test_a_command_that_is_missing_or_fails_has_no_output():
+    assert run_command(["no-such-command"]) is None
     assert run_command(["false"]) is None
     assert run_command(["echo", "yes"]) == "yes\n"
 
@@ -105,7 +104,7 @@ def test_a_command_that_is_absent_or_fails_gives_nothing():
         ("thor_7.2", "10.3.0", "warning"),
     ],
 )
-def test_jetpack_is_held_against_the_tensorrt_that_is_installed(name, version, level):
+def test_the_installed_tensorrt_is_checked_against_jetpack(name, version, level):
     found = about("jetpack", findings(name, PlannedBuild(product="tensorrt", tensorrt=version)))
     assert [finding.level for finding in found] == ([level] if level else [])
     for finding in found:
@@ -123,7 +122,7 @@ def test_a_tensorrt_from_pip_is_named_where_only_jetpacks_own_can_use_the_gpu():
     assert about("jetpack", findings("thor_7.2", thor, wheels=("tensorrt-cu13-libs 10.16.2",))) == []
 
 
-def test_a_jetson_of_unknown_jetpack_is_told(tmp_path):
+def test_an_unknown_jetpack_is_reported(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t186ref\n")
     found = preflight(
@@ -133,7 +132,7 @@ def test_a_jetson_of_unknown_jetpack_is_told(tmp_path):
     assert finding.level == "warning" and "L4T 32.7.1" in finding.text
 
 
-def test_installed_wheels_are_looked_up_here():
+def test_installed_wheels_are_those_of_this_environment():
     # On a machine with classic TensorRT from pip there is one, elsewhere none; never TensorRT-RTX.
     assert all(name.startswith("tensorrt-") and "rtx" not in name for name in installed_wheels())
 
@@ -157,12 +156,12 @@ def test_a_slow_power_mode_is_a_warning_with_this_boards_number_of_the_fastest(n
 
 
 @pytest.mark.parametrize("name", ["orin_nx_5.1.3", "agx_orin_7.2"])
-def test_the_fastest_power_mode_is_no_finding(name):
+def test_the_fastest_power_mode_is_not_a_finding(name):
     assert about("power_mode", findings(name, PlannedBuild(product="tensorrt", tensorrt="8.5.2"))) == []
 
 
 @pytest.mark.parametrize("names", [("MAXN", "MAXN_SUPER", "40W"), ("MAXN_SUPER", "40W", "MAXN"), ("40W", "25W", "7W")])
-def test_the_fastest_mode_is_told_by_the_names_whatever_their_order(tmp_path, names):
+def test_the_fastest_mode_is_chosen_by_name_in_any_order(tmp_path, names):
     entries = "".join(f"< POWER_MODEL NAME={name} ID={number} >\n" for number, name in enumerate(names))
     write(tmp_path, etc__nv_tegra_release="# R36 (release), REVISION: 4.3, GCID: 38968081\n")
     (tmp_path / "etc/nvpmodel.conf").write_text(entries)
@@ -170,7 +169,7 @@ def test_the_fastest_mode_is_told_by_the_names_whatever_their_order(tmp_path, na
     assert found.highest_mode.name == ("MAXN_SUPER" if "MAXN_SUPER" in names else "40W")
 
 
-def test_a_power_mode_that_is_not_told_is_a_note():
+def test_an_unknown_power_mode_is_a_note():
     (finding,) = about("power_mode", findings("container_6.2.1", PlannedBuild(product="tensorrt", tensorrt="10.3.0")))
     assert finding.level == "note"
 
@@ -190,6 +189,6 @@ def test_a_power_mode_that_is_not_told_is_a_note():
         ("thor_7.2", "11.4.1", True),
     ],
 )
-def test_a_dla_core_is_refused_where_board_or_tensorrt_has_none(name, version, refused):
+def test_a_dla_core_is_rejected_where_board_or_tensorrt_has_none(name, version, refused):
     found = about("dla", findings(name, PlannedBuild(product="tensorrt", tensorrt=version, dla_core=0)))
     assert [finding.level for finding in found] == (["error"] if refused else [])

@@ -1,8 +1,9 @@
-"""Power meters: NVML against a fake library, RAPL and rails against trees of files, tegrastats against a program."""
+"""Power meters: NVML with a fake library, RAPL and rails with trees of files, tegrastats with a program."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import tempfile
@@ -12,36 +13,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.faked_cuda import fake_nvml
+from tests.fakes.faked_cuda import install_fake_nvml
 from tests.hardware.test_power_inputs import LINES, program
 from tests.support.boards import laid_out, wait_until
-from yolov7_deploy.hardware.gpu import read_visible_gpus
-from yolov7_deploy.hardware.nvml import open_gpu
-from yolov7_deploy.hardware.power import PowerIntegrator, SampledMeter, open_power_meter
-from yolov7_deploy.hardware.rapl import open_packages
+from yolov7_deploy.hardware.gpu import list_cuda_gpus, open_gpu
+from yolov7_deploy.hardware.power import PowerIntegrator, SampledPowerMeter, open_power_meter, open_rapl_counter
 
 GPUS = "0000:af:00.0 NVIDIA T4;0000:3b:00.0 Tesla V100-SXM2-16GB"
-RAPL = "sys/class/powercap"
-LATE = 0.25  # of a measurement below a second, which a thread on a busy machine may begin and end late
+POWERCAP = "sys/class/powercap"
+TOLERANCE = 0.25  # a thread on a busy machine may start and end a measurement of half a second late
 
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Sets what the fake NVML says, and gives the libraries to open a meter with."""
+    """Installs the fake NVML with these answers."""
 
-    def say(text="", *options, gpus=GPUS):
+    def install(answers="", *options, gpus=GPUS):
         monkeypatch.setenv("FAKE_GPUS", gpus)
-        monkeypatch.setenv("FAKE_NVML", text)
-        path = fake_nvml(*options)
-        return {"library": path, "driver": path}
+        monkeypatch.setenv("FAKE_NVML", answers)
+        install_fake_nvml(monkeypatch, *options)
 
-    return say
+    return install
 
 
 def packages(root, *energies_uj, names=None):
-    """A RAPL tree with a package for each energy."""
+    """A RAPL tree with one package for each energy."""
     for number, energy in enumerate(energies_uj):
-        folder = root / RAPL / f"intel-rapl:{number}"
+        folder = root / POWERCAP / f"intel-rapl:{number}"
         folder.mkdir(parents=True)
         (folder / "name").write_text(f"{names[number] if names else f'package-{number}'}\n")
         (folder / "energy_uj").write_text(f"{energy}\n")
@@ -49,121 +47,136 @@ def packages(root, *energies_uj, names=None):
     return root
 
 
-def energy(root, value, number=0):
-    (root / RAPL / f"intel-rapl:{number}/energy_uj").write_text(f"{value}\n")
+def set_energy(root, value, number=0):
+    (root / POWERCAP / f"intel-rapl:{number}/energy_uj").write_text(f"{value}\n")
 
 
-def samplers():
+def missing_library(name):
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+def sampling_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("y7-")]
 
 
-# --- the course of power ----------------------------------------------------------------------------------------------
+# --- integration of power ---------------------------------------------------------------------------------------------
 
 
 def test_sampled_watts_are_weighted_by_the_time_between_them():
-    course = PowerIntegrator(counts_joules=False)
+    integrator = PowerIntegrator(counts_joules=False)
     for time_s, watts in ((0.0, 10.0), (1.0, 20.0), (4.0, 20.0)):
-        course.add(time_s, watts)
-    assert course.mean_watts == pytest.approx((15 * 1 + 20 * 3) / 4)
-    assert course.samples == 3
+        integrator.add(time_s, watts)
+    assert integrator.mean_watts == pytest.approx((15 * 1 + 20 * 3) / 4)
+    assert integrator.samples == 3
 
 
-def test_a_counter_is_read_between_its_first_and_its_last_move():
-    course = PowerIntegrator(counts_joules=True)
+def test_a_counter_is_read_between_its_first_and_its_last_update():
+    integrator = PowerIntegrator(counts_joules=True)
     readings = [(0.00, 100.0), (0.04, 100.0), (0.10, 130.0), (0.15, 130.0), (0.20, 150.0), (0.30, 170.0), (0.39, 170.0)]
     for time_s, joules in readings:
-        course.add(time_s, joules)
-    assert course.mean_watts == pytest.approx((170 - 130) / (0.30 - 0.10))
-    assert course.samples == 3
+        integrator.add(time_s, joules)
+    assert integrator.mean_watts == pytest.approx((170 - 130) / (0.30 - 0.10))
+    assert integrator.samples == 3
 
 
-def test_a_counter_that_begins_anew_loses_only_the_moment_of_that():
-    course = PowerIntegrator(counts_joules=True)
+def test_a_counter_that_restarts_loses_only_that_interval():
+    integrator = PowerIntegrator(counts_joules=True)
     for time_s, joules in ((0.0, 990.0), (1.0, 1000.0), (2.0, 1010.0), (3.0, 2.0), (4.0, 12.0), (5.0, 22.0)):
-        course.add(time_s, joules)
-    assert course.mean_watts == pytest.approx(10.0)
+        integrator.add(time_s, joules)
+    assert integrator.mean_watts == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
-def test_a_reading_that_is_none_is_left_out(value):
-    course = PowerIntegrator(counts_joules=False)
+def test_a_reading_that_is_not_finite_is_ignored(value):
+    integrator = PowerIntegrator(counts_joules=False)
     for time_s, watts in ((0.0, 10.0), (1.0, value), (2.0, 10.0)):
-        course.add(time_s, watts)
-    assert (course.mean_watts, course.samples) == (10.0, 2)
+        integrator.add(time_s, watts)
+    assert (integrator.mean_watts, integrator.samples) == (10.0, 2)
 
 
 @pytest.mark.parametrize("counts_joules", [False, True])
-def test_too_few_readings_are_no_mean_and_no_samples(counts_joules):
-    course = PowerIntegrator(counts_joules=counts_joules)
-    assert math.isnan(course.mean_watts) and course.samples == 0
-    course.add(0.0, 5.0)
-    assert math.isnan(course.mean_watts) and course.samples == 0
+def test_too_few_readings_have_neither_mean_nor_samples(counts_joules):
+    integrator = PowerIntegrator(counts_joules=counts_joules)
+    assert math.isnan(integrator.mean_watts) and integrator.samples == 0
+    integrator.add(0.0, 5.0)
+    assert math.isnan(integrator.mean_watts) and integrator.samples == 0
 
 
 # --- NVML -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_energy_counter_of_a_gpu_gives_its_mean_power(nvml):
-    with open_power_meter("cuda:0", **nvml("energy=7000000@250 power=!3")) as meter:
+    nvml("energy=7000000@250 power=!3")
+    with open_power_meter("cuda:0") as meter:
         wait_until(lambda: meter.samples >= 40)  # the counter moves every 20 ms
     assert meter.source == "NVML (GPU board)"
-    assert meter.mean_watts == pytest.approx(250, rel=LATE)
+    assert meter.mean_watts == pytest.approx(250, rel=TOLERANCE)
 
 
 def test_a_gpu_without_a_counter_is_sampled(nvml):
-    with open_power_meter("cuda", **nvml("power=1,100000,140000")) as meter:
+    nvml("power=1,100000,140000")
+    with open_power_meter("cuda") as meter:
         wait_until(lambda: meter.samples >= 3)
     assert 120 < meter.mean_watts < 140  # the first answer was to the question whether it answers
 
 
-def test_an_old_driver_has_other_names_for_the_same(nvml):
-    with open_power_meter("cuda:1", **nvml("power=100000", "-DOLD_DRIVER")) as meter:
+def test_an_old_driver_without_a_counter_is_sampled(nvml):
+    nvml("power=100000", "-DOLD_DRIVER")
+    with open_power_meter("cuda:1") as meter:
         wait_until(lambda: meter.samples >= 2)
     assert meter.mean_watts == pytest.approx(100)
 
 
-def test_a_gpu_is_found_by_the_address_that_cuda_tells_and_not_by_its_number(nvml, monkeypatch, tmp_path):
+def test_a_gpu_is_found_by_its_pci_address_and_not_by_its_number(nvml, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_NVML_LOG", str(tmp_path / "log"))
-    libraries = nvml("power=100000")
-    gpu = open_gpu(1, **libraries)
-    assert (gpu.name, gpu.pci) == ("Tesla V100-SXM2-16GB", "0000:3b:00.0")
+    nvml("power=100000")
+    gpu = open_gpu(1)
+    assert (gpu.name, gpu.pci_bus_id) == ("Tesla V100-SXM2-16GB", "0000:3b:00.0")
     assert (tmp_path / "log").read_text() == "0000:3b:00.0\n"
-    assert [found.name for found in read_visible_gpus(libraries["driver"])] == ["NVIDIA T4", "Tesla V100-SXM2-16GB"]
+    assert [found.name for found in list_cuda_gpus()] == ["NVIDIA T4", "Tesla V100-SXM2-16GB"]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "tells NVML neither energy nor power"),
-        ("energy=!3 power=!4", "tells NVML neither energy nor power"),
+        ("", "NVML reports neither energy nor power"),
+        ("energy=!3 power=!4", "NVML reports neither energy nor power"),
         ("init=!4", "Insufficient Permissions (error 4)"),
         ("handle=!15", "GPU is lost (error 15)"),
         ("handle=!999", "Unknown Error (error 999)"),
     ],
 )
-def test_why_a_gpu_tells_no_power_is_a_sentence_with_its_name(nvml, text, words):
-    told = open_power_meter("cuda:0", **nvml(text))
-    assert words in told and "NVIDIA T4" in told and "nvidia-smi" in told
+def test_the_reason_why_a_gpu_reports_no_power_names_it(nvml, text, words):
+    nvml(text)
+    reason = open_power_meter("cuda:0")
+    assert words in reason and "NVIDIA T4" in reason and "nvidia-smi" in reason
 
 
-def test_a_gpu_that_cuda_does_not_show_is_a_sentence(nvml):
-    assert "no GPU cuda:2" in open_power_meter("cuda:2", **nvml("power=1"))
-    assert "no GPU cuda:0" in open_power_meter("cuda:0", driver="libno-such-driver.so", library="libno.so")
+def test_a_gpu_that_cuda_does_not_show_is_named_in_the_reason(nvml, monkeypatch):
+    nvml("power=1")
+    assert "no GPU cuda:2" in open_power_meter("cuda:2")
+    monkeypatch.setattr("yolov7_deploy.hardware.gpu.CUDA_DRIVER", "libno-such-driver.so")
+    assert "no GPU cuda:0" in open_power_meter("cuda:0")
 
 
-def test_without_nvml_the_sentence_says_where_it_comes_from(nvml):
-    libraries = {**nvml("power=1"), "library": "libno-such-nvml.so"}
-    told = open_power_meter("cuda:0", **libraries)
-    assert "libno-such-nvml.so is not here" in told and "NVIDIA_DRIVER_CAPABILITIES" in told
+def test_without_nvml_the_reason_says_where_it_comes_from(nvml, monkeypatch):
+    nvml("power=1")
+    monkeypatch.setattr("pynvml.nvmlLib", None)
+    monkeypatch.setattr("pynvml.CDLL", missing_library)
+    reason = open_power_meter("cuda:0")
+    assert "libnvidia-ml.so.1 was not found" in reason and "NVIDIA_DRIVER_CAPABILITIES" in reason
 
 
-def test_a_library_that_is_no_nvml_does_not_crash(nvml):
-    told = open_power_meter("cuda:0", **{**nvml("power=1"), "library": "libc.so.6"})
-    assert "error 13" in told
+def test_a_library_that_is_not_nvml_does_not_crash(nvml, monkeypatch):
+    nvml("power=1")
+    monkeypatch.setattr("pynvml.nvmlLib", ctypes.CDLL("libc.so.6"))
+    reason = open_power_meter("cuda:0")
+    assert "error 13" in reason
 
 
-def test_a_gpu_that_falls_off_the_bus_ends_the_readings_and_nothing_else(nvml):
-    with open_power_meter("cuda:0", **nvml("power=90000,90000,90000,!15")) as meter:
+def test_a_gpu_that_falls_off_the_bus_only_ends_the_readings(nvml):
+    nvml("power=90000,90000,90000,!15")
+    with open_power_meter("cuda:0") as meter:
         wait_until(lambda: meter.samples >= 2)
         time.sleep(0.1)
     assert meter.mean_watts == pytest.approx(90)
@@ -171,35 +184,36 @@ def test_a_gpu_that_falls_off_the_bus_ends_the_readings_and_nothing_else(nvml):
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "mps", ""])
-def test_a_device_of_another_kind_is_a_sentence(device):
-    assert "Nothing here measures" in open_power_meter(device)
+def test_a_device_of_another_kind_cannot_be_measured(device):
+    assert "cannot be measured" in open_power_meter(device)
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_the_thread_ends_with_the_block_however_that_ends(nvml, error):
-    meter = open_power_meter("cuda:0", **nvml("power=100000"))
+def test_the_thread_ends_with_the_block_even_after_an_error(nvml, error):
+    nvml("power=100000")
+    meter = open_power_meter("cuda:0")
     with pytest.raises(error), meter:
-        assert samplers()
+        assert sampling_threads()
         raise error
-    assert samplers() == []
+    assert sampling_threads() == []
 
 
 def test_a_meter_measures_again_when_it_is_entered_again():
     watts = [10.0]
-    meter = SampledMeter("a test", lambda: watts[0], counts_joules=False, period_s=0.01)
+    meter = SampledPowerMeter("test", lambda: watts[0], counts_joules=False, period_s=0.01)
     for value in (10.0, 30.0):
         watts[0] = value
         with meter:
             wait_until(lambda: meter.samples >= 2)
         assert meter.mean_watts == pytest.approx(value)
-    assert samplers() == []
+    assert sampling_threads() == []
 
 
-def test_a_sensor_that_hangs_does_not_hold_the_work_for_long(monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.hardware.sampling.STOP_TIMEOUT_S", 0.1)
+def test_a_sensor_that_hangs_does_not_block_the_program_for_long(monkeypatch):
+    monkeypatch.setattr("yolov7_deploy.hardware.system.STOP_TIMEOUT_S", 0.1)
     free = threading.Event()
     calls = []
 
@@ -210,22 +224,23 @@ def test_a_sensor_that_hangs_does_not_hold_the_work_for_long(monkeypatch):
         return 5.0
 
     started = time.perf_counter()
-    with SampledMeter("a test", read, counts_joules=False, period_s=0.01):
+    with SampledPowerMeter("test", read, counts_joules=False, period_s=0.01):
         time.sleep(0.05)
     assert time.perf_counter() - started < 2
     free.set()
 
 
-def test_an_error_of_our_own_in_a_reading_is_raised_and_not_printed(capsys):
+def test_an_unexpected_error_in_a_reading_is_raised_and_not_printed(capsys):
     answers = iter([1.0])
-    meter = SampledMeter("a test", lambda: next(answers), counts_joules=False, period_s=0.01)
+    meter = SampledPowerMeter("test", lambda: next(answers), counts_joules=False, period_s=0.01)
     with pytest.raises(StopIteration), meter:
         time.sleep(0.05)
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_meter_costs_little(nvml):
-    meter = open_power_meter("cuda:0", **nvml("energy=1@100"))
+def test_a_meter_uses_little_cpu_time(nvml):
+    nvml("energy=1@100")
+    meter = open_power_meter("cuda:0")
     before = time.process_time()
     with meter:
         time.sleep(1.0)
@@ -235,82 +250,82 @@ def test_a_meter_costs_little(nvml):
 # --- RAPL -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_energy_of_all_packages_is_added_up(tmp_path):
-    found = open_packages(packages(tmp_path, 1_000_000, 5_000_000))
+def test_the_energy_of_all_packages_is_summed(tmp_path):
+    found = open_rapl_counter(packages(tmp_path, 1_000_000, 5_000_000))
     assert found.energy_j() == 0
-    energy(tmp_path, 3_000_000, number=0)
-    energy(tmp_path, 5_500_000, number=1)
+    set_energy(tmp_path, 3_000_000, number=0)
+    set_energy(tmp_path, 5_500_000, number=1)
     assert found.energy_j() == pytest.approx(2.5)
 
 
-def test_parts_of_a_package_and_what_holds_it_are_not_counted_again(tmp_path):
+def test_parts_of_a_package_and_its_parent_are_not_counted_again(tmp_path):
     root = packages(tmp_path, 1, 2, names=["package-0", "psys"])
     for name in ("intel-rapl:0:0", "intel-rapl-mmio:0", "dtpm"):
-        (root / RAPL / name).mkdir()
-        (root / RAPL / name / "name").write_text("package-0\n")
-    assert [folder.name for folder in open_packages(root).folders] == ["intel-rapl:0"]
+        (root / POWERCAP / name).mkdir()
+        (root / POWERCAP / name / "name").write_text("package-0\n")
+    assert [folder.name for folder in open_rapl_counter(root).folders] == ["intel-rapl:0"]
 
 
-def test_a_counter_that_begins_anew_is_made_up_for(tmp_path):
-    found = open_packages(packages(tmp_path, 262_143_000_000))
-    energy(tmp_path, 671_150)
+def test_a_counter_that_restarts_is_corrected(tmp_path):
+    found = open_rapl_counter(packages(tmp_path, 262_143_000_000))
+    set_energy(tmp_path, 671_150)
     assert found.energy_j() == pytest.approx(1.0)
-    energy(tmp_path, 1_671_150)
+    set_energy(tmp_path, 1_671_150)
     assert found.energy_j() == pytest.approx(2.0)
 
 
-def test_a_processor_is_measured_with_a_thread_that_reads_the_counter(tmp_path):
+def test_a_cpu_is_measured_by_a_thread_that_reads_the_counter(tmp_path):
     root = packages(tmp_path, 0, 0)
     meter = open_power_meter("cpu", root=root)
     started = time.perf_counter()
     with meter:
-        while (passed := time.perf_counter() - started) < 0.5:
-            energy(root, int(passed * 60e6), number=0)
-            energy(root, int(passed * 30e6), number=1)
+        while (elapsed := time.perf_counter() - started) < 0.5:
+            set_energy(root, int(elapsed * 60e6), number=0)
+            set_energy(root, int(elapsed * 30e6), number=1)
             time.sleep(0.005)
-    assert meter.source == "RAPL (2 processor packages)"
-    assert meter.mean_watts == pytest.approx(90, rel=LATE)
+    assert meter.source == "RAPL (2 CPU packages)"
+    assert meter.mean_watts == pytest.approx(90, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("content", ["garbage", "", "nan", "1e999", "9" * 5000])
-def test_a_counter_that_turns_to_garbage_is_left_out(tmp_path, content):
-    found = open_packages(packages(tmp_path, 1_000_000))
-    energy(tmp_path, content)
+def test_a_counter_that_becomes_garbage_is_ignored(tmp_path, content):
+    found = open_rapl_counter(packages(tmp_path, 1_000_000))
+    set_energy(tmp_path, content)
     assert found.energy_j() is None
-    energy(tmp_path, 4_000_000)
+    set_energy(tmp_path, 4_000_000)
     assert found.energy_j() == pytest.approx(3.0)
-    assert "cat /sys/class/powercap" in open_packages(packages(tmp_path / "new", content))
+    assert "cat /sys/class/powercap" in open_rapl_counter(packages(tmp_path / "new", content))
 
 
-def test_a_counter_that_vanishes_while_measured_leaves_no_mean(tmp_path):
+def test_a_counter_that_vanishes_during_a_measurement_leaves_no_mean(tmp_path):
     root = packages(tmp_path, 1_000_000)
     with open_power_meter("cpu", root=root) as meter:
-        (root / RAPL / "intel-rapl:0/energy_uj").unlink()
+        (root / POWERCAP / "intel-rapl:0/energy_uj").unlink()
     assert math.isnan(meter.mean_watts) and meter.samples == 0
 
 
-def test_a_machine_without_counters_is_a_sentence(tmp_path):
-    told = open_power_meter("cpu", root=tmp_path)
-    assert "no energy counter" in told and "sudo modprobe intel_rapl_msr" in told
+def test_a_machine_without_counters_has_a_reason_and_a_command(tmp_path):
+    reason = open_power_meter("cpu", root=tmp_path)
+    assert "no energy counter" in reason and "sudo modprobe intel_rapl_msr" in reason
 
 
-def test_a_counter_for_root_only_is_a_sentence_with_the_command():
+def test_a_counter_for_root_only_has_a_reason_and_a_command():
     with tempfile.TemporaryDirectory() as name:
         root = packages(Path(name), 1, 2)
         Path(name).chmod(0o755)
-        for path in root.glob(f"{RAPL}/*/energy_uj"):
+        for path in root.glob(f"{POWERCAP}/*/energy_uj"):
             path.chmod(0o400)
-        with somebody_else(root):
-            told = open_power_meter("cpu", root=root)
-    counters = " ".join(f"/{RAPL}/intel-rapl:{number}/energy_uj" for number in (0, 1))
-    assert told == f"The energy counter of this processor can be read by root only: sudo chmod a+r {counters}"
+        with unprivileged_user(root):
+            reason = open_power_meter("cpu", root=root)
+    counters = " ".join(f"/{POWERCAP}/intel-rapl:{number}/energy_uj" for number in (0, 1))
+    assert reason == f"Only root may read the energy counter of this CPU: sudo chmod a+r {counters}"
 
 
 @contextlib.contextmanager
-def somebody_else(root):
-    """Without root's rights; for who has none, the files lose theirs."""
+def unprivileged_user(root):
+    """Drop the rights of root; where there are none, remove those of the files."""
     if os.geteuid() != 0:
-        for path in root.glob(f"{RAPL}/*/energy_uj"):
+        for path in root.glob(f"{POWERCAP}/*/energy_uj"):
             path.chmod(0)
         yield
         return
@@ -334,14 +349,14 @@ def somebody_else(root):
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_board_is_measured_at_its_input_whatever_the_device(board, source, watts, device, tmp_path):
+def test_a_board_is_measured_at_its_input_for_every_device(board, source, watts, device, tmp_path):
     with open_power_meter(device, root=laid_out(board, tmp_path)) as meter:
         wait_until(lambda: meter.samples >= 2)
     assert meter.source == source
     assert meter.mean_watts == pytest.approx(watts, abs=0.001)
 
 
-def test_a_rail_that_vanishes_while_measured_does_not_make_the_rest_the_whole(tmp_path):
+def test_a_rail_that_vanishes_during_a_measurement_does_not_lower_the_mean(tmp_path):
     root = laid_out("agx_orin_6.0", tmp_path)
     with open_power_meter("cuda", root=root) as meter:
         wait_until(lambda: meter.samples >= 2)
@@ -350,34 +365,34 @@ def test_a_rail_that_vanishes_while_measured_does_not_make_the_rest_the_whole(tm
     assert meter.mean_watts == pytest.approx(14.215, abs=0.001)
 
 
-def test_a_container_that_hides_the_monitors_is_measured_by_tegrastats(tmp_path):
+def test_a_container_that_hides_the_monitors_is_measured_through_tegrastats(tmp_path):
     root = laid_out("agx_orin_6.0", tmp_path / "root")
     for chip in root.glob("sys/bus/i2c/drivers/*"):
         chip.rename(root / "hidden")
-    meter = open_power_meter("cuda:0", root=root, program=program(tmp_path, LINES["agx_orin, R36"]))
+    meter = open_power_meter("cuda:0", root=root, tegrastats=program(tmp_path, LINES["agx_orin, R36"]))
     assert meter.source == "tegrastats VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0 (whole module)"
     with pytest.raises(KeyboardInterrupt), meter:
         wait_until(lambda: meter.samples > 3)
         raise KeyboardInterrupt
     assert meter.mean_watts == pytest.approx(22.430)
-    assert samplers() == []
+    assert sampling_threads() == []
 
 
-def test_tegrastats_that_goes_away_leaves_no_mean(tmp_path):
+def test_tegrastats_that_was_removed_leaves_no_mean(tmp_path):
     root = laid_out("orin_nx_5.1.3", tmp_path / "root")
     (root / "sys/bus").rename(root / "hidden")
     path = program(tmp_path, LINES["orin_nano, R36"])
-    meter = open_power_meter("cuda:0", root=root, program=path)
+    meter = open_power_meter("cuda:0", root=root, tegrastats=path)
     Path(path).unlink()
     with meter:
         pass
     assert math.isnan(meter.mean_watts) and meter.samples == 0
 
 
-def test_a_board_without_a_monitor_is_a_sentence(tmp_path, monkeypatch):
+def test_a_board_without_a_monitor_has_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     root = laid_out("nano_4.6.1", tmp_path / "root")
     (root / "sys/bus").rename(root / "hidden")
     assert "shows no power monitor" in open_power_meter("cuda:0", root=root)
     odd = program(tmp_path, "RAM 1/2MB VDD_NEW 5mW/5mW VDD_ODD 5mW/5mW")
-    assert "VDD_NEW, VDD_ODD" in open_power_meter("cuda:0", root=root, program=odd)
+    assert "VDD_NEW, VDD_ODD" in open_power_meter("cuda:0", root=root, tegrastats=odd)

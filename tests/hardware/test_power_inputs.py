@@ -1,4 +1,4 @@
-"""The rails of Jetson boards: lines of tegrastats of several releases, sysfs trees, and what of it is the input."""
+"""Power rails of Jetson boards: tegrastats lines of several releases, sysfs trees, and which rails are the input."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.boards import laid_out
-from yolov7_deploy.hardware.ina3221 import read_rails
-from yolov7_deploy.hardware.power import INPUTS, find_input
-from yolov7_deploy.hardware.tegrastats import Tegrastats, TegrastatsSample, read_line, read_one_line
+from yolov7_deploy.hardware.power import POWER_INPUTS, find_power_input, read_rails
+from yolov7_deploy.hardware.tegrastats import Tegrastats, TegrastatsSample, parse_line, read_one_sample
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "tegrastats.txt"
 
@@ -28,7 +27,7 @@ LINES = recorded_lines()
 
 
 def program(folder, text):
-    """A tegrastats that says the same line every hundredth of a second."""
+    """A tegrastats that prints the same line every hundredth of a second."""
     (folder / "line").write_text(f"{text}\n")
     path = folder / "tegrastats"
     path.write_text(f"#!/bin/sh\nwhile /bin/cat {folder}/line; do /bin/sleep 0.01; done\n")
@@ -55,11 +54,11 @@ def program(folder, text):
         ("agx_orin, R39.2", "VDD_GPU_SOC VDD_CPU_CV VIN_SYS_5V0", 5.139 + 3.268 + 5.500),
     ],
 )
-def test_the_input_of_a_board_is_what_goes_in_now_and_nothing_twice(name, rails, watts):
-    line = read_line(LINES[name])
-    whole = find_input(line.rails_w)
-    assert " ".join(whole.rails) == rails
-    assert sum(line.rails_w[rail] for rail in whole.rails) == pytest.approx(watts)
+def test_the_input_of_a_board_is_its_current_power_and_counts_no_rail_twice(name, rails, watts):
+    sample = parse_line(LINES[name])
+    power_input = find_power_input(sample.rails_w)
+    assert " ".join(power_input.rails) == rails
+    assert sum(sample.rails_w[rail] for rail in power_input.rails) == pytest.approx(watts)
 
 
 @pytest.mark.parametrize(
@@ -80,66 +79,66 @@ def test_the_input_of_a_board_is_what_goes_in_now_and_nothing_twice(name, rails,
     ],
 )
 def test_clocks_loads_memory_and_temperature_are_read_from_every_release(name, gpu, memory, ram, temperature_c):
-    line = read_line(LINES[name])
-    assert (line.gpu_percent, line.gpu_mhz) == gpu
-    assert (line.memory_percent, line.memory_mhz) == memory
-    assert (line.ram_used_mb, line.ram_mb) == ram
-    assert line.temperature_c == temperature_c
+    sample = parse_line(LINES[name])
+    assert (sample.gpu_percent, sample.gpu_mhz) == gpu
+    assert (sample.memory_percent, sample.memory_mhz) == memory
+    assert (sample.ram_used_mb, sample.ram_mb) == ram
+    assert sample.temperature_c == temperature_c
 
 
-def test_every_recorded_line_is_looked_at():
+def test_every_recorded_line_is_parsed():
     assert len(LINES) == 13
 
 
-def test_of_several_clusters_the_fastest_is_the_clock():
-    assert read_line("GR3D_FREQ 75%@[611,0] APE 150").gpu_mhz == 611
+def test_the_clock_is_that_of_the_fastest_cluster():
+    assert parse_line("GR3D_FREQ 75%@[611,0] APE 150").gpu_mhz == 611
 
 
-def test_a_part_that_is_switched_off_has_no_temperature():
-    line = read_line("CV0@-256C GPU@-256C tj@49.2C thermal@48C")
-    assert line.temperatures_c == {"tj": 49.2, "thermal": 48.0}
-    assert line.temperature_c == 49.2
+def test_a_part_that_is_switched_off_does_not_have_a_temperature():
+    sample = parse_line("CV0@-256C GPU@-256C tj@49.2C thermal@48C")
+    assert sample.temperatures_c == {"tj": 49.2, "thermal": 48.0}
+    assert sample.temperature_c == 49.2
 
 
 @pytest.mark.parametrize("text", ["", "\n", "tegrastats: command not found", "GR3D_FREQ", "VDD_IN mW/mW", "RAM /MB"])
-def test_text_that_is_no_line_says_nothing(text):
-    assert read_line(text) == TegrastatsSample()
+def test_other_text_is_an_empty_sample(text):
+    assert parse_line(text) == TegrastatsSample()
 
 
-PIECES = ["RAM", "VDD_IN", "GR3D_FREQ", "5mW/5mW", "0%", "@[1,]", "9@", "-1C", "/"]
+FRAGMENTS = ["RAM", "VDD_IN", "GR3D_FREQ", "5mW/5mW", "0%", "@[1,]", "9@", "-1C", "/"]
 
 
-@given(st.text(max_size=200) | st.lists(st.sampled_from(PIECES)))
-def test_no_text_makes_the_reader_fail(pieces):
-    line = read_line(pieces if isinstance(pieces, str) else " ".join(pieces))
-    assert all(math.isfinite(watts) for watts in line.rails_w.values())
+@given(st.text(max_size=200) | st.lists(st.sampled_from(FRAGMENTS)))
+def test_no_text_makes_the_parser_fail(fragments):
+    sample = parse_line(fragments if isinstance(fragments, str) else " ".join(fragments))
+    assert all(math.isfinite(watts) for watts in sample.rails_w.values())
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def test_a_first_line_comes_from_the_program_and_the_program_ends(tmp_path):
-    assert read_one_line(program(tmp_path, LINES["orin_nano, R36"])).rails_w["VDD_IN"] == 5.263
+def test_the_first_sample_is_read_and_the_program_is_stopped(tmp_path):
+    assert read_one_sample(program(tmp_path, LINES["orin_nano, R36"])).rails_w["VDD_IN"] == 5.263
 
 
-def test_a_program_that_ends_at_once_or_is_none_gives_no_line(tmp_path, monkeypatch):
+def test_a_program_that_ends_at_once_or_is_missing_has_no_sample(tmp_path, monkeypatch):
     monkeypatch.setattr("yolov7_deploy.hardware.tegrastats.FIRST_LINE_TIMEOUT_S", 0.2)
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 1\n")
     silent.chmod(0o755)
-    assert read_one_line(str(silent)) is None
-    assert read_one_line(str(tmp_path / "absent")) is None
+    assert read_one_sample(str(silent)) is None
+    assert read_one_sample(str(tmp_path / "absent")) is None
 
 
-def test_a_program_that_will_not_end_is_killed(tmp_path, monkeypatch):
+def test_a_program_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("yolov7_deploy.hardware.tegrastats._STOP_TIMEOUT_S", 0.2)
     stubborn = tmp_path / "stubborn"
     ignoring = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     stubborn.write_text(f"#!{sys.executable}\n{ignoring}print('RAM 1/2MB', flush=True)\ntime.sleep(600)\n")
     stubborn.chmod(0o755)
-    with Tegrastats(lambda line: None, program=str(stubborn)) as child:
-        assert child.wait_for_a_line()
-        process = child._child
+    with Tegrastats(lambda sample: None, program=str(stubborn)) as running:
+        assert running.wait_for_sample()
+        process = running._process
     assert process.returncode == -9
 
 
@@ -156,14 +155,14 @@ def test_a_program_that_will_not_end_is_killed(tmp_path, monkeypatch):
         ("thor_7.2", ("VIN",), 36.834),
     ],
 )
-def test_the_monitors_of_a_board_tell_its_input(board, rails, watts, tmp_path):
+def test_the_monitors_of_a_board_give_its_input(board, rails, watts, tmp_path):
     found = read_rails(laid_out(board, tmp_path))
-    whole = find_input(found)
-    assert whole.rails == rails
-    assert sum(found[name].read_w() for name in whole.rails) == pytest.approx(watts)
+    power_input = find_power_input(found)
+    assert power_input.rails == rails
+    assert sum(found[name].read_w() for name in power_input.rails) == pytest.approx(watts)
 
 
-def test_shunt_voltages_and_unconnected_channels_are_no_rails(tmp_path):
+def test_shunt_voltages_and_unconnected_channels_are_not_rails(tmp_path):
     assert sorted(read_rails(laid_out("agx_orin_6.0", tmp_path))) == [
         "VDDQ_VDD2_1V8AO",
         "VDD_CPU_CV",
@@ -175,21 +174,21 @@ def test_shunt_voltages_and_unconnected_channels_are_no_rails(tmp_path):
 def test_thor_without_its_second_chip_has_the_sum_of_its_module(tmp_path):
     root = laid_out("thor_7.2", tmp_path)
     (root / "sys/class/hwmon/hwmon6/power1_input").write_text("garbage\n")
-    assert find_input(read_rails(root)).rails == ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0")
+    assert find_power_input(read_rails(root)).rails == ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0")
 
 
-def test_a_rail_that_does_not_answer_is_none_and_half_a_set_is_no_input(tmp_path):
+def test_a_rail_that_does_not_answer_is_left_out_and_a_part_of_a_set_is_not_an_input(tmp_path):
     root = laid_out("agx_orin_6.0", tmp_path)
     (root / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3/curr2_input").unlink()
     found = read_rails(root)
     assert "VDD_CPU_CV" not in found
-    assert find_input(found) is None
+    assert find_power_input(found) is None
 
 
-def test_no_set_of_rails_hides_another_one_that_holds_more():
-    for number, known in enumerate(INPUTS):
-        assert not any(set(earlier.rails) <= set(known.rails) for earlier in INPUTS[:number])
+def test_no_set_of_rails_hides_a_larger_one():
+    for number, known in enumerate(POWER_INPUTS):
+        assert not any(set(earlier.rails) <= set(known.rails) for earlier in POWER_INPUTS[:number])
 
 
-def test_other_machines_have_no_rails(tmp_path):
+def test_other_machines_do_not_have_rails(tmp_path):
     assert read_rails(tmp_path) == {}

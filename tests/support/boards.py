@@ -1,8 +1,8 @@
-"""Jetson boards as trees of files, and what a build finds there.
+"""Jetson boards as trees of files, and the findings of the checks before a build on them.
 
-Release lines, model names, power modes and answers of `nvpmodel -q` are those that owners of such boards show; the
-parameters of the modes are shortened and the memory figures chosen. Paths and rail names of sensors are those that
-owners and device trees show, and some of their numbers; the others are chosen.
+Release lines, model names, power modes and answers of `nvpmodel -q` were published by owners of such boards; the
+parameters of the modes are shortened and the memory sizes invented. Paths, rail names and some readings of the sensors
+are from owners and device trees; the other readings are invented.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BOARDS = Path(__file__).parents[1] / "fixtures" / "jetson"
 
 
 def recorded(name):
-    """`nvpmodel -q` as recorded with the board; no other command is there."""
+    """Run `nvpmodel -q` as recorded with the board; no other command exists."""
     answer = BOARDS / name / "nvpmodel-q.txt"
     return lambda command: answer.read_text() if command[0] == "nvpmodel" and answer.exists() else None
 
@@ -31,9 +31,8 @@ def board(name):
     return read_board(root=BOARDS / name, run=recorded(name))
 
 
-def findings(name, build, **surroundings) -> list[Finding]:
-    around = {"root": BOARDS / name, "run": recorded(name), "wheels": (), **surroundings}
-    return preflight(build, **around)
+def findings(name, build, **options) -> list[Finding]:
+    return preflight(build, **{"root": BOARDS / name, "run": recorded(name), "wheels": (), **options})
 
 
 def about(field: str, found: list[Finding]) -> list[Finding]:
@@ -41,7 +40,7 @@ def about(field: str, found: list[Finding]) -> list[Finding]:
 
 
 def laid_out(name: str, root: Path) -> Path:
-    """A copy of a board's tree in which its sensors stand as sysfs has them."""
+    """Copy the tree of a board, with its sensors where sysfs has them."""
     shutil.copytree(BOARDS / name, root, dirs_exist_ok=True)
     for line in (BOARDS / name / "sensors.txt").read_text().splitlines():
         path, _, content = line.partition(" ")
@@ -51,11 +50,11 @@ def laid_out(name: str, root: Path) -> Path:
     return root
 
 
-def wait_until(seen, timeout_s: float = 20.0) -> None:
-    """Returns when something is seen; what threads do on a busy machine has no other clock."""
-    last = time.monotonic() + timeout_s
-    while not seen():
-        assert time.monotonic() < last, "nothing was seen in time"
+def wait_until(condition, timeout_s: float = 20.0) -> None:
+    """Return when `condition()` is true: on a busy machine, sleeping for a fixed time does not synchronise threads."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 

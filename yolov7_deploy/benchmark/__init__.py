@@ -1,1 +1,1 @@
-"""Speed of a Detector: measured, put into words and images, compared."""
+"""Speed of a detector: measurement, report, chart, and comparison of two runs."""

@@ -1,32 +1,38 @@
-"""SpeedReport: what a benchmark measured, on what, and how; the document that `--json` writes and `--compare` reads."""
+"""SpeedReport: the result of a benchmark, as written by `y7 bench --json` and read by `--compare`."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy._serialization import from_plain, shown
+from yolov7_deploy._serialization import from_dict, short_repr
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hardware.clocks import Clocks
+from yolov7_deploy.paper import paper_row
 
 SCHEMA = 1
 
-# In the order of the work. `end_to_end` is the wall time of the same call without any measuring inside it.
-SPANS = ("preprocess", "upload", "engine", "download", "postprocess", "end_to_end")
-BUSY = 0.05  # of the machine's processor time for others: from here on times are theirs as well
+# Pipeline stages in order. `end_to_end` is the wall time of a whole call, measured in calls without the others.
+STAGES = ("preprocess", "upload", "engine", "download", "postprocess", "end_to_end")
+BUSY = 0.05  # share of CPU time used by other programs from which times are unreliable
+PAPER_SCOPE = "PyTorch FP16 forward pass of the network only: no letterbox, no upload, no NMS"
+VAL2017_IMAGES = 5000  # the paper's AP is for all of them
+_VAL_COMMAND = "y7 val --weights FILE --data DATA --json val.json"
+_WRITE_VAL_REPORT = f"Write one:  {_VAL_COMMAND}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpanTime:
-    """Milliseconds that a span took per call (a call runs a whole batch).
+class StageTime:
+    """Milliseconds of one stage per call (a call runs a whole batch).
 
     Attributes:
-        name: One of `SPANS`.
-        p50, p90, p99, mean, least: Over all calls.
-        blocks: Medians of consecutive equal parts of the run; calls next to each other are alike, blocks less so, so
-            they are what two runs are compared by.
+        name: One of `STAGES`.
+        p50, p90, p99, mean, min: Statistics over all calls.
+        blocks: Medians of consecutive equal parts of the run. Two runs are compared by them, because neighbouring calls
+            are correlated and blocks are less so.
     """
 
     name: str
@@ -34,20 +40,20 @@ class SpanTime:
     p90: float
     p99: float
     mean: float
-    least: float
+    min: float
     blocks: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Energy:
-    """Electric energy while a row was measured.
+    """Electric energy of one row.
 
     Attributes:
-        source: What measured it, and what it covers: `NVML (GPU board)`, `INA3221 VDD_IN`, `RAPL (processor package)`.
-        watts: Mean power while the calls ran.
-        idle_watts: Mean power just before, with the model loaded and nothing running; `None` where not measured.
-        joules_per_image: Mean power divided by throughput, idle power included.
-        samples: Readings behind the mean.
+        source: The sensor and what it covers: `NVML (GPU board)`, `INA3221 VDD_IN`, `RAPL (CPU package)`.
+        watts: Mean power during the calls.
+        idle_watts: Mean power before them, with the model loaded and nothing running; `None` where not measured.
+        joules_per_image: Mean power divided by throughput; idle power is included.
+        samples: Readings that the mean is based on.
     """
 
     source: str
@@ -59,61 +65,61 @@ class Energy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedRow:
-    """One batch size with one number of threads.
+    """The results for one batch size at one concurrency.
 
     Attributes:
-        batch: Images that enter the network together.
-        threads: Callers at the same time.
-        calls: End to end, by a single caller: what the percentiles are of.
-        images, seconds: Done by all callers together, and how long that took.
-        images_per_second: Of all threads together, end to end.
-        spans: One for each of `SPANS`, of a single caller; rows of one batch size share them.
-        other_load: Share of the machine's processor time that other programs had meanwhile, 0 to 1; `None` where the
-            system does not tell.
-        loaded: Time of a call while all callers were at work, end to end; `None` for a single caller.
-        warmup_calls, warmup_s: Before anything was measured.
-        settled: The warm-up ended because times had become stable, not because its limit was reached.
-        host_peak_bytes: Highest resident memory of this process.
-        gpu_peak_bytes: Highest memory in use on the GPU by anybody, above what was in use before the model was
-            loaded; `None` without a GPU.
-        energy: `None` where nothing measures power; `energy_absent` says why.
-        clocks: `None` where nothing tells them.
+        batch: Images per call.
+        concurrency: Threads that call at the same time.
+        calls: End-to-end calls of a single thread that the percentiles are based on.
+        images, seconds: Images that all threads processed together, and the time it took.
+        images_per_second: Throughput of all threads together, end to end.
+        stages: One for each of `STAGES`, measured with a single thread; rows of one batch size share them.
+        warmup_calls, warmup_s: Calls and seconds before the measurement.
+        warmup_stable: True if times were stable at the end of the warm-up; `False` if its time limit was reached.
+        host_peak_bytes: Peak resident memory of this process.
+        gpu_peak_bytes: Peak memory in use on the GPU by all programs, minus that before the model was loaded; `None`
+            without a GPU.
+        energy: `None` where power cannot be measured; `energy_unavailable` is the reason.
+        clocks: `None` where clocks cannot be read.
+        under_load: End-to-end time of a call while all threads were calling; `None` at concurrency 1.
+        other_cpu_load: Share of the machine's CPU time used by other programs, 0 to 1; `None` where the system does not
+            show it.
     """
 
     batch: int
-    threads: int
+    concurrency: int
     calls: int
     images: int
     seconds: float
     images_per_second: float
-    spans: tuple[SpanTime, ...]
+    stages: tuple[StageTime, ...]
     warmup_calls: int
     warmup_s: float
-    settled: bool
+    warmup_stable: bool
     host_peak_bytes: int
     gpu_peak_bytes: int | None
     energy: Energy | None
-    energy_absent: str = ""
+    energy_unavailable: str = ""
     clocks: Clocks | None = None
-    loaded: SpanTime | None = None
-    other_load: float | None = None
+    under_load: StageTime | None = None
+    other_cpu_load: float | None = None
 
-    def span(self, name: str) -> SpanTime:
-        """The span of this name."""
-        return next(span for span in self.spans if span.name == name)
+    def stage(self, name: str) -> StageTime:
+        """Return the stage of this name."""
+        return next(stage for stage in self.stages if stage.name == name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperSpeed:
-    """The row of the paper that a report stands beside, and what its numbers are.
+    """The row of the paper that a report is shown beside.
 
     Attributes:
-        model, size, source: Which row.
+        model, size, source: Model name, input size in pixels, and table.
         device: `V100`.
-        fps: Batch 1, `None` where the paper has none.
-        batch32_ms: Milliseconds an image at batch 32.
-        ap: On val2017, in percent.
-        span: What its times include, in words.
+        fps: Images per second at batch 1; `None` where the paper has none.
+        batch32_ms: Milliseconds per image at batch 32.
+        ap: AP on val2017 in percent.
+        scope: What the times include.
     """
 
     model: str
@@ -123,30 +129,30 @@ class PaperSpeed:
     fps: float | None
     batch32_ms: float | None
     ap: float | None
-    span: str
+    scope: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedReport:
-    """Everything about one run of the benchmark.
+    """The result of one benchmark run.
 
     Attributes:
-        weights, weights_sha256: The file.
-        variant: Official name of the model, empty for foreign files.
-        backend, precision, nms: How it ran; `nms` is the kind inside the file or `host`.
+        weights, weights_sha256: Path and digest of the model file.
+        variant: Official name of the model; empty for foreign files.
+        runtime, precision, nms: How it ran; `nms` is the kind inside the file or `host`.
         device: `cpu`, `cuda:0`.
-        machine: Name of what it ran on, such as `NVIDIA H200` or the processor's name.
-        environment: Versions and facts by name, for the reader and for telling two reports apart.
-        input_hw: Of the network.
-        frame_hw: Of the images given.
-        frames: Where the images came from, in words.
-        settings: How it was measured, by name: CUDA graph, transfers, waiting, threads of the runtime.
-        rows: One for each batch size and number of threads.
-        detections_per_image: Mean; NMS takes longer the more there is to suppress. `None` where not told.
-        paper: The paper's row, where it was asked for.
-        ap: Average precision (0 to 1) measured with this artifact, and `ap_source` where that is written and
-            of how many images, where they are not the whole of val2017.
-        notes: What a reader should know.
+        machine: Name of the GPU or CPU, such as `NVIDIA H200`.
+        environment: Versions and hardware by name, to tell two reports apart.
+        input_hw: Height and width of the network input.
+        frame_hw: Height and width of the first source image.
+        frames: Description of the source images.
+        settings: Measurement settings by name: CUDA graph, transfers, waiting, threads of the runtime.
+        rows: One for each batch size and concurrency.
+        detections_per_image: Mean number; NMS takes longer with more boxes. `None` where unknown.
+        paper: The row of the paper, with `--paper`.
+        ap: Average precision (0 to 1) measured with this file, and `ap_source`: the report it is from, with the number
+            of images unless they are all of val2017.
+        notes: Remarks for the reader.
         y7_version: Version of this package.
         started_at: Date and time in UTC, ISO 8601.
     """
@@ -154,7 +160,7 @@ class SpeedReport:
     weights: str
     weights_sha256: str
     variant: str
-    backend: str
+    runtime: str
     precision: str
     nms: str
     device: str
@@ -174,26 +180,87 @@ class SpeedReport:
     started_at: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self) | {"schema": SCHEMA, "kind": "y7 bench"}
 
     @classmethod
     def load(cls, path: str | Path) -> SpeedReport:
-        """The report in a JSON file.
+        """Read a report from a JSON file.
 
         Raises:
-            UsageError: The file is absent or no report of this schema; the message names the field.
+            UsageError: The file is missing or is not a report of this schema; the message names the field.
         """
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(raw, dict) or raw.get("kind") != "y7 bench":
-                raise ValueError("it is no report of y7 bench")
+                raise ValueError("it is not a report of y7 bench")
             if raw.get("schema") != SCHEMA:
-                raise ValueError(f"its schema is {shown(raw.get('schema'))}, this version reads {SCHEMA}")
-            return from_plain(cls, raw)
+                raise ValueError(f"its schema is {short_repr(raw.get('schema'))}, this version reads {SCHEMA}")
+            return from_dict(cls, raw)
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
         except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{path} cannot be compared with: {error}.", fix="Write one:  y7 bench --json old.json"
             ) from error
+
+
+# --- reference numbers ------------------------------------------------------------------------------------------------
+
+
+def paper_speed(variant: str, input_hw: tuple[int, int]) -> PaperSpeed:
+    """Return the paper's row of a model, at the measured size where the paper has several sizes.
+
+    Raises:
+        UsageError: The paper does not have this model.
+    """
+    row = paper_row(variant)
+    with suppress(UsageError):  # the paper does not have this size; the report shows both sizes
+        row = paper_row(variant, size=max(input_hw))
+    assert row.size is not None, "an official model"
+    return PaperSpeed(
+        model=row.model,
+        size=row.size,
+        source=row.source,
+        device=row.device or "V100",
+        fps=row.fps,
+        batch32_ms=row.batch32_ms,
+        ap=row.val.ap if row.val else None,
+        scope=PAPER_SCOPE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ValReport:
+    """The fields of a report of `y7 val` that are read."""
+
+    ap: float
+    weights: str
+    images: int
+    weights_sha256: str = ""
+
+
+def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, str]:
+    """Return the AP (0 to 1) in a report of `y7 val --json` about a model file, and its source for display.
+
+    Raises:
+        UsageError: The report cannot be read, does not have an AP, or is about another file.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"it contains {short_repr(raw)}")
+        report = from_dict(_ValReport, raw)
+        if not 0 <= report.ap <= 1:
+            raise ValueError(f"ap is {report.ap:g}")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.", fix=_WRITE_VAL_REPORT) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not a report of y7 val: {error}.", fix=_WRITE_VAL_REPORT) from error
+    same_file = report.weights_sha256 == sha256 if report.weights_sha256 else Path(report.weights).name == weights.name
+    if not same_file:
+        raise UsageError(
+            f"{path} is about {report.weights}, and {weights} is another file: its AP is not known.",
+            fix=_VAL_COMMAND.replace("FILE", str(weights)),
+        )
+    return report.ap, str(path) if report.images == VAL2017_IMAGES else f"{path}, {report.images} images"

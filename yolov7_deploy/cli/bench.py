@@ -1,4 +1,4 @@
-"""`y7 bench`: latency with its spans, throughput, power and memory; beside the paper, or against an earlier run."""
+"""`y7 bench`: latency by pipeline stage, throughput, power and memory; with the paper's numbers or an earlier run."""
 
 from __future__ import annotations
 
@@ -8,54 +8,98 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.options import Conf, Half, Img, Iou, JsonPath, MaxDet, Weights, check_thresholds, parse_img
+from yolov7_deploy.cli.options import (
+    Conf,
+    Half,
+    Img,
+    Iou,
+    JsonPath,
+    MaxDet,
+    Weights,
+    check_thresholds,
+    parse_img,
+    was_given,
+)
 from yolov7_deploy.errors import UsageError, Y7Error, missing_library
 from yolov7_deploy.options import MAX_FRAME_SIDE, BenchOptions
 
 if TYPE_CHECKING:
+    from yolov7_deploy.benchmark.benchmark import Frames
     from yolov7_deploy.benchmark.comparison import Comparison
-    from yolov7_deploy.benchmark.inputs import Frames
     from yolov7_deploy.benchmark.report import SpeedReport, SpeedRow
 
 DEFAULTS = BenchOptions()
 RUNS = Path("runs/bench")
+# Options that have no effect on an estimate.
+MEASUREMENT_OPTIONS = (
+    "device", "concurrency", "source", "frame", "conf", "iou", "max_det", "duration", "warmup", "paper", "val_report",
+    "compare", "save_dir", "chart", "no_chart",
+)  # fmt: skip
 
 Batch = Annotated[
-    str | None, typer.Option("--batch", "--batch-size", help="Images of a call: 1, or several as 1,8,32.")
+    str | None, typer.Option("--batch", "--batch-size", help="Images per call: 1, or several values as 1,8,32.")
 ]
-Threads = Annotated[str, typer.Option("--threads", help="Callers at the same time: 1, or several as 1,4.")]
+Concurrency = Annotated[
+    str, typer.Option("--concurrency", help="Threads that call at the same time: 1, or several values as 1,4.")
+]
 Device = Annotated[
     str,
-    typer.Option("--device", help="auto, cpu, cuda:0, 0, or a kind of machine with its conventions: v100, jetson."),
+    typer.Option("--device", help="auto, cpu, a GPU (cuda:0 or 0), or v100 or jetson, which checks the machine."),
 ]
 SourceText = Annotated[
-    str | None, typer.Option("--source", "-s", help="Measure with these images, as in y7 detect; else a drawn one.")
+    str | None,
+    typer.Option("--source", "-s", help="Images to measure with, as in y7 detect (default: a synthetic image)."),
 ]
 FrameText = Annotated[
-    str | None, typer.Option("--frame", help="Width x height of the drawn image (default: 1920x1080).")
+    str | None, typer.Option("--frame", help="Width x height of the synthetic image (default: 1920x1080).")
 ]
-Duration = Annotated[float, typer.Option("--duration", help="Seconds of each part of a row: latency, then throughput.")]
-Warmup = Annotated[float, typer.Option("--warmup", help="Seconds after which the warm-up ends in any case.")]
-Paper = Annotated[bool, typer.Option("--paper", help="Set the paper's row beside it; write JSON and a chart.")]
-ValJson = Annotated[
-    Path | None, typer.Option("--val-json", help="Record of y7 val --json about the same file: its AP is shown.")
+Duration = Annotated[float, typer.Option("--duration", help="Seconds per part of a row: latency, then throughput.")]
+WarmupLimit = Annotated[float, typer.Option("--warmup", help="Maximum seconds of warm-up.")]
+Paper = Annotated[bool, typer.Option("--paper", help="Compare with the paper; write JSON and a chart.")]
+ValReport = Annotated[
+    Path | None, typer.Option("--val-report", help="Output of y7 val --json for the same file, to show its AP.")
 ]
 EstimateFor = Annotated[
     str | None,
-    typer.Option("--estimate", help="Estimate for a machine that is not here (v100, orin-nx); no measuring."),
+    typer.Option("--estimate", help="Estimate the speed on another device (v100, orin-nx) instead of measuring."),
 ]
 CompareWith = Annotated[
-    Path | None, typer.Option("--compare", help="JSON of an earlier run: tells a change from noise.")
+    Path | None, typer.Option("--compare", help="JSON of an earlier run, for a statistical comparison.")
 ]
 SaveDir = Annotated[
-    Path | None, typer.Option("--save-dir", help="Write JSON and chart here; --paper takes runs/bench/expN without it.")
+    Path | None,
+    typer.Option("--save-dir", help="Folder for JSON and chart (default with --paper: a new folder runs/bench/expN)."),
 ]
-ChartPath = Annotated[Path | None, typer.Option("--chart", help="Write the chart here, as PNG.")]
-NoChart = Annotated[bool, typer.Option("--no-chart", help="Leave the chart of --paper out.")]
+ChartPath = Annotated[Path | None, typer.Option("--chart", help="Write the chart to this PNG file.")]
+NoChart = Annotated[bool, typer.Option("--no-chart", help="Do not write the chart of --paper.")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRequest:
+    """What to measure, as parsed from the command line; see the options of `bench`.
+
+    Attributes:
+        batches: `None` for the fixed batch of the model file, or 1.
+        frame_hw: Height and width of the synthetic image.
+    """
+
+    weights: str
+    device: str
+    img: int | tuple[int, int] | None
+    half: bool | None
+    conf: float | None
+    iou: float | None
+    max_det: int | None
+    batches: tuple[int, ...] | None
+    options: BenchOptions
+    source: str | None
+    frame_hw: tuple[int, int] | None
+    paper: bool
+    val_report: Path | None
 
 
 def bench(
@@ -65,16 +109,16 @@ def bench(
     device: Device = "auto",
     img: Img = None,
     half: Half = None,
-    threads: Threads = "1",
+    concurrency: Concurrency = "1",
     source: SourceText = None,
     frame: FrameText = None,
     conf: Conf = None,
     iou: Iou = None,
     max_det: MaxDet = None,
     duration: Duration = DEFAULTS.duration_s,
-    warmup: Warmup = DEFAULTS.warmup_s,
+    warmup: WarmupLimit = DEFAULTS.warmup_s,
     paper: Paper = False,
-    val_json: ValJson = None,
+    val_report: ValReport = None,
     estimate: EstimateFor = None,
     compare: CompareWith = None,
     save_dir: SaveDir = None,
@@ -82,40 +126,36 @@ def bench(
     no_chart: NoChart = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure speed: latency by span, throughput, power, memory."""
+    """Measure speed: latency by stage, throughput, power, memory."""
     batches = None if batch is None else parse_numbers(batch, "batch")
     if estimate is not None:
-        measuring: dict[str, object] = {
-            **{"--paper": paper, "--compare": compare, "--val-json": val_json, "--source": source, "--frame": frame},
-            **{"--save-dir": save_dir, "--chart": chart, "--conf": conf, "--iou": iou, "--max-det": max_det},
-            **{"--threads": threads != "1", "--device": device != "auto", "--no-chart": no_chart},
-            **{"--duration": duration != DEFAULTS.duration_s, "--warmup": warmup != DEFAULTS.warmup_s},
-        }
-        _estimate(
-            weights, estimate, batches=batches or (1,), img=img, half=half, json_path=json_path, measuring=measuring
-        )
+        _check_only_estimate(weights, estimate)
+        _estimate(weights, estimate, batches=batches or (1,), img=parse_img(img), half=half, json_path=json_path)
         return
-    options = BenchOptions(
-        batches=batches or DEFAULTS.batches,
-        threads=parse_numbers(threads, "threads"),
-        duration_s=duration,
-        warmup_s=warmup,
-    )
     check_thresholds(conf=conf, iou=iou, max_det=max_det)
-    detector_options = {"img": parse_img(img), "half": half, "conf": conf, "iou": iou, "max_det": max_det}
-    targets = Targets.choose(paper=paper, save_dir=save_dir, chart=chart, no_chart=no_chart, json_path=json_path)
-    earlier = None if compare is None else _load(compare)
-    report = _measure(
-        weights,
-        _frames(source, parse_frame(frame)),
+    request = BenchRequest(
+        weights=weights,
         device=device,
-        detector_options=detector_options,
-        options=options,
-        own_batch=batches is None,
+        img=parse_img(img),
+        half=half,
+        conf=conf,
+        iou=iou,
+        max_det=max_det,
+        batches=batches,
+        options=BenchOptions(
+            batches=batches or DEFAULTS.batches,
+            concurrency=parse_numbers(concurrency, "concurrency"),
+            duration_s=duration,
+            warmup_s=warmup,
+        ),
+        source=source,
+        frame_hw=parse_frame(frame),
         paper=paper,
-        val_json=val_json,
+        val_report=val_report,
     )
-    _conclude(report, targets, earlier=earlier, name=str(compare))
+    outputs = OutputFiles.choose(paper=paper, save_dir=save_dir, chart=chart, no_chart=no_chart, json_path=json_path)
+    earlier = None if compare is None else _load(compare)
+    _print_and_write(_measure(request), outputs, earlier=earlier, name=str(compare))
 
 
 def _load(path: Path) -> SpeedReport:
@@ -124,17 +164,12 @@ def _load(path: Path) -> SpeedReport:
     return SpeedReport.load(path)
 
 
-def _check_drawing() -> None:
-    """Refuses before the measuring what could not be drawn after it."""
-    try:
-        import yolov7_deploy.benchmark.chart  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise missing_library(error, "for the chart (--no-chart leaves it out)") from error
+# --- output files -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Targets:
-    """What is written where; `None` is not written."""
+class OutputFiles:
+    """The files to write; `None` is not written."""
 
     json: str | None
     chart: Path | None
@@ -142,11 +177,11 @@ class Targets:
     @classmethod
     def choose(
         cls, *, paper: bool, save_dir: Path | None, chart: Path | None, no_chart: bool, json_path: str | None
-    ) -> Targets:
-        """What the options ask for; what `--paper` writes and has no place yet goes to a new folder.
+    ) -> OutputFiles:
+        """Return the files of the options; files of `--paper` without a path go to a new folder.
 
         Raises:
-            UsageError: A chart is asked for and left out, or something cannot be written.
+            UsageError: The options contradict each other, or a file cannot be written.
         """
         if no_chart and chart is not None:
             raise UsageError("--chart and --no-chart contradict each other.", fix="Leave one of them out.")
@@ -165,17 +200,17 @@ class Targets:
             if path is not None:
                 check_writable(path)
         if chart is not None:
-            _check_drawing()
+            _check_matplotlib()
         return cls(json=json_path, chart=chart)
 
     def write(self, report: SpeedReport, comparison: Comparison | None) -> Iterator[str]:
-        """Writes both, and gives a line for each."""
+        """Write the files, and yield a line for each."""
         from yolov7_deploy._console import write_json
 
         if self.json is not None:
             document = report.to_dict()
             write_json(document if comparison is None else {**document, "comparison": asdict(comparison)}, self.json)
-            yield f"record: {self.json}"
+            yield f"report: {self.json}"
         if self.chart is not None:
             from yolov7_deploy.benchmark.chart import speed_accuracy_chart
 
@@ -183,127 +218,157 @@ class Targets:
             yield f"chart: {self.chart}"
 
 
+def _check_matplotlib() -> None:
+    """Check before the measurement that the chart can be drawn after it."""
+    try:
+        import yolov7_deploy.benchmark.chart  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_library(error, "for the chart (or use --no-chart)") from error
+
+
 def check_writable(path: Path) -> None:
-    """Refuses before the measuring what could not be written after it; makes nothing.
+    """Check before the measurement that a file can be written after it; creates nothing.
 
     Raises:
-        UsageError: Its folder cannot be made or written to.
+        UsageError: Its folder cannot be created or written to.
     """
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        why = "it is a folder" if path.is_dir() else f"{place} {'is read-only' if place.is_dir() else 'is no folder'}"
-        raise UsageError(f"{path} cannot be written: {why}.", fix="Choose another place.")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not existing.is_dir():
+        reason = f"{existing} is not a folder"
+    elif not os.access(existing, os.W_OK):
+        reason = f"{existing} is read-only"
+    else:
+        return
+    raise UsageError(f"{path} cannot be written: {reason}.", fix="Choose another path.")
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
 
 
 def parse_numbers(text: str, name: str) -> tuple[int, ...]:
-    """`1,8,32` or `1 8 32`.
+    """Parse `1,8,32` or `1 8 32`.
 
     Raises:
-        UsageError: Anything else.
+        UsageError: The text is not a list of numbers.
     """
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
-        raise UsageError(f"--{name} {text} is no list of numbers.", fix=f"For example: --{name} 1,8")
+        raise UsageError(f"--{name} {text} is not a list of numbers.", fix=f"For example: --{name} 1,8")
     return tuple(map(int, parts))
 
 
 def parse_frame(text: str | None) -> tuple[int, int] | None:
-    """Height and width of `1920x1080`, which is width x height as people say it.
+    """Parse `1920x1080`, which is width x height, and return height and width.
 
     Raises:
-        UsageError: Anything else.
+        UsageError: The text is not a size.
     """
     if text is None:
         return None
     match = re.fullmatch(r"\s*([1-9][0-9]{0,5})[xX, ]([1-9][0-9]{0,5})\s*", text)
     if match is None or max(int(match[1]), int(match[2])) > MAX_FRAME_SIDE:
         raise UsageError(
-            f"--frame {text} is no size of an image of at most {MAX_FRAME_SIDE} pixels a side.",
+            f"--frame {text} is not an image size of at most {MAX_FRAME_SIDE} pixels.",
             fix="Width x height, for example: --frame 1920x1080",
         )
     return int(match[2]), int(match[1])
 
 
+# --- measurement ------------------------------------------------------------------------------------------------------
+
+
 def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
-    from yolov7_deploy.benchmark.inputs import DRAWN_HW, drawn_frames, read_frames
+    from yolov7_deploy.benchmark.benchmark import SYNTHETIC_HW, read_frames, synthetic_frames
 
     if source is None:
-        return drawn_frames(hw or DRAWN_HW)
+        return synthetic_frames(hw or SYNTHETIC_HW)
     if hw is not None:
-        raise UsageError("--frame is the size of the drawn image; --source brings its own.", fix="Leave one out.")
+        raise UsageError("--frame is the size of the synthetic image, which --source replaces.", fix="Leave one out.")
     return read_frames(source)
 
 
-def _measure(
-    weights: str,
-    frames: Frames,
-    *,
-    device: str,
-    detector_options: dict[str, Any],
-    options: BenchOptions,
-    own_batch: bool,
-    paper: bool,
-    val_json: Path | None,
-) -> SpeedReport:
-    """The report, with what stands beside it; nothing is measured if that is not to be had."""
+def _measure(request: BenchRequest) -> SpeedReport:
+    """Return the report, with the paper's row and AP; everything is checked before the measurement."""
     from yolov7_deploy._console import progress
     from yolov7_deploy.benchmark.benchmark import measure_speed
-    from yolov7_deploy.benchmark.devices import choose_place
-    from yolov7_deploy.benchmark.references import paper_speed, read_ap
+    from yolov7_deploy.benchmark.devices import resolve_device
+    from yolov7_deploy.benchmark.report import paper_speed, read_ap
     from yolov7_deploy.detector import Detector
-    from yolov7_deploy.hardware.memory import gpu_memory_used
+    from yolov7_deploy.hardware.machine import gpu_memory_used
     from yolov7_deploy.hub import file_digest, find_weights
 
-    name = f"cuda:{device}" if device.isdigit() else device
-    place = None if name == "auto" else choose_place(name)
+    frames = _frames(request.source, request.frame_hw)
+    profile = None if request.device == "auto" else resolve_device(request.device)
     with progress("download") as show:
-        path = find_weights(weights, progress=show)
-    ap, source = (None, "") if val_json is None else read_ap(val_json, path, sha256=file_digest(path))
-    wanted = place.device if place else "auto"
-    before = gpu_memory_used("cuda:0" if wanted == "auto" else wanted)
-    with Detector(path, device=wanted, **detector_options) as detector, counted_rows() as on_row:
+        path = find_weights(request.weights, progress=show)
+    val_report = request.val_report
+    ap, ap_source = (None, "") if val_report is None else read_ap(val_report, path, sha256=file_digest(path))
+    device = profile.device if profile else "auto"
+    gpu_baseline = gpu_memory_used("cuda:0" if device == "auto" else device)
+    opened = Detector(
+        path,
+        device=device,
+        img=request.img,
+        half=request.half,
+        conf=request.conf,
+        iou=request.iou,
+        max_det=request.max_det,
+    )
+    with opened as detector, report_complete_rows() as on_row:
         metadata = detector.metadata
-        beside = paper_speed(metadata.variant, detector.input_hw) if paper else None
-        place = place or choose_place("auto", gpu_usable=detector.device != "cpu")
+        paper = paper_speed(metadata.variant, detector.input_hw) if request.paper else None
+        default_batches = (metadata.batch or 1,)
         with progress("bench, in percent") as show:
             report = measure_speed(
                 detector,
                 frames,
-                options=replace(options, batches=(metadata.batch or 1,)) if own_batch else options,
-                place=place,
-                gpu_bytes_before=before,
+                options=replace(request.options, batches=request.batches or default_batches),
+                profile=profile or resolve_device("auto", gpu_usable=detector.device != "cpu"),
+                gpu_baseline_bytes=gpu_baseline,
                 progress=lambda done, total: show(100 * done // total, 100),
                 on_row=on_row,
             )
-    return replace(report, paper=beside, ap=ap, ap_source=source)
+    return replace(report, paper=paper, ap=ap, ap_source=ap_source)
 
 
 @contextmanager
-def counted_rows() -> Iterator[Callable[[SpeedRow], None]]:
-    """A function that takes rows; if the work inside ends early, it is said how many were complete."""
+def report_complete_rows() -> Iterator[Callable[[SpeedRow], None]]:
+    """Give a function that receives rows; print how many were complete if the block ends early."""
     rows: list[SpeedRow] = []
     try:
         yield rows.append
     except (KeyboardInterrupt, Y7Error):
         if rows:
-            typer.echo(
-                f"{len(rows)} row{'s were' if len(rows) > 1 else ' was'} complete; nothing is written.", err=True
-            )
+            typer.echo(f"Complete rows: {len(rows)}; nothing is written.", err=True)
         raise
 
 
-def _conclude(report: SpeedReport, targets: Targets, *, earlier: SpeedReport | None, name: str) -> None:
-    """Prints everything before anything is written: a full disk costs no result."""
+def _print_and_write(report: SpeedReport, outputs: OutputFiles, *, earlier: SpeedReport | None, name: str) -> None:
+    """Print everything before anything is written, so that a full disk does not lose the result."""
     from yolov7_deploy.benchmark.comparison import compare_reports
     from yolov7_deploy.benchmark.report_text import describe_comparison, describe_speed
 
-    to_stderr = targets.json == "-"
+    to_stderr = outputs.json == "-"
     typer.echo(describe_speed(report), err=to_stderr)
     comparison = None if earlier is None else compare_reports(earlier, report, name=name)
     if comparison is not None:
         typer.echo(describe_comparison(comparison), err=to_stderr)
-    for line in targets.write(report, comparison):
+    for line in outputs.write(report, comparison):
         typer.echo(line, err=to_stderr)
+
+
+# --- estimate ---------------------------------------------------------------------------------------------------------
+
+
+def _check_only_estimate(weights: str, device: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in MEASUREMENT_OPTIONS if was_given(name)]
+    if given:
+        raise UsageError(
+            f"--estimate measures nothing, so {', '.join(given)} cannot apply.",
+            fix=f"y7 bench --weights {weights} --estimate {device}",
+        )
 
 
 def _estimate(
@@ -311,44 +376,29 @@ def _estimate(
     device: str,
     *,
     batches: tuple[int, ...],
-    img: str | None,
+    img: int | tuple[int, int] | None,
     half: bool | None,
     json_path: str | None,
-    measuring: dict[str, object],
 ) -> None:
-    """Prints what is calculated for a machine that is not here; nothing is measured, nothing is mixed with it."""
-    given = [option for option, value in measuring.items() if value not in (None, False)]
-    if given:
-        raise UsageError(
-            f"--estimate calculates and measures nothing, so {', '.join(given)} cannot apply.",
-            fix=f"y7 bench --weights {weights} --estimate {device}",
-        )
+    """Print estimates for a device that is not here."""
     from yolov7_deploy._console import write_json
     from yolov7_deploy.estimation.estimate import describe_estimate, estimate
 
     variant = find_variant_name(weights)
-    found = [
-        estimate(
-            variant,
-            device=device,
-            batch=batch,
-            size=parse_img(img),
-            precision="fp32" if half is False else "fp16",
-        )
-        for batch in batches
-    ]
-    typer.echo("\n".join(map(describe_estimate, found)), err=json_path == "-")
+    precision = "fp32" if half is False else "fp16"
+    estimates = [estimate(variant, device=device, batch=batch, size=img, precision=precision) for batch in batches]
+    typer.echo("\n".join(map(describe_estimate, estimates)), err=json_path == "-")
     if json_path is not None:
-        documents = [one.to_dict() for one in found]
+        documents = [one.to_dict() for one in estimates]
         write_json(documents[0] if len(documents) == 1 else documents, json_path)
 
 
 def find_variant_name(weights: str) -> str:
-    """The official name of a network: of a name as it is, without looking for its file; of a file what it says.
+    """Return the official name of a network: from a name without looking for its file, or from the file.
 
     Raises:
-        LoadError: There is no such file, or it cannot be read.
-        UsageError: The file does not tell its network.
+        LoadError: The file does not exist or cannot be read.
+        UsageError: The file does not name its network.
     """
     from yolov7_deploy.paper import VARIANTS
 
@@ -369,11 +419,9 @@ def find_variant_name(weights: str) -> str:
         variant = record.metadata.variant if record else ""
     else:
         from yolov7_deploy.hub import find_weights
-        from yolov7_deploy.inspection.describe import describe_weights
+        from yolov7_deploy.inspection.describe import inspect_weights
 
-        variant = describe_weights(find_weights(weights)).variant
+        variant = inspect_weights(find_weights(weights)).variant
     if variant not in VARIANTS:
-        raise UsageError(
-            f"{weights} does not tell which network it is.", fix=f"Name it: --weights {next(iter(VARIANTS))}"
-        )
+        raise UsageError(f"{weights} does not name its network.", fix=f"Use the name: --weights {next(iter(VARIANTS))}")
     return variant

@@ -1,1 +1,1 @@
-"""The machine under the feet: processor, GPUs, Jetson boards, their clocks and their power."""
+"""The hardware that this process runs on: CPU, GPUs, Jetson boards, and their clocks, power and memory."""

@@ -1,4 +1,4 @@
-"""Processor cores this process may keep busy: in a container, fewer than the machine has."""
+"""The CPU: cores that this process may use, and load that other programs put on it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from yolov7_deploy.hardware.jetson import ROOT, read_text
+from yolov7_deploy.hardware.system import ROOT, read_text
 
-# Columns of the first line of /proc/stat (proc(5)): user, nice, system, idle, iowait, irq, softirq, steal. What guests
-# of this machine take is in user and nice already.
+# Columns of the first line of /proc/stat (proc(5)): user, nice, system, idle, iowait, irq, softirq, steal. The time of
+# guests of this machine is part of user and nice.
 _COLUMNS = 8
 _IDLE = (3, 4)
 
 
-class OtherLoad:
-    """Counts from when it is made.
+class OtherCpuLoad:
+    """CPU load of other programs since this object was created.
 
     Args:
-        root: The folder that `proc` is looked for in.
+        root: Folder that contains `proc`.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -29,44 +29,44 @@ class OtherLoad:
         self._before = self._read()
 
     def share(self) -> float | None:
-        """Of all processor time since then, the share that others had: 0 to 1. `None` where the system does not tell.
+        """Return the share of all CPU time that other programs used, 0 to 1; `None` where the system does not show it.
 
-        Time in which the host ran somebody else in our place counts as theirs.
+        Time in which the host ran another virtual machine on our cores (steal) counts as theirs.
         """
         now = self._read()
         if now is None or self._before is None:
             return None
-        busy, whole, own = (after - before for after, before in zip(now, self._before, strict=True))
-        return min(1.0, max(0.0, (busy - own) / whole)) if whole > 0 else None
+        busy, total, own = (after - before for after, before in zip(now, self._before, strict=True))
+        return min(1.0, max(0.0, (busy - own) / total)) if total > 0 else None
 
     def _read(self) -> tuple[float, float, float] | None:
-        """Seconds: of all processors at work, of all processors together, and of this process at work."""
+        """Return seconds: busy time of all cores, total time of all cores, and CPU time of this process."""
         fields = read_text(self._root / "proc/stat").partition("\n")[0].split()
         if fields[:1] != ["cpu"] or len(fields) <= _COLUMNS or not all(field.isdecimal() for field in fields[1:]):
             return None
-        ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[1 : 1 + _COLUMNS]]
-        whole = sum(ticks)
-        return whole - sum(ticks[column] for column in _IDLE), whole, time.process_time()
+        seconds = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields[1 : 1 + _COLUMNS]]
+        total = sum(seconds)
+        return total - sum(seconds[column] for column in _IDLE), total, time.process_time()
 
 
 def usable_cores(root: Path = ROOT) -> int | None:
-    """Physical cores this process may run on, within the time its control groups give it; `None` outside Linux.
+    """Return the physical cores that this process may use within its cgroup CPU quota; `None` outside Linux.
 
-    Two hardware threads of a core count once: they share its arithmetic units. Part of a core's time counts as a core.
-    `root` is the folder that `proc` and `sys` are looked for in.
+    Two hardware threads of a core count once, because they share its arithmetic units. A fraction of a core counts as
+    a core. `root` is the folder that contains `proc` and `sys`.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
     siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    cores = {read_text(root / siblings.format(one)) or str(one) for one in os.sched_getaffinity(0)}
-    return max(1, min([len(cores), *(math.ceil(limit) for limit in _limits(root))]))
+    cores = {read_text(root / siblings.format(cpu)) or str(cpu) for cpu in os.sched_getaffinity(0)}
+    return max(1, min([len(cores), *(math.ceil(quota) for quota in _cgroup_quotas(root))]))
 
 
-def _limits(root: Path) -> Iterator[float]:
-    """What our control groups, and those around them, allow: seconds of processor time per second.
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """Yield the quotas of our control groups and their parents, in seconds of CPU time per second.
 
-    Version 2 writes "max 100000" for no limit, version 1 a quota of -1. Containers see the path of their host, but
-    their own group at the top.
+    "No limit" is "max 100000" in cgroup v2 and a quota of -1 in v1. A container sees the path of its host, but its own
+    group at the top.
     """
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")

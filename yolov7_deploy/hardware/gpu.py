@@ -1,6 +1,12 @@
-"""The GPU that an engine would be built on, asked of the driver itself.
+"""NVIDIA GPUs: which ones CUDA shows to this process, and their sensors through NVML.
 
-Neither torch nor the CUDA runtime is needed. Without a driver there is no GPU, and nothing here raises.
+CUDA's driver library numbers the GPUs: `cuda:0` is the first in CUDA_VISIBLE_DEVICES, or the fastest one unless
+CUDA_DEVICE_ORDER says otherwise. NVML, the library of nvidia-smi, numbers them by PCI bus and ignores both variables.
+So a GPU is looked up in NVML by its PCI address. Only NVML has the sensors, and only CUDA knows `cuda:N`.
+
+This needs neither torch nor the CUDA runtime, creates no CUDA context, changes no setting and does not raise. Without a
+driver there are no GPUs. A sensor that the GPU or its driver does not have reads `None`: virtual GPUs, the NVML of a
+Jetson and older drivers lack some.
 """
 
 from __future__ import annotations
@@ -10,49 +16,90 @@ import re
 from ctypes import byref, c_int
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-DRIVER = "libcuda.so.1"
+CUDA_DRIVER = "libcuda.so.1"
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
 _MAJOR, _MINOR = 75, 76
-_NAME_BYTES = 256
+_NAME_BYTES, _ADDRESS_BYTES = 256, 32
+# nvml.h: nvmlClockType_t and nvmlTemperatureSensors_t.
+_CLOCK_SM, _CLOCK_MEMORY = 1, 2
+_TEMPERATURE_GPU = 0
+# nvmlClocksEventReasons, "throttle reasons" before driver 535. Two reasons are not throttling: an idle GPU (1) and
+# application clocks that were set (2).
+THROTTLE_REASONS = {
+    0x004: "software power cap",
+    0x008: "hardware slowdown",
+    0x010: "sync boost",
+    0x020: "software thermal slowdown",
+    0x040: "hardware thermal slowdown",
+    0x080: "hardware power brake",
+    0x100: "display clock setting",
+}
+
+
+# --- CUDA's driver library --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildGpu:
-    """The first GPU that CUDA sees: name, `8.6`, version of the driver, and the CUDA version the driver brings."""
+class CudaGpu:
+    """The GPU `cuda:index`.
 
+    Attributes:
+        index: Number in CUDA's order.
+        name: `NVIDIA A10`.
+        pci_bus_id: `0000:3b:00.0`.
+        compute_capability: `8.6`.
+    """
+
+    index: int
     name: str
+    pci_bus_id: str
     compute_capability: str
-    driver: str
-    cuda: str
 
 
-def read_gpu(library: str = DRIVER) -> BuildGpu | None:
-    """The first GPU; `None` without a driver or without a GPU."""
+def list_cuda_gpus() -> tuple[CudaGpu, ...]:
+    """Return the GPUs that CUDA shows to this process, in CUDA's order; empty without a driver."""
+    count = c_int()
     try:
-        cuda = ctypes.CDLL(library)
-        if cuda.cuInit(0) != 0:
-            return None
-        device = ctypes.c_int()
-        name = ctypes.create_string_buffer(_NAME_BYTES)
-        if cuda.cuDeviceGet(ctypes.byref(device), 0) != 0 or cuda.cuDeviceGetName(name, _NAME_BYTES, device) != 0:
-            return None
-        major, minor, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-        cuda.cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):  # no such library, or one without these functions
+        cuda = ctypes.CDLL(CUDA_DRIVER)
+        if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(byref(count)) != 0:
+            return ()
+        return tuple(gpu for index in range(count.value) if (gpu := _cuda_gpu(cuda, index)) is not None)
+    except (OSError, AttributeError):  # the library is missing, or does not have these functions
+        return ()
+
+
+def _cuda_gpu(cuda: ctypes.CDLL, index: int) -> CudaGpu | None:
+    device, major, minor = c_int(), c_int(), c_int()
+    name, pci = ctypes.create_string_buffer(_NAME_BYTES), ctypes.create_string_buffer(_ADDRESS_BYTES)
+    if cuda.cuDeviceGet(byref(device), index) != 0 or cuda.cuDeviceGetName(name, _NAME_BYTES, device) != 0:
         return None
-    return BuildGpu(
+    cuda.cuDeviceGetPCIBusId(pci, _ADDRESS_BYTES, device)
+    cuda.cuDeviceGetAttribute(byref(major), _MAJOR, device)
+    cuda.cuDeviceGetAttribute(byref(minor), _MINOR, device)
+    return CudaGpu(
+        index=index,
         name=name.value.decode(errors="replace"),
+        pci_bus_id=pci.value.decode(errors="replace"),
         compute_capability=f"{major.value}.{minor.value}",
-        driver=_driver_version(),
-        cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
 
 
-def _driver_version() -> str:
+def supported_cuda_version() -> str:
+    """Return the newest CUDA version that the driver supports, `12.8`; empty without a driver."""
+    version = c_int()
+    try:
+        if ctypes.CDLL(CUDA_DRIVER).cuDriverGetVersion(byref(version)) != 0:
+            return ""
+    except (OSError, AttributeError):
+        return ""
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def driver_version() -> str:
+    """Return the version of the loaded driver, `570.86.15`; empty where the kernel module does not show it."""
     try:
         text = DRIVER_VERSION.read_text(errors="replace")
     except OSError:
@@ -61,40 +108,167 @@ def _driver_version() -> str:
     return found[1] if found else ""
 
 
-# The NVIDIA GPUs that CUDA gives this process, in CUDA's own order.
-#
-# `cuda:0` is the first of these: CUDA_VISIBLE_DEVICES chooses and orders them, and without CUDA_DEVICE_ORDER the
-# fastest comes first. nvidia-smi and NVML count otherwise, so the PCI address is what a GPU is known by to both.
-
-_NAME_BYTES, _ADDRESS_BYTES = 256, 32
+# --- NVML -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisibleGpu:
-    """`cuda:index`: its name and its PCI address, `0000:3b:00.0`."""
+class InstalledGpu:
+    """An NVIDIA GPU of this machine; `compute_capability` is empty and `memory_gb` is `None` where not reported."""
 
-    index: int
     name: str
-    pci: str
+    compute_capability: str
+    driver: str
+    memory_gb: float | None
 
 
-def read_visible_gpus(library: str = DRIVER) -> tuple[VisibleGpu, ...]:
-    """All of them; none without a driver. No context is made on any."""
-    count = c_int()
+def list_installed_gpus() -> tuple[InstalledGpu, ...]:
+    """Return the GPUs of this machine, also those that CUDA_VISIBLE_DEVICES hides.
+
+    Where NVML is not available they are those that CUDA shows.
+    """
+    if _initialize_nvml():
+        return tuple(
+            InstalledGpu(
+                name=gpu.name, compute_capability=gpu.compute_capability, driver=driver_version(), memory_gb=None
+            )
+            for gpu in list_cuda_gpus()
+        )
+    handles = (_query("nvmlDeviceGetHandleByIndex", index) for index in range(_query("nvmlDeviceGetCount") or 0))
+    return tuple(_installed_gpu(handle) for handle in handles if handle is not None)
+
+
+def _installed_gpu(handle: Any) -> InstalledGpu:  # noqa: ANN401 - an opaque handle of NVML
+    capability = _query("nvmlDeviceGetCudaComputeCapability", handle)
+    memory = _query("nvmlDeviceGetMemoryInfo", handle)
+    return InstalledGpu(
+        name=_query("nvmlDeviceGetName", handle) or "NVIDIA GPU",
+        compute_capability="{}.{}".format(*capability) if capability else "",
+        driver=_query("nvmlSystemGetDriverVersion") or "",
+        memory_gb=round(memory.total / 1e9, 1) if memory else None,
+    )
+
+
+class NvmlGpu:
+    """Sensors of one GPU.
+
+    Attributes:
+        name, pci_bus_id: As in `CudaGpu`.
+    """
+
+    def __init__(self, handle: Any, *, name: str, pci_bus_id: str) -> None:  # noqa: ANN401 - an opaque handle of NVML
+        self._handle = handle
+        self.name, self.pci_bus_id = name, pci_bus_id
+
+    def power_w(self) -> float | None:
+        """Power of the board, memory included; since Ampere (except A100) the mean over the last second."""
+        return self._scaled(1000, "nvmlDeviceGetPowerUsage")
+
+    def energy_j(self) -> float | None:
+        """Energy of the board since the driver was loaded, on Volta and later; updated every 20 to 100 ms."""
+        return self._scaled(1000, "nvmlDeviceGetTotalEnergyConsumption")
+
+    def power_limit_w(self) -> float | None:
+        """Power limit that the driver enforces."""
+        return self._scaled(1000, "nvmlDeviceGetEnforcedPowerLimit")
+
+    def sm_mhz(self) -> float | None:
+        """Clock of the multiprocessors."""
+        return self._scaled(1, "nvmlDeviceGetClockInfo", _CLOCK_SM)
+
+    def max_sm_mhz(self) -> float | None:
+        """Highest possible clock of the multiprocessors."""
+        return self._scaled(1, "nvmlDeviceGetMaxClockInfo", _CLOCK_SM)
+
+    def memory_mhz(self) -> float | None:
+        """Clock of the memory."""
+        return self._scaled(1, "nvmlDeviceGetClockInfo", _CLOCK_MEMORY)
+
+    def application_clocks_mhz(self) -> tuple[int, int] | None:
+        """Application clocks of memory and multiprocessors; `None` where the GPU does not have this setting."""
+        memory, sm = (self._query("nvmlDeviceGetApplicationsClock", kind) for kind in (_CLOCK_MEMORY, _CLOCK_SM))
+        return (memory, sm) if memory and sm else None
+
+    def temperature_c(self) -> float | None:
+        """Temperature of the GPU in degrees Celsius."""
+        return self._scaled(1, "nvmlDeviceGetTemperature", _TEMPERATURE_GPU)
+
+    def throttle_reasons(self) -> tuple[str, ...]:
+        """Reasons why the clocks are reduced now."""
+        mask = self._query("nvmlDeviceGetCurrentClocksEventReasons")
+        if mask is None:  # a driver before 535
+            mask = self._query("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
+        return tuple(reason for bit, reason in THROTTLE_REASONS.items() if mask & bit)
+
+    def memory_used_bytes(self) -> int | None:
+        """GPU memory that all programs use together, the driver included."""
+        memory = self._query("nvmlDeviceGetMemoryInfo")
+        return None if memory is None else int(memory.used)
+
+    def memory_free_bytes(self) -> int | None:
+        """GPU memory that is free."""
+        memory = self._query("nvmlDeviceGetMemoryInfo")
+        return None if memory is None else int(memory.free)
+
+    def persistence_mode(self) -> bool | None:
+        """True if the driver stays loaded while the GPU is unused."""
+        mode = self._query("nvmlDeviceGetPersistenceMode")
+        return None if mode is None else mode == 1
+
+    def _query(self, function: str, *arguments: int) -> Any | None:  # noqa: ANN401 - see `_query` below
+        return _query(function, self._handle, *arguments)
+
+    def _scaled(self, divisor: int, function: str, *arguments: int) -> float | None:
+        value = self._query(function, *arguments)
+        return None if value is None else value / divisor
+
+
+def open_gpu(index: int) -> NvmlGpu | str:
+    """Return the sensors of `cuda:index`, or the sentence why NVML does not show that GPU."""
+    gpu = next((gpu for gpu in list_cuda_gpus() if gpu.index == index), None)
+    if gpu is None:
+        return f"CUDA shows no GPU cuda:{index} to this process: nvidia-smi -L lists the installed ones."
+    problem = _initialize_nvml()
+    if problem:
+        return f"The sensors of {gpu.name} are read through NVML. {problem}"
+    import pynvml
+
     try:
-        cuda = ctypes.CDLL(library)
-        if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(byref(count)) != 0:
-            return ()
-        return tuple(gpu for index in range(count.value) if (gpu := _gpu(cuda, index)) is not None)
-    except (OSError, AttributeError):  # no such library, or one without these functions
-        return ()
+        handle = pynvml.nvmlDeviceGetHandleByPciBusId(gpu.pci_bus_id)
+    except pynvml.NVMLError as error:
+        return f"NVML does not show {gpu.name} ({gpu.pci_bus_id}): {_described(error)}. See nvidia-smi."
+    return NvmlGpu(handle, name=gpu.name, pci_bus_id=gpu.pci_bus_id)
 
 
-def _gpu(cuda: ctypes.CDLL, index: int) -> VisibleGpu | None:
-    device = c_int()
-    name, pci = ctypes.create_string_buffer(_NAME_BYTES), ctypes.create_string_buffer(_ADDRESS_BYTES)
-    if cuda.cuDeviceGet(byref(device), index) != 0:
+def _initialize_nvml() -> str:
+    """Initialize NVML, and return what is wrong; empty on success.
+
+    It stays initialized until the process ends, as other libraries in the process may use it; NVML counts the calls.
+    """
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return "Its Python library is not installed: pip install nvidia-ml-py"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return (
+            "libnvidia-ml.so.1 was not found: it comes with the driver; a container needs "
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility."
+        )
+    except pynvml.NVMLError as error:
+        return f"It does not start: {_described(error)}. See nvidia-smi."
+    return ""
+
+
+def _query(function: str, *arguments: Any) -> Any | None:  # noqa: ANN401 - functions of NVML return numbers and structs
+    """Return the result of an NVML function; `None` where it fails or does not exist in this driver or library."""
+    import pynvml
+
+    try:
+        return getattr(pynvml, function)(*arguments)
+    except (pynvml.NVMLError, AttributeError):
         return None
-    cuda.cuDeviceGetName(name, _NAME_BYTES, device)
-    cuda.cuDeviceGetPCIBusId(pci, _ADDRESS_BYTES, device)
-    return VisibleGpu(index=index, name=name.value.decode(errors="replace"), pci=pci.value.decode(errors="replace"))
+
+
+def _described(error: Any) -> str:  # noqa: ANN401 - an NVMLError
+    return f"{error} (error {error.value})"

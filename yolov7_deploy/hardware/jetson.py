@@ -1,20 +1,20 @@
-"""A Jetson board: its model, its JetPack, the TensorRT that belongs to it, and its power mode.
+"""Jetson boards: model, JetPack release, its TensorRT version, and power mode.
 
-Everything is read from files and from `nvpmodel`, so a recorded tree of files stands for a board. What a board does
-not tell is left empty; nothing here raises.
+Everything is read from files and from `nvpmodel`, so a recorded tree of files can stand for a board. What a board does
+not report is left empty; nothing here raises.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7_deploy.hardware.system import ROOT, CommandRunner, read_text, run_command
+
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """`10.16.1` as (10, 16, 1), as far as it is numbers; nothing for an empty one."""
+    """Return the leading numbers of a version: (10, 16, 1) for `10.16.1`, () for an empty text."""
     numbers = []
     for part in version.split("."):
         if not part.isdecimal():
@@ -23,14 +23,10 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-ROOT = Path("/")
-COMMAND_TIMEOUT_S = 20.0
-
 Version = tuple[int, ...]
-Run = Callable[[Sequence[str]], str | None]
 
 MODEL_FILES = ("proc/device-tree/model", "sys/firmware/devicetree/base/model")
-# The first that fits counts: an Orin Nano is an Orin.
+# By a part of the model name. The first match counts: an Orin Nano is an Orin.
 _CAPABILITIES = {"Thor": "11.0", "Orin": "8.7", "Xavier": "7.2", "TX2": "6.2", "Nano": "5.3", "TX1": "5.3"}
 
 
@@ -39,22 +35,23 @@ class JetPack:
     """A JetPack release.
 
     Attributes:
-        name: `6.2`; `6.x` where the board's Linux is of a release that is not in the table.
-        tensorrt: The version it brings, `10.3`.
-        first, last: Versions that run on it; a container may hold an older one than its host.
-        server_wheels: The TensorRT wheels for ARM servers run on it (from JetPack 7 on), and no others exist.
+        name: `6.2`; `6.x` where the release of the board's Linux is not in the table.
+        tensorrt: TensorRT version of the release, `10.3`.
+        min_tensorrt, max_tensorrt: Versions that run on it; a container may have an older one than its host.
+        server_wheels: True where the TensorRT wheels for ARM servers run, the only ones there are (JetPack 7 and
+            later).
     """
 
     name: str
     tensorrt: str
-    first: Version
-    last: Version
+    min_tensorrt: Version
+    max_tensorrt: Version
     server_wheels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PowerMode:
-    """A power mode by its name and the number that this board's configuration gives it."""
+    """A power mode: its name, and its number in the configuration of this board."""
 
     name: str
     number: int | None
@@ -62,15 +59,15 @@ class PowerMode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Board:
-    """A Jetson.
+    """A Jetson board.
 
     Attributes:
-        model: As the device tree says it.
+        model: Model name from the device tree.
         l4t: Version of its Linux, `36.4.3`; empty in a container that does not show it.
         jetpack: `None` where the Linux is unknown or older than JetPack 5.1.
-        compute_capability: Of its GPU, empty for an unknown module.
-        mode: The present power mode, `None` where it is not told.
-        modes: All that the configuration has.
+        compute_capability: Compute capability of its GPU; empty for an unknown module.
+        mode: Current power mode; `None` where it is not shown.
+        modes: All power modes of the configuration.
     """
 
     model: str
@@ -82,12 +79,12 @@ class Board:
 
     @property
     def highest_mode(self) -> PowerMode | None:
-        """The mode with the most power, told by the names; `None` where the configuration is not there."""
+        """The mode with the most power, judged by the names; `None` where the configuration is missing."""
         return max(self.modes, key=lambda mode: _power(mode.name), default=None)
 
 
-# By the first L4T with them; the release of a later one is that of the last row before it.
-# JetPack's own archive pages; TensorRT 10.7 is the last that was built for JetPack 6.
+# By the first L4T version of each series; a version between two rows belongs to the earlier one. From the archive pages
+# of JetPack; TensorRT 10.7 is the last one that was built for JetPack 6.
 _SERIES: tuple[tuple[Version, str, Version, Version, bool], ...] = (
     ((35, 2), "8.5.2", (8, 5), (8, 5), False),
     ((36,), "8.6.2", (8, 6), (8, 6), False),
@@ -104,23 +101,12 @@ _NAMES = {
 _MAJORS = {32: "4.x", 34: "5.0", 35: "5.x", 36: "6.x", 38: "7.x", 39: "7.x"}
 
 
-def run_command(command: Sequence[str]) -> str | None:
-    """Standard output of a command; `None` where it is absent, fails or hangs."""
-    try:
-        done = subprocess.run(
-            list(command), capture_output=True, text=True, errors="replace", timeout=COMMAND_TIMEOUT_S, check=True
-        )
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
-def read_board(*, root: Path = ROOT, run: Run = run_command) -> Board | None:
-    """The board we run on, `None` on any other machine.
+def read_board(*, root: Path = ROOT, run: CommandRunner = run_command) -> Board | None:
+    """Return the Jetson board that this process runs on; `None` on any other machine.
 
     Args:
-        root: The folder that `proc`, `etc`, `sys` and `var` are looked for in.
-        run: Runs a command and gives its output.
+        root: Folder that contains `proc`, `etc`, `sys` and `var`.
+        run: Runs a command and returns its output.
     """
     model = next((text for name in MODEL_FILES if (text := read_text(root / name).strip("\0\n "))), "")
     l4t = _l4t(root)
@@ -132,37 +118,35 @@ def read_board(*, root: Path = ROOT, run: Run = run_command) -> Board | None:
         l4t=l4t,
         jetpack=find_jetpack(l4t),
         compute_capability=next((value for name, value in _CAPABILITIES.items() if name in model), ""),
-        mode=_present_mode(root, run, modes),
+        mode=_current_mode(root, run, modes),
         modes=modes,
     )
 
 
 def find_jetpack(l4t: str) -> JetPack | None:
-    """The JetPack of an L4T version; `None` for none and for those before JetPack 5.1."""
+    """Return the JetPack release of an L4T version; `None` without a version and before JetPack 5.1."""
     version = version_numbers(l4t)
     rows = [row for row in _SERIES if row[0] <= version]
     if not rows:
         return None
-    _, tensorrt, first, last, server_wheels = rows[-1]
-    return JetPack(name=jetpack_name(l4t), tensorrt=tensorrt, first=first, last=last, server_wheels=server_wheels)
+    _, tensorrt, oldest, newest, server_wheels = rows[-1]
+    return JetPack(
+        name=jetpack_name(l4t),
+        tensorrt=tensorrt,
+        min_tensorrt=oldest,
+        max_tensorrt=newest,
+        server_wheels=server_wheels,
+    )
 
 
 def jetpack_name(l4t: str) -> str:
-    """`6.2` for L4T `36.4.3`, `6.x` for a release of that series that is not known, or nothing."""
+    """Return `6.2` for L4T `36.4.3`, `6.x` for an unknown release of that series, or an empty text."""
     exact = _NAMES.get(l4t) or _NAMES.get(l4t.removesuffix(".0"))
     return exact or _MAJORS.get(version_numbers(l4t)[0] if version_numbers(l4t) else 0, "")
 
 
-def read_text(path: Path) -> str:
-    """What a file says; nothing where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _l4t(root: Path) -> str:
-    """By the release file of the board's Linux, or by the package that brings it."""
+    """Return the L4T version from the release file, or from the package database."""
     release = re.search(r"R(\d+)[^,\n]*, REVISION: ([\d.]+)", read_text(root / "etc/nv_tegra_release"))
     if release:
         return f"{release[1]}.{release[2]}"
@@ -175,7 +159,7 @@ def _l4t(root: Path) -> str:
 
 
 def _modes(root: Path) -> tuple[PowerMode, ...]:
-    """The modes of nvpmodel's configuration; names and numbers differ by module and by JetPack."""
+    """Return the modes of nvpmodel's configuration; names and numbers differ by module and JetPack."""
     entries = re.findall(r"^\s*<\s*POWER_MODEL\s+([^>]*)>", read_text(root / "etc/nvpmodel.conf"), re.MULTILINE)
     modes = []
     for entry in entries:
@@ -186,8 +170,8 @@ def _modes(root: Path) -> tuple[PowerMode, ...]:
     return tuple(modes)
 
 
-def _present_mode(root: Path, run: Run, modes: tuple[PowerMode, ...]) -> PowerMode | None:
-    """As `nvpmodel -q` says it, or, where that is not allowed, the file it keeps its state in."""
+def _current_mode(root: Path, run: CommandRunner, modes: tuple[PowerMode, ...]) -> PowerMode | None:
+    """Return the mode from `nvpmodel -q`, or from its state file where the command is not allowed."""
     answer = run(["nvpmodel", "-q"]) or ""
     if found := re.search(r"NV Power Mode:\s*(\S+)(?:\s*\n\s*(\d+))?", answer):
         return PowerMode(name=found[1], number=int(found[2]) if found[2] else None)
@@ -196,7 +180,7 @@ def _present_mode(root: Path, run: Run, modes: tuple[PowerMode, ...]) -> PowerMo
 
 
 def _power(name: str) -> tuple[bool, bool, int, int]:
-    """Sorts names: MAXN_SUPER above MAXN, that above all with watts, more watts and then more cores above fewer."""
+    """Return a sort key: MAXN_SUPER above MAXN, MAXN above modes with watts, then by watts, then by cores."""
     watts, cores = re.search(r"(\d+)W", name), re.search(r"(\d+)CORE", name)
     without_limit = name.upper().startswith("MAXN")
     return (

@@ -1,6 +1,6 @@
-"""The machine under the feet: system, processor, memory, NVIDIA GPUs and Jetson boards.
+"""This machine: system, CPU, memory, NVIDIA GPUs and Jetson boards.
 
-What a machine does not have or does not tell is left empty; nothing here raises.
+What a machine does not have or does not report is left empty; nothing here raises.
 """
 
 from __future__ import annotations
@@ -8,29 +8,22 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.hardware.jetson import ROOT, jetpack_name, read_board, read_text
+from yolov7_deploy.hardware.device import parse_device
+from yolov7_deploy.hardware.gpu import InstalledGpu, list_installed_gpus, open_gpu
+from yolov7_deploy.hardware.jetson import jetpack_name, read_board
+from yolov7_deploy.hardware.system import ROOT, read_text
 
-SMI_TIMEOUT_S = 20.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """One NVIDIA GPU as nvidia-smi lists it; `compute_capability` is empty with drivers that do not tell it."""
-
-    name: str
-    compute_capability: str
-    driver: str
-    memory_gb: float | None
+_RESET_PEAK = "5"  # proc(5), clear_refs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Jetson:
-    """A Jetson board: `l4t` is the version of its Linux, `jetpack` the release that brought it."""
+    """A Jetson board: `l4t` is the version of its Linux, `jetpack` the JetPack release that contains it."""
 
     model: str
     l4t: str
@@ -40,15 +33,15 @@ class Jetson:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Where we run.
+    """The machine that this process runs on.
 
     Attributes:
         system: Operating system with its version.
         architecture: `x86_64`, `aarch64`, ...
-        cpu: Name of the processor.
-        cores: Logical processors of the machine.
-        usable_cores: Those this process may run on.
-        memory_gb: Main memory in units of 10^9 bytes; `None` where the system does not tell.
+        cpu: Name of the CPU.
+        cores: Logical cores of the machine.
+        usable_cores: Logical cores that this process may run on.
+        memory_gb: Main memory in units of 10^9 bytes; `None` where the system does not show it.
         gpus: NVIDIA GPUs.
         jetson: `None` on other machines.
     """
@@ -59,12 +52,12 @@ class Machine:
     cores: int
     usable_cores: int
     memory_gb: float | None
-    gpus: tuple[Gpu, ...]
+    gpus: tuple[InstalledGpu, ...]
     jetson: Jetson | None
 
     @property
     def has_gpu(self) -> bool:
-        """There is an NVIDIA GPU, in a slot or on the board."""
+        """True if there is an NVIDIA GPU, discrete or integrated."""
         return bool(self.gpus) or self.jetson is not None
 
     @property
@@ -76,7 +69,7 @@ class Machine:
 
 
 def read_machine(root: Path = ROOT) -> Machine:
-    """This machine. `root` is the folder that `proc` and `etc` are looked for in."""
+    """Return a description of this machine. `root` is the folder that contains `proc` and `etc`."""
     cores = os.cpu_count() or 1
     return Machine(
         system=_system(root),
@@ -85,22 +78,13 @@ def read_machine(root: Path = ROOT) -> Machine:
         cores=cores,
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
         memory_gb=_memory_gb(root),
-        gpus=read_gpus(),
+        gpus=list_installed_gpus(),
         jetson=read_jetson(root),
     )
 
 
-def read_gpus() -> tuple[Gpu, ...]:
-    """What nvidia-smi lists; none where it is absent, hangs or finds no driver."""
-    for fields in (("name", "driver_version", "memory.total", "compute_cap"), ("name", "driver_version")):
-        lines = _smi(fields)
-        if lines is not None:
-            return tuple(gpu for line in lines if (gpu := _gpu(line)) is not None)
-    return ()
-
-
 def read_jetson(root: Path = ROOT) -> Jetson | None:
-    """The board, told by its device tree or by the release file of its Linux."""
+    """Return the Jetson board, recognised by its device tree or the release file of its Linux; else `None`."""
     board = read_board(root=root)
     if board is None:
         return None
@@ -112,32 +96,6 @@ def read_jetson(root: Path = ROOT) -> Jetson | None:
     )
 
 
-def _smi(fields: tuple[str, ...]) -> list[str] | None:
-    """The lines of a query; `None` if nvidia-smi is absent or refuses it, as old ones do with unknown fields."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return done.stdout.splitlines()
-
-
-def _gpu(line: str) -> Gpu | None:
-    name, driver, memory, capability = ([part.strip() for part in line.split(",")] + ["", "", ""])[:4]
-    if not name or not driver:
-        return None
-    # On a Jetson several fields are "[N/A]".
-    return Gpu(
-        name=name,
-        compute_capability=capability if re.fullmatch(r"\d+\.\d+", capability) else "",
-        driver=driver,
-        memory_gb=round(int(memory) * 2**20 / 1e9, 1) if memory.isdigit() else None,
-    )
-
-
 def _system(root: Path) -> str:
     pretty = re.search(r'^PRETTY_NAME="?([^"\n]*)', read_text(root / "etc/os-release"), re.MULTILINE)
     kernel = f"{platform.system()} {platform.release()}"
@@ -145,11 +103,57 @@ def _system(root: Path) -> str:
 
 
 def _cpu(root: Path) -> str:
-    # ARM boards say "Model" or nothing here.
+    # ARM boards write "Model" or nothing here.
     found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def gpu_memory_used(device: str, *, root: Path = ROOT) -> int | None:
+    """Return the bytes that all programs together use on a GPU; `None` for a CPU and where it cannot be read.
+
+    The memory of a model is the difference of two readings. CPU and GPU of a Jetson share one memory: there this is
+    what the whole board uses, so other programs and the images of this process are part of the difference.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`, numbered as by CUDA.
+        root: Folder that contains `proc` and `etc`.
+    """
+    index = parse_device(device).cuda_index
+    if index is None:
+        return None
+    if read_board(root=root) is not None:
+        total, available = _meminfo_bytes(root, "MemTotal"), _meminfo_bytes(root, "MemAvailable")
+        return None if total is None or available is None else total - available
+    gpu = open_gpu(index)
+    return None if isinstance(gpu, str) else gpu.memory_used_bytes()
+
+
+def host_peak_bytes(root: Path = ROOT) -> int:
+    """Return the peak resident memory of this process, since it started or since `reset_host_peak`."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB", read_text(root / "proc/self/status"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_host_peak(root: Path = ROOT) -> bool:
+    """Reset the peak to the memory that is in use now; return `False` where the system does not allow it."""
+    try:
+        (root / "proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 def _memory_gb(root: Path) -> float | None:
-    found = re.search(r"^MemTotal:\s*(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
-    return round(int(found[1]) * 1024 / 1e9, 1) if found else None
+    total = _meminfo_bytes(root, "MemTotal")
+    return None if total is None else round(total / 1e9, 1)
+
+
+def _meminfo_bytes(root: Path, name: str) -> int | None:
+    found = re.search(rf"^{name}:\s*(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -1,9 +1,9 @@
-"""tegrastats, the monitor of every Jetson Linux: its lines as numbers, and the program as a child that tells them.
+"""tegrastats, the monitor program of Jetson Linux: a parser for its lines, and the program as a child process.
 
-The fields and their spelling change with the release and the board (NVIDIA's developer guides, "tegrastats utility"):
-power is `2532/2532` up to R32, `2532mW/2532mW` later and `5139mW/5139mW/5139mW` in R39, each of it now, mean and from
-R39 highest; the GPU's clock is absent, `0%`, `99%@1300`, `14%@[407,407]` or `@[1000,1000,1000]`; temperatures of parts
-that are switched off read -256. So a line is searched for what it has.
+Fields and their spelling change with release and board (NVIDIA's developer guides, "tegrastats utility"). Power is
+`2532/2532` up to R32, `2532mW/2532mW` later and `5139mW/5139mW/5139mW` in R39: current, average and, in R39, peak. The
+GPU clock is missing, `0%`, `99%@1300`, `14%@[407,407]` or `@[1000,1000,1000]`. The temperature of a part that is
+switched off is -256. So the parser searches a line for each field.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PROGRAM = "tegrastats"
 INTERVAL_MS = 100
 FIRST_LINE_TIMEOUT_S = 3.0
 _STOP_TIMEOUT_S = 2.0
-ABSENT_BELOW_C = -40.0
+MIN_TEMPERATURE_C = -40.0  # a lower one is of a part that is switched off
 
-# Memory has megabytes behind its second number, which no rail has.
+# "MB" follows the second number of memory fields, and of no rail.
 _RAIL = re.compile(r"(?<![\w@])([A-Z][A-Z0-9_]*) (\d{1,7})(?:mW)?/\d{1,7}(?:mW)?(?![\w.])")
 _ENGINE = r"(?<!\S){}(?:_FREQ)? (?:(\d{{1,3}})%)?(?:@(\d+|\[[\d,]*\]))?(?!\S)"
 _GPU, _MEMORY_CLOCK = re.compile(_ENGINE.format("GR3D")), re.compile(_ENGINE.format("EMC"))
@@ -32,14 +32,14 @@ _TEMPERATURE = re.compile(r"(?<!\S)([\w-]+)@(-?\d{1,3}(?:\.\d+)?)C")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TegrastatsSample:
-    """One line of tegrastats; what it does not have is `None` or empty.
+    """One line of tegrastats; a field that the line does not have is `None` or empty.
 
     Attributes:
-        rails_w: Power now by rail, as the line spells it.
-        gpu_percent, gpu_mhz: Load of the GPU, and the clock of its fastest cluster.
-        memory_percent, memory_mhz: The same of the memory controller; only root is told.
-        ram_used_mb, ram_mb: Memory in use and in all, in units of 2^20 bytes.
-        temperatures_c: By sensor in lower case.
+        rails_w: Current power by rail, with the names of the line.
+        gpu_percent, gpu_mhz: Load of the GPU, and clock of its fastest cluster.
+        memory_percent, memory_mhz: Load and clock of the memory controller; only shown to root.
+        ram_used_mb, ram_mb: Used and total memory in units of 2^20 bytes.
+        temperatures_c: Temperatures by sensor, names in lower case.
     """
 
     rails_w: dict[str, float] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class TegrastatsSample:
 
     @property
     def temperature_c(self) -> float | None:
-        """Of the GPU; where it is switched off, of the hottest place of the chip."""
+        """Temperature of the GPU; of the hottest part of the chip where the GPU is switched off."""
         known = self.temperatures_c
         return next((known[name] for name in ("gpu", "tj", "thermal") if name in known), None)
 
 
-def read_line(text: str) -> TegrastatsSample:
-    """What a line says; an empty one of text that is none."""
+def parse_line(text: str) -> TegrastatsSample:
+    """Return the fields of a line; an empty sample for any other text."""
     gpu_percent, gpu_mhz = _engine(_GPU, text)
     memory_percent, memory_mhz = _engine(_MEMORY_CLOCK, text)
     ram = _RAM.search(text)
@@ -72,12 +72,12 @@ def read_line(text: str) -> TegrastatsSample:
         memory_mhz=memory_mhz,
         ram_used_mb=int(ram[1]) if ram else None,
         ram_mb=int(ram[2]) if ram else None,
-        temperatures_c={name: degrees for name, degrees in temperatures.items() if degrees > ABSENT_BELOW_C},
+        temperatures_c={name: degrees for name, degrees in temperatures.items() if degrees > MIN_TEMPERATURE_C},
     )
 
 
 def _engine(pattern: re.Pattern[str], text: str) -> tuple[int | None, int | None]:
-    """Load in percent and clock in MHz of an engine; of several clusters the fastest, as a resting one reads 0."""
+    """Return load in percent and clock in MHz; of several clusters the fastest, because an idle one reads 0."""
     found = pattern.search(text)
     if found is None:
         return None, None
@@ -86,66 +86,71 @@ def _engine(pattern: re.Pattern[str], text: str) -> tuple[int | None, int | None
 
 
 class Tegrastats:
-    """The program as a child, between `with` and its end; each of its lines is given to `take` in a thread.
+    """Runs tegrastats inside a `with` block; a thread calls `on_sample` for each line.
 
     Args:
-        take: Called with every line.
-        program: Its path.
+        on_sample: Called with every line.
+        program: Path of tegrastats.
     """
 
-    def __init__(self, take: Callable[[TegrastatsSample], None], *, program: str) -> None:
-        self._take, self._program = take, program
+    def __init__(self, on_sample: Callable[[TegrastatsSample], None], *, program: str) -> None:
+        self._on_sample, self._program = on_sample, program
         self._first = threading.Event()
-        self._child: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Tegrastats:
         self._first.clear()
-        command = [self._program, "--interval", str(INTERVAL_MS)]
-        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
         try:
-            child = subprocess.Popen(command, stdin=nothing, stdout=pipe, stderr=nothing, text=True, errors="replace")
-        except OSError:  # it was there a moment ago: no lines, as from one that tells nothing
+            process = subprocess.Popen(
+                [self._program, "--interval", str(INTERVAL_MS)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+            )
+        except OSError:  # the file has been removed since it was found: no samples
             return self
-        self._child = child
-        self._thread = threading.Thread(target=self._read, args=(child,), name="y7-tegrastats", daemon=True)
+        self._process = process
+        self._thread = threading.Thread(target=self._read, args=(process,), name="y7-tegrastats", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        child, self._child = self._child, None
-        if child is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        child.terminate()
+        process.terminate()
         try:
-            child.wait(_STOP_TIMEOUT_S)
+            process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        self._thread.join(_STOP_TIMEOUT_S)  # a grandchild that keeps the pipe open may hold it
+            process.kill()
+            process.wait()
+        self._thread.join(_STOP_TIMEOUT_S)  # a grandchild that keeps the pipe open can block the thread
 
-    def wait_for_a_line(self) -> bool:
-        """A first line came, within a few of its intervals."""
+    def wait_for_sample(self) -> bool:
+        """Wait for the first sample; return `False` if none comes within seconds."""
         return self._first.wait(FIRST_LINE_TIMEOUT_S)
 
-    def _read(self, child: subprocess.Popen[str]) -> None:
-        if child.stdout is None:
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        if process.stdout is None:
             return
-        with child.stdout:
-            for text in child.stdout:
-                self._take(read_line(text))
+        with process.stdout:
+            for text in process.stdout:
+                self._on_sample(parse_line(text))
                 self._first.set()
 
 
-def read_one_line(program: str) -> TegrastatsSample | None:
-    """The first line that the program says; `None` where it says nothing within seconds."""
-    lines: list[TegrastatsSample] = []
-    with Tegrastats(lines.append, program=program) as child:
-        child.wait_for_a_line()
-    return lines[0] if lines else None
+def read_one_sample(program: str) -> TegrastatsSample | None:
+    """Return the first sample of the program; `None` if none comes within seconds."""
+    samples: list[TegrastatsSample] = []
+    with Tegrastats(samples.append, program=program) as running:
+        running.wait_for_sample()
+    return samples[0] if samples else None
 
 
-def find_program() -> str | None:
-    """Path of tegrastats; `None` where there is none, as in most containers."""
+def find_tegrastats() -> str | None:
+    """Return the path of tegrastats; `None` where it is missing, as in most containers."""
     return shutil.which(PROGRAM)

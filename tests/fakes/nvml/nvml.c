@@ -1,13 +1,15 @@
-// NVML and the few calls of CUDA's driver that find a GPU, without either, for tests of what calls them.
+// A fake NVML and the few functions of CUDA's driver library that list GPUs, for tests of their callers.
 //
-// The environment says what the GPUs are and what they answer; what it does not name is NOT_SUPPORTED, as on a GPU
-// without that sensor:
-//   FAKE_GPUS   PCI address and name, with ";" between GPUs: "0000:3b:00.0 Tesla V100-SXM2-16GB;0000:af:00.0 NVIDIA T4"
-//   FAKE_NVML   answers with spaces between: name=answer,answer,... in turn, the last one for good. An answer is a
-//               number, !status for a failure, or number@watts for a counter that grows by so many mJ a millisecond,
-//               in steps of 20 ms. Names are the strings below; clocks and sensors have their kind behind: clock.1
-//   FAKE_NVML_LOG  file that takes the PCI address of every GPU that is opened
-// With -DOLD_DRIVER the functions that came later are not there.
+// Environment variables set the GPUs and their answers. A sensor that is not named returns NOT_SUPPORTED, as on a GPU
+// without it:
+//   FAKE_GPUS   PCI address and name, separated by ";": "0000:3b:00.0 Tesla V100-SXM2-16GB;0000:af:00.0 NVIDIA T4"
+//   FAKE_NVML   answers separated by spaces: name=answer,answer,... one for each call, the last one repeated. An answer
+//               is a number, !status for a failure, or number@watts for a counter that grows by so many mJ per
+//               millisecond, in steps of 20 ms. Names are the strings below; clocks and sensors end with their kind:
+//               clock.1
+//   FAKE_DRIVER    version of the driver
+//   FAKE_NVML_LOG  file to which the PCI address of every opened GPU is appended
+// With -DOLD_DRIVER the library has the functions of a driver before 535 and no energy counter.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,12 +29,12 @@ static struct {
 static int initialized;
 static double started;
 
-// How often a function was asked before.
-static int turn(const char* name) {
-  int slot = 0;
-  while (slot < COUNTERS - 1 && counters[slot].name[0] && strcmp(counters[slot].name, name)) slot++;
-  snprintf(counters[slot].name, NAME, "%s", name);
-  return counters[slot].calls++;
+// How often a function was called before.
+static int call_number(const char* name) {
+  int index = 0;
+  while (index < COUNTERS - 1 && counters[index].name[0] && strcmp(counters[index].name, name)) index++;
+  snprintf(counters[index].name, NAME, "%s", name);
+  return counters[index].calls++;
 }
 
 static double milliseconds(void) {
@@ -41,7 +43,7 @@ static double milliseconds(void) {
   return 1e3 * (double)now.tv_sec + 1e-6 * (double)now.tv_nsec;
 }
 
-// What FAKE_NVML says; with each new text every turn and every counter begins anew.
+// The text of FAKE_NVML; a new text resets call numbers and counters.
 static const char* script(void) {
   static char seen[SCRIPT];
   const char* all = getenv("FAKE_NVML");
@@ -63,7 +65,7 @@ static int answer(const char* name, unsigned long long* value) {
   if (!all) return NOT_SUPPORTED;
   const char* one = all + length + 1;
   const char* end = one + strcspn(one, " ");
-  for (int left = turn(name); left > 0; left--) {
+  for (int left = call_number(name); left > 0; left--) {
     const char* next = memchr(one, ',', (size_t)(end - one));
     if (!next) break;
     one = next + 1;
@@ -108,6 +110,8 @@ static const char* entry(int index) {
   return gpu && *gpu ? gpu : NULL;
 }
 
+int cuDeviceGetName(char* name, int bytes, int device);
+
 static int initialize(void) {
   unsigned long long ignored;
   const int status = answer("init", &ignored);
@@ -135,15 +139,39 @@ static int open_gpu(const char* pci, void** device) {
   return NOT_FOUND;
 }
 
+int nvmlInitWithFlags(unsigned flags) { return flags ? INVALID_ARGUMENT : initialize(); }
+int nvmlDeviceGetHandleByPciBusId_v2(const char* pci, void** device) { return open_gpu(pci, device); }
+int nvmlDeviceGetCount_v2(unsigned* count) {
+  for (*count = 0; entry((int)*count); (*count)++) continue;
+  return initialized ? SUCCESS : UNINITIALIZED;
+}
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
+  if (!initialized) return UNINITIALIZED;
+  if (!entry((int)index)) return NOT_FOUND;
+  *device = &counters[index];
+  return SUCCESS;
+}
+int nvmlDeviceGetName(void* device, char* name, unsigned bytes) {
+  return cuDeviceGetName(name, (int)bytes, (int)((char*)device - (char*)counters) / (int)sizeof(counters[0]));
+}
+int nvmlSystemGetDriverVersion(char* version, unsigned bytes) {
+  const char* set = getenv("FAKE_DRIVER");
+  if (!set) return NOT_SUPPORTED;
+  snprintf(version, bytes, "%s", set);
+  return SUCCESS;
+}
+int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
+  unsigned number_major = 0, number_minor = 0;
+  const int status = number("major", device, &number_major);
+  *major = (int)number_major;
+  *minor = !status && !number("minor", device, &number_minor) ? (int)number_minor : 0;
+  return status;
+}
 #ifdef OLD_DRIVER
-int nvmlInit(void) { return initialize(); }
-int nvmlDeviceGetHandleByPciBusId(const char* pci, void** device) { return open_gpu(pci, device); }
 int nvmlDeviceGetCurrentClocksThrottleReasons(void* device, unsigned long long* value) {
   return wide("reasons", device, value);
 }
 #else
-int nvmlInit_v2(void) { return initialize(); }
-int nvmlDeviceGetHandleByPciBusId_v2(const char* pci, void** device) { return open_gpu(pci, device); }
 int nvmlDeviceGetCurrentClocksEventReasons(void* device, unsigned long long* value) {
   return wide("reasons", device, value);
 }
@@ -168,7 +196,9 @@ int nvmlDeviceGetApplicationsClock(void* device, unsigned kind, unsigned* value)
 }
 int nvmlDeviceGetMemoryInfo(void* device, nvmlMemory_t* memory) {
   const int status = wide("used", device, &memory->used);
-  memory->total = 1ULL << 34;
+  unsigned long long total = 1ULL << 34;
+  answer("total", &total);
+  memory->total = total;
   memory->free = memory->total - memory->used;
   return status;
 }
@@ -206,5 +236,15 @@ int cuDeviceGetName(char* name, int bytes, int device) {
   gpu += strcspn(gpu, " ");
   gpu += strspn(gpu, " ");
   snprintf(name, (size_t)bytes, "%.*s", (int)strcspn(gpu, ";"), gpu);
+  return 0;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  unsigned long long number = 0;
+  const int status = answer(attribute == 75 ? "major" : "minor", &number);
+  *value = (int)number;
+  return entry(device) ? status : 101;
+}
+int cuDriverGetVersion(int* version) {
+  *version = 12080;
   return 0;
 }
