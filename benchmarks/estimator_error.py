@@ -1,8 +1,8 @@
-"""How far off the estimator of `y7 bench --estimate` is, on published speeds that it was not fitted on.
+"""Error of `y7 bench --estimate` on published speeds that were held out of the fit.
 
-Fits everything again, which takes a minute. PyTorch on the paper's V100 rows: three variants are fitted and four judge,
-then all 35 ways to take three of seven, the structure chosen anew in each. TensorRT on the other published figures: a
-row, then a device left out at a time. Nothing is measured; errors are of images per second, positive is too fast.
+Repeats all fits, which takes a minute. PyTorch on the paper's V100 rows: three variants are fitted and four held out,
+then all 35 choices of three of seven, each selecting its structure. TensorRT on the other published speeds: one row,
+then one device held out at a time. Nothing is measured; errors are of images per second, positive is too fast.
 
     python benchmarks/estimator_error.py
 """
@@ -14,9 +14,11 @@ from dataclasses import asdict
 
 from recording import parser, record
 
-from yolov7_deploy.estimation.fitted import FITTED, FITTED_VARIANTS, STRUCTURES
 from yolov7_deploy.estimation.fitting import (
     CANDIDATES,
+    FITTED,
+    FITTED_VARIANTS,
+    STRUCTURES,
     Fit,
     HeldOut,
     fit,
@@ -25,14 +27,14 @@ from yolov7_deploy.estimation.fitting import (
     leave_one_row_out,
     score_held_out,
 )
-from yolov7_deploy.estimation.public_speeds import JUDGED_ONLY, TENSORRT_SPEEDS, PublicSpeed, paper_speeds
+from yolov7_deploy.estimation.public_speeds import EVALUATION_ONLY, TENSORRT_SPEEDS, PublicSpeed, paper_speeds
 
-GOAL = 0.15  # of the median held-out error on the paper's V100 speeds at batch 1
+TARGET = 0.15  # for the median held-out error on the paper's V100 speeds at batch 1
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.set_defaults(machine="estimates")  # not with what was measured, and the same on any machine
+    arguments.set_defaults(machine="estimates")  # separate from measurements, and the same on every machine
     options = arguments.parse_args()
     record("estimator_error", options.machine, {**_torch(), **_tensorrt()})
 
@@ -55,8 +57,8 @@ def _torch() -> dict[str, object]:
         held_out = _only(score_held_out(found, unseen, structure), lambda row, batch=batch: row.batch == batch)
         result[f"torch held out, batch {batch}"] = _summary(held_out)
         result[f"torch 35 splits, batch {batch}"] = _summary(_only(splits, lambda row, batch=batch: row.batch == batch))
-    others = score_held_out(found, [row for row in JUDGED_ONLY if row.runtime == "torch"], structure)
-    return result | _rows("torch elsewhere", others) | {"torch elsewhere": _summary(others), "goal": GOAL}
+    others = score_held_out(found, [row for row in EVALUATION_ONLY if row.runtime == "torch"], structure)
+    return result | _rows("torch elsewhere", others) | {"torch elsewhere": _summary(others), "target": TARGET}
 
 
 def _tensorrt() -> dict[str, object]:
@@ -74,7 +76,7 @@ def _tensorrt() -> dict[str, object]:
         result[f"tensorrt rows left out, {device}"] = _summary(only)
     result |= _rows("tensorrt device left out", by_device)
     result["tensorrt devices left out"] = _summary(by_device)
-    others = score_held_out(found, [row for row in JUDGED_ONLY if row.runtime == "tensorrt"], structure)
+    others = score_held_out(found, [row for row in EVALUATION_ONLY if row.runtime == "tensorrt"], structure)
     return result | _rows("tensorrt, more than the network", others)
 
 
@@ -89,7 +91,7 @@ def _rows(title: str, held_out: HeldOut) -> dict[str, object]:
             "estimated_fps": round(row.fps * (1 + error), 1),
             "error": round(error, 4),
             "source": row.source,
-            "span": row.span,
+            "scope": row.scope,
         }
         for number, (row, error) in enumerate(held_out.rows, start=1)
     }

@@ -6,7 +6,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.paper import TABLE_1, TABLE_2, TABLE_9, TABLE_10, VARIANTS, paper_row
 
 
-def test_every_row_of_the_tables_is_there():
+def test_the_tables_have_all_rows():
     assert [len(table) for table in (TABLE_1, TABLE_2, TABLE_9, TABLE_10)] == [16, 31, 47, 4]
 
 
@@ -34,13 +34,13 @@ def test_table_9_is_ordered_by_speed_per_device():
         ("yolov7-e6e", 1280, 56.8, 56.8, 36, 18.7),
     ],
 )
-def test_paper_row_merges_accuracy_and_speed(variant, size, ap_val, ap_test, fps, batch32_ms):
+def test_a_paper_row_merges_accuracy_and_speed(variant, size, ap_val, ap_test, fps, batch32_ms):
     row = paper_row(variant)
     assert (row.size, row.val.ap, row.fps, row.batch32_ms) == (size, ap_val, fps, batch32_ms)
     assert (row.test.ap if row.test else None) == ap_test
 
 
-def test_paper_row_has_size_wise_precision_of_val_and_test():
+def test_a_paper_row_has_ap_by_object_size_of_val_and_test():
     row = paper_row("yolov7")
     assert (row.val.ap75, row.val.ap_small, row.test.ap75, row.test.ap_small) == (55.5, 35.2, 55.9, 31.8)
     assert "Table 1" in row.source and "Table 2" in row.source
@@ -51,7 +51,7 @@ def test_yolov7_tiny_has_a_second_size():
     assert (row.gflops, row.val.ap, row.batch32_ms) == (3.5, 30.8, None)
 
 
-def test_models_that_the_paper_lacks_are_an_error():
+def test_models_that_are_not_in_the_paper_are_an_error():
     with pytest.raises(UsageError, match="yolov8"):
         paper_row("yolov8")
     with pytest.raises(UsageError, match="at 1280"):

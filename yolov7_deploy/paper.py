@@ -1,10 +1,10 @@
-"""Tables 1, 2, 9 and 10 of the YOLOv7 paper (arXiv 2207.02696) as data, every row of them.
+"""Tables 1, 2, 9 and 10 of the YOLOv7 paper (arXiv 2207.02696) as data, with all rows.
 
-Numbers stand as printed: AP in percent, parameters in millions, GFLOPs (two operations per multiply-accumulate).
-Speeds are PyTorch FP16 on the GPU named, the network's forward pass only: no NMS, no TensorRT, batch 1.
-Table 9 repeats Table 2 without the columns by object size and adds the slower detectors, so it is kept as that sum.
+Numbers are as printed: AP in percent, parameters in millions, GFLOPs (two operations per multiply-accumulate).
+Speeds are PyTorch FP16 on the named GPU, the forward pass of the network only: no NMS, no TensorRT, batch 1.
+Table 9 repeats Table 2 without the columns by object size and adds slower detectors, so it is built from Table 2.
 
-Two things to know before comparing: the parameters and FLOPs of YOLOv7-D6 are those of its training graph (deployed
+Note before comparing: the parameters and FLOPs of YOLOv7-D6 are those of its training graph (deployed
 it has 133.8M and 702.6G), and FLOPs are of square inputs while speeds are of letterboxed ones.
 """
 
@@ -17,7 +17,7 @@ from yolov7_deploy.errors import UsageError
 PAPER = "arXiv 2207.02696"
 README = "github.com/WongKinYiu/yolov7, README"
 
-# Official model names, and the first row that is about each.
+# Official variant names, and the names in the paper.
 VARIANTS = {
     "yolov7-tiny": "YOLOv7-tiny",
     "yolov7-tiny-silu": "YOLOv7-tiny-SiLU",
@@ -57,19 +57,19 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperRow:
-    """One detector as the paper has it.
+    """One detector in the paper.
 
     Attributes:
         model: Name as printed, without the citation.
         params_m: Millions of parameters.
-        gflops: At `size`.
+        gflops: 10^9 operations at `size`.
         size: Longer side of the input in pixels.
         fps: Images per second at batch 1 on `device`.
-        device: `V100` or `A100`, empty where no speed is given.
+        device: `V100` or `A100`; empty where no speed is given.
         batch32_ms: Milliseconds per image at batch 32 on a V100.
-        val: On COCO val2017.
-        test: On COCO test-dev.
-        source: Where the numbers stand.
+        val: AP on COCO val2017.
+        test: AP on COCO test-dev.
+        source: Tables and pages of the numbers.
     """
 
     model: str
@@ -86,7 +86,7 @@ class PaperRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingRow:
-    """One row of Table 10: YOLOv7-X under another precision and NMS threshold, AP on val2017 in percent."""
+    """One row of Table 10: AP of YOLOv7-X on val2017 in percent, by precision and NMS threshold."""
 
     model: str
     precision: str
@@ -96,13 +96,13 @@ class SettingRow:
 
 
 def _baseline(model: str, params_m: float, gflops: float, size: int, *val: float) -> PaperRow:
-    """A row of Table 1: `val` is AP, AP50, AP75, small, medium, large."""
+    """Return a row of Table 1; `val` is AP, AP50, AP75, small, medium, large."""
     ap, ap50, ap75, small, medium, large = val
     precision = Precision(ap=ap, ap50=ap50, ap75=ap75, ap_small=small, ap_medium=medium, ap_large=large)
     return PaperRow(model=model, params_m=params_m, gflops=gflops, size=size, val=precision, source=f"{PAPER}, Table 1")
 
 
-def _rival(
+def _detector(
     model: str,
     params_m: float | None,
     gflops: float | None,
@@ -114,7 +114,7 @@ def _rival(
     table: int = 2,
     device: str = "V100",
 ) -> PaperRow:
-    """A row of Table 2 or 9: `test` is AP50, AP75 and in Table 2 small, medium, large."""
+    """Return a row of Table 2 or 9; `test` is AP50, AP75 and, in Table 2, small, medium, large."""
     ap50, ap75, small, medium, large = (*test, None, None, None, None, None)[:5]
     return PaperRow(
         model=model,
@@ -151,58 +151,58 @@ TABLE_1 = (
 )
 
 TABLE_2 = (
-    _rival("YOLOX-S", 9.0, 26.8, 640, 102, 40.5, 40.5),
-    _rival("YOLOX-M", 25.3, 73.8, 640, 81, 47.2, 46.9),
-    _rival("YOLOX-L", 54.2, 155.6, 640, 69, 50.1, 49.7),
-    _rival("YOLOX-X", 99.1, 281.9, 640, 58, 51.5, 51.1),
-    _rival("PPYOLOE-S", 7.9, 17.4, 640, 208, 43.1, 42.7, 60.5, 46.6, 23.2, 46.4, 56.9),
-    _rival("PPYOLOE-M", 23.4, 49.9, 640, 123, 48.9, 48.6, 66.5, 53.0, 28.6, 52.9, 63.8),
-    _rival("PPYOLOE-L", 52.2, 110.1, 640, 78, 51.4, 50.9, 68.9, 55.6, 31.4, 55.3, 66.1),
-    _rival("PPYOLOE-X", 98.4, 206.6, 640, 45, 52.2, 51.9, 69.9, 56.5, 33.3, 56.3, 66.4),
-    _rival("YOLOv5-N (r6.1)", 1.9, 4.5, 640, 159, None, 28.0),
-    _rival("YOLOv5-S (r6.1)", 7.2, 16.5, 640, 156, None, 37.4),
-    _rival("YOLOv5-M (r6.1)", 21.2, 49.0, 640, 122, None, 45.4),
-    _rival("YOLOv5-L (r6.1)", 46.5, 109.1, 640, 99, None, 49.0),
-    _rival("YOLOv5-X (r6.1)", 86.7, 205.7, 640, 83, None, 50.7),
-    _rival("YOLOR-CSP", 52.9, 120.4, 640, 106, 51.1, 50.8, 69.6, 55.7, 31.7, 55.3, 64.7),
-    _rival("YOLOR-CSP-X", 96.9, 226.8, 640, 87, 53.0, 52.7, 71.4, 57.9, 33.7, 57.1, 66.8),
-    _rival("YOLOv7-tiny-SiLU", 6.2, 13.8, 640, 286, 38.7, 38.7, 56.7, 41.7, 18.8, 42.4, 51.9),
-    _rival("YOLOv7", 36.9, 104.7, 640, 161, 51.4, 51.2, 69.7, 55.9, 31.8, 55.5, 65.0),
-    _rival("YOLOv7-X", 71.3, 189.9, 640, 114, 53.1, 52.9, 71.2, 57.8, 33.8, 57.1, 67.4),
-    _rival("YOLOv5-N6 (r6.1)", 3.2, 18.4, 1280, 123, None, 36.0),
-    _rival("YOLOv5-S6 (r6.1)", 12.6, 67.2, 1280, 122, None, 44.8),
-    _rival("YOLOv5-M6 (r6.1)", 35.7, 200.0, 1280, 90, None, 51.3),
-    _rival("YOLOv5-L6 (r6.1)", 76.8, 445.6, 1280, 63, None, 53.7),
-    _rival("YOLOv5-X6 (r6.1)", 140.7, 839.2, 1280, 38, None, 55.0),
-    _rival("YOLOR-P6", 37.2, 325.6, 1280, 76, 53.9, 53.5, 71.4, 58.9, 36.1, 57.7, 65.6),
-    _rival("YOLOR-W6", 79.8, 453.2, 1280, 66, 55.2, 54.8, 72.7, 60.5, 37.7, 59.1, 67.1),
-    _rival("YOLOR-E6", 115.8, 683.2, 1280, 45, 55.8, 55.7, 73.4, 61.1, 38.4, 59.7, 67.7),
-    _rival("YOLOR-D6", 151.7, 935.6, 1280, 34, 56.5, 56.1, 74.1, 61.9, 38.9, 60.4, 68.7),
-    _rival("YOLOv7-W6", 70.4, 360.0, 1280, 84, 54.9, 54.6, 72.6, 60.1, 37.3, 58.7, 67.1),
-    _rival("YOLOv7-E6", 97.2, 515.2, 1280, 56, 56.0, 55.9, 73.5, 61.2, 38.0, 59.9, 68.4),
-    _rival("YOLOv7-D6", 154.7, 806.8, 1280, 44, 56.6, 56.3, 74.0, 61.8, 38.8, 60.1, 69.5),
-    _rival("YOLOv7-E6E", 151.7, 843.2, 1280, 36, 56.8, 56.8, 74.4, 62.1, 39.3, 60.5, 69.0),
+    _detector("YOLOX-S", 9.0, 26.8, 640, 102, 40.5, 40.5),
+    _detector("YOLOX-M", 25.3, 73.8, 640, 81, 47.2, 46.9),
+    _detector("YOLOX-L", 54.2, 155.6, 640, 69, 50.1, 49.7),
+    _detector("YOLOX-X", 99.1, 281.9, 640, 58, 51.5, 51.1),
+    _detector("PPYOLOE-S", 7.9, 17.4, 640, 208, 43.1, 42.7, 60.5, 46.6, 23.2, 46.4, 56.9),
+    _detector("PPYOLOE-M", 23.4, 49.9, 640, 123, 48.9, 48.6, 66.5, 53.0, 28.6, 52.9, 63.8),
+    _detector("PPYOLOE-L", 52.2, 110.1, 640, 78, 51.4, 50.9, 68.9, 55.6, 31.4, 55.3, 66.1),
+    _detector("PPYOLOE-X", 98.4, 206.6, 640, 45, 52.2, 51.9, 69.9, 56.5, 33.3, 56.3, 66.4),
+    _detector("YOLOv5-N (r6.1)", 1.9, 4.5, 640, 159, None, 28.0),
+    _detector("YOLOv5-S (r6.1)", 7.2, 16.5, 640, 156, None, 37.4),
+    _detector("YOLOv5-M (r6.1)", 21.2, 49.0, 640, 122, None, 45.4),
+    _detector("YOLOv5-L (r6.1)", 46.5, 109.1, 640, 99, None, 49.0),
+    _detector("YOLOv5-X (r6.1)", 86.7, 205.7, 640, 83, None, 50.7),
+    _detector("YOLOR-CSP", 52.9, 120.4, 640, 106, 51.1, 50.8, 69.6, 55.7, 31.7, 55.3, 64.7),
+    _detector("YOLOR-CSP-X", 96.9, 226.8, 640, 87, 53.0, 52.7, 71.4, 57.9, 33.7, 57.1, 66.8),
+    _detector("YOLOv7-tiny-SiLU", 6.2, 13.8, 640, 286, 38.7, 38.7, 56.7, 41.7, 18.8, 42.4, 51.9),
+    _detector("YOLOv7", 36.9, 104.7, 640, 161, 51.4, 51.2, 69.7, 55.9, 31.8, 55.5, 65.0),
+    _detector("YOLOv7-X", 71.3, 189.9, 640, 114, 53.1, 52.9, 71.2, 57.8, 33.8, 57.1, 67.4),
+    _detector("YOLOv5-N6 (r6.1)", 3.2, 18.4, 1280, 123, None, 36.0),
+    _detector("YOLOv5-S6 (r6.1)", 12.6, 67.2, 1280, 122, None, 44.8),
+    _detector("YOLOv5-M6 (r6.1)", 35.7, 200.0, 1280, 90, None, 51.3),
+    _detector("YOLOv5-L6 (r6.1)", 76.8, 445.6, 1280, 63, None, 53.7),
+    _detector("YOLOv5-X6 (r6.1)", 140.7, 839.2, 1280, 38, None, 55.0),
+    _detector("YOLOR-P6", 37.2, 325.6, 1280, 76, 53.9, 53.5, 71.4, 58.9, 36.1, 57.7, 65.6),
+    _detector("YOLOR-W6", 79.8, 453.2, 1280, 66, 55.2, 54.8, 72.7, 60.5, 37.7, 59.1, 67.1),
+    _detector("YOLOR-E6", 115.8, 683.2, 1280, 45, 55.8, 55.7, 73.4, 61.1, 38.4, 59.7, 67.7),
+    _detector("YOLOR-D6", 151.7, 935.6, 1280, 34, 56.5, 56.1, 74.1, 61.9, 38.9, 60.4, 68.7),
+    _detector("YOLOv7-W6", 70.4, 360.0, 1280, 84, 54.9, 54.6, 72.6, 60.1, 37.3, 58.7, 67.1),
+    _detector("YOLOv7-E6", 97.2, 515.2, 1280, 56, 56.0, 55.9, 73.5, 61.2, 38.0, 59.9, 68.4),
+    _detector("YOLOv7-D6", 154.7, 806.8, 1280, 44, 56.6, 56.3, 74.0, 61.8, 38.8, 60.1, 69.5),
+    _detector("YOLOv7-E6E", 151.7, 843.2, 1280, 36, 56.8, 56.8, 74.4, 62.1, 39.3, 60.5, 69.0),
 )
 
 _TABLE_9_ONLY = (
-    _rival("F-RCNN-R101-FPN+", 60.0, 246.0, 1333, 20, None, 44.0, table=9),
-    _rival("Deformable DETR", 40.0, 173.0, None, 19, None, 46.2, table=9),
-    _rival("Swin-B (C-M-RCNN)", 145.0, 982.0, 1333, 11.6, None, 51.9, table=9),
-    _rival("DETR DC5-R101", 60.0, 253.0, 1333, 10, None, 44.9, table=9),
-    _rival("EfficientDet-D7x", 77.0, 410.0, 1536, 6.5, 55.1, 54.4, 72.4, 58.4, table=9),
-    _rival("Dual-Swin-T (C-M-RCNN)", 113.8, 836.0, 1333, 6.5, None, 53.6, table=9),
-    _rival("ViT-Adapter-B", 122.0, 997.0, None, 4.4, None, 50.8, table=9),
-    _rival("Dual-Swin-B (HTC)", 235.0, None, 1600, 2.5, 58.7, 58.4, table=9),
-    _rival("Dual-Swin-L (HTC)", 453.0, None, 1600, 1.5, 59.4, 59.1, table=9),
-    _rival("DN-Deformable-DETR", 48.0, 265.0, 1333, 23.0, None, 48.6, table=9, device="A100"),
-    _rival("DINO-5scale (R50)", 47.0, 860.0, 1333, 10.0, None, 51.0, table=9, device="A100"),
+    _detector("F-RCNN-R101-FPN+", 60.0, 246.0, 1333, 20, None, 44.0, table=9),
+    _detector("Deformable DETR", 40.0, 173.0, None, 19, None, 46.2, table=9),
+    _detector("Swin-B (C-M-RCNN)", 145.0, 982.0, 1333, 11.6, None, 51.9, table=9),
+    _detector("DETR DC5-R101", 60.0, 253.0, 1333, 10, None, 44.9, table=9),
+    _detector("EfficientDet-D7x", 77.0, 410.0, 1536, 6.5, 55.1, 54.4, 72.4, 58.4, table=9),
+    _detector("Dual-Swin-T (C-M-RCNN)", 113.8, 836.0, 1333, 6.5, None, 53.6, table=9),
+    _detector("ViT-Adapter-B", 122.0, 997.0, None, 4.4, None, 50.8, table=9),
+    _detector("Dual-Swin-B (HTC)", 235.0, None, 1600, 2.5, 58.7, 58.4, table=9),
+    _detector("Dual-Swin-L (HTC)", 453.0, None, 1600, 1.5, 59.4, 59.1, table=9),
+    _detector("DN-Deformable-DETR", 48.0, 265.0, 1333, 23.0, None, 48.6, table=9, device="A100"),
+    _detector("DINO-5scale (R50)", 47.0, 860.0, 1333, 10.0, None, 51.0, table=9, device="A100"),
 )
 
 
 def _val_only(
     model: str, params_m: float | None, gflops: float, size: int, fps: float, ap: float, ap50: float, ap75: float
 ) -> PaperRow:
-    """The rows of Table 9 whose AP50 and AP75 stand in the test columns though no test AP is given: they are val's."""
+    """Return a row of Table 9 without a test AP: its AP50 and AP75 are in the test columns, but belong to val."""
     return PaperRow(
         model=model,
         params_m=params_m,
@@ -239,23 +239,23 @@ TABLE_10 = (
 
 
 def paper_row(variant: str, *, size: int | None = None) -> PaperRow:
-    """What the paper and the official README say about one of the official models, merged into one row.
+    """Return the numbers of an official variant in the paper and the official README, merged into one row.
 
     Size-wise AP on val comes from Table 1 where it has the model, speed and AP on test-dev from Table 2.
 
     Args:
         variant: Official name, such as `yolov7-e6e`.
-        size: For `yolov7-tiny`, 416 (what is taken without it) or 320.
+        size: 416 (default) or 320 for `yolov7-tiny`.
 
     Raises:
-        UsageError: The paper has no such model, or not at this size.
+        UsageError: The paper does not have the variant, or not at this size.
     """
     model = VARIANTS.get(variant)
     if model is None:
-        raise UsageError(f"The paper has no {variant!r}.", fix=f"One of: {', '.join(VARIANTS)}")
+        raise UsageError(f"The paper does not have {variant!r}.", fix=f"One of: {', '.join(VARIANTS)}")
     rows = [row for row in (*TABLE_1, *TABLE_2) if row.model == model and size in (None, row.size)]
     if not rows:
-        raise UsageError(f"The paper has no {variant} at {size}.", fix="Leave the size out.")
+        raise UsageError(f"The paper does not have {variant} at {size}.", fix="Leave the size out.")
     first, speed = rows[0], next((row for row in rows if row.fps), None)
     merged = replace(first, fps=speed.fps, device=speed.device, test=speed.test) if speed else first
     # The paper's batch-32 time of tiny goes with the AP at 416.

@@ -1,1 +1,1 @@
-"""Speed of a machine that is not here: estimated, with the error of the estimate."""
+"""Estimated speed of a network on a device that is not here, with the error of such estimates."""

@@ -1,14 +1,15 @@
-"""What GPUs can do at best, by their public data sheets; the machines that a speed can be estimated for.
+"""Peak performance of GPUs from public data sheets: the devices that a speed can be estimated for.
 
-Peaks are dense (data sheets often print the double, with structured sparsity, which YOLOv7 does not have) and at the
-highest clock; a board may be far below it for want of power (a T4 has 70 W). On GeForce boards the FP16 peak is that
-with FP16 accumulation. Data sheets of Jetson modules print one sum over GPU and DLA, so peaks are derived there:
+Peaks are dense and at the maximum clock. (Data sheets often print twice the value, for structured sparsity, which
+YOLOv7 does not have. A board with a low power limit, such as a T4 with 70 W, runs far below its maximum clock.) The
+FP16 peak of GeForce boards is with FP16 accumulation. Data sheets of Jetson modules print one sum over GPU and DLA, so
+their peaks are derived:
 
-    peak = multiprocessors * operations per clock and multiprocessor * highest GPU clock
+    peak = multiprocessors * operations per clock and multiprocessor * maximum GPU clock
 
 With tensor cores that is 1024 FP16 operations on Volta (Xavier), 2048 on Ampere (Orin), 8192 on Blackwell (Thor), and
-twice as many for INT8; FP32 has two for each of 64, 128 and 128 cores. For AGX Orin it makes 85 dense INT8 TOPS, which
-are the 170 sparse ones of its data sheet.
+twice as many for INT8; FP32 has two for each of 64, 128 and 128 cores. AGX Orin has 85 dense INT8 TOPS by this formula,
+which agrees with the 170 sparse TOPS of its data sheet.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ class Device:
     """One GPU, or one Jetson module in one power mode.
 
     Attributes:
-        name: As it is asked for: `v100`, `orin-nx`.
-        title: As its maker writes it.
+        name: Name on the command line: `v100`, `orin-nx`.
+        title: Name of the manufacturer.
         multiprocessors: Number of streaming multiprocessors.
-        fp16_tflops: Dense peak of the tensor cores, 10^12 operations per second.
-        int8_tops: The same for INT8; `None` where there is no tensor core for it or no public figure.
-        tf32_tflops: The same for TF32; `None` before Ampere, and where no data sheet has it.
-        fp32_tflops: Peak without tensor cores.
+        fp16_tflops: Dense FP16 peak of the tensor cores, 10^12 operations per second.
+        int8_tops: Dense INT8 peak; `None` where tensor cores do not support it or no figure is public.
+        tf32_tflops: Dense TF32 peak; `None` before Ampere, and where no data sheet has it.
+        fp32_tflops: FP32 peak without tensor cores.
         gb_per_s: Memory bandwidth, 10^9 bytes per second.
-        l2_mb: Second-level cache, 10^6 bytes.
-        source: Where the numbers stand.
-        note: What makes it special, for the reader; empty for most.
+        l2_mb: L2 cache, 10^6 bytes.
+        source: Source of the numbers.
+        note: Remark for the reader; empty for most.
     """
 
     name: str
@@ -61,7 +62,7 @@ def _board(
     source: str,
     note: str = "",
 ) -> Device:
-    """A board whose data sheet prints its peaks: FP16, INT8, TF32, FP32."""
+    """Return a board whose data sheet prints its peaks: FP16, INT8, TF32, FP32."""
     fp16, int8, tf32, fp32 = peaks
     return Device(
         name=name,
@@ -91,7 +92,7 @@ def _module(
     l2_mb: float,
     note: str = "",
 ) -> Device:
-    """A Jetson module, its peaks derived from its clock."""
+    """Return a Jetson module, with peaks derived from its clock."""
     rate = multiprocessors * clock_ghz / 1e3
     return Device(
         name=name,
@@ -112,14 +113,14 @@ def _module(
 
 _VOLTA = "NVIDIA V100"
 _ADA, _AMPERE = "NVIDIA Ada GPU architecture whitepaper", "NVIDIA Ampere GA102 GPU architecture whitepaper"
-_WHICH = "the paper does not say which V100 it had; SXM2 is assumed"
-_POWER = "70 W: it cannot hold its highest clock under load"
+_ASSUMED = "the paper does not say which V100 it used; SXM2 is assumed"
+_POWER = "70 W: it cannot keep its maximum clock under load"
 _SUPER = "Super mode of JetPack 6.2"
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _board("v100", "Tesla V100 SXM2", 80, (125, None, None, 15.7), 900, 6, _VOLTA, _WHICH),
+        _board("v100", "Tesla V100 SXM2", 80, (125, None, None, 15.7), 900, 6, _VOLTA, _ASSUMED),
         _board("v100-pcie", "Tesla V100 PCIe", 80, (112, None, None, 14), 900, 6, _VOLTA),
         _board("t4", "T4", 40, (65, 130, None, 8.1), 320, 4, "NVIDIA T4", _POWER),
         _board("a10", "A10", 72, (125, 250, 62.5, 31.2), 600, 6, "NVIDIA A10"),
@@ -151,9 +152,9 @@ DEVICES: dict[str, Device] = {
     )
 }
 
-# What people write around a name, and the other names of the same device.
-_AROUND = re.compile(r"\b(nvidia|jetson|tesla|geforce|sxm[0-9]?)\b")
-_ALSO = {
+# Words around a name that are ignored, and other names of the same device.
+_IGNORED = re.compile(r"\b(nvidia|jetson|tesla|geforce|sxm[0-9]?)\b")
+_ALIASES = {
     "orin": "agx-orin",
     "orin-agx": "agx-orin",
     "orin-nano-8gb": "orin-nano",
@@ -168,17 +169,17 @@ _ALSO = {
 
 
 def find_device(name: str) -> Device:
-    """The device of this name; capitals, spaces and makers' words (`Jetson Orin NX`) do not matter.
+    """Return the device of this name, ignoring case, spaces and brand names (`Jetson Orin NX`).
 
     Raises:
-        UsageError: Nothing is known about such a device.
+        UsageError: The device is unknown.
     """
-    words = _AROUND.sub(" ", re.sub(r"[\s_-]+", " ", name.lower())).split()
+    words = _IGNORED.sub(" ", re.sub(r"[\s_-]+", " ", name.lower())).split()
     key = "-".join(words)
-    key = re.sub(r"^rtx-?(?=\d)", "rtx-", _ALSO.get(key, key))
+    key = re.sub(r"^rtx-?(?=\d)", "rtx-", _ALIASES.get(key, key))
     if key in DEVICES:
         return DEVICES[key]
-    close = difflib.get_close_matches(key, [*DEVICES, *_ALSO], n=3)
-    meant = list(dict.fromkeys(_ALSO.get(found, found) for found in close))
-    guess = f"Did you mean {' or '.join(meant)}? " if meant else ""
-    raise UsageError(f"No data sheet of {name!r} is at hand.", fix=f"{guess}One of: {', '.join(DEVICES)}")
+    close = difflib.get_close_matches(key, [*DEVICES, *_ALIASES], n=3)
+    suggestions = list(dict.fromkeys(_ALIASES.get(found, found) for found in close))
+    guess = f"Did you mean {' or '.join(suggestions)}? " if suggestions else ""
+    raise UsageError(f"The device {name!r} is unknown.", fix=f"{guess}One of: {', '.join(DEVICES)}")

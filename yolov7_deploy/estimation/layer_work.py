@@ -1,7 +1,7 @@
-"""What one pass of a network asks of a GPU, kernel by kernel: operations to do and elements to move.
+"""The kernels of one pass of a network: operations and memory traffic of each.
 
-The list is that of the network itself: it runs on torch's meta device (shapes without numbers), and every operator that
-would launch a kernel on a GPU is written down. Nothing here knows how a block is built.
+The network runs on torch's meta device (shapes without values), and every operator that would launch a kernel on a GPU
+is recorded. So this needs no knowledge of how blocks are built.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _CONCATENATION = "cat"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """One kernel launch for one image. With a batch of B everything but `weights` is B times as much.
+    """One kernel launch for one image. With a batch of B, everything except `weights` is multiplied by B.
 
     Attributes:
-        layer: Official number of the layer it belongs to.
-        kind: Official class name of that layer.
-        operator: torch's name of it: `convolution`, `silu_`, `cat`.
-        flops: Two for each multiply-accumulate of a convolution; 0 for all others, which memory bounds.
-        weights: Elements of weights and biases read.
-        read: Elements of activations read.
-        written: Elements of activations written.
-        pixels: Cells of the output map; rows of the matrix that a convolution computes, for one image.
-        filters: Output channels of a convolution: columns of that matrix.
-        depth: Products summed for one element of it, c_in * k * k; 0 for all others.
+        layer: Official number of its layer.
+        kind: Official class name of its layer.
+        operator: Name in torch: `convolution`, `silu_`, `cat`.
+        flops: Two for each multiply-accumulate of a convolution; 0 for others, which are bound by memory.
+        weights: Elements of weights and biases that are read.
+        read: Elements of activations that are read.
+        written: Elements of activations that are written.
+        pixels: Cells of the output map, which are the rows of the matrix product of a convolution.
+        filters: Output channels of a convolution, which are its columns.
+        depth: Products per element of it, c_in * k * k; 0 for other operators.
     """
 
     layer: int
@@ -57,22 +57,22 @@ class Kernel:
 
 @lru_cache(maxsize=64)
 def eager_kernels(variant: str, input_hw: tuple[int, int]) -> tuple[Kernel, ...]:
-    """What PyTorch launches for the fused network and the decoding of its boxes, in order.
+    """Return the kernels that PyTorch launches for the fused network and the decoding of its boxes, in order.
 
     Args:
         variant: Official name.
         input_hw: Height and width of the image in pixels.
 
     Raises:
-        UsageError: Unknown variant, or a size that its strides do not divide.
+        UsageError: The variant is unknown, or the size is not a multiple of its strides.
     """
     architecture = find_variant(variant)
-    check_size(variant, input_hw)
+    check_input_size(variant, input_hw)
     with torch.device("meta"):
         model = Yolov7(architecture, fused=True).eval()
     recorder = _Recorder()
     handles = [
-        block.register_forward_pre_hook(_entering(recorder, layer.index, layer.kind))
+        block.register_forward_pre_hook(_layer_hook(recorder, layer.index, layer.kind))
         for layer, block in zip(model.layers, model.model, strict=True)
     ]
     try:
@@ -86,10 +86,10 @@ def eager_kernels(variant: str, input_hw: tuple[int, int]) -> tuple[Kernel, ...]
 
 @lru_cache(maxsize=64)
 def compiled_kernels(variant: str, input_hw: tuple[int, int]) -> tuple[Kernel, ...]:
-    """What is left of `eager_kernels` in a TensorRT engine.
+    """Return the kernels of a TensorRT engine.
 
-    Activations are done where the convolution writes, concatenation is where its inputs are written, and the decoding
-    of a level is one kernel that reads the map once and writes the boxes once.
+    Compared with `eager_kernels`, activations are fused into convolutions, inputs of a concatenation are written in
+    place, and decoding a level is one kernel that reads the map once and writes the boxes once.
 
     Raises:
         UsageError: As for `eager_kernels`.
@@ -107,30 +107,30 @@ def compiled_kernels(variant: str, input_hw: tuple[int, int]) -> tuple[Kernel, .
     return tuple(compiled)
 
 
-def check_size(variant: str, input_hw: tuple[int, int]) -> None:
-    """Whether the variant takes images of this size.
+def check_input_size(variant: str, input_hw: tuple[int, int]) -> None:
+    """Check that a variant supports images of this size.
 
     Raises:
-        UsageError: Unknown variant, or a side that is no multiple of its largest stride.
+        UsageError: The variant is unknown, or the size is not a multiple of its largest stride.
     """
     stride = max(find_variant(variant).strides)
     for side in input_hw:
         if side < stride or side % stride:
             raise UsageError(
-                f"{variant} takes input sides that are multiples of {stride}, not {side}.",
+                f"{variant} needs input sizes that are multiples of {stride}, not {side}.",
                 fix=f"For example: {max(round(side / stride), 1) * stride}",
             )
 
 
-def _entering(recorder: _Recorder, index: int, kind: str) -> Any:  # noqa: ANN401 - a hook of torch is untyped
-    def note(*_: object) -> None:
+def _layer_hook(recorder: _Recorder, index: int, kind: str) -> Any:  # noqa: ANN401 - a hook of torch is untyped
+    def set_layer(*_: object) -> None:
         recorder.layer, recorder.kind = index, kind
 
-    return note
+    return set_layer
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
-    """Writes down every operator that computes something; those that only look at memory differently cost nothing."""
+    """Records every operator that launches a kernel; views of memory do not."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -140,10 +140,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401 - an operator of torch
-        types: Any,  # noqa: ANN401 - not looked at
+        types: Any,  # noqa: ANN401 - not used
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the operator gives
+    ) -> Any:  # noqa: ANN401 - the result of the operator
         result = func(*args, **(kwargs or {}))
         operator = func._schema.name.partition("::")[2]
         if operator not in _ALLOCATION and not _is_view(func):
@@ -181,6 +181,6 @@ def _tensors(values: object) -> list[Tensor]:
 
 
 def gigabytes(kernels: Iterable[Kernel], *, batch: int, bytes_per_element: int) -> float:
-    """What the kernels move in all, 10^9 bytes."""
+    """Return the memory traffic of all kernels in 10^9 bytes."""
     elements = sum(kernel.weights + batch * (kernel.read + kernel.written) for kernel in kernels)
     return elements * bytes_per_element / 1e9

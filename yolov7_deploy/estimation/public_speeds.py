@@ -1,7 +1,7 @@
-"""Speeds of YOLOv7 networks that others have published, as data: what the estimator is fitted on and judged by.
+"""Published speeds of YOLOv7 networks: the data that the estimator is fitted on and evaluated with.
 
-All are as their sources report them; none was measured again. What a figure includes beside the network stands in
-`span`: rows that time work of the host are never fitted on, those with NMS inside the engine are.
+All are as their sources report them; none was measured again. `scope` says what a time includes besides the network.
+Rows that include work of the host are never used for fitting; rows with NMS inside the engine are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.paper import paper_row
 
-# The seven rows of the paper that have a speed.
+# The seven variants whose speed is in the paper.
 PAPER_VARIANTS = (
     "yolov7-tiny-silu",
     "yolov7",
@@ -36,8 +36,8 @@ class PublicSpeed:
         batch: Images per pass.
         input_hw: Height and width of the network's input in pixels.
         ms: Milliseconds of one pass.
-        source: Who says so.
-        span: What the time includes.
+        source: Where it was published.
+        scope: What the time includes.
     """
 
     variant: str
@@ -48,7 +48,7 @@ class PublicSpeed:
     input_hw: tuple[int, int]
     ms: float
     source: str
-    span: str = NETWORK
+    scope: str = NETWORK
 
     @property
     def fps(self) -> float:
@@ -57,27 +57,27 @@ class PublicSpeed:
 
 
 def paper_canvas(variant: str) -> tuple[int, int]:
-    """Height and width that the paper's speeds are for, as far as one canvas can stand for all.
+    """Return the height and width that represent the images of the paper's speeds.
 
-    The authors' speed task letterboxes every image to a rectangle with the longer side at the size of the table and
-    the other rounded up to whole strides. Over 82 images of COCO val2017 the median canvas is three quarters of the
-    square, that of an image of 640x480; the mean is 0.73.
+    The authors' speed task letterboxes every image to a rectangle: the longer side is the size in the table, the other
+    side is rounded up to a multiple of the stride. Over 82 images of COCO val2017 the median canvas has three quarters
+    of the square, as for an image of 640x480; the mean is 0.73.
     """
     size = find_variant(variant).size
     return size * 3 // 4, size
 
 
 def paper_speeds() -> tuple[PublicSpeed, ...]:
-    """The V100 rows of the paper and the official README: batch 1 and batch 32, PyTorch FP16."""
+    """Return the V100 rows of the paper and the official README: batch 1 and batch 32, PyTorch FP16."""
     rows = []
     for variant in PAPER_VARIANTS:
         row = paper_row(variant)
         assert row.fps is not None and row.batch32_ms is not None
-        rows += [_of_paper(variant, 1, 1e3 / row.fps), _of_paper(variant, 32, 32 * row.batch32_ms)]
+        rows += [_paper_speed(variant, 1, 1e3 / row.fps), _paper_speed(variant, 32, 32 * row.batch32_ms)]
     return tuple(rows)
 
 
-def _of_paper(variant: str, batch: int, ms: float) -> PublicSpeed:
+def _paper_speed(variant: str, batch: int, ms: float) -> PublicSpeed:
     return PublicSpeed(
         variant=variant,
         device="v100",
@@ -91,7 +91,7 @@ def _of_paper(variant: str, batch: int, ms: float) -> PublicSpeed:
 
 
 def _square(
-    variant: str, device: str, precision: str, batch: int, ms: float, source: str, span: str = NETWORK
+    variant: str, device: str, precision: str, batch: int, ms: float, source: str, scope: str = NETWORK
 ) -> PublicSpeed:
     size = find_variant(variant).size
     return PublicSpeed(
@@ -103,7 +103,7 @@ def _square(
         input_hw=(size, size),
         ms=ms,
         source=source,
-        span=span,
+        scope=scope,
     )
 
 
@@ -113,7 +113,7 @@ _PADDLE = "github.com/PaddlePaddle/PaddleYOLO, MODEL_ZOO (TensorRT 8.0.3)"
 _TRITON = "github.com/levipereira/triton-server-yolo (TensorRT 8.6.1)"
 _PIPELINE = "whole DeepStream pipeline, decoding of video to NMS"
 
-# Fitted on and judged by.
+# Used for fitting and evaluation.
 TENSORRT_SPEEDS = (
     _square("yolov7", "t4", "fp16", 1, 1e3 / 132, _DEEPSTREAM),
     _square("yolov7", "t4", "fp16", 16, 16e3 / 169, _DEEPSTREAM),
@@ -138,8 +138,8 @@ TENSORRT_SPEEDS = (
     _square("yolov7-tiny", "orin-nx", "fp16", 1, 6.01, "github.com/ouyanghaodong/DEYO, issue 1 (jetson_clocks)"),
 )  # fmt: skip
 
-# Never fitted on: what times more than the GPU's work, and PyTorch on another GPU than the paper's.
-JUDGED_ONLY = (
+# Used for evaluation only: times that include more than the GPU's work, and PyTorch on another GPU than the paper's.
+EVALUATION_ONLY = (
     _square("yolov7", "v100", "fp16", 1, 1e3 / 226, "github.com/marcoslucianops/DeepStream-Yolo", _PIPELINE),
     _square("yolov7x", "v100", "fp16", 1, 1e3 / 155.1, "github.com/marcoslucianops/DeepStream-Yolo", _PIPELINE),
     _square("yolov7-tiny", "xavier-nx", "fp16", 1, 1e3 / 65, "github.com/WongKinYiu/yolov7, issue 703",
@@ -147,7 +147,7 @@ JUDGED_ONLY = (
     *(
         PublicSpeed(variant=variant, device="t4", runtime="torch", precision="fp16", batch=batch, input_hw=canvas,
                     ms=ms, source="github.com/WongKinYiu/yolov7, comparison notebooks (Colab)")
-        # Middles of the ranges they print. The accuracy task pads half a stride, which makes its median canvas larger.
+        # Midpoints of the printed ranges. The accuracy task pads half a stride, which makes its median canvas larger.
         for variant, batch, canvas, ms in (
             ("yolov7", 1, (512, 672), 13.2), ("yolov7", 32, (512, 672), 32 * 9.45), ("yolov7-e6", 1, (1024, 1344), 46.6)
         )

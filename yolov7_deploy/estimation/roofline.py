@@ -1,16 +1,16 @@
-"""A roofline with the three things that keep a GPU below it: waves of tiles, a cache, and the time of a launch.
+"""A roofline model with three additions: waves of tiles, a cache, and launch time.
 
-A kernel computes for c seconds and moves memory for m seconds, both at the device's peaks:
+At the peaks of the device, a kernel computes for c seconds and moves memory for m seconds:
 
     c = 2 * tile_rows * tile_columns * depth * multiprocessors * waves / peak,  waves = ceil(tiles / multiprocessors)
     m = bytes / bandwidth
 
-A convolution is a matrix product cut into tiles, one to a multiprocessor at a time. Unless tiles fill whole waves, part
-of the GPU waits: this is why a batch of one image is slow even where the GPU has all the work it wants. A kernel
-takes max(c / compute, m / memory) + gap, where `compute` and `memory` are the shares of the peaks that are reached.
+A convolution is a matrix product that is divided into tiles; each multiprocessor computes one tile at a time. Part of
+the GPU is idle in the last wave of tiles, which is why a batch of one image is slow even for a large network. A kernel
+takes max(c / compute, m / memory) + gap, where `compute` and `memory` are the achieved shares of the peaks.
 
-Eager PyTorch has the processor hand over one operator after the other, `launch` apart, and the GPU works them off in
-order. The end is the latest of "handed over, then all that follows": max over k of (k * launch + sum of t_i, i >= k).
+In eager PyTorch the CPU launches one operator after the other, `launch` apart, and the GPU runs them in order. A pass
+ends at the maximum over k of (k * launch + sum of t_i for i >= k).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from yolov7_deploy.estimation.layer_work import Kernel
 Floats = npt.NDArray[np.float64]
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
-# Second-level cache against memory. Jia et al., arXiv 1804.06826: 2155 against 750 GB/s measured on a V100.
+# Bandwidth of the L2 cache relative to memory. Jia et al., arXiv 1804.06826: 2155 to 750 GB/s measured on a V100.
 CACHE_SPEED = 3.0
-# What a library can choose from: rows (cells of the output map) by columns (filters) of the product.
+# Tiles that a library can choose from: rows (cells of the output map) by columns (filters) of the product.
 ONE_TILE = ((128, 128),)
 TUNED_TILES = ((256, 128), (256, 64), (128, 128), (128, 64), (64, 128), (64, 64))
-# A convolution's maps are read and written once more on both sides to change their layout (tensor cores want the
-# channels last, PyTorch's default has them first): three times the traffic.
+# The maps of a convolution are converted to another layout before and after it (tensor cores need NHWC, PyTorch's
+# default is NCHW): three times the traffic.
 LAYOUT_TRAFFIC = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Structure:
-    """How a runtime uses a GPU; chosen, not fitted.
+    """How a runtime uses a GPU; selected, not fitted.
 
     Attributes:
-        tiles: Shapes a convolution can be cut into; the best one is taken. None: it fills the GPU without rest.
-        layout_copies: Half-precision convolutions change the layout of their maps on the way.
-        cached: What a kernel moves comes from the cache where all of it fits.
+        tiles: Tile shapes of a convolution, of which the fastest is used. Empty: every convolution fills the GPU.
+        layout_copies: FP16 convolutions convert the layout of their maps.
+        cached: A kernel's traffic goes through the cache where all of it fits.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -54,14 +54,14 @@ class Structure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constants:
-    """The few numbers that are fitted.
+    """The fitted constants.
 
     Attributes:
-        compute: Share of the peak that full waves reach, FP16 and FP32.
-        compute_int8: The same for INT8.
-        memory: Share of the bandwidth.
-        gap_us: Between two kernels on the GPU.
-        launch_us: Of the processor, for one operator; 0 where an engine or a graph is launched as a whole.
+        compute: Share of the compute peak that full waves achieve in FP16 and FP32.
+        compute_int8: Share of the INT8 peak.
+        memory: Share of the memory bandwidth.
+        gap_us: Time between two kernels on the GPU.
+        launch_us: CPU time to launch an operator; 0 where an engine or a CUDA graph is launched as a whole.
     """
 
     compute: float
@@ -73,7 +73,7 @@ class Constants:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
-    """Seconds at the device's peaks, one element for each kernel."""
+    """Seconds at the peaks of a device, one element per kernel."""
 
     compute_s: Floats
     memory_s: Floats
@@ -82,12 +82,12 @@ class Demand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """Where the time goes; the three arrays have one element for each kernel and add up to the whole.
+    """Seconds of a pass by cause; the three arrays have one element per kernel and add up to the total.
 
     Attributes:
-        compute_s: Of kernels bound by arithmetic.
-        memory_s: Of kernels bound by memory.
-        launch_s: Gaps, and waiting for the processor.
+        compute_s: Time of kernels bound by compute.
+        memory_s: Time of kernels bound by memory.
+        launch_s: Gaps between kernels, and waiting for the CPU.
     """
 
     compute_s: Floats
@@ -96,7 +96,7 @@ class Timeline:
 
     @property
     def by_kernel_s(self) -> Floats:
-        """Seconds of every kernel."""
+        """Seconds of each kernel."""
         return self.compute_s + self.memory_s + self.launch_s
 
     @property
@@ -105,16 +105,16 @@ class Timeline:
         return float(self.by_kernel_s.sum()) * 1e3
 
     def scaled(self, factor: float) -> Timeline:
-        """All of it that many times as long."""
+        """Return the timeline with all times multiplied."""
         return Timeline(
             compute_s=self.compute_s * factor, memory_s=self.memory_s * factor, launch_s=self.launch_s * factor
         )
 
 
 def peak(device: Device, precision: str) -> float | None:
-    """Operations per second of this precision; `None` where the device has no public figure for it.
+    """Return the peak operations per second of a precision; `None` where no figure is public.
 
-    FP32 means TF32 where the GPU has it, as both runtimes do by default.
+    FP32 is TF32 where the GPU supports it, the default of both runtimes.
     """
     tera = {
         "fp32": device.tf32_tflops or device.fp32_tflops,
@@ -124,8 +124,10 @@ def peak(device: Device, precision: str) -> float | None:
     return None if tera is None else tera * 1e12
 
 
-def demand(kernels: Sequence[Kernel], device: Device, structure: Structure, *, batch: int, precision: str) -> Demand:
-    """What the kernels take at the device's peaks for a batch of images."""
+def compute_demand(
+    kernels: Sequence[Kernel], device: Device, structure: Structure, *, batch: int, precision: str
+) -> Demand:
+    """Return the times of the kernels at the peaks of a device, for a batch of images."""
     operations = peak(device, precision)
     assert operations is not None, f"{device.name} has no {precision} peak"
     pixels, filters, depth, flops, weights, moved = (
@@ -151,40 +153,41 @@ def demand(kernels: Sequence[Kernel], device: Device, structure: Structure, *, b
 
 
 def _tiled(pixels: Floats, filters: Floats, depth: Floats, tile: tuple[int, int], device: Device) -> Floats:
-    """Operations that whole waves of such tiles amount to, the idle multiprocessors of the last wave included."""
+    """Return the operations of whole waves of tiles, with the idle multiprocessors of the last wave."""
     rows, columns = tile
     tiles = np.ceil(pixels / rows) * np.ceil(filters / columns)
     waves = np.ceil(tiles / device.multiprocessors)
     return waves * device.multiprocessors * 2.0 * rows * columns * depth
 
 
-def pass_ms(asked: Demand, constants: Constants) -> float:
-    """Milliseconds of one pass."""
-    return float(_ends(*_busy(asked, constants), constants).max()) * 1e3
+def pass_ms(demand: Demand, constants: Constants) -> float:
+    """Return the milliseconds of one pass."""
+    return float(_ends(*_busy(demand, constants), constants).max()) * 1e3
 
 
-def timeline(asked: Demand, constants: Constants) -> Timeline:
-    """Where the milliseconds of one pass go."""
-    compute, memory = _busy(asked, constants)
-    # The last kernel that waits for the processor; from there on the GPU has always something to do.
+def timeline(demand: Demand, constants: Constants) -> Timeline:
+    """Return the time of each kernel by cause."""
+    compute, memory = _busy(demand, constants)
+    # The last kernel that waits for the CPU; after it, the GPU is always busy.
     last = int(np.argmax(_ends(compute, memory, constants)))
-    at = np.arange(len(compute))
-    behind = at >= last
+    index = np.arange(len(compute))
+    after_launches = index >= last
     return Timeline(
-        compute_s=np.where(behind & (compute >= memory), compute, 0.0),
-        memory_s=np.where(behind & (compute < memory), memory, 0.0),
-        launch_s=1e-6 * (np.where(behind, constants.gap_us, 0.0) + np.where(at <= last, constants.launch_us, 0.0)),
+        compute_s=np.where(after_launches & (compute >= memory), compute, 0.0),
+        memory_s=np.where(after_launches & (compute < memory), memory, 0.0),
+        launch_s=1e-6
+        * (np.where(after_launches, constants.gap_us, 0.0) + np.where(index <= last, constants.launch_us, 0.0)),
     )
 
 
-def _busy(asked: Demand, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds that arithmetic and memory keep the GPU busy with each kernel."""
-    share = constants.compute_int8 if asked.is_int8 else constants.compute
-    return asked.compute_s / share, asked.memory_s / constants.memory
+def _busy(demand: Demand, constants: Constants) -> tuple[Floats, Floats]:
+    """Return the compute and memory seconds of each kernel at the achieved shares of the peaks."""
+    share = constants.compute_int8 if demand.is_int8 else constants.compute
+    return demand.compute_s / share, demand.memory_s / constants.memory
 
 
 def _ends(compute: Floats, memory: Floats, constants: Constants) -> Floats:
-    """When the pass would end if each kernel were the last to wait for the processor."""
+    """Return the end of the pass if each kernel were the last one that waits for the CPU."""
     busy = np.maximum(compute, memory) + constants.gap_us * 1e-6
     remaining: Floats = np.cumsum(busy[::-1])[::-1]
     return remaining + constants.launch_us * 1e-6 * np.arange(1, len(busy) + 1)
