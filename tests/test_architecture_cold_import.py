@@ -1,6 +1,6 @@
-"""What works with libraries missing, what is said where it does not, and how fast the doors open.
+"""The package works without optional libraries, names the extra to install otherwise, and starts fast.
 
-Each test runs in a process of its own in which the libraries named cannot be found.
+Each test runs in a separate process in which the listed libraries cannot be imported.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ HEAVY = (
     "torch",
     "yaml",
 )
-# What the production image does without.
-NOT_AT_RUN_TIME = tuple(name for name in HEAVY if name not in {"cv2", "onnxruntime"})
-VERBS = [name for command, aliases in COMMANDS for name in (command.__name__, *aliases)]
+# Not installed on production machines.
+NOT_IN_PRODUCTION = tuple(name for name in HEAVY if name not in {"cv2", "onnxruntime"})
+COMMAND_NAMES = [name for command, aliases in COMMANDS for name in (command.__name__, *aliases)]
 
 BLOCK = """
 import sys
 
-class Absent:
+class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {names!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path.insert(0, Missing())
 """
 COMMAND = """
 import runpy
@@ -62,17 +62,17 @@ sys.argv = {arguments!r}
 runpy.run_module("yolov7_deploy", run_name="__main__")
 """
 
-# Seconds of wall time, the interpreter's own start included; the best of several runs, because a busy machine can
-# only make it longer.
+# Seconds of wall time, including the start of the interpreter; the best of several runs, because a busy machine
+# only makes it longer.
 IMPORT_LIMIT_S = 0.15
 HELP_LIMIT_S = 0.4
 MAX_RUNS = 25
 
-# The package is found from any folder, installed or not.
+# The package is importable from any folder, installed or not.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 SIDE = 64
-MODEL = "the small ONNX file"
+MODEL = "path of the small ONNX file"
 IMAGE = np.random.default_rng(7).integers(0, 256, (48, 80, 3), dtype=np.uint8)
 
 
@@ -100,23 +100,23 @@ def model_file(tmp_path_factory):
     return path
 
 
-def test_the_front_door_opens_and_lists_its_names_without_any_library():
+def test_the_package_can_be_imported_without_any_library():
     code = "import yolov7_deploy\nassert 'Detector' in dir(yolov7_deploy)\nyolov7_deploy.Thresholds()\n"
     done = python(code, without=(*HEAVY, "numpy", "rich", "typer"))
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_line_answers_without_any_library():
+def test_help_works_without_any_library():
     done = y7("--help", without=(*HEAVY, "numpy"))
     assert done.returncode == 0, done.stderr
     assert all(command.__name__ in done.stdout for command, _ in COMMANDS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_without_any_library(verb):
-    done = y7(verb, "--help", without=(*HEAVY, "numpy"))
+@pytest.mark.parametrize("command", COMMAND_NAMES)
+def test_the_help_of_every_command_works_without_any_library(command):
+    done = y7(command, "--help", without=(*HEAVY, "numpy"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"Usage: y7 {verb}") or f"y7 {verb}" in done.stdout.splitlines()[1]
+    assert done.stdout.startswith(f"Usage: y7 {command}") or f"y7 {command}" in done.stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ except MissingLibraryError as error:
         ("onnx", "OnnxModel"),
     ],
 )
-def test_the_front_door_names_the_library_and_the_extra_it_needs(library, name):
+def test_a_public_name_names_the_library_and_the_extra_it_needs(library, name):
     code = f"""
 import yolov7_deploy
 from yolov7_deploy.errors import MissingLibraryError
@@ -198,13 +198,13 @@ def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, argu
     assert extra in fix.removeprefix("pip install 'yolov7-deploy[").removesuffix("]'").split(",")
 
 
-def test_doctor_examines_a_machine_that_has_nothing():
+def test_doctor_works_without_any_optional_library():
     done = y7("doctor", without=HEAVY)
     assert done.returncode == 0, done.stderr
     assert "pip install" in done.stdout
 
 
-def test_the_runtime_wing_runs_without_torch_and_without_onnx(model_file):
+def test_onnx_files_run_without_torch_and_without_onnx(model_file):
     code = f"""
 import json
 import numpy as np
@@ -214,7 +214,7 @@ with Detector({str(model_file)!r}, device="cpu") as detector:
     found = detector(image)
 print(json.dumps([found.boxes.tolist(), found.class_ids.tolist()]))
 """
-    done = python(code, without=NOT_AT_RUN_TIME)
+    done = python(code, without=NOT_IN_PRODUCTION)
     assert done.returncode == 0, done.stderr
     with Detector(model_file, device="cpu") as detector:
         found = detector(IMAGE)
@@ -222,7 +222,7 @@ print(json.dumps([found.boxes.tolist(), found.class_ids.tolist()]))
     assert json.loads(done.stdout) == [found.boxes.tolist(), found.class_ids.tolist()]
 
 
-def test_the_detector_does_not_load_the_command_line(model_file):
+def test_a_detector_does_not_import_the_command_line_libraries(model_file):
     code = f"""
 from yolov7_deploy import Detector
 Detector({str(model_file)!r}, device="cpu").close()
@@ -232,7 +232,7 @@ print(sorted({{"rich", "typer"}} & set(sys.modules)))
 
 
 def best_time_s(*arguments: str, limit_s: float) -> float:
-    """The shortest run, looked for until one is under the limit."""
+    """The shortest of up to MAX_RUNS runs; stops at the first one under the limit."""
     best = math.inf
     for _ in range(MAX_RUNS):
         start = time.perf_counter()
@@ -243,15 +243,15 @@ def best_time_s(*arguments: str, limit_s: float) -> float:
     return best
 
 
-def test_the_front_door_opens_at_once():
+def test_the_package_is_imported_fast():
     assert best_time_s("-c", "import yolov7_deploy", limit_s=IMPORT_LIMIT_S) < IMPORT_LIMIT_S
 
 
-def test_the_command_line_answers_at_once():
+def test_help_is_fast():
     assert best_time_s("-m", "yolov7_deploy", "--help", limit_s=HELP_LIMIT_S) < HELP_LIMIT_S
 
 
-def test_a_build_without_any_tensorrt_names_the_extra_before_anything_else(model_file):
+def test_a_build_without_any_tensorrt_names_the_extra_first(model_file):
     done = y7("build", "--weights", str(model_file), without=("tensorrt", "tensorrt_rtx"))
     assert done.returncode == 1, done.stderr
     assert "is needed" in done.stderr and "pip install 'yolov7-deploy[tensorrt-rtx]'" in done.stderr

@@ -1,4 +1,4 @@
-"""What the README promises is there: its commands, its names and its tree."""
+"""Every command, option and Python name in README.md and docs/ exists."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import typer
 
-from yolov7_deploy.cli.app import app
+from yolov7_deploy.cli.app import COMMANDS, app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -36,17 +38,43 @@ def test_the_continuous_integration_runs_the_second_command():
     assert shown.stdout == SHELL_BLOCKS[1]
 
 
-def test_every_command_line_in_the_readme_has_existing_options():
+def command_lines(name: str) -> list[tuple[str, str]]:
+    """(command, arguments) of every `y7 COMMAND ARGUMENTS` in a document."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(r"\by7 ([a-z]+)([^`\n&|#]*)", text)
+
+
+def test_the_readme_shows_the_main_commands():
+    assert {command for command, _ in command_lines("README.md")} >= {"demo", "detect", "export", "val", "verify"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_line_in_a_document_has_existing_options(name):
     known = options()
-    lines = re.findall(r"\by7 ([a-z]+)([^`\n&|]*)", README)
-    assert {verb for verb, _ in lines} >= {"demo", "detect", "export", "val", "verify"}
-    typed = {(verb, option) for verb, rest in lines for option in re.findall(r"--[a-z0-9-]+", rest)}
-    wrong = {(verb, option) for verb, option in typed if option not in known[verb]}
-    assert wrong == set()
+    lines = command_lines(name)
+    assert {command for command, _ in lines} <= set(known)
+    typed = {(command, option) for command, arguments in lines for option in re.findall(r"--[a-z0-9-]+", arguments)}
+    assert {(command, option) for command, option in typed if option not in known[command]} == set()
 
 
-def test_every_name_that_the_python_example_imports_is_there():
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_option_that_a_document_quotes_exists(name):
+    known = {option for spellings in options().values() for option in spellings}
+    quoted = set(re.findall(r"`(--[a-z0-9-]+)", (ROOT / name).read_text(encoding="utf-8")))
+    assert quoted - known == set()
+
+
+def test_the_table_of_commands_in_the_readme_lists_all_commands_with_existing_options():
+    known = options()
+    rows = re.findall(r"^\| `y7 ([a-z]+)[^`]*` \|(.*)$", README, flags=re.MULTILINE)
+    canonical = {command.__name__ for command, _ in COMMANDS}
+    assert {command for command, _ in rows} == canonical
+    quoted = {(command, option) for command, row in rows for option in re.findall(r"`(--[a-z0-9-]+)", row)}
+    assert {(command, option) for command, option in quoted if option not in known[command]} == set()
+
+
+def test_every_name_that_the_python_example_imports_exists():
     (example,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
     imports = [node for node in ast.parse(example, "README.md").body if isinstance(node, ast.ImportFrom)]
-    assert len(imports) == 2
+    assert imports
     exec(compile(ast.Module(imports, type_ignores=[]), "README.md", "exec"), {})

@@ -1,6 +1,6 @@
-"""The walls of the house: who imports whom, which library lives where, and how large a file may grow.
+"""Architecture: which package imports which, which module uses which library, and how long files and functions are.
 
-Everything is read from the source with `ast`, so imports inside functions and under TYPE_CHECKING count too.
+The source is parsed with `ast`, so imports inside functions and under TYPE_CHECKING count, too.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ NAME = PACKAGE.name
 
 MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
-NO_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "utils"}
+MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "utils"}
 
-# From the shelf up to the porch. A file imports from lower rows only; rooms of one row do not know each other.
+# From low to high. A file imports from its own package and from rows above this one in the list; packages (or
+# modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_atomic_file", "_serialization", "_version", "errors"),
+    ("_atomic_file", "_serialization", "_statistics", "_version", "errors"),
     ("hardware", "hub", "image", "metadata", "paper"),
     ("_charts", "_console", "options", "visualize"),
     ("sources",),
@@ -45,10 +46,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workflows",),
     ("cli",),
 )
-# The two doors stand outside the rows: they reach rooms by name, when somebody asks.
-DOORS = ("", "__main__")
+# Entry points, outside the layers: they import other modules lazily.
+ENTRY_POINTS = ("", "__main__")
 
-# A place is a file or a folder (ends with a slash) of the package.
+# Third-party libraries, and the files and folders (with a slash) of the package that may import them.
 LIBRARIES: dict[str, set[str]] = {
     "cuda": {"runtimes/cudart.py"},
     "cv2": {
@@ -60,7 +61,6 @@ LIBRARIES: dict[str, set[str]] = {
         "training/copy_paste.py",
         "training/random_affine.py",
         "training/dataset.py",
-        "sources/display.py",
     },
     "faster_coco_eval": {"evaluation/accuracy.py", "evaluation/accuracy_drop.py"},
     "google.protobuf": {"tensorrt/onnx_rewrite.py", "export/onnx_model.py"},
@@ -68,15 +68,14 @@ LIBRARIES: dict[str, set[str]] = {
     "onnx": {"tensorrt/builder.py", "tensorrt/onnx_rewrite.py", "export/", "evaluation/onnx_probe.py", "precision/"},
     "onnxruntime": {"runtimes/onnxruntime.py", "evaluation/onnx_probe.py", "precision/ort_runner.py"},
     "onnxsim": {"export/onnx_exporter.py"},
+    "pynvml": {"hardware/gpu.py"},
     "rich": {"cli/", "_console.py"},
     "safetensors": {"checkpoint/loader.py", "training/resume_state.py"},
     "torch": {
         "runtimes/pytorch.py",
-        "runtimes/torch_cuda_graphs.py",
-        "runtimes/torch_network.py",
+        "runtimes/pytorch_network.py",
         "checkpoint/loader.py",
         "export/onnx_exporter.py",
-        "model/fusion.py",
         "inspection/complexity.py",
         "estimation/layer_work.py",
         "model/",
@@ -86,10 +85,10 @@ LIBRARIES: dict[str, set[str]] = {
     "yaml": {"datasets/yolo.py", "training/hyperparameters.py"},
 }
 EVERYWHERE = {"numpy"}
-# Light enough to be imported where they are needed; all others stand at the top of their file.
-LIGHT = {"rich", "typer"}
-# Conversions of Detections that only their users need; looked up by name in this one place.
-LOOKED_UP = {"detections.py"}
+# Light, or optional where they are used, so imported inside functions; all others at the top of a file.
+LIGHT = {"pynvml", "rich", "typer"}
+# Conversions of Detections to optional libraries import these by name.
+IMPORTS_BY_NAME = {"detections.py"}
 IMPORTERS = {"__import__", "import_module"}
 
 
@@ -102,8 +101,8 @@ def files(folder: Path = PACKAGE) -> list[Path]:
     return sorted(folder.rglob("*.py"))
 
 
-def inside(path: Path) -> str:
-    """The path as the tables write it: `backends/ort.py`."""
+def relative(path: Path) -> str:
+    """The path inside the package, as in the tables: `runtimes/onnxruntime.py`."""
     return path.relative_to(PACKAGE).as_posix()
 
 
@@ -112,8 +111,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module: str) -> str:
-    """`yolov7_deploy.runtimes.onnxruntime` is in `backends`; the front door is in ``."""
+def layer_of(module: str) -> str:
+    """The entry of LAYERS: `runtimes` for `yolov7_deploy.runtimes.onnxruntime`; empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -139,149 +138,144 @@ def all_imports(path: Path) -> list[tuple[str, str, int]]:
     return list(imports(ast.walk(tree(path)), package))
 
 
-def house_imports(path: Path) -> Iterator[tuple[str, str, int]]:
-    """(module, name, line) of what is imported from the package; a submodule taken by name is the module."""
+def internal_imports(path: Path) -> Iterator[tuple[str, str, int]]:
+    """(module, name, line) of every import from this package; the name is empty if a submodule is imported."""
     for module, name, line in all_imports(path):
         if module.split(".")[0] == NAME:
-            whole = f"{module}.{name}"
-            yield (whole, "", line) if whole in MODULES else (module, name, line)
+            submodule = f"{module}.{name}"
+            yield (submodule, "", line) if submodule in MODULES else (module, name, line)
 
 
-def at_start(path: Path) -> Iterator[ast.AST]:
-    """The nodes that run when a file is imported: no function bodies, nothing under TYPE_CHECKING."""
-    waiting: list[ast.AST] = list(tree(path).body)
-    while waiting:
-        node = waiting.pop()
+def executed_on_import(path: Path) -> Iterator[ast.AST]:
+    """The nodes executed when the file is imported: no function bodies, nothing under TYPE_CHECKING."""
+    pending: list[ast.AST] = list(tree(path).body)
+    while pending:
+        node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting += node.orelse
+            pending += node.orelse
             continue
         yield node
-        waiting += ast.iter_child_nodes(node)
+        pending += ast.iter_child_nodes(node)
 
 
 def library(module: str) -> str:
-    """The distribution's name in the table for `torch.nn`, `google.protobuf.message`."""
+    """The name in the table: `torch` for `torch.nn`, `google.protobuf` for `google.protobuf.message`."""
     return next((name for name in LIBRARIES if f"{module}.".startswith(f"{name}.")), module.split(".")[0])
 
 
-def foreign_imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(library, line) of what comes from neither the standard library nor this package."""
+def third_party_imports(path: Path) -> Iterator[tuple[str, int]]:
+    """(library, line) of every import that is neither from the standard library nor from this package."""
     for module, _, line in all_imports(path):
         if module.split(".")[0] not in {*sys.stdlib_module_names, NAME}:
             yield library(module), line
 
 
-def allowed(path: Path, places: set[str]) -> bool:
-    return any(inside(path).startswith(place) if place.endswith("/") else inside(path) == place for place in places)
+def allowed(path: Path, paths: set[str]) -> bool:
+    return any(relative(path).startswith(entry) if entry.endswith("/") else relative(path) == entry for entry in paths)
 
 
-def test_every_file_has_a_room_in_the_image():
-    homeless = {room(module) for module in MODULES} - set(ROWS) - set(DOORS)
-    assert not homeless, f"add to LAYERS: {sorted(homeless)}"
+def test_every_module_belongs_to_a_layer():
+    missing = {layer_of(module) for module in MODULES} - set(ROWS) - set(ENTRY_POINTS)
+    assert not missing, f"add to LAYERS: {sorted(missing)}"
 
 
 def test_a_file_imports_only_from_layers_below_it():
     wrong = []
     for path in files():
-        own = room(module_name(path))
-        for module, _, line in house_imports(path):
-            other = room(module)
-            if own in DOORS or other == own:
+        own = layer_of(module_name(path))
+        for module, _, line in internal_imports(path):
+            other = layer_of(module)
+            if own in ENTRY_POINTS or other == own:
                 continue
-            if other in DOORS or ROWS[other] >= ROWS[own]:
-                wrong.append(f"{inside(path)}:{line} ({own}) imports {module} ({other or 'the front door'})")
+            if other in ENTRY_POINTS or ROWS[other] >= ROWS[own]:
+                wrong.append(f"{relative(path)}:{line} ({own}) imports {module} ({other or 'the package itself'})")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_front_door_imports_no_room_when_it_opens():
-    package = f"{NAME}"
-    taken = [
-        module
-        for module, *_ in imports(at_start(PACKAGE / "__init__.py"), package)
-        if room(module) not in ("", "_version")
-    ]
-    assert taken == []
+def test_importing_the_package_imports_no_submodule():
+    imported = [module for module, *_ in imports(executed_on_import(PACKAGE / "__init__.py"), NAME)]
+    assert [module for module in imported if layer_of(module) not in ("", "_version")] == []
 
 
-def test_no_two_files_import_each_other_in_a_circle():
+def test_imports_have_no_cycle():
     graph = {
-        module: {other for other, *_ in house_imports(path) if room(other) and other != module}
+        module: {other for other, *_ in internal_imports(path) if layer_of(other) and other != module}
         for module, path in MODULES.items()
-        if room(module)
+        if layer_of(module)
     }
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_a_heavy_library_stays_in_its_rooms():
+def test_a_heavy_library_is_imported_only_where_the_table_allows_it():
     wrong = [
-        f"{inside(path)}:{line} imports {name}"
+        f"{relative(path)}:{line} imports {name}"
         for path in files()
-        for name, line in foreign_imports(path)
+        for name, line in third_party_imports(path)
         if name not in EVERYWHERE and not allowed(path, LIBRARIES.get(name, set()))
     ]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", sorted(LIBRARIES))
-def test_the_library_table_lists_no_place_that_does_not_need_it(name):
-    users = [path for path in files() if name in {found for found, _ in foreign_imports(path)}]
-    unused = {place for place in LIBRARIES[name] if not any(allowed(path, {place}) for path in users)}
+def test_the_library_table_lists_no_path_that_does_not_need_it(name):
+    users = [path for path in files() if name in {found for found, _ in third_party_imports(path)}]
+    unused = {entry for entry in LIBRARIES[name] if not any(allowed(path, {entry}) for path in users)}
     assert not unused
 
 
-def test_a_heavy_library_is_imported_at_the_top_of_a_file_or_not_at_all():
+def test_a_heavy_library_is_imported_at_the_top_of_a_file():
     wrong = []
     for path in files():
-        top = {line for node in at_start(path) if (line := getattr(node, "lineno", None))}
+        top = {line for node in executed_on_import(path) if (line := getattr(node, "lineno", None))}
         wrong += [
-            f"{inside(path)}:{line} imports {name} inside a function"
-            for name, line in foreign_imports(path)
+            f"{relative(path)}:{line} imports {name} inside a function"
+            for name, line in third_party_imports(path)
             if name not in LIGHT and line not in top
         ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_heavy_library_is_looked_up_by_name():
+def test_no_heavy_library_is_imported_by_name():
     wrong = []
     for path in files():
         for node in ast.walk(tree(path)):
             if not isinstance(node, ast.Call) or ast.unparse(node.func).split(".")[-1] not in IMPORTERS:
                 continue
             literals = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            if inside(path) not in LOOKED_UP and any(library(text) in LIBRARIES for text in literals):
-                wrong.append(f"{inside(path)}:{node.lineno} imports {literals[0]}")
+            if relative(path) not in IMPORTS_BY_NAME and any(library(text) in LIBRARIES for text in literals):
+                wrong.append(f"{relative(path)}:{node.lineno} imports {literals[0]}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_command_line_starts_without_a_heavy_library():
-    """What is reached from cli/ when it is imported, through every file on the way."""
-    waiting = [module for module in MODULES if room(module) == "cli"]
-    came_from = dict.fromkeys(waiting, "")
+    """Follows every import that is executed when cli/ is imported."""
+    pending = [module for module in MODULES if layer_of(module) == "cli"]
+    imported_by = dict.fromkeys(pending, "")
     wrong = []
-    while waiting:
-        module = waiting.pop()
+    while pending:
+        module = pending.pop()
         package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
-        for base, name, _ in imports(at_start(MODULES[module]), package):
+        for base, name, _ in imports(executed_on_import(MODULES[module]), package):
             target = f"{base}.{name}" if f"{base}.{name}" in MODULES else base
             if target.split(".")[0] not in {*sys.stdlib_module_names, NAME} and library(target) != "typer":
-                wrong.append(f"{module} imports {target} (from {came_from[module] or 'the command line'})")
+                wrong.append(f"{module} imports {target} (from {imported_by[module] or 'the command line'})")
             parents = {".".join(target.split(".")[:end]) for end in range(1, target.count(".") + 2)}
-            for found in sorted(parents & set(MODULES) - set(came_from)):
-                came_from[found] = module
-                waiting.append(found)
+            for found in sorted(parents & set(MODULES) - set(imported_by)):
+                imported_by[found] = module
+                pending.append(found)
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks"])
-def test_no_file_is_longer_than_a_reader_can_hold(folder):
+def test_no_file_is_too_long(folder):
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files(ROOT / folder)}
     assert {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 
 
 @pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks"])
-def test_no_function_is_longer_than_a_screen(folder):
+def test_no_function_is_too_long(folder):
     wrong = [
         f"{path.relative_to(ROOT).as_posix()}:{node.lineno} {node.name} has {lines} lines"
         for path in files(ROOT / folder)
@@ -292,9 +286,9 @@ def test_no_function_is_longer_than_a_screen(folder):
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_error_is_caught_without_naming_it():
+def test_no_except_clause_is_bare():
     wrong = [
-        f"{inside(path)}:{node.lineno}"
+        f"{relative(path)}:{node.lineno}"
         for path in files()
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ExceptHandler) and node.type is None
@@ -304,15 +298,15 @@ def test_no_error_is_caught_without_naming_it():
 
 def test_the_library_does_not_print():
     wrong = [
-        f"{inside(path)}:{node.lineno}"
+        f"{relative(path)}:{node.lineno}"
         for path in files()
-        if room(module_name(path)) != "cli"
+        if layer_of(module_name(path)) != "cli"
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "pprint", "pprint.pprint"}
     ]
     assert wrong == []
 
 
-def test_no_file_has_a_name_that_says_nothing():
+def test_no_file_has_a_meaningless_name():
     parts = {part for path in files() for part in path.relative_to(PACKAGE).with_suffix("").parts}
-    assert parts & NO_NAMES == set()
+    assert parts & MEANINGLESS_NAMES == set()

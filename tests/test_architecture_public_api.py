@@ -1,7 +1,8 @@
-"""The names offered to applications: a list, each typed and documented."""
+"""The public names of the package: one list, and each name is typed and documented."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
@@ -10,51 +11,26 @@ import pytest
 
 import yolov7_deploy
 
-NAMES = [
-    "Checkpoint",
-    "Detections",
-    "Detector",
-    "Engine",
-    "EngineOptions",
-    "ExportOptions",
-    "Int8Options",
-    "ModelMetadata",
-    "OnnxModel",
-    "Thresholds",
-    "Y7Error",
-    "Yolov7",
-    "__version__",
-    "build_engine",
-    "build_model",
-    "calibrate",
-    "export_onnx",
-    "fuse",
-    "load_checkpoint",
-    "new_model",
-    "open_calibration",
-    "save_checkpoint",
-    "to_fp16",
-    "to_int8",
-]
-CLASSES = [name for name in NAMES if name[0].isupper()]
-FUNCTIONS = [name for name in NAMES if name[0].islower()]
+SOURCE = Path(yolov7_deploy.__file__)
+CLASSES = [name for name in yolov7_deploy.__all__ if name[0].isupper()]
+FUNCTIONS = [name for name in yolov7_deploy.__all__ if name[0].islower()]
 
 
 def members(kind: type) -> list[tuple[str, object]]:
-    """The public methods and properties that a class defines itself, and how it is made and called."""
-    made = {"__call__", "__init__"} if not dataclasses.is_dataclass(kind) else set()
-    return [(name, value) for name, value in vars(kind).items() if not name.startswith("_") or name in made]
+    """The public methods and properties that a class defines, with `__init__` and `__call__`."""
+    special = {"__call__", "__init__"} if not dataclasses.is_dataclass(kind) else set()
+    return [(name, value) for name, value in vars(kind).items() if not name.startswith("_") or name in special]
 
 
 def function_of(member: object) -> object:
-    """The function behind a property, a class method or a method; anything else is itself."""
+    """The function of a property, a class method or a method; anything else is returned as it is."""
     if isinstance(member, property):
         return member.fget
     return getattr(member, "__func__", member)
 
 
 def untyped(function: object) -> list[str]:
-    """Parameters without an annotation, and `return`."""
+    """Parameters without an annotation, and `return` if it has none."""
     signature = inspect.signature(function)  # type: ignore[arg-type]
     missing = [
         name for name, parameter in signature.parameters.items() if parameter.annotation is inspect.Parameter.empty
@@ -63,30 +39,41 @@ def untyped(function: object) -> list[str]:
     return missing + (["return"] if signature.return_annotation is inspect.Signature.empty else [])
 
 
-def test_the_names_offered_are_these():
-    assert yolov7_deploy.__all__ == NAMES
-    assert dir(yolov7_deploy) == NAMES
+def typed_names() -> dict[str, str]:
+    """Name and module of every import that only type checkers see."""
+    (block,) = (node for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: node.module or "" for node in imports for alias in node.names}
+
+
+def test_type_checkers_see_exactly_the_public_names():
+    assert typed_names() == {name: f"yolov7_deploy.{module}" for name, module in yolov7_deploy._MODULES.items()}
+
+
+def test_dir_lists_exactly_the_public_names():
+    assert {"Detector", "Detections", "__version__"} < set(yolov7_deploy.__all__)
+    assert dir(yolov7_deploy) == yolov7_deploy.__all__
 
 
 def test_a_star_import_gives_every_name():
     names: dict[str, object] = {}
     exec("from yolov7_deploy import *", names)
-    assert set(NAMES) <= set(names)
+    assert set(yolov7_deploy.__all__) <= set(names)
 
 
-def test_no_name_offered_is_also_the_name_of_a_room():
-    """Python puts an imported room in the same place as a name, so the name would turn into the room."""
-    rooms = {path.stem for path in Path(yolov7_deploy.__file__).parent.iterdir()}
-    assert set(NAMES) & rooms == set()
+def test_no_public_name_is_also_the_name_of_a_submodule():
+    """Importing a submodule sets an attribute of its name on the package, which would replace the public name."""
+    submodules = {path.stem for path in SOURCE.parent.iterdir()}
+    assert set(yolov7_deploy.__all__) & submodules == set()
 
 
-def test_a_name_that_is_not_offered_is_an_attribute_error():
+def test_any_other_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = yolov7_deploy.Nothing
 
 
-def test_the_package_says_that_it_is_typed():
-    assert Path(yolov7_deploy.__file__).with_name("py.typed").is_file()
+def test_the_package_is_marked_as_typed():
+    assert SOURCE.with_name("py.typed").is_file()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -116,5 +103,5 @@ def test_every_public_method_is_typed_and_documented(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if dataclasses.is_dataclass(getattr(yolov7_deploy, name))])
-def test_data_is_frozen(name):
+def test_every_dataclass_is_frozen(name):
     assert getattr(yolov7_deploy, name).__dataclass_params__.frozen

@@ -1,4 +1,4 @@
-"""Tables and JSON documents."""
+"""Tables, progress lines, plurals and JSON documents."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy._console import progress, table, write_json
+from yolov7_deploy._console import plural, progress, table, write_json
 from yolov7_deploy.errors import UsageError
 
 
@@ -31,11 +31,11 @@ def test_missing_values_are_dashes_and_do_not_turn_a_column_into_text():
     assert table([["a", None], ["b", "0.5"]], ["k", "v"], pretty=False) == "k    v\na    -\nb  0.5"
 
 
-def test_a_table_without_rows_still_has_its_head():
+def test_a_table_without_rows_still_has_a_heading():
     assert table([], ["a", "b"], pretty=False) == "a  b"
 
 
-def test_drawn_tables_show_brackets_as_they_are():
+def test_pretty_tables_do_not_interpret_markup():
     assert "[bold]" in table([["[bold]"]], ["name"], "T", pretty=True)
 
 
@@ -43,7 +43,25 @@ def test_a_pipe_gets_the_plain_table(capsys):
     assert "\x1b" not in table([["a"]], ["k"])
 
 
-def test_json_is_sorted_and_the_same_bytes_each_time(tmp_path):
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (0, "image", "0 images"),
+        (1, "image", "1 image"),
+        (2, "GPU", "2 GPUs"),
+        (2, "box", "2 boxes"),
+        (2, "class", "2 classes"),
+        (1, "class", "1 class"),
+        (2, "entry", "2 entries"),
+        (2, "key", "2 keys"),
+        (1234, "file", "1,234 files"),
+    ],
+)
+def test_a_count_has_its_noun_in_the_right_number(count, noun, text):
+    assert plural(count, noun) == text
+
+
+def test_json_keys_are_sorted_and_the_bytes_reproducible(tmp_path):
     path = tmp_path / "deep/er/a.json"
     document = {"b": np.float32(0.5), "a": [np.int64(2), Path("x"), Point(1)], "c": np.zeros(2)}
     write_json(document, path)
@@ -60,7 +78,7 @@ def test_a_dash_is_standard_output(capsys):
 
 
 @pytest.mark.parametrize("document", [{"a": float("nan")}, {"a": object()}])
-def test_what_is_not_json_leaves_the_old_file_alone(tmp_path, document):
+def test_a_document_that_is_not_json_keeps_the_existing_file(tmp_path, document):
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(ValueError, match=r"JSON|plain data"):
@@ -68,7 +86,7 @@ def test_what_is_not_json_leaves_the_old_file_alone(tmp_path, document):
     assert path.read_text() == "old"
 
 
-def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     def interrupted(self, target):
         raise KeyboardInterrupt
 
@@ -78,7 +96,7 @@ def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_is_no_json_file(tmp_path):
+def test_writing_json_to_a_folder_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
         write_json({}, tmp_path)
 

@@ -1,11 +1,13 @@
-"""From an official YOLOv7 checkpoint to the fastest verified detector on your machine.
+"""YOLOv7: train, export, quantize, verify and deploy.
 
-Seven stations, each a pure step between two named types:
+From an official checkpoint to a detector on ONNX Runtime or TensorRT. Every step is one function between two types:
 
-     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (fp16 | int8) ─▶ Engine ─▶ Detector
-        load_checkpoint  build_model     fuse        export_onnx    to_fp16, to_int8 build_engine    ─▶ Detections
+    weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (FP16 | INT8) ─▶ Engine
+      load_checkpoint  build_model   fuse          export_onnx     to_fp16, to_int8        build_engine
 
-Names are imported when first touched, so `import yolov7_deploy` needs neither torch nor onnx.
+`Detector` runs any of these files: images in, `Detections` out.
+
+Names are imported when they are first used, so `import yolov7_deploy` needs neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -13,27 +15,36 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from yolov7_deploy._version import __version__
+from yolov7_deploy._version import __version__ as __version__
 
+# The same names for type checkers; a test compares them with the table below.
 if TYPE_CHECKING:
-    from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from yolov7_deploy.detections import Detections
-    from yolov7_deploy.detector import Detector
-    from yolov7_deploy.errors import Y7Error
-    from yolov7_deploy.export.onnx_exporter import export_onnx
-    from yolov7_deploy.export.onnx_model import OnnxModel
-    from yolov7_deploy.metadata import ModelMetadata
-    from yolov7_deploy.model.fusion import fuse
-    from yolov7_deploy.model.yolov7 import Yolov7, build_model, new_model
-    from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options, Thresholds
-    from yolov7_deploy.precision.calibrate import calibrate
-    from yolov7_deploy.precision.calibration_images import open_calibration
-    from yolov7_deploy.precision.fp16 import to_fp16
-    from yolov7_deploy.precision.int8 import to_int8
-    from yolov7_deploy.tensorrt.builder import build_engine
-    from yolov7_deploy.tensorrt.engine import Engine
+    from yolov7_deploy.checkpoint import Checkpoint as Checkpoint
+    from yolov7_deploy.checkpoint import load_checkpoint as load_checkpoint
+    from yolov7_deploy.checkpoint import save_checkpoint as save_checkpoint
+    from yolov7_deploy.detections import Detections as Detections
+    from yolov7_deploy.detector import Detector as Detector
+    from yolov7_deploy.errors import Y7Error as Y7Error
+    from yolov7_deploy.export.onnx_exporter import export_onnx as export_onnx
+    from yolov7_deploy.export.onnx_model import OnnxModel as OnnxModel
+    from yolov7_deploy.metadata import ModelMetadata as ModelMetadata
+    from yolov7_deploy.model.fusion import fuse as fuse
+    from yolov7_deploy.model.yolov7 import Yolov7 as Yolov7
+    from yolov7_deploy.model.yolov7 import build_model as build_model
+    from yolov7_deploy.model.yolov7 import new_model as new_model
+    from yolov7_deploy.options import EngineOptions as EngineOptions
+    from yolov7_deploy.options import ExportOptions as ExportOptions
+    from yolov7_deploy.options import Int8Options as Int8Options
+    from yolov7_deploy.options import Thresholds as Thresholds
+    from yolov7_deploy.precision.calibrate import calibrate as calibrate
+    from yolov7_deploy.precision.calibration_images import open_calibration as open_calibration
+    from yolov7_deploy.precision.fp16 import to_fp16 as to_fp16
+    from yolov7_deploy.precision.int8 import to_int8 as to_int8
+    from yolov7_deploy.tensorrt.builder import build_engine as build_engine
+    from yolov7_deploy.tensorrt.engine import Engine as Engine
 
-_HOMES = {
+# Every public name and the module that defines it.
+_MODULES = {
     "Checkpoint": "checkpoint",
     "Detections": "detections",
     "Detector": "detector",
@@ -59,39 +70,14 @@ _HOMES = {
     "to_int8": "precision.int8",
 }
 
-__all__ = [
-    "Checkpoint",
-    "Detections",
-    "Detector",
-    "Engine",
-    "EngineOptions",
-    "ExportOptions",
-    "Int8Options",
-    "ModelMetadata",
-    "OnnxModel",
-    "Thresholds",
-    "Y7Error",
-    "Yolov7",
-    "__version__",
-    "build_engine",
-    "build_model",
-    "calibrate",
-    "export_onnx",
-    "fuse",
-    "load_checkpoint",
-    "new_model",
-    "open_calibration",
-    "save_checkpoint",
-    "to_fp16",
-    "to_int8",
-]
+__all__ = sorted([*_MODULES, "__version__"])
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the names above
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any of the public names
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         from yolov7_deploy.errors import missing_library
 

@@ -1,8 +1,8 @@
-"""`python -m yolov7_deploy` and the console command `y7`."""
+"""Entry point of `python -m yolov7_deploy` and of the console command `y7`."""
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     from yolov7_deploy.cli.app import main as run
 
     run()

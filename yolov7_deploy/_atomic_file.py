@@ -1,4 +1,4 @@
-"""Files that are there complete or not at all, whenever a program is stopped."""
+"""Atomic file writes: a file is complete or absent, whenever the program is stopped."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Another name, to be written under; it becomes `path` at the end, or is removed if anything is raised.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; it is renamed to `path` at the end, or removed if an exception is raised.
 
-    The name is in the same folder, which is made, and has the same suffix. What was called `path` before stays until
-    then.
+    The temporary file is in the same folder, which is created, and has the same suffix. An existing file at `path`
+    is replaced only by the final rename.
 
     Raises:
-        OSError: The folder cannot be made, or the file cannot get its name.
+        OSError: The folder cannot be created, or the file cannot be renamed.
     """
-    unfinished = unfinished_name(path)
+    temporary = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        unfinished.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError, ValueError):  # what is called a folder may be a file
-            unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # a parent may be a file instead of a folder
+            temporary.unlink(missing_ok=True)
 
 
-def unfinished_name(path: Path) -> Path:
-    """Where this process writes what will be `path`."""
+def partial_path(path: Path) -> Path:
+    """Return the temporary path under which this process writes `path`."""
     return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
 
 
-def remove_unfinished(path: Path) -> None:
-    """Removes what killed processes have left of `path`; nobody else may be writing it now."""
+def remove_partial_files(path: Path) -> None:
+    """Remove temporary files of `path` that killed processes left; no other process may be writing it."""
     before, after = f".{path.stem}.", f".partial{path.suffix}"
     with contextlib.suppress(OSError):
         for found in path.parent.iterdir():

@@ -1,4 +1,4 @@
-"""How a chart looks, and how it becomes a file."""
+"""Matplotlib style of all charts, and writing them as PNG files."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.errors import UsageError
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so the same everywhere
+FONT = "DejaVu Sans"  # part of matplotlib, so charts look the same everywhere
 GREY = "#555555"
 
 
-def check_chart_name(path: Path) -> None:
-    """Refuses a name that no chart can have, for those who measure long before they draw.
+def check_chart_path(path: Path) -> None:
+    """Check the file name of a chart; call it before a long measurement whose result will be drawn.
 
     Raises:
-        UsageError: It does not end in .png.
+        UsageError: The name does not end in .png.
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path}: a chart is a PNG.", fix=f"Name it {path.stem}.png")
 
 
 def write_chart(draw: Callable[[], Figure], path: Path, *, dpi: int) -> None:
-    """Writes a PNG: same figure, same bytes. The file appears complete or not at all, and folders are made.
+    """Write a PNG file atomically; the same figure gives the same bytes. Missing folders are created.
 
     Raises:
         UsageError: The name does not end in .png, or the file cannot be written.
     """
-    check_chart_name(path)
+    check_chart_path(path)
     data = BytesIO()
     with chart_style():
         draw().savefig(data, format="png", dpi=dpi, metadata={"Software": None})
     try:
-        with whole_file(path) as unfinished:
-            unfinished.write_bytes(data.getvalue())
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data.getvalue())
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
 
 
-def drawable(text: str) -> str:
-    """The text with a question mark for every sign that the font lacks, of which matplotlib would warn."""
+def replace_missing_glyphs(text: str) -> str:
+    """Return the text with a question mark for every character that the font lacks (matplotlib would warn)."""
     known = get_font(findfont(FONT)).get_charmap()
-    return "".join(sign if ord(sign) in known else "?" for sign in text)
+    return "".join(character if ord(character) in known else "?" for character in text)
 
 
 @contextmanager
 def chart_style() -> Iterator[None]:
-    """Matplotlib's own defaults and ours on top; the user's settings come back afterwards."""
+    """Apply matplotlib's defaults and our changes to them; the user's settings are restored afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rc("font", family=FONT, size=9.0)

@@ -1,4 +1,4 @@
-"""Reports for people and for machines: a table, a progress line, one JSON document."""
+"""Output for people and for programs: tables, progress lines, counts with their nouns, JSON documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.errors import UsageError
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
@@ -27,20 +27,20 @@ PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
 def table(
     rows: Sequence[Sequence[object]], columns: Sequence[str], title: str = "", *, pretty: bool | None = None
 ) -> str:
-    """A table as text, numbers to the right: drawn for a terminal, aligned plain columns for a pipe.
+    """Return a table as text: with lines for a terminal, as plain aligned columns for a pipe.
 
-    Floats should come formatted; `None` is a dash.
+    Columns of numbers are aligned to the right. Format floats before; `None` becomes a dash.
 
     Args:
         rows: One sequence of cells per row, as long as `columns`.
         columns: Headings.
-        title: Stands above; left out when empty.
-        pretty: `None` looks whether standard output is a terminal.
+        title: A line above the table; left out when empty.
+        pretty: Draw lines; `None` does so if standard output is a terminal.
     """
     cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
     if sys.stdout.isatty() if pretty is None else pretty:
-        return _drawn(cells, columns, numeric, title)
+        return _pretty_table(cells, columns, numeric, title)
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     lines = [
         "  ".join(
@@ -52,7 +52,21 @@ def table(
     return "\n".join([title, *lines] if title else lines)
 
 
-def _drawn(cells: Sequence[Sequence[str]], columns: Sequence[str], numeric: Sequence[bool], title: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: `1 image`, `2 images`, `2 boxes`, `2 GPUs`.
+
+    For nouns of this package only. Do not use it for class names, which come from anywhere: write `bus: 2`.
+    """
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{count:,} {noun}es"
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{count:,} {noun[:-1]}ies"
+    return f"{count:,} {noun}s"
+
+
+def _pretty_table(cells: Sequence[Sequence[str]], columns: Sequence[str], numeric: Sequence[bool], title: str) -> str:
     drawn = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for name, right in zip(columns, numeric, strict=True):
         drawn.add_column(Text(name), justify="right" if right else "left", overflow="fold")
@@ -68,33 +82,37 @@ def _is_number(text: str) -> bool:
 
 
 def write_json(document: object, path: str | Path) -> None:
-    """Writes one JSON document: sorted keys, shortest floats, same document same bytes; `-` is standard output.
+    """Write one JSON document with sorted keys; the same document gives the same bytes. `-` is standard output.
 
-    The file appears complete or not at all. Dataclasses, paths and NumPy values become plain data; missing folders
-    are made.
+    The file is written atomically, and missing folders are created. Dataclasses, paths and NumPy values become plain
+    data.
 
     Raises:
         UsageError: The path cannot be written.
-        ValueError: A NaN or infinity, which JSON does not have, or a type that is not data.
+        ValueError: The document has a NaN or infinity, which JSON does not have, or a type that is not plain data.
     """
     text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    path = Path(path)
+    write_text(Path(path), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically; missing folders are created.
+
+    Raises:
+        UsageError: The path cannot be written.
+    """
     try:
-        _write_whole(path, text)
+        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: cannot be renamed
+            path.write_text(text, encoding="utf-8")
+            return
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: nothing to rename onto
-        path.write_text(text, encoding="utf-8")
-        return
-    with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
 
 
 def _plain(value: object) -> object:
@@ -110,18 +128,18 @@ def _plain(value: object) -> object:
 
 
 class _Rate(ProgressColumn):
-    """Items per second so far."""
+    """Progress column with the mean number of items per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate as text, empty before the first item."""
+        """Return the rate as text, empty before the first item."""
         return Text(f"{task.completed / task.elapsed:.1f}/s" if task.elapsed and task.completed else "")
 
 
 @contextlib.contextmanager
 def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A function of (done, total) that shows progress: a bar on a terminal, a line every ten seconds in a pipe.
+    """Yield a function of (done, total) that shows progress: a bar on a terminal, a line every ten seconds in a pipe.
 
-    It goes to standard error, so that standard output holds results only.
+    Progress is written to standard error; standard output is for results.
     """
     with progress_with_note(what, stream=stream) as show:
         yield lambda done, total: show(done, total, "")
@@ -129,7 +147,7 @@ def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[i
 
 @contextlib.contextmanager
 def progress_with_note(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int, str], None]]:
-    """Like `progress`, with a third argument: words that stand behind the numbers."""
+    """Like `progress`, for a function of (done, total, note); the note is shown after the numbers."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield _plain_progress(what, stream)

@@ -1,29 +1,31 @@
-"""JSON to dataclasses, checked against their annotations; the other way is `dataclasses.asdict`."""
+"""Dataclasses from parsed JSON, checked against their annotations (`dataclasses.asdict` is the inverse), and SHA-256."""
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 import sys
 import types
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-SHOWN = 80  # characters of a wrong value in a message
+MAX_REPR = 80  # characters of a wrong value in a message
 
 T = TypeVar("T")
 
 
-def from_plain(kind: type[T], raw: dict[str, Any]) -> T:
-    """A dataclass from what `asdict` and JSON made of it; fields it does not know are left out.
+def from_dict(kind: type[T], raw: dict[str, Any]) -> T:
+    """Return a dataclass from its `asdict` after a round trip through JSON; unknown keys are ignored.
 
     Raises:
         ValueError: A field is missing or of another type; the message names it.
     """
-    return kind(**members_of(kind, raw))
+    return kind(**field_values(kind, raw))
 
 
-def members_of(kind: type, raw: dict[str, Any], *, leave: str = "") -> dict[str, Any]:
-    """Values for the fields of a dataclass, except the one called `leave`.
+def field_values(kind: type, raw: dict[str, Any], *, exclude: str = "") -> dict[str, Any]:
+    """Values for the fields of a dataclass, except the one called `exclude`.
 
     Raises:
         ValueError: A field is missing or of another type; the message names it.
@@ -31,7 +33,7 @@ def members_of(kind: type, raw: dict[str, Any], *, leave: str = "") -> dict[str,
     hints = get_type_hints(kind)
     values = {}
     for member in fields(kind):
-        if member.name == leave:
+        if member.name == exclude:
             continue
         if member.name in raw:
             values[member.name] = _typed(hints[member.name], raw[member.name], member.name)
@@ -40,9 +42,24 @@ def members_of(kind: type, raw: dict[str, Any], *, leave: str = "") -> dict[str,
     return values
 
 
-def shown(value: object) -> str:
-    """A value for a message, however long or deep it is."""
-    return reprlib.repr(value)[:SHOWN]
+def short_repr(value: object) -> str:
+    """Return a repr that is short enough for a message, however long or deep the value is."""
+    return reprlib.repr(value)[:MAX_REPR]
+
+
+def sha256_hex(data: bytes | Path) -> str:
+    """Return the SHA-256 of bytes, or of the content of a file, in hexadecimal.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    with data.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - any annotation of a field, any JSON value
@@ -57,11 +74,11 @@ def _typed(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - any annot
     if get_origin(hint) is Literal and isinstance(value, str) and value in arguments:
         return value
     if is_dataclass(hint) and isinstance(value, dict):
-        return from_plain(cast("type[Any]", hint), value)
+        return from_dict(cast("type[Any]", hint), value)
     if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # Python's JSON has infinity
         return float(value)
     if hint is str and isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # lone surrogates could not be printed or written
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ValueError(f"{name} is {shown(value)}")
+    raise ValueError(f"{name} is {short_repr(value)}")

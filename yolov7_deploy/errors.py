@@ -1,17 +1,17 @@
-"""The family tree of everything that is raised on purpose.
+"""Exceptions of this package, all derived from `Y7Error`.
 
-Every error has three parts: what happened with the real values, why, and what to type next.
-The command line prints them without a traceback and exits with 1.
+Every error has three parts: what happened (with the actual values), why, and what to type next.
+The command line prints them without a traceback and exits with code 1.
 """
 
 from __future__ import annotations
 
 
 class Y7Error(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all exceptions that this package raises on purpose.
 
     Args:
-        message: What happened and why, with the real values.
+        message: What happened and why, with the actual values.
         fix: What to type or change next; printed on its own line.
     """
 
@@ -25,65 +25,66 @@ class Y7Error(Exception):
 
 
 class UsageError(Y7Error):
-    """An option or argument that cannot mean anything, or contradicts another."""
+    """An option or argument has an invalid value, or contradicts another one."""
 
 
 class MissingLibraryError(Y7Error):
-    """A library of an optional extra is not installed."""
+    """A library that an optional extra installs is missing."""
 
 
 class LoadError(Y7Error):
-    """A model file that cannot be opened: absent, truncated, of another kind, or of another machine."""
+    """A model file cannot be opened: it is missing, truncated, of another format, or made for another machine."""
 
 
 class CheckpointError(LoadError):
-    """Weights that do not describe a YOLOv7: keys missing, left over or of a wrong shape."""
+    """The weights are not those of a YOLOv7 network: tensors are missing, unexpected or of the wrong shape."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A pickle that asks for code this package never runs; the message names what it asked for."""
+    """A pickle asks for code that this package never executes; the message names it."""
 
 
 class FusionError(Y7Error):
-    """A model that cannot be fused (it already is, or holds a block without a fusion rule)."""
+    """A model cannot be fused: it already is, or it has a block without a fusion rule."""
 
 
 class ExportError(Y7Error):
-    """A graph that could not be written, or an option no runtime can honour."""
+    """An ONNX graph cannot be produced, or an option is one that no runtime supports."""
 
 
 class EngineError(Y7Error):
-    """An engine that TensorRT could not build here, or a build option that this TensorRT does not have."""
+    """TensorRT cannot build an engine here, or this TensorRT does not have a build option."""
 
 
 class PluginError(Y7Error):
-    """A TensorRT plugin library that is not ours, is damaged or of another kind, or cannot be built here."""
+    """A TensorRT plugin library is not ours, damaged, of another kind, or cannot be built here."""
 
 
 class ParityError(Y7Error):
-    """Two forms of the same model that disagree beyond tolerance."""
+    """Two artifacts of the same model differ by more than the tolerance."""
 
 
 class ImageError(Y7Error):
-    """An image that cannot be read or is not an image."""
+    """An image cannot be read, or is not an image."""
 
 
 class SourceError(Y7Error):
-    """A folder, video, camera, stream or list with nothing to read in it."""
+    """A folder, video, camera, stream or list cannot be read or has no images."""
 
 
 class DatasetError(Y7Error):
-    """A dataset whose files are missing, malformed or contradict each other."""
+    """The files of a dataset are missing, malformed or contradict each other."""
 
 
 class TrainingError(Y7Error):
-    """A training that cannot go on: its loss is no number any more, or its files cannot be written."""
+    """Training cannot continue: the loss is not finite, or a file cannot be written."""
 
 
 class DeviceError(Y7Error):
-    """A device that this machine or this runtime does not have, or that ran out of memory."""
+    """A device does not exist on this machine or in this runtime, or is out of memory."""
 
 
+# Library: the extra of this package that installs it.
 _EXTRAS = {
     "faster_coco_eval": "val",
     "google": "export",
@@ -101,14 +102,14 @@ _EXTRAS = {
 
 
 def missing_library(error: ModuleNotFoundError, purpose: str) -> MissingLibraryError:
-    """What to say of a library that is not installed, with the extra that brings it.
+    """Return the error for a library that is not installed; it names the extra that installs it.
 
     Args:
-        error: The failed import of a library.
+        error: The failed import of the library.
         purpose: Completes "torch is needed ...".
 
     Raises:
-        ModuleNotFoundError: The import of a file of this package failed, which no installation mends.
+        ModuleNotFoundError: The module that failed to import belongs to this package, so installing does not help.
     """
     library = (error.name or "").partition(".")[0]
     if library in ("", "yolov7_deploy"):

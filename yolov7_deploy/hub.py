@@ -1,6 +1,6 @@
-"""Finds a weights file: a path, or an official name looked for here, in `$Y7_WEIGHTS_DIR`, in the cache, online.
+"""Finding weights files: by path, or by official name in local folders, else by download from the authors' release.
 
-Only official names may reach the network, and only when no local place has them.
+Only official names are ever downloaded, and only if no local folder has them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.errors import LoadError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 RELEASE_URL = "https://github.com/WongKinYiu/yolov7/releases/download/v0.1"
 WEIGHTS_DIR_VARIABLE = "Y7_WEIGHTS_DIR"
 
-# Files of the authors' release v0.1; tiny has no training form there, and tiny-silu was never published.
+# Files of the authors' release v0.1. It has no training weights of tiny; tiny-silu was never published.
 OFFICIAL_NAMES = (
     "yolov7",
     "yolov7-tiny",
@@ -42,10 +42,10 @@ OFFICIAL_NAMES = (
     "yolov7-e6e_training",
 )
 
-# Comes along with the package, so that everything can be tried without a network; benchmarks/demo_weights.py made it.
+# Part of this package, so that everything can be tried offline; benchmarks/demo_weights.py trained it.
 SHAPES_WEIGHTS = "yolov7-tiny-shapes"
 
-# Digests that are publicly known; the others are checked by length only.
+# Publicly known digests; the other downloads are checked by length only.
 SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e0c71d"}
 
 TIMEOUT_S = 30.0
@@ -61,30 +61,30 @@ def find_weights(
     base_url: str = RELEASE_URL,
     timeout_s: float = TIMEOUT_S,
 ) -> Path:
-    """The path of a weights file, downloaded into the cache if it is an official one found nowhere else.
+    """Return the path of a weights file; an official one that is not found locally is downloaded into the cache.
 
-    A name such as `yolov7` (or `yolov7.pt`) means, in this order: `yolov7.pt`, `yolov7.safetensors`,
-    `yolov7_training.pt` in the working directory, in `$Y7_WEIGHTS_DIR`, in `~/.cache/yolov7_deploy`
-    (`$XDG_CACHE_HOME` is respected), else the authors' release. `yolov7-tiny-shapes` comes along with this package. A
-    path is only ever a path.
+    For a name such as `yolov7` (or `yolov7.pt`) the files `yolov7.pt`, `yolov7.safetensors` and `yolov7_training.pt`
+    are looked for in the working directory, in `$Y7_WEIGHTS_DIR` and in the cache (`~/.cache/yolov7_deploy`, or
+    under `$XDG_CACHE_HOME`), in this order. `yolov7-tiny-shapes` is part of this package. Anything else is a path and
+    is never downloaded.
 
     Args:
         name_or_path: Official name or path.
-        progress: Called during a download with bytes done and bytes in all (0 if the server does not say).
-        base_url: Where the release lies; the file name is appended.
-        timeout_s: Longest silence of the server, in seconds.
+        progress: Called during a download with bytes done and total bytes (0 if the server does not send a length).
+        base_url: Folder of the release; the file name is appended.
+        timeout_s: Network timeout in seconds.
 
     Raises:
-        LoadError: There is no such file; for an official name the message lists the places looked at.
+        LoadError: There is no such file; for an official name the message lists where it was looked for.
     """
     path = Path(name_or_path)
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long for any file
         return path
     name = str(name_or_path).removesuffix(".pt")
     if name == SHAPES_WEIGHTS:
-        return shipped_weights()
+        return bundled_weights()
     if name not in OFFICIAL_NAMES:
-        raise _absent(path)
+        raise _not_found(path)
     local = find_local_weights(name)
     if local is not None:
         return local
@@ -94,45 +94,36 @@ def find_weights(
     try:
         _download(url, target, name=name, progress=progress, timeout_s=timeout_s)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        looked = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in _places().items())
+        folders = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in weights_folders().items())
         raise LoadError(
-            f"{name} was not found ({' / '.join(_file_names(name))}) in any of these places:{looked}"
+            f"{name} ({' / '.join(_file_names(name))}) was not found in any of these locations:{folders}"
             f"\n  the authors' release: {url} ({_reason(error)})",
-            fix=f"Download that address where there is a network, and name the file:  --weights {name}.pt",
+            fix=f"Download this URL on a machine with network access, and pass the file:  --weights {name}.pt",
         ) from error
     logger.info("weights: %s -> %s in %.1f s", url, target, time.perf_counter() - start)
     return target
 
 
 def find_local_weights(name: str) -> Path | None:
-    """The file of an official name in the local places, in the order of `find_weights`; `None` where there is none."""
-    folders = [folder for folder in _places().values() if folder is not None]
+    """Return the local file of an official name, in the order of `find_weights`; `None` if there is none."""
+    folders = [folder for folder in weights_folders().values() if folder is not None]
     candidates = (folder / file for folder in folders for file in _file_names(name))
     return next((path for path in candidates if path.is_file()), None)
 
 
-def shipped_weights() -> Path:
-    """The file of the small trained network that comes along with this package."""
+def bundled_weights() -> Path:
+    """Return the path of the small trained network that is part of this package."""
     return Path(__file__).parent / "assets" / f"{SHAPES_WEIGHTS}.safetensors"
 
 
 def cache_dir() -> Path:
-    """The folder of downloaded weights: `$XDG_CACHE_HOME/yolov7_deploy`, by default `~/.cache/yolov7_deploy`."""
+    """Return the folder of downloaded weights: `$XDG_CACHE_HOME/yolov7_deploy`, by default `~/.cache/yolov7_deploy`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path("~/.cache").expanduser()) / "yolov7_deploy"
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()
-
-
-def _places() -> dict[str, Path | None]:
-    """The local places in the order they are looked at, with their labels for messages."""
+def weights_folders() -> dict[str, Path | None]:
+    """Return the local folders of official weights by their label, in search order; `None` for one that is not set."""
     chosen = os.environ.get(WEIGHTS_DIR_VARIABLE)
     return {
         "working directory": Path.cwd(),
@@ -142,13 +133,13 @@ def _places() -> dict[str, Path | None]:
 
 
 def _file_names(name: str) -> tuple[str, ...]:
-    plain = (f"{name}.pt", f"{name}.safetensors")
-    return plain if name.endswith("_training") else (*plain, f"{name}_training.pt")
+    names = (f"{name}.pt", f"{name}.safetensors")
+    return names if name.endswith("_training") else (*names, f"{name}_training.pt")
 
 
-def _absent(path: Path) -> LoadError:
-    if os.path.isdir(path):  # noqa: PTH112
-        return LoadError(f"{path} is a folder, not a weights file.", fix=f"Name the file inside it:  {path}/NAME.pt")
+def _not_found(path: Path) -> LoadError:
+    if os.path.isdir(path):  # noqa: PTH112 - as in `find_weights`
+        return LoadError(f"{path} is a folder, not a weights file.", fix=f"Pass the file inside it:  {path}/NAME.pt")
     names = ", ".join(name for name in OFFICIAL_NAMES if not name.endswith("_training"))
     if path.suffix or path.parent != Path():
         return LoadError(f"{path} does not exist.", fix=f"Check the path, or use an official name: {names}")
@@ -156,18 +147,18 @@ def _absent(path: Path) -> LoadError:
 
 
 def _download(url: str, target: Path, *, name: str, progress: Progress | None, timeout_s: float) -> None:
-    """Fetches a file under a temporary name, checks length and digest, then renames it.
+    """Download to a temporary file, check length and digest, then rename it.
 
     Raises:
-        LoadError: What arrived is not what the release holds.
-        OSError: Network or disk; also `http.client.HTTPException` and `ValueError` for a malformed answer.
+        LoadError: The download is incomplete, or is not the published file.
+        OSError: Network or disk; also `http.client.HTTPException` and `ValueError` for a malformed response.
     """
     digest = hashlib.sha256()
     done = 0
-    with whole_file(target) as unfinished:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer, unfinished.open("wb") as file:
-            total = int(answer.headers.get("Content-Length") or 0)
-            while block := answer.read(_BLOCK_BYTES):
+    with atomic_write(target) as temporary:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response, temporary.open("wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            while block := response.read(_BLOCK_BYTES):
                 done += len(block)
                 if done > _MAX_BYTES:
                     raise ValueError(f"more than {_MAX_BYTES} bytes")
@@ -175,19 +166,19 @@ def _download(url: str, target: Path, *, name: str, progress: Progress | None, t
                 digest.update(block)
                 if progress is not None:
                     progress(done, total)
-        _check_arrived(url, done, total, digest.hexdigest(), SHA256.get(name, ""))
+        _check_download(url, done, total, digest.hexdigest(), SHA256.get(name, ""))
 
 
-def _check_arrived(url: str, done: int, total: int, digest: str, expected: str) -> None:
+def _check_download(url: str, done: int, total: int, digest: str, expected: str) -> None:
     if done == 0 or done < total:
         raise LoadError(
-            f"The download of {url} broke off after {done} of {total or 'unknown'} bytes; nothing was kept.",
+            f"The download of {url} broke off after {done} of {total or 'unknown'} bytes; nothing was saved.",
             fix="Run the same command again.",
         )
     if expected and digest != expected:
         raise LoadError(
-            f"The download of {url} is not the published file: its SHA-256 is {digest}, not {expected}.",
-            fix="A proxy may have answered in its place. Download the file by other means and name its path.",
+            f"The download of {url} is not the published file: its SHA-256 is {digest}, expected {expected}.",
+            fix="A proxy may have sent something else. Download the file by other means and pass its path.",
         )
 
 

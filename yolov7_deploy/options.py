@@ -1,4 +1,4 @@
-"""One frozen dataclass per verb: defaults live here once. Imports nothing heavy."""
+"""Options of every command as frozen dataclasses, which define the defaults. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
 PRECISIONS = ("fp32", "fp16", "int8")
 INT8_METHODS = ("mse", "percentile", "entropy", "max")
-INT8_RESTS = ("fp16", "fp32")
+INT8_FALLBACKS = ("fp16", "fp32")
 OPSETS = range(13, 22)
 PLUGIN_USES = ("auto", "on", "off")
 HARDWARE_COMPATIBILITIES = ("none", "ampere+", "same-cc")
 OPT_LEVELS = range(6)
-MAX_THREADS = 256  # callers at the same time
+MAX_CONCURRENCY = 256  # of y7 bench
 MAX_FRAME_SIDE = 16384
 ASSIGNERS = ("independent", "lead-guided", "coarse-to-fine")
 AUXILIARY_HEADS = ("partial", "full", "none")
@@ -28,16 +28,16 @@ TOPK_LIMIT = 3840  # the largest K of TensorRT's TopK layer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """What is kept of a network's output. Defaults are the official detection defaults.
+    """Thresholds of confidence and NMS; the defaults are those of the official detection program.
 
     Attributes:
-        conf: Keep scores above this (strictly).
-        iou: Suppress a box that overlaps a better one of its class by more than this.
-        max_det: At most this many boxes an image, best first.
-        classes: Only these class ids; `None` keeps all.
-        multi_label: Every class above `conf` is a detection, instead of a box's best class only
-            (the evaluation protocol; official detection keeps the best class).
-        class_agnostic: A box suppresses boxes of every class.
+        conf: Keep boxes with a score greater than this.
+        iou: NMS removes a box whose IoU with a better box of its class is greater than this.
+        max_det: Maximum number of boxes per image, best first.
+        classes: Keep only these class ids; `None` keeps all.
+        multi_label: A box may be a detection of every class with a score above `conf`, as in the evaluation protocol;
+            otherwise of its best class only, as in the official detection program.
+        class_agnostic: NMS compares boxes of all classes with each other.
     """
 
     conf: float = 0.25
@@ -57,20 +57,20 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
-    """How a fused model becomes an ONNX file.
+    """Options of the export from a fused model to an ONNX file.
 
     Attributes:
-        input_hw: Height and width of the network input, multiples of the model's largest stride; the paper's size of
-            this kind of model where left out.
-        batch: Fixed batch size; `None` leaves the batch open.
+        input_hw: Height and width of the network input, multiples of the model's largest stride; `None` is the size
+            of this kind of model in the paper.
+        batch: Fixed batch size; `None` makes the batch dynamic.
         nms: `plugin` (our op with a function body of standard operators), `standard` (that body inlined),
             `efficient` (EfficientNMS_TRT, with a body for other runtimes) or `none` (decoded output).
-        conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`; `conf` and `iou` stay changeable at run
+        conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`; `conf` and `iou` can be changed at run
             time except with `efficient`.
-        max_candidates: Best-scoring candidates that enter suppression.
+        max_candidates: Number of best-scoring candidates that enter NMS.
         input_kind: `float32` (NCHW RGB 0..1) or `uint8` (NHWC BGR, scaling and layout inside the graph).
         opset: ONNX operator set, 13 to 21.
-        simplify: Run onnx-simplifier over the graph.
+        simplify: Run onnx-simplifier on the graph.
     """
 
     input_hw: tuple[int, int] | None = None
@@ -95,10 +95,10 @@ class ExportOptions:
         if self.opset not in OPSETS:
             raise UsageError(f"--opset {self.opset} is not supported.", fix=f"From {OPSETS[0]} to {OPSETS[-1]}.")
         if self.batch is not None and self.batch < 1:
-            raise UsageError(f"--batch {self.batch} must be at least 1.", fix="Or --dynamic-batch")
+            raise UsageError(f"--batch {self.batch} must be at least 1.", fix="For any size use --dynamic-batch")
         if self.max_candidates > TOPK_LIMIT:
             raise UsageError(
-                f"max_candidates {self.max_candidates} is above {TOPK_LIMIT}, the most TensorRT can sort.",
+                f"max_candidates {self.max_candidates} is above {TOPK_LIMIT}, the limit of TensorRT's TopK.",
                 fix=f"--max-candidates {TOPK_LIMIT}",
             )
         if self.max_candidates < self.max_det:
@@ -110,36 +110,36 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Options:
-    """How a float32 graph becomes INT8.
+    """Options of the INT8 quantization of a float32 graph.
 
     Attributes:
-        method: How the range of an activation is chosen from its histogram: `mse` (least squared difference),
-            `percentile` (99.99 % of the values), `entropy` (as TensorRT's calibrator did) or `max` (nothing clipped).
-        spare: Convolutions that stay float, by name, and why.
-        rest: Type of what is not INT8: `fp16`, or `fp32`, which is for graphs whose values half cannot hold.
-        correct_bias: Add to each bias what rounding the weights takes from the mean result.
+        method: How an activation range is chosen from the histogram: `mse` (least squared error),
+            `percentile` (99.99 % of the values), `entropy` (as TensorRT's calibrator) or `max` (no clipping).
+        exclude: Convolutions that stay float: the name of each and the reason.
+        fallback: Precision of everything that is not INT8: `fp16`, or `fp32` for graphs whose values overflow FP16.
+        correct_bias: Correct each bias by the mean error that rounding the weights causes.
     """
 
     method: str = "mse"
-    spare: Mapping[str, str] = field(default_factory=dict)
-    rest: str = "fp16"
+    exclude: Mapping[str, str] = field(default_factory=dict)
+    fallback: str = "fp16"
     correct_bias: bool = True
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, INT8_METHODS), ("rest", self.rest, INT8_RESTS)):
+        for name, value, known in (("method", self.method, INT8_METHODS), ("fallback", self.fallback, INT8_FALLBACKS)):
             if value not in known:
                 raise UsageError(f"--{name} {value} is unknown.", fix=f"One of: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeOptions:
-    """How an INT8 file is made.
+    """Options of the workflow that produces an INT8 file.
 
     Attributes:
         int8: See `Int8Options`.
-        max_drop: AP points (of 100) that INT8 may lose; layers are spared until it loses no more. `None` spares none.
-        sensitivity: Find what each layer costs, also where nothing need be spared.
-        cache: File that keeps the calibration; by default one in the cache folder, named after model and images.
+        max_drop: Maximum loss in AP points (of 100); layers are excluded from INT8 until it is met. `None`: no limit.
+        sensitivity: Measure the sensitivity of each layer even if no layer needs to be excluded.
+        cache: Calibration file; by default one in the cache folder, named after model and images.
     """
 
     int8: Int8Options = field(default_factory=Int8Options)
@@ -150,18 +150,18 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(
-                f"--max-drop {self.max_drop:g} is no number of AP points.", fix="From 0 to 100, for example: 0.3"
+                f"--max-drop {self.max_drop:g} is not a number of AP points.", fix="From 0 to 100, for example: 0.3"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValOptions:
-    """How average precision is measured; the defaults are the official evaluation's, except `batch`.
+    """Options of the evaluation; the defaults are those of the official evaluation, except `batch`.
 
     Attributes:
-        rect: Images sorted by shape, each batch on a canvas of its own size (the published protocol); `False` is a
-            plain letterbox; `None` is rect where the model takes any input size.
-        batch: Images that share a canvas, and that run together. The official program takes 32, which gives some
+        rect: Sort images by aspect ratio and choose a canvas for each batch (the published protocol). `False` is a
+            letterbox of one size; `None` is rect if the model takes any input size.
+        batch: Number of images that share a canvas and run together. The official program uses 32, which gives some
             images another canvas and needs four times the memory.
         conf, iou, max_det, multi_label: See `Thresholds`.
     """
@@ -180,60 +180,62 @@ class ValOptions:
 
     @property
     def thresholds(self) -> Thresholds:
-        """What is kept of the network's output."""
+        """The thresholds of these options."""
         return Thresholds(conf=self.conf, iou=self.iou, max_det=self.max_det, multi_label=self.multi_label)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchOptions:
-    """How speed is measured: a row for each batch size with each number of callers.
+    """Options of a benchmark, which measures a row for each batch size at each concurrency.
 
     Attributes:
-        batches: Images of a call; each is measured by itself.
-        threads: Callers at the same time.
-        duration_s: Of either part of a row: latency with its spans, and throughput. A slow model takes longer, until
-            there are calls enough.
-        warmup_s: When the warm-up ends even if times are not stable yet.
+        batches: Numbers of images per call.
+        concurrency: Numbers of threads that call at the same time.
+        duration_s: Seconds for each part of a row: latency with its stages, and throughput. A slow model takes longer,
+            because a minimum number of calls is measured.
+        warmup_s: Seconds after which the warm-up ends even if times are not stable yet.
     """
 
     batches: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = (1,)
+    concurrency: tuple[int, ...] = (1,)
     duration_s: float = 5.0
     warmup_s: float = 15.0
 
     def __post_init__(self) -> None:
-        for name, numbers in (("batch", self.batches), ("threads", self.threads)):
+        for name, numbers in (("batch", self.batches), ("concurrency", self.concurrency)):
             if not numbers or min(numbers) < 1:
                 raise UsageError(f"--{name} {_listed(numbers)} must be at least 1.", fix=f"For example: --{name} 1,8")
-        if max(self.threads) > MAX_THREADS:
+        if max(self.concurrency) > MAX_CONCURRENCY:
             raise UsageError(
-                f"--threads {max(self.threads)} is above {MAX_THREADS}.", fix="For example: --threads 1,2,4,8"
+                f"--concurrency {max(self.concurrency)} is above {MAX_CONCURRENCY}.",
+                fix="For example: --concurrency 1,2,4,8",
             )
         for name, seconds in (("duration", self.duration_s), ("warmup", self.warmup_s)):
             if not 0 <= seconds < float("inf"):
-                raise UsageError(f"--{name} {seconds:g} is no time in seconds.", fix=f"For example: --{name} 10")
-        for name in ("batches", "threads"):
+                raise UsageError(f"--{name} {seconds:g} is not a time in seconds.", fix=f"For example: --{name} 10")
+        for name in ("batches", "concurrency"):
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How an ONNX file becomes a TensorRT engine.
+    """Options of the build from an ONNX file to a TensorRT engine.
 
     Attributes:
-        targets: Compute capabilities (`sm86`, `8.6`) that TensorRT-RTX builds for, with or without such a GPU here.
-            Any of them implies TensorRT-RTX; none leaves it to TensorRT-RTX, or means this machine's GPU.
-        plugin: `auto` (our plugin where it is built), `on` (or an error) or `off` (operators of the graph).
-        min_batch, opt_batch, max_batch: Of a file with an open batch; 1, the largest and 8 where left out. The engine
-            is fastest at `opt_batch`.
-        workspace_gib: Most memory of the GPU that a layer may use while it works; TensorRT's own limit where left out.
-        opt_level: 0 (builds fast) to 5 (searches long); TensorRT's default is 3.
+        targets: Compute capabilities (`sm86`, `8.6`) for TensorRT-RTX to build for; no such GPU is needed here.
+            Any target selects TensorRT-RTX. Without targets, TensorRT builds for the GPU of this machine, and
+            TensorRT-RTX chooses.
+        plugin: `auto` (our plugin if it is built), `on` (our plugin, else an error) or `off` (operators of the graph).
+        min_batch, opt_batch, max_batch: Optimization profile of a file with a dynamic batch; defaults are 1, the
+            maximum, and 8. The engine is fastest at `opt_batch`.
+        workspace_gib: Maximum GPU memory that a layer may use as scratch space; `None` is TensorRT's own limit.
+        opt_level: Builder optimization level, 0 (fast build) to 5 (long search); TensorRT's default is 3.
         timing_cache: File of measured kernel times; by default one per device and version in the cache folder.
-        use_timing_cache: `False` measures everything anew and keeps nothing.
+        use_timing_cache: `False` measures all kernels and writes no cache.
         version_compatible: The engine also runs with later versions of TensorRT.
         hardware_compatible: `none`, `ampere+` (Ampere and later) or `same-cc` (this compute capability).
-        sparse: Use sparse kernels for weights of the 2:4 pattern.
-        dla: Core of the deep learning accelerator of a Jetson; what it cannot run stays on the GPU.
+        sparse: Allow sparse kernels for weights of the 2:4 pattern.
+        dla: DLA core of a Jetson; layers that it cannot run stay on the GPU.
     """
 
     targets: tuple[str, ...] = ()
@@ -266,11 +268,13 @@ class EngineOptions:
                 fix="For example: --min-batch 1 --opt-batch 4 --max-batch 8",
             )
         if self.workspace_gib is not None and not 0 < self.workspace_gib < float("inf"):
-            raise UsageError(f"--workspace {self.workspace_gib:g} is no size in GiB.", fix="For example: --workspace 4")
+            raise UsageError(
+                f"--workspace {self.workspace_gib:g} is not a size in GiB.", fix="For example: --workspace 4"
+            )
         if self.opt_level is not None and self.opt_level not in OPT_LEVELS:
             raise UsageError(f"--opt-level {self.opt_level} is unknown.", fix="From 0 to 5; TensorRT's default is 3.")
         if self.dla is not None and self.dla < 0:
-            raise UsageError(f"--dla {self.dla} is no core.", fix="For example: --dla 0")
+            raise UsageError(f"--dla {self.dla} is not the number of a DLA core.", fix="For example: --dla 0")
         if self.timing_cache is not None and not self.use_timing_cache:
             raise UsageError(
                 "--timing-cache and --no-timing-cache contradict each other.", fix="Leave one of them out."
@@ -279,31 +283,32 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How a network is trained; what a recipe calls hyper-parameters is in a file of its own.
+    """Options of training; hyper-parameters of the recipe are in a separate file.
 
     Attributes:
         epochs: Passes over the training images.
-        batch: Images of a step, of all processes together.
-        nominal_batch: Gradients of several steps are added up to about so many images.
-        img: Input side, a multiple of the largest stride.
-        seed: Of everything random.
-        workers: Processes that prepare images, for each training process.
-        cache_gib: Memory for prepared images; `None` is a quarter of what is free.
-        half: Mixed precision: float16 on a GPU, bfloat16 on a CPU (fast where it has such instructions). `None` is on a
-            GPU only.
+        batch: Images per step, over all processes.
+        nominal_batch: Gradients are accumulated over several steps, up to about this many images.
+        img: Input size in pixels, a multiple of the largest stride.
+        seed: Seed of all random choices.
+        workers: Data loading processes of each training process.
+        cache_gib: Memory for cached images; `None` is a quarter of the free memory.
+        half: Mixed precision: float16 on a GPU, bfloat16 on a CPU (faster only if the CPU has such instructions).
+            `None` uses it on GPUs only.
         adam: AdamW instead of SGD.
-        linear_lr: The learning rate falls linearly instead of as a cosine.
-        sync_bn: BatchNorm over the images of all processes.
-        rebase_bn: Weights that are given get the BatchNorm statistics of the images, with the same output.
-        freeze: Layers that stay as they are: one number is the first so many, several are just these.
-        multi_scale: Sizes from half to one and a half of `img`, another one each step.
-        rect: Images of one shape together on a canvas of that shape, without mosaic.
-        close_mosaic: Last epochs without mosaic, mixup and pasting.
-        image_weights: Images of classes that are found badly come more often.
-        autoanchor: Fit new anchors if too few targets are reached (they are only counted otherwise).
-        patience: Epochs without progress until training ends; 0 is never.
-        val_every: Epochs from one validation to the next; 0 is only the last.
-        save_minutes: Minutes from one resume point to the next within an epoch.
+        linear_lr: Linear learning rate schedule instead of the cosine.
+        sync_bn: Synchronize BatchNorm over all processes.
+        recalibrate_bn: Recompute the BatchNorm statistics of given weights on the training images, without changing
+            the network's output.
+        freeze: Layers that are not trained: one number freezes the first layers up to it, several numbers those layers.
+        multi_scale: Train at random sizes from 0.5 to 1.5 times `img`, a new one for each step.
+        rect: Batch images of similar aspect ratio on a canvas of that shape, without mosaic.
+        close_mosaic: Number of last epochs without mosaic, mixup and copy-paste.
+        image_weights: Sample images of classes with low AP more often.
+        autoanchor: Fit new anchors if the recall of the current ones is too low (otherwise it is only reported).
+        patience: Stop after this many epochs without improvement; 0 is never.
+        val_every: Validate every this many epochs; 0 validates after the last one only.
+        save_minutes: Minutes between resume points within an epoch.
         ota, assigner, constraint: See `LossOptions`.
         auxiliary: `partial` (the official heads), `full` (E6E's read the sum of both branches, table 8) or `none`.
     """
@@ -319,7 +324,7 @@ class TrainOptions:
     adam: bool = False
     linear_lr: bool = False
     sync_bn: bool = True
-    rebase_bn: bool = True
+    recalibrate_bn: bool = True
     freeze: tuple[int, ...] = ()
     multi_scale: bool = False
     rect: bool = False
@@ -360,14 +365,14 @@ def _at_least(least: int, name: str, value: float) -> None:
 
 
 def compute_capability(text: str) -> str:
-    """`8.6` for `8.6`, `86`, `sm86` or `sm_86`.
+    """Return the compute capability as `8.6`, from `8.6`, `86`, `sm86` or `sm_86`.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: The text is none of these.
     """
     found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.strip().lower())
     if found is None:
-        raise UsageError(f"--target {text!r} is no compute capability.", fix="For example: --target sm86,sm89,sm120")
+        raise UsageError(f"--target {text!r} is not a compute capability.", fix="For example: --target sm86,sm89,sm120")
     return f"{int(found[1])}.{found[2]}"
 
 
