@@ -12,6 +12,7 @@ from tests.support.sample_images import noise
 from tests.support.small_models import HW
 from tests.support.speed_reports import speed_report, speed_row
 from yolov7_deploy._console import write_json
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.benchmark.benchmark import (
     ConsistencyChecker,
     Frames,
@@ -25,7 +26,6 @@ from yolov7_deploy.benchmark.report_text import describe_speed
 from yolov7_deploy.benchmark.sampling import stage_time
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
-from yolov7_deploy.hub import file_digest
 from yolov7_deploy.image import Image
 from yolov7_deploy.options import BenchOptions
 
@@ -161,7 +161,7 @@ def test_a_report_describes_what_ran(measured, files):
         "plugin",
         "cpu",
     )
-    assert measured.weights_sha256 == file_digest(files("plugin", batch=None))
+    assert measured.weights_sha256 == sha256_hex(files("plugin", batch=None))
     assert (measured.input_hw, measured.frame_hw) == (HW, (128, 192))
     assert {"numpy", "onnxruntime", "python", "system"} <= dict(measured.environment).keys()
     assert "conf 0.6" in dict(measured.settings)["thresholds"]

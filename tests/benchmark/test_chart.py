@@ -89,11 +89,11 @@ def test_the_same_reports_give_the_same_bytes_with_any_user_settings(tmp_path):
 
 def test_the_file_holds_pixels_only(tmp_path):
     speed_accuracy_chart([], tmp_path / "a.png")
-    data, kinds, place = (tmp_path / "a.png").read_bytes(), set(), 8
-    while place < len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
+    data, kinds, offset = (tmp_path / "a.png").read_bytes(), set(), 8
+    while offset < len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
         kinds.add(kind)
-        place += 12 + length
+        offset += 12 + length
     assert kinds == {b"IHDR", b"pHYs", b"IDAT", b"IEND"}
 
 

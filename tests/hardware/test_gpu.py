@@ -1,7 +1,5 @@
 """The GPUs that CUDA shows, the installed ones, and what is reported without a driver or without NVML."""
 
-import sys
-
 import pytest
 
 from tests.fakes.faked_cuda import install_fake_nvml
@@ -104,7 +102,7 @@ def test_installed_gpus_are_those_of_nvml(nvml, gpus, answers, options, driver, 
 def test_without_nvml_the_installed_gpus_are_those_of_cuda(nvml, monkeypatch, tmp_path, reason):
     nvml(A10, "major=8 minor=6" + (" init=!9" if reason == "nvml fails" else ""))
     if reason == "no pynvml":
-        monkeypatch.setitem(sys.modules, "pynvml", None)
+        monkeypatch.setattr(gpu, "pynvml", None)
     version = tmp_path / "version"
     version.write_text(NVRM)
     monkeypatch.setattr(gpu, "DRIVER_VERSION", version)
@@ -114,6 +112,6 @@ def test_without_nvml_the_installed_gpus_are_those_of_cuda(nvml, monkeypatch, tm
 
 def test_without_the_python_library_of_nvml_the_fix_is_named(nvml, monkeypatch):
     nvml(A10)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(gpu, "pynvml", None)
     reason = open_gpu(0)
     assert "NVIDIA A10" in reason and "pip install nvidia-ml-py" in reason

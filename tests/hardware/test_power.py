@@ -137,7 +137,7 @@ def test_a_gpu_is_found_by_its_pci_address_and_not_by_its_number(nvml, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("answers", "message"),
     [
         ("", "NVML reports neither energy nor power"),
         ("energy=!3 power=!4", "NVML reports neither energy nor power"),
@@ -146,10 +146,10 @@ def test_a_gpu_is_found_by_its_pci_address_and_not_by_its_number(nvml, monkeypat
         ("handle=!999", "Unknown Error (error 999)"),
     ],
 )
-def test_the_reason_why_a_gpu_reports_no_power_names_it(nvml, text, words):
-    nvml(text)
+def test_the_reason_why_a_gpu_reports_no_power_names_it(nvml, answers, message):
+    nvml(answers)
     reason = open_power_meter("cuda:0")
-    assert words in reason and "NVIDIA T4" in reason and "nvidia-smi" in reason
+    assert message in reason and "NVIDIA T4" in reason and "nvidia-smi" in reason
 
 
 def test_a_gpu_that_cuda_does_not_show_is_named_in_the_reason(nvml, monkeypatch):

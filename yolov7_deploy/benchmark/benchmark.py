@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy._version import __version__
 from yolov7_deploy.benchmark.devices import DeviceProfile
 from yolov7_deploy.benchmark.report import BUSY, STAGES, SpeedReport, SpeedRow, StageTime
@@ -33,7 +34,6 @@ from yolov7_deploy.errors import DeviceError, SourceError, UsageError
 from yolov7_deploy.evaluation.synthetic_image import drawn_image
 from yolov7_deploy.hardware.cpu import OtherCpuLoad
 from yolov7_deploy.hardware.machine import read_machine
-from yolov7_deploy.hub import file_digest
 from yolov7_deploy.image import Image
 from yolov7_deploy.options import BenchOptions
 from yolov7_deploy.runtimes.base import runtime_entry
@@ -399,7 +399,7 @@ def _empty_report(detector: Detector, frames: Frames, profile: DeviceProfile | N
     runtime = runtime_entry(detector.path).name
     return SpeedReport(
         weights=str(detector.path),
-        weights_sha256=file_digest(detector.path),
+        weights_sha256=sha256_hex(detector.path),
         variant="" if metadata.variant == "custom" else metadata.variant,
         runtime=runtime,
         precision=metadata.precision,

@@ -53,7 +53,7 @@ LEADER_PX = 30  # a label that is farther from its point gets a line to it
 # Positions that are tried for a label: directions around its point, and pixels from the point to the label.
 DIRECTIONS = 32
 RADII = (14, 18, 24, 32, 42, 54, 68, 84, 104, 128, 160, 200, 250)
-DOT_SPACING = 6  # pixels between dots that stand for a line
+DOT_SPACING = 6  # pixels between the dots that represent a line
 DOT_COST = 12.0  # of covering a dot, in pixels of distance
 
 Xy = tuple[float, float]
@@ -300,7 +300,7 @@ def _pixels(axes: Axes, points: Sequence[Xy]) -> list[Xy]:
 
 
 def _marker_px(size: float) -> float:
-    return math.sqrt(2) * size * DPI / 72  # diamonds stand on a corner
+    return math.sqrt(2) * size * DPI / 72  # a diamond is a square on its corner
 
 
 def _draw_label(axes: Axes, label: _Label, layout: LabelLayout) -> None:

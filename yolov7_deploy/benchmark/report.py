@@ -142,7 +142,7 @@ class SpeedReport:
         runtime, precision, nms: How it ran; `nms` is the kind inside the file or `host`.
         device: `cpu`, `cuda:0`.
         machine: Name of the GPU or CPU, such as `NVIDIA H200`.
-        environment: Versions and hardware by name, to tell two reports apart.
+        environment: Versions and hardware by name, to distinguish two reports.
         input_hw: Height and width of the network input.
         frame_hw: Height and width of the first source image.
         frames: Description of the source images.

@@ -210,7 +210,7 @@ def _check(device: Device, runtime: str, precision: str, batch: int) -> None:
     if precision not in BYTES:
         raise UsageError(f"The precision {precision!r} cannot be estimated.", fix=f"One of: {', '.join(BYTES)}")
     if batch < 1:
-        raise UsageError(f"A batch holds at least one image, not {batch}.", fix="For example: --batch 1")
+        raise UsageError(f"A batch has at least one image, not {batch}.", fix="For example: --batch 1")
     if precision == "int8" and runtime == "torch":
         raise UsageError("INT8 cannot be estimated with PyTorch.", fix="Use TensorRT, or --precision fp16")
     if peak(device, precision) is None:

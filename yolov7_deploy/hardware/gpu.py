@@ -1,7 +1,7 @@
 """NVIDIA GPUs: which ones CUDA shows to this process, and their sensors through NVML.
 
 CUDA's driver library numbers the GPUs: `cuda:0` is the first in CUDA_VISIBLE_DEVICES, or the fastest one unless
-CUDA_DEVICE_ORDER says otherwise. NVML, the library of nvidia-smi, numbers them by PCI bus and ignores both variables.
+CUDA_DEVICE_ORDER is set. NVML, the library of nvidia-smi, numbers them by PCI bus and ignores both variables.
 So a GPU is looked up in NVML by its PCI address. Only NVML has the sensors, and only CUDA knows `cuda:N`.
 
 This needs neither torch nor the CUDA runtime, creates no CUDA context, changes no setting and does not raise. Without a
@@ -17,6 +17,11 @@ from ctypes import byref, c_int
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+try:
+    import pynvml
+except ModuleNotFoundError:  # GPUs run without it; only their sensors cannot be read
+    pynvml = None
 
 CUDA_DRIVER = "libcuda.so.1"
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -230,8 +235,6 @@ def open_gpu(index: int) -> NvmlGpu | str:
     problem = _initialize_nvml()
     if problem:
         return f"The sensors of {gpu.name} are read through NVML. {problem}"
-    import pynvml
-
     try:
         handle = pynvml.nvmlDeviceGetHandleByPciBusId(gpu.pci_bus_id)
     except pynvml.NVMLError as error:
@@ -244,9 +247,7 @@ def _initialize_nvml() -> str:
 
     It stays initialized until the process ends, as other libraries in the process may use it; NVML counts the calls.
     """
-    try:
-        import pynvml
-    except ModuleNotFoundError:
+    if pynvml is None:
         return "Its Python library is not installed: pip install nvidia-ml-py"
     try:
         pynvml.nvmlInit()
@@ -262,8 +263,6 @@ def _initialize_nvml() -> str:
 
 def _query(function: str, *arguments: Any) -> Any | None:  # noqa: ANN401 - functions of NVML return numbers and structs
     """Return the result of an NVML function; `None` where it fails or does not exist in this driver or library."""
-    import pynvml
-
     try:
         return getattr(pynvml, function)(*arguments)
     except (pynvml.NVMLError, AttributeError):

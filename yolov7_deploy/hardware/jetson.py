@@ -1,6 +1,6 @@
 """Jetson boards: model, JetPack release, its TensorRT version, and power mode.
 
-Everything is read from files and from `nvpmodel`, so a recorded tree of files can stand for a board. What a board does
+Everything is read from files and from `nvpmodel`, so a recorded tree of files can represent a board. What a board does
 not report is left empty; nothing here raises.
 """
 

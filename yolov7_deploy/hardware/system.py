@@ -1,6 +1,6 @@
 """Access to what the operating system reports about its hardware: files, commands, and periodic readings.
 
-Functions take a `root` folder, so a recorded tree of files can stand for a machine. A file or a command that is missing
+Functions take a `root` folder, so a recorded tree of files can represent a machine. A file or a command that is missing
 gives an empty result; nothing here raises.
 """
 
@@ -56,7 +56,7 @@ class PeriodicSampler:
     """Calls `take_sample` on entry, then every `period_s` seconds in a thread, and once more on exit.
 
     The thread ends with the `with` block, however that ends, and with the process. `take_sample` handles its own
-    errors; an exception that it raises all the same is raised where the block ends. The sampler can be entered again.
+    errors; an unexpected exception is raised where the block ends. The sampler can be entered again.
     """
 
     def __init__(self, take_sample: Callable[[], None], *, period_s: float) -> None:

@@ -131,7 +131,7 @@ class Tegrastats:
         self._thread.join(_STOP_TIMEOUT_S)  # a grandchild that keeps the pipe open can block the thread
 
     def wait_for_sample(self) -> bool:
-        """Wait for the first sample; return `False` if none comes within seconds."""
+        """Wait for the first sample; return `False` if there is none within seconds."""
         return self._first.wait(FIRST_LINE_TIMEOUT_S)
 
     def _read(self, process: subprocess.Popen[str]) -> None:
@@ -144,7 +144,7 @@ class Tegrastats:
 
 
 def read_one_sample(program: str) -> TegrastatsSample | None:
-    """Return the first sample of the program; `None` if none comes within seconds."""
+    """Return the first sample of the program; `None` if there is none within seconds."""
     samples: list[TegrastatsSample] = []
     with Tegrastats(samples.append, program=program) as running:
         running.wait_for_sample()
