@@ -1,11 +1,11 @@
-"""Some classes of a dataset, or all as one: which boxes stay, and what number they get."""
+"""Selecting or merging the classes of a dataset: which boxes remain, and their class ids."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from yolov7_deploy.datasets.class_filter import as_single_class, with_classes
+from yolov7_deploy.datasets.class_filter import as_single_class, select_classes
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.errors import DatasetError
 
@@ -34,44 +34,44 @@ def dataset():
     return Dataset(records, source="data.yaml", class_names=names, category_ids=(3, 5, 9), problems=("one line",))
 
 
-def test_only_boxes_of_the_chosen_classes_stay_numbered_in_the_order_given(dataset):
-    chosen = with_classes(dataset, ["7", "cat"])
-    assert chosen.class_names == ("7", "cat") and chosen.category_ids == (9, 3)
-    first = chosen[0]
+def test_only_boxes_of_the_selected_classes_remain_numbered_in_the_given_order(dataset):
+    selected = select_classes(dataset, ["7", "cat"])
+    assert selected.class_names == ("7", "cat") and selected.category_ids == (9, 3)
+    first = selected[0]
     assert first.class_ids.tolist() == [1, 0, 0] and first.crowd.tolist() == [False, True, False]
     np.testing.assert_array_equal(first.boxes, dataset[0].boxes[[0, 1, 3]])
     assert [polygon[0, 0] for polygon in first.polygons] == [
         polygon[0, 0] for polygon in np.array(dataset[0].polygons)[[0, 1, 3]]
     ]
-    assert chosen.record(0).areas.tolist() == [10, 20, 40]
+    assert selected.record(0).areas.tolist() == [10, 20, 40]
 
 
-def test_images_without_a_chosen_class_stay_as_background(dataset):
-    chosen = with_classes(dataset, ["dog"])
-    assert [len(sample.boxes) for sample in chosen] == [1, 0, 0]
-    assert [sample.image_id for sample in chosen] == [100, 101, 102]
-    assert (chosen.source, chosen.problems) == ("data.yaml", ("one line",))
+def test_images_without_a_selected_class_remain_as_background(dataset):
+    selected = select_classes(dataset, ["dog"])
+    assert [len(sample.boxes) for sample in selected] == [1, 0, 0]
+    assert [sample.image_id for sample in selected] == [100, 101, 102]
+    assert (selected.source, selected.problems) == ("data.yaml", ("one line",))
 
 
-@pytest.mark.parametrize(("chosen", "name"), [(1, "dog"), ("1", "dog"), (" 0 ", "cat"), ("7", "7"), (2, "7")])
-def test_a_class_is_named_or_numbered(dataset, chosen, name):
-    assert with_classes(dataset, [chosen]).class_names == (name,)
+@pytest.mark.parametrize(("selection", "name"), [(1, "dog"), ("1", "dog"), (" 0 ", "cat"), ("7", "7"), (2, "7")])
+def test_a_class_is_selected_by_name_or_number(dataset, selection, name):
+    assert select_classes(dataset, [selection]).class_names == (name,)
 
 
 @pytest.mark.parametrize(
-    ("chosen", "words"),
+    ("selection", "message"),
     [
         ([], "No class"),
-        (["cat", 0], "'cat' is chosen more than once"),
-        (["cow"], "no class 'cow'; it has 'cat', 'dog', '7'"),
-        ([3], "no class 3"),
-        ([-1], "no class -1"),
-        (["¹"], "no class"),
+        (["cat", 0], "'cat' is selected more than once"),
+        (["cow"], "does not have class 'cow'; it has 'cat', 'dog', '7'"),
+        ([3], "does not have class 3"),
+        ([-1], "does not have class -1"),
+        (["¹"], "does not have class"),
     ],
 )
-def test_what_is_no_class_is_refused(dataset, chosen, words):
-    with pytest.raises(DatasetError, match=words):
-        with_classes(dataset, chosen)
+def test_an_unknown_or_repeated_class_is_refused(dataset, selection, message):
+    with pytest.raises(DatasetError, match=message):
+        select_classes(dataset, selection)
 
 
 def test_a_single_class_keeps_every_box(dataset):
@@ -79,16 +79,16 @@ def test_a_single_class_keeps_every_box(dataset):
     assert single.class_names == ("object",) and single.category_ids == (3,)
     assert [sample.class_ids.tolist() for sample in single] == [[0] * 4, [0], []]
     assert single.record(0).areas.tolist() == [10, 20, 30, 40]
-    assert as_single_class(with_classes(dataset, ["dog"])).class_names == ("dog",)
+    assert as_single_class(select_classes(dataset, ["dog"])).class_names == ("dog",)
 
 
-def test_the_dataset_given_is_not_changed(dataset):
-    with_classes(dataset, ["dog"])
+def test_the_original_dataset_is_not_changed(dataset):
+    select_classes(dataset, ["dog"])
     as_single_class(dataset)
     assert dataset[0].class_ids.tolist() == [0, 2, 1, 2] and dataset.class_names == ("cat", "dog", "7")
 
 
-def test_ground_truth_of_chosen_classes_has_their_categories(dataset):
-    document = with_classes(dataset, ["7"]).ground_truth([0])
+def test_ground_truth_of_selected_classes_has_their_categories(dataset):
+    document = select_classes(dataset, ["7"]).ground_truth([0])
     assert document["categories"] == [{"id": 9, "name": "7"}]
     assert [(a["category_id"], a["area"]) for a in document["annotations"]] == [(9, 20.0), (9, 40.0)]

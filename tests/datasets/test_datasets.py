@@ -1,4 +1,4 @@
-"""Datasets: what opens, what is repaired, what is refused and how it is said."""
+"""Opening datasets: what is accepted, what is repaired, and what is refused with which message."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from yolov7_deploy.datasets.yolo_labels import label_path, read_label_files
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.image import read_image
 
-PIXEL = 1e-3  # float32 of coordinates below 1000
+ROUNDING_PX = 1e-3  # float32 for coordinates below 1000
 
 
 def write_image(path, hw=(40, 60)):
@@ -62,7 +62,7 @@ def coco(tmp_path):
 def test_a_yaml_gives_boxes_in_pixels_ordered_by_path(yolo):
     dataset = open_dataset(yolo / "data.yaml")
     assert [sample.path.name for sample in dataset] == ["12.jpg", "7.png"]
-    np.testing.assert_allclose(dataset[1].boxes, [[15, 15, 45, 25]], atol=PIXEL)
+    np.testing.assert_allclose(dataset[1].boxes, [[15, 15, 45, 25]], atol=ROUNDING_PX)
     assert dataset[1].class_ids.tolist() == [1]
     assert dataset.class_names == ("cat", "dog")
 
@@ -77,20 +77,20 @@ def test_image_ids_are_the_numbers_in_the_file_names(yolo):
     assert [dataset.image_id(i) for i in range(2)] == [12, 7]
 
 
-def test_image_ids_are_places_where_a_name_is_no_number(yolo):
+def test_image_ids_are_indices_if_a_name_is_not_a_number(yolo):
     write_image(yolo / "images/val/x.png")
     assert [s.image_id for s in open_dataset(yolo / "data.yaml")] == [0, 1, 2]
 
 
-def test_polygon_lines_and_box_lines_are_told_apart_per_line(yolo):
+def test_polygon_lines_and_box_lines_can_be_mixed(yolo):
     (yolo / "labels/val/7.txt").write_text("0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n1 0.5 0.5 0.5 0.25\n")
     sample = open_dataset(yolo / "data.yaml")[1]
-    np.testing.assert_allclose(sample.boxes, [[6, 8, 30, 24], [15, 15, 45, 25]], atol=PIXEL)
+    np.testing.assert_allclose(sample.boxes, [[6, 8, 30, 24], [15, 15, 45, 25]], atol=ROUNDING_PX)
     assert [len(polygon) for polygon in sample.polygons] == [4, 0]
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("2 0.5 0.5 0.1 0.1", "class 2 is not one of 0..1"),
         ("-1 0.5 0.5 0.1 0.1", "class -1"),
@@ -103,11 +103,11 @@ def test_polygon_lines_and_box_lines_are_told_apart_per_line(yolo):
         ("dog 0.5 0.5 0.1 0.1", "could not convert"),
     ],
 )
-def test_a_wrong_label_line_is_named(yolo, line, words):
+def test_an_invalid_label_line_is_named(yolo, line, message):
     (yolo / "labels/val/7.txt").write_text(f"1 0.5 0.5 0.2 0.2\n{line}\n")
     with pytest.raises(DatasetError, match="line 2") as caught:
         open_dataset(yolo / "data.yaml")
-    assert words in caught.value.message and "7.txt" in caught.value.message
+    assert message in caught.value.message and "7.txt" in caught.value.message
 
 
 def test_duplicate_and_empty_boxes_are_dropped_and_reported(yolo):
@@ -117,13 +117,13 @@ def test_duplicate_and_empty_boxes_are_dropped_and_reported(yolo):
     assert [problem.split(": ")[1].split(" ")[1] for problem in dataset.problems] == ["2", "3"]
 
 
-def test_datasets_without_any_label_file_say_where_they_looked(yolo):
+def test_a_dataset_without_any_label_file_reports_the_first_path_tried(yolo):
     (yolo / "labels/val/7.txt").unlink()
     assert "12.txt" in open_dataset(yolo / "data.yaml").problems[0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 79), *[st.floats(0.05, 0.45)] * 4), max_size=8, unique=True))
-def test_boxes_written_as_labels_come_back(tmp_path_factory, rows):
+def test_boxes_written_as_labels_are_read_back(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("labels")
     (folder / "a.txt").write_text("".join(f"{c} {x!r} {y!r} {w!r} {h!r}\n" for c, x, y, w, h in rows))
     (labels,), problems = read_label_files([folder / "a.png"], classes=80)
@@ -135,13 +135,13 @@ def test_boxes_written_as_labels_come_back(tmp_path_factory, rows):
 
 def test_label_paths_replace_the_first_images_folder_that_has_labels(tmp_path):
     assert label_path(Path("/d/images/val/1.jpg")) == Path("/d/labels/val/1.txt")
-    assert label_path(Path("/d/images/1.jpg")) == Path("/d/images/1.txt")
+    assert label_path(Path("/d/photos/1.jpg")) == Path("/d/photos/1.txt")
     (tmp_path / "images/set/labels").mkdir(parents=True)
     assert label_path(tmp_path / "images/set/images/1.jpg") == tmp_path / "images/set/labels/1.txt"
 
 
 @pytest.mark.parametrize("entry", ["./images/val/7.png", "images/val/7.png"])
-def test_text_lists_are_relative_to_themselves(yolo, entry):
+def test_entries_of_a_text_list_are_relative_to_the_list(yolo, entry):
     (yolo / "val.txt").write_text(f"{entry}\n\n")
     (yolo / "data.yaml").write_text("val: [val.txt]\nnames: {0: cat, 1: dog}\n")
     assert len(open_dataset(yolo / "data.yaml")) == 1
@@ -155,14 +155,14 @@ def test_yaml_entries_may_be_relative_to_the_working_folder(yolo, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("val: images/val\nnames: [cat]\nnc: 2", "nc: 2 but has 1 names"),
+        ("val: images/val\nnames: [cat]\nnc: 2", "nc: 2 but 1 names"),
         ("val: images/val", "no names"),
         ("val: images/val\nnames: {0: cat, 2: dog}", "keys of names"),
         ("val: images/val\nnames: [cat, dog, cat]", "names has 'cat' more than once"),
         ("val: images/val\nnames: {0: 1, 1: '1'}", "names has '1' more than once"),
-        ("path: elsewhere\nval: images\nnames: [cat]", "looked for .*elsewhere/images"),
+        ("path: elsewhere\nval: photos\nnames: [cat]", "looked for .*elsewhere/photos"),
         ("names: [cat]", "no val images"),
         ("train: images/val\nnames: [cat]", r"it has train"),
         ("val: nowhere\nnames: [cat]", "nowhere, which does not exist"),
@@ -171,9 +171,9 @@ def test_yaml_entries_may_be_relative_to_the_working_folder(yolo, monkeypatch):
         ("val: labels\nnames: [cat]", "none of the 0 images"),
     ],
 )
-def test_a_wrong_yaml_says_what_is_wrong(yolo, text, words):
+def test_an_invalid_yaml_names_the_problem(yolo, text, message):
     (yolo / "data.yaml").write_text(text)
-    with pytest.raises(DatasetError, match=words):
+    with pytest.raises(DatasetError, match=message):
         open_dataset(yolo / "data.yaml")
 
 
@@ -188,7 +188,7 @@ def test_a_coco_file_finds_its_images_and_classes(coco):
     assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (3, 5)
     sample = dataset[0]
     assert (sample.image_id, sample.image_hw) == (9, (40, 60))
-    np.testing.assert_allclose(sample.boxes, [[10, 5, 30, 15], [0, 0, 60, 40]], atol=PIXEL)
+    np.testing.assert_allclose(sample.boxes, [[10, 5, 30, 15], [0, 0, 60, 40]], atol=ROUNDING_PX)
     assert sample.class_ids.tolist() == [1, 0] and sample.crowd.tolist() == [False, True]
     assert dataset.box_counts().tolist() == [0, 1]
 
@@ -198,7 +198,7 @@ def test_ground_truth_keeps_areas_and_numbers_annotations_from_one(coco):
     assert [(a["id"], a["area"], a["category_id"]) for a in annotations] == [(1, 150.0, 5), (2, 2400.0, 3)]
 
 
-def test_images_that_are_not_found_list_the_folders_tried(coco):
+def test_the_error_for_missing_images_lists_the_folders_tried(coco):
     (coco.parent.parent / "images/val").rename(coco.parent.parent / "elsewhere")
     with pytest.raises(DatasetError, match="looked in") as caught:
         open_dataset(coco)
@@ -212,7 +212,7 @@ def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda d: d.pop("categories"), "no list of categories"),
         (lambda d: d["images"][0].pop("width"), "has no width"),
@@ -224,11 +224,11 @@ def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
         (lambda d: d["images"].clear(), "lists no images"),
     ],
 )
-def test_a_malformed_coco_file_is_named(coco, change, words):
+def test_a_malformed_coco_file_names_the_problem(coco, change, message):
     document = coco_document()
     change(document)
     coco.write_text(json.dumps(document))
-    with pytest.raises(DatasetError, match=words):
+    with pytest.raises(DatasetError, match=message):
         open_dataset(coco)
 
 
@@ -238,7 +238,7 @@ def test_a_results_file_is_not_a_dataset(coco):
         open_dataset(coco)
 
 
-def test_yaml_annotations_judge_by_class_name(coco):
+def test_yaml_annotations_match_by_class_name(coco):
     root = coco.parent.parent
     (root / "data.yaml").write_text(
         "val: images/val\nnames: [dog, cat]\nannotations: {val: annotations/instances_val.json}\n"
@@ -247,7 +247,7 @@ def test_yaml_annotations_judge_by_class_name(coco):
     assert dataset.category_ids == (5, 3) and dataset[0].class_ids.tolist() == [0, 1]
 
 
-def test_yaml_names_that_the_annotations_lack_are_an_error(coco):
+def test_yaml_names_missing_in_the_annotations_are_an_error(coco):
     root = coco.parent.parent
     (root / "data.yaml").write_text(
         "val: images/val\nnames: [dog, wolf]\nannotations: annotations/instances_val.json\n"
@@ -256,7 +256,7 @@ def test_yaml_names_that_the_annotations_lack_are_an_error(coco):
         open_dataset(root / "data.yaml")
 
 
-def test_a_image_that_the_annotations_lack_is_an_error(coco):
+def test_an_image_missing_in_the_annotations_is_an_error(coco):
     root = coco.parent.parent
     write_image(root / "images/val/b.png")
     (root / "data.yaml").write_text("val: images/val\nnames: [dog, cat]\nannotations: annotations/instances_val.json\n")
@@ -293,7 +293,7 @@ def test_the_header_gives_the_size_after_exif_orientation(tmp_path, orientation,
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n1234", b"text"])
-def test_the_size_of_what_is_no_image_is_an_image_error(tmp_path, data):
+def test_the_size_of_a_file_that_is_not_an_image_is_an_image_error(tmp_path, data):
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(ImageError):
         read_image_hw(tmp_path / "a.jpg")

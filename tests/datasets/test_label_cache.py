@@ -1,4 +1,4 @@
-"""The label cache: it saves reading, it is never believed against the files, and damage to it costs nothing."""
+"""The label cache: it avoids reading files, never hides a change of them, and is rebuilt if it is damaged."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ POLYGON = "0 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.4\n"
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    """A cache folder of its own, and files that count as settled at once."""
+    """Use a separate cache folder, and treat files as settled immediately."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(label_cache, "SETTLED_NS", -(10**18))
     return tmp_path / "cache/yolov7_deploy/labels"
@@ -26,7 +26,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """Three images: with a box and a repeated one, with a polygon, without a label file."""
+    """Three images: one with a box and its duplicate, one with a polygon, one without a label file."""
     for name, hw in (("1.png", (40, 60)), ("2.png", (30, 20)), ("3.png", (50, 50))):
         (tmp_path / "images").mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / "images" / name), np.zeros((*hw, 3), np.uint8))
@@ -52,16 +52,16 @@ def contents(dataset):
     ], dataset.problems
 
 
-def opened(data, **options):
+def open_cached(data, **options):
     return open_dataset(data / "data.yaml", cache=True, **options)
 
 
 @pytest.fixture
 def read(monkeypatch):
-    """Names of the label files and images that are read."""
+    """Record the names of the label files and images that are read."""
     names = []
 
-    def noted(function):
+    def recorded(function):
         def call(path, **options):
             names.append(path.name)
             return function(path, **options)
@@ -69,94 +69,94 @@ def read(monkeypatch):
         return call
 
     for function in ("read_label_file", "read_image_hw"):
-        monkeypatch.setattr(label_cache, function, noted(getattr(label_cache, function)))
+        monkeypatch.setattr(label_cache, function, recorded(getattr(label_cache, function)))
     return names
 
 
-def test_the_cache_gives_what_the_files_give(data, read):
+def test_the_cache_returns_what_the_files_contain(data, read):
     plain = contents(open_dataset(data / "data.yaml"))
-    assert contents(opened(data)) == plain and len(read) == 6
+    assert contents(open_cached(data)) == plain and len(read) == 6
     read.clear()
-    assert contents(opened(data)) == plain and read == []
-    assert len(plain[1]) == 1  # the repeated box is told each time
+    assert contents(open_cached(data)) == plain and read == []
+    assert len(plain[1]) == 1  # the duplicate box is reported each time
 
 
-def test_without_being_asked_nothing_is_written(data, cache_folder):
+def test_nothing_is_written_without_a_request(data, cache_folder):
     open_dataset(data / "data.yaml")
     assert not cache_folder.exists()
 
 
-def test_an_edited_label_file_is_seen_and_the_others_are_not_read(data, read):
-    opened(data)
+def test_only_an_edited_label_file_is_read_again(data, read):
+    open_cached(data)
     read.clear()
     (data / "labels/1.txt").write_text("0 0.5 0.5 0.1 0.1\n")
-    assert opened(data)[0].class_ids.tolist() == [0]
+    assert open_cached(data)[0].class_ids.tolist() == [0]
     assert read == ["1.txt", "1.png"]
-    assert contents(opened(data)) == contents(open_dataset(data / "data.yaml"))
+    assert contents(open_cached(data)) == contents(open_dataset(data / "data.yaml"))
 
 
-def test_an_edit_of_the_same_length_with_its_time_set_back_is_seen(data):
+def test_an_edit_of_the_same_length_with_mtime_set_back_is_noticed(data):
     path = data / "labels/2.txt"
     before = path.stat()
-    opened(data)
+    open_cached(data)
     path.write_text(path.read_text().replace("0.6", "0.8"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    assert opened(data)[1].polygons[0].max() == pytest.approx(24)
+    assert open_cached(data)[1].polygons[0].max() == pytest.approx(24)
 
 
-def test_a_file_that_changed_a_moment_ago_is_not_believed_yet(data, read, monkeypatch):
-    """Its next change may fall into the same tick of the clock."""
+def test_a_file_that_changed_a_moment_ago_is_not_cached_yet(data, read, monkeypatch):
+    """Its next change can fall into the same clock tick."""
     monkeypatch.setattr(label_cache, "SETTLED_NS", 60 * 10**9)
-    opened(data)
+    open_cached(data)
     read.clear()
-    opened(data)
+    open_cached(data)
     assert len(read) == 6
 
 
-def test_label_files_that_come_and_go_are_seen(data):
-    opened(data)
+def test_new_and_deleted_label_files_are_noticed(data):
+    open_cached(data)
     (data / "labels/3.txt").write_text(POLYGON)
     (data / "labels/1.txt").unlink()
-    assert [len(sample.boxes) for sample in opened(data)] == [0, 2, 1]
-    assert [len(sample.boxes) for sample in opened(data)] == [0, 2, 1]
+    assert [len(sample.boxes) for sample in open_cached(data)] == [0, 2, 1]
+    assert [len(sample.boxes) for sample in open_cached(data)] == [0, 2, 1]
 
 
-def test_a_image_of_another_size_is_seen(data):
-    opened(data)
+def test_a_changed_image_size_is_noticed(data):
+    open_cached(data)
     cv2.imwrite(str(data / "images/2.png"), np.zeros((70, 80, 3), np.uint8))
-    assert opened(data)[1].image_hw == (70, 80)
+    assert open_cached(data)[1].image_hw == (70, 80)
 
 
-def test_other_images_and_other_classes_have_a_cache_of_their_own(data, cache_folder, read):
-    opened(data)
-    opened(data, limit=2)
+def test_other_images_and_other_classes_use_a_separate_cache_file(data, cache_folder, read):
+    open_cached(data)
+    open_cached(data, limit=2)
     (data / "data.yaml").write_text("val: images\nnames: [cat, dog, cow]\n")
-    opened(data)
+    open_cached(data)
     assert len(list(cache_folder.iterdir())) == 3 and len(read) == 6 + 4 + 6
 
 
-def test_fewer_classes_are_not_answered_from_the_cache(data):
-    opened(data)
+def test_labels_with_too_few_classes_are_not_taken_from_the_cache(data):
+    open_cached(data)
     (data / "data.yaml").write_text("val: images\nnames: [cat]\n")
     with pytest.raises(DatasetError, match="class 1 is not one of"):
-        opened(data)
+        open_cached(data)
 
 
-def test_wrong_lines_are_told_each_time_and_the_other_files_kept(data, read):
+def test_invalid_lines_are_reported_each_time_and_the_other_files_cached(data, read):
     (data / "labels/3.txt").write_text("7 0.5 0.5 0.1 0.1\n")
     for names in (6, 2):
         read.clear()
         with pytest.raises(DatasetError, match=r"3\.txt: line 1: class 7"):
-            opened(data)
+            open_cached(data)
         assert len(read) == names
 
 
-def test_a_image_that_cannot_be_read_is_tried_again(data):
+def test_an_unreadable_image_is_tried_again(data):
     (data / "images/3.png").write_bytes(b"\x89PNG")
-    assert len(opened(data)) == 3
+    assert len(open_cached(data)) == 3
     cv2.imwrite(str(data / "images/3.png"), np.zeros((9, 8, 3), np.uint8))
-    assert opened(data)[2].image_hw == (9, 8)
+    assert open_cached(data)[2].image_hw == (9, 8)
 
 
 def only_file(folder):
@@ -164,21 +164,21 @@ def only_file(folder):
     return path
 
 
-def test_a_cut_off_cache_is_built_anew(data, cache_folder):
-    plain = contents(opened(data))
+def test_a_truncated_cache_is_rebuilt(data, cache_folder):
+    plain = contents(open_cached(data))
     whole = only_file(cache_folder).read_bytes()
     for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         only_file(cache_folder).write_bytes(whole[:length])
-        assert contents(opened(data)) == plain
+        assert contents(open_cached(data)) == plain
         assert len(only_file(cache_folder).read_bytes()) == len(whole)
 
 
-def test_a_cache_with_flipped_bytes_is_built_anew_or_right(data, cache_folder):
-    plain = contents(opened(data))
+def test_a_cache_with_flipped_bytes_is_rebuilt_or_correct(data, cache_folder):
+    plain = contents(open_cached(data))
     whole = only_file(cache_folder).read_bytes()
     for at in np.random.default_rng(0).integers(0, len(whole), 60):
         only_file(cache_folder).write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-        assert contents(opened(data)) == plain
+        assert contents(open_cached(data)) == plain
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_a_cache_with_flipped_bytes_is_built_anew_or_right(data, cache_folder):
         lambda arrays: arrays.update(repairs=np.frombuffer(b"[" * 100_000, dtype=np.uint8)),
     ],
 )
-def test_a_cache_that_contradicts_itself_is_built_anew(data, cache_folder, change):
-    plain = contents(opened(data))
+def test_an_inconsistent_cache_is_rebuilt(data, cache_folder, change):
+    plain = contents(open_cached(data))
     with np.load(only_file(cache_folder)) as file:
         arrays = dict(file)
     change(arrays)
     np.savez(only_file(cache_folder), **arrays)
-    assert contents(opened(data)) == plain
+    assert contents(open_cached(data)) == plain
 
 
 class _Bomb:
@@ -212,41 +212,41 @@ class _Bomb:
         return pytest.fail, ("a pickle ran",)
 
 
-def test_a_pickle_in_place_of_the_cache_never_runs(data, cache_folder):
-    plain = contents(opened(data))
+def test_a_pickle_in_place_of_the_cache_is_never_executed(data, cache_folder):
+    plain = contents(open_cached(data))
     only_file(cache_folder).write_bytes(pickle.dumps(_Bomb()))
-    assert contents(opened(data)) == plain
+    assert contents(open_cached(data)) == plain
 
 
 def test_a_single_array_in_place_of_the_cache_is_replaced(data, cache_folder):
-    plain = contents(opened(data))
+    plain = contents(open_cached(data))
     with only_file(cache_folder).open("wb") as file:
         np.save(file, np.zeros(3))
-    assert contents(opened(data)) == plain and contents(opened(data)) == plain
+    assert contents(open_cached(data)) == plain and contents(open_cached(data)) == plain
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(data, caplog):
-    (data / "cache").write_text("no folder")
+    (data / "cache").write_text("not a folder")
     with caplog.at_level(logging.WARNING):
-        assert contents(opened(data)) == contents(open_dataset(data / "data.yaml"))
+        assert contents(open_cached(data)) == contents(open_dataset(data / "data.yaml"))
     assert "cannot be written" in caplog.text and "again next time" in caplog.text
 
 
-def test_no_half_file_stays(data, cache_folder, monkeypatch):
+def test_no_partial_file_remains(data, cache_folder, monkeypatch):
     def fail(file, **_):
-        file.write(b"half")
+        file.write(b"partial")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", fail)
-    opened(data)
+    open_cached(data)
     assert list(cache_folder.iterdir()) == []
 
 
-def test_a_folder_can_be_named_and_no_image_is_an_empty_answer(tmp_path):
+def test_no_images_give_no_labels_in_any_folder(tmp_path):
     assert read_labels_cached([], classes=1, folder=tmp_path / "here") == ([], [], [])
 
 
-def test_a_coco_file_is_read_as_ever(data, cache_folder):
+def test_a_coco_file_is_not_cached(data, cache_folder):
     document = {
         "images": [{"id": 9, "file_name": "1.png", "width": 60, "height": 40}],
         "annotations": [],

@@ -1,15 +1,14 @@
-"""What is said about the labels of a dataset, against counting by hand."""
+"""Label statistics of a dataset, compared with counts made by hand."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record
-from yolov7_deploy.datasets.statistics import SMALL_PX, describe_labels, label_sizes
+from yolov7_deploy.datasets.statistics import SMALL_PX, box_sizes, describe_labels
 
-FLOAT = 1e-9
+FLOAT64 = 1e-9
 
 
 def record(path, image_hw, rows, crowd=()):
@@ -40,60 +39,54 @@ def dataset():
     return Dataset(records, source="data.yaml", class_names=names, category_ids=(0, 1, 2, 3), problems=("one line",))
 
 
-def test_sizes_are_in_pixels_of_images_with_this_longer_side(dataset):
-    sizes, unreadable = label_sizes(dataset, size=640)
+def test_box_sizes_are_in_pixels_at_the_image_size(dataset):
+    sizes, unreadable = box_sizes(dataset, image_size=640)
     expected = [[320, 240], [6.4, 4.8], [64, 96], [6.4, 4.48]]
-    np.testing.assert_allclose(sizes, expected, rtol=FLOAT)
+    np.testing.assert_allclose(sizes, expected, rtol=FLOAT64)
     assert unreadable == 1
 
 
 def test_images_and_boxes_are_counted_per_class(dataset):
-    found = describe_labels(dataset, size=640)
-    assert [(one.name, one.images, one.boxes) for one in found.classes] == [
+    found = describe_labels(dataset, image_size=640)
+    assert [(count.name, count.images, count.boxes) for count in found.classes] == [
         ("cat", 2, 3),
         ("dog", 2, 2),
         ("cow", 0, 0),
         ("owl", 0, 0),
     ]
     assert (found.images, found.background_images, found.boxes, found.crowd_boxes) == (4, 1, 5, 1)
-    assert found.empty_classes == ("cow", "owl") and found.unreadable == 1 and found.problems == ("one line",)
+    assert found.empty_classes == ("cow", "owl") and found.unreadable_images == 1 and found.problems == ("one line",)
 
 
-@pytest.mark.parametrize(("size", "small"), [(640, 2), (1280, 0), (48, 3)])
-def test_small_boxes_are_those_below_a_cell_at_this_size(dataset, size, small):
+@pytest.mark.parametrize(("image_size", "small"), [(640, 2), (1280, 0), (48, 3)])
+def test_small_boxes_are_smaller_than_a_cell_at_the_image_size(dataset, image_size, small):
     assert SMALL_PX == 8
-    assert describe_labels(dataset, size=size).small_boxes == small
+    assert describe_labels(dataset, image_size=image_size).small_boxes == small
 
 
-def test_sides_go_from_the_smallest_to_the_largest_box(dataset):
-    sides = describe_labels(dataset).sides
-    assert sides[0] == pytest.approx(np.sqrt(6.4 * 4.48) / 640) and sides[-1] == pytest.approx(np.sqrt(320 * 240) / 640)
-    assert list(sides) == sorted(sides)
+def test_relative_sizes_go_from_the_smallest_to_the_largest_box(dataset):
+    sizes = describe_labels(dataset).relative_sizes
+    assert sizes[0] == pytest.approx(np.sqrt(6.4 * 4.48) / 640) and sizes[-1] == pytest.approx(np.sqrt(320 * 240) / 640)
+    assert list(sizes) == sorted(sizes)
 
 
-def test_the_words_hold_what_people_look_for(dataset):
-    words = describe_labels(dataset).words()
-    assert "4 images (1 without a box), 5 boxes of 4 classes, 1 crowd boxes" in words
-    assert "2 (40.0%) smaller than 8 pixels at 640" in words
-    assert "most frequent: cat 3, dog 2\n" in words
-    assert "classes without a box: 'cow', 'owl'" in words and "1 images cannot be read" in words
+def test_the_summary_has_counts_small_boxes_frequent_classes_and_unreadable_images(dataset):
+    text = describe_labels(dataset).summary()
+    assert "4 images (1 without a box), 5 boxes of 4 classes, 1 crowd boxes" in text
+    assert "2 boxes (40.0%) smaller than 8 pixels at image size 640" in text
+    assert "most frequent: cat 3, dog 2\n" in text
+    assert "classes without a box: 'cow', 'owl'" in text and "1 images cannot be read" in text
 
 
-def test_the_rarest_classes_are_named_where_there_are_many():
+def test_the_rarest_classes_are_listed_if_there_are_many():
     rows = [(i, 0.1, 0.1) for i in range(5) for _ in range(9 - i)]
     many = Dataset(
         [record("a.png", (99, 99), rows)], source="x", class_names=tuple("abcdef"), category_ids=tuple(range(6))
     )
-    assert "most frequent: a 9, b 8, c 7; rarest: d 6, e 5\n" in describe_labels(many).words()
+    assert "most frequent: a 9, b 8, c 7; rarest: d 6, e 5\n" in describe_labels(many).summary()
 
 
-def test_a_dataset_without_boxes_is_described_too():
+def test_a_dataset_without_boxes_has_statistics():
     empty = Dataset([record("a.png", (9, 9), [])], source="x", class_names=("cat",), category_ids=(0,))
     found = describe_labels(empty)
-    assert found.sides == () and "1 images (1 without a box), 0 boxes of 1 classes" in found.words()
-
-
-def test_the_record_is_json(dataset):
-    record = json.loads(json.dumps(describe_labels(dataset).to_dict()))
-    assert record["classes"][0] == {"name": "cat", "images": 2, "boxes": 3}
-    assert record["sides"]["1"] > record["sides"]["0.5"] and record["empty_classes"] == ["cow", "owl"]
+    assert found.relative_sizes == () and "1 images (1 without a box), 0 boxes of 1 classes" in found.summary()

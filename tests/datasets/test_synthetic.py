@@ -1,4 +1,4 @@
-"""The generated dataset: the same pixels for the same seed, labels that fit, folders that are whole or not there."""
+"""The synthetic shapes dataset: same pixels for the same seed, labels that match, folders complete or absent."""
 
 import hashlib
 from pathlib import Path
@@ -9,23 +9,30 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.datasets.synthetic import CLASS_NAMES, LARGEST, MAX_OBJECTS, SMALLEST, shape_image, write_shapes
-from yolov7_deploy.datasets.synthetic_render import FORMS, MARGIN_PX, MAX_HIDDEN, TEXTURES, ShapeCanvas, direction
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, MAX_BOX, MAX_OBJECTS, MIN_BOX, generate_image, write_shapes
+from yolov7_deploy.datasets.synthetic_render import (
+    MARGIN_PX,
+    MAX_HIDDEN,
+    SHAPES,
+    TEXTURES,
+    ShapeCanvas,
+    random_direction,
+)
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import read_image
 
 SIZE = 96
-DIGITS = 1e-6  # of a label file
-EDGE_PX = 2.5  # a pixel, and the soft edge about the tip of a star
-FIRST_IMAGES = "74469affa3466ba7da637cc2b4fdec71ce5330cc0d7f8b1d55ab3252c4470469"  # SHA-256 of eight images
+ROUNDING = 1e-6  # of the numbers in a label file
+EDGE_PX = 2.5  # a pixel, and the soft edge around the tip of a star
+FIRST_IMAGES_SHA256 = "74469affa3466ba7da637cc2b4fdec71ce5330cc0d7f8b1d55ab3252c4470469"
 
 
 def images(count, *, size=320, split="train", seed=0):
-    return [shape_image(k, split=split, size=size, seed=seed) for k in range(1, count + 1)]
+    return [generate_image(k, split=split, size=size, seed=seed) for k in range(1, count + 1)]
 
 
-def crossings(points, polygon):
-    """Even-odd test of points [N, 2] against a polygon, edge by edge."""
+def points_inside(points, polygon):
+    """Return whether points [N, 2] are inside a polygon (even-odd rule), edge by edge."""
     inside = np.zeros(len(points), bool)
     for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         above = (y1 > points[:, 1]) != (y2 > points[:, 1])
@@ -34,35 +41,35 @@ def crossings(points, polygon):
     return inside
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_distance_is_negative_just_inside_the_outline(name):
     points = np.random.default_rng(0).uniform(-1.1, 1.1, (4000, 2))
     x, y = points.T.astype(np.float32)
-    distance = FORMS[name].distance(x, y)
+    distance = SHAPES[name].distance(x, y)
     if name == "ring":  # its outline is the outer one
         distance = np.where(x * x + y * y < 0.7**2, -1, distance)
-    clear = np.abs(distance) > 0.01  # a round outline is a polygon, a little inside
-    np.testing.assert_array_equal(distance[clear] < 0, crossings(points, FORMS[name].outline)[clear])
+    clear = np.abs(distance) > 0.01  # a round outline is a polygon slightly inside the circle
+    np.testing.assert_array_equal(distance[clear] < 0, points_inside(points, SHAPES[name].outline)[clear])
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_an_outline_just_fits_into_the_unit_circle(name):
-    radii = np.hypot(*FORMS[name].outline.T)
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_outline_touches_the_unit_circle_from_inside(name):
+    radii = np.hypot(*SHAPES[name].outline.T)
     assert radii.max() == pytest.approx(1)
-    assert FORMS[name].distance(*FORMS[name].outline.T.astype(np.float32)) == pytest.approx(0, abs=1e-6)
+    assert SHAPES[name].distance(*SHAPES[name].outline.T.astype(np.float32)) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_pixels_that_change_are_those_in_the_outline(name, seed):
-    """Two canvases of one seed; what differs is the object."""
+def test_painting_a_shape_changes_the_pixels_inside_its_outline(name, seed):
+    """Two canvases with the same seed differ only by the object."""
     empty, painted = (ShapeCanvas(200, rng=np.random.default_rng(seed)) for _ in range(2))
-    outline = painted.add(FORMS[name], side=60.0)
+    outline = painted.add(SHAPES[name], side_px=60.0)
     assert float(np.ptp(outline, axis=0).max()) == pytest.approx(60)
     change = np.abs(painted._pixels - empty._pixels).sum(axis=0)
     y, x = np.mgrid[:200, :200] + 0.5
-    inside = crossings(np.stack([x.ravel(), y.ravel()], axis=1), outline).reshape(200, 200)
-    if name != "ring":  # through which the background is seen
+    inside = points_inside(np.stack([x.ravel(), y.ravel()], axis=1), outline).reshape(200, 200)
+    if name != "ring":  # the background is visible through a ring
         assert np.mean(change[inside] > 0) > 0.99
     rows, columns = np.nonzero(change > 0)
     low, high = outline.min(axis=0), outline.max(axis=0)
@@ -71,15 +78,15 @@ def test_the_pixels_that_change_are_those_in_the_outline(name, seed):
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
-def test_a_texture_goes_from_zero_to_one(texture):
+def test_textures_are_between_zero_and_one(texture):
     x, y = np.arange(-30, 30, dtype=np.float32)[None, :], np.arange(-20, 20, dtype=np.float32)[:, None]
     field = texture(x, y, 50.0, np.random.default_rng(0))
     assert field.shape == (40, 60) and field.dtype == np.float32
     assert field.min() >= 0 and field.max() <= 1
 
 
-def test_directions_are_unit_vectors_all_around():
-    drawn = np.array([direction(np.random.default_rng(seed)) for seed in range(400)])
+def test_random_directions_are_unit_vectors_in_all_directions():
+    drawn = np.array([random_direction(np.random.default_rng(seed)) for seed in range(400)])
     np.testing.assert_allclose(np.hypot(*drawn.T), 1)
     quarters = np.histogram(np.arctan2(*drawn.T), bins=8, range=(-np.pi, np.pi))[0]
     assert quarters.min() > 20
@@ -89,29 +96,29 @@ def test_images_are_the_same_on_every_machine():
     digest = hashlib.sha256()
     for image, _ in images(8, size=SIZE):
         digest.update(image.tobytes())
-    assert digest.hexdigest() == FIRST_IMAGES
+    assert digest.hexdigest() == FIRST_IMAGES_SHA256
 
 
-def test_a_image_depends_on_its_four_numbers_alone():
-    one, _ = shape_image(7, split="train", size=SIZE, seed=3)
+def test_an_image_depends_only_on_its_four_arguments():
+    one, _ = generate_image(7, split="train", size=SIZE, seed=3)
     images(2, size=SIZE)
-    assert np.array_equal(one, shape_image(7, split="train", size=SIZE, seed=3)[0])
+    assert np.array_equal(one, generate_image(7, split="train", size=SIZE, seed=3)[0])
     for other in (
-        shape_image(8, split="train", size=SIZE, seed=3),
-        shape_image(7, split="val", size=SIZE, seed=3),
-        shape_image(7, split="train", size=SIZE, seed=4),
+        generate_image(8, split="train", size=SIZE, seed=3),
+        generate_image(7, split="val", size=SIZE, seed=3),
+        generate_image(7, split="train", size=SIZE, seed=4),
     ):
         assert not np.array_equal(one, other[0])
 
 
-def test_objects_are_of_all_classes_and_sizes_inside_the_image_and_some_images_have_none():
+def test_objects_have_all_classes_and_sizes_and_some_images_are_empty():
     labels = [labels for _, labels in images(120)]
     counts = np.array([len(found.boxes) for found in labels])
     assert counts.min() == 0 and 1 <= np.sum(counts == 0) <= 20 and counts.max() == MAX_OBJECTS
     boxes = np.concatenate([found.boxes for found in labels])
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-    assert SMALLEST - DIGITS <= sides.min() < 0.08 and 0.38 < sides.max() <= LARGEST + DIGITS
-    assert boxes.min() >= MARGIN_PX / 320 - DIGITS and boxes.max() <= 1 - MARGIN_PX / 320 + DIGITS
+    assert MIN_BOX - ROUNDING <= sides.min() < 0.08 and 0.38 < sides.max() <= MAX_BOX + ROUNDING
+    assert boxes.min() >= MARGIN_PX / 320 - ROUNDING and boxes.max() <= 1 - MARGIN_PX / 320 + ROUNDING
     assert np.bincount(np.concatenate([found.class_ids for found in labels])).min() > 30
 
 
@@ -119,26 +126,26 @@ def test_later_objects_hide_little_of_earlier_ones():
     y, x = np.mgrid[:160, :160] + 0.5
     points, hidden = np.stack([x.ravel(), y.ravel()], axis=1), []
     for _, labels in images(25, size=160):
-        masks = [crossings(points, polygon * 160) for polygon in labels.polygons]
+        masks = [points_inside(points, polygon * 160) for polygon in labels.polygons]
         rings = labels.class_ids == CLASS_NAMES.index("ring")
         for index, mask in enumerate(masks):
             later = np.zeros(len(points), bool)
             for other in range(index + 1, len(masks)):
-                # A ring covers less than its outline, and one is less covered than its outline says.
+                # A ring covers less than the area of its outline, and is itself covered less.
                 later |= masks[other] & (not rings[other])
             if not rings[index]:
                 hidden.append((mask & later).sum() / mask.sum())
-    assert max(hidden) <= MAX_HIDDEN + 0.03  # outlines of round forms are polygons
-    assert np.mean(np.array(hidden) > 0.02) > 0.05  # but some is hidden
+    assert max(hidden) <= MAX_HIDDEN + 0.03  # outlines of round shapes are polygons
+    assert np.mean(np.array(hidden) > 0.02) > 0.05  # but some pixels are hidden
 
 
 @pytest.mark.parametrize(
     "wrong", [{"size": 8}, {"size": 100_000}, {"split": "test"}, {"seed": -1}, {"k": -1}], ids=lambda wrong: str(wrong)
 )
-def test_numbers_that_cannot_be_meant_are_refused(wrong):
+def test_arguments_out_of_range_are_refused(wrong):
     k, options = wrong.pop("k", 1), {"split": "train", "size": SIZE, "seed": 0, **wrong}
-    with pytest.raises(DatasetError, match="No shapes"):
-        shape_image(k, **options)
+    with pytest.raises(DatasetError, match="Cannot generate"):
+        generate_image(k, **options)
 
 
 @pytest.fixture
@@ -147,44 +154,44 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 6), ("val", 2)])
-def test_the_folder_opens_with_the_labels_of_the_images(written, split, count):
+def test_the_written_folder_opens_as_a_dataset_with_the_same_labels(written, split, count):
     dataset = open_dataset(written, split=split)
     assert len(dataset) == count and dataset.class_names == CLASS_NAMES and not dataset.problems
     for k, sample in enumerate(dataset, start=1):
-        image, labels = shape_image(k, split=split, size=SIZE, seed=1)
+        image, labels = generate_image(k, split=split, size=SIZE, seed=1)
         assert np.array_equal(read_image(sample.path), image)
-        np.testing.assert_allclose(sample.boxes / SIZE, labels.boxes, atol=2 * DIGITS)
+        np.testing.assert_allclose(sample.boxes / SIZE, labels.boxes, atol=2 * ROUNDING)
         assert sample.class_ids.tolist() == labels.class_ids.tolist()
         assert all(len(polygon) > 2 for polygon in sample.polygons)
 
 
-def test_a_larger_dataset_begins_with_the_smaller_one(written, tmp_path):
+def test_a_larger_dataset_starts_with_the_smaller_one(written, tmp_path):
     larger = write_shapes(tmp_path / "larger", train=7, val=3, size=SIZE, seed=1).parent
     for path in sorted(written.parent.glob("*/*/*")):
         assert (larger / path.relative_to(written.parent)).read_bytes() == path.read_bytes()
 
 
-def test_the_same_dataset_is_kept_and_another_one_refused(written):
+def test_the_same_dataset_is_not_rewritten_and_another_one_is_refused(written):
     before = {path: path.stat().st_mtime_ns for path in written.parent.rglob("*")}
     assert write_shapes(written.parent, train=6, val=2, size=SIZE, seed=1) == written
     assert {path: path.stat().st_mtime_ns for path in written.parent.rglob("*")} == before
-    with pytest.raises(DatasetError, match="holds other shapes"):
+    with pytest.raises(DatasetError, match="contains another shapes dataset"):
         write_shapes(written.parent, train=6, val=2, size=SIZE, seed=2)
     next((written.parent / "images/train").iterdir()).unlink()
-    with pytest.raises(DatasetError, match="holds other shapes"):
+    with pytest.raises(DatasetError, match="contains another shapes dataset"):
         write_shapes(written.parent, train=6, val=2, size=SIZE, seed=1)
 
 
-def test_a_folder_of_something_else_is_refused_and_an_empty_one_used(tmp_path):
+def test_a_folder_with_other_files_is_refused_and_an_empty_one_is_used(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("dear")
-    with pytest.raises(DatasetError, match="no complete shapes dataset"):
+    (tmp_path / "mine/notes.txt").write_text("text")
+    with pytest.raises(DatasetError, match="not a complete shapes dataset"):
         write_shapes(tmp_path / "mine", train=1, val=1, size=SIZE, seed=0)
     (tmp_path / "empty").mkdir()
     assert write_shapes(tmp_path / "empty", train=1, val=1, size=SIZE, seed=0).is_file()
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
+def test_an_interrupted_run_leaves_no_files(tmp_path):
     def interrupt(done, _):
         if done == 2:
             raise KeyboardInterrupt
@@ -194,7 +201,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_dataset_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="cannot be written"):
         write_shapes(tmp_path / "file/shapes", train=1, val=1, size=SIZE, seed=0)
@@ -202,7 +209,7 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
         write_shapes(tmp_path / "shapes", train=0, val=1, size=SIZE, seed=0)
 
 
-def test_the_command_writes_and_says_what_to_type_next(tmp_path):
+def test_the_command_writes_the_dataset_and_prints_the_next_command(tmp_path):
     options = ["--train", "2", "--val", "1", "--img", str(SIZE)]
     done = CliRunner().invoke(app, ["shapes", "--output", str(tmp_path / "shapes"), *options])
     assert done.exit_code == 0, done.output

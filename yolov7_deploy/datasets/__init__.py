@@ -1,7 +1,7 @@
 """COCO annotation files and YOLO label folders as one sequence of samples.
 
-Only who asks for it gets a cache on disk, and each of its entries is checked against its files first: a stale label
-cache is worse than reading small text files again.
+Labels are cached on disk only on request, and every cache entry is checked against its files: a stale label cache is
+worse than reading small text files again.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ def open_dataset(
     limit: int | None = None,
     cache: bool = False,
 ) -> Dataset:
-    """The samples of a COCO `instances.json` or of a YOLO dataset YAML, ordered by path.
+    """Open a COCO `instances.json` or a YOLO dataset YAML; samples are ordered by path.
 
-    A YAML has `train`, `val`, `test` (text list, folder, or several), `nc`, `names` and optionally `path` and
-    `annotations` (a COCO file per split, which then gives the boxes). Its paths are relative to the file itself,
-    or as the official program has it to the working folder.
+    A YAML has `train`, `val`, `test` (text list, folder, or several of them), `nc`, `names` and optionally `path` and
+    `annotations` (a COCO file per split, whose boxes are then used). Its paths are relative to the YAML file or, as in
+    the official program, to the working directory.
 
     Args:
         data: The JSON or YAML file.
-        images: Image folder of a JSON; without it the usual places beside the file are tried.
-        split: Which part of a YAML, and which folder to guess for a JSON.
-        limit: Only the first so many images.
-        cache: Of label files and image headers read only those that have changed since the last time, and keep what
-            they say in the user's cache folder. Headers are then read at once, not when a size is asked for.
+        images: Image folder of a JSON file; by default the usual folders next to the file are tried.
+        split: The split of a YAML to open, and the folder to look for with a JSON file.
+        limit: Open only the first `limit` images.
+        cache: Keep parsed labels and image sizes in the user's cache folder, and read only label files and image
+            headers that have changed. Headers are then read now, not when a size is requested.
 
     Raises:
-        DatasetError: Files are missing, malformed or contradict each other; the message lists the first offenders.
+        DatasetError: Files are missing, malformed or contradict each other; the message lists the first ones.
     """
     path = Path(data)
     if limit is not None and limit < 1:

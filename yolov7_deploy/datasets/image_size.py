@@ -1,4 +1,4 @@
-"""The size of an image from its first bytes: decoding thousands of images to sort them would take minutes."""
+"""Read the size of an image from its header, because decoding thousands of images takes minutes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import BinaryIO
 
 from yolov7_deploy.image import JPEG_TABLES, read_image
 
-PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_HEAD_BYTES = 4096
 ORIENTATION_TAG = 0x0112
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 def read_image_hw(path: Path) -> tuple[int, int]:
-    """Height and width that `read_image` would give; JPEG and PNG from their headers, others by decoding.
+    """Return height and width as decoded by `read_image`; reads only the header of JPEG and PNG, decodes others.
 
     Raises:
-        ImageError: The file is absent or not an image.
+        ImageError: The file is missing or not an image.
     """
     try:
         with path.open("rb") as file:
-            found = _header_hw(file)
+            image_hw = _header_hw(file)
     except (OSError, struct.error, IndexError):
-        found = None
-    if found and min(found) > 0:
-        return found
+        image_hw = None
+    if image_hw and min(image_hw) > 0:
+        return image_hw
     height, width = read_image(path).shape[:2]
     return height, width
 
@@ -37,25 +37,25 @@ def _header_hw(file: BinaryIO) -> tuple[int, int] | None:
         file.seek(2)
         return _jpeg_hw(file)
     head = file.read(PNG_HEAD_BYTES)
-    if start == PNG_START and head[4:8] == b"IHDR" and b"eXIf" not in head:
+    if start == PNG_SIGNATURE and head[4:8] == b"IHDR" and b"eXIf" not in head:
         width, height = struct.unpack_from(">II", head, 8)
         return height, width
     return None
 
 
 def _jpeg_hw(file: BinaryIO) -> tuple[int, int] | None:
-    turned = False
+    is_transposed = False
     while file.read(1) == b"\xff":
         marker = 0xFF
-        while marker == 0xFF:  # any number of fill bytes may stand before a marker
+        while marker == 0xFF:  # any number of fill bytes can precede a marker
             marker = file.read(1)[0]
         (length,) = struct.unpack(">H", file.read(2))
         payload = file.read(max(0, length - 2))
         if marker == 0xE1 and payload.startswith(b"Exif\0\0"):
-            turned = _exif_orientation(payload[6:]) in TURNED
+            is_transposed = _exif_orientation(payload[6:]) in TRANSPOSED
         elif 0xC0 <= marker <= 0xCF and marker not in JPEG_TABLES:
             height, width = struct.unpack_from(">HH", payload, 1)
-            return (width, height) if turned else (height, width)
+            return (width, height) if is_transposed else (height, width)
     return None
 
 

@@ -1,6 +1,6 @@
-"""What was read from label files and image headers, kept on disk and never trusted: each entry is checked.
+"""Disk cache of parsed label files and image sizes; an entry is used only while its files are unchanged.
 
-Reading the labels of a large dataset again takes a minute; asking whether its files have changed takes a second.
+Reading the labels of a large dataset takes a minute; checking whether its files have changed takes a second.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.samples import BoolArray, IntArray, Labels
-from yolov7_deploy.datasets.yolo_labels import LabelFile, checked_labels, label_path, read_label_file
+from yolov7_deploy.datasets.yolo_labels import LabelFile, collect_labels, label_path, read_label_file
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.hub import cache_dir
 
-VERSION = 1  # of the arrays, and of how lines are understood
-# A file that changed this shortly before it was read may change once more within the same tick of its clock (two
-# seconds on FAT, the coarsest there is), and would then look as before. Such entries are not kept.
+VERSION = 1  # of the arrays, and of the parser of label lines
+# A file that changed less than this before it was read can change again within the same tick of the file system clock
+# (two seconds on FAT, the coarsest one) and would look unchanged. Such entries are not kept.
 SETTLED_NS = 2_000_000_000
-STAMPS = 6  # size, time of the contents and of the inode; of the label file, then of the image
-ABSENT = -1
-SCALARS: Mapping[str, type[np.generic]] = {
+STAMPS = 6  # size, mtime and ctime of the label file, then of the image
+ABSENT = -1  # stamp of a file that does not exist
+CHANGED = -2  # stamp that no file has: the entry is read again
+DTYPES: Mapping[str, type[np.generic]] = {
     "stamps": np.int64,
     "hw": np.int64,
     "box_counts": np.int64,
@@ -46,7 +47,7 @@ SCALARS: Mapping[str, type[np.generic]] = {
     "repairs": np.uint8,
 }
 
-# What a file that is cut off, of another kind or of another program makes of numpy, zipfile and json.
+# Raised by numpy, zipfile and json for a truncated file, or one of another format.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError)
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, struct.error)
 
@@ -58,7 +59,7 @@ Hw = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Entry:
-    """An image: its label file, and its height and width (`None` where its header cannot be read)."""
+    """One image: its label file, and its height and width (`None` if its header cannot be read)."""
 
     file: LabelFile
     image_hw: Hw | None
@@ -67,43 +68,41 @@ class Entry:
 def read_labels_cached(
     images: Sequence[Path], *, classes: int, folder: Path | None = None
 ) -> tuple[list[Labels], list[Hw | None], list[str]]:
-    """As `read_label_files`, and the size of each image; what has not changed since the last time is not read again.
+    """Return what `read_label_files` returns, and the size of each image; unchanged files are not read again.
 
-    An entry is taken only while size and times of both files are as they were. A damaged cache is read anew, and one
-    that cannot be written is a logged warning.
+    A damaged cache file is rebuilt. A cache file that cannot be written is a logged warning.
 
     Args:
         images: The image files.
         classes: Number of classes.
-        folder: Where caches are kept; `$XDG_CACHE_HOME/yolov7_deploy/labels` by default.
+        folder: Folder of the cache files; `$XDG_CACHE_HOME/yolov7_deploy/labels` by default.
 
     Raises:
         DatasetError: See `read_label_files`.
     """
     start, now_ns = time.perf_counter(), time.time_ns()
     paths = _label_paths(images)
-    place = (cache_dir() / "labels" if folder is None else folder) / f"{_digest(images, paths, classes)}.npz"
+    cache_path = (cache_dir() / "labels" if folder is None else folder) / f"{_digest(images, paths, classes)}.npz"
     stamps = np.array(
         [(*_stamp(path), *_stamp(image)) for path, image in zip(paths, images, strict=True)], dtype=np.int64
     ).reshape(-1, STAMPS)
-    kept = _load(place, count=len(paths), classes=classes)
-    fresh = np.all(kept["stamps"] == stamps, axis=1) if kept else np.zeros(len(paths), dtype=np.bool_)
-    entries: list[Entry | None] = _unpacked(kept, fresh) if kept else [None] * len(paths)
-    whole = [
+    arrays = _load(cache_path, count=len(paths), classes=classes)
+    fresh = np.all(arrays["stamps"] == stamps, axis=1) if arrays else np.zeros(len(paths), dtype=np.bool_)
+    cached: list[Entry | None] = _unpack(arrays, fresh) if arrays else [None] * len(paths)
+    entries = [
         entry or Entry(file=read_label_file(path, classes=classes), image_hw=_image_hw(image))
-        for entry, path, image in zip(entries, paths, images, strict=True)
+        for entry, path, image in zip(cached, paths, images, strict=True)
     ]
     if not fresh.all():
-        _write(place, _packed(whole, _trusted(stamps, whole, now_ns)))
-    labels, repairs = checked_labels([entry.file for entry in whole], paths)
-    logger.info(
-        "%d label files, %d of them from %s, in %.1f s", len(paths), fresh.sum(), place, time.perf_counter() - start
-    )
-    return labels, [entry.image_hw for entry in whole], repairs
+        _write(cache_path, _pack(entries, _settled_stamps(stamps, entries, now_ns)))
+    labels, repairs = collect_labels([entry.file for entry in entries], paths)
+    seconds = time.perf_counter() - start
+    logger.info("%d label files, %d of them from %s, in %.1f s", len(paths), fresh.sum(), cache_path, seconds)
+    return labels, [entry.image_hw for entry in entries], repairs
 
 
 def _label_paths(images: Sequence[Path]) -> list[Path]:
-    """`label_path` of each; looks only once where the labels of a folder of images are."""
+    """Return `label_path` of each image, with one lookup per image folder."""
     folders: dict[Path, Path] = {}
     for image in images:
         if image.parent not in folders:
@@ -112,6 +111,7 @@ def _label_paths(images: Sequence[Path]) -> list[Path]:
 
 
 def _digest(images: Sequence[Path], paths: Sequence[Path], classes: int) -> str:
+    """Return the SHA-256 of everything that identifies a dataset; the name of its cache file."""
     digest = hashlib.sha256(f"{VERSION} {classes} {Path.cwd()}".encode("utf-8", "surrogateescape"))
     for files in (images, paths):
         digest.update("\0".join(map(str, files)).encode("utf-8", "surrogateescape"))
@@ -119,12 +119,12 @@ def _digest(images: Sequence[Path], paths: Sequence[Path], classes: int) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes whenever a file does; the time of the inode also when a program sets back that of the contents."""
+    """Return size, mtime and ctime of a file; ctime also changes when a program sets mtime back."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - Path.stat takes twice as long, and there are hundreds of thousands
+        status = os.stat(path)  # noqa: PTH116 - Path.stat takes twice as long, and there are hundreds of thousands
     except (OSError, ValueError):
         return ABSENT, ABSENT, ABSENT
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _image_hw(image: Path) -> Hw | None:
@@ -134,32 +134,32 @@ def _image_hw(image: Path) -> Hw | None:
         return None
 
 
-def _trusted(stamps: IntArray, entries: Sequence[Entry], now_ns: int) -> IntArray:
-    """The stamps, or such as no file has where an entry must be read again: changed just now, no image, or errors."""
+def _settled_stamps(stamps: IntArray, entries: Sequence[Entry], now_ns: int) -> IntArray:
+    """Return the stamps, with `CHANGED` for recently changed files, unreadable images and labels with errors."""
     times = stamps[:, [1, 2, 4, 5]].max(axis=1)
-    whole = np.array([entry.image_hw is not None and not entry.file.errors for entry in entries], dtype=np.bool_)
-    return np.where((whole & (times < now_ns - SETTLED_NS))[:, None], stamps, ABSENT - 1)
+    valid = np.array([entry.image_hw is not None and not entry.file.errors for entry in entries], dtype=np.bool_)
+    return np.where((valid & (times < now_ns - SETTLED_NS))[:, None], stamps, CHANGED)
 
 
-def _packed(entries: Sequence[Entry], stamps: IntArray) -> Arrays:
-    """All entries as a few long arrays."""
-    labels = [entry.file.labels for entry in entries]
-    polygons = [polygon for one in labels for polygon in one.polygons]
+def _pack(entries: Sequence[Entry], stamps: IntArray) -> Arrays:
+    """Concatenate all entries to a few long arrays."""
+    files = [entry.file.labels for entry in entries]
+    polygons = [polygon for labels in files for polygon in labels.polygons]
     repairs = {str(i): entry.file.repairs for i, entry in enumerate(entries) if entry.file.repairs}
     return {
         "stamps": stamps,
         "hw": np.array([entry.image_hw or (0, 0) for entry in entries], dtype=np.int64).reshape(-1, 2),
-        "box_counts": np.array([len(one.boxes) for one in labels], dtype=np.int64),
-        "boxes": np.concatenate([np.zeros((0, 4)), *(one.boxes for one in labels)]),
-        "class_ids": np.concatenate([np.zeros(0, np.int64), *(one.class_ids for one in labels)]),
+        "box_counts": np.array([len(labels.boxes) for labels in files], dtype=np.int64),
+        "boxes": np.concatenate([np.zeros((0, 4)), *(labels.boxes for labels in files)]),
+        "class_ids": np.concatenate([np.zeros(0, np.int64), *(labels.class_ids for labels in files)]),
         "point_counts": np.array([len(polygon) for polygon in polygons], dtype=np.int64),
         "points": np.concatenate([np.zeros((0, 2)), *polygons]),
         "repairs": np.frombuffer(json.dumps(repairs, sort_keys=True).encode(), dtype=np.uint8),
     }
 
 
-def _unpacked(arrays: Arrays, fresh: BoolArray) -> list[Entry | None]:
-    """The entries that are still true; their arrays are views of the long ones."""
+def _unpack(arrays: Arrays, fresh: BoolArray) -> list[Entry | None]:
+    """Return the entries where `fresh` is true, `None` for the others; their arrays are views of the long ones."""
     last = np.cumsum(arrays["box_counts"]).tolist()
     bounds = np.concatenate([[0], np.cumsum(arrays["point_counts"])]).tolist()
     repairs = json.loads(arrays["repairs"].tobytes())
@@ -184,21 +184,21 @@ def _unpacked(arrays: Arrays, fresh: BoolArray) -> list[Entry | None]:
     return entries
 
 
-def _load(place: Path, *, count: int, classes: int) -> Arrays | None:
-    """The arrays of a cache file that is whole; `None` for any other."""
+def _load(path: Path, *, count: int, classes: int) -> Arrays | None:
+    """Return the arrays of a complete and valid cache file, or `None`."""
     try:
-        with place.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in SCALARS}
-        return arrays if _is_whole(arrays, count, classes) else None
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in DTYPES}
+        return arrays if _is_consistent(arrays, count, classes) else None
     except FileNotFoundError:
         return None
     except (*_DAMAGED, *_DAMAGED_ZIP) as error:
-        logger.info("%s is read anew: %s", place, error)
+        logger.info("%s is damaged and will be rebuilt: %s", path, error)
         return None
 
 
-def _is_whole(arrays: Arrays, count: int, classes: int) -> bool:
-    """Whether the arrays belong together, whoever wrote them."""
+def _is_consistent(arrays: Arrays, count: int, classes: int) -> bool:
+    """Return whether shapes, dtypes and values of the arrays fit together; a cache file is not trusted."""
     boxes, points = len(arrays["boxes"]), len(arrays["points"])
     shapes = {
         "stamps": (count, STAMPS),
@@ -210,7 +210,7 @@ def _is_whole(arrays: Arrays, count: int, classes: int) -> bool:
         "points": (points, 2),
         "repairs": (len(arrays["repairs"]),),
     }
-    if any(arrays[name].dtype != SCALARS[name] or arrays[name].shape != shape for name, shape in shapes.items()):
+    if any(arrays[name].dtype != DTYPES[name] or arrays[name].shape != shape for name, shape in shapes.items()):
         return False
     repairs = json.loads(arrays["repairs"].tobytes())
     return bool(
@@ -223,10 +223,10 @@ def _is_whole(arrays: Arrays, count: int, classes: int) -> bool:
     )
 
 
-def _write(place: Path, arrays: Arrays) -> None:
-    """Under a temporary name first; a place that cannot be written costs the time that the cache would save."""
+def _write(path: Path, arrays: Arrays) -> None:
+    """Write the cache file under a temporary name first; a failure costs only the time that the cache would save."""
     try:
-        with whole_file(place) as unfinished, unfinished.open("wb") as file:
+        with atomic_write(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        logger.warning("Labels are read again next time: %s cannot be written (%s).", place, error.strerror or error)
+        logger.warning("%s cannot be written (%s); labels will be read again next time.", path, error.strerror or error)

@@ -1,8 +1,9 @@
-"""The samples of a dataset, whatever its labels were written in."""
+"""Images with boxes, independent of the format that their labels are stored in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -10,6 +11,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from yolov7_deploy._serialization import short_repr
 from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import FloatArray
@@ -18,16 +20,19 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 DoubleArray = npt.NDArray[np.float64]
 
+MAX_LISTED = 10  # names or lines that a message lists
+MAX_TEXT = 200  # characters of a file's text that a message quotes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Labels:
-    """What is in one image, in fractions of its width and height (so that its size need not be known yet).
+    """The objects of one image, in fractions of its width and height, so that its size can be read later.
 
     Attributes:
         boxes: float64 [N, 4] xyxy.
         class_ids: int64 [N].
-        crowd: bool [N].
-        polygons: Per box its outline, float64 [K, 2] xy; [0, 2] where there is none.
+        crowd: bool [N], see `Sample`.
+        polygons: The outline of each box, float64 [K, 2] xy; [0, 2] if there is none.
     """
 
     boxes: DoubleArray
@@ -35,19 +40,34 @@ class Labels:
     crowd: BoolArray
     polygons: tuple[DoubleArray, ...]
 
+    def select(self, keep: BoolArray) -> Labels:
+        """Return the objects where `keep`, bool [N], is true."""
+        if keep.all():
+            return self
+        return Labels(
+            boxes=self.boxes[keep],
+            class_ids=self.class_ids[keep],
+            crowd=self.crowd[keep],
+            polygons=tuple(polygon for polygon, is_kept in zip(self.polygons, keep.tolist(), strict=True) if is_kept),
+        )
+
+    def without_crowd(self) -> Labels:
+        """Return the objects that a detector has to find."""
+        return self.select(~self.crowd)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sample:
-    """One image and what is in it.
+    """One image and its objects.
 
     Attributes:
-        path: The image file; it may turn out to be unreadable.
+        path: The image file; reading it can still fail.
         image_id: COCO image id.
         image_hw: Height and width in pixels as decoded (EXIF orientation applied).
         boxes: float32 [N, 4] xyxy in pixels.
         class_ids: int64 [N], indices into `Dataset.class_names`.
-        crowd: bool [N]; a crowd box marks a region that is neither hit nor false alarm.
-        polygons: Per box its outline, float32 [K, 2] xy in pixels; [0, 2] where there is only a box or several parts.
+        crowd: bool [N]; detections in a crowd region count neither as true nor as false positives.
+        polygons: The outline of each box, float32 [K, 2] xy in pixels; [0, 2] if it has none, or several parts.
     """
 
     path: Path
@@ -61,9 +81,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Record:
-    """A sample before its image was looked at: `labels` are fractions of a size that may not be known yet.
+    """A sample as its label file describes it; the image has not been opened.
 
-    `areas` are COCO's (of the mask, in pixels); `None` takes the boxes' areas.
+    Attributes:
+        path: The image file.
+        image_id: COCO image id.
+        image_hw: Height and width in pixels; `None` until the image header has been read.
+        labels: In fractions of height and width.
+        areas: float64 [N], COCO mask areas in pixels; `None` uses the areas of the boxes.
     """
 
     path: Path
@@ -77,10 +102,10 @@ class Dataset(Sequence[Sample]):
     """Images with boxes, ordered by path.
 
     Attributes:
-        source: The file it was opened from.
+        source: Name of the file it was opened from.
         class_names: One name per class, in class-id order.
         category_ids: The COCO category id of each class, for ground truth and prediction files.
-        problems: What was repaired while reading (duplicates dropped, labels not found), one line each.
+        problems: Repairs made while reading (duplicates dropped, labels not found), one line each.
     """
 
     def __init__(
@@ -106,7 +131,7 @@ class Dataset(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Sample]: ...
     def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        """The sample at `index`; reads the image's header where its size is not known yet.
+        """Return the sample at `index`; reads the image header if the size is not known yet.
 
         Raises:
             ImageError: The image cannot be read.
@@ -126,19 +151,19 @@ class Dataset(Sequence[Sample]):
         )
 
     def record(self, index: int) -> Record:
-        """All that is known of a sample, without touching its image; nobody may write into it."""
+        """Return a sample without opening its image. Do not modify its arrays."""
         return self._records[index]
 
     def path(self, index: int) -> Path:
-        """The image file of a sample, without touching it."""
+        """Return the image file of a sample without opening it."""
         return self._records[index].path
 
     def image_id(self, index: int) -> int:
-        """The COCO image id of a sample."""
+        """Return the COCO image id of a sample."""
         return self._records[index].image_id
 
     def image_hw(self, index: int) -> tuple[int, int]:
-        """Height and width of an image: from the annotation file, else from the image's header (read once).
+        """Return height and width of an image: from the annotation file, or from the image header (read once).
 
         Raises:
             ImageError: The image cannot be read.
@@ -150,29 +175,29 @@ class Dataset(Sequence[Sample]):
         return record.image_hw
 
     def box_counts(self) -> IntArray:
-        """Boxes per class that a detector is asked to find (crowd boxes not counted), int64 [C]."""
+        """Return the number of boxes of each class without crowd boxes, int64 [C]."""
         counts = np.zeros(len(self.class_names), dtype=np.int64)
         for record in self._records:
-            counts += np.bincount(record.labels.class_ids[~record.labels.crowd], minlength=len(counts))
+            counts += np.bincount(record.labels.without_crowd().class_ids, minlength=len(counts))
         return counts
 
     def require_boxes(self) -> None:
-        """Does nothing where there is a box to find.
+        """Check that the dataset has a box that is not a crowd box.
 
         Raises:
-            DatasetError: There is none, with what was repaired while reading.
+            DatasetError: It has none; the message includes the first `problems`.
         """
         if not self.box_counts().any():
             raise DatasetError(
-                "\n".join([f"{self.source} has not one box in {len(self)} images.", *self.problems[:3]]),
-                fix="Check --data, and that labels lie where its images' paths say.",
+                "\n".join([f"{self.source} has no box in {len(self)} images.", *self.problems[:3]]),
+                fix="Check --data, and that the label files are in the folders that belong to its image paths.",
             )
 
     def ground_truth(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The chosen samples as a COCO document: `images`, `annotations` (ids from 1), `categories`.
+        """Return samples as a COCO document: `images`, `annotations` (ids from 1), `categories`.
 
         Raises:
-            ImageError: The size of an image is needed and it cannot be read.
+            ImageError: The size of an image is not known, and its header cannot be read.
         """
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -185,7 +210,7 @@ class Dataset(Sequence[Sample]):
             for box, area, class_id, crowd in zip(
                 boxes.tolist(), areas.tolist(), record.labels.class_ids, record.labels.crowd, strict=True
             ):
-                # COCO's matcher takes annotation id 0 for "not matched", so ids start at 1 whatever the file said.
+                # The COCO matcher uses annotation id 0 for "not matched", so ids start at 1 even if the file's do not.
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -198,3 +223,31 @@ class Dataset(Sequence[Sample]):
                 )
         categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Return the first names of a list, quoted, and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(short_repr, names[:MAX_LISTED])) + more
+
+
+def short_text(text: object) -> str:
+    """Return a printable text for a message, truncated if it is long: parser errors can quote a whole file."""
+    full = str(text)
+    return printable(full if len(full) <= MAX_TEXT else f"{full[:MAX_TEXT]}...")
+
+
+def printable(text: str) -> str:
+    """Return a text without lone surrogates, which cannot be printed or written."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def path_exists(path: Path) -> bool:
+    """Return whether a file or folder exists; unlike `Path.exists`, names that are too long do not raise."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists; unlike `Path.is_file`, names that are too long do not raise."""
+    return os.path.isfile(path)  # noqa: PTH113
