@@ -1,4 +1,4 @@
-"""Live streams: only the newest frame counts, lost ones come back, and everything stops when told to."""
+"""Live streams: the newest frame is read, lost streams are reopened, and closing stops all threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_image(value: int) -> np.ndarray:
 
 
 class FakeCamera:
-    """A capture that is fed by the test: each script is one connection, None is a lost frame."""
+    """Opens fake captures: each list of frames is one connection, None is a connection that fails."""
 
     def __init__(self, connections, *, pace_s=0.0):
         self.connections = list(connections)
@@ -67,7 +67,7 @@ def wait_until(condition) -> None:
         time.sleep(0.002)
 
 
-def test_a_slow_consumer_sees_the_newest_frame_and_the_count_of_the_lost():
+def test_a_slow_consumer_gets_the_newest_frame_and_the_number_of_dropped_ones():
     camera = FakeCamera([range(100)])
     reader = LiveReader(0, open_capture=camera, reconnects=0)
     wait_until(lambda: camera.released == 1)
@@ -81,7 +81,7 @@ def test_a_slow_consumer_sees_the_newest_frame_and_the_count_of_the_lost():
     reader.close()
 
 
-def test_a_live_source_numbers_frames_and_reports_what_was_dropped():
+def test_a_live_source_numbers_frames_and_counts_dropped_ones():
     camera = FakeCamera([iter(range(10_000))], pace_s=0.001)
     with open_source("0", opener=camera) as source:
         assert source.is_live
@@ -103,7 +103,7 @@ def test_a_live_source_numbers_frames_and_reports_what_was_dropped():
     assert not any(thread.name.startswith("y7-live") for thread in threading.enumerate())
 
 
-def test_a_lost_stream_is_opened_again():
+def test_a_lost_stream_is_reopened():
     camera = FakeCamera([[1, 2], [3], None, [4]])
     seen = []
     with pytest.raises(SourceError, match="did not come back in 2 attempts"):
@@ -113,7 +113,7 @@ def test_a_lost_stream_is_opened_again():
     assert camera.opened == camera.released == 6
 
 
-def test_a_stream_that_never_opened_is_not_tried_again():
+def test_a_stream_that_never_opened_is_not_retried():
     camera = FakeCamera([])
     with pytest.raises(SourceError, match=r"rtsp://user:\*\*\*@cam/live could not be opened") as caught:
         list(open_source("rtsp://user:secret@cam/live", opener=camera))
@@ -127,7 +127,7 @@ def test_an_opencv_error_counts_as_a_lost_connection():
         list(open_source(0, opener=camera, reconnects=1, reconnect_wait_s=0))
 
 
-def test_closing_from_another_thread_ends_the_loop():
+def test_closing_from_another_thread_ends_the_iteration():
     class Silent(FakeCapture):
         def read(self):
             time.sleep(0.01)
@@ -141,7 +141,7 @@ def test_closing_from_another_thread_ends_the_loop():
     assert time.monotonic() - started < WAIT_S
 
 
-def test_several_streams_of_a_list_take_turns(tmp_path):
+def test_several_streams_of_a_list_are_read_in_turn(tmp_path):
     (tmp_path / "streams.txt").write_text("rtsp://one/a\nrtsp://two/b\n")
 
     def opener(address):
@@ -156,7 +156,7 @@ def test_several_streams_of_a_list_take_turns(tmp_path):
     assert seen == {"rtsp://one/a", "rtsp://two/b"}
 
 
-def test_one_of_several_streams_may_be_lost_under_skip(tmp_path):
+def test_with_skip_one_of_several_streams_may_fail(tmp_path):
     (tmp_path / "streams.txt").write_text("rtsp://one/a\nrtsp://two/b\n")
 
     def opener(address):

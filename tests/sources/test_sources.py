@@ -1,4 +1,4 @@
-"""Every kind of source gives frames in order, and every empty or broken one says what is wrong."""
+"""Every kind of source yields its frames in order, and every empty or broken one reports what is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from yolov7_deploy.visualize import write_image
 
 VIDEO_HW = (48, 64)
 VIDEO_FPS = 10.0
-CODEC_ERROR = 12  # grey levels that lossy video may be off in a flat frame
+CODEC_ERROR = 12  # maximum error of lossy video in a flat frame, in grey levels
 
 
 def make_image(value: int = 50) -> np.ndarray:
@@ -37,7 +37,7 @@ def folder(tmp_path) -> Path:
     for number, name in enumerate(["b.png", "a.png", "C.PNG"]):
         write_image(tmp_path / name, make_image(10 * number))
     write_image(tmp_path / "deep" / "er" / "d.png", make_image(99))
-    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "notes.md").write_text("not an image")
     (tmp_path / "._a.png").write_bytes(b"macOS resource fork")
     return tmp_path
 
@@ -46,7 +46,7 @@ def names(source) -> list[str]:
     return [Path(frame.path).name for frame in source]
 
 
-def test_a_folder_gives_its_own_images_sorted(folder):
+def test_a_folder_yields_its_own_images_sorted(folder):
     source = open_source(folder)
     assert names(source) == ["C.PNG", "a.png", "b.png"]
     assert source.total == 3
@@ -59,7 +59,7 @@ def test_patterns_find_images(folder, pattern, count):
     assert len(names(open_source(f"{folder}/{pattern}"))) == count
 
 
-def test_patterns_are_relative_to_the_working_folder(folder, monkeypatch):
+def test_patterns_are_relative_to_the_working_directory(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert names(open_source("*.png")) == ["a.png", "b.png"]
 
@@ -69,37 +69,37 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     assert names(open_source(tmp_path / "a[1].png")) == ["a[1].png"]
 
 
-def test_an_empty_folder_says_what_was_looked_for(tmp_path):
+def test_an_empty_folder_is_an_error_that_lists_the_suffixes(tmp_path):
     with pytest.raises(SourceError, match=r"no image and no video") as caught:
         open_source(tmp_path)
     assert ".jpg" in caught.value.fix
 
 
-def test_a_folder_with_images_only_below_says_so(folder):
+def test_a_folder_with_images_only_in_subfolders_is_an_error_with_the_pattern(folder):
     with pytest.raises(SourceError) as caught:
         open_source(folder / "deep")
     assert "**" in caught.value.fix
 
 
 @pytest.mark.parametrize("pattern", ["*.tif", "absent/*.png", "*.md"])
-def test_a_pattern_without_match_says_where_it_looked(folder, pattern):
+def test_a_pattern_without_match_is_an_error_that_names_the_folder(folder, pattern):
     with pytest.raises(SourceError, match="found nothing to read") as caught:
         open_source(f"{folder}/{pattern}")
     assert str(folder) in caught.value.message
 
 
 @pytest.mark.parametrize("path", ["absent.jpg", "absent", "nowhere/absent.mp4"])
-def test_an_absent_file_is_named(path):
+def test_a_missing_file_is_an_error(path):
     with pytest.raises(SourceError, match="does not exist"):
         open_source(path)
 
 
-def test_a_file_that_is_no_media_is_refused(folder):
+def test_a_file_that_is_neither_image_nor_video_is_an_error(folder):
     with pytest.raises(SourceError, match="neither an image nor a video"):
         open_source(folder / "notes.md")
 
 
-def test_a_image_is_known_by_its_content_where_the_suffix_is_unknown(tmp_path):
+def test_an_image_with_an_unknown_suffix_is_recognised_by_its_content(tmp_path):
     write_image(tmp_path / "a.jpg", make_image())
     (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
     assert next(iter(open_source(tmp_path / "a.jfif"))).image.shape == (20, 30, 3)
@@ -133,13 +133,13 @@ def test_a_float_array_is_refused():
 
 
 @pytest.mark.parametrize("source", [None, 1.5, {"a": 1}, True])
-def test_things_that_are_no_source_are_refused(source):
+def test_an_unsupported_type_is_a_usage_error(source):
     with pytest.raises(UsageError, match="cannot be of type"):
         open_source(source)
 
 
 @pytest.mark.parametrize("source", [[], "gopher://x/y.jpg"])
-def test_nothing_and_unknown_schemes_are_refused(source):
+def test_an_empty_source_or_unknown_scheme_is_an_error(source):
     with pytest.raises(SourceError):
         open_source(source)
 
@@ -155,19 +155,19 @@ def test_all_depths_of_png_are_read_as_bgr(tmp_path, kind):
     assert (image == 128).all()
 
 
-def spoil(folder: Path) -> None:
+def damage(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"")
     (folder / "b.png").write_bytes(b"this is not an image")
 
 
-def test_an_unreadable_image_stops_by_default(folder):
-    spoil(folder)
+def test_an_unreadable_image_is_an_error_by_default(folder):
+    damage(folder)
     with pytest.raises(ImageError, match="0 bytes"):
         list(open_source(folder))
 
 
-def test_unreadable_images_are_skipped_and_listed_on_request(folder):
-    spoil(folder)
+def test_with_skip_unreadable_images_are_skipped_and_listed(folder):
+    damage(folder)
     source = open_source(folder, on_error="skip")
     frames = list(source)
     assert [Path(frame.path).name for frame in frames] == ["C.PNG"]
@@ -183,7 +183,7 @@ def test_skipping_everything_is_an_error(tmp_path):
         list(open_source(tmp_path, on_error="skip"))
 
 
-def test_a_cut_off_image_is_an_error_or_a_image_but_never_a_crash(tmp_path):
+def test_a_truncated_image_is_read_or_an_error_but_never_a_crash(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     for suffix in (".jpg", ".png", ".bmp", ".webp", ".tif"):
         path = tmp_path / f"x{suffix}"
@@ -195,7 +195,7 @@ def test_a_cut_off_image_is_an_error_or_a_image_but_never_a_crash(tmp_path):
             assert path.name in error.message
 
 
-def test_a_list_names_files_beside_it_or_in_the_working_folder(folder, tmp_path_factory, monkeypatch):
+def test_paths_in_a_list_are_relative_to_the_list_or_the_working_directory(folder, tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     write_image(elsewhere / "here.png", make_image())
     monkeypatch.chdir(elsewhere)
@@ -203,7 +203,7 @@ def test_a_list_names_files_beside_it_or_in_the_working_folder(folder, tmp_path_
     assert names(open_source(folder / "list.txt")) == ["a.png", "here.png", "d.png", "b.png"]
 
 
-def test_a_list_with_a_missing_file_names_its_line(folder):
+def test_a_missing_file_in_a_list_is_reported_with_its_line(folder):
     (folder / "list.txt").write_text("a.png\nmissing.png\n")
     with pytest.raises(SourceError, match=r"line 2: missing\.png does not exist"):
         open_source(folder / "list.txt")
@@ -213,14 +213,14 @@ def test_a_list_with_a_missing_file_names_its_line(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\x00broken\xff"])
-def test_an_empty_or_binary_list_is_refused(tmp_path, content):
+def test_an_empty_or_binary_list_is_an_error(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(SourceError):
         open_source(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize("suffix,codec", [(".mp4", "mp4v"), (".avi", "MJPG")])
-def test_a_video_gives_every_frame_with_its_time(tmp_path, suffix, codec):
+def test_a_video_yields_every_frame_with_its_time(tmp_path, suffix, codec):
     path = tmp_path / f"clip{suffix}"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), VIDEO_FPS, VIDEO_HW[::-1])
     if not writer.isOpened():
@@ -239,7 +239,7 @@ def test_a_video_gives_every_frame_with_its_time(tmp_path, suffix, codec):
         assert (video.info.fps, video.info.frames, video.info.hw) == (VIDEO_FPS, 6, VIDEO_HW)
 
 
-def test_images_and_videos_of_a_folder_count_on(tmp_path):
+def test_frames_of_images_and_videos_are_numbered_consecutively(tmp_path):
     make_video(tmp_path / "b.mp4", frames=3)
     write_image(tmp_path / "a.png", make_image())
     write_image(tmp_path / "c.png", make_image())
@@ -261,7 +261,7 @@ def test_a_broken_video_is_an_error_that_can_be_skipped(tmp_path, content):
     assert len(source.skipped) == 1
 
 
-def test_a_video_cut_in_the_middle_gives_what_there_is_and_warns(tmp_path, caplog):
+def test_a_truncated_video_yields_its_frames_and_warns(tmp_path, caplog):
     path = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), VIDEO_FPS, VIDEO_HW[::-1])
     noise = np.random.default_rng(0).integers(0, 255, (20, *VIDEO_HW, 3), dtype=np.uint8)
@@ -288,7 +288,7 @@ def test_passwords_are_not_shown(address, shown):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A camera server: /shot.jpg is an image, /live an endless motion JPEG."""
+    """A camera server: /shot.jpg is an image, /live is a motion JPEG stream."""
 
     def do_GET(self):
         data = cv2.imencode(".jpg", np.full((*VIDEO_HW, 3), 77, dtype=np.uint8))[1].tobytes()
@@ -306,7 +306,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(data + b"\r\n")
                     time.sleep(0.01)
             except OSError:
-                pass  # the reader has what it wanted
+                pass  # the reader has closed the connection
         else:
             self.send_error(404)
 
@@ -325,13 +325,13 @@ def server():
         thread.join()
 
 
-def test_a_image_behind_an_address_is_downloaded(server):
+def test_an_image_url_is_downloaded(server):
     frames = list(open_source(f"{server}/shot.jpg?size=full"))
     assert frames[0].image.shape == (*VIDEO_HW, 3)
     assert frames[0].number is None
 
 
-def test_an_address_without_image_is_an_error(server):
+def test_a_url_without_an_image_is_an_error(server):
     with pytest.raises(ImageError, match="404"):
         list(open_source(f"{server}/absent.jpg"))
 

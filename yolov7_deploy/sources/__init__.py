@@ -1,4 +1,4 @@
-"""Where images come from: files, folders, patterns, lists, videos, cameras and streams."""
+"""Image sources: files, folders, glob patterns, lists, arrays, videos, cameras and streams."""
 
 from yolov7_deploy.sources.resolve import VIDEO_SUFFIXES, Skipped
 from yolov7_deploy.sources.source import Frame, Source, SourceLike, open_source

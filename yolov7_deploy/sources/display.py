@@ -1,4 +1,4 @@
-"""A window that shows images, where OpenCV was built with one and there is a display."""
+"""A window that shows images; it needs a display and an OpenCV that was built with GUI support."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ POLL_MS = 50
 
 
 class Window:
-    """One window, closed on exit.
+    """One OpenCV window, a context manager that closes it.
 
     Raises:
-        UsageError: There is no display, or this OpenCV cannot open windows.
+        UsageError: There is no display, or this OpenCV was built without GUI support.
     """
 
     def __init__(self, title: str) -> None:
         self._title = title
-        # asked first: without a display the window libraries end the whole process
+        # Checked first: without a display, GUI libraries end the whole process.
         if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             raise UsageError("There is no display to show images on.", fix="Save them instead:  --save-dir results")
         try:
             cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
         except cv2.error as error:
             raise UsageError(
-                "This OpenCV was built without windows (opencv-python-headless).",
+                "This OpenCV was built without GUI support (opencv-python-headless).",
                 fix="pip uninstall opencv-python-headless; pip install opencv-python   (or use --save-dir results)",
             ) from error
 
     def show(self, image_bgr: Image, *, wait: bool) -> bool:
-        """Shows the image, until a key is pressed with `wait`; False once the user asks to end (q, Esc, closing)."""
+        """Show the image, with `wait` until a key is pressed; return False if the user ends (q, Esc, window closed)."""
         cv2.imshow(self._title, image_bgr)
         while True:
             key = cv2.waitKey(POLL_MS if wait else 1)

@@ -1,6 +1,6 @@
-"""The newest frame of a camera or stream: a thread reads as fast as frames arrive and keeps only the last one.
+"""Live cameras and streams: a thread reads frames as fast as they arrive and keeps only the newest one.
 
-Without it a slow consumer works through a growing buffer and falls further behind with every frame.
+Otherwise a slow consumer would read from a growing buffer, with a delay that increases with every frame.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from yolov7_deploy.sources.video import NETWORK_TIMEOUT_MS, OpenCapture, hide_pa
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2  # waits are cut into pieces of this, so that Ctrl-C is answered on every platform
+POLL_S = 0.2  # longest single wait, so that Ctrl-C works on every platform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LiveFrame:
-    """A frame uint8 BGR [H, W, 3], its number in the stream, its capture time (`time.time()`), the stream's rate."""
+    """A frame of a stream.
+
+    Attributes:
+        image: uint8 BGR [H, W, 3].
+        number: Number of the frame in the stream, from 0.
+        captured_s: Capture time as `time.time()`.
+        fps: Frames per second that the stream reports.
+    """
 
     image: Image
     number: int
@@ -36,11 +43,11 @@ class LiveReader:
     """Reads one camera or stream in a thread, from construction until `close`.
 
     Args:
-        address: Camera number or stream address.
-        open_capture: Opens it; tests pass a stand-in.
-        reconnects: How often in a row a lost stream is opened again before giving up. One that never opened is not
-            tried again: its address is more likely wrong than its network slow.
-        wait_s: Pause before the first reconnection; each further one is twice as long.
+        address: Camera number or stream URL.
+        open_capture: Function that opens it.
+        reconnects: Number of consecutive attempts to reopen a lost stream. A stream that never opened is not tried
+            again: a wrong URL is more likely than a slow network.
+        wait_s: Seconds before the first attempt; doubled for each further one.
     """
 
     def __init__(
@@ -52,7 +59,7 @@ class LiveReader:
         self._wait_s = wait_s
         self._changed = threading.Condition()
         self._stop = threading.Event()
-        self._fresh: LiveFrame | None = None
+        self._newest: LiveFrame | None = None
         self._dropped = 0
         self._failure = ""
         self._ended = False
@@ -62,37 +69,37 @@ class LiveReader:
 
     @property
     def dropped(self) -> int:
-        """Frames that were replaced by a newer one before anybody took them."""
+        """Number of frames that were replaced by a newer one before `take` returned them."""
         with self._changed:
             return self._dropped
 
     def take(self, *, timeout_s: float | None = None) -> LiveFrame | None:
-        """The newest frame that was not taken yet, waiting for one; `None` after `timeout_s` or after `close`.
+        """Wait for a new frame and return the newest one; return `None` after `timeout_s` or after `close`.
 
         Raises:
             SourceError: The stream could not be opened, or was lost and did not come back.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while self._fresh is None and not self._ended:
+            while self._newest is None and not self._ended:
                 left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
                 if left <= 0:
                     return None
                 self._changed.wait(left)
-            fresh, self._fresh = self._fresh, None
-        if fresh is None and not self._stop.is_set():
+            newest, self._newest = self._newest, None
+        if newest is None and not self._stop.is_set():
             raise SourceError(
-                self._failure or f"The reader of {_shown(self.address)} stopped unexpectedly.",
-                fix="Check the address with:  ffplay ADDRESS   (a camera may be in use by another program)",
+                self._failure or f"The reader of {_label(self.address)} stopped unexpectedly.",
+                fix="Check the URL with:  ffplay URL   (a camera may be in use by another program)",
             )
-        return fresh
+        return newest
 
     def stop(self) -> None:
-        """Tells the thread to end after the frame it waits for."""
+        """Request the thread to end after the current frame, without waiting for it."""
         self._stop.set()
 
     def close(self) -> None:
-        """Stops the thread; waits for it as long as one network read may take. Calling it twice is fine."""
+        """Stop the thread and wait for it, at most as long as one network read. It can be called repeatedly."""
         self.stop()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=NETWORK_TIMEOUT_MS / 1000 + 1)
@@ -107,15 +114,15 @@ class LiveReader:
                     return
                 failures = 1 if self._count > before else failures + 1
                 if self._count == 0:
-                    self._failure = f"{_shown(self.address)} could not be opened, or gave no image."
+                    self._failure = f"{_label(self.address)} could not be opened, or sent no frame."
                     return
                 if failures > self._reconnects:
                     self._failure = (
-                        f"{_shown(self.address)} was lost after {self._count} frames and did not come back "
+                        f"{_label(self.address)} was lost after {self._count} frames and did not come back "
                         f"in {self._reconnects} attempts."
                     )
                     return
-                log.warning("%s was lost; connection attempt %d", _shown(self.address), failures)
+                log.warning("%s was lost; connection attempt %d", _label(self.address), failures)
                 self._stop.wait(self._wait_s * 2 ** (failures - 1))
         finally:
             with self._changed:
@@ -132,19 +139,19 @@ class LiveReader:
                 ok, image = capture.read()
                 if not ok or image is None:
                     return
-                self._offer(image.astype(np.uint8, copy=False), fps)
+                self._set_newest(image.astype(np.uint8, copy=False), fps)
         except cv2.error as error:
-            log.warning("OpenCV failed on %s: %s", _shown(self.address), error)
+            log.warning("OpenCV failed on %s: %s", _label(self.address), error)
         finally:
             capture.release()
 
-    def _offer(self, image: Image, fps: float) -> None:
+    def _set_newest(self, image: Image, fps: float) -> None:
         with self._changed:
-            self._dropped += self._fresh is not None
-            self._fresh = LiveFrame(image=image, number=self._count, captured_s=time.time(), fps=fps)
+            self._dropped += self._newest is not None
+            self._newest = LiveFrame(image=image, number=self._count, captured_s=time.time(), fps=fps)
             self._count += 1
             self._changed.notify_all()
 
 
-def _shown(address: str | int) -> str:
+def _label(address: str | int) -> str:
     return f"Camera {address}" if isinstance(address, int) else hide_password(address)

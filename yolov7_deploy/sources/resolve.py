@@ -1,4 +1,4 @@
-"""What the text of a source means: which images, videos, cameras and streams it names."""
+"""Resolving a source: which images, videos, cameras and streams a path, pattern, list or URL names."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ VIDEO_SUFFIXES = (
 STREAM_SCHEMES = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "tcp", "udp", "srt")
 LIST_SUFFIX = ".txt"
 MAX_CAMERA_DIGITS = 4
-MAX_SHOWN = 200  # characters of a path or address in a message
-MAX_PATTERN = 4096  # characters, as long as paths may be; matching takes their square
-SIGNS = "*?["  # of a pattern
+MAX_MESSAGE_CHARACTERS = 200  # characters of a path or address in a message
+MAX_PATTERN = 4096  # characters, the limit of paths; matching takes quadratic time
+GLOB_CHARACTERS = "*?["
 
 OnError = Literal["raise", "skip"]
 Kind = Literal["image", "video", "live", "array"]
@@ -37,75 +37,84 @@ Kind = Literal["image", "video", "live", "array"]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Item:
-    """One thing to read; `address` is a path, an address, a camera number or an array."""
+    """One item of a source.
+
+    Attributes:
+        kind: `image`, `video` (a file), `live` (a camera or stream) or `array`.
+        address: Path, URL, camera number or array, depending on `kind`.
+        label: The address for messages and `Frame.path`, without password; empty for arrays.
+    """
 
     kind: Kind
     address: Any
-    shown: str
+    label: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Skipped:
-    """Something that was left out, and why."""
+    """An item that was skipped, and the reason."""
 
     path: str
     reason: str
 
 
-def resolve(source: object, *, folder: Path | None, on_error: OnError, missing: list[Skipped]) -> Iterator[Item]:
-    """The items of a source, in order; what `on_error="skip"` leaves out is added to `missing`.
+def resolve(source: object, *, folder: Path | None, on_error: OnError, skipped: list[Skipped]) -> Iterator[Item]:
+    """Yield the items of a source, in order.
 
     Args:
         source: See `open_source`.
-        folder: Of the text list it stands in, `None` elsewhere.
-        on_error: What a wrong line of a list does.
-        missing: Grows by what was left out.
+        folder: Folder of the text list that has this entry, `None` outside lists.
+        on_error: `raise` or `skip` invalid lines of a list.
+        skipped: Skipped lines are appended to it.
 
     Raises:
-        SourceError: Something that does not exist, or has nothing to read in it.
-        UsageError: An argument of a kind that is no source.
+        SourceError: A file does not exist, or a folder, pattern or list has nothing to read.
+        UsageError: The type of `source` is not supported.
     """
     if isinstance(source, np.ndarray):
         arrays = source if source.ndim == 4 else [source]
-        yield from (Item(kind="array", address=array, shown="") for array in arrays)
+        yield from (Item(kind="array", address=array, label="") for array in arrays)
     elif isinstance(source, int) and not isinstance(source, bool):
         yield _camera(source)
     elif isinstance(source, str | Path):
         text = str(source).strip()
         if text.lower().endswith(LIST_SUFFIX) and "://" not in text and folder is None:
-            yield from _resolve_list(_home(text), on_error=on_error, missing=missing)
+            yield from _resolve_list(_expand_user(text), on_error=on_error, skipped=skipped)
         else:
-            yield from _resolve_text(text, folder=folder)
+            yield from _resolve_path_or_url(text, folder=folder)
     elif isinstance(source, Sequence):
         for one in source:
-            yield from resolve(one, folder=folder, on_error=on_error, missing=missing)
+            yield from resolve(one, folder=folder, on_error=on_error, skipped=skipped)
     else:
         raise UsageError(
             f"A source cannot be of type {type(source).__name__}.",
-            fix="Pass a path, a camera number, an address, or uint8 arrays.",
+            fix="Pass a path, a camera number, a URL, or uint8 arrays.",
         )
 
 
 def _camera(number: int) -> Item:
-    return Item(kind="live", address=number, shown=f"camera {number}")
+    return Item(kind="live", address=number, label=f"camera {number}")
 
 
-def _resolve_text(text: str, *, folder: Path | None) -> Iterator[Item]:
-    """A path, pattern, address or camera number; relative paths are looked for in `folder` first, then here."""
+def _resolve_path_or_url(text: str, *, folder: Path | None) -> Iterator[Item]:
+    """Yield the items of a path, pattern, URL or camera number.
+
+    Relative paths are looked for in `folder` first, then in the working directory.
+    """
     if text.isascii() and text.isdigit() and len(text) <= MAX_CAMERA_DIGITS:
         yield _camera(int(text))
         return
     scheme, separator, _ = text.partition("://")
     if separator:
-        yield _address(text, scheme.lower())
+        yield _url(text, scheme.lower())
         return
-    path = _home(text)
+    path = _expand_user(text)
     if folder is not None and not path.is_absolute() and (_exists(folder / path) or not _exists(path)):
         path = folder / path
     if not _exists(path):
-        if not any(sign in text for sign in SIGNS):
-            looked = _shown(str(path.absolute()))
-            raise SourceError(f"{_shown(text)} does not exist (looked for {looked}).", fix="Check the path.")
+        if not any(character in text for character in GLOB_CHARACTERS):
+            looked = _printable(str(path.absolute()))
+            raise SourceError(f"{_printable(text)} does not exist (looked for {looked}).", fix="Check the path.")
         yield from _resolve_pattern(path)
     elif path.is_dir():
         yield from _resolve_folder(path)
@@ -113,8 +122,8 @@ def _resolve_text(text: str, *, folder: Path | None) -> Iterator[Item]:
         yield _file(path)
 
 
-def _home(text: str) -> Path:
-    """The path with its `~` replaced, or as it is where there is no such user."""
+def _expand_user(text: str) -> Path:
+    """Expand `~` in the path; a path with an unknown user is returned unchanged."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -122,31 +131,33 @@ def _home(text: str) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something is there; `Path.exists` raises where a name is too long for any file."""
+    """Return whether the path exists; `Path.exists` would raise if a name is too long."""
     return os.path.exists(path)  # noqa: PTH110
 
 
-def _shown(text: str) -> str:
-    """A text of the user for a message: printable, and not longer than a few lines."""
-    cut = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+def _printable(text: str) -> str:
+    """Return a text of the user for a message: printable and at most a few lines long."""
+    cut = text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
     return cut if cut.isprintable() else ascii(cut)
 
 
-def _address(text: str, scheme: str) -> Item:
+def _url(text: str, scheme: str) -> Item:
     if scheme not in STREAM_SCHEMES:
         raise SourceError(
-            f"{_shown(hide_password(text))} is not an address that can be opened.",
+            f"{_printable(hide_password(text))} is not a URL of a supported scheme.",
             fix=f"One of: {', '.join(STREAM_SCHEMES)}",
         )
     try:
         suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
     except ValueError as error:
-        raise SourceError(f"{_shown(hide_password(text))} is no address: {error}.", fix="Correct it.") from error
+        raise SourceError(
+            f"{_printable(hide_password(text))} is not a valid URL: {error}.", fix="Correct it."
+        ) from error
     kind: Kind = "live"
     if scheme in ("http", "https"):
         is_motion_jpeg = suffix in (".mjpg", ".mjpeg")
         kind = "image" if suffix in IMAGE_SUFFIXES else "video" if _is_video(suffix) and not is_motion_jpeg else kind
-    return Item(kind=kind, address=text, shown=hide_password(text))
+    return Item(kind=kind, address=text, label=hide_password(text))
 
 
 def _is_video(suffix: str) -> bool:
@@ -154,21 +165,21 @@ def _is_video(suffix: str) -> bool:
 
 
 def _is_media(path: Path) -> bool:
-    hidden = path.name.startswith(".")  # macOS leaves "._photo.jpg" files that are no images
+    hidden = path.name.startswith(".")  # macOS writes "._photo.jpg" files, which are not images
     return not hidden and path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and path.is_file()
 
 
 def _file(path: Path) -> Item:
     if _is_video(path.suffix):
-        return Item(kind="video", address=str(path), shown=str(path))
-    if not path.is_file():  # a pipe or device would be waited for
-        raise SourceError(f"{path} is no file.", fix="Name an image, video, folder, camera number or address.")
+        return Item(kind="video", address=str(path), label=str(path))
+    if not path.is_file():  # reading a pipe or device could block
+        raise SourceError(f"{path} is not a file.", fix="Pass an image, video, folder, camera number or URL.")
     if path.suffix.lower() not in IMAGE_SUFFIXES and not cv2.haveImageReader(str(path)):
         raise SourceError(
             f"{path} is neither an image nor a video by its suffix.",
             fix=f"Images: {' '.join(IMAGE_SUFFIXES)}   videos: {' '.join(VIDEO_SUFFIXES)}   lists: {LIST_SUFFIX}",
         )
-    return Item(kind="image", address=str(path), shown=str(path))
+    return Item(kind="image", address=str(path), label=str(path))
 
 
 def _resolve_folder(folder: Path) -> Iterator[Item]:
@@ -177,17 +188,17 @@ def _resolve_folder(folder: Path) -> Iterator[Item]:
         deeper = any(_is_media(path) for path in folder.rglob("*"))
         raise SourceError(
             f"The folder {folder} has no image and no video in it.",
-            fix=f"Its subfolders do:  --source '{folder}/**/*'"
+            fix=f"To include subfolders:  --source '{folder}/**/*'"
             if deeper
-            else f"Looked for {' '.join(IMAGE_SUFFIXES)} and videos.",
+            else f"Supported are {' '.join(IMAGE_SUFFIXES)} and videos.",
         )
     yield from map(_file, files)
 
 
 def _resolve_pattern(pattern: Path) -> Iterator[Item]:
     parts = pattern.parts
-    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in SIGNS))
-    base, rest = Path(*parts[:first]), Path(*parts[first:])
+    glob_start = next(i for i, part in enumerate(parts) if any(character in part for character in GLOB_CHARACTERS))
+    base, rest = Path(*parts[:glob_start]), Path(*parts[glob_start:])
     if parts[-1] == "**":
         rest = rest / "*"
     try:
@@ -196,21 +207,21 @@ def _resolve_pattern(pattern: Path) -> Iterator[Item]:
         matches = sorted(base.glob(str(rest))) if base.is_dir() else []
     except (ValueError, OSError, RecursionError, re.error) as error:
         raise SourceError(
-            f"{_shown(str(pattern))} is no pattern: {error}.", fix="For example: 'shots/**/*.jpg'"
+            f"{_printable(str(pattern))} is not a valid pattern: {error}.", fix="For example: 'shots/**/*.jpg'"
         ) from error
     files = [path for path in matches if _is_media(path)]
     if not files:
         found = f"{len(matches)} matches, none of them an image or video" if matches else "no match"
         raise SourceError(
-            f"The pattern {_shown(str(pattern))} found nothing to read ({found}; looked in "
-            f"{_shown(str(base.absolute()))}).",
+            f"The pattern {_printable(str(pattern))} found nothing to read ({found}; looked in "
+            f"{_printable(str(base.absolute()))}).",
             fix="Check the pattern, and quote it so that the shell leaves it alone.",
         )
     yield from map(_file, files)
 
 
-def _resolve_list(path: Path, *, on_error: OnError, missing: list[Skipped]) -> Iterator[Item]:
-    """The entries of a text file, one a line; blank lines and lines that start with # are left out."""
+def _resolve_list(path: Path, *, on_error: OnError, skipped: list[Skipped]) -> Iterator[Item]:
+    """Yield the items of a text file with one entry per line; blank lines and lines that start with # are ignored."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -222,10 +233,10 @@ def _resolve_list(path: Path, *, on_error: OnError, missing: list[Skipped]) -> I
         if not entry or entry.startswith("#"):
             continue
         try:
-            yield from _resolve_text(entry, folder=path.parent)
+            yield from _resolve_path_or_url(entry, folder=path.parent)
         except SourceError as error:
             message = f"{path}, line {number}: {error.message}"
             if on_error == "raise":
-                raise SourceError(message, fix="Correct the list, or skip what is missing.") from error
+                raise SourceError(message, fix="Correct the list, or skip missing entries.") from error
             log.info("Skipped %s", message)
-            missing.append(Skipped(path=entry, reason=message))
+            skipped.append(Skipped(path=entry, reason=message))

@@ -1,4 +1,4 @@
-"""Where images come from: files, folders, patterns, videos, cameras, streams, lists and arrays, all as `Frame`s."""
+"""Iterating over a source: every image, video frame and live frame comes as a `Frame`."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_image, 
 
 log = logging.getLogger(__name__)
 
-LIVE_TURN_S = 0.01  # how long one of several streams is waited for before the next has its turn
+LIVE_POLL_S = 0.01  # timeout for each of several streams, which are polled in turn
 
 SourceLike = str | Path | int | npt.NDArray[Any] | Sequence[str | Path | npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Frame:
-    """One image and where it comes from.
+    """One image and its origin.
 
     Attributes:
         image: uint8 BGR [H, W, 3].
-        path: File or address, without passwords; `camera 0`; empty for arrays.
+        path: File path, URL without password, or `camera 0`; empty for arrays.
         index: Number of the image in the whole source, from 0.
         number: Number of the frame in its own video or stream, from 0; `None` for images.
         timestamp_s: Seconds from the start of the video; for live frames the capture time as `time.time()`;
             0 for images.
-        is_live: From a camera or stream, where frames may have been dropped.
-        fps: Frames per second of its video or stream, 0 where unknown.
-        dropped: Frames of this stream that came and went unused so far.
+        is_live: The frame is from a camera or stream, where frames may be dropped.
+        fps: Frames per second of its video or stream, 0 if unknown.
+        dropped: Number of frames of this stream that were dropped so far.
     """
 
     image: Image
@@ -52,9 +52,9 @@ class Frame:
 
 
 class Source:
-    """Frames in order: files first, then all cameras and streams together, in turn, each with its newest frame.
+    """An iterable of frames: files first, in order; then the newest frames of all cameras and streams, in turn.
 
-    Files can be iterated again. Use it as a context manager, or call `close`, to stop the threads of live streams.
+    Files can be iterated repeatedly. Use it as a context manager, or call `close`, to stop the threads of live streams.
     """
 
     def __init__(
@@ -62,37 +62,37 @@ class Source:
         items: Sequence[Item],
         *,
         on_error: OnError,
-        missing: Sequence[Skipped],
+        skipped: Sequence[Skipped],
         reader: Callable[[str | int], LiveReader],
         opener: OpenCapture,
     ) -> None:
         self._files = [item for item in items if item.kind != "live"]
         self._live = [item for item in items if item.kind == "live"]
         self._on_error = on_error
-        self._missing = list(missing)
-        self._unreadable: list[Skipped] = []
+        self._skipped_entries = list(skipped)
+        self._skipped_items: list[Skipped] = []
         self._reader = reader
         self._opener = opener
         self._readers: list[tuple[str, LiveReader]] = []
 
     @property
     def is_live(self) -> bool:
-        """Whether it ends only when it is stopped."""
+        """True if the source has a camera or stream, so that iteration does not end."""
         return bool(self._live)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Every file and address, as `Frame.path` will show them."""
-        return tuple(item.shown for item in (*self._files, *self._live))
+        """All files and URLs, in the form of `Frame.path`."""
+        return tuple(item.label for item in (*self._files, *self._live))
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What was left out so far under `on_error="skip"`."""
-        return (*self._missing, *self._unreadable)
+        """The items skipped so far because of `on_error="skip"`, with reasons."""
+        return (*self._skipped_entries, *self._skipped_items)
 
     @functools.cached_property
     def total(self) -> int | None:
-        """How many frames there will be, or `None` where nobody knows. Opens every video once."""
+        """Total number of frames, or `None` if it is unknown. Opens every video once."""
         if self._live:
             return None
         count = 0
@@ -110,7 +110,7 @@ class Source:
         return count
 
     def __iter__(self) -> Iterator[Frame]:
-        self._unreadable.clear()
+        self._skipped_items.clear()
         index = 0
         for item in self._files:
             try:
@@ -120,12 +120,12 @@ class Source:
             except (ImageError, SourceError) as error:
                 if self._on_error == "raise":
                     raise
-                log.info("Skipped %s: %s", item.shown, error.message)
-                self._unreadable.append(Skipped(path=item.shown, reason=error.message))
+                log.info("Skipped %s: %s", item.label, error.message)
+                self._skipped_items.append(Skipped(path=item.label, reason=error.message))
         if self._live:
             yield from self._read_live(index)
         elif index == 0:
-            raise _nothing_left(self.skipped)
+            raise _no_frames_error(self.skipped)
 
     def _read(self, item: Item, index: int) -> Iterator[Frame]:
         if item.kind == "video":
@@ -133,7 +133,7 @@ class Source:
                 for number, (image, seconds) in enumerate(video.read()):
                     yield Frame(
                         image=image,
-                        path=item.shown,
+                        path=item.label,
                         index=index + number,
                         number=number,
                         timestamp_s=seconds,
@@ -141,16 +141,16 @@ class Source:
                     )
         elif item.kind == "array":
             yield Frame(image=as_bgr(item.address), path="", index=index)
-        elif item.shown.startswith(("http://", "https://")):
-            yield Frame(image=download_image(item.address), path=item.shown, index=index)
+        elif item.label.startswith(("http://", "https://")):
+            yield Frame(image=download_image(item.address), path=item.label, index=index)
         else:
-            yield Frame(image=read_image(item.address), path=item.shown, index=index)
+            yield Frame(image=read_image(item.address), path=item.label, index=index)
 
     def _read_live(self, index: int) -> Iterator[Frame]:
-        self._readers = [(item.shown, self._reader(item.address)) for item in self._live]
+        self._readers = [(item.label, self._reader(item.address)) for item in self._live]
         try:
             while self._readers:
-                pause_s = LIVE_TURN_S if len(self._readers) > 1 else None
+                pause_s = LIVE_POLL_S if len(self._readers) > 1 else None
                 for path, reader in list(self._readers):
                     frame = self._take(path, reader, index, timeout_s=pause_s)
                     if frame is not None:
@@ -160,7 +160,11 @@ class Source:
             self.close()
 
     def _take(self, path: str, reader: LiveReader, index: int, *, timeout_s: float | None) -> Frame | None:
-        """The newest frame; a reader that has none for good is taken out, the last one with its error."""
+        """Return the newest frame of a reader, or `None`; a reader that failed is removed.
+
+        Raises:
+            SourceError: The reader failed, and it was the last one or `on_error` is `raise`.
+        """
         try:
             live = reader.take(timeout_s=timeout_s)
         except SourceError as error:
@@ -168,7 +172,7 @@ class Source:
             if self._on_error == "raise" or not self._readers:
                 raise
             log.info("Skipped %s: %s", path, error.message)
-            self._unreadable.append(Skipped(path=path, reason=error.message))
+            self._skipped_items.append(Skipped(path=path, reason=error.message))
             return None
         if live is None:
             return None
@@ -184,7 +188,7 @@ class Source:
         )
 
     def close(self) -> None:
-        """Stops the threads of live streams; a loop over it ends. Calling it twice is fine."""
+        """Stop the threads of live streams, which ends the iteration. It can be called repeatedly."""
         readers, self._readers = self._readers, []
         for _, reader in readers:
             reader.stop()
@@ -208,33 +212,33 @@ def open_source(
     reconnect_wait_s: float = 1.0,
     opener: OpenCapture = open_capture,
 ) -> Source:
-    """Everything `source` means, ready to iterate.
+    """Open anything that has images, as an iterable of frames.
 
     Args:
-        source: An image or video file, a folder (not its subfolders), a pattern (`shots/**/*.jpg`), a camera number,
-            a stream or image address, a `.txt` file that lists any of these, an array [H, W, 3], or a sequence
-            of any of these.
-        on_error: What an unreadable image among good ones does; what was skipped stands in `Source.skipped`.
-        reconnects: How often in a row a lost stream is opened again.
-        reconnect_wait_s: Pause before the first of these.
-        opener: Opens cameras, streams and videos; tests pass a stand-in.
+        source: An image or video file, a folder (without its subfolders), a glob pattern (`shots/**/*.jpg`), a camera
+            number, the URL of a stream or image, a `.txt` file that lists any of these, an array [H, W, 3], or a
+            sequence of any of these.
+        on_error: `raise` or `skip` unreadable images and videos; skipped ones are listed in `Source.skipped`.
+        reconnects: Number of consecutive attempts to reopen a lost stream.
+        reconnect_wait_s: Seconds before the first attempt; doubled for each further one.
+        opener: Function that opens cameras, streams and videos.
 
     Raises:
-        SourceError: Nothing to read: an absent file, an empty folder, a pattern without match.
-        ImageError: While iterating, an image that cannot be read.
-        UsageError: An argument of a kind that is no source.
+        SourceError: There is nothing to read: a missing file, an empty folder, a pattern without a match.
+        ImageError: While iterating, if an image cannot be read.
+        UsageError: The type of `source` is not supported.
     """
-    missing: list[Skipped] = []
-    items = list(resolve(source, folder=None, on_error=on_error, missing=missing))
+    skipped: list[Skipped] = []
+    items = list(resolve(source, folder=None, on_error=on_error, skipped=skipped))
     if not items:
-        raise _nothing_left(missing)
+        raise _no_frames_error(skipped)
 
     def reader(address: str | int) -> LiveReader:
         return LiveReader(address, open_capture=opener, reconnects=reconnects, wait_s=reconnect_wait_s)
 
-    return Source(items, on_error=on_error, missing=missing, reader=reader, opener=opener)
+    return Source(items, on_error=on_error, skipped=skipped, reader=reader, opener=opener)
 
 
-def _nothing_left(skipped: Sequence[Skipped]) -> SourceError:
+def _no_frames_error(skipped: Sequence[Skipped]) -> SourceError:
     first = "; ".join(f"{item.reason}" for item in skipped[:3])
     return SourceError(f"Nothing could be read. {first or 'The source is empty.'}", fix="Check the path.")

@@ -1,4 +1,4 @@
-"""Videos through OpenCV: opening files, cameras and streams, reading a file or an address, writing an mp4."""
+"""Video input and output with OpenCV: files, cameras, streams, images from URLs, and mp4 files."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._atomic_file import unfinished_name
+from yolov7_deploy._atomic_file import partial_path
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
 
 log = logging.getLogger(__name__)
 
-NETWORK_TIMEOUT_MS = 10_000  # FFmpeg's own limit is 30 s, too long to notice a dead camera
+NETWORK_TIMEOUT_MS = 10_000  # FFmpeg's default of 30 s is too long to notice a dead camera
 DOWNLOAD_TIMEOUT_S = 20
-CREDIBLE_FPS = (1, 240)  # streams often report 0, or the 90 000 ticks of their clock
+PLAUSIBLE_FPS = (1, 240)  # streams often report 0, or the 90 000 ticks of their clock
 DEFAULT_FPS = 25.0
 # The highest levels of H.265 and AV1 end at 36 megapixels; decoders hold a dozen frames.
 MAX_FRAME_PIXELS = 2**26
 
 
 class Capture(Protocol):
-    """What is used of `cv2.VideoCapture`."""
+    """The methods of `cv2.VideoCapture` that are used here."""
 
     def isOpened(self) -> bool:  # noqa: N802 (OpenCV's name)
-        """Whether frames can be read."""
+        """Return whether frames can be read."""
         ...
 
     def read(self) -> tuple[bool, npt.NDArray[np.generic] | None]:
-        """The next frame, or False where there is none."""
+        """Return True and the next frame, or False and `None` at the end."""
         ...
 
     def get(self, propId: int, /) -> float:  # noqa: N803 (OpenCV's name)
-        """A property by its `cv2.CAP_PROP_...` number, 0 where unknown."""
+        """Return a property by its `cv2.CAP_PROP_...` number, 0 if unknown."""
         ...
 
     def release(self) -> None:
-        """Closes it."""
+        """Close the capture."""
         ...
 
 
@@ -54,7 +54,7 @@ OpenCapture = Callable[[str | int], Capture]
 
 
 def open_capture(address: str | int) -> Capture:
-    """OpenCV's capture of a camera number, stream address or video file; network waits are limited."""
+    """Open a camera number, stream URL or video file with OpenCV; network access has a timeout."""
     capture: Capture
     if isinstance(address, str) and "://" in address:
         limits = [
@@ -66,7 +66,7 @@ def open_capture(address: str | int) -> Capture:
         capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
     elif isinstance(address, int):
         camera = cv2.VideoCapture(address)
-        camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the driver must not queue old frames either
+        camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # so that the driver does not queue old frames
         capture = camera
     else:
         capture = cv2.VideoCapture(address)
@@ -75,7 +75,7 @@ def open_capture(address: str | int) -> Capture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoInfo:
-    """What a video file says about itself: frames per second and frame count (0 where unknown), height and width."""
+    """Header of a video file: frames per second and frame count (0 if unknown), height and width."""
 
     fps: float
     frames: int
@@ -83,10 +83,10 @@ class VideoInfo:
 
 
 class VideoFile:
-    """A video file that did open; a context manager.
+    """An open video file, a context manager that closes it.
 
     Raises:
-        SourceError: OpenCV cannot open it, or it announces frames beyond `MAX_FRAME_PIXELS`.
+        SourceError: OpenCV cannot open it, or its frames have more than `MAX_FRAME_PIXELS` pixels.
     """
 
     def __init__(self, path: str, *, opener: OpenCapture = open_capture) -> None:
@@ -95,8 +95,8 @@ class VideoFile:
         if not self._capture.isOpened():
             self.close()
             raise SourceError(
-                f"{self.path} is not a video that OpenCV can open (absent, empty, cut off, or of a codec it does "
-                "not have).",
+                f"{self.path} is not a video that OpenCV can open: it is missing, empty, truncated, or has an "
+                "unsupported codec.",
                 fix="Convert it:  ffmpeg -i INPUT -c:v libx264 OUTPUT.mp4",
             )
         self.info = VideoInfo(
@@ -110,14 +110,14 @@ class VideoFile:
             raise SourceError(
                 f"{self.path} announces frames of {width} x {height} pixels, more than "
                 f"{MAX_FRAME_PIXELS // 10**6} million.",
-                fix="Copy the video again, or scale it down:  ffmpeg -i INPUT -vf scale=1920:-2 OUTPUT.mp4",
+                fix="Copy the video again, or resize it:  ffmpeg -i INPUT -vf scale=1920:-2 OUTPUT.mp4",
             )
 
     def read(self) -> Iterator[tuple[Image, float]]:
-        """Each frame uint8 BGR [H, W, 3] with its seconds from the start.
+        """Yield each frame, uint8 BGR [H, W, 3], and its time in seconds from the start.
 
         Raises:
-            SourceError: Not even the first frame can be decoded. A video that is cut off later ends with a warning.
+            SourceError: Decoding fails, or there is no frame. A video that is truncated later ends with a warning.
         """
         count = 0
         while True:
@@ -134,7 +134,7 @@ class VideoFile:
             yield image.astype(np.uint8, copy=False), seconds
             count += 1
         if count == 0:
-            raise SourceError(f"{self.path} opened, but no frame of it can be decoded.", fix="Copy the video again.")
+            raise SourceError(f"{self.path} has no frame that can be decoded.", fix="Copy the video again.")
         if count < self.info.frames:
             log.warning("%s ended after %d of the %d frames its header announces", self.path, count, self.info.frames)
 
@@ -143,7 +143,7 @@ class VideoFile:
         return value if math.isfinite(value) and value > 0 else 0.0
 
     def close(self) -> None:
-        """Frees the file; calling it twice is fine."""
+        """Close the file. It can be called repeatedly."""
         self._capture.release()
 
     def __enter__(self) -> VideoFile:
@@ -156,26 +156,26 @@ class VideoFile:
 
 
 class VideoWriter:
-    """An mp4 file that gets its name only when it is finished.
+    """Writes an mp4 file, which gets its name only when it is finished.
 
     Args:
-        path: Where it will be; folders are made.
-        fps: Frames per second; 25 where the source does not say anything credible.
-        hw: Height and width of every frame. MPEG-4 has even sides: OpenCV cuts the last row or column of odd ones.
+        path: Path of the file; missing folders are created.
+        fps: Frames per second; an implausible value is replaced by 25.
+        hw: Height and width of every frame. MPEG-4 needs even sizes: OpenCV crops the last row or column of odd ones.
 
     Raises:
-        SourceError: The folder cannot be written, or this OpenCV has no MPEG-4 encoder.
+        SourceError: The folder is not writable, or this OpenCV has no MPEG-4 encoder.
     """
 
     def __init__(self, path: Path, *, fps: float, hw: tuple[int, int]) -> None:
         self.path = path
         self.hw = hw
-        self._temporary = unfinished_name(path)
+        self._temporary = partial_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SourceError(f"{path.parent} cannot be made: {error}.", fix="Choose another folder.") from error
-        rate = fps if CREDIBLE_FPS[0] <= fps <= CREDIBLE_FPS[1] else DEFAULT_FPS
+            raise SourceError(f"{path.parent} cannot be created: {error}.", fix="Choose another folder.") from error
+        rate = fps if PLAUSIBLE_FPS[0] <= fps <= PLAUSIBLE_FPS[1] else DEFAULT_FPS
         self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, (hw[1], hw[0]))
         if not self._writer.isOpened():
             self.discard()
@@ -185,15 +185,15 @@ class VideoWriter:
             )
 
     def write(self, image_bgr: Image) -> None:
-        """Adds a frame uint8 BGR of the size given at the start."""
-        assert image_bgr.shape[:2] == self.hw, "OpenCV silently leaves out frames of another size"
+        """Append a frame, uint8 BGR [H, W, 3] of the size `hw`."""
+        assert image_bgr.shape[:2] == self.hw, "OpenCV silently drops frames of another size"
         self._writer.write(image_bgr)
 
     def finish(self) -> Path:
-        """Closes the file and gives it its name.
+        """Close the file, rename it to its final name, and return that.
 
         Raises:
-            SourceError: Nothing arrived on the disk.
+            SourceError: The file was not written.
         """
         self._writer.release()
         try:
@@ -204,31 +204,31 @@ class VideoWriter:
         return self.path
 
     def discard(self) -> None:
-        """Closes and removes the unfinished file."""
+        """Close and remove the temporary file."""
         self._writer.release()
         self._temporary.unlink(missing_ok=True)
 
 
 def download_image(address: str) -> Image:
-    """The image behind an http address as uint8 BGR [H, W, 3].
+    """Download an image and return it as uint8 BGR [H, W, 3].
 
     Raises:
         ImageError: It cannot be downloaded, or is not an image.
     """
     try:
-        with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT_S) as answer:
-            data = np.frombuffer(answer.read(), dtype=np.uint8)
+        with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT_S) as response:
+            data = np.frombuffer(response.read(), dtype=np.uint8)
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ImageError(
-            f"{hide_password(address)} cannot be downloaded: {error}.", fix="Check the address and the network."
+            f"{hide_password(address)} cannot be downloaded: {error}.", fix="Check the URL and the network."
         ) from error
     return decode_image(data, name=hide_password(address))
 
 
 def hide_password(address: str) -> str:
-    """The address as it may be printed: `rtsp://user:***@host/...`."""
+    """Return the URL without its password: `rtsp://user:***@host/...`."""
     scheme, separator, rest = address.partition("://")
-    login, at, place = rest.rpartition("@")
+    login, at, host = rest.rpartition("@")
     if not at or "/" in login:
         return address
-    return f"{scheme}{separator}{login.partition(':')[0]}:***@{place}"
+    return f"{scheme}{separator}{login.partition(':')[0]}:***@{host}"
