@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy._console import plural, progress, table, write_json
+from yolov7_deploy._console import plural, progress, table, write_json, write_text
 from yolov7_deploy.errors import UsageError
 
 
@@ -99,6 +99,12 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
 def test_writing_json_to_a_folder_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
         write_json({}, tmp_path)
+
+
+def test_a_text_file_below_a_file_is_a_usage_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_text(tmp_path / "file" / "a.txt", "text")
 
 
 def test_progress_in_a_pipe_is_a_plain_last_line():

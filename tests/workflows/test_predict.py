@@ -1,4 +1,4 @@
-"""Detecting on a whole source: what is written, under which names, and what an interruption leaves behind."""
+"""Running a detector on a source: which files are written, their names, and what remains after an interruption."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
 from yolov7_deploy.visualize import write_image
-from yolov7_deploy.workflows.predict import AnnotateOptions, Report, _Names, annotate, next_run_folder, write_text
+from yolov7_deploy.workflows.predict import AnnotateOptions, PredictionReport, _UniqueNames, annotate, next_run_folder
 
 NAMES = ("person", "dog")
 HW = (48, 64)
 
 
 def find_two(image: np.ndarray) -> Detections:
-    """A detector that always finds a person and a dog."""
+    """A detector that returns a person and a dog for every image."""
     return Detections(
         boxes=[[5, 5, 40, 40], [10, 10, 30, 30]],
         scores=[0.9, 0.5],
@@ -50,10 +50,10 @@ def inputs(tmp_path) -> Path:
 
 
 def make_video(path: Path, frames: int = 5) -> Path:
-    writer = VideoWriter(path, fps=10, hw=HW)
+    video_writer = VideoWriter(path, fps=10, hw=HW)
     for number in range(frames):
-        writer.write(grey(number * 20))
-    return writer.finish()
+        video_writer.write(grey(number * 20))
+    return video_writer.finish()
 
 
 def files(folder: Path) -> list[str]:
@@ -65,7 +65,7 @@ def test_images_keep_their_names_and_never_overwrite_each_other(inputs, tmp_path
     report = annotate(find_two, open_source(f"{inputs}/**/*"), options=AnnotateOptions(save_dir=out))
     assert files(out) == ["a.png", "a_2.png", "b.jpg", "b.png"]
     assert sorted(report.files) == sorted(path for path in out.iterdir())
-    assert (report.frames, report.found) == (4, 8)
+    assert (report.frames, report.detections) == (4, 8)
     assert report.speed == Speed(preprocess_ms=1, inference_ms=2, postprocess_ms=3)
     assert (read_image(out / "a.png") != 50).any()
 
@@ -91,20 +91,20 @@ def test_an_empty_label_file_replaces_an_old_one(inputs, tmp_path):
 @given(st.lists(st.tuples(st.sampled_from(["a", "A", "a_2", "b"]), st.sampled_from([".jpg", ".png"])), max_size=12))
 def test_reserved_names_are_unique_whatever_their_case(wanted):
     for pair in (False, True):
-        names = _Names(pair_with_labels=pair)
+        names = _UniqueNames(pair_with_labels=pair)
         given_ = [names.reserve(*item) for item in wanted]
         keys = [(Path(name).stem if pair else name).casefold() for name in given_]
         assert len(set(keys)) == len(keys)
 
 
-def test_results_are_never_written_over_their_inputs(inputs):
+def test_results_never_overwrite_their_inputs(inputs):
     before = (inputs / "a.png").read_bytes()
     with pytest.raises(UsageError, match="would overwrite"):
         annotate(find_two, open_source(inputs), options=AnnotateOptions(save_dir=inputs / "deep" / ".."))
     assert (inputs / "a.png").read_bytes() == before
 
 
-def test_a_video_becomes_a_video_of_the_same_rate_size_and_length(tmp_path):
+def test_an_annotated_video_has_the_same_rate_size_and_length(tmp_path):
     make_video(tmp_path / "clip.mp4")
     out = tmp_path / "out"
     seen = []
@@ -112,10 +112,10 @@ def test_a_video_becomes_a_video_of_the_same_rate_size_and_length(tmp_path):
         find_two,
         open_source(tmp_path / "clip.mp4"),
         options=AnnotateOptions(save_dir=out, save_txt=True),
-        on_frame=lambda frame, found: seen.append((frame.number, found.path)),
+        on_frame=lambda frame, detections: seen.append((frame.number, detections.path)),
     )
     with VideoFile(str(out / "clip.mp4")) as video:
-        assert (video.metadata.fps, video.metadata.frames, video.metadata.hw) == (10, 5, HW)
+        assert (video.info.fps, video.info.frames, video.info.hw) == (10, 5, HW)
     assert files(out) == ["clip.mp4", *(f"labels/clip_{n}.txt" for n in range(1, 6))]
     assert seen == [(n, str(tmp_path / "clip.mp4")) for n in range(5)]
 
@@ -130,7 +130,7 @@ def test_videos_of_the_same_stem_do_not_overwrite_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SourceError("broken")])
-def test_an_interrupted_video_leaves_no_file_behind(tmp_path, error):
+def test_an_interrupted_video_leaves_no_file(tmp_path, error):
     make_video(tmp_path / "clip.mp4")
     calls = []
 
@@ -146,7 +146,7 @@ def test_an_interrupted_video_leaves_no_file_behind(tmp_path, error):
 
 
 class Camera:
-    """A capture of so many frames."""
+    """A fake capture with a number of frames."""
 
     def __init__(self, frames: int):
         self.left = frames
@@ -167,7 +167,7 @@ class Camera:
         pass
 
 
-def test_interrupting_a_live_stream_is_its_normal_end(tmp_path):
+def test_ctrl_c_ends_a_live_stream_normally(tmp_path):
     def stop(frame, found):
         if frame.index == 2:
             raise KeyboardInterrupt
@@ -178,11 +178,11 @@ def test_interrupting_a_live_stream_is_its_normal_end(tmp_path):
     assert report.stopped
     assert report.frames == len(report.records) == 3
     with VideoFile(str(tmp_path / "out" / "camera_0.mp4")) as video:
-        assert video.metadata.frames == 3
+        assert video.info.frames == 3
 
 
 def test_a_lost_live_stream_is_an_error_that_keeps_the_recording(tmp_path):
-    report = Report()
+    report = PredictionReport()
     camera = Camera(1)
     source = open_source("rtsp://me:secret@host:8554/live/1", opener=lambda _: camera, reconnects=0)
     with pytest.raises(SourceError, match="lost after 1 frames"):
@@ -201,7 +201,7 @@ def test_a_stream_whose_size_changes_continues_in_a_second_file(tmp_path):
             return image is not None, image
 
     path = tmp_path / "clip.mp4"
-    path.write_bytes(b"read by the stand-in")
+    path.write_bytes(b"read by the fake capture")
     source = open_source(path, opener=lambda _: OneByOne(1))
     report = annotate(find_two, source, options=AnnotateOptions(save_dir=tmp_path / "out"))
     assert files(tmp_path / "out") == ["clip.mp4", "clip_2.mp4"]
@@ -215,7 +215,7 @@ def test_without_a_folder_nothing_is_written(inputs, tmp_path, monkeypatch):
     assert files(tmp_path) == before
 
 
-def test_records_say_where_each_detection_was_found(inputs, tmp_path):
+def test_records_have_the_path_and_frame_number_of_each_detection(inputs, tmp_path):
     make_video(inputs / "c.mp4", frames=2)
     (inputs / "bad.png").write_bytes(b"")
     report = annotate(
@@ -228,25 +228,25 @@ def test_records_say_where_each_detection_was_found(inputs, tmp_path):
     assert report["speed_ms"] == {"preprocess": 1, "inference": 2, "postprocess": 3}
 
 
-def test_arrays_are_written_under_their_number(tmp_path):
+def test_annotated_arrays_are_named_by_their_index(tmp_path):
     annotate(find_two, open_source([grey(), grey()]), options=AnnotateOptions(save_dir=tmp_path))
     assert files(tmp_path) == ["image_000000.jpg", "image_000001.jpg"]
 
 
 @pytest.mark.parametrize("wrong", [{"save_txt": True}, {"save_conf": True}])
-def test_options_that_cannot_be_honoured_are_refused(wrong):
+def test_options_that_contradict_each_other_are_a_usage_error(wrong):
     with pytest.raises(UsageError):
         AnnotateOptions(**wrong)
 
 
-def test_run_folders_count_up_from_the_highest(tmp_path):
+def test_run_folders_are_numbered_after_the_highest(tmp_path):
     assert next_run_folder(tmp_path / "runs").name == "exp"
     for name in ("exp", "exp2", "exp9", "export", "exp_old"):
         (tmp_path / name).mkdir()
     assert next_run_folder(tmp_path).name == "exp10"
 
 
-def test_a_window_without_display_is_refused(monkeypatch):
+def test_a_window_without_a_display_is_a_usage_error(monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -254,7 +254,7 @@ def test_a_window_without_display_is_refused(monkeypatch):
         Window("x")
 
 
-def test_an_opencv_without_windows_says_what_to_install(monkeypatch):
+def test_an_opencv_without_gui_support_is_an_error_that_names_the_package(monkeypatch):
     monkeypatch.setenv("DISPLAY", ":99")
 
     def not_implemented(*args):
@@ -265,12 +265,12 @@ def test_an_opencv_without_windows_says_what_to_install(monkeypatch):
         Window("x")
 
 
-def test_the_real_detector_annotates_a_image(tmp_path, inputs):
-    """Random weights find nothing worth naming, but every wall between file and file is crossed."""
+def test_a_real_detector_annotates_images(tmp_path, inputs):
+    """The weights are random, so only the files and the number of detections are checked."""
     pytest.importorskip("torch", reason="torch is not installed")
     module = pytest.importorskip("yolov7_deploy.detector", reason="there is no detector to run")
     from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
-    from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+    from yolov7_deploy.datasets.coco import COCO_NAMES
     from yolov7_deploy.model.yolov7 import new_model
 
     model = new_model("yolov7-tiny")
@@ -293,9 +293,3 @@ def test_the_real_detector_annotates_a_image(tmp_path, inputs):
     assert files(tmp_path / "out") == ["a.png", "b.jpg", "labels/a.txt", "labels/b.txt"]
     assert all(len(record["detections"]) <= 5 for record in report.records)
     assert report.speed.total_ms > 0
-
-
-def test_a_text_below_a_file_is_refused_in_our_words(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be written"):
-        write_text(tmp_path / "file" / "a.txt", "words")

@@ -1,4 +1,4 @@
-"""Detecting on a whole source and keeping the results: drawn images and videos, label files, one JSON record."""
+"""Running a detector on a source and writing the results: annotated images and videos, label files, a JSON report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._console import write_text
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image
@@ -21,7 +21,7 @@ from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoWriter
 from yolov7_deploy.visualize import write_image
 
-LABELS = "labels"
+LABELS_FOLDER = "labels"
 SCHEMA = 1
 
 Detect = Callable[[Image], Detections]
@@ -29,14 +29,14 @@ Detect = Callable[[Image], Detections]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnnotateOptions:
-    """What is kept.
+    """Options of `annotate`: which results are written, shown and collected.
 
     Attributes:
-        save_dir: Where drawn images, videos and `labels/` go; `None` keeps no files. Made when the first is written.
-        save_drawn: Keep drawn images and videos.
-        save_txt: Keep a YOLO label file per image or frame, empty where nothing was found.
-        save_conf: Put the score at the end of each label line.
-        keep_records: Collect every frame's detections for `Report.records`; costs memory on long streams.
+        save_dir: Folder of annotated images, videos and `labels/`, created with the first file; `None` writes no files.
+        save_drawn: Write annotated images and videos.
+        save_txt: Write a YOLO label file per image or frame; it is empty if there are no detections.
+        save_conf: Write the score at the end of each label line.
+        keep_records: Collect the detections of every frame in `PredictionReport.records`; needs memory on long streams.
         view: Show each image in a window; q or Esc ends.
     """
 
@@ -55,22 +55,22 @@ class AnnotateOptions:
 
 
 @dataclass(kw_only=True, slots=True)
-class Report:
-    """What happened, filled while it happens.
+class PredictionReport:
+    """Results of `annotate`, updated after each frame.
 
     Attributes:
-        frames: Images and frames detected on.
-        found: Detections in all of them.
-        speed: Mean milliseconds a frame.
-        records: One JSON object a frame, with `keep_records`.
-        skipped: What could not be read.
-        dropped: Frames of live streams that came and went unused.
-        files: Drawn images and videos that were written; label files are not listed.
-        stopped: Ended by the user, in the window or by Ctrl-C on a live stream.
+        frames: Number of images and frames processed.
+        detections: Number of detections in all of them.
+        speed: Mean milliseconds per frame.
+        records: One JSON object per frame, with `keep_records`.
+        skipped: Images and videos that could not be read, with reasons.
+        dropped: Number of dropped frames of live streams.
+        files: Annotated images and videos that were written; label files are not listed.
+        stopped: The user ended the run, in the window or with Ctrl-C on a live stream.
     """
 
     frames: int = 0
-    found: int = 0
+    detections: int = 0
     speed: Speed = field(default_factory=Speed)
     records: list[dict[str, Any]] = field(default_factory=list)
     skipped: tuple[Skipped, ...] = ()
@@ -79,11 +79,11 @@ class Report:
     stopped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record as plain data."""
+        """Return the report as plain data for JSON."""
         return {
             "schema": SCHEMA,
             "frames": self.frames,
-            "found": self.found,
+            "detections": self.detections,
             "images": self.records,
             "skipped": [{"path": item.path, "reason": item.reason} for item in self.skipped],
             "dropped": self.dropped,
@@ -100,29 +100,35 @@ def annotate(
     source: Source,
     *,
     options: AnnotateOptions,
-    report: Report | None = None,
+    report: PredictionReport | None = None,
     on_frame: Callable[[Frame, Detections], None] | None = None,
-) -> Report:
-    """Runs `detector` over every frame of `source`, which it closes, and keeps what `options` ask for.
+) -> PredictionReport:
+    """Run a detector on every frame of a source, write the results, and close the source.
 
-    `on_frame` is called after each frame's files are written. Pass a `report` of your own to have it also when an
-    error ends the run. Ctrl-C on a live stream is its normal end. On files it is an interruption: the unfinished
-    video is removed and KeyboardInterrupt goes on. What was recorded of a live stream is always kept.
+    Ctrl-C on a live stream ends the run normally. On files it is an interruption: the unfinished video is removed and
+    `KeyboardInterrupt` is raised. The recording of a live stream is always kept.
+
+    Args:
+        detector: Called with each image, uint8 BGR [H, W, 3].
+        source: See `open_source`.
+        options: See `AnnotateOptions`.
+        report: Updated in place, so that it is available if an error ends the run; a new one by default.
+        on_frame: Called after the files of each frame are written.
 
     Raises:
-        SourceError: Nothing could be read, or no video can be written.
-        ImageError: An image that cannot be read (depending on the source's `on_error`) or written.
+        SourceError: Nothing could be read, or a video cannot be written.
+        ImageError: An image cannot be read (depending on the source's `on_error`) or written.
         UsageError: A result would overwrite its own input, or there is no display to show it on.
     """
     _refuse_overwriting(options, source)
-    report = Report() if report is None else report
+    report = PredictionReport() if report is None else report
     with ExitStack() as stack:
         stack.enter_context(source)
-        stack.callback(_note_skipped, report, source)
+        stack.callback(_copy_skipped, report, source)
         window = stack.enter_context(Window("y7 detect")) if options.view else None
-        sink = stack.enter_context(_Sink(options, report))
+        writer = stack.enter_context(_ResultWriter(options, report))
         try:
-            _loop(detector, source, options=options, report=report, sink=sink, window=window, on_frame=on_frame)
+            _run(detector, source, options=options, report=report, writer=writer, window=window, on_frame=on_frame)
         except KeyboardInterrupt:
             if not source.is_live:
                 raise
@@ -130,17 +136,17 @@ def annotate(
     return report
 
 
-def _note_skipped(report: Report, source: Source) -> None:
+def _copy_skipped(report: PredictionReport, source: Source) -> None:
     report.skipped = source.skipped
 
 
-def _loop(
+def _run(
     detector: Detect,
     source: Source,
     *,
     options: AnnotateOptions,
-    report: Report,
-    sink: _Sink,
+    report: PredictionReport,
+    writer: _ResultWriter,
     window: Window | None,
     on_frame: Callable[[Frame, Detections], None] | None,
 ) -> None:
@@ -148,11 +154,11 @@ def _loop(
     dropped: dict[str, int] = {}
     for frame in source:
         detections = replace(detector(frame.image), path=frame.path)
-        _add(report, frame, detections, keep_record=options.keep_records)
+        _record(report, frame, detections, keep_record=options.keep_records)
         dropped[frame.path] = frame.dropped
         report.dropped = sum(dropped.values())
         drawn = detections.plot(frame.image) if draws else None
-        sink.write(frame, detections, drawn)
+        writer.write(frame, detections, drawn)
         if on_frame is not None:
             on_frame(frame, detections)
         if window is not None and drawn is not None and not window.show(drawn, wait=frame.number is None):
@@ -161,21 +167,21 @@ def _loop(
 
 
 def _refuse_overwriting(options: AnnotateOptions, source: Source) -> None:
-    """Drawn images keep their names, so they must not go where the originals are."""
+    """Reject an output folder that has input images, since annotated images keep their names."""
     if options.save_dir is None or not options.save_drawn:
         return
     target = options.save_dir.resolve()
     folders = {Path(path).parent for path in source.paths if path and "://" not in path}
     if any(folder.resolve() == target for folder in folders):
         raise UsageError(
-            f"{options.save_dir} holds the images that are read; drawn ones would overwrite them.",
+            f"{options.save_dir} is the folder of the input images; annotated images would overwrite them.",
             fix="Choose another folder:  --save-dir results",
         )
 
 
-def _add(report: Report, frame: Frame, detections: Detections, *, keep_record: bool) -> None:
+def _record(report: PredictionReport, frame: Frame, detections: Detections, *, keep_record: bool) -> None:
     report.frames += 1
-    report.found += len(detections)
+    report.detections += len(detections)
     old, new, n = report.speed, detections.speed, report.frames
     report.speed = Speed(
         preprocess_ms=old.preprocess_ms + (new.preprocess_ms - old.preprocess_ms) / n,
@@ -183,17 +189,17 @@ def _add(report: Report, frame: Frame, detections: Detections, *, keep_record: b
         postprocess_ms=old.postprocess_ms + (new.postprocess_ms - old.postprocess_ms) / n,
     )
     if keep_record:
-        place = {} if frame.number is None else {"frame": frame.number, "timestamp_s": round(frame.timestamp_s, 6)}
-        report.records.append({**detections.to_dict(), "index": frame.index, **place})
+        position = {} if frame.number is None else {"frame": frame.number, "timestamp_s": round(frame.timestamp_s, 6)}
+        report.records.append({**detections.to_dict(), "index": frame.index, **position})
 
 
-class _Sink:
-    """Writes what the options ask for; a context manager that finishes videos, after an error only those of streams."""
+class _ResultWriter:
+    """Writes the files of each frame; a context manager that finishes videos, after an error only those of streams."""
 
-    def __init__(self, options: AnnotateOptions, report: Report) -> None:
+    def __init__(self, options: AnnotateOptions, report: PredictionReport) -> None:
         self._options = options
         self._report = report
-        self._names = _Names(pair_with_labels=options.save_txt)
+        self._names = _UniqueNames(pair_with_labels=options.save_txt)
         self._stems: dict[str, str] = {}
         self._videos: dict[str, VideoWriter] = {}
         self._live: set[str] = set()
@@ -213,7 +219,7 @@ class _Sink:
             if self._options.save_drawn and drawn is not None:
                 self._write_video(folder, frame, drawn)
         if self._options.save_txt:
-            write_text(folder / LABELS / f"{stem}.txt", detections.to_yolo(save_conf=self._options.save_conf))
+            write_text(folder / LABELS_FOLDER / f"{stem}.txt", detections.to_yolo(save_conf=self._options.save_conf))
 
     def _video_stem(self, frame: Frame) -> str:
         if frame.path not in self._stems:
@@ -221,27 +227,27 @@ class _Sink:
         return self._stems[frame.path]
 
     def _write_video(self, folder: Path, frame: Frame, drawn: Image) -> None:
-        """A frame size that changes (a camera that came back otherwise) starts another file."""
+        """Append a frame to the video of its source; a changed frame size (after a reconnection) starts a new file."""
         if not frame.is_live and frame.path not in self._videos:
             self._finish()
-        writer = self._videos.get(frame.path)
-        if writer is not None and writer.hw != drawn.shape[:2]:
-            self._report.files.append(writer.finish())
+        video_writer = self._videos.get(frame.path)
+        if video_writer is not None and video_writer.hw != drawn.shape[:2]:
+            self._report.files.append(video_writer.finish())
             del self._stems[frame.path], self._videos[frame.path]
-            writer = None
-        if writer is None:
+            video_writer = None
+        if video_writer is None:
             path = folder / f"{self._video_stem(frame)}.mp4"
-            writer = VideoWriter(path, fps=frame.fps, hw=(drawn.shape[0], drawn.shape[1]))
-            self._videos[frame.path] = writer
+            video_writer = VideoWriter(path, fps=frame.fps, hw=(drawn.shape[0], drawn.shape[1]))
+            self._videos[frame.path] = video_writer
             if frame.is_live:
                 self._live.add(frame.path)
-        writer.write(drawn)
+        video_writer.write(drawn)
 
     def _finish(self) -> None:
         while self._videos:
             self._report.files.append(self._videos.popitem()[1].finish())
 
-    def __enter__(self) -> _Sink:
+    def __enter__(self) -> _ResultWriter:
         return self
 
     def __exit__(
@@ -253,14 +259,14 @@ class _Sink:
         try:
             self._finish()
         finally:
-            for writer in self._videos.values():
-                writer.discard()
+            for video_writer in self._videos.values():
+                video_writer.discard()
 
 
-class _Names:
-    """File names that are taken only once in a run, whatever the case of their letters.
+class _UniqueNames:
+    """File names that are unique within a run, ignoring case.
 
-    With labels the stem alone must be unique: `a.jpg` and `a.png` would share `a.txt`.
+    With labels the stem must be unique: `a.jpg` and `a.png` would share `a.txt`.
     """
 
     def __init__(self, *, pair_with_labels: bool) -> None:
@@ -285,34 +291,19 @@ def _image_name(frame: Frame) -> tuple[str, str]:
 
 
 def _slug(path: str) -> str:
-    """The stem of a file; of an address what is left without login and signs: `camera.local_8554_live`."""
+    """Return the stem of a file, or a file name from a URL without its login: `camera.local_8554_live`."""
     if "://" not in path:
         return Path(path).stem.replace(" ", "_") if path.startswith("camera ") else Path(path).stem
     parts = urlsplit(path)
     if Path(parts.path).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
         return Path(parts.path).stem
-    place = f"{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return re.sub(r"[^\w.-]+", "_", place).strip("_") or "stream"
+    location = f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return re.sub(r"[^\w.-]+", "_", location).strip("_") or "stream"
 
 
 def next_run_folder(parent: Path) -> Path:
-    """The first of `exp`, `exp2`, `exp3`, ... after the highest that exists, as the official programs number runs."""
+    """Return the next of `exp`, `exp2`, `exp3`, ... after the highest that exists, as the official programs do."""
     taken = [re.fullmatch(r"exp(\d*)", path.name) for path in parent.iterdir()] if parent.is_dir() else []
     numbers = [int(match[1] or 1) for match in taken if match]
     number = max(numbers, default=0) + 1
     return parent / ("exp" if number == 1 else f"exp{number}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the file under a temporary name and renames it; folders are made.
-
-    Raises:
-        UsageError: It cannot be written there.
-    """
-    try:
-        with whole_file(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror or error}.", fix="Choose another place."
-        ) from error
