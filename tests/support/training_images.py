@@ -1,4 +1,4 @@
-"""Small datasets of images with outlined objects, built in memory or as files."""
+"""Small datasets of images with outlined objects, in memory or as files."""
 
 from pathlib import Path
 
@@ -14,25 +14,25 @@ NO_OUTLINE = np.zeros((0, 2))
 
 
 def smooth(hw, seed):
-    """An image without sharp edges, so that neighbouring pixels tell places apart but roundings little."""
+    """Return an image without sharp edges: positions can be told from pixel values, and rounding changes little."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return cv2.resize(coarse, hw[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def star(rng, corners=7):
-    """A random outline in fractions of an image."""
+    """Return a random outline in fractions of an image."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
     reach = rng.uniform(0.05, 0.3, corners)
     return np.clip(rng.uniform(0.1, 0.9, 2) + np.stack([np.cos(angles), np.sin(angles)], axis=1) * reach[:, None], 0, 1)
 
 
 def labels_of(outlines, *, boxes=(), class_ids=None, crowd=None):
-    """Outlines first, then objects of which only the box is known."""
-    found = [np.concatenate([outline.min(axis=0), outline.max(axis=0)]) for outline in outlines]
-    found += [np.array(box, dtype=float) for box in boxes]
-    count = len(found)
+    """Return labels: first the outlines, then objects with a box only."""
+    all_boxes = [np.concatenate([outline.min(axis=0), outline.max(axis=0)]) for outline in outlines]
+    all_boxes += [np.array(box, dtype=float) for box in boxes]
+    count = len(all_boxes)
     return Labels(
-        boxes=np.array(found, dtype=np.float64).reshape(-1, 4),
+        boxes=np.array(all_boxes, dtype=np.float64).reshape(-1, 4),
         class_ids=np.arange(count) % len(CLASSES) if class_ids is None else np.array(class_ids, dtype=np.int64),
         crowd=np.zeros(count, dtype=np.bool_) if crowd is None else np.array(crowd, dtype=np.bool_),
         polygons=(*outlines, *(NO_OUTLINE for _ in boxes)),
@@ -60,7 +60,7 @@ def dataset_of(records):
 
 
 def random_dataset(folder, hws, *, seed=0, suffix=".png"):
-    """An image of each size, each with three outlines and a box."""
+    """Return a dataset with one image per size, each with three outlines and a box."""
     rng = np.random.default_rng(seed)
     return dataset_of(
         record(written(folder / f"{number:03}{suffix}", smooth(hw, seed + number)), hw, random_labels(rng), number)

@@ -1,4 +1,4 @@
-"""Pasting objects: which pixels move, which boxes they get, and what is never hidden."""
+"""Copy-paste and paste-in: the pasted pixels, their boxes, and the limit for covering other objects."""
 
 import numpy as np
 import pytest
@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.training.copy_paste import (
-    MAX_HIDDEN,
+    MAX_IOA,
     Crop,
+    box_ioa,
     copy_paste,
-    extent,
-    hidden_fractions,
-    mask_of_polygon,
+    mask_box,
     paste_in,
-    random_slots,
+    polygon_mask,
+    random_paste_boxes,
 )
-from yolov7_deploy.training.sample import NO_OBJECTS, NO_POLYGON, Objects, Scene
+from yolov7_deploy.training.sample import NO_OBJECTS, NO_POLYGON, Objects, TrainSample
 
 ROUNDING = 1e-6  # of float32 fractions
 
@@ -44,7 +44,7 @@ def square(x, y, side):
 
 
 def slow_mask(polygon, hw):
-    """Every pixel centre against every edge."""
+    """Test every pixel centre against every edge."""
     mask = np.zeros(hw, bool)
     for row in range(hw[0]):
         for column in range(hw[1]):
@@ -60,7 +60,7 @@ def test_a_mask_has_the_pixels_whose_centres_are_inside(seed):
     rng, hw = np.random.default_rng(seed), (40, 50)
     polygon = random_polygon(rng, hw)
     expected, whole = slow_mask(polygon, hw), np.zeros(hw, bool)
-    found = mask_of_polygon(polygon, hw)
+    found = polygon_mask(polygon, hw)
     if found is not None:
         (left, top), mask = found
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
@@ -68,20 +68,20 @@ def test_a_mask_has_the_pixels_whose_centres_are_inside(seed):
 
 
 def test_a_square_on_whole_pixels_is_filled_exactly():
-    corner, mask = mask_of_polygon(np.array(square(10, 5, 8), np.float32), (40, 40))
+    corner, mask = polygon_mask(np.array(square(10, 5, 8), np.float32), (40, 40))
     assert corner == (10, 5) and mask.shape == (8, 8) and mask.all()
 
 
 @pytest.mark.parametrize("polygon", [square(100, 5, 8), square(-50, -50, 8), square(3.6, 3.6, 0.3)])
-def test_an_outline_without_a_pixel_of_the_image_has_no_mask(polygon):
-    assert mask_of_polygon(np.array(polygon, np.float32), (40, 40)) is None
+def test_an_outline_without_a_pixel_in_the_image_has_no_mask(polygon):
+    assert polygon_mask(np.array(polygon, np.float32), (40, 40)) is None
 
 
 boxes = st.lists(st.lists(st.integers(0, 30), min_size=4, max_size=4), max_size=6)
 
 
 @given(boxes, boxes)
-def test_hidden_fractions_are_those_counted_pixel_by_pixel(over, below):
+def test_ioa_matches_counted_pixels(over, below):
     def corners(rows):
         array = np.array(rows, np.float32).reshape(-1, 4)
         array[:, 2:] = array[:, :2] + array[:, 2:] + 1
@@ -94,34 +94,32 @@ def test_hidden_fractions_are_those_counted_pixel_by_pixel(over, below):
 
     over, below = corners(over), corners(below)
     expected = [[(painted(a) & painted(b)).sum() / painted(b).sum() for b in below] for a in over]
-    np.testing.assert_allclose(
-        hidden_fractions(over, below), np.reshape(expected, (len(over), len(below))), atol=ROUNDING
-    )
+    np.testing.assert_allclose(box_ioa(over, below), np.reshape(expected, (len(over), len(below))), atol=ROUNDING)
 
 
 def test_copies_are_mirrored_pixels_with_mirrored_outlines():
-    scene = Scene(image=noise((60, 100)), objects=objects_of([[[5, 10], [25, 10], [5, 40]]], [7]))
-    pasted = copy_paste(scene, fraction=1.0, rng=np.random.default_rng(0))
-    mask = slow_mask(scene.objects.polygons[0], (60, 100))[:, ::-1]
-    np.testing.assert_array_equal(pasted.image, np.where(mask[..., None], scene.image[:, ::-1], scene.image))
+    sample = TrainSample(image=noise((60, 100)), objects=objects_of([[[5, 10], [25, 10], [5, 40]]], [7]))
+    pasted = copy_paste(sample, fraction=1.0, rng=np.random.default_rng(0))
+    mask = slow_mask(sample.objects.polygons[0], (60, 100))[:, ::-1]
+    np.testing.assert_array_equal(pasted.image, np.where(mask[..., None], sample.image[:, ::-1], sample.image))
     assert pasted.objects.class_ids.tolist() == [7, 7]
     np.testing.assert_array_equal(pasted.objects.polygons[1], [[95, 10], [75, 10], [95, 40]])
-    np.testing.assert_array_equal(pasted.objects.boxes[1], extent(mask))
+    np.testing.assert_array_equal(pasted.objects.boxes[1], mask_box(mask))
 
 
-def test_a_copy_that_would_hide_another_object_is_left_out():
+def test_a_copy_that_would_hide_another_object_is_skipped():
     around_the_middle = objects_of([square(40, 20, 20)])
-    scene = Scene(image=noise((60, 100)), objects=around_the_middle)
-    assert copy_paste(scene, fraction=1.0, rng=np.random.default_rng(0)) is scene
+    sample = TrainSample(image=noise((60, 100)), objects=around_the_middle)
+    assert copy_paste(sample, fraction=1.0, rng=np.random.default_rng(0)) is sample
 
 
 def test_copies_do_not_hide_each_other():
-    scene = Scene(image=noise((60, 100)), objects=objects_of([square(5, 10, 20), square(7, 12, 20)]))
-    assert len(copy_paste(scene, fraction=1.0, rng=np.random.default_rng(0)).objects) == 3
+    sample = TrainSample(image=noise((60, 100)), objects=objects_of([square(5, 10, 20), square(7, 12, 20)]))
+    assert len(copy_paste(sample, fraction=1.0, rng=np.random.default_rng(0)).objects) == 3
 
 
 @pytest.mark.parametrize(("fraction", "copies"), [(0.0, 0), (0.2, 1), (0.5, 2), (1.0, 5)])
-def test_the_fraction_is_that_of_the_objects_with_an_outline(fraction, copies):
+def test_the_fraction_applies_to_objects_with_an_outline(fraction, copies):
     outlined = objects_of([square(5, 12 * i + 1, 9) for i in range(5)])
     boxed = Objects(boxes=np.array([[5, 70, 20, 79]], np.float32), class_ids=np.array([9]), polygons=(NO_POLYGON,))
     objects = Objects(
@@ -129,7 +127,9 @@ def test_the_fraction_is_that_of_the_objects_with_an_outline(fraction, copies):
         class_ids=np.concatenate([boxed.class_ids, outlined.class_ids]),
         polygons=boxed.polygons + outlined.polygons,
     )
-    pasted = copy_paste(Scene(image=noise((80, 100)), objects=objects), fraction=fraction, rng=np.random.default_rng(1))
+    pasted = copy_paste(
+        TrainSample(image=noise((80, 100)), objects=objects), fraction=fraction, rng=np.random.default_rng(1)
+    )
     assert len(pasted.objects) == 6 + copies
     assert 9 not in pasted.objects.class_ids[6:]
 
@@ -141,21 +141,21 @@ def crop_of(hw=(50, 80), class_id=3, seed=5):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_is_hidden_by_pasted_objects(seed):
+def test_pasted_objects_do_not_hide_others(seed):
     rng = np.random.default_rng(seed)
     before = objects_of([square(*rng.integers(0, 400, 2), 60) for _ in range(5)])
-    scene = Scene(image=np.full((480, 480, 3), 7, np.uint8), objects=before)
-    after = paste_in(scene, [crop_of(), crop_of((90, 40), 4)], rng=rng).objects
+    sample = TrainSample(image=np.full((480, 480, 3), 7, np.uint8), objects=before)
+    after = paste_in(sample, [crop_of(), crop_of((90, 40), 4)], rng=rng).objects
     for count in range(len(before), len(after)):
-        assert np.all(hidden_fractions(after.boxes[count][None], after.boxes[:count]) < MAX_HIDDEN)
+        assert np.all(box_ioa(after.boxes[count][None], after.boxes[:count]) < MAX_IOA)
     np.testing.assert_array_equal(after.boxes[: len(before)], before.boxes)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_boxes_of_pasted_objects_hold_exactly_the_pixels_that_changed(seed):
-    scene = Scene(image=np.zeros((200, 240, 3), np.uint8), objects=NO_OBJECTS)
+def test_boxes_of_pasted_objects_enclose_exactly_the_changed_pixels(seed):
+    sample = TrainSample(image=np.zeros((200, 240, 3), np.uint8), objects=NO_OBJECTS)
     white = Crop(image=np.full((50, 80, 3), 255, np.uint8), mask=crop_of().mask, class_id=3)
-    pasted = paste_in(scene, [white], rng=np.random.default_rng(seed))
+    pasted = paste_in(sample, [white], rng=np.random.default_rng(seed))
     expected = np.zeros((200, 240), bool)
     for x1, y1, x2, y2 in pasted.objects.boxes.astype(int):
         expected[y1:y2, x1:x2] = True
@@ -168,47 +168,49 @@ def test_only_masked_pixels_are_pasted():
     mask = np.zeros((40, 40), bool)
     mask[:, :20] = True
     crop = Crop(image=np.full((40, 40, 3), 255, np.uint8), mask=mask, class_id=0)
-    scene = Scene(image=np.zeros((300, 300, 3), np.uint8), objects=NO_OBJECTS)
-    pasted = paste_in(scene, [crop], rng=np.random.default_rng(0))
+    sample = TrainSample(image=np.zeros((300, 300, 3), np.uint8), objects=NO_OBJECTS)
+    pasted = paste_in(sample, [crop], rng=np.random.default_rng(0))
     widths, heights = (pasted.objects.boxes[:, 2:] - pasted.objects.boxes[:, :2]).T
     np.testing.assert_allclose(widths * 2, heights, atol=1)
 
 
 @pytest.mark.parametrize("hw", [(5, 5), (21, 300)])
 def test_small_images_get_no_object(hw):
-    scene = Scene(image=noise(hw), objects=NO_OBJECTS)
-    assert paste_in(scene, [crop_of()], rng=np.random.default_rng(0)) is scene
+    sample = TrainSample(image=noise(hw), objects=NO_OBJECTS)
+    assert paste_in(sample, [crop_of()], rng=np.random.default_rng(0)) is sample
 
 
-def test_crops_that_become_too_small_are_left_out():
-    scene = Scene(image=noise((300, 300)), objects=NO_OBJECTS)
+def test_crops_that_become_too_small_are_skipped():
+    sample = TrainSample(image=noise((300, 300)), objects=NO_OBJECTS)
     thread = Crop(image=noise((4, 400)), mask=np.ones((4, 400), bool), class_id=0)
     nearly_empty = Crop(image=noise((40, 40)), mask=np.eye(40, dtype=bool) & (np.arange(40) < 1), class_id=0)
     for crops in ([], [thread], [nearly_empty]):
-        assert paste_in(scene, crops, rng=np.random.default_rng(0)) is scene
+        assert paste_in(sample, crops, rng=np.random.default_rng(0)) is sample
 
 
-def test_slots_are_whole_pixels_inside_the_image_of_the_official_sides():
-    drawn = [random_slots((100, 200), rng=np.random.default_rng(seed)) for seed in range(200)]
-    slots = np.concatenate(drawn)
-    assert np.all(slots[:, :2] >= 0) and np.all(slots[:, 2:] <= [200, 100])
-    assert np.all(slots == np.round(slots)) and np.all((slots[:, 2:] - slots[:, :2]) <= [150, 75])
-    assert len(slots) / len(drawn) == pytest.approx(16, rel=0.03)  # four of five of 20
+def test_paste_boxes_have_whole_pixels_and_the_official_sizes():
+    drawn = [random_paste_boxes((100, 200), rng=np.random.default_rng(seed)) for seed in range(200)]
+    paste_boxes = np.concatenate(drawn)
+    assert np.all(paste_boxes[:, :2] >= 0) and np.all(paste_boxes[:, 2:] <= [200, 100])
+    assert np.all(paste_boxes == np.round(paste_boxes)) and np.all(
+        (paste_boxes[:, 2:] - paste_boxes[:, :2]) <= [150, 75]
+    )
+    assert len(paste_boxes) / len(drawn) == pytest.approx(16, rel=0.03)  # four fifths of 20
 
 
-def test_the_same_seed_pastes_the_same_and_nothing_given_is_changed():
+def test_pasting_is_deterministic_and_does_not_change_its_inputs():
     objects = objects_of([square(5, 6, 20), square(5, 40, 25)])
-    scene, crop = Scene(image=noise((200, 200)), objects=objects), crop_of()
-    before = scene.image.copy(), objects.boxes.copy(), crop.image.copy()
+    sample, crop = TrainSample(image=noise((200, 200)), objects=objects), crop_of()
+    before = sample.image.copy(), objects.boxes.copy(), crop.image.copy()
 
     def both(seed):
-        once = copy_paste(scene, fraction=0.5, rng=np.random.default_rng(seed))
+        once = copy_paste(sample, fraction=0.5, rng=np.random.default_rng(seed))
         return paste_in(once, [crop], rng=np.random.default_rng(seed))
 
     one, other = both(3), both(3)
     np.testing.assert_array_equal(one.image, other.image)
     np.testing.assert_array_equal(one.objects.boxes, other.objects.boxes)
-    for kept, now in zip(before, (scene.image, objects.boxes, crop.image), strict=True):
+    for kept, now in zip(before, (sample.image, objects.boxes, crop.image), strict=True):
         np.testing.assert_array_equal(kept, now)
 
 

@@ -1,4 +1,4 @@
-"""The loader: the same batches however they are made, every image in its turn, and what it says when things break."""
+"""The training loader: batches independent of workers, the order of images, and messages for failures."""
 
 import multiprocessing
 import os
@@ -21,13 +21,13 @@ from yolov7_deploy.training.dataloader import TrainLoader
 from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.sampler import Share, mixed_order, mixed_requests, rect_hw, rect_requests
+from yolov7_deploy.training.sampler import BatchShard, epoch_order, rect_hw, rect_requests, square_requests
 
 SIZE = 48
 COUNT = 10
 HYP = Hyperparameters(mixup=0.5, paste_in=0.5, flipud=0.3)
 HWS = [(48, 32), (30, 48), (48, 48), (20, 48), (48, 40), (40, 48), (48, 24), (36, 48), (48, 36), (28, 48)]
-STOP_S = 20.0  # within which an interrupted program must be gone; it takes about one
+STOP_S = 20.0  # limit for an interrupted program to end; it takes about one second
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
@@ -40,7 +40,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def loaders(dataset):
-    """Makes loaders, and closes them."""
+    """Return a factory of loaders, which closes them at the end."""
     made = []
 
     def get(*, batch=4, workers=0, seed=1, cache_bytes=0, hyp=HYP, source=dataset, **options):
@@ -64,7 +64,7 @@ def assert_same(ours, expected):
         assert torch.equal(one.targets, other.targets)
 
 
-# --- what comes -------------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_rgb_images_and_targets_in_fractions(loaders):
@@ -81,7 +81,7 @@ def test_a_batch_is_rgb_images_and_targets_in_fractions(loaders):
 
 
 @pytest.mark.parametrize("rect", [False, True])
-def test_the_number_of_workers_changes_nothing(loaders, rect):
+def test_batches_do_not_depend_on_the_number_of_workers(loaders, rect):
     alone = loaders(rect=rect)
     for workers in (1, 2):
         several = loaders(workers=workers, rect=rect)
@@ -90,9 +90,9 @@ def test_the_number_of_workers_changes_nothing(loaders, rect):
 
 
 @pytest.mark.parametrize("rect", [False, True])
-def test_two_processes_see_together_what_one_sees_alone(loaders, rect):
+def test_two_processes_together_have_the_batch_of_one(loaders, rect):
     alone = loaders(batch=4, rect=rect, stride=8)
-    ranks = [loaders(batch=2, rank=rank, world=2, rect=rect, stride=8) for rank in range(2)]
+    ranks = [loaders(batch=2, rank=rank, world_size=2, rect=rect, stride=8) for rank in range(2)]
     assert {loader.steps for loader in (alone, *ranks)} == {3}
     for whole, first, second in zip(alone.epoch(2), *(rank.epoch(2) for rank in ranks), strict=True):
         assert torch.equal(whole.images, torch.cat([first.images, second.images]))
@@ -103,7 +103,7 @@ def test_two_processes_see_together_what_one_sees_alone(loaders, rect):
 
 @pytest.mark.parametrize("rect", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_at_any_step(loaders, workers, rect):
+def test_an_epoch_can_start_at_any_step(loaders, workers, rect):
     loader = loaders(batch=3, workers=workers, rect=rect)
     whole = list(loader.epoch(1))
     for start in range(5):
@@ -111,7 +111,7 @@ def test_an_epoch_goes_on_at_any_step(loaders, workers, rect):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_that_was_left_early_leaves_nothing_behind(loaders, workers):
+def test_an_incomplete_epoch_does_not_change_the_next_one(loaders, workers):
     loader = loaders(batch=2, workers=workers)
     expected = list(loader.epoch(1))
     coming = loader.epoch(0)
@@ -129,7 +129,7 @@ def test_the_cache_is_filled_by_all_workers(loaders, monkeypatch):
     assert_same(again.epoch(0), first)
 
 
-def test_the_generator_of_the_training_is_left_alone(loaders):
+def test_the_global_generator_is_not_advanced(loaders):
     before = torch.random.get_rng_state()
     for workers in (0, 1):
         list(loaders(workers=workers).epoch(0))
@@ -143,42 +143,42 @@ def test_epochs_and_seeds_differ(loaders):
             assert not torch.equal(one.images, other.images)
 
 
-def test_two_scenes_of_one_image_in_an_epoch_differ(loaders, dataset):
+def test_two_samples_of_one_image_in_an_epoch_differ(loaders, dataset):
     only = dataset_of([dataset.record(0)])
     batch = next(loaders(batch=2, source=only).epoch(0))
     assert not torch.equal(batch.images[0], batch.images[1])
 
 
-# --- which images ---------------------------------------------------------------------------------------------------
+# --- order and batch shape --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "world"), [(1, 1), (3, 1), (4, 2), (7, 3), (25, 1)])
-def test_each_image_comes_once_and_the_first_ones_again_to_fill_up(batch, world):
-    order = mixed_order(COUNT, seed=0, epoch=0)
-    shares = [Share(batch=batch, rank=rank, world=world) for rank in range(world)]
-    steps = zip(*(mixed_requests(order, share, epoch=0, size=SIZE, start=0) for share in shares), strict=True)
+@pytest.mark.parametrize(("batch", "world_size"), [(1, 1), (3, 1), (4, 2), (7, 3), (25, 1)])
+def test_each_image_is_used_once_and_the_first_ones_again_to_fill_the_last_batch(batch, world_size):
+    order = epoch_order(COUNT, seed=0, epoch=0)
+    shares = [BatchShard(batch=batch, rank=rank, world_size=world_size) for rank in range(world_size)]
+    steps = zip(*(square_requests(order, share, epoch=0, size=SIZE, start=0) for share in shares), strict=True)
     seen = [index for step in steps for request in step for index in request.indices]
-    assert len(seen) % (batch * world) == 0 and len(seen) - COUNT < batch * world
+    assert len(seen) % (batch * world_size) == 0 and len(seen) - COUNT < batch * world_size
     assert sorted(seen[:COUNT]) == list(range(COUNT))
     assert seen[COUNT:] == (seen[:COUNT] * 3)[: len(seen) - COUNT]
 
 
-def test_images_come_by_their_weights(loaders):
+def test_images_are_sampled_by_their_weights(loaders):
     weights = np.zeros(COUNT)
     weights[[2, 5]] = 1.0, 3.0
-    orders = np.concatenate([mixed_order(COUNT, seed=0, epoch=epoch, weights=weights) for epoch in range(100)])
+    orders = np.concatenate([epoch_order(COUNT, seed=0, epoch=epoch, weights=weights) for epoch in range(100)])
     assert set(orders.tolist()) == {2, 5}
     assert 0.7 < np.mean(orders == 5) < 0.8
     loader = loaders(workers=1)
-    loader.order_weights = weights
+    loader.image_weights = weights
     paths = {path for batch in loader.epoch(0) for path in batch.paths}
     assert paths <= {loader.store.path(2), loader.store.path(5)}
 
 
 @pytest.mark.parametrize("weights", [np.ones(3), np.zeros(COUNT), np.full(COUNT, -1.0), np.full(COUNT, np.nan)])
-def test_weights_that_cannot_be_meant_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     with pytest.raises(UsageError, match="weights for 10 images"):
-        mixed_order(COUNT, seed=0, epoch=0, weights=weights)
+        epoch_order(COUNT, seed=0, epoch=0, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -199,36 +199,36 @@ def test_rect_batches_have_similar_images_in_a_random_order():
     rng = np.random.default_rng(0)
     sides = rng.integers(10, 100, (50, 2))
     options = {"seed": 3, "size": 64, "stride": 8, "start": 0}
-    epochs = [list(rect_requests(sides, Share(batch=8), epoch=epoch, **options)) for epoch in range(2)]
+    epochs = [list(rect_requests(sides, BatchShard(batch=8), epoch=epoch, **options)) for epoch in range(2)]
     groups = [{request.indices: request.hw for request in requests} for requests in epochs]
     assert groups[0] == groups[1] and list(groups[0]) != list(groups[1])
     assert set().union(*groups[0]) == set(range(50)) and len(epochs[0]) == 7
     shapes = sides[:, 0] / sides[:, 1]
     for indices in groups[0]:
         low, high = shapes[list(indices)].min(), shapes[list(indices)].max()
-        assert np.count_nonzero((shapes > low) & (shapes < high)) <= 6  # none of another batch lies between
+        assert np.count_nonzero((shapes > low) & (shapes < high)) <= 6  # images of other batches have other ratios
     assert all(len(indices) == 8 and not request.mosaic for indices, request in zip(groups[0], epochs[0], strict=True))
 
 
-def test_rect_batches_are_full_also_of_few_images():
+def test_rect_batches_of_few_images_are_full():
     sides = np.array([[10, 20], [20, 10]])
-    (request,) = rect_requests(sides, Share(batch=5), seed=0, epoch=0, size=64, stride=8, start=0)
+    (request,) = rect_requests(sides, BatchShard(batch=5), seed=0, epoch=0, size=64, stride=8, start=0)
     assert request.indices == (0, 1, 0, 1, 0)
 
 
-def test_rect_batches_come_in_their_shapes(loaders):
+def test_rect_batches_have_different_shapes(loaders):
     shapes = {tuple(batch.images.shape) for batch in loaders(batch=2, rect=True, stride=8).epoch(0)}
     assert all(shape[1] % 8 == shape[2] % 8 == 0 for shape in shapes)
     assert any(shape[1] < shape[2] for shape in shapes) and any(shape[1] > shape[2] for shape in shapes)
 
 
-# --- what breaks ------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_and_the_epoch_goes_on(loaders, tmp_path, workers):
+def test_a_broken_image_is_named_and_the_epoch_continues(loaders, tmp_path, workers):
     broken = random_dataset(tmp_path, HWS)
-    broken.path(3).write_bytes(b"no image")
+    broken.path(3).write_bytes(b"not an image")
     loader = loaders(batch=5, workers=workers, source=broken)
     batches = list(loader.epoch(0))
     problems = {problem for batch in batches for problem in batch.problems}
@@ -237,18 +237,18 @@ def test_a_broken_image_is_named_and_the_epoch_goes_on(loaders, tmp_path, worker
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_that_all_cannot_be_read_end_the_training(loaders, tmp_path, workers):
+def test_training_ends_if_no_image_can_be_read(loaders, tmp_path, workers):
     broken = random_dataset(tmp_path, HWS[:3])
     for index in range(3):
-        broken.path(index).write_bytes(b"no image")
-    with pytest.raises(DatasetError, match="None of the 3 images for training can be read"):
+        broken.path(index).write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match="None of the 3 training images can be read"):
         list(loaders(workers=workers, source=broken).epoch(0))
 
 
 @needs_fork
-def test_a_worker_that_dies_is_told_with_what_to_type(loaders, monkeypatch):
+def test_a_dead_worker_is_reported_with_a_fix(loaders, monkeypatch):
     loader = loaders(workers=1)
-    monkeypatch.setattr(loader.store, "image", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(loader.store, "load_scaled", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DeviceError, match="loads images died") as caught:
         list(loader.epoch(0))
     assert "--workers 0" in caught.value.fix and "--shm-size" in caught.value.fix
@@ -256,7 +256,7 @@ def test_a_worker_that_dies_is_told_with_what_to_type(loaders, monkeypatch):
 
 
 @needs_fork
-def test_shared_memory_that_is_full_is_told_with_what_to_type(loaders, monkeypatch):
+def test_full_shared_memory_is_reported_with_a_fix(loaders, monkeypatch):
     def full(self):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -267,7 +267,7 @@ def test_shared_memory_that_is_full_is_told_with_what_to_type(loaders, monkeypat
 
 
 @needs_fork
-def test_workers_that_cannot_start_are_told_with_what_to_type(loaders, monkeypatch):
+def test_workers_that_cannot_start_are_reported_with_a_fix(loaders, monkeypatch):
     def full():
         raise OSError(12, "Cannot allocate memory")
 
@@ -276,18 +276,18 @@ def test_workers_that_cannot_start_are_told_with_what_to_type(loaders, monkeypat
         list(loaders(workers=1).epoch(0))
 
 
-def test_other_errors_are_not_taken_for_a_death(loaders, monkeypatch):
+def test_other_errors_are_not_reported_as_a_dead_worker(loaders, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("something else")
 
     for workers in (0, 1):
         loader = loaders(workers=workers)
-        monkeypatch.setattr(loader.store, "image", broken)
+        monkeypatch.setattr(loader.store, "load_scaled", broken)
         with pytest.raises(RuntimeError, match="something else"):
             list(loader.epoch(0))
 
 
-def test_closing_ends_the_workers(loaders):
+def test_closing_stops_the_workers(loaders):
     before = set(psutil.Process().children())
     loader = loaders(workers=2)
     list(loader.epoch(0))
@@ -301,7 +301,7 @@ def test_closing_ends_the_workers(loaders):
 
 
 @needs_fork
-def test_an_interrupt_ends_everything_without_words_from_the_workers(dataset):
+def test_an_interrupt_stops_the_workers_without_output(dataset):
     program = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -338,8 +338,8 @@ def test_an_interrupt_ends_everything_without_words_from_the_workers(dataset):
 
 
 @needs_fork
-def test_workers_outlive_the_signals_that_stop_a_training(loaders):
-    """A terminal or a scheduler sends them to every process, while the one that trains still finishes its step."""
+def test_workers_ignore_the_signals_that_stop_a_training(loaders):
+    """A terminal or scheduler sends them to all processes, while the main process still finishes its step."""
     before = set(psutil.Process().children())
     loader = loaders(workers=1)
     expected = list(loader.epoch(0))
@@ -351,19 +351,19 @@ def test_workers_outlive_the_signals_that_stop_a_training(loaders):
 
 
 @pytest.mark.parametrize(
-    "options", [{"workers": -1}, {"seed": -1}, {"batch": 0}, {"rank": 2, "world": 2}, {"rank": -1}]
+    "options", [{"workers": -1}, {"seed": -1}, {"batch": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}]
 )
-def test_numbers_that_cannot_be_meant_are_refused(loaders, options):
+def test_arguments_out_of_range_are_refused(loaders, options):
     with pytest.raises(UsageError):
         loaders(**options)
 
 
 def test_store_and_augmentation_must_agree(dataset):
-    with pytest.raises(UsageError, match="48 for scenes of 64"):
+    with pytest.raises(UsageError, match="48 for samples of 64"):
         TrainLoader(ImageStore(dataset, size=48), Augmentation(hyp=HYP, size=64), batch=1, workers=0, seed=0)
 
 
-def test_pinning_keeps_what_a_batch_says(monkeypatch):
+def test_pinning_keeps_the_content_of_a_batch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 0)
     batch = Batch(images=torch.ones(1, 2, 2, 3), targets=torch.ones(1, 6), paths=(Path("a"),), problems=("b",))
     pinned = batch.pin_memory()

@@ -1,4 +1,4 @@
-"""The warp: its matrix, which boxes it leaves of objects, and that OpenCV's pixels go where its points go."""
+"""Random warps: the matrix, the boxes of warped objects, and that pixels and points are warped alike."""
 
 from dataclasses import replace
 
@@ -10,19 +10,18 @@ from hypothesis import strategies as st
 
 from tests.support.training_images import smooth, star
 from yolov7_deploy.training.hyperparameters import Hyperparameters
-from yolov7_deploy.training.objects import FlatObjects, flattened, placed
-from yolov7_deploy.training.random_affine import Warp, draw_warp, visible_boxes, warp_objects, warp_pixels
-from yolov7_deploy.training.sample import NO_POLYGON, Objects
+from yolov7_deploy.training.random_affine import Warp, random_warp, visible_boxes, warp_objects, warp_pixels
+from yolov7_deploy.training.sample import NO_POLYGON, FlatObjects, Objects, flatten, merge_on_canvas
 
 SIZE = 64
-SAME_PX = 4  # grey levels: OpenCV rounds places to 1/32 pixel, and a smooth image changes by 60 a pixel at most
+SAME = 4  # grey levels: OpenCV rounds coordinates to 1/32 pixel, and a smooth image changes by at most 60 per pixel
 STEP_PX = 0.05  # between points along an outline
 
 
 def flat(boxes, polygons):
     polygons = tuple(np.asarray(polygon, np.float32).reshape(-1, 2) for polygon in polygons)
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return flattened(Objects(boxes=boxes, class_ids=np.arange(len(boxes)), polygons=polygons))
+    return flatten(Objects(boxes=boxes, class_ids=np.arange(len(boxes)), polygons=polygons))
 
 
 def scaling(scale, shift=(0, 0), out_hw=(SIZE, SIZE)):
@@ -31,7 +30,7 @@ def scaling(scale, shift=(0, 0), out_hw=(SIZE, SIZE)):
 
 
 def slow_visible_box(polygon, hw):
-    """Points all along the outline, and the corners of the image inside it."""
+    """Return the box of densely sampled points on the outline, and of the image corners inside it."""
     points = []
     for start, end in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         parts = np.linspace(0, 1, 2 + int(np.linalg.norm(end - start) / STEP_PX))[:, None]
@@ -47,7 +46,7 @@ def slow_visible_box(polygon, hw):
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_visible_boxes_are_those_of_points_all_along_the_outline(seed):
+def test_visible_boxes_match_densely_sampled_outlines(seed):
     rng, hw = np.random.default_rng(seed), (40, 60)
     counts = rng.integers(3, 12, 6)
     polygons = [star(rng, count) * rng.uniform(20, 300) + rng.uniform(-60, 40, 2) for count in counts]
@@ -63,21 +62,21 @@ def test_an_object_that_fills_the_image_keeps_its_box():
     np.testing.assert_array_equal(visible_boxes(square, np.array([4]), (40, 60)), [[0, 0, 60, 40]])
 
 
-def test_an_object_over_a_side_of_the_image_reaches_to_that_side():
+def test_an_object_across_an_image_border_is_clipped_to_it():
     band = np.array([[-10, -10], [20, -10], [20, 100], [-10, 100]], dtype=float)
     np.testing.assert_array_equal(visible_boxes(band, np.array([4]), (40, 60)), [[0, 0, 20, 40]])
 
 
 def test_an_object_around_the_image_but_not_on_it_has_no_box():
-    """A frame, as one outline that goes round twice."""
+    """A frame, as one outline with an inner and an outer loop."""
     outer = [[-10, -10], [100, -10], [100, 100], [-10, 100], [-10, -10]]
     inner = [[-5, -5], [-5, 90], [90, 90], [90, -5], [-5, -5]]
     frame = np.array(outer + inner, dtype=float)
     np.testing.assert_array_equal(visible_boxes(frame, np.array([len(frame)]), (40, 60)), [[0, 0, 0, 0]])
 
 
-def test_each_object_is_judged_by_what_is_known_of_it():
-    """Of both, one in twenty parts is left: enough for an outline, too little for a box."""
+def test_objects_with_an_outline_have_a_lower_area_threshold():
+    """One twentieth of both objects remains: enough for an outline, too little for a box."""
     box = [0, 0, 40, 40]
     square = [[0, 0], [40, 0], [40, 40], [0, 40]]
     found = warp_objects(flat([box, box], [square, NO_POLYGON]), scaling(1, (-20, -36)))
@@ -87,7 +86,7 @@ def test_each_object_is_judged_by_what_is_known_of_it():
 
 
 @pytest.mark.parametrize(
-    ("box", "stays"),
+    ("box", "is_kept"),
     [
         ([0, 0, 10, 10], True),
         ([0, 0, 2, 10], False),
@@ -95,16 +94,16 @@ def test_each_object_is_judged_by_what_is_known_of_it():
         ([0, 0, 10, 2], False),
         ([0, 0, 60, 2.9], False),  # 20 times as long as wide
         ([0, 0, 57, 2.9], True),
-        ([63, 0, 73, 10], False),  # one tenth in sight, but a pixel wide
+        ([63, 0, 73, 10], False),  # one tenth is visible, but only one pixel wide
         ([60, 0, 100.5, 10], False),
         ([60, 0, 99.5, 10], True),
     ],
 )
-def test_what_is_too_small_thin_or_hidden_is_left_out(box, stays):
-    assert len(warp_objects(flat([box], [NO_POLYGON]), scaling(1))) == stays
+def test_objects_too_small_thin_or_hidden_are_dropped(box, is_kept):
+    assert len(warp_objects(flat([box], [NO_POLYGON]), scaling(1))) == is_kept
 
 
-def test_what_lies_behind_the_horizon_is_left_out():
+def test_objects_behind_the_horizon_are_dropped():
     tilted = Warp(matrix=np.array([[1, 0, 0], [0, 1, 0], [-0.02, 0, 1.0]]), scale=1.0, out_hw=(SIZE, SIZE))
     box, square = [30, 10, 60, 40], [[30, 10], [60, 10], [60, 40], [30, 40]]
     assert len(warp_objects(flat([box, box], [square, NO_POLYGON]), tilted)) == 0
@@ -112,8 +111,8 @@ def test_what_lies_behind_the_horizon_is_left_out():
     assert len(warp_objects(flat([near, near], [small, NO_POLYGON]), tilted)) == 2
 
 
-def test_no_objects_stay_none():
-    assert len(warp_objects(placed([], [], side=10), scaling(1))) == 0
+def test_no_objects_are_warped_to_no_objects():
+    assert len(warp_objects(merge_on_canvas([], [], side=10), scaling(1))) == 0
     assert len(warp_objects(flat([], []), scaling(1))) == 0
 
 
@@ -121,19 +120,19 @@ def test_no_objects_stay_none():
 
 
 def test_the_official_presets_only_scale_and_shift():
-    warp = draw_warp(Hyperparameters(), canvas_hw=(128, 128), out_hw=(SIZE, SIZE), rng=np.random.default_rng(0))
-    assert warp.is_upright
+    warp = random_warp(Hyperparameters(), canvas_hw=(128, 128), out_hw=(SIZE, SIZE), rng=np.random.default_rng(0))
+    assert warp.is_axis_aligned
     for field in ("degrees", "shear", "perspective"):
         changed = replace(Hyperparameters(), **{field: 0.001})
-        assert not draw_warp(
+        assert not random_warp(
             changed, canvas_hw=(128, 128), out_hw=(SIZE, SIZE), rng=np.random.default_rng(0)
-        ).is_upright
+        ).is_axis_aligned
 
 
-def test_scale_and_place_have_the_official_ranges():
+def test_scale_and_translation_have_the_official_ranges():
     hyp = Hyperparameters(scale=0.5, translate=0.2)
     warps = [
-        draw_warp(hyp, canvas_hw=(120, 100), out_hw=(60, 80), rng=np.random.default_rng(seed)) for seed in range(500)
+        random_warp(hyp, canvas_hw=(120, 100), out_hw=(60, 80), rng=np.random.default_rng(seed)) for seed in range(500)
     ]
     scales = np.array([warp.scale for warp in warps])
     centres = np.array([warp.matrix @ [50, 60, 1] for warp in warps])[:, :2] / [80, 60]
@@ -142,23 +141,23 @@ def test_scale_and_place_have_the_official_ranges():
     assert (np.ptp(centres, axis=0) > 0.38).all()
 
 
-def test_areas_grow_by_the_square_of_the_scale():
+def test_areas_grow_with_the_square_of_the_scale():
     hyp = Hyperparameters(degrees=30, scale=0.5)
     for seed in range(10):
-        warp = draw_warp(hyp, canvas_hw=(100, 100), out_hw=(50, 50), rng=np.random.default_rng(seed))
+        warp = random_warp(hyp, canvas_hw=(100, 100), out_hw=(50, 50), rng=np.random.default_rng(seed))
         assert np.linalg.det(warp.matrix[:2, :2]) == pytest.approx(warp.scale**2)
 
 
-def test_pixels_are_warped_from_centre_to_centre():
+def test_pixel_centres_are_warped_to_pixel_centres():
     image = smooth((40, 50), 0)
     doubled = warp_pixels(image, scaling(2, out_hw=(80, 100)), replicate=True)
     slow = cv2.resize(image, (100, 80), interpolation=cv2.INTER_LINEAR)
-    assert np.abs(doubled.astype(int) - slow).max() <= SAME_PX
+    assert np.abs(doubled.astype(int) - slow).max() <= SAME
 
 
-def test_placed_objects_are_moved_and_cut_at_the_canvas():
+def test_merged_objects_are_shifted_and_clipped_to_the_canvas():
     part = flat([[0, 0, 10, 10]], [[[0, 0], [10, 0], [10, 10]]])
-    found = placed([part, part], [(5, 6), (15, -4)], side=20)
+    found = merge_on_canvas([part, part], [(5, 6), (15, -4)], side=20)
     assert isinstance(found, FlatObjects)
     np.testing.assert_array_equal(found.boxes, [[5, 6, 15, 16], [15, 0, 20, 6]])
     np.testing.assert_array_equal(found.points[3:], [[15, 0], [20, 0], [20, 6]])

@@ -1,4 +1,4 @@
-"""Objects with an outline once more in the same image, or in another one."""
+"""Copy-paste augmentation: objects with an outline are pasted into the same image or into another one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import numpy as np
 from yolov7_deploy.datasets.samples import BoolArray
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import FloatArray, Image
-from yolov7_deploy.training.sample import NO_POLYGON, Objects, Scene, joined
+from yolov7_deploy.training.sample import NO_POLYGON, Objects, TrainSample, concatenate
 
-# The numbers of the official recipe.
-MAX_HIDDEN = 0.30  # of an object that was there before
-SLOTS = (0.75,) * 2 + (0.5,) * 4 + (0.25,) * 4 + (0.125,) * 4 + (0.0625,) * 6  # largest sides, in those of the image
-SKIPPED = 0.2  # probability that nothing is tried for a slot
-MIN_SLOT_PX = 20
+# Values of the official recipe.
+MAX_IOA = 0.30  # a pasted box can cover less than this of the area of another box
+# Upper limits for the sides of the boxes to paste into, as fractions of the image.
+PASTE_SIDES = (0.75,) * 2 + (0.5,) * 4 + (0.25,) * 4 + (0.125,) * 4 + (0.0625,) * 6
+SKIP_PROBABILITY = 0.2  # of each box
+MIN_PASTE_BOX_PX = 20
 MIN_SIDE_PX = 10
 MIN_AREA_PX = 20  # 60 values of three channels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Crop:
-    """One object cut out of its image.
+    """An object cut out of its image.
 
     Attributes:
         image: uint8 BGR [h, w, 3].
-        mask: bool [h, w], which pixels are the object's.
-        class_id: Its class.
+        mask: bool [h, w], true for the pixels of the object.
+        class_id: Class of the object.
     """
 
     image: Image
@@ -40,78 +41,82 @@ class Crop:
         if self.image.shape != (*self.mask.shape, 3) or not self.mask.size:
             raise UsageError(
                 f"A crop of {self.image.shape} pixels has a mask of {self.mask.shape}.",
-                fix="Give image [h, w, 3] and mask [h, w], cut out of the same place.",
+                fix="Pass image [h, w, 3] and mask [h, w] of the same window.",
             )
 
 
-def copy_paste(scene: Scene, *, fraction: float, rng: np.random.Generator) -> Scene:
-    """A fraction of the objects with an outline a second time, mirrored to the other side of the image.
+def copy_paste(sample: TrainSample, *, fraction: float, rng: np.random.Generator) -> TrainSample:
+    """Paste a fraction of the objects with an outline again, mirrored to the other side of the image.
 
-    One is left out where it would hide 30 % of the box of another object. A box is that of the pasted mask. Without
-    anything pasted the scene comes back as it is.
+    An object is skipped if it would cover 30 % of the box of another one. The new box encloses the pasted mask. If
+    nothing is pasted, `sample` itself is returned.
     """
-    outlined = np.array([i for i, polygon in enumerate(scene.objects.polygons) if len(polygon) > 2], dtype=np.int64)
+    outlined = np.array([i for i, polygon in enumerate(sample.objects.polygons) if len(polygon) > 2], dtype=np.int64)
     chosen = rng.permutation(outlined)[: round(fraction * len(outlined))]
     if not len(chosen):
-        return scene
-    width = np.float32(scene.image.shape[1])
-    mirrored = scene.objects.boxes[chosen] * np.array([-1, 1, -1, 1], np.float32) + np.array([width, 0, width, 0])
+        return sample
+    width = np.float32(sample.image.shape[1])
+    mirrored = sample.objects.boxes[chosen] * np.array([-1, 1, -1, 1], np.float32) + np.array([width, 0, width, 0])
     mirrored = mirrored[:, [2, 1, 0, 3]].astype(np.float32)
-    free = np.all(hidden_fractions(mirrored, scene.objects.boxes) < MAX_HIDDEN, axis=1)
-    image, boxes, sources = scene.image.copy(), np.zeros((0, 4), np.float32), []
+    free = np.all(box_ioa(mirrored, sample.objects.boxes) < MAX_IOA, axis=1)
+    image, boxes, sources = sample.image.copy(), np.zeros((0, 4), np.float32), []
     for index, box in zip(chosen[free], mirrored[free], strict=True):
-        found = mask_of_polygon(scene.objects.polygons[index], scene.image.shape[:2])
-        if found is None or np.any(hidden_fractions(box[None], boxes) >= MAX_HIDDEN):
+        masked = polygon_mask(sample.objects.polygons[index], sample.image.shape[:2])
+        if masked is None or np.any(box_ioa(box[None], boxes) >= MAX_IOA):
             continue
-        (left, top), mask = found
-        window = scene.image[top : top + mask.shape[0], left : left + mask.shape[1]]
-        left = scene.image.shape[1] - left - mask.shape[1]
+        (left, top), mask = masked
+        window = sample.image[top : top + mask.shape[0], left : left + mask.shape[1]]
+        left = sample.image.shape[1] - left - mask.shape[1]
         boxes = np.concatenate([boxes, _overwrite(image, window[:, ::-1], mask[:, ::-1], (left, top))[None]])
         sources.append(index)
     added = Objects(
         boxes=boxes,
-        class_ids=scene.objects.class_ids[sources],
-        polygons=tuple(_mirrored(scene.objects.polygons[index], width) for index in sources),
+        class_ids=sample.objects.class_ids[sources],
+        polygons=tuple(_mirror(sample.objects.polygons[index], width) for index in sources),
     )
-    return Scene(image=image, objects=joined(scene.objects, added)) if sources else scene
+    return TrainSample(image=image, objects=concatenate(sample.objects, added)) if sources else sample
 
 
-def paste_in(scene: Scene, crops: Sequence[Crop], *, rng: np.random.Generator) -> Scene:
-    """Objects of other images in up to 20 places where they hide less than 30 % of the box of every other one.
+def paste_in(sample: TrainSample, crops: Sequence[Crop], *, rng: np.random.Generator) -> TrainSample:
+    """Paste objects of other images into up to 20 random boxes.
 
-    A place of random size gets a random crop, scaled to fit into it. A box is that of the pasted mask. Without
-    anything pasted the scene comes back as it is.
+    Each random box gets a random crop, scaled to fit into it, unless it covers 30 % of another box. The new box
+    encloses the pasted mask. If nothing is pasted, `sample` itself is returned.
     """
     if not crops:
-        return scene
-    slots = random_slots(scene.image.shape[:2], rng=rng)
-    slots = slots[np.all(slots[:, 2:] - slots[:, :2] > MIN_SLOT_PX, axis=1)]
-    slots = slots[np.all(hidden_fractions(slots, scene.objects.boxes) < MAX_HIDDEN, axis=1)]
-    choices = rng.integers(len(crops), size=len(slots))
-    image, boxes, class_ids = scene.image.copy(), np.zeros((0, 4), np.float32), []
-    for slot, choice in zip(slots, choices, strict=True):
-        if np.any(hidden_fractions(slot[None], boxes) >= MAX_HIDDEN):
+        return sample
+    paste_boxes = random_paste_boxes(sample.image.shape[:2], rng=rng)
+    paste_boxes = paste_boxes[np.all(paste_boxes[:, 2:] - paste_boxes[:, :2] > MIN_PASTE_BOX_PX, axis=1)]
+    paste_boxes = paste_boxes[np.all(box_ioa(paste_boxes, sample.objects.boxes) < MAX_IOA, axis=1)]
+    choices = rng.integers(len(crops), size=len(paste_boxes))
+    image, boxes, class_ids = sample.image.copy(), np.zeros((0, 4), np.float32), []
+    for box, choice in zip(paste_boxes, choices, strict=True):
+        if np.any(box_ioa(box[None], boxes) >= MAX_IOA):
             continue
-        scaled = _scaled_into(crops[choice], slot)
+        scaled = _scale_crop(crops[choice], box)
         if scaled is not None:
-            boxes = np.concatenate([boxes, _overwrite(image, *scaled, (int(slot[0]), int(slot[1])))[None]])
+            boxes = np.concatenate([boxes, _overwrite(image, *scaled, (int(box[0]), int(box[1])))[None]])
             class_ids.append(crops[choice].class_id)
     added = Objects(boxes=boxes, class_ids=np.array(class_ids, dtype=np.int64), polygons=(NO_POLYGON,) * len(class_ids))
-    return Scene(image=image, objects=joined(scene.objects, added)) if class_ids else scene
+    return TrainSample(image=image, objects=concatenate(sample.objects, added)) if class_ids else sample
 
 
-def random_slots(image_hw: tuple[int, int], *, rng: np.random.Generator) -> FloatArray:
-    """Places for objects as whole pixels, float32 [0..20, 4] xyxy: random sides and centres, cut at the image."""
+def random_paste_boxes(image_hw: tuple[int, int], *, rng: np.random.Generator) -> FloatArray:
+    """Return random boxes with whole-pixel corners, float32 [0..20, 4] xyxy, clipped to the image."""
     size = np.array(image_hw[::-1])
-    largest = np.maximum(1, (size * np.array(SLOTS)[:, None]).astype(np.int64))
+    largest = np.maximum(1, (size * np.array(PASTE_SIDES)[:, None]).astype(np.int64))
     sides = rng.integers(1, largest, endpoint=True)
     corners = rng.integers(0, size, size=sides.shape, endpoint=True) - sides // 2
-    slots = np.concatenate([np.maximum(corners, 0), np.minimum(corners + sides, size)], axis=1)
-    return slots[rng.random(len(slots)) >= SKIPPED].astype(np.float32)
+    paste_boxes = np.concatenate([np.maximum(corners, 0), np.minimum(corners + sides, size)], axis=1)
+    return paste_boxes[rng.random(len(paste_boxes)) >= SKIP_PROBABILITY].astype(np.float32)
 
 
-def hidden_fractions(over: FloatArray, below: FloatArray) -> FloatArray:
-    """How much of the area of each box `below` [M, 4] each box `over` [N, 4] covers, float32 [N, M]."""
+def box_ioa(over: FloatArray, below: FloatArray) -> FloatArray:
+    """Return the intersection of each pair of boxes, `over` [N, 4] and `below` [M, 4], divided by the area of `below`.
+
+    Returns:
+        float32 [N, M].
+    """
     corners = np.minimum(over[:, None, 2:], below[None, :, 2:]) - np.maximum(over[:, None, :2], below[None, :, :2])
     areas = np.prod(below[:, 2:] - below[:, :2], axis=1)
     shared = np.prod(np.maximum(corners, 0), axis=2)
@@ -119,19 +124,20 @@ def hidden_fractions(over: FloatArray, below: FloatArray) -> FloatArray:
     return fractions
 
 
-def mask_of_polygon(polygon: FloatArray, image_hw: tuple[int, ...]) -> tuple[tuple[int, int], BoolArray] | None:
-    """The pixels whose centres are inside an outline [K, 2] (even-odd rule), cut at the image; `None` without any.
+def polygon_mask(polygon: FloatArray, image_hw: tuple[int, ...]) -> tuple[tuple[int, int], BoolArray] | None:
+    """Return the mask of the pixels whose centres are inside a polygon [K, 2] (even-odd rule), clipped to the image.
 
-    OpenCV fills the pixels that the outline touches too: masks and so boxes would be up to a pixel too large.
+    `cv2.fillPoly` also fills pixels that the outline touches: masks, and so boxes, would be up to a pixel too large.
 
     Returns:
-        x and y of the mask's corner, and the mask, bool [h, w], with a pixel in each outer row and column.
+        x and y of the corner of the mask, and the mask, bool [h, w], with a pixel in each outer row and column; `None`
+        if the mask is empty.
     """
     low = np.clip(np.floor(polygon.min(axis=0)), 0, image_hw[::-1]).astype(np.int64)
     width, height = np.clip(np.ceil(polygon.max(axis=0)), 0, image_hw[::-1]).astype(np.int64) - low
     start = polygon.astype(np.float64) - low - 0.5  # the centre of the first pixel is 0, 0
     end = np.roll(start, -1, axis=0)
-    # An edge crosses the rows from ceil(upper y) to ceil(lower y) - 1; each crossing turns its row to the right of it.
+    # An edge crosses the rows from ceil(upper y) to ceil(lower y) - 1; each crossing inverts the row right of it.
     first, last = (np.clip(np.ceil(f(start[:, 1], end[:, 1])), 0, height).astype(int) for f in (np.minimum, np.maximum))
     counts = last - first
     edge = np.repeat(np.arange(len(start)), counts)
@@ -139,34 +145,34 @@ def mask_of_polygon(polygon: FloatArray, image_hw: tuple[int, ...]) -> tuple[tup
     step = (end[edge] - start[edge]).T
     columns = start[edge, 0] + (rows - start[edge, 1]) * step[0] / step[1]
     columns = np.clip(np.ceil(columns), 0, width).astype(np.int64)
-    turns = np.zeros((height, width + 1), dtype=np.uint8)
-    np.bitwise_xor.at(turns, (rows, columns), 1)
-    mask = np.bitwise_xor.accumulate(turns[:, :width], axis=1).view(np.bool_)
-    found = extent(mask)
-    if found is None:
+    crossings = np.zeros((height, width + 1), dtype=np.uint8)
+    np.bitwise_xor.at(crossings, (rows, columns), 1)
+    mask = np.bitwise_xor.accumulate(crossings[:, :width], axis=1).view(np.bool_)
+    box = mask_box(mask)
+    if box is None:
         return None
-    x1, y1, x2, y2 = found
+    x1, y1, x2, y2 = box
     return (int(low[0]) + x1, int(low[1]) + y1), mask[y1:y2, x1:x2]
 
 
-def extent(mask: BoolArray) -> tuple[int, int, int, int] | None:
-    """The box of a mask's pixels, x1, y1, x2, y2 with the far edges outside; `None` where it has none."""
+def mask_box(mask: BoolArray) -> tuple[int, int, int, int] | None:
+    """Return the box around the pixels of a mask, x1, y1, x2, y2 (x2 and y2 exclusive); `None` if it is empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(columns) else None
 
 
 def _overwrite(image: Image, pixels: Image, mask: BoolArray, corner_xy: tuple[int, int]) -> FloatArray:
-    """Puts the masked pixels into `image`, and gives their box."""
-    (left, top), (height, width), found = corner_xy, mask.shape, extent(mask)
-    assert found is not None
+    """Write the masked pixels into `image`, and return their box."""
+    (left, top), (height, width), box = corner_xy, mask.shape, mask_box(mask)
+    assert box is not None
     image[top : top + height, left : left + width][mask] = pixels[mask]
-    return np.array(found, dtype=np.float32) + np.array([left, top, left, top], dtype=np.float32)
+    return np.array(box, dtype=np.float32) + np.array([left, top, left, top], dtype=np.float32)
 
 
-def _scaled_into(crop: Crop, slot: FloatArray) -> tuple[Image, BoolArray] | None:
-    """The crop as large as fits into the slot; `None` where too little of it is left."""
+def _scale_crop(crop: Crop, box: FloatArray) -> tuple[Image, BoolArray] | None:
+    """Return pixels and mask of the crop, scaled to fit into the box; `None` if they become too small."""
     height, width = crop.mask.shape
-    ratio = min(float(slot[2] - slot[0]) / width, float(slot[3] - slot[1]) / height)
+    ratio = min(float(box[2] - box[0]) / width, float(box[3] - box[1]) / height)
     size = round(width * ratio), round(height * ratio)
     if min(size) <= MIN_SIDE_PX:
         return None
@@ -176,5 +182,5 @@ def _scaled_into(crop: Crop, slot: FloatArray) -> tuple[Image, BoolArray] | None
     return cv2.resize(crop.image, size), mask  # type: ignore[return-value]
 
 
-def _mirrored(polygon: FloatArray, width: np.float32) -> FloatArray:
+def _mirror(polygon: FloatArray, width: np.float32) -> FloatArray:
     return np.stack([width - polygon[:, 0], polygon[:, 1]], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Batches of augmented images, made by worker processes while the device computes."""
+"""Loads batches of augmented images in worker processes while the device computes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import DeviceError, UsageError, Y7Error
-from yolov7_deploy.training.augment import Augmentation, make_scene
+from yolov7_deploy.training.augment import Augmentation, make_sample
 from yolov7_deploy.training.dataset import ImageReader, ImageStore
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.sampler import Request, Share, mixed_order, mixed_requests, rect_requests
+from yolov7_deploy.training.sampler import BatchRequest, BatchShard, epoch_order, rect_requests, square_requests
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h of glibc
 
 
 class TrainLoader:
-    """The batches of each epoch, the same ones whatever the number of workers, and from any step on.
+    """Yields the batches of an epoch, which do not depend on the number of workers or on the first step.
 
-    Every scene is a function of seed, epoch and its position in the epoch. Processes that train together see in a
-    step exactly what one process with all their images would see.
+    A sample is a function of seed, epoch and its position in the epoch. In distributed training, the batches of all
+    processes together are exactly the batch of a single process.
 
     Attributes:
         store: Images and labels.
-        order_weights: float64 [N], how often each image comes in the epochs that begin from now on, relatively, not
-            in `rect`; `None` is each once.
-        steps: Batches of an epoch; each is full, so the last one may show images a second time.
+        image_weights: float64 [N], relative frequency of each image in epochs that start from now on (not with `rect`);
+            `None` shows each image once.
+        steps: Number of batches of an epoch. All are full, so the last one can repeat images.
     """
 
     def __init__(
@@ -45,139 +45,139 @@ class TrainLoader:
         workers: int,
         seed: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         rect: bool = False,
         stride: int = 32,
         pin_memory: bool = False,
     ) -> None:
-        """Prepares the loader; workers start with the first epoch.
+        """Prepare the loader; workers start with the first epoch.
 
         Args:
-            store: Images and labels, of the size of `augmentation`.
-            augmentation: What is done to them.
-            batch: Images in a batch of this process.
-            workers: Processes that make batches; 0 makes them here, when they are asked for.
-            seed: Of every choice.
-            rank: Number of this process among those that train together.
-            world: How many these are.
-            rect: Batches of images of similar shape, without mosaics.
-            stride: Sides of such batches are multiples of this.
-            pin_memory: Batches lie in page-locked memory, from where a GPU takes them while it computes.
+            store: Images and labels, with the size of `augmentation`.
+            augmentation: Settings of the augmentation.
+            batch: Images per batch of this process.
+            workers: Number of worker processes; with 0, batches are made in this process on request.
+            seed: Random seed.
+            rank: Number of this process in distributed training.
+            world_size: Number of processes in distributed training.
+            rect: Use batches of images with similar aspect ratios, without mosaics.
+            stride: Height and width of these batches are multiples of this.
+            pin_memory: Return batches in page-locked memory, for asynchronous copies to a GPU.
 
         Raises:
-            UsageError: Numbers that cannot mean anything.
+            UsageError: A number is out of range, or the sizes differ.
         """
         if workers < 0 or seed < 0 or store.size != augmentation.size:
             raise UsageError(
-                f"{workers} workers, seed {seed}, images of {store.size} for scenes of {augmentation.size} pixels.",
-                fix="Workers and seed go from 0, and both sizes are one.",
+                f"{workers} workers, seed {seed}, images of {store.size} for samples of {augmentation.size} pixels.",
+                fix="Use workers and seed of at least 0, and the same size for store and augmentation.",
             )
         self.store, self._size, self._seed = store, augmentation.size, seed
-        self.order_weights: DoubleArray | None = None
-        self._share = Share(batch=batch, rank=rank, world=world)
+        self.image_weights: DoubleArray | None = None
+        self._shard = BatchShard(batch=batch, rank=rank, world_size=world_size)
         self._rect, self._stride = rect, stride
-        self._requests = _Requests()
-        self.steps = -(-len(store) // self._share.whole)
+        self._requests = _RequestSampler()
+        self.steps = -(-len(store) // self._shard.total_batch)
         self._loader: DataLoader[Batch | Y7Error] | None = DataLoader(
-            _Scenes(store, augmentation, seed=seed),
+            _BatchDataset(store, augmentation, seed=seed),
             batch_size=None,  # an element is a whole batch
             sampler=self._requests,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
-            multiprocessing_context=_context() if workers else None,
+            multiprocessing_context=_multiprocessing_context() if workers else None,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each epoch would take a number from the generator of the training
+            generator=torch.Generator(),  # otherwise each epoch would advance the global generator of the training
         )
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on, exactly those that a whole epoch shows there.
+        """Yield the batches of an epoch from step `start`; they are the same as those of a complete epoch.
 
         Args:
-            epoch: From 0.
+            epoch: Number of the epoch, from 0.
             start: The first step.
 
         Raises:
             DatasetError: No image can be read.
-            DeviceError: A worker died.
-            UsageError: Weights that do not fit, or after `close`.
+            DeviceError: A worker process died.
+            UsageError: `image_weights` are invalid, or the loader is closed.
         """
         if self._loader is None:
-            raise UsageError("The loader is closed.", fix="Make a new TrainLoader.")
-        self._requests.coming = list(self._requested(epoch, start))
+            raise UsageError("The loader is closed.", fix="Create a new TrainLoader.")
+        self._requests.pending = list(self._epoch_requests(epoch, start))
         try:
-            batches = iter(self._loader) if self._requests.coming else iter(())
-        except OSError as error:  # of the fork
-            raise _no_memory(f"No process to load images can be started: {error}.") from error
+            batches = iter(self._loader) if self._requests.pending else iter(())
+        except OSError as error:  # fork failed
+            raise _out_of_memory(f"A process that loads images cannot be started: {error}.") from error
         while True:
             try:
                 batch = next(batches, None)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                raise _no_memory(f"A process that loads images died: {error}") from error
+                raise _out_of_memory(f"A process that loads images died: {error}") from error
             if batch is None:
                 return
             if isinstance(batch, Y7Error):
                 raise batch
             yield batch
 
-    def _requested(self, epoch: int, start: int) -> Iterator[Request]:
+    def _epoch_requests(self, epoch: int, start: int) -> Iterator[BatchRequest]:
         if self._rect:
-            sides = np.array([self.store.hw(index) for index in range(len(self.store))])
+            image_hw = np.array([self.store.hw(index) for index in range(len(self.store))])
             return rect_requests(
-                sides, self._share, seed=self._seed, epoch=epoch, size=self._size, stride=self._stride, start=start
+                image_hw, self._shard, seed=self._seed, epoch=epoch, size=self._size, stride=self._stride, start=start
             )
-        order = mixed_order(len(self.store), seed=self._seed, epoch=epoch, weights=self.order_weights)
-        return mixed_requests(order, self._share, epoch=epoch, size=self._size, start=start)
+        order = epoch_order(len(self.store), seed=self._seed, epoch=epoch, weights=self.image_weights)
+        return square_requests(order, self._shard, epoch=epoch, size=self._size, start=start)
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stop the workers."""
         loader, self._loader = self._loader, None
         iterator = getattr(loader, "_iterator", None)
         if iterator is not None:
-            with contextlib.suppress(RuntimeError):  # a worker that died is told once, by `epoch`
+            with contextlib.suppress(RuntimeError):  # `epoch` has already reported a worker that died
                 iterator._shutdown_workers()
 
 
-class _Requests(Sampler[Request]):
-    """What the loader hands to its workers next."""
+class _RequestSampler(Sampler[BatchRequest]):
+    """The requests that the loader passes to its workers next."""
 
     def __init__(self) -> None:
-        self.coming: Sequence[Request] = ()
+        self.pending: Sequence[BatchRequest] = ()
 
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.coming)
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return iter(self.pending)
 
     def __len__(self) -> int:
-        return len(self.coming)
+        return len(self.pending)
 
 
-class _Scenes(Dataset[Batch | Y7Error]):
-    """Makes batches, in a worker; errors of ours travel as values, since torch would wrap them in their traceback."""
+class _BatchDataset(Dataset[Batch | Y7Error]):
+    """Makes batches in a worker; our errors are returned as values, because torch would wrap them with a traceback."""
 
     def __init__(self, store: ImageStore, augmentation: Augmentation, *, seed: int) -> None:
         self._store, self._augmentation, self._seed = store, augmentation, seed
 
-    def __getitem__(self, request: Request) -> Batch | Y7Error:
+    def __getitem__(self, request: BatchRequest) -> Batch | Y7Error:
         try:
             return make_batch(self._store, self._augmentation, request, seed=self._seed)
         except Y7Error as error:
             return error
 
 
-def make_batch(store: ImageStore, augmentation: Augmentation, request: Request, *, seed: int) -> Batch:
-    """The batch that is asked for: a function of its arguments and of the files.
+def make_batch(store: ImageStore, augmentation: Augmentation, request: BatchRequest, *, seed: int) -> Batch:
+    """Return the requested batch, which depends only on the arguments and on the image files.
 
     Raises:
         DatasetError: No image can be read.
     """
     reader = ImageReader(store)
-    images = _empty((len(request.indices), *request.hw, 3))
+    images = _allocate_images((len(request.indices), *request.hw, 3))
     targets = []
     for number, (position, index) in enumerate(zip(request.positions, request.indices, strict=True)):
-        found = make_scene(
+        sample_targets = make_sample(
             reader,
             augmentation,
             index=index,
@@ -186,9 +186,9 @@ def make_batch(store: ImageStore, augmentation: Augmentation, request: Request, 
             mosaic=request.mosaic,
             rng=np.random.default_rng((seed, request.epoch, position)),
         )
-        targets.append(np.insert(found, 0, number, axis=1))
+        targets.append(np.insert(sample_targets, 0, number, axis=1))
     if not reader.has_read:
-        store.require_a_image()
+        store.require_readable_image()
     return Batch(
         images=images,
         targets=torch.from_numpy(np.concatenate(targets)),
@@ -197,21 +197,21 @@ def make_batch(store: ImageStore, augmentation: Augmentation, request: Request, 
     )
 
 
-def _as_it_is(batch: list[Batch]) -> list[Batch]:
-    return batch  # torch's type says list; without a batch size it is the element
+def _identity(batch: list[Batch]) -> list[Batch]:
+    return batch  # torch types this as a list; without a batch size it is a single element
 
 
-def _start_worker(number: int) -> None:
-    _keep_memory()
-    cv2.setNumThreads(0)  # the batches are in parallel already
-    for number_of in (signal.SIGINT, signal.SIGTERM):  # the process that trains ends the workers
-        signal.signal(number_of, signal.SIG_IGN)
+def _start_worker(worker_id: int) -> None:
+    _keep_freed_memory()
+    cv2.setNumThreads(0)  # workers already run in parallel
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process stops the workers
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _keep_memory() -> None:
-    """Lets the C library keep up to 128 MB that were freed for the next image, where it can be told so.
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 128 MB of freed memory for the next image; other C libraries are left unchanged.
 
-    Every image would be handed out by the system, page by page, and given back: a fifth of a worker's time.
+    Otherwise the system maps and unmaps the pages of every image, which takes a fifth of a worker's time.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         set_option = ctypes.CDLL(None).mallopt
@@ -219,25 +219,27 @@ def _keep_memory() -> None:
         set_option(_M_MMAP_THRESHOLD, 2**25)
 
 
-def _context() -> str | None:
-    """Forked workers share the cache of the store; a system without them has its own way."""
+def _multiprocessing_context() -> str | None:
+    """Return "fork" if available, so that workers share the cache of the store, or `None` for the default."""
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory for a batch, uint8; in a worker it is shared, so that nothing is copied when the batch is handed over."""
+def _allocate_images(shape: tuple[int, ...]) -> torch.Tensor:
+    """Allocate the images of a batch, uint8; in a worker in shared memory, so that passing the batch copies nothing."""
     images = torch.empty(shape, dtype=torch.uint8)
     if get_worker_info() is None:
         return images
     try:
         images.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise _no_memory(f"A batch of {images.nbytes / 1e6:.0f} MB cannot be handed over: {error}") from error
+        raise _out_of_memory(
+            f"A batch of {images.nbytes / 1e6:.0f} MB cannot be put into shared memory: {error}"
+        ) from error
     return images
 
 
-def _no_memory(what: str) -> DeviceError:
+def _out_of_memory(message: str) -> DeviceError:
     return DeviceError(
-        f"{what.strip().splitlines()[0]} Mostly memory is short, or /dev/shm is full.",
-        fix="Fewer processes, or none:  --workers 0      In a container:  docker run --shm-size 8g ...",
+        f"{message.strip().splitlines()[0]} The usual reason is too little memory, or a full /dev/shm.",
+        fix="Use fewer processes, or none:  --workers 0      In a container:  docker run --shm-size 8g ...",
     )

@@ -1,7 +1,8 @@
-"""What augmentation works on: pixels and the objects in them; and what it hands over: a batch."""
+"""Training samples and batches, and arithmetic on the objects of an image."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ NO_POLYGON = np.zeros((0, 2), dtype=np.float32)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Objects:
-    """The objects of one image or canvas, in its pixels.
+    """The objects of an image, in pixels of that image.
 
     Attributes:
         boxes: float32 [N, 4] xyxy.
         class_ids: int64 [N].
-        polygons: Per box its outline, float32 [K, 2] xy; [0, 2] where only a box is known.
+        polygons: The outline of each box, float32 [K, 2] xy; [0, 2] if only the box is known.
     """
 
     boxes: FloatArray
@@ -35,20 +36,78 @@ class Objects:
 NO_OBJECTS = Objects(boxes=np.zeros((0, 4), np.float32), class_ids=np.zeros(0, np.int64), polygons=())
 
 
-def joined(*parts: Objects) -> Objects:
-    """All objects of several, in their order."""
-    if len(parts) == 1:
-        return parts[0]
+def concatenate(first: Objects, second: Objects) -> Objects:
+    """Return the objects of `first`, followed by those of `second`."""
     return Objects(
-        boxes=np.concatenate([part.boxes for part in parts]),
-        class_ids=np.concatenate([part.class_ids for part in parts]),
-        polygons=tuple(polygon for part in parts for polygon in part.polygons),
+        boxes=np.concatenate([first.boxes, second.boxes]),
+        class_ids=np.concatenate([first.class_ids, second.class_ids]),
+        polygons=(*first.polygons, *second.polygons),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Scene:
-    """An image, uint8 BGR [H, W, 3], and the objects in it."""
+class FlatObjects:
+    """`Objects` with all outlines in one array, so that one operation changes all labels at once.
+
+    Attributes:
+        boxes: float32 [N, 4] xyxy.
+        class_ids: int64 [N].
+        points: float32 [P, 2] xy, the concatenated outlines.
+        counts: int64 [N], number of points of each outline; 0 if only the box is known.
+    """
+
+    boxes: FloatArray
+    class_ids: IntArray
+    points: FloatArray
+    counts: IntArray
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+
+def flatten(objects: Objects) -> FlatObjects:
+    """Return the same objects with all outlines in one array."""
+    return FlatObjects(
+        boxes=objects.boxes,
+        class_ids=objects.class_ids,
+        points=np.concatenate([NO_POLYGON, *objects.polygons]),
+        counts=np.array([len(polygon) for polygon in objects.polygons], dtype=np.int64),
+    )
+
+
+def unflatten(objects: FlatObjects) -> Objects:
+    """Return the same objects with one array per outline (views)."""
+    ends = np.cumsum(objects.counts).tolist()
+    starts = [0, *ends[:-1]]
+    return Objects(
+        boxes=objects.boxes,
+        class_ids=objects.class_ids,
+        polygons=tuple(objects.points[start:end] for start, end in zip(starts, ends, strict=False)),
+    )
+
+
+def merge_on_canvas(parts: Sequence[FlatObjects], corners_xy: Sequence[tuple[int, int]], *, side: int) -> FlatObjects:
+    """Return the objects of several images on one canvas [side, side], shifted by the image corners and clipped.
+
+    Outlines are clipped by moving outside points to the border, as in the official program.
+    """
+    if not parts:
+        return flatten(NO_OBJECTS)
+    shift = np.repeat(np.array(corners_xy, np.float32).reshape(-1, 2), [len(part) for part in parts], axis=0)
+    counts = np.concatenate([part.counts for part in parts])
+    boxes = np.concatenate([part.boxes for part in parts]) + np.concatenate([shift, shift], axis=1)
+    points = np.concatenate([part.points for part in parts]) + np.repeat(shift, counts, axis=0)
+    return FlatObjects(
+        boxes=np.clip(boxes, 0, side, out=boxes),
+        class_ids=np.concatenate([part.class_ids for part in parts]),
+        points=np.clip(points, 0, side, out=points),
+        counts=counts,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainSample:
+    """An image, uint8 BGR [H, W, 3], and its objects."""
 
     image: Image
     objects: Objects
@@ -56,14 +115,14 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """What one training step looks at.
+    """The input of one training step.
 
     Attributes:
-        images: uint8 RGB [B, H, W, 3]; channels last, so that a device makes floats of it in one pass.
-        targets: float32 [N, 6]: image in the batch, class, centre x, centre y, width, height; the last four in
-            fractions of width and height.
-        paths: The first image of each scene, for messages.
-        problems: The images that could not be read for this batch, and why.
+        images: uint8 RGB [B, H, W, 3]; NHWC, so that the device converts layout and type in one pass.
+        targets: float32 [N, 6]: index of the image in the batch, class, centre x, centre y, width, height; the last
+            four as fractions of image width and height.
+        paths: The first image file of each sample, for messages.
+        problems: Images that could not be read for this batch and the reason, one message each.
     """
 
     images: Tensor
@@ -72,5 +131,5 @@ class Batch:
     problems: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the name that torch's loader looks for)."""
+        """Return the same batch in page-locked memory; torch's `DataLoader` calls this method by name."""
         return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
