@@ -1,4 +1,4 @@
-"""Recipes of training: the official numbers, and what a file of them may say."""
+"""Hyperparameters: the official values, and what a file can contain."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from yolov7_deploy.training.hyperparameters import (
     PRESETS,
     UNUSED,
     Hyperparameters,
-    hyperparameters_text,
-    preset_for,
+    default_preset,
+    format_hyperparameters,
     read_hyperparameters,
     write_hyperparameters,
 )
 
 NAMES = ("tiny", "p5", "p6", "custom")
-# The official files, as section 5.1 of the reference has them: one value for all, or one for each name above.
+# The official files (section 5.1 of the reference): one value for all presets, or one for each name above.
 OFFICIAL = {
     "lr0": 0.01,
     "lrf": (0.01, 0.1, 0.2, 0.1),
@@ -68,9 +68,9 @@ mixup: 0
 """
 
 
-@pytest.mark.parametrize("place, name", list(enumerate(NAMES)))
-def test_a_preset_has_the_official_value_of_every_key(place, name):
-    expected = {key: value[place] if isinstance(value, tuple) else value for key, value in OFFICIAL.items()}
+@pytest.mark.parametrize("index, name", list(enumerate(NAMES)))
+def test_a_preset_has_the_official_value_of_every_key(index, name):
+    expected = {key: value[index] if isinstance(value, tuple) else value for key, value in OFFICIAL.items()}
     assert dataclasses.asdict(PRESETS[name]) == expected | OURS
     assert read_hyperparameters(name) == PRESETS[name]
 
@@ -79,8 +79,8 @@ def test_there_are_no_other_presets():
     assert tuple(PRESETS) == NAMES
 
 
-def test_a_variant_from_scratch_has_its_own_preset_and_a_trained_one_the_custom_preset():
-    assert {name: preset_for(name, pretrained=False) for name in VARIANTS} == {
+def test_a_variant_has_its_own_preset_from_scratch_and_custom_if_pretrained():
+    assert {name: default_preset(name, pretrained=False) for name in VARIANTS} == {
         "yolov7": "p5",
         "yolov7x": "p5",
         "yolov7-tiny": "tiny",
@@ -90,7 +90,7 @@ def test_a_variant_from_scratch_has_its_own_preset_and_a_trained_one_the_custom_
         "yolov7-d6": "p6",
         "yolov7-e6e": "p6",
     }
-    assert {preset_for(name, pretrained=True) for name in VARIANTS} == {"custom"}
+    assert {default_preset(name, pretrained=True) for name in VARIANTS} == {"custom"}
 
 
 def written(tmp_path, text):
@@ -99,7 +99,7 @@ def written(tmp_path, text):
     return str(path)
 
 
-def test_an_official_file_is_read_with_its_unused_keys_and_p5_for_those_it_leaves_out(tmp_path):
+def test_an_official_file_can_have_unused_keys_and_defaults_to_p5(tmp_path):
     found = read_hyperparameters(written(tmp_path, OFFICIAL_FILE))
     assert found == dataclasses.replace(PRESETS["p5"], lrf=0.2, mixup=0.0)
     assert UNUSED.isdisjoint(KEYS)
@@ -113,8 +113,8 @@ def test_single_values_change_a_preset_or_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "'0.001'", "0.001", "+1e-3"])
-def test_numbers_are_read_as_people_write_them(tmp_path, text):
-    # YAML 1.1 takes 1e-3 without a point for a word
+def test_numbers_in_any_usual_notation_are_read(tmp_path, text):
+    # YAML 1.1 reads 1e-3, without a decimal point, as a string
     assert read_hyperparameters(written(tmp_path, f"lr0: {text}\n")).lr0 == 0.001
 
 
@@ -123,43 +123,43 @@ def test_whole_numbers_become_floats(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["lr: 0.1", "Lr0: 0.1", "3: 4", "null: 1", "fl_gama: 0.0"])
-def test_an_unknown_key_is_named_with_the_known_ones(tmp_path, text):
+def test_the_error_for_an_unknown_key_lists_the_known_ones(tmp_path, text):
     path = written(tmp_path, f"lrf: 0.2\n{text}\n")
-    with pytest.raises(UsageError, match="is no hyper-parameter") as caught:
+    with pytest.raises(UsageError, match="is not a hyperparameter") as caught:
         read_hyperparameters(path)
     assert path in caught.value.message and "anchor_t, box, cls" in caught.value.fix
 
 
 def test_an_unknown_change_is_named():
-    with pytest.raises(UsageError, match="--set: 'momentun' is no hyper-parameter"):
+    with pytest.raises(UsageError, match="--set: 'momentun' is not a hyperparameter"):
         read_hyperparameters("p5", changes={"momentun": 0.9})
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_value_that_is_no_number_from_zero_is_named(tmp_path, key):
+def test_a_value_that_is_not_a_number_of_at_least_zero_is_refused(tmp_path, key):
     for value in WRONG:
         path = written(tmp_path, f"{key}: {value}\n")
-        with pytest.raises(UsageError, match=rf"Hyper-parameter {key}: .* is no number from 0") as caught:
+        with pytest.raises(UsageError, match=rf"Hyperparameter {key}: .* is not a number of at least 0") as caught:
             read_hyperparameters(path)
         assert "--show-hyp" in caught.value.fix and len(caught.value.message) < 150
 
 
 @pytest.mark.parametrize("key", sorted(FRACTIONS | {"scale"}))
-def test_a_fraction_above_one_is_named(key):
-    with pytest.raises(UsageError, match=f"Hyper-parameter {key}: 1.01 is above 1"):
+def test_a_fraction_above_one_is_refused(key):
+    with pytest.raises(UsageError, match=f"Hyperparameter {key}: 1.01 is above 1"):
         Hyperparameters(**{key: 1.01})
     if key != "scale":
         assert getattr(Hyperparameters(**{key: 1.0}), key) == 1
 
 
 @pytest.mark.parametrize("value", [1.0, 0.5, 0.0])
-def test_anchors_that_could_match_nothing_are_refused(value):
+def test_an_anchor_ratio_that_matches_nothing_is_refused(value):
     with pytest.raises(UsageError, match=r"anchor_t: .* must be above 1"):
         Hyperparameters(anchor_t=value)
 
 
-def test_a_name_of_nothing_lists_the_presets(tmp_path):
-    with pytest.raises(UsageError, match=r"--hyp p7: no preset and no file") as caught:
+def test_the_error_for_an_unknown_name_lists_the_presets(tmp_path):
+    with pytest.raises(UsageError, match=r"--hyp p7 is neither a preset nor a file") as caught:
         read_hyperparameters("p7")
     assert "tiny, p5, p6, custom" in caught.value.fix
 
@@ -193,18 +193,18 @@ def test_a_preset_is_written_and_read_back(tmp_path, name):
 
 def test_a_file_that_cannot_be_written_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
-        write_hyperparameters(PRESETS["p5"], tmp_path / "absent" / "hyp.yaml")
+        write_hyperparameters(PRESETS["p5"], tmp_path / "missing" / "hyp.yaml")
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), st.floats(0, 0.999), max_size=len(KEYS)))
-def test_every_recipe_is_read_back_to_the_last_digit(tmp_path_factory, values):
-    recipe = Hyperparameters(**{**values, "anchor_t": 1.001 + values.get("anchor_t", 3)})
+def test_all_values_are_read_back_without_rounding(tmp_path_factory, values):
+    hyperparameters = Hyperparameters(**{**values, "anchor_t": 1.001 + values.get("anchor_t", 3)})
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
-    path.write_text(hyperparameters_text(recipe), encoding="utf-8")
-    assert read_hyperparameters(str(path)) == recipe
+    path.write_text(format_hyperparameters(hyperparameters), encoding="utf-8")
+    assert read_hyperparameters(str(path)) == hyperparameters
 
 
-def test_a_recipe_is_not_changed_by_what_is_read_from_it():
+def test_a_preset_is_not_changed_by_reading_it_with_changes():
     before = dataclasses.asdict(PRESETS["p5"])
     read_hyperparameters("p5", changes={"box": 1.0})
     assert dataclasses.asdict(PRESETS["p5"]) == before

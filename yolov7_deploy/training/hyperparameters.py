@@ -1,4 +1,4 @@
-"""The numbers of a training recipe as a readable file, with the official presets."""
+"""Training hyperparameters: the official presets, and reading and writing of YAML files."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from typing import Any
 
 import yaml
 
-from yolov7_deploy._serialization import shown
+from yolov7_deploy._serialization import short_repr
 from yolov7_deploy.errors import UsageError
 
 PRESET_OF_VARIANT = {"yolov7-tiny": "tiny", "yolov7-tiny-silu": "tiny", "yolov7": "p5", "yolov7x": "p5"}
 FRACTIONS = {"flipud", "fliplr", "mosaic", "mixup", "copy_paste", "paste_in", "label_smoothing", "translate"}
-MOST = sys.float_info.max
-UNUSED = {"iou_t", "fl_gamma_alpha", "loss_ota", "anchors"}  # official keys that change nothing here
+MAX_VALUE = sys.float_info.max
+UNUSED = {"iou_t", "fl_gamma_alpha", "loss_ota", "anchors"}  # official keys without effect here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hyperparameters:
-    """A training recipe; names and defaults are those of the official file for P5 models from scratch.
+    """Hyperparameters of a training; names and defaults are those of the official file for P5 models from scratch.
 
     Attributes:
-        lr0: Learning rate at the start.
-        lrf: Learning rate at the end, as a fraction of `lr0`.
-        momentum: Of SGD (Nesterov); the first beta of Adam.
-        weight_decay: Of convolution weights, for a nominal batch of 64.
-        warmup_epochs: Epochs in which rates, momentum and accumulation rise; at least 1000 steps where there are many.
-        warmup_momentum: Momentum at the start.
-        warmup_bias_lr: Learning rate of biases at the start.
+        lr0: Initial learning rate.
+        lrf: Final learning rate, as a fraction of `lr0`.
+        momentum: Momentum of SGD (Nesterov), or beta1 of Adam.
+        weight_decay: Weight decay of convolution weights, for a nominal batch of 64.
+        warmup_epochs: Epochs of warm-up of learning rates, momentum and gradient accumulation, at least 1000 steps in
+            long trainings.
+        warmup_momentum: Initial momentum.
+        warmup_bias_lr: Initial learning rate of biases.
         box: Gain of the box loss.
         cls: Gain of the class loss, for 80 classes.
         cls_pw: Weight of positives in the class loss.
-        obj: Gain of the objectness loss, for images of 640 pixels.
+        obj: Gain of the objectness loss, for image size 640.
         obj_pw: Weight of positives in the objectness loss.
-        anchor_t: Anchors and targets match up to this ratio of their sides.
-        fl_gamma: Gamma of the focal loss; 0 is plain cross entropy.
-        label_smoothing: Targets of the class loss are this much away from 0 and 1 together.
-        hsv_h: Change of the hue, as a fraction.
-        hsv_s: Change of the saturation.
-        hsv_v: Change of the value.
-        degrees: Rotation either way.
-        translate: Shift either way, as a fraction of the image.
-        scale: Scale from 1 - scale to 1.1 + scale.
-        shear: Shear either way in degrees.
-        perspective: Up to 0.001 makes sense.
-        flipud: Probability of upside down.
-        fliplr: Probability of left to right.
+        anchor_t: Largest ratio of the sides of anchors and targets that match.
+        fl_gamma: Gamma of the focal loss; 0 is plain cross-entropy.
+        label_smoothing: Class targets are 1 - x / 2 and x / 2 instead of 1 and 0.
+        hsv_h: Largest change of the hue, as a fraction.
+        hsv_s: Largest change of the saturation, as a fraction.
+        hsv_v: Largest change of the value, as a fraction.
+        degrees: Largest rotation, in degrees.
+        translate: Largest translation, as a fraction of the image.
+        scale: The scale is between 1 - scale and 1.1 + scale.
+        shear: Largest shear, in degrees.
+        perspective: Largest perspective coefficient; useful up to 0.001.
+        flipud: Probability of a vertical flip.
+        fliplr: Probability of a horizontal flip.
         mosaic: Probability of a mosaic; one in five has nine tiles, the others four.
-        mixup: Probability of two mosaics laid over each other.
-        copy_paste: Fraction of the objects with an outline that are copied to the other side.
-        paste_in: Probability that objects with an outline are pasted in from other images.
+        mixup: Probability of blending two mosaics.
+        copy_paste: Fraction of the objects with an outline that are pasted again, mirrored.
+        paste_in: Probability of pasting objects with an outline from other images.
     """
 
     lr0: float = 0.01
@@ -88,18 +89,20 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
-                raise UsageError(f"Hyper-parameter {field.name}: {shown(value)} is no number from 0.", fix=_TYPE_PRESET)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_VALUE:
+                raise UsageError(
+                    f"Hyperparameter {field.name}: {short_repr(value)} is not a number of at least 0.", fix=_SHOW_PRESET
+                )
             object.__setattr__(self, field.name, float(value))
         wrong = sorted(name for name in FRACTIONS if getattr(self, name) > 1)
         if wrong or self.scale >= 1:
             name = wrong[0] if wrong else "scale"
-            raise UsageError(f"Hyper-parameter {name}: {getattr(self, name):g} is above 1.", fix=_TYPE_PRESET)
+            raise UsageError(f"Hyperparameter {name}: {getattr(self, name):g} is above 1.", fix=_SHOW_PRESET)
         if self.anchor_t <= 1:
-            raise UsageError(f"Hyper-parameter anchor_t: {self.anchor_t:g} must be above 1.", fix=_TYPE_PRESET)
+            raise UsageError(f"Hyperparameter anchor_t: {self.anchor_t:g} must be above 1.", fix=_SHOW_PRESET)
 
 
-_TYPE_PRESET = "See a file that works:  y7 train --hyp p5 --show-hyp"
+_SHOW_PRESET = "Print a valid file:  y7 train --hyp p5 --show-hyp"
 
 PRESETS: Mapping[str, Hyperparameters] = {
     "tiny": Hyperparameters(lrf=0.01, cls=0.5, obj=1.0, translate=0.1, scale=0.5, mixup=0.05, paste_in=0.05),
@@ -109,70 +112,70 @@ PRESETS: Mapping[str, Hyperparameters] = {
 }
 
 
-def preset_for(variant: str, *, pretrained: bool) -> str:
-    """The official preset of a variant: its own from scratch, `custom` when weights are given."""
+def default_preset(variant: str, *, pretrained: bool) -> str:
+    """Return the official preset of a variant: its own for training from scratch, `custom` for pretrained weights."""
     return "custom" if pretrained else PRESET_OF_VARIANT.get(variant, "p6")
 
 
 def read_hyperparameters(name_or_path: str, *, changes: Mapping[str, float] | None = None) -> Hyperparameters:
-    """A preset by name, or a YAML file in the official form; keys that it leaves out are those of `p5`.
+    """Return a preset, or read a YAML file in the official format; missing keys have the values of `p5`.
 
     Args:
         name_or_path: `tiny`, `p5`, `p6`, `custom`, or a file.
-        changes: Single values on top.
+        changes: Single values that replace those of the preset or file.
 
     Raises:
-        UsageError: No such file, no such key, or a value that cannot be meant.
+        UsageError: The file does not exist, a key is unknown, or a value is out of range.
     """
-    chosen = PRESETS.get(name_or_path)
-    if chosen is None:
-        chosen = _with(Hyperparameters(), _read(Path(name_or_path)), name_or_path)
-    return _with(chosen, changes or {}, "--set")
+    base = PRESETS.get(name_or_path)
+    if base is None:
+        base = _replace_values(Hyperparameters(), _read(Path(name_or_path)), name_or_path)
+    return _replace_values(base, changes or {}, "--set")
 
 
 def write_hyperparameters(values: Hyperparameters, path: Path) -> None:
-    """Writes what `read_hyperparameters` reads.
+    """Write a YAML file for `read_hyperparameters`.
 
     Raises:
         UsageError: The file cannot be written.
     """
     try:
-        path.write_text(hyperparameters_text(values), encoding="utf-8")
+        path.write_text(format_hyperparameters(values), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
 
 
-def hyperparameters_text(values: Hyperparameters) -> str:
-    """The recipe as YAML, one value a line, with all its digits."""
+def format_hyperparameters(values: Hyperparameters) -> str:
+    """Return the hyperparameters as YAML, one per line, without rounding."""
     return "".join(f"{name}: {value!r}\n" for name, value in asdict(values).items())
 
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(
-            f"--hyp {path}: no preset and no file of this name.", fix=f"One of {', '.join(PRESETS)}, or a YAML file."
+            f"--hyp {path} is neither a preset nor a file.", fix=f"Use one of {', '.join(PRESETS)}, or a YAML file."
         ) from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--hyp {path} cannot be read: {str(error)[:200]}.", fix=_TYPE_PRESET) from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--hyp {path} is not a list of `name: value` lines.", fix=_TYPE_PRESET)
-    return found
+        raise UsageError(f"--hyp {path} cannot be read: {str(error)[:200]}.", fix=_SHOW_PRESET) from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--hyp {path} is not a list of `name: value` lines.", fix=_SHOW_PRESET)
+    return values
 
 
-def _with(base: Hyperparameters, values: Mapping[Any, Any], source: str) -> Hyperparameters:
+def _replace_values(base: Hyperparameters, values: Mapping[Any, Any], source: str) -> Hyperparameters:
     known = {field.name for field in fields(Hyperparameters)}
     unknown = [str(name) for name in values if name not in known | UNUSED]
     if unknown:
         raise UsageError(
-            f"{source}: {unknown[0][:80]!r} is no hyper-parameter.", fix=f"The known ones: {', '.join(sorted(known))}"
+            f"{source}: {unknown[0][:80]!r} is not a hyperparameter.", fix=f"Use one of: {', '.join(sorted(known))}"
         )
     return replace(base, **{name: _number(value) for name, value in values.items() if name in known})
 
 
 def _number(value: Any) -> Any:  # noqa: ANN401 - any value of YAML
-    """YAML 1.1 takes 1e-3, without a point, for a word."""
+    """Convert text to a number: YAML 1.1 reads 1e-3, without a decimal point, as a string."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
