@@ -197,7 +197,7 @@ def test_any_file_name_can_be_drawn(tmp_path, name):
 
 
 def test_other_formats_are_rejected_with_the_name_to_use(tmp_path):
-    with pytest.raises(UsageError, match=r"speed\.svg: charts are written as PNG") as caught:
+    with pytest.raises(UsageError, match=r"speed\.svg: a chart is a PNG") as caught:
         speed_accuracy_chart([], tmp_path / "speed.svg")
     assert caught.value.fix == "Name it speed.png"
 

@@ -292,19 +292,20 @@ def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
 def _measure(request: BenchRequest) -> SpeedReport:
     """Return the report, with the paper's row and AP; everything is checked before the measurement."""
     from yolov7_deploy._console import progress
+    from yolov7_deploy._serialization import sha256_hex
     from yolov7_deploy.benchmark.benchmark import measure_speed
     from yolov7_deploy.benchmark.devices import resolve_device
     from yolov7_deploy.benchmark.report import paper_speed, read_ap
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.hardware.machine import gpu_memory_used
-    from yolov7_deploy.hub import file_digest, find_weights
+    from yolov7_deploy.hub import find_weights
 
     frames = _frames(request.source, request.frame_hw)
     profile = None if request.device == "auto" else resolve_device(request.device)
     with progress("download") as show:
         path = find_weights(request.weights, progress=show)
     val_report = request.val_report
-    ap, ap_source = (None, "") if val_report is None else read_ap(val_report, path, sha256=file_digest(path))
+    ap, ap_source = (None, "") if val_report is None else read_ap(val_report, path, sha256=sha256_hex(path))
     device = profile.device if profile else "auto"
     gpu_baseline = gpu_memory_used("cuda:0" if device == "auto" else device)
     opened = Detector(
