@@ -1,4 +1,4 @@
-"""Images of a training run: they appear for every run and dataset there may be, and say what they were given."""
+"""Charts of a training run: they can be drawn for any run and dataset, and show the values they are given."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from yolov7_deploy._charts import chart_style
-from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.evaluation.precision_recall import RECALL, OperatingPoint, PrecisionRecall
 from yolov7_deploy.training import plots
@@ -22,7 +22,7 @@ from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.visualize import class_colour
 
 ROUNDED = 0.01  # inches
-HALF_PIXEL = 0.51  # lines lie on whole pixels
+HALF_PIXEL = 0.51  # lines are on whole pixels
 
 
 def record(epoch, ap=None, **changes):
@@ -60,14 +60,14 @@ def some_labels(classes, count=200, seed=0):
 
 @chart_style()
 def figure_of(make, *arguments):
-    """The figure with everything in its place, as it is written."""
+    """Return the figure with its final layout."""
     figure = make(*arguments)
     figure.draw_without_rendering()
     return figure
 
 
 def is_all_inside(figure):
-    """Whether no text or line reaches over the edge of the figure."""
+    """Return whether all texts and lines are inside the figure."""
     with chart_style():
         corners = figure.get_tightbbox().get_points()
     return bool((corners[0] > -ROUNDED).all() and (corners[1] < figure.get_size_inches() + ROUNDED).all())
@@ -82,30 +82,30 @@ RUNS = {
     "long": [record(e, 0.5 * (1 - math.exp(-e / 60)), ap_small=0.2, ap_large=0.6) for e in range(300)],
     "one epoch": [record(0, 0.01)],
     "never validated": [record(e) for e in range(5)],
-    "validated at times": [record(e, 0.01 * e if e % 5 == 4 else None) for e in range(12)],
+    "validated sometimes": [record(e, 0.01 * e if e % 5 == 4 else None) for e in range(12)],
     "nothing found": [record(e, 0.0, lr_norm=0.0, lr_weight=0.0, lr_bias=0.0) for e in range(3)],
-    "gone wrong": [record(e, box=math.nan, cls=math.inf if e > 2 else 0.1) for e in range(6)],
-    "gone on": [record(e, 0.3 + 0.01 * e) for e in range(7, 12)],
+    "diverged": [record(e, box=math.nan, cls=math.inf if e > 2 else 0.1) for e in range(6)],
+    "resumed": [record(e, 0.3 + 0.01 * e) for e in range(7, 12)],
     "empty": [],
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_run_has_a_chart_with_whole_epochs_and_nothing_of_it_is_cut_off(name):
+def test_every_run_has_a_chart_with_integer_epochs_and_nothing_is_clipped(name):
     figure = figure_of(plots._results_figure, RUNS[name])
     assert is_all_inside(figure)
     ticks = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
     assert ticks and all(tick.lstrip("−-").isdigit() for tick in ticks)
 
 
-def test_a_chart_is_a_image_in_a_new_folder(tmp_path):
-    draw_results(RUNS["gone on"], tmp_path / "new" / "results.png")
+def test_a_chart_is_an_image_in_a_new_folder(tmp_path):
+    draw_results(RUNS["resumed"], tmp_path / "new" / "results.png")
     image = cv2.imread(str(tmp_path / "new" / "results.png"))
     assert image.shape[1] == 13 * plots.DPI and image.std() > 5
 
 
-def test_a_line_holds_the_values_of_its_column():
-    figure = figure_of(plots._results_figure, RUNS["validated at times"])
+def test_a_line_shows_the_values_of_its_column():
+    figure = figure_of(plots._results_figure, RUNS["validated sometimes"])
     box, _, _, ap, _, rates = figure.axes
     assert box.get_lines()[0].get_ydata().tolist() == [0.07 / (1 + e) for e in range(12)]
     assert line_of(ap, "IoU 0.50:0.95").get_xdata().tolist() == [4, 9]
@@ -118,10 +118,10 @@ def test_the_highest_ap_is_marked_at_its_first_epoch():
     assert [text.get_text() for text in ap.texts] == ["best 0.400\nepoch 1"]
 
 
-def test_what_is_no_number_is_a_gap_and_what_was_not_measured_is_said():
-    figure = figure_of(plots._results_figure, RUNS["gone wrong"])
+def test_nan_is_a_gap_and_missing_values_are_labelled():
+    figure = figure_of(plots._results_figure, RUNS["diverged"])
     box, objectness, classes, ap, *_ = figure.axes
-    assert [text.get_text() for text in box.texts + ap.texts] == ["nothing measured"] * 2
+    assert [text.get_text() for text in box.texts + ap.texts] == ["not measured"] * 2
     assert np.isnan(classes.get_lines()[0].get_ydata()).tolist() == [False] * 3 + [True] * 3
     assert not objectness.texts
 
@@ -137,7 +137,7 @@ CURVES = {
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_all_curves_have_a_chart_and_nothing_of_it_is_cut_off(name):
+def test_all_curves_have_a_chart_and_nothing_is_clipped(name):
     names = (*COCO_NAMES[:18], "a class with a very very long name", "猫 $x$", *COCO_NAMES[20:])
     assert is_all_inside(figure_of(plots._curves_figure, CURVES[name], names))
 
@@ -146,7 +146,7 @@ def legend_of(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
-def test_up_to_twenty_classes_have_a_curve_of_the_colour_of_their_boxes():
+def test_up_to_twenty_classes_have_a_curve_in_the_colour_of_their_boxes():
     curves = curves_of(20, missing=(0,), best=BEST)
     figure = figure_of(plots._curves_figure, curves, COCO_NAMES[:20])
     texts = legend_of(figure)
@@ -158,20 +158,20 @@ def test_up_to_twenty_classes_have_a_curve_of_the_colour_of_their_boxes():
     np.testing.assert_array_equal(line.get_ydata(), curves.precision[1])
 
 
-def test_of_more_classes_half_are_in_a_band():
+def test_more_classes_are_shown_as_a_band():
     figure = figure_of(plots._curves_figure, CURVES["eighty"], COCO_NAMES)
-    assert legend_of(figure)[2:] == ["the middle half of them"]
+    assert legend_of(figure)[2:] == ["classes between the quartiles"]
     assert legend_of(figure)[0].startswith("mean of 75 classes")
 
 
-def test_a_single_class_is_its_own_mean():
+def test_a_single_class_is_shown_as_the_mean():
     assert [text.partition(":")[0] for text in legend_of(figure_of(plots._curves_figure, CURVES["one"], ["cat"]))] == [
         "cat",
         "best F1 0.761, at confidence 0.342",
     ]
 
 
-def test_curves_of_equal_f1_are_that():
+def test_curves_of_equal_f1_have_that_f1():
     (line, *_) = figure_of(plots._curves_figure, CURVES["one"], ["cat"]).axes[0].get_lines()
     recall, precision = line.get_data()
     np.testing.assert_allclose(2 * precision * recall / (precision + recall), plots.EQUAL_F1[0])
@@ -186,21 +186,21 @@ DATASETS = {
     "hundreds": (*some_labels(1203, 5000), [f"class {i}" for i in range(1203)]),
     "no classes": (np.zeros(0, np.int64), np.zeros((0, 4)), ()),
     "points": (np.zeros(3, np.int64), np.tile([0.5, 0.5, 0.0, 0.0], (3, 1)), ("point",)),
-    "one pole far from the others": (np.repeat([0, 1, 2], [1, 500, 3]), some_labels(1, 504)[1], ("a", "b", "c")),
+    "one frequent class": (np.repeat([0, 1, 2], [1, 500, 3]), some_labels(1, 504)[1], ("a", "b", "c")),
 }
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_all_labels_have_a_chart_where_nothing_is_cut_off_and_no_names_touch(name):
+def test_all_labels_have_a_chart_without_clipped_or_touching_names(name):
     figure = figure_of(plots._labels_figure, *DATASETS[name])
     assert is_all_inside(figure)
     labels = figure.axes[0].get_xticklabels()
     extents = [label.get_window_extent() for label in labels]
     assert all(left.x1 <= right.x0 + 1 for left, right in pairwise(extents))
-    assert len({label.get_text() for label in labels}) == len(labels), "shortened names are still told apart"
+    assert len({label.get_text() for label in labels}) == len(labels), "shortened names must be different"
 
 
-def test_a_bar_is_as_high_as_its_class_has_boxes_and_empty_classes_are_orange():
+def test_bars_show_the_box_counts_and_empty_classes_are_orange():
     class_ids, boxes, names = DATASETS["eighty"]
     axes = figure_of(plots._labels_figure, class_ids, boxes, names).axes[0]
     counts = np.bincount(class_ids, minlength=80)
@@ -210,12 +210,12 @@ def test_a_bar_is_as_high_as_its_class_has_boxes_and_empty_classes_are_orange():
     assert axes._left_title.get_text().startswith("5,000 boxes in 77 of 80 classes")
 
 
-@pytest.mark.parametrize("name, scale", [("three", "linear"), ("one pole far from the others", "log")])
-def test_the_axis_is_logarithmic_where_classes_are_far_apart(name, scale):
+@pytest.mark.parametrize("name, scale", [("three", "linear"), ("one frequent class", "log")])
+def test_the_axis_is_logarithmic_if_counts_differ_much(name, scale):
     assert figure_of(plots._labels_figure, *DATASETS[name]).axes[0].get_yscale() == scale
 
 
-def test_heat_maps_count_every_box_where_it_is():
+def test_heat_maps_count_every_box_in_its_bin():
     boxes = np.array([[0.1, 0.9, 0.3, 0.02], [0.1, 0.9, 0.3, 0.02], [0.9, 0.1, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
     figure = figure_of(plots._labels_figure, np.zeros(4, np.int64), boxes, ["cat"])
     centres, sizes = (np.nan_to_num(figure.axes[i].collections[0].get_array()) ** 2 for i in (1, 2))
@@ -224,20 +224,20 @@ def test_heat_maps_count_every_box_where_it_is():
     assert centres.sum() == sizes.sum() == 4
     assert centres[int(0.9 * bins), int(0.1 * bins)] == 2 and centres[-1, -1] == 1
     assert sizes[0, 0] == sizes[-1, -1] == 1
-    edges = np.geomspace(plots.SMALLEST, 1, bins + 1)
+    edges = np.geomspace(plots.MIN_BOX_SIZE, 1, bins + 1)
     assert sizes[np.searchsorted(edges, 0.02) - 1, np.searchsorted(edges, 0.3) - 1] == 2
 
 
-def test_of_many_boxes_some_from_everywhere_are_laid_over_each_other():
+def test_a_sample_of_many_boxes_is_overlaid():
     boxes = np.linspace([0.5, 0.5, 0.1, 0.1], [0.5, 0.5, 0.9, 0.5], 5000)
     overlaid = figure_of(plots._labels_figure, np.zeros(5000, np.int64), boxes, ["cat"]).axes[3].collections[0]
     sizes = np.array([path.get_extents().size for path in overlaid.get_paths()])
-    assert len(sizes) == plots.OVERLAID
+    assert len(sizes) == plots.MAX_OVERLAID
     np.testing.assert_allclose(sizes[[0, -1]], [[0.1, 0.1], [0.9, 0.5]])
 
 
 @pytest.mark.parametrize("draw", ["results", "curves", "labels"])
-def test_the_same_numbers_make_the_same_bytes(tmp_path, draw):
+def test_charts_are_deterministic(tmp_path, draw):
     def write(path):
         if draw == "results":
             draw_results(RUNS["one epoch"], path)
@@ -265,7 +265,7 @@ def batch_of(images, targets=()):
 
 
 def shades(count, hw=(100, 80)):
-    """Images of one colour each, RGB."""
+    """Return RGB images with one colour each."""
     return [np.full((*hw, 3), (10 * i, 40, 200), np.uint8) for i in range(count)]
 
 
@@ -275,30 +275,30 @@ def drawn(tmp_path, batch, names=("cat", "dog"), **options):
 
 
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2), (16, 4, 4)])
-def test_images_of_a_batch_stand_in_rows_in_their_colours(tmp_path, count, columns, rows):
+def test_images_of_a_batch_are_in_a_grid_with_their_colours(tmp_path, count, columns, rows):
     sheet = drawn(tmp_path, batch_of(shades(count)))
     step_y, step_x = 100 + plots.GAP, 80 + plots.GAP
     assert sheet.shape == (rows * step_y - plots.GAP, columns * step_x - plots.GAP, 3)
-    for place in range(columns * rows):
-        top, left = place // columns * step_y, place % columns * step_x
-        expected = (200, 40, 10 * place) if place < count else (255, 255, 255)
+    for index in range(columns * rows):
+        top, left = index // columns * step_y, index % columns * step_x
+        expected = (200, 40, 10 * index) if index < count else (255, 255, 255)
         assert (sheet[top : top + 100, left : left + 80] == expected).all()
 
 
-def test_no_more_images_than_asked_are_drawn(tmp_path):
+def test_at_most_max_images_are_drawn(tmp_path):
     batch = batch_of(shades(9), [[8, 0, 0.5, 0.5, 0.5, 0.5]])
-    assert drawn(tmp_path, batch, most=4).shape == (2 * 100 + plots.GAP, 2 * 80 + plots.GAP, 3)
+    assert drawn(tmp_path, batch, max_images=4).shape == (2 * 100 + plots.GAP, 2 * 80 + plots.GAP, 3)
     assert drawn(tmp_path, batch).shape == (3 * 104 - plots.GAP, 3 * 84 - plots.GAP, 3)
 
 
-def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path):
+def test_large_images_are_reduced_and_keep_their_aspect_ratio(tmp_path):
     sheet = drawn(tmp_path, batch_of(shades(9, hw=(1280, 640))))
-    assert plots.MOST_PIXELS - 20 < sheet.shape[0] <= plots.MOST_PIXELS
+    assert plots.MAX_PIXELS - 20 < sheet.shape[0] <= plots.MAX_PIXELS
     assert sheet.shape[1] == pytest.approx(sheet.shape[0] / 2, abs=8)
     assert (sheet[:600, :310] == (200, 40, 0)).all(), "no border is added"
 
 
-def test_boxes_are_drawn_where_the_targets_say_and_on_their_image_only(tmp_path):
+def test_boxes_are_drawn_at_their_targets_and_on_their_image_only(tmp_path):
     images = [np.zeros((200, 400, 3), np.uint8)] * 2
     sheet = drawn(tmp_path, batch_of(images, [[1, 1, 0.5, 0.5, 0.25, 0.6]]), names=("cat", ""))
     first, second = sheet[:, :400], sheet[:, 400 + plots.GAP :]

@@ -1,1 +1,1 @@
-"""Training: the network that provides the weights."""
+"""Training of YOLOv7 networks: data pipeline, losses, train step, trainer, distributed training and resuming."""

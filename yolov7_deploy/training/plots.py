@@ -1,4 +1,4 @@
-"""Images of a training run: its labels, a batch, its epochs, and precision against recall at its end."""
+"""Charts of a training run: labels, a batch, losses and AP over the epochs, and the precision-recall curve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from yolov7_deploy._charts import GREY, drawable, write_chart
+from yolov7_deploy._charts import GREY, replace_missing_glyphs, write_chart
 from yolov7_deploy.datasets.samples import DoubleArray, IntArray
 from yolov7_deploy.evaluation.precision_recall import PrecisionRecall
 from yolov7_deploy.image import FloatArray, Image, fit_letterbox
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 DPI = 110
 RESULTS_SIZE, CURVES_SIZE, LABELS_SIZE = (13.0, 6.8), (9.5, 6.2), (13.0, 8.2)  # inches
-# Wong's palette (Nature Methods 8, 441, 2011), which colour-blind readers can tell apart.
+# Wong's palette (Nature Methods 8, 441, 2011), which is safe for colour-blind readers.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 GRID = "#E6E6E6"
-MOST_DOTS = 30  # epochs that are marked one by one
-MOST_CURVES = 20  # classes with a curve of their own
+MAX_MARKERS = 30  # epochs up to which each one has a marker
+MAX_CURVES = 20  # classes up to which each one has a curve
 NAME_LENGTH = 22  # characters of a class name
-DASHES = ("-", "--", ":")  # colours come close again after 8 classes
+DASHES = ("-", "--", ":")  # colours repeat after 8 classes
 EQUAL_F1 = (0.2, 0.4, 0.6, 0.8)
-MOST_NAMES = 100  # classes that are named below their bars
-MOST_COUNTS = 30  # classes whose bars have their number written on top
-FAR_APART = 50  # the most frequent class has so many times the boxes of the rarest: the axis is logarithmic
+MAX_NAMED_CLASSES = 100  # classes up to which bars have names
+MAX_COUNTED_CLASSES = 30  # classes up to which bars show their count
+LOG_SCALE_RATIO = 50  # the count axis is logarithmic if the most frequent class has this many times as many boxes
 BINS = 60
-SMALLEST = 1 / 512  # of the axes of widths and heights; a pixel or two of the image
-OVERLAID = 400  # boxes laid over each other
-MOST_PIXELS = 1920  # of the longer side of a batch's image
-GAP = 4  # pixels between its images
+MIN_BOX_SIZE = 1 / 512  # start of the axes for width and height; one or two pixels of the image
+MAX_OVERLAID = 400  # boxes drawn over each other
+MAX_PIXELS = 1920  # longer side of the image of a batch
+GAP = 4  # pixels between the images of a batch
 
-# Per panel: title, and its lines as (column, name, colour, width).
+# Panels: title, and lines as (column, name, colour, width).
 Lines = tuple[tuple[str, str, str, float], ...]
 LOSSES: tuple[tuple[str, Lines], ...] = (
     ("box loss", (("box", "", BLUE, 1.6),)),
@@ -63,7 +63,7 @@ PRECISION: tuple[tuple[str, Lines], ...] = (
         ),
     ),
 )
-# Norms and weights mostly have the same rate: the wider line shows on both sides of the other.
+# Norms and weights usually have the same learning rate: the wider line is visible on both sides of the other.
 RATES: Lines = (
     ("lr_bias", "biases", ORANGE, 1.6),
     ("lr_norm", "norms", "#9ECAE1", 4.5),
@@ -72,10 +72,10 @@ RATES: Lines = (
 
 
 def draw_results(records: Sequence[EpochRecord], path: Path) -> None:
-    """Writes a PNG with losses, AP and learning rates over the epochs, a panel each.
+    """Write a PNG with losses, AP and learning rates over the epochs, one panel each.
 
-    What is `None` or no number is left out of a line. Same records, same bytes; the file appears complete or not at
-    all, and folders are made.
+    Values that are `None` or not finite are gaps. The same records give the same bytes. The file is written atomically,
+    and missing folders are created.
 
     Raises:
         UsageError: The name does not end in .png, or the file cannot be written.
@@ -84,9 +84,9 @@ def draw_results(records: Sequence[EpochRecord], path: Path) -> None:
 
 
 def draw_precision_recall(curves: PrecisionRecall, class_names: Sequence[str], path: Path) -> None:
-    """Writes a PNG with precision against recall at IoU 0.50: the mean, up to 20 classes, and the best F1.
+    """Write a PNG of the precision-recall curve at IoU 0.50: the mean, up to 20 classes, and the best F1.
 
-    Of more classes it shows the band that holds half of them. Classes without boxes have no curve.
+    With more classes it shows the band between the quartiles. Classes without boxes do not have a curve.
 
     Raises:
         UsageError: The name does not end in .png, or the file cannot be written.
@@ -95,13 +95,13 @@ def draw_precision_recall(curves: PrecisionRecall, class_names: Sequence[str], p
 
 
 def draw_labels(class_ids: IntArray, boxes: FloatArray | DoubleArray, class_names: Sequence[str], path: Path) -> None:
-    """Writes a PNG of how many boxes each class has, where they lie, how large they are, and some of them.
+    """Write a PNG with the number of boxes per class, and positions, sizes and a sample of the boxes.
 
     Args:
         class_ids: int64 [N].
-        boxes: [N, 4], centre x, centre y, width, height in fractions of the image.
-        class_names: In class-id order; those without boxes are told apart by colour.
-        path: The chart; folders are made, and the file appears complete or not at all.
+        boxes: [N, 4], centre x, centre y, width, height as fractions of the image.
+        class_names: In class-id order; classes without boxes have another colour.
+        path: The chart; it is written atomically, and missing folders are created.
 
     Raises:
         UsageError: The name does not end in .png, or the file cannot be written.
@@ -110,34 +110,34 @@ def draw_labels(class_ids: IntArray, boxes: FloatArray | DoubleArray, class_name
     write_chart(lambda: _labels_figure(class_ids, boxes, class_names), path, dpi=DPI)
 
 
-def draw_batch(batch: Batch, class_names: Sequence[str], path: Path, *, most: int = 16) -> None:
-    """Writes an image with the first images of a batch side by side, and what the network is told of them.
+def draw_batch(batch: Batch, class_names: Sequence[str], path: Path, *, max_images: int = 16) -> None:
+    """Write an image with the first images of a batch in a grid, with their targets.
 
-    It has up to 1920 pixels a side; the suffix chooses the format.
+    It has up to 1920 pixels per side; the suffix determines the format.
 
     Raises:
-        ImageError: OpenCV has no writer for the suffix, or the file cannot be written.
+        ImageError: OpenCV cannot write the format, or the file cannot be written.
     """
-    images = batch.images[:most].cpu().numpy()[..., ::-1]
+    images = batch.images[:max_images].cpu().numpy()[..., ::-1]
     targets = batch.targets.cpu().numpy()
     count, height, width = images.shape[:3]
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    room_y, room_x = ((MOST_PIXELS + GAP) / number - GAP for number in (rows, columns))
-    scale = min(1.0, room_y / height, room_x / width)
+    max_h, max_w = ((MAX_PIXELS + GAP) / number - GAP for number in (rows, columns))
+    scale = min(1.0, max_h / height, max_w / width)
     cell_hw = max(1, int(height * scale)), max(1, int(width * scale))
     step_y, step_x = cell_hw[0] + GAP, cell_hw[1] + GAP
     sheet: Image = np.full((rows * step_y - GAP, columns * step_x - GAP, 3), 255, dtype=np.uint8)
-    for place, image in enumerate(images):
-        top, left = place // columns * step_y, place % columns * step_x
-        cell = _batch_cell(image, targets[targets[:, 0] == place], class_names, cell_hw)
+    for index, image in enumerate(images):
+        top, left = index // columns * step_y, index % columns * step_x
+        cell = _batch_cell(image, targets[targets[:, 0] == index], class_names, cell_hw)
         sheet[top : top + cell_hw[0], left : left + cell_hw[1]] = cell
     write_image(path, sheet)
 
 
 def _results_figure(records: Sequence[EpochRecord]) -> Figure:
     figure = Figure(figsize=RESULTS_SIZE, layout="constrained")
-    FigureCanvasAgg(figure)  # joins itself to the figure
+    FigureCanvasAgg(figure)  # attaches itself to the figure
     panels: list[Axes] = figure.subplots(2, 3).ravel().tolist()
     for axes, (title, lines) in zip(panels, (*LOSSES, *PRECISION, ("learning rate", RATES)), strict=True):
         _draw_panel(axes, records, title, lines)
@@ -145,7 +145,7 @@ def _results_figure(records: Sequence[EpochRecord]) -> Figure:
     for axes in panels[3:5]:
         axes.set_ylim(bottom=0.0)
     if any(getattr(record, name) > 0 for record in records for name, *_ in RATES):
-        panels[5].set_yscale("log", nonpositive="mask")  # biases begin ten times higher
+        panels[5].set_yscale("log", nonpositive="mask")  # biases start ten times higher
         panels[5].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panels[5].yaxis.set_minor_locator(NullLocator())
         panels[5].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -155,7 +155,7 @@ def _results_figure(records: Sequence[EpochRecord]) -> Figure:
 
 
 def _mark_best(axes: Axes, records: Sequence[EpochRecord]) -> None:
-    """Marks the highest AP, with words on the side of it that has more room."""
+    """Mark the highest AP, with a label on the side that has more space."""
     known = [(record.ap, record.epoch) for record in records if record.ap is not None]
     if not known:
         return
@@ -185,11 +185,11 @@ def _draw_panel(axes: Axes, records: Sequence[EpochRecord], title: str, lines: L
     drawn = False
     for column, name, colour, width in lines:
         epochs, values = _points(records, column)
-        marker = "o" if len(epochs) <= MOST_DOTS else ""
+        marker = "o" if len(epochs) <= MAX_MARKERS else ""
         axes.plot(epochs, values, color=colour, linewidth=width, marker=marker, markersize=2 + width, label=name)
         drawn = drawn or bool(np.isfinite(values).any())
     if not drawn:
-        _say(axes, "nothing measured")
+        _write_in_centre(axes, "not measured")
         axes.set_yticks([])
     elif len(lines) > 1:
         axes.legend(
@@ -198,13 +198,13 @@ def _draw_panel(axes: Axes, records: Sequence[EpochRecord], title: str, lines: L
 
 
 def _points(records: Sequence[EpochRecord], column: str) -> tuple[list[int], DoubleArray]:
-    """Epochs and values where there is one; what is no finite number stays a gap."""
+    """Return epochs and values that are not `None`; values that are not finite become NaN, a gap."""
     known = [(r.epoch, value) for r in records if (value := getattr(r, column)) is not None]
     values = np.array([value for _, value in known], dtype=np.float64)
     return [epoch for epoch, _ in known], np.where(np.isfinite(values), values, np.nan)
 
 
-def _say(axes: Axes, text: str) -> None:
+def _write_in_centre(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
@@ -215,17 +215,17 @@ def _curves_figure(curves: PrecisionRecall, class_names: Sequence[str]) -> Figur
     _draw_equal_f1(axes)
     measured = np.flatnonzero(curves.measured)
     if not measured.size:
-        _say(axes, "no class has boxes to find")
-    elif measured.size <= MOST_CURVES:
+        _write_in_centre(axes, "no class has boxes")
+    elif measured.size <= MAX_CURVES:
         _draw_classes(axes, curves, class_names, measured.tolist())
     else:
         low, high = np.quantile(curves.precision[measured], (0.25, 0.75), axis=0)
-        label = "the middle half of them"
+        label = "classes between the quartiles"
         axes.fill_between(curves.recall, low, high, color="#CFE3F0", linewidth=0.0, zorder=0.5, label=label)
     if measured.size:
         mean = curves.mean_precision
-        of = f"mean of {measured.size} classes" if measured.size > 1 else _shortened(class_names[measured[0]])
-        label = f"{of}: AP50 {mean.mean():.3f}"
+        name = f"mean of {measured.size} classes" if measured.size > 1 else _shorten(class_names[measured[0]])
+        label = f"{name}: AP50 {mean.mean():.3f}"
         axes.plot(curves.recall, mean, color=BLUE, linewidth=3.2, zorder=4, label=label)
     if curves.best is not None:
         best = curves.best
@@ -235,7 +235,7 @@ def _curves_figure(curves: PrecisionRecall, class_names: Sequence[str]) -> Figur
     axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02), xlabel="recall", ylabel="precision")
     axes.set_title("Precision and recall at IoU 0.50", loc="left", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
-    if handles:  # the mean and the best point stand last, and are read first
+    if handles:  # mean and best point were added last; list them first
         first = 1 + (curves.best is not None)
         order = [*handles[-first:], *handles[:-first]], [*labels[-first:], *labels[:-first]]
         figure.legend(*order, loc="outside right upper", borderaxespad=1.0)
@@ -243,7 +243,7 @@ def _curves_figure(curves: PrecisionRecall, class_names: Sequence[str]) -> Figur
 
 
 def _draw_equal_f1(axes: Axes) -> None:
-    """Where precision and recall have the same F1: P = F R / (2 R - F)."""
+    """Draw the curves of equal F1: P = F R / (2 R - F)."""
     for f1 in EQUAL_F1:
         recall = np.linspace(f1 / 2 + 1e-3, 1.0, 400)
         axes.plot(recall, f1 * recall / (2 * recall - f1), color="#C8C8C8", linewidth=0.7, zorder=1)
@@ -251,9 +251,9 @@ def _draw_equal_f1(axes: Axes) -> None:
 
 
 def _draw_classes(axes: Axes, curves: PrecisionRecall, class_names: Sequence[str], measured: Sequence[int]) -> None:
-    for class_id in measured if len(measured) > 1 else ():  # the only one is the mean
+    for class_id in measured if len(measured) > 1 else ():  # a single class is the mean
         blue, green, red = class_colour(class_id)
-        name = _shortened(class_names[class_id])
+        name = _shorten(class_names[class_id])
         axes.plot(
             curves.recall,
             curves.precision[class_id],
@@ -267,7 +267,7 @@ def _draw_classes(axes: Axes, curves: PrecisionRecall, class_names: Sequence[str
 
 def _labels_figure(class_ids: IntArray, boxes: DoubleArray, class_names: Sequence[str]) -> Figure:
     figure = Figure(figsize=LABELS_SIZE, layout="constrained")
-    FigureCanvasAgg(figure)  # joins itself to the figure
+    FigureCanvasAgg(figure)  # attaches itself to the figure
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.15))
     _draw_counts(figure.add_subplot(grid[0, :]), np.bincount(class_ids, minlength=len(class_names)), class_names)
     _draw_centres(figure.add_subplot(grid[1, 0]), boxes)
@@ -277,25 +277,25 @@ def _labels_figure(class_ids: IntArray, boxes: DoubleArray, class_names: Sequenc
 
 
 def _draw_counts(axes: Axes, counts: IntArray, class_names: Sequence[str]) -> None:
-    """A bar for each class; of very many classes the shape of the distribution only."""
+    """Draw a bar for each class, or only the sorted distribution if there are too many."""
     empty = int((counts == 0).sum())
     title = f"{counts.sum():,} boxes in {len(counts) - empty:,} of {len(counts):,} classes"
-    named = len(counts) <= MOST_NAMES
-    places = np.arange(len(counts))
-    if named:
-        bars = axes.bar(places, counts, color=BLUE, width=min(0.15 + 0.07 * len(counts), 0.8))
+    is_named = len(counts) <= MAX_NAMED_CLASSES
+    positions = np.arange(len(counts))
+    if is_named:
+        bars = axes.bar(positions, counts, color=BLUE, width=min(0.15 + 0.07 * len(counts), 0.8))
         upright = max(map(len, class_names), default=0) * 0.075 > 0.9 * LABELS_SIZE[0] / max(len(counts), 1)  # inches
-        axes.set_xticks(places, [_shortened(n) for n in class_names], rotation=90 if upright else 0, fontsize=8)
+        axes.set_xticks(positions, [_shorten(n) for n in class_names], rotation=90 if upright else 0, fontsize=8)
         for label, count in zip(axes.get_xticklabels(), counts, strict=True):
             label.set_color("black" if count else ORANGE)
         if empty:
             title += "; those without a box are orange"
-        if len(counts) <= MOST_COUNTS:
+        if len(counts) <= MAX_COUNTED_CLASSES:
             axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8, padding=2)
     else:
-        axes.fill_between(places, -np.sort(-counts), color=BLUE, linewidth=0.0, step="mid")
+        axes.fill_between(positions, -np.sort(-counts), color=BLUE, linewidth=0.0, step="mid")
         axes.set_xlabel("classes, most frequent first")
-    if counts.any() and counts.max() > FAR_APART * counts[counts > 0].min():
+    if counts.any() and counts.max() > LOG_SCALE_RATIO * counts[counts > 0].min():
         axes.set_yscale("log")
         axes.set_ylim(0.5, 2.0 * counts.max())
     else:
@@ -316,26 +316,27 @@ def _draw_centres(axes: Axes, boxes: DoubleArray) -> None:
 
 
 def _draw_sizes(axes: Axes, boxes: DoubleArray) -> None:
-    edges = np.geomspace(SMALLEST, 1.0, BINS + 1)
+    edges = np.geomspace(MIN_BOX_SIZE, 1.0, BINS + 1)
     _draw_heat(axes, boxes[:, 2], boxes[:, 3], edges)
-    axes.set(xscale="log", yscale="log", xlim=(SMALLEST, 1.0), ylim=(SMALLEST, 1.0), xlabel="width", ylabel="height")
+    limits = MIN_BOX_SIZE, 1.0
+    axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits, xlabel="width", ylabel="height")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title("sizes, in fractions of the image", loc="left", fontsize=10)
 
 
 def _draw_heat(axes: Axes, x: DoubleArray, y: DoubleArray, edges: DoubleArray) -> None:
-    """Boxes in each cell of a grid: the root of their number, so that single ones are seen beside thousands."""
+    """Draw a 2-D histogram; colours show the square root of the counts, so that single boxes are visible."""
     inside = edges[0], edges[-1]
     counts = np.histogram2d(y.clip(*inside), x.clip(*inside), bins=(edges, edges))[0]
     roots = np.sqrt(np.where(counts > 0, counts, np.nan))
-    most = math.sqrt(max(counts.max(), 1.0))
-    axes.pcolormesh(edges, edges, roots, cmap="Blues", vmin=-0.2 * most, vmax=most)
+    highest = math.sqrt(max(counts.max(), 1.0))
+    axes.pcolormesh(edges, edges, roots, cmap="Blues", vmin=-0.2 * highest, vmax=highest)
     axes.set_box_aspect(1.0)
 
 
 def _draw_overlaid(axes: Axes, class_ids: IntArray, boxes: DoubleArray) -> None:
-    chosen = np.unique(np.linspace(0, len(boxes) - 1, min(OVERLAID, len(boxes))).astype(int))
+    chosen = np.unique(np.linspace(0, len(boxes) - 1, min(MAX_OVERLAID, len(boxes))).astype(int))
     half_w, half_h = (boxes[chosen, 2:] / 2).T
     corners = np.stack([(-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h)]).transpose(2, 0, 1)
     colours = np.array([class_colour(i)[::-1] for i in class_ids[chosen].tolist()]).reshape(-1, 3) / 255
@@ -347,16 +348,16 @@ def _draw_overlaid(axes: Axes, class_ids: IntArray, boxes: DoubleArray) -> None:
 
 
 def _batch_cell(image: Image, targets: FloatArray, class_names: Sequence[str], cell_hw: tuple[int, int]) -> Image:
-    """One image with its boxes, drawn after shrinking so that lines and names stay readable."""
-    placed = replace(fit_letterbox((image.shape[0], image.shape[1]), cell_hw), shrink_by_area=True)
+    """Return one image with its boxes, which are drawn after resizing so that lines and names remain readable."""
+    letterbox = replace(fit_letterbox((image.shape[0], image.shape[1]), cell_hw), shrink_by_area=True)
     centres, sizes = targets[:, 2:4], targets[:, 4:6]
     boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1) * np.tile(cell_hw[::-1], 2)
     class_ids = targets[:, 1].astype(int).tolist()
     names = [class_names[class_id] for class_id in class_ids]
-    return draw_boxes(placed.apply(np.ascontiguousarray(image)), boxes, labels=names, class_ids=class_ids)
+    return draw_boxes(letterbox.apply(np.ascontiguousarray(image)), boxes, labels=names, class_ids=class_ids)
 
 
-def _shortened(name: str) -> str:
-    """A class name that fits beside a chart, in signs that the font has; what tells it from others is often its end."""
-    text = drawable(name)
+def _shorten(name: str) -> str:
+    """Return a class name that fits next to a chart; the end is kept, because similar names often differ there."""
+    text = replace_missing_glyphs(name)
     return text if len(text) <= NAME_LENGTH else f"{text[: NAME_LENGTH - 9]}…{text[-8:]}"
