@@ -1,7 +1,7 @@
-"""The paper's rows of YOLOv7 beside what was measured: the table in README.md.
+"""The rows of YOLOv7 in the paper beside measured speeds: the table in docs/benchmarks.md.
 
-python benchmarks/paper_table.py                      prints it
-python benchmarks/paper_table.py --write README.md    replaces what stands between the two marks
+python benchmarks/paper_table.py                             print the table
+python benchmarks/paper_table.py --write docs/benchmarks.md  replace the text between the two marks
 
 Measured columns come from results/MACHINE/bench_*.json, which are documents of `y7 bench --json`: one pair of columns
 for each machine, backend and precision. Reports of experiments need other names.

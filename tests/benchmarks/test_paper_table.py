@@ -1,4 +1,4 @@
-"""The table of the README: the paper's rows, and what the committed results say beside them."""
+"""The table in docs/benchmarks.md: the rows of the paper beside the committed results."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ def cells(table, model):
     return dict(zip(lines[0], found, strict=True))
 
 
-def test_the_readme_has_the_table_of_the_committed_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count(START) == readme.count(END) == 1, "README.md needs the two marks of benchmarks/paper_table.py"
-    shown = readme.partition(START)[2].partition(END)[0]
-    assert shown == f"\n{paper_table()}\n", "run:  python benchmarks/paper_table.py --write README.md"
+def test_the_page_has_the_table_of_the_committed_results():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert page.count(START) == page.count(END) == 1, (
+        "docs/benchmarks.md needs the two marks of benchmarks/paper_table.py"
+    )
+    shown = page.partition(START)[2].partition(END)[0]
+    assert shown == f"\n{paper_table()}\n", "run:  python benchmarks/paper_table.py --write docs/benchmarks.md"
 
 
 def test_every_model_of_the_paper_has_one_row_and_is_empty_where_nothing_was_measured(tmp_path):
@@ -64,9 +66,9 @@ def test_every_model_of_the_paper_has_one_row_and_is_empty_where_nothing_was_mea
 
 
 def test_each_machine_backend_and_precision_has_its_own_columns(results):
-    results("h200/bench_yolov7.json", speed_report(machine="NVIDIA H200", backend="tensorrt", precision="fp16",
+    results("h200/bench_yolov7.json", speed_report(machine="NVIDIA H200", runtime="tensorrt", precision="fp16",
                                                    engine_ms=0.8, end_to_end_ms=1.0))  # fmt: skip
-    results("h200/bench_yolov7_torch.json", speed_report(machine="NVIDIA H200", backend="pytorch", precision="fp16",
+    results("h200/bench_yolov7_torch.json", speed_report(machine="NVIDIA H200", runtime="pytorch", precision="fp16",
                                                          engine_ms=40.0, end_to_end_ms=50.0))  # fmt: skip
     table = paper_table(results("cpu-2-core/bench_yolov7.json", speed_report(engine_ms=400.0, end_to_end_ms=500.0)))
     measured = dict(list(cells(table, "YOLOv7").items())[8:])
@@ -109,7 +111,7 @@ def test_two_reports_about_one_cell_are_named(results):
 def test_a_file_that_is_no_report_is_named(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "bench_x.json").write_text('{"benchmark": "startup"}')
-    with pytest.raises(UsageError, match=r"bench_x\.json.*no report of y7 bench"):
+    with pytest.raises(UsageError, match=r"bench_x\.json.*not a report of y7 bench"):
         paper_table(tmp_path)
 
 

@@ -80,7 +80,7 @@ NoChart = Annotated[bool, typer.Option("--no-chart", help="Do not write the char
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """What to measure, as parsed from the command line; see the options of `bench`.
+    """A parsed command line: what to measure. See the options of `bench`.
 
     Attributes:
         batches: `None` for the fixed batch of the model file, or 1.

@@ -39,7 +39,7 @@ LAYOUT_TRAFFIC = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Structure:
-    """How a runtime uses a GPU; selected, not fitted.
+    """Execution model of a runtime on a GPU; selected, not fitted.
 
     Attributes:
         tiles: Tile shapes of a convolution, of which the fastest is used. Empty: every convolution fills the GPU.
