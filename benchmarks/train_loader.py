@@ -184,14 +184,13 @@ def repeated(dataset: Dataset, times: int) -> Dataset:
     )
 
 
-def uncrowded(sample: Sample) -> Sample:
-    kept = ~sample.crowd
-    return replace(
-        sample,
-        boxes=sample.boxes[kept],
-        class_ids=sample.class_ids[kept],
-        crowd=sample.crowd[kept],
-        polygons=tuple(polygon for polygon, keep in zip(sample.polygons, kept, strict=True) if keep),
+def without_crowd(dataset: Dataset) -> Dataset:
+    records = [dataset.record(index) for index in range(len(dataset))]
+    return Dataset(
+        [replace(record, areas=None, labels=record.labels.without_crowd()) for record in records],
+        source=dataset.source,
+        class_names=dataset.class_names,
+        category_ids=dataset.category_ids,
     )
 
 
@@ -200,7 +199,7 @@ def one_thread(_: int) -> None:
 
 
 def plain_epochs(dataset: Dataset, *, cached: bool, size: int, batch: int, workers: int) -> Callable[[], Iterable]:
-    scenes = PlainScenes([uncrowded(sample) for sample in dataset], size=size, cached=cached)
+    scenes = PlainScenes(list(without_crowd(dataset)), size=size, cached=cached)
     loader = DataLoader(
         scenes,
         batch_size=batch,
