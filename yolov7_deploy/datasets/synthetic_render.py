@@ -231,7 +231,7 @@ class ShapeCanvas:
         self._areas: list[int] = [0]
         first = rng.integers(30, 226, size=3)
         second = self._colour(near=first, between=BACKGROUND_COLOURS)
-        self._pixels = np.empty((3, size, size), dtype=np.float32)  # loops over interleaved channels are slow
+        self._pixels = np.empty((3, size, size), dtype=np.float32)  # planar: interleaved is slower
         clouds = smooth_noise((size, size), cell_px=size / int(rng.integers(1, 5)), rng=rng)
         self._pixels[:] = _blend(first, second, clouds)
         for _ in range(int(rng.integers(MAX_BLOBS, endpoint=True))):
