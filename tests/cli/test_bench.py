@@ -19,7 +19,7 @@ from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.bench import find_variant_name, parse_frame, parse_numbers, report_complete_rows
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
-from yolov7_deploy.evaluation.synthetic_image import drawn_image
+from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.visualize import write_image
 
 TRIES = 3  # for a comparison that may be too noisy to tell
@@ -151,7 +151,7 @@ def slower(stage, factor):
 
 def test_the_images_of_source_are_used(bench, tmp_path):
     for name in ("a.png", "b.png"):
-        write_image(tmp_path / "in" / name, drawn_image((64, 64)))
+        write_image(tmp_path / "in" / name, synthetic_image((64, 64)))
     result = bench("--source", tmp_path / "in", quick=QUICK[:4] + QUICK[6:])
     assert f"frames: 2 images of {tmp_path / 'in'}" in result.stdout
 

@@ -31,7 +31,7 @@ from yolov7_deploy.benchmark.sampling import (
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import MAX_BATCH_SIZE
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
-from yolov7_deploy.evaluation.synthetic_image import drawn_image
+from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.hardware.cpu import OtherCpuLoad
 from yolov7_deploy.hardware.machine import read_machine
 from yolov7_deploy.image import Image
@@ -62,7 +62,7 @@ Progress = Callable[[int, int], None]
 
 SYNTHETIC_HW = (1080, 1920)
 MAX_FRAMES = 64  # 400 MB of Full HD
-_DRAWN_HEIGHT = 3 / 4  # share of the requested height that `drawn_image` fills; the rest is padding
+_DRAWN_HEIGHT = 3 / 4  # share of the requested height that `synthetic_image` fills; the rest is padding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -97,7 +97,7 @@ class Frames:
 def synthetic_frames(hw: tuple[int, int] = SYNTHETIC_HW) -> Frames:
     """Return one synthetic image of this height and width, always the same."""
     height, width = hw
-    image = drawn_image((int(height / _DRAWN_HEIGHT) + 1, width))[:height]
+    image = synthetic_image((int(height / _DRAWN_HEIGHT) + 1, width))[:height]
     return Frames(images=(image,), description=f"one synthetic image, {width}x{height}")
 
 
