@@ -6,6 +6,8 @@ The command line prints them without a traceback and exits with code 1.
 
 from __future__ import annotations
 
+import re
+
 
 class Y7Error(Exception):
     """Base class of all exceptions that this package raises on purpose.
@@ -117,3 +119,20 @@ def missing_library(error: ModuleNotFoundError, purpose: str) -> MissingLibraryE
     extra = _EXTRAS.get(library)
     package = f"'yolov7-deploy[{extra}]'" if extra else "yolov7-deploy"
     return MissingLibraryError(f"{library} is needed {purpose}.", fix=f"pip install {package}")
+
+
+# Messages of torch, cuDNN, oneDNN, CUDA, TensorRT and the C++ standard library.
+_OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|not enough memory|alloc_failed|bad_alloc|could not be allocated|could not create a primitive|"
+    r"(?:can't|cannot|failed to) allocate",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Return whether an exception, or one in its context, or a log line means that main or GPU memory ran out."""
+    if isinstance(error, str):
+        return _OUT_OF_MEMORY.search(error) is not None
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(str(error))):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)

@@ -1,4 +1,4 @@
-"""Average precision: the protocols, the judge, and what a report says."""
+"""Average precision: the protocols, the COCO metrics, and the contents of a report."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import DatasetError, UsageError
 from yolov7_deploy.evaluation.accuracy import compute_coco_metrics, evaluate
-from yolov7_deploy.evaluation.protocol import rect_groups, thresholds_in_force
+from yolov7_deploy.evaluation.protocol import effective_thresholds, rect_batches
 from yolov7_deploy.image import fit_evaluation_letterbox
 from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.options import Thresholds, ValOptions
@@ -29,17 +29,17 @@ needs_shared = pytest.mark.skipif(
 )
 
 
-def model_info(**changes):
+def model_metadata(**changes):
     values = {"variant": "custom", "class_names": NAMES, "strides": (), "anchors": (), "source": "a.pt"}
     return ModelMetadata(**(values | changes))
 
 
 class PlannedDetector:
-    """A stand-in: gives planned boxes for an image, which it knows by the value of its first pixel."""
+    """A fake detector that returns planned boxes for each image, identified by the value of its first pixel."""
 
     def __init__(self, planned, *, metadata=None, input_hw=(64, 64)):
         self.planned = planned
-        self.metadata = metadata or model_info()
+        self.metadata = metadata or model_metadata()
         self.input_hw = input_hw
         self.calls = []
 
@@ -84,7 +84,7 @@ def evaluated(folder, planned=None, *, options=None, **detector):
 def test_perfect_detections_have_average_precision_one(folder):
     report, _ = evaluated(folder)
     assert report.ap == pytest.approx(1) and report.ar100 == pytest.approx(1)
-    assert report.ap_large is None, "no box of this size is there to find"
+    assert report.ap_large is None, "there is no ground truth of this size"
     assert [(c.name, c.images, c.instances) for c in report.classes] == [("cat", 2, 2), ("dog", 1, 1)]
 
 
@@ -100,7 +100,7 @@ def test_a_class_found_as_another_counts_for_neither(folder):
 
 
 def test_half_of_a_class_found_is_half_its_average_precision(folder):
-    # one of two cats, found without false alarms: precision 1 up to recall 0.5, that is 51 of 101 recall points
+    # one of two cats, found without false positives: precision 1 up to recall 0.5, that is 51 of 101 recall points
     planned = {0: perfect(open_dataset(folder / "data.yaml"))[0]}
     report, _ = evaluated(folder, planned)
     assert report.classes[0].ap == pytest.approx(51 / 101) and report.ap == pytest.approx(51 / 202)
@@ -111,27 +111,27 @@ def test_the_official_thresholds_reach_the_detector(folder):
     assert detector.calls[0][2] == Thresholds(conf=0.001, iou=0.65, max_det=300, multi_label=True)
 
 
-def test_free_input_sizes_are_measured_by_rect_batches(folder):
+def test_models_of_any_input_size_are_evaluated_with_rect_batches(folder):
     report, detector = evaluated(folder)
     # 40/60 of 64 is 42.7 pixels: with half a stride 1.83 strides high and 2.5 wide
     assert detector.calls == [(3, {(64, 96)}, ValOptions().thresholds)]
     assert report.protocol == "rect 64 (pad 0.5, batch 8, canvases up to 96x64)"
 
 
-def test_no_rect_is_a_plain_letterbox(folder):
+def test_no_rect_is_a_letterbox_of_one_size(folder):
     report, detector = evaluated(folder, options=ValOptions(rect=False, batch=2))
     assert [call[:2] for call in detector.calls] == [(2, {(64, 64)}), (1, {(64, 64)})]
     assert report.protocol == "letterbox 64x64"
 
 
-def test_fixed_input_sizes_are_measured_by_a_plain_letterbox(folder):
-    report, _ = evaluated(folder, metadata=model_info(input_hw=(32, 64)), input_hw=(32, 64))
+def test_models_of_a_fixed_input_size_are_evaluated_with_a_letterbox_of_that_size(folder):
+    report, _ = evaluated(folder, metadata=model_metadata(input_hw=(32, 64)), input_hw=(32, 64))
     assert report.protocol == "letterbox 64x32"
 
 
 def test_rect_of_a_fixed_input_size_is_a_usage_error(folder):
     with pytest.raises(UsageError, match="takes 64x32 only") as caught:
-        evaluated(folder, metadata=model_info(input_hw=(32, 64)), options=ValOptions(rect=True))
+        evaluated(folder, metadata=model_metadata(input_hw=(32, 64)), options=ValOptions(rect=True))
     assert "--rect" in caught.value.fix
 
 
@@ -140,15 +140,15 @@ def test_rect_of_a_fixed_input_size_is_a_usage_error(folder):
     st.integers(1, 9),
     st.sampled_from([(640, 32), (1280, 64), (320, 32)]),
 )
-def test_rect_canvases_hold_every_image_of_their_group(sizes, batch, size_stride):
+def test_rect_canvases_contain_every_image_of_their_batch(sizes, batch, size_stride):
     size, stride = size_stride
-    groups = rect_groups(dict(enumerate(sizes)), size=size, stride=stride, batch=batch)
-    assert sorted(i for group in groups for i in group.indices) == list(range(len(sizes)))
-    assert all(len(group.indices) == batch for group in groups[:-1])
-    for group in groups:
-        assert all(side % stride == 0 and side <= size + stride for side in group.canvas_hw)
-        for i in group.indices:
-            box = fit_evaluation_letterbox(sizes[i], group.canvas_hw, size=size)
+    batches = rect_batches(dict(enumerate(sizes)), size=size, stride=stride, batch=batch)
+    assert sorted(i for one in batches for i in one.indices) == list(range(len(sizes)))
+    assert all(len(one.indices) == batch for one in batches[:-1])
+    for one in batches:
+        assert all(side % stride == 0 and side <= size + stride for side in one.canvas_hw)
+        for i in one.indices:
+            box = fit_evaluation_letterbox(sizes[i], one.canvas_hw, size=size)
             assert box.top >= 0 and box.top + box.resized_hw[0] <= box.canvas_hw[0]
             assert box.left >= 0 and box.left + box.resized_hw[1] <= box.canvas_hw[1]
 
@@ -165,14 +165,14 @@ def test_rect_canvases_hold_every_image_of_their_group(sizes, batch, size_stride
     ],
 )
 def test_rect_canvases_are_the_official_ones(sizes, canvas_hw):
-    (group,) = rect_groups(dict(enumerate(sizes)), size=640, stride=32, batch=8)
-    assert group.canvas_hw == canvas_hw
+    (only,) = rect_batches(dict(enumerate(sizes)), size=640, stride=32, batch=8)
+    assert only.canvas_hw == canvas_hw
 
 
 def test_unreadable_images_are_skipped_with_their_ground_truth(folder):
     (folder / "images/0.png").write_bytes(b"not an image")
     data = (folder / "images/2.png").read_bytes()
-    (folder / "images/2.png").write_bytes(data[:60])  # the header is whole, the pixels are not
+    (folder / "images/2.png").write_bytes(data[:60])  # the header is complete, the pixels are not
     report, _ = evaluated(folder, {50: perfect(open_dataset(folder / "data.yaml")[1:2])[0]})
     assert report.images == 1 and report.ap == pytest.approx(1)
     assert [Path(item.path).name for item in report.skipped] == ["0.png", "2.png"]
@@ -186,10 +186,10 @@ def test_a_dataset_without_readable_images_is_an_error(folder):
         evaluated(folder, {})
 
 
-def test_a_dataset_without_boxes_is_an_error_that_says_where_labels_were_sought(folder):
+def test_a_dataset_without_boxes_is_an_error_that_names_the_expected_label_file(folder):
     for label in (folder / "labels").iterdir():
         label.unlink()
-    with pytest.raises(DatasetError, match="not one box in 3 images") as caught:
+    with pytest.raises(DatasetError, match="has no box in 3 images") as caught:
         evaluated(folder, {})
     assert str(folder / "labels" / "0.txt") in caught.value.message
 
@@ -207,31 +207,31 @@ def test_images_of_another_size_than_annotated_are_skipped(folder):
 def test_classes_are_matched_by_name(folder):
     dataset = open_dataset(folder / "data.yaml")
     swapped = {key: (boxes, scores, 2 - ids) for key, (boxes, scores, ids) in perfect(dataset).items()}
-    report, _ = evaluated(folder, swapped, metadata=model_info(class_names=("cow", "Dog", "cat")))
+    report, _ = evaluated(folder, swapped, metadata=model_metadata(class_names=("cow", "Dog", "cat")))
     assert report.ap == pytest.approx(1)
 
 
-def test_classes_that_the_dataset_lacks_are_no_false_alarms(folder):
+def test_classes_missing_in_the_dataset_are_not_false_positives(folder):
     planned = perfect(open_dataset(folder / "data.yaml"))
     planned[0] = ([*planned[0][0], [0, 0, 5, 5]], [0.9, 0.95], [0, 2])
-    report, _ = evaluated(folder, planned, metadata=model_info(class_names=("cat", "dog", "cow")))
+    report, _ = evaluated(folder, planned, metadata=model_metadata(class_names=("cat", "dog", "cow")))
     assert report.ap == pytest.approx(1) and len(report.predictions) == 3
 
 
-def test_models_without_names_are_matched_by_place(folder):
-    report, _ = evaluated(folder, metadata=model_info(class_names=("class_0", "class_1")))
+def test_classes_of_models_without_names_are_matched_by_position(folder):
+    report, _ = evaluated(folder, metadata=model_metadata(class_names=("class_0", "class_1")))
     assert report.ap == pytest.approx(1)
 
 
-def test_classes_that_the_model_does_not_know_are_an_error(folder):
+def test_classes_missing_in_the_model_are_an_error(folder):
     with pytest.raises(DatasetError, match="boxes of 'dog', which the model does not know"):
-        evaluated(folder, metadata=model_info(class_names=("cat", "cow", "pig")))
+        evaluated(folder, metadata=model_metadata(class_names=("cat", "cow", "pig")))
 
 
 def test_the_report_is_one_json_document_without_predictions(folder):
     report, _ = evaluated(folder)
     document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    contract = "ap ap50 ap75 ap_small ap_medium ap_large ar100 images weights backend precision thresholds protocol"
+    contract = "ap ap50 ap75 ap_small ap_medium ap_large ar100 images weights runtime precision thresholds protocol"
     assert {*contract.split(), "speed_ms", "classes", "skipped", "ar1", "ar10"} <= set(document)
     assert "predictions" not in document
     assert document["speed_ms"] == {"preprocess": 1.0, "inference": 2.0, "postprocess": 3.0}
@@ -282,7 +282,7 @@ def test_an_interrupt_stops_the_readers(folder):
     assert not any(t.name.startswith("y7-read") for t in threading.enumerate())
 
 
-def test_a_file_with_fixed_suppression_reports_the_thresholds_it_holds():
+def test_a_file_with_fixed_nms_thresholds_reports_them():
     nms = NmsMetadata(
         kind="efficient",
         conf=0.25,
@@ -293,10 +293,10 @@ def test_a_file_with_fixed_suppression_reports_the_thresholds_it_holds():
         class_agnostic=False,
         runtime_thresholds=False,
     )
-    real, notes = thresholds_in_force(ValOptions().thresholds, model_info(nms=nms))
-    assert (real.conf, real.iou, real.max_det) == (0.25, 0.45, 100)
+    effective, notes = effective_thresholds(ValOptions().thresholds, model_metadata(nms=nms))
+    assert (effective.conf, effective.iou, effective.max_det) == (0.25, 0.45, 100)
     assert "not comparable" in notes[0]
-    assert thresholds_in_force(ValOptions().thresholds, model_info()) == (ValOptions().thresholds, ())
+    assert effective_thresholds(ValOptions().thresholds, model_metadata()) == (ValOptions().thresholds, ())
 
 
 @needs_shared
@@ -308,7 +308,7 @@ def test_a_file_with_fixed_suppression_reports_the_thresholds_it_holds():
         ("official_square640_predictions.json", "official_model_square640"),
     ],
 )
-def test_the_official_detections_get_the_official_twelve_numbers(data, predictions, key):
+def test_the_official_detections_have_the_official_twelve_metrics(data, predictions, key):
     root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
     dataset = open_dataset(root / data)
     official = json.loads((root / "official_ap.json").read_text())[key]
@@ -321,7 +321,7 @@ def test_the_official_detections_get_the_official_twelve_numbers(data, predictio
 
 
 @needs_shared
-def test_the_metric_equals_pycocotools_to_the_last_digits(capsys):
+def test_the_metrics_equal_those_of_pycocotools(capsys):
     pycocotools = pytest.importorskip("pycocotools.coco", reason="the reference metric is not installed")
     from pycocotools.cocoeval import COCOeval
 
@@ -340,7 +340,7 @@ def test_the_metric_equals_pycocotools_to_the_last_digits(capsys):
 
 
 @needs_shared
-def test_the_official_detections_replayed_through_a_detector_give_the_official_number():
+def test_the_official_detections_replayed_by_a_detector_have_the_official_ap():
     root = Path(os.environ["Y7_SHARED"]) / "coco-mini"
     dataset = open_dataset(root / "coco-mini.yaml")
     class_of = {category: i for i, category in enumerate(dataset.category_ids)}
@@ -364,7 +364,7 @@ def test_the_official_detections_replayed_through_a_detector_give_the_official_n
         boxes = np.array(boxes)
         boxes[:, 2:] += boxes[:, :2]
         planned[cv2.imread(str(sample.path)).tobytes()] = (boxes, scores, class_ids)
-    detector = Replay({}, metadata=model_info(class_names=dataset.class_names), input_hw=(640, 640))
+    detector = Replay({}, metadata=model_metadata(class_names=dataset.class_names), input_hw=(640, 640))
     detector.canvases = Counter()
     report = evaluate(detector, dataset, options=ValOptions())
     assert report.ap == pytest.approx(0.5315, abs=OFFICIAL_DIGITS) and report.images == 82

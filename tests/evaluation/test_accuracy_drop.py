@@ -1,4 +1,4 @@
-"""The drop in AP between two detectors: its error against the slow way and against chance, and what is said of it."""
+"""The drop in AP between two detectors: compared with the slow computation and with simulations, and its summary."""
 
 import copy
 import json
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.errors import DatasetError, UsageError
 from yolov7_deploy.evaluation.accuracy import compute_coco_metrics
-from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, drop_words
+from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, summarize_drop
 
-SIDE = 200  # of an image, in pixels
-SAME_SUMS = 1e-12  # the same float64 numbers, perhaps added in another order
+SIDE = 200  # width and height of an image, in pixels
+SAME_SUMS = 1e-12  # the same float64 numbers, possibly added in another order
 SETS = 60
-SPREAD_KNOWN = 3 / math.sqrt(2 * SETS)  # three standard errors of a standard deviation of so many
-TOO_WIDE = 0.1  # a jackknife errs on this side (Efron and Stein 1981); here it does by 5 to 20 %
+SPREAD_KNOWN = 3 / math.sqrt(2 * SETS)  # three standard errors of a standard deviation from SETS samples
+TOO_WIDE = 0.1  # a jackknife overestimates (Efron and Stein 1981); here by 5 to 20 %
 HELD = 0.95 - 3 * math.sqrt(0.95 * 0.05 / SETS)
 T_DIGITS = 3e-4  # printed tables of Student's t have four decimals; the formula is right to 2e-4
 
@@ -84,7 +84,7 @@ def of(dataset, indices, predictions):
     return [row for row in predictions if row["image_id"] in ids]
 
 
-def judged(dataset, indices, predictions):
+def evaluated(dataset, indices, predictions):
     return compute_coco_metrics(dataset, indices, of(dataset, indices, predictions))[0]["ap"]
 
 
@@ -110,14 +110,14 @@ def a_drop(points=0.4, error=0.2, *, margin=None, images=100, reference_ap=0.5):
 
 
 @pytest.mark.parametrize("groups", [2, 7, 20, 30])
-def test_the_drop_and_its_error_are_those_of_judging_the_images_without_each_group(compared, groups):
+def test_the_drop_and_its_error_equal_those_of_evaluating_without_each_group(compared, groups):
     dataset, *detectors = compared
     order = np.random.default_rng(1).permutation(len(dataset)).tolist()
-    before, after = (judged(dataset, order, predictions) for predictions in detectors)
+    before, after = (evaluated(dataset, order, predictions) for predictions in detectors)
     drops = []
     for group in range(groups):
-        kept = [index for place, index in enumerate(order) if place % groups != group]
-        drops.append(100 * (judged(dataset, kept, detectors[0]) - judged(dataset, kept, detectors[1])))
+        kept = [index for i, index in enumerate(order) if i % groups != group]
+        drops.append(100 * (evaluated(dataset, kept, detectors[0]) - evaluated(dataset, kept, detectors[1])))
     mean = sum(drops) / groups
     error = math.sqrt((groups - 1) / groups * sum((drop - mean) ** 2 for drop in drops))
     drop = accuracy_drop(dataset, order, *detectors, groups=groups)
@@ -134,13 +134,13 @@ def test_the_interval_is_student_t_times_the_error_on_both_sides(compared, group
     assert (drop.points - drop.low) / drop.standard_error == pytest.approx(quantile, abs=T_DIGITS)
 
 
-def test_a_class_that_is_in_one_group_only_leaves_the_mean_with_it(two_cats):
+def test_a_class_in_one_group_only_drops_out_of_the_mean_with_it(two_cats):
     dataset, reference, _ = two_cats
     dog = (100, 100, 160, 160)
     dataset = images([*(dataset._records), make_image(3, [dog], [1])])
     reference = [*reference, result(3, dog, 0.9, 1)]
     drop = accuracy_drop(dataset, range(3), reference, reference[:2])
-    # without image 1 or 2 the dog is half of the AP that is lost, without image 3 no AP is lost
+    # without image 1 or 2 the dog is half of the lost AP, without image 3 no AP is lost
     assert drop.points == pytest.approx(50)
     assert drop.standard_error == pytest.approx(math.sqrt(2 / 3 * (2 * (50 - 100 / 3) ** 2 + (100 / 3) ** 2)))
 
@@ -152,14 +152,14 @@ def test_the_same_predictions_have_no_drop_and_no_error(compared):
     assert drop.verdict(0) == "within"
 
 
-def test_exchanged_detectors_have_the_negative_drop_and_the_same_error(compared):
+def test_swapped_detectors_have_the_negative_drop_and_the_same_error(compared):
     dataset, indices, reference, other = with_all(compared)
     drop, gain = accuracy_drop(dataset, indices, reference, other), accuracy_drop(dataset, indices, other, reference)
     assert (gain.points, gain.low, gain.high) == pytest.approx((-drop.points, -drop.high, -drop.low), abs=1e-10)
     assert gain.standard_error == pytest.approx(drop.standard_error)
 
 
-def test_predictions_of_other_images_do_not_count(compared):
+def test_predictions_of_other_images_are_ignored(compared):
     dataset, _, reference, other = with_all(compared)
     some = range(3, 20)
     assert accuracy_drop(dataset, some, reference, other) == accuracy_drop(
@@ -167,11 +167,11 @@ def test_predictions_of_other_images_do_not_count(compared):
     )
 
 
-def test_a_detector_that_finds_nothing_loses_all(compared):
+def test_a_detector_without_detections_loses_all_ap(compared):
     dataset, indices, reference, _ = with_all(compared)
     drop = accuracy_drop(dataset, indices, reference, [])
     assert drop.ap == 0 and drop.points == 100 * drop.reference_ap
-    assert drop.verdict(0.3) == "beyond"
+    assert drop.verdict(0.3) == "above"
 
 
 def test_fewer_images_than_groups_are_a_group_each(compared):
@@ -180,13 +180,13 @@ def test_fewer_images_than_groups_are_a_group_each(compared):
     assert accuracy_drop(*arguments, groups=30) != accuracy_drop(*arguments)
 
 
-def test_the_predictions_are_left_as_they_were(compared):
+def test_the_predictions_are_not_modified(compared):
     before = copy.deepcopy(compared[1:])
     accuracy_drop(*with_all(compared))
     assert compared[1:] == before
 
 
-# --- against chance ---------------------------------------------------------------------------------------------------
+# --- simulations ------------------------------------------------------------------------------------------------------
 
 
 def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_hold_the_drop():
@@ -202,10 +202,10 @@ def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_hold_t
     apart = 100 * np.std([(drop.reference_ap, drop.ap) for drop in drops], axis=0, ddof=1)
     assert spread * (1 - SPREAD_KNOWN) < error < spread * (1 + SPREAD_KNOWN + TOO_WIDE)
     assert held >= HELD
-    assert error < 0.5 * math.hypot(*apart), "on the same images: what is hard for both cancels"
+    assert error < 0.5 * math.hypot(*apart), "on the same images, so their difficulty cancels"
 
 
-# --- where nothing can be known ---------------------------------------------------------------------------------------
+# --- without an interval ----------------------------------------------------------------------------------------------
 
 
 def test_one_image_has_a_drop_but_no_error(two_cats):
@@ -213,7 +213,7 @@ def test_one_image_has_a_drop_but_no_error(two_cats):
     drop = accuracy_drop(dataset, [1], reference, other)
     assert (drop.points, drop.images) == (pytest.approx(100), 1)
     assert (drop.standard_error, drop.low, drop.high) == (None, None, None)
-    assert drop.verdict(0.3) == "cannot tell" and drop.verdict(200) == "cannot tell"
+    assert drop.verdict(0.3) == "inconclusive" and drop.verdict(200) == "inconclusive"
 
 
 def test_one_group_has_a_drop_but_no_error(compared):
@@ -227,7 +227,7 @@ def test_boxes_in_one_group_only_have_a_drop_but_no_error(two_cats):
     assert drop.points == pytest.approx(100) and drop.standard_error is None
 
 
-def test_false_alarms_in_images_without_boxes_count(two_cats):
+def test_false_positives_in_images_without_boxes_count(two_cats):
     dataset, reference, _ = two_cats
     dataset = images([*dataset._records, make_image(3, [], [])])
     drop = accuracy_drop(dataset, range(3), reference, [*reference, result(3, (0, 0, 9, 9), 0.95, 0)])
@@ -235,26 +235,26 @@ def test_false_alarms_in_images_without_boxes_count(two_cats):
 
 
 @pytest.mark.parametrize("indices", [[], [0], [0, 1]])
-def test_images_without_a_box_to_find_are_an_error(indices):
+def test_images_without_ground_truth_are_an_error(indices):
     dataset = images([make_image(1, [], []), make_image(2, [(0, 0, 9, 9)], [0], crowd=True)])
-    with pytest.raises(DatasetError, match=f"drawn has no box to find in the {len(indices)} images") as caught:
+    with pytest.raises(DatasetError, match=f"drawn has no ground truth boxes in the {len(indices)} images") as caught:
         accuracy_drop(dataset, indices, [], [])
     assert "Measure on more images" in caught.value.fix
 
 
-def test_no_group_is_a_usage_error(two_cats):
+def test_zero_groups_are_a_usage_error(two_cats):
     dataset, reference, other = two_cats
     with pytest.raises(UsageError, match="at least 1, not 0") as caught:
         accuracy_drop(dataset, range(2), reference, other, groups=0)
     assert caught.value.fix == "For example: groups=20"
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- summary ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("max_drop", "verdict"),
-    [(0.75, "within"), (0.74, "cannot tell"), (0.5, "cannot tell"), (0.25, "cannot tell"), (0.24, "beyond")],
+    [(0.75, "within"), (0.74, "inconclusive"), (0.5, "inconclusive"), (0.25, "inconclusive"), (0.24, "above")],
 )
 def test_the_verdict_needs_the_whole_interval_on_one_side(max_drop, verdict):
     assert a_drop(0.5, 0.125).verdict(max_drop) == verdict  # 0.25 to 0.75
@@ -270,67 +270,67 @@ def test_a_drop_is_one_json_document(two_cats, indices):
 
 
 @pytest.mark.parametrize(
-    ("drop", "words"),
+    ("drop", "text"),
     [
         (
             a_drop(0.1, 0.05, images=5000),
             "AP falls by 0.10 points (0.5000 to 0.4990) on 5,000 images; the 95 % interval of the drop is 0.00 to "
-            "0.20. All of it is within the 0.3 points that may be lost.",
+            "0.20. The whole interval is within the allowed 0.3 points.",
         ),
         (
             a_drop(-0.5, 0.2, margin=0.496),
             "AP rises by 0.50 points (0.5000 to 0.5050) on 100 images; the 95 % interval of the drop is -1.00 to "
-            "0.00. All of it is within the 0.3 points that may be lost.",
+            "0.00. The whole interval is within the allowed 0.3 points.",
         ),
         (
             a_drop(2, 0.5),
             "AP falls by 2.00 points (0.5000 to 0.4800) on 100 images; the 95 % interval of the drop is 1.00 to "
-            "3.00. All of it is beyond the 0.3 points that may be lost.",
+            "3.00. The whole interval is above the allowed 0.3 points.",
         ),
         (
             a_drop(0.1, 0.5, images=82),
             "AP falls by 0.10 points (0.5000 to 0.4990) on 82 images; the 95 % interval of the drop is -0.90 to "
-            "1.10. 82 images cannot tell whether more than 0.3 points are lost; about 2,500 would if the drop "
+            "1.10. 82 images cannot show whether more than 0.3 points are lost; about 2,500 could if the drop "
             "stayed the same.",  # 82 * (1.0 / 0.2)^2 = 2050
         ),
         (
             a_drop(0.3, 0.5),
             "AP falls by 0.30 points (0.5000 to 0.4970) on 100 images; the 95 % interval of the drop is -0.70 to "
-            "1.30. The drop is so near to 0.3 that not even 100,000 images would tell whether more than 0.3 points "
+            "1.30. The drop is so close to 0.3 that not even 100,000 images would show whether more than 0.3 points "
             "are lost.",
         ),
         (
             a_drop(0.29, 0.25),  # 100 * (0.5 / 0.01)^2 = 250,000
             "AP falls by 0.29 points (0.5000 to 0.4971) on 100 images; the 95 % interval of the drop is -0.21 to "
-            "0.79. The drop is so near to 0.3 that not even 100,000 images would tell whether more than 0.3 points "
+            "0.79. The drop is so close to 0.3 that not even 100,000 images would show whether more than 0.3 points "
             "are lost.",
         ),
     ],
 )
-def test_the_words_say_the_drop_its_interval_and_what_follows(drop, words):
-    assert drop_words(drop, 0.3) == words
+def test_the_summary_has_the_drop_its_interval_and_the_verdict(drop, text):
+    assert summarize_drop(drop, 0.3) == text
 
 
-def test_a_drop_without_an_interval_is_said_to_be_one(two_cats):
+def test_the_summary_of_a_drop_without_an_interval_says_so(two_cats):
     dataset, reference, other = two_cats
-    assert drop_words(accuracy_drop(dataset, [0], reference, other), 0.3) == (
+    assert summarize_drop(accuracy_drop(dataset, [0], reference, other), 0.3) == (
         "AP falls by 0.00 points (1.0000 to 1.0000) on 1 image. With boxes in so few images there is no interval, "
-        "and no telling whether more than 0.3 points are lost."
+        "so it is unknown whether more than 0.3 points are lost."
     )
 
 
 @given(st.floats(-3, 3), st.floats(0.001, 3), st.integers(1, 50_000))
-def test_as_many_images_as_are_said_to_be_needed_would_be_enough(points, margin, images):
+def test_the_number_of_images_in_the_summary_would_be_enough(points, margin, images):
     drop = a_drop(points, margin / 2, images=images)
-    words = drop_words(drop, 0.3)
-    if drop.verdict(0.3) != "cannot tell":
-        assert "cannot" not in words and "not even" not in words
+    text = summarize_drop(drop, 0.3)
+    if drop.verdict(0.3) != "inconclusive":
+        assert "cannot" not in text and "not even" not in text
         return
-    if "not even 100,000" in words:
-        enough, expected = 100_000, "cannot tell"
+    if "not even 100,000" in text:
+        enough, expected = 100_000, "inconclusive"
     else:
-        enough, expected = int(words.partition("about ")[2].split(" ")[0].replace(",", "")), None
+        enough, expected = int(text.partition("about ")[2].split(" ")[0].replace(",", "")), None
         assert enough >= images
-    # a hair less: the interval of just enough images ends at the limit itself
+    # slightly less: the interval of just enough images ends exactly at the limit
     then = a_drop(points, margin / 2, margin=margin * math.sqrt(images / enough) * (1 - 1e-9)).verdict(0.3)
-    assert then == expected if expected else then != "cannot tell"
+    assert then == expected if expected else then != "inconclusive"

@@ -1,1 +1,1 @@
-"""The workshop: accuracy, parity, the paper's tables."""
+"""Accuracy of detectors, comparison of artifacts stage by stage, and verification."""

@@ -1,7 +1,7 @@
-"""COCO average precision of a Detector: the shipped path, judged by the ground truth of a dataset.
+"""COCO average precision of a `Detector` on a dataset.
 
-The metric is faster-coco-eval's. On detections of the official program it gives pycocotools' twelve numbers to 1e-15
-in a sixth of the time, and logs where pycocotools prints.
+The metric is that of faster-coco-eval. On detections of the official program it agrees with pycocotools in all twelve
+numbers to 1e-15, takes a sixth of the time, and logs instead of printing.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.evaluation.precision_recall import PrecisionRecall, precision_recall
-from yolov7_deploy.evaluation.protocol import Fit, Group, is_rect, plan, thresholds_in_force
+from yolov7_deploy.evaluation.protocol import FitLetterbox, ImageBatch, effective_thresholds, plan_batches, uses_rect
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.options import Thresholds, ValOptions
+from yolov7_deploy.sources import Skipped
 
 if TYPE_CHECKING:
     from yolov7_deploy.detector import Detector
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 MAX_READERS = 4
 PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 RECALLS = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
-SUMMARY = PRECISIONS + RECALLS  # in the order of the metric library
+METRICS = PRECISIONS + RECALLS  # in the order of the metric library
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -43,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassAccuracy:
-    """One row of the class-wise table; `ap` and `ap50` are `None` for a class that is in no image."""
+    """Accuracy of one class; `ap` and `ap50` are `None` for a class without ground truth."""
 
     class_id: int
     name: str
@@ -54,27 +55,23 @@ class ClassAccuracy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """An image that could not be used, and why."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyReport:
-    """COCO's twelve numbers (0..1; `None` where no ground truth is of that kind) and how they came about.
+    """The twelve COCO metrics and how they were measured.
 
     Attributes:
-        images: Images that were judged; `skipped` ones are not among them.
-        thresholds: Those in force: a file with its own NMS may hold stricter ones than were asked for.
-        protocol: Placement of the images, in words.
-        speed_ms: Per image: preprocess, inference, postprocess. Reading files overlaps and is not counted.
-        classes: One row per class of the dataset.
-        weights_sha256: Of the file, where it was given.
-        notes: What a reader of the number should know.
-        predictions: COCO results, coordinates rounded as the official program does; not part of `to_dict`.
-        curves: Precision against recall at IoU 0.50; `evaluate` always gives them. Not part of `to_dict`.
+        ap, ap50, ...: Metrics of COCO, 0..1; `None` without ground truth of that kind.
+        images: Number of evaluated images, without the `skipped` ones.
+        weights, runtime, precision: Name of the model file, how it ran, and its precision.
+        thresholds: The thresholds that were applied: NMS inside a file may be stricter than requested.
+        protocol: Description of the batches and canvas sizes.
+        speed_ms: Milliseconds per image for preprocess, inference and postprocess. Reading files overlaps with
+            inference and is not included.
+        classes: Accuracy of each class of the dataset.
+        skipped: Images that could not be used, with reasons.
+        weights_sha256: Digest of the model file, empty if unknown.
+        notes: Remarks about the measurement.
+        predictions: Detections in COCO results format, rounded like those of the official program; not in `to_dict`.
+        curves: Precision against recall at IoU 0.50, always set by `evaluate`; not in `to_dict`.
     """
 
     ap: float | None
@@ -91,7 +88,7 @@ class AccuracyReport:
     ar_large: float | None
     images: int
     weights: str
-    backend: str
+    runtime: str
     precision: str
     thresholds: Thresholds
     protocol: str
@@ -104,7 +101,7 @@ class AccuracyReport:
     curves: PrecisionRecall | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for one JSON document."""
+        """Return plain data for one JSON document."""
         document = asdict(replace(self, predictions=[], curves=None))
         del document["predictions"], document["curves"]
         return document
@@ -113,40 +110,40 @@ class AccuracyReport:
 def evaluate(
     detector: Detector, dataset: Dataset, *, options: ValOptions, progress: Progress | None = None
 ) -> AccuracyReport:
-    """The accuracy of a detector on a dataset.
+    """Return the accuracy of a detector on a dataset.
 
-    Reading the next batch overlaps with inference of the current one. Images that cannot be read are left out,
-    with their ground truth, and named in the report.
+    Reading the next batch overlaps with inference of the current one. Unreadable images and their ground truth are
+    excluded and listed in the report.
 
     Args:
-        detector: Anything that opens as a Detector.
-        dataset: What `open_dataset` gives.
+        detector: Any `Detector`.
+        dataset: A dataset from `open_dataset`.
         options: Protocol and thresholds.
-        progress: Called with images done and in all, after each batch.
+        progress: Called after each batch with the number of finished and of all images.
 
     Raises:
-        UsageError: rect is asked of a model with a fixed input size.
-        DatasetError: There is no box to find, no readable image, or the classes are not the detector's.
+        UsageError: rect is requested for a model with a fixed input size.
+        DatasetError: There is no ground truth, no readable image, or the classes are not those of the detector.
     """
     start = time.perf_counter()
-    rect = is_rect(detector.metadata, options)
-    category_of = _category_of(detector.metadata.class_names, dataset)
+    rect = uses_rect(detector.metadata, options)
+    category_of = _map_categories(detector.metadata.class_names, dataset)
     dataset.require_boxes()
-    sized, skipped = _sizes(dataset)
-    groups, fit, protocol = plan(detector, sized, rect=rect, batch=options.batch)
-    thresholds, notes = thresholds_in_force(options.thresholds, detector.metadata)
+    sizes, skipped = _read_sizes(dataset)
+    batches, fit, protocol = plan_batches(detector, sizes, rect=rect, batch=options.batch)
+    thresholds, notes = effective_thresholds(options.thresholds, detector.metadata)
     used: list[int] = []
     speeds: list[tuple[float, float, float]] = []
     predictions: list[dict[str, Any]] = []
-    for index, found in _detect(detector, dataset, groups, fit, thresholds, skipped, progress):
+    for index, found in _detect(detector, dataset, batches, fit, thresholds, skipped, progress):
         used.append(index)
         speeds.append((found.speed.preprocess_ms, found.speed.inference_ms, found.speed.postprocess_ms))
         known = found.filter(classes=list(category_of))
-        predictions += known.to_coco(dataset.image_id(index), category_ids=_table(category_of))
+        predictions += known.to_coco(dataset.image_id(index), category_ids=_category_table(category_of))
     if not used:
         raise DatasetError(
             f"None of the {len(dataset)} images could be used: {skipped[0].path}: {skipped[0].reason}",
-            fix="Check the images' folder.",
+            fix="Check the folder of the images.",
         )
     summary, classes, curves = compute_coco_metrics(dataset, used, predictions)
     logger.info(
@@ -156,7 +153,7 @@ def evaluate(
         **cast("dict[str, Any]", summary),
         images=len(used),
         weights=detector.metadata.source,
-        backend="",
+        runtime="",
         precision=detector.metadata.precision,
         thresholds=thresholds,
         protocol=protocol,
@@ -169,73 +166,77 @@ def evaluate(
     )
 
 
-def _category_of(names: Sequence[str], dataset: Dataset) -> dict[int, int]:
-    """The dataset's category id of each class of the detector; classes that the dataset does not have are left out.
+def _map_categories(names: Sequence[str], dataset: Dataset) -> dict[int, int]:
+    """Return the category id of the dataset for each class id of the detector; classes missing there are left out.
 
-    Classes are matched by name, and by place where the detector has no names or both spell mostly alike.
+    Classes are matched by name, or by position if the detector has no names or most names are equal.
     """
-    theirs = [name.strip().casefold() for name in dataset.class_names]
-    ours = [name.strip().casefold() for name in names]
-    alike = sum(a == b for a, b in zip(ours, theirs, strict=False))
-    unnamed = ours == [f"class_{i}" for i in range(len(ours))]
-    other_spelling = 2 * alike >= len(ours) and set(ours) != set(theirs)
-    if ours == theirs or (len(ours) == len(theirs) and (unnamed or other_spelling)):
+    dataset_names = [name.strip().casefold() for name in dataset.class_names]
+    model_names = [name.strip().casefold() for name in names]
+    equal = sum(a == b for a, b in zip(model_names, dataset_names, strict=False))
+    unnamed = model_names == [f"class_{i}" for i in range(len(model_names))]
+    other_spelling = 2 * equal >= len(model_names) and set(model_names) != set(dataset_names)
+    if model_names == dataset_names or (len(model_names) == len(dataset_names) and (unnamed or other_spelling)):
         return dict(enumerate(dataset.category_ids))
-    place = {name: i for i, name in reversed(list(enumerate(ours)))}
-    lost = [theirs[i] for i in np.flatnonzero(dataset.box_counts()) if theirs[i] not in place]
-    if lost:
+    index_of = {name: i for i, name in reversed(list(enumerate(model_names)))}
+    unknown = [dataset_names[i] for i in np.flatnonzero(dataset.box_counts()) if dataset_names[i] not in index_of]
+    if unknown:
         raise DatasetError(
-            f"{dataset.source} has boxes of {', '.join(map(repr, lost[:5]))}, which the model does not know; "
+            f"{dataset.source} has boxes of {', '.join(map(repr, unknown[:5]))}, which the model does not know; "
             f"its {len(names)} classes are {', '.join(map(repr, names[:5]))}, ...",
             fix="Measure on a dataset with the model's classes, or rename the dataset's classes to the model's.",
         )
-    return {place[name]: category for name, category in zip(theirs, dataset.category_ids, strict=True) if name in place}
+    return {
+        index_of[name]: category
+        for name, category in zip(dataset_names, dataset.category_ids, strict=True)
+        if name in index_of
+    }
 
 
-def _table(category_of: Mapping[int, int]) -> list[int]:
+def _category_table(category_of: Mapping[int, int]) -> list[int]:
     return [category_of.get(i, -1) for i in range(max(category_of, default=-1) + 1)]
 
 
-def _sizes(dataset: Dataset) -> tuple[dict[int, tuple[int, int]], list[Skipped]]:
-    """Height and width of every image whose header can be read, by index in order of path, and those that cannot."""
-    sized, skipped = {}, []
+def _read_sizes(dataset: Dataset) -> tuple[dict[int, tuple[int, int]], list[Skipped]]:
+    """Return height and width of every readable image by index, in order of path, and the unreadable images."""
+    sizes, skipped = {}, []
     for index in sorted(range(len(dataset)), key=lambda i: str(dataset.path(i))):
         try:
-            sized[index] = dataset.image_hw(index)
+            sizes[index] = dataset.image_hw(index)
         except ImageError as error:
             skipped.append(Skipped(path=str(dataset.path(index)), reason=error.message))
-    return sized, skipped
+    return sizes, skipped
 
 
 def _detect(
     detector: Detector,
     dataset: Dataset,
-    groups: Sequence[Group],
-    fit: Fit,
+    batches: Sequence[ImageBatch],
+    fit: FitLetterbox,
     thresholds: Thresholds,
     skipped: list[Skipped],
     progress: Progress | None,
 ) -> Iterator[tuple[int, Detections]]:
-    """Index and detections of each readable image; the others are appended to `skipped`."""
+    """Yield index and detections of each readable image; append the others to `skipped`."""
     pool = ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1), thread_name_prefix="y7-read")
     done = len(skipped)
 
-    def start(group: Group | None) -> list[Future[Image | Skipped]]:
-        indices = group.indices if group else ()
+    def start(batch: ImageBatch | None) -> list[Future[Image | Skipped]]:
+        indices = batch.indices if batch else ()
         return [pool.submit(_read, dataset.path(i), dataset.image_hw(i)) for i in indices]
 
     try:
-        coming = start(groups[0] if groups else None)
-        for group, following in zip_longest(groups, groups[1:]):
-            loaded = [future.result() for future in coming]
-            coming = start(following)
+        pending = start(batches[0] if batches else None)
+        for batch, next_batch in zip_longest(batches, batches[1:]):
+            loaded = [future.result() for future in pending]
+            pending = start(next_batch)
             skipped += [item for item in loaded if isinstance(item, Skipped)]
-            good = [(i, p) for i, p in zip(group.indices, loaded, strict=True) if not isinstance(p, Skipped)]
-            images = [item for _, item in good]
-            boxes = [fit((p.shape[0], p.shape[1]), group.canvas_hw) for p in images]
+            readable = [(i, p) for i, p in zip(batch.indices, loaded, strict=True) if not isinstance(p, Skipped)]
+            images = [item for _, item in readable]
+            boxes = [fit((p.shape[0], p.shape[1]), batch.canvas_hw) for p in images]
             found = detector.infer(images, boxes, thresholds) if images else []
-            yield from zip((i for i, _ in good), found, strict=True)
-            done += len(group.indices)
+            yield from zip((i for i, _ in readable), found, strict=True)
+            done += len(batch.indices)
             if progress:
                 progress(done, len(dataset))
     finally:
@@ -256,12 +257,12 @@ def _read(path: Path, expected_hw: tuple[int, int]) -> Image | Skipped:
 def compute_coco_metrics(
     dataset: Dataset, indices: Sequence[int], predictions: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, float | None], tuple[ClassAccuracy, ...], PrecisionRecall]:
-    """COCO's twelve numbers by name, the class-wise table and the curves, of predictions for the chosen samples.
+    """Return the twelve COCO metrics by name, the accuracy of each class, and the precision-recall curves.
 
     Args:
-        dataset: Where the ground truth comes from.
-        indices: The samples that count; predictions must be of these.
-        predictions: COCO results of boxes.
+        dataset: Dataset with the ground truth.
+        indices: Samples to evaluate.
+        predictions: Boxes of these samples in COCO results format.
     """
     document = dataset.ground_truth(indices)
     truth = COCO(document)
@@ -271,7 +272,7 @@ def compute_coco_metrics(
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    summary = {name: _measured(value) for name, value in zip(SUMMARY, evaluation.stats[: len(SUMMARY)], strict=True)}
+    summary = {name: _or_none(value) for name, value in zip(METRICS, evaluation.stats[: len(METRICS)], strict=True)}
     classes = _class_rows(dataset, document["annotations"], evaluation)
     return summary, classes, _curves(classes, dataset.category_ids, table, evaluation)
 
@@ -280,7 +281,7 @@ def _class_rows(
     dataset: Dataset, annotations: Sequence[Mapping[str, Any]], evaluation: COCOeval_faster
 ) -> tuple[ClassAccuracy, ...]:
     counted = [a for a in annotations if not a["iscrowd"]]
-    # [IoU threshold, recall, category, area range, max detections]; 0 is all areas, -1 is 100 detections
+    # [IoU threshold, recall, category, area range, max detections]; area range 0 is all, max detections -1 is 100
     precision: npt.NDArray[np.float64] = evaluation.eval["precision"][:, :, :, 0, -1]
     column = {category: k for k, category in enumerate(evaluation.params.catIds)}
     rows = []
@@ -293,8 +294,8 @@ def _class_rows(
                 name=name,
                 images=len(set(images)),
                 instances=len(images),
-                ap=_measured(curve.mean()),
-                ap50=_measured(curve[0].mean()),
+                ap=_or_none(curve.mean()),
+                ap50=_or_none(curve[0].mean()),
             )
         )
     return tuple(rows)
@@ -303,7 +304,7 @@ def _class_rows(
 def _curves(
     classes: Sequence[ClassAccuracy], categories: Sequence[int], rows: DoubleArray, evaluation: COCOeval_faster
 ) -> PrecisionRecall:
-    """Curves at the first IoU, 0.50, for objects of all sizes and 100 detections."""
+    """Return the curves at the first IoU threshold, 0.50, for all object sizes and 100 detections."""
     column = {category: k for k, category in enumerate(evaluation.params.catIds)}
     order = [column[category] for category in categories]
     precision, scores = (evaluation.eval[name][0, :, :, 0, -1][:, order].T for name in ("precision", "scores"))
@@ -311,6 +312,6 @@ def _curves(
     return precision_recall(precision, scores, found=found, instances=[row.instances for row in classes])
 
 
-def _measured(value: float) -> float | None:
-    """COCO writes -1 where there was nothing to measure."""
+def _or_none(value: float) -> float | None:
+    """Return `None` for -1, which COCO writes if there is nothing to measure."""
     return float(value) if value >= 0 else None

@@ -1,10 +1,10 @@
-"""What one detector loses against another on the same images, and how far the number of images lets us trust it.
+"""The drop in AP between two detectors on the same images, with a confidence interval.
 
-AP is no mean over images, so its error comes from the delete-a-group jackknife (P. S. Kott, "The delete-a-group
-jackknife", Journal of Official Statistics 17, 2001, 521-526): the drop is measured again with each group of images
-left out. Both detectors see the same images, so what makes an image hard for both cancels in the difference.
-A jackknife errs on the wide side (B. Efron, C. Stein, "The jackknife estimate of variance", Annals of Statistics 9,
-1981, 586-596); with a box or two of each class in all the images it does so by a fifth and more.
+AP is not a mean over images, so its standard error comes from the delete-a-group jackknife (P. S. Kott, "The
+delete-a-group jackknife", Journal of Official Statistics 17, 2001, 521-526): the drop is measured again without each
+group of images. Both detectors see the same images, so the difficulty of an image cancels in the difference.
+The jackknife overestimates the variance (B. Efron, C. Stein, "The jackknife estimate of variance", Annals of
+Statistics 9, 1981, 586-596), by a fifth and more if there are only one or two boxes of each class in all the images.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
+from yolov7_deploy._console import plural
+from yolov7_deploy._statistics import student_t_quantile
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import DatasetError, UsageError
 
 GROUPS = 20
-MOST_IMAGES = 100_000  # about COCO's training set (118,287); nobody labels more to settle this
-# Two-sided 95 % quantiles of Student's t with 1 to 9 degrees of freedom; `_t95` has a formula for more.
-T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-NORMAL95 = 1.959964
+MAX_IMAGES_NEEDED = 100_000  # about the size of COCO's training set (118,287); more is not realistic
 
 logger = logging.getLogger(__name__)
-Verdict = Literal["within", "beyond", "cannot tell"]
+Verdict = Literal["within", "above", "inconclusive"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyDrop:
-    """The AP that `accuracy_drop` found to be lost between two detectors, with its 95 % interval.
+    """The drop in AP from a reference to another detector, with its 95 % confidence interval.
 
     Attributes:
-        reference_ap, ap: 0..1.
-        points: 100 * (reference_ap - ap); negative where the other detector is the better one.
-        standard_error, low, high: Of `points`; all `None` where they cannot be known.
-        images: Images that were judged.
+        reference_ap, ap: AP of the two detectors, 0..1.
+        points: 100 * (reference_ap - ap); negative if the other detector is better.
+        standard_error, low, high: Standard error and confidence interval of `points`; all `None` if unknown.
+        images: Number of evaluated images.
     """
 
     reference_ap: float
@@ -53,15 +52,15 @@ class AccuracyDrop:
     images: int
 
     def verdict(self, max_drop: float) -> Verdict:
-        """Whether the whole interval is `within` what may be lost, all of it is `beyond`, or neither."""
+        """Return whether the whole interval is `within` the allowed drop or `above` it; else `inconclusive`."""
         if self.high is not None and self.high <= max_drop:
             return "within"
         if self.low is not None and self.low > max_drop:
-            return "beyond"
-        return "cannot tell"
+            return "above"
+        return "inconclusive"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for one JSON document; every number is finite."""
+        """Return plain data for one JSON document; every number is finite."""
         return asdict(self)
 
 
@@ -73,42 +72,43 @@ def accuracy_drop(
     *,
     groups: int = GROUPS,
 ) -> AccuracyDrop:
-    """The drop in AP from `reference` to `other`, with an interval for the drop on all images of this kind.
+    """Return the drop in AP from `reference` to `other`, with a confidence interval for all images of this kind.
 
-    The i-th image belongs to group i % `groups`; fewer images than groups make a group each. A class counts where
-    it has a box, so leaving out its only group takes it out of the mean, as drawing other images would.
+    Image i belongs to group i % `groups`; if there are fewer images than groups, each image is a group. The mean is
+    over the classes with ground truth, so without its only group a class drops out, as it would in another sample of
+    images.
 
-    The error is unknown where there is one group, or where one group has all the boxes. It is 0 where the predictions
-    are the same, but also where no group shows a difference, which a handful of easy images may not.
+    The standard error is unknown if there is one group, or if one group has all the boxes. It is 0 if the predictions
+    are the same, but also if no group shows a difference, as may happen with a few easy images.
     For 2,000 images with 190 predictions each it takes two to three times as long as one `compute_coco_metrics`.
 
     Args:
-        dataset: Where the ground truth comes from.
-        indices: The samples that both detectors have seen.
-        reference, other: COCO results, as `AccuracyReport.predictions`; those of other images do not count.
-        groups: At least 1. Fewer make the interval wider and less steady, and save little time.
+        dataset: Dataset with the ground truth.
+        indices: Samples that both detectors were evaluated on.
+        reference, other: COCO results as in `AccuracyReport.predictions`; those of other images are ignored.
+        groups: Number of groups, at least 1. Fewer groups make the interval wider and noisier, and save little time.
 
     Raises:
-        UsageError: There is no group.
-        DatasetError: The images have no box to find.
+        UsageError: `groups` is below 1.
+        DatasetError: The images have no ground truth.
     """
     if groups < 1:
         raise UsageError(f"groups must be at least 1, not {groups}.", fix=f"For example: groups={GROUPS}")
     document = dataset.ground_truth(indices)
     if all(annotation["iscrowd"] for annotation in document["annotations"]):
         raise DatasetError(
-            f"{dataset.source} has no box to find in the {len(indices)} images that both detectors have seen.",
-            fix="Measure on more images, or check that the labels lie where the images' paths say.",
+            f"{dataset.source} has no ground truth boxes in the {len(indices)} images of this comparison.",
+            fix="Measure on more images, or check that the label files are where the paths of the images say.",
         )
     truth = COCO(document)
     ids = [dataset.image_id(index) for index in indices]
     groups = min(groups, len(ids))
-    parts = [ids, *([i for place, i in enumerate(ids) if place % groups != group] for group in range(groups))]
+    parts = [ids, *([i for index, i in enumerate(ids) if index % groups != group] for group in range(groups))]
     reference_ap, *reference_aps = _aps(truth, reference, parts)
     ap, *aps = _aps(truth, other, parts)
     points = 100 * (reference_ap - ap)
     error = _jackknife(100 * (np.array(reference_aps) - np.array(aps)))
-    margin = None if error is None else _t95(groups - 1) * error
+    margin = None if error is None else student_t_quantile(0.975, groups - 1) * error
     return AccuracyDrop(
         reference_ap=reference_ap,
         ap=ap,
@@ -120,42 +120,42 @@ def accuracy_drop(
     )
 
 
-def drop_words(drop: AccuracyDrop, max_drop: float) -> str:
-    """The drop with its interval, and whether more than `max_drop` points are lost: two sentences for people.
+def summarize_drop(drop: AccuracyDrop, max_drop: float) -> str:
+    """Return two sentences: the drop with its interval, and whether more than `max_drop` points are lost.
 
-    Where that cannot be told, the second says how many images would do if the drop stayed what it is (the error goes
-    with one over the root of their number).
+    If that is inconclusive, the second one says how many images would be enough if the drop stayed the same (the
+    standard error is proportional to 1 / sqrt(images)).
     """
     moved = f"falls by {drop.points:.2f}" if drop.points >= 0 else f"rises by {-drop.points:.2f}"
-    images = f"{drop.images:,} image{'' if drop.images == 1 else 's'}"
+    images = plural(drop.images, "image")
     measured = f"AP {moved} points ({drop.reference_ap:.4f} to {drop.ap:.4f}) on {images}"
     question = f"whether more than {max_drop:g} points are lost"
     if drop.low is None or drop.high is None:
-        return f"{measured}. With boxes in so few images there is no interval, and no telling {question}."
+        return f"{measured}. With boxes in so few images there is no interval, so it is unknown {question}."
     measured += f"; the 95 % interval of the drop is {_rounded(drop.low)} to {_rounded(drop.high)}."
     verdict = drop.verdict(max_drop)
-    if verdict != "cannot tell":
-        return f"{measured} All of it is {verdict} the {max_drop:g} points that may be lost."
+    if verdict != "inconclusive":
+        return f"{measured} The whole interval is {verdict} the allowed {max_drop:g} points."
     needed = _images_needed(drop, max_drop)
     if needed is None:
-        many = f"not even {MOST_IMAGES:,} images would tell {question}"
-        return f"{measured} The drop is so near to {max_drop:g} that {many}."
-    return f"{measured} {images} cannot tell {question}; about {needed:,} would if the drop stayed the same."
+        many = f"not even {MAX_IMAGES_NEEDED:,} images would show {question}"
+        return f"{measured} The drop is so close to {max_drop:g} that {many}."
+    return f"{measured} {images} cannot show {question}; about {needed:,} could if the drop stayed the same."
 
 
 def _aps(truth: COCO, predictions: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[int]]) -> list[float]:
-    """AP (0..1) of a detector on each part of the images, named by their ids; NaN where a part has no box to find.
+    """Return the AP (0..1) of a detector on each part, a list of image ids; NaN for a part without ground truth.
 
-    The boxes are matched once, which is most of the work, and summed up for each part. faster-coco-eval's own
-    evaluation on several machines (its utils/pytorch/coco_eval.py) sets the same two members before `accumulate`:
-    the matches by class, area range and image, in this order, and the parameters that name these images.
+    Boxes are matched once, which is most of the work, and accumulated for each part. The distributed evaluation of
+    faster-coco-eval (its utils/pytorch/coco_eval.py) sets the same two members before `accumulate`: the matches by
+    class, area range and image, in this order, and the parameters with the ids of these images.
     """
     seen = set(truth.getImgIds())
     rows = [(p["image_id"], *p["bbox"], p["score"], p["category_id"]) for p in predictions if p["image_id"] in seen]
     found = truth.loadRes(np.array(rows, dtype=np.float64).reshape(-1, 7))
     evaluation = COCOeval_faster(truth, found, "bbox", print_function=logger.debug, separate_eval=True)
     parameters = evaluation.params
-    # AP needs objects of all sizes together and the longest list of detections only: a quarter of the sums.
+    # AP needs only the area range of all sizes and the largest number of detections: a quarter of the work.
     parameters.areaRng, parameters.areaRngLbl = parameters.areaRng[:1], parameters.areaRngLbl[:1]
     parameters.maxDets = parameters.maxDets[-1:]
     evaluation.evaluate()
@@ -174,38 +174,22 @@ def _aps(truth: COCO, predictions: Sequence[Mapping[str, Any]], parts: Sequence[
 
 
 def _jackknife(drops: npt.NDArray[np.float64]) -> float | None:
-    """Standard error from the drop without each group; `None` where one is NaN, as it is without the only group."""
+    """Return the standard error from the drops without each group; `None` if one is NaN, as without the only group."""
     error = math.sqrt((len(drops) - 1) * float(np.var(drops)))
     return None if math.isnan(error) else error
 
 
-def _t95(degrees: int) -> float:
-    """Half width of a 95 % interval in standard errors: Student's t.
-
-    Above the table it is the expansion of Abramowitz and Stegun 26.7.5, which is right to 0.0002 there.
-    """
-    if degrees <= len(T95):
-        return T95[degrees - 1]
-    z = NORMAL95
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
-
-
 def _images_needed(drop: AccuracyDrop, max_drop: float) -> int | None:
-    """Images whose interval would just reach `max_drop`, rounded up: never less than now; `None` for too many."""
+    """Return the number of images whose interval would just reach `max_drop`, rounded up; `None` if too many."""
     assert drop.high is not None
     distance, margin = abs(max_drop - drop.points), drop.high - drop.points
     needed = drop.images * (margin / distance) ** 2 if distance > 0 else math.inf
-    if needed > MOST_IMAGES:
+    if needed > MAX_IMAGES_NEEDED:
         return None
     step = max(5 * 10 ** (len(str(math.ceil(needed))) - 2), 1)
     return int(math.ceil(needed / step) * step)
 
 
 def _rounded(points: float) -> str:
-    """Two decimals, and no minus before a zero."""
+    """Return the number with two decimals, without a minus sign for zero."""
     return f"{round(points, 2) + 0.0:.2f}"

@@ -1,4 +1,4 @@
-"""Looks inside an ONNX file: its raw head maps and decoded output for one canvas."""
+"""Intermediate outputs of an ONNX file: its raw head maps and decoded output for one canvas."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import onnx
 import onnxruntime
 
 from yolov7_deploy.export.nms import EFFICIENT_OP
-from yolov7_deploy.export.onnx_model import RAW_OUTPUT, OnnxModel
+from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import FloatArray, Image, to_network_input
+from yolov7_deploy.metadata import RAW_OUTPUT
 from yolov7_deploy.runtimes.base import IntermediateOutputs
 
 _ERRORS_ONLY = 3
 
 
 class OnnxProbe:
-    """An ONNX file of ours, run once more with what lies inside as additional outputs.
+    """Runs a copy of an ONNX file of ours that has intermediate tensors as additional outputs.
 
     Args:
-        path: The file; it is read and not changed.
+        path: The file; it is not changed.
 
     Raises:
-        LoadError: It is not ONNX, or not ours.
+        LoadError: The file is not ONNX, or was not written by this package.
     """
 
     def __init__(self, path: Path) -> None:
         model = OnnxModel.load(path)
-        self._info = model.metadata
+        self._metadata = model.metadata
         graph = model.proto.graph
-        self._scored = [list(node.input) for node in graph.node if node.op_type == EFFICIENT_OP]
-        inside = [*self._info.heads, *(name for names in self._scored for name in names)]
+        self._nms_inputs = [list(node.input) for node in graph.node if node.op_type == EFFICIENT_OP]
+        added = [*self._metadata.heads, *(name for names in self._nms_inputs for name in names)]
         known = {output.name for output in graph.output}
-        # Without a type, because maps are half in some files.
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside if name not in known)
-        self._wanted = [*inside, *([RAW_OUTPUT] if RAW_OUTPUT in known else [])]
+        # Without a type, because maps are FP16 in some files.
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in added if name not in known)
+        self._outputs = [*added, *([RAW_OUTPUT] if RAW_OUTPUT in known else [])]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         self._session = onnxruntime.InferenceSession(
@@ -44,16 +45,16 @@ class OnnxProbe:
         self._input = self._session.get_inputs()[0].name
 
     def stages(self, canvas: Image) -> IntermediateOutputs:
-        """What the file makes of one canvas. A decode that is part of a NMS op cannot be seen."""
-        batch = [canvas] * (self._info.batch or 1)
-        fed = np.stack(batch) if self._info.input_kind == "uint8" else to_network_input(batch)
-        results = dict(zip(self._wanted, self._session.run(self._wanted, {self._input: fed}), strict=True))
+        """Return the intermediate outputs for one canvas; decoding that is part of an NMS op has none."""
+        batch = [canvas] * (self._metadata.batch or 1)
+        array = np.stack(batch) if self._metadata.input_kind == "uint8" else to_network_input(batch)
+        results = dict(zip(self._outputs, self._session.run(self._outputs, {self._input: array}), strict=True))
         decoded: FloatArray | None = None
         if RAW_OUTPUT in results:
             decoded = results[RAW_OUTPUT][0]
-        for boxes, scores in self._scored:
-            # The product of objectness and class is what EfficientNMS reads, so the objectness is one here.
+        for boxes, scores in self._nms_inputs:
+            # EfficientNMS reads the product of objectness and class score, so the objectness is 1 here.
             ones = np.ones((results[boxes].shape[1], 1), dtype=np.float32)
             decoded = np.concatenate([results[boxes][0], ones, results[scores][0]], axis=1)
-        heads = [results[name][0].astype(np.float32) for name in self._info.heads]
+        heads = [results[name][0].astype(np.float32) for name in self._metadata.heads]
         return IntermediateOutputs(heads=heads, decoded=decoded)

@@ -1,4 +1,4 @@
-"""Precision against recall at IoU 0.50, and the confidence that balances them best."""
+"""Precision-recall curves at IoU 0.50, and the confidence threshold with the best F1."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 from yolov7_deploy.datasets.samples import BoolArray, DoubleArray
 
 RECALL = np.linspace(0.0, 1.0, 101)  # COCO's recall points
-ROUNDING = 1e-6  # of a box: more than float64 loses, less than any fraction of a box
-MOST_CANDIDATES = 10_000  # confidences that are tried; 80 classes have no more
+ROUNDING = 1e-6  # in boxes: above the error of float64, below any fraction of a box
+MAX_CANDIDATES = 10_000  # confidences that are tried; 80 classes have fewer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperatingPoint:
-    """What a detector does when it answers with the boxes of at least this confidence, as means over the classes.
+    """Precision, recall and F1 of a detector at a confidence threshold, as means over the classes.
 
-    A class whose boxes all have less counts 0. `f1` is the mean of the classes' F1, not the F1 of the means.
+    A class without boxes of this confidence counts 0. `f1` is the mean of the F1 of each class, not the F1 of the
+    means.
     """
 
     confidence: float
@@ -29,13 +30,13 @@ class OperatingPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PrecisionRecall:
-    """The curves of all classes at IoU 0.50.
+    """Precision-recall curves of all classes at IoU 0.50.
 
     Attributes:
         recall: float64 [101], 0 to 1.
-        precision: float64 [C, 101], per class of the dataset: the best precision at this recall or a higher one, 0
-            where the recall is not reached. NaN for a class without boxes.
-        best: Where the mean F1 is highest; `None` where nothing was found, or nothing was to be found.
+        precision: float64 [C, 101], one row per class of the dataset: the highest precision at this recall or a higher
+            one, 0 where the recall is not reached. NaN for a class without ground truth.
+        best: Operating point with the highest mean F1; `None` without detections or without ground truth.
     """
 
     recall: DoubleArray
@@ -47,18 +48,18 @@ class PrecisionRecall:
 
     @property
     def measured(self) -> BoolArray:
-        """Which classes have boxes, bool [C]."""
+        """Mask of the classes with ground truth, bool [C]."""
         return ~np.isnan(self.precision[:, 0])
 
     @property
     def ap50(self) -> DoubleArray:
-        """The area under each curve as COCO has it: the mean of its points, float64 [C]."""
+        """AP at IoU 0.50 of each class as defined by COCO: the mean of the curve's points, float64 [C]."""
         mean: DoubleArray = self.precision.mean(axis=1)
         return mean
 
     @property
     def mean_precision(self) -> DoubleArray:
-        """The mean of the curves of the classes with boxes, float64 [101]; NaN where there is none."""
+        """Mean curve of the classes with ground truth, float64 [101]; NaN if there is none."""
         if not self.measured.any():
             return np.full(self.recall.shape, np.nan)
         mean: DoubleArray = self.precision[self.measured].mean(axis=0)
@@ -68,13 +69,14 @@ class PrecisionRecall:
 def precision_recall(
     precision: DoubleArray, scores: DoubleArray, *, found: Sequence[DoubleArray], instances: Sequence[int]
 ) -> PrecisionRecall:
-    """The curves and their best point from what COCO's evaluation gives for one IoU.
+    """Return the curves and the best operating point from the arrays of COCO's evaluation for one IoU threshold.
 
     Args:
-        precision: float64 [C, 101], interpolated precision at COCO's recall points; -1 for a class without boxes.
-        scores: float64 [C, 101], the confidence at which each recall is reached.
-        found: Per class the confidence of every detection, in any order.
-        instances: Per class the boxes to find.
+        precision: float64 [C, 101], interpolated precision at COCO's recall points; -1 for a class without ground
+            truth.
+        scores: float64 [C, 101], confidence at which each recall is reached.
+        found: Confidences of all detections of each class, in any order.
+        instances: Number of ground truth boxes of each class.
     """
     curves = np.where(precision >= 0, precision, np.nan)
     best = _best_point(precision > 0, scores, [np.sort(row) for row in found], instances)
@@ -84,23 +86,24 @@ def precision_recall(
 def _best_point(
     reached: BoolArray, scores: DoubleArray, found: Sequence[DoubleArray], instances: Sequence[int]
 ) -> OperatingPoint | None:
-    """The confidence with the highest mean F1; the highest such confidence where several have it.
+    """Return the operating point with the highest mean F1; of several, the one with the highest confidence.
 
-    The interpolated precision would not do, because it counts what only comes at lower confidence: on 82 images of
-    COCO it says F1 0.69 at confidence 0.07, where the truth is 0.60 at 0.36. So hits are counted from the recall that
-    a confidence reaches (exactly up to 100 boxes in a class, else rounded down by less than a hundredth of them), and
-    alarms from the detections (those on a crowd, too, which COCO ignores).
+    The interpolated precision cannot be used, because it includes detections of lower confidence: on 82 COCO images it
+    gives F1 0.69 at confidence 0.07, while the actual values are 0.60 at 0.36. Therefore true positives are counted
+    from the recall that a confidence reaches (exact for up to 100 boxes in a class, else rounded down by less than a
+    hundredth of them), and positives from the detections (including those on a crowd, which COCO ignores).
     """
     candidates = np.unique(scores[reached])[::-1]
-    candidates = candidates[:: 1 + len(candidates) // MOST_CANDIDATES]
+    candidates = candidates[:: 1 + len(candidates) // MAX_CANDIDATES]
     sums = np.zeros((3, len(candidates)))
     for known, score, confidences, boxes in zip(reached, scores, found, instances, strict=True):
         if boxes:
-            hits = np.ceil(np.append(0.0, RECALL[known]) * boxes - ROUNDING)
-            # Confidence falls along a curve: so many of its points lie at a candidate's confidence or above.
-            hits = hits[np.searchsorted(-score[known], -candidates, side="right")]
-            alarms = len(confidences) - np.searchsorted(confidences, candidates)
-            sums += np.stack([hits / np.maximum(alarms, 1), hits / boxes, 2 * hits / (alarms + boxes)])
+            true_positives = np.ceil(np.append(0.0, RECALL[known]) * boxes - ROUNDING)
+            # Confidence decreases along a curve: count its points with at least the confidence of a candidate.
+            true_positives = true_positives[np.searchsorted(-score[known], -candidates, side="right")]
+            positives = len(confidences) - np.searchsorted(confidences, candidates)
+            precision, recall = true_positives / np.maximum(positives, 1), true_positives / boxes
+            sums += np.stack([precision, recall, 2 * true_positives / (positives + boxes)])
     if not sums.any():
         return None
     at = int(sums[2].argmax())

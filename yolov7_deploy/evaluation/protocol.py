@@ -1,4 +1,4 @@
-"""How images are placed for a measurement: the published rect protocol and the plain letterbox."""
+"""Evaluation protocols: batches and canvas sizes of the published rect protocol and of the letterbox of one size."""
 
 from __future__ import annotations
 
@@ -19,41 +19,48 @@ if TYPE_CHECKING:
 
 RECT_PAD = 0.5  # strides added to each side of a rect canvas by the official evaluation
 RECT_MIN_STRIDE = 32
-Fit = Callable[[tuple[int, int], tuple[int, int]], Letterbox]
+FitLetterbox = Callable[[tuple[int, int], tuple[int, int]], Letterbox]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """Samples of a dataset that run together on canvases of one size."""
+class ImageBatch:
+    """Indices of dataset samples that run as one batch, and the height and width of their canvas."""
 
     indices: tuple[int, ...]
     canvas_hw: tuple[int, int]
 
 
-def plan(
-    detector: Detector, sized: Mapping[int, tuple[int, int]], *, rect: bool, batch: int
-) -> tuple[list[Group], Fit, str]:
-    """The groups to run, how an image is placed on its group's canvas, and that in words."""
+def plan_batches(
+    detector: Detector, sizes: Mapping[int, tuple[int, int]], *, rect: bool, batch: int
+) -> tuple[list[ImageBatch], FitLetterbox, str]:
+    """Return the batches to run, the letterbox function of (image_hw, canvas_hw), and a description of the protocol.
+
+    Args:
+        detector: Its input size is used.
+        sizes: Height and width of every image by its index, in order of path.
+        rect: Use the rect protocol instead of a letterbox of one size.
+        batch: Images per batch.
+    """
     if not rect:
         height, width = detector.input_hw
-        groups = _consecutive(list(sized), batch, lambda _: (height, width))
-        return groups, fit_letterbox, f"letterbox {width}x{height}"
+        batches = _split(list(sizes), batch, lambda _: (height, width))
+        return batches, fit_letterbox, f"letterbox {width}x{height}"
     size, stride = max(detector.input_hw), max(detector.metadata.stride, RECT_MIN_STRIDE)
-    groups = rect_groups(sized, size=size, stride=stride, batch=batch)
-    tallest, widest = (max((g.canvas_hw[axis] for g in groups), default=0) for axis in (0, 1))
-    words = f"rect {size} (pad {RECT_PAD}, batch {batch}, canvases up to {widest}x{tallest})"
-    return groups, lambda hw, canvas_hw: fit_evaluation_letterbox(hw, canvas_hw, size=size), words
+    batches = rect_batches(sizes, size=size, stride=stride, batch=batch)
+    tallest, widest = (max((b.canvas_hw[axis] for b in batches), default=0) for axis in (0, 1))
+    description = f"rect {size} (pad {RECT_PAD}, batch {batch}, canvases up to {widest}x{tallest})"
+    return batches, lambda hw, canvas_hw: fit_evaluation_letterbox(hw, canvas_hw, size=size), description
 
 
-def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int, batch: int) -> list[Group]:
-    """The official rectangular batches: images in order of path, sorted by height / width, `batch` at a time.
+def rect_batches(sizes: Mapping[int, tuple[int, int]], *, size: int, stride: int, batch: int) -> list[ImageBatch]:
+    """Return the rectangular batches of the official evaluation: images sorted by height / width, `batch` at a time.
 
-    With a = height / width of a group's images its canvas is (max a, 1) if all a < 1, (1, 1 / min a) if all a > 1,
-    else (1, 1), each side times `size`, plus half a stride, rounded up to whole strides.
+    With a = height / width of the images in a batch, its canvas is (max a, 1) if all a < 1, (1, 1 / min a) if all
+    a > 1, else (1, 1); each side times `size`, plus half a stride, rounded up to a multiple of the stride.
     """
 
     def canvas_hw(indices: Sequence[int]) -> tuple[int, int]:
-        aspects = [sized[i][0] / sized[i][1] for i in indices]
+        aspects = [sizes[i][0] / sizes[i][1] for i in indices]
         shape = (1.0, 1.0)
         if max(aspects) < 1:
             shape = (max(aspects), 1.0)
@@ -62,47 +69,47 @@ def rect_groups(sized: Mapping[int, tuple[int, int]], *, size: int, stride: int,
         height, width = (math.ceil(side * size / stride + RECT_PAD) * stride for side in shape)
         return height, width
 
-    indices = list(sized)
-    # NumPy's default sort, not a stable one: it puts images of equal shape into the same batches as the official
-    # program, and a batch decides the canvas of its images.
-    order = np.array([sized[i][0] / sized[i][1] for i in indices]).argsort()
-    return _consecutive([indices[i] for i in order], batch, canvas_hw)
+    indices = list(sizes)
+    # NumPy's default sort, not a stable one: only it puts images of equal shape into the same batches as the official
+    # program, and the batch determines the canvas.
+    order = np.array([sizes[i][0] / sizes[i][1] for i in indices]).argsort()
+    return _split([indices[i] for i in order], batch, canvas_hw)
 
 
-def _consecutive(
+def _split(
     indices: Sequence[int], batch: int, canvas_hw: Callable[[Sequence[int]], tuple[int, int]]
-) -> list[Group]:
+) -> list[ImageBatch]:
     parts = [tuple(indices[start : start + batch]) for start in range(0, len(indices), batch)]
-    return [Group(indices=part, canvas_hw=canvas_hw(part)) for part in parts]
+    return [ImageBatch(indices=part, canvas_hw=canvas_hw(part)) for part in parts]
 
 
-def thresholds_in_force(asked: Thresholds, metadata: ModelMetadata) -> tuple[Thresholds, tuple[str, ...]]:
-    """What a file with its own NMS really applies, and a note where that is not what was asked for."""
+def effective_thresholds(requested: Thresholds, metadata: ModelMetadata) -> tuple[Thresholds, tuple[str, ...]]:
+    """Return the thresholds that a file with its own NMS applies, and a note if they are not the requested ones."""
     nms = metadata.nms
     if nms is None:
-        return asked, ()
-    real = replace(
-        asked,
-        conf=asked.conf if nms.runtime_thresholds else max(asked.conf, nms.conf),
-        iou=asked.iou if nms.runtime_thresholds else nms.iou,
-        max_det=min(asked.max_det, nms.max_det),
+        return requested, ()
+    effective = replace(
+        requested,
+        conf=requested.conf if nms.runtime_thresholds else max(requested.conf, nms.conf),
+        iou=requested.iou if nms.runtime_thresholds else nms.iou,
+        max_det=min(requested.max_det, nms.max_det),
         multi_label=nms.multi_label,
         class_agnostic=nms.class_agnostic,
     )
-    if real == asked:
-        return asked, ()
+    if effective == requested:
+        return requested, ()
     note = (
-        f"the NMS inside the file holds conf {real.conf:g}, iou {real.iou:g}, max_det {real.max_det}, "
-        f"multi_label {real.multi_label}: AP is not comparable with the published one"
+        f"the NMS inside the file applies conf {effective.conf:g}, iou {effective.iou:g}, max_det {effective.max_det}, "
+        f"multi_label {effective.multi_label}: AP is not comparable with the published one"
     )
-    return real, (note,)
+    return effective, (note,)
 
 
-def is_rect(metadata: ModelMetadata, options: ValOptions) -> bool:
-    """Whether to measure with rect batches: what was asked for, else what the model can do.
+def uses_rect(metadata: ModelMetadata, options: ValOptions) -> bool:
+    """Return whether to use rect batches: as requested, by default if the model takes any input size.
 
     Raises:
-        UsageError: rect is asked of a model with a fixed input size.
+        UsageError: rect is requested for a model with a fixed input size.
     """
     if metadata.input_hw is None:
         return options.rect is not False
@@ -110,6 +117,6 @@ def is_rect(metadata: ModelMetadata, options: ValOptions) -> bool:
         height, width = metadata.input_hw
         raise UsageError(
             f"--rect needs a model that takes any input size; this one takes {width}x{height} only.",
-            fix="Leave --rect out for a plain letterbox, or measure the weights it was exported from.",
+            fix="Leave --rect out, or measure the weights from which it was exported.",
         )
     return False

@@ -1,4 +1,4 @@
-"""An image to measure with where none is at hand."""
+"""Synthetic images for measurements and comparisons without any image file."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ STOP = (
 )
 
 
-def street() -> Image:
-    """A drawn street with a stop sign, the same pixels everywhere; the official weights recognise it."""
+def street_scene() -> Image:
+    """Return a synthetic street scene with a stop sign, which the official weights detect; always the same pixels."""
     height, width = IMAGE_HW
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = np.empty((height, width, 3), dtype=np.float32)
@@ -45,7 +45,7 @@ def street() -> Image:
 
 
 def _draw_ground(image: FloatArray, y: FloatArray, x: FloatArray) -> None:
-    """Grass, and a road with a dashed line that runs to the horizon."""
+    """Draw grass, and a road with a dashed line to the horizon."""
     height, width = IMAGE_HW
     horizon = 0.62 * height
     near = (y - horizon) / (height - horizon)  # 0 at the horizon, 1 at the lower edge
@@ -57,7 +57,7 @@ def _draw_ground(image: FloatArray, y: FloatArray, x: FloatArray) -> None:
 
 
 def _draw_sign(image: FloatArray, y: FloatArray, x: FloatArray, *, centre: tuple[float, float], radius: float) -> None:
-    """A red octagon with a white rim and four letters, on a post."""
+    """Draw a red octagon with a white rim and four letters, on a post."""
     dy, dx = np.abs(y - centre[0]), np.abs(x - centre[1])
     image[(dx < 0.08 * radius) & (y > centre[0]) & (y < centre[0] + 3.8 * radius)] = STEEL
     for size, colour in ((radius, WHITE), (0.93 * radius, RED)):
@@ -69,8 +69,8 @@ def _draw_sign(image: FloatArray, y: FloatArray, x: FloatArray, *, centre: tuple
     image[top : top + letters.shape[0], left : left + letters.shape[1]][letters] = WHITE
 
 
-def drawn_image(input_hw: tuple[int, int], *, seed: int = 7) -> Image:
-    """A deterministic image of shaded rectangles and discs; lower than the input, so that it is padded."""
+def synthetic_image(input_hw: tuple[int, int], *, seed: int = 7) -> Image:
+    """Return an image of shaded rectangles and discs; its height is 3/4 of the input, so that it is padded."""
     height, width = max(8, input_hw[0] * 3 // 4), input_hw[1]
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)

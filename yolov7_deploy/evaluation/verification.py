@@ -1,4 +1,4 @@
-"""Several forms of one model against the one to trust: stages, matched boxes, AP."""
+"""Verification of several artifacts against the reference they were made from: stages, matched boxes, AP."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.evaluation.accuracy import evaluate
-from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, form
-from yolov7_deploy.evaluation.synthetic_image import drawn_image
+from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
+from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import ValOptions
-from yolov7_deploy.runtimes.base import Backend, backend_row, open_backend
+from yolov7_deploy.runtimes.base import Runtime, open_runtime, runtime_entry
 from yolov7_deploy.sources import open_source
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormAccuracy:
-    """AP (0..1) of one form, all forms by the plain letterbox of the same size."""
+class ArtifactAccuracy:
+    """AP (0..1) of one artifact; all artifacts are evaluated with the same letterbox."""
 
     weights: str
     precision: str
@@ -38,18 +38,25 @@ class FormAccuracy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """The outcome: one report a form, AP of each (the trusted one first) if data was given, and what was lost."""
+    """Results of `verify_artifacts`.
+
+    Attributes:
+        reports: Stage by stage comparison of each artifact with the reference.
+        accuracy: AP of each artifact, the reference first; empty without a dataset.
+        images: Number of images.
+        failures: One sentence for each artifact that differs too much or loses too much AP.
+    """
 
     reports: tuple[ParityReport, ...]
-    accuracy: tuple[FormAccuracy, ...]
+    accuracy: tuple[ArtifactAccuracy, ...]
     images: int
-    losses: tuple[str, ...]
+    failures: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the results as plain data for JSON."""
         return {
-            "ok": not self.losses,
-            "losses": list(self.losses),
+            "ok": not self.failures,
+            "failures": list(self.failures),
             "images": self.images,
             "reports": [report.to_dict() for report in self.reports],
             "accuracy": [
@@ -59,8 +66,8 @@ class Verification:
         }
 
 
-def verify_forms(
-    trusted: Path,
+def verify_artifacts(
+    reference: Path,
     others: Sequence[Path],
     *,
     images: Path | None = None,
@@ -70,104 +77,113 @@ def verify_forms(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Verification:
-    """Compares each of `others` with `trusted` on the same images.
+    """Compare each of `others` with `reference` on the same images.
 
     Args:
-        trusted, others: Model files.
-        images: Folder, file, pattern or list; images of `data`, or a drawn one, where absent.
-        data: Dataset to measure AP on.
-        limit: At most so many images for the stages, and for AP.
-        max_drop: AP points of 100 that may be lost.
-        device: Where to run.
-        progress: Called with steps done and in all.
+        reference, others: Model files.
+        images: Folder, file, pattern or list; by default the images of `data`, or else a synthetic one.
+        data: Dataset for measuring AP.
+        limit: Maximum number of images.
+        max_drop: Maximum loss in AP points (of 100).
+        device: Device of all runtimes.
+        progress: Called with the number of finished and of all steps.
 
     Raises:
-        UsageError: The forms differ in input size or classes.
+        UsageError: The artifacts differ in input size or classes.
     """
     dataset = open_dataset(data, limit=limit) if data else None
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
-    frames = _images(source, limit)
-    reports = [_stages(trusted, path, frames, device, progress) for path in others]
-    accuracy = _accuracy([trusted, *others], dataset, device, progress) if dataset else []
+    frames = _read_images(source, limit)
+    reports = [_compare_stages(reference, path, frames, device, progress) for path in others]
+    accuracy = _measure_accuracy([reference, *others], dataset, device, progress) if dataset else []
     return Verification(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
         images=len(dataset) if dataset else len(frames) or 1,
-        losses=(*_stage_losses(reports), *_accuracy_losses(accuracy, max_drop)),
+        failures=(*_stage_failures(reports), *_accuracy_failures(accuracy, max_drop)),
     )
 
 
-def _stages(trusted: Path, path: Path, images: Sequence[Image], device: str, progress: Progress | None) -> ParityReport:
-    other = open_backend(path, device=device, input_hw=None)
+def _compare_stages(
+    reference: Path, path: Path, images: Sequence[Image], device: str, progress: Progress | None
+) -> ParityReport:
+    other = open_runtime(path, device=device, input_hw=None)
     hw = other.metadata.default_hw
-    reference = open_backend(
-        trusted, device=device, input_hw=None if _fixed(trusted) else hw, half=None if _fixed(trusted) else False
+    original = open_runtime(
+        reference, device=device, input_hw=None if _is_fixed(reference) else hw, half=_reference_half(reference)
     )
-    _check_same_classes(trusted, reference.metadata, path, other.metadata)
+    _check_same_classes(reference, original.metadata, path, other.metadata)
     return compare(
-        form(str(trusted), reference, trusted, input_hw=reference.metadata.input_hw or hw),
-        form(str(path), other, path, input_hw=hw),
-        images or [drawn_image(hw)],
-        thresholds=comparison_thresholds(_strictest(reference, other)),
+        make_artifact(str(reference), original, reference, input_hw=original.metadata.input_hw or hw),
+        make_artifact(str(path), other, path, input_hw=hw),
+        images or [synthetic_image(hw)],
+        thresholds=comparison_thresholds(_metadata_with_nms(original, other)),
         progress=progress,
     )
 
 
-def _accuracy(paths: Sequence[Path], dataset: Dataset, device: str, progress: Progress | None) -> list[FormAccuracy]:
-    """AP of each form at one input size: that of the first file whose size is fixed."""
-    fixed = [open_backend(path, device=device, input_hw=None).metadata.input_hw for path in paths if _fixed(path)]
+def _measure_accuracy(
+    paths: Sequence[Path], dataset: Dataset, device: str, progress: Progress | None
+) -> list[ArtifactAccuracy]:
+    """Return the AP of each artifact at one input size: that of the first artifact with a fixed size."""
+    fixed = [open_runtime(path, device=device, input_hw=None).metadata.input_hw for path in paths if _is_fixed(path)]
     size = next((hw for hw in fixed if hw is not None), None)
     accuracy = []
     for path in paths:
-        # A checkpoint is what the others are measured by: float32 on every device.
-        half = None if _fixed(path) else False
-        with Detector(path, device=device, img=None if _fixed(path) else size, half=half) as detector:
-            measured = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
+        img = None if _is_fixed(path) else size
+        with Detector(path, device=device, img=img, half=_reference_half(path)) as detector:
+            report = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
         accuracy.append(
-            FormAccuracy(
-                weights=str(path), precision=measured.precision, ap=measured.ap or 0.0, ap50=measured.ap50 or 0.0
+            ArtifactAccuracy(
+                weights=str(path), precision=report.precision, ap=report.ap or 0.0, ap50=report.ap50 or 0.0
             )
         )
     return accuracy
 
 
-def _images(source: Path | list[Path] | None, limit: int) -> list[Image]:
+def _read_images(source: Path | list[Path] | None, limit: int) -> list[Image]:
     if source is None:
         return []
     with open_source(source) as frames:
         return [frame.image for frame in islice(frames, limit)]
 
 
-def _fixed(path: Path) -> bool:
-    return backend_row(path).name != "pytorch"
+def _is_fixed(path: Path) -> bool:
+    """Return whether input size and precision are fixed in the file; those of a checkpoint are not."""
+    return runtime_entry(path).name != "pytorch"
 
 
-def _strictest(reference: Backend, other: Backend) -> ModelMetadata:
-    """The metadata whose NMS cannot be changed, if any is inside a file."""
+def _reference_half(path: Path) -> bool | None:
+    """Return the option `half` of a runtime: checkpoints run in float32 on every device, as the reference."""
+    return None if _is_fixed(path) else False
+
+
+def _metadata_with_nms(reference: Runtime, other: Runtime) -> ModelMetadata:
+    """Return the metadata of a file with NMS inside, if one of the two has it."""
     return other.metadata if other.metadata.nms is not None else reference.metadata
 
 
-def _check_same_classes(trusted: Path, reference: ModelMetadata, path: Path, other: ModelMetadata) -> None:
-    if len(reference.class_names) != len(other.class_names):
+def _check_same_classes(reference: Path, expected: ModelMetadata, path: Path, actual: ModelMetadata) -> None:
+    if len(expected.class_names) != len(actual.class_names):
         raise UsageError(
-            f"{trusted} has {len(reference.class_names)} classes, {path} {len(other.class_names)}: not the same model.",
-            fix="Compare a file with the weights it was exported from.",
+            f"{reference} has {len(expected.class_names)} classes, {path} {len(actual.class_names)}: "
+            "not the same model.",
+            fix="Compare a file with the weights from which it was exported.",
         )
 
 
-def _stage_losses(reports: Sequence[ParityReport]) -> list[str]:
-    losses = []
+def _stage_failures(reports: Sequence[ParityReport]) -> list[str]:
+    failures = []
     for report in reports:
-        lost = report.first_loss
-        if lost is not None:
-            over = {
-                name: lost.differences[name] for name, limit in lost.limits.items() if lost.differences[name] > limit
-            }
-            losses.append(f"{report.against} parts from {report.reference} at the stage {lost.stage!r}: {over}.")
-    return losses
+        stage = report.first_failure
+        if stage is not None:
+            found = stage.differences
+            over = {name: found[name] for name, limit in stage.limits.items() if not found[name] <= limit}  # or NaN
+            failures.append(f"{report.against} differs from {report.reference} at the stage {stage.stage!r}: {over}.")
+    return failures
 
 
-def _accuracy_losses(accuracy: Sequence[FormAccuracy], max_drop: float) -> list[str]:
+def _accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
     return [
         f"{row.weights} loses {(accuracy[0].ap - row.ap) * 100:.2f} AP points ({accuracy[0].ap:.4f} to {row.ap:.4f}), "
         f"more than --max-drop {max_drop:g}."
