@@ -1,8 +1,8 @@
-"""Makes the weights that come along: generates shapes, trains yolov7-tiny on them, stores half, measures AP.
+"""Train the included weights: generate shapes, train yolov7-tiny on them, store FP16, measure AP.
 
 python benchmarks/demo_weights.py --work FOLDER
 
-An interrupted training goes on when the recipe is run again with the same folder.
+An interrupted training resumes when the script is run again with the same folder.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from pathlib import Path
 
 from recording import parser, record
 
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.checkpoint.loader import save_checkpoint
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.evaluation.accuracy import evaluate
-from yolov7_deploy.hub import file_digest, shipped_weights
+from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.options import ValOptions
 
 SHAPES = "shapes --train 4000 --val 300 --img 320 --seed 0 --output shapes"
 COMMON = (
     "train --data shapes/shapes.yaml --variant yolov7-tiny --hyp tiny --half --workers 1 --no-tensorboard "
-    "--no-rebase-bn --set cls=3 --set mixup=0 --set paste_in=0"
+    "--no-recalibrate-bn --set cls=3 --set mixup=0 --set paste_in=0"
 )
-# The gains of objectness and classes are scaled to size and classes by the recipe, here to a tenth and less; with these
-# values both are learned in few epochs. Single images take turns with mosaics, whose shapes are half as large, and
-# most of the way is gone at a small size, where a processor is fast.
+# The recipe scales the gains of objectness and classes with image size and number of classes, here to a tenth and less;
+# these values let both be learned in few epochs. Single images alternate with mosaics, whose shapes are half as large.
+# Most epochs run at a small size, where a CPU is fast.
 TRAININGS = (
     f"{COMMON} --img 256 --batch 32 --nominal-batch 32 --epochs 14 --val-every 4 --close-mosaic 2 --set lr0=0.02 "
     "--set obj=3 --set mosaic=0.5 --save-dir first",
@@ -49,13 +50,15 @@ SIZE = 416
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--work", type=Path, required=True, help="folder for dataset and run; may hold both already")
+    arguments.add_argument(
+        "--work", type=Path, required=True, help="folder for dataset and runs; may contain both already"
+    )
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     subprocess.run([*Y7, *SHAPES.split()], check=True, cwd=options.work)
     for command, folder in zip(TRAININGS, FOLDERS, strict=True):
         train(command, options.work / folder)
-    best, shipped = options.work / FOLDERS[-1] / "best.safetensors", shipped_weights()
+    best, shipped = options.work / FOLDERS[-1] / "best.safetensors", bundled_weights()
     save_checkpoint(load_checkpoint(best), shipped, half=True)
     unseen = open_dataset(write_shapes(options.work / "unseen", train=1, val=UNSEEN, size=320, seed=SEED_UNSEEN))
     aps = {}
@@ -73,13 +76,13 @@ def main() -> None:
             "unseen_seed": SEED_UNSEEN,
             "unseen": aps,
             "bytes": shipped.stat().st_size,
-            "sha256": file_digest(shipped),
+            "sha256": sha256_hex(shipped),
         },
     )
 
 
 def train(command: str, run: Path) -> None:
-    """Runs a training, or goes on with it, unless it is done."""
+    """Run a training, or resume it, unless it is complete."""
     if not (run / "state.safetensors").exists():
         subprocess.run([*Y7, *command.split()], check=True, cwd=run.parent)
     elif len(epochs(run)) < int(command.split("--epochs ")[1].split()[0]):
@@ -87,7 +90,7 @@ def train(command: str, run: Path) -> None:
 
 
 def epochs(run: Path) -> list[dict[str, str]]:
-    """What `results.csv` of a run says."""
+    """Return the rows of `results.csv` of a run."""
     with (run / "results.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -1,7 +1,7 @@
-"""What a Detector costs beside the network itself on a CPU, and whether its memory grows.
+"""Overhead of a `Detector` call over the network itself on a CPU, and growth of its memory.
 
-Overhead is everything but ONNX Runtime's `run`: reading nothing, letterbox, layout, NMS, boxes back. Both parts
-come from the same calls, so the machine's speed cancels out.
+Overhead is everything but ONNX Runtime's `run`: letterbox, layout, NMS, and boxes back in image pixels. Both parts
+come from the same calls, so the speed of the machine cancels out.
 
     python benchmarks/detector_overhead.py --weights yolov7.onnx --images DIR [--calls 1000]
 """

@@ -1,10 +1,10 @@
-"""Whether the engine span of `y7 bench` is the time of ONNX Runtime itself, and end to end what it adds.
+"""The engine stage of `y7 bench` against ONNX Runtime itself, and what the rest of a call adds.
 
-The bare loop is `session.run` of a session made here with one prepared input, and nothing else in the loop. It,
-`detector.profile` and `detector.batch` take turns of one call each in one process, in a random order, so that what else
-runs on the machine slows all alike; the ratio of a round is that of neighbours, and the median over rounds is compared.
-Its interval is that of the sign test. The bare session has the options of the Detector's; with `--defaults` those of
-ONNX Runtime, whose threads stay awake after a run and slow whoever comes next.
+The bare loop calls `session.run` of its own session with one prepared input. It, `detector.profile` and
+`detector.batch` are interleaved, one call each in a random order, so that other load on the machine slows all of them
+alike. Ratios are taken within a round; the script reports their median and its 95 % interval by the sign test. The bare
+session has the same options as the `Detector`; with `--defaults` it has those of ONNX Runtime, whose threads keep
+spinning after a run and slow down the next one.
 
     python benchmarks/engine_span.py --weights yolov7.onnx [--rounds 100] [--defaults]
 """
@@ -49,17 +49,17 @@ def main() -> None:
         def run_bare() -> None:
             bare.append(timed_ms(lambda: session.run(None, feeds)))
 
-        def run_spans() -> None:
+        def run_profile() -> None:
             engine.append(detector.profile([frame])[1].engine_ms)
 
         def run_whole() -> None:
             whole.append(timed_ms(lambda: detector.batch([frame])))
 
-        turns, order = [run_bare, run_spans, run_whole], random.Random(7)
+        runs, order = [run_bare, run_profile, run_whole], random.Random(7)
         for number in range(WARM_ROUNDS + options.rounds):
-            order.shuffle(turns)
+            order.shuffle(runs)
             with no_garbage_collection():
-                for run in turns:
+                for run in runs:
                     run()
             if number % 10 == 0:
                 print(f"{number} rounds", flush=True)
@@ -86,17 +86,17 @@ def main() -> None:
 
 
 def bare_session(path: Path, *, defaults: bool) -> onnxruntime.InferenceSession:
-    """A session with nothing around it."""
+    """Return a session of ONNX Runtime without a `Detector` around it."""
     options = onnxruntime.SessionOptions() if defaults else session_options()
-    options.log_severity_level = 3  # it warns of inputs that have a default
+    options.log_severity_level = 3  # it warns about inputs that have a default
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def median_ratio(ours: list[float], bare: list[float]) -> tuple[float, float, float]:
-    """Median of the ratios of neighbours, and its 95 % interval by the sign test."""
+    """Return the median ratio within rounds and its 95 % interval by the sign test."""
     ratios = sorted(a / b for a, b in zip(ours, bare, strict=True))
     n = len(ratios)
-    # Normal approximation of the binomial: the ranks that the median lies between in 95 of 100 cases.
+    # Normal approximation of the binomial distribution of ranks.
     reach = math.ceil(1.96 * math.sqrt(n) / 2)
     return statistics.median(ratios), ratios[max(0, n // 2 - reach)], ratios[min(n - 1, n // 2 + reach)]
 

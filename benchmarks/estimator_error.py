@@ -48,8 +48,8 @@ def _torch() -> dict[str, object]:
     result: dict[str, object] = {
         "torch constants": _constants(found),
         "torch constants in the package": _constants(FITTED["torch"]),
-        "torch structure is the one chosen": structure == min(CANDIDATES, key=lambda one: fit(seen, one).loss),
-        "torch structures chosen in splits": [[asdict(one), times] for one, times in chosen.items() if times],
+        "torch structure is the one selected": structure == min(CANDIDATES, key=lambda one: fit(seen, one).loss),
+        "torch structures selected in splits": [[asdict(one), times] for one, times in chosen.items() if times],
     }
     result |= _rows("torch fitted", score_held_out(found, seen, structure))
     result |= _rows("torch held out", score_held_out(found, unseen, structure))

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of `y7 export` with its verification, as one process from start to end.
+"""Seconds and peak memory of `y7 export` with verification, as one process from start to end.
 
 python benchmarks/export_cost.py --weights yolov7
 """

@@ -1,4 +1,4 @@
-"""Time of a calibration against the same forward passes, and its peak memory, each in a process of its own, in turn.
+"""Time and peak memory of a calibration against the same forward passes, interleaved, each in its own process.
 
 python benchmarks/int8_calibration.py --weights yolov7 --calib IMAGES
 """
@@ -29,8 +29,8 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--weights", default="yolov7")
     arguments.add_argument("--calib", required=True)
-    arguments.add_argument("--only", choices=("calibrate", "forward"), help="inside: one of the two")
-    arguments.add_argument("--model", help="inside: the exported file")
+    arguments.add_argument("--only", choices=("calibrate", "forward"), help="internal: run one of the two")
+    arguments.add_argument("--model", help="internal: the exported file")
     options = arguments.parse_args()
     if options.only:
         print(json.dumps(run_one(options.only, Path(options.model), options.calib)))
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def run_one(kind: str, path: Path, calib: str) -> dict[str, float]:
-    """From opening the network to the last image; images are read in both."""
+    """Time from opening the network to the last image; both kinds read the images."""
     model, images = OnnxModel.load(path), open_calibration(calib)
     started = time.perf_counter()
     if kind == "calibrate":

@@ -1,4 +1,4 @@
-"""What INT8 costs by each way of choosing ranges: AP beside float32, and how far the head maps move.
+"""Accuracy of INT8 for each calibration method: AP beside float32, and the error of the head maps.
 
 python benchmarks/int8_methods.py --weights yolov7 --calib IMAGES --data D.yaml
 """
@@ -34,7 +34,7 @@ from yolov7_deploy.precision.subgraph import Network
 
 MAX_DET = 300
 VARIANTS = [(method, Int8Options(method=method)) for method in INT8_METHODS]
-VARIANTS.append(("mse, biases as they are", Int8Options(correct_bias=False)))
+VARIANTS.append(("mse, without bias correction", Int8Options(correct_bias=False)))
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     arguments.add_argument("--weights", default="yolov7")
     arguments.add_argument("--calib", required=True)
     arguments.add_argument("--data", required=True, type=Path)
-    arguments.add_argument("--head-images", type=int, default=32, help="of the data, for the head error")
+    arguments.add_argument("--head-images", type=int, default=32, help="number of images for the head error")
     options = arguments.parse_args()
     checkpoint = load_checkpoint(find_weights(options.weights))
     model = export_onnx(fuse(build_model(checkpoint)), checkpoint.metadata, ExportOptions(max_det=MAX_DET))

@@ -1,4 +1,4 @@
-"""A batch of noise with boxes, for what is timed and does not have to learn."""
+"""A batch of random pixels and boxes for timing training steps."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.training.sample import Batch
 
-OBJECTS = 12  # of an image: a mosaic of COCO has about as many
+OBJECTS = 12  # per image, about as many as a mosaic of COCO images has
 
 
 def noise_batch(images: int, img: int) -> Batch:
-    """Images [img, img] of noise, each with boxes of 80 classes; always the same."""
+    """Return random images [img, img] with boxes of 80 classes; always the same ones."""
     random, count = np.random.default_rng(0), OBJECTS * images
     sides = random.uniform(0.05, 0.4, (count, 2))
     centres = random.uniform(sides / 2, 1 - sides / 2)

@@ -1,12 +1,12 @@
-"""How many detections of two COCO results files are the same ones.
+"""Number of detections that two COCO results files have in common.
 
     y7 val --weights yolov7 --data D.yaml --no-rect --predictions ours.json
     python benchmarks/official_boxes.py --ours ours.json --official official_square640_predictions.json
 
-Detections are the same if image and class agree, no side of the box is off by more than 0.01 pixels and the score by
-more than 0.0001: a few units of the rounding in the files. What is left over, on both sides, comes from the official
-NMS: it tells classes apart by moving boxes by 4096 pixels a class in float32, which rounds coordinates to
-hundredths of a pixel, so overlaps close to the threshold may fall to the other side.
+Two detections are the same if image and class agree, no side of the box differs by more than 0.01 pixels and the score
+by at most 0.0001: a few units of the rounding in the files. The remaining ones, on both sides, come from the
+official NMS: it separates classes by offsetting boxes by 4096 pixels per class in float32, which rounds coordinates to hundredths
+of a pixel, so overlaps close to the threshold may change sides.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def main() -> None:
 
 
 def same(ours: list[dict[str, Any]], official: list[dict[str, Any]]) -> int:
-    """Detections that both files have, each counted once."""
-    waiting = defaultdict(list)
+    """Return how many detections both files contain, each counted once."""
+    unmatched = defaultdict(list)
     for row in ours:
-        waiting[row["image_id"], row["category_id"]].append(row)
+        unmatched[row["image_id"], row["category_id"]].append(row)
     count = 0
     for row in official:
-        others = waiting[row["image_id"], row["category_id"]]
+        others = unmatched[row["image_id"], row["category_id"]]
         for other in others:
             box = max(abs(a - b) for a, b in zip(row["bbox"], other["bbox"], strict=True))
             if box <= BOX_PX and abs(row["score"] - other["score"]) <= SCORE:

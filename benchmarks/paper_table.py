@@ -4,7 +4,7 @@ python benchmarks/paper_table.py                             print the table
 python benchmarks/paper_table.py --write docs/benchmarks.md  replace the text between the two marks
 
 Measured columns come from results/MACHINE/bench_*.json, which are documents of `y7 bench --json`: one pair of columns
-for each machine, backend and precision. Reports of experiments need other names.
+for each machine, runtime and precision. Reports of experiments need other names.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ those of the training graph. Measured: images per second at batch 1, from median
 and NMS where the file has it; end to end is from an image in memory to its boxes. A cell is empty where
 nothing was measured, and names the input size where that is not the paper's."""
 
-Series = tuple[str, str, str]  # folder of the machine, backend, precision
+Series = tuple[str, str, str]  # folder of the machine, runtime, precision
 
 
 def paper_table(results: Path = RESULTS) -> str:
-    """The table in Markdown and the words below it.
+    """Return the table in Markdown and the note below it.
 
     Raises:
-        UsageError: A report cannot be read, or two are about the same cell.
+        UsageError: A report cannot be read, or two reports belong to the same cell.
     """
     reports = read_reports(results)
     series = sorted({where for where, _ in reports})
@@ -50,10 +50,10 @@ def paper_table(results: Path = RESULTS) -> str:
 
 
 def read_reports(results: Path) -> dict[tuple[Series, str], SpeedReport]:
-    """Reports of official models by where they ran and variant.
+    """Return the reports of official models by series and variant.
 
     Raises:
-        UsageError: A file is no report, or two are about the same cell.
+        UsageError: A file is not a report, or two reports belong to the same cell.
     """
     found: dict[tuple[Series, str], SpeedReport] = {}
     files: dict[tuple[Series, str], Path] = {}
@@ -72,14 +72,14 @@ def read_reports(results: Path) -> dict[tuple[Series, str], SpeedReport]:
 
 
 def paper_cells(row: PaperRow) -> list[str]:
-    """What the paper says of a model, as printed there."""
+    """Return the paper's figures of a model, as printed there."""
     precisions = [row.val.ap if row.val else None, row.test.ap if row.test else None]
     numbers = [row.size, row.params_m, row.gflops, *precisions, row.fps, row.batch32_ms]
     return [row.model, *("" if number is None else str(number) for number in numbers)]
 
 
 def measured_cells(report: SpeedReport | None, row: PaperRow) -> list[str]:
-    """Images per second of the engine and end to end at batch 1."""
+    """Return the images per second of the engine and end to end at batch 1."""
     measured = next((one for one in report.rows if one.batch == 1), None) if report else None
     if report is None or measured is None:
         return ["", ""]
@@ -89,18 +89,18 @@ def measured_cells(report: SpeedReport | None, row: PaperRow) -> list[str]:
 
 
 def rounded(fps: float) -> str:
-    """Three digits, all of those before the point."""
+    """Format a figure with three digits, or more if there are more before the point."""
     return f"{fps:.{0 if fps >= 100 else 1 if fps >= 10 else 2}f}"
 
 
 def markdown(rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a table whose first row is its head, numbers to the right."""
+    """Return the lines of a Markdown table; the first row is its header, numbers are right-aligned."""
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return [head, "|---" + "|--:" * (head.count(" | ")) + "|", *body]
 
 
 def write_between_marks(path: Path, text: str) -> None:
-    """Replaces what stands between the two marks of a file.
+    """Replace the text between the two marks of a file.
 
     Raises:
         UsageError: The file does not have each mark once, in this order.

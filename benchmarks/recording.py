@@ -1,4 +1,4 @@
-"""What the recipes share: the machine they ran on, and one JSON document a result."""
+"""Shared by all benchmark scripts: the command line, the machine, and one JSON document per result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LIBRARIES = ("numpy", "onnx", "onnxruntime", "opencv-python-headless", "torch", 
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
-    """Command line of a recipe; `--machine` names the folder of its result."""
-    made = argparse.ArgumentParser(description=text)
-    made.add_argument("--machine", default="cpu", help="folder under benchmarks/results")
-    return made
+    """Return the argument parser of a script; `--machine` names the folder of its result."""
+    arguments = argparse.ArgumentParser(description=text)
+    arguments.add_argument("--machine", default="cpu", help="folder under benchmarks/results")
+    return arguments
 
 
 def record(name: str, machine: str, result: dict[str, object]) -> None:
-    """Prints the result and writes results/MACHINE/NAME.json."""
+    """Print the result and write it to results/MACHINE/NAME.json."""
     versions = {library: version(library) for library in LIBRARIES}
     document = {
         "benchmark": name,

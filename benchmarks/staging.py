@@ -1,8 +1,8 @@
-"""What the host saves by staging only the rows of a frame that a bilinear letterbox reads.
+"""Host time saved by staging only those rows of a frame that a bilinear letterbox reads.
 
-Frames go to a buffer that stays, whole and by their row plan, in turn; the ratio is the median of the pairs. Every pass
-has buffers of its own, because now and then one lies badly in memory. Sizes above the plan's limit are gathered all the
-same, to show why there is a limit.
+Frames are copied to a persistent buffer, whole and by their row plan, interleaved; the ratio is the median over pairs.
+Every pass has its own buffers, because some placements in memory are slow. Frame sizes above the limit of the plan are
+gathered as well, to show why there is a limit.
 
     python benchmarks/staging.py [--rounds 100]
 """
@@ -21,25 +21,25 @@ import numpy as np
 from recording import parser, record
 
 from yolov7_deploy.image import Image, fit_letterbox
-from yolov7_deploy.runtimes.letterbox_kernel import MOST_ROWS, RowPlan, plan_rows
+from yolov7_deploy.runtimes.letterbox_kernel import MAX_ROW_SHARE, RowPlan, plan_rows
 
 CANVAS = (640, 640)
 # Video from VGA to 4K, and frames around the limit.
 FRAMES = ((1080, 1920), (2160, 3840), (1440, 2560), (1536, 2048), (720, 1280), (480, 640), (900, 1600), (1080, 1440))
 PASSES = 5
-FRAMES_BYTES = 128 * 2**20  # of one size together, for each to come from memory; a single one stays in a large cache
+FRAMES_BYTES = 128 * 2**20  # per frame size, so that frames come from main memory; a single one stays in a large cache
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=100)
     options = arguments.parse_args()
-    result: dict[str, object] = {"canvas": CANVAS, "limit": MOST_ROWS, "passes": PASSES, "rounds": options.rounds}
+    result: dict[str, object] = {"canvas": CANVAS, "limit": MAX_ROW_SHARE, "passes": PASSES, "rounds": options.rounds}
     for hw in FRAMES:
         share = len(plan_of(hw).rows) / hw[0]
         result[f"{hw[1]}x{hw[0]}"] = {
             "share_of_rows": round(share, 3),
-            "gathers": share <= MOST_ROWS,
+            "gathers": share <= MAX_ROW_SHARE,
             "from_memory": summary([times(hw, options.rounds, FRAMES_BYTES) for _ in range(PASSES)]),
             "from_cache": summary([times(hw, options.rounds, 1) for _ in range(PASSES)]),
         }
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def times(hw: tuple[int, int], rounds: int, frames_bytes: int) -> list[tuple[float, float]]:
-    """Seconds to stage a frame of this size whole and by its rows, in buffers of this pass."""
+    """Return the seconds to stage a frame whole and by its rows, for each round, in new buffers."""
     height, width = hw
     plan = plan_of(hw)
     count = -(-frames_bytes // (3 * height * width))
@@ -62,7 +62,7 @@ def times(hw: tuple[int, int], rounds: int, frames_bytes: int) -> list[tuple[flo
 
 
 def paged(shape: tuple[int, ...]) -> Image:
-    """Memory that begins with a page, as page-locked memory does."""
+    """Allocate an array that starts at a page boundary, as page-locked memory does."""
     return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
 
 
@@ -71,14 +71,14 @@ def plan_of(hw: tuple[int, int]) -> RowPlan:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of this thread on a core: what else runs on the machine would hit the longer work more often."""
+    """Return the CPU time of this thread: in wall time, other load would hit the longer work more often."""
     started = time.thread_time()
     work()
     return time.thread_time() - started
 
 
 def summary(passes: list[list[tuple[float, float]]]) -> dict[str, object]:
-    """Medians; `ratios` are those of the passes, `ratio` is theirs."""
+    """Return medians over all passes; `ratios` has one per pass, `ratio` is their median."""
     whole_s, part_s = (statistics.median(found) for found in zip(*itertools.chain(*passes), strict=True))
     ratios = sorted(round(statistics.median(part / whole for whole, part in pairs), 3) for pairs in passes)
     return {

@@ -1,4 +1,4 @@
-"""How fast `import yolov7_deploy` and `y7 --help` are, against a bare Python start in the same run.
+"""Time of `import yolov7_deploy` and `y7 --help` against a bare start of Python in the same run.
 
 python benchmarks/startup.py
 """

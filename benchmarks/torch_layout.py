@@ -1,7 +1,7 @@
-"""What the memory layout is worth to the torch network on a CPU: channels last, as it runs, against planes.
+"""Speed of the PyTorch network on a CPU in NHWC memory layout (the default here) against NCHW.
 
-Forwards with decoding at batch 1, in turn, with random weights; the ratio of each pair is independent of how busy the
-machine is. Largest differences between both are told too.
+Forward passes with decoding at batch 1 and random weights, interleaved; the ratio of each pair is independent of other
+load on the machine. The largest difference between the outputs is reported too.
 
     python benchmarks/torch_layout.py [--models yolov7-tiny yolov7] [--img 640] [--rounds 20]
 """
@@ -18,7 +18,7 @@ from recording import parser, record
 
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
-from yolov7_deploy.runtimes.torch_network import TorchNetwork
+from yolov7_deploy.runtimes.pytorch_network import TorchNetwork
 
 
 def main() -> None:
@@ -36,23 +36,23 @@ def main() -> None:
 
 def compare(name: str, side: int, rounds: int) -> dict[str, object]:
     torch.manual_seed(0)
-    planes = fuse(new_model(name).eval())
-    network = TorchNetwork(copy.deepcopy(planes), torch.device("cpu"), half=False)
+    nchw = fuse(new_model(name).eval())
+    network = TorchNetwork(copy.deepcopy(nchw), torch.device("cpu"), half=False)
     images = torch.rand(1, 3, side, side)
-    forms: list[Callable[[], torch.Tensor]] = [lambda: planes.predict(images), lambda: network.predict(images)]
-    first, second = (form() for form in forms)
+    layouts: list[Callable[[], torch.Tensor]] = [lambda: nchw.predict(images), lambda: network.predict(images)]
+    first, second = (run() for run in layouts)
     pairs = []
-    for turn in range(rounds):
-        took = [0.0, 0.0]
-        for which in (turn % 2, 1 - turn % 2):
+    for number in range(rounds):
+        times_ms = [0.0, 0.0]
+        for which in (number % 2, 1 - number % 2):
             started = time.perf_counter()
-            forms[which]()
-            took[which] = (time.perf_counter() - started) * 1e3
-        pairs.append(took)
+            layouts[which]()
+            times_ms[which] = (time.perf_counter() - started) * 1e3
+        pairs.append(times_ms)
     ratios = sorted(last / plain for plain, last in pairs)
     return {
-        f"{name} planes_ms": round(statistics.median(plain for plain, _ in pairs), 1),
-        f"{name} channels_last_ms": round(statistics.median(last for _, last in pairs), 1),
+        f"{name} nchw_ms": round(statistics.median(plain for plain, _ in pairs), 1),
+        f"{name} nhwc_ms": round(statistics.median(last for _, last in pairs), 1),
         f"{name} ratio": round(statistics.median(ratios), 3),
         f"{name} ratio quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-1 - len(ratios) // 4], 3)],
         f"{name} largest difference": float((first - second).abs().max()),

@@ -1,8 +1,8 @@
-"""Augmented images per second of the training loader, and of a plain one with the same libraries.
+"""Augmented images per second of the training data loader, against a plain one with the same libraries.
 
-The plain one is written as the official augmentation is described: per image, read and decode every tile, paint the
-canvas, warp it, follow each outline by 1000 points. Both make mosaics of the `p5` recipe without paste-in, with as many
-workers; runs alternate.
+The plain one follows the published augmentation step by step: per image, read and decode every tile, fill the
+canvas, warp it, sample each outline at 1000 points. Both make mosaics of the `p5` recipe without paste-in, with the
+same number of workers, interleaved.
 
 python benchmarks/train_loader.py --data coco.yaml --machine cpu-2-core --json
 """
@@ -30,8 +30,8 @@ ALL_CACHED = 2**40
 GREY = 114
 
 
-class PlainScenes(torch.utils.data.Dataset):
-    """Scenes of the official augmentation, one at a time, each step by step."""
+class PlainMosaics(torch.utils.data.Dataset):
+    """Training samples of the official augmentation, one at a time, step by step."""
 
     def __init__(self, samples: list[Sample], *, size: int, cached: bool) -> None:
         self.samples, self.size = samples, size
@@ -59,7 +59,7 @@ class PlainScenes(torch.utils.data.Dataset):
         return torch.from_numpy(image), torch.from_numpy(labels.astype(np.float32))
 
     def read(self, index: int) -> np.ndarray:
-        """An image, longer side resized to `size`."""
+        """Return an image with its longer side resized to `size`."""
         image = cv2.imread(str(self.samples[index].path))
         ratio = self.size / max(image.shape[:2])
         if ratio != 1:
@@ -68,7 +68,7 @@ class PlainScenes(torch.utils.data.Dataset):
         return image
 
     def mosaic(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A warped mosaic of four or nine images, and its labels."""
+        """Return a warped mosaic of four or nine images, and its labels."""
         count = 4 if rng.random() < 0.8 else 9
         indices = [index, *rng.integers(len(self), size=count - 1).tolist()]
         images = [self.cache[i] if self.cache else self.read(i) for i in indices]
@@ -127,7 +127,7 @@ def warp(
     size: int,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shift of the canvas, and the labels of which enough is left: class, x1, y1, x2, y2."""
+    """Scale and shift the canvas; return it with the labels that are still visible enough: class, x1, y1, x2, y2."""
     scale = rng.uniform(1 - HYP.scale, 1.1 + HYP.scale)
     move = rng.uniform(0.5 - HYP.translate, 0.5 + HYP.translate, size=2) * size
     matrix = np.array([[scale, 0, move[0] - scale * size], [0, scale, move[1] - scale * size]])
@@ -167,17 +167,17 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.cvtColor(merged, cv2.COLOR_HSV2BGR)
 
 
-def stacked(scenes: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of scenes; the image's number goes before each label."""
+def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch; each label starts with the index of its image."""
     labels = [
         torch.cat([torch.full((len(found), 1), float(number)), found], dim=1)
-        for number, (_, found) in enumerate(scenes)
+        for number, (_, found) in enumerate(samples)
     ]
-    return torch.stack([image for image, _ in scenes]), torch.cat(labels)
+    return torch.stack([image for image, _ in samples]), torch.cat(labels)
 
 
 def repeated(dataset: Dataset, times: int) -> Dataset:
-    """The samples several times over: an epoch of a small set would be over before the workers are in step."""
+    """Repeat the samples: an epoch of a small dataset would end before the workers have settled."""
     records = [dataset.record(index) for index in range(len(dataset))]
     return Dataset(
         records * times, source=dataset.source, class_names=dataset.class_names, category_ids=dataset.category_ids
@@ -199,15 +199,15 @@ def one_thread(_: int) -> None:
 
 
 def plain_epochs(dataset: Dataset, *, cached: bool, size: int, batch: int, workers: int) -> Callable[[], Iterable]:
-    scenes = PlainScenes(list(without_crowd(dataset)), size=size, cached=cached)
+    samples = PlainMosaics(list(without_crowd(dataset)), size=size, cached=cached)
     loader = DataLoader(
-        scenes,
+        samples,
         batch_size=batch,
         shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=one_thread,
-        collate_fn=stacked,
+        collate_fn=collate,
     )
     return lambda: iter(loader)
 
@@ -230,7 +230,7 @@ def images_per_s(epoch: Callable[[], Iterable], count: int) -> float:
 
 
 def compare(dataset: Dataset, *, cached: bool, rounds: int, size: int, batch: int, workers: int) -> dict[str, object]:
-    """Images per second of both loaders in alternating runs, after one of each that starts workers and caches."""
+    """Return the images per second of both loaders, interleaved, after a warm-up epoch of each."""
     both = {
         "plain": plain_epochs(dataset, cached=cached, size=size, batch=batch, workers=workers),
         "ours": our_epochs(dataset, cached=cached, size=size, batch=batch, workers=workers),

@@ -1,4 +1,4 @@
-"""Assignment and loss: their share of a training step, and matching beside the obvious loop; steps in bfloat16.
+"""Share of assignment and loss in a training step, speed of label assignment, and steps in bfloat16.
 
 python benchmarks/train_loss.py
 """
@@ -14,12 +14,12 @@ from noise import OBJECTS, noise_batch
 from recording import parser, record
 from torch.nn import functional as F
 
-from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.options import TrainOptions
-from yolov7_deploy.training.assignment import GroundTruth, Predictions, match
+from yolov7_deploy.training.assignment import GroundTruth, Predictions, assign_simota
 from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.hyperparameters import PRESETS
-from yolov7_deploy.training.initialization import starting_model
+from yolov7_deploy.training.initialization import initialize_model
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.train_step import TrainStep
@@ -36,21 +36,21 @@ def main() -> None:
     learner, batch = make(options.variant, options.batch, options.img)
     half, _ = make(options.variant, options.batch, options.img, half=True)
     for one in (learner, half):
-        one.learn(batch, epoch=0, step=0, in_epoch=0)
+        one.run(batch, epoch=0, step=0, epoch_step=0)
     step_s, half_s, loss_s = [], [], []
     raws = raw_maps(learner, batch)
     for number in range(ROUNDS):
-        step_s.append(seconds(lambda number=number: learner.learn(batch, epoch=0, step=number, in_epoch=0)))
-        half_s.append(seconds(lambda number=number: half.learn(batch, epoch=0, step=number, in_epoch=0)))
+        step_s.append(seconds(lambda number=number: learner.run(batch, epoch=0, step=number, epoch_step=0)))
+        half_s.append(seconds(lambda number=number: half.run(batch, epoch=0, step=number, epoch_step=0)))
         loss_s.append(
             seconds(lambda: learner.loss([raw.requires_grad_() for raw in raws], batch.targets).total.backward())
         )
-    predictions, truth = scene(learner, raws, batch)
-    ours = [seconds(lambda: match(predictions, truth, most=10)) for _ in range(ROUNDS)]
+    predictions, truth = assignment_inputs(learner, raws, batch)
+    ours = [seconds(lambda: assign_simota(predictions, truth, top_k=10)) for _ in range(ROUNDS)]
     theirs = [seconds(lambda: obvious_match(predictions, truth, 10)) for _ in range(ROUNDS)]
     same = agreement(predictions, truth)
     share = float(np.median(loss_s) / np.median(step_s))
-    print(f"the same (place, target) pairs: {same:.2%}")
+    print(f"equal (cell, target) pairs: {same:.2%}")
     print(f"assignment and loss: {share:.1%} of a step of {np.median(step_s):.2f} s")
     print(f"a step in bfloat16: {np.median(step_s) / np.median(half_s):.2f} times as fast as in float32")
     print(f"matching: {np.median(theirs) / np.median(ours):.1f} times as fast as image by image")
@@ -79,41 +79,41 @@ def main() -> None:
 
 
 def make(variant: str, images: int, img: int, *, half: bool = False) -> tuple[TrainStep, Batch]:
-    """A learner with fresh weights, and a batch of noise with boxes."""
+    """Return a train step with new weights, and a random batch."""
     hyp, options = PRESETS["tiny"], TrainOptions(batch=images, img=img, half=half)
-    schedule = Schedule(hyp=hyp, epochs=10, steps=100, batch=images, nominal_batch=64, linear=False)
-    model = starting_model(variant, COCO_NAMES).model
-    learner = TrainStep(model, hyp=hyp, options=options, schedule=schedule, world=DistributedContext())
-    learner.train_mode()
+    schedule = Schedule(hyp=hyp, epochs=10, steps_per_epoch=100, batch=images, nominal_batch=64, linear=False)
+    model = initialize_model(variant, COCO_NAMES).model
+    learner = TrainStep(model, hyp=hyp, options=options, schedule=schedule, distributed=DistributedContext())
+    learner.train()
     return learner, noise_batch(images, img)
 
 
 def raw_maps(learner: TrainStep, batch: Batch) -> list[torch.Tensor]:
-    """What the network says of a batch, without gradients."""
+    """Return the raw head maps of a batch, without gradients."""
     images = batch.images.permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         return [raw.clone() for raw in learner.model(images)]
 
 
-def scene(learner: TrainStep, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
-    """What matching gets to see."""
+def assignment_inputs(learner: TrainStep, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
+    """Return the arguments with which the loss calls `assign_simota`."""
     seen: list[tuple[Predictions, GroundTruth]] = []
 
-    def look(predictions: Predictions, truth: GroundTruth, *, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def record_call(predictions: Predictions, truth: GroundTruth, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append((predictions, truth))
-        return match(predictions, truth, most=most)
+        return assign_simota(predictions, truth, top_k=top_k)
 
     import yolov7_deploy.training.loss as module
 
-    module.match, kept = look, module.match
+    module.assign_simota, original = record_call, module.assign_simota
     with torch.no_grad():
-        learner.loss.positives(raws, [], batch.targets)
-    module.match = kept
+        learner.loss.assign(raws, [], batch.targets)
+    module.assign_simota = original
     return seen[0]
 
 
-def obvious_match(predictions: Predictions, truth: GroundTruth, most: int) -> list[list[int]]:
-    """Image by image, with a table over targets, candidates and classes, as the rule is usually written down."""
+def obvious_match(predictions: Predictions, truth: GroundTruth, top_k: int) -> list[list[int]]:
+    """Match image by image, with a table over targets, candidates and classes, as the rule is usually written."""
     chosen: list[tuple[int, int]] = []
     for image in truth.image.unique():
         rows = (truth.image == image).nonzero().flatten()
@@ -130,7 +130,7 @@ def obvious_match(predictions: Predictions, truth: GroundTruth, most: int) -> li
         logit = torch.log(y / (1 - y))
         cost = F.binary_cross_entropy_with_logits(logit, wanted, reduction="none").sum(-1)
         cost = cost - 3 * torch.log(overlap + 1e-8)
-        counts = overlap.topk(min(most, len(columns)), 1).values.sum(1).int().clamp(min=1)
+        counts = overlap.topk(min(top_k, len(columns)), 1).values.sum(1).int().clamp(min=1)
         marks = torch.zeros_like(cost)
         for row, count in enumerate(counts.tolist()):
             marks[row, cost[row].topk(count, largest=False).indices] = 1
@@ -147,11 +147,14 @@ def obvious_match(predictions: Predictions, truth: GroundTruth, most: int) -> li
 
 
 def agreement(predictions: Predictions, truth: GroundTruth) -> float:
-    """Share of (prediction, target) pairs that both choose. A place that two targets propose is there twice, with one
-    prediction: which of the two is taken is open, so predictions are compared and not their numbers."""
+    """Return the share of (prediction, target) pairs that both implementations select.
+
+    A cell that two targets propose is listed twice with one prediction; either entry is right, so predictions are
+    compared instead of their indices.
+    """
     numbers = torch.unique(torch.cat((predictions.boxes, predictions.image[:, None]), 1), dim=0, return_inverse=True)[1]
     found = []
-    ours = match(predictions, truth, most=10)
+    ours = assign_simota(predictions, truth, top_k=10)
     for candidates, targets in (([*ours[0].tolist()], [*ours[1].tolist()]), obvious_match(predictions, truth, 10)):
         found.append({(int(numbers[a]), b) for a, b in zip(candidates, targets, strict=True)})
     return len(found[0] & found[1]) / max(map(len, found))

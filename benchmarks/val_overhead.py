@@ -1,6 +1,6 @@
-"""`y7 val` against the bare network on the same images, alternating in one run.
+"""Time of `y7 val` against the bare network on the same images, interleaved.
 
-The bare network is ONNX Runtime's `run` alone on prepared inputs. `y7 val` is the whole command: Python's start,
+The bare network is ONNX Runtime's `run` alone on prepared inputs. `y7 val` is the whole command: start of Python,
 reading, letterbox, network, NMS, metric.
 
     python benchmarks/val_overhead.py --weights yolov7.onnx --data D.yaml [--rounds 2]
