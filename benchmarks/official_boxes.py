@@ -3,10 +3,10 @@
     y7 val --weights yolov7 --data D.yaml --no-rect --predictions ours.json
     python benchmarks/official_boxes.py --ours ours.json --official official_square640_predictions.json
 
-Two detections are the same if image and class agree, no side of the box differs by more than 0.01 pixels and the score
-by at most 0.0001: a few units of the rounding in the files. The remaining ones, on both sides, come from the
-official NMS: it separates classes by offsetting boxes by 4096 pixels per class in float32, which rounds coordinates to hundredths
-of a pixel, so overlaps close to the threshold may change sides.
+Two detections are the same if image and class agree, no side of the box differs by more than 0.01 pixels and the
+score by at most 0.0001: a few units of the rounding in the files. The remaining ones, on both sides, come from the
+official NMS: it separates classes by offsetting boxes by 4096 pixels per class in float32, which rounds coordinates
+to hundredths of a pixel, so overlaps close to the threshold may change sides.
 """
 
 from __future__ import annotations
