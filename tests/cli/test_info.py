@@ -19,7 +19,7 @@ from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import CheckpointError, LoadError, UsageError
-from yolov7_deploy.inspection.describe import inspect_variant, inspect_weights
+from yolov7_deploy.inspection.network import inspect_variant, inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model
@@ -91,9 +91,9 @@ def test_tiny_is_compared_at_both_sizes_of_the_paper():
 
 def test_d6_has_a_note_that_the_paper_counts_the_training_graph(run):
     text = " ".join(run("yolov7-d6").stdout.split())
-    assert "the paper's 154.7M and 806.8G are the training graph" in text
-    assert "deployed it has 133.8M and 702.6G" in text
-    assert "training graph" not in " ".join(inspect_variant("yolov7-e6").notes)
+    assert "the paper's 154.7M and 806.8G are for the training form" in text
+    assert "the fused network has 133.8M and 702.6G" in text
+    assert "training form" not in " ".join(inspect_variant("yolov7-e6").notes)
 
 
 def test_layers_are_listed_with_their_inputs(run):
@@ -140,7 +140,7 @@ def test_custom_anchors_are_shown(run, tmp_path):
     path = write_weights(tmp_path / "mine.safetensors", anchors=OWN_ANCHORS)
     text = run(path).stdout
     assert "custom anchors, different from the variant's" in text and "11 x 13" in text
-    assert inspect_weights(path).own_anchors
+    assert inspect_weights(path).custom_anchors
 
 
 def test_official_state_dicts_are_described_as_well(run, tmp_path):
@@ -189,7 +189,7 @@ def test_reading_without_onnx_equals_reading_with_it(tmp_path, nms):
         assert [port.name for port in ports] == [value.name for value in values]
         for port, value in zip(ports, values, strict=True):
             kind = value.type.tensor_type
-            assert helper.np_dtype_to_tensor_dtype(np.dtype(port.element)) == kind.elem_type
+            assert helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)) == kind.elem_type
             assert port.shape == tuple(dim.dim_value or dim.dim_param or "?" for dim in kind.shape.dim)
     assert record.parameters == TINY_FUSED
 
@@ -242,7 +242,7 @@ def test_truncated_files_are_refused_at_any_length(onnx_file, tmp_path):
     path = tmp_path / "cut.onnx"
     for length in (0, 1, 2, 100, len(data) // 2, *rng.integers(1, 5000, 20).tolist()):
         path.write_bytes(data[:length])
-        with pytest.raises(LoadError, match=r"no ONNX file|metadata"):
+        with pytest.raises(LoadError, match=r"not an ONNX file|metadata"):
             read_onnx(path)
 
 

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.inspection.engine_file import read_engine_file
@@ -24,7 +25,7 @@ from yolov7_deploy.tensorrt.build_record import (
     NetworkLayer,
     PluginUse,
 )
-from yolov7_deploy.tensorrt.engine import Engine, digest
+from yolov7_deploy.tensorrt.engine import Engine
 
 INSPECTIONS = Path(__file__).parents[1] / "fixtures" / "inspector"
 NAMES = tuple(f"thing {i}" for i in range(80))
@@ -61,7 +62,7 @@ RECORD = EngineRecord(
         ),
     ),
     plan_bytes=len(PLAN),
-    plan_sha256=digest(PLAN),
+    plan_sha256=sha256_hex(PLAN),
     product="tensorrt",
     tensorrt="10.3.0.26",
     cuda="12.6",
@@ -129,14 +130,14 @@ def test_an_engine_shows_how_where_and_for_which_gpus_it_was_built(run, engine):
         "built by TensorRT 10.3.0.26 in 312.4 s, optimisation level 3",
         "built on linux-aarch64, Orin (compute capability 8.7), CUDA 12.6, driver 540.4.0",
         "runs on compute capability 8.7",
-        "typed weakly: flags are permissions",
+        "typed weakly: flags allow other precisions",
         "flags FP16, TF32",
-        "NMS by our plugin, version 0.1.0 (v3), /opt/y7/liby7_plugin.so",
+        "NMS our plugin, version 0.1.0 (v3), /opt/y7/liby7_plugin.so",
         "input images float32 [-1, 3, 640, 640]",
-        "shapes images 1x3x640x640 to 8x3x640x640, best 4x3x640x640",
+        "shapes images 1x3x640x640 to 8x3x640x640, optimized for 4x3x640x640",
         "output num_dets int32 [-1, 1] det_boxes float32 [-1, 100, 4]",
         "workspace at most 2.00 GiB",
-        "memory 30.1 MB for an execution context, 1900.0 MB of main memory while it was built",
+        "memory 30.1 MB for an execution context, 1900.0 MB of main memory during the build",
         "cache /cache/orin.timing",
         "note kept in float32: the decode",
         "metadata yolov7-tiny, fp16, 80 classes",
@@ -147,13 +148,13 @@ def test_an_engine_shows_how_where_and_for_which_gpus_it_was_built(run, engine):
 def test_the_layers_are_summarized_as_executed(run, engine):
     text = flat(run(engine()).stdout)
     for part in (
-        "layers 5 as they run: 2 Reformat, 2 CaskConvolution, 1 PluginV2",
+        "layers 5 as executed: 2 Reformat, 2 CaskConvolution, 1 PluginV2",
         "precision 3 fp16, 1 int8",
         "reformats 1",
         "plugin Y7NMS",
         "weights 0.1 MB",
         # The second convolution: int8 in, float16 out.
-        f"activations about {(32 * 640 * 640 + 255 * 320 * 320 * 2) / 1e6:.1f} MB at their peak",
+        f"activations about {(32 * 640 * 640 + 255 * 320 * 320 * 2) / 1e6:.1f} MB at the peak",
     ):
         assert part in text
     assert "sm80_xmma" not in text
@@ -174,8 +175,8 @@ def test_an_engine_built_without_a_gpu_has_its_layers_as_parsed(run, engine):
     text = run(path, "--layers").stdout
     assert "built by    TensorRT-RTX 10.3.0.26" in text and "no GPU" in text
     assert "runs on     compute capability 8.6, 8.9" in text
-    assert "NMS by      operators of the graph" in text
-    assert "layers      2 as parsed, before TensorRT fuses them" in text
+    assert "NMS         operators of the graph" in text
+    assert "layers      2 as parsed, before fusion by TensorRT" in text
     assert ["1", "/model.105/Y7NMS", "PLUGIN_V3", "int32"] in [line.split() for line in text.splitlines()]
     assert "reformats" not in text
 
@@ -184,7 +185,7 @@ def test_an_engine_built_without_a_gpu_has_its_layers_as_its_builder_listed_them
     path = engine(inspector="", listing=(INSPECTIONS / "listing_rtx_1.7.txt").read_text(encoding="utf-8"))
     shown = run(path, "--layers").stdout
     text = flat(shown)
-    assert "layers 10 as compiled ahead of time, before the kernels are chosen on the GPU: 2 correlation" in text
+    assert "layers 10 as compiled ahead of time, before kernels are selected on the GPU: 2 correlation" in text
     assert "precision 4 fp16, 2 int8, 1 fp32, 1 bool conv layers 3 fp16, 1 int8 plugin nms weights 0.4 MB" in text
     assert "reformats" not in text and "activations" not in text
     row = next(line.split() for line in shown.splitlines() if "model.0.conv_U173" in line)
@@ -194,14 +195,14 @@ def test_an_engine_built_without_a_gpu_has_its_layers_as_its_builder_listed_them
 @pytest.mark.parametrize("name", ["names_10.json", "names_11.json"])
 def test_an_inspection_with_layer_names_only_is_reported_as_such(run, engine, name):
     text = flat(run(engine(inspector=(INSPECTIONS / name).read_text()), "--layers").stdout)
-    assert "layers 3 as they run, of which only the names were kept" in text
+    assert "layers 3 as executed; only their names are stored" in text
     assert "precision not known reformats 1 plugin not known" in text
     assert "2 /model.105/Y7NMS" in text
 
 
 def test_an_unreadable_inspection_becomes_a_note(run, engine):
     text = flat(run(engine(inspector='{"Layers": [')).stdout)
-    assert "note The inspector's text about the engine cannot be read: it is no JSON" in text
+    assert "note The EngineInspector's description of the engine cannot be read: it is not JSON" in text
     assert "layers 2 as parsed" in text
 
 
@@ -214,7 +215,7 @@ def test_fields_that_the_record_does_not_contain_are_left_out(run, engine):
         workspace_bytes=0, timing_cache="", device_memory_bytes=0, peak_memory_bytes=0, flags=(), optimization_level=-1
     )
     text = run(path).stdout
-    assert "workspace   left to TensorRT" in text
+    assert "workspace   chosen by TensorRT" in text
     assert not [line for line in text.splitlines() if line.startswith(("cache", "memory", "flags", "DLA"))]
     assert "optimisation" not in text
 
@@ -232,13 +233,13 @@ def test_a_fixed_shape_is_shown_once(run, engine):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"strongly_typed": True}, "typed strongly, as the graph says"),
+        ({"strongly_typed": True}, "typed strongly, as in the graph"),
         ({"hardware_compatible": "ampere_plus"}, "compute capability 8.7, and any from Ampere on"),
-        ({"version_compatible": True}, "compute capability 8.7; with later versions as well"),
+        ({"version_compatible": True}, "compute capability 8.7; also with later versions of TensorRT"),
         ({"dla": DlaUse(core=1, fallback=("a", "b"))}, "DLA core 1; 2 layers on the GPU instead: a, b"),
-        ({"dla": DlaUse(core=0, fallback=())}, "DLA core 0; every layer runs on it"),
-        ({"plugin": None}, "NMS by TensorRT's EfficientNMS_TRT"),
-        ({"nms_by": "none", "plugin": None}, "NMS by nobody: the output is the decoded head"),
+        ({"dla": DlaUse(core=0, fallback=())}, "DLA core 0; all layers run on it"),
+        ({"plugin": None}, "NMS TensorRT's EfficientNMS_TRT"),
+        ({"nms_by": "none", "plugin": None}, "NMS none: the output is the decoded head"),
     ],
 )
 def test_build_options_are_shown(run, engine, changes, expected):
@@ -263,7 +264,7 @@ def test_a_foreign_engine_shows_what_its_header_contains(run, tmp_path):
     text = flat(run(path, "--layers").stdout)
     assert "foreign.engine: TensorRT engine" in text
     assert "written by TensorRT 10.3.0.26, according to the plan" in text
-    assert "note no build record (foreign.engine.json) beside the plan" in text
+    assert "note no build record (foreign.engine.json) next to the plan" in text
     assert f"trtexec --loadEngine={path} --dumpLayerInfo" in text
     assert "The layers of this engine are not known." in text
 
@@ -298,7 +299,7 @@ print(trt.__version__)
     assert found.product == "tensorrt_rtx" and found.targets == ("7.5", "8.9")
     assert found.tensorrt.split(".")[:3] == done.stdout.split()[-1].split(".")[:3]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(LoadError, match="cut off"):
+    with pytest.raises(LoadError, match="truncated"):
         read_engine_file(path)
 
 
@@ -315,21 +316,21 @@ def test_a_plan_with_an_unknown_header_layout_is_described_without_a_version(run
 def test_a_truncated_engine_is_refused_with_both_lengths(run, engine):
     path = engine()
     path.write_bytes(PLAN[:1000])
-    with pytest.raises(LoadError, match=r"was cut off: it has 1000 bytes, plan_bytes in tiny.engine.json says 4096"):
+    with pytest.raises(LoadError, match=r"was truncated: it has 1000 bytes, plan_bytes in tiny.engine.json is 4096"):
         run(path)
 
 
 def test_a_truncated_foreign_engine_is_detected_by_its_header(run, tmp_path):
     path = tmp_path / "foreign.engine"
     path.write_bytes(PLAN[:1000])
-    with pytest.raises(LoadError, match=r"cut off: it has 1000 bytes of at least 4096"):
+    with pytest.raises(LoadError, match=r"truncated: it has 1000 bytes of at least 4096"):
         run(path)
 
 
 def test_a_plan_shorter_than_its_header_is_refused_as_truncated(run, tmp_path):
     path = tmp_path / "tag.engine"
     path.write_bytes(b"ftrt")
-    with pytest.raises(LoadError, match="cut off: it has 4 bytes of at least 28"):
+    with pytest.raises(LoadError, match="truncated: it has 4 bytes of at least 28"):
         run(path)
 
 
@@ -337,7 +338,7 @@ def test_a_plan_shorter_than_its_header_is_refused_as_truncated(run, tmp_path):
 def test_other_files_are_refused(run, tmp_path, content):
     path = tmp_path / "x.engine"
     path.write_bytes(content)
-    with pytest.raises(LoadError, match="no TensorRT engine"):
+    with pytest.raises(LoadError, match="not a TensorRT engine"):
         run(path)
 
 
@@ -345,7 +346,7 @@ def test_a_plan_after_foreign_json_is_refused_with_the_command_that_extracts_it(
     path, extracted = tmp_path / "theirs.engine", tmp_path / "plan.engine"
     extra = json.dumps({"description": "a model", "stride": 32}).encode()
     path.write_bytes(len(extra).to_bytes(4, "little") + extra + PLAN)
-    with pytest.raises(LoadError, match=r"behind \d+ bytes of JSON") as caught:
+    with pytest.raises(LoadError, match=r"after \d+ bytes of JSON") as caught:
         run(path)
     command = caught.value.fix.partition(":  ")[2].replace("plan.engine", str(extracted))
     subprocess.run(command, shell=True, check=True)

@@ -1,4 +1,4 @@
-"""What the networks cost, against the paper and the numbers that the official program logs."""
+"""Layers, parameters and GFLOPs, compared with the paper and the logs of the official program."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.paper import paper_row
 
 # variant: rows (deploy, training), parameters (training, deploy, fused). The official program logs 6219709, 36905341
-# and 97202940 for fused models and 37620125 for yolov7 as it is published.
+# and 97202940 for fused models, and 37620125 for yolov7 as published.
 COUNTS = {
     "yolov7-tiny": (78, 78, 6_228_762, 6_227_101, 6_219_709),
     "yolov7-tiny-silu": (78, 78, 6_228_762, 6_227_101, 6_219_709),
@@ -35,7 +35,7 @@ GFLOPS = {
 }
 TRAINING_GFLOPS = {"yolov7-w6": "420.6", "yolov7-e6": "588.8", "yolov7-d6": "806.9", "yolov7-e6e": "916.9"}
 
-PAPER_GFLOPS_REL = 0.005  # the paper's numbers are rounded, and counted by a profiler on a smaller image
+PAPER_GFLOPS_REL = 0.005  # the paper's numbers are rounded, and were counted by a profiler on a smaller image
 TINY_GFLOPS_REL = 0.02  # printed with two digits: 3.5 for 3.44
 
 # Rows of the official models: index, type, channels, kernel and stride, input pixels per cell, parameters, inputs.
@@ -60,7 +60,7 @@ OFFICIAL_ROWS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_layers_and_parameters_are_the_official_ones_to_the_digit(variant):
+def test_layers_and_parameters_equal_the_official_ones(variant):
     cost = complexity(variant)
     assert COUNTS[variant] == (
         cost.layers,
@@ -72,19 +72,19 @@ def test_layers_and_parameters_are_the_official_ones_to_the_digit(variant):
 
 
 @pytest.mark.parametrize(("variant", "size"), GFLOPS)
-def test_gflops_of_the_deployed_network_are_the_reference_ones(variant, size):
+def test_gflops_of_the_fused_network_equal_the_reference(variant, size):
     cost = complexity(variant, size=size)
     assert f"{cost.gflops:.2f}" == GFLOPS[variant, size]
     assert cost.size == size
 
 
 @pytest.mark.parametrize("variant", TRAINING_GFLOPS)
-def test_gflops_of_the_training_graph_include_auxiliary_branches(variant):
+def test_gflops_of_the_training_form_include_auxiliary_branches(variant):
     assert f"{complexity(variant).gflops_training:.1f}" == TRAINING_GFLOPS[variant]
 
 
 @pytest.mark.parametrize(("variant", "size"), GFLOPS)
-def test_the_paper_has_the_same_cost_except_for_d6(variant, size):
+def test_the_cost_agrees_with_the_paper_except_for_d6(variant, size):
     cost = complexity(variant, size=size)
     row = paper_row(variant, size=size if size < 640 else None)
     if variant == "yolov7-d6":
@@ -98,7 +98,7 @@ def test_the_paper_has_the_same_cost_except_for_d6(variant, size):
     assert row.params_m == pytest.approx(cost.parameters_fused / 1e6, abs=0.05)
 
 
-def test_without_a_size_the_papers_is_taken():
+def test_the_default_size_is_that_of_the_paper():
     cost = complexity("yolov7-w6")
     assert (cost.size, cost.paper_size, cost.gflops) == (1280, 1280, cost.gflops_paper)
 
@@ -115,8 +115,8 @@ def test_classes_change_the_head_only():
     assert coco.parameters_fused - one.parameters_fused == 79 * per_class
 
 
-def test_the_count_equals_a_slow_one_on_real_tensors():
-    """Multiplications counted by the definition, one convolution after the other, on a network that has numbers."""
+def test_the_gflops_equal_a_slow_count_on_real_tensors():
+    """Multiply-accumulates are counted by definition, for each convolution of a network with real weights."""
     model = Yolov7(find_variant("yolov7-tiny"), fused=True)
     head = set(model.head.modules())
     total = 0
@@ -136,12 +136,12 @@ def test_the_count_equals_a_slow_one_on_real_tensors():
 
 
 @pytest.mark.parametrize("size", [0, -640, 100, 1281])
-def test_sizes_between_strides_are_refused(size):
+def test_a_size_that_is_not_a_multiple_of_the_stride_is_a_usage_error(size):
     with pytest.raises(UsageError, match="multiples of 64"):
         complexity("yolov7-w6", size=size)
 
 
-def test_unknown_variants_and_no_classes_are_refused():
+def test_an_unknown_variant_and_zero_classes_are_usage_errors():
     with pytest.raises(UsageError, match="yolov8"):
         complexity("yolov8")
     with pytest.raises(UsageError, match="at least one class"):
@@ -149,16 +149,16 @@ def test_unknown_variants_and_no_classes_are_refused():
 
 
 @pytest.mark.parametrize("variant", OFFICIAL_ROWS)
-def test_layer_rows_are_the_official_ones(variant):
+def test_layer_costs_include_the_official_layers(variant):
     rows = {
-        (row.index, row.kind, row.c_out, row.window, row.reduction, row.parameters, row.sources)
+        (row.index, row.kind, row.c_out, row.kernel_stride, row.reduction, row.parameters, row.sources)
         for row in layer_costs(variant)
     }
     assert rows.issuperset(OFFICIAL_ROWS[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_layer_rows_add_up_in_every_form(variant):
+def test_layer_costs_add_up_in_every_form(variant):
     rows, cost = layer_costs(variant), complexity(variant)
     training = [row for row in rows if row.form != "deploy"]
     deploy = [row for row in rows if row.form != "training"]
@@ -169,7 +169,7 @@ def test_layer_rows_add_up_in_every_form(variant):
     assert [row.index for row in deploy] == list(range(cost.layers))
 
 
-def test_counting_leaves_no_hooks_behind():
+def test_counting_removes_its_hooks():
     model = Yolov7(find_variant("yolov7-tiny"), fused=True).to("meta")
     first = gflops(model, size=64)
     assert gflops(model, size=64) == first

@@ -15,9 +15,9 @@ from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:
     from yolov7_deploy.inspection.complexity import Complexity, LayerCost
-    from yolov7_deploy.inspection.describe import PaperCost, VariantRecord, WeightsRecord
+    from yolov7_deploy.inspection.network import PaperCost, VariantRecord, WeightsRecord
     from yolov7_deploy.inspection.engine_file import EngineFile
-    from yolov7_deploy.inspection.onnx_file import OnnxFile, Port
+    from yolov7_deploy.inspection.onnx_file import OnnxFile, TensorInfo
     from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.model.configs import Anchors
 
@@ -63,14 +63,14 @@ def info(
 
 
 def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
-    from yolov7_deploy.inspection.describe import inspect_variant
+    from yolov7_deploy.inspection.network import inspect_variant
 
     record = inspect_variant(name)
     return record, _variant_text(record, layers=layers)
 
 
 def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
-    from yolov7_deploy.inspection.describe import inspect_weights
+    from yolov7_deploy.inspection.network import inspect_weights
 
     record = inspect_weights(locate_weights(target))
     return record, _weights_text(record, layers=layers)
@@ -98,12 +98,13 @@ def _int8(path: Path, record: OnnxFile) -> tuple[dict[str, object], list[str]]:
     """
     if not {"QuantizeLinear", "DequantizeLinear"} & set(record.nodes):
         return {}, []
+    from yolov7_deploy.inspection.onnx_file import int8_lines, int8_to_dict, read_int8_summary
+
     try:
-        from yolov7_deploy.inspection.int8_file import int8_to_dict, read_int8_account, summarize_int8
+        account = read_int8_summary(path)
     except ModuleNotFoundError as error:
         return {}, [_field("int8", f"not counted: {missing_library(error, 'to count it')}".replace("\n", "  "))]
-    account = read_int8_account(path)
-    computes, pairs = summarize_int8(account)
+    computes, pairs = int8_lines(account)
     return {"int8": int8_to_dict(account)}, [_field("int8", computes), _field("", pairs)]
 
 
@@ -137,7 +138,7 @@ def _variant_text(record: VariantRecord, *, layers: bool) -> str:
 
 def _weights_text(record: WeightsRecord, *, layers: bool) -> str:
     cost = record.cost
-    title = "custom anchors, different from the variant's" if record.own_anchors else "anchors of the variant"
+    title = "custom anchors, different from the variant's" if record.custom_anchors else "anchors of the variant"
     parts = [
         f"{record.path}: {record.variant}, {record.form} form, {len(record.class_names)} classes",
         "\n".join(
@@ -199,7 +200,7 @@ def _layer_table(layers: Iterable[LayerCost]) -> str:
             row.index,
             row.kind,
             row.c_out,
-            row.window,
+            row.kernel_stride,
             row.reduction,
             row.parameters,
             row.parameters_fused,
@@ -225,8 +226,8 @@ def _onnx_text(record: OnnxFile, int8_lines: list[str]) -> str:
     lines = [
         _field("file", f"{_megabytes(record.size_bytes)}, written by {record.producer or 'an unnamed program'}"),
         _field("opset", f"{opsets} (IR version {record.ir_version})"),
-        *(_field("input" if i == 0 else "", _port_text(port)) for i, port in enumerate(record.inputs)),
-        *(_field("output" if i == 0 else "", _port_text(port)) for i, port in enumerate(record.outputs)),
+        *(_field("input" if i == 0 else "", _port_text(tensor)) for i, tensor in enumerate(record.inputs)),
+        *(_field("output" if i == 0 else "", _port_text(tensor)) for i, tensor in enumerate(record.outputs)),
         _field("nodes", f"{sum(record.nodes.values())}: {_counts(record.nodes)}"),
         *(_field("function", f"{name}, {count} nodes") for name, count in record.functions.items()),
         _field("parameters", f"{record.parameters:,} in convolutions and matrix multiplications"),
@@ -265,8 +266,8 @@ def _metadata_text(metadata: ModelMetadata) -> str:
     return "\n\n".join(["\n".join(lines), *anchors])
 
 
-def _port_text(port: Port) -> str:
-    return f"{port.name} {port.element} [{_listed(port.shape)}]{' (optional)' if port.has_default else ''}"
+def _port_text(tensor: TensorInfo) -> str:
+    return f"{tensor.name} {tensor.dtype} [{_listed(tensor.shape)}]{' (optional)' if tensor.has_default else ''}"
 
 
 def _counts(nodes: dict[str, int]) -> str:

@@ -1,6 +1,6 @@
-"""What a network costs: layers, parameters in every form, and floating-point operations, as the paper counts them.
+"""Cost of a network: layers, parameters in training and deploy form, and FLOPs as counted in the paper.
 
-Networks are laid on torch's meta device, which has shapes but no numbers: no memory, no weights, a second at most.
+Networks are built on torch's meta device, which has shapes but no data: no memory, no weights, a second at most.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Form = Literal["both", "training", "deploy"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Complexity:
-    """What one variant costs with a number of classes.
+    """Cost of one variant for a number of classes.
 
     Attributes:
         variant: Official name.
         classes: Number of classes.
-        layers: Rows of the deploy table; fusing removes none, it makes them cheaper.
-        layers_training: Rows of the training table, auxiliary branches included.
-        parameters_training: Learnable numbers of the training form: with implicit knowledge and auxiliary branches.
-        parameters_deploy: Of the deploy form as it is published: BatchNorm and RepConv branches not folded.
-        parameters_fused: Of what runs in the end.
-        paper_size: Input side of the paper's tables (for tiny that of Table 2, 640).
-        gflops_paper: Fused, at `paper_size`.
-        size: Input side of the two numbers below.
-        gflops: Fused, at `size`.
-        gflops_training: Of the training graph with its auxiliary branches, at `size`.
+        layers: Number of layers in deploy form; fusing does not change it.
+        layers_training: Number of layers in training form, including auxiliary branches.
+        parameters_training: Parameters in training form, with implicit knowledge and auxiliary branches.
+        parameters_deploy: Parameters in deploy form as published, before BatchNorm and RepConv are fused.
+        parameters_fused: Parameters after fusing.
+        paper_size: Input size in the paper's tables (for tiny that of Table 2, 640).
+        gflops_paper: GFLOPs of the fused network at `paper_size`.
+        size: Input size of the two numbers below.
+        gflops: GFLOPs of the fused network at `size`.
+        gflops_training: GFLOPs of the training form with its auxiliary branches at `size`.
     """
 
     variant: str
@@ -56,24 +56,24 @@ class Complexity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCost:
-    """One row of a layer table.
+    """Cost of one layer.
 
     Attributes:
         index: Official number, `N` of the checkpoint keys `model.N....`.
         kind: Official class name.
         c_out: Output channels.
-        window: Kernel and stride as `3/2`, `/2` where a block halves the resolution by itself, `x2` upsampling.
+        kernel_stride: Kernel size and stride as `3/2`; `/2` for blocks that halve the resolution, `x2` for upsampling.
         reduction: Input pixels per output cell; `None` for heads, which have several.
-        sources: Numbers of the layers it reads, in concatenation order; -1 is the image.
-        parameters: Learnable numbers before fusion.
-        parameters_fused: After it; `None` where only the training form has the layer.
-        form: `training` and `deploy` rows exist in that form only.
+        sources: Numbers of the input layers, in concatenation order; -1 is the image.
+        parameters: Parameters before fusing.
+        parameters_fused: Parameters after fusing; `None` if only the training form has the layer.
+        form: `training` or `deploy` if only that form has the layer, else `both`.
     """
 
     index: int
     kind: str
     c_out: int
-    window: str
+    kernel_stride: str
     reduction: int | None
     sources: tuple[int, ...]
     parameters: int
@@ -82,15 +82,15 @@ class LayerCost:
 
 
 def complexity(variant: str, *, classes: int = 80, size: int | None = None) -> Complexity:
-    """Layers, parameters and GFLOPs of a variant.
+    """Return layers, parameters and GFLOPs of a variant.
 
     Args:
         variant: Official name.
         classes: Number of classes.
-        size: Side of a square input in pixels, a multiple of the largest stride; the paper's where absent.
+        size: Width and height of the input in pixels, a multiple of the largest stride; by default that of the paper.
 
     Raises:
-        UsageError: Unknown variant, no classes, or a size its strides do not divide.
+        UsageError: The variant is unknown, there are no classes, or the size is not a multiple of the largest stride.
     """
     architecture = find_variant(variant)
     at = architecture.size if size is None else size
@@ -112,23 +112,23 @@ def complexity(variant: str, *, classes: int = 80, size: int | None = None) -> C
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Learnable numbers; running statistics and anchors are not among them."""
+    """Return the number of learnable parameters, without running statistics and anchors."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def gflops(model: Yolov7, *, size: int) -> float:
-    """Billions of operations for one image of `size` x `size` pixels, auxiliary branches included if there are any.
+    """Return the GFLOPs for one image of `size` x `size` pixels, including auxiliary branches if there are any.
 
-    2 x the multiply-accumulates of every convolution, and one more for each output element that a BatchNorm shifts
-    (fused, its bias; the head has no BatchNorm). Activations, pooling and decoding do not count. This is the paper's
-    number within 0.5 %, except for D6, where the paper has the training graph.
+    Counted are 2 x the multiply-accumulates of every convolution, and one more for each output element that a
+    BatchNorm shifts (fused: its bias; the head has no BatchNorm). Activations, pooling and decoding are not counted.
+    This agrees with the paper within 0.5 %, except for D6, where the paper counts the training form.
 
     Args:
-        model: On the meta device.
-        size: In pixels.
+        model: A model on the meta device.
+        size: Width and height of the input in pixels.
 
     Raises:
-        UsageError: The model's strides do not divide the size.
+        UsageError: The size is not a multiple of the largest stride.
     """
     stride = max(model.variant.strides)
     if size < stride or size % stride:
@@ -142,7 +142,7 @@ def gflops(model: Yolov7, *, size: int) -> float:
     def count(module: nn.Module, _: object, output: Tensor) -> None:
         nonlocal total
         assert isinstance(module, nn.Conv2d)
-        # A weight is [c_out, c_in, k, k]: weight[0] is what one output element multiplies and adds up.
+        # A weight is [c_out, c_in, k, k]: weight[0] has one element per multiply-accumulate of an output element.
         total += output.numel() * (module.weight[0].numel() + (module not in in_head))
 
     with _hooked([module for module in model.modules() if isinstance(module, nn.Conv2d)], count):
@@ -151,10 +151,10 @@ def gflops(model: Yolov7, *, size: int) -> float:
 
 
 def layer_costs(variant: str, *, classes: int = 80) -> tuple[LayerCost, ...]:
-    """The layer table in the official numbering: rows of both forms first, then those of one form only.
+    """Return the layers in the official numbering: first those of both forms, then those of one form only.
 
     Raises:
-        UsageError: Unknown variant, or no classes.
+        UsageError: The variant is unknown, or there are no classes.
     """
     training, deploy, fused = _forms(find_variant(variant), classes)
     reductions = _reductions(training)
@@ -166,12 +166,12 @@ def layer_costs(variant: str, *, classes: int = 80) -> tuple[LayerCost, ...]:
 
 @lru_cache(maxsize=8)
 def _forms(variant: Variant, classes: int) -> tuple[Yolov7, Yolov7, Yolov7]:
-    """Training form, deploy form and fused form, on the meta device."""
+    """Return the network in training form, in deploy form and fused, on the meta device."""
     if classes < 1:
-        raise UsageError(f"A detector has at least one class, not {classes}.", fix="For example: 80, those of COCO")
+        raise UsageError(f"A detector has at least one class, not {classes}.", fix="For example: 80, as in COCO")
     with torch.device("meta"):
         return (
-            # torch.normal, which draws the implicit knowledge, does not heed the device of the context
+            # torch.normal, which initializes the implicit knowledge, ignores the device of the context
             Yolov7(variant, classes=classes, training_form=True).to("meta"),
             Yolov7(variant, classes=classes),
             Yolov7(variant, classes=classes, fused=True),
@@ -179,7 +179,7 @@ def _forms(variant: Variant, classes: int) -> tuple[Yolov7, Yolov7, Yolov7]:
 
 
 def _run(model: Yolov7, size: int) -> None:
-    # Only training mode runs the auxiliary branches; its BatchNorm would refuse maps of one cell.
+    # Only training mode runs the auxiliary branches, but there BatchNorm raises an error for maps of one cell.
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -199,7 +199,7 @@ def _hooked(modules: list[nn.Module], hook: object) -> Iterator[None]:
 
 
 def _reductions(model: Yolov7) -> list[int]:
-    """Input pixels per output cell, of every layer but the head."""
+    """Return the input pixels per output cell of every layer except the head."""
     side = max(model.variant.strides)
     sides: list[int] = []
 
@@ -208,7 +208,7 @@ def _reductions(model: Yolov7) -> list[int]:
 
     with _hooked(list(model.model)[:-1], note):
         _run(model, side)
-    return [side // found for found in sides]
+    return [side // output_side for output_side in sides]
 
 
 def _cost(model: Yolov7, index: int, fused: Yolov7 | None, reductions: list[int], form: Form) -> LayerCost:
@@ -218,7 +218,7 @@ def _cost(model: Yolov7, index: int, fused: Yolov7 | None, reductions: list[int]
         index=index,
         kind=layer.kind,
         c_out=3 * model.head.columns if is_head else layer.c_out,
-        window=_window(layer),
+        kernel_stride=_kernel_stride(layer),
         reduction=None if is_head else reductions[index],
         sources=layer.sources,
         parameters=parameter_count(model.model[index]),
@@ -227,7 +227,7 @@ def _cost(model: Yolov7, index: int, fused: Yolov7 | None, reductions: list[int]
     )
 
 
-def _window(layer: Layer) -> str:
+def _kernel_stride(layer: Layer) -> str:
     match layer.kind:
         case "Conv" | "RepConv" | "MP" | "SP":
             return f"{layer.kernel}/{layer.stride}"

@@ -1,28 +1,29 @@
-"""What an engine file holds, by its build record, by its inspection and by its first bytes; needs no TensorRT."""
+"""Contents of an engine file, from its build record, its inspector output and its header; needs no TensorRT."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord
-from yolov7_deploy.tensorrt.engine import Engine, digest, plan_version
-from yolov7_deploy.tensorrt.inspector import Detail, LayerTable, layers_of
+from yolov7_deploy.tensorrt.engine import Engine, plan_version
+from yolov7_deploy.tensorrt.inspector import Detail, LayerTable, engine_layers
 
-# The header of a plan: four letters, version of the layout, ..., length of the whole plan, version of TensorRT. Then,
-# in plans of TensorRT-RTX 1.7.1, a bit for each compute capability they are for.
+# The header of a plan: four letters, version of the layout, ..., length of the plan, version of TensorRT. Then, in
+# plans of TensorRT-RTX 1.7.1, a bit mask of the target compute capabilities.
 _HEADER_BYTES = 28
 _LENGTH = slice(16, 24)
 _TARGETS = slice(32, 40)
 _TARGET_BITS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-# Other programs put a length and that many bytes of JSON before the plan.
+# Other programs write a length and that many bytes of JSON before the plan.
 _MAX_JSON = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSummary:
-    """The layers in numbers; see `LayerTable`."""
+    """Statistics of the layers; see `LayerTable`."""
 
     detail: Detail
     layers: int
@@ -37,18 +38,18 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFile:
-    """What an engine file holds.
+    """Contents of an engine file.
 
     Attributes:
-        path: As it was given.
-        size_bytes, sha256: Of the plan.
-        product, tensorrt: What wrote the plan, by its own header; empty where that does not say. The last number of
-            the version is only its last byte.
-        targets: Compute capabilities by the header of a TensorRT-RTX plan.
-        record: How it was built; `None` for a foreign engine.
-        summary, table: The layers, as they run where the engine was inspected, else as its builder listed them, else as
-            they were parsed; `None` where nothing is known of them.
-        notes: What a reader should know.
+        path: Path as passed.
+        size_bytes, sha256: Size and digest of the plan.
+        product, tensorrt: Product and version that wrote the plan, from its header; empty if the header has none. Only
+            the last byte of the last number of the version is stored.
+        targets: Compute capabilities in the header of a TensorRT-RTX plan.
+        record: Build record; `None` for a third-party engine.
+        summary, table: The layers from the engine inspector, else as listed by the builder, else as parsed; `None` if
+            unknown.
+        notes: Remarks about the file.
     """
 
     path: str
@@ -64,10 +65,11 @@ class EngineFile:
 
 
 def read_engine_file(path: str | Path) -> EngineFile:
-    """The contents of an engine file and of the record beside it.
+    """Return the contents of an engine file and of its build record.
 
     Raises:
-        LoadError: The file is absent, truncated or no plan, or the record beside it cannot be read or is of another.
+        LoadError: The file is missing, truncated or not a plan, or its build record cannot be read or belongs to
+            another file.
     """
     path = Path(path)
     _refuse_wrapped(path)
@@ -75,11 +77,11 @@ def read_engine_file(path: str | Path) -> EngineFile:
     _refuse_truncated(path, engine.plan)
     product, version = plan_version(engine.plan) or ("", "")
     record = engine.record
-    table, notes = layers_of(record) if record else (None, ())
+    table, notes = engine_layers(record) if record else (None, ())
     return EngineFile(
         path=str(path),
         size_bytes=len(engine.plan),
-        sha256=record.plan_sha256 if record else digest(engine.plan),
+        sha256=record.plan_sha256 if record else sha256_hex(engine.plan),
         product=product,
         tensorrt=version,
         targets=_targets(engine.plan) if product == "tensorrt_rtx" else (),
@@ -105,7 +107,7 @@ def _summary(table: LayerTable) -> LayerSummary:
 
 
 def _refuse_wrapped(path: Path) -> None:
-    """A plan behind another program's JSON is told apart from garbage, and how to cut it out."""
+    """Raise an error for a plan after JSON of another program; it says how to extract the plan."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(4), "little")
@@ -113,21 +115,20 @@ def _refuse_wrapped(path: Path) -> None:
                 return
             inside = plan_version(stream.read(64))
     except OSError:
-        return  # what it is, loading says
+        return  # `Engine.load` reports it
     if inside is not None:
         raise LoadError(
-            f"{path} is a plan behind {length} bytes of JSON, as Ultralytics writes them; TensorRT itself loads no "
-            "such file.",
-            fix=f"Cut the plan out:  tail -c +{length + 5} {path} > plan.engine",
+            f"{path} is a plan after {length} bytes of JSON, as written by Ultralytics; TensorRT cannot load it.",
+            fix=f"Extract the plan:  tail -c +{length + 5} {path} > plan.engine",
         )
 
 
 def _refuse_truncated(path: Path, plan: bytes) -> None:
-    # A header of another layout announces nothing that we could read.
+    # The length is only known in headers of this layout.
     announced = int.from_bytes(plan[_LENGTH], "little") if plan_version(plan) else _HEADER_BYTES
     if announced > len(plan):
         raise LoadError(
-            f"{path} is cut off: it has {len(plan)} bytes of at least {announced}.",
+            f"{path} is truncated: it has {len(plan)} bytes of at least {announced}.",
             fix=f"Copy it again, or build it again:  y7 build --weights {path.stem}.onnx",
         )
 

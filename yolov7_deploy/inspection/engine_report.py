@@ -1,4 +1,4 @@
-"""An engine's build record and its layers in words: (name, text) pairs and a table for people."""
+"""Text report of an engine: its build record and layers as (name, text) fields and a table."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from yolov7_deploy.tensorrt.inspector import EngineLayer, LayerTable
 Field = tuple[str, str]
 
 COLUMNS = ("", "layer", "type", "precision", "output", "format", "weights", "kernel")
-MAX_CELL = 60  # characters of a name that TensorRT put together
+MAX_CELL = 60  # characters of a layer name, which TensorRT concatenates from several
 MAX_TYPES = 12
 _DETAILS = {
-    "detailed": "as they run",
-    "names": "as they run, of which only the names were kept",
-    "compiled": "as compiled ahead of time, before the kernels are chosen on the GPU",
-    "network": "as parsed, before TensorRT fuses them: the engine could not be opened where it was built",
+    "detailed": "as executed",
+    "names": "as executed; only their names are stored",
+    "compiled": "as compiled ahead of time, before kernels are selected on the GPU",
+    "network": "as parsed, before fusion by TensorRT: the engine could not be opened on the build machine",
 }
 _WIDER = {"ampere_plus": ", and any from Ampere on", "same_compute_capability": ", on every GPU that has it"}
 
 
 def build_fields(record: EngineRecord) -> list[Field]:
-    """How, where and for what an engine was built; what the record does not know is left out."""
+    """Return how, where and for which GPU an engine was built; unknown fields are left out."""
     level = f", optimisation level {record.optimization_level}" if record.optimization_level >= 0 else ""
-    limit = f"at most {record.workspace_bytes / 2**30:.2f} GiB" if record.workspace_bytes else "left to TensorRT"
+    limit = f"at most {record.workspace_bytes / 2**30:.2f} GiB" if record.workspace_bytes else "chosen by TensorRT"
     fields = [
         ("built by", f"{TITLES[record.product]} {record.tensorrt} in {record.build_s:.1f} s{level}"),
         ("built on", _built_on(record)),
         ("runs on", _runs_on(record)),
-        ("typed", "strongly, as the graph says" if record.strongly_typed else "weakly: flags are permissions"),
+        ("typed", "strongly, as in the graph" if record.strongly_typed else "weakly: flags allow other precisions"),
         ("flags", _listed(record.flags)),
-        ("NMS by", _nms_by(record)),
+        ("NMS", _nms(record)),
         *_ports("input", record.inputs),
         *(("shapes", _shapes(shape)) for shape in record.shapes if shape.min != shape.max),
         *_ports("output", record.outputs),
@@ -48,7 +48,7 @@ def build_fields(record: EngineRecord) -> list[Field]:
 
 
 def layer_fields(summary: LayerSummary) -> list[Field]:
-    """The layers in numbers."""
+    """Return the statistics of the layers."""
     types = list(summary.types.items())
     shown = [f"{count} {name}" for name, count in types[:MAX_TYPES]]
     rest = sum(count for _, count in types[MAX_TYPES:])
@@ -58,19 +58,19 @@ def layer_fields(summary: LayerSummary) -> list[Field]:
         ("precision", _listed(f"{count} {name}" for name, count in summary.precisions.items()) or "not known"),
         ("plugin", _listed(summary.plugins) or ("not known" if summary.detail == "names" else "none")),
     ]
-    if summary.convolutions and summary.detail != "network":  # the parser tells types of outputs, not of weights
+    if summary.convolutions and summary.detail != "network":  # the parser knows types of outputs, not of weights
         fields.insert(2, ("conv layers", _listed(f"{count} {name}" for name, count in summary.convolutions.items())))
     if summary.detail in ("detailed", "names"):
         fields.insert(-1, ("reformats", str(summary.reformats)))
     if summary.weights_bytes is not None:
         fields.append(("weights", _megabytes(summary.weights_bytes)))
     if summary.peak_activation_bytes is not None:
-        fields.append(("activations", f"about {_megabytes(summary.peak_activation_bytes)} at their peak"))
+        fields.append(("activations", f"about {_megabytes(summary.peak_activation_bytes)} at the peak"))
     return fields
 
 
 def layer_table(table: LayerTable) -> str:
-    """One line a layer; columns of which nothing is known are left out, and long names are cut."""
+    """Return a table with one line per layer; empty columns are left out, and long names are shortened."""
     rows = [[index, *_cells(layer)] for index, layer in enumerate(table.layers)]
     used = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", None) for row in rows)]
     return drawn_table([[row[i] for i in used] for row in rows], [COLUMNS[i] for i in used])
@@ -89,25 +89,25 @@ def _built_on(record: EngineRecord) -> str:
 def _runs_on(record: EngineRecord) -> str:
     capabilities = record.targets or ((record.compute_capability,) if record.compute_capability else ())
     here = f"compute capability {_listed(capabilities)}" if capabilities else "the GPUs that TensorRT chose"
-    later = "; with later versions as well" if record.version_compatible else ""
+    later = "; also with later versions of TensorRT" if record.version_compatible else ""
     return f"{here}{_WIDER.get(record.hardware_compatible, '')}{later}"
 
 
-def _nms_by(record: EngineRecord) -> str:
+def _nms(record: EngineRecord) -> str:
     if record.nms_by == "plugin" and record.plugin is not None:
         return f"our plugin, version {record.plugin.version} ({record.plugin.abi}), {record.plugin.path}"
-    words = {
+    texts = {
         "plugin": "TensorRT's EfficientNMS_TRT",
         "operators": "operators of the graph",
-        "none": "nobody: the output is the decoded head",
+        "none": "none: the output is the decoded head",
     }
-    return words[record.nms_by]
+    return texts[record.nms_by]
 
 
 def _memory(record: EngineRecord) -> str:
     parts = [
         f"{_megabytes(record.device_memory_bytes)} for an execution context" if record.device_memory_bytes else "",
-        f"{_megabytes(record.peak_memory_bytes)} of main memory while it was built" if record.peak_memory_bytes else "",
+        f"{_megabytes(record.peak_memory_bytes)} of main memory during the build" if record.peak_memory_bytes else "",
     ]
     return _listed(part for part in parts if part)
 
@@ -116,19 +116,19 @@ def _dla(record: EngineRecord) -> str:
     if record.dla is None:
         return ""
     fallback = record.dla.fallback
-    beside = f"{len(fallback)} layers on the GPU instead: {_listed(fallback)}" if fallback else "every layer runs on it"
-    return f"core {record.dla.core}; {beside}"
+    layers = f"{len(fallback)} layers on the GPU instead: {_listed(fallback)}" if fallback else "all layers run on it"
+    return f"core {record.dla.core}; {layers}"
 
 
 def _ports(name: str, ports: Iterable[EngineTensor]) -> list[Field]:
-    """The name stands before the first one only."""
+    """Return one field per tensor; only the first one has the name."""
     texts = [f"{port.name} {port.dtype} [{_listed(port.shape)}]" for port in ports]
     return [(name if i == 0 else "", text) for i, text in enumerate(texts)]
 
 
 def _shapes(shape: InputShape) -> str:
     low, best, high = ("x".join(map(str, sides)) for sides in (shape.min, shape.opt, shape.max))
-    return f"{shape.name} {low} to {high}, best {best}"
+    return f"{shape.name} {low} to {high}, optimized for {best}"
 
 
 def _cells(layer: EngineLayer) -> list[object]:

@@ -1,7 +1,8 @@
-"""What an ONNX file says about itself, ours or a foreign one, read without onnx and without ONNX Runtime.
+"""Contents of an ONNX file, ours or a third-party one, read without onnx and without ONNX Runtime.
 
-A production machine has no onnx, and ONNX Runtime tells nothing about nodes. ONNX is protobuf, whose wire format is
-a list of (field number, value) pairs that nest; the numbers below are those of onnx.proto, which never change.
+Production machines have no onnx, and ONNX Runtime does not show nodes. ONNX is protobuf, whose wire format is a list
+of nested (field number, value) pairs; the numbers below are those of onnx.proto, which never change. Only counting
+INT8 operations needs onnx.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
+
+if TYPE_CHECKING:
+    from yolov7_deploy.precision.int8_summary import Int8Summary
 
 Value = int | memoryview
 
@@ -27,49 +32,57 @@ _TENSOR_DIMS, _TENSOR_NAME = 1, 8
 _VALUE_NAME, _VALUE_TYPE = 1, 2
 _TYPE_TENSOR, _TENSOR_TYPE_ELEMENT, _TENSOR_TYPE_SHAPE, _SHAPE_DIM, _DIM_VALUE, _DIM_NAME = 1, 1, 2, 1, 1, 2
 _FUNCTION_NAME, _FUNCTION_NODE = 1, 7
-_KEY, _VALUE = 1, 2  # of an entry of metadata and of an operator set
+_KEY, _VALUE = 1, 2  # of entries in the metadata and in the list of operator sets
 
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 
-_ELEMENTS = {
+_DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
     10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 17: "float8e4m3fn", 19: "float8e5m2",
     21: "uint4", 22: "int4", 23: "float4e2m1",
 }  # fmt: skip
 
-# From IR version 4 on, an initializer need not be listed among the inputs: one that is, is an input with a default.
+# Since IR version 4 initializers need not be listed as inputs: a listed one is an input with a default value.
 _IR_WITH_DEFAULTS = 4
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_PASSED_ON = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Transpose"}
+_PASS_THROUGH = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Transpose"}
+
+
+# Operator: the rule by which the tensor before it has a Q/DQ pair.
+_QDQ_RULES = {
+    "Conv": "before convolutions",
+    "Resize": "before upsampling, which then moves bytes",
+    "Add": "before residual additions",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Port:
-    """An input or output: its element type, and per dimension a size, a name, or `?`."""
+class TensorInfo:
+    """An input or output: its element type, and for each dimension a size, a name, or `?`."""
 
     name: str
-    element: str
+    dtype: str
     shape: tuple[int | str, ...]
     has_default: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxFile:
-    """What a file holds.
+    """Contents of an ONNX file.
 
     Attributes:
-        path: As it was given.
-        size_bytes: Of this file; weights that lie in files beside it are not in it.
-        info: The metadata; `None` in a foreign file.
+        path: Path as passed.
+        size_bytes: Size of this file, without external data.
+        metadata: The metadata; `None` in a third-party file.
         ir_version: Version of the ONNX container.
-        opsets: Version of each operator set; the empty name is ONNX's own.
+        opsets: Version of each operator set; the empty name is that of ONNX itself.
         producer: Program that wrote the file, with its version.
-        inputs: With those that have a default.
-        outputs: In order.
-        nodes: Nodes of the graph by operator, the most frequent first; those inside functions are not among them.
-        functions: Nodes inside each model-local function.
-        parameters: Weights and biases of convolutions and matrix products, also where they come quantised.
+        inputs: Inputs, including those with a default value.
+        outputs: Outputs in order.
+        nodes: Number of nodes of each operator, the most frequent first; without nodes inside functions.
+        functions: Number of nodes inside each model-local function.
+        parameters: Number of weights and biases of convolutions and matrix products, float or quantized.
     """
 
     path: str
@@ -78,18 +91,18 @@ class OnnxFile:
     ir_version: int
     opsets: dict[str, int]
     producer: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
     nodes: dict[str, int]
     functions: dict[str, int]
     parameters: int
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
-    """The contents of an ONNX file.
+    """Return the contents of an ONNX file.
 
     Raises:
-        LoadError: The file is absent, truncated, not ONNX, or has metadata that cannot be read.
+        LoadError: The file is missing, truncated, not ONNX, or has metadata that cannot be read.
     """
     path = Path(path)
     try:
@@ -100,21 +113,21 @@ def read_onnx(path: str | Path) -> OnnxFile:
         return _read(memoryview(data), path)
     except (ValueError, IndexError, KeyError) as error:
         raise LoadError(
-            f"{path} is no ONNX file, or a truncated one ({error}).", fix="Export it:  y7 export --weights WEIGHTS.pt"
+            f"{path} is not an ONNX file, or is truncated ({error}).", fix="Export it:  y7 export --weights WEIGHTS.pt"
         ) from error
 
 
 def _read(data: memoryview, path: Path) -> OnnxFile:
-    model = _message(data)
+    model = _parse_message(data)
     if _MODEL_GRAPH not in model or _MODEL_IR not in model:
         raise ValueError("there is no graph in it")
-    graph = _message(_bytes(model[_MODEL_GRAPH][-1]))
-    nodes = [_message(_bytes(node)) for node in graph.get(_GRAPH_NODE, [])]
-    ir_version = _whole(model, _MODEL_IR)
-    tensors = dict(_tensor(_bytes(tensor)) for tensor in graph.get(_GRAPH_INITIALIZER, []))
-    inputs = [_port(_bytes(value), tensors) for value in graph.get(_GRAPH_INPUT, [])]
+    graph = _parse_message(_bytes(model[_MODEL_GRAPH][-1]))
+    nodes = [_parse_message(_bytes(node)) for node in graph.get(_GRAPH_NODE, [])]
+    ir_version = _integer(model, _MODEL_IR)
+    tensors = dict(_initializer(_bytes(tensor)) for tensor in graph.get(_GRAPH_INITIALIZER, []))
+    inputs = [_tensor_info(_bytes(value), tensors) for value in graph.get(_GRAPH_INPUT, [])]
     metadata = dict(_entry(_bytes(entry)) for entry in model.get(_MODEL_METADATA, []))
-    functions = [_message(_bytes(function)) for function in model.get(_MODEL_FUNCTIONS, [])]
+    functions = [_parse_message(_bytes(function)) for function in model.get(_MODEL_FUNCTIONS, [])]
     return OnnxFile(
         path=str(path),
         size_bytes=len(data),
@@ -122,8 +135,8 @@ def _read(data: memoryview, path: Path) -> OnnxFile:
         ir_version=ir_version,
         opsets=dict(_opset(_bytes(entry)) for entry in model.get(_MODEL_OPSETS, [])),
         producer=f"{_text(model, _MODEL_PRODUCER)} {_text(model, _MODEL_PRODUCER_VERSION)}".strip(),
-        inputs=tuple(port for port in inputs if not port.has_default or ir_version >= _IR_WITH_DEFAULTS),
-        outputs=tuple(_port(_bytes(value), {}) for value in graph.get(_GRAPH_OUTPUT, [])),
+        inputs=tuple(tensor for tensor in inputs if not tensor.has_default or ir_version >= _IR_WITH_DEFAULTS),
+        outputs=tuple(_tensor_info(_bytes(value), {}) for value in graph.get(_GRAPH_OUTPUT, [])),
         nodes=dict(Counter(_text(node, _NODE_OP) for node in nodes).most_common()),
         functions={_text(body, _FUNCTION_NAME): len(body.get(_FUNCTION_NODE, [])) for body in functions},
         parameters=_parameters(nodes, tensors),
@@ -131,18 +144,18 @@ def _read(data: memoryview, path: Path) -> OnnxFile:
 
 
 def _parameters(nodes: Iterable[dict[int, list[Value]]], tensors: dict[str, int]) -> int:
-    """Elements of the tensors that weighted nodes take, followed through what only converts them."""
+    """Return the number of elements of the tensors that weighted nodes take, directly or through conversions."""
     sizes = dict(tensors)
     total = 0
     for node in nodes:
-        op, inputs = _text(node, _NODE_OP), [_decoded(name) for name in node.get(_NODE_INPUT, [])]
+        op, inputs = _text(node, _NODE_OP), [_decode(name) for name in node.get(_NODE_INPUT, [])]
         if op in _WEIGHTED:
             total += sum(sizes.get(name, 0) for name in inputs)
             continue
         size = None
         if op == "Constant":
             size = next(_constants(node), None)
-        elif op in _PASSED_ON and inputs:
+        elif op in _PASS_THROUGH and inputs:
             size = sizes.get(inputs[0])
         if size is not None:
             sizes[_text(node, _NODE_OUTPUT)] = size
@@ -151,53 +164,95 @@ def _parameters(nodes: Iterable[dict[int, list[Value]]], tensors: dict[str, int]
 
 def _constants(node: dict[int, list[Value]]) -> Iterator[int]:
     for attribute in node.get(_NODE_ATTRIBUTE, []):
-        for tensor in _message(_bytes(attribute)).get(_ATTRIBUTE_TENSOR, []):
-            yield _tensor(_bytes(tensor))[1]
+        for tensor in _parse_message(_bytes(attribute)).get(_ATTRIBUTE_TENSOR, []):
+            yield _initializer(_bytes(tensor))[1]
 
 
-def _tensor(data: memoryview) -> tuple[str, int]:
-    """Name and number of elements."""
-    tensor = _message(data)
+def _initializer(data: memoryview) -> tuple[str, int]:
+    """Return the name and number of elements."""
+    tensor = _parse_message(data)
     sides: list[int] = []
     for value in tensor.get(_TENSOR_DIMS, []):
         sides += [value] if isinstance(value, int) else _packed(value)
     return _text(tensor, _TENSOR_NAME), prod(sides)
 
 
-def _port(data: memoryview, tensors: dict[str, int]) -> Port:
-    value = _message(data)
-    name, element = _text(value, _VALUE_NAME), "?"
+def _tensor_info(data: memoryview, tensors: dict[str, int]) -> TensorInfo:
+    value = _parse_message(data)
+    name, dtype = _text(value, _VALUE_NAME), "?"
     shape: tuple[int | str, ...] = ()
     for kind in value.get(_VALUE_TYPE, []):
-        for tensor in _message(_bytes(kind)).get(_TYPE_TENSOR, []):
-            fields = _message(_bytes(tensor))
-            number = _whole(fields, _TENSOR_TYPE_ELEMENT)
-            element = _ELEMENTS.get(number, f"type {number}")
-            dims = [_message(_bytes(s)).get(_SHAPE_DIM, []) for s in fields.get(_TENSOR_TYPE_SHAPE, [])]
-            shape = tuple(_side(_bytes(dim)) for group in dims for dim in group)
-    return Port(name=name, element=element, shape=shape, has_default=name in tensors)
+        for tensor in _parse_message(_bytes(kind)).get(_TYPE_TENSOR, []):
+            fields = _parse_message(_bytes(tensor))
+            number = _integer(fields, _TENSOR_TYPE_ELEMENT)
+            dtype = _DTYPES.get(number, f"type {number}")
+            dims = [_parse_message(_bytes(s)).get(_SHAPE_DIM, []) for s in fields.get(_TENSOR_TYPE_SHAPE, [])]
+            shape = tuple(_dim(_bytes(dim)) for group in dims for dim in group)
+    return TensorInfo(name=name, dtype=dtype, shape=shape, has_default=name in tensors)
 
 
-def _side(data: memoryview) -> int | str:
-    dim = _message(data)
-    return _whole(dim, _DIM_VALUE) if _DIM_VALUE in dim else _text(dim, _DIM_NAME) or "?"
+def _dim(data: memoryview) -> int | str:
+    dim = _parse_message(data)
+    return _integer(dim, _DIM_VALUE) if _DIM_VALUE in dim else _text(dim, _DIM_NAME) or "?"
 
 
 def _entry(data: memoryview) -> tuple[str, str]:
-    entry = _message(data)
+    entry = _parse_message(data)
     return _text(entry, _KEY), _text(entry, _VALUE)
 
 
 def _opset(data: memoryview) -> tuple[str, int]:
-    entry = _message(data)
-    return _text(entry, _KEY), _whole(entry, _VALUE)
+    entry = _parse_message(data)
+    return _text(entry, _KEY), _integer(entry, _VALUE)
 
 
-# --- the wire format ------------------------------------------------------------------------------------------------
+# --- INT8 -------------------------------------------------------------------------------------------------------------
 
 
-def _message(data: memoryview) -> dict[int, list[Value]]:
-    """The values of every field, in order; strings, packed numbers and messages are still bytes."""
+def read_int8_summary(path: Path) -> Int8Summary:
+    """Count what a file computes in INT8; the file may be a third-party one. Needs onnx.
+
+    Raises:
+        LoadError: The file is missing, empty, truncated or not ONNX.
+    """
+    from yolov7_deploy.precision.int8_summary import summarize_int8
+    from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
+
+    return summarize_int8(open_onnx(path).proto)
+
+
+def int8_lines(account: Int8Summary) -> tuple[str, str]:
+    """Return two lines: how much is computed in INT8, and the number of Q/DQ pairs with their rules."""
+    share = "shapes are dynamic" if account.share is None else f"{account.share:.1%} of all multiply-accumulates"
+    pairs = [f"{count} {_QDQ_RULES.get(kind, f'before {kind}')}" for kind, count in account.pairs.items()]
+    twice = f"; {len(account.duplicate_pairs)} tensors have more than one" if account.duplicate_pairs else ""
+    return (
+        f"{account.int8_convolutions} of {len(account.convolutions)} convolutions, {share}",
+        f"{sum(account.pairs.values())} Q/DQ pairs, one per tensor: {', '.join(pairs) or 'none'}{twice}; "
+        f"{account.scales} scales; {account.weights} weights stored as int8",
+    )
+
+
+def int8_to_dict(account: Int8Summary) -> dict[str, Any]:
+    """Return plain data for JSON."""
+    return {
+        "convolutions": [
+            {"layer": cost.name, "macs": cost.macs, "int8": cost.is_int8} for cost in account.convolutions
+        ],
+        "int8_convolutions": account.int8_convolutions,
+        "int8_share_of_macs": account.share,
+        "pairs": dict(account.pairs),
+        "pairs_twice": list(account.duplicate_pairs),
+        "int8_weights": account.weights,
+        "scales": account.scales,
+    }
+
+
+# --- protobuf wire format ---------------------------------------------------------------------------------------------
+
+
+def _parse_message(data: memoryview) -> dict[int, list[Value]]:
+    """Return the values of every field, in order; strings, packed numbers and messages are still bytes."""
     fields: dict[int, list[Value]] = {}
     at = 0
     while at < len(data):
@@ -221,7 +276,7 @@ def _message(data: memoryview) -> dict[int, list[Value]]:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the lowest first, and the place behind it."""
+    """Return a number stored in groups of seven bits, lowest first, and the position after it."""
     number = 0
     for index in range(_MAX_VARINT_BYTES):
         byte = data[at + index]
@@ -243,20 +298,20 @@ def _packed(data: memoryview) -> list[int]:
 
 def _bytes(value: Value) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("a number where a message belongs")
+        raise ValueError("a number instead of a message")
     return value
 
 
-def _decoded(value: Value) -> str:
+def _decode(value: Value) -> str:
     return bytes(_bytes(value)).decode("utf-8", "replace")
 
 
 def _text(fields: dict[int, list[Value]], number: int) -> str:
-    return _decoded(fields[number][-1]) if number in fields else ""
+    return _decode(fields[number][-1]) if number in fields else ""
 
 
-def _whole(fields: dict[int, list[Value]], number: int) -> int:
+def _integer(fields: dict[int, list[Value]], number: int) -> int:
     value = fields[number][-1] if number in fields else 0
     if not isinstance(value, int):
-        raise ValueError("bytes where a number belongs")
+        raise ValueError("bytes instead of a number")
     return value

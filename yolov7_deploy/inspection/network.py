@@ -1,4 +1,4 @@
-"""Everything known about a variant, or about the network in a weights file, as one record."""
+"""Architecture and cost of a variant compared with the paper, or of the network in a weights file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ D6 = "yolov7-d6"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperCost:
-    """A size the paper measures a variant at: our GFLOPs and its row."""
+    """Our GFLOPs at an input size for which the paper has a row, and that row."""
 
     size: int
     gflops: float
@@ -26,17 +26,17 @@ class PaperCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VariantRecord:
-    """One architecture beside the paper.
+    """One variant compared with the paper.
 
     Attributes:
         variant: Official name.
         activation: `silu` or `leaky` (LeakyReLU 0.1).
-        strides: Pixels per cell of each head level.
-        anchors: Per level three (width, height) in input pixels.
-        cost: With COCO's 80 classes, at the size the speed in the paper is for.
-        paper: The paper's rows of this model, the largest input first.
-        notes: What to know before comparing.
-        layers: The layer table.
+        strides: Stride of each head level in input pixels.
+        anchors: Three (width, height) in input pixels for each level.
+        cost: Cost with the 80 classes of COCO, at the input size of the speed in the paper.
+        paper: The rows of the paper for this model, the largest input first.
+        notes: Remarks on the comparison.
+        layers: Cost of each layer.
     """
 
     variant: str
@@ -54,18 +54,18 @@ class WeightsRecord:
     """The network in a weights file.
 
     Attributes:
-        path: The file.
-        size_bytes: Of the file.
+        path: Path of the file.
+        size_bytes: Size of the file.
         sha256: Digest of the file.
-        variant: Official name, told by the tensors.
-        form: `training` or `deploy`; the official files are named after it.
-        class_names: In class-id order.
-        strides: Pixels per cell of each head level.
-        anchors: Those of the file.
-        own_anchors: They differ from the variant's.
-        parameters: Learnable numbers in the file.
-        cost: Of this variant with this many classes.
-        layers: The layer table with this many classes.
+        variant: Official name, recognised by the tensors.
+        form: `training` or `deploy`, as in the names of the official files.
+        class_names: Class names in order of class id.
+        strides: Stride of each head level in input pixels.
+        anchors: Anchors of the file.
+        custom_anchors: True if they differ from those of the variant.
+        parameters: Number of parameters in the file.
+        cost: Cost of this variant with this number of classes.
+        layers: Cost of each layer with this number of classes.
     """
 
     path: str
@@ -76,14 +76,14 @@ class WeightsRecord:
     class_names: tuple[str, ...]
     strides: tuple[int, ...]
     anchors: Anchors
-    own_anchors: bool
+    custom_anchors: bool
     parameters: int
     cost: Complexity
     layers: tuple[LayerCost, ...]
 
 
-def describe_variant(name: str) -> VariantRecord:
-    """A variant with its cost, its layers and what the paper says.
+def inspect_variant(name: str) -> VariantRecord:
+    """Return a variant with its cost, its layers and the figures of the paper.
 
     Raises:
         UsageError: There is no such variant.
@@ -103,12 +103,12 @@ def describe_variant(name: str) -> VariantRecord:
     )
 
 
-def describe_weights(path: str | Path) -> WeightsRecord:
-    """The network in a weights file of any kind that `load_checkpoint` reads; its tensors are checked on the way.
+def inspect_weights(path: str | Path) -> WeightsRecord:
+    """Return the network in a weights file of any format that `load_checkpoint` reads, after checking its tensors.
 
     Raises:
         LoadError: The file cannot be read; see `load_checkpoint`.
-        CheckpointError: Its tensors are not those of the variant they look like.
+        CheckpointError: The tensors are not those of the recognised variant.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path)
@@ -122,7 +122,7 @@ def describe_weights(path: str | Path) -> WeightsRecord:
         class_names=checkpoint.class_names,
         strides=checkpoint.strides,
         anchors=checkpoint.anchors,
-        own_anchors=checkpoint.anchors != find_variant(checkpoint.variant).anchors,
+        custom_anchors=checkpoint.anchors != find_variant(checkpoint.variant).anchors,
         parameters=parameter_count(build_model(checkpoint)),
         cost=complexity(checkpoint.variant, classes=classes),
         layers=layer_costs(checkpoint.variant, classes=classes),
@@ -130,7 +130,7 @@ def describe_weights(path: str | Path) -> WeightsRecord:
 
 
 def _paper_rows(name: str) -> list[PaperRow]:
-    """One merged row per size; only tiny has several in Table 1."""
+    """Return one merged row per input size; only tiny has several in Table 1."""
     sizes = {row.size for row in TABLE_1 if row.model == VARIANTS[name]} or {None}
     return sorted((paper_row(name, size=size) for size in sizes), key=lambda row: -(row.size or 0))
 
@@ -146,10 +146,10 @@ def _notes(cost: Complexity, paper: tuple[PaperCost, ...]) -> tuple[str, ...]:
     if cost.variant == D6:
         row = paper[0].row
         notes.append(
-            f"the paper's {row.params_m}M and {row.gflops}G are the training graph with its auxiliary branches "
-            f"({cost.parameters_training / 1e6:.1f}M, {paper[0].gflops_training:.1f}G); deployed it has "
+            f"the paper's {row.params_m}M and {row.gflops}G are for the training form with its auxiliary branches "
+            f"({cost.parameters_training / 1e6:.1f}M, {paper[0].gflops_training:.1f}G); the fused network has "
             f"{cost.parameters_fused / 1e6:.1f}M and {paper[0].gflops:.1f}G"
         )
     if any(entry.row.fps for entry in paper):
-        notes.append("the paper's FPS are PyTorch FP16 at batch 1, the network's forward pass only")
+        notes.append("the paper's FPS are for PyTorch FP16 at batch 1, and for the forward pass only")
     return tuple(notes)
