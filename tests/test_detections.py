@@ -159,14 +159,14 @@ def test_nothing_found_converts_too(convert):
     getattr(make(0), convert)()
     assert make(0).to_coco(1) == []
     assert make(0).to_yolo() == ""
-    assert make(0).describe() == "nothing found"
+    assert make(0).describe() == "no detections"
 
 
 def test_describe_counts_in_class_order():
     found = Detections(
         boxes=np.zeros((3, 4)), scores=[0.9, 0.8, 0.7], class_ids=[3, 0, 0], class_names=NAMES, image_hw=HW
     )
-    assert found.describe() == "2 persons, 1 dog"
+    assert found.describe() == "person: 2, dog: 1"
 
 
 def test_plot_leaves_the_image_untouched_and_save_writes_what_it_drew(tmp_path):

@@ -13,7 +13,7 @@ from tests.support.sample_images import (
     IMAGES,
     MAX_DET,
     assert_identical,
-    foreign,
+    without_metadata,
     needs_no_cuda,
 )
 from tests.support.small_models import HW
@@ -112,7 +112,7 @@ def test_text_with_the_suffix_of_onnx_is_refused(tmp_path):
 
 
 def test_a_file_without_a_metadata_opens_with_a_warning(files, detectors, tmp_path, caplog):
-    path = foreign(files("none"), tmp_path / "m.onnx")
+    path = without_metadata(files("none"), tmp_path / "m.onnx")
     with caplog.at_level(logging.WARNING), Detector(path, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
         assert any(
             "no metadata" in record.getMessage() and "m.onnx" in record.getMessage() for record in caplog.records
@@ -124,7 +124,7 @@ def test_a_file_without_a_metadata_opens_with_a_warning(files, detectors, tmp_pa
 
 
 def test_a_foreign_file_with_suppression_inside_opens(files, detectors, tmp_path):
-    path = foreign(files("plugin"), tmp_path / "m.onnx", without_thresholds)
+    path = without_metadata(files("plugin"), tmp_path / "m.onnx", without_thresholds)
     with Detector(path, device="cpu") as detector:
         assert detector.input_hw == HW
         assert detector.class_names[:2] == ("class_0", "class_1")
@@ -148,12 +148,12 @@ def test_a_foreign_file_whose_outputs_are_in_another_order_opens(files, detector
         del proto.graph.output[:]
         proto.graph.output.extend(outputs)
 
-    with Detector(foreign(files("plugin"), tmp_path / "m.onnx", shuffled), device="cpu") as detector:
+    with Detector(without_metadata(files("plugin"), tmp_path / "m.onnx", shuffled), device="cpu") as detector:
         assert_identical(detector(IMAGES[0]), detectors("plugin")(IMAGES[0]))
 
 
 def test_a_foreign_file_with_overridable_thresholds_takes_them(files, detectors, tmp_path):
-    with Detector(foreign(files("plugin"), tmp_path / "m.onnx"), device="cpu") as detector:
+    with Detector(without_metadata(files("plugin"), tmp_path / "m.onnx"), device="cpu") as detector:
         ours, expected = (one(IMAGES[0], conf=0.75) for one in (detector, detectors("plugin")))
         assert_identical(ours, expected)
 
@@ -189,7 +189,7 @@ def test_an_onnx_file_that_is_no_yolov7_is_refused(tmp_path, input_shape, output
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    with pytest.raises(LoadError, match="no YOLOv7 layout") as caught:
+    with pytest.raises(LoadError, match="not a YOLOv7 layout") as caught:
         Detector(tmp_path / "m.onnx", device="cpu")
     assert str(input_shape) in caught.value.message
     assert caught.value.fix

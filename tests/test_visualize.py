@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import read_image
-from yolov7_deploy.visualize import _hidden, _label_size, _place_label, class_colour, draw_boxes, fit_pen, text_colour
+from yolov7_deploy.visualize import _covered_pixels, _label_size, _find_label_rect, class_colour, draw_boxes, draw_style, text_colour
 
 READABLE_CONTRAST = 4.5  # WCAG 2, level AA
 APART_OF_20, APART_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: told apart beside each other, and at all
@@ -70,26 +70,26 @@ def test_grey_and_transparent_images_are_drawn_in_colour(shape):
 def test_labels_stay_inside_the_image(hw, corner, far):
     xs, ys = sorted((corner[0], far[0])), sorted((corner[1], far[1]))
     rect = tuple(int(v) for v in (xs[0] * (hw[1] - 1), ys[0] * (hw[0] - 1), xs[1] * (hw[1] - 1), ys[1] * (hw[0] - 1)))
-    pen = fit_pen(hw)
-    width, height, _ = _label_size("person 0.87", pen)
-    spot = _place_label("person 0.87", rect, taken=[], hw=hw, pen=pen)
+    style = draw_style(hw)
+    width, height, _ = _label_size("person 0.87", style)
+    label_rect = _find_label_rect("person 0.87", rect, taken=[], hw=hw, style=style)
     if width > hw[1] or height > hw[0]:
-        assert spot is None
+        assert label_rect is None
     else:
-        assert spot is not None
-        assert 0 <= spot[0] < spot[2] <= hw[1]
-        assert 0 <= spot[1] < spot[3] <= hw[0]
+        assert label_rect is not None
+        assert 0 <= label_rect[0] < label_rect[2] <= hw[1]
+        assert 0 <= label_rect[1] < label_rect[3] <= hw[0]
 
 
 def test_the_label_of_a_box_inside_another_with_the_same_corner_moves_away():
-    hw, pen = (480, 640), fit_pen((480, 640))
-    first = _place_label("person 0.9", (100, 100, 500, 400), taken=[], hw=hw, pen=pen)
-    second = _place_label("tie 0.8", (100, 100, 300, 300), taken=[first], hw=hw, pen=pen)
-    assert _hidden(second, np.array([first])) == 0
+    hw, style = (480, 640), draw_style((480, 640))
+    first = _find_label_rect("person 0.9", (100, 100, 500, 400), taken=[], hw=hw, style=style)
+    second = _find_label_rect("tie 0.8", (100, 100, 300, 300), taken=[first], hw=hw, style=style)
+    assert _covered_pixels(second, np.array([first])) == 0
 
 
 def test_lines_and_text_grow_with_the_image():
-    small, large = fit_pen((240, 320)), fit_pen((2160, 3840))
+    small, large = draw_style((240, 320)), draw_style((2160, 3840))
     assert small.line < large.line
     assert small.text_scale < large.text_scale
     assert small.line >= 1

@@ -1,6 +1,6 @@
-"""Detections: what leaves the house. Boxes, scores and class ids of one image; filter, draw, save, convert.
+"""Detections: boxes, scores and class ids of one image, and how to filter, draw, save and convert them.
 
-Libraries that only a conversion needs (supervision, pandas) are looked for when that conversion is called.
+Libraries that only one conversion needs (supervision, pandas) are imported when that conversion is called.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.errors import MissingLibraryError, UsageError
-from yolov7_deploy.image import FloatArray, Image
+from yolov7_deploy.image import FloatArray, Image, IntArray
 from yolov7_deploy.visualize import draw_boxes, write_image
 
-IntArray = npt.NDArray[np.int64]
 Index = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.bool_] | npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Milliseconds one image took; for a batch, the batch's time divided by its images."""
+    """Milliseconds per image; for a batch, the time of the batch divided by its size."""
 
     preprocess_ms: float = 0.0
     inference_ms: float = 0.0
@@ -35,7 +34,7 @@ class Speed:
 
     @property
     def total_ms(self) -> float:
-        """All three together."""
+        """The sum of the three."""
         return self.preprocess_ms + self.inference_ms + self.postprocess_ms
 
 
@@ -51,7 +50,7 @@ class Detection:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Detections:
-    """The objects found in one image, best score first; never `None`, and empty where nothing was found.
+    """The objects detected in one image, best score first; empty if there are none.
 
     Attributes:
         boxes: float32 [N, 4] xyxy in source pixels, clipped to the image.
@@ -59,11 +58,11 @@ class Detections:
         class_ids: int64 [N].
         class_names: All names of the model, indexed by class id.
         image_hw: Height and width of the source image.
-        path: Where the image came from, empty for arrays.
-        speed: Where the time went.
+        path: File or source of the image, empty for arrays.
+        speed: Time spent on the image.
 
     Raises:
-        UsageError: The arrays disagree in length or shape, or a class id has no name.
+        UsageError: The arrays differ in length or shape, or a class id has no name.
     """
 
     boxes: FloatArray
@@ -86,7 +85,7 @@ class Detections:
             )
         if count and not 0 <= self.class_ids.min() <= self.class_ids.max() < len(self.class_names):
             raise UsageError(
-                f"Class ids go from {self.class_ids.min()} to {self.class_ids.max()}, "
+                f"Class ids range from {self.class_ids.min()} to {self.class_ids.max()}, "
                 f"but there are {len(self.class_names)} class names.",
                 fix="Pass one name per class in class_names.",
             )
@@ -101,7 +100,7 @@ class Detections:
             yield Detection(box=(x1, y1, x2, y2), score=score, class_id=class_id, class_name=self.class_names[class_id])
 
     def __getitem__(self, index: Index) -> Detections:
-        """Always new Detections, also for one number; a mask must have one entry per detection."""
+        """Return new Detections, also for a single index; a mask must have one entry per detection."""
         if not isinstance(index, slice):
             picked = np.atleast_1d(np.asarray(index))
             index = picked if picked.size else picked.astype(np.int64)
@@ -110,10 +109,10 @@ class Detections:
     def filter(
         self, *, conf: float | None = None, classes: int | str | Iterable[int | str] | None = None
     ) -> Detections:
-        """Those that score above `conf` (strictly) and are of one of `classes` (ids or names).
+        """Return the detections with a score above `conf` (strictly) and one of `classes` (ids or names).
 
         Raises:
-            UsageError: A class that the model does not have.
+            UsageError: The model does not have one of the classes.
         """
         keep = np.ones(len(self), dtype=np.bool_)
         if conf is not None:
@@ -128,28 +127,28 @@ class Detections:
         return tuple(self.class_names[i] for i in self.class_ids.tolist())
 
     def describe(self) -> str:
-        """How many of what, in class order: `2 persons, 1 dog`."""
+        """Return the number of detections per class, in class order: `person: 2, dog: 1`."""
         ids, counts = np.unique(self.class_ids, return_counts=True)
-        parts = [f"{n} {self.class_names[i]}{'s' if n > 1 else ''}" for i, n in zip(ids, counts, strict=True)]
-        return ", ".join(parts) or "nothing found"
+        parts = [f"{self.class_names[i]}: {count}" for i, count in zip(ids, counts, strict=True)]
+        return ", ".join(parts) or "no detections"
 
     def plot(self, image_bgr: Image) -> Image:
-        """A copy of the image [H, W, 3] with boxes and labels on it.
+        """Return a copy of the image [H, W, 3] with boxes and labels.
 
         Raises:
-            UsageError: The image is not of the size these boxes belong to.
+            UsageError: The image does not have the size of `image_hw`.
         """
         if image_bgr.shape[:2] != self.image_hw:
             raise UsageError(
-                f"The image is {image_bgr.shape[1]}x{image_bgr.shape[0]}, the boxes belong to one of "
+                f"The image is {image_bgr.shape[1]}x{image_bgr.shape[0]}; the detections belong to an image of "
                 f"{self.image_hw[1]}x{self.image_hw[0]}.",
-                fix="Pass the image that was detected on, before any resizing.",
+                fix="Pass the image that was given to the Detector, before any resizing.",
             )
         labels = [f"{item.class_name} {item.score:.2f}" for item in self]
         return draw_boxes(image_bgr, self.boxes, labels=labels, class_ids=self.class_ids.tolist())
 
     def save(self, path: str | Path, image_bgr: Image) -> None:
-        """Writes the drawn image; the suffix chooses the format.
+        """Write the image with boxes and labels; the suffix selects the format.
 
         Raises:
             ImageError: The format is unknown or the file cannot be written.
@@ -158,12 +157,12 @@ class Detections:
         write_image(path, self.plot(image_bgr))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: every number reads back to the same float32. Timings are left out, they never repeat."""
+        """Return plain data that converts back to the same float32 values. Timings are omitted: they never repeat."""
         return {
             "path": self.path,
             "image_hw": list(self.image_hw),
             "detections": [
-                {"box": _short(box), "score": _short([score])[0], "class_id": class_id, "class_name": name}
+                {"box": _shortest(box), "score": _shortest([score])[0], "class_id": class_id, "class_name": name}
                 for box, score, class_id, name in zip(
                     self.boxes, self.scores, self.class_ids.tolist(), self.names, strict=True
                 )
@@ -171,15 +170,15 @@ class Detections:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as one line of JSON with sorted keys: same detections, same bytes."""
+        """Return `to_dict` as one line of JSON with sorted keys: same detections, same bytes."""
         return json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
 
     def to_coco(self, image_id: int, *, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO results: xywh rounded to 3 decimals and scores to 5, as the official test program writes them.
+        """Return COCO results: xywh rounded to 3 decimals and scores to 5, as the official test program writes them.
 
         Args:
             image_id: The image's id in the annotation file.
-            category_ids: The dataset's category id of each class id; `None` where they are the same.
+            category_ids: The dataset's category id of each class id; `None` if they are the same.
         """
         corner, size = self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]
         return [
@@ -195,7 +194,7 @@ class Detections:
         ]
 
     def to_yolo(self, *, save_conf: bool = False) -> str:
-        """YOLO label text: a line `class cx cy w h [score]` each, coordinates as fractions of width and height."""
+        """Return YOLO labels: one line `class cx cy w h [score]` each, coordinates as fractions of width and height."""
         height, width = self.image_hw
         centre, size = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2, self.boxes[:, 2:] - self.boxes[:, :2]
         rows = np.hstack([centre, size]) / np.array([width, height, width, height], dtype=np.float32)
@@ -206,12 +205,12 @@ class Detections:
         )
 
     def to_supervision(self) -> Any:  # noqa: ANN401 (an optional library's type)
-        """A `supervision.Detections` with float boxes, class ids and `data['class_name']`.
+        """Return a `supervision.Detections` with float boxes, class ids and `data['class_name']`.
 
         Raises:
             MissingLibraryError: supervision is not installed.
         """
-        supervision = _library("supervision", needed_for="to_supervision()")
+        supervision = _import_library("supervision", needed_for="to_supervision()")
         return supervision.Detections(
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
@@ -220,18 +219,20 @@ class Detections:
         )
 
     def to_pandas(self) -> Any:  # noqa: ANN401 (an optional library's type)
-        """A `pandas.DataFrame` with the columns that YOLOv5 and v7 hub users know.
+        """Return a `pandas.DataFrame` with the columns of the YOLOv5 and YOLOv7 hub models.
 
         Raises:
             MissingLibraryError: pandas is not installed.
         """
-        frame = _library("pandas", needed_for="to_pandas()").DataFrame(
-            self.boxes, columns=["xmin", "ymin", "xmax", "ymax"]
-        )
-        return frame.assign(**{"confidence": self.scores, "class": self.class_ids, "name": list(self.names)})
+        pandas = _import_library("pandas", needed_for="to_pandas()")
+        table = pandas.DataFrame(self.boxes, columns=["xmin", "ymin", "xmax", "ymax"])
+        table["confidence"] = self.scores
+        table["class"] = self.class_ids
+        table["name"] = list(self.names)
+        return table
 
     def as_ultralytics(self) -> UltralyticsView:
-        """These detections under the attribute names of an ultralytics result, for libraries that read one.
+        """Return the detections under the attribute names of an ultralytics result, for libraries that read one.
 
         `supervision.Detections.from_ultralytics(detections.as_ultralytics())` works, and so do trackers written
         for `result.boxes.xyxy.cpu().numpy()`.
@@ -250,20 +251,20 @@ class Detections:
 
 
 class HostTensor(np.ndarray[Any, np.dtype[Any]]):
-    """An array that also answers `.cpu()` and `.numpy()`, as code written for torch tensors asks."""
+    """A NumPy array with the methods `.cpu()` and `.numpy()` of torch tensors."""
 
     def cpu(self) -> HostTensor:
-        """Itself: it already is in host memory."""
+        """Return the array itself, which is already in host memory."""
         return self
 
     def numpy(self) -> npt.NDArray[Any]:
-        """The plain array, without a copy."""
+        """Return the plain array, without a copy."""
         return self.view(np.ndarray)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class UltralyticsBoxes:
-    """`xyxy` and `xywh` [N, 4], `conf` [N], `cls` [N]; `id` is for trackers and always `None`."""
+    """Boxes `xyxy` and `xywh` [N, 4], `conf` [N], `cls` [N]; `id`, which trackers set, is always `None`."""
 
     xyxy: HostTensor
     xywh: HostTensor
@@ -277,7 +278,7 @@ class UltralyticsBoxes:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class UltralyticsView:
-    """What `Detections.as_ultralytics` gives: the parts of an ultralytics result that describe boxes."""
+    """The parts of an ultralytics result that describe boxes; see `Detections.as_ultralytics`."""
 
     boxes: UltralyticsBoxes
     names: dict[int, str]
@@ -293,19 +294,19 @@ class UltralyticsView:
 
 
 def find_classes(classes: int | str | Iterable[int | str], class_names: Sequence[str]) -> tuple[int, ...]:
-    """The sorted class ids that a mix of ids and names means; a name that several classes carry means all of them.
+    """Return the sorted class ids for a mix of ids and names; a name shared by several classes selects all of them.
 
     Raises:
-        UsageError: An id or a name that the model does not have.
+        UsageError: The model does not have one of the ids or names.
     """
-    wanted = [classes] if isinstance(classes, int | str) else list(classes)
-    found: set[int] = set()
-    for item in wanted:
+    requested = [classes] if isinstance(classes, int | str) else list(classes)
+    ids: set[int] = set()
+    for item in requested:
         matches = _matches(item, class_names)
         if not matches:
             raise _unknown_class(item, class_names)
-        found.update(matches)
-    return tuple(sorted(found))
+        ids.update(matches)
+    return tuple(sorted(ids))
 
 
 def _matches(item: int | str, class_names: Sequence[str]) -> list[int]:
@@ -317,7 +318,7 @@ def _matches(item: int | str, class_names: Sequence[str]) -> list[int]:
 def _unknown_class(item: int | str, class_names: Sequence[str]) -> UsageError:
     if not isinstance(item, str):
         last = len(class_names) - 1
-        return UsageError(f"The model has no class {item}.", fix=f"Class ids go from 0 to {last}.")
+        return UsageError(f"The model has no class {item}.", fix=f"Class ids range from 0 to {last}.")
     near = difflib.get_close_matches(item.casefold(), [name.casefold() for name in class_names], n=3, cutoff=0.5)
     if near:
         return UsageError(f"The model has no class {item!r}.", fix=f"Did you mean: {', '.join(near)}")
@@ -325,12 +326,12 @@ def _unknown_class(item: int | str, class_names: Sequence[str]) -> UsageError:
     return UsageError(f"The model has no class {item!r}.", fix=f"Its {len(class_names)} classes: {some}")
 
 
-def _short(values: Iterable[Any]) -> list[float]:
-    """float32 values as the shortest decimals that read back to them (244.943, not 244.94300842285156)."""
+def _shortest(values: Iterable[Any]) -> list[float]:
+    """Return float32 values as the shortest decimals that convert back to them (244.943, not 244.94300842285156)."""
     return [float(str(np.float32(value))) for value in values]
 
 
-def _library(name: str, *, needed_for: str) -> ModuleType:
+def _import_library(name: str, *, needed_for: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

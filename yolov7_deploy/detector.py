@@ -1,4 +1,4 @@
-"""Detector: images in, Detections out, whatever is under the floor."""
+"""Detector: images in, Detections out, with the same results on every runtime."""
 
 from __future__ import annotations
 
@@ -21,43 +21,46 @@ from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.runtimes.base import RawDetections, RuntimeResult, TimingBreakdown, open_backend
+from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime, split_batches
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, SourceLike, open_source
 
 logger = logging.getLogger(__name__)
 
 ImageLike = npt.NDArray[Any] | GpuArray | str | Path
-LARGEST_BATCH = 32  # images that enter a network of open batch size at once, as many as in the paper's batch timings
+MAX_BATCH_SIZE = 32  # images that enter a network of dynamic batch size together, as in the paper's batch timings
 EMPTY_RESULT = RuntimeResult(
-    found=[],
+    detections=[],
     preprocess_ms=0,
     inference_ms=0,
     postprocess_ms=0,
-    spans=TimingBreakdown(preprocess_ms=0, upload_ms=0, engine_ms=0, download_ms=0, postprocess_ms=0),
+    timing=TimingBreakdown(preprocess_ms=0, upload_ms=0, engine_ms=0, download_ms=0, postprocess_ms=0),
 )
-SUBMIT_THREADS = 4  # two calls in the network, one being prepared and one being read: 1.14 x two threads on two cores
+# Two calls run the network, one prepares its image and one reads results: 1.14 x the throughput of two threads on two
+# cores.
+SUBMIT_THREADS = 4
 
 
 class Detector:
-    """Finds objects in images with a `.pt`, `.safetensors`, `.onnx` or `.engine` file.
+    """Detect objects in images with a `.pt`, `.safetensors`, `.onnx` or `.engine` file.
 
-    Usable from several threads at once. Thresholds left out are those of the file, where NMS is inside it,
-    else the official ones (`Thresholds`); each call may override them.
+    A Detector may be used from several threads at the same time. Thresholds that are omitted come from the file if NMS
+    is inside it, and are the official ones (`Thresholds`) otherwise. Each call may override them.
 
     Args:
         weights: A file, or an official name such as `yolov7-tiny`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        img: Input side, or (height, width); the file's own, else the paper's size.
-        half: Half precision for checkpoints: the default on a GPU, as in the official program, and not on a CPU. Files
-            with a precision of their own refuse another one.
+        img: Image size (one number for a square) or (height, width). The default is the fixed size of the file, else
+            the paper's size.
+        half: FP16 for checkpoints: by default on a GPU, as in the official program, and not on a CPU. Files with a
+            fixed precision refuse any other.
         conf, iou, max_det, classes, multi_label, class_agnostic: See `Thresholds`.
 
     Raises:
-        LoadError: The file is absent, broken or of an unknown kind.
-        MissingLibraryError: What runs this kind of file is not installed.
+        LoadError: The file is missing, broken or of an unknown kind.
+        MissingLibraryError: The library that runs this kind of file is not installed.
         DeviceError: There is no such device.
-        UsageError: Options that contradict the file.
+        UsageError: An option contradicts the file.
 
     Example:
         >>> with Detector("yolov7.onnx") as detector:
@@ -80,16 +83,16 @@ class Detector:
     ) -> None:
         started = time.perf_counter()
         self.path = find_weights(weights)
-        wanted_hw = (img, img) if isinstance(img, int) else img
-        self._backend = open_backend(self.path, device=device, input_hw=wanted_hw, half=half)
-        self.metadata: ModelMetadata = self._backend.metadata
-        self.input_hw: tuple[int, int] = wanted_hw or self.metadata.default_hw
-        self.thresholds = self._changed(
-            _own_thresholds(self.metadata),
+        requested_hw = (img, img) if isinstance(img, int) else img
+        self._runtime = open_runtime(self.path, device=device, input_hw=requested_hw, half=half)
+        self.metadata: ModelMetadata = self._runtime.metadata
+        self.input_hw: tuple[int, int] = requested_hw or self.metadata.default_hw
+        self.thresholds = self._override(
+            _default_thresholds(self.metadata),
             conf=conf,
             iou=iou,
             max_det=max_det,
-            classes=tuple(classes) if classes is not None else None,
+            classes=classes,
             multi_label=multi_label,
             class_agnostic=class_agnostic,
         )
@@ -100,18 +103,18 @@ class Detector:
 
     @property
     def device(self) -> str:
-        """Where it runs, `cpu` or `cuda:N`."""
-        return self._backend.device
+        """The device, `cpu` or `cuda:N`."""
+        return self._runtime.device
 
     @property
     def max_batch_size(self) -> int | None:
-        """Most images that can enter the network at once; `None` where the file leaves it open."""
-        return self._backend.max_batch_size
+        """Most images that enter the network together; `None` if the batch size is dynamic."""
+        return self._runtime.max_batch_size
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
-        """How it runs, in words, such as ("CUDA graph", "on")."""
-        return self._backend.runtime_info
+        """How the model runs, as names and values such as ("CUDA graph", "on")."""
+        return self._runtime.runtime_info
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -127,12 +130,13 @@ class Detector:
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> Detections:
-        """The objects in one image: uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path.
+        """Detect the objects in one image: an array uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path.
 
-        An engine takes uint8 BGR [H, W, 3] arrays on its GPU too (torch, cupy, pycuda, ...), without a copy: by DLPack
-        or `__cuda_array_interface__`, after what their library's stream has still to do.
+        An engine also accepts uint8 BGR [H, W, 3] arrays on its GPU (torch, cupy, pycuda, ...), without a copy, by
+        DLPack or `__cuda_array_interface__`. It waits for the pending work of the stream that produces the array.
         """
-        return self.batch([image], conf=conf, iou=iou, classes=classes, max_det=max_det)[0]
+        thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
+        return self._detect([image], thresholds, paths=[_path(image)])[0][0]
 
     def batch(
         self,
@@ -143,53 +147,49 @@ class Detector:
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> list[Detections]:
-        """The objects in several images of any sizes, in their order; an empty list gives an empty list."""
-        thresholds = self._changed(
-            self.thresholds,
-            conf=conf,
-            iou=iou,
-            classes=tuple(classes) if classes is not None else None,
-            max_det=max_det,
-        )
-        size = self.max_batch_size or LARGEST_BATCH
-        parts = [images[start : start + size] for start in range(0, len(images), size)]
-        return [found for part in parts for found in self._at_once(part, thresholds, timed=False)[0]]
+        """Detect the objects in several images of any sizes; results are in the order of the images."""
+        thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
+        detections: list[Detections] = []
+        for part in split_batches(images, self.max_batch_size or MAX_BATCH_SIZE):
+            detections += self._detect(part, thresholds, paths=[_path(image) for image in part])[0]
+        return detections
 
     def profile(self, images: Sequence[ImageLike]) -> tuple[list[Detections], TimingBreakdown]:
-        """Like `batch` with all images entering the network together, and where the time of the call went.
+        """Run `batch` with all images in one batch, and measure its stages.
 
-        Every span is measured by itself, which on a GPU takes longer than the same work in one go: for benchmarks.
+        On a GPU, measuring each stage separately takes longer than the same work without it: for benchmarks.
         """
         self._check_open()
         started = time.perf_counter()
-        detections, outputs = self._at_once(images, self.thresholds, timed=True)
+        paths = [_path(image) for image in images]
+        detections, result = self._detect(images, self.thresholds, paths=paths, timed=True)
         total_ms = (time.perf_counter() - started) * 1e3
-        spans = outputs.spans
-        assert spans is not None, "a backend that was asked to measure its spans"
-        inside = spans.upload_ms + spans.engine_ms + spans.download_ms + spans.postprocess_ms
-        # Converting images, geometry and results is host work of this class; it counts as preparation.
-        return detections, replace(spans, preprocess_ms=max(spans.preprocess_ms, total_ms - inside))
+        timing = result.timing
+        assert timing is not None, "a timed call measures its stages"
+        other_ms = timing.upload_ms + timing.engine_ms + timing.download_ms + timing.postprocess_ms
+        # Converting images and creating Detections is host work of this class; it counts as preprocessing.
+        return detections, replace(timing, preprocess_ms=max(timing.preprocess_ms, total_ms - other_ms))
 
-    def _at_once(
-        self, items: Sequence[ImageLike], thresholds: Thresholds, *, timed: bool
+    def _detect(
+        self, items: Sequence[ImageLike], thresholds: Thresholds, *, paths: Sequence[str], timed: bool = False
     ) -> tuple[list[Detections], RuntimeResult]:
-        images = [self._image(item) for item in items]
+        """Detect the objects in one batch."""
+        images = [self._load(item) for item in items]
         letterboxes = [fit_letterbox(_hw(image), self.input_hw) for image in images]
-        found, outputs = self._infer(images, letterboxes, thresholds, timed=timed)
-        paths = [str(item) if isinstance(item, str | Path) else "" for item in items]
-        return [replace(one, path=path) for one, path in zip(found, paths, strict=True)], outputs
+        result = self._run(images, letterboxes, thresholds, timed=timed)
+        return self._to_detections(result, letterboxes, paths), result
 
-    def _image(self, item: ImageLike) -> Image:
+    def _load(self, item: ImageLike) -> Image:
         if isinstance(item, str | Path):
             return read_image(item)
         if not is_gpu_array(item):
             return as_bgr(item)
-        if not self._backend.takes_gpu_arrays:
+        if not self._runtime.takes_gpu_arrays:
             raise UsageError(
-                f"{self.path.name} takes images in main memory here; this {type(item).__name__} is on a GPU.",
-                fix="Pass image.cpu().numpy() (cupy, pycuda: image.get()); engines take it where  y7 plugin  has run.",
+                f"{self.path.name} needs images in host memory here; this {type(item).__name__} is on a GPU.",
+                fix="Pass image.cpu().numpy() (cupy, pycuda: image.get()); engines accept it after  y7 plugin",
             )
-        return cast(Image, item)  # for the backend, which knows
+        return cast(Image, item)  # the runtime reads it on the GPU
 
     def stream(
         self,
@@ -200,17 +200,18 @@ class Detector:
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> Iterator[tuple[Frame, Detections]]:
-        """Frames of a folder, glob, list, video, camera or URL with what is in them, as they come.
+        """Yield the frames of a folder, glob, list, video, camera or URL with their detections.
 
-        A live stream gives its freshest frame each time; `frame.dropped` counts those it skipped.
+        A live stream yields its newest frame each time; `frame.dropped` counts the skipped ones.
 
         Raises:
-            SourceError: There is nothing to read, or the stream is lost for good.
+            SourceError: There is nothing to read, or the stream ended and could not be reopened.
         """
+        thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
         with open_source(source) as frames:
             for frame in frames:
-                found = self(frame.image, conf=conf, iou=iou, classes=classes, max_det=max_det)
-                yield frame, replace(found, path=frame.path)
+                detections, _ = self._detect([frame.image], thresholds, paths=[frame.path])
+                yield frame, detections[0]
 
     def submit(
         self,
@@ -221,7 +222,7 @@ class Detector:
         classes: Sequence[int] | None = None,
         max_det: int | None = None,
     ) -> Future[Detections]:
-        """Like a call, but returns at once; the future holds the Detections or the error."""
+        """Detect in a background thread; the future holds the Detections or the error."""
         self._check_open()
         with self._pool_lock:
             if self._pool is None:
@@ -231,37 +232,51 @@ class Detector:
     def infer(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds
     ) -> list[Detections]:
-        """The layer below: contiguous uint8 BGR images with a placement each, all of one canvas size."""
-        return self._infer(images, letterboxes, thresholds, timed=False)[0]
+        """Detect with given letterboxes, all of one canvas size; images are contiguous uint8 BGR [H, W, 3]."""
+        result = self._run(images, letterboxes, thresholds, timed=False)
+        return self._to_detections(result, letterboxes, paths=[""] * len(images))
 
-    def _infer(
+    def _run(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
-    ) -> tuple[list[Detections], RuntimeResult]:
+    ) -> RuntimeResult:
         self._check_open()
-        if not images:
-            return [], EMPTY_RESULT
-        outputs = self._backend.infer(images, letterboxes, thresholds, timed=timed)
-        count = len(images)
+        return self._runtime.infer(images, letterboxes, thresholds, timed=timed) if images else EMPTY_RESULT
+
+    def _to_detections(
+        self, result: RuntimeResult, letterboxes: Sequence[Letterbox], paths: Sequence[str]
+    ) -> list[Detections]:
+        count = max(len(letterboxes), 1)
         speed = Speed(
-            preprocess_ms=outputs.preprocess_ms / count,
-            inference_ms=outputs.inference_ms / count,
-            postprocess_ms=outputs.postprocess_ms / count,
+            preprocess_ms=result.preprocess_ms / count,
+            inference_ms=result.inference_ms / count,
+            postprocess_ms=result.postprocess_ms / count,
         )
-        return [self._detections(*pair, speed) for pair in zip(outputs.found, letterboxes, strict=True)], outputs
+        return [
+            Detections(
+                boxes=letterbox.undo(raw.boxes),
+                scores=raw.scores,
+                class_ids=raw.class_ids,
+                class_names=self.metadata.class_names,
+                image_hw=letterbox.source_hw,
+                path=path,
+                speed=speed,
+            )
+            for raw, letterbox, path in zip(result.detections, letterboxes, paths, strict=True)
+        ]
 
     def warmup(self, runs: int = 2) -> None:
-        """Runs a grey image through, so that the first real one is not the slow one."""
+        """Run a grey image a few times: the first calls on a device are slow."""
         grey = np.full((*self.input_hw, 3), PAD_GREY, dtype=np.uint8)
         for _ in range(runs):
             self(grey)
 
     def close(self) -> None:
-        """Waits for submitted images and frees the model when the last call is out; calling it twice is fine."""
+        """Wait for the running calls and free the model; images that wait in `submit` are cancelled. Twice is fine."""
         self._closed = True
         with self._pool_lock:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
-        self._backend.close()
+        self._runtime.close()
 
     def __enter__(self) -> Detector:
         return self
@@ -271,20 +286,11 @@ class Detector:
     ) -> None:
         self.close()
 
-    def _detections(self, found: RawDetections, letterbox: Letterbox, speed: Speed) -> Detections:
-        return Detections(
-            boxes=letterbox.undo(found.boxes),
-            scores=found.scores,
-            class_ids=found.class_ids,
-            class_names=self.metadata.class_names,
-            image_hw=letterbox.source_hw,
-            speed=speed,
-        )
-
-    def _changed(self, thresholds: Thresholds, **changes: Any) -> Thresholds:  # noqa: ANN401 - fields of Thresholds
+    def _override(self, thresholds: Thresholds, **changes: Any) -> Thresholds:  # noqa: ANN401 - fields of Thresholds
         given = {name: value for name, value in changes.items() if value is not None}
-        classes = given.get("classes") or ()
-        unknown = [c for c in classes if not 0 <= c < len(self.metadata.class_names)]
+        if "classes" in given:
+            given["classes"] = tuple(given["classes"])
+        unknown = [c for c in given.get("classes", ()) if not 0 <= c < len(self.metadata.class_names)]
         if unknown:
             raise UsageError(
                 f"Class id {unknown[0]} does not exist; the model has {len(self.metadata.class_names)} classes.",
@@ -297,8 +303,8 @@ class Detector:
             raise UsageError("This Detector is closed.", fix="Open a new one, or keep it open longer.")
 
 
-def _own_thresholds(metadata: ModelMetadata) -> Thresholds:
-    """Those inside the file, else the official ones."""
+def _default_thresholds(metadata: ModelMetadata) -> Thresholds:
+    """Return the thresholds of the NMS inside the file, or the official ones without it."""
     if metadata.nms is None:
         return Thresholds()
     nms = metadata.nms
@@ -313,3 +319,7 @@ def _own_thresholds(metadata: ModelMetadata) -> Thresholds:
 
 def _hw(image: Image) -> tuple[int, int]:
     return gpu_hw(image) if is_gpu_array(image) else (image.shape[0], image.shape[1])
+
+
+def _path(item: ImageLike) -> str:
+    return str(item) if isinstance(item, str | Path) else ""

@@ -1,6 +1,6 @@
-"""Reading images, and the letterbox there and back.
+"""Reading images, and the letterbox from image to network input and back.
 
-Images are uint8 BGR arrays [H, W, 3] everywhere, as OpenCV has them.
+Images are uint8 BGR arrays [H, W, 3] everywhere, as in OpenCV.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from yolov7_deploy.errors import ImageError
 
 Image = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 
 PAD_GREY = 114  # the official letterbox colour
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# Decoding takes up to 6 bytes a pixel, so the largest image takes 1 GB; medium-format cameras end at 151 megapixels.
+# Decoding needs up to 6 bytes per pixel: 1 GB for the largest image. Medium-format cameras have up to 151 megapixels.
 MAX_PIXELS = 180_000_000
-# A byte of Huffman codes holds at most 8 flat blocks of 8 x 8 pixels, one of LZW codes at most 2730 pixels: a file with
-# more pixels than these for each byte is cut off, and would take minutes and gigabytes to become a grey image.
+# One byte of Huffman codes encodes at most 8 flat blocks of 8 x 8 pixels, one of LZW codes at most 2730 pixels. A file
+# with more pixels per byte is truncated, and decoding it to a grey image would take minutes and gigabytes.
 _PIXELS_PER_BYTE = {"JPEG": 1024, "GIF": 4096}
 _HEAD_BYTES = 2**16
-JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that are no frames
+JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that do not start a frame
 _TIFF_WIDTH, _TIFF_HEIGHT, _MAX_TIFF_ENTRIES = 256, 257, 4096
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _DECODING = {
@@ -41,15 +42,15 @@ _DECODING = {
 
 
 def read_image(path: str | Path, *, reduced: int = 1) -> Image:
-    """An image file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
+    """Read an image file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
 
     Args:
         path: The file.
-        reduced: 2, 4 or 8 gives an image with sides smaller by it, rounded up or down; of a JPEG in less time, and
-            each pixel is then the average of those it stands for.
+        reduced: 2, 4 or 8 divides height and width by this, rounded up or down. A JPEG is then decoded faster, and each
+            pixel is the average of those it replaces.
 
     Raises:
-        ImageError: The file is absent, empty, larger than `MAX_PIXELS`, or not an image OpenCV can decode.
+        ImageError: The file is missing, empty, larger than `MAX_PIXELS`, or not an image that OpenCV can decode.
     """
     path = Path(path)
     try:
@@ -61,10 +62,10 @@ def read_image(path: str | Path, *, reduced: int = 1) -> Image:
 
 
 def decode_image(data: npt.NDArray[np.uint8], *, name: str, reduced: int = 1) -> Image:
-    """The bytes of an image file, uint8 [N], as uint8 BGR [H, W, 3]; `reduced` as in `read_image`.
+    """Decode the bytes of an image file, uint8 [N], to uint8 BGR [H, W, 3]; `reduced` as in `read_image`.
 
     Raises:
-        ImageError: See `read_image`; the message calls it `name`.
+        ImageError: See `read_image`; the message calls the image `name`.
     """
     if data.size == 0:
         raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the image again.")
@@ -78,15 +79,15 @@ def decode_image(data: npt.NDArray[np.uint8], *, name: str, reduced: int = 1) ->
             f"{name} is not an image OpenCV can decode ({data.size} bytes).",
             fix=f"Convert it to one of: {' '.join(IMAGE_SUFFIXES)}",
         )
-    return as_bgr(image.astype(np.uint8, copy=False))  # OpenCV 5 leaves a grey PFM grey
+    return as_bgr(image.astype(np.uint8, copy=False))  # OpenCV 5 keeps a grey PFM grey
 
 
 def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
-    """Believes the header before OpenCV does, which allocates and fills what the header says."""
+    """Check the size in the header before OpenCV allocates and fills an image of that size."""
     try:
         kind, sizes = _sizes(np.ascontiguousarray(data).data)
     except struct.error:
-        return  # it ends inside its header, and OpenCV says so
+        return  # truncated inside its header: OpenCV reports it
     for height, width in sizes:
         if height * width > MAX_PIXELS:
             raise ImageError(
@@ -101,7 +102,7 @@ def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
 
 
 def _sizes(data: memoryview) -> tuple[str, list[tuple[int, int]]]:
-    """Format, and every (height, width) in its header; empty for the formats that compress little or not at all."""
+    """Return the format and every (height, width) in the header; none for formats with little or no compression."""
     head = bytes(data[:_HEAD_BYTES])
     if head.startswith(b"\xff\xd8"):
         return "JPEG", _jpeg_sizes(data)
@@ -117,10 +118,10 @@ def _sizes(data: memoryview) -> tuple[str, list[tuple[int, int]]]:
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WebP", _webp_sizes(head)
     if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypmif1"):
-        return "AVIF", [size[::-1] for size in _behind(head, b"ispe", skip=4)]
-    # The codestream of JPEG 2000 begins with SOC and SIZ; its box says the size once more, height first.
-    sizes = [size[::-1] for size in _behind(head, b"\xff\x4f\xff\x51", skip=4)]
-    return "JPEG 2000", sizes + (_behind(head, b"ihdr", skip=0) if head[4:8] == b"jP  " else [])
+        return "AVIF", [size[::-1] for size in _sizes_after(head, b"ispe", skip=4)]
+    # The codestream of JPEG 2000 begins with SOC and SIZ; its box repeats the size, height first.
+    sizes = [size[::-1] for size in _sizes_after(head, b"\xff\x4f\xff\x51", skip=4)]
+    return "JPEG 2000", sizes + (_sizes_after(head, b"ihdr", skip=0) if head[4:8] == b"jP  " else [])
 
 
 def _two(data: bytes | memoryview, layout: str, at: int) -> tuple[int, int]:
@@ -128,8 +129,8 @@ def _two(data: bytes | memoryview, layout: str, at: int) -> tuple[int, int]:
     return first, second
 
 
-def _behind(head: bytes, mark: bytes, *, skip: int) -> list[tuple[int, int]]:
-    """Two 32-bit numbers `skip` bytes behind every place of `mark`."""
+def _sizes_after(head: bytes, mark: bytes, *, skip: int) -> list[tuple[int, int]]:
+    """Return the two 32-bit numbers `skip` bytes after every occurrence of `mark`."""
     found, at = [], head.find(mark)
     while at >= 0:
         found.append(_two(head, ">II", at + len(mark) + skip))
@@ -138,7 +139,7 @@ def _behind(head: bytes, mark: bytes, *, skip: int) -> list[tuple[int, int]]:
 
 
 def _webp_sizes(head: bytes) -> list[tuple[int, int]]:
-    """Lossy, lossless, or the canvas of the extended format: sides of 14, 14 and 24 bits."""
+    """Return the size of lossy and lossless images (14 bits a side) or the canvas of the extended format (24 bits)."""
     kind = head[12:16]
     if kind == b"VP8X":
         width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
@@ -151,7 +152,7 @@ def _webp_sizes(head: bytes) -> list[tuple[int, int]]:
 
 
 def _tiff_sizes(data: memoryview, order: str, *, is_big: bool) -> list[tuple[int, int]]:
-    """Of the first directory, which may lie anywhere; BigTIFF has 64-bit offsets and counts."""
+    """Return the size in the first directory, which may be anywhere; BigTIFF has 64-bit offsets and counts."""
     (directory,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", data, 8 if is_big else 4)
     (count,) = struct.unpack_from(f"{order}{'Q' if is_big else 'H'}", data, directory)
     start, step, value = (directory + 8, 20, 12) if is_big else (directory + 2, 12, 8)
@@ -165,7 +166,7 @@ def _tiff_sizes(data: memoryview, order: str, *, is_big: bool) -> list[tuple[int
 
 
 def _jpeg_sizes(data: memoryview) -> list[tuple[int, int]]:
-    """The frame a JPEG announces; between segments decoders skip whatever is no marker, and so does this."""
+    """Return the size of a JPEG's frame. Like decoders, skip bytes between segments that are not a marker."""
     at = 2
     while at + 9 <= len(data):
         marker = data[at + 1]
@@ -183,12 +184,12 @@ def _jpeg_sizes(data: memoryview) -> list[tuple[int, int]]:
 
 
 def as_bgr(image: object) -> Image:
-    """Any array that people pass as an image, as contiguous uint8 BGR [H, W, 3]; no copy where it already is one.
+    """Convert an array to contiguous uint8 BGR [H, W, 3], without a copy if it already is.
 
-    Grey [H, W] or [H, W, 1] is repeated, the alpha of BGRA [H, W, 4] is dropped, uint16 is scaled by 1/257.
+    Grey [H, W] or [H, W, 1] is repeated, the alpha channel of BGRA [H, W, 4] is dropped, uint16 is scaled by 1/257.
 
     Raises:
-        ImageError: A shape or type that has no one meaning (floats could be 0..1 or 0..255).
+        ImageError: The shape or type is ambiguous (floats could be 0..1 or 0..255).
     """
     array = image if isinstance(image, np.ndarray) else _as_array(image)
     shape = array.shape
@@ -211,27 +212,27 @@ def as_bgr(image: object) -> Image:
 
 
 def _as_array(image: object) -> npt.NDArray[Any]:
-    """Anything NumPy takes for an array, such as a PIL image; not a list, which is rather several images."""
+    """Convert whatever NumPy accepts as an array, such as a PIL image; refuse a list, which is probably a batch."""
     if not hasattr(image, "__array__") and not hasattr(image, "__array_interface__"):
         raise ImageError(
             f"An image must be an array [H, W, 3] (BGR); this one is a {type(image).__name__}.",
-            fix="For several images call detector.batch([image, ...]); for a file give its path.",
+            fix="For several images call detector.batch([image, ...]); for a file pass its path.",
         )
     return np.asarray(image)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Letterbox:
-    """How one image is placed on a network-sized canvas, and how boxes come back.
+    """Geometry of one letterboxed image: how it is scaled onto the canvas, and how boxes are scaled back.
 
     Attributes:
         source_hw: Height and width of the image.
         resized_hw: Height and width it is scaled to.
         canvas_hw: Height and width of the network input.
         top, left: Pixels of grey above and to the left.
-        gain: Canvas pixels per source pixel, to take boxes back.
-        offset_xy: Canvas position of the image's corner, to take boxes back; unrounded, as the official one.
-        shrink_by_area: Scale with pixel-area averaging (the official evaluation loader) instead of bilinear.
+        gain: Canvas pixels per source pixel, for scaling boxes back.
+        offset_xy: Canvas position of the image's top left corner, for scaling boxes back; not rounded, as officially.
+        shrink_by_area: Resize with pixel-area averaging (the official evaluation loader) instead of bilinear.
     """
 
     source_hw: tuple[int, int]
@@ -243,8 +244,13 @@ class Letterbox:
     offset_xy: tuple[float, float]
     shrink_by_area: bool = False
 
+    @property
+    def averages_area(self) -> bool:
+        """True if the image is resized by pixel-area averaging, which only OpenCV does (not the CUDA kernel)."""
+        return self.shrink_by_area and self.resized_hw != self.source_hw
+
     def apply(self, image_bgr: Image) -> Image:
-        """The canvas uint8 BGR [canvas_h, canvas_w, 3] with the image on it; always a new array."""
+        """Return the letterboxed image, uint8 BGR [canvas_h, canvas_w, 3]; always a new array."""
         height, width = self.resized_hw
         if (height, width) != self.source_hw:
             method = cv2.INTER_AREA if self.shrink_by_area else cv2.INTER_LINEAR
@@ -254,7 +260,7 @@ class Letterbox:
         return canvas
 
     def undo(self, boxes_xyxy: FloatArray) -> FloatArray:
-        """Boxes [N, 4] from canvas pixels to source pixels, clipped to the image; a new array."""
+        """Scale boxes [N, 4] from canvas pixels to source pixels and clip them to the image; returns a new array."""
         offset = np.array(self.offset_xy * 2, dtype=np.float32)
         height, width = self.source_hw
         boxes = (boxes_xyxy - offset) / np.float32(self.gain)
@@ -264,10 +270,10 @@ class Letterbox:
 
 
 def fit_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Letterbox:
-    """The official inference letterbox: scale to fit (also up), centre, grey 114.
+    """Return the official inference letterbox: scale to fit (up or down), centre, pad with grey 114.
 
-    Sides are round(side * r), the odd pixel of padding goes below and to the right. Boxes come back by r and the
-    unrounded half padding, as official boxes do.
+    The resized sides are round(side * r); an odd pixel of padding goes below and to the right. Boxes are scaled back by
+    r and the unrounded half padding, as officially.
     """
     height, width = source_hw
     ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)
@@ -276,10 +282,10 @@ def fit_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Let
 
 
 def fit_evaluation_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int], *, size: int) -> Letterbox:
-    """The official evaluation loader's placement (`--rect`): longer side to `size`, then centred without scaling.
+    """Return the letterbox of the official evaluation loader (`--rect`): longer side to `size`, then centred.
 
-    Sides are truncated, shrinking averages by area, and boxes come back by the height ratio and the unrounded half
-    padding on both axes, as the published AP was computed (spec of the official test program).
+    The resized sides are truncated, and shrinking averages by area. Boxes are scaled back by the height ratio and the
+    unrounded half padding on both axes, as in the official test program that computed the published AP.
     """
     height, width = source_hw
     ratio = size / max(height, width)
@@ -309,11 +315,11 @@ def _centred(
 
 
 def to_network_input(canvases: Sequence[Image]) -> FloatArray:
-    """Canvases uint8 BGR [H, W, 3] of one size as float32 [B, 3, H, W], RGB, 0..1."""
+    """Convert canvases uint8 BGR [H, W, 3] of one size to float32 [B, 3, H, W], RGB, 0..1."""
     height, width = canvases[0].shape[:2]
     tensor = np.empty((len(canvases), 3, height, width), dtype=np.float32)
     for planes, canvas in zip(tensor, canvases, strict=True):
-        # Contiguous channels first: dividing every third byte takes 1.4 times as long as both steps.
+        # Split into contiguous channels first: dividing every third byte takes 1.4 times as long as both steps.
         for plane, channel in zip(planes[::-1], cv2.split(canvas), strict=True):
             np.divide(channel, np.float32(255), out=plane)
     return tensor

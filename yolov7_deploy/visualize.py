@@ -1,7 +1,7 @@
-"""Drawing boxes and labels on an image, and writing the image.
+"""Drawing boxes and labels on an image, and writing the image to a file.
 
-Sizes follow the image, colours follow the class, and a label goes where it hides no other label if such a place
-is next to its box.
+Line width and text size depend on the image size, colours on the class. A label is placed next to its box where it
+covers no other label, if there is such a position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import FloatArray, Image, as_bgr
 
@@ -24,8 +24,8 @@ Colour = tuple[int, int, int]  # blue, green, red
 Rect = tuple[int, int, int, int]  # x1, y1, x2, y2; the far edges are outside
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # successive multiples never come close to one another
-LIGHTNESS = (0.72, 0.56, 0.82, 0.64)  # four: hues come close again after 8, 13, 21, 34 and 55 classes
+GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # successive multiples stay far apart
+LIGHTNESS = (0.72, 0.56, 0.82, 0.64)  # four of them: hues become similar again after 8, 13, 21, 34 and 55 classes
 CHROMA = 0.17
 # OKLab to linear sRGB (B. Ottosson, "A perceptual color space for image processing", 2020)
 OKLAB_TO_LMS = np.array(
@@ -39,12 +39,12 @@ LMS_TO_RGB = np.array(
     ]
 )
 LINEAR_BGR_WEIGHTS = (0.0722, 0.7152, 0.2126)  # relative luminance, ITU-R BT.709
-EVEN_CONTRAST_LUMINANCE = 0.179  # black and white text contrast equally with this (WCAG 2 contrast formula)
+EVEN_CONTRAST_LUMINANCE = 0.179  # black and white text have equal contrast on it (WCAG 2 contrast formula)
 
 
 @functools.cache
 def class_colour(class_id: int) -> Colour:
-    """The colour of a class, the same everywhere: hues a golden angle apart, four lightnesses in turn."""
+    """Return the colour of a class: hues are a golden angle apart and cycle through four lightnesses."""
     hue = class_id * GOLDEN_ANGLE + 0.5
     lab = np.array([LIGHTNESS[class_id % len(LIGHTNESS)], CHROMA * math.cos(hue), CHROMA * math.sin(hue)])
     linear = np.clip(LMS_TO_RGB @ (OKLAB_TO_LMS @ lab) ** 3, 0, 1)
@@ -54,15 +54,15 @@ def class_colour(class_id: int) -> Colour:
 
 
 def text_colour(background: Colour) -> Colour:
-    """Black or white, whichever contrasts more with the background."""
+    """Return black or white, whichever has more contrast with the background."""
     linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
     luminance = sum(weight * value for weight, value in zip(LINEAR_BGR_WEIGHTS, linear, strict=True))
     return (0, 0, 0) if luminance > EVEN_CONTRAST_LUMINANCE else (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pen:
-    """Sizes in pixels for one image."""
+class DrawStyle:
+    """Line and text sizes in pixels for one image size."""
 
     line: int
     text_scale: float
@@ -70,32 +70,32 @@ class Pen:
     padding: int
 
 
-def fit_pen(image_hw: tuple[int, int]) -> Pen:
-    """Lines and text that look the same on a thumbnail and on a 4K frame: both grow with the mean side."""
+def draw_style(image_hw: tuple[int, int]) -> DrawStyle:
+    """Return sizes that look the same on a thumbnail and on a 4K frame: both grow with the mean of height and width."""
     side = sum(image_hw) / 2
     line = max(1, round(side * 0.0035))
     text_scale = max(0.35, side * 0.0008)
-    return Pen(line=line, text_scale=text_scale, text_weight=max(1, round(text_scale * 1.6)), padding=1 + line)
+    return DrawStyle(line=line, text_scale=text_scale, text_weight=max(1, round(text_scale * 1.6)), padding=1 + line)
 
 
 def draw_boxes(image_bgr: Image, boxes_xyxy: FloatArray, *, labels: Sequence[str], class_ids: Sequence[int]) -> Image:
-    """A copy of the image [H, W, 3] with boxes [N, 4] and one label each; earlier ones lie on top.
+    """Return a copy of the image [H, W, 3] with boxes [N, 4] and their labels; earlier boxes are drawn on top.
 
-    An empty label draws none, and so does one that is larger than the image. Boxes outside are clipped.
+    Empty labels and labels larger than the image are not drawn. Boxes are clipped to the image.
     """
     canvas: Image = as_bgr(image_bgr).copy()
     hw = (canvas.shape[0], canvas.shape[1])
-    pen = fit_pen(hw)
+    style = draw_style(hw)
     rects = _pixel_rects(boxes_xyxy, hw)
     for rect, class_id in reversed(list(zip(rects, class_ids, strict=True))):
-        _draw_outline(canvas, rect, class_colour(class_id), line=pen.line)
+        _draw_outline(canvas, rect, class_colour(class_id), line=style.line)
     placed: list[tuple[Rect, str, int]] = []
     for rect, label, class_id in zip(rects, labels, class_ids, strict=True):
-        spot = _place_label(label, rect, taken=[item[0] for item in placed], hw=hw, pen=pen)
-        if spot is not None:
-            placed.append((spot, label, class_id))
-    for spot, label, class_id in reversed(placed):
-        _draw_label(canvas, spot, label, class_colour(class_id), pen=pen)
+        label_rect = _find_label_rect(label, rect, taken=[item[0] for item in placed], hw=hw, style=style)
+        if label_rect is not None:
+            placed.append((label_rect, label, class_id))
+    for label_rect, label, class_id in reversed(placed):
+        _draw_label(canvas, label_rect, label, class_colour(class_id), style=style)
     return canvas
 
 
@@ -106,60 +106,66 @@ def _pixel_rects(boxes_xyxy: FloatArray, hw: tuple[int, int]) -> list[Rect]:
 
 
 def _draw_outline(canvas: Image, rect: Rect, colour: Colour, *, line: int) -> None:
-    """Thinner on boxes that the full line would fill."""
+    """Draw a box, with a thinner line if the full width would fill it."""
     x1, y1, x2, y2 = rect
     thickness = max(1, min(line, min(x2 - x1, y2 - y1) // 6))
     cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, thickness)
 
 
-def _label_size(label: str, pen: Pen) -> tuple[int, int, int]:
-    """Width and height with padding, and the height of the baseline above the lower edge."""
-    (width, height), below = cv2.getTextSize(label, FONT, pen.text_scale, pen.text_weight)
-    rise = below // 2 + pen.padding
-    return width + 2 * pen.padding, height + rise + pen.padding, rise
+def _label_size(label: str, style: DrawStyle) -> tuple[int, int, int]:
+    """Return width and height including padding, and the height of the baseline above the lower edge."""
+    (width, height), below = cv2.getTextSize(label, FONT, style.text_scale, style.text_weight)
+    rise = below // 2 + style.padding
+    return width + 2 * style.padding, height + rise + style.padding, rise
 
 
-def _place_label(label: str, rect: Rect, *, taken: list[Rect], hw: tuple[int, int], pen: Pen) -> Rect | None:
-    """The first free place of: above the box, inside its top, below it, inside its bottom, each left then right."""
-    width, height, _ = _label_size(label, pen)
+def _find_label_rect(
+    label: str, rect: Rect, *, taken: list[Rect], hw: tuple[int, int], style: DrawStyle
+) -> Rect | None:
+    """Return where to draw a label, or `None` if it does not fit into the image.
+
+    Candidates are: above the box, inside its top, below it, inside its bottom, each left then right. The first one
+    that covers the fewest pixels of the labels in `taken` wins.
+    """
+    width, height, _ = _label_size(label, style)
     if not label or width > hw[1] or height > hw[0]:
         return None
     x1, y1, x2, y2 = rect
-    half = pen.line // 2
-    spots = []
+    half = style.line // 2
+    candidates = []
     for top in (y1 - height - half, y1 - half, y2 + half + 1, y2 - height + half + 1):
         for left in (x1 - half, x2 - width + half + 1):
             if 0 <= top <= hw[0] - height:
                 left = min(max(left, 0), hw[1] - width)
-                spots.append((left, top, left + width, top + height))
-    if not spots:
+                candidates.append((left, top, left + width, top + height))
+    if not candidates:
         top = min(max(y1, 0), hw[0] - height)
         left = min(max(x1, 0), hw[1] - width)
-        spots.append((left, top, left + width, top + height))
+        candidates.append((left, top, left + width, top + height))
     others = np.array(taken, dtype=np.int64).reshape(-1, 4)
-    return min(spots, key=lambda spot: _hidden(spot, others))
+    return min(candidates, key=lambda label_rect: _covered_pixels(label_rect, others))
 
 
-def _hidden(spot: Rect, others: npt.NDArray[np.int64]) -> int:
-    """How many pixels of the other rectangles this one covers."""
-    wide = np.minimum(others[:, 2], spot[2]) - np.maximum(others[:, 0], spot[0])
-    high = np.minimum(others[:, 3], spot[3]) - np.maximum(others[:, 1], spot[1])
+def _covered_pixels(label_rect: Rect, others: npt.NDArray[np.int64]) -> int:
+    """Return how many pixels of the other rectangles this one covers."""
+    wide = np.minimum(others[:, 2], label_rect[2]) - np.maximum(others[:, 0], label_rect[0])
+    high = np.minimum(others[:, 3], label_rect[3]) - np.maximum(others[:, 1], label_rect[1])
     return int((np.maximum(wide, 0) * np.maximum(high, 0)).sum())
 
 
-def _draw_label(canvas: Image, spot: Rect, label: str, colour: Colour, *, pen: Pen) -> None:
-    x1, y1, x2, y2 = spot
-    rise = _label_size(label, pen)[2]
+def _draw_label(canvas: Image, label_rect: Rect, label: str, colour: Colour, *, style: DrawStyle) -> None:
+    x1, y1, x2, y2 = label_rect
+    rise = _label_size(label, style)[2]
     cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), colour, cv2.FILLED)
-    start = (x1 + pen.padding, y2 - rise)
-    cv2.putText(canvas, label, start, FONT, pen.text_scale, text_colour(colour), pen.text_weight, cv2.LINE_AA)
+    start = (x1 + style.padding, y2 - rise)
+    cv2.putText(canvas, label, start, FONT, style.text_scale, text_colour(colour), style.text_weight, cv2.LINE_AA)
 
 
 def write_image(path: str | Path, image_bgr: Image) -> None:
-    """Writes the image under a temporary name and renames it; folders are made, the suffix chooses the format.
+    """Write an image atomically; the suffix selects the format, and missing folders are created.
 
     Raises:
-        ImageError: OpenCV has no writer for the suffix, or the file cannot be written.
+        ImageError: OpenCV cannot write this format, or the file cannot be written.
     """
     path = Path(path)
     try:
@@ -170,9 +176,9 @@ def write_image(path: str | Path, image_bgr: Image) -> None:
             fix="Use a name that ends in .jpg or .png.",
         ) from error
     try:
-        with whole_file(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_bytes(data.tobytes())
     except OSError as error:
         raise ImageError(
-            f"{path} cannot be written: {error.strerror or error}.", fix="Choose another place."
+            f"{path} cannot be written: {error.strerror or error}.", fix="Choose another folder."
         ) from error

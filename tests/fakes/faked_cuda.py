@@ -1,4 +1,4 @@
-"""The fake libraries of tests/fakes/cudart and tests/fakes/nvml, compiled once per content."""
+"""Compiles the fake libraries of tests/fakes/cudart and tests/fakes/nvml, once for each version of their source."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ COMMAND = ("-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "
 
 
 def fake_cudart():
-    """Path of the CUDA runtime; a skip where there is no C compiler."""
+    """Path of the fake CUDA runtime; the test is skipped without a C compiler."""
     return compiled(SOURCE)
 
 
@@ -29,7 +29,7 @@ def install_fake_nvml(monkeypatch, *options):
 
 
 def compiled(source, *options):
-    """Path of the library that a C file makes."""
+    """Compile a C file to a library; return its path."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip(f"there is no C compiler: the fake library of {source.name} cannot be built")

@@ -1,4 +1,4 @@
-"""Python's side of CUDA: real ctypes calls into a fake runtime, real cuda-python without a driver, a real GPU."""
+"""The CUDA bindings: ctypes calls into a fake CUDA runtime, and the real libraries without a driver."""
 
 import ctypes
 import gc
@@ -13,13 +13,13 @@ import pytest
 
 from tests.fakes.faked_cuda import fake_cudart
 from yolov7_deploy.errors import DeviceError, MissingLibraryError, Y7Error
-from yolov7_deploy.runtimes import cuda as seam
+from yolov7_deploy.runtimes import cuda as cuda_module
 from yolov7_deploy.runtimes import cudart
 from yolov7_deploy.runtimes.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream, open_cuda
-from yolov7_deploy.runtimes.cudart import BindingsRuntime, LibraryRuntime
+from yolov7_deploy.runtimes.cudart import CudaPythonBinding, LibcudartBinding
 
 ROOT = Path(__file__).parents[2]
-# Arguments of the right kind for every call; without a driver each ends in the same status.
+# Arguments of the right type for every call; without a driver all calls return the same status.
 ARGUMENTS = {"cudaDeviceGetAttribute": (75, 0), "cudaMemcpyAsync": (16, 32, 1, 1, 0), "cudaStreamBeginCapture": (0, 2)}
 
 
@@ -30,23 +30,23 @@ def library():
 
 @pytest.fixture
 def cuda(library):
-    """A Cuda on the fake; whatever a test made must be given back at its end."""
+    """A Cuda with the fake library; everything that a test creates must be freed at its end."""
     before = library.fake_cuda_live()
-    yield Cuda(LibraryRuntime(str(fake_cudart())))
+    yield Cuda(LibcudartBinding(str(fake_cudart())))
     gc.collect()
     assert library.fake_cuda_live() == before
 
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Names of the calls made since the test began."""
+    """Names of the calls since the start of the test."""
     log = tmp_path / "calls"
     log.touch()
     monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
     return lambda: log.read_text().split()
 
 
-def test_a_device_says_what_it_is(cuda, monkeypatch):
+def test_device_returns_the_properties_of_a_gpu(cuda, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "3")
     assert cuda.device_count() == 3
     cuda.set_device(2)
@@ -57,7 +57,7 @@ def test_a_device_says_what_it_is(cuda, monkeypatch):
     cuda.set_device(0)
 
 
-def test_bytes_go_up_and_come_back(cuda):
+def test_uploaded_bytes_are_downloaded_unchanged(cuda):
     up, down = (PinnedBuffer(cuda, (2, 3), np.float32) for _ in range(2))
     with Stream(cuda) as stream, DeviceBuffer(cuda, (2, 3), np.float32) as buffer, up, down:
         up.array[...] = [[1, 2, 3], [4, 5, 6]]
@@ -71,7 +71,7 @@ def test_bytes_go_up_and_come_back(cuda):
         np.testing.assert_array_equal(down.array, [[0, 0, 0], [4, 5, 6]])
 
 
-def test_a_copy_on_the_device_moves_part_of_a_buffer(cuda):
+def test_a_copy_on_the_device_copies_part_of_a_buffer(cuda):
     data, part = np.arange(8, dtype=np.int32), np.zeros(3, np.int32)
     with Stream(cuda) as stream, DeviceBuffer(cuda, (8,), np.int32) as a, DeviceBuffer(cuda, (3,), np.int32) as b:
         stream.upload(a, data)
@@ -102,7 +102,7 @@ def test_a_device_buffer_describes_itself_to_other_libraries(cuda):
         }  # fmt: skip
 
 
-def test_empty_buffers_are_buffers(cuda):
+def test_buffers_may_be_empty(cuda):
     with DeviceBuffer(cuda, (0, 4), np.float32) as buffer, PinnedBuffer(cuda, (0, 4), np.float32) as pinned:
         assert (buffer.nbytes, pinned.array.shape) == (0, (0, 4))
 
@@ -121,7 +121,7 @@ def test_pinned_memory_lives_as_long_as_its_last_view(cuda, library):
     assert library.fake_cuda_live() == before
 
 
-def test_everything_is_given_back_once(cuda, library, calls):
+def test_every_handle_is_freed_once(cuda, library, calls):
     before = library.fake_cuda_live()
     things = [DeviceBuffer(cuda, (4,), np.uint8), Stream(cuda), Event(cuda), Graph(Stream(cuda), lambda: None)]
     for thing in things * 2:
@@ -132,14 +132,14 @@ def test_everything_is_given_back_once(cuda, library, calls):
     assert [calls().count(name) for name in ("cudaGraphDestroy", "cudaGraphExecDestroy")] == [1, 1]
 
 
-def test_what_is_forgotten_is_given_back_too(cuda, library):
+def test_garbage_collected_objects_are_freed(cuda, library):
     before = library.fake_cuda_live()
     DeviceBuffer(cuda, (4,), np.uint8)
     gc.collect()
     assert library.fake_cuda_live() == before
 
 
-def test_events_take_the_time_and_order_streams(cuda):
+def test_events_measure_time_and_order_streams(cuda):
     with Stream(cuda) as stream, Stream(cuda) as other, Event(cuda) as start, Event(cuda) as end:
         start.record(stream)
         end.record(stream)
@@ -150,7 +150,7 @@ def test_events_take_the_time_and_order_streams(cuda):
             never.seconds_since(start)
 
 
-def test_a_graph_repeats_its_work_with_what_the_memory_holds_then(cuda):
+def test_a_graph_repeats_its_work_with_the_current_contents_of_memory(cuda):
     up, down = np.zeros(4, np.uint8), np.zeros(4, np.uint8)
     with Stream(cuda) as stream, DeviceBuffer(cuda, (4,), np.uint8) as buffer:
 
@@ -160,7 +160,7 @@ def test_a_graph_repeats_its_work_with_what_the_memory_holds_then(cuda):
 
         up[:] = 1
         with Graph(stream, work) as graph:
-            assert not down.any(), "recording does nothing"
+            assert not down.any(), "a capture does not execute the work"
             for value in (5, 9):
                 up[:] = value
                 graph.launch(stream)
@@ -168,7 +168,7 @@ def test_a_graph_repeats_its_work_with_what_the_memory_holds_then(cuda):
                 assert (down == value).all()
 
 
-def test_a_recording_that_fails_leaves_the_stream_usable(cuda):
+def test_a_failed_capture_leaves_the_stream_usable(cuda):
     with Stream(cuda) as stream:
         with pytest.raises(DeviceError, match="cudaStreamSynchronize"):
             Graph(stream, stream.synchronize)
@@ -177,7 +177,7 @@ def test_a_recording_that_fails_leaves_the_stream_usable(cuda):
         stream.synchronize()
 
 
-def test_a_graph_that_cannot_be_made_leaves_nothing_behind(cuda, monkeypatch):
+def test_a_graph_that_cannot_be_instantiated_is_freed(cuda, monkeypatch):
     with Stream(cuda) as stream:
         monkeypatch.setenv("FAKE_CUDA_FAIL", "cudaGraphInstantiateWithFlags:2")
         with pytest.raises(DeviceError, match="cudaGraphInstantiateWithFlags"):
@@ -185,7 +185,7 @@ def test_a_graph_that_cannot_be_made_leaves_nothing_behind(cuda, monkeypatch):
         stream.synchronize()
 
 
-def test_out_of_memory_says_the_need_and_the_have(cuda, monkeypatch):
+def test_out_of_memory_states_what_is_needed_and_what_is_free(cuda, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_MEMORY", str(10 * 2**20))
     with DeviceBuffer(cuda, (4, 2**20), np.uint8), pytest.raises(DeviceError) as caught:
         DeviceBuffer(cuda, (8, 2**20), np.uint8)
@@ -195,28 +195,28 @@ def test_out_of_memory_says_the_need_and_the_have(cuda, monkeypatch):
         PinnedBuffer(cuda, (3, 2**20), np.uint8)
 
 
-def test_an_error_is_not_found_again_by_the_next_call(cuda):
+def test_an_error_is_not_reported_again_by_the_next_call(cuda):
     with Stream(cuda) as stream, DeviceBuffer(cuda, (4,), np.uint8) as buffer:
         with pytest.raises(DeviceError, match="cudaMemcpyAsync failed"):
             stream.copy(buffer.pointer, buffer.pointer + 2, 4)
-        assert cuda.runtime.call("cudaGetLastError") == (0,)
+        assert cuda.binding.call("cudaGetLastError") == (0,)
 
 
-def test_a_lost_context_says_that_the_process_must_start_again(cuda, monkeypatch):
+def test_a_lost_context_needs_a_restart_of_the_program(cuda, monkeypatch):
     with Stream(cuda) as stream:
         monkeypatch.setenv("FAKE_CUDA_FAIL", "cudaStreamSynchronize:700")
-        with pytest.raises(DeviceError, match="gave up on this process") as caught:
+        with pytest.raises(DeviceError, match="the CUDA context is lost") as caught:
             stream.synchronize()
-        assert "Start the program again" in caught.value.fix
+        assert "Restart the program" in caught.value.fix
         assert cuda.fault is not None and cuda.fault.message == caught.value.message
 
 
-def test_an_unknown_device_is_named_as_such(cuda):
+def test_an_unknown_device_is_reported(cuda):
     with pytest.raises(DeviceError, match="no such GPU"):
         cuda.set_device(7)
 
 
-def test_every_thread_chooses_its_own_device(cuda, monkeypatch):
+def test_every_thread_has_its_own_current_device(cuda, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "4")
     found = {}
 
@@ -234,19 +234,19 @@ def test_every_thread_chooses_its_own_device(cuda, monkeypatch):
     assert cuda.device().index == 0
 
 
-# --- choosing a runtime: in a process of its own, through the real loader ---
+# --- choosing a binding, in a separate process with the real loader ---
 
 
 @pytest.fixture
 def process(tmp_path):
-    """Runs a line of Python with the fake on the loader's path, under the names given, and nothing else."""
+    """Run a line of Python with only the fake library on the loader's path, under the given names."""
 
     def run(line, *names, **environment):
         folder = tmp_path / "loader"
         folder.mkdir(exist_ok=True)
         for name in names:
             (folder / name).symlink_to(fake_cudart())
-        # A real one that this machine's loader knows must not come before.
+        # A real library that this machine's loader knows must not be found first.
         versions = tuple(name.split(".so.")[1] for name in names if "cudart" in name)
         setup = (
             "from pathlib import Path\n"
@@ -265,11 +265,11 @@ def process(tmp_path):
     return run
 
 
-def test_the_newest_runtime_known_to_the_loader_is_taken(process):
+def test_the_newest_libcudart_on_the_loaders_path_is_used(process):
     assert process("print(open_cuda())", "libcudart.so.12", "libcudart.so.11.0") == "Cuda(libcudart.so.12)"
 
 
-def test_no_runtime_at_all_names_the_extra(process):
+def test_without_any_binding_the_error_names_the_extra(process):
     text = process("open_cuda()")
     assert text.startswith("MissingLibraryError A CUDA runtime is needed")
     assert text.endswith("pip install 'yolov7-deploy[tensorrt]'")
@@ -279,18 +279,18 @@ def test_no_runtime_at_all_names_the_extra(process):
     ("environment", "message"),
     [
         ({"FAKE_CUDA_DRIVER": "0"}, "DeviceError There is no NVIDIA driver here"),
-        ({"FAKE_CUDA_DRIVER": "11040"}, "DeviceError The NVIDIA driver can run CUDA 11.4 at most"),
+        ({"FAKE_CUDA_DRIVER": "11040"}, "DeviceError The NVIDIA driver supports CUDA 11.4 at most"),
         ({"FAKE_CUDA_DEVICES": "0"}, "DeviceError The NVIDIA driver finds no GPU."),
         ({"FAKE_CUDA_FAIL": "cudaGetDeviceCount:999"}, "DeviceError The CUDA runtime libcudart.so.12 does not start"),
     ],
 )
-def test_a_machine_without_a_usable_gpu_says_why(process, environment, message):
+def test_the_error_without_a_usable_gpu_states_the_cause(process, environment, message):
     text = process("open_cuda()", "libcudart.so.12", **environment)
     assert text.startswith(message)
-    assert len(text.splitlines()) == 2, "what happened, and what to do"
+    assert len(text.splitlines()) == 2, "what happened, and the fix"
 
 
-def test_a_context_that_is_current_already_is_kept(process, tmp_path):
+def test_a_context_that_is_already_current_is_kept(process, tmp_path):
     line = "cuda = open_cuda(); cuda.set_device(0); print(cuda.device().name)"
     log = tmp_path / "log"
     names = ("libcudart.so.12", "libcuda.so.1")
@@ -304,7 +304,7 @@ def test_without_a_current_context_the_device_is_set(process, tmp_path):
     assert "cudaSetDevice" in log.read_text()
 
 
-def test_a_runtime_in_a_wheel_is_found(tmp_path, monkeypatch):
+def test_a_libcudart_in_a_wheel_is_found(tmp_path, monkeypatch):
     wheel = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
     wheel.parent.mkdir(parents=True)
     wheel.symlink_to(fake_cudart())
@@ -312,18 +312,18 @@ def test_a_runtime_in_a_wheel_is_found(tmp_path, monkeypatch):
     assert str(wheel) in cudart.cudart_paths()
 
 
-def test_a_binding_that_the_driver_refuses_gives_way_to_an_older_one(library, monkeypatch):
-    old = LibraryRuntime(str(fake_cudart()))
-    monkeypatch.setattr(seam, "runtimes", lambda: iter([_Refused(), old]))
-    assert open_cuda().runtime is old
+def test_an_older_binding_is_used_if_the_driver_rejects_the_newest(library, monkeypatch):
+    old = LibcudartBinding(str(fake_cudart()))
+    monkeypatch.setattr(cuda_module, "cuda_bindings", lambda: iter([_Refused(), old]))
+    assert open_cuda().binding is old
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
-    monkeypatch.setattr(seam, "runtimes", lambda: iter([_Refused(), old]))
+    monkeypatch.setattr(cuda_module, "cuda_bindings", lambda: iter([_Refused(), old]))
     with pytest.raises(DeviceError, match="finds no GPU"):
         open_cuda()
 
 
 class _Refused:
-    """A runtime newer than the driver."""
+    """A binding newer than the driver."""
 
     name = "too new"
 
@@ -338,7 +338,7 @@ def real_libraries():
     found = []
     for path in cudart.cudart_paths():
         try:
-            found.append(LibraryRuntime(path))
+            found.append(LibcudartBinding(path))
         except OSError:
             continue
     return found
@@ -351,20 +351,20 @@ def without_driver(runtime):
 
 @pytest.fixture(params=["bindings", "library"])
 def real(request):
-    """A runtime of NVIDIA's own."""
+    """A binding of a real library of NVIDIA."""
     if request.param == "bindings":
         if cudart.cuda_runtime is None:
             pytest.skip("needs cuda-python (pip install cuda-python)")
-        return BindingsRuntime()
+        return CudaPythonBinding()
     libraries = real_libraries()
     if not libraries:
         pytest.skip("there is no libcudart here")
     return libraries[0]
 
 
-def test_the_real_runtimes_know_every_call_and_its_results(real):
+def test_the_real_bindings_have_every_call_with_its_results(real):
     without_driver(real)
-    quiet = ("cudaDriverGetVersion", "cudaRuntimeGetVersion", "cudaGetLastError")  # may do without a driver
+    quiet = ("cudaDriverGetVersion", "cudaRuntimeGetVersion", "cudaGetLastError")  # may work without a driver
     for function, (outputs, inputs) in cudart.SIGNATURES.items():
         status, *results = real.call(function, *ARGUMENTS.get(function, (0,) * len(inputs)))
         assert status == 35 or (status == 0 and function in quiet), function
@@ -372,7 +372,7 @@ def test_the_real_runtimes_know_every_call_and_its_results(real):
         assert all(type(result) in (int, float) for result in results), function
 
 
-def test_the_real_runtimes_explain_a_status(real):
+def test_the_real_bindings_describe_a_status(real):
     assert real.error_text(2).startswith("cudaErrorMemoryAllocation")
     assert "999999" in real.error_text(999999) or "unrecognized" in real.error_text(999999)
     without_driver(real)
@@ -380,15 +380,15 @@ def test_the_real_runtimes_explain_a_status(real):
     assert real.pointer_device(4096)[0] == 35
 
 
-def test_no_driver_is_our_error(real, monkeypatch):
+def test_a_missing_driver_is_a_device_error(real, monkeypatch):
     without_driver(real)
-    monkeypatch.setattr(seam, "runtimes", lambda: iter([real]))
+    monkeypatch.setattr(cuda_module, "cuda_bindings", lambda: iter([real]))
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
         open_cuda()
 
 
-def test_no_binding_is_our_error(monkeypatch):
-    monkeypatch.setattr(seam, "runtimes", lambda: iter([]))
+def test_a_missing_binding_is_a_missing_library_error(monkeypatch):
+    monkeypatch.setattr(cuda_module, "cuda_bindings", lambda: iter([]))
     with pytest.raises(MissingLibraryError):
         open_cuda()
     assert issubclass(MissingLibraryError, Y7Error)

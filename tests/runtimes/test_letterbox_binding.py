@@ -1,4 +1,4 @@
-"""The package's own binding of the kernels: libraries it opens and refuses, frames, and rows that need not be there."""
+"""The binding of the letterbox kernel: libraries that it accepts, frames, and rows that are not uploaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yolov7_deploy.errors import DeviceError, PluginError
 from yolov7_deploy.image import PAD_GREY, fit_evaluation_letterbox, fit_letterbox, to_network_input
 from yolov7_deploy.runtimes.letterbox_kernel import (
     FRAME,
-    MOST_ROWS,
+    MAX_ROW_SHARE,
     Kernels,
     find_kernels,
     frame_of,
@@ -33,7 +33,7 @@ BATCH = 64
 
 @pytest.fixture(scope="module")
 def library():
-    """Path of the emulated kernels in a library of ours."""
+    """Path of a library with the emulated kernels."""
     return compile_described("letterbox.cu")
 
 
@@ -44,7 +44,7 @@ def kernels(library):
 
 @pytest.fixture
 def nothing_built(monkeypatch, tmp_path):
-    """No library anywhere, and a cache of its own."""
+    """No library anywhere, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(PLUGIN_VARIABLE, raising=False)
     monkeypatch.setattr(plugins, "SYSTEM_FOLDERS", (tmp_path / "system",))
@@ -77,12 +77,12 @@ def noise(seed, height, width):
 # --- Opening --------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_with_nothing_behind_it_is_refused(tmp_path):
-    with pytest.raises(PluginError, match="There is no plugin library"):
+def test_a_missing_library_is_refused(tmp_path):
+    with pytest.raises(PluginError, match="does not exist"):
         Kernels.open(tmp_path / "absent.so")
 
 
-def test_a_damaged_library_is_refused_and_this_process_lives(library, tmp_path):
+def test_a_damaged_library_is_refused_without_a_crash(library, tmp_path):
     content = library.read_bytes()
     for length in (0, 3, 64, len(content) // 2, len(content) - 1):
         (tmp_path / "it.so").write_bytes(content[:length])
@@ -90,8 +90,8 @@ def test_a_damaged_library_is_refused_and_this_process_lives(library, tmp_path):
             Kernels.open(tmp_path / "it.so")
 
 
-def test_a_library_of_somebody_else_is_refused(tmp_path):
-    with pytest.raises(PluginError, match="not ours"):
+def test_a_library_of_another_project_is_refused(tmp_path):
+    with pytest.raises(PluginError, match="it is another library"):
         Kernels.open(compiled("int y7_letterbox() { return 0; }", tmp_path))
 
 
@@ -114,14 +114,14 @@ def test_a_library_without_the_functions_it_promises_is_refused(tmp_path):
         Kernels.open(compiled(describing_itself(KERNELS_ABI), tmp_path))
 
 
-def test_the_kernels_are_found_for_the_gpus_that_they_run_on(library, nothing_built):
+def test_kernels_are_found_for_the_gpus_that_they_run_on(library, nothing_built):
     assert find_kernels((8, 6)) is None, "nothing is built"
     built_path("kernels").parent.mkdir(parents=True)
     shutil.copy(library, built_path("kernels"))
     assert find_kernels((8, 6)).path == built_path("kernels")
     assert find_kernels((12, 0)).path == built_path("kernels"), "the driver compiles its PTX"
     assert find_kernels((7, 5)) is None
-    built_path("kernels").unlink()  # another file of that name: the old one is still open in this process
+    built_path("kernels").unlink()  # a new file of the same name: the old one is still loaded in this process
     built_path("kernels").write_bytes(library.read_bytes()[:-1])
     with pytest.raises(PluginError, match="is not a usable plugin library"):
         find_kernels((8, 6))
@@ -130,7 +130,7 @@ def test_the_kernels_are_found_for_the_gpus_that_they_run_on(library, nothing_bu
 # --- Calling --------------------------------------------------------------------------------------------------------
 
 
-def test_a_frame_is_the_struct_of_the_header_byte_for_byte(tmp_path):
+def test_a_frame_record_equals_the_struct_of_the_header_byte_for_byte(tmp_path):
     names = ", ".join(f"offsetof(Y7Frame, {name}), sizeof(Y7Frame::{name})" for name in FRAME.names)
     source = f'#include "kernels.h"\nextern "C" const size_t layout[] = {{{names}, sizeof(Y7Frame)}};\n'
     layout = (ctypes.c_size_t * (2 * len(FRAME.names) + 1)).in_dll(
@@ -158,7 +158,7 @@ def test_a_batch_equals_opencv_bit_for_bit(kernels, dtype):
     [{"batch": 0}, {"batch": 65536}, {"canvas_hw": (8, -1)}, {"frames": 0}, {"canvas": 0}, {"frames": 4}],
     ids=str,
 )
-def test_a_refusal_carries_the_sentence_of_the_library(kernels, wrong):
+def test_a_refused_call_quotes_the_library(kernels, wrong):
     good = {"batch": 1, "canvas_hw": (8, 8), "dtype": np.float32, "frames": 64, "canvas": 64, "stream": 0}
     with pytest.raises(DeviceError, match="an argument is out of range, null or misaligned") as caught:
         kernels.letterbox(**{**good, **wrong})
@@ -183,7 +183,7 @@ def test_threads_may_call_at_once(kernels):
     assert equal == [True] * 40
 
 
-def test_a_frame_that_the_kernel_cannot_make_is_refused():
+def test_a_letterbox_that_shrinks_by_area_is_refused():
     box = fit_evaluation_letterbox((60, 100), (64, 64), size=64)
     assert box.shrink_by_area
     assert row_plan(box) is None
@@ -191,7 +191,7 @@ def test_a_frame_that_the_kernel_cannot_make_is_refused():
         frame_of(box, pixels=64, pitch=300)
 
 
-# --- Rows that need not be there ------------------------------------------------------------------------------------
+# --- Rows that are not uploaded -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_frame_that_the_kernel_cannot_make_is_refused():
         ((3240, 5760), list(range(4, 3240, 9))),
     ],
 )
-def test_whole_ratios_need_a_third_of_the_rows_or_less(hw, rows):
+def test_integer_ratios_need_a_third_of_the_rows_or_less(hw, rows):
     plan = row_plan(fit_letterbox(hw, (640, 640)))
     assert plan.rows.tolist() == rows
     assert plan.rows.dtype == plan.table.dtype == np.int32
@@ -210,13 +210,13 @@ def test_whole_ratios_need_a_third_of_the_rows_or_less(hw, rows):
 
 
 @pytest.mark.parametrize("hw", [(720, 1280), (480, 640), (640, 640), (100, 100), (1080, 1440)])
-def test_a_frame_that_needs_most_of_its_rows_is_staged_whole(hw):
+def test_a_frame_that_needs_most_of_its_rows_is_uploaded_whole(hw):
     box = fit_letterbox(hw, (640, 640))
     assert row_plan(box) is None
-    assert len(plan_rows(hw[0], box.resized_hw[0]).rows) > MOST_ROWS * hw[0]
+    assert len(plan_rows(hw[0], box.resized_hw[0]).rows) > MAX_ROW_SHARE * hw[0]
 
 
-def test_a_plan_is_made_once_and_cannot_be_changed():
+def test_a_plan_is_cached_and_read_only():
     plan = plan_rows(1080, 360)
     assert plan_rows(1080, 360) is plan
     for array in (plan.rows, plan.table):
@@ -225,7 +225,7 @@ def test_a_plan_is_made_once_and_cannot_be_changed():
 
 
 def pairs():
-    """Thousands of (source, resized) heights: small ones, those of videos, drawn ones, and beyond exact floats."""
+    """Thousands of (source, resized) heights: small ones, those of videos, random ones, and beyond exact floats."""
     rng = np.random.default_rng(3)
     small = [(source, resized) for source in range(1, 49) for resized in range(1, 49)]
     video = [(source, resized) for source in (240, 480, 576, 720, 1080, 1440, 2160) for resized in (240, 360, 384)]
@@ -235,7 +235,7 @@ def pairs():
 
 
 def test_the_rows_of_a_plan_are_those_that_the_kernel_reads(kernels):
-    """Three columns stay three, so that only rows are scaled; rows of noise differ from their neighbours."""
+    """The width stays three columns, so that only rows are scaled; rows of noise differ from their neighbours."""
     tested = sorted(pairs(), key=lambda pair: pair[1])
     for start in range(0, len(tested), BATCH):
         part = tested[start : start + BATCH]
@@ -255,7 +255,7 @@ def test_the_rows_of_a_plan_are_those_that_the_kernel_reads(kernels):
 
 @pytest.mark.parametrize("hw", [(1080, 1920), (2160, 3840), (1440, 2560), (1080, 810)])
 def test_gathered_rows_give_the_canvas_of_the_whole_frame(kernels, hw):
-    """On a smaller canvas than usual, with grey around and rows of a pitch of their own."""
+    """The canvas is smaller than usual, with padding, and the gathered rows have another pitch."""
     image = noise(1, *hw)
     box = fit_letterbox(hw, CANVAS)
     plan = row_plan(box)

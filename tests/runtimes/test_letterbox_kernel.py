@@ -1,4 +1,4 @@
-"""The letterbox kernel, compiled for the emulated GPU, against OpenCV's letterbox: bit for bit."""
+"""The letterbox kernel, compiled for the emulated GPU, equals OpenCV's letterbox bit for bit."""
 
 import ctypes
 import mmap
@@ -41,7 +41,7 @@ def noise(rng, height, width):
 
 
 def fenced(nbytes):
-    """Bytes that end where a page begins that nobody may read: reading on ends the process."""
+    """Memory that ends at an unreadable page: reading further ends the process."""
     size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
     whole = np.frombuffer(memory, np.uint8)
@@ -51,7 +51,7 @@ def fenced(nbytes):
 
 
 def in_memory(frame, layout):
-    """The frame as a view with the row pitch of a layout, and nothing readable behind its last pixel."""
+    """The frame as a view with the row pitch of a layout, and no readable memory after its last pixel."""
     height, width = frame.shape[:2]
     pitch = 3 * width + LAYOUTS[layout % len(LAYOUTS)]
     memory = fenced((height - 1) * pitch + 3 * width)
@@ -87,13 +87,13 @@ def run(kernels, frames, canvas_hw, kind, pad=PAD_GREY):
 
 
 def expected(pairs, kind):
-    """What OpenCV and NumPy make of (frame, Letterbox) pairs."""
+    """The network input of OpenCV and NumPy for (frame, Letterbox) pairs."""
     canvases = [box.apply(frame) for frame, box in pairs]
     return np.stack(canvases) if kind == UINT8 else to_network_input(canvases).astype(TYPES[kind])
 
 
 def sizes(rng, count):
-    """Sizes of every sort: large and small, far from square, one pixel, exact multiples, the canvas itself."""
+    """Sizes of every kind: large and small, far from square, one pixel, exact multiples, the canvas itself."""
     fixed = [(1, 1), (1, 300), (300, 1), (2, 2), (1, 7), CANVAS, (2 * CANVAS[0], 2 * CANVAS[1]), (48, 80), (95, 160)]
     fixed += [(3 * CANVAS[0], 3 * CANVAS[1]), (32, 160), (96, 53), (1080, 1920), (7, 1000), (1000, 7)]
     return fixed + [tuple(map(int, np.exp(rng.uniform(0, np.log(420), 2)))) for _ in range(count - len(fixed))]
@@ -128,7 +128,7 @@ def test_a_batch_takes_frames_of_different_sizes(kernels):
         np.testing.assert_array_equal(found, expected(pairs, kind))
 
 
-def test_an_enlarging_evaluation_letterbox_is_met_too(kernels):
+def test_the_kernel_equals_an_enlarging_evaluation_letterbox_too(kernels):
     frame = noise(np.random.default_rng(7), 60, 100)
     box = fit_evaluation_letterbox((60, 100), (128, 160), size=150)
     assert not box.shrink_by_area
@@ -147,7 +147,7 @@ def test_sides_beyond_the_range_of_exact_floats_are_scaled_as_opencv_does(kernel
         np.testing.assert_array_equal(run(kernels, [entry], canvas_hw, UINT8)[0], resized)
 
 
-def test_pad_is_what_was_asked_for(kernels):
+def test_the_pad_value_is_a_parameter(kernels):
     frame = noise(np.random.default_rng(9), 10, 100)
     box = fit_letterbox((10, 100), CANVAS)
     for pad in (0, 77, 255):

@@ -1,4 +1,4 @@
-"""Opening an engine: what does not fit this machine, what is missing, foreign plans, and what a plan needs."""
+"""Opening an engine: mismatches with this machine, missing libraries, foreign plans, and plugins."""
 
 import importlib.util
 import json
@@ -12,21 +12,21 @@ import pytest
 from onnx import helper
 
 from tests.fakes.fake_trt_runtime import ABSENT, RTX, Context, Engine, Runtime
-from tests.support.trt_kit import INFO, NMS, assert_found, infer, make_image, setting, toy
+from tests.support.trt_kit import INFO, NMS, assert_detected, environment, infer, make_image, toy
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, UsageError
 from yolov7_deploy.runtimes import tensorrt as trt
-from yolov7_deploy.runtimes.base import open_backend
+from yolov7_deploy.runtimes.base import open_runtime
 from yolov7_deploy.tensorrt.build_record import PluginUse
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE, PLUGIN_VERSION, PluginLibrary
 
-__all__ = ["setting"]
+__all__ = ["environment"]
 
 OWN = {"absent"}  # members of the fake that TensorRT does not have
 OUR_PLUGIN = PluginUse(path="/there/liby7_plugin.so", version=PLUGIN_VERSION, abi="v3")
 
 
 def opened(path, **options):
-    return open_backend(path, **{"device": "auto", "input_hw": None, **options})
+    return open_runtime(path, **{"device": "auto", "input_hw": None, **options})
 
 
 @pytest.mark.parametrize(
@@ -38,68 +38,68 @@ def opened(path, **options):
         ({"plugin": OUR_PLUGIN}, "plugin", f"the plugin {PLUGIN_VERSION} (v3)", "none"),
     ],
 )
-def test_an_engine_of_another_machine_names_field_values_and_repair(setting, fields, named, built, here):
-    setting.monkeypatch.setattr(trt, "find_plugin", lambda abi: None)
+def test_an_engine_of_another_machine_is_refused_with_field_values_and_fix(environment, fields, named, built, here):
+    environment.monkeypatch.setattr(trt, "find_plugin", lambda abi: None)
     with pytest.raises(LoadError) as caught:
-        setting.backend(**fields)
+        environment.open(**fields)
     assert f" {named}: the engine was built" in caught.value.message
     assert built in caught.value.message and here in caught.value.message
-    assert f"y7 build --weights {setting.folder}/toy.onnx" in caught.value.fix
-    assert setting.trt.contexts == []
+    assert f"y7 build --weights {environment.folder}/toy.onnx" in caught.value.fix
+    assert environment.trt.contexts == []
 
 
 @pytest.mark.parametrize(("product", "extra"), [("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")])
-def test_a_missing_tensorrt_names_its_extra(setting, product, extra):
-    setting.use(RTX if product == "tensorrt_rtx" else "10.3.0")
-    path = setting.engine()
-    setting.monkeypatch.setitem(sys.modules, product, None)
+def test_a_missing_tensorrt_names_its_extra(environment, product, extra):
+    environment.use(RTX if product == "tensorrt_rtx" else "10.3.0")
+    path = environment.engine()
+    environment.monkeypatch.setitem(sys.modules, product, None)
     with pytest.raises(MissingLibraryError, match=f"{product} is needed to run toy.engine") as caught:
         opened(path)
     assert caught.value.fix == f"pip install 'yolov7-deploy[{extra}]'"
 
 
-def test_a_tensorrt_that_does_not_load_says_why(setting):
-    path = setting.engine()
+def test_a_tensorrt_that_does_not_load_is_reported_with_the_cause(environment):
+    path = environment.engine()
 
     def broken(product):
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
-    setting.monkeypatch.setattr(trt, "load_tensorrt", broken)
+    environment.monkeypatch.setattr(trt, "load_tensorrt", broken)
     with pytest.raises(MissingLibraryError, match=r"does not load: libnvinfer\.so\.10"):
         opened(path)
 
 
-def test_a_refused_plan_comes_with_tensorrts_last_words(setting):
-    setting.trt.refusal = "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed."
-    with pytest.raises(LoadError, match=r"TensorRT 10\.3\.0 does not open .*\n.*ERROR: Serialization assertion"):
-        setting.backend()
+def test_a_refused_plan_is_reported_with_tensorrts_log(environment):
+    environment.trt.refusal = "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed."
+    with pytest.raises(LoadError, match=r"TensorRT 10\.3\.0 cannot deserialize .*\n.*ERROR: Serialization assertion"):
+        environment.open()
 
 
-def test_a_plan_without_a_record_opens_with_assumptions(setting, caplog):
-    backend = setting.backend(toy(None), recorded=False)
-    assert backend.metadata.class_names[:2] == ("class_0", "class_1")
-    assert backend.metadata.nms.runtime_thresholds and backend.metadata.nms.max_det == 3
-    assert (backend.metadata.input_hw, backend.metadata.batch) == ((64, 96), None)
+def test_a_plan_without_a_record_opens_with_assumptions(environment, caplog):
+    runtime = environment.open(toy(None), recorded=False)
+    assert runtime.metadata.class_names[:2] == ("class_0", "class_1")
+    assert runtime.metadata.nms.runtime_thresholds and runtime.metadata.nms.max_det == 3
+    assert (runtime.metadata.input_hw, runtime.metadata.batch) == ((64, 96), None)
     text = "\n".join(record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert "no build record" in text and "assumed" in text
-    assert_found(infer(backend, [make_image(1)]).found[0], make_image(1))
+    assert_detected(infer(runtime, [make_image(1)]).detections[0], make_image(1))
 
 
-def test_a_foreign_plan_of_raw_rows_counts_its_classes(setting):
-    backend = setting.backend(toy(decoded=True), recorded=False)
-    assert backend.metadata.class_names == ("class_0", "class_1", "class_2")
-    assert len(infer(backend, [make_image(1)]).found[0].scores) > 0
+def test_the_classes_of_a_foreign_plan_without_nms_are_counted(environment):
+    runtime = environment.open(toy(decoded=True), recorded=False)
+    assert runtime.metadata.class_names == ("class_0", "class_1", "class_2")
+    assert len(infer(runtime, [make_image(1)]).detections[0].scores) > 0
 
 
-def test_a_plan_says_by_its_first_letters_which_tensorrt_it_is_for(setting):
-    setting.use(RTX)
-    path = setting.engine(recorded=False)
-    setting.monkeypatch.setitem(sys.modules, "tensorrt", None)
+def test_the_header_of_a_plan_selects_the_tensorrt_that_opens_it(environment):
+    environment.use(RTX)
+    path = environment.engine(recorded=False)
+    environment.monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert dict(opened(path).runtime_info)["runtime"] == f"TensorRT-RTX {RTX}"
 
 
 def graph_of(*tensors):
-    """Inputs before `None`, outputs behind it: (name, type, shape)."""
+    """A graph with the inputs before `None` and the outputs after it: (name, type, shape)."""
     values = [one and helper.make_tensor_value_info(one[0], one[1], one[2]) for one in tensors]
     border = values.index(None)
     inputs, outputs = values[:border], values[border + 1 :]
@@ -124,15 +124,15 @@ FLOAT, UINT8, INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8, onnx.Tenso
         [("images", FLOAT, [1, 3, 8, 8]), ("more", FLOAT, [1]), None, ("output", FLOAT, [1, 8, 8])],
     ],
 )
-def test_layouts_that_are_none_are_refused_with_what_was_found(setting, tensors):
-    with pytest.raises(LoadError, match="which is no YOLOv7 layout") as caught:
-        setting.backend(graph_of(*tensors), recorded=False)
+def test_unknown_layouts_are_refused_with_the_tensors_of_the_engine(environment, tensors):
+    with pytest.raises(LoadError, match="which is not a YOLOv7 layout") as caught:
+        environment.open(graph_of(*tensors), recorded=False)
     assert tensors[0][0] in caught.value.message
 
 
-def test_an_engine_that_does_not_do_what_its_metadata_says_is_refused(setting):
-    with pytest.raises(LoadError, match="no YOLOv7 layout"):
-        setting.backend(toy(), metadata=replace(INFO, nms=None))
+def test_an_engine_that_contradicts_its_metadata_is_refused(environment):
+    with pytest.raises(LoadError, match="not a YOLOv7 layout"):
+        environment.open(toy(), metadata=replace(INFO, nms=None))
 
 
 def plugin_at(folder):
@@ -148,42 +148,42 @@ def plugin_at(folder):
     )
 
 
-def test_our_plugin_is_in_the_registry_before_the_plan_is_read(setting):
-    setting.monkeypatch.setattr(trt, "find_plugin", lambda abi: plugin_at(setting.folder))
+def test_our_plugin_is_registered_before_the_plan_is_deserialized(environment):
+    environment.monkeypatch.setattr(trt, "find_plugin", lambda abi: plugin_at(environment.folder))
     loaded_then = []
-    real = setting.trt.Runtime
+    real = environment.trt.Runtime
 
     def runtime(logger):
-        loaded_then.extend(setting.trt.loaded)
+        loaded_then.extend(environment.trt.loaded)
         return real(logger)
 
-    setting.monkeypatch.setattr(setting.trt, "Runtime", runtime)
-    setting.backend(plugin=OUR_PLUGIN)
-    setting.backend(plugin=OUR_PLUGIN, name="again.engine")
+    environment.monkeypatch.setattr(environment.trt, "Runtime", runtime)
+    environment.open(plugin=OUR_PLUGIN)
+    environment.open(plugin=OUR_PLUGIN, name="again.engine")
     assert loaded_then == ["Y7NMS", "Y7NMS"]
-    assert setting.trt.loaded == ["Y7NMS"], "once a process"
+    assert environment.trt.loaded == ["Y7NMS"], "once per process"
 
 
-def test_a_plugin_that_tensorrt_does_not_take_is_an_error(setting):
-    setting.monkeypatch.setattr(trt, "find_plugin", lambda abi: plugin_at(setting.folder))
-    setting.monkeypatch.setattr(trt.Dialect, "load_plugin", lambda dialect, path: None)
-    with pytest.raises(LoadError, match="does not take the plugin") as caught:
-        setting.backend(plugin=OUR_PLUGIN)
+def test_a_plugin_that_tensorrt_does_not_accept_is_an_error(environment):
+    environment.monkeypatch.setattr(trt, "find_plugin", lambda abi: plugin_at(environment.folder))
+    environment.monkeypatch.setattr(trt.TrtCapabilities, "load_plugin", lambda capabilities, path: None)
+    with pytest.raises(LoadError, match="does not accept the plugin") as caught:
+        environment.open(plugin=OUR_PLUGIN)
     assert "y7 plugin" in caught.value.fix
 
 
-def test_a_damaged_kernels_library_costs_the_gpu_letterbox_and_not_the_engine(setting, caplog):
-    broken = setting.folder / "broken.so"
+def test_a_damaged_kernel_library_disables_the_gpu_letterbox_and_not_the_engine(environment, caplog):
+    broken = environment.folder / "broken.so"
     broken.write_bytes(b"not a library")
-    setting.monkeypatch.setenv(PLUGIN_VARIABLE, str(broken))
-    backend = setting.backend()
-    assert dict(backend.runtime_info)["letterbox"].startswith("host")
-    assert any("the letterbox stays on the host" in record.message for record in caplog.records)
-    assert_found(infer(backend, [make_image(1)]).found[0], make_image(1))
+    environment.monkeypatch.setenv(PLUGIN_VARIABLE, str(broken))
+    runtime = environment.open()
+    assert dict(runtime.runtime_info)["letterbox"].startswith("host")
+    assert any("The letterbox runs on the host" in record.message for record in caplog.records)
+    assert_detected(infer(runtime, [make_image(1)]).detections[0], make_image(1))
 
 
-def test_another_size_or_precision_than_the_files_is_refused(setting):
-    path = setting.engine()
+def test_a_size_or_precision_other_than_that_of_the_file_is_refused(environment):
+    path = environment.engine()
     with pytest.raises(UsageError, match="fixed input of 64x96, not 640x640") as caught:
         opened(path, input_hw=(640, 640))
     assert "--img 640,640 --engine" in caught.value.fix
@@ -193,38 +193,38 @@ def test_another_size_or_precision_than_the_files_is_refused(setting):
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu", "cuda:x", "cuda:-1"])
-def test_what_is_no_gpu_is_refused(setting, device):
+def test_a_device_that_is_not_a_gpu_is_refused(environment, device):
     with pytest.raises(DeviceError, match="runs on an NVIDIA GPU") as caught:
-        setting.backend(device=device)
+        environment.open(device=device)
     assert ".onnx" in caught.value.fix
 
 
 @pytest.mark.parametrize("device", ["cuda:3", "3"])
-def test_a_gpu_that_is_not_there_is_named_as_such(setting, device):
+def test_a_missing_gpu_is_reported(environment, device):
     with pytest.raises(DeviceError, match="no such GPU"):
-        setting.backend(device=device)
+        environment.open(device=device)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_code_inside_a_plan_runs_only_where_the_record_says_there_is_some(setting, allowed):
-    setting.backend(version_compatible=allowed)
-    assert setting.trt.host_code_allowed is allowed
+def test_host_code_in_a_plan_is_allowed_only_if_the_record_states_it(environment, allowed):
+    environment.open(version_compatible=allowed)
+    assert environment.trt.host_code_allowed is allowed
 
 
-def test_a_tensorrt_that_makes_no_context_is_an_error_of_the_device(setting):
-    setting.trt.most_contexts = 0
-    with pytest.raises(DeviceError, match="makes no context to run"):
-        setting.backend()
+def test_a_tensorrt_that_cannot_create_a_context_is_a_device_error(environment):
+    environment.trt.most_contexts = 0
+    with pytest.raises(DeviceError, match="cannot create a context"):
+        environment.open()
 
 
-def test_thresholds_of_the_metadata_are_open_as_far_as_the_engine_takes_them(setting):
-    assert setting.backend().metadata.nms == NMS
+def test_threshold_inputs_of_the_engine_decide_whether_thresholds_can_change(environment):
+    assert environment.open().metadata.nms == NMS
     closed = replace(INFO, nms=replace(NMS, runtime_thresholds=False))
-    assert setting.backend(metadata=closed, name="b.engine").metadata.nms == NMS
+    assert environment.open(metadata=closed, name="b.engine").metadata.nms == NMS
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-def test_the_real_tensorrt_rtx_has_the_names_that_run_an_engine_and_those_the_fake_has():
+def test_the_real_tensorrt_rtx_has_the_names_that_run_an_engine_and_those_of_the_fake():
     program = (
         "import json, sys, tensorrt_rtx as trt\n"
         "kinds = [trt, trt.Runtime, trt.ICudaEngine, trt.IExecutionContext, trt.IRuntimeConfig]\n"

@@ -1,4 +1,4 @@
-"""Running exported files, and what their detections are compared with."""
+"""Running exported files, and reference detections to compare with."""
 
 import copy
 
@@ -8,23 +8,23 @@ from onnx import TensorProto, helper
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
 
-# Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
-# hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
+# Pixels and probabilities: two float32 implementations add up the same products in another order. The difference is up
+# to 1e-5 of raw values, and of boxes up to 1500 pixels wide.
 
 DECODED_TOLERANCE = 2e-2
 SCORE_TOLERANCE = 2e-5
-# Raw maps of random weights run hot, so they are compared relative to their own spread (as in test_golden_models).
+# Raw maps of random weights are large, so they are compared relative to their spread (as in test_golden_models).
 RAW_TOLERANCE = 2e-4
-ENDS = ("none", "standard", "plugin", "efficient")
-# Ways to export for tests of lower precision: end, opset, batch, input.
+NMS_CHOICES = ("none", "standard", "plugin", "efficient")
+# Exports for tests of lower precision: NMS, opset, batch, input.
 EXPORTS = [
-    *((end, opset, 1, "float32") for end in ENDS for opset in (13, 17, 18, 21)),
-    *((end, 17, None, "uint8") for end in ENDS),
+    *((nms, opset, 1, "float32") for nms in NMS_CHOICES for opset in (13, 17, 18, 21)),
+    *((nms, 17, None, "uint8") for nms in NMS_CHOICES),
     ("plugin", 13, 3, "uint8"),
 ]
-SUPPRESSED = ("standard", "plugin", "efficient")
+NMS_INSIDE = ("standard", "plugin", "efficient")
 CONF, IOU, MAX_DET, MAX_CANDIDATES = 0.5, 0.45, 1000, 1024
-SUPPRESSION = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "max_candidates": MAX_CANDIDATES}
+NMS_OPTIONS = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "max_candidates": MAX_CANDIDATES}
 
 
 def run(model_session, array, **thresholds):
@@ -32,8 +32,8 @@ def run(model_session, array, **thresholds):
     return model_session.run(None, {"images": array, **feeds})
 
 
-def picked(result, index=0):
-    """Boxes, scores and class ids of one image; what lies behind `num_dets` must be zero."""
+def image_result(result, index=0):
+    """Boxes, scores and class ids of one image; rows beyond `num_dets` must be zero."""
     count, boxes, scores, classes = (part[index] for part in result)
     n = int(count.item())
     assert not boxes[n:].any() and not scores[n:].any() and not classes[n:].any()
@@ -42,7 +42,7 @@ def picked(result, index=0):
 
 
 def assert_same_detections(ours, expected):
-    """Equal but for rounding: neighbours of nearly the same score may have changed places."""
+    """Check equality up to rounding: neighbours of nearly the same score may be swapped."""
     assert len(ours[1]) == len(expected[1])
     assert (np.diff(ours[1]) <= 0).all()
     np.testing.assert_allclose(ours[1], expected[1], atol=SCORE_TOLERANCE)
@@ -59,14 +59,14 @@ def reference(decoded, *, max_candidates=MAX_CANDIDATES, **thresholds):
     return postprocess(decoded, Thresholds(**chosen), max_candidates=max_candidates)
 
 
-def network_of(model):
+def network_nodes(model):
     return [node for node in model.proto.graph.node if not node.domain and not node.name.startswith("end__")]
 
 
-def end_of(model):
-    """What stands behind the head, fed with raw maps; in a whole file ONNX Runtime skips casts there and back."""
+def nodes_after_heads(model):
+    """The graph after the heads, with raw maps as inputs: in a whole file ONNX Runtime removes pairs of casts."""
     proto = copy.deepcopy(model.proto)
-    nodes = [node for node in proto.graph.node if node not in network_of(model)]
+    nodes = [node for node in proto.graph.node if node not in network_nodes(model)]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     del proto.graph.input[0]

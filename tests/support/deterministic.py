@@ -1,4 +1,4 @@
-"""Weights and images that are the same numbers on every machine, so that golden figures can be compared.
+"""Weights and images with the same values on every machine, for comparison with golden files.
 
 A tensor is a pure function of its name and shape: SplitMix64 over the element index, seeded by the CRC-32 of the name.
 """
@@ -29,7 +29,7 @@ def centred(name, shape):
 
 
 def weight(name, shape, salt=""):
-    """The value of one state-dict entry, or None where the model's own value stays."""
+    """The value of one state-dict entry, or None to keep the model's own value."""
     last = name.rpartition(".")[2]
     if last in {"anchors", "anchor_grid", "num_batches_tracked"}:
         return None
@@ -44,7 +44,7 @@ def weight(name, shape, salt=""):
 
 
 def fill_model(model, salt=""):
-    """Puts the deterministic weights into a model and sets it to eval mode."""
+    """Load the deterministic weights into a model and set it to eval mode."""
     state = model.state_dict()
     for name, old in state.items():
         value = weight(name, tuple(old.shape), salt)

@@ -1,4 +1,4 @@
-"""Images with structure, and how detections of them are compared."""
+"""Images with structure, and the comparison of their detections."""
 
 import cv2
 import numpy as np
@@ -9,12 +9,12 @@ import torch
 
 from yolov7_deploy.detections import Detections
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
+# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and boxes of small images are scaled up.
 
 BOX_TOLERANCE = 0.05
 SCORE_TOLERANCE = 2e-5
 CONF, MAX_DET = 0.6, 300
-SUPPRESSION = {"conf": CONF, "iou": 0.45, "max_det": MAX_DET}
+NMS_OPTIONS = {"conf": CONF, "iou": 0.45, "max_det": MAX_DET}
 
 needs_no_cuda = pytest.mark.skipif(
     torch.cuda.is_available() or "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
@@ -34,7 +34,7 @@ IMAGES = [noise(128, 192), noise(90, 60, 1), noise(300, 400, 2), noise(20, 190, 
 
 
 def assert_same(ours: Detections, expected: Detections):
-    """Equal but for rounding; neighbours of nearly the same score may have changed places."""
+    """Check equality up to rounding; neighbours of nearly the same score may be swapped."""
     assert len(ours) == len(expected)
     assert ours.image_hw == expected.image_hw
     np.testing.assert_allclose(ours.scores, expected.scores, atol=SCORE_TOLERANCE)
@@ -52,8 +52,8 @@ def assert_identical(ours: Detections, expected: Detections):
     np.testing.assert_array_equal(ours.class_ids, expected.class_ids)
 
 
-def foreign(path, target, change=lambda proto: None):
-    """The same network without metadata."""
+def without_metadata(path, target, change=lambda proto: None):
+    """Write the same network without metadata, as other exporters do."""
     proto = onnx.load(path)
     del proto.metadata_props[:]
     change(proto)

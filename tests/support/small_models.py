@@ -1,4 +1,4 @@
-"""Small networks with deterministic weights, exported and run, for tests of more than one station."""
+"""Small networks with deterministic weights, exported and run, for tests of several packages."""
 
 from functools import lru_cache
 
@@ -14,12 +14,12 @@ from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 from yolov7_deploy.options import ExportOptions
 
-HW = (128, 192)  # not square, so that swapped sides show; 1512 anchors, more than the NMS tests let in
-CALM = 0.05  # of the head's weights: raw values of 2 instead of 40
+HW = (128, 192)  # not square, so that swapped sides are noticed; 1512 anchors, more than enter NMS in the tests
+HEAD_SCALE = 0.05  # factor of the head's weights: raw values of 2 instead of 40
 
 
 def metadata_of(model: Yolov7) -> ModelMetadata:
-    """The metadata of a model's weights."""
+    """The metadata of a model."""
     return ModelMetadata(
         variant=model.variant.name,
         class_names=tuple(f"thing {i}" for i in range(model.classes)),
@@ -30,23 +30,23 @@ def metadata_of(model: Yolov7) -> ModelMetadata:
 
 
 def tiny(classes: int = 5) -> Yolov7:
-    """yolov7-tiny whose scores spread over 0 to 1; with the head as it is, nearly all would be exactly 0 or 1."""
+    """yolov7-tiny with scores spread over 0 to 1; without the scaled head, nearly all would be exactly 0 or 1."""
     model = fill_model(new_model("yolov7-tiny", classes=classes))
     with torch.no_grad():
         for convolution in model.head.m:
-            convolution.weight *= CALM
+            convolution.weight *= HEAD_SCALE
     return model
 
 
 @lru_cache
 def fused_tiny(classes: int = 5) -> Yolov7:
-    """`tiny`, fused; shared, so not to be changed."""
+    """`tiny`, fused; shared, do not modify it."""
     return fuse(tiny(classes))
 
 
 @lru_cache
 def exported_tiny(classes: int = 5, **options: object) -> OnnxModel:
-    """yolov7-tiny as ONNX at HW; shared, so not to be changed."""
+    """yolov7-tiny as ONNX at HW; shared, do not modify it."""
     model = fused_tiny(classes)
     return export_onnx(model, metadata_of(model), ExportOptions(**{"input_hw": HW, **options}))
 
@@ -58,7 +58,7 @@ def tiny_session(classes: int = 5, **options: object) -> onnxruntime.InferenceSe
 
 
 def session(proto) -> onnxruntime.InferenceSession:
-    """A graph in ONNX Runtime on the CPU; its warnings about inputs with a default are left out."""
+    """A graph in ONNX Runtime on the CPU, without its warnings about inputs that have a default."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -72,6 +72,6 @@ def images(count: int = 1) -> np.ndarray:
 
 @lru_cache
 def decoded_by_torch(classes: int = 5, count: int = 1) -> np.ndarray:
-    """What torch makes of `images(count)`: [count, A, 5 + C]."""
+    """The decoded output of torch for `images(count)`: [count, A, 5 + C]."""
     with torch.no_grad():
         return fused_tiny(classes).predict(torch.from_numpy(images(count))).numpy()

@@ -1,9 +1,10 @@
-"""Engines of a small graph, or of a real network, on the fake TensorRT and the fake GPU."""
+"""Engines of a small graph or of a real network, for the fake TensorRT and the fake GPU."""
 
 import ctypes
 import gc
 import platform
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,21 +13,22 @@ import pytest
 from tests.fakes.emulated_kernels import compile_described
 from tests.fakes.fake_trt_runtime import RTX, FakeTrt, plan_of
 from tests.fakes.faked_cuda import fake_cudart
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes import cuda, cudart
-from yolov7_deploy.runtimes.base import open_backend
-from yolov7_deploy.runtimes.cudart import LibraryRuntime
+from yolov7_deploy.runtimes.base import open_runtime
+from yolov7_deploy.runtimes.cudart import LibcudartBinding
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels
 from yolov7_deploy.tensorrt.build_record import EngineRecord
-from yolov7_deploy.tensorrt.engine import Engine, digest
+from yolov7_deploy.tensorrt.engine import Engine
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
 
 HW = (64, 96)
-SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # of the three boxes in every image
+SCORES = np.array([0.9, 0.6, 0.3], np.float32)  # scores of the three boxes in every image
 FACTORS = np.array([[40], [50], [60]], np.float32)
-CAPABILITY = 90  # of the fake GPU
+CAPABILITY = 90  # compute capability of the fake GPU, 9.0
 NMS = NmsMetadata(
     kind="plugin",
     conf=0.25,
@@ -59,7 +61,7 @@ _CONSTANTS = """
     int64[1] one = {1}, float[1,3,1] factors = {40, 50, 60}, float[1,1,4] size = {0, 0, 9, 9}, float[1] zero = {0},
     float[1,3] scores = {0.9, 0.6, 0.3}
 """
-_SUPPRESSED = """
+_WITH_NMS = """
 <ir_version: 8, opset_import: ["": 18]>
 toy (%s images, float[1] conf_threshold, float[1] iou_threshold)
  => (float[%s,3] unread, int32[%s,1] num_dets, float[%s,3,4] det_boxes, float[%s,3] det_scores,
@@ -93,13 +95,13 @@ toy (%s images) => (float[%s,3,8] output)
 
 
 def toy(batch=1, *, kind="float", decoded=False, overflow=0):
-    """A graph that finds three boxes of scores SCORES and classes 0, 1, 2 in every canvas, by its mean colours.
+    """A graph with three boxes of scores SCORES and classes 0, 1, 2 in every canvas; its mean colours are the boxes.
 
     Args:
-        batch: `None` for an open one.
+        batch: Batch size, `None` for a dynamic one.
         kind: Type of `images`: float, float16 or uint8.
-        decoded: Raw rows instead of suppressed ones.
-        overflow: What that output says.
+        decoded: Return the decoded output, without NMS.
+        overflow: Value of the output `overflow`.
     """
     side = "B" if batch is None else str(batch)
     uint8 = kind == "uint8"
@@ -108,60 +110,60 @@ def toy(batch=1, *, kind="float", decoded=False, overflow=0):
     constants = _CONSTANTS % (("255", "2, 1, 0", "1, 2") if uint8 else ("1", "0, 1, 2", "2, 3"))
     if decoded:
         return onnx.parser.parse_model(_DECODED % (images, side, constants, _MEANS))
-    return onnx.parser.parse_model(_SUPPRESSED % (images, *[side] * 6, constants, overflow, _MEANS))
+    return onnx.parser.parse_model(_WITH_NMS % (images, *[side] * 6, constants, overflow, _MEANS))
 
 
-def boxes_in(image, letterbox=None):
-    """What `toy` finds, xyxy float32 [3, 4] in canvas pixels."""
+def expected_boxes(image, letterbox=None):
+    """The boxes that `toy` detects, xyxy float32 [3, 4] in canvas pixels."""
     letterbox = letterbox or fit_letterbox(image.shape[:2], HW)
     red, green, _ = to_network_input([letterbox.apply(image)])[0].mean((1, 2), dtype=np.float64).astype(np.float32)
     return np.array([[red, green, red, green]]) * FACTORS + np.array([[0, 0, 9, 9]], np.float32)
 
 
 def make_image(seed, height=48, width=80):
-    """A colour of its own with some noise, so that each image has boxes of its own."""
+    """An image of a random colour with some noise, so that every image has other boxes."""
     rng = np.random.default_rng(seed)
     colour = rng.integers(30, 225, 3)
     return (colour + rng.integers(-30, 30, (height, width, 3))).astype(np.uint8)
 
 
-def assert_found(found, image, *, rows=3):
-    """The first rows of what `toy` finds in this image."""
-    np.testing.assert_allclose(found.boxes, boxes_in(image)[:rows], atol=BOX_TOLERANCE)
+def assert_detected(found, image, *, rows=3):
+    """Check that these are the first rows of what `toy` detects in this image."""
+    np.testing.assert_allclose(found.boxes, expected_boxes(image)[:rows], atol=BOX_TOLERANCE)
     np.testing.assert_allclose(found.scores, SCORES[:rows], rtol=1e-6)
     assert found.class_ids.tolist() == list(range(rows))
 
 
-BOX_TOLERANCE = 2e-3  # means of 6144 values as float32, times 60; images differ by whole pixels
+BOX_TOLERANCE = 2e-3  # means of 6144 float32 values, times 60; boxes of different images differ by whole pixels
 
 
-class Setting:
-    """One TensorRT of the fake kind, and engines for it.
+class TrtEnvironment:
+    """A machine with a fake TensorRT and a fake GPU, and engines for it.
 
     Attributes:
         trt: The module, importable as TensorRT is.
         library: The fake CUDA runtime.
-        cuda: A Cuda of its own on it.
+        cuda: A Cuda on it, separate from those of the runtimes.
     """
 
     def __init__(self, folder, monkeypatch, version="10.3.0"):
         self.folder, self.monkeypatch, self.installed, self.opened = folder, monkeypatch, [], []
         self.library = ctypes.CDLL(str(fake_cudart()))
-        self.cuda = cuda.Cuda(LibraryRuntime(str(fake_cudart())))
+        self.cuda = cuda.Cuda(LibcudartBinding(str(fake_cudart())))
         self.use(version)
-        monkeypatch.setattr(cuda, "runtimes", lambda: iter([LibraryRuntime(str(fake_cudart()))]))
+        monkeypatch.setattr(cuda, "cuda_bindings", lambda: iter([LibcudartBinding(str(fake_cudart()))]))
         monkeypatch.setattr(cudart, "has_current_context", lambda: False)
         self.build_kernels()
 
     def use(self, version):
-        """Another TensorRT is installed."""
+        """Install another TensorRT version."""
         self.trt = FakeTrt(version, self.library)
         self.installed.append(self.trt)
         self.product = "tensorrt_rtx" if version == RTX else "tensorrt"
         self.monkeypatch.setitem(sys.modules, self.product, self.trt)
 
     def build_kernels(self):
-        """Our kernels are built; they work in the stream's turn, which the emulated ones do not know."""
+        """Build the kernels; they are queued on the stream, which the emulated ones do not know."""
         emulated = compile_described("letterbox.cu", capability=CAPABILITY)
         self.monkeypatch.setenv(PLUGIN_VARIABLE, str(emulated))
         launch = Kernels.letterbox
@@ -172,37 +174,35 @@ class Setting:
         self.monkeypatch.setattr(Kernels, "letterbox", letterbox)
 
     def without_kernels(self):
-        """No library of ours is built."""
+        """Remove the kernels and the plugin."""
         self.monkeypatch.delenv(PLUGIN_VARIABLE)
         self.monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder))
         self.monkeypatch.setattr("yolov7_deploy.tensorrt.plugin_library.SYSTEM_FOLDERS", ())
 
     def engine(self, graph=None, *, metadata=INFO, batches=(1, 4), recorded=True, name="toy.engine", **fields):
-        """Path of an engine that fits this machine but for the given fields of its record."""
+        """Write an engine that fits this machine, except for the given fields of its record; return its path."""
         plan = plan_of(graph or toy(), self.trt.__version__, batches)
         record = EngineRecord(
             metadata=metadata,
-            **{
-                "plan_bytes": len(plan),
-                "plan_sha256": digest(plan),
-                "product": self.product,
-                "tensorrt": self.trt.__version__,
-                "compute_capability": "" if self.product == "tensorrt_rtx" else "9.0",
-                "platform": f"{platform.system().lower()}-{platform.machine()}",
-                **fields,
-            },
+            plan_bytes=len(plan),
+            plan_sha256=sha256_hex(plan),
+            product=self.product,
+            tensorrt=self.trt.__version__,
+            compute_capability="" if self.product == "tensorrt_rtx" else "9.0",
+            platform=f"{platform.system().lower()}-{platform.machine()}",
         )
+        record = replace(record, **fields)
         path = self.folder / name
         Engine(plan=plan, record=record if recorded else None).save(path)
         return path
 
-    def backend(self, graph=None, *, device="auto", **options):
-        """An open backend, closed at the end of the test."""
-        self.opened.append(open_backend(self.engine(graph, **options), device=device, input_hw=None))
+    def open(self, graph=None, *, device="auto", **options):
+        """Open an engine; it is closed at the end of the test."""
+        self.opened.append(open_runtime(self.engine(graph, **options), device=device, input_hw=None))
         return self.opened[-1]
 
     def calls(self):
-        """Names of the CUDA calls from now on, each time those since the last time."""
+        """Log the CUDA calls from now on; the returned function returns the names since its last call."""
         log = self.folder / "calls"
         log.touch()
         self.monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
@@ -218,21 +218,21 @@ class Setting:
 
 
 @pytest.fixture
-def setting(tmp_path, monkeypatch):
-    """A machine with TensorRT 10.3 and a GPU; nothing undefined may be done on it, and everything is given back."""
-    made = Setting(tmp_path, monkeypatch)
-    before = made.library.fake_cuda_live()
-    yield made
-    for backend in made.opened:
-        backend.close()
-    assert [trt.violations for trt in made.installed] == [[]] * len(made.installed)
-    if made.library.fake_cuda_live() != before:
-        gc.collect()  # slow; exceptions keep what they met on their way
-    assert made.library.fake_cuda_live() == before
+def environment(tmp_path, monkeypatch):
+    """A machine with TensorRT 10.3 and a GPU; a test must free everything and do nothing undefined."""
+    created = TrtEnvironment(tmp_path, monkeypatch)
+    before = created.library.fake_cuda_live()
+    yield created
+    for runtime in created.opened:
+        runtime.close()
+    assert [trt.violations for trt in created.installed] == [[]] * len(created.installed)
+    if created.library.fake_cuda_live() != before:
+        gc.collect()  # slow; exceptions keep objects alive by their traceback
+    assert created.library.fake_cuda_live() == before
 
 
-def infer(backend, images, *, timed=False, hw=HW, **thresholds):
-    """Found of each image."""
-    boxes = [fit_letterbox(one.shape[:2], hw) for one in images]
-    chosen = Thresholds(**{"conf": 0.25, "max_det": 100, "multi_label": True, **thresholds})
-    return backend.infer(images, boxes, chosen, timed=timed)
+def infer(runtime, images, *, timed=False, hw=HW, **thresholds):
+    """Run a list of images."""
+    letterboxes = [fit_letterbox(image.shape[:2], hw) for image in images]
+    chosen = replace(Thresholds(conf=0.25, max_det=100, multi_label=True), **thresholds)
+    return runtime.infer(images, letterboxes, chosen, timed=timed)

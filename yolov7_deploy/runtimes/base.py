@@ -1,6 +1,7 @@
-"""The seam under the Detector: uint8 images plus geometry go down, boxes in network pixels come up.
+"""The interface between the Detector and the runtimes: uint8 images go in, boxes in network-input pixels come out.
 
-Geometry belongs to the Detector, pixels to the backend: on a CPU the letterbox is OpenCV's, on a GPU a kernel.
+The Detector computes the letterbox geometry; each runtime applies it to the pixels, with OpenCV on a CPU or with a CUDA
+kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -9,44 +10,29 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol, TypeVar, cast
 
 from yolov7_deploy.errors import LoadError, UsageError, missing_library
 from yolov7_deploy.image import FloatArray, Image, Letterbox
-from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.metadata import InputKind, ModelMetadata, NmsMetadata, assumed_metadata
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.postprocess import RawDetections
 
-IntArray = npt.NDArray[np.int64]
+UNKNOWN_CLASSES = 1000  # class names invented for a foreign file with NMS inside, which does not say how many it has
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawDetections:
-    """Detections of one image in network-input pixels, best score first.
-
-    Attributes:
-        boxes: float32 [N, 4] xyxy.
-        scores: float32 [N].
-        class_ids: int64 [N].
-    """
-
-    boxes: FloatArray
-    scores: FloatArray
-    class_ids: IntArray
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimingBreakdown:
-    """Milliseconds of one call, by where they went; a span that does not exist is 0 (nothing is uploaded on a CPU).
+    """Milliseconds of one call by stage; a stage that does not exist is 0 (nothing is uploaded on a CPU).
 
     Attributes:
         preprocess_ms: Letterbox and layout, on the host or on the GPU.
-        upload_ms: To the GPU, staging in page-locked memory included.
-        engine_ms: The network, with NMS where that is inside the file.
-        download_ms: From the GPU.
-        postprocess_ms: NMS outside the file, and making the results.
+        upload_ms: Copies to the GPU, including those into page-locked memory.
+        engine_ms: The network, including NMS if it is inside the model.
+        download_ms: Copies from the GPU.
+        postprocess_ms: NMS outside the model, and creating the results.
     """
 
     preprocess_ms: float
@@ -58,39 +44,42 @@ class TimingBreakdown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeResult:
-    """What a backend gives for a list of images: one `RawDetections` each, and where the time went (whole call).
+    """Detections of a list of images, and the time of the whole call.
 
-    `inference_ms` is everything between the prepared input and the raw results. `spans` tells the parts where the
-    call was `timed`.
+    Attributes:
+        detections: One per image, in their order.
+        preprocess_ms, postprocess_ms: As in `TimingBreakdown`.
+        inference_ms: Everything between the prepared input and the raw outputs.
+        timing: All stages; always present for a `timed` call.
     """
 
-    found: list[RawDetections]
+    detections: list[RawDetections]
     preprocess_ms: float
     inference_ms: float
     postprocess_ms: float
-    spans: TimingBreakdown | None = None
+    timing: TimingBreakdown | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IntermediateOutputs:
-    """What happens to one canvas on the way to its detections, as far as a file shows it.
+    """Intermediate outputs of a network for one canvas, as far as the file exposes them.
 
     Attributes:
-        heads: Raw head maps float32 [3 * (5 + C), H, W], fine to coarse; empty where they cannot be seen.
-        decoded: float32 [A, 5 + C]: cx, cy, w, h, objectness, classes; `None` where NMS follows at once.
+        heads: Raw head maps float32 [3 * (5 + C), H, W], fine to coarse; empty if the file does not expose them.
+        decoded: float32 [A, 5 + C]: cx, cy, w, h, objectness, classes; `None` if NMS follows directly.
     """
 
     heads: list[FloatArray]
     decoded: FloatArray | None
 
 
-class Backend(Protocol):
-    """A model that runs. `infer` may be called from several threads at once.
+class Runtime(Protocol):
+    """A model that is ready to run. `infer` may be called from several threads at the same time.
 
     Attributes:
-        info: The model's metadata.
-        device: Where it runs, `cpu` or `cuda:N`.
-        largest_batch: Most images that enter the network at once, `None` where any number may; more are run in parts.
+        metadata: The model's metadata.
+        device: `cpu` or `cuda:N`.
+        max_batch_size: Most images that enter the network together, `None` if unlimited; longer lists are split.
         takes_gpu_arrays: Images may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
     """
 
@@ -101,7 +90,7 @@ class Backend(Protocol):
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
-        """What a benchmark must say of how it runs, such as ("CUDA graph", "on"); calls may change it."""
+        """How the model runs, as a benchmark reports it, such as ("CUDA graph", "on"); calls may change it."""
         ...
 
     def infer(
@@ -112,24 +101,24 @@ class Backend(Protocol):
         *,
         timed: bool = False,
     ) -> RuntimeResult:
-        """Images (contiguous uint8 BGR) through letterbox, network and NMS; all canvases are of one size.
+        """Run letterbox, network and NMS on contiguous uint8 BGR images.
 
         Args:
-            images: As many as there are letterboxes.
-            letterboxes: Where each lands on the canvas.
-            thresholds: What is kept.
-            timed: Measure every span by itself, which waits for the GPU between them: for benchmarks.
+            images: Images [H, W, 3] of any sizes.
+            letterboxes: Geometry of each image; all canvases have the same size.
+            thresholds: Which detections to keep.
+            timed: Measure every stage separately. On a GPU this synchronises between stages: for benchmarks.
         """
         ...
 
     def close(self) -> None:
-        """Frees what the backend holds; calling it twice is fine."""
+        """Free the model; calling it twice is fine."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BackendRow:
-    """One row of the table: which files it opens, and where it lives."""
+class RuntimeEntry:
+    """A runtime in the table of runtimes: the file suffixes it opens, and its class."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -137,86 +126,117 @@ class BackendRow:
     attribute: str
 
 
-BACKENDS = (
-    BackendRow(
+RUNTIMES = (
+    RuntimeEntry(
         name="pytorch",
         suffixes=(".pt", ".pth", ".safetensors"),
         module="yolov7_deploy.runtimes.pytorch",
-        attribute="PytorchBackend",
+        attribute="PytorchRuntime",
     ),
-    BackendRow(
+    RuntimeEntry(
         name="onnxruntime",
         suffixes=(".onnx",),
         module="yolov7_deploy.runtimes.onnxruntime",
-        attribute="OrtBackend",
+        attribute="OrtRuntime",
     ),
-    BackendRow(
+    RuntimeEntry(
         name="tensorrt",
         suffixes=(".engine", ".plan", ".trt"),
         module="yolov7_deploy.runtimes.tensorrt",
-        attribute="TrtBackend",
+        attribute="TrtRuntime",
     ),
 )
 
 
-def backend_row(path: Path) -> BackendRow:
-    """The backend that opens files with this suffix.
+def runtime_entry(path: Path) -> RuntimeEntry:
+    """Return the runtime that opens files with this suffix.
 
     Raises:
-        LoadError: No backend does.
+        LoadError: No runtime does.
     """
-    for row in BACKENDS:
-        if path.suffix.lower() in row.suffixes:
-            return row
-    known = ", ".join(suffix for row in BACKENDS for suffix in row.suffixes)
-    raise LoadError(f"{path} has no suffix a backend opens ({known}).", fix="Rename the file, or export it again.")
+    for entry in RUNTIMES:
+        if path.suffix.lower() in entry.suffixes:
+            return entry
+    known = ", ".join(suffix for entry in RUNTIMES for suffix in entry.suffixes)
+    raise LoadError(f"No runtime opens {path}; known suffixes: {known}.", fix="Rename the file, or export it again.")
 
 
-def open_backend(path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> Backend:
-    """The model in `path`, ready to run on `device` (`auto`, `cpu`, `cuda`, `cuda:0`).
+def open_runtime(path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> Runtime:
+    """Load the model in `path` on a device (`auto`, `cpu`, `cuda`, `cuda:0`).
 
-    `half` asks for half precision or against it; left out, it is the backend's choice. Files with a precision of
-    their own (`.onnx`, `.engine`) refuse another one.
+    `half` selects FP16 or FP32; `None` leaves the choice to the runtime. Files with a fixed precision (`.onnx`,
+    `.engine`) refuse any other.
 
     Raises:
-        LoadError: The file is absent or broken.
+        LoadError: The file is missing or broken.
         MissingLibraryError: The library for this kind of file is not installed.
         DeviceError: The machine or the library has no such device.
+        UsageError: The file has another fixed size or precision.
     """
-    row = backend_row(path)
+    entry = runtime_entry(path)
     if not path.exists():
         raise LoadError(f"{path} does not exist.", fix="Check the path, or export it:  y7 export --weights yolov7")
     try:
-        module = importlib.import_module(row.module)
+        module = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
         raise missing_library(error, f"to run {path.name}") from error
-    backend = getattr(module, row.attribute)
-    return cast(Backend, backend.open(path, device=device, input_hw=input_hw, half=half))
+    runtime = getattr(module, entry.attribute)
+    return cast(Runtime, runtime.open(path, device=device, input_hw=input_hw, half=half))
 
 
 def check_request_supported(
     path: Path, metadata: ModelMetadata, *, input_hw: tuple[int, int] | None, half: bool | None, export: str = ""
 ) -> None:
-    """Refuses another size or precision than a file has in it.
+    """Refuse an input size or precision other than the fixed one of a file.
 
     Args:
         path: The file.
-        info: Its metadata.
-        input_hw: The size asked for, if any.
-        half: The precision asked for, if any.
-        export: What `y7 export` needs more to make such a file.
+        metadata: Its metadata.
+        input_hw: The requested size, if any.
+        half: The requested precision, if any.
+        export: More options that `y7 export` needs to create such a file.
 
     Raises:
-        UsageError: It names both and the command for the other one.
+        UsageError: The message names both, and the fix is the command that creates the requested file.
     """
     if input_hw is not None and metadata.input_hw is not None and input_hw != metadata.input_hw:
-        have, want = metadata.input_hw, input_hw
+        fixed, requested = metadata.input_hw, input_hw
         raise UsageError(
-            f"{path} has a fixed input of {have[0]}x{have[1]}, not {want[0]}x{want[1]}.",
-            fix=f"y7 export --weights WEIGHTS.pt --img {want[0]},{want[1]} {export}".rstrip(),
+            f"{path} has a fixed input of {fixed[0]}x{fixed[1]}, not {requested[0]}x{requested[1]}.",
+            fix=f"y7 export --weights WEIGHTS.pt --img {requested[0]},{requested[1]} {export}".rstrip(),
         )
     if half is not None and half != (metadata.precision == "fp16"):
         raise UsageError(
             f"{path} is {metadata.precision}; its precision is in the file.",
             fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'} {export}".rstrip(),
         )
+
+
+def split_batches(items: Sequence[_T], size: int | None) -> list[Sequence[_T]]:
+    """Split items into consecutive batches of `size`; the last may be smaller. `None` keeps them together."""
+    if size is None:
+        return [items]
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def assumed_nms_metadata(
+    *,
+    input_hw: tuple[int, int] | None,
+    batch: int | None,
+    input_kind: InputKind,
+    conf: float,
+    max_det: int,
+    runtime_thresholds: bool,
+) -> ModelMetadata:
+    """Return the metadata assumed for a file without any that has NMS inside, as EfficientNMS_TRT does it."""
+    nms = NmsMetadata(
+        kind="efficient",
+        conf=conf,
+        iou=0.45,
+        max_det=max_det,
+        max_candidates=0,
+        multi_label=True,
+        class_agnostic=False,
+        runtime_thresholds=runtime_thresholds,
+    )
+    return assumed_metadata(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=nms)

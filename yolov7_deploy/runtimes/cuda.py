@@ -1,11 +1,11 @@
-"""CUDA from Python: one device's memory, streams, events and graphs, without torch.
+"""CUDA from Python without torch: memory, streams, events and graphs of one device.
 
-The runtime API works in the device's primary context, which torch, cupy and TensorRT share. A thread in which another
-context is current already, such as one that pycuda made, keeps it: `Cuda.set_device` leaves it alone where it is of the
-wanted device. The choice of device belongs to the thread, so every thread calls `set_device` before its first work.
+The runtime API works in the device's primary context, which torch, cupy and TensorRT share. If another context of the
+same device is current in a thread, such as one that pycuda created, `Cuda.set_device` keeps it. The current device
+belongs to the thread, so every thread calls `set_device` before its first work.
 
-Everything with a handle closes itself at the end of a `with`, by `close()`, or when nobody refers to it any more.
-Nothing here uses the legacy default stream: it would wait for every other stream and cannot be captured.
+Objects with a handle are freed at the end of a `with` block, by `close()`, or when they are garbage collected. The
+legacy default stream is never used: it waits for every other stream and cannot be captured.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from yolov7_deploy.runtimes.cudart import (
     INSUFFICIENT_DRIVER,
     NO_DEVICE,
     STICKY,
-    Runtime,
-    absence,
-    failure,
+    CudaBinding,
+    call_error,
+    cuda_bindings,
     has_current_context,
-    out_of_memory,
-    runtimes,
+    no_gpu_error,
+    out_of_memory_error,
     version,
 )
 
@@ -43,16 +43,16 @@ _ON_GPU = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cudaDeviceAttr
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
-_NO_TIMING = 2  # an event that only orders
-# Other threads may allocate during a capture, and this one may free what it forgets meanwhile.
+_NO_TIMING = 2  # an event without a time stamp
+# Relaxed capture mode: other threads may allocate during a capture, and this one may free garbage.
 _RELAXED = 2
 
-_Self = TypeVar("_Self", bound="_Owned")
+_Self = TypeVar("_Self", bound="_Handle")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One GPU: its number, name, compute capability, and bytes of memory, `free` when it was asked."""
+    """Number, name, compute capability and memory of a GPU; `free_bytes` at the time of the query."""
 
     index: int
     name: str
@@ -65,55 +65,55 @@ class Cuda:
     """The CUDA runtime through one binding.
 
     Attributes:
-        runtime: The binding.
-        fault: The failure after which nothing made with it works any more, `None` as long as it does.
+        binding: The binding.
+        fault: The error after which nothing created with this object works any more, else `None`.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, binding: CudaBinding) -> None:
+        self.binding = binding
         self.fault: DeviceError | None = None
         self._thread = threading.local()
 
     def __repr__(self) -> str:
-        return f"Cuda({self.runtime.name})"
+        return f"Cuda({self.binding.name})"
 
     def call(self, function: str, *arguments: int) -> tuple[Any, ...]:
-        """All that a function of the runtime gives back.
+        """Call a function of the CUDA runtime and return its outputs.
 
         Raises:
-            DeviceError: It failed.
+            DeviceError: The call failed.
         """
-        status, *results = self.runtime.call(function, *arguments)
+        status, *results = self.binding.call(function, *arguments)
         if status:
-            self.runtime.call("cudaGetLastError")  # or the next check of anybody would find this failure
+            self.binding.call("cudaGetLastError")  # clears the error, which the next check would report again
             raise self._error(status, function)
         return tuple(results)
 
     def value(self, function: str, *arguments: int) -> int:
-        """The one number that a function of the runtime gives back.
+        """Call a function with one output and return it.
 
         Raises:
-            DeviceError: It failed.
+            DeviceError: The call failed.
         """
         (result,) = self.call(function, *arguments)
         return int(result)
 
     def _error(self, status: int, function: str) -> DeviceError:
-        error = failure(self.runtime, status, function)
+        error = call_error(self.binding, status, function)
         if status in STICKY or status in CONTEXT_GONE:
-            self.fault = DeviceError(error.message, fix=error.fix)  # without the frames of that call, and their memory
+            self.fault = DeviceError(error.message, fix=error.fix)  # without a traceback, which would keep memory alive
         return error
 
     def device_count(self) -> int:
-        """Number of GPUs.
+        """Return the number of GPUs.
 
         Raises:
-            DeviceError: There is no driver, or one too old for this runtime, or no GPU.
+            DeviceError: There is no driver, the driver is too old for this runtime, or there is no GPU.
         """
         return self.value("cudaGetDeviceCount")
 
     def set_device(self, index: int) -> None:
-        """Makes a GPU the one that this thread works on; once per thread.
+        """Make a GPU the current device of this thread.
 
         Raises:
             DeviceError: There is no such GPU.
@@ -124,7 +124,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def working_on(self, index: int) -> Iterator[None]:
-        """This thread works on that GPU until the end of the block, then on the one it worked on before."""
+        """Make a GPU the current device of this thread until the end of the block, then restore the previous one."""
         before = self.value("cudaGetDevice")
         if before != index or not getattr(self._thread, "is_set", False):
             self.set_device(index)
@@ -133,19 +133,19 @@ class Cuda:
             yield
         finally:
             if before != index:
-                self.runtime.call("cudaSetDevice", before)
+                self.binding.call("cudaSetDevice", before)
 
     def gpu_of(self, pointer: int) -> int | None:
-        """Number of the GPU that an address lies on; `None` for host memory."""
-        status, kind, index = self.runtime.pointer_device(pointer)
+        """Return the number of the GPU that an address belongs to; `None` for host memory."""
+        status, kind, index = self.binding.pointer_device(pointer)
         if status:
-            self.runtime.call("cudaGetLastError")
+            self.binding.call("cudaGetLastError")
         return index if status == 0 and kind in _ON_GPU else None
 
     def device(self) -> Device:
-        """The GPU that this thread works on."""
+        """Return the current device of this thread."""
         index = self.value("cudaGetDevice")
-        status, name = self.runtime.device_name(index)
+        status, name = self.binding.device_name(index)
         if status:
             raise self._error(status, "cudaGetDeviceProperties")
         major = self.value("cudaDeviceGetAttribute", _CAPABILITY_MAJOR, index)
@@ -154,66 +154,66 @@ class Cuda:
         return Device(index=index, name=name, compute_capability=(major, minor), memory_bytes=total, free_bytes=free)
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes of this thread's GPU."""
+        """Return free and total memory of the current device in bytes."""
         free, total = self.call("cudaMemGetInfo")
         return int(free), int(total)
 
     def versions(self) -> tuple[str, str]:
-        """The newest CUDA that the driver can run, and the CUDA of this runtime: ("12.4", "12.2")."""
+        """Return the newest CUDA version that the driver supports, and that of this runtime: ("12.4", "12.2")."""
         return version(self.value("cudaDriverGetVersion")), version(self.value("cudaRuntimeGetVersion"))
 
     def allocate(self, function: str, nbytes: int, *flags: int) -> int:
-        """A pointer from an allocating function.
+        """Call an allocating function and return the pointer.
 
         Raises:
-            DeviceError: Out of memory, with the need and what is there.
+            DeviceError: Out of memory; the message states how much is needed and how much is free.
         """
-        status, pointer = self.runtime.call(function, max(nbytes, 1), *flags)
+        status, pointer = self.binding.call(function, max(nbytes, 1), *flags)
         if status == _OUT_OF_MEMORY:
-            self.runtime.call("cudaGetLastError")
-            raise out_of_memory(self.runtime, function, nbytes)
+            self.binding.call("cudaGetLastError")
+            raise out_of_memory_error(self.binding, function, nbytes)
         if status:
-            self.runtime.call("cudaGetLastError")
+            self.binding.call("cudaGetLastError")
             raise self._error(status, function)
         return int(pointer)
 
 
 def open_cuda() -> Cuda:
-    """The first binding that sees a GPU: cuda-python, then libcudart 13, 12 and 11.
+    """Open the first binding that finds a GPU: cuda-python, then libcudart 13, 12 and 11.
 
-    A runtime newer than the driver sees none, so an old libcudart on an old driver is found behind a new cuda-python.
+    A runtime newer than the driver finds none. An old libcudart for an old driver is therefore tried after cuda-python.
 
     Raises:
-        MissingLibraryError: There is no binding at all.
-        DeviceError: No driver, a driver too old for every runtime here, or no GPU.
+        MissingLibraryError: There is no binding.
+        DeviceError: There is no driver, it is too old for every runtime here, or there is no GPU.
     """
-    refused: list[tuple[Runtime, int]] = []
-    for runtime in runtimes():
-        status, count = runtime.call("cudaGetDeviceCount")
+    refused: list[tuple[CudaBinding, int]] = []
+    for binding in cuda_bindings():
+        status, count = binding.call("cudaGetDeviceCount")
         if status == 0 and count > 0:
-            return Cuda(runtime)
-        runtime.call("cudaGetLastError")
-        refused.append((runtime, status or NO_DEVICE))
+            return Cuda(binding)
+        binding.call("cudaGetLastError")
+        refused.append((binding, status or NO_DEVICE))
     if not refused:
         raise MissingLibraryError(
             "A CUDA runtime is needed; there is neither cuda-python nor libcudart.so.13, .12 or .11.0 (CUDA >= 11.4).",
             fix="pip install 'yolov7-deploy[tensorrt]'",
         )
-    # A runtime that a driver accepts knows more about what is missing than one it refuses.
-    raise absence(*min(refused, key=lambda pair: pair[1] == INSUFFICIENT_DRIVER))
+    # A runtime that the driver accepts reports the cause more precisely than one it rejects.
+    raise no_gpu_error(*min(refused, key=lambda pair: pair[1] == INSUFFICIENT_DRIVER))
 
 
-class _Owned:
-    """Something of the runtime with a handle, given back once."""
+class _Handle:
+    """An object of the CUDA runtime with a handle that is freed once."""
 
     def __init__(self, cuda: Cuda, handle: int, release: str) -> None:
         self.cuda = cuda
         self.handle = handle
-        # The status is left aside: at the end of a process the driver may be gone before us.
-        self._finalizer = weakref.finalize(self, cuda.runtime.call, release, handle)
+        # The status is ignored: at the end of a process the driver may already be unloaded.
+        self._finalizer = weakref.finalize(self, cuda.binding.call, release, handle)
 
     def close(self) -> None:
-        """Gives it back; a second time does nothing."""
+        """Free it; calling it twice is fine."""
         self._finalizer()
 
     def __enter__(self: _Self) -> _Self:
@@ -223,10 +223,10 @@ class _Owned:
         self.close()
 
 
-class DeviceBuffer(_Owned):
-    """Memory of the GPU with a shape and a type, contents undefined.
+class DeviceBuffer(_Handle):
+    """Uninitialized GPU memory with a shape and a type.
 
-    `torch.as_tensor(buffer, device="cuda")`, cupy and numba take it without a copy. They do not keep it alive.
+    `torch.as_tensor(buffer, device="cuda")`, cupy and numba use it without a copy. They do not keep it alive.
     """
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
@@ -237,12 +237,12 @@ class DeviceBuffer(_Owned):
 
     @property
     def pointer(self) -> int:
-        """Its address on the GPU."""
+        """The address on the GPU."""
         return self.handle
 
     @property
     def __cuda_array_interface__(self) -> dict[str, object]:
-        """Version 3, without a stream: whoever reads it waits for the stream that fills it."""
+        """Version 3 without a stream: the reader must wait for the stream that writes the memory."""
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -254,9 +254,9 @@ class DeviceBuffer(_Owned):
 
 
 class PinnedBuffer:
-    """Page-locked host memory as a NumPy array; the GPU copies to and from it while Python goes on.
+    """Page-locked host memory as a NumPy array, for asynchronous copies to and from the GPU.
 
-    The memory lives as long as the array or any view of it, also after `close()`.
+    The memory is freed with the last view of the array, also after `close()`.
     """
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
@@ -264,8 +264,8 @@ class PinnedBuffer:
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         pointer = cuda.allocate("cudaHostAlloc", self.nbytes, 0)
         memory = (ctypes.c_uint8 * self.nbytes).from_address(pointer)
-        # Tied to what every view refers to in the end, not to this object.
-        weakref.finalize(memory, cuda.runtime.call, "cudaFreeHost", pointer)
+        # Tied to the object that every view references in the end, not to this one.
+        weakref.finalize(memory, cuda.binding.call, "cudaFreeHost", pointer)
         self._array: Array | None = np.ndarray(shape, self.dtype, buffer=memoryview(memory))
 
     @property
@@ -275,7 +275,7 @@ class PinnedBuffer:
         return self._array
 
     def close(self) -> None:
-        """Lets go of the memory."""
+        """Drop this object's reference to the memory."""
         self._array = None
 
     def __enter__(self) -> PinnedBuffer:
@@ -285,33 +285,33 @@ class PinnedBuffer:
         self.close()
 
 
-class Event(_Owned):
-    """A mark in a stream; with `timing`, one that takes the time."""
+class Event(_Handle):
+    """A CUDA event; with `timing`, it records the time."""
 
     def __init__(self, cuda: Cuda, *, timing: bool = True) -> None:
         super().__init__(cuda, cuda.value("cudaEventCreateWithFlags", 0 if timing else _NO_TIMING), "cudaEventDestroy")
 
     def record(self, stream: Stream) -> None:
-        """Sets the mark behind what the stream has to do so far."""
+        """Record the event after the work queued so far."""
         self.cuda.call("cudaEventRecord", self.handle, stream.handle)
 
     def synchronize(self) -> None:
-        """Waits until the mark is passed."""
+        """Wait until the event has completed."""
         self.cuda.call("cudaEventSynchronize", self.handle)
 
     def seconds_since(self, start: Event) -> float:
-        """Time between two marks that were passed; the clock ticks about every half microsecond."""
+        """Return the time between two completed events; the resolution is about 0.5 microseconds."""
         return float(self.cuda.call("cudaEventElapsedTime", start.handle, self.handle)[0]) / 1e3
 
 
-class Stream(_Owned):
-    """A queue of GPU work. Copies return at once: the caller keeps both ends alive until `synchronize`."""
+class Stream(_Handle):
+    """A CUDA stream. Copies are asynchronous: the caller keeps source and destination alive until `synchronize`."""
 
     def __init__(self, cuda: Cuda) -> None:
         super().__init__(cuda, cuda.value("cudaStreamCreateWithFlags", _NON_BLOCKING), "cudaStreamDestroy")
 
     def synchronize(self) -> None:
-        """Waits until everything queued is done.
+        """Wait until all queued work is done.
 
         Raises:
             DeviceError: Some of it failed.
@@ -319,34 +319,34 @@ class Stream(_Owned):
         self.cuda.call("cudaStreamSynchronize", self.handle)
 
     def wait(self, event: Event) -> None:
-        """Lets later work of this stream wait for an event of another one; the caller does not wait."""
+        """Make later work of this stream wait for an event of another stream; the host does not wait."""
         self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def follow(self, handle: int) -> None:
-        """Lets later work wait for what another library's stream has to do so far; nobody else waits."""
+        """Make later work wait for the work queued so far on another library's stream; the host does not wait."""
         with Event(self.cuda, timing=False) as event:
             self.cuda.call("cudaEventRecord", event.handle, handle)
             self.wait(event)
 
     def upload(self, buffer: DeviceBuffer, array: Array, *, offset: int = 0) -> None:
-        """Queues a copy of a contiguous array into a buffer, from a byte on; asynchronous from a `PinnedBuffer`."""
-        self._copy(buffer.handle + offset, _address(array), _fitting(array, buffer, offset), _TO_DEVICE)
+        """Queue a copy of a contiguous array into a buffer at a byte offset; asynchronous from a `PinnedBuffer`."""
+        self._copy(buffer.handle + offset, _address(array), _checked_nbytes(array, buffer, offset), _TO_DEVICE)
 
     def download(self, array: Array, buffer: DeviceBuffer) -> None:
-        """Queues a copy of the beginning of a buffer that fills a contiguous array."""
+        """Queue a copy of the beginning of a buffer into a contiguous array, which it fills."""
         if not array.flags.writeable:
             raise ValueError("the array is read-only")
-        self._copy(_address(array), buffer.handle, _fitting(array, buffer), _TO_HOST)
+        self._copy(_address(array), buffer.handle, _checked_nbytes(array, buffer), _TO_HOST)
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
-        """Queues a copy between two addresses on the GPU."""
+        """Queue a copy between two addresses on the GPU."""
         self._copy(destination, source, nbytes, _ON_DEVICE)
 
     def _copy(self, destination: int, source: int, nbytes: int, kind: int) -> None:
         self.cuda.call("cudaMemcpyAsync", destination, source, nbytes, kind, self.handle)
 
     def fill(self, buffer: DeviceBuffer, value: int) -> None:
-        """Queues the filling of a buffer with one byte value."""
+        """Queue a memset of a buffer to one byte value."""
         self.cuda.call("cudaMemsetAsync", buffer.handle, value, buffer.nbytes, self.handle)
 
 
@@ -356,20 +356,20 @@ def _address(array: Array) -> int:
     return array.ctypes.data
 
 
-def _fitting(array: Array, buffer: DeviceBuffer, offset: int = 0) -> int:
+def _checked_nbytes(array: Array, buffer: DeviceBuffer, offset: int = 0) -> int:
     if offset + array.nbytes > buffer.nbytes:
         raise ValueError(f"the array has {array.nbytes} bytes, the buffer {buffer.nbytes - offset}")
     return array.nbytes
 
 
-class Graph(_Owned):
-    """Work recorded once, launched as one: `work` queues it on the stream, where it is recorded instead of done.
+class Graph(_Handle):
+    """A CUDA graph of the work that the function `work` queues on a stream; it is captured, not executed.
 
-    Addresses and launch sizes are recorded; what the addresses hold is read at every launch. Everything that the work
-    touches must outlive the graph.
+    Addresses and launch sizes are captured; the memory at these addresses is read at every launch. All memory that the
+    work uses must outlive the graph.
 
     Raises:
-        DeviceError: The work did something that cannot be recorded, such as waiting for the stream.
+        DeviceError: The work contains something that cannot be captured, such as a synchronisation.
     """
 
     def __init__(self, stream: Stream, work: Callable[[], object]) -> None:
@@ -378,22 +378,22 @@ class Graph(_Owned):
         try:
             work()
         except BaseException:
-            _, recorded = cuda.runtime.call("cudaStreamEndCapture", stream.handle)
-            _release(cuda, "cudaGraphDestroy", [recorded])
+            _, captured = cuda.binding.call("cudaStreamEndCapture", stream.handle)
+            _release(cuda, "cudaGraphDestroy", [captured])
             raise
-        recorded = cuda.value("cudaStreamEndCapture", stream.handle)
+        captured = cuda.value("cudaStreamEndCapture", stream.handle)
         try:
-            super().__init__(cuda, cuda.value("cudaGraphInstantiateWithFlags", recorded, 0), "cudaGraphExecDestroy")
+            super().__init__(cuda, cuda.value("cudaGraphInstantiateWithFlags", captured, 0), "cudaGraphExecDestroy")
         finally:
-            _release(cuda, "cudaGraphDestroy", [recorded])
+            _release(cuda, "cudaGraphDestroy", [captured])
 
     def launch(self, stream: Stream) -> None:
-        """Queues all of it on a stream."""
+        """Queue the graph on a stream."""
         self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
 
 
 def _release(cuda: Cuda, function: str, handles: Iterable[int]) -> None:
     for handle in handles:
         if handle:
-            cuda.runtime.call(function, handle)
-    cuda.runtime.call("cudaGetLastError")
+            cuda.binding.call(function, handle)
+    cuda.binding.call("cudaGetLastError")

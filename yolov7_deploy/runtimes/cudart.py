@@ -1,8 +1,8 @@
-"""The CUDA runtime API by name, through whichever binding this machine has.
+"""Bindings of the CUDA runtime API: functions by name, with plain integers as arguments and results.
 
-Two bindings answer the same calls: the `cuda.bindings` of cuda-python, and a libcudart opened with ctypes, which is in
-every CUDA image, in JetPack and in the wheels that bring PyTorch or TensorRT. Both release the interpreter lock while
-a call runs. `cuda.py` makes objects of them.
+There are two bindings with the same interface: `cuda.bindings` of cuda-python, and a libcudart loaded with ctypes,
+which is part of every CUDA image, of JetPack and of the wheels that PyTorch and TensorRT depend on. Both release the
+GIL during a call. `cuda.py` wraps them into objects.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from yolov7_deploy.errors import DeviceError
 
 INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 INVALID_DEVICE = 101  # cudaErrorInvalidDevice
-# After these the context is lost, and with it every call of this process.
+# After these errors the context is lost, and every later call of this process fails.
 STICKY = frozenset({700, 702, 710, 714, 715, 716, 717, 718, 719})
-# cudaErrorDeviceUninitialized, cudaErrorContextIsDestroyed: somebody took the context away.
+# cudaErrorDeviceUninitialized, cudaErrorContextIsDestroyed: other code destroyed the context.
 CONTEXT_GONE = frozenset({201, 709})
-CUDART_VERSIONS = ("13", "12", "11.0")  # sonames; 11.0 is that of every CUDA 11
-# Where wheels put it, beside this package's own folder; the first is CUDA 13's place.
+CUDART_VERSIONS = ("13", "12", "11.0")  # sonames; every CUDA 11 has 11.0
+# Folders of NVIDIA's wheels in site-packages; the first is that of CUDA 13.
 WHEEL_FOLDERS = ("nvidia/cu13/lib", "nvidia/cuda_runtime/lib")
 TOOLKIT_FOLDERS = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/aarch64-linux/lib", "targets/sbsa-linux/lib")
 TOOLKIT = Path("/usr/local/cuda")
 
-# What a call gives back behind its status, then what it takes. Pointers and handles are plain integers.
+# Output types after the status, then input types. Pointers and handles are plain integers.
 _POINTER, _INT, _UINT, _SIZE = c_void_p, c_int, c_uint, c_size_t
 SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cudaDeviceGetAttribute": ((_INT,), (_INT, _INT)),
@@ -69,57 +69,57 @@ SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cudaStreamSynchronize": ((), (_POINTER,)),
     "cudaStreamWaitEvent": ((), (_POINTER, _POINTER, _UINT)),
 }
-_OUTPUTS_LAST = {"cudaStreamEndCapture"}  # all others have them first
-# Arguments that cuda-python wants as members of its enumerations.
+_OUTPUTS_LAST = {"cudaStreamEndCapture"}  # all other functions have their outputs first
+# Position of the argument that cuda-python expects as a member of an enumeration.
 _ENUMERATIONS = {
     "cudaDeviceGetAttribute": (0, "cudaDeviceAttr"),
     "cudaMemcpyAsync": (3, "cudaMemcpyKind"),
     "cudaStreamBeginCapture": (1, "cudaStreamCaptureMode"),
 }
-_PROPERTIES_BYTES = 8192  # cudaDeviceProp is about 1 KB in every version, and begins with the name
-_POINTER_INTS = 64  # cudaPointerAttributes is at most 96 bytes, and begins with the kind of memory and the device
+_PROPERTIES_BYTES = 8192  # cudaDeviceProp is about 1 KB in every version, and starts with the name
+_POINTER_INTS = 64  # cudaPointerAttributes is at most 96 bytes, and starts with memory type and device
 
 
-class Runtime(Protocol):
-    """One way to reach the CUDA runtime."""
+class CudaBinding(Protocol):
+    """A binding of the CUDA runtime; it returns the status of a call and never raises for one."""
 
     name: str
 
     def call(self, function: str, *arguments: int) -> tuple[Any, ...]:
-        """The status of a call to one of `SIGNATURES`, and behind it what it gives back; never raises for a status."""
+        """Call one of `SIGNATURES`; return its status, followed by its outputs."""
 
     def device_name(self, device: int) -> tuple[int, str]:
-        """Status and name."""
+        """Return the status and the name of a GPU."""
 
     def pointer_device(self, pointer: int) -> tuple[int, int, int]:
-        """Status, kind of memory (0 unknown, 1 host, 2 device, 3 managed) and device of an address."""
+        """Return status, memory type (0 unknown, 1 host, 2 device, 3 managed) and device of an address."""
 
     def error_text(self, status: int) -> str:
-        """Name and sentence of a status."""
+        """Return name and description of a status."""
 
 
-class BindingsRuntime:
-    """The runtime of cuda-python."""
+class CudaPythonBinding:
+    """The CUDA runtime of cuda-python."""
 
     name = "cuda-python"
 
     def call(self, function: str, *arguments: int) -> tuple[Any, ...]:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         values: list[Any] = list(arguments)
         if function in _ENUMERATIONS:
-            place, enumeration = _ENUMERATIONS[function]
-            values[place] = getattr(cuda_runtime, enumeration)(values[place])
+            position, enumeration = _ENUMERATIONS[function]
+            values[position] = getattr(cuda_runtime, enumeration)(values[position])
         try:
             status, *results = getattr(cuda_runtime, function)(*values)
-        except RuntimeError:  # releases before 12.9 raise where there is no driver library
+        except RuntimeError:  # versions before 12.9 raise if there is no driver library
             return (INSUFFICIENT_DRIVER, *(0 for _ in SIGNATURES[function][0]))
         if int(status):
             return (int(status), *(0 for _ in SIGNATURES[function][0]))
-        # Handles come as objects of their own; their number is all that anybody needs.
+        # Handles are wrapper objects; only their number is needed.
         return (0, *(result if isinstance(result, float) else int(result) for result in results))
 
     def device_name(self, device: int) -> tuple[int, str]:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         try:
             status, properties = cuda_runtime.cudaGetDeviceProperties(device)
         except RuntimeError:
@@ -127,15 +127,15 @@ class BindingsRuntime:
         return (int(status), "") if int(status) else (0, _decoded(properties.name))
 
     def pointer_device(self, pointer: int) -> tuple[int, int, int]:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         try:
-            status, found = cuda_runtime.cudaPointerGetAttributes(pointer)
+            status, attributes = cuda_runtime.cudaPointerGetAttributes(pointer)
         except RuntimeError:
             return INSUFFICIENT_DRIVER, 0, 0
-        return (int(status), 0, 0) if int(status) else (0, int(found.type), int(found.device))
+        return (int(status), 0, 0) if int(status) else (0, int(attributes.type), int(attributes.device))
 
     def error_text(self, status: int) -> str:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         try:
             error = cuda_runtime.cudaError_t(status)
         except ValueError:  # newer than the binding
@@ -147,11 +147,11 @@ class BindingsRuntime:
         return ": ".join(_decoded(text) for _, text in parts)
 
 
-class LibraryRuntime:
-    """A libcudart, opened by its path or its name.
+class LibcudartBinding:
+    """A libcudart, loaded by path or name.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: It cannot be loaded.
         AttributeError: It lacks a function (CUDA before 11.4).
     """
 
@@ -159,12 +159,12 @@ class LibraryRuntime:
         self.name = path
         library = ctypes.CDLL(path)
         self._functions: dict[str, Any] = {}
-        for function, (outputs, inputs) in SIGNATURES.items():
-            found = getattr(library, function)
+        for name, (outputs, inputs) in SIGNATURES.items():
+            function = getattr(library, name)
             pointers = [POINTER(kind) for kind in outputs]
-            found.argtypes = [*inputs, *pointers] if function in _OUTPUTS_LAST else [*pointers, *inputs]
-            found.restype = c_int
-            self._functions[function] = found
+            function.argtypes = [*inputs, *pointers] if name in _OUTPUTS_LAST else [*pointers, *inputs]
+            function.restype = c_int
+            self._functions[name] = function
         self._properties = library.cudaGetDeviceProperties
         self._properties.argtypes, self._properties.restype = [c_void_p, c_int], c_int
         self._attributes = library.cudaPointerGetAttributes
@@ -174,7 +174,7 @@ class LibraryRuntime:
             text.argtypes, text.restype = [c_int], c_char_p
 
     def call(self, function: str, *arguments: int) -> tuple[Any, ...]:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         results = [kind() for kind in SIGNATURES[function][0]]
         pointers = map(byref, results)
         ordered = (*arguments, *pointers) if function in _OUTPUTS_LAST else (*pointers, *arguments)
@@ -182,40 +182,40 @@ class LibraryRuntime:
         return (status, *(result.value or 0 for result in results))
 
     def device_name(self, device: int) -> tuple[int, str]:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         properties = ctypes.create_string_buffer(_PROPERTIES_BYTES)
         return self._properties(properties, device), _decoded(properties.value)
 
     def pointer_device(self, pointer: int) -> tuple[int, int, int]:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         attributes = (c_int * _POINTER_INTS)()
         return self._attributes(attributes, pointer), attributes[0], attributes[1]
 
     def error_text(self, status: int) -> str:
-        """See `Runtime`."""
+        """See `CudaBinding`."""
         return ": ".join(_decoded(text(status)) for text in self._texts)
 
 
 def _decoded(text: bytes | str | None) -> str:
-    """Text of C, which some bindings give padded with zeros."""
+    """Decode C text, which some bindings return padded with zeros."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     return (text or "").split("\0")[0]
 
 
-def runtimes() -> Iterator[Runtime]:
-    """Every way that opens, the most convenient first, then the newest; each is opened when asked for."""
+def cuda_bindings() -> Iterator[CudaBinding]:
+    """Yield every binding that loads, cuda-python first, then libcudart from the newest; each is loaded lazily."""
     if cuda_runtime is not None:
-        yield BindingsRuntime()
+        yield CudaPythonBinding()
     for path in cudart_paths():
         try:
-            yield LibraryRuntime(path)
+            yield LibcudartBinding(path)
         except (OSError, AttributeError):
             continue
 
 
 def cudart_paths() -> list[str]:
-    """Where a libcudart may be: known to the loader, in a wheel, in the toolkit; newest version first."""
+    """Return where a libcudart may be: on the loader's path, in a wheel, in the toolkit; newest version first."""
     folders = [Path(entry or ".") / wheel for entry in sys.path for wheel in WHEEL_FOLDERS]
     folders += [TOOLKIT / folder for folder in TOOLKIT_FOLDERS]
     paths: list[str] = []
@@ -226,7 +226,7 @@ def cudart_paths() -> list[str]:
 
 
 def has_current_context() -> bool:
-    """A context of the driver API is current in this thread, its own or that of another library (pycuda, torch)."""
+    """Return whether a context of the driver API is current in this thread, whichever library created it."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
         current = driver.cuCtxGetCurrent
@@ -236,9 +236,9 @@ def has_current_context() -> bool:
     return current(byref(context)) == 0 and bool(context.value)
 
 
-def absence(runtime: Runtime, status: int) -> DeviceError:
-    """Why a runtime sees no GPU."""
-    driver, own = (runtime.call(name)[1] for name in ("cudaDriverGetVersion", "cudaRuntimeGetVersion"))
+def no_gpu_error(binding: CudaBinding, status: int) -> DeviceError:
+    """Return the error that explains why a runtime finds no GPU."""
+    driver, own = (binding.call(name)[1] for name in ("cudaDriverGetVersion", "cudaRuntimeGetVersion"))
     if status == INSUFFICIENT_DRIVER and driver == 0:
         return DeviceError(
             "There is no NVIDIA driver here (libcuda.so.1 is not found).",
@@ -246,7 +246,7 @@ def absence(runtime: Runtime, status: int) -> DeviceError:
         )
     if status == INSUFFICIENT_DRIVER:
         return DeviceError(
-            f"The NVIDIA driver can run CUDA {version(driver)} at most; {runtime.name} is CUDA {version(own)}.",
+            f"The NVIDIA driver supports CUDA {version(driver)} at most; {binding.name} is CUDA {version(own)}.",
             fix=f"Update the driver, or: pip install 'cuda-python<{driver // 1000 + 1}'",
         )
     if status == NO_DEVICE:
@@ -255,46 +255,46 @@ def absence(runtime: Runtime, status: int) -> DeviceError:
             fix="Check nvidia-smi -L, CUDA_VISIBLE_DEVICES, and that the container was started with --gpus all.",
         )
     return DeviceError(
-        f"The CUDA runtime {runtime.name} does not start ({runtime.error_text(status)}).",
-        fix="Check nvidia-smi; a reboot helps where the driver was just updated.",
+        f"The CUDA runtime {binding.name} does not start ({binding.error_text(status)}).",
+        fix="Check nvidia-smi; reboot if the driver was just updated.",
     )
 
 
-def failure(runtime: Runtime, status: int, function: str) -> DeviceError:
-    """What a status of a function other than success means, and what to do."""
-    text = runtime.error_text(status)
+def call_error(binding: CudaBinding, status: int, function: str) -> DeviceError:
+    """Return the error for a status other than success."""
+    text = binding.error_text(status)
     if status in (INSUFFICIENT_DRIVER, NO_DEVICE):
-        return absence(runtime, status)
+        return no_gpu_error(binding, status)
     if status == INVALID_DEVICE:
         return DeviceError(f"There is no such GPU ({function}: {text}).", fix="List them with: nvidia-smi -L")
     if status in CONTEXT_GONE:
-        message = f"{function} failed ({text}): the CUDA context that this was opened in was destroyed."
-        fix = "Keep the context (pycuda: do not detach it) as long as what was opened in it, then open that again."
+        message = f"{function} failed ({text}): the CUDA context that this model was opened in was destroyed."
+        fix = "Keep the context alive (pycuda: do not detach it), and open the model again."
         return DeviceError(message, fix=fix)
     if status in STICKY:
-        message = f"{function} failed ({text}): the GPU gave up on this process, possibly because of earlier work."
-        return DeviceError(message, fix="Start the program again; compute-sanitizer finds the cause.")
+        message = f"{function} failed ({text}): the CUDA context is lost, possibly because of earlier work."
+        return DeviceError(message, fix="Restart the program; compute-sanitizer finds the cause.")
     return DeviceError(f"{function} failed ({text}).", fix="y7 doctor shows the GPU, its driver and its libraries.")
 
 
-def out_of_memory(runtime: Runtime, function: str, nbytes: int) -> DeviceError:
-    """Why an allocating function gave nothing: the need, and what is there."""
+def out_of_memory_error(binding: CudaBinding, function: str, nbytes: int) -> DeviceError:
+    """Return the error of an allocating function: how much memory is needed, and how much is free."""
     if function == "cudaHostAlloc":
         return DeviceError(
-            f"{_megabytes(nbytes)} of page-locked host memory are needed and were refused.",
-            fix="Take a smaller --batch, or raise the limit of locked memory (ulimit -l).",
+            f"{_mib(nbytes)} of page-locked host memory are needed and cannot be allocated.",
+            fix="Use a smaller --batch, or raise the limit of locked memory (ulimit -l).",
         )
-    _, free, total = runtime.call("cudaMemGetInfo")
+    _, free, total = binding.call("cudaMemGetInfo")
     return DeviceError(
-        f"{_megabytes(nbytes)} of GPU memory are needed; {_megabytes(free)} of {_megabytes(total)} are free.",
-        fix="Take a smaller --batch or --img, or end other programs on this GPU (nvidia-smi lists them).",
+        f"{_mib(nbytes)} of GPU memory are needed; {_mib(free)} of {_mib(total)} are free.",
+        fix="Use a smaller --batch or --img, or end other programs on this GPU (nvidia-smi lists them).",
     )
 
 
-def _megabytes(nbytes: int) -> str:
+def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:.1f} MiB"
 
 
 def version(number: int) -> str:
-    """12040 as 12.4."""
+    """Format a CUDA version: 12.4 for 12040."""
     return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,8 +1,8 @@
-"""Images that are on a GPU already: arrays of torch, cupy, pycuda, numba or any other library, taken without a copy.
+"""Images that are already on a GPU: arrays of torch, cupy, pycuda, numba or any other library, used without a copy.
 
-Two protocols tell where they lie: DLPack and `__cuda_array_interface__`. DLPack is asked first, because it lets the
-producer order its own work before ours on the GPU; `__cuda_array_interface__` names a stream at best. Nobody waits on
-the host. Imports no CUDA, so the Detector may ask about any object.
+Two protocols give their address: DLPack and `__cuda_array_interface__`. DLPack is preferred because the producer can
+order its pending work before ours on the GPU; `__cuda_array_interface__` only names a stream. The host never waits.
+This module does not import CUDA, so the Detector may call it for any object.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 _CUDA, _CUDA_MANAGED = 2, 13  # DLDeviceType
 _UNSIGNED = 1  # DLDataTypeCode
-_LEGACY_STREAM = 1  # __cuda_array_interface__'s and CUDA's own number of the default stream
-_MAX_VERSION = (1, 0)  # of DLPack
+_LEGACY_STREAM = 1  # the legacy default stream, in CUDA and in __cuda_array_interface__
+_MAX_DLPACK_VERSION = (1, 0)
 _FIX = "Use a contiguous array [H, W, 3] of uint8 BGR on the GPU (torch: image.permute(1, 2, 0).contiguous())."
 
 
 class DlpackArray(Protocol):
-    """An array of torch, cupy, jax, ..."""
+    """An array with the DLPack protocol (torch, cupy, jax, ...)."""
 
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 
 class CudaArray(Protocol):
-    """An array of pycuda, numba, cupy, ..."""
+    """An array with `__cuda_array_interface__` (pycuda, numba, cupy, ...)."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
@@ -49,7 +49,7 @@ class GpuImage:
         pitch: Bytes from one row to the next.
         hw: Height and width.
         device: Number of the GPU.
-        owner: Keeps the memory; held until the work on the image is done.
+        owner: Keeps the memory alive; hold it until the work on the image is done.
     """
 
     pointer: int
@@ -60,17 +60,17 @@ class GpuImage:
 
 
 def is_gpu_array(x: object) -> bool:
-    """The pixels of this object lie on a GPU; arrays and tensors in main memory, paths and all else are none."""
+    """Return whether an object is an array on a GPU; arrays in host memory, paths and anything else are not."""
     if hasattr(x, "__dlpack_device__"):
         return int(x.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
     return hasattr(x, "__cuda_array_interface__")
 
 
 def gpu_hw(x: Any) -> tuple[int, int]:  # noqa: ANN401 - any library's array
-    """Height and width of an image on a GPU.
+    """Return height and width of an image on a GPU.
 
     Raises:
-        ImageError: Its shape is not [H, W, 3], or it has no pixels.
+        ImageError: Its shape is not [H, W, 3], or it is empty.
     """
     shape = tuple(int(side) for side in (x.shape if hasattr(x, "shape") else x.__cuda_array_interface__["shape"]))
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
@@ -79,36 +79,36 @@ def gpu_hw(x: Any) -> tuple[int, int]:  # noqa: ANN401 - any library's array
 
 
 def gpu_image(x: Any, stream: Stream, *, device: int) -> GpuImage:  # noqa: ANN401
-    """Where an image lies; what its producer still has to do for it comes before later work of `stream`.
+    """Return the address of an image; later work of `stream` waits for the pending work of its producer.
 
     Args:
-        x: An array for which `is_gpu_array` holds. Rows may be apart, pixels may not.
-        stream: Where it will be read.
+        x: An array for which `is_gpu_array` is true. Rows may have a pitch, pixels must be contiguous.
+        stream: The stream that will read it.
         device: Number of the GPU of that stream.
 
     Raises:
-        ImageError: It is no uint8 image [H, W, 3], or its pixels do not lie side by side.
-        DeviceError: It is on another GPU, or its library does not give it away.
+        ImageError: It is not a uint8 image [H, W, 3], or its pixels are not contiguous.
+        DeviceError: It is on another GPU, or its library does not export it.
     """
     hw = gpu_hw(x)
     image = _by_dlpack(x, hw, stream, device) if hasattr(x, "__dlpack__") else _by_interface(x, hw, stream)
     if image.device != device:
-        raise _elsewhere(image.device, device)
+        raise _wrong_gpu(image.device, device)
     return image
 
 
-def _elsewhere(found: int, wanted: int) -> DeviceError:
+def _wrong_gpu(actual: int, required: int) -> DeviceError:
     return DeviceError(
-        f"The image is on cuda:{found}, the detector on cuda:{wanted}.",
-        fix=f"Move it (torch: image.to('cuda:{wanted}')), or open a Detector with device='cuda:{found}'.",
+        f"The image is on cuda:{actual}, the detector on cuda:{required}.",
+        fix=f"Move it (torch: image.to('cuda:{required}')), or open a Detector with device='cuda:{actual}'.",
     )
 
 
-def _placed(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None) -> int:
-    """The pitch of an image with these strides in bytes.
+def _row_pitch(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None) -> int:
+    """Return the pitch of an image with these strides in bytes.
 
     Raises:
-        ImageError: Another type, or pixels that do not lie side by side.
+        ImageError: It is not uint8, or its pixels are not contiguous.
     """
     if dtype != "uint8":
         raise ImageError(f"An image on the GPU must be uint8; this one is {dtype}.", fix=_FIX)
@@ -116,7 +116,7 @@ def _placed(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None) -
     if strides is None:
         return row
     pitch, pixel, channel = strides
-    # A stride along an axis of length one means nothing.
+    # The stride of an axis of length 1 has no meaning.
     is_dense = channel == 1 and (pixel == 3 or hw[1] == 1) and (pitch >= row or hw[0] == 1)
     if not is_dense:
         raise ImageError(f"The pixels of this image on the GPU are {tuple(strides)} bytes apart.", fix=_FIX)
@@ -127,17 +127,17 @@ def _placed(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None) -
 
 
 def _by_interface(x: Any, hw: tuple[int, int], stream: Stream) -> GpuImage:  # noqa: ANN401
-    found = x.__cuda_array_interface__
-    dtype = "uint8" if found["typestr"][1:] == "u1" else found["typestr"]
-    pitch = _placed(hw, dtype=dtype, strides=found.get("strides"))
-    pointer = int(found["data"][0])
+    interface = x.__cuda_array_interface__
+    dtype = "uint8" if interface["typestr"][1:] == "u1" else interface["typestr"]
+    pitch = _row_pitch(hw, dtype=dtype, strides=interface.get("strides"))
+    pointer = int(interface["data"][0])
     device = stream.cuda.gpu_of(pointer)
     if device is None:
         raise DeviceError(
-            f"The image's address {pointer:#x} is not on a GPU.", fix="Pass the array of its library, still open."
+            f"The image's address {pointer:#x} is not on a GPU.", fix="Pass an array whose memory is not freed yet."
         )
-    # Before version 3 nothing is said; most such libraries work on the default stream.
-    produced_on = found.get("stream", _LEGACY_STREAM)
+    # Versions before 3 do not name a stream; most such libraries work on the default stream.
+    produced_on = interface.get("stream", _LEGACY_STREAM)
     if produced_on is not None:
         stream.follow(int(produced_on))
     return GpuImage(pointer=pointer, pitch=pitch, hw=hw, device=device, owner=x)
@@ -147,7 +147,7 @@ def _by_interface(x: Any, hw: tuple[int, int], stream: Stream) -> GpuImage:  # n
 
 
 class _Tensor(ctypes.Structure):
-    """DLTensor."""
+    """The C struct DLTensor."""
 
     _fields_: ClassVar = [
         ("data", ctypes.c_void_p),
@@ -164,7 +164,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Versioned(ctypes.Structure):
-    """The head of DLManagedTensorVersioned."""
+    """The first fields of the C struct DLManagedTensorVersioned."""
 
     _fields_: ClassVar = [
         ("major", ctypes.c_uint32),
@@ -178,27 +178,27 @@ class _Versioned(ctypes.Structure):
 
 def _by_dlpack(x: Any, hw: tuple[int, int], stream: Stream, device: int) -> GpuImage:  # noqa: ANN401
     index = int(x.__dlpack_device__()[1])
-    if index != device:  # its library might copy it here by itself
-        raise _elsewhere(index, device)
+    if index != device:  # its library might otherwise copy it to our GPU
+        raise _wrong_gpu(index, device)
     try:
         try:
-            capsule = x.__dlpack__(stream=stream.handle, max_version=_MAX_VERSION)
-        except TypeError:  # from before DLPack 1.0
+            capsule = x.__dlpack__(stream=stream.handle, max_version=_MAX_DLPACK_VERSION)
+        except TypeError:  # older than DLPack 1.0
             capsule = x.__dlpack__(stream=stream.handle)
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
         raise DeviceError(
-            f"A {type(x).__name__} does not give its pixels away: {error}", fix="torch: image.detach()"
+            f"This {type(x).__name__} cannot be exported by DLPack: {error}", fix="torch: image.detach()"
         ) from error
-    tensor = _tensor_in(capsule)
+    tensor = _dlpack_tensor(capsule)
     dtype = "uint8" if (tensor.code, tensor.bits, tensor.lanes) == (_UNSIGNED, 8, 1) else _type_name(tensor)
-    strides = tensor.strides[:3] if tensor.strides else None  # of bytes, since elements are bytes
-    pitch = _placed(hw, dtype=dtype, strides=strides)
-    # The capsule is not taken over: its own destructor gives the memory back when nobody holds it any more.
+    strides = tensor.strides[:3] if tensor.strides else None  # in elements, which are bytes
+    pitch = _row_pitch(hw, dtype=dtype, strides=strides)
+    # The capsule is not consumed: its destructor frees the memory after the last reference is gone.
     pointer = int(tensor.data or 0) + int(tensor.byte_offset)
     return GpuImage(pointer=pointer, pitch=pitch, hw=hw, device=index, owner=(capsule, x))
 
 
-def _tensor_in(capsule: object) -> _Tensor:
+def _dlpack_tensor(capsule: object) -> _Tensor:
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     name = ctypes.pythonapi.PyCapsule_GetName

@@ -1,8 +1,8 @@
-"""The letterbox of `plugins/kernels/kernels.h` from Python, and which rows of a frame it reads.
+"""Python binding of the letterbox kernel (`plugins/kernels/kernels.h`), and the rows of a frame that it reads.
 
-Every library that `y7 plugin` builds holds them, whatever TensorRT it is for; none of it is needed here. Work is queued
-on a stream of the GPU that the calling thread has chosen (`Cuda.set_device`), and nothing waits. Any thread may call:
-ctypes gives the GIL away meanwhile.
+Every library that `y7 plugin` builds contains the kernels; TensorRT is not needed here. Work is queued on a stream of
+the calling thread's GPU (`Cuda.set_device`), and no call waits for it. Calls from several threads are fine: ctypes
+releases the GIL.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ FRAME = np.dtype(
         ("rows", np.uint64),
     ]
 )
-# The host gathers rows in their share of the time that copying all takes, and in up to a fifth more than that on small
-# frames (benchmarks/staging.py): with more rows than these nothing is sure to be saved.
-MOST_ROWS = 0.85
-_WEIGHT_ONE = 2048  # weights have 11 bits, as in OpenCV's resize of bytes
-_PLANS = 256  # pairs of heights that are remembered
+# Gathering a share of the rows takes that share of the time of copying all of them, and up to a fifth more on small
+# frames (benchmarks/staging.py). Above this share, gathering may save nothing.
+MAX_ROW_SHARE = 0.85
+_WEIGHT_ONE = 2048  # weights have 11 bits, as in OpenCV's resize of uint8 images
+_CACHED_PLANS = 256  # pairs of source and resized height
 _OK = 0
 
 
 class _LetterboxParams(ctypes.Structure):
-    """struct Y7LetterboxParams."""
+    """The C struct Y7LetterboxParams."""
 
     _fields_: ClassVar = [(name, ctypes.c_int32) for name in ("batch", "height", "width", "type", "pad")]
 
 
 class Kernels:
-    """An opened library. It stays open until the process ends: work may still be queued.
+    """The kernels in a loaded library. It stays loaded until the process ends, because work may still be queued.
 
     Attributes:
-        path: Where it lies.
+        path: Path of the library.
     """
 
     TYPES: ClassVar = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint8): 2}
@@ -68,10 +68,10 @@ class Kernels:
 
     @classmethod
     def open(cls, path: Path) -> Kernels:
-        """The kernels in a library file, which is looked at in a second Python first.
+        """Load a library file after inspecting it in a separate Python process.
 
         Raises:
-            PluginError: There is no such file, it is damaged or not ours, or has kernels of another version.
+            PluginError: The file is missing, damaged or of another project, or has kernels of another version.
         """
         described = describe_plugin(path)
         if described.kernels_abi != KERNELS_ABI:
@@ -84,7 +84,7 @@ class Kernels:
 
     @classmethod
     def _load(cls, path: Path) -> Kernels:
-        """What is known to be ours and to open."""
+        """Load a library that was already inspected."""
         try:
             return cls(path, ctypes.CDLL(str(path)))
         except (OSError, AttributeError) as error:
@@ -100,18 +100,18 @@ class Kernels:
         canvas: int,
         stream: int,
     ) -> None:
-        """Queues the letterbox of a batch; a graph that records it follows what the frames hold at each launch.
+        """Queue the letterbox of a batch. A CUDA graph of it reads the frame records again at every launch.
 
         Args:
             batch: Number of frames, 1 to 65535.
             canvas_hw: Height and width of the network input.
             dtype: float32 or float16 for NCHW RGB 0..1, uint8 for NHWC BGR 0..255.
-            frames: Address on the GPU of `batch` records `FRAME`. One that means nothing gives a grey canvas.
-            canvas: Address on the GPU of the network input, written whole.
-            stream: Handle of the stream.
+            frames: GPU address of `batch` records `FRAME`. An invalid record gives a grey canvas.
+            canvas: GPU address of the network input, which is written completely.
+            stream: Stream handle.
 
         Raises:
-            DeviceError: An argument is out of range, null or misaligned, or CUDA could not launch it.
+            DeviceError: An argument is out of range, null or misaligned, or CUDA cannot launch the kernel.
         """
         height, width = canvas_hw
         params = _LetterboxParams(batch, height, width, self.TYPES[np.dtype(dtype)], PAD_GREY)
@@ -120,18 +120,18 @@ class Kernels:
             raise DeviceError(
                 f"The letterbox of {batch} frames on {height}x{width} {np.dtype(dtype)} failed: "
                 f"{self._status_text(status).decode()}.",
-                fix="y7 doctor shows the GPU, its driver and our plugin.",
+                fix="y7 doctor shows the GPU, its driver and the plugin.",
             )
 
 
 def find_kernels(compute_capability: tuple[int, int]) -> Kernels | None:
-    """The kernels of the first library of ours that runs on such a GPU: `$Y7_PLUGIN`, else what `y7 plugin` built.
+    """Load the first library with code for such a GPU: `$Y7_PLUGIN`, else one that `y7 plugin` built.
 
     Returns:
-        `None` where there is no library, or none with code for this GPU.
+        `None` if there is no library, or none with code for this GPU.
 
     Raises:
-        PluginError: A library is there and is damaged, not ours or of another version.
+        PluginError: A library is damaged, of another project or of another version.
     """
     major, minor = compute_capability
     library = find_kernels_library(10 * major + minor)
@@ -139,36 +139,32 @@ def find_kernels(compute_capability: tuple[int, int]) -> Kernels | None:
 
 
 def frame_of(letterbox: Letterbox, *, pixels: int, pitch: int, rows: int = 0) -> np.void:
-    """A record `FRAME` for one image on the GPU.
+    """Return a record `FRAME` for one image on the GPU.
 
     Args:
-        letterbox: Where it lands; the kernel is bilinear and cannot shrink by area.
+        letterbox: Its geometry; the kernel is bilinear and cannot shrink by area.
         pixels: Address of its uint8 BGR rows, all of them or those of a `RowPlan`.
         pitch: Bytes from one row to the next.
-        rows: Address of the plan's table, aligned to 4 bytes; 0 where all rows are there. Its positions must lie
-            among the rows that are: the kernel follows them unseen.
+        rows: Address of the plan's table, aligned to 4 bytes; 0 if all rows are present. The kernel does not check
+            the indices in the table.
     """
-    if _averages(letterbox):
-        raise ValueError("a letterbox that shrinks by area is not the kernel's")
-    placed = (*letterbox.source_hw, *letterbox.resized_hw, letterbox.top, letterbox.left)
-    record: np.void = np.array([(pixels, pitch, *placed, rows)], FRAME)[0]
+    if letterbox.averages_area:
+        raise ValueError("the kernel cannot shrink by area")
+    geometry = (*letterbox.source_hw, *letterbox.resized_hw, letterbox.top, letterbox.left)
+    record: np.void = np.array([(pixels, pitch, *geometry, rows)], FRAME)[0]
     return record
-
-
-def _averages(letterbox: Letterbox) -> bool:
-    return letterbox.shrink_by_area and letterbox.resized_hw != letterbox.source_hw
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowPlan:
-    """The rows of a frame that bilinear sampling reads; the others need not reach the GPU.
+    """The rows of a frame that bilinear sampling reads; the others are not uploaded.
 
-    `np.take(image, plan.rows, axis=0, out=staged, mode="clip")` stages them; with the mode "raise", its default, NumPy
-    would gather into an array of its own first. Plans are shared, and their arrays read-only.
+    `np.take(image, plan.rows, axis=0, out=staged, mode="clip")` gathers them; with mode="raise", the default, NumPy
+    would gather into a temporary array first. Plans are shared, and their arrays are read-only.
 
     Attributes:
-        rows: int32 [R], ascending: the rows to stage, one behind the other.
-        table: int32 [resized height, 2]: where among them a resized row finds its upper and its lower source row.
+        rows: int32 [R], ascending: the rows to upload.
+        table: int32 [resized height, 2]: for each resized row, the indices in `rows` of its upper and lower source row.
     """
 
     rows: Rows
@@ -176,25 +172,26 @@ class RowPlan:
 
 
 def row_plan(letterbox: Letterbox) -> RowPlan | None:
-    """Which rows to stage for an image, or `None` where staging all of them is as good.
+    """Return the rows to upload for an image, or `None` if uploading all of them is as fast.
 
-    1080 rows on 360 need every third, whose centres meet; 2160 on 360 need two of six, 720 on 360 need all.
+    From 1080 to 360 rows every third one is read, because their centres coincide; from 2160 to 360 two of six, and from
+    720 to 360 all of them.
     """
-    if _averages(letterbox):
+    if letterbox.averages_area:
         return None
     source = letterbox.source_hw[0]
     plan = plan_rows(source, letterbox.resized_hw[0])
-    return plan if len(plan.rows) <= MOST_ROWS * source else None
+    return plan if len(plan.rows) <= MAX_ROW_SHARE * source else None
 
 
-@lru_cache(maxsize=_PLANS)
+@lru_cache(maxsize=_CACHED_PLANS)
 def plan_rows(source: int, resized: int) -> RowPlan:
-    """The rows that bilinear sampling reads of `source` rows to make `resized` of them.
+    """Return the rows that bilinear sampling reads when it scales `source` rows to `resized` rows.
 
-    In the kernel's own arithmetic (letterbox.cu). A row that it weighs with nothing may be any, so it is the other one.
+    The arithmetic is that of the kernel (letterbox.cu). A row of weight 0 is replaced by the other row of its pair.
     """
     centres = (2 * np.arange(resized, dtype=np.int64) + 1) * source - resized
-    # Doubles hold more than twice the digits of floats: rounding twice gives what the kernel's float division gives.
+    # A double has over twice the digits of a float: rounding twice gives the result of the kernel's float division.
     exact = (centres / (2 * resized)).astype(np.float32)
     before = np.floor(exact).astype(np.int64)
     fraction = exact - before.astype(np.float32)

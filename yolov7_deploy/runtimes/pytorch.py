@@ -1,6 +1,6 @@
-"""Runs a checkpoint through the fused reference model; NMS is the reference one on the host.
+"""Runs a checkpoint with PyTorch: the fused network, and the reference NMS on the host.
 
-What the paper times as the network, PyTorch in half precision on a GPU without NMS, is the engine span here.
+The time that the paper reports, PyTorch in FP16 on a GPU without NMS, is `engine_ms` here.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from pathlib import Path
 import torch
 
 from yolov7_deploy.checkpoint import load_checkpoint
-from yolov7_deploy.errors import DeviceError, UsageError
+from yolov7_deploy.errors import DeviceError, UsageError, is_out_of_memory
+from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.image import FloatArray, Image, Letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
-from yolov7_deploy.runtimes.base import IntermediateOutputs, RawDetections, RuntimeResult, TimingBreakdown
-from yolov7_deploy.runtimes.torch_cuda_graphs import (
+from yolov7_deploy.runtimes.base import IntermediateOutputs, RuntimeResult, TimingBreakdown
+from yolov7_deploy.runtimes.pytorch_network import (
     Capture,
     CapturedGraph,
     CapturedGraphPool,
-    Graphs,
+    GraphCapturer,
     Size,
+    TorchNetwork,
     capture_graph,
     first_line,
-    is_out_of_memory,
 )
-from yolov7_deploy.runtimes.torch_network import TorchNetwork
 
-# Sizes of input, or threads at one size, that are ready at once. Each holds its activations in GPU memory.
-MOST_LANES = 8
+# Captured graphs at the same time, for different input sizes or threads. Each holds its activations in GPU memory.
+MAX_GRAPHS = 8
 _GPU_LIBRARIES = ("CUDA", "cuDNN", "CUDNN", "CUBLAS")
 
 
-class PytorchBackend:
-    """A fused model on a device: half precision and a CUDA graph for each size of input on a GPU, float32 elsewhere.
+class PytorchRuntime:
+    """A fused model on a device: FP16 and one CUDA graph per input size on a GPU, FP32 elsewhere.
 
     Args:
-        model: A fused model in float32; it becomes the backend's, which converts it in place.
-        info: Its metadata.
-        device: `auto` (a GPU where torch sees one), `cpu`, `cuda` or `cuda:N`.
-        half: Half precision; `None` is on a GPU only.
-        capture: Runs the network in lanes, and how their forwards become repeatable; `None` is lanes with CUDA graphs
-            on a GPU, and no lanes where the device works in the host's own memory.
+        model: A fused model in float32; it is converted in place and belongs to the runtime from then on.
+        metadata: Its metadata.
+        device: `auto` (a GPU if torch sees one), `cpu`, `cuda` or `cuda:N`.
+        half: Use FP16; `None` uses it on a GPU only.
+        capture: How to capture the forward passes of `CapturedGraph`. `None` captures CUDA graphs on a GPU, and runs
+            without captured graphs on a CPU.
     """
 
     max_batch_size: int | None = None
@@ -63,30 +63,32 @@ class PytorchBackend:
         half: bool | None = None,
         capture: Capture | None = None,
     ) -> None:
-        place = _torch_device(device)
-        self._on_gpu = place.type == "cuda"
+        torch_device = _torch_device(device)
+        self._on_gpu = torch_device.type == "cuda"
         self._half = self._on_gpu if half is None else half
-        self.device = str(place)
+        self.device = str(torch_device)
         self.metadata = replace(metadata, precision="fp16" if self._half else "fp32")
         try:
-            self._network = TorchNetwork(model, place, half=self._half)
-        except torch.cuda.OutOfMemoryError as error:
+            self._network = TorchNetwork(model, torch_device, half=self._half)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise DeviceError(
-                f"The weights do not fit into the memory of {place}: {first_line(error)}", fix=self._memory_fix()
+                f"The weights do not fit into the memory of {self.device}: {first_line(error)}", fix=self._memory_fix()
             ) from error
-        self._graphs = Graphs(capture or capture_graph)
-        in_lanes = self._on_gpu or capture is not None
-        self._lanes = CapturedGraphPool(self._new_lane, most=MOST_LANES) if in_lanes else None
+        self._capturer = GraphCapturer(capture or capture_graph)
+        uses_graphs = self._on_gpu or capture is not None
+        self._graphs = CapturedGraphPool(self._new_graph, limit=MAX_GRAPHS) if uses_graphs else None
 
     @classmethod
     def open(
         cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None
-    ) -> PytorchBackend:
-        """See `open_backend`; any size that the stride divides is accepted, and half precision on a GPU."""
-        place = _torch_device(device)
-        if half and place.type != "cuda":
+    ) -> PytorchRuntime:
+        """Load a checkpoint; see `open_runtime`. Any multiple of the stride is accepted as size, and FP16 on a GPU."""
+        torch_device = _torch_device(device)
+        if half and torch_device.type != "cuda":
             raise UsageError(
-                f"Half precision needs a GPU; on {place} torch runs it slower than float32.",
+                f"FP16 needs a GPU; on {torch_device} torch runs it slower than FP32.",
                 fix="--no-half, or --device cuda:0",
             )
         checkpoint = load_checkpoint(path)
@@ -94,21 +96,21 @@ class PytorchBackend:
         if input_hw is not None and any(side < 1 or side % metadata.stride for side in input_hw):
             up = [max(1, -(-side // metadata.stride)) * metadata.stride for side in input_hw]
             raise UsageError(
-                f"An input of {input_hw[0]}x{input_hw[1]} is no multiple of this model's stride {metadata.stride}.",
+                f"An input of {input_hw[0]}x{input_hw[1]} is not a multiple of this model's stride {metadata.stride}.",
                 fix=f"--img {up[0]},{up[1]}",
             )
-        return cls(fuse(build_model(checkpoint)), metadata, device=str(place), half=half)
+        return cls(fuse(build_model(checkpoint)), metadata, device=str(torch_device), half=half)
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
-        """See `Backend.runtime_info`."""
-        found = [("memory layout", "channels last"), ("decode", "float32"), ("NMS", "host")]
-        if self._lanes is None:
-            return (*found, ("threads", str(torch.get_num_threads())))
-        found += [("CUDA graph", "on" if self._graphs.work else "failed"), ("upload", "uint8, page-locked")]
+        """See `Runtime.runtime_info`."""
+        info = [("memory layout", "channels last"), ("decode", "float32"), ("NMS", "host")]
+        if self._graphs is None:
+            return (*info, ("threads", str(torch.get_num_threads())))
+        info += [("CUDA graph", "on" if self._capturer.available else "failed"), ("upload", "uint8, page-locked")]
         if not self._half:
-            found.append(("convolutions", "TF32" if torch.backends.cudnn.allow_tf32 else "float32"))
-        return (*found, ("cuDNN autotuning", "on" if torch.backends.cudnn.benchmark else "off"))
+            info.append(("convolutions", "TF32" if torch.backends.cudnn.allow_tf32 else "float32"))
+        return (*info, ("cuDNN autotuning", "on" if torch.backends.cudnn.benchmark else "off"))
 
     def infer(
         self,
@@ -118,11 +120,11 @@ class PytorchBackend:
         *,
         timed: bool = False,
     ) -> RuntimeResult:
-        """See `Backend.infer`. In lanes only a `timed` call has spans.
+        """See `Runtime.infer`. With captured graphs, only a `timed` call measures its stages.
 
-        Spans are wall time with the device idle at both ends, as the official program measures. The engine span is what
-        the paper calls the network: forward and decoding, of a prepared input that is on the device, to boxes that stay
-        there. What is downloaded are the anchors that can become detections; finding them is part of that span.
+        Stages are wall time with an idle device at both ends, as in the official program. `engine_ms` is what the paper
+        measures: forward pass and decoding, from a prepared input on the device to boxes that stay on it. Only the
+        anchors that can become detections are downloaded; selecting them is part of `download_ms`.
 
         Raises:
             DeviceError: Out of memory, or the GPU failed.
@@ -137,10 +139,10 @@ class PytorchBackend:
                         raise
                     raise DeviceError(
                         f"{self.device} failed: {reason}",
-                        fix="Start the program again; if it stays, y7 doctor shows the GPU, its driver and libraries.",
+                        fix="Restart the program. If it fails again, y7 doctor shows the GPU and its driver.",
                     ) from error
-            # Only out here has the failed call let go of its tensors. Lanes that are not in use make room first.
-            if not self._give_up_lanes():
+            # Out here, the failed call has released its tensors. Idle graphs are freed before the call is repeated.
+            if not self._free_idle_graphs():
                 height, width = letterboxes[0].canvas_hw
                 raise DeviceError(
                     f"{len(images)} images of {height}x{width} need more memory than {self.device} has: {reason}",
@@ -153,28 +155,28 @@ class PytorchBackend:
         started = time.perf_counter()
         canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
         letterbox_ms = (time.perf_counter() - started) * 1e3
-        if self._lanes is None:
-            rows, spans = self._run_here(canvases)
+        if self._graphs is None:
+            outputs, timing = self._run_eager(canvases)
         else:
             size = (len(images), *letterboxes[0].canvas_hw)
-            rows, spans = self._run_in_lane(self._lanes, size, canvases, thresholds.conf, timed=timed)
-        fetched = time.perf_counter()
-        found = [_found(of_image, thresholds) for of_image in rows]
-        spans = replace(
-            spans,
-            preprocess_ms=spans.preprocess_ms + letterbox_ms,
-            postprocess_ms=(time.perf_counter() - fetched) * 1e3,
+            outputs, timing = self._run_captured(self._graphs, size, canvases, thresholds.conf, timed=timed)
+        downloaded = time.perf_counter()
+        detections = [postprocess(output, thresholds) for output in outputs]
+        timing = replace(
+            timing,
+            preprocess_ms=timing.preprocess_ms + letterbox_ms,
+            postprocess_ms=(time.perf_counter() - downloaded) * 1e3,
         )
         return RuntimeResult(
-            found=found,
-            preprocess_ms=spans.preprocess_ms,
-            inference_ms=spans.upload_ms + spans.engine_ms + spans.download_ms,
-            postprocess_ms=spans.postprocess_ms,
-            spans=spans if timed or self._lanes is None else None,
+            detections=detections,
+            preprocess_ms=timing.preprocess_ms,
+            inference_ms=timing.upload_ms + timing.engine_ms + timing.download_ms,
+            postprocess_ms=timing.postprocess_ms,
+            timing=timing if timed or self._graphs is None else None,
         )
 
-    def _run_here(self, canvases: Sequence[Image]) -> tuple[list[FloatArray], TimingBreakdown]:
-        """Canvases to decoded outputs, in the host's memory."""
+    def _run_eager(self, canvases: Sequence[Image]) -> tuple[list[FloatArray], TimingBreakdown]:
+        """Return the decoded output of each canvas."""
         marks = [time.perf_counter()]
         images = torch.from_numpy(to_network_input(canvases)).to(self._network.device, self._network.dtype)
         marks.append(time.perf_counter())
@@ -186,33 +188,33 @@ class PytorchBackend:
             preprocess_ms=layout, upload_ms=0.0, engine_ms=engine, download_ms=0.0, postprocess_ms=0.0
         )
 
-    def _run_in_lane(
-        self, lanes: CapturedGraphPool, size: Size, canvases: Sequence[Image], conf: float, *, timed: bool
+    def _run_captured(
+        self, graphs: CapturedGraphPool, size: Size, canvases: Sequence[Image], conf: float, *, timed: bool
     ) -> tuple[list[FloatArray], TimingBreakdown]:
-        """Canvases to the candidates among decoded outputs; the spans are true only if it was `timed`."""
+        """Return each canvas's candidates; without `timed`, times are those of queueing the work, not of doing it."""
         marks = [time.perf_counter()]
 
         def mark() -> None:
             if timed:
-                lane.wait()
+                graph.synchronize()
             marks.append(time.perf_counter())
 
-        with lanes.taken(size) as lane, lane.on_stream():
-            lane.stage(canvases)
+        with graphs.acquire(size) as graph, graph.on_stream():
+            graph.upload(canvases)
             mark()
-            lane.prepare()
+            graph.prepare()
             mark()
-            decoded = lane.run()
+            decoded = graph.run()
             mark()
-            rows = lane.fetch(decoded, conf)
+            rows = graph.download(decoded, conf)
             mark()
-        stage, layout, engine, fetch = ((after - before) * 1e3 for before, after in pairwise(marks))
+        upload, layout, engine, download = ((after - before) * 1e3 for before, after in pairwise(marks))
         return rows, TimingBreakdown(
-            preprocess_ms=layout, upload_ms=stage, engine_ms=engine, download_ms=fetch, postprocess_ms=0.0
+            preprocess_ms=layout, upload_ms=upload, engine_ms=engine, download_ms=download, postprocess_ms=0.0
         )
 
     def stages(self, canvas: Image) -> IntermediateOutputs:
-        """What the network makes of one canvas on the way to its detections."""
+        """Return the intermediate outputs for one canvas."""
         network = self._network
         with torch.inference_mode():
             images = network.empty_input(1, (canvas.shape[0], canvas.shape[1]))
@@ -221,38 +223,32 @@ class PytorchBackend:
         return IntermediateOutputs(heads=[x[0].float().cpu().numpy() for x in maps], decoded=decoded[0].cpu().numpy())
 
     def close(self) -> None:
-        """Frees buffers and graphs; the weights go with the object."""
-        if self._lanes is not None:
-            self._lanes.close()
-        self._give_up_lanes()
+        """Free graphs and buffers; the weights are freed with the object."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._free_idle_graphs()
 
-    def _give_up_lanes(self) -> int:
-        freed = self._lanes.give_up() if self._lanes else 0
+    def _free_idle_graphs(self) -> int:
+        freed = self._graphs.free_idle() if self._graphs else 0
         if self._on_gpu:
             torch.cuda.empty_cache()
         return freed
 
     def _memory_fix(self) -> str:
-        more = ", or take half precision" if self._on_gpu and not self._half else ""
-        return f"Take a smaller --batch or --img, or end other programs on this device{more}."
+        more = ", or use FP16" if self._on_gpu and not self._half else ""
+        return f"Use a smaller --batch or --img, or end other programs on this device{more}."
 
-    def _new_lane(self, size: Size) -> CapturedGraph:
-        return CapturedGraph(self._network, size, capture=self._graphs)
+    def _new_graph(self, size: Size) -> CapturedGraph:
+        return CapturedGraph(self._network, size, capture=self._capturer)
 
 
 def _torch_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if name.isdigit():
-        name = f"cuda:{name}"
+    name = str(parse_device(name))  # `0` becomes `cuda:0`
     try:
-        return torch.empty(0, device=torch.device(name)).device  # `cuda` has become `cuda:N`
+        return torch.empty(0, device=torch.device(name)).device  # turns `cuda` into `cuda:N`
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(
             f"torch {torch.__version__} has no device {name!r} here: {first_line(error)}", fix="--device cpu"
         ) from error
-
-
-def _found(output: FloatArray, thresholds: Thresholds) -> RawDetections:
-    boxes, scores, class_ids = postprocess(output, thresholds)
-    return RawDetections(boxes=boxes, scores=scores, class_ids=class_ids)

@@ -1,7 +1,7 @@
-"""Runs a TensorRT engine: TensorRT 8.6 to 11 and TensorRT-RTX through one path, tensors by name on streams.
+"""Runs a TensorRT engine: one implementation for TensorRT 8.6 to 11 and TensorRT-RTX, with tensors addressed by name.
 
-Images go up as they are and are letterboxed on the GPU. Calls of several threads run at once, each in a slot of its
-own (`trt_slots.py`); what they share is read-only. Results are copies, which belong to the caller.
+Images are uploaded as they are and letterboxed on the GPU. Calls of several threads run concurrently, each with its own
+executor (`tensorrt_executor_pool.py`); what they share is read-only. Results are copies that belong to the caller.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import cast
 import numpy as np
 
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, PluginError, UsageError, missing_library
+from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.image import Image, Letterbox
-from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.metadata import OVERFLOW_OUTPUT, ModelMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import postprocess
-from yolov7_deploy.runtimes.base import RawDetections, RuntimeResult, TimingBreakdown, check_request_supported
+from yolov7_deploy.postprocess import RawDetections, check_nms_compatible, filter_outputs, postprocess
+from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
 from yolov7_deploy.runtimes.cuda import Cuda, Device, open_cuda
 from yolov7_deploy.runtimes.device_arrays import GpuImage, gpu_image, is_gpu_array
-from yolov7_deploy.runtimes.executor_pool import TrtExecutorPool
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels, find_kernels
-from yolov7_deploy.runtimes.nms_outputs import check_nms_compatible, filter_outputs
-from yolov7_deploy.runtimes.tensorrt_engine import OVERFLOW, TrtEngine, TrtLog
+from yolov7_deploy.runtimes.tensorrt_engine import TrtEngine, TrtLog
 from yolov7_deploy.runtimes.tensorrt_executor import Results, TrtExecutor
-from yolov7_deploy.tensorrt.build_record import TITLES, EngineMachine, EngineRecord, PluginUse, Product
-from yolov7_deploy.tensorrt.capabilities import Dialect, Trt, load_tensorrt
+from yolov7_deploy.runtimes.tensorrt_executor_pool import TrtExecutorPool
+from yolov7_deploy.tensorrt.build_record import TITLES, EngineEnvironment, EngineRecord, PluginUse, Product
+from yolov7_deploy.tensorrt.capabilities import Trt, TrtCapabilities, create_logger, load_tensorrt
 from yolov7_deploy.tensorrt.engine import Engine, plan_version
 from yolov7_deploy.tensorrt.plugin_library import (
     PLUGIN_NAME,
@@ -41,71 +41,71 @@ from yolov7_deploy.tensorrt.plugin_library import (
     PluginLibrary,
     find_plugin,
 )
-from yolov7_deploy.tensorrt.progress import logger_of
 
 logger = logging.getLogger(__name__)
 
-# TensorRT has one registry of plugins a process, and one logger, the first it was given, which it calls to the end.
+# TensorRT has one plugin registry per process. It keeps the first logger it was given and calls it until the end.
 _registry_lock = threading.Lock()
 _loggers: dict[Product, tuple[Trt, TrtLog, Trt]] = {}
 
 
-class TrtBackend:
-    """An engine ready to run.
+class TrtRuntime:
+    """A TensorRT engine on a GPU.
 
     Args:
-        engine: The opened engine.
-        info: Its metadata.
-        cuda: The CUDA runtime, whose GPU number `index` it runs on.
-        kernels: Our kernels for that GPU, if they are built.
+        engine: The deserialized engine.
+        metadata: Its metadata.
+        cuda: The CUDA runtime.
+        kernels: The letterbox kernel for this GPU, if it is built.
+        index: Number of the GPU.
     """
 
     def __init__(
         self, engine: TrtEngine, metadata: ModelMetadata, cuda: Cuda, kernels: Kernels | None, *, index: int
     ) -> None:
         self.metadata, self.device = metadata, f"cuda:{index}"
-        self.max_batch_size: int | None = engine.batches[1]
+        self.max_batch_size: int | None = engine.batch_limits[1]
         self.takes_gpu_arrays = kernels is not None
         self._engine, self._cuda, self._kernels, self._index = engine, cuda, kernels, index
         self._overflowed = False
-        self._slots = TrtExecutorPool(lambda: TrtExecutor(cuda, engine, kernels))
+        self._executors = TrtExecutorPool(lambda: TrtExecutor(cuda, engine, kernels))
 
     @classmethod
-    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> TrtBackend:
-        """See `open_backend`; a size or precision other than the file's own is refused.
+    def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> TrtRuntime:
+        """Load an engine; see `open_runtime`. A size or precision other than that of the engine is refused.
 
         Raises:
-            LoadError: Also where the engine does not fit this machine; it names the field, both values and the repair.
+            LoadError: Also if the engine was built for another environment; the message names the difference.
         """
-        file, index = Engine.load(path), _gpu_number(device)
+        file, index = Engine.load(path), _gpu_index(device)
         record = file.record
-        wrote = plan_version(file.plan)
-        product = record.product if record else cast(Product, wrote[0]) if wrote else "tensorrt"
-        dialect = _dialect(product, path)
+        capabilities = _load_capabilities(record.product if record else _product_of(file.plan), path)
         cuda = open_cuda()
         with cuda.working_on(index):
             gpu = cuda.device()
-            _load_plugins(dialect, path, record, gpu)
-            engine = _deserialised(dialect, path, file)
+            _load_plugins(capabilities, path, record, gpu)
+            engine = _deserialize(capabilities, path, file)
             metadata = engine.metadata(record.metadata if record else None)
             check_request_supported(path, metadata, input_hw=input_hw, half=half, export="--engine")
-            kernels = _kernels(gpu)
+            kernels = _load_kernels(gpu)
             if record is None:
                 logger.warning("%s: %s", path, "; ".join(metadata.notes))
-            opened = cls(engine, replace(metadata, notes=(*metadata.notes, *file.notes)), cuda, kernels, index=index)
-        logger.info("%s on %s: %s", path, gpu.name, ", ".join(f"{name} {value}" for name, value in opened.runtime_info))
-        return opened
+            metadata = replace(metadata, notes=(*metadata.notes, *file.notes))
+            runtime = cls(engine, metadata, cuda, kernels, index=index)
+        info = ", ".join(f"{name} {value}" for name, value in runtime.runtime_info)
+        logger.info("%s on %s: %s", path, gpu.name, info)
+        return runtime
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
-        """See `Backend.runtime_info`."""
-        letterbox = "GPU kernel" if self._kernels else "host (y7 plugin builds that of the GPU)"
+        """See `Runtime.runtime_info`."""
+        letterbox = "GPU kernel" if self._kernels else "host (y7 plugin builds the GPU kernel)"
         return (
-            ("runtime", self._engine.dialect.title),
+            ("runtime", self._engine.capabilities.title),
             ("letterbox", letterbox),
             ("CUDA graph", self._engine.graph_state),
             ("transfers", "included"),
-            ("calls at once", str(self._slots.most)),
+            ("concurrent calls", str(self._executors.limit)),
         )
 
     def infer(
@@ -116,70 +116,66 @@ class TrtBackend:
         *,
         timed: bool = False,
     ) -> RuntimeResult:
-        """See `Backend.infer`; images may be arrays on this GPU, which are not copied.
+        """See `Runtime.infer`. Images may be arrays on this GPU, which are not copied.
 
-        Lists above the largest batch run in parts, those below the smallest are filled up with their last image.
+        Lists longer than the largest batch are split; a batch below the smallest size is padded with its last image.
         """
         self._check_usable()
         if self.metadata.nms is not None:
             check_nms_compatible(self.metadata.nms, thresholds)
-        size = self._engine.batches[1]
-        parts = [slice(start, start + size) for start in range(0, len(images), size)]
-        done = []
-        for part in parts:
-            self._check_canvases(letterboxes[part])
-            with self._cuda.working_on(self._index), self._slots.slot() as slot:
-                done.append(self._run(slot, images[part], letterboxes[part], thresholds, timed=timed))
-        return _together(done, timed=timed)
+        size = self._engine.batch_limits[1]
+        results = []
+        for batch, geometry in zip(split_batches(images, size), split_batches(letterboxes, size), strict=True):
+            self._check_canvases(geometry)
+            with self._cuda.working_on(self._index), self._executors.acquire() as executor:
+                results.append(self._run(executor, batch, geometry, thresholds, timed=timed))
+        return _merge(results, timed=timed)
 
     def _run(
         self,
-        slot: TrtExecutor,
+        executor: TrtExecutor,
         images: Sequence[Image],
         letterboxes: Sequence[Letterbox],
         thresholds: Thresholds,
         *,
         timed: bool,
     ) -> RuntimeResult:
-        """One part in one slot, which is free again when the results are copies."""
+        """Run one batch and copy its results before the executor is released."""
         started = time.perf_counter()
-        inputs = [self._image(image, slot) for image in images]
-        taken = time.perf_counter()
-        batch = max(len(images), self._engine.batches[0])
-        run = slot.run(inputs, letterboxes, thresholds, batch=batch, timed=timed)
-        ran = time.perf_counter()
-        found = self._found(run.results, len(images), thresholds)
-        postprocess_ms = (time.perf_counter() - ran) * 1e3
+        inputs = [self._input_image(image, executor) for image in images]
+        prepared = time.perf_counter()
+        batch = max(len(images), self._engine.batch_limits[0])
+        run = executor.run(inputs, letterboxes, thresholds, batch=batch, timed=timed)
+        downloaded = time.perf_counter()
+        detections = self._postprocess(run.arrays, len(images), thresholds)
+        postprocess_ms = (time.perf_counter() - downloaded) * 1e3
         return RuntimeResult(
-            found=found,
-            preprocess_ms=run.preprocess_ms + (taken - started) * 1e3,
+            detections=detections,
+            preprocess_ms=run.preprocess_ms + (prepared - started) * 1e3,
             inference_ms=run.inference_ms,
             postprocess_ms=postprocess_ms,
-            spans=replace(run.spans, postprocess_ms=postprocess_ms) if run.spans else None,
+            timing=replace(run.timing, postprocess_ms=postprocess_ms) if run.timing else None,
         )
 
-    def _image(self, image: Image, slot: TrtExecutor) -> Image | GpuImage:
-        return gpu_image(image, slot.stream, device=self._index) if is_gpu_array(image) else image
+    def _input_image(self, image: Image, executor: TrtExecutor) -> Image | GpuImage:
+        return gpu_image(image, executor.stream, device=self._index) if is_gpu_array(image) else image
 
-    def _found(self, results: Results, count: int, thresholds: Thresholds) -> list[RawDetections]:
-        if not self._engine.suppresses:
-            decoded = results[self._engine.wanted[0]]
-            found = [postprocess(output.astype(np.float32, copy=False), thresholds) for output in decoded[:count]]
-            return [RawDetections(boxes=boxes, scores=scores, class_ids=classes) for boxes, scores, classes in found]
-        boxes, scores = (results[name].astype(np.float32, copy=False) for name in ("det_boxes", "det_scores"))
-        rows = results["num_dets"].reshape(-1).tolist()
-        if OVERFLOW in results and results[OVERFLOW][:count].any():
+    def _postprocess(self, arrays: Results, count: int, thresholds: Thresholds) -> list[RawDetections]:
+        if not self._engine.has_nms:
+            decoded = arrays[self._engine.result_names[0]][:count].astype(np.float32, copy=False)
+            return [postprocess(output, thresholds) for output in decoded]
+        boxes, scores = (arrays[name].astype(np.float32, copy=False) for name in ("det_boxes", "det_scores"))
+        counts, classes = arrays["num_dets"].reshape(-1).tolist(), arrays["det_classes"]
+        if OVERFLOW_OUTPUT in arrays and arrays[OVERFLOW_OUTPUT][:count].any():
             self._warn_of_overflow()
-        return [
-            filter_outputs(rows[i], boxes[i], scores[i], results["det_classes"][i], thresholds) for i in range(count)
-        ]
+        return [filter_outputs(counts[i], boxes[i], scores[i], classes[i], thresholds) for i in range(count)]
 
     def _warn_of_overflow(self) -> None:
         if not self._overflowed:
             self._overflowed = True
             limit = self.metadata.nms.max_candidates if self.metadata.nms else 0
             logger.warning(
-                "%s: more boxes passed the threshold than NMS takes (%s); the weakest were left out. "
+                "%s: more boxes passed the threshold than enter NMS (%s); those with the lowest scores were dropped. "
                 "Raise conf, or export with more:  y7 export --max-candidates N",
                 self._engine.name,
                 limit or "its limit",
@@ -192,140 +188,154 @@ class TrtBackend:
 
     def _check_canvases(self, letterboxes: Sequence[Letterbox]) -> None:
         engine, (height, width) = self._engine, letterboxes[0].canvas_hw
-        low, high = engine.canvas_hw(engine.smallest), engine.canvas_hw(engine.largest)
+        low, high = engine.canvas_hw(engine.min_shape), engine.canvas_hw(engine.max_shape)
         if any(letterbox.canvas_hw != (height, width) for letterbox in letterboxes):
-            raise UsageError("Images of one call have canvases of different sizes.", fix="Call once for each size.")
-        if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
-            takes = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
             raise UsageError(
-                f"{engine.name} takes inputs of {takes}, not {height}x{width}.",
+                "The letterboxes of one call have canvases of different sizes.", fix="Call once for each size."
+            )
+        if not (low[0] <= height <= high[0] and low[1] <= width <= high[1]):
+            accepted = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
+            raise UsageError(
+                f"{engine.name} takes inputs of {accepted}, not {height}x{width}.",
                 fix=f"y7 export --weights WEIGHTS.pt --img {height},{width} --engine",
             )
 
     def close(self) -> None:
-        """Waits for the calls of other threads, then frees the slots; calling it twice is fine."""
+        """Wait for the running calls, then free the executors; calling it twice is fine."""
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(DeviceError):  # of a GPU that is lost
+            with contextlib.suppress(DeviceError):  # the GPU may be lost
                 stack.enter_context(self._cuda.working_on(self._index))
-            self._slots.close()
+            self._executors.close()
 
 
-def _together(done: Sequence[RuntimeResult], *, timed: bool) -> RuntimeResult:
-    """The parts of one call as one."""
-    spans = [one.spans for one in done if one.spans]
-    names = TimingBreakdown.__dataclass_fields__
+def _merge(results: Sequence[RuntimeResult], *, timed: bool) -> RuntimeResult:
+    """Merge the results of the batches of one call."""
+    timings = [result.timing for result in results if result.timing]
+    timing = TimingBreakdown(
+        preprocess_ms=sum(one.preprocess_ms for one in timings),
+        upload_ms=sum(one.upload_ms for one in timings),
+        engine_ms=sum(one.engine_ms for one in timings),
+        download_ms=sum(one.download_ms for one in timings),
+        postprocess_ms=sum(one.postprocess_ms for one in timings),
+    )
     return RuntimeResult(
-        found=[found for one in done for found in one.found],
-        preprocess_ms=sum(one.preprocess_ms for one in done),
-        inference_ms=sum(one.inference_ms for one in done),
-        postprocess_ms=sum(one.postprocess_ms for one in done),
-        spans=TimingBreakdown(**{name: sum(getattr(one, name) for one in spans) for name in names}) if timed else None,
+        detections=[raw for result in results for raw in result.detections],
+        preprocess_ms=sum(result.preprocess_ms for result in results),
+        inference_ms=sum(result.inference_ms for result in results),
+        postprocess_ms=sum(result.postprocess_ms for result in results),
+        timing=timing if timed else None,
     )
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
 
 
-def _gpu_number(device: str) -> int:
-    kind, _, index = (f"cuda:{device}" if device.isdigit() else device).partition(":")
-    if device == "auto":
-        return 0
-    if kind != "cuda" or not (index or "0").isdigit():
+def _gpu_index(device: str) -> int:
+    index = 0 if device == "auto" else parse_device(device).cuda_index
+    if index is None:
         raise DeviceError(
             f"A TensorRT engine runs on an NVIDIA GPU, not on {device!r}.",
             fix="--device cuda:0   or run the .onnx it was built from:  --weights NAME.onnx",
         )
-    return int(index or 0)
+    return index
 
 
-def _dialect(product: Product, path: Path) -> Dialect:
+def _product_of(plan: bytes) -> Product:
+    """Return the product that wrote a plan, by the plan's own header."""
+    header = plan_version(plan)
+    return cast(Product, header[0]) if header else "tensorrt"
+
+
+def _load_capabilities(product: Product, path: Path) -> TrtCapabilities:
     try:
-        return Dialect(product, load_tensorrt(product))
+        return TrtCapabilities(product, load_tensorrt(product))
     except ModuleNotFoundError as error:
         raise missing_library(ModuleNotFoundError(name=product), f"to run {path.name}") from error
     except (ImportError, OSError) as error:
         raise MissingLibraryError(
-            f"{TITLES[product]} is needed to run {path.name}; it is installed and does not load: {error}",
+            f"{TITLES[product]} is needed to run {path.name}; it is installed but does not load: {error}",
             fix="y7 doctor shows what is installed; pip install --force-reinstall  repairs a broken wheel.",
         ) from error
 
 
-def _load_plugins(dialect: Dialect, path: Path, record: EngineRecord | None, gpu: Device) -> None:
-    """Brings what the plan needs into TensorRT's registry, once a process, after checking that it fits this machine.
+def _load_plugins(capabilities: TrtCapabilities, path: Path, record: EngineRecord | None, gpu: Device) -> None:
+    """Check that the engine fits this environment, and register the plugins it needs, once per process.
 
-    Ours comes before TensorRT's own: of a library that finds any of its plugins there, TensorRT takes none.
+    Our plugin is registered before TensorRT's own ones: TensorRT skips a whole library if one of its plugins is already
+    registered.
 
     Raises:
-        LoadError: The engine was built for another machine, or needs a plugin that is not built.
+        LoadError: The engine was built for another environment.
+        PluginError: The engine needs our plugin, and it is not built.
     """
-    plugin = _plugin(dialect, needed=record is not None and record.plugin is not None)
+    plugin = _find_plugin(capabilities, needed=record is not None and record.plugin is not None)
     if record is not None:
-        _check_machine(dialect, path, record, gpu, plugin)
+        _check_environment(capabilities, path, record, gpu, plugin)
     key = (PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE)
     with _registry_lock:
-        if plugin is not None and (record is None or record.plugin) and key not in dialect.plugins():
-            dialect.load_plugin(str(plugin.path))
-            if key not in dialect.plugins() and record is not None:
+        if plugin is not None and (record is None or record.plugin) and key not in capabilities.registered_plugins():
+            capabilities.load_plugin(str(plugin.path))
+            if key not in capabilities.registered_plugins() and record is not None:
                 raise LoadError(
-                    f"{dialect.title} does not take the plugin {plugin.path}, which {path} needs.",
+                    f"{capabilities.title} does not accept the plugin {plugin.path}, which {path} needs.",
                     fix="Build it for this TensorRT:  y7 plugin",
                 )
-        dialect.register_own_plugins(_logger(dialect)[1])
+        capabilities.register_builtin_plugins(_log_and_logger(capabilities)[1])
 
 
-def _plugin(dialect: Dialect, *, needed: bool) -> PluginLibrary | None:
+def _find_plugin(capabilities: TrtCapabilities, *, needed: bool) -> PluginLibrary | None:
     try:
-        return find_plugin(dialect.abi)
+        return find_plugin(capabilities.abi)
     except PluginError as error:
         if needed:
             raise
-        logger.debug("our plugin is left out: %s", error.message)
+        logger.debug("The NMS plugin is not loaded: %s", error.message)
         return None
 
 
-def _check_machine(
-    dialect: Dialect, path: Path, record: EngineRecord, gpu: Device, plugin: PluginLibrary | None
+def _check_environment(
+    capabilities: TrtCapabilities, path: Path, record: EngineRecord, gpu: Device, plugin: PluginLibrary | None
 ) -> None:
-    here = PluginUse(path=str(plugin.path), version=plugin.version, abi=plugin.abi) if plugin else None
-    machine = EngineMachine(
-        product=dialect.product,
-        tensorrt=dialect.version,
+    plugin_here = PluginUse(path=str(plugin.path), version=plugin.version, abi=plugin.abi) if plugin else None
+    environment = EngineEnvironment(
+        product=capabilities.product,
+        tensorrt=capabilities.version,
         compute_capability=f"{gpu.compute_capability[0]}.{gpu.compute_capability[1]}",
         platform=f"{platform.system().lower()}-{platform.machine()}",
-        plugin=here,
+        plugin=plugin_here,
     )
-    for found in record.mismatches(machine, engine=str(path)):
+    for mismatch in record.mismatches(environment, engine=str(path)):
         raise LoadError(
-            f"{path} does not fit here. {found.field}: the engine was built {found.built}; this machine has "
-            f"{found.here}.",
-            fix=found.repair,
+            f"{path} does not fit here. {mismatch.field}: the engine was built {mismatch.built}; this machine has "
+            f"{mismatch.here}.",
+            fix=mismatch.fix,
         )
 
 
-def _deserialised(dialect: Dialect, path: Path, file: Engine) -> TrtEngine:
-    log, tell = _logger(dialect)
+def _deserialize(capabilities: TrtCapabilities, path: Path, file: Engine) -> TrtEngine:
+    log, trt_logger = _log_and_logger(capabilities)
     compatible = file.record is not None and file.record.version_compatible
-    runtime, engine = dialect.open_plan(file.plan, tell, version_compatible=compatible)
+    runtime, engine = capabilities.deserialize_engine(file.plan, trt_logger, version_compatible=compatible)
     if engine is None:
         raise LoadError(
-            f"{dialect.title} does not open {path}. It said:\n{log.words}",
+            f"{capabilities.title} cannot deserialize {path}. Its log:\n{log.tail}",
             fix=f"Build it here:  y7 build --weights {path.stem}.onnx",
         )
-    return TrtEngine(dialect, runtime, engine, log, name=str(path))
+    return TrtEngine(capabilities, runtime, engine, log, name=str(path))
 
 
-def _logger(dialect: Dialect) -> tuple[TrtLog, Trt]:
-    """This process's log of a TensorRT, and the logger that fills it."""
-    if dialect.product not in _loggers or _loggers[dialect.product][0] is not dialect.trt:
+def _log_and_logger(capabilities: TrtCapabilities) -> tuple[TrtLog, Trt]:
+    """Return the log of this TensorRT in this process, and the TensorRT logger that writes to it."""
+    if capabilities.product not in _loggers or _loggers[capabilities.product][0] is not capabilities.trt:
         log = TrtLog()
-        _loggers[dialect.product] = (dialect.trt, log, logger_of(dialect.trt, log.take))
-    return _loggers[dialect.product][1:]
+        _loggers[capabilities.product] = (capabilities.trt, log, create_logger(capabilities.trt, log.append))
+    return _loggers[capabilities.product][1:]
 
 
-def _kernels(gpu: Device) -> Kernels | None:
-    """Our kernels for this GPU; a library that cannot be used costs speed, not the engine."""
+def _load_kernels(gpu: Device) -> Kernels | None:
+    """Load the letterbox kernel for this GPU; without it the engine runs more slowly."""
     try:
         return find_kernels(gpu.compute_capability)
     except PluginError as error:
-        logger.warning("the letterbox stays on the host: %s", error)
+        logger.warning("The letterbox runs on the host: %s", error)
         return None

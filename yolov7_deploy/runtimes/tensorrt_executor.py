@@ -1,14 +1,14 @@
-"""One slot of an engine: a stream, contexts, buffers and CUDA graphs, used by one thread at a time.
+"""An executor of a TensorRT engine: a stream, contexts, buffers and CUDA graphs, used by one thread at a time.
 
-A run is upload, letterbox, inference and download, queued in one go; the host waits once, at the end. What repeats is
-launched as one CUDA graph, which saves the host the launches of every layer:
+A run queues upload, letterbox, inference and download, and the host waits once, at the end. Repeated work is captured
+as a CUDA graph, so that the host does not launch every layer separately:
 
-* A frame's place and size are data (a table in the upload), so one graph serves frames of every size.
-* Uploads of the same few bytes as last time are part of the graph. Large ones go ahead of it in pieces, while the
-  host still writes the rest (`Staging`): the graph then begins with the letterbox.
-* NVIDIA leaves it undefined what a graph does after its context took another shape, and advises one context for each
-  shape. A slot has one for each of the last few shapes; they share the memory they work in, since they never run at
-  once. Before a recording, a context runs once as it is: TensorRT finishes what it put off then.
+* Address and size of a frame are data (a table in the upload), so one graph serves frames of every size.
+* A small upload of as many bytes as last time is part of the graph. A large one is split into pieces before the graph,
+  while the host writes the rest (`Staging`); the graph then starts with the letterbox.
+* The behaviour of a graph is undefined after its context has changed its shape, and NVIDIA recommends one context for
+  each shape. An executor has one for each of the last few shapes. They share scratch memory, since they never run at
+  the same time. A context runs once without a graph before a capture, because TensorRT defers some work to that run.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.image import Image, Letterbox, to_network_input
+from yolov7_deploy.metadata import CONF_INPUT, IOU_INPUT
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.base import TimingBreakdown
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
 from yolov7_deploy.runtimes.device_arrays import GpuImage
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels
-from yolov7_deploy.runtimes.tensorrt_engine import CONF, IOU, Shape, TrtEngine
-from yolov7_deploy.runtimes.upload import PIECE_BYTES, Staging
+from yolov7_deploy.runtimes.staging import PIECE_BYTES, Staging, align
+from yolov7_deploy.runtimes.tensorrt_engine import Shape, TrtEngine
 
-Pixels = Sequence[Image | GpuImage]
+HostOrGpuImages = Sequence[Image | GpuImage]
 Results = dict[str, npt.NDArray[Any]]
 _Step = Callable[[], None]
 
-SHAPES = 4  # that keep a context, the least recently used goes
-GRAPHS = 4  # of each shape
-_ALIGNMENT = 256
-_PIECES, _CANVASES = -1, -2  # keys of graphs that are not told apart by the bytes of their upload
-_MARKS = 5  # before, between and behind the four steps
+MAX_SHAPES = 4  # input shapes with a context; beyond it, the least recently used one is replaced
+MAX_GRAPHS_PER_SHAPE = 4
+# Keys of graphs that do not depend on the number of uploaded bytes: upload in pieces, and upload of whole canvases.
+_PIECES, _CANVASES = -1, -2
+_EVENTS = 5  # before, between and after the four steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Result:
-    """An output among the results: where it begins, its shape and its type."""
+class _OutputView:
+    """Start, shape and type of an output in the memory for outputs."""
 
     start: int
     shape: Shape
@@ -60,120 +61,122 @@ class _Result:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Steps:
-    """What comes before inference; without a letterbox, canvases go up as they are."""
+class _InputSteps:
+    """The steps before inference; without `letterbox`, whole canvases are uploaded."""
 
     upload: _Step
     letterbox: _Step | None = None
 
 
 @dataclass(kw_only=True, slots=True)
-class _Lane:
-    """One shape: the context that has it, where its results lie, and what was recorded.
+class _ShapeState:
+    """One input shape: its context, the layout of its outputs, and its captured graphs.
 
     Attributes:
-        results: All outputs; those that are read come first and end at `read`.
-        has_run: Since it took its shape.
+        outputs: All outputs; those that are downloaded come first and end at `download_bytes`.
+        has_run: True if the context has run since it was given this shape.
         last_used: Bytes of the last upload.
+        graphs: Captured graphs by bytes of their upload, `_PIECES` or `_CANVASES`; least recently used first.
     """
 
     shape: Shape
     context: Any
-    results: dict[str, _Result]
-    read: int
+    outputs: dict[str, _OutputView]
+    download_bytes: int
     has_run: bool = False
     last_used: int = 0
     graphs: OrderedDict[int, Graph] = field(default_factory=OrderedDict)
 
     def drop_graphs(self) -> None:
-        """Forgets what was recorded."""
+        """Free the captured graphs."""
         while self.graphs:
             self.graphs.popitem()[1].close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """What a run gave: `results` are views of page-locked memory that hold until the slot's next run."""
+class ExecutorResult:
+    """Outputs of a run: `arrays` are views of page-locked memory that are valid until the executor's next run."""
 
-    results: Results
+    arrays: Results
     preprocess_ms: float
     inference_ms: float
-    spans: TimingBreakdown | None
+    timing: TimingBreakdown | None
 
 
 class TrtExecutor:
-    """Runs one batch after the other.
+    """Runs batches one after the other.
 
     Args:
-        cuda: Of the thread's GPU.
-        engine: Shared with other slots.
-        kernels: Letterbox of the GPU; without, canvases are made on the host.
+        cuda: CUDA on the thread's GPU.
+        engine: The engine, which other executors share.
+        kernels: Letterbox kernel of the GPU; without it, canvases are created on the host.
 
     Raises:
-        DeviceError: There is no memory for it, or TensorRT makes no further context.
+        DeviceError: Out of memory, or TensorRT cannot create another context.
     """
 
     def __init__(self, cuda: Cuda, engine: TrtEngine, kernels: Kernels | None) -> None:
         self._engine, self._kernels = engine, kernels
         self._cuda = cuda
-        self._most_shapes = SHAPES
-        self._lanes: OrderedDict[Shape, _Lane] = OrderedDict()
+        self._max_shapes = MAX_SHAPES
+        self._states: OrderedDict[Shape, _ShapeState] = OrderedDict()  # least recently used first
         self._events: list[Event] = []
-        with contextlib.ExitStack() as made:
-            self.stream = made.enter_context(Stream(cuda))
-            self._staging = made.enter_context(contextlib.closing(Staging(cuda, engine.batches[1])))
-            canvas_bytes = int(np.prod(engine.largest)) * engine.canvas_dtype.itemsize
-            self._canvas = made.enter_context(DeviceBuffer(cuda, (canvas_bytes,), np.uint8))
-            self._scratch = made.enter_context(DeviceBuffer(cuda, (engine.scratch_bytes,), np.uint8))
-            lane = self._shaped(self._new_context(), engine.largest)
-            needed = max(result.end for result in lane.results.values())
-            self._results = made.enter_context(DeviceBuffer(cuda, (needed,), np.uint8))
-            self._read = made.enter_context(PinnedBuffer(cuda, (lane.read,), np.uint8))
-            self._bind(lane)
-            self._lanes[engine.largest] = self._recordable(lane)
-            self._made = made.pop_all()
+        with contextlib.ExitStack() as stack:
+            self.stream = stack.enter_context(Stream(cuda))
+            self._staging = stack.enter_context(contextlib.closing(Staging(cuda, engine.batch_limits[1])))
+            canvas_bytes = int(np.prod(engine.max_shape)) * engine.canvas_dtype.itemsize
+            self._canvas = stack.enter_context(DeviceBuffer(cuda, (canvas_bytes,), np.uint8))
+            self._scratch = stack.enter_context(DeviceBuffer(cuda, (engine.scratch_bytes,), np.uint8))
+            state = self._new_state(self._new_context(), engine.max_shape)
+            output_bytes = max(output.end for output in state.outputs.values())
+            self._outputs = stack.enter_context(DeviceBuffer(cuda, (output_bytes,), np.uint8))
+            self._downloaded = stack.enter_context(PinnedBuffer(cuda, (state.download_bytes,), np.uint8))
+            self._bind(state)
+            self._states[engine.max_shape] = self._with_graph_support(state)
+            self._resources = stack.pop_all()
 
     def run(
         self,
-        images: Pixels,
+        images: HostOrGpuImages,
         letterboxes: Sequence[Letterbox],
         thresholds: Thresholds,
         *,
         batch: int,
         timed: bool = False,
-    ) -> Run:
-        """The results of images on canvases of one size; fewer than `batch` are filled up with the last one.
+    ) -> ExecutorResult:
+        """Run images on canvases of one size; a list shorter than `batch` is padded with its last image.
 
         Raises:
-            DeviceError: The GPU is out of memory, or lost, or TensorRT failed.
-            UsageError: Images on the GPU with a letterbox that is the host's.
+            DeviceError: Out of memory, the GPU is lost, or TensorRT failed.
+            UsageError: An image is on the GPU, and its letterbox can only be applied on the host.
         """
         started = time.perf_counter()
-        lane = self._lane(self._engine.shape(batch, letterboxes[0].canvas_hw))
+        state = self._state_of(self._engine.input_shape(batch, letterboxes[0].canvas_hw))
         self._staging.set_thresholds(thresholds)
-        if self._kernels is not None and not any(map(_averages, letterboxes)):
-            self._follow(moved=self._staging.place(images, letterboxes, batch=batch))
-            steps = _Steps(upload=self._upload, letterbox=partial(self._letterbox, self._kernels, lane.shape))
+        if self._kernels is not None and not any(letterbox.averages_area for letterbox in letterboxes):
+            moved = self._staging.layout(images, letterboxes, batch=batch)
+            self._rebind(moved=moved)
+            steps = _InputSteps(upload=self._upload, letterbox=partial(self._letterbox, self._kernels, state.shape))
         else:
-            canvases, moved = self._staging.canvases(lane.shape, self._engine.canvas_dtype)
-            self._follow(moved=moved)
+            canvases, moved = self._staging.canvases(state.shape, self._engine.canvas_dtype)
+            self._rebind(moved=moved)
             _write_canvases(canvases, images, letterboxes)
-            steps = _Steps(upload=partial(self._upload_canvases, canvases))
-        go = self._measured if timed else self._launched
-        return go(lane, steps, started)
+            steps = _InputSteps(upload=partial(self._upload_canvases, canvases))
+        execute = self._run_timed if timed else self._run_fast
+        return execute(state, steps, started)
 
-    def _follow(self, *, moved: bool) -> None:
-        """Gives every context the new addresses; what was recorded knows the old ones."""
-        for lane in self._lanes.values() if moved else ():
-            lane.drop_graphs()
-            self._bind(lane)
+    def _rebind(self, *, moved: bool) -> None:
+        """Pass the new addresses to every context after the staging memory has moved; graphs contain the old ones."""
+        for state in self._states.values() if moved else ():
+            state.drop_graphs()
+            self._bind(state)
 
-    def _launched(self, lane: _Lane, steps: _Steps, started: float) -> Run:
-        """Everything in one go, as one graph where it repeats."""
+    def _run_fast(self, state: _ShapeState, steps: _InputSteps, started: float) -> ExecutorResult:
+        """Queue all steps without waiting between them, as one graph if they repeat."""
         used = self._staging.used
-        # Without a letterbox, whole canvases go up, always as many bytes.
-        is_whole = steps.letterbox is None or (used <= PIECE_BYTES and used == lane.last_used)
-        lane.last_used = used
+        # Without the letterbox kernel, whole canvases are uploaded, always of the same size.
+        is_whole = steps.letterbox is None or (used <= PIECE_BYTES and used == state.last_used)
+        state.last_used = used
         sent = 0
         for ready in self._staging.write():
             if not is_whole:
@@ -182,82 +185,84 @@ class TrtExecutor:
         prepared = time.perf_counter()
         queue: list[_Step] = [steps.upload] if is_whole else []
         queue += [steps.letterbox] if steps.letterbox else []
-        queue += [partial(self._infer, lane), partial(self._download, lane)]
+        queue += [partial(self._infer, state), partial(self._download, state)]
         key = _CANVASES if steps.letterbox is None else used if is_whole else _PIECES
-        self._replay(lane, key, queue)
+        self._replay(state, key, queue)
         self.stream.synchronize()
-        return self._run(lane, preprocess_s=prepared - started, inference_s=time.perf_counter() - prepared)
+        return self._result(state, preprocess_s=prepared - started, inference_s=time.perf_counter() - prepared)
 
-    def _replay(self, lane: _Lane, key: int, queue: Sequence[_Step]) -> None:
-        """Launches the graph of this key, or queues the work; records it when it comes the second time."""
+    def _replay(self, state: _ShapeState, key: int, queue: Sequence[_Step]) -> None:
+        """Launch the graph of this key, or queue the steps; they are captured the second time."""
 
         def work() -> None:
             for step in queue:
                 step()
 
-        graph = lane.graphs.get(key)
-        if graph is None and lane.has_run and self._engine.graph_state == "on":
-            graph = self._recorded(lane, key, work)
+        graph = state.graphs.get(key)
+        if graph is None and state.has_run and self._engine.graph_state == "on":
+            graph = self._capture(state, key, work)
         if graph is None:
             work()
-            lane.has_run = True
+            state.has_run = True
             return
-        lane.graphs.move_to_end(key)
+        state.graphs.move_to_end(key)
         graph.launch(self.stream)
 
-    def _recorded(self, lane: _Lane, key: int, work: _Step) -> Graph | None:
+    def _capture(self, state: _ShapeState, key: int, work: _Step) -> Graph | None:
         try:
             graph = Graph(self.stream, work)
         except DeviceError as error:
             if self._cuda.fault is not None:
                 raise
-            self._engine.give_up_graphs(error)
+            self._engine.disable_graphs(error)
             return None
-        if len(lane.graphs) >= GRAPHS:
-            lane.graphs.popitem(last=False)[1].close()
-        lane.graphs[key] = graph
+        if len(state.graphs) >= MAX_GRAPHS_PER_SHAPE:
+            state.graphs.popitem(last=False)[1].close()
+        state.graphs[key] = graph
         return graph
 
-    def _measured(self, lane: _Lane, steps: _Steps, started: float) -> Run:
-        """One step after the other, with the GPU's own times between them."""
-        while len(self._events) < _MARKS:
-            self._events.append(self._made.enter_context(Event(self._cuda)))
+    def _run_timed(self, state: _ShapeState, steps: _InputSteps, started: float) -> ExecutorResult:
+        """Run step by step without a graph, and measure each with CUDA events."""
+        while len(self._events) < _EVENTS:
+            self._events.append(self._resources.enter_context(Event(self._cuda)))
         for _ in self._staging.write():
             pass
         prepared = time.perf_counter()
         queue: list[_Step | None] = [steps.upload, steps.letterbox]
-        queue += [partial(self._infer, lane), partial(self._download, lane)]
+        queue += [partial(self._infer, state), partial(self._download, state)]
         self._events[0].record(self.stream)
         for step, event in zip(queue, self._events[1:], strict=True):
             if step is not None:
                 step()
             event.record(self.stream)
         self.stream.synchronize()
-        lane.has_run = True
-        took = [1e3 * end.seconds_since(start) for start, end in pairwise(self._events)]
+        state.has_run = True
+        step_ms = [1e3 * end.seconds_since(start) for start, end in pairwise(self._events)]
         host_s = prepared - started
         on_gpu = steps.letterbox is not None
-        spans = TimingBreakdown(
-            preprocess_ms=took[1] if on_gpu else host_s * 1e3,
-            upload_ms=took[0] + (host_s * 1e3 if on_gpu else 0.0),
-            engine_ms=took[2],
-            download_ms=took[3],
+        timing = TimingBreakdown(
+            preprocess_ms=step_ms[1] if on_gpu else host_s * 1e3,
+            upload_ms=step_ms[0] + (host_s * 1e3 if on_gpu else 0.0),
+            engine_ms=step_ms[2],
+            download_ms=step_ms[3],
             postprocess_ms=0.0,
         )
-        return self._run(lane, preprocess_s=host_s, inference_s=time.perf_counter() - prepared, spans=spans)
+        return self._result(state, preprocess_s=host_s, inference_s=time.perf_counter() - prepared, timing=timing)
 
-    def _run(
-        self, lane: _Lane, *, preprocess_s: float, inference_s: float, spans: TimingBreakdown | None = None
-    ) -> Run:
-        memory = self._read.array
-        results = {
-            name: memory[result.start : result.end].view(result.dtype).reshape(result.shape)
-            for name, result in lane.results.items()
-            if name in self._engine.wanted
+    def _result(
+        self, state: _ShapeState, *, preprocess_s: float, inference_s: float, timing: TimingBreakdown | None = None
+    ) -> ExecutorResult:
+        memory = self._downloaded.array
+        arrays = {
+            name: memory[output.start : output.end].view(output.dtype).reshape(output.shape)
+            for name, output in state.outputs.items()
+            if name in self._engine.result_names
         }
-        return Run(results=results, preprocess_ms=preprocess_s * 1e3, inference_ms=inference_s * 1e3, spans=spans)
+        return ExecutorResult(
+            arrays=arrays, preprocess_ms=preprocess_s * 1e3, inference_ms=inference_s * 1e3, timing=timing
+        )
 
-    # --- what is queued -----------------------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------------------------------
 
     def _upload(self) -> None:
         self.stream.upload(self._staging.device, self._staging.host[: self._staging.used])
@@ -276,117 +281,111 @@ class TrtExecutor:
             stream=self.stream.handle,
         )
 
-    def _infer(self, lane: _Lane) -> None:
-        if not lane.context.execute_async_v3(self.stream.handle):
-            self.stream.cuda.runtime.call("cudaGetLastError")
+    def _infer(self, state: _ShapeState) -> None:
+        if not state.context.execute_async_v3(self.stream.handle):
+            self.stream.cuda.binding.call("cudaGetLastError")
             raise DeviceError(
-                f"TensorRT could not run {self._engine.name} with {lane.shape[0]} images. It said:\n"
-                f"{self._engine.log.words}",
+                f"TensorRT could not run {self._engine.name} with {state.shape[0]} images. Its log:\n"
+                f"{self._engine.log.tail}",
                 fix="Try fewer images at once; y7 doctor shows the GPU and its libraries.",
             )
 
-    def _download(self, lane: _Lane) -> None:
-        self.stream.download(self._read.array[: lane.read], self._results)
+    def _download(self, state: _ShapeState) -> None:
+        self.stream.download(self._downloaded.array[: state.download_bytes], self._outputs)
 
     # --- contexts -----------------------------------------------------------------------------------------------------
 
-    def _lane(self, shape: Shape) -> _Lane:
-        """The lane of a shape; a new shape takes a new context, or that of the shape that rested longest."""
-        if shape not in self._lanes:
-            context = self._new_context() if len(self._lanes) < self._most_shapes else None
+    def _state_of(self, shape: Shape) -> _ShapeState:
+        """Return the state of a shape. A new shape gets a new context, or that of the least recently used shape."""
+        if shape not in self._states:
+            context = self._new_context() if len(self._states) < self._max_shapes else None
             if context is None:
-                self._most_shapes = len(self._lanes)
-                oldest = self._lanes.popitem(last=False)[1]
+                self._max_shapes = len(self._states)
+                oldest = self._states.popitem(last=False)[1]
                 oldest.drop_graphs()
                 context = oldest.context
-            lane = self._shaped(context, shape)
-            self._bind(lane)
-            self._lanes[shape] = lane
-        self._lanes.move_to_end(shape)
-        return self._lanes[shape]
+            state = self._new_state(context, shape)
+            self._bind(state)
+            self._states[shape] = state
+        self._states.move_to_end(shape)
+        return self._states[shape]
 
     def _new_context(self) -> Any:  # noqa: ANN401 - TensorRT's
-        """`None` where there can be no further one."""
+        """Create a context, or return `None` if TensorRT cannot."""
         context = self._engine.new_context()
-        if context is None or not self._engine.dialect.take_profile(context, self.stream.handle):
+        if context is None or not self._engine.capabilities.select_profile(context, self.stream.handle):
             return None
-        self._engine.dialect.give_scratch(context, self._scratch.pointer, self._scratch.nbytes)
+        self._engine.capabilities.set_device_memory(context, self._scratch.pointer, self._scratch.nbytes)
         return context
 
-    def _shaped(self, context: Any, shape: Shape) -> _Lane:  # noqa: ANN401
+    def _new_state(self, context: Any, shape: Shape) -> _ShapeState:  # noqa: ANN401
         engine = self._engine
         if context is None:
             raise DeviceError(
-                f"TensorRT makes no context to run {engine.name} in. It said:\n{engine.log.words}",
+                f"TensorRT cannot create a context for {engine.name}. Its log:\n{engine.log.tail}",
                 fix="y7 doctor shows the GPU and its libraries.",
             )
-        if engine.is_open and not context.set_input_shape(engine.images.name, shape):
+        if engine.is_dynamic and not context.set_input_shape(engine.images.name, shape):
             raise DeviceError(
-                f"TensorRT refuses an input of {shape} for {engine.name}. It said:\n{engine.log.words}",
+                f"TensorRT refuses an input of {shape} for {engine.name}. Its log:\n{engine.log.tail}",
                 fix="Build it for such inputs:  y7 build --weights NAME.onnx --min-batch 1 --max-batch N",
             )
-        results, at, read = {}, 0, 0
-        for output in engine.outputs:
-            sides = tuple(int(side) for side in context.get_tensor_shape(output.name))
-            if min(sides, default=1) < 0:
+        outputs, start, download_bytes = {}, 0, 0
+        for tensor in engine.outputs:
+            output_shape = tuple(int(size) for size in context.get_tensor_shape(tensor.name))
+            if min(output_shape, default=1) < 0:
                 raise LoadError(
-                    f"Output {output.name} of {engine.name} has a size that depends on the image: {sides}.",
+                    f"Output {tensor.name} of {engine.name} has a size that depends on the image: {output_shape}.",
                     fix="Export it with fixed sizes:  y7 export --weights WEIGHTS.pt --engine",
                 )
-            results[output.name] = _Result(start=at, shape=sides, dtype=np.dtype(_storage(output.dtype)))
-            read = results[output.name].end if output.name in engine.wanted else read
-            at = _aligned(results[output.name].end)
-        return _Lane(shape=shape, context=context, results=results, read=read)
+            output = _OutputView(start=start, shape=output_shape, dtype=np.dtype(_numpy_dtype(tensor.dtype)))
+            outputs[tensor.name] = output
+            download_bytes = output.end if tensor.name in engine.result_names else download_bytes
+            start = align(output.end)
+        return _ShapeState(shape=shape, context=context, outputs=outputs, download_bytes=download_bytes)
 
-    def _bind(self, lane: _Lane) -> None:
+    def _bind(self, state: _ShapeState) -> None:
         conf, iou, _ = self._staging.addresses
-        addresses = {name: self._results.pointer + result.start for name, result in lane.results.items()}
+        addresses = {name: self._outputs.pointer + output.start for name, output in state.outputs.items()}
         for name in self._engine.inputs:
-            addresses[name] = {CONF: conf, IOU: iou}.get(name, self._canvas.pointer)
+            addresses[name] = {CONF_INPUT: conf, IOU_INPUT: iou}.get(name, self._canvas.pointer)
         for name, address in addresses.items():
-            if not lane.context.set_tensor_address(name, address):
-                raise DeviceError(f"TensorRT refuses the address of {name}: {self._engine.log.words}", fix="y7 doctor")
+            if not state.context.set_tensor_address(name, address):
+                raise DeviceError(f"TensorRT refuses the address of {name}: {self._engine.log.tail}", fix="y7 doctor")
 
-    def _recordable(self, lane: _Lane) -> _Lane:
-        """The first lane, once more where TensorRT says that nobody but itself can record its work."""
-        if self._engine.graphs_inside or self._engine.dialect.can_record(lane.context, self.stream.handle):
-            return lane
-        self._engine.record_inside()
-        lane = self._shaped(self._new_context(), lane.shape)
-        self._bind(lane)
-        return lane
+    def _with_graph_support(self, state: _ShapeState) -> _ShapeState:
+        """Return the first state, or a new one if only TensorRT-RTX itself can capture the work of its context."""
+        if self._engine.graphs_inside or self._engine.capabilities.is_stream_capturable(
+            state.context, self.stream.handle
+        ):
+            return state
+        self._engine.use_graphs_inside()
+        state = self._new_state(self._new_context(), state.shape)
+        self._bind(state)
+        return state
 
     def close(self) -> None:
-        """Waits for its work and gives everything back, also where the GPU is lost."""
+        """Wait for the queued work and free everything, even if the GPU is lost."""
         with contextlib.suppress(DeviceError):
             self.stream.synchronize()
-        for lane in self._lanes.values():
-            lane.drop_graphs()
-        self._lanes.clear()  # contexts before the memory that they work in
-        self._made.close()
+        for state in self._states.values():
+            state.drop_graphs()
+        self._states.clear()  # contexts before the memory that they work in
+        self._resources.close()
 
 
-def _averages(letterbox: Letterbox) -> bool:
-    """OpenCV's, not the kernel's."""
-    return letterbox.shrink_by_area and letterbox.resized_hw != letterbox.source_hw
-
-
-def _write_canvases(canvases: Array, images: Pixels, letterboxes: Sequence[Letterbox]) -> None:
-    """Letterboxes on the host; the last canvas fills the batch up."""
+def _write_canvases(canvases: Array, images: HostOrGpuImages, letterboxes: Sequence[Letterbox]) -> None:
+    """Letterbox images on the host; the last canvas is repeated to fill the batch."""
     for canvas, image, letterbox in zip(canvases, images, letterboxes, strict=False):
         if isinstance(image, GpuImage):
             raise UsageError(
-                "This letterbox is made on the host, and an image is on the GPU.", fix="Pass image.cpu().numpy()"
+                "This letterbox is applied on the host, and an image is on the GPU.", fix="Pass image.cpu().numpy()"
             )
-        made = letterbox.apply(image)
-        canvas[...] = made if canvases.dtype == np.uint8 else to_network_input([made])[0]
+        letterboxed = letterbox.apply(image)
+        canvas[...] = letterboxed if canvases.dtype == np.uint8 else to_network_input([letterboxed])[0]
     canvases[len(images) :] = canvases[len(images) - 1]
 
 
-def _storage(dtype: str) -> str:
-    """Outputs that nobody reads may be of types that NumPy does not know."""
+def _numpy_dtype(dtype: str) -> str:
+    """Return a NumPy type of the same size; outputs that are not read may have types that NumPy does not know."""
     return {"bfloat16": "uint16"}.get(dtype, dtype)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

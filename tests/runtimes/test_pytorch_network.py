@@ -1,5 +1,4 @@
-"""The torch network, the candidates among its outputs and the lanes it runs in: on the CPU device, with stand-ins for
-CUDA graphs only."""
+"""The PyTorch network, the candidates among its outputs, and captured graphs, on a CPU with fakes for CUDA graphs."""
 
 import copy
 import logging
@@ -15,16 +14,23 @@ from hypothesis import strategies as st
 
 from tests.support.sample_images import IMAGES
 from tests.support.small_models import HW, fused_tiny
+from yolov7_deploy.errors import is_out_of_memory
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
-from yolov7_deploy.runtimes.torch_cuda_graphs import CapturedGraph, CapturedGraphPool, Graphs, is_out_of_memory
-from yolov7_deploy.runtimes.torch_network import TorchNetwork, candidates, split_by_image
+from yolov7_deploy.runtimes.pytorch_network import (
+    CapturedGraph,
+    CapturedGraphPool,
+    GraphCapturer,
+    TorchNetwork,
+    select_candidates,
+    split_by_image,
+)
 
 CPU = torch.device("cpu")
-# Half keeps 11 bits. With these weights, whose boxes are up to 1420 pixels wide, 0.0030 and 3.9 pixels were measured;
-# another processor adds up in another order, so the limits are three times as wide.
-HALF_SCORE, HALF_BOX_PX = 0.01, 12
+# FP16 has 11 bits. With these weights, whose boxes are up to 1420 pixels wide, 0.0030 and 3.9 pixels were measured.
+# Another CPU adds up in another order, so the limits are three times as large.
+FP16_SCORE, FP16_BOX_PX = 0.01, 12
 CANVASES = [fit_letterbox(image.shape[:2], HW).apply(image) for image in IMAGES]
 
 
@@ -32,12 +38,12 @@ def network(half=False):
     return TorchNetwork(copy.deepcopy(fused_tiny()), CPU, half=half)
 
 
-def as_it_is(forward):
+def without_graph(forward):
     return forward
 
 
 def decoded_by(net, canvases):
-    """Without a lane."""
+    """The decoded output without a captured graph."""
     with torch.inference_mode():
         images = net.empty_input(len(canvases), canvases[0].shape[:2])
         return net.predict(net.prepare(torch.from_numpy(np.stack(canvases)), images)).clone()
@@ -54,28 +60,28 @@ def test_canvases_become_the_network_input_of_the_host_bit_for_bit():
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_in_half_the_network_input_is_rounded_once():
+def test_in_fp16_the_network_input_is_rounded_once():
     net = network(half=True)
     images = net.prepare(torch.from_numpy(np.stack(CANVASES[:1])), net.empty_input(1, HW))
     np.testing.assert_array_equal(images.numpy(), to_network_input(CANVASES[:1]).astype(np.float16))
 
 
-def test_half_runs_in_half_and_decodes_in_float32():
+def test_fp16_runs_in_fp16_and_decodes_in_float32():
     net = network(half=True)
-    whole, half = decoded_by(network(), CANVASES), decoded_by(net, CANVASES)
+    fp32, fp16 = decoded_by(network(), CANVASES), decoded_by(net, CANVASES)
     with torch.inference_mode():
         maps = net.maps(net.empty_input(1, HW))
-    assert {x.dtype for x in maps} == {torch.float16} and half.dtype == torch.float32
-    assert (half[..., 4:] - whole[..., 4:]).abs().max() < HALF_SCORE
-    assert (half[..., :4] - whole[..., :4]).abs().max() < HALF_BOX_PX
-    # Decoded in half, they would be numbers that half can hold.
-    for part in (half[..., :2], half[..., 2:4], half[..., 4:]):
+    assert {x.dtype for x in maps} == {torch.float16} and fp16.dtype == torch.float32
+    assert (fp16[..., 4:] - fp32[..., 4:]).abs().max() < FP16_SCORE
+    assert (fp16[..., :4] - fp32[..., :4]).abs().max() < FP16_BOX_PX
+    # Decoded in FP16, all of them would be representable in FP16.
+    for part in (fp16[..., :2], fp16[..., 2:4], fp16[..., 4:]):
         assert not torch.equal(part, part.half().float())
 
 
 # --- candidates ---------------------------------------------------------------------------------------------------
 
-# Few values, so that scores tie and meet the threshold exactly; 0.1 is no float32.
+# Few values, so that scores tie and equal the threshold; 0.1 is not a float32.
 LEVELS = np.array([0, 0.1, 0.25, 0.5, 0.75, 1, np.nan], dtype=np.float32)
 
 
@@ -102,7 +108,7 @@ def test_detections_of_the_candidates_are_those_of_all_anchors(
 ):
     outputs = random_outputs(seed, images=images, anchors=anchors, classes=classes, broken=broken)
     thresholds = Thresholds(conf=conf, multi_label=multi_label, classes=only)
-    rows = split_by_image(*candidates(torch.from_numpy(outputs), conf), images)
+    rows = split_by_image(*select_candidates(torch.from_numpy(outputs), conf), images)
     assert len(rows) == images
     for chosen, output in zip(rows, outputs, strict=True):
         for ours, expected in zip(postprocess(chosen, thresholds), postprocess(output, thresholds), strict=True):
@@ -114,23 +120,23 @@ def test_only_rows_with_a_score_above_the_threshold_leave_the_device():
     outputs[1, 2, 4:] = torch.tensor([0.9, 0.1, 0.5])  # 0.45
     outputs[1, 3, 4:] = torch.tensor([0.9, 0.1, 0.2])  # objectness alone is above
     outputs[1, 5, 4:] = torch.tensor([0.5, 0.8, 0.0])  # the threshold itself
-    rows, images = candidates(outputs, 0.4)
+    rows, images = select_candidates(outputs, 0.4)
     assert images.tolist() == [1] and torch.equal(rows[0], outputs[1, 2])
     assert [len(part) for part in split_by_image(rows, images, 3)] == [0, 1, 0]
 
 
-# --- lanes --------------------------------------------------------------------------------------------------------
+# --- captured graphs ----------------------------------------------------------------------------------------------
 
 
-def detected_in(lanes, canvases, conf=0.6):
-    with lanes.taken((len(canvases), *HW)) as lane, lane.on_stream():
-        lane.stage(canvases)
-        lane.prepare()
-        return lane.fetch(lane.run(), conf)
+def run_in_pool(pool, canvases, conf=0.6):
+    with pool.acquire((len(canvases), *HW)) as graph, graph.on_stream():
+        graph.upload(canvases)
+        graph.prepare()
+        return graph.download(graph.run(), conf)
 
 
 def expected_rows(net, canvases, conf=0.6):
-    return split_by_image(*candidates(decoded_by(net, canvases), conf), len(canvases))
+    return split_by_image(*select_candidates(decoded_by(net, canvases), conf), len(canvases))
 
 
 def assert_equal_rows(ours, expected):
@@ -140,7 +146,7 @@ def assert_equal_rows(ours, expected):
 
 
 class StaticGraph:
-    """What a CUDA graph does with memory: one output that every replay overwrites. Counts captures and replays."""
+    """Uses memory like a CUDA graph: one output that every replay overwrites. Counts captures."""
 
     captures = 0
 
@@ -156,25 +162,25 @@ class StaticGraph:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_lane_gives_what_the_network_gives(half, count):
+def test_a_captured_graph_returns_what_the_network_returns(half, count):
     net = network(half)
-    lanes = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=as_it_is), most=1)
-    assert_equal_rows(detected_in(lanes, CANVASES[:count]), expected_rows(net, CANVASES[:count]))
+    pool = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=without_graph), limit=1)
+    assert_equal_rows(run_in_pool(pool, CANVASES[:count]), expected_rows(net, CANVASES[:count]))
 
 
-def test_results_outlive_the_next_call_in_the_same_lane():
+def test_results_outlive_the_next_call_of_the_same_graph():
     net, graph = network(), StaticGraph()
-    lanes = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=graph), most=1)
-    first = detected_in(lanes, CANVASES[:1])
+    pool = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=graph), limit=1)
+    first = run_in_pool(pool, CANVASES[:1])
     assert len(first[0]) > 0
-    detected_in(lanes, CANVASES[1:2])
+    run_in_pool(pool, CANVASES[1:2])
     assert_equal_rows(first, expected_rows(net, CANVASES[:1]))
     assert graph.captures == 1
 
 
 def test_eight_threads_get_each_their_own_result():
     net, graph = network(), StaticGraph()
-    lanes = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=graph), most=3)
+    pool = CapturedGraphPool(lambda size: CapturedGraph(net, size, capture=graph), limit=3)
     expected = [expected_rows(net, [canvas]) for canvas in CANVASES]
     wrong = []
 
@@ -182,7 +188,7 @@ def test_eight_threads_get_each_their_own_result():
         for turn in range(6):
             which = (number + turn) % len(CANVASES)
             try:
-                assert_equal_rows(detected_in(lanes, [CANVASES[which]]), expected[which])
+                assert_equal_rows(run_in_pool(pool, [CANVASES[which]]), expected[which])
             except AssertionError as error:
                 wrong.append(error)
 
@@ -195,40 +201,40 @@ def test_eight_threads_get_each_their_own_result():
     assert graph.captures <= 3
 
 
-class BareLane:
-    """A lane of which only the size matters."""
+class StubGraph:
+    """A captured graph of which only the size matters."""
 
     def __init__(self, size):
         self.size = size
 
 
-def bare_lanes(most):
+def stub_pool(limit):
     made = []
 
     def make(size):
         made.append(size)
-        return BareLane(size)
+        return StubGraph(size)
 
-    return CapturedGraphPool(make, most=most), made
-
-
-def use(lanes, number):
-    with lanes.taken((1, number, 32)) as lane:
-        return weakref.ref(lane)
+    return CapturedGraphPool(make, limit=limit), made
 
 
-def test_the_least_recently_used_lane_makes_room():
-    lanes, made = bare_lanes(most=2)
+def use(pool, number):
+    with pool.acquire((1, number, 32)) as graph:
+        return weakref.ref(graph)
+
+
+def test_the_least_recently_used_graph_is_freed_for_a_new_size():
+    pool, made = stub_pool(limit=2)
     for number in (1, 2, 1, 3, 1, 2):
-        use(lanes, number)
+        use(pool, number)
     assert [height for _, height, _ in made] == [1, 2, 3, 2]
 
 
-def test_more_callers_than_lanes_wait_for_one():
-    lanes, made = bare_lanes(most=1)
+def test_callers_beyond_the_limit_wait_for_a_graph():
+    pool, made = stub_pool(limit=1)
     entered = threading.Event()
-    waiting = threading.Thread(target=lambda: (use(lanes, 2), entered.set()))
-    with lanes.taken((1, 1, 32)):
+    waiting = threading.Thread(target=lambda: (use(pool, 2), entered.set()))
+    with pool.acquire((1, 1, 32)):
         waiting.start()
         assert not entered.wait(0.1)
     assert entered.wait(10)
@@ -237,81 +243,81 @@ def test_more_callers_than_lanes_wait_for_one():
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_lane_in_which_a_call_failed_is_not_used_again(error):
-    lanes, made = bare_lanes(most=1)
-    with pytest.raises(error), lanes.taken((1, 1, 32)):
+def test_a_graph_is_not_used_again_after_a_failed_call(error):
+    pool, made = stub_pool(limit=1)
+    with pytest.raises(error), pool.acquire((1, 1, 32)):
         raise error
-    use(lanes, 1)
+    use(pool, 1)
     assert len(made) == 2
 
 
-def test_a_lane_that_could_not_be_made_takes_no_place():
+def test_a_graph_that_could_not_be_captured_does_not_count():
     def make(size):
         raise ValueError("no")
 
-    lanes = CapturedGraphPool(make, most=1)
+    pool = CapturedGraphPool(make, limit=1)
     for _ in range(3):
         with pytest.raises(ValueError, match="no"):
-            use(lanes, 1)
+            use(pool, 1)
 
 
-def alive(lane):
-    return lane() is not None
+def alive(graph):
+    return graph() is not None
 
 
-def test_lanes_given_up_are_freed():
-    lanes, _ = bare_lanes(most=4)
-    idle = use(lanes, 1)
+def test_free_idle_frees_graphs():
+    pool, _ = stub_pool(limit=4)
+    idle = use(pool, 1)
     assert alive(idle)
-    assert lanes.give_up() == 1
+    assert pool.free_idle() == 1
     assert not alive(idle)
-    assert lanes.give_up() == 0
+    assert pool.free_idle() == 0
 
 
-def test_closing_frees_lanes_and_those_in_use_at_the_end_of_their_call():
-    lanes, _ = bare_lanes(most=4)
-    idle = use(lanes, 1)
-    with lanes.taken((1, 2, 32)) as lane:
-        busy = weakref.ref(lane)
-        lanes.close()
+def test_closing_frees_graphs_and_those_in_use_at_the_end_of_their_call():
+    pool, _ = stub_pool(limit=4)
+    idle = use(pool, 1)
+    with pool.acquire((1, 2, 32)) as graph:
+        busy = weakref.ref(graph)
+        pool.close()
         assert not alive(idle) and alive(busy)
-    del lane
+    del graph
     assert not alive(busy)
-    assert not alive(use(lanes, 3)), "a call after closing leaves nothing behind"
+    assert not alive(use(pool, 3)), "a call after closing keeps no graph"
 
 
-# --- graphs -------------------------------------------------------------------------------------------------------
+# --- capturing ----------------------------------------------------------------------------------------------------
 
 
-def test_a_graph_that_cannot_be_made_is_told_once_and_does_without(caplog):
+def test_a_failed_capture_is_logged_once_and_runs_without_a_graph(caplog):
     tried = []
 
-    def refuse(forward):
+    def fail_to_capture(forward):
         tried.append(forward)
         raise RuntimeError("operation not permitted when stream is capturing\nlong advice")
 
-    graphs = Graphs(refuse)
+    capturer = GraphCapturer(fail_to_capture)
     with caplog.at_level(logging.WARNING):
-        assert graphs(as_it_is) is as_it_is and graphs(as_it_is) is as_it_is
+        assert capturer(without_graph) is without_graph and capturer(without_graph) is without_graph
     (record,) = caplog.records
     assert "(operation not permitted when stream is capturing)" in record.getMessage()
-    assert len(tried) == 1 and not graphs.work
+    assert len(tried) == 1 and not capturer.available
 
 
-def test_memory_that_runs_out_in_a_capture_says_nothing_against_graphs():
+def test_out_of_memory_during_a_capture_does_not_disable_graphs():
     def exhaust(forward):
         try:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    graphs = Graphs(exhaust)
+    capturer = GraphCapturer(exhaust)
     with pytest.raises(RuntimeError, match="previous error") as caught:
-        graphs(as_it_is)
-    assert is_out_of_memory(caught.value) and graphs.work
+        capturer(without_graph)
+    assert is_out_of_memory(caught.value) and capturer.available
 
 
-def test_only_one_graph_is_made_at_a_time():
+def test_only_one_graph_is_captured_at_a_time():
     inside, most = [], []
 
     def slow(forward):
@@ -321,7 +327,7 @@ def test_only_one_graph_is_made_at_a_time():
         inside.pop()
         return forward
 
-    threads = [threading.Thread(target=Graphs(slow), args=(as_it_is,)) for _ in range(4)]
+    threads = [threading.Thread(target=GraphCapturer(slow), args=(without_graph,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -329,7 +335,7 @@ def test_only_one_graph_is_made_at_a_time():
     assert most == [1, 1, 1, 1]
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_mistaken_for_out_of_memory():
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
