@@ -1,4 +1,4 @@
-"""Folding is exact, with statistics and knowledge far from where training starts, and leaves its input alone."""
+"""Fusion is exact, also for statistics and implicit knowledge far from their initial values, and keeps its input."""
 
 import copy
 from dataclasses import replace
@@ -26,8 +26,8 @@ FLOAT32_ROUNDING = 2**-24
 ODD_ANCHORS = tuple(tuple((7.0 + 3 * i + level, 11.0 + 5 * i + level) for i in range(3)) for level in range(4))
 
 
-def make_wild(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Statistics and knowledge as no fresh network has them: variances 1e-3 to 50, negative scales, large means."""
+def randomize_statistics(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Set statistics and implicit knowledge to unusual values: variances 1e-3 to 50, negative scales, large means."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor, low, high):
@@ -58,27 +58,27 @@ def noise(*shape, seed=1):
 
 
 def narrow_channels(channels: int) -> int:
-    """An eighth; 3 is the image and 12 its space-to-depth."""
+    """Return an eighth of the channels; 3 is the image and 12 its space-to-depth."""
     return channels if channels in (3, 12) else channels // 8
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Gives a network with a variant's layer table, an eighth as wide, in float64 with wild statistics."""
+    """Builder of networks with a variant's layer table, an eighth as wide, in float64 with unusual statistics."""
 
     def build(name: str, *, training: bool, **options) -> Yolov7:
         original = find_variant(name)
-        table, leads, auxiliary = original.lay()
+        table, leads, auxiliary = original.build_table()
         rows = [
             replace(row, c_in=tuple(map(narrow_channels, row.c_in)), c_out=narrow_channels(row.c_out))
             for row in table.rows
         ]
         table.rows[:] = rows
-        lay = lambda: (copy.deepcopy(table), leads, auxiliary)  # noqa: E731
-        variant = replace(original, name=f"narrow {name}", lay=lay)
+        build_table = lambda: (copy.deepcopy(table), leads, auxiliary)  # noqa: E731
+        variant = replace(original, name=f"narrow {name}", build_table=build_table)
         monkeypatch.setitem(VARIANTS, variant.name, variant)
         torch.manual_seed(0)
-        return make_wild(Yolov7(variant, training_form=training, **options)).double()
+        return randomize_statistics(Yolov7(variant, training_form=training, **options)).double()
 
     return build
 
@@ -86,29 +86,29 @@ def narrow(monkeypatch):
 # --- one block at a time ------------------------------------------------------------------------------------------
 
 
-def test_wild_statistics_are_wild():
-    bn = make_wild(batch_norm(500))
+def test_the_test_statistics_are_far_from_initial_values():
+    bn = randomize_statistics(batch_norm(500))
     assert bn.running_var.min() < 2e-3 and bn.running_var.max() > 40
     assert bn.weight.min() < -2 and bn.running_mean.abs().max() > 15
 
 
 @pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2)])
 def test_a_folded_batch_norm_gives_the_same_map(kernel, stride):
-    block = make_wild(Conv(5, 7, kernel, stride, "silu", fused=False)).double()
+    block = randomize_statistics(Conv(5, 7, kernel, stride, "silu", fused=False)).double()
     x = noise(2, 5, 9, 8)
     weight, bias = fold_batch_norm(block.conv, block.bn)
     folded = nn.functional.conv2d(x, weight, bias, stride, kernel // 2)
     assert_equal(folded, block.bn(block.conv(x)))
 
 
-def test_a_batch_norm_behind_a_convolution_with_bias_folds_the_bias_too():
-    conv, bn = nn.Conv2d(3, 4, 1).double(), make_wild(batch_norm(4)).double()
+def test_a_batch_norm_after_a_convolution_with_bias_folds_the_bias_too():
+    conv, bn = nn.Conv2d(3, 4, 1).double(), randomize_statistics(batch_norm(4)).double()
     weight, bias = fold_batch_norm(conv, bn)
     x = noise(1, 3, 4, 4)
     assert_equal(nn.functional.conv2d(x, weight, bias), bn(conv(x)))
 
 
-def test_the_official_epsilon_takes_part_in_the_folding():
+def test_folding_uses_the_official_epsilon():
     conv, bn = nn.Conv2d(1, 1, 1, bias=False).double(), batch_norm(1).double().eval()
     with torch.no_grad():
         conv.weight.fill_(1)
@@ -119,7 +119,7 @@ def test_the_official_epsilon_takes_part_in_the_folding():
 
 @pytest.mark.parametrize("c_in, c_out", [(6, 6), (4, 6)])
 def test_folded_branches_give_the_same_map(c_in, c_out):
-    block = make_wild(RepConv(c_in, c_out, "silu", fused=False)).double()
+    block = randomize_statistics(RepConv(c_in, c_out, "silu", fused=False)).double()
     assert (block.rbr_identity is not None) == (c_in == c_out)
     x = noise(2, c_in, 7, 9)
     weight, bias = fold_branches(block)
@@ -128,10 +128,10 @@ def test_folded_branches_give_the_same_map(c_in, c_out):
 
 
 @pytest.mark.parametrize("head_type", [ImplicitDetect, AuxiliaryDetect])
-def test_folded_knowledge_gives_the_same_map(head_type):
+def test_folded_implicit_knowledge_gives_the_same_map(head_type):
     channels = [5, 6, 7]
     head = head_type(channels * 2, 4, ODD_ANCHORS[:3], (8, 16, 32))
-    head = make_wild(head).double()
+    head = randomize_statistics(head).double()
     features = [noise(2, c, 4, 3, seed=c) for c in channels]
     for level, (x, expected) in enumerate(zip(features, head.maps(features), strict=True)):
         assert_equal(nn.functional.conv2d(x, *fold_implicit(head, level)), expected)
@@ -146,7 +146,7 @@ EVERY_VARIANT = pytest.mark.parametrize("variant", sorted(VARIANTS))
 @EVERY_NETWORK
 @EVERY_VARIANT
 def test_every_block_of_every_variant_is_folded_exactly(narrow, variant, training):
-    """Layer by layer on fresh noise, because wild statistics would drown everything within ten layers."""
+    """Compared layer by layer on random inputs, because unusual statistics overflow within ten layers."""
     model = narrow(variant, training=training, classes=3)
     fused = fuse(model)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_every_block_of_every_variant_is_folded_exactly(narrow, variant, trainin
 
 @EVERY_NETWORK
 @EVERY_VARIANT
-def test_nothing_that_fusion_removes_is_left(narrow, variant, training):
+def test_no_batch_norm_branch_or_implicit_tensor_remains(narrow, variant, training):
     fused = fuse(narrow(variant, training=training, classes=3))
     assert fused.fused and not fused.training and not fused.training_form
     assert not [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d | ImplicitDetect)]
@@ -204,7 +204,7 @@ def test_the_input_is_left_untouched(narrow, training):
 
 def test_fusing_twice_raises():
     fused = fuse(new_model("yolov7-tiny", classes=2))
-    with pytest.raises(FusionError, match="yolov7-tiny is fused already") as caught:
+    with pytest.raises(FusionError, match="yolov7-tiny is already fused") as caught:
         fuse(fused)
     assert caught.value.fix
 
@@ -231,7 +231,7 @@ def test_custom_anchors_of_a_p6_model_are_kept(narrow, training):
     torch.testing.assert_close(sizes / widest, torch.tensor(ODD_ANCHORS).double()[:, :, None].expand(4, 3, 4, 2))
 
 
-def test_the_number_type_of_the_model_is_kept():
+def test_the_dtype_of_the_model_is_kept():
     for dtype in (torch.float32, torch.float64, torch.float16):
         fused = fuse(new_model("yolov7-tiny", classes=2).to(dtype))
         assert {tensor.dtype for tensor in fused.state_dict().values()} == {dtype}

@@ -1,4 +1,4 @@
-"""All variants against the figures of the official code on deterministic weights."""
+"""All variants against outputs of the official code on deterministic weights."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def test_counts_and_strides_are_official(case):
     assert list(model.variant.strides) == golden["stride"]
 
 
-def test_fused_parameter_count_is_official_without_what_fusion_removes(case):
+def test_fused_parameter_count_is_the_official_one_without_fused_tensors(case):
     model, golden, *_ = case
     fused = sum(p.numel() for p in fuse(model).parameters())
     left_behind = sum(p.numel() for name, p in model.named_parameters() if ".ia." in name or ".im." in name)

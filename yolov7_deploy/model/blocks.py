@@ -1,4 +1,4 @@
-"""The bricks: every block of the layer tables, in training form or with BatchNorm folded (`fused`).
+"""Building blocks of the network, in training form or with BatchNorm folded (`fused`).
 
 Attribute names are the official ones, because they are the keys of the checkpoints.
 """
@@ -15,17 +15,17 @@ LEAKY_SLOPE = 0.1
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """BatchNorm with the official epsilon and momentum."""
+    """Return a BatchNorm with the official epsilon and momentum."""
     return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
 
 
 def activation(name: str) -> nn.Module:
-    """`silu` or `leaky` (slope 0.1)."""
+    """Return the activation named `silu` or `leaky` (slope 0.1)."""
     return nn.SiLU(inplace=True) if name == "silu" else nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
 
 
 class Conv(nn.Module):
-    """Convolution without bias, BatchNorm, activation; fused: convolution with bias, activation."""
+    """Convolution without bias, BatchNorm and activation; if fused, convolution with bias and activation."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, act: str, *, fused: bool) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Conv(nn.Module):
 class RepConv(nn.Module):
     """Planned re-parameterised convolution (paper section 4.1): 3x3 + 1x1 + identity branches, summed, activated.
 
-    The identity branch exists where input and output widths agree. In v7 they never do, which is the paper's RepConvN.
-    Fused, one 3x3 convolution remains.
+    The identity branch exists if input and output have the same number of channels. In v7 they never do, which is the
+    paper's RepConvN. If fused, one 3x3 convolution remains.
     """
 
     def __init__(self, c_in: int, c_out: int, act: str, *, fused: bool) -> None:
@@ -75,7 +75,7 @@ class RepConv(nn.Module):
 class SPPCSPC(nn.Module):
     """Spatial pyramid pooling in a cross-stage-partial block.
 
-    Pools of 5, 9 and 13 at stride 1 equal one, two and three pools of 5 in a row, which is how they run here.
+    Max-pools of 5, 9 and 13 at stride 1 equal one, two and three consecutive max-pools of 5, and are computed so.
     """
 
     def __init__(self, c_in: int, c_out: int, act: str, *, fused: bool) -> None:
@@ -103,7 +103,7 @@ class SPPCSPC(nn.Module):
 
 
 class DownC(nn.Module):
-    """Halves the resolution of E6, D6 and E6E: a strided convolution beside a max-pool."""
+    """Downsampling of E6, D6 and E6E: a strided convolution and a max-pool in parallel."""
 
     def __init__(self, c_in: int, c_out: int, act: str, *, fused: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class DownC(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """MP (2x2, stride 2) and SP (k x k, stride 1, same size)."""
+    """Max-pooling: MP (2x2, stride 2) and SP (k x k, stride 1, same size)."""
 
     def __init__(self, kernel: int, stride: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class MaxPool(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution, nearest neighbour."""
+    """Nearest-neighbour upsampling by 2."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2H, 2W]."""
@@ -137,7 +137,7 @@ class Upsample(nn.Module):
 
 
 class ReOrg(nn.Module):
-    """Space to depth. Channel blocks by (row, column) parity: (0,0) (1,0) (0,1) (1,1); not PixelUnshuffle's order."""
+    """Space-to-depth with channel blocks by (row, column) parity: (0,0) (1,0) (0,1) (1,1); not as PixelUnshuffle."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, 4C, H/2, W/2]."""
@@ -145,7 +145,7 @@ class ReOrg(nn.Module):
 
 
 class Concat(nn.Module):
-    """Channels of several maps, one after the other."""
+    """Concatenation of feature maps along the channels."""
 
     def forward(self, *x: Tensor) -> Tensor:
         """[B, C_i, H, W] to [B, sum of C_i, H, W]."""
@@ -153,8 +153,8 @@ class Concat(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """The sum of two maps."""
+    """Sum of two feature maps."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two [B, C, H, W] to one."""
+        """Two maps [B, C, H, W] to one."""
         return a + b

@@ -1,8 +1,8 @@
 """The eight architectures of the paper as tables of layers with the official layer numbers.
 
-A table is laid by a few bricks that recur in the paper: `elan` (section 3.1, figure 2c), `transition` (the downsampling
+A table is built from a few patterns of the paper: `elan` (section 3.1, figure 2c), `transition` (the downsampling
 between stages), the top-down and bottom-up halves of the neck. Layer numbers follow from the order in which rows are
-laid, so they equal the official ones, and with them the checkpoint keys `model.N.…`.
+added, so they equal the official ones, and with them the checkpoint keys `model.N.…`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Layer:
 
 @dataclass
 class _Table:
-    """Lays rows one after the other; every method gives the number of the row it laid."""
+    """Builder of a layer table; every method returns the number of the last row it added."""
 
     rows: list[Layer] = field(default_factory=list)
 
@@ -62,24 +62,24 @@ class _Table:
     def last(self) -> int:
         return len(self.rows) - 1
 
-    def lay(self, kind: str, c_out: int, *sources: int, kernel: int = 1, stride: int = 1) -> int:
+    def add(self, kind: str, c_out: int, *sources: int, kernel: int = 1, stride: int = 1) -> int:
         at = sources or (self.last,)
         c_in = tuple(3 if i == IMAGE else self.rows[i].c_out for i in at)
         self.rows.append(Layer(len(self.rows), kind, c_in, c_out, kernel, stride, at))
         return self.last
 
     def conv(self, c_out: int, kernel: int = 1, stride: int = 1, source: int | None = None) -> int:
-        return self.lay("Conv", c_out, *(() if source is None else (source,)), kernel=kernel, stride=stride)
+        return self.add("Conv", c_out, *(() if source is None else (source,)), kernel=kernel, stride=stride)
 
     def pool(self, source: int | None = None) -> int:
         at = self.last if source is None else source
-        return self.lay("MP", self.rows[at].c_out, at, kernel=2, stride=2)
+        return self.add("MP", self.rows[at].c_out, at, kernel=2, stride=2)
 
     def concat(self, *sources: int) -> int:
-        return self.lay("Concat", sum(self.rows[i].c_out for i in sources), *sources)
+        return self.add("Concat", sum(self.rows[i].c_out for i in sources), *sources)
 
     def upsample(self) -> int:
-        return self.lay("Upsample", self.rows[self.last].c_out)
+        return self.add("Upsample", self.rows[self.last].c_out)
 
     def elan(self, entry: int, width: int, depth: int, c_out: int, *, every: int, source: int | None = None) -> int:
         """ELAN: two 1x1 convolutions, a chain of `depth` 3x3 ones; every `every`-th of the chain is aggregated."""
@@ -95,7 +95,7 @@ class _Table:
         source = self.last
         first = self.elan(entry, width, depth, c_out, every=every)
         second = self.elan(entry, width, depth, c_out, every=every, source=source)
-        return self.lay("Shortcut", c_out, second, first)
+        return self.add("Shortcut", c_out, second, first)
 
     def transition(self, width: int, *lateral: int) -> int:
         """Halves the resolution of v7 and X: max-pool beside a strided convolution, then the lateral if any."""
@@ -106,8 +106,8 @@ class _Table:
         strided = self.conv(width, 3, 2)
         return self.concat(strided, pooled, *lateral)
 
-    def rise(self, width: int, lateral: int) -> int:
-        """One top-down step of the neck: 1x1, up, and the backbone's lateral in front."""
+    def top_down(self, width: int, lateral: int) -> int:
+        """One top-down step of the neck: 1x1, up, and the backbone's lateral first."""
         self.conv(width)
         up = self.upsample()
         side = self.conv(width, source=lateral)
@@ -116,7 +116,7 @@ class _Table:
 
 def _tiny() -> tuple[_Table, list[int], list[int]]:
     t = _Table()
-    t.lay("Conv", 32, IMAGE, kernel=3, stride=2)
+    t.add("Conv", 32, IMAGE, kernel=3, stride=2)
     t.conv(64, 3, 2)
     stages = [t.elan(32, 32, 2, 64, every=1)]
     for width in (64, 128, 256):
@@ -124,13 +124,13 @@ def _tiny() -> tuple[_Table, list[int], list[int]]:
         stages.append(t.elan(width, width, 2, 2 * width, every=1))
     bypass = t.conv(256, source=stages[3])
     start = t.conv(256, source=stages[3])
-    pools = [t.lay("SP", 256, start, kernel=kernel) for kernel in (5, 9, 13)]
+    pools = [t.add("SP", 256, start, kernel=kernel) for kernel in (5, 9, 13)]
     t.concat(*pools[::-1], start)
     t.concat(t.conv(256), bypass)
     p5 = t.conv(256)
-    t.rise(128, stages[2])
+    t.top_down(128, stages[2])
     p4 = t.elan(64, 64, 2, 128, every=1)
-    t.rise(64, stages[1])
+    t.top_down(64, stages[1])
     outs = [t.elan(32, 32, 2, 64, every=1)]
     for width, lateral in ((128, p4), (256, p5)):
         t.concat(t.conv(width, 3, 2), lateral)
@@ -143,7 +143,7 @@ def _p5(
 ) -> tuple[_Table, list[int], list[int]]:
     """v7 and X. The neck of v7 halves its chain's width and aggregates every link; X repeats its backbone block."""
     t = _Table()
-    t.lay("Conv", stem, IMAGE, kernel=3)
+    t.add("Conv", stem, IMAGE, kernel=3)
     for width, stride in ((2 * stem, 2), (2 * stem, 1), (4 * stem, 2)):
         t.conv(width, 3, stride)
     laterals = [t.elan(64, 64, depth, stages[0], every=2)]
@@ -151,19 +151,19 @@ def _p5(
         t.transition(t.rows[t.last].c_out // 2)
         laterals.append(t.elan(entry, entry, depth, c_out, every=2))
     spp = stages[3] // 2
-    p5 = t.lay("SPPCSPC", spp)
+    p5 = t.add("SPPCSPC", spp)
 
     def block(entry: int, c_out: int) -> int:
         return t.elan(entry, entry // (2 if neck_every == 1 else 1), depth, c_out, every=neck_every)
 
-    t.rise(spp // 2, laterals[2])
+    t.top_down(spp // 2, laterals[2])
     p4 = block(256, spp // 2)
-    t.rise(spp // 4, laterals[1])
+    t.top_down(spp // 4, laterals[1])
     outs = [block(128, spp // 4)]
     for width, entry, lateral in ((spp // 4, 256, p4), (spp // 2, 512, p5)):
         t.transition(width, lateral)
         outs.append(block(entry, 2 * width))
-    leads = [t.lay(head, 2 * t.rows[s].c_out, s, kernel=3) for s in outs]
+    leads = [t.add(head, 2 * t.rows[s].c_out, s, kernel=3) for s in outs]
     return t, leads, []
 
 
@@ -180,34 +180,34 @@ def _p6(
 ) -> tuple[_Table, list[int], list[int]]:
     """W6, E6, D6 and E6E: space-to-depth stem, five stages, four levels; gives the lead and auxiliary feature rows."""
     t = _Table()
-    brick: Callable[..., int] = t.extended_elan if extended else t.elan
+    stage: Callable[..., int] = t.extended_elan if extended else t.elan
 
     def reduce(c_out: int) -> int:
-        return t.lay(down, c_out, kernel=3, stride=2)
+        return t.add(down, c_out, kernel=3, stride=2)
 
-    t.lay("ReOrg", 12, IMAGE)
+    t.add("ReOrg", 12, IMAGE)
     t.conv(base, 3)
     laterals = []
     for entry, c_out in zip((64, 128, 256, 384, 512), stages, strict=True):
         reduce(c_out)
-        laterals.append(brick(entry, entry, depth, c_out, every=2))
-    pyramid = [t.lay("SPPCSPC", neck[0])]
+        laterals.append(stage(entry, entry, depth, c_out, every=2))
+    pyramid = [t.add("SPPCSPC", neck[0])]
     for entry, c_out, lateral in zip((384, 256, 128), neck[1:], laterals[3:0:-1], strict=True):
-        t.rise(c_out, lateral)
-        pyramid.append(brick(entry, entry // 2, depth, c_out, every=1))
+        t.top_down(c_out, lateral)
+        pyramid.append(stage(entry, entry // 2, depth, c_out, every=1))
     # The partial auxiliary head of E6E (table 8) reads the second branch, in front of the Shortcut.
     aux_sources = [p - 1 if extended and i else p for i, p in enumerate(pyramid)][::-1]
     outs = [pyramid[3]]
     for entry, c_out, lateral in zip((256, 384, 512), neck[2::-1], pyramid[2::-1], strict=True):
         t.concat(reduce(c_out), lateral)
-        outs.append(brick(entry, entry // 2, depth, c_out, every=1))
+        outs.append(stage(entry, entry // 2, depth, c_out, every=1))
     leads = [t.conv(c, 3, source=s) for c, s in zip(lead, outs, strict=True)]
     return t, leads, [t.conv(c, 3, source=s) for c, s in zip(aux, aux_sources, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One architecture: how its table is laid, and what the table does not say.
+    """One architecture: how its table is built, and what the table does not contain.
 
     Attributes:
         name: Official name.
@@ -220,20 +220,20 @@ class Variant:
     activation: str
     anchors: Anchors
     size: int
-    lay: Callable[[], tuple[_Table, list[int], list[int]]]
+    build_table: Callable[[], tuple[_Table, list[int], list[int]]]
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels per cell of each level."""
+        """Input pixels per cell of each level."""
         return tuple(8 << level for level in range(len(self.anchors)))
 
     @property
     def has_auxiliary(self) -> bool:
-        """The training form carries auxiliary heads (the P6 models)."""
+        """True if the training form has auxiliary heads (the P6 models)."""
         return len(self.anchors) == 4
 
     def layers(self, *, training: bool, full_auxiliary: bool = False) -> tuple[Layer, ...]:
-        """The table, in training form (implicit knowledge, auxiliary branches) or deploy form.
+        """Return the table in training form (implicit knowledge, auxiliary branches) or deploy form.
 
         With `full_auxiliary` the auxiliary branches of E6E read the sum of both E-ELAN branches instead of the second
         one alone (table 8: auxiliary head against partial auxiliary head); other variants have no such difference.
@@ -243,7 +243,7 @@ class Variant:
 
 @lru_cache(maxsize=32)
 def _layers(name: str, training: bool, full_auxiliary: bool) -> tuple[Layer, ...]:
-    table, leads, aux = VARIANTS[name].lay()
+    table, leads, aux = VARIANTS[name].add()
     for row in aux if full_auxiliary else ():
         behind = table.rows[table.rows[row].sources[0] + 1]
         if behind.kind == "Shortcut":
@@ -252,7 +252,7 @@ def _layers(name: str, training: bool, full_auxiliary: bool) -> tuple[Layer, ...
         del table.rows[len(table.rows) - len(aux) :]
         aux = []
     kind = ("IAuxDetect" if aux else "IDetect") if training else "Detect"
-    table.lay(kind, 0, *leads, *aux)
+    table.add(kind, 0, *leads, *aux)
     return tuple(table.rows)
 
 
@@ -262,34 +262,34 @@ _AUX = (320, 640, 960, 1280)
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
-        Variant(name="yolov7-tiny", activation="leaky", anchors=_TINY_ANCHORS, size=640, lay=_tiny),
-        Variant(name="yolov7-tiny-silu", activation="silu", anchors=_TINY_ANCHORS, size=640, lay=_tiny),
+        Variant(name="yolov7-tiny", activation="leaky", anchors=_TINY_ANCHORS, size=640, build_table=_tiny),
+        Variant(name="yolov7-tiny-silu", activation="silu", anchors=_TINY_ANCHORS, size=640, build_table=_tiny),
         Variant(
             name="yolov7", activation="silu", anchors=_P5_ANCHORS, size=640,
-            lay=lambda: _p5(stem=32, depth=4, stages=(256, 512, 1024, 1024), neck_every=1, head="RepConv"),
+            build_table=lambda: _p5(stem=32, depth=4, stages=(256, 512, 1024, 1024), neck_every=1, head="RepConv"),
         ),
         Variant(
             name="yolov7x", activation="silu", anchors=_P5_ANCHORS, size=640,
-            lay=lambda: _p5(stem=40, depth=6, stages=(320, 640, 1280, 1280), neck_every=2, head="Conv"),
+            build_table=lambda: _p5(stem=40, depth=6, stages=(320, 640, 1280, 1280), neck_every=2, head="Conv"),
         ),
         Variant(
             name="yolov7-w6", activation="silu", anchors=_P6_ANCHORS, size=1280,
-            lay=lambda: _p6(base=64, depth=4, down="Conv", stages=_W6_STAGES, neck=(512, 384, 256, 128),
+            build_table=lambda: _p6(base=64, depth=4, down="Conv", stages=_W6_STAGES, neck=(512, 384, 256, 128),
                             lead=(256, 512, 768, 1024), aux=_AUX),
         ),
         Variant(
             name="yolov7-e6", activation="silu", anchors=_P6_ANCHORS, size=1280,
-            lay=lambda: _p6(base=80, depth=6, down="DownC", stages=_E6_STAGES, neck=(640, 480, 320, 160),
+            build_table=lambda: _p6(base=80, depth=6, down="DownC", stages=_E6_STAGES, neck=(640, 480, 320, 160),
                             lead=_AUX, aux=_AUX),
         ),
         Variant(
             name="yolov7-d6", activation="silu", anchors=_P6_ANCHORS, size=1280,
-            lay=lambda: _p6(base=96, depth=8, down="DownC", stages=(192, 384, 768, 1152, 1536),
+            build_table=lambda: _p6(base=96, depth=8, down="DownC", stages=(192, 384, 768, 1152, 1536),
                             neck=(768, 576, 384, 192), lead=(384, 768, 1152, 1536), aux=(384, 768, 1152, 1536)),
         ),
         Variant(
             name="yolov7-e6e", activation="silu", anchors=_P6_ANCHORS, size=1280,
-            lay=lambda: _p6(base=80, depth=6, down="DownC", stages=_E6_STAGES, neck=(640, 480, 320, 160),
+            build_table=lambda: _p6(base=80, depth=6, down="DownC", stages=_E6_STAGES, neck=(640, 480, 320, 160),
                             lead=_AUX, aux=_AUX, extended=True),
         ),
     )
@@ -297,7 +297,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of this official name.
+    """Return the variant with this official name.
 
     Raises:
         UsageError: There is none.

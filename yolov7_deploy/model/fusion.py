@@ -1,6 +1,6 @@
-"""A new model: BatchNorm, RepConv branches and implicit knowledge folded into plain convolutions.
+"""Fusion of BatchNorm, RepConv branches and implicit knowledge into plain convolutions.
 
-All foldings are exact up to rounding, and done in float64 so that the rounding happens once.
+The folds are exact up to rounding, and computed in float64 so that values are rounded once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Kernel = tuple[Tensor, Tensor]  # weight [c_out, c_in, k, k] and bias [c_out], f
 
 
 def fuse(model: Yolov7) -> Yolov7:
-    """The deploy network with the same outputs and nothing but biased convolutions; `model` is left untouched.
+    """Return the deploy form of a model: convolutions with bias only, and the same outputs; `model` is unchanged.
 
-    Auxiliary branches are dropped, custom anchors kept, and the result is in eval mode without gradients, in the
-    number type of `model`.
+    Auxiliary branches are dropped and custom anchors kept. The result is in eval mode, without gradients, and in the
+    dtype of `model`.
 
     Raises:
-        FusionError: The model is fused already.
+        FusionError: The model is already fused.
     """
     if model.fused:
-        raise FusionError(f"This {model.variant.name} is fused already.", fix="Use it as it is.")
+        raise FusionError(f"This {model.variant.name} is already fused.", fix="Use it without calling fuse().")
     with torch.device("meta"):
         fused = Yolov7(model.variant, classes=model.classes, fused=True)
     state: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ def _store(name: str, kernel: Kernel, state: dict[str, Tensor]) -> None:
 
 
 def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> Kernel:
-    """BatchNorm after a convolution as kernel and bias.
+    """Fold a BatchNorm into the convolution before it.
 
     W' = k W and b' = beta + k (b - mean), with k = gamma / sqrt(var + eps).
     """
@@ -80,7 +80,7 @@ def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> Kernel:
 
 
 def fold_branches(block: RepConv) -> Kernel:
-    """One 3x3 kernel for all branches of a RepConv: the 1x1 and the identity sit in its middle."""
+    """Fold all branches of a RepConv into one 3x3 kernel: the 1x1 and the identity are its centre."""
     weight, bias = fold_batch_norm(block.rbr_dense[0], block.rbr_dense[1])  # type: ignore[arg-type]
     weight_1x1, bias_1x1 = fold_batch_norm(block.rbr_1x1[0], block.rbr_1x1[1])  # type: ignore[arg-type]
     weight, bias = weight + F.pad(weight_1x1, (1, 1, 1, 1)), bias + bias_1x1
@@ -91,7 +91,7 @@ def fold_branches(block: RepConv) -> Kernel:
 
 
 def fold_implicit(head: Detect, level: int) -> Kernel:
-    """Implicit knowledge around a 1x1 convolution: W' = diag(m) W, b' = m (b + W a), with the unscaled W."""
+    """Fold implicit knowledge into the 1x1 convolution: W' = diag(m) W, b' = m (b + W a), with the unscaled W."""
     conv = head.m[level]
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     weight, bias = conv.weight.double(), conv.bias.double()
@@ -102,7 +102,7 @@ def fold_implicit(head: Detect, level: int) -> Kernel:
 
 
 def _affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a BatchNorm in eval mode."""
+    """Return scale and shift of a BatchNorm in eval mode."""
     assert bn.running_mean is not None and bn.running_var is not None
     scale = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
     return scale, bn.bias.double() - bn.running_mean.double() * scale

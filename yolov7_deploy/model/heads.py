@@ -26,7 +26,7 @@ class Implicit(nn.Module):
 
 
 class Detect(nn.Module):
-    """The plain head: one 1x1 convolution per level.
+    """Plain detection head: one 1x1 convolution per level.
 
     Args:
         c_in: Channels of each lead feature, fine to coarse.
@@ -48,7 +48,7 @@ class Detect(nn.Module):
 
     @property
     def columns(self) -> int:
-        """Channels per anchor, 5 + C."""
+        """Number of channels per anchor, 5 + C."""
         return BOX_AND_OBJECTNESS + self.classes
 
     def _convolutions(self, c_in: Sequence[int]) -> nn.ModuleList:
@@ -69,12 +69,12 @@ class Detect(nn.Module):
         return [self.as_raw(x) for x in self.maps(features)]
 
     def as_raw(self, x: Tensor) -> Tensor:
-        """A map [B, 3 * (5 + C), H, W] as [B, 3, H, W, 5 + C]; channel index = anchor * (5 + C) + column."""
+        """Reshape a map [B, 3 * (5 + C), H, W] to [B, 3, H, W, 5 + C]; channel index = anchor * (5 + C) + column."""
         batch, _, height, width = x.shape
         return x.view(batch, 3, self.columns, height, width).permute(0, 1, 3, 4, 2).contiguous()
 
     def decode(self, raws: Sequence[Tensor]) -> Tensor:
-        """Raw maps to [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities.
+        """Decode raw maps to [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities.
 
         With y the sigmoid of a raw value: centre = (2 y - 0.5 + cell) * stride, size = (2 y)^2 * anchor.
         Boxes are ordered by level, anchor, row, column.
@@ -93,7 +93,7 @@ class Detect(nn.Module):
 
 
 class ImplicitDetect(Detect):
-    """IDetect: implicit knowledge in front of the convolution (added) and behind it (multiplied); training form."""
+    """IDetect, the training form: implicit knowledge is added before the convolution and multiplied after it."""
 
     def __init__(self, c_in: Sequence[int], classes: int, anchors: Anchors, strides: Sequence[int]) -> None:
         super().__init__(c_in, classes, anchors, strides)
@@ -102,14 +102,14 @@ class ImplicitDetect(Detect):
         self.im = nn.ModuleList(Implicit(3 * self.columns, 1.0) for _ in range(self.levels))
 
     def knowledge(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Per level what is added [1, c_i, 1, 1] and what multiplies [1, 3 * (5 + C), 1, 1]."""
+        """Return per level the vectors that are added [1, c_i, 1, 1] and multiplied [1, 3 * (5 + C), 1, 1]."""
         added, factors = (
             [part.implicit for part in parts if isinstance(part, Implicit)] for parts in (self.ia, self.im)
         )
         return added, factors
 
     def _add_before_implicit(self, c_in: Sequence[int]) -> None:
-        """Room for modules whose official keys come in front of `ia` and `im`."""
+        """Add modules whose official keys come before `ia` and `im`."""
 
     def maps(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Features [B, c_i, H, W] to maps [B, 3 * (5 + C), H, W]."""
@@ -119,7 +119,7 @@ class ImplicitDetect(Detect):
 
 
 class AuxiliaryDetect(ImplicitDetect):
-    """IAuxDetect: lead heads with implicit knowledge, and auxiliary heads `m2` that only training looks at."""
+    """IAuxDetect: lead heads with implicit knowledge, and auxiliary heads `m2` that only training uses."""
 
     def _add_before_implicit(self, c_in: Sequence[int]) -> None:
         self.m2 = self._convolutions(c_in[self.levels :])

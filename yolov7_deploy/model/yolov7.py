@@ -1,4 +1,4 @@
-"""Lays the bricks by the table and runs them."""
+"""The network: builds the layers of a variant's table and runs them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Yolov7(nn.Module):
     """A YOLOv7 network of any variant; module names are the official checkpoint keys (`model.N.…`).
 
     Args:
-        variant: Which architecture.
+        variant: The architecture.
         classes: Number of classes.
         training_form: With implicit knowledge and auxiliary branches, as the official training writes it.
         fused: BatchNorm, RepConv branches and implicit knowledge folded; only in deploy form.
-        anchors: Per level three (width, height) in input pixels; the variant's own where absent.
-        auxiliary: What training asks of auxiliary heads: `partial` (the official ones), `full` (see `Variant.layers`)
+        anchors: Per level three (width, height) in input pixels; the variant's own by default.
+        auxiliary: Auxiliary heads computed in training mode: `partial` (official), `full` (see `Variant.layers`)
             or `none` (they are not computed).
     """
 
@@ -44,11 +44,11 @@ class Yolov7(nn.Module):
         assert not (training_form and fused), "a fused model has no training form"
         self.variant, self.classes, self.training_form, self.fused = variant, classes, training_form, fused
         self.layers = variant.layers(training=training_form, full_auxiliary=auxiliary == "full")
-        self._asks_auxiliary = auxiliary != "none"
+        self._computes_auxiliary = auxiliary != "none"
         self.model = nn.ModuleList(_block(layer, variant, fused) for layer in self.layers[:-1])
         head = self.layers[-1]
         self.model.append(_HEADS[head.kind](head.c_in, classes, anchors or variant.anchors, variant.strides))
-        self._dies_at = {source: layer.index for layer in self.layers for source in layer.sources}
+        self._last_consumer = {source: layer.index for layer in self.layers for source in layer.sources}
 
     @property
     def head(self) -> Detect:
@@ -59,31 +59,31 @@ class Yolov7(nn.Module):
 
     @property
     def anchors(self) -> Anchors:
-        """Per level three (width, height) in input pixels, as the weights have them."""
+        """Anchors of the weights: per level three (width, height) in input pixels."""
         grid = self.head.anchor_grid.reshape(-1, 3, 2).tolist()
         return tuple(tuple((w, h) for w, h in level) for level in grid)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """What the head reads, for images [B, 3, H, W] RGB 0..1 with sides that are multiples of the largest stride.
+        """Return the inputs of the head for RGB images [B, 3, H, W] in 0..1, H and W multiples of the stride.
 
-        A layer's output is dropped as soon as its last reader has run.
+        The output of a layer is freed as soon as its last consumer has run.
         """
-        alive: dict[int, Tensor] = {IMAGE: images}
+        outputs: dict[int, Tensor] = {IMAGE: images}
         wanted = self.layers[-1].sources
-        if not (self.training and self._asks_auxiliary):
+        if not (self.training and self._computes_auxiliary):
             wanted = wanted[: self.head.levels]
         last = max(wanted)
         for layer, block in zip(self.layers, self.model, strict=True):
             if layer.index > last:
                 break
-            alive[layer.index] = block(*(alive[i] for i in layer.sources))
+            outputs[layer.index] = block(*(outputs[i] for i in layer.sources))
             for i in layer.sources:
-                if self._dies_at[i] == layer.index:
-                    del alive[i]
-        return [alive[i] for i in wanted]
+                if self._last_consumer[i] == layer.index:
+                    del outputs[i]
+        return [outputs[i] for i in wanted]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Raw maps [B, 3, H, W, 5 + C], fine to coarse; in training mode the auxiliary ones follow the lead ones."""
+        """Return raw maps [B, 3, H, W, 5 + C], fine to coarse; in training mode lead maps, then auxiliary ones."""
         features = self.features(images)
         levels = self.head.levels
         raws = self.head(features[:levels])
@@ -92,7 +92,7 @@ class Yolov7(nn.Module):
         return list(raws)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Decoded output [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
+        """Return the decoded output [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
         return self.head.decode(self.forward(images)[: self.head.levels])
 
 
@@ -128,7 +128,7 @@ def new_model(
     anchors: Anchors | None = None,
     auxiliary: str = "partial",
 ) -> Yolov7:
-    """A network of this variant with fresh random weights, in training mode.
+    """Return a network with randomly initialised weights, in training mode.
 
     Raises:
         UsageError: Unknown variant.
@@ -139,12 +139,12 @@ def new_model(
 
 
 def build_model(checkpoint: Checkpoint) -> Yolov7:
-    """The network of a checkpoint, in the checkpoint's form and in eval mode; every tensor is used, none left over.
+    """Return the network of a checkpoint, in the checkpoint's form and in eval mode; every tensor is used.
 
     Raises:
         CheckpointError: Keys are missing or left over, or shapes differ from the variant's table.
     """
-    # Built without storage, so that no random weights are drawn only to be overwritten.
+    # On the meta device, so that no random weights are generated and then overwritten.
     with torch.device("meta"):
         model = Yolov7(
             find_variant(checkpoint.variant), classes=len(checkpoint.class_names), training_form=checkpoint.training
