@@ -1,4 +1,4 @@
-"""`y7 build` and `y7 export --engine`: what people type, what they see, and what lies on the disk afterwards."""
+"""`y7 build` and `y7 export --engine`: options, errors, output and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.deterministic import fill_model
-from tests.support.engines import HAS_RTX, NO_RTX, SIDE, exported, files, foreign
+from tests.support.engines import HAS_RTX, IMAGE_SIZE, NO_RTX, exported, files, foreign
 from tests.support.small_models import metadata_of
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.app import app
@@ -24,7 +24,7 @@ from yolov7_deploy.cli.build import parse_targets
 from yolov7_deploy.errors import EngineError, LoadError, MissingLibraryError, UsageError, Y7Error
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import EngineOptions, compute_capability
-from yolov7_deploy.tensorrt import selection as choose
+from yolov7_deploy.tensorrt import builder
 from yolov7_deploy.tensorrt.build_messages import Installation
 from yolov7_deploy.tensorrt.builder import build_engine
 from yolov7_deploy.tensorrt.engine import Engine
@@ -36,37 +36,37 @@ TIMEOUT_S = 120
 
 
 def y7(*arguments):
-    """Runs a command in this process; gives its result. Our errors are in `exception`."""
+    """Run a command in this process and return its result, with our errors in `exception`."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-# --- what is typed ----------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text,capability", [("sm86", "8.6"), ("SM_120", "12.0"), ("8.6", "8.6"), ("75", "7.5"), (" sm121 ", "12.1")]
 )
-def test_targets_are_read_as_people_type_them(text, capability):
+def test_targets_are_parsed_in_every_usual_form(text, capability):
     assert compute_capability(text) == capability
 
 
 @pytest.mark.parametrize("text", ["", "ampere", "8", "sm", "8.6.1", "-86", "sm1200"])
-def test_what_is_no_compute_capability_is_wrong_usage(text):
-    with pytest.raises(UsageError, match="no compute capability"):
+def test_an_invalid_compute_capability_is_a_usage_error(text):
+    with pytest.raises(UsageError, match="is not a compute capability"):
         compute_capability(text)
 
 
-def test_targets_come_in_order_and_once():
+def test_targets_are_sorted_and_unique():
     assert EngineOptions(targets=parse_targets("sm120, 8.6,sm86")).targets == ("8.6", "12.0")
 
 
-def test_an_empty_list_of_targets_is_wrong_usage():
-    with pytest.raises(UsageError, match="names no GPU"):
+def test_an_empty_list_of_targets_is_a_usage_error():
+    with pytest.raises(UsageError, match="does not contain a GPU"):
         parse_targets(" , ")
 
 
 @pytest.mark.parametrize(
-    "fields,says",
+    "fields,message",
     [
         ({"plugin": "maybe"}, "--plugin maybe"),
         ({"hardware_compatible": "all"}, "--hardware-compatible all"),
@@ -79,13 +79,13 @@ def test_an_empty_list_of_targets_is_wrong_usage():
         ({"timing_cache": Path("x"), "use_timing_cache": False}, "contradict"),
     ],
 )
-def test_options_that_mean_nothing_are_wrong_usage(fields, says):
-    with pytest.raises(UsageError, match=says):
+def test_invalid_options_are_a_usage_error(fields, message):
+    with pytest.raises(UsageError, match=message):
         EngineOptions(**fields)
 
 
 @pytest.mark.parametrize(
-    "arguments,says",
+    "arguments,fix",
     [
         (["build", "--weights", "yolov7"], "y7 export --weights yolov7 --engine"),
         (["build", "--weights", "best.pt"], "y7 export --weights best.pt --engine"),
@@ -94,17 +94,17 @@ def test_options_that_mean_nothing_are_wrong_usage(fields, says):
         (["export", "--workspace", "2"], "Add  --engine"),
     ],
 )
-def test_commands_that_cannot_be_meant_say_what_to_type(arguments, says):
+def test_invalid_commands_are_a_usage_error_with_the_command_to_type(arguments, fix):
     error = y7(*arguments).exception
     assert isinstance(error, UsageError)
-    assert says in error.fix
+    assert fix in error.fix
 
 
-# --- files that are no model ------------------------------------------------------------------------------------------
+# --- invalid files --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world\n" * 50, b"\x08\x08" * 1000, b"PK\x03\x04" + bytes(100)])
-def test_a_file_that_is_no_onnx_is_our_error(tmp_path, content):
+def test_a_file_that_is_not_onnx_is_a_load_error(tmp_path, content):
     path = tmp_path / "x.onnx"
     path.write_bytes(content)
     assert isinstance(y7("build", "--weights", path).exception, LoadError)
@@ -112,150 +112,155 @@ def test_a_file_that_is_no_onnx_is_our_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
-def test_an_onnx_file_that_is_cut_off_is_our_error(tiny, share):
-    data = tiny.read_bytes()
-    tiny.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(LoadError, match=r"cut off|no nodes"):
-        open_onnx(tiny)
+def test_a_truncated_onnx_file_is_a_load_error(tiny_onnx, share):
+    data = tiny_onnx.read_bytes()
+    tiny_onnx.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(LoadError, match=r"truncated|no nodes"):
+        open_onnx(tiny_onnx)
 
 
-def test_a_damaged_graph_is_our_error_or_prepared(tmp_path):
-    """Bytes where names and functions are, since a name may be read long after the file."""
-    light = onnx.ModelProto()
-    light.CopyFrom(exported().proto)
-    for weight in light.graph.initializer:
+def test_a_damaged_graph_is_our_error_or_is_prepared(tmp_path):
+    """Change bytes of names and functions, because names are decoded long after the file is read."""
+    without_weights = onnx.ModelProto()
+    without_weights.CopyFrom(exported().proto)
+    for weight in without_weights.graph.initializer:
         weight.ClearField("raw_data")
-    data, path = light.SerializeToString(), tmp_path / "x.onnx"
+    data, path = without_weights.SerializeToString(), tmp_path / "x.onnx"
     names = [found.start() for found in re.finditer(rb"num_dets|y7nms|Y7NMS|conf_threshold|batch|images", data)]
     generator = np.random.default_rng(3)
-    refused = 0
+    rejected = 0
     for _ in range(300):
         damaged = bytearray(data)
-        for place in generator.choice(names, 3) + generator.integers(-4, 12, 3):
-            damaged[place % len(data)] = generator.integers(256)
+        for offset in generator.choice(names, 3) + generator.integers(-4, 12, 3):
+            damaged[offset % len(data)] = generator.integers(256)
         path.write_bytes(damaged)
         try:
-            prepare_graph(open_onnx(path), own_plugin=False)
+            prepare_graph(open_onnx(path), use_plugin=False)
         except Y7Error:
-            refused += 1
-    assert 0 < refused < 300
+            rejected += 1
+    assert 0 < rejected < 300
 
 
-def test_an_absent_file_is_our_error(tmp_path):
+def test_a_missing_file_is_a_load_error(tmp_path):
     with pytest.raises(LoadError, match="No such file"):
         open_onnx(tmp_path / "nothing.onnx")
 
 
-def test_a_foreign_file_has_a_metadata_that_says_what_it_assumes(small, caplog):
-    metadata = open_onnx(small).metadata
+def test_metadata_of_a_file_of_another_exporter_lists_its_assumptions(foreign_onnx, caplog):
+    metadata = open_onnx(foreign_onnx).metadata
     assert (metadata.variant, metadata.input_hw, metadata.batch, metadata.precision) == ("custom", (8, 8), 1, "fp32")
     assert metadata.notes[0] in caplog.text
 
 
-def test_an_operator_set_of_the_future_is_named(tmp_path):
+def test_an_unknown_operator_set_is_an_error(tmp_path):
     path = tmp_path / "x.onnx"
     onnx.save(foreign(opset=99), path)
-    with pytest.raises(EngineError, match=r"operator set 99.*knows sets up to \d+"):
-        build_engine(open_onnx(path), on=Installation(product="tensorrt_rtx", version="1.7"))
+    with pytest.raises(EngineError, match=r"operator set 99.*supports sets up to \d+"):
+        build_engine(open_onnx(path), installation=Installation(product="tensorrt_rtx", version="1.7"))
 
 
-# --- what is not installed --------------------------------------------------------------------------------------------
+# --- installed TensorRT ----------------------------------------------------------------------------------------------
 
 
-def nothing(module):
+def not_installed(module):
     return False
 
 
-def test_without_tensorrt_and_without_a_gpu_the_one_that_builds_without_is_named(monkeypatch):
-    monkeypatch.setattr(choose, "is_installed", nothing)
-    monkeypatch.setattr(choose, "_GPU_DEVICES", ())
+def test_without_tensorrt_and_without_a_gpu_tensorrt_rtx_is_missing(monkeypatch):
+    monkeypatch.setattr(builder, "is_installed", not_installed)
+    monkeypatch.setattr(builder, "_GPU_DEVICES", ())
     with pytest.raises(MissingLibraryError, match=r"tensorrt_rtx is needed.*without a GPU") as caught:
-        choose.find_tensorrt(EngineOptions())
+        builder.find_tensorrt(EngineOptions())
     assert caught.value.fix == "pip install 'yolov7-deploy[tensorrt-rtx]'"
 
 
-def test_without_tensorrt_on_a_gpu_tensorrt_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(choose, "is_installed", nothing)
-    monkeypatch.setattr(choose, "_GPU_DEVICES", (tmp_path,))
+def test_without_tensorrt_and_with_a_gpu_tensorrt_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(builder, "is_installed", not_installed)
+    monkeypatch.setattr(builder, "_GPU_DEVICES", (tmp_path,))
     with pytest.raises(MissingLibraryError, match="tensorrt is needed") as caught:
-        choose.find_tensorrt(EngineOptions())
+        builder.find_tensorrt(EngineOptions())
     assert caught.value.fix == "pip install 'yolov7-deploy[tensorrt]'"
 
 
-def test_targets_need_tensorrt_rtx_whatever_else_is_there(monkeypatch):
-    monkeypatch.setattr(choose, "is_installed", lambda module: module == "tensorrt")
+def test_targets_require_tensorrt_rtx(monkeypatch):
+    monkeypatch.setattr(builder, "is_installed", lambda module: module == "tensorrt")
     with pytest.raises(MissingLibraryError, match="tensorrt_rtx is needed"):
-        choose.find_tensorrt(EngineOptions(targets=("8.6",)))
+        builder.find_tensorrt(EngineOptions(targets=("8.6",)))
 
 
-def test_an_export_for_an_engine_asks_for_tensorrt_before_the_weights(monkeypatch):
-    monkeypatch.setattr(choose, "is_installed", nothing)
+def test_export_with_engine_checks_tensorrt_before_the_weights(monkeypatch):
+    monkeypatch.setattr(builder, "is_installed", not_installed)
     assert isinstance(y7("export", "--weights", "nowhere.pt", "--engine").exception, MissingLibraryError)
 
 
-def test_a_tensorrt_that_cannot_build_here_is_named_with_its_words(monkeypatch):
-    broken = Installation(product="tensorrt", version="8.6.1", fault="CUDA initialization failure with error: 35")
-    monkeypatch.setattr(choose, "is_installed", lambda module: module == "tensorrt")
-    monkeypatch.setattr(choose, "probe", lambda product: broken)
+def test_a_tensorrt_that_cannot_build_here_is_an_error_with_its_message(monkeypatch):
+    broken = Installation(product="tensorrt", version="8.6.1", error="CUDA initialization failure with error: 35")
+    monkeypatch.setattr(builder, "is_installed", lambda module: module == "tensorrt")
+    monkeypatch.setattr(builder, "probe", lambda product: broken)
     with pytest.raises(EngineError, match=r"TensorRT 8\.6\.1 cannot build here: CUDA init") as caught:
-        choose.find_tensorrt(EngineOptions())
+        builder.find_tensorrt(EngineOptions())
     assert "tensorrt-rtx" in caught.value.fix
 
 
 @needs_rtx
 def test_tensorrt_rtx_builds_where_tensorrt_cannot(monkeypatch):
-    monkeypatch.setattr(choose, "is_installed", lambda module: True)
-    found = choose.find_tensorrt(EngineOptions())
+    monkeypatch.setattr(builder, "is_installed", lambda module: True)
+    found = builder.find_tensorrt(EngineOptions())
     if found.product == "tensorrt":
         pytest.skip("a TensorRT that builds is installed")
-    assert (found.product, found.fault, found.abi) == ("tensorrt_rtx", "", "v3")
+    assert (found.product, found.error, found.abi) == ("tensorrt_rtx", "", "v3")
 
 
-# --- what lies there afterwards ---------------------------------------------------------------------------------------
+# --- output and files -----------------------------------------------------------------------------------------------
 
 
 @needs_rtx
-def test_a_build_says_what_it_did_and_writes_both_files(tiny, tmp_path):
-    result = y7("build", "--weights", tiny, "--target", "sm86,sm120", "--plugin", "off", "--json", tmp_path / "r.json")
+def test_a_build_prints_a_description_and_writes_both_files(tiny_onnx, tmp_path):
+    arguments = ("--target", "sm86,sm120", "--plugin", "off", "--json", tmp_path / "r.json")
+    result = y7("build", "--weights", tiny_onnx, *arguments)
     assert result.exception is None, result.output
     assert files(tmp_path) == ["r.json", "tiny.engine", "tiny.engine.json", "tiny.onnx"]
     engine = Engine.load(tmp_path / "tiny.engine")
     assert json.loads((tmp_path / "r.json").read_text())["record"] == json.loads(engine.record.to_json())
-    for words in ("8.6, 12.0", "operators of the graph", f"{len(engine.plan) / 1e6:.1f} MB", "layers as parsed"):
-        assert words in result.output
-    assert engine.record.onnx_sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
+    for part in ("8.6, 12.0", "operators of the graph", f"{len(engine.plan) / 1e6:.1f} MB", "layers before fusion"):
+        assert part in result.output
+    assert engine.record.onnx_sha256 == hashlib.sha256(tiny_onnx.read_bytes()).hexdigest()
 
 
 @needs_rtx
-def test_a_build_that_fails_leaves_the_older_engine(tiny, tmp_path):
+def test_a_failed_build_keeps_the_existing_engine(tiny_onnx, tmp_path):
     older = tmp_path / "tiny.engine"
     older.write_bytes(b"vtrt older")
-    result = y7("build", "--weights", tiny, "--target", "sm86", "--plugin", "off", "--workspace", "1e-9")
+    result = y7("build", "--weights", tiny_onnx, "--target", "sm86", "--plugin", "off", "--workspace", "1e-9")
     assert isinstance(result.exception, EngineError)
     assert older.read_bytes() == b"vtrt older"
     assert files(tmp_path) == ["tiny.engine", "tiny.onnx"]
 
 
-@pytest.mark.parametrize("output,says", [("x.bin", "not named like an engine"), ("no/where.engine", "no folder")])
-def test_a_place_that_cannot_be_written_is_known_before_the_build(small, tmp_path, output, says):
+@pytest.mark.parametrize(
+    "output,message", [("x.bin", "not named like an engine"), ("no/where.engine", "not a writable folder")]
+)
+def test_an_output_path_that_cannot_be_written_is_an_error_before_the_build(foreign_onnx, tmp_path, output, message):
     started = time.perf_counter()
-    error = y7("build", "--weights", small, "--output", tmp_path / output).exception
-    assert isinstance(error, Y7Error) and says in error.message
+    error = y7("build", "--weights", foreign_onnx, "--output", tmp_path / output).exception
+    assert isinstance(error, Y7Error) and message in error.message
     assert time.perf_counter() - started < 5
 
 
-def test_a_temporary_folder_without_room_is_our_error(monkeypatch, small):
+def test_a_full_temporary_folder_is_an_engine_error(monkeypatch, foreign_onnx):
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     with pytest.raises(EngineError, match="No space left on device") as caught:
-        build_engine(open_onnx(small), on=Installation(product="tensorrt_rtx", version="1.7", targets=("8.6",)))
+        build_engine(
+            open_onnx(foreign_onnx), installation=Installation(product="tensorrt_rtx", version="1.7", targets=("8.6",))
+        )
     assert "TMPDIR" in caught.value.fix
 
 
 @needs_rtx
-def test_an_export_goes_on_to_the_engine(tmp_path, monkeypatch):
+def test_export_builds_the_engine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = fill_model(new_model("yolov7-tiny"))
     checkpoint = Checkpoint(
@@ -266,7 +271,7 @@ def test_an_export_goes_on_to_the_engine(tmp_path, monkeypatch):
         anchors=model.anchors,
     )
     save_checkpoint(checkpoint, tmp_path / "tiny.safetensors")
-    arguments = ("--img", SIDE, "--no-verify", "--plugin", "off", "--json", "r.json")
+    arguments = ("--img", IMAGE_SIZE, "--no-verify", "--plugin", "off", "--json", "r.json")
     result = y7("export", "--weights", "tiny.safetensors", "--fp16", "--engine", "--target", "8.9", *arguments)
     assert result.exception is None, result.output
     assert "tiny-fp16.engine: " in result.output

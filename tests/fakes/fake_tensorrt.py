@@ -1,6 +1,6 @@
-"""Stands for TensorRT 8.6, 10.3, 10.13 and 11.1, of which none can make a builder without a GPU.
+"""Fake builders of TensorRT 8.5, 8.6, 10.3, 10.13 and 11.1, which cannot create a builder without a GPU.
 
-A name is there or not as NVIDIA's bindings of that version have it; configurations keep what was set, in order.
+The names exist as in NVIDIA's Python bindings of each version. Configurations record what is set, in order.
 """
 
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 VERSIONS = ("8.5", "8.6", "10.3", "10.13", "11.1")
 ALWAYS = "8.5"
 
-# Class, name, first and last version that has it. From the Python bindings of the release branches 8.5 to 11.1.
+# Class, name, first and last version that has it: from the Python bindings of the release branches 8.5 to 11.1.
 NAMES = (
     ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH", ALWAYS, "10.16"),
     ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", "9.0", None),
@@ -33,7 +33,7 @@ NAMES = (
     ("IBuilderConfig", "builder_optimization_level", "8.6", None),
     ("INetworkDefinition", "mark_unfused_tensors_as_debug_tensors", "10.12", None),
 )
-PROPERTIES = {"builder_optimization_level"}  # of a configuration; everything else there is called
+PROPERTIES = {"builder_optimization_level"}  # of a configuration; its other members are methods
 CLASSES = (("IProgressMonitor", "9.0"), ("IPluginV3", "10.0"), ("ILogger", ALWAYS))
 
 
@@ -50,7 +50,7 @@ def names(version, kind):
 
 
 class Flag(int):
-    """An enumeration's member: a number with a name."""
+    """A member of an enumeration: a number with a name."""
 
     def __new__(cls, value, name):
         self = super().__new__(cls, value)
@@ -58,12 +58,12 @@ class Flag(int):
         return self
 
 
-class Recorded:
-    """Keeps every attribute set and every call, in order."""
+class Recorder:
+    """Records every attribute that is set and every call, in order."""
 
-    def __init__(self, **answers):
+    def __init__(self, **results):
         object.__setattr__(self, "done", [])
-        object.__setattr__(self, "answers", answers)
+        object.__setattr__(self, "results", results)
 
     def __setattr__(self, name, value):
         self.done.append((name, getattr(value, "name", value)))
@@ -75,8 +75,8 @@ class Recorded:
 
         def call(*arguments):
             self.done.append((name, *(getattr(argument, "name", argument) for argument in arguments)))
-            answer = self.answers.get(name)
-            return answer(*arguments) if callable(answer) else answer
+            result = self.results.get(name)
+            return result(*arguments) if callable(result) else result
 
         return call
 
@@ -86,7 +86,7 @@ def tensor(name, shape, dtype="FLOAT"):
 
 
 class Network:
-    """What a parser fills: one convolution, and a NMS by `last`."""
+    """A parsed network: a convolution, and NMS as a layer of type `last`."""
 
     def __init__(self, flags, last="LOOP", batch=1):
         self.flags = flags
@@ -101,14 +101,14 @@ class Network:
         ]
         self.num_inputs, self.num_outputs, self.num_layers = 1, 1, len(self.layers)
 
-    def get_input(self, place):
-        return self.inputs[place]
+    def get_input(self, index):
+        return self.inputs[index]
 
-    def get_output(self, place):
-        return self.outputs[place]
+    def get_output(self, index):
+        return self.outputs[index]
 
-    def get_layer(self, place):
-        return self.layers[place]
+    def get_layer(self, index):
+        return self.layers[index]
 
 
 class TimingCache:
@@ -120,22 +120,22 @@ class TimingCache:
 
 
 class FakeTensorrt:
-    """A module as `import tensorrt` gives it.
+    """A fake of the module `tensorrt`.
 
     Args:
         version: One of VERSIONS.
-        dla_cores: What a builder counts.
-        plan: What a build gives; `None` for a failure.
-        good_cache: Contents of a timing cache that this device takes.
-        batch: Of the parsed network; -1 is open.
-        faults: What the parser complains of: (node, name, op, words).
-        chatter: What a builder says at its lowest level while it builds.
-        parsed: Called with the graph that is parsed.
+        dla_cores: Number of DLA cores of a builder.
+        plan: Result of a build; `None` for a failure.
+        good_cache: Content of a timing cache that is valid for this device.
+        batch: Batch of the parsed network; -1 is dynamic.
+        parser_errors: Errors of the parser: (node, name, op, message).
+        verbose: Verbose log messages of a build.
+        on_parse: Called with the graph that is parsed.
     """
 
     def __init__(
-        self, version, *, dla_cores=0, plan=b"ftrt plan", good_cache=b"measured", batch=1, faults=(), chatter=(),
-        parsed=lambda graph: None,
+        self, version, *, dla_cores=0, plan=b"ftrt plan", good_cache=b"measured", batch=1, parser_errors=(), verbose=(),
+        on_parse=lambda graph: None,
     ):  # fmt: skip
         self.__version__ = version
         kinds = {kind for kind, *_ in NAMES}
@@ -151,8 +151,8 @@ class FakeTensorrt:
             if has(version, first):
                 setattr(self, kind, type(kind, (), {}))
         self.creators = [SimpleNamespace(name="EfficientNMS_TRT", plugin_version="1", plugin_namespace="")]
-        self.plan, self.good_cache, self.batch, self.faults, self.dla_cores = plan, good_cache, batch, faults, dla_cores
-        self.chatter, self.parsed = chatter, parsed
+        self.plan, self.good_cache, self.batch, self.dla_cores = plan, good_cache, batch, dla_cores
+        self.parser_errors, self.verbose, self.on_parse = parser_errors, verbose, on_parse
         self.network = self.config = self.profile = None
 
     def init_libnvinfer_plugins(self, logger, namespace):
@@ -171,7 +171,7 @@ class FakeTensorrt:
 
     def Builder(self, logger):  # noqa: N802 - TensorRT's name
         def build(network, config):
-            for message in self.chatter:
+            for message in self.verbose:
                 logger.log(SimpleNamespace(name="VERBOSE"), message)
             return self.plan
 
@@ -184,17 +184,17 @@ class FakeTensorrt:
         )
 
     def OnnxParser(self, network, logger):  # noqa: N802
-        def error(node, name, op, words):
-            known = {"node": lambda: node, "desc": lambda: words}
+        def error(node, name, op, message):
+            known = {"node": lambda: node, "desc": lambda: message}
             if has(self.__version__, "10.0"):
                 known |= {"node_name": lambda: name, "node_operator": lambda: op}
             return SimpleNamespace(**known)
 
         def parse(data):
-            self.parsed(data)
+            self.on_parse(data)
             return not errors
 
-        errors = [error(*fault) for fault in self.faults]
+        errors = [error(*fields) for fields in self.parser_errors]
         return SimpleNamespace(parse=parse, num_errors=len(errors), get_error=errors.__getitem__)
 
     def _network(self, flags):
@@ -202,7 +202,7 @@ class FakeTensorrt:
         return self.network
 
     def _config(self):
-        self.config = Recorded(
+        self.config = Recorder(
             get_tactic_sources=lambda: 0b11111 if has("10.16", self.__version__) else 0b11,
             get_memory_pool_limit=lambda pool: 2**34,
             create_timing_cache=TimingCache,
@@ -215,5 +215,5 @@ class FakeTensorrt:
         return self.config
 
     def _profile(self):
-        self.profile = Recorded()
+        self.profile = Recorder()
         return self.profile

@@ -1,9 +1,9 @@
-"""TensorRT's runtime as its Python bindings have it, over ONNX Runtime and the fake CUDA runtime.
+"""A fake of TensorRT's Python runtime API, implemented with ONNX Runtime and the fake CUDA runtime.
 
-A plan is a header as TensorRT writes it, the batches of its profile, and an ONNX file. `execute_async_v3` queues the
-network on the stream: it reads its inputs and writes its outputs when the stream is worked off, at the addresses that
-were set when it was queued. Names are there or not as in each version. What a caller must not do and no result may
-show is collected in `violations`.
+A plan is a TensorRT header, the batches of its profile, and an ONNX file. `execute_async_v3` enqueues the network on
+the stream. When the stream executes it, the network reads its inputs and writes its outputs at the addresses that were
+set when it was enqueued. Names exist as in each version. Invalid calls that do not change the result are collected in
+`violations`.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ VERSIONS = ("8.6.2", "10.3.0", "11.1.0", "1.7.1")
 RTX = "1.7.1"
 SCRATCH_BYTES = 4096
 
-# Names of classes and members that some versions do not have.
+# Names of classes and members that a version does not have.
 ABSENT = {
     "8.6.2": {"device_memory_size_v2", "set_device_memory", "create_execution_context", "create_runtime_config",
               "is_stream_capturable", "ExecutionContextAllocationStrategy", "CudaGraphStrategy", "IPluginV3",
@@ -37,13 +37,13 @@ _NUMPY = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32, "INT64": np
 
 
 def plan_of(graph, version, batches=(1, 4)):
-    """A plan that this TensorRT wrote, with a profile of these batches where the graph's batch is open."""
+    """Return a plan of this TensorRT version, with a profile of these batches if the graph's batch is dynamic."""
     numbers = bytes(int(number) for number in f"{version}.0".split("."))
     header = (b"vtrt" if version == RTX else b"ftrt") + bytes(20) + numbers + bytes(12)
     return header + struct.pack("<2i", *batches) + graph.SerializeToString()
 
 
-class _Named:
+class _Versioned:
     """An object without the names that its version does not have."""
 
     absent = frozenset()
@@ -54,19 +54,19 @@ class _Named:
         return object.__getattribute__(self, name)
 
 
-class FakeTrt(_Named):
-    """The module.
+class FakeTrt(_Versioned):
+    """A fake of the module.
 
     Args:
         version: One of VERSIONS.
-        library: The fake CUDA runtime, as ctypes has it.
+        library: The fake CUDA runtime, loaded with ctypes.
 
     Attributes:
-        violations: What callers did that is not defined.
-        contexts: All that were made; `most_contexts` limits them, as profiles do before 10.
-        refusal: A line of the log that comes with a refused plan.
-        failing: `execute_async_v3` gives False.
-        records: TensorRT-RTX lets its work be recorded.
+        violations: Calls with undefined behavior.
+        contexts: All contexts; `most_contexts` limits their number, as profiles do before TensorRT 10.
+        refusal: If not empty, deserialization fails with this log message.
+        failing: `execute_async_v3` returns False.
+        records: TensorRT-RTX allows the caller to capture its work in a CUDA graph.
         at_run: Called while the network runs.
     """
 
@@ -104,12 +104,12 @@ class FakeTrt(_Named):
         return Runtime(self, logger)
 
     def queue(self, stream, work):
-        """Work of the GPU: a function, done in its turn."""
+        """Enqueue a function on the stream, as work of the GPU."""
 
         def call(_):
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 - C cannot take it
+            except Exception as error:  # noqa: BLE001 - C cannot handle exceptions
                 self.violations.append(repr(error))
             return 0
 
@@ -139,7 +139,7 @@ class Runtime:
         return Engine(self.trt, struct.unpack("<2i", plan[40:48]), onnx.load_model_from_string(plan[48:]))
 
 
-class Engine(_Named):
+class Engine(_Versioned):
     device_memory_size = device_memory_size_v2 = SCRATCH_BYTES
 
     def __init__(self, trt, batches, model):
@@ -153,8 +153,8 @@ class Engine(_Named):
         data = model.SerializeToString()
         self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
-    def get_tensor_name(self, number):
-        return list(self.tensors)[number]
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
 
     def get_tensor_mode(self, name):
         return SimpleNamespace(name="INPUT" if name in self.inputs else "OUTPUT")
@@ -163,7 +163,7 @@ class Engine(_Named):
         return SimpleNamespace(name=_TYPES[self.tensors[name].elem_type])
 
     def get_tensor_shape(self, name):
-        return [side.dim_value or -1 for side in self.tensors[name].shape.dim]
+        return [dim.dim_value or -1 for dim in self.tensors[name].shape.dim]
 
     def get_tensor_profile_shape(self, name, profile):
         assert profile == 0
@@ -177,7 +177,7 @@ class Engine(_Named):
 
     def create_execution_context(self, config):
         strategy = config if isinstance(config, str) else config.allocation
-        assert strategy == "user", "the memory is ours"
+        assert strategy == "user", "the caller allocates the memory"
         assert isinstance(config, str) == ("is_stream_capturable" in self.trt.absent)
         return self._context(getattr(config, "cuda_graph_strategy", "disabled"))
 
@@ -191,7 +191,7 @@ class Engine(_Named):
         return self.trt.contexts[-1]
 
 
-class Context(_Named):
+class Context(_Versioned):
     device_memory = 0
     active_optimization_profile = 0
 
@@ -213,10 +213,10 @@ class Context(_Named):
         return fits
 
     def get_tensor_shape(self, name):
-        return [self.shape[0] if side == -1 else side for side in self.engine.get_tensor_shape(name)]
+        return [self.shape[0] if size == -1 else size for size in self.engine.get_tensor_shape(name)]
 
     def set_tensor_address(self, name, address):
-        assert address % 256 == 0, "TensorRT wants 256 bytes"
+        assert address % 256 == 0, "TensorRT requires an alignment of 256 bytes"
         self.addresses[name] = address
         return True
 
@@ -227,11 +227,11 @@ class Context(_Named):
         assert stream, "the default stream"
         assert set(self.addresses) == set(self.engine.tensors), "an address is missing"
         assert -1 not in self.shape, "the shape is open"
-        assert getattr(self, "scratch", None) or self.device_memory, "there is no memory to work in"
+        assert getattr(self, "scratch", None) or self.device_memory, "the device memory is not set"
         if self.trt.failing:
             return False
         if self.trt.is_recording(stream) and (not self.has_run or not self.trt.records):
-            self.trt.violations.append("recorded what may not be")
+            self.trt.violations.append("captured work that cannot be captured")
         self.has_run = True
         self.trt.queue(stream, self._work(dict(self.addresses), self.generation))
         return True
@@ -240,8 +240,8 @@ class Context(_Named):
         arrays = {name: self._array(name, address) for name, address in addresses.items()}
 
         def work():
-            assert self.generation == generation, "the context took another shape after it was recorded"
-            assert self.busy.acquire(blocking=False), "a context runs twice at once"
+            assert self.generation == generation, "the shape of the context changed after the capture"
+            assert self.busy.acquire(blocking=False), "a context runs twice concurrently"
             try:
                 self.trt.at_run()
                 outputs = [name for name in arrays if name not in self.engine.inputs]

@@ -151,7 +151,7 @@ def built(tmp_path_factory):
             except PluginError as error:
                 pytest.skip(error.message)
             made[headers] = build_plugin(
-                tensorrt_include=headers, architectures=["86"], output=folder, say=lambda _: None
+                tensorrt_include=headers, architectures=["86"], output=folder, log=lambda _: None
             )
         return made[headers]
 

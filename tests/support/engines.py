@@ -1,4 +1,4 @@
-"""Exported graphs of random weights, our plugin library and engines of TensorRT-RTX, for tests that build engines."""
+"""Exported models with random weights, the plugin library and TensorRT-RTX engines, for tests that build engines."""
 
 import importlib.util
 import os
@@ -22,17 +22,16 @@ from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.tensorrt.builder import build_engine
+from yolov7_deploy.tensorrt.builder import build_engine, find_tensorrt
 from yolov7_deploy.tensorrt.engine import plan_version
 from yolov7_deploy.tensorrt.plugin_build import build_plugin
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
-from yolov7_deploy.tensorrt.selection import find_tensorrt
 
-SIDE = 128  # a multiple of every variant's stride, with more anchors than the outputs have rows
+IMAGE_SIZE = 128  # a multiple of every variant's stride, with more anchors than maximum detections
 TARGET = "8.6"
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 NO_RTX = "needs tensorrt_rtx (pip install 'yolov7-deploy[tensorrt-rtx]')"
-# A plan without its weights is far below this share of them.
+# A plan is larger than this share of its weights; a plan without weights would be much smaller.
 WEIGHTS_SHARE = 0.9
 OUTPUTS = {
     "num_dets": ("int32", (1, 1)),
@@ -50,31 +49,31 @@ def _fused(variant):
 
 
 @lru_cache(maxsize=2)
-def exported(variant="yolov7-tiny", *, half=False, **options):
-    """A graph of random weights; shared, so not to be changed."""
-    if half:
-        return to_fp16(exported(variant, **options), (noise(SIDE, SIDE),))
+def exported(variant="yolov7-tiny", *, fp16=False, **options):
+    """Return a cached model with random weights; callers must not modify it."""
+    if fp16:
+        return to_fp16(exported(variant, **options), (noise(IMAGE_SIZE, IMAGE_SIZE),))
     fused = _fused(variant)
-    return export_onnx(fused, metadata_of(fused), ExportOptions(**{"input_hw": (SIDE, SIDE), **options}))
+    return export_onnx(fused, metadata_of(fused), ExportOptions(**{"input_hw": (IMAGE_SIZE, IMAGE_SIZE), **options}))
 
 
 @lru_cache(maxsize=2)
 def quantized(variant="yolov7-tiny", **options):
-    """An INT8 graph of random weights and the ranges of two images; shared, so not to be changed."""
+    """Return a cached INT8 model with random weights, calibrated with two images; callers must not modify it."""
     model = exported(variant, **options)
-    images = [noise(SIDE, SIDE, seed) for seed in range(2)]
+    images = [noise(IMAGE_SIZE, IMAGE_SIZE, seed) for seed in range(2)]
     return to_int8(model, calibrate(model, images, count=len(images)), Int8Options())
 
 
 @lru_cache(maxsize=1)
 def rtx():
-    """The TensorRT-RTX that is installed, asked once."""
+    """Return the installed TensorRT-RTX, cached."""
     return find_tensorrt(EngineOptions(targets=(TARGET,)))
 
 
 @lru_cache(maxsize=1)
 def plugin_library(folder):
-    """Path of our plugin for TARGET and an empty text, or `None` and why there is none."""
+    """Return the path of the plugin library for TARGET and '', or `None` and the reason."""
     if os.environ.get(PLUGIN_VARIABLE):
         return os.environ[PLUGIN_VARIABLE], ""
     try:
@@ -86,29 +85,29 @@ def plugin_library(folder):
 
 
 def build(model, **options):
-    """An engine of TensorRT-RTX for TARGET, with NMS by operators."""
-    return build_engine(model, EngineOptions(**{"targets": (TARGET,), "plugin": "off", **options}), on=rtx())
+    """Build a TensorRT-RTX engine for TARGET, with NMS by operators."""
+    return build_engine(model, EngineOptions(**{"targets": (TARGET,), "plugin": "off", **options}), installation=rtx())
 
 
 def ports(tensors):
-    """Type and shape by name."""
+    """Return (dtype, shape) of tensors by name."""
     return {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
 
 
 def check(engine, model):
-    """What holds for every engine of `build` with NMS inside."""
+    """Assert the properties of every engine of `build` with NMS."""
     record = engine.record
     weights = sum(len(weight.raw_data) for weight in model.proto.graph.initializer)
     assert record.plan_bytes == len(engine.plan) > WEIGHTS_SHARE * weights
     assert plan_version(engine.plan)[0] == record.product == "tensorrt_rtx"
-    assert ports(record.inputs) == {"images": ("float32", (1, 3, SIDE, SIDE)), **THRESHOLDS}
+    assert ports(record.inputs) == {"images": ("float32", (1, 3, IMAGE_SIZE, IMAGE_SIZE)), **THRESHOLDS}
     assert ports(record.outputs) == OUTPUTS
     assert (record.targets, record.strongly_typed, record.runtime_thresholds) == ((TARGET,), True, True)
     assert record.metadata == model.metadata
 
 
 def foreign(op="Relu", domain="", opset=17):
-    """A file of another program: a convolution and one node called `last`."""
+    """Return a model of another exporter: a convolution and a node named `last`."""
     weight = numpy_helper.from_array(np.zeros((8, 3, 1, 1), np.float32), "weight")
     nodes = [
         helper.make_node("Conv", ["images", "weight"], ["inside"], name="first"),
@@ -130,5 +129,5 @@ def files(folder):
 
 
 def left_behind():
-    """Workplaces of builders of this process that are still there."""
+    """Return the temporary folders of builds of this process that still exist."""
     return sorted(Path(tempfile.gettempdir()).glob(f"y7-engine-{os.getpid()}-*"))

@@ -1,4 +1,4 @@
-"""The engine type: plan and record are saved, loaded and judged together."""
+"""The Engine type: saving and loading of plan and record, and mismatches with another machine."""
 
 import json
 import os
@@ -9,19 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.small_models import fused_tiny, metadata_of
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.tensorrt.build_record import (
     DlaUse,
-    EngineMachine,
+    EngineEnvironment,
     EngineRecord,
     EngineTensor,
     InputShape,
     NetworkLayer,
     PluginUse,
 )
-from yolov7_deploy.tensorrt.engine import Engine, digest, plan_version, record_path
+from yolov7_deploy.tensorrt.engine import Engine, plan_version, record_path
 
-# First bytes of plans: letters, version of the layout, length, and from byte 24 the version of TensorRT.
+# First bytes of plans: magic, version of the layout, length, and from byte 24 the version of TensorRT.
 RTX_HEADER = bytes.fromhex("76747274 00000000 02000000 00000000 8c120400 00000000 01070174 76747274 7e000000")
 TRT_HEADER = bytes.fromhex("66747274 00000000 02000000 00000000 8c120400 00000000 0a03001a 66747274 00000000")
 PLAN = TRT_HEADER + bytes(range(200))
@@ -29,10 +30,10 @@ PLUGIN = PluginUse(path="/cache/liby7_plugin.so", version="1", abi="v3")
 
 
 def record_of(plan=PLAN, **fields):
-    made = EngineRecord(
+    record = EngineRecord(
         metadata=metadata_of(fused_tiny()),
         plan_bytes=len(plan),
-        plan_sha256=digest(plan),
+        plan_sha256=sha256_hex(plan),
         product="tensorrt",
         tensorrt="10.3.0",
         cuda="12.6",
@@ -54,7 +55,7 @@ def record_of(plan=PLAN, **fields):
         build_s=12.5,
         notes=("a note",),
     )
-    return replace(made, **fields)
+    return replace(record, **fields)
 
 
 def machine(**fields):
@@ -65,7 +66,7 @@ def machine(**fields):
         "platform": "linux-x86_64",
         "plugin": PLUGIN,
     }
-    return EngineMachine(**{**known, **fields})
+    return EngineEnvironment(**{**known, **fields})
 
 
 @pytest.fixture
@@ -78,23 +79,23 @@ def saved(tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_loaded(saved):
+def test_a_saved_engine_loads_as_it_was(saved):
     assert Engine.load(saved) == Engine(plan=PLAN, record=record_of())
 
 
-def test_the_plan_is_bare_and_the_record_beside_it(saved):
+def test_the_plan_is_a_plain_file_and_the_record_is_next_to_it(saved):
     assert saved.read_bytes() == PLAN
     assert record_path(saved).name == "tiny.engine.json"
     assert sorted(path.name for path in saved.parent.iterdir()) == ["tiny.engine", "tiny.engine.json"]
 
 
-def test_the_same_record_is_the_same_bytes_in_sorted_order():
+def test_the_same_record_is_the_same_bytes_with_sorted_keys():
     text = record_of().to_json()
     assert text == record_of().to_json()
     assert list(json.loads(text)) == sorted(json.loads(text))
 
 
-def test_an_older_engine_stays_where_a_new_one_cannot_be_written(saved, monkeypatch):
+def test_a_failed_write_keeps_the_existing_engine(saved, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -106,35 +107,35 @@ def test_an_older_engine_stays_where_a_new_one_cannot_be_written(saved, monkeypa
     assert len(list(saved.parent.iterdir())) == 2
 
 
-def test_a_folder_that_is_not_there_is_made(tmp_path):
+def test_a_missing_folder_is_created(tmp_path):
     Engine(plan=PLAN, record=None).save(tmp_path / "new" / "x.engine")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.engine"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "nowhere").write_text("")
     with pytest.raises(EngineError, match="nowhere"):
         Engine(plan=PLAN, record=None).save(tmp_path / "nowhere" / "x.engine")
 
 
 @pytest.mark.parametrize(
-    "damage,says",
+    "damage,message",
     [
-        (lambda plan: plan[:-7], r"cut off: it has \d+ bytes, plan_bytes in tiny\.engine\.json says \d+"),
+        (lambda plan: plan[:-7], r"truncated: it has \d+ bytes, plan_bytes in tiny\.engine\.json is \d+"),
         (lambda plan: plan + b"x", "replaced: it has"),
         (lambda plan: plan[:-1] + b"\0", "plan_sha256"),
-        (lambda plan: b"", "cut off: it has 0 bytes"),
+        (lambda plan: b"", "truncated: it has 0 bytes"),
     ],
 )
-def test_a_plan_that_is_not_the_records_is_refused_with_the_command_that_repairs_it(saved, damage, says):
+def test_a_plan_that_does_not_match_its_record_is_an_error_with_the_command_to_rebuild(saved, damage, message):
     saved.write_bytes(damage(saved.read_bytes()))
-    with pytest.raises(LoadError, match=says) as caught:
+    with pytest.raises(LoadError, match=message) as caught:
         Engine.load(saved)
     assert caught.value.fix == f"Build it again:  y7 build --weights tiny.onnx --output {saved}"
 
 
 @pytest.mark.parametrize(
-    "change,says",
+    "change,message",
     [
         (lambda raw: raw | {"schema": 2}, "schema is 2, this version reads 1"),
         (lambda raw: {k: v for k, v in raw.items() if k != "plan_bytes"}, "plan_bytes is missing"),
@@ -145,39 +146,39 @@ def test_a_plan_that_is_not_the_records_is_refused_with_the_command_that_repairs
         (lambda raw: raw | {"plugin": []}, r"plugin is \[\]"),
         (lambda raw: raw | {"build_s": True}, "build_s is True"),
         (lambda raw: raw | {"metadata": None}, "metadata"),
-        (lambda raw: [raw], "not an object but list"),
+        (lambda raw: [raw], "a JSON list instead of an object"),
     ],
 )
-def test_a_record_that_cannot_be_used_names_the_field(saved, change, says):
+def test_an_invalid_record_is_an_error_that_names_the_field(saved, change, message):
     path = record_path(saved)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(LoadError, match=says) as caught:
+    with pytest.raises(LoadError, match=message) as caught:
         Engine.load(saved)
     assert "y7 build" in caught.value.fix
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"null", b"[" * 100_000])
-def test_a_record_that_is_no_json_is_our_error(saved, content):
+def test_a_record_that_is_not_json_is_a_load_error(saved, content):
     record_path(saved).write_bytes(content)
     with pytest.raises(LoadError, match=r"tiny\.engine\.json"):
         Engine.load(saved)
 
 
 @given(st.binary(max_size=300))
-def test_no_bytes_crash_the_reading_of_a_record(data):
+def test_arbitrary_bytes_are_a_load_error(data):
     try:
         EngineRecord.from_json(data.decode(errors="replace"))
     except LoadError:
         return
-    raise AssertionError("these bytes are no record")
+    raise AssertionError("these bytes are not a record")
 
 
-def test_fields_of_a_newer_writer_are_left_out():
+def test_unknown_fields_are_ignored():
     raw = json.loads(record_of().to_json()) | {"invented_later": 1}
     assert EngineRecord.from_json(json.dumps(raw)) == record_of()
 
 
-def test_a_foreign_engine_opens_with_a_warning(tmp_path, caplog):
+def test_an_engine_without_a_record_loads_with_a_warning(tmp_path, caplog):
     path = tmp_path / "foreign.engine"
     path.write_bytes(PLAN)
     engine = Engine.load(path)
@@ -187,20 +188,20 @@ def test_a_foreign_engine_opens_with_a_warning(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"PK\x03\x04 a zip file", b"\0" * 100])
-def test_what_is_no_plan_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_plan_is_an_error(tmp_path, content):
     path = tmp_path / "x.engine"
     path.write_bytes(content)
-    with pytest.raises(LoadError, match="is no TensorRT engine"):
+    with pytest.raises(LoadError, match="is not a TensorRT engine"):
         Engine.load(path)
 
 
-def test_an_absent_engine_says_how_to_build_it(tmp_path):
+def test_a_missing_engine_is_an_error_with_the_build_command(tmp_path):
     with pytest.raises(LoadError, match="does not exist") as caught:
         Engine.load(tmp_path / "x.engine")
     assert "y7 build" in caught.value.fix
 
 
-def test_a_folder_is_no_engine(tmp_path):
+def test_a_folder_is_an_error(tmp_path):
     with pytest.raises(LoadError, match="cannot be read"):
         Engine.load(tmp_path)
 
@@ -216,7 +217,7 @@ def test_a_folder_is_no_engine(tmp_path):
         (b"", None),
     ],
 )
-def test_a_plan_says_which_tensorrt_wrote_it(plan, expected):
+def test_the_tensorrt_version_is_read_from_a_plan(plan, expected):
     assert plan_version(plan) == expected
 
 
@@ -227,12 +228,12 @@ def fields_of(record, **changes):
     return [mismatch.field for mismatch in record.mismatches(machine(**changes), engine="tiny.engine")]
 
 
-def test_an_engine_fits_the_machine_it_was_built_on():
+def test_an_engine_matches_the_machine_that_built_it():
     assert fields_of(record_of()) == []
 
 
 @pytest.mark.parametrize(
-    "changes,field,says",
+    "changes,field,message",
     [
         ({"product": "tensorrt_rtx", "tensorrt": "1.7.1"}, "product", "10.3.0; this machine has TensorRT-RTX"),
         ({"tensorrt": "10.4.0"}, "tensorrt", "by TensorRT 10.3.0; this machine has TensorRT 10.4.0"),
@@ -244,27 +245,27 @@ def test_an_engine_fits_the_machine_it_was_built_on():
         ({"plugin": replace(PLUGIN, abi="v2")}, "plugin", "this machine has version 1 (v2)"),
     ],
 )  # fmt: skip
-def test_a_mismatch_names_the_field_both_values_and_the_command(changes, field, says):
+def test_a_mismatch_has_the_field_both_values_and_the_command(changes, field, message):
     (mismatch,) = record_of().mismatches(machine(**changes), engine="tiny.engine")
     assert mismatch.field == field
-    assert says in str(mismatch)
-    assert "y7 build --weights tiny.onnx" in mismatch.repair
+    assert message in str(mismatch)
+    assert "y7 build --weights tiny.onnx" in mismatch.fix
 
 
-def test_the_plugin_can_be_built_or_left_out():
+def test_a_missing_plugin_can_be_built_or_avoided():
     (mismatch,) = record_of().mismatches(machine(plugin=None))
-    assert mismatch.repair == (
+    assert mismatch.fix == (
         "Build the plugin here:  y7 plugin   or without it:  y7 build --weights NAME.onnx --plugin off"
     )
 
 
 @pytest.mark.parametrize("here", ["10.3.0.26", "10.3", "10.3.0"])
-def test_versions_are_compared_as_far_as_both_say(here):
+def test_versions_are_compared_up_to_the_shorter_one(here):
     assert fields_of(record_of(), tensorrt=here) == []
 
 
 @pytest.mark.parametrize(
-    "built,here,fits",
+    "built,here,matches",
     [
         ("8.6.1", "8.6.3", True),
         ("8.6.1", "10.0.1", True),
@@ -275,13 +276,13 @@ def test_versions_are_compared_as_far_as_both_say(here):
         ("11.1.0", "10.16.0", False),
     ],
 )
-def test_a_version_compatible_engine_runs_with_later_versions(built, here, fits):
+def test_a_version_compatible_engine_runs_with_later_versions(built, here, matches):
     record = record_of(tensorrt=built, version_compatible=True)
-    assert fields_of(record, tensorrt=here) == ([] if fits else ["tensorrt"])
+    assert fields_of(record, tensorrt=here) == ([] if matches else ["tensorrt"])
 
 
 @pytest.mark.parametrize(
-    "level,here,fits",
+    "level,here,matches",
     [
         ("none", "8.9", False),
         ("ampere_plus", "8.9", True),
@@ -291,13 +292,13 @@ def test_a_version_compatible_engine_runs_with_later_versions(built, here, fits)
         ("same_compute_capability", "8.9", False),
     ],
 )
-def test_a_hardware_compatible_engine_runs_where_it_says(level, here, fits):
+def test_a_hardware_compatible_engine_runs_on_the_gpus_of_its_level(level, here, matches):
     record = record_of(hardware_compatible=level)
-    assert fields_of(record, compute_capability=here) == ([] if fits else ["compute_capability"])
+    assert fields_of(record, compute_capability=here) == ([] if matches else ["compute_capability"])
 
 
 @pytest.mark.parametrize(
-    "targets,here,fits",
+    "targets,here,matches",
     [
         (("8.6", "12.0"), "12.0", True),
         (("8.6", "12.0"), "8.9", False),
@@ -306,13 +307,13 @@ def test_a_hardware_compatible_engine_runs_where_it_says(level, here, fits):
         ((), "7.5", False),
     ],
 )
-def test_an_engine_of_tensorrt_rtx_runs_on_its_targets(targets, here, fits):
+def test_an_engine_of_tensorrt_rtx_runs_on_its_targets(targets, here, matches):
     record = record_of(product="tensorrt_rtx", tensorrt="1.7.1", targets=targets, compute_capability="")
     found = record.mismatches(machine(product="tensorrt_rtx", tensorrt="1.7.1", compute_capability=here))
-    assert [mismatch.field for mismatch in found] == ([] if fits else ["targets"])
-    if targets and not fits:
-        assert found[0].repair.endswith("--target sm86,sm120,sm89")
+    assert [mismatch.field for mismatch in found] == ([] if matches else ["targets"])
+    if targets and not matches:
+        assert found[0].fix.endswith("--target sm86,sm120,sm89")
 
 
-def test_an_unknown_gpu_is_no_mismatch():
+def test_an_unknown_gpu_is_not_a_mismatch():
     assert fields_of(record_of(), compute_capability="") == []

@@ -1,6 +1,6 @@
-"""The layers of an engine: both forms of the inspector's JSON, names only, the builder's list, the parsed network.
+"""The layers of an engine: both formats of the inspector's JSON, names only, the builder's list, the parsed network.
 
-The fixtures are written in the forms that TensorRT documents and prints; the layers are a piece of YOLOv7.
+The fixtures have the formats that TensorRT documents and prints; the layers are a part of YOLOv7.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.tensorrt.build_record import EngineRecord, NetworkLayer
-from yolov7_deploy.tensorrt.inspector import LayerTensor, layers_of, parsed_network, read_inspector, read_listing
+from yolov7_deploy.tensorrt.inspector import LayerTensor, engine_layers, network_table, read_inspector, read_listing
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "inspector"
-FORMS = sorted(path.name for path in FIXTURES.glob("*.json"))
+JSON_FILES = sorted(path.name for path in FIXTURES.glob("*.json"))
 LISTING = (FIXTURES / "listing_rtx_1.7.txt").read_text(encoding="utf-8")  # lines of three builds with 1.7.1
 
 
@@ -27,11 +27,11 @@ def text(name: str) -> str:
     return (FIXTURES / name).read_text(encoding="utf-8")
 
 
-def test_the_form_up_to_10_tells_types_precisions_and_layouts():
+def test_the_format_up_to_10_has_types_precisions_and_layouts():
     table = read_inspector(text("detailed_8.6.json"))
     assert table.detail == "detailed"
     assert table.types == {"Reformat": 2, "CaskConvolution": 2, "PluginV2": 1}
-    # The second convolution computes in int8 though its output is float16: its weights say so.
+    # The second convolution computes in INT8, like its weights, although its output is FP16.
     assert [layer.precision for layer in table.layers] == ["fp32", "fp16", "fp16", "int8", "fp16"]
     assert [layer.inputs[0].format for layer in table.layers] == ["LINEAR", "HWC4", "HWC8", "CHW32", "LINEAR"]
     assert table.layers[1].outputs == (
@@ -40,33 +40,33 @@ def test_the_form_up_to_10_tells_types_precisions_and_layouts():
     assert table.layers[1].tactic.startswith("sm80_xmma") and table.layers[0].tactic == "0x00000000000003ea"
 
 
-def test_a_reformat_that_quantises_is_not_counted_as_a_reformat():
+def test_a_reformat_that_quantizes_is_not_counted_as_a_reformat():
     table = read_inspector(text("detailed_8.6.json"))
-    assert [layer.name for layer in table.layers if layer.reformat] == [
+    assert [layer.name for layer in table.layers if layer.is_reformat] == [
         "Reformatting CopyNode for Input Tensor 0 to /model.0/conv/Conv"
     ]
     assert table.reformats == 1
     assert table.precisions == {"fp16": 3, "int8": 1}
 
 
-def test_weights_are_counted_in_the_bytes_of_their_type():
+def test_the_size_of_weights_depends_on_their_type():
     table = read_inspector(text("detailed_8.6.json"))
     assert [layer.weights_bytes for layer in table.layers] == [None, (864 + 32) * 2, None, 73440 + 255 * 4, None]
     assert table.weights_bytes == (864 + 32) * 2 + 73440 + 255 * 4
 
 
-def test_the_layers_of_further_profiles_are_not_counted_again():
+def test_the_layers_of_further_profiles_are_not_counted():
     table = read_inspector(text("detailed_8.6.json"))
     assert not any("[profile 1]" in layer.name for layer in table.layers)
     assert [port.name for port in table.io] == ["images", "num_dets", "det_boxes"]
 
 
-def test_the_plugin_is_named_by_its_type_or_else_by_its_layer():
+def test_the_name_of_a_plugin_is_its_type_or_else_its_layer():
     assert read_inspector(text("detailed_8.6.json")).plugins == ("Y7NMS",)
     assert read_inspector(text("detailed_10.json")).plugins == ("/model.77/Y7NMS",)
 
 
-def test_compiled_layers_of_version_10_tell_only_a_type_and_list_their_weights_as_constants():
+def test_compiled_layers_of_version_10_have_a_type_and_list_their_weights_as_constants():
     table = read_inspector(text("detailed_10.json"))
     assert table.types == {"conv": 1, "kgen": 1, "PluginV3": 1}
     assert table.precisions == {"fp16": 2, "fp32": 1}
@@ -74,7 +74,7 @@ def test_compiled_layers_of_version_10_tell_only_a_type_and_list_their_weights_a
     assert table.weights_bytes == 32 * 3 * 3 * 3 * 2
 
 
-def test_the_form_of_version_11_tells_the_same_and_the_shapes_of_each_profile():
+def test_the_format_of_version_11_also_has_the_shapes_of_each_profile():
     table = read_inspector(text("detailed_11.json"))
     assert table.types == {"Reformat": 1, "CaskConvolution": 1, "PluginV3": 1}
     assert table.layers[1].outputs == (LayerTensor(name="c0", shape=(1, 32, 640, 640), dtype="fp16", format="HWC8"),)
@@ -86,7 +86,7 @@ def test_the_form_of_version_11_tells_the_same_and_the_shapes_of_each_profile():
 
 
 @pytest.mark.parametrize("name", ["names_10.json", "names_11.json"])
-def test_names_alone_are_a_table_of_which_little_is_known(name):
+def test_a_table_of_names_has_no_types_precisions_and_sizes(name):
     table = read_inspector(text(name))
     assert table.detail == "names"
     assert [layer.name for layer in table.layers][2] == "/model.105/Y7NMS"
@@ -95,14 +95,14 @@ def test_names_alone_are_a_table_of_which_little_is_known(name):
     assert [port.name for port in table.io] == ["images", "num_dets"]
 
 
-def test_dynamic_shapes_leave_layout_and_memory_unknown_but_not_the_weights():
+def test_with_dynamic_shapes_layout_and_activations_are_unknown_but_not_the_weights():
     table = read_inspector(text("dynamic_8.6.json"))
     (layer,) = table.layers
     assert (layer.precision, layer.inputs[0].dtype, layer.inputs[0].format) == ("fp16", "", "")
     assert (table.peak_activation_bytes, table.weights_bytes) == (None, (864 + 32) * 2)
 
 
-def test_peak_activations_are_the_most_that_lives_at_one_time():
+def test_peak_activations_are_the_largest_total_at_one_time():
     def layer(name, takes, gives):
         side = {"a": 10, "b": 100, "c": 20, "d": 30}
         tensors = [
@@ -112,7 +112,7 @@ def test_peak_activations_are_the_most_that_lives_at_one_time():
 
     chain = [layer("1", "a", "b"), layer("2", "b", "c"), layer("3", "c", "d")]
     assert read_inspector(json.dumps({"Layers": chain})).peak_activation_bytes == (100 + 20) * 4
-    # a is read again at the end, so it lives throughout.
+    # a is read again at the end, so it exists throughout.
     kept = [*chain[:2], layer("3", "ca", "d")]
     assert read_inspector(json.dumps({"Layers": kept})).peak_activation_bytes == (10 + 100 + 20) * 4
 
@@ -121,12 +121,12 @@ def test_peak_activations_are_the_most_that_lives_at_one_time():
     ("layout", "stored"),
     [("LINEAR", 3 * 4 * 4 * 2), ("HWC8", 8 * 4 * 4 * 2), ("CHW32", 32 * 4 * 4 * 2), ("HWC", 3 * 4 * 4 * 2)],
 )
-def test_channels_are_padded_as_the_layout_wants_it(layout, stored):
+def test_channels_are_padded_as_the_layout_requires(layout, stored):
     assert LayerTensor(name="x", shape=(1, 3, 4, 4), dtype="fp16", format=layout).stored_bytes == stored
 
 
 @pytest.mark.parametrize(
-    ("words", "dtype", "layout"),
+    ("description", "dtype", "layout"),
     [
         ("Row major linear FP32", "fp32", "LINEAR"),
         ("Row major Int8 format", "int8", "LINEAR"),
@@ -142,14 +142,14 @@ def test_channels_are_padded_as_the_layout_wants_it(layout, stored):
         ("Unknown format", "", ""),
     ],
 )
-def test_words_of_tensorrt_become_a_type_and_a_layout(words, dtype, layout):
-    document = {"Layers": [{"Name": "x", "Inputs": [{"Name": "t", "Dimensions": [1], "Format/Datatype": words}]}]}
+def test_format_descriptions_are_parsed_into_type_and_layout(description, dtype, layout):
+    document = {"Layers": [{"Name": "x", "Inputs": [{"Name": "t", "Dimensions": [1], "Format/Datatype": description}]}]}
     (tensor,) = read_inspector(json.dumps(document)).layers[0].inputs
     assert (tensor.dtype, tensor.format) == (dtype, layout)
 
 
-def test_layers_as_parsed_are_a_table_too():
-    table = parsed_network(
+def test_a_parsed_network_is_a_table():
+    table = network_table(
         [
             NetworkLayer(name="/model.0/conv/Conv", type="CONVOLUTION", precision="HALF"),
             NetworkLayer(name="/model.105/Y7NMS", type="PLUGIN_V3", precision="INT32"),
@@ -166,18 +166,18 @@ def test_layers_as_parsed_are_a_table_too():
 @pytest.mark.parametrize(
     "broken", ["", "{", "null", "7", '"text"', "{}", '{"Layers": 3}', '{"Layers": {}}', "[" * 100_000]
 )
-def test_what_is_no_inspection_is_refused_in_our_words(broken):
-    with pytest.raises(LoadError, match=r"The inspector's text about the engine cannot be read"):
+def test_an_invalid_document_is_a_load_error(broken):
+    with pytest.raises(LoadError, match=r"The EngineInspector's description of the engine cannot be read"):
         read_inspector(broken)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_text_that_was_cut_off_is_refused(name):
-    with pytest.raises(LoadError, match="no JSON"):
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_a_truncated_document_is_a_load_error(name):
+    with pytest.raises(LoadError, match="not JSON"):
         read_inspector(text(name)[:-20])
 
 
-def test_line_breaks_inside_names_and_a_zero_at_the_end_are_taken():
+def test_line_breaks_inside_names_and_a_trailing_null_byte_are_accepted():
     table = read_inspector('{"Layers": ["a\nb"]}\n\0')
     assert [layer.name for layer in table.layers] == ["a\nb"]
 
@@ -194,7 +194,7 @@ JSON = st.recursive(
 
 
 @given(layers=st.lists(JSON, max_size=4), io=JSON)
-def test_no_values_in_known_places_are_too_strange(layers, io):
+def test_arbitrary_values_do_not_raise(layers, io):
     table = read_inspector(json.dumps({"Layers": layers, "I/O Tensors": io}))
     assert len(table.layers) <= len(layers)
     _ = (
@@ -207,7 +207,7 @@ def test_no_values_in_known_places_are_too_strange(layers, io):
     )
 
 
-def test_a_name_that_could_not_be_printed_is_made_printable():
+def test_characters_that_cannot_be_printed_are_replaced():
     table = read_inspector('{"Layers": ["a\\ud800b"], "Bindings": []}')
     assert [layer.name for layer in table.layers] == ["a?b"]
 
@@ -218,10 +218,10 @@ def test_convolutions_are_counted_by_the_type_of_their_weights():
     assert read_inspector(text("names_10.json")).convolutions == {}
 
 
-# --- what a builder lists without a GPU -------------------------------------------------------------------------------
+# --- the builder's list of layers -------------------------------------------------------------------------------------
 
 
-def test_the_list_of_a_builder_is_a_table_of_fused_layers():
+def test_the_builders_list_is_a_table_of_fused_layers():
     table = read_listing(LISTING)
     assert table.detail == "compiled"
     assert [layer.type for layer in table.layers] == [
@@ -237,47 +237,47 @@ def test_the_list_of_a_builder_is_a_table_of_fused_layers():
     assert convolution.tactic == "__myelin_CASK_STUB"
 
 
-def test_listed_convolutions_compute_in_the_type_of_their_weights_and_not_of_scales_biases_or_outputs():
+def test_the_precision_of_a_listed_convolution_is_the_type_of_its_weights():
     table = read_listing(LISTING)
-    assert [layer.precision for layer in table.layers if layer.convolves] == ["int8", "fp16", "fp16", "fp16"]
+    assert [layer.precision for layer in table.layers if layer.is_convolution] == ["int8", "fp16", "fp16", "fp16"]
     assert table.convolutions == {"fp16": 3, "int8": 1}
     assert table.precisions == {"fp16": 4, "int8": 1 + 1, "fp32": 1, "bool": 1}
 
 
-def test_listed_weights_are_counted_with_their_scales():
+def test_the_size_of_listed_weights_includes_their_scales():
     assert read_listing(LISTING).layers[1].weights_bytes == 32 * 4 * 3 * 3 + 2 * 32 * 4
 
 
-def test_a_listed_plugin_is_called_as_in_the_graph():
+def test_a_listed_plugin_has_its_name_in_the_graph():
     assert read_listing(LISTING).plugins == ("nms",)
 
 
 @pytest.mark.parametrize(
     "broken", ["", "Layers:\n", "Layers:\nName: x\n", LISTING.replace(", Inputs: [", ", inputs: [")]
 )
-def test_a_text_that_lists_no_layer_is_no_table(broken):
+def test_a_text_without_layers_is_not_a_table(broken):
     assert read_listing(broken) is None
 
 
-def test_a_line_of_another_form_costs_only_itself():
+def test_a_line_of_another_format_is_ignored():
     lines = LISTING.splitlines()
     lines[2] = lines[2][:300]
     assert len(read_listing("\n".join(lines)).layers) == len(read_listing(LISTING).layers) - 1
 
 
-@pytest.mark.parametrize("sides", ["", "1,x", "1,,2", "-", "9" * 5000, "1, 2", "\u0663"])
-def test_sides_that_are_no_numbers_leave_the_shape_unknown(sides):
-    table = read_listing(LISTING.replace("Dimensions: [1,4,128,128]", f"Dimensions: [{sides}]"))
+@pytest.mark.parametrize("dimensions", ["", "1,x", "1,,2", "-", "9" * 5000, "1, 2", "\u0663"])
+def test_invalid_dimensions_are_an_unknown_shape(dimensions):
+    table = read_listing(LISTING.replace("Dimensions: [1,4,128,128]", f"Dimensions: [{dimensions}]"))
     assert table.layers[1].inputs[0].shape == ()
     assert table.layers[1].precision == "int8"
 
 
-PIECES = sorted({*LISTING.split("["), *LISTING.split(", "), "\n", "\0", "{ Name: ", "Name: ", "]", "}", "-1", "\udc80"})
+PARTS = sorted({*LISTING.split("["), *LISTING.split(", "), "\n", "\0", "{ Name: ", "Name: ", "]", "}", "-1", "\udc80"})
 
 
-@given(pieces=st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=60), place=st.integers(0, len(LISTING)))
-def test_no_text_is_too_strange_for_a_list_of_layers(pieces, place):
-    for broken in ("".join(pieces), f"{LISTING[:place]}{''.join(pieces)}{LISTING[place:]}"):
+@given(parts=st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=60), offset=st.integers(0, len(LISTING)))
+def test_arbitrary_text_does_not_raise(parts, offset):
+    for broken in ("".join(parts), f"{LISTING[:offset]}{''.join(parts)}{LISTING[offset:]}"):
         table = read_listing(broken)
         if table is not None:
             _ = (table.types, table.precisions, table.convolutions, table.plugins, table.weights_bytes)
@@ -285,16 +285,16 @@ def test_no_text_is_too_strange_for_a_list_of_layers(pieces, place):
 
 
 @pytest.mark.parametrize(
-    "piece", ["Name: ", "{ Name: ", ", LayerType: ", "], Constants: [", ", Dimensions: [", "123456789,", "\n"]
+    "part", ["Name: ", "{ Name: ", ", LayerType: ", "], Constants: [", ", Dimensions: [", "123456789,", "\n"]
 )
-def test_a_list_that_never_ends_takes_no_longer_than_its_length(piece):
+def test_the_time_to_read_a_list_is_linear_in_its_length(part):
     head = LISTING.splitlines()[2].partition(" ], Constants: ")[0]
     started = time.perf_counter()
-    read_listing(f"{head}{piece * (2_000_000 // len(piece))}")
-    assert time.perf_counter() - started < 20  # a square of it would take hours
+    read_listing(f"{head}{part * (2_000_000 // len(part))}")
+    assert time.perf_counter() - started < 20  # quadratic time would take hours
 
 
-def test_the_best_table_of_a_record_is_what_runs_then_what_was_listed_then_what_was_parsed():
+def test_the_table_of_a_record_is_the_inspected_engine_else_the_list_else_the_parsed_network():
     metadata = ModelMetadata(variant="custom", class_names=(), strides=(), anchors=())
     layer = NetworkLayer(name="conv", type="CONVOLUTION", precision="float16")
     known = {"inspector": text("detailed_10.json"), "listing": LISTING, "network_layers": (layer,)}
@@ -302,7 +302,7 @@ def test_the_best_table_of_a_record_is_what_runs_then_what_was_listed_then_what_
         record = EngineRecord(
             metadata=metadata, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="10", **known
         )
-        table, notes = layers_of(record)
+        table, notes = engine_layers(record)
         assert (table.detail, notes) == (detail, ())
         known.pop(next(iter(known)))
     broken = EngineRecord(
@@ -314,11 +314,11 @@ def test_the_best_table_of_a_record_is_what_runs_then_what_was_listed_then_what_
         inspector="{",
         listing=LISTING,
     )
-    table, notes = layers_of(broken)
-    assert table.detail == "compiled" and "no JSON" in notes[0]
+    table, notes = engine_layers(broken)
+    assert table.detail == "compiled" and "not JSON" in notes[0]
 
 
-def test_a_record_of_before_there_were_lists_still_loads():
+def test_a_record_without_a_listing_loads():
     metadata = ModelMetadata(variant="custom", class_names=(), strides=(), anchors=())
     record = EngineRecord(metadata=metadata, plan_bytes=0, plan_sha256="", product="tensorrt_rtx", tensorrt="1.7")
     older = json.loads(record.to_json())

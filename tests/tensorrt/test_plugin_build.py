@@ -1,4 +1,4 @@
-"""The plugin is built by one command; a tool that is missing, an odd wish or a failing compiler is an error of ours."""
+"""Building the plugin: search for the tools, validation of the options, and errors of the compiler."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI, PLUGIN_VARIABLE, 
 
 
 @pytest.fixture(autouse=True)
-def nothing_built(monkeypatch, tmp_path):
-    """No library anywhere, and a cache of its own."""
+def no_plugin(monkeypatch, tmp_path):
+    """No plugin library is installed, and the cache folder is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(PLUGIN_VARIABLE, raising=False)
     monkeypatch.setattr(plugins, "SYSTEM_FOLDERS", (tmp_path / "system",))
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("given", "expected"),
     [
         ([], ()),
         (["86"], ("86",)),
@@ -41,19 +41,19 @@ def nothing_built(monkeypatch, tmp_path):
         (["all-major"], ("all-major",)),
     ],
 )
-def test_architectures_are_read_as_people_write_them(given, meant):
-    assert parse_architectures(given) == meant
+def test_architectures_are_parsed_in_every_usual_form(given, expected):
+    assert parse_architectures(given) == expected
 
 
 @pytest.mark.parametrize("given", ["ampere", "8", "-86", "86,native", "1234", "8.6.1"])
-def test_what_is_no_architecture_is_refused(given):
+def test_an_invalid_architecture_is_an_error(given):
     with pytest.raises(UsageError, match="is not a GPU architecture"):
         parse_architectures([given])
 
 
 @pytest.fixture
-def tools_folder(tmp_path, monkeypatch):
-    """A PATH of its own, with the tools that a test puts there; nothing else of this machine is seen."""
+def add_tool(tmp_path, monkeypatch):
+    """Return a function that adds a tool to the PATH, which is otherwise empty; no tool of this machine is found."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -61,23 +61,23 @@ def tools_folder(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(plugin_build, "HEADER_FOLDERS", (tmp_path / "include",))
-    monkeypatch.setattr(plugin_build, "NVCC_WHEEL", "nobody-has-this")
-    monkeypatch.setattr(plugin_build, "HEADER_WHEEL", "nobody-has-this-either")
+    monkeypatch.setattr(plugin_build, "NVCC_WHEEL", "no-such-package")
+    monkeypatch.setattr(plugin_build, "HEADER_WHEEL", "no-such-package-either")
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
 
-    def put(name: str, *lines: str) -> None:
+    def add_tool(name: str, *lines: str) -> None:
         path = folder / name
         path.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
         path.chmod(0o755)
 
-    return put
+    return add_tool
 
 
-def test_every_missing_tool_is_named_with_what_to_type(tools_folder, tmp_path, monkeypatch):
+def test_every_missing_tool_is_an_error_with_the_install_command(add_tool, tmp_path, monkeypatch):
     if Path("/usr/local/cuda/bin/nvcc").is_file():
         real = Path.is_file
         monkeypatch.setattr(Path, "is_file", lambda self: "/cuda" not in str(self) and real(self))
-    seen = []
+    messages = []
     for tool, lines in (
         ("cmake", ("echo cmake version 3.16.3",)),
         ("cmake", ("echo cmake version 3.25.1",)),
@@ -86,13 +86,13 @@ def test_every_missing_tool_is_named_with_what_to_type(tools_folder, tmp_path, m
     ):
         with pytest.raises(PluginError) as caught:
             find_tools()
-        seen.append(str(caught.value))
-        tools_folder(tool, *lines)
+        messages.append(str(caught.value))
+        add_tool(tool, *lines)
     with pytest.raises(PluginError) as caught:
         find_tools()
-    seen.append(str(caught.value))
-    for text, words in zip(
-        seen,
+    messages.append(str(caught.value))
+    for text, parts in zip(
+        messages,
         (
             ("no cmake was found", "pip install 'cmake>=3.18'"),
             ("cmake is 3.16", "pip install 'cmake>=3.18'"),
@@ -102,7 +102,7 @@ def test_every_missing_tool_is_named_with_what_to_type(tools_folder, tmp_path, m
         ),
         strict=True,
     ):
-        assert all(word in text for word in words), text
+        assert all(part in text for part in parts), text
     assert find_tools(kernels_only=True).headers is None
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInferRuntime.h").touch()
@@ -124,10 +124,10 @@ def test_the_compiler_and_the_headers_of_wheels_are_found(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(plugin_build, "HEADER_FOLDERS", ())
     assert plugin_build._headers() == tmp_path / "kernel_lens/include"
-    assert tmp_path / "nvidia/cu13/bin/nvcc" in plugin_build._nvcc_places()
+    assert tmp_path / "nvidia/cu13/bin/nvcc" in plugin_build._nvcc_candidates()
 
 
-def test_named_places_without_the_tool_are_refused(tmp_path):
+def test_given_folders_without_the_tool_are_an_error(tmp_path):
     with pytest.raises(PluginError, match="--cuda"):
         find_tools(cuda=tmp_path, kernels_only=True)
     if shutil.which("cmake") and shutil.which("g++"):
@@ -136,43 +136,43 @@ def test_named_places_without_the_tool_are_refused(tmp_path):
 
 
 def nvcc_or_skip() -> Path:
-    """The nvcc of this machine."""
+    """Return the nvcc of this machine, or skip the test."""
     try:
         return find_tools(kernels_only=True).nvcc
     except PluginError as error:
         pytest.skip(error.message)
 
 
-def test_an_architecture_that_cuda_does_not_know_is_refused_at_once():
+def test_an_architecture_that_cuda_does_not_support_is_an_error_before_the_build():
     known = subprocess.run([nvcc_or_skip(), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    stranger = "70" if "sm_70" not in known else "99"
-    result = CliRunner().invoke(app, ["plugin", "--arch", stranger, "--kernels-only"])
+    unsupported = "70" if "sm_70" not in known else "99"
+    result = CliRunner().invoke(app, ["plugin", "--arch", unsupported, "--kernels-only"])
     assert isinstance(result.exception, UsageError)
-    assert f"does not compile for {stranger}" in result.exception.message
-    if stranger == "70":
+    assert f"does not support {unsupported}" in result.exception.message
+    if unsupported == "70":
         assert "CUDA 12.9 is the last" in result.exception.fix
 
 
-def test_a_compiler_that_fails_is_shown_and_leaves_nothing(monkeypatch, tmp_path):
+def test_the_error_of_a_failing_compiler_is_shown_and_no_file_remains(monkeypatch, tmp_path):
     nvcc_or_skip()
     broken = tmp_path / "broken-g++"
     broken.write_text("#!/bin/sh\necho 'fatal error: nothing works here' >&2\nexit 1\n", encoding="utf-8")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(PluginError, match="could not be built") as caught:
-        build_plugin(kernels_only=True, architectures=["86"], say=lambda _: None)
+        build_plugin(kernels_only=True, architectures=["86"], log=lambda _: None)
     assert "nothing works here" in caught.value.message
     assert str(broken) in caught.value.fix
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_a_place_that_cannot_be_written_is_an_error_of_ours(tmp_path):
+def test_an_output_path_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PluginError, match="could not be written"):
         plugin_build._install(Path(sys.executable), tmp_path / "file" / "lib.so")
 
 
-def test_an_installed_library_replaces_the_old_one_whole(tmp_path):
+def test_a_library_is_replaced_atomically(tmp_path):
     target = tmp_path / "there" / "lib.so"
     for source in (tmp_path / "old.so", tmp_path / "new.so"):
         source.write_bytes(source.name.encode() * 1000)
@@ -185,10 +185,10 @@ def test_the_sources_are_those_of_this_checkout():
     assert plugin_sources() == Path(__file__).parents[2] / "plugins"
 
 
-def test_the_kernels_alone_build_without_tensorrt_and_are_found(tmp_path):
+def test_the_kernels_build_without_tensorrt_and_are_found(tmp_path):
     nvcc_or_skip()
     lines: list[str] = []
-    built = build_plugin(kernels_only=True, architectures=["86"], say=lines.append)
+    built = build_plugin(kernels_only=True, architectures=["86"], log=lines.append)
     assert (built.abi, built.compute_capabilities, built.ptx, built.headers) == ("kernels", (86,), (86,), "")
     assert find_plugin("kernels") == built
     assert find_plugin("v3") is None
@@ -205,7 +205,7 @@ def test_the_kernels_alone_build_without_tensorrt_and_are_found(tmp_path):
 
 
 def has_gpu() -> bool:
-    """Whether a launch could succeed."""
+    """Return whether CUDA can be used."""
     try:
         open_cuda()
     except (DeviceError, MissingLibraryError):
@@ -214,23 +214,23 @@ def has_gpu() -> bool:
 
 
 @pytest.mark.slow
-def test_every_architecture_that_cuda_knows_compiles_without_a_warning(tmp_path):
+def test_every_architecture_of_the_toolkit_compiles_without_a_warning(tmp_path):
     nvcc = nvcc_or_skip()
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     known = sorted({int(line.removeprefix("sm_")) for line in listed.split()} - set(range(70)))
     # Warnings are errors in CMakeLists.txt.
     names = [str(number) for number in known]
-    built = build_plugin(kernels_only=True, architectures=names, output=tmp_path / "all.so", say=lambda _: None)
+    built = build_plugin(kernels_only=True, architectures=names, output=tmp_path / "all.so", log=lambda _: None)
     assert list(built.compute_capabilities) == known
     assert built.ptx == (known[-1],)
 
 
 @pytest.mark.slow
-def test_without_a_wish_every_gpu_of_the_table_is_compiled_for(tmp_path):
+def test_by_default_every_gpu_of_the_table_is_compiled_for(tmp_path):
     nvcc = nvcc_or_skip()
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    wanted = [70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 110, 120]
-    known = [number for number in wanted if f"sm_{number}\n" in listed + "\n"]
-    built = build_plugin(kernels_only=True, output=tmp_path / "default.so", say=lambda _: None)
+    table = [70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 110, 120]
+    known = [number for number in table if f"sm_{number}\n" in listed + "\n"]
+    built = build_plugin(kernels_only=True, output=tmp_path / "default.so", log=lambda _: None)
     assert list(built.compute_capabilities) == known
     assert built.ptx == (known[-1],)

@@ -1,58 +1,58 @@
-"""TensorRT-RTX takes INT8 files of every variant, and what it makes of them computes in INT8 where the file does."""
+"""TensorRT-RTX builds INT8 files of every variant; the engine computes in INT8 where the file does."""
 
 from collections import Counter
 
 import pytest
 
-from tests.support.engines import HAS_RTX, NO_RTX, SIDE, THRESHOLDS, build, check, ports, quantized, rtx
+from tests.support.engines import HAS_RTX, IMAGE_SIZE, NO_RTX, THRESHOLDS, build, check, ports, quantized, rtx
 from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.model.configs import VARIANTS
-from yolov7_deploy.precision.int8_summary import count_int8
-from yolov7_deploy.tensorrt.inspector import layers_of
+from yolov7_deploy.precision.int8_summary import summarize_int8
+from yolov7_deploy.tensorrt.inspector import engine_layers
 
 pytestmark = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 
-# Minutes with the others.
+# The others take minutes.
 QUICK = ("yolov7-tiny", "yolov7-tiny-silu")
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
 def convolutions(record):
-    """How many fused convolutions there are by the types of what they read and of their weights."""
-    table, notes = layers_of(record)
+    """Count the fused convolutions by the types of their input and of their weights."""
+    table, notes = engine_layers(record)
     assert (table.detail, notes) == ("compiled", ())
-    return Counter((layer.inputs[0].dtype, layer.precision) for layer in table.layers if layer.convolves)
+    return Counter((layer.inputs[0].dtype, layer.precision) for layer in table.layers if layer.is_convolution)
 
 
 def expected(model):
-    """The same of a file whose rest is half."""
+    """Return the same counts for a file with FP16 as the fallback precision."""
     int8 = model.metadata.int8
     return {("int8", "int8"): int8.int8_convolutions, ("fp16", "fp16"): int8.convolutions - int8.int8_convolutions}
 
 
 # The first varies fastest, so that each network is made once.
-@pytest.mark.parametrize("by", ["operators", "plugin"])
+@pytest.mark.parametrize("nms_by", ["operators", "plugin"])
 @pytest.mark.parametrize("variant", ALL)
-def test_every_convolution_that_is_int8_in_the_file_is_int8_in_the_engine_with_suppression_by(variant, by, request):
-    library = request.getfixturevalue("with_plugin") if by == "plugin" else None
+def test_convolutions_that_are_int8_in_the_file_are_int8_in_the_engine_with_nms_by(variant, nms_by, request):
+    library = request.getfixturevalue("with_plugin") if nms_by == "plugin" else None
     model = quantized(variant)
     engine = build(model, plugin="on" if library else "off")
     check(engine, model)
-    assert engine.record.nms_by == by
+    assert engine.record.nms_by == nms_by
     assert convolutions(engine.record) == expected(model)
     assert model.metadata.int8.int8_convolutions > 0.9 * model.metadata.int8.convolutions
-    table, _ = layers_of(engine.record)
+    table, _ = engine_layers(engine.record)
     assert table.plugins == (("nms",) if library else ())
     assert not [note for note in engine.record.notes if "INT8" in note]
 
 
-def test_the_weights_go_to_tensorrt_rtx_as_int8_constants():
+def test_tensorrt_rtx_parses_int8_constants():
     model = quantized()
-    account = count_int8(model.proto)
+    counts = summarize_int8(model.proto)
     types = Counter(layer.type for layer in build(model).record.network_layers)
     assert rtx().abi == "v3"
-    assert types["QUANTIZE"] == sum(account.pairs.values())
-    assert types["DEQUANTIZE"] == types["QUANTIZE"] + account.weights
+    assert types["QUANTIZE"] == sum(counts.pairs.values())
+    assert types["DEQUANTIZE"] == types["QUANTIZE"] + counts.weights
 
 
 @pytest.mark.parametrize("target", ["8.0", "8.9", "12.0"])
@@ -62,8 +62,8 @@ def test_every_architecture_from_ampere_on_computes_in_int8(target):
 
 
 @pytest.mark.parametrize("targets", [("7.5",), ("7.5", "8.6")])
-def test_turing_makes_the_whole_plan_compute_in_float_and_the_record_says_so(targets, caplog):
-    """A fact of TensorRT-RTX 1.7: one list of layers serves all targets of a plan."""
+def test_with_a_turing_target_the_whole_plan_computes_in_float_with_a_note(targets, caplog):
+    """In TensorRT-RTX 1.7, all targets of a plan share one list of layers."""
     model = quantized()
     record = build(model, targets=targets).record
     count = model.metadata.int8.int8_convolutions
@@ -73,7 +73,7 @@ def test_turing_makes_the_whole_plan_compute_in_float_and_the_record_says_so(tar
 
 
 @pytest.mark.parametrize("nms", ["none", "standard", "efficient"])
-def test_int8_builds_with_every_suppression(nms):
+def test_int8_builds_with_every_nms(nms):
     model = quantized(nms=nms)
     record = build(model, plugin="auto").record
     assert record.nms_by == ("none" if nms == "none" else "operators")
@@ -84,14 +84,14 @@ def test_int8_builds_with_every_suppression(nms):
 def test_int8_builds_with_uint8_input():
     model = quantized(input_kind="uint8")
     record = build(model).record
-    assert ports(record.inputs)["images"] == ("uint8", (1, SIDE, SIDE, 3))
+    assert ports(record.inputs)["images"] == ("uint8", (1, IMAGE_SIZE, IMAGE_SIZE, 3))
     assert convolutions(record) == expected(model)
 
 
-def test_int8_builds_with_an_open_batch():
+def test_int8_builds_with_a_dynamic_batch():
     model = quantized(batch=None)
     record = build(model).record
-    assert ports(record.inputs)["images"] == ("float32", (-1, 3, SIDE, SIDE))
+    assert ports(record.inputs)["images"] == ("float32", (-1, 3, IMAGE_SIZE, IMAGE_SIZE))
     assert convolutions(record) == expected(model)
 
 
@@ -101,7 +101,7 @@ def test_int8_builds_in_the_first_and_the_last_opset(opset):
     assert convolutions(build(model).record) == expected(model)
 
 
-def test_the_file_of_an_engine_that_was_never_opened_tells_its_int8(tmp_path):
+def test_the_summary_of_an_engine_that_was_not_inspected_has_its_int8_convolutions(tmp_path):
     model = quantized()
     build(model).save(tmp_path / "tiny.engine")
     summary = read_engine_file(tmp_path / "tiny.engine").summary

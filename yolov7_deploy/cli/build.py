@@ -1,4 +1,4 @@
-"""`y7 build`: an ONNX file to a TensorRT engine and the record of its build."""
+"""`y7 build`: builds a TensorRT engine and its build record from an ONNX file."""
 
 from __future__ import annotations
 
@@ -20,33 +20,48 @@ DEFAULTS = EngineOptions()
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 Weights = Annotated[str, typer.Option("--weights", "-w", help="An .onnx file.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.engine beside the ONNX file.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.engine next to the ONNX file.")]
 Target = Annotated[
     str | None,
-    typer.Option("--target", help="GPUs to build for with TensorRT-RTX, here or elsewhere: sm86,sm89,sm120."),
+    typer.Option("--target", help="GPUs for TensorRT-RTX to build for, on this or other machines: sm86,sm89,sm120."),
 ]
-Plugin = Annotated[str, typer.Option("--plugin", help="NMS by our plugin: auto (where it is built), on or off.")]
+Plugin = Annotated[str, typer.Option("--plugin", help="Run NMS in our plugin: auto (if it is built), on or off.")]
 Batch = Annotated[
-    int | None, typer.Option("--batch", "--batch-size", help="The one batch size of a file with an open batch.")
+    int | None, typer.Option("--batch", "--batch-size", help="Fixed batch size for a file with a dynamic batch.")
 ]
-MinBatch = Annotated[int | None, typer.Option("--min-batch", help="Smallest batch of a file with an open batch.")]
+MinBatch = Annotated[int | None, typer.Option("--min-batch", help="Minimum batch for a file with a dynamic batch.")]
 OptBatch = Annotated[
-    int | None, typer.Option("--opt-batch", help="Batch the engine is tuned for; default the largest.")
+    int | None, typer.Option("--opt-batch", help="Batch for which the engine is optimized; default: the maximum.")
 ]
-MaxBatch = Annotated[int | None, typer.Option("--max-batch", help="Largest batch of a file with an open batch.")]
-Workspace = Annotated[float | None, typer.Option("--workspace", help="GiB of GPU memory a layer may use at work.")]
-OptLevel = Annotated[int | None, typer.Option("--opt-level", help="0 builds fast, 5 searches long.")]
+MaxBatch = Annotated[int | None, typer.Option("--max-batch", help="Maximum batch for a file with a dynamic batch.")]
+Workspace = Annotated[
+    float | None, typer.Option("--workspace", help="Maximum workspace of a layer, in GiB of GPU memory.")
+]
+OptLevel = Annotated[
+    int | None, typer.Option("--opt-level", help="Builder optimization level, 0 (fast build) to 5 (long search).")
+]
 TimingCache = Annotated[
-    Path | None, typer.Option("--timing-cache", help="Measured kernel times; default: one file a device in the cache.")
+    Path | None,
+    typer.Option(
+        "--timing-cache", help="File of measured kernel times; default: one file per device in the cache folder."
+    ),
 ]
-NoTimingCache = Annotated[bool, typer.Option("--no-timing-cache", help="Measure everything anew.")]
-VersionCompatible = Annotated[bool, typer.Option("--version-compatible", help="Also run with later TensorRT versions.")]
+NoTimingCache = Annotated[
+    bool, typer.Option("--no-timing-cache", help="Measure all kernels, and write no timing cache.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="The engine also runs with later TensorRT versions.")
+]
 HardwareCompatible = Annotated[
-    str, typer.Option("--hardware-compatible", help="none, ampere+ or same-cc (same compute capability).")
+    str,
+    typer.Option(
+        "--hardware-compatible",
+        help="GPUs that can run the engine: none (others), ampere+, or same-cc (same compute capability).",
+    ),
 ]
 Sparse = Annotated[bool, typer.Option("--sparse", help="Use sparse kernels for weights pruned 2:4.")]
-Dla = Annotated[int | None, typer.Option("--dla", help="Core of a Jetson's deep learning accelerator.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show TensorRT's own log.")]
+Dla = Annotated[int | None, typer.Option("--dla", help="DLA core of a Jetson to build for.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show TensorRT's log.")]
 
 
 def build(
@@ -70,9 +85,9 @@ def build(
     verbose: Verbose = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Build a TensorRT engine from an ONNX file, with a record of how."""
+    """Build a TensorRT engine and its build record from an ONNX file."""
     if batch is not None and (min_batch, opt_batch, max_batch) != (None, None, None):
-        raise UsageError("--batch says all of --min-batch, --opt-batch and --max-batch.", fix="Leave one of them out.")
+        raise UsageError("--batch already sets --min-batch, --opt-batch and --max-batch.", fix="Leave one of them out.")
     options = EngineOptions(
         targets=parse_targets(target),
         plugin=plugin,
@@ -97,55 +112,59 @@ def build(
 
 
 def parse_targets(text: str | None) -> tuple[str, ...]:
-    """The parts of `sm86,sm89`."""
+    """Return the targets of a list such as `sm86,sm89`; empty for `None`.
+
+    Raises:
+        UsageError: The list is empty.
+    """
     parts = tuple(part.strip() for part in (text or "").split(",") if part.strip())
     if text is not None and not parts:
-        raise UsageError("--target names no GPU.", fix="For example: --target sm86,sm89,sm120")
+        raise UsageError("--target does not contain a GPU.", fix="For example: --target sm86,sm89,sm120")
     return parts
 
 
 def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: bool, to_stderr: bool) -> EngineReport:
     path = Path(weights)
     if path.suffix.lower() != ".onnx":
-        what = "is a checkpoint" if path.suffix.lower() in _CHECKPOINTS else "is no .onnx file"
+        what = "is a checkpoint" if path.suffix.lower() in _CHECKPOINTS else "is not an .onnx file"
         raise UsageError(
-            f"y7 build takes an ONNX file; {weights} {what}.",
-            fix=f"Export and build in one go:  y7 export --weights {weights} --engine",
+            f"y7 build needs an ONNX file; {weights} {what}.",
+            fix=f"Export and build with one command:  y7 export --weights {weights} --engine",
         )
     from yolov7_deploy.tensorrt.builder import build_file
 
-    with shown_progress(verbose=verbose, to_stderr=to_stderr) as telling:
-        return build_file(path, output or path.with_suffix(".engine"), options=options, telling=telling)
+    with shown_progress(verbose=verbose, to_stderr=to_stderr) as callbacks:
+        return build_file(path, output or path.with_suffix(".engine"), options=options, callbacks=callbacks)
 
 
 @contextmanager
 def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[BuildCallbacks]:
-    """Steps as lines, the build as a bar or a line every ten seconds, TensorRT's log where asked for."""
+    """Yield callbacks that print steps as lines, the build's progress, and with `verbose` TensorRT's log."""
     from yolov7_deploy._console import progress
     from yolov7_deploy.tensorrt.builder import BuildCallbacks
 
     with progress("building, in percent") as show:
         yield BuildCallbacks(
-            say=lambda what, seconds: typer.echo(f"{seconds:6.1f} s  {what}", err=to_stderr),
-            progress=show,
-            log=(lambda line: typer.echo(f"TensorRT {line}", err=True)) if verbose else None,
+            on_step=lambda description, seconds: typer.echo(f"{seconds:6.1f} s  {description}", err=to_stderr),
+            on_progress=show,
+            on_log=(lambda message: typer.echo(f"TensorRT {message}", err=True)) if verbose else None,
         )
 
 
 def describe(report: EngineReport) -> str:
-    """What was built, for people."""
+    """Return a description of the engine for the terminal."""
     from yolov7_deploy.tensorrt.build_record import TITLES
 
     record, lines = report.record, []
     nms_run_by = {
         "plugin": f"the plugin {record.plugin.path}" if record.plugin else "TensorRT's EfficientNMS_TRT",
         "operators": "operators of the graph",
-        "none": "nobody: the output is the decoded head",
+        "none": "none, the output is the decoded head",
     }[record.nms_by]
     runs_on = ", ".join(record.targets) or (f"{record.gpu} ({record.compute_capability})" if record.gpu else "")
     lines.append(
         f"{report.path}: {record.plan_bytes / 1e6:.1f} MB, {record.metadata.variant} {record.metadata.precision}, "
-        f"{TITLES[record.product]} {record.tensorrt}, {len(record.network_layers)} layers as parsed, "
+        f"{TITLES[record.product]} {record.tensorrt}, {len(record.network_layers)} layers before fusion, "
         f"{record.build_s:.1f} s"
     )
     if runs_on:
@@ -156,16 +175,16 @@ def describe(report: EngineReport) -> str:
         if shape.min != shape.max
     ]
     changeable = "; conf and iou can be changed at run time" if record.runtime_thresholds else ""
-    lines.append(f"NMS by {nms_run_by}{changeable}")
+    lines.append(f"NMS: {nms_run_by}{changeable}")
     if record.dla:
-        lines.append(f"DLA core {record.dla.core}: {len(record.dla.fallback)} layers stay on the GPU")
+        lines.append(f"DLA core {record.dla.core}: {len(record.dla.fallback)} layers run on the GPU")
     lines += [f"Note: {note}" for note in record.notes]
-    lines.append(f"What is inside:  y7 info {report.path}")
+    lines.append(f"For its layers and metadata:  y7 info {report.path}")
     return "\n".join(lines)
 
 
 def to_dict(report: EngineReport) -> dict[str, object]:
-    """The record for machines."""
+    """Return the report as plain data for JSON."""
     import json
 
     return {"path": str(report.path), "record": json.loads(report.record.to_json())}

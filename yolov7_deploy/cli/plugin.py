@@ -1,4 +1,4 @@
-"""`y7 plugin`: build our TensorRT plugin for this machine."""
+"""`y7 plugin`: builds our TensorRT plugin for this machine."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ if TYPE_CHECKING:
 
 def plugin(
     tensorrt_include: Annotated[
-        Path | None, typer.Option("--tensorrt-include", help="Folder of NvInfer.h; searched for without it.")
+        Path | None, typer.Option("--tensorrt-include", help="Folder of NvInfer.h; default: searched.")
     ] = None,
     cuda: Annotated[
-        Path | None, typer.Option("--cuda", help="Folder of a CUDA toolkit, or its nvcc; searched for without it.")
+        Path | None, typer.Option("--cuda", help="Folder of a CUDA toolkit, or its nvcc; default: searched.")
     ] = None,
     arch: Annotated[
         list[str] | None,
-        typer.Option("--arch", help="GPUs as 86, 8.6 or native, several with commas; default: all CUDA knows."),
+        typer.Option(
+            "--arch", help="GPUs such as 86, 8.6 or native, separated by commas; default: all that CUDA supports."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File or folder; default: where y7 build finds it.")
+        Path | None, typer.Option("--output", "-o", help="File or folder; default: the path that y7 build searches.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Compilers at once; default: all cores.")
+        int | None, typer.Option("--jobs", "-j", min=1, help="Number of parallel compilers; default: all cores.")
     ] = None,
     kernels_only: Annotated[
         bool, typer.Option("--kernels-only", help="Only the CUDA kernels; needs no TensorRT headers.")
     ] = False,
 ) -> None:
-    """Build our TensorRT plugin with this machine's CUDA, where y7 build finds it."""
+    """Build our TensorRT plugin with this machine's CUDA toolkit and install it for y7 build."""
     from yolov7_deploy.tensorrt.plugin_build import build_plugin
 
     library = build_plugin(
@@ -42,16 +44,16 @@ def plugin(
         output=output,
         jobs=jobs,
         kernels_only=kernels_only,
-        say=typer.echo,
+        log=typer.echo,
     )
-    typer.echo(describe(library, found_by_itself=output is None))
+    typer.echo(describe(library, is_installed=output is None))
 
 
-def describe(library: PluginLibrary, *, found_by_itself: bool) -> str:
-    """The library for people."""
+def describe(library: PluginLibrary, *, is_installed: bool) -> str:
+    """Return a description of the library; with the command to use it if it is not installed for y7 build."""
     from yolov7_deploy.tensorrt.plugin_library import ABI_TITLES, PLUGIN_VARIABLE
 
-    gpus = ", ".join(f"{number // 10}.{number % 10}" for number in library.compute_capabilities) or "as asked for"
+    gpus = ", ".join(f"{number // 10}.{number % 10}" for number in library.compute_capabilities) or "as given"
     lines = [
         f"built:    {library.path}",
         f"for:      {ABI_TITLES[library.abi]}",
@@ -59,6 +61,6 @@ def describe(library: PluginLibrary, *, found_by_itself: bool) -> str:
         + (f"; later ones through PTX of {max(library.ptx) / 10:.1f}" if library.ptx else ""),
         f"CUDA:     {library.cuda}",
     ]
-    if not found_by_itself:
+    if not is_installed:
         lines.append(f"To use it:  export {PLUGIN_VARIABLE}={library.path}")
     return "\n".join(lines)

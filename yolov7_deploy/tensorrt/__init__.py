@@ -1,1 +1,1 @@
-"""From ONNX to a TensorRT engine file, and the plugin that such an engine may hold."""
+"""TensorRT engines: building them from ONNX files, their build records, and the NMS plugin."""

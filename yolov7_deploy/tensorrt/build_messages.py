@@ -1,10 +1,11 @@
-"""What passes between the process that asks for an engine and the one in which TensorRT builds it, as JSON files."""
+"""Messages between the calling process and the build process, in which TensorRT runs, as JSON files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from yolov7_deploy.tensorrt.build_record import (
+    TITLES,
     DlaUse,
     EngineTensor,
     HardwareCompatibility,
@@ -13,28 +14,29 @@ from yolov7_deploy.tensorrt.build_record import (
     Product,
 )
 
-# Files in the folder that both see.
-JOB, MODEL, PLAN, REPORT, LOG = "job.json", "model.onnx", "engine.plan", "report.json", "log.txt"
+# Files in the folder that both processes use.
+REQUEST_FILE, MODEL_FILE, PLAN_FILE = "request.json", "model.onnx", "engine.plan"
+REPORT_FILE, LOG_FILE = "report.json", "log.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Installation:
-    """A TensorRT that is installed here.
+    """An installed TensorRT and the GPU that it would build for.
 
     Attributes:
-        product, version: Which one.
-        abi: Shell of plugins it loads, `v2` or `v3`.
-        fault: Why no builder can be made; empty where it can.
-        gpu, compute_capability, driver, cuda: The GPU it would build on; empty without one.
-        targets: Compute capabilities it can name and build for without such a GPU.
-        dla_cores: Cores of the deep learning accelerator.
-        plugins: Names of the plugins it comes with.
+        product, version: Which TensorRT.
+        abi: Plugin interface, `v2` or `v3`.
+        error: Why it cannot create a builder; empty if it can.
+        gpu, compute_capability, driver, cuda: The GPU and its driver; empty without a GPU.
+        targets: Compute capabilities it can build for without such a GPU.
+        dla_cores: Number of deep learning accelerators.
+        plugins: Names of its built-in plugins.
     """
 
     product: Product
     version: str
     abi: str = "v3"
-    fault: str = ""
+    error: str = ""
     gpu: str = ""
     compute_capability: str = ""
     driver: str = ""
@@ -43,16 +45,23 @@ class Installation:
     dla_cores: int = 0
     plugins: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """Name and version, such as `TensorRT 10.3.0`."""
+        return f"{TITLES[self.product]} {self.version}".strip()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildJob:
-    """What the builder shall do with `MODEL`; see `EngineOptions` for the fields that are called alike.
+class BuildRequest:
+    """How to build `MODEL_FILE`. See `EngineOptions` for fields of the same name.
 
     Attributes:
-        precision: Of the graph: `fp32`, `fp16` or `int8`.
-        plugin: Library to load before parsing, empty for none.
-        shapes: Of the inputs with an open batch.
-        timing_cache: A file, or a folder in which each device has a file; empty for no cache.
+        precision: Precision of the graph: `fp32`, `fp16` or `int8`.
+        plugin: Plugin library to load before parsing; empty for none.
+        shapes: Shapes of the inputs.
+        opt_level: Builder optimization level; -1 for TensorRT's default.
+        timing_cache: A file, or a folder (ends with a slash) with one file per device; empty for no cache.
+        timing_cache_required: The user set the file, so it is an error if this TensorRT has no timing cache.
     """
 
     product: Product
@@ -63,7 +72,7 @@ class BuildJob:
     workspace_bytes: int = 0
     opt_level: int = -1
     timing_cache: str = ""
-    timing_cache_asked: bool = False
+    timing_cache_required: bool = False
     version_compatible: bool = False
     hardware_compatible: HardwareCompatibility = "none"
     sparse: bool = False
@@ -71,33 +80,32 @@ class BuildJob:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParserFault:
-    """What the ONNX parser says of a node; `op` and `name` are empty where it only knows the node's number."""
+class ParserError:
+    """An error of the ONNX parser; `name` and `op` are empty if it only reports the index of the node."""
 
     node: int
     name: str
     op: str
-    words: str
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why there is no engine, in the two parts of our errors, or the faults of the parser."""
+    """Why there is no engine: the message and the fix of our error, and the errors of the ONNX parser."""
 
     message: str
     fix: str = ""
-    parser: tuple[ParserFault, ...] = ()
+    parser_errors: tuple[ParserError, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
-    """What the builder did; `failure` is `None` where `PLAN` was written."""
+    """The result of a build; `failure` is `None` if `PLAN_FILE` was written. For other fields see `EngineRecord`."""
 
     failure: Failure | None = None
     installation: Installation | None = None
     strongly_typed: bool = False
     flags: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
     dla: DlaUse | None = None
     inputs: tuple[EngineTensor, ...] = ()
     outputs: tuple[EngineTensor, ...] = ()

@@ -1,7 +1,7 @@
-"""Runs the worker: a Python of its own in which TensorRT may abort, run out of memory or be killed.
+"""Runs TensorRT in a separate process, in which it may abort, run out of memory or be killed.
 
-The child finds `libtensorrt_rtx.so` in a private folder: the parser of TensorRT-RTX opens that name, the wheel has only
-`libtensorrt_rtx.so.1`, and the loader reads its path when a process starts.
+The process finds `libtensorrt_rtx.so` in a private folder: the parser of TensorRT-RTX opens that name, the wheel only
+contains `libtensorrt_rtx.so.1`, and the loader reads its search path when a process starts.
 """
 
 from __future__ import annotations
@@ -21,114 +21,120 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy._serialization import from_plain
-from yolov7_deploy.errors import EngineError
-from yolov7_deploy.tensorrt.build_messages import JOB, LOG, MODEL, PLAN, REPORT, BuildJob, BuildReport, Installation
+from yolov7_deploy._serialization import from_dict
+from yolov7_deploy.errors import EngineError, is_out_of_memory
+from yolov7_deploy.tensorrt.build_messages import (
+    LOG_FILE,
+    MODEL_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    REQUEST_FILE,
+    BuildReport,
+    BuildRequest,
+    Installation,
+)
 from yolov7_deploy.tensorrt.build_record import Product
-from yolov7_deploy.tensorrt.memory_estimate import free_gpu_memory, free_host_memory, in_gib
+from yolov7_deploy.tensorrt.memory_estimate import format_gib, free_gpu_memory, free_host_memory
 
 RTX_LIBRARY = "libtensorrt_rtx.so"
 RTX_WHEEL = "tensorrt_rtx_libs"
-LAST_LINES = 6  # of the log, in a message
+LAST_LINES = 6  # of the log, in an error message
 
 OnEvent = Callable[[str, Any], None]
 
-# The child sees the modules that its caller sees, and nothing of a file that lies beside by chance.
+# The process gets the caller's module search path, so it does not import files of its working directory.
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); " + (
-    "from yolov7_deploy.tensorrt.build_worker import main; main(sys.argv[1:])"
+    "from yolov7_deploy.tensorrt.build_main import main; main(sys.argv[1:])"
 )
-_OUT_OF_MEMORY = re.compile(
-    r"out ?of ?memory|bad_alloc|could not be allocated|(?:cannot|failed to) allocate", re.IGNORECASE
-)
-_WANTED_BYTES = re.compile(r"(?:requested|allocat\w+|size)\D{0,40}?(\d{6,})\s*bytes|\b(\d{6,}) bytes", re.IGNORECASE)
+_REQUESTED_BYTES = re.compile(r"(?:requested|allocat\w+|size)\D{0,40}?(\d{6,})\s*bytes|\b(\d{6,}) bytes", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessResult:
-    """How a child ended: exit code (negative for a signal), last lines of its log, most memory it was seen with."""
+    """The result of a process: return code (negative for a signal), last lines of its log, peak main memory."""
 
-    code: int
-    lines: tuple[str, ...]
+    returncode: int
+    log_lines: tuple[str, ...]
     peak_memory_bytes: int
 
 
 def is_installed(module: str) -> bool:
-    """Python would find it; nothing is imported."""
+    """Return whether Python finds a module; does not import it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError, AttributeError):  # a blocked, half-loaded or broken module
+    except (ImportError, ValueError, AttributeError):  # a blocked, partially loaded or broken module
         return False
 
 
 def probe(product: Product) -> Installation:
-    """What is installed under this name, and whether it can build here."""
+    """Return the installed TensorRT, with `error` set if it cannot be imported or cannot build on this machine."""
     found: list[Installation] = []
 
-    def take(kind: str, value: Any) -> None:  # noqa: ANN401 - JSON
+    def on_event(kind: str, value: Any) -> None:  # noqa: ANN401 - JSON
         if kind == "installation":
-            found.append(from_plain(Installation, value))
+            found.append(from_dict(Installation, value))
 
-    with _workplace() as folder:
-        ended = run_worker(["probe", product], folder, take)
-    if found and ended.code == 0:
+    with _temporary_folder() as folder:
+        result = run_process(["probe", product], folder, on_event)
+    if found and result.returncode == 0:
         return found[0]
-    last = ended.lines[-1] if ended.lines else f"its import ended Python with {ended.code}"
-    return Installation(product=product, version="", fault=last)
+    error = result.log_lines[-1] if result.log_lines else f"importing it ended Python with {result.returncode}"
+    return Installation(product=product, version="", error=error)
 
 
-def run_build(job: BuildJob, graph: bytes, on_event: OnEvent) -> tuple[bytes, BuildReport, tuple[str, ...]]:
-    """Plan, report and the last lines of the log; the plan is empty where the report has a failure.
+def run_build(request: BuildRequest, graph: bytes, on_event: OnEvent) -> tuple[bytes, BuildReport, tuple[str, ...]]:
+    """Return the plan, the report and the last lines of the log; the plan is empty if the report has a failure.
 
     Args:
-        job: What to do.
-        graph: An ONNX model.
-        on_event: Called with `log`, `parsed` and `progress` as they come.
+        request: How to build it.
+        graph: A serialized ONNX model.
+        on_event: Called with the events `log`, `parsed` and `progress`.
 
     Raises:
         EngineError: The process ended before its report: it crashed, was killed or ran out of memory.
     """
-    with _workplace() as folder:
-        (folder / MODEL).write_bytes(graph)
-        (folder / JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
-        ended = run_worker(["build", str(folder)], folder, on_event)
-        if ended.code != 0 or not (folder / REPORT).exists():
-            raise _death(ended)
-        report = from_plain(BuildReport, json.loads((folder / REPORT).read_text(encoding="utf-8")))
-        plan = b"" if report.failure else (folder / PLAN).read_bytes()
-        return plan, report, ended.lines
+    with _temporary_folder() as folder:
+        (folder / MODEL_FILE).write_bytes(graph)
+        (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)), encoding="utf-8")
+        result = run_process(["build", str(folder)], folder, on_event)
+        if result.returncode != 0 or not (folder / REPORT_FILE).exists():
+            raise _crash_error(result)
+        report = from_dict(BuildReport, json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+        plan = b"" if report.failure else (folder / PLAN_FILE).read_bytes()
+        return plan, report, result.log_lines
 
 
-def run_worker(arguments: list[str], folder: Path, on_event: OnEvent) -> ProcessResult:
-    """Runs the worker to its end; whatever ends the waiting (Ctrl-C, an error in `on_event`) ends the worker too."""
+def run_process(arguments: list[str], folder: Path, on_event: OnEvent) -> ProcessResult:
+    """Run the build process and wait for it. An exception (Ctrl-C, an error in `on_event`) also ends the process."""
     lines: deque[str] = deque(maxlen=LAST_LINES)
     peak = 0
     process = None
     try:
-        with _interrupt_held():
-            process = _started(arguments, folder)
-        assert process.stdout is not None, "asked for a pipe"
+        with _deferred_interrupt():
+            process = _start(arguments, folder)
+        assert process.stdout is not None, "stdout is a pipe"
         for text in process.stdout:
             peak = max(peak, peak_memory_bytes(process.pid))
             try:
                 kind, value = next(iter(json.loads(text).items()))
             except ValueError:
-                break  # half a line is the last of a process that was killed
+                break  # an incomplete line is the last one of a killed process
             if kind == "log" and not value.startswith(("INFO", "VERBOSE")):
                 lines.append(value.strip())
             on_event(kind, value)
         process.wait()
     finally:
         if process is not None:
-            process.kill()  # nothing where it has ended
+            process.kill()  # no effect if it has ended
             process.wait()
             if process.stdout:
                 process.stdout.close()
-    lines.extend(_tail(folder / LOG))
-    return ProcessResult(code=process.returncode, lines=tuple(lines), peak_memory_bytes=peak)
+    lines.extend(_last_lines(folder / LOG_FILE))
+    return ProcessResult(returncode=process.returncode, log_lines=tuple(lines), peak_memory_bytes=peak)
 
 
-def _started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    with (folder / LOG).open("wb") as log:
+def _start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    with (folder / LOG_FILE).open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", _START, json.dumps(sys.path), *arguments],
             stdin=subprocess.DEVNULL,
@@ -137,34 +143,34 @@ def _started(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
             env=_environment(folder),
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the child
+            start_new_session=True,  # Ctrl-C is sent to the calling process only, which then ends this one
         )
 
 
 @contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: what is made in it has a name by then, and can be taken back."""
-    came: list[int] = []
+def _deferred_interrupt() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block, so that what the block creates is assigned and can be cleaned up."""
+    received: list[int] = []
     try:
-        before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    except ValueError:  # not the main thread, which is the one that is interrupted
+        previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    except ValueError:  # only the main thread is interrupted, and only it can set handlers
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-        if came:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
-def peak_memory_bytes(process: int | str = "self") -> int:
-    """Most main memory a running process had; 0 where the system does not tell.
+def peak_memory_bytes(pid: int | str = "self") -> int:
+    """Return the peak main memory of a running process; 0 where the system does not report it.
 
-    Not what `resource` says: that begins with the memory of the process that started this one.
+    `resource.getrusage` is not suitable: its peak starts with the memory of the parent process.
     """
     try:
-        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
@@ -172,71 +178,72 @@ def peak_memory_bytes(process: int | str = "self") -> int:
 
 
 def out_of_memory(lines: tuple[str, ...], *, peak_memory_bytes: int) -> EngineError | None:
-    """The error for a log that speaks of memory, with the need and what is free; `None` if it does not."""
-    telling = [line for line in lines if _OUT_OF_MEMORY.search(line)]
-    if not telling:
+    """Return an error with the needed and the free memory if the log reports a failed allocation, else `None`."""
+    messages = [line for line in lines if is_out_of_memory(line)]
+    if not messages:
         return None
-    wanted = [int(a or b) for line in lines for a, b in _WANTED_BYTES.findall(line)]
-    need = f"it wanted {in_gib(max(wanted))} at once" if wanted else f"it said {telling[-1]!r}"
-    return _no_memory(f"TensorRT ran out of memory while it built: {need}, having {in_gib(peak_memory_bytes)} already")
-
-
-def _no_memory(what: str) -> EngineError:
-    host, device = free_host_memory(), free_gpu_memory()
-    have = [f"main memory has {in_gib(host.size)} free"] if host else []
-    have += [f"the GPU {in_gib(device.size)}"] if device else []
-    return EngineError(
-        f"{what}. Now {', '.join(have) or 'nothing says what is free'}.",
-        fix="End other programs, limit what layers may use (--workspace 1), or export a smaller --img or --batch.",
+    sizes = [int(a or b) for line in lines for a, b in _REQUESTED_BYTES.findall(line)]
+    need = f"it requested {format_gib(max(sizes))} at once" if sizes else f"it reported {messages[-1]!r}"
+    return _memory_error(
+        f"TensorRT ran out of memory during the build: {need} and already had {format_gib(peak_memory_bytes)}"
     )
 
 
-def _death(ended: ProcessResult) -> EngineError:
-    said = "\n".join(ended.lines) or "It said nothing."
-    memory = out_of_memory(ended.lines, peak_memory_bytes=ended.peak_memory_bytes)
+def _memory_error(text: str) -> EngineError:
+    host, device = free_host_memory(), free_gpu_memory()
+    free = [f"main memory has {format_gib(host.size)} free"] if host else []
+    free += [f"the GPU has {format_gib(device.size)} free"] if device else []
+    return EngineError(
+        f"{text}. Now {', '.join(free) or 'the free memory is unknown'}.",
+        fix="Close other programs, limit the memory of layers (--workspace 1), or export a smaller --img or --batch.",
+    )
+
+
+def _crash_error(result: ProcessResult) -> EngineError:
+    memory = out_of_memory(result.log_lines, peak_memory_bytes=result.peak_memory_bytes)
     if memory is not None:
         return memory
-    if ended.code == -signal.SIGKILL:
-        return _no_memory(
-            "The process that builds was killed, as the system does when memory runs out: it had "
-            f"{in_gib(ended.peak_memory_bytes)} and wanted more"
+    if result.returncode == -signal.SIGKILL:
+        return _memory_error(
+            "The build process was killed, as the system does when memory runs out: it had "
+            f"{format_gib(result.peak_memory_bytes)} and requested more"
         )
-    how = f"exit code {ended.code}"
-    if ended.code < 0:
+    how = f"exit code {result.returncode}"
+    if result.returncode < 0:
         with contextlib.suppress(ValueError):
-            how = signal.Signals(-ended.code).name
+            how = signal.Signals(-result.returncode).name
+    log = "Its last log lines:\n" + "\n".join(result.log_lines) if result.log_lines else "Its log is empty."
     return EngineError(
-        f"TensorRT ended its process ({how}) instead of an answer. It last said:\n{said}",
-        fix="All it said:  y7 build --verbose",
+        f"TensorRT ended the build process ({how}). {log}", fix="For the complete log:  y7 build --verbose"
     )
 
 
-def _tail(log: Path) -> list[str]:
+def _last_lines(log: Path) -> list[str]:
     text = log.read_text(encoding="utf-8", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
 
 
 @contextlib.contextmanager
-def _workplace() -> Iterator[Path]:
-    """A folder for one child, gone afterwards."""
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a folder for one process, which is removed afterwards."""
     folder = None
     try:
-        with _interrupt_held():
-            folder = _folder()
+        with _deferred_interrupt():
+            folder = _create_folder()
         yield Path(folder.name)
     finally:
         if folder is not None:
-            with _interrupt_held():
+            with _deferred_interrupt():
                 folder.cleanup()
 
 
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _create_folder() -> tempfile.TemporaryDirectory[str]:
     try:
         return tempfile.TemporaryDirectory(prefix=f"y7-engine-{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
         raise EngineError(
-            f"No temporary folder for the build: {error.strerror or error}.",
-            fix="Point TMPDIR to a folder with space.",
+            f"The temporary folder of the build cannot be created: {error.strerror or error}.",
+            fix="Set TMPDIR to a folder with free space.",
         ) from error
 
 
@@ -247,13 +254,13 @@ def _environment(folder: Path) -> dict[str, str]:
         links = folder / "lib"
         links.mkdir()
         (links / RTX_LIBRARY).symlink_to(library)
-        searched = [str(links), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(searched)
+        search_path = [str(links), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(search_path)
     return environment
 
 
 def _rtx_library() -> Path | None:
-    """The library under the only name it has in the wheel."""
+    """Return the library of the wheel, whose name ends with a version; `None` if it is not installed."""
     try:
         spec = importlib.util.find_spec(RTX_WHEEL)
     except (ImportError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""EngineRecord: how, where and for what an engine was built, and what of that does not fit another machine."""
+"""EngineRecord: how, where and for which machines an engine was built, and whether it runs on another machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from yolov7_deploy._serialization import members_of, shown
+from yolov7_deploy._serialization import field_values, short_repr
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.hardware.jetson import version_numbers
 from yolov7_deploy.metadata import ModelMetadata
@@ -18,14 +18,15 @@ NmsBy = Literal["plugin", "operators", "none"]
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-AMPERE = (8, 0)  # what TensorRT-RTX builds for, this and later, where no target is named
-# Plans marked version compatible also run in these later majors (support matrix of TensorRT 11.4).
+# Oldest compute capability that TensorRT-RTX builds for without targets (its documentation on builds without a GPU).
+AMPERE = (8, 0)
+# Version-compatible plans also run with these later major versions (support matrix of TensorRT 11.4).
 _LATER_MAJORS = {8: (10,), 10: (11,)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PluginUse:
-    """A plugin library inside an engine: where it was, its version and its shell (`v2` or `v3`)."""
+    """The plugin library of an engine: path at the time of the build, plugin version and interface (`v2` or `v3`)."""
 
     path: str
     version: str
@@ -34,7 +35,7 @@ class PluginUse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputShape:
-    """The smallest, best and largest shape of an input; three times the same where it is fixed."""
+    """The minimum, optimum and maximum shape of an input; equal if the shape is fixed."""
 
     name: str
     min: tuple[int, ...]
@@ -44,7 +45,7 @@ class InputShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineTensor:
-    """An input or output: `dtype` as NumPy calls it, -1 in `shape` where a dimension is open."""
+    """An input or output of an engine: `dtype` is a NumPy name, -1 in `shape` is a dynamic dimension."""
 
     name: str
     dtype: str
@@ -53,7 +54,7 @@ class EngineTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkLayer:
-    """A layer as the parser made it, before TensorRT fused anything; `precision` is that of its first output."""
+    """A layer of the parsed network, before TensorRT fuses layers; `precision` is that of its first output."""
 
     name: str
     type: str
@@ -62,21 +63,21 @@ class NetworkLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DlaUse:
-    """The DLA core an engine was built for, and the layers that run on the GPU instead."""
+    """The DLA core that an engine was built for, and the layers that fall back to the GPU."""
 
     core: int
     fallback: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineMachine:
-    """What an engine must fit, as a runtime finds it.
+class EngineEnvironment:
+    """The properties of a machine that an engine depends on.
 
     Attributes:
-        product, tensorrt: Which TensorRT and its version.
-        compute_capability: `8.6`.
-        platform: `linux-x86_64`.
-        plugin: The plugin library that is here, `None` without one.
+        product, tensorrt: The installed TensorRT and its version.
+        compute_capability: Compute capability of the GPU, such as `8.6`.
+        platform: Operating system and architecture, such as `linux-x86_64`.
+        plugin: The installed plugin library, if any.
     """
 
     product: Product
@@ -88,55 +89,55 @@ class EngineMachine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """A field of the record that this machine does not meet.
+    """A field of the record that does not match this machine.
 
     Attributes:
-        field: Name in the record.
-        built, here: Both values, in words.
-        repair: What to type.
+        field: Name of the field.
+        built, here: The values of the engine and of this machine, for a message.
+        fix: What to type.
     """
 
     field: str
     built: str
     here: str
-    repair: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.field}: the engine was built {self.built}; this machine has {self.here}.\n{self.repair}"
+        return f"{self.field}: the engine was built {self.built}; this machine has {self.here}.\n{self.fix}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
-    """How, where and for what an engine was built.
+    """How, where and for which machines an engine was built.
 
     Attributes:
-        info: Metadata of the model inside.
-        plan_bytes, plan_sha256: Of the plan file.
-        product, tensorrt: Which TensorRT built it, and its version.
-        cuda, driver: Versions of the CUDA runtime and of the driver, empty where there is none.
-        gpu, compute_capability: Where it was built, empty without a GPU.
-        targets: Compute capabilities it was built for (TensorRT-RTX only); none means 8.0 and later.
-        platform: `linux-x86_64`.
-        plugin: The plugin library inside, if any.
-        nms_by: Who suppresses: our plugin, operators of the graph, or nobody.
+        metadata: Metadata of the model.
+        plan_bytes, plan_sha256: Size and SHA-256 of the plan.
+        product, tensorrt: The TensorRT that built it, and its version.
+        cuda, driver: Versions of the CUDA runtime and of the driver; empty without a GPU.
+        gpu, compute_capability: The GPU of the build machine; empty without one.
+        targets: Compute capabilities it was built for (TensorRT-RTX only); empty for 8.0 and later.
+        platform: Operating system and architecture, such as `linux-x86_64`.
+        plugin: The plugin library that the engine uses, if any.
+        nms_by: What runs NMS: a plugin, ONNX operators, or nothing.
         runtime_thresholds: `conf_threshold` and `iou_threshold` are inputs of the engine.
-        strongly_typed: Types are the graph's; otherwise `flags` are permissions.
-        flags: Builder flags that were set.
-        version_compatible, hardware_compatible: What the plan may be moved to.
+        strongly_typed: The graph determines the precisions; otherwise `flags` permit them.
+        flags: Builder flags.
+        version_compatible, hardware_compatible: Compatibility levels of the plan.
         dla: The DLA core, if any.
-        shapes: Per input with an open dimension or not.
+        shapes: Minimum, optimum and maximum shape of each input.
         inputs, outputs: Tensors of the engine.
-        workspace_bytes: Limit given to TensorRT; 0 where it was left to it.
-        optimization_level: Of the builder; -1 where this TensorRT has none.
-        timing_cache: File that was used, empty for none.
-        network_layers: As parsed, which shows who does suppression.
-        listing: The builder's own text about the layers it fused; empty where it gave none, or the engine was opened.
-        inspector: JSON of the EngineInspector, empty where the engine could not be opened (no GPU).
-        device_memory_bytes: What an execution context takes on the GPU; 0 where unknown.
-        peak_memory_bytes: Of host memory, in the process that built.
-        build_s: Seconds of the build, parsing included.
-        onnx_sha256: Of the ONNX file's bytes as given.
-        notes: What a reader should know.
+        workspace_bytes: Workspace limit of the build.
+        optimization_level: Builder optimization level; -1 if this TensorRT has none.
+        timing_cache: Timing cache file; empty for none.
+        network_layers: Layers of the parsed network.
+        listing: The builder's list of fused layers from its log; empty if it has none or `inspector` is set.
+        inspector: JSON of the EngineInspector; empty if the engine was not opened (no GPU).
+        device_memory_bytes: GPU memory of an execution context; 0 if unknown.
+        peak_memory_bytes: Peak main memory of the build process.
+        build_s: Duration of the build in seconds, including parsing.
+        onnx_sha256: SHA-256 of the ONNX file.
+        notes: Warnings and decisions of the build.
         y7_version: Version of this package.
     """
 
@@ -176,41 +177,41 @@ class EngineRecord:
     y7_version: str = ""
 
     def to_json(self) -> str:
-        """Sorted JSON, the same bytes for the same record."""
+        """Return JSON with sorted keys: the same bytes for the same record."""
         record = asdict(self) | {"schema": SCHEMA, "metadata": json.loads(self.metadata.to_json())}
         return json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "the build record") -> EngineRecord:
-        """The record written by `to_json`; fields of a newer writer are left out.
+        """Return the record from the output of `to_json`; unknown fields are ignored.
 
         Args:
             text: JSON.
-            name: What the message calls it.
+            name: Name of the file, for messages.
 
         Raises:
-            LoadError: No record of this schema; the message names the field.
+            LoadError: It is not a record of this schema; the message names the field.
         """
         try:
             raw = json.loads(text)
             if not isinstance(raw, dict):
-                raise ValueError(f"not an object but {type(raw).__name__}")
+                raise ValueError(f"it is a JSON {type(raw).__name__} instead of an object")
             if raw.get("schema") != SCHEMA:
-                raise ValueError(f"schema is {shown(raw.get('schema'))}, this version reads {SCHEMA}")
+                raise ValueError(f"schema is {short_repr(raw.get('schema'))}, this version reads {SCHEMA}")
             metadata = ModelMetadata.from_json(json.dumps(raw.pop("metadata", None)))
-            return cls(metadata=metadata, **members_of(cls, raw, leave="metadata"))
+            return cls(metadata=metadata, **field_values(cls, raw, exclude="metadata"))
         except (ValueError, RecursionError, LoadError) as error:
             reason = error.message if isinstance(error, LoadError) else error
             raise LoadError(
                 f"{name} cannot be used: {reason}.", fix="Build the engine again:  y7 build --weights NAME.onnx"
             ) from error
 
-    def mismatches(self, machine: EngineMachine, *, engine: str = "NAME.engine") -> list[Mismatch]:
-        """What keeps this engine from running on a machine, the most fundamental first; empty if nothing is known to.
+    def mismatches(self, machine: EngineEnvironment, *, engine: str = "NAME.engine") -> list[Mismatch]:
+        """Return why this engine cannot run on a machine, the most fundamental reason first; empty if none is known.
 
         Args:
-            machine: Where it shall run.
-            engine: Name of the file, for the commands that repair.
+            machine: The machine that loads the engine.
+            engine: Name of the engine file, for the fixes.
         """
         build = f"Build it here:  y7 build --weights {engine.rpartition('.')[0] or engine}.onnx"
         found = [
@@ -222,13 +223,13 @@ class EngineRecord:
         ]
         return [mismatch for mismatch in found if mismatch is not None]
 
-    def _product(self, machine: EngineMachine, build: str) -> Mismatch | None:
+    def _product(self, machine: EngineEnvironment, build: str) -> Mismatch | None:
         if machine.product == self.product:
             return None
         here = f"{TITLES[machine.product]} {machine.tensorrt}"
-        return Mismatch(field="product", built=f"by {TITLES[self.product]} {self.tensorrt}", here=here, repair=build)
+        return Mismatch(field="product", built=f"by {TITLES[self.product]} {self.tensorrt}", here=here, fix=build)
 
-    def _version(self, machine: EngineMachine, build: str) -> Mismatch | None:
+    def _version(self, machine: EngineEnvironment, build: str) -> Mismatch | None:
         if machine.product != self.product:
             return None
         built, here = version_numbers(self.tensorrt), version_numbers(machine.tensorrt)
@@ -239,21 +240,21 @@ class EngineRecord:
             same_line = built[0] == here[0] and here[:common] > built[:common]
             if same_line or here[0] in _LATER_MAJORS.get(built[0], ()):
                 return None
-        hint = "" if self.version_compatible else "   (--version-compatible there makes engines for later versions)"
+        hint = "" if self.version_compatible else "   (with --version-compatible, engines also run with later versions)"
         title = TITLES[self.product]
         return Mismatch(
             field="tensorrt",
             built=f"by {title} {self.tensorrt}",
             here=f"{title} {machine.tensorrt}",
-            repair=build + hint,
+            fix=build + hint,
         )
 
-    def _capability(self, machine: EngineMachine, build: str) -> Mismatch | None:
+    def _capability(self, machine: EngineEnvironment, build: str) -> Mismatch | None:
         here = machine.compute_capability
-        wanted = self.targets or ((self.compute_capability,) if self.compute_capability else ())
+        supported = self.targets or ((self.compute_capability,) if self.compute_capability else ())
         if self.product == "tensorrt_rtx" and not self.targets:
-            wanted = () if version_numbers(here) >= AMPERE else ("8.0 and later",)
-        if not here or not wanted or here in wanted:
+            supported = () if version_numbers(here) >= AMPERE else ("8.0 and later",)
+        if not here or not supported or here in supported:
             return None
         if self.hardware_compatible == "ampere_plus" and version_numbers(here) >= AMPERE:
             return None
@@ -262,23 +263,23 @@ class EngineRecord:
             build += f" --target {targets}"
         return Mismatch(
             field="targets" if self.product == "tensorrt_rtx" else "compute_capability",
-            built=f"for compute capability {', '.join(wanted)}",
+            built=f"for compute capability {', '.join(supported)}",
             here=f"compute capability {here}",
-            repair=build,
+            fix=build,
         )
 
-    def _platform(self, machine: EngineMachine, build: str) -> Mismatch | None:
+    def _platform(self, machine: EngineEnvironment, build: str) -> Mismatch | None:
         if not self.platform or not machine.platform or self.platform == machine.platform:
             return None
-        return Mismatch(field="platform", built=f"on {self.platform}", here=machine.platform, repair=build)
+        return Mismatch(field="platform", built=f"on {self.platform}", here=machine.platform, fix=build)
 
-    def _plugin(self, machine: EngineMachine, build: str) -> Mismatch | None:
-        wanted, here = self.plugin, machine.plugin
-        if wanted is None or (here and (here.version, here.abi) == (wanted.version, wanted.abi)):
+    def _plugin(self, machine: EngineEnvironment, build: str) -> Mismatch | None:
+        built, here = self.plugin, machine.plugin
+        if built is None or (here and (here.version, here.abi) == (built.version, built.abi)):
             return None
         return Mismatch(
             field="plugin",
-            built=f"with the plugin {wanted.version} ({wanted.abi})",
+            built=f"with the plugin {built.version} ({built.abi})",
             here=f"version {here.version} ({here.abi})" if here else "none",
-            repair=f"Build the plugin here:  y7 plugin   or without it:  {build.partition('  ')[2]} --plugin off",
+            fix=f"Build the plugin here:  y7 plugin   or without it:  {build.partition('  ')[2]} --plugin off",
         )

@@ -1,4 +1,4 @@
-"""From an OnnxModel to an Engine, through whichever TensorRT is installed."""
+"""Builds an Engine from an OnnxModel with the installed TensorRT."""
 
 from __future__ import annotations
 
@@ -14,56 +14,67 @@ from typing import Any
 
 import onnx
 
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy._version import __version__
-from yolov7_deploy.errors import EngineError
+from yolov7_deploy.errors import EngineError, missing_library
 from yolov7_deploy.export.nms import OP
 from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.hardware.jetson import version_numbers
 from yolov7_deploy.hub import cache_dir
 from yolov7_deploy.options import EngineOptions
-from yolov7_deploy.tensorrt.build_messages import BuildJob, BuildReport, Failure, Installation, ParserFault
-from yolov7_deploy.tensorrt.build_process import out_of_memory, run_build
-from yolov7_deploy.tensorrt.build_record import EngineRecord, HardwareCompatibility, InputShape, PluginUse
-from yolov7_deploy.tensorrt.engine import Engine, digest
+from yolov7_deploy.tensorrt.build_messages import BuildReport, BuildRequest, Failure, Installation, ParserError
+from yolov7_deploy.tensorrt.build_process import is_installed, out_of_memory, probe, run_build
+from yolov7_deploy.tensorrt.build_record import (
+    AMPERE,
+    EngineRecord,
+    HardwareCompatibility,
+    InputShape,
+    PluginUse,
+    Product,
+)
+from yolov7_deploy.tensorrt.engine import Engine
 from yolov7_deploy.tensorrt.inspector import read_listing
-from yolov7_deploy.tensorrt.onnx_rewrite import PreparedGraph, graph_digest, open_onnx, prepare_graph
-from yolov7_deploy.tensorrt.plugin_library import BUILD_COMMAND, PluginLibrary
+from yolov7_deploy.tensorrt.onnx_rewrite import PreparedGraph, has_nms_node, open_onnx, prepare_graph
+from yolov7_deploy.tensorrt.plugin_library import BUILD_COMMAND, PluginLibrary, find_plugin
 from yolov7_deploy.tensorrt.preflight import PlannedBuild, preflight
-from yolov7_deploy.tensorrt.selection import AMPERE, choose_plugin, find_tensorrt, title
 
 logger = logging.getLogger(__name__)
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
-MAX_BATCH = 8  # of a file with an open batch, where nobody says
+DEFAULT_MAX_BATCH = 8  # for a dynamic batch
+PRODUCTS: tuple[Product, ...] = ("tensorrt", "tensorrt_rtx")
+# Devices of a GPU driver, on Jetson boards too.
+_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/nvhost-gpu"), Path("/dev/nvgpu"))
 _LEVELS: dict[str, HardwareCompatibility] = {
     "none": "none",
     "ampere+": "ampere_plus",
     "same-cc": "same_compute_capability",
 }
-_SUPPRESSION = {
+_NMS_BY = {
     "plugin": "NMS by the plugin",
     "operators": "NMS by operators of the graph",
-    "none": "no NMS inside",
+    "none": "without NMS",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildCallbacks:
-    """Where a build tells what it does.
+    """Callbacks for the progress of a build.
 
     Attributes:
-        say: Called with each finished step and its seconds.
-        progress: Called with (done, total) while TensorRT builds, where it tells.
-        log: Called with each line of TensorRT's log.
+        on_step: Called after each step with its description and its duration in seconds.
+        on_progress: Called with (done, total) during the TensorRT build, if TensorRT reports progress.
+        on_log: Called with each message of TensorRT's log.
     """
 
-    say: Callable[[str, float], None] | None = None
-    progress: Callable[[int, int], None] | None = None
-    log: Callable[[str], None] | None = None
+    on_step: Callable[[str, float], None] | None = None
+    on_progress: Callable[[int, int], None] | None = None
+    on_log: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineReport:
-    """What a build wrote."""
+    """An engine file and the record of its build."""
 
     path: Path
     record: EngineRecord
@@ -73,49 +84,55 @@ def build_engine(
     model: OnnxModel,
     options: EngineOptions | None = None,
     *,
-    on: Installation | None = None,
-    folder: Path | None = None,
-    telling: BuildCallbacks | None = None,
+    installation: Installation | None = None,
+    output_folder: Path | None = None,
+    callbacks: BuildCallbacks | None = None,
 ) -> Engine:
-    """The engine of a model: plan and record. Takes seconds with TensorRT-RTX and minutes with TensorRT.
+    """Build the engine of a model. Takes seconds with TensorRT-RTX and minutes with TensorRT.
 
-    Our NMS node becomes our plugin where that is built, and operators otherwise. Its thresholds become inputs
-    of the engine, so they change from call to call, and its flag for a full list of candidates an output `overflow`.
+    The NMS node `Y7NMS` is run by our plugin if it is built, else by operators of the graph. Its thresholds become
+    inputs of the engine, so they can be changed per call, and its flag for a full candidate list becomes the output
+    `overflow`.
 
     Args:
-        model: As exported, or of the precision station.
+        model: An exported model, also in FP16 or INT8.
         options: See `EngineOptions`.
-        on: What `find_tensorrt` gave, if it was asked before.
-        folder: Where the engine will be written, to look for room.
-        telling: Who hears of it.
+        installation: The result of `find_tensorrt`, if it is already known.
+        output_folder: Where the engine will be written, to check its free space.
+        callbacks: Receive the progress of the build.
 
     Raises:
-        MissingLibraryError: There is no TensorRT.
-        PluginError: The plugin library is there and cannot be used.
-        EngineError: TensorRT cannot build it here; the message names the node, the option or the memory.
+        MissingLibraryError: TensorRT is not installed.
+        PluginError: The plugin library exists and cannot be used.
+        EngineError: TensorRT cannot build the engine here; the message names the node, the option or the memory.
     """
     options = options or EngineOptions()
-    events = _Events(telling or BuildCallbacks())
-    found = on or find_tensorrt(options)
-    library, notes = choose_plugin(model, options, found)
-    graph = prepare_graph(model, own_plugin=library is not None, plugins=found.plugins, float_weights=found.abi == "v2")
-    job, decisions = _job(model, graph, options, found, library)
+    progress = _Progress(callbacks or BuildCallbacks())
+    installation = installation or find_tensorrt(options)
+    library, plugin_notes = select_plugin(model, options, installation)
+    graph = prepare_graph(
+        model,
+        use_plugin=library is not None,
+        builtin_plugins=installation.plugins,
+        float_weights=installation.abi == "v2",
+    )
+    request, request_notes = _build_request(model, graph, options, installation, library)
     data = graph.proto.SerializeToString(deterministic=True)
-    warnings = _preflight(job, found, len(data), folder)
-    events.step(f"prepared the graph for {title(found)}: {_SUPPRESSION[graph.nms_by]}")
+    warnings = _preflight(request, installation, len(data), output_folder)
+    progress.step(f"prepared the graph for {installation.title}: {_NMS_BY[graph.nms_by]}")
     started = time.perf_counter()
-    plan, report, lines = run_build(job, data, events.take)
+    plan, report, log_lines = run_build(request, data, progress.on_event)
     if report.failure is not None:
-        raise _failed(report.failure, graph.proto, lines, report.peak_memory_bytes)
-    record = _record(model, graph, job, report, library)
+        raise _build_error(report.failure, graph.proto, log_lines, report.peak_memory_bytes)
+    record = _build_record(model, graph, request, report, library)
     record = replace(
         record,
         plan_bytes=len(plan),
-        plan_sha256=digest(plan),
+        plan_sha256=sha256_hex(plan),
         build_s=round(time.perf_counter() - started, 3),
-        notes=(*notes, *decisions, *warnings, *report.notes, *_lost_int8(record)),
+        notes=(*plugin_notes, *request_notes, *warnings, *report.notes, *_missing_int8(record)),
     )
-    events.step(f"built {len(plan) / 1e6:.1f} MB")
+    progress.step(f"built {len(plan) / 1e6:.1f} MB")
     return Engine(plan=plan, record=record)
 
 
@@ -124,134 +141,213 @@ def build_file(
     output: Path,
     *,
     options: EngineOptions,
-    on: Installation | None = None,
-    telling: BuildCallbacks | None = None,
+    installation: Installation | None = None,
+    callbacks: BuildCallbacks | None = None,
 ) -> EngineReport:
-    """Builds the engine of an ONNX file and writes it with its record; an older one stays until then.
+    """Build the engine of an ONNX file and write it with its record. An existing engine is replaced at the end.
 
     Args:
-        onnx_file: Of this package, or another's.
+        onnx_file: A file of this package or of another exporter.
         output: The `.engine` file to write.
         options: See `EngineOptions`.
-        on: What `find_tensorrt` gave, if it was asked before.
-        telling: Who hears of it.
+        installation: The result of `find_tensorrt`, if it is already known.
+        callbacks: Receive the progress of the build.
 
     Raises:
-        LoadError: The file is no ONNX file.
-        MissingLibraryError: There is no TensorRT.
+        LoadError: The file is not an ONNX file.
+        MissingLibraryError: TensorRT is not installed.
         EngineError: TensorRT cannot build it, or the engine cannot be written.
     """
     _check_output(output)
     model = open_onnx(onnx_file)
-    engine = build_engine(model, options, on=on, folder=output.parent, telling=telling)
+    engine = build_engine(model, options, installation=installation, output_folder=output.parent, callbacks=callbacks)
     assert engine.record is not None, "a build has a record"
     engine.save(output)
     return EngineReport(path=output, record=engine.record)
 
 
 def _check_output(output: Path) -> None:
-    """What can be known before minutes of building."""
+    """Check the output path before minutes of building."""
     if output.suffix not in ENGINE_SUFFIXES:
         raise EngineError(f"{output} is not named like an engine.", fix=f"--output {output.with_suffix('.engine')}")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise EngineError(
-            f"{output.parent} is no folder that can be written to.", fix="Choose another:  --output F.engine"
-        )
+        raise EngineError(f"{output.parent} is not a writable folder.", fix="Choose another:  --output F.engine")
 
 
-# --- what is asked of TensorRT ----------------------------------------------------------------------------------------
+# --- TensorRT and the plugin ------------------------------------------------------------------------------------------
 
 
-def _job(
-    model: OnnxModel, graph: PreparedGraph, options: EngineOptions, found: Installation, library: PluginLibrary | None
-) -> tuple[BuildJob, tuple[str, ...]]:
-    """The job, and what was decided on the way."""
+def find_tensorrt(options: EngineOptions) -> Installation:
+    """Return the TensorRT to build with: `tensorrt` if it can build here, else TensorRT-RTX; targets need TensorRT-RTX.
+
+    Takes about a second, because each is imported in a separate process.
+
+    Raises:
+        MissingLibraryError: Neither is installed.
+        EngineError: What is installed cannot build on this machine.
+    """
+    candidates = PRODUCTS[1:] if options.targets else PRODUCTS
+    present = [product for product in candidates if is_installed(product)]
+    if not present:
+        has_gpu = any(device.exists() for device in _GPU_DEVICES)
+        needed = "tensorrt" if has_gpu and not options.targets else "tensorrt_rtx"
+        purpose = "to build an engine" + ("" if has_gpu else " on a machine without a GPU")
+        raise missing_library(ModuleNotFoundError(name=needed), purpose)
+    errors = []
+    for product in present:
+        installation = probe(product)
+        if not installation.error:
+            return installation
+        errors.append(f"{installation.title} cannot build here: {installation.error}")
+        logger.warning(errors[-1])
+    fix = "See  y7 doctor"
+    if "tensorrt_rtx" not in present:
+        fix = "TensorRT-RTX builds without a GPU:  pip install 'yolov7-deploy[tensorrt-rtx]'"
+    raise EngineError("\n".join(errors), fix=fix)
+
+
+def select_plugin(
+    model: OnnxModel, options: EngineOptions, installation: Installation
+) -> tuple[PluginLibrary | None, tuple[str, ...]]:
+    """Return the plugin library for the NMS node, or `None` for NMS by operators, and notes for the build record.
+
+    Raises:
+        EngineError: The plugin is required and not available.
+        PluginError: The library exists and cannot be used.
+    """
+    if not has_nms_node(model.proto):
+        if options.plugin == "on":
+            kind = model.metadata.nms.kind if model.metadata.nms else "none"
+            raise EngineError(
+                f"--plugin on: the graph has no node for the plugin (it was exported with --nms {kind}).",
+                fix="Export it with  --nms plugin",
+            )
+        return None, ()
+    if options.plugin == "off":
+        return None, ()
+    library = find_plugin(installation.abi)
+    if library is None:
+        reason = f"there is no plugin library for {installation.title} ({installation.abi})"
+    else:
+        targets = options.targets or _default_targets(installation)
+        missing = [target for target in targets if not library.runs_on(int(target.replace(".", "")))]
+        reason = f"the plugin library {library.path} has no code for compute capability {', '.join(missing)}"
+        if not missing:
+            return library, ()
+        if not options.targets and len(missing) < len(targets):
+            return library, (f"{reason}, so the engine does not run there; {BUILD_COMMAND} builds it for all",)
+    if options.plugin == "on":
+        raise EngineError(f"--plugin on: {reason}.", fix=f"Build it:  {BUILD_COMMAND}")
+    return None, (f"{reason}, so operators of the graph run NMS; {BUILD_COMMAND} builds it",)
+
+
+def _default_targets(installation: Installation) -> tuple[str, ...]:
+    """Return the compute capabilities without --target: this GPU's, or with TensorRT-RTX all from Ampere on."""
+    if installation.product == "tensorrt_rtx":
+        return tuple(target for target in installation.targets if version_numbers(target) >= AMPERE)
+    return (installation.compute_capability,) if installation.compute_capability else ()
+
+
+# --- the request to the build process ---------------------------------------------------------------------------------
+
+
+def _build_request(
+    model: OnnxModel,
+    graph: PreparedGraph,
+    options: EngineOptions,
+    installation: Installation,
+    library: PluginLibrary | None,
+) -> tuple[BuildRequest, tuple[str, ...]]:
+    """Return the request, and notes about decisions for the build record."""
     targets, notes = options.targets, []
-    if found.product == "tensorrt_rtx" and not targets:
-        here = found.compute_capability
-        if here in found.targets and float(here) < AMPERE:
+    if installation.product == "tensorrt_rtx" and not targets:
+        here, ampere = installation.compute_capability, ".".join(map(str, AMPERE))
+        if here in installation.targets and version_numbers(here) < AMPERE:
             targets = (here,)
             notes.append(f"built for compute capability {here}, the GPU of this machine")
         else:
-            notes.append(f"built for every GPU of compute capability {AMPERE} or later, as no --target was named")
+            notes.append(f"built for every GPU of compute capability {ampere} or later, because --target was not given")
     if options.version_compatible:
-        notes.append("the plan carries the lean runtime: a program that loads it must set engine_host_code_allowed")
+        notes.append("the plan contains the lean runtime: a program that loads it must set engine_host_code_allowed")
     cache = str(options.timing_cache) if options.timing_cache else f"{cache_dir() / 'timing'}/"
-    job = BuildJob(
-        product=found.product,
+    request = BuildRequest(
+        product=installation.product,
         precision=model.metadata.precision,
         plugin=str(library.path) if library else "",
         targets=targets,
-        shapes=_shapes(graph.proto, options),
+        shapes=_input_shapes(graph.proto, options),
         workspace_bytes=int((options.workspace_gib or 0) * 2**30),
         opt_level=-1 if options.opt_level is None else options.opt_level,
         timing_cache=cache if options.use_timing_cache else "",
-        timing_cache_asked=options.timing_cache is not None,
+        timing_cache_required=options.timing_cache is not None,
         version_compatible=options.version_compatible,
         hardware_compatible=_LEVELS[options.hardware_compatible],
         sparse=options.sparse,
         dla=options.dla,
     )
-    return job, tuple(notes)
+    return request, tuple(notes)
 
 
-def _shapes(proto: onnx.ModelProto, options: EngineOptions) -> tuple[InputShape, ...]:
-    """Smallest, best and largest shape of each input.
+def _input_shapes(proto: onnx.ModelProto, options: EngineOptions) -> tuple[InputShape, ...]:
+    """Return the minimum, optimum and maximum shape of each input.
 
     Raises:
-        EngineError: A dimension other than the batch is open, or a batch was asked for that the file does not have.
+        EngineError: A dimension other than the batch is dynamic, or the file does not have the requested batch.
     """
     weights = {weight.name for weight in proto.graph.initializer}
     smallest = options.min_batch or 1
-    largest = options.max_batch or max(MAX_BATCH, smallest, options.opt_batch or 1)
+    largest = options.max_batch or max(DEFAULT_MAX_BATCH, smallest, options.opt_batch or 1)
     batches = (smallest, options.opt_batch or largest, largest)
     shapes = []
     for entry in (entry for entry in proto.graph.input if entry.name not in weights):
-        sides = [side.dim_value if side.HasField("dim_value") else -1 for side in entry.type.tensor_type.shape.dim]
-        if any(side < 1 for side in sides[1:]):
+        dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in entry.type.tensor_type.shape.dim]
+        if any(size < 1 for size in dims[1:]):
             raise EngineError(
-                f"The input {entry.name} {sides} is open in more than its batch; an engine is tuned for one size.",
+                f"The input {entry.name} {dims} has dynamic dimensions other than the batch; an engine has a fixed "
+                "image size.",
                 fix="Export it with a fixed size:  y7 export --img 640",
             )
-        is_open = bool(sides) and sides[0] < 1
-        low, best, high = (tuple([batch, *sides[1:]] if is_open else sides) for batch in batches)
-        if not is_open and len(sides) > 1:
-            _refuse_batches(options, sides[0])
+        is_dynamic = bool(dims) and dims[0] < 1
+        low, best, high = (tuple([batch, *dims[1:]] if is_dynamic else dims) for batch in batches)
+        if not is_dynamic and len(dims) > 1:
+            _check_fixed_batch(options, dims[0])
         shapes.append(InputShape(name=entry.name, min=low, opt=best, max=high))
     return tuple(shapes)
 
 
-def _refuse_batches(options: EngineOptions, fixed: int) -> None:
-    """A file of fixed batch has no other."""
-    asked = {"--min-batch": options.min_batch, "--opt-batch": options.opt_batch, "--max-batch": options.max_batch}
-    for name, batch in asked.items():
+def _check_fixed_batch(options: EngineOptions, fixed: int) -> None:
+    """Check that the options do not request another batch than the file's."""
+    given = {"--min-batch": options.min_batch, "--opt-batch": options.opt_batch, "--max-batch": options.max_batch}
+    for name, batch in given.items():
         if batch is not None and batch != fixed:
             raise EngineError(
-                f"{name} {batch}: the file was exported for a batch of {fixed} and runs with no other.",
-                fix="Export it with an open batch:  y7 export --dynamic-batch",
+                f"{name} {batch}: the file was exported for a batch of {fixed} and supports no other.",
+                fix="Export it with a dynamic batch:  y7 export --dynamic-batch",
             )
 
 
-def _preflight(job: BuildJob, found: Installation, model_bytes: int, folder: Path | None) -> tuple[str, ...]:
-    """Warnings to keep.
+def _preflight(
+    request: BuildRequest, installation: Installation, model_bytes: int, output_folder: Path | None
+) -> tuple[str, ...]:
+    """Return the warnings of the checks before a build.
 
     Raises:
-        EngineError: Something that the build cannot get past.
+        EngineError: A check found a reason why the build cannot succeed.
     """
-    image = next((shape.max for shape in job.shapes if len(shape.max) == 4), (0, 0, 0, 0))
+    image = next((shape.max for shape in request.shapes if len(shape.max) == 4), (0, 0, 0, 0))
     planned = PlannedBuild(
-        product=found.product,
-        tensorrt=found.version,
-        gpu=found.gpu,
-        compute_capability=found.compute_capability,
-        targets=job.targets,
-        known_targets=found.targets,
+        product=installation.product,
+        tensorrt=installation.version,
+        gpu=installation.gpu,
+        compute_capability=installation.compute_capability,
+        targets=request.targets,
+        known_targets=installation.targets,
         model_bytes=model_bytes,
         input_pixels=image[0] * image[1] * image[2] * image[3] // 3,
-        workspace_bytes=job.workspace_bytes,
-        dla_core=job.dla,
-        folder=folder,
-        cache_folder=Path(job.timing_cache) if job.timing_cache.endswith("/") else None,
+        workspace_bytes=request.workspace_bytes,
+        dla_core=request.dla,
+        folder=output_folder,
+        cache_folder=Path(request.timing_cache) if request.timing_cache.endswith("/") else None,
     )
     warnings = []
     for finding in preflight(planned):
@@ -263,62 +359,62 @@ def _preflight(job: BuildJob, found: Installation, model_bytes: int, folder: Pat
     return tuple(warnings)
 
 
-class _Events:
-    """Passes on what a build tells."""
+class _Progress:
+    """Logs the progress of a build and passes it to the callbacks."""
 
-    def __init__(self, telling: BuildCallbacks) -> None:
-        self._telling, self._last = telling, time.perf_counter()
+    def __init__(self, callbacks: BuildCallbacks) -> None:
+        self._callbacks, self._last = callbacks, time.perf_counter()
 
-    def step(self, what: str) -> None:
-        """A finished step."""
+    def step(self, description: str) -> None:
+        """Report a completed step."""
         seconds = time.perf_counter() - self._last
-        logger.info("%s (%.1f s)", what, seconds)
-        if self._telling.say:
-            self._telling.say(what, seconds)
+        logger.info("%s (%.1f s)", description, seconds)
+        if self._callbacks.on_step:
+            self._callbacks.on_step(description, seconds)
         self._last = time.perf_counter()
 
-    def take(self, kind: str, value: Any) -> None:  # noqa: ANN401 - JSON
-        """An event of the worker."""
+    def on_event(self, kind: str, value: Any) -> None:  # noqa: ANN401 - JSON
+        """Report an event of the build process."""
         if kind == "parsed":
             self.step(f"parsed {value} layers")
-        elif kind == "progress" and self._telling.progress:
-            self._telling.progress(*value)
+        elif kind == "progress" and self._callbacks.on_progress:
+            self._callbacks.on_progress(*value)
         elif kind == "log":
             logger.debug("TensorRT: %s", value)
-            if self._telling.log:
-                self._telling.log(value)
+            if self._callbacks.on_log:
+                self._callbacks.on_log(value)
 
 
-# --- what came of it --------------------------------------------------------------------------------------------------
+# --- the result -------------------------------------------------------------------------------------------------------
 
 
-def _record(
-    model: OnnxModel, graph: PreparedGraph, job: BuildJob, report: BuildReport, library: PluginLibrary | None
+def _build_record(
+    model: OnnxModel, graph: PreparedGraph, request: BuildRequest, report: BuildReport, library: PluginLibrary | None
 ) -> EngineRecord:
-    """The record, without what only the plan tells."""
-    found = report.installation
-    assert found is not None, "a build without failure says where"
+    """Return the record without the fields that depend on the plan."""
+    installation = report.installation
+    assert installation is not None, "the report of a successful build has the installation"
     return EngineRecord(
         metadata=model.metadata,
         plan_bytes=0,
         plan_sha256="",
-        product=found.product,
-        tensorrt=found.version,
-        cuda=found.cuda,
-        driver=found.driver,
-        gpu=found.gpu,
-        compute_capability=found.compute_capability,
-        targets=job.targets,
+        product=installation.product,
+        tensorrt=installation.version,
+        cuda=installation.cuda,
+        driver=installation.driver,
+        gpu=installation.gpu,
+        compute_capability=installation.compute_capability,
+        targets=request.targets,
         platform=f"{platform.system().lower()}-{platform.machine()}",
         plugin=PluginUse(path=str(library.path), version=library.version, abi=library.abi) if library else None,
         nms_by=graph.nms_by,
         runtime_thresholds=graph.runtime_thresholds,
         strongly_typed=report.strongly_typed,
         flags=report.flags,
-        version_compatible=job.version_compatible,
-        hardware_compatible=job.hardware_compatible,
+        version_compatible=request.version_compatible,
+        hardware_compatible=request.hardware_compatible,
         dla=report.dla,
-        shapes=job.shapes,
+        shapes=request.shapes,
         inputs=report.inputs,
         outputs=report.outputs,
         workspace_bytes=report.workspace_bytes,
@@ -329,65 +425,68 @@ def _record(
         inspector=report.inspector,
         device_memory_bytes=report.device_memory_bytes,
         peak_memory_bytes=report.peak_memory_bytes,
-        onnx_sha256=graph_digest(model.proto),
+        onnx_sha256=sha256_hex(model.proto.SerializeToString(deterministic=True)),
         y7_version=__version__,
     )
 
 
-def _lost_int8(record: EngineRecord) -> tuple[str, ...]:
-    """A note where convolutions that are INT8 in the file are not in the engine, as far as its builder listed them."""
-    listed = read_listing(record.listing) if record.metadata.int8 else None
-    if record.metadata.int8 is None or listed is None:
+def _missing_int8(record: EngineRecord) -> tuple[str, ...]:
+    """Return a note if the engine has fewer INT8 convolutions than the file, according to the builder's layer list."""
+    table = read_listing(record.listing) if record.metadata.int8 else None
+    if record.metadata.int8 is None or table is None:
         return ()
-    wanted = record.metadata.int8.int8_convolutions
-    lost = wanted - listed.convolutions.get("int8", 0)
-    if lost <= 0:
+    expected = record.metadata.int8.int8_convolutions
+    missing = expected - table.convolutions.get("int8", 0)
+    if missing <= 0:
         return ()
-    note = f"{lost} of the {wanted} INT8 convolutions of the file run as float in this engine"
+    note = f"{missing} of the {expected} INT8 convolutions of the file run as float in this engine"
     if "7.5" in record.targets:
         note += ": TensorRT-RTX has none for compute capability 7.5, and all targets of a plan share its layers"
     logger.warning(note)
     return (note,)
 
 
-def _failed(failure: Failure, proto: onnx.ModelProto, lines: tuple[str, ...], peak_memory_bytes: int) -> EngineError:
-    """The error of a build that came to its end without an engine."""
-    memory = out_of_memory(lines, peak_memory_bytes=peak_memory_bytes)
+def _build_error(
+    failure: Failure, proto: onnx.ModelProto, log_lines: tuple[str, ...], peak_memory_bytes: int
+) -> EngineError:
+    """Return the error of a build without an engine."""
+    memory = out_of_memory(log_lines, peak_memory_bytes=peak_memory_bytes)
     if memory is not None:
         return memory
-    if failure.parser:
-        said = "\n".join(f"  {_fault_text(fault, proto)}" for fault in failure.parser)
-        sets = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)
+    if failure.parser_errors:
+        errors = "\n".join(f"  {_describe_parser_error(error, proto)}" for error in failure.parser_errors)
+        opsets = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)
         return EngineError(
-            f"{failure.message}:\n{said}\nIts operator sets are {sets}.", fix=_parser_fix(failure.parser, proto)
+            f"{failure.message}:\n{errors}\nIts operator sets are {opsets}.",
+            fix=_parser_fix(failure.parser_errors, proto),
         )
-    if failure.fix or not lines:
+    if failure.fix or not log_lines:
         return EngineError(failure.message, fix=failure.fix)
-    said = "\n".join(f"  {line}" for line in lines)
-    fix = "All it said:  y7 build --verbose"
-    if any("workspace" in line.lower() for line in lines):
-        fix = "Allow its layers more memory, as  --workspace 2, or leave --workspace out."
-    return EngineError(f"{failure.message}. It last said:\n{said}", fix=fix)
+    log = "\n".join(f"  {line}" for line in log_lines)
+    fix = "For the complete log:  y7 build --verbose"
+    if any("workspace" in line.lower() for line in log_lines):
+        fix = "Allow its layers more memory, such as  --workspace 2, or leave out --workspace."
+    return EngineError(f"{failure.message}. Its last log lines:\n{log}", fix=fix)
 
 
-def _node_of(fault: ParserFault, proto: onnx.ModelProto) -> tuple[str, str, str]:
-    """Name, op and domain; the parser does not tell the domain, and before 10 it tells the number only."""
-    if 0 <= fault.node < len(proto.graph.node):
-        node = proto.graph.node[fault.node]
-        if fault.op in ("", node.op_type):
-            return fault.name or node.name, node.op_type, node.domain
-    return fault.name, fault.op, ""
+def _node_of(error: ParserError, proto: onnx.ModelProto) -> tuple[str, str, str]:
+    """Return name, op type and domain of a node. The parser has no domain, and before TensorRT 10 only an index."""
+    if 0 <= error.node < len(proto.graph.node):
+        node = proto.graph.node[error.node]
+        if error.op in ("", node.op_type):
+            return error.name or node.name, node.op_type, node.domain
+    return error.name, error.op, ""
 
 
-def _fault_text(fault: ParserFault, proto: onnx.ModelProto) -> str:
-    name, op, domain = _node_of(fault, proto)
-    words = re.sub(r'^\w+ && "(.*)"$', r"\1", fault.words)  # a C++ assertion
+def _describe_parser_error(error: ParserError, proto: onnx.ModelProto) -> str:
+    name, op, domain = _node_of(error, proto)
+    message = re.sub(r'^\w+ && "(.*)"$', r"\1", error.message)  # the text of a C++ assertion
     if not op:
-        return words
-    return f"node {name or fault.node} ({f'{domain}.' if domain else ''}{op}): {words}"
+        return message
+    return f"node {name or error.node} ({f'{domain}.' if domain else ''}{op}): {message}"
 
 
-def _parser_fix(faults: tuple[ParserFault, ...], proto: onnx.ModelProto) -> str:
-    if any(_node_of(fault, proto)[1] == OP for fault in faults):
-        return f"Build our plugin:  {BUILD_COMMAND}   or build without it:  --plugin off"
-    return "Export the weights here, with operators TensorRT has:  y7 export --weights WEIGHTS.pt"
+def _parser_fix(errors: tuple[ParserError, ...], proto: onnx.ModelProto) -> str:
+    if any(_node_of(error, proto)[1] == OP for error in errors):
+        return f"Build the plugin:  {BUILD_COMMAND}   or build without it:  --plugin off"
+    return "Export the weights with yolov7-deploy, which uses operators of TensorRT:  y7 export --weights WEIGHTS.pt"

@@ -1,51 +1,76 @@
-"""Which TensorRT is installed and what it can do: the only file that imports `tensorrt` or `tensorrt_rtx`.
+"""The capabilities of the installed TensorRT. Only this module imports `tensorrt` and `tensorrt_rtx`.
 
-It asks whether a name exists and never which version it has: 8.6, 10, 11 and TensorRT-RTX are one program with names
-that come and go. Used in the process that builds, and where engines run.
+TensorRT 8.6, 10, 11 and TensorRT-RTX have largely the same API; some names exist in some versions only. This module
+tests for the name and never for the version. It is used in the build process and where engines run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from yolov7_deploy.errors import EngineError
-from yolov7_deploy.tensorrt.build_messages import BuildJob, ParserFault
+from yolov7_deploy.tensorrt.build_messages import BuildRequest, ParserError
 from yolov7_deploy.tensorrt.build_record import TITLES, DlaUse, EngineTensor, InputShape, NetworkLayer, Product
 
-Trt = Any  # the module; its names differ from version to version
+Trt = Any  # the module, or an object of it: their names differ from version to version
 
-# TensorRT's names of types as NumPy has them.
+# TensorRT's data types and their NumPy names.
 _DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
     "INT64": "int64", "BOOL": "bool",
 }  # fmt: skip
-# Kernels of these libraries are slow to load and win nothing for convolutions of this kind; they are gone from 11.
+# These libraries are slow to load and do not speed up convolutions of this kind; TensorRT 11 does not have them.
 _UNWANTED_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
-# Weights as flags: what the types of a graph are worth to a TensorRT that chooses by itself.
-_PERMISSIONS = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
-# Layers whose sizes or rounds are known at run time only.
-_ALLOCATING = {"NON_ZERO", "TRIP_LIMIT", "NMS"}
+# Builder flags that permit the precisions of a graph, for a network that is not strongly typed.
+_PRECISION_FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
+# Layers whose output sizes or iteration counts are known at run time only.
+_ALLOCATING_LAYERS = {"NON_ZERO", "TRIP_LIMIT", "NMS"}
+# Name in the API, value of --hardware-compatible, first version that has it.
 _LEVELS = {"ampere_plus": ("AMPERE_PLUS", "ampere+", "8.6"), "same_compute_capability": (
     "SAME_COMPUTE_CAPABILITY", "same-cc", "10.9")}  # fmt: skip
+# First line of the message in which a builder lists the layers of the engine it has built.
+_LISTING_START = "Layers:\n"
 
 
 def load_tensorrt(product: Product) -> Trt:
-    """The module.
+    """Import and return the module.
 
     Raises:
-        ImportError: It is not installed, or does not load.
+        ImportError: It is not installed, or cannot be loaded.
     """
     return importlib.import_module(product)
 
 
-class Dialect:
-    """What one TensorRT understands.
+def create_logger(trt: Trt, on_message: Callable[[str], None], on_listing: Callable[[str], None] | None = None) -> Trt:
+    """Return an ILogger. TensorRT calls it from its own threads.
 
     Args:
-        product: Which of the two it is.
+        trt: The module.
+        on_message: Called with each message except verbose ones, as `ERROR: text`.
+        on_listing: Called with the verbose message that lists the layers of an engine, one of 20,000 in a build.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Trt, message: str) -> None:
+            if severity.name != "VERBOSE":
+                on_message(f"{severity.name}: {message}")
+            elif on_listing is not None and message.startswith(_LISTING_START):
+                on_listing(message)
+
+    return Logger()
+
+
+class TrtCapabilities:
+    """The differences between the TensorRT versions, and what the installed one supports.
+
+    Args:
+        product: `tensorrt` or `tensorrt_rtx`.
         trt: The module.
     """
 
@@ -57,199 +82,235 @@ class Dialect:
 
     @property
     def abi(self) -> str:
-        """Shell of the plugins it loads."""
+        """The plugin interface: `v3` (IPluginV3) or `v2` (IPluginV2DynamicExt)."""
         return "v3" if hasattr(self.trt, "IPluginV3") else "v2"
 
     @property
     def ahead_of_time(self) -> bool:
-        """It compiles for named compute capabilities and measures nothing here: TensorRT-RTX."""
+        """True for TensorRT-RTX, which compiles for given compute capabilities and does not time kernels."""
         return hasattr(self.trt.IBuilderConfig, "set_compute_capability")
 
     @property
     def targets(self) -> dict[str, str]:
-        """Name in the API of each compute capability it can name: `SM86` for `8.6`."""
+        """Supported build targets: compute capability to its name in the API, `8.6` to `SM86`."""
         names = dir(getattr(self.trt, "ComputeCapability", None))
         numbers = sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdecimal())
         return {f"{number // 10}.{number % 10}": f"SM{number}" for number in numbers}
 
-    def strongly_typed(self, job: BuildJob) -> bool:
-        """Types are the graph's. Where they need not be, only for what cannot be said otherwise, and where it works.
+    def strongly_typed(self, request: BuildRequest) -> bool:
+        """Return whether to build a strongly typed network, in which the graph determines all precisions.
 
-        NVIDIA calls strong typing fully available from 10.12, which also brought the marking of unfused tensors. DLA
-        takes no typed graph while builder flags exist.
+        True where there are no precision flags. Otherwise only for FP16 and INT8 graphs, and only if strong typing is
+        complete: NVIDIA calls it fully available from 10.12, which also added the marking of unfused tensors. DLA does
+        not support strong typing while precision flags exist.
         """
         flags, network = self.trt.NetworkDefinitionCreationFlag, self.trt.INetworkDefinition
         if not hasattr(self.trt.BuilderFlag, "FP16"):
             return True
         complete = hasattr(flags, "STRONGLY_TYPED") and hasattr(network, "mark_unfused_tensors_as_debug_tensors")
-        return complete and job.precision != "fp32" and job.dla is None
+        return complete and request.precision != "fp32" and request.dla is None
 
     def network_flags(self, *, typed: bool) -> int:
-        """Flags of a new network; before 10 the batch is only part of the shapes with a flag."""
-        names = ["EXPLICIT_BATCH", *(["STRONGLY_TYPED"] if typed else [])]
+        """Return the creation flags of a network. Before TensorRT 10, explicit batch dimensions need a flag."""
+        names = ["EXPLICIT_BATCH", "STRONGLY_TYPED"] if typed else ["EXPLICIT_BATCH"]
         known = self.trt.NetworkDefinitionCreationFlag
         return sum(1 << int(getattr(known, name)) for name in names if hasattr(known, name))
 
     # --- before the build ---------------------------------------------------------------------------------------------
 
-    def check(self, job: BuildJob, *, compute_capability: str, dla_cores: int) -> None:
-        """Refuses what this TensorRT or this machine does not have.
+    def check_request_supported(self, request: BuildRequest, *, compute_capability: str, dla_cores: int) -> None:
+        """Check that this TensorRT and this machine support every option.
 
         Raises:
-            EngineError: It names the option, and what would have it.
+            EngineError: They do not; the message names the option and the version that supports it.
         """
-        self._check_levels(job, compute_capability)
-        if job.opt_level >= 0 and not hasattr(self.trt.IBuilderConfig, "builder_optimization_level"):
-            raise self._lacks("--opt-level", "8.6")
-        if job.sparse and not hasattr(self.trt.BuilderFlag, "SPARSE_WEIGHTS"):
-            raise self._lacks("--sparse", "8.0")
-        if job.timing_cache_asked and self.ahead_of_time:
+        self._check_compatibility_levels(request, compute_capability)
+        if request.opt_level >= 0 and not hasattr(self.trt.IBuilderConfig, "builder_optimization_level"):
+            raise self._unsupported("--opt-level", "8.6")
+        if request.sparse and not hasattr(self.trt.BuilderFlag, "SPARSE_WEIGHTS"):
+            raise self._unsupported("--sparse", "8.0")
+        if request.timing_cache_required and self.ahead_of_time:
             raise EngineError(
-                f"--timing-cache means nothing to {self.title}: it measures no kernels while it builds.",
-                fix="Leave --timing-cache out.",
+                f"--timing-cache has no effect with {self.title}: it does not time kernels during a build.",
+                fix="Leave out --timing-cache.",
             )
-        if job.dla is not None:
-            self._check_dla(job, dla_cores)
+        if request.dla is not None:
+            self._check_dla(request, dla_cores)
 
-    def _check_levels(self, job: BuildJob, compute_capability: str) -> None:
-        if job.version_compatible:
+    def _check_compatibility_levels(self, request: BuildRequest, compute_capability: str) -> None:
+        if request.version_compatible:
             if self.ahead_of_time:
-                raise self._moves_otherwise("--version-compatible", "Build once for each version of it.")
+                raise self._not_portable("--version-compatible", "Build once for each version of TensorRT-RTX.")
             if not hasattr(self.trt.BuilderFlag, "VERSION_COMPATIBLE"):
-                raise self._lacks("--version-compatible", "8.6")
-        if job.hardware_compatible == "none":
+                raise self._unsupported("--version-compatible", "8.6")
+        if request.hardware_compatible == "none":
             return
-        name, spelling, since = _LEVELS[job.hardware_compatible]
-        option = f"--hardware-compatible {spelling}"
+        name, value, first_version = _LEVELS[request.hardware_compatible]
+        option = f"--hardware-compatible {value}"
         if self.ahead_of_time:
-            raise self._moves_otherwise(option, "Name the GPUs instead:  --target sm86,sm89,sm120")
+            raise self._not_portable(option, "List the GPUs instead:  --target sm86,sm89,sm120")
         if not hasattr(getattr(self.trt, "HardwareCompatibilityLevel", None), name):
-            raise self._lacks(option, since)
+            raise self._unsupported(option, first_version)
         oldest = "8.0" if name == "AMPERE_PLUS" else "7.5"
         if compute_capability and float(compute_capability) < float(oldest):
             raise EngineError(
-                f"{option} needs a GPU of compute capability {oldest} or later; this one has {compute_capability}.",
+                f"{option} requires a GPU of compute capability {oldest} or later; this one has {compute_capability}.",
                 fix="Leave it out: the engine then runs on this kind of GPU only.",
             )
 
-    def _check_dla(self, job: BuildJob, cores: int) -> None:
-        option = f"--dla {job.dla}"
-        if job.dla is not None and job.dla >= cores:
-            found = f"counts {cores} on this machine" if cores else "finds none on this machine"
+    def _check_dla(self, request: BuildRequest, cores: int) -> None:
+        option = f"--dla {request.dla}"
+        if request.dla is not None and request.dla >= cores:
+            found = f"finds {cores} on this machine" if cores else "finds none on this machine"
             raise EngineError(
-                f"{option}: {self.title} {found}. DLA cores are on Xavier and Orin, with a TensorRT made for them.",
-                fix=f"--dla {cores - 1}" if cores else "Leave --dla out.",
+                f"{option}: {self.title} {found}. Xavier and Orin have DLA cores, with a TensorRT made for them.",
+                fix=f"--dla {cores - 1}" if cores else "Leave out --dla.",
             )
-        if job.precision == "fp32":
-            raise EngineError(f"{option}: a DLA computes in float16 or int8 only.", fix="Export with  --fp16")
-        if job.precision == "int8" and hasattr(self.trt.BuilderFlag, "INT8"):
+        if request.precision == "fp32":
+            raise EngineError(f"{option}: a DLA supports only FP16 and INT8.", fix="Export with  --fp16")
+        if request.precision == "int8" and hasattr(self.trt.BuilderFlag, "INT8"):
             raise EngineError(
-                f"{option}: an int8 file is made of Q/DQ pairs, and with {self.title} a DLA takes none: its INT8 comes "
-                "from a float file and a calibration cache.",
+                f"{option}: an INT8 file consists of Q/DQ pairs, which a DLA does not support with {self.title}: its "
+                "INT8 needs a float file and a calibration cache.",
                 fix="Build the fp16 file here, or the float32 file with a cache:  y7 quantize --weights FILE.onnx "
                 "--calib FOLDER --trt-cache F; trtexec --onnx=FILE.onnx --int8 --fp16 --calib=F "
-                f"--useDLACore={job.dla} --allowGPUFallback",
+                f"--useDLACore={request.dla} --allowGPUFallback",
             )
-        if any(shape.min != shape.max for shape in job.shapes):
-            raise EngineError(f"{option}: a DLA takes fixed shapes only.", fix="Fix the batch:  --batch 1")
+        if any(shape.min != shape.max for shape in request.shapes):
+            raise EngineError(f"{option}: a DLA supports only fixed shapes.", fix="Fix the batch:  --batch 1")
 
-    def _lacks(self, option: str, since: str) -> EngineError:
-        return EngineError(f"{option}: {self.title} does not have it.", fix=f"TensorRT {since} or later has it.")
+    def _unsupported(self, option: str, first_version: str) -> EngineError:
+        return EngineError(
+            f"{option}: {self.title} does not support it.", fix=f"TensorRT {first_version} or later supports it."
+        )
 
-    def _moves_otherwise(self, option: str, fix: str) -> EngineError:
-        return EngineError(f"{option}: {self.title} makes no such engines.", fix=fix)
+    def _not_portable(self, option: str, fix: str) -> EngineError:
+        return EngineError(f"{option}: {self.title} does not build such engines.", fix=fix)
 
-    # --- the configuration of a build ---------------------------------------------------------------------------------
+    # --- the build ----------------------------------------------------------------------------------------------------
 
     def configure(
-        self, config: Trt, job: BuildJob, *, typed: bool, layers: Sequence[NetworkLayer] = ()
+        self, config: Trt, request: BuildRequest, *, typed: bool, layers: Sequence[NetworkLayer] = ()
     ) -> tuple[str, ...]:
-        """Sets everything but the profile; gives the names of the builder flags."""
+        """Set everything but the optimization profile in a builder configuration; return the names of the flags."""
         trt = self.trt
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if job.workspace_bytes:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
-        if job.opt_level >= 0:
-            config.builder_optimization_level = job.opt_level
-        flags = list(self._flags(job, typed=typed, layers=layers))
+        if request.workspace_bytes:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+        if request.opt_level >= 0:
+            config.builder_optimization_level = request.opt_level
+        flags = tuple(self._builder_flags(request, typed=typed, layers=layers))
         for flag in flags:
             config.set_flag(getattr(trt.BuilderFlag, flag))
-        if job.hardware_compatible != "none":
-            level = _LEVELS[job.hardware_compatible][0]
+        if request.hardware_compatible != "none":
+            level = _LEVELS[request.hardware_compatible][0]
             config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
-        if job.dla is not None:
+        if request.dla is not None:
             config.default_device_type = trt.DeviceType.DLA
-            config.DLA_core = job.dla
+            config.DLA_core = request.dla
         if any(hasattr(trt.TacticSource, name) for name in _UNWANTED_TACTICS):
-            config.set_tactic_sources(self._tactics(config))
-        if job.targets:
-            config.num_compute_capabilities = len(job.targets)
-            for place, target in enumerate(job.targets):
-                config.set_compute_capability(getattr(trt.ComputeCapability, self.targets[target]), place)
-        return tuple(flags)
+            config.set_tactic_sources(self._tactic_sources(config))
+        if request.targets:
+            config.num_compute_capabilities = len(request.targets)
+            for index, target in enumerate(request.targets):
+                config.set_compute_capability(getattr(trt.ComputeCapability, self.targets[target]), index)
+        return flags
 
-    def _flags(self, job: BuildJob, *, typed: bool, layers: Sequence[NetworkLayer]) -> Iterator[str]:
+    def _builder_flags(self, request: BuildRequest, *, typed: bool, layers: Sequence[NetworkLayer]) -> Iterator[str]:
         if not typed:
-            yield from _PERMISSIONS[job.precision]
-        if job.sparse:
+            yield from _PRECISION_FLAGS[request.precision]
+        if request.sparse:
             yield "SPARSE_WEIGHTS"
-        if job.version_compatible:
+        if request.version_compatible:
             yield "VERSION_COMPATIBLE"
-        if job.dla is not None:
+        if request.dla is not None:
             yield "GPU_FALLBACK"
-        # Without it TensorRT-RTX may allocate in the middle of a run, which no CUDA graph can hold.
-        is_steady = not {layer.type for layer in layers} & _ALLOCATING
-        if self.ahead_of_time and is_steady and hasattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # Without this flag TensorRT-RTX may allocate memory during inference, which a CUDA graph cannot capture.
+        allocates = bool({layer.type for layer in layers} & _ALLOCATING_LAYERS)
+        if self.ahead_of_time and not allocates and hasattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
             yield "REQUIRE_USER_ALLOCATION"
 
-    def _tactics(self, config: Trt) -> int:
+    def _tactic_sources(self, config: Trt) -> int:
         unwanted = [getattr(self.trt.TacticSource, name, None) for name in _UNWANTED_TACTICS]
         return int(config.get_tactic_sources()) & ~sum(1 << int(source) for source in unwanted if source is not None)
 
     def add_profile(self, builder: Trt, config: Trt, network: Trt, shapes: Sequence[InputShape]) -> None:
-        """One profile for all inputs with open dimensions; none where all are fixed."""
-        open_inputs = [tensor.name for tensor in _inputs(network) if -1 in tensor.shape]
-        if not open_inputs:
+        """Add one optimization profile for all inputs with dynamic dimensions, if there are any."""
+        dynamic = [tensor.name for tensor in _inputs(network) if -1 in tensor.shape]
+        if not dynamic:
             return
         profile = builder.create_optimization_profile()
         for shape in shapes:
-            if shape.name in open_inputs:
+            if shape.name in dynamic:
                 profile.set_shape(shape.name, shape.min, shape.opt, shape.max)
         config.add_optimization_profile(profile)
-        # From 10 on always so: several contexts may run with one profile, and several threads with one engine.
+        # Several contexts, and so several threads, may use one profile. From TensorRT 10 on this is always enabled.
         if self.abi == "v2" and hasattr(getattr(self.trt, "PreviewFeature", None), "PROFILE_SHARING_0806"):
             config.set_preview_feature(self.trt.PreviewFeature.PROFILE_SHARING_0806, True)
 
+    def parser_errors(self, parser: Trt) -> tuple[ParserError, ...]:
+        """Return the errors of the ONNX parser; before TensorRT 10 they identify nodes by index only."""
+        errors = []
+        for error in (parser.get_error(i) for i in range(parser.num_errors)):
+            name = error.node_name() if hasattr(error, "node_name") else ""
+            op = error.node_operator() if hasattr(error, "node_operator") else ""
+            errors.append(ParserError(node=int(error.node()), name=name, op=op, message=error.desc()))
+        return tuple(errors)
+
+    def network_layers(self, network: Trt) -> tuple[NetworkLayer, ...]:
+        """Return the layers of a parsed network."""
+        return tuple(
+            NetworkLayer(
+                name=layer.name,
+                type=layer.type.name,
+                precision=_dtype(layer.get_output(0)) if layer.num_outputs and layer.get_output(0) else "",
+            )
+            for layer in _layers(network)
+        )
+
+    def network_tensors(self, network: Trt) -> tuple[tuple[EngineTensor, ...], tuple[EngineTensor, ...]]:
+        """Return the inputs and the outputs of a parsed network."""
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        return tuple(map(_tensor, _inputs(network))), tuple(map(_tensor, outputs))
+
+    def dla_use(self, config: Trt, network: Trt, core: int) -> DlaUse:
+        """Return the DLA core and the layers that fall back to the GPU."""
+        fallback = tuple(layer.name for layer in _layers(network) if not config.can_run_on_DLA(layer))
+        return DlaUse(core=core, fallback=fallback)
+
     # --- plugins ------------------------------------------------------------------------------------------------------
 
-    def register_own_plugins(self, logger: Trt) -> None:
-        """The plugins TensorRT comes with, among them EfficientNMS_TRT."""
+    def register_builtin_plugins(self, logger: Trt) -> None:
+        """Register the plugins that are part of TensorRT, such as EfficientNMS_TRT."""
         if not self.ahead_of_time:
             self.trt.init_libnvinfer_plugins(logger, "")
 
     def load_plugin(self, path: str) -> None:
-        """Brings a plugin library into the registry; 8.5 knows only libraries that enter by themselves."""
+        """Load a plugin library; with TensorRT 8.5 the library registers its plugins itself."""
         registry = self.trt.get_plugin_registry()
         if hasattr(registry, "load_library"):
             registry.load_library(path)
         else:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
-    def plugins(self) -> set[tuple[str, str, str]]:
-        """Name, version and namespace of what is registered."""
+    def registered_plugins(self) -> set[tuple[str, str, str]]:
+        """Return the name, version and namespace of every registered plugin."""
         registry = self.trt.get_plugin_registry()
         creators = registry.all_creators if hasattr(registry, "all_creators") else registry.plugin_creator_list
         return {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators}
 
-    # --- running an engine --------------------------------------------------------------------------------------------
+    # --- inference ----------------------------------------------------------------------------------------------------
 
-    def open_plan(self, plan: bytes, logger: Trt, *, version_compatible: bool) -> tuple[Trt, Trt | None]:
-        """The runtime, which must outlive the engine, and the engine; `None` where TensorRT refuses the plan.
+    def deserialize_engine(self, plan: bytes, logger: Trt, *, version_compatible: bool) -> tuple[Trt, Trt | None]:
+        """Return the runtime, which must exist as long as the engine, and the engine.
 
         Args:
-            plan: Of the file.
-            logger: Takes the reasons.
-            version_compatible: The plan carries a runtime of its own, which may be run.
+            plan: Content of the engine file.
+            logger: Receives the reasons of a failure.
+            version_compatible: The plan contains a runtime that may be executed.
+
+        Returns:
+            The engine is `None` if TensorRT cannot deserialize the plan.
         """
         runtime = self.trt.Runtime(logger)
         if version_compatible and hasattr(runtime, "engine_host_code_allowed"):
@@ -257,96 +318,67 @@ class Dialect:
         return runtime, runtime.deserialize_cuda_engine(plan)
 
     def engine_tensors(self, engine: Trt) -> tuple[tuple[EngineTensor, ...], tuple[EngineTensor, ...]]:
-        """Inputs and outputs of an engine."""
+        """Return the inputs and the outputs of an engine."""
         inputs: list[EngineTensor] = []
         outputs: list[EngineTensor] = []
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
             dtype = _numpy_name(engine.get_tensor_dtype(name))
-            tensor = EngineTensor(name=name, dtype=dtype, shape=_sides(engine.get_tensor_shape(name)))
+            tensor = EngineTensor(name=name, dtype=dtype, shape=_shape(engine.get_tensor_shape(name)))
             (inputs if engine.get_tensor_mode(name).name == "INPUT" else outputs).append(tensor)
         return tuple(inputs), tuple(outputs)
 
-    def profile(self, engine: Trt, name: str) -> InputShape:
-        """The limits of an input in the first profile."""
-        smallest, best, largest = map(_sides, engine.get_tensor_profile_shape(name, 0))
+    def profile_shapes(self, engine: Trt, name: str) -> InputShape:
+        """Return the minimum, optimum and maximum shape of an input in the first optimization profile."""
+        smallest, best, largest = map(_shape, engine.get_tensor_profile_shape(name, 0))
         return InputShape(name=name, min=smallest, opt=best, max=largest)
 
-    def scratch_bytes(self, engine: Trt) -> int:
-        """Memory of the GPU that a context of this engine works in."""
-        is_long = hasattr(engine, "device_memory_size_v2")
-        return int(engine.device_memory_size_v2 if is_long else engine.device_memory_size)
+    def device_memory_bytes(self, engine: Trt) -> int:
+        """Return the GPU memory that an execution context of this engine needs for activations."""
+        has_64_bit_size = hasattr(engine, "device_memory_size_v2")
+        return int(engine.device_memory_size_v2 if has_64_bit_size else engine.device_memory_size)
 
-    def new_context(self, engine: Trt, *, graphs_inside: bool) -> Trt | None:
-        """A context that works in memory of ours (`give_scratch`); `None` where there can be no further one.
+    def create_context(self, engine: Trt, *, capture_graphs: bool) -> Trt | None:
+        """Return an execution context that needs `set_device_memory`; `None` if the profile allows no further context.
 
         Args:
-            engine: Opened.
-            graphs_inside: TensorRT-RTX shall record CUDA graphs by itself, for callers that cannot record its work.
+            engine: A deserialized engine.
+            capture_graphs: TensorRT-RTX captures CUDA graphs itself, for callers that cannot capture its work.
         """
-        if self.records_by_itself:
+        if self.captures_cuda_graphs:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-            if graphs_inside:
+            if capture_graphs:
                 config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             return engine.create_execution_context(config)
         if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
             return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         return engine.create_execution_context_without_device_memory()
 
-    def give_scratch(self, context: Trt, pointer: int, nbytes: int) -> None:
-        """The memory that a context works in; contexts that never work at once may share it."""
+    def set_device_memory(self, context: Trt, pointer: int, nbytes: int) -> None:
+        """Set the activation memory of a context; contexts that never run concurrently may share it."""
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(pointer, nbytes)
         else:
             context.device_memory = pointer
 
     @property
-    def records_by_itself(self) -> bool:
-        """Contexts can record CUDA graphs of their own: TensorRT-RTX."""
+    def captures_cuda_graphs(self) -> bool:
+        """True if contexts can capture CUDA graphs themselves: TensorRT-RTX."""
         return hasattr(self.trt, "CudaGraphStrategy")
 
-    def can_record(self, context: Trt, stream: int) -> bool:
-        """The caller may record the work of a ready context; only TensorRT-RTX says otherwise, and has its own way."""
-        return not (self.records_by_itself and hasattr(context, "is_stream_capturable")) or bool(
-            context.is_stream_capturable(stream)
-        )
+    def is_stream_capturable(self, context: Trt, stream: int) -> bool:
+        """Return whether the caller can capture the work of a context; always true except with TensorRT-RTX."""
+        if not self.captures_cuda_graphs or not hasattr(context, "is_stream_capturable"):
+            return True
+        return bool(context.is_stream_capturable(stream))
 
-    def take_profile(self, context: Trt, stream: int) -> bool:
-        """Makes sure that a context has a profile: before 10 each profile serves one context, unless it is shared."""
+    def select_profile(self, context: Trt, stream: int) -> bool:
+        """Select the optimization profile of a context if it has none: before TensorRT 10 profiles may be exclusive."""
         return context.active_optimization_profile >= 0 or bool(context.set_optimization_profile_async(0, stream))
 
-    # --- what came of it ----------------------------------------------------------------------------------------------
 
-    def parser_faults(self, parser: Trt) -> tuple[ParserFault, ...]:
-        """What the parser complains of; before 10 it knows nodes by their number only."""
-        faults = []
-        for error in (parser.get_error(i) for i in range(parser.num_errors)):
-            name = error.node_name() if hasattr(error, "node_name") else ""
-            op = error.node_operator() if hasattr(error, "node_operator") else ""
-            faults.append(ParserFault(node=int(error.node()), name=name, op=op, words=error.desc()))
-        return tuple(faults)
-
-    def layers(self, network: Trt) -> tuple[NetworkLayer, ...]:
-        """The parsed network, layer by layer."""
-        layers = (network.get_layer(i) for i in range(network.num_layers))
-        return tuple(
-            NetworkLayer(
-                name=layer.name,
-                type=layer.type.name,
-                precision=_dtype(layer.get_output(0)) if layer.num_outputs and layer.get_output(0) else "",
-            )
-            for layer in layers
-        )
-
-    def tensors(self, network: Trt) -> tuple[tuple[EngineTensor, ...], tuple[EngineTensor, ...]]:
-        """Inputs and outputs."""
-        outputs = [network.get_output(i) for i in range(network.num_outputs)]
-        return tuple(map(_tensor, _inputs(network))), tuple(map(_tensor, outputs))
-
-    def dla_use(self, config: Trt, network: Trt, core: int) -> DlaUse:
-        """Which layers the DLA core leaves to the GPU."""
-        layers = (network.get_layer(i) for i in range(network.num_layers))
-        return DlaUse(core=core, fallback=tuple(layer.name for layer in layers if not config.can_run_on_DLA(layer)))
+def _layers(network: Trt) -> Iterator[Trt]:
+    return (network.get_layer(i) for i in range(network.num_layers))
 
 
 def _inputs(network: Trt) -> list[Trt]:
@@ -354,11 +386,11 @@ def _inputs(network: Trt) -> list[Trt]:
 
 
 def _tensor(tensor: Trt) -> EngineTensor:
-    return EngineTensor(name=tensor.name, dtype=_dtype(tensor), shape=_sides(tensor.shape))
+    return EngineTensor(name=tensor.name, dtype=_dtype(tensor), shape=_shape(tensor.shape))
 
 
-def _sides(shape: Trt) -> tuple[int, ...]:
-    return tuple(int(side) for side in shape)
+def _shape(shape: Trt) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape)
 
 
 def _dtype(tensor: Trt) -> str:

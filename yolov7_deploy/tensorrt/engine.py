@@ -1,30 +1,30 @@
 """Engine: a TensorRT plan and the record of its build, loaded and saved together.
 
-The plan stays a bare file that trtexec can load; the record is `NAME.engine.json` beside `NAME.engine`. Needs neither
-TensorRT nor onnx, so a deployment image can check an engine before it touches the GPU.
+The plan is a plain file that trtexec can load; the record is `NAME.engine.json` next to `NAME.engine`. This module
+needs neither TensorRT nor onnx, so a deployment image can check an engine before it uses the GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord
 
-__all__ = ["Engine", "EngineRecord", "digest", "plan_version", "record_path"]
+__all__ = ["Engine", "EngineRecord", "plan_version", "record_path"]
 
 logger = logging.getLogger(__name__)
 
-# Every plan starts with four letters that end so: "ftrt" is TensorRT's, "vtrt" TensorRT-RTX's.
-_TAG_END = b"trt"
+# Bytes 1 to 3 of every plan. The first four are "ftrt" for TensorRT and "vtrt" for TensorRT-RTX.
+_TAG_SUFFIX = b"trt"
 _PRODUCTS = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
-# In the header of serialization version 0, what `trtexec --getPlanVersionOnly` prints: one byte a number.
+# Position of the version that `trtexec --getPlanVersionOnly` prints, one byte per number (serialization version 0).
 _VERSION_BYTES = slice(24, 28)
 
 
@@ -33,9 +33,9 @@ class Engine:
     """A plan and the record of its build.
 
     Attributes:
-        plan: What TensorRT deserializes.
-        record: How it was built; `None` for a plan that came without one.
-        notes: What a reader should know, such as the absence of the record.
+        plan: The serialized engine.
+        record: How it was built; `None` for a plan without a record.
+        notes: Warnings, such as a missing record.
     """
 
     plan: bytes
@@ -43,40 +43,40 @@ class Engine:
     notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
-        """Writes plan and record under temporary names, then renames them, the plan first; folders are made.
+        """Write plan and record under temporary names, then rename them, the plan first; create missing folders.
 
-        An older engine of the same name stays until then. A run that is killed between the two renames leaves a plan
-        with the record of another, which `load` notices by its digest.
+        An existing engine is replaced only by the renames. If the process is killed between them, the new plan has
+        the old record, which `load` detects by its SHA-256.
 
         Raises:
             EngineError: The disk is full or the folder cannot be written.
         """
         path = Path(path)
         try:
-            with contextlib.ExitStack() as files:  # the one that is opened last gets its name first
+            with contextlib.ExitStack() as files:  # files are renamed in reverse order
                 if self.record is not None:
-                    _write(files.enter_context(whole_file(record_path(path))), self.record.to_json().encode())
-                _write(files.enter_context(whole_file(path)), self.plan)
+                    _write(files.enter_context(atomic_write(record_path(path))), self.record.to_json().encode())
+                _write(files.enter_context(atomic_write(path)), self.plan)
         except OSError as error:
             raise EngineError(
                 f"{error.filename or path} cannot be written: {error.strerror or error}.",
-                fix="Choose another place:  --output F.engine",
+                fix="Choose another path:  --output F.engine",
             ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Engine:
-        """The plan in a file and the record beside it; a plan without one opens with a warning.
+        """Load a plan and the record next to it; a plan without a record loads with a warning.
 
         Raises:
-            LoadError: The file is absent or no plan, or plan and record do not belong together; the message names the
-                field that differs and the command that repairs it.
+            LoadError: The file is missing or not a plan, or the record belongs to another plan; the message names the
+                field that differs and the command that fixes it.
         """
         path = Path(path)
         plan = _read(path)
         try:
             text = record_path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            return _foreign(path, plan)
+            return _without_record(path, plan)
         except (OSError, UnicodeDecodeError) as error:
             raise LoadError(f"{record_path(path)} cannot be read: {error}.", fix=_rebuild(path)) from error
         record = EngineRecord.from_json(text, name=record_path(path).name)
@@ -85,14 +85,14 @@ class Engine:
 
 
 def record_path(path: Path) -> Path:
-    """`NAME.engine.json` for `NAME.engine`."""
+    """Return the path of an engine's record: `NAME.engine.json` for `NAME.engine`."""
     return path.with_name(f"{path.name}.json")
 
 
 def plan_version(plan: bytes) -> tuple[str, str] | None:
-    """Product (`tensorrt`, `tensorrt_rtx`) and version (`10.3.0.26`) that wrote a plan; `None` where it does not say.
+    """Return the product (`tensorrt`, `tensorrt_rtx`) and version (`10.3.0.26`) of a plan; `None` if it is unknown.
 
-    The last number is stored in one byte.
+    Each number is stored modulo 256.
     """
     product = _PRODUCTS.get(plan[:4])
     numbers = plan[_VERSION_BYTES]
@@ -101,16 +101,11 @@ def plan_version(plan: bytes) -> tuple[str, str] | None:
     return product, ".".join(str(number) for number in numbers)
 
 
-def digest(plan: bytes) -> str:
-    """The SHA-256 of a plan, as the record holds it."""
-    return hashlib.sha256(plan).hexdigest()
-
-
 def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())  # the rename must not overtake the data when the power fails
+        os.fsync(stream.fileno())  # the data must be on disk before the rename, in case of a power failure
 
 
 def _read(path: Path) -> bytes:
@@ -124,32 +119,32 @@ def _read(path: Path) -> bytes:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
 
 
-def _foreign(path: Path, plan: bytes) -> Engine:
-    if plan[1:4] != _TAG_END:
-        start = f"it begins with {plan[:8]!r}" if plan else "it is empty"
-        raise LoadError(f"{path} is no TensorRT engine: {start}.", fix=_rebuild(path))
-    wrote = plan_version(plan)
-    origin = f", written by {wrote[0]} {wrote[1]}" if wrote else ""
+def _without_record(path: Path, plan: bytes) -> Engine:
+    if plan[1:4] != _TAG_SUFFIX:
+        start = f"it starts with {plan[:8]!r}" if plan else "it is empty"
+        raise LoadError(f"{path} is not a TensorRT engine: {start}.", fix=_rebuild(path))
+    version = plan_version(plan)
+    origin = f", written by {version[0]} {version[1]}" if version else ""
     note = (
-        f"no build record ({record_path(path).name}) beside the plan{origin}: class names, letterbox and RGB order are "
-        "assumed, and only TensorRT itself can tell whether it fits this machine"
+        f"no build record ({record_path(path).name}) next to the plan{origin}: class names, letterbox and RGB order "
+        "are assumed, and only TensorRT can determine whether the plan runs on this machine"
     )
     logger.warning("%s: %s", path, note)
     return Engine(plan=plan, record=None, notes=(note,))
 
 
 def _check(path: Path, plan: bytes, record: EngineRecord) -> None:
-    beside = record_path(path).name
+    record_name = record_path(path).name
     if len(plan) != record.plan_bytes:
-        short = "cut off" if len(plan) < record.plan_bytes else "replaced"
+        what = "truncated" if len(plan) < record.plan_bytes else "replaced"
         raise LoadError(
-            f"{path} was {short}: it has {len(plan)} bytes, plan_bytes in {beside} says {record.plan_bytes}.",
+            f"{path} was {what}: it has {len(plan)} bytes, plan_bytes in {record_name} is {record.plan_bytes}.",
             fix=_rebuild(path),
         )
-    found = digest(plan)
+    found = sha256_hex(plan)
     if found != record.plan_sha256:
         raise LoadError(
-            f"{path} is damaged or was replaced: its plan_sha256 is {found[:12]}..., {beside} says "
+            f"{path} is damaged or was replaced: its plan_sha256 is {found[:12]}..., in {record_name} it is "
             f"{record.plan_sha256[:12]}... .",
             fix=_rebuild(path),
         )

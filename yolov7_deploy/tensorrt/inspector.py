@@ -1,10 +1,9 @@
-"""The layers of an engine as one table, whichever TensorRT wrote them down.
+"""The layers of an engine as one table, for every TensorRT version.
 
-The EngineInspector tells JSON in two forms: up to 10.x tensors have one `Format/Datatype` and the engine lists the
-names of its `Bindings`; from 11.0 on `Format` and `DataType` are apart and `I/O Tensors` are objects. An engine built
-without detailed profiling verbosity lists bare names. An engine that was built without a GPU was never inspected: of
-it there is what its builder told (`engine/listing.py`), or else the layers of the parsed network, before TensorRT fused
-anything.
+The EngineInspector writes JSON in two formats. Up to 10.x, tensors have one `Format/Datatype` and the engine lists the
+names of its `Bindings`. From 11.0 on, `Format` and `DataType` are separate and `I/O Tensors` are objects. An engine
+that was built without detailed profiling verbosity lists only names. An engine that was built without a GPU was not
+inspected: its table comes from the list in the builder's log, or from the parsed network, before TensorRT fuses layers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from yolov7_deploy.tensorrt.build_record import EngineRecord, NetworkLayer
 
 Detail = Literal["names", "detailed", "compiled", "network"]
 
-# Words for an element type, in any of the forms, and what they are called here.
+# Names of data types in both formats, and their names here.
 _DTYPES = {
     "float": "fp32", "fp32": "fp32", "float32": "fp32", "half": "fp16", "fp16": "fp16", "float16": "fp16",
     "bfloat16": "bf16", "bf16": "bf16", "double": "fp64", "fp64": "fp64", "float64": "fp64", "fp8": "fp8",
@@ -34,25 +33,25 @@ _BITS = {
     "uint16": 16, "int8": 8, "uint8": 8, "fp8": 8, "bool": 8, "int4": 4, "fp4": 4,
 }  # fmt: skip
 _DTYPE_WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(_DTYPES, key=len, reverse=True))})(?![a-z0-9])")
-_COMPUTED = ("int8", "fp8", "fp4", "int4", "fp16", "bf16", "fp32", "fp64")
-_WIDE = {"two": 2, "four": 4, "eight": 8, "sixteen": 16, "thirty-two": 32}
+_COMPUTE_TYPES = ("int8", "fp8", "fp4", "int4", "fp16", "bf16", "fp32", "fp64")
+_VECTOR_WIDTHS = {"two": 2, "four": 4, "eight": 8, "sixteen": 16, "thirty-two": 32}
 # TensorRT 8 and 9 list every layer once per optimization profile.
 _OTHER_PROFILE = re.compile(r"\[profile [1-9]\d*\]")
 _COPY_NAME = "Reformatting CopyNode"
-# What its compiler calls convolutions; the last is one with its activation, for which it writes a kernel of its own.
+# Layer types of convolutions in TensorRT-RTX; `runtime_fusion` is a convolution and its activation in one kernel.
 _CONVOLUTIONS = {"conv", "correlation", "gemm", "runtime_fusion"}
 _COMPILED_PLUGIN = "custom_layer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTensor:
-    """A tensor that a layer takes or gives.
+    """An input or output of a layer.
 
     Attributes:
-        name: As TensorRT calls it.
-        shape: Empty where it is not told or the tensor has no dimensions; -1 where a dimension is open.
-        dtype: `fp16`, `int8`, `int32`, ...; empty where it is not told, as with dynamic shapes.
-        format: Layout under TensorRT's own name (`LINEAR`, `HWC8`, `CHW32`); empty where it is not told.
+        name: TensorRT's name.
+        shape: Empty if it is unknown or the tensor is a scalar; -1 is a dynamic dimension.
+        dtype: `fp16`, `int8`, `int32`, ...; empty if it is unknown, as with dynamic shapes.
+        format: TensorRT's name of the memory layout (`LINEAR`, `HWC8`, `CHW32`); empty if it is unknown.
     """
 
     name: str
@@ -62,7 +61,7 @@ class LayerTensor:
 
     @property
     def stored_bytes(self) -> int | None:
-        """Size in memory, channels padded as the layout wants it; `None` where shape or type are not known."""
+        """Size in memory, with the channel padding of the layout; `None` if shape or type are unknown."""
         if not self.shape or min(self.shape) < 0 or self.dtype not in _BITS:
             return None
         vector = int(found[0]) if (found := re.search(r"\d+$", self.format)) else 1
@@ -72,17 +71,17 @@ class LayerTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLayer:
-    """One layer as it runs, or one layer of the parsed network.
+    """A layer of an engine, or of the parsed network.
 
     Attributes:
-        name: TensorRT joins the names of what it fused with ` + `.
-        type: `CaskConvolution`, `Reformat`, `kgen`, ... as TensorRT says it; empty where only names are known.
-        inputs, outputs: Tensors; empty where only names are known.
-        precision: What it computes in: the type of its weights, or else of its tensors; empty where not known.
-        tactic: Name of the kernel, or its number.
-        weights_bytes: Weights and bias; `None` where it has none or does not tell.
-        plugin: Name of the plugin that it is, empty for TensorRT's own layers.
-        reformat: It only changes layout or type between other layers.
+        name: TensorRT's name; the names of fused layers are joined with ` + `.
+        type: TensorRT's layer type, such as `CaskConvolution`, `Reformat`, `kgen`; empty if only names are known.
+        inputs, outputs: Tensors; empty if only names are known.
+        precision: Data type of its weights, or else of its tensors; empty if unknown.
+        tactic: Name or number of the kernel.
+        weights_bytes: Size of weights and bias; `None` if it has none or they are unknown.
+        plugin: Name of the plugin; empty for a layer of TensorRT.
+        is_reformat: It only changes the layout or type of a tensor between other layers.
     """
 
     name: str
@@ -93,19 +92,19 @@ class EngineLayer:
     tactic: str = ""
     weights_bytes: int | None = None
     plugin: str = ""
-    reformat: bool = False
+    is_reformat: bool = False
 
     @property
-    def convolves(self) -> bool:
-        """It is a convolution, whatever TensorRT fused with it."""
-        return _convolves(self.type)
+    def is_convolution(self) -> bool:
+        """True for a convolution, also with fused operations."""
+        return _is_convolution(self.type)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IoTensor:
-    """An input or output of the engine; `mode` is empty in the old form, which only lists names.
+    """An input or output of the engine; `mode` is empty in the format that only lists names.
 
-    `profiles` holds the smallest, best and largest shape of each optimization profile.
+    `profiles` contains the minimum, optimum and maximum shape of each optimization profile.
     """
 
     name: str
@@ -117,10 +116,10 @@ class IoTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTable:
-    """The layers in the order they run, and the engine's inputs and outputs.
+    """The layers in execution order, and the engine's inputs and outputs.
 
-    `detail` is `detailed` or `names` after the builder's profiling verbosity, `compiled` for layers as the builder
-    listed them, or `network` for layers as parsed.
+    `detail` is `detailed` or `names` for an inspected engine, depending on the profiling verbosity of the build,
+    `compiled` for the builder's list of layers, or `network` for the parsed network.
     """
 
     detail: Detail
@@ -129,58 +128,58 @@ class LayerTable:
 
     @property
     def types(self) -> dict[str, int]:
-        """Layers by type, the most frequent first."""
+        """Number of layers per type, the most frequent first."""
         return _counts(layer.type for layer in self.layers)
 
     @property
     def precisions(self) -> dict[str, int]:
-        """Layers by precision, the most frequent first; reformats, which compute nothing, are not among them."""
-        return _counts(layer.precision for layer in self.layers if not layer.reformat)
+        """Number of layers per precision, the most frequent first; without reformats, which compute nothing."""
+        return _counts(layer.precision for layer in self.layers if not layer.is_reformat)
 
     @property
     def convolutions(self) -> dict[str, int]:
-        """Convolutions by precision, the most frequent first."""
-        return _counts(layer.precision for layer in self.layers if layer.convolves)
+        """Number of convolutions per precision, the most frequent first."""
+        return _counts(layer.precision for layer in self.layers if layer.is_convolution)
 
     @property
     def reformats(self) -> int:
-        """Layers that only change layout or type; `Reformat` layers made of a quantisation do its work."""
-        return sum(layer.reformat for layer in self.layers)
+        """Number of layers that only change layout or type; without `Reformat` layers that implement Q/DQ nodes."""
+        return sum(layer.is_reformat for layer in self.layers)
 
     @property
     def plugins(self) -> tuple[str, ...]:
-        """Names of the plugins inside, in order of appearance."""
+        """Names of the plugins, in execution order."""
         return tuple(dict.fromkeys(layer.plugin for layer in self.layers if layer.plugin))
 
     @property
     def weights_bytes(self) -> int | None:
-        """Of all layers that tell; `None` if none does."""
-        told = [layer.weights_bytes for layer in self.layers if layer.weights_bytes is not None]
-        return sum(told) if told else None
+        """Sum over the layers whose size is known; `None` if there are none."""
+        sizes = [layer.weights_bytes for layer in self.layers if layer.weights_bytes is not None]
+        return sum(sizes) if sizes else None
 
     @property
     def peak_activation_bytes(self) -> int | None:
-        """Largest sum of tensors that live at one time; `None` unless every shape and type is known.
+        """Largest total size of tensors that exist at one time; `None` unless every shape and type is known.
 
-        TensorRT lets tensors share memory where it can (a Concat of its inputs, a layer that does nothing), which the
-        table does not tell, so an execution context may take less.
+        TensorRT lets tensors share memory where possible (the inputs of a Concat, a no-op), which the table does not
+        contain, so an execution context may need less.
         """
         return _peak(self.layers) if self.layers and self.detail == "detailed" else None
 
 
 def read_inspector(text: str) -> LayerTable:
-    """The table of what `EngineInspector.get_engine_information` gave as JSON, in either form.
+    """Return the table from the JSON of `EngineInspector.get_engine_information`, in either format.
 
     Raises:
-        LoadError: The text is not JSON or not of an engine.
+        LoadError: The text is not JSON, or not of an engine.
     """
     try:
         raw = json.loads(text.rstrip("\0 \n"), strict=False)
-        # A lone surrogate can stand in JSON and in a Python text, but could not be printed or written.
+        # A lone surrogate is valid in JSON and in a Python string, but cannot be printed or written.
         raw = json.loads(json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace"), strict=False)
     except (ValueError, RecursionError) as error:
-        raise _unreadable(f"it is no JSON ({error})") from error
-    if isinstance(raw, list):  # one object a layer, as trtexec and get_layer_information give them
+        raise _unreadable(f"it is not JSON ({error})") from error
+    if isinstance(raw, list):  # one object per layer, as trtexec and get_layer_information write them
         raw = {"Layers": raw}
     entries = _member(raw, "Layers")
     if not isinstance(entries, list):
@@ -192,8 +191,8 @@ def read_inspector(text: str) -> LayerTable:
     return LayerTable(detail="detailed" if detailed else "names", layers=layers, io=tuple(io))
 
 
-def parsed_network(layers: Iterable[NetworkLayer]) -> LayerTable:
-    """The table of a network as the parser made it."""
+def network_table(layers: Iterable[NetworkLayer]) -> LayerTable:
+    """Return the table of a parsed network."""
     return LayerTable(
         detail="network",
         layers=tuple(
@@ -210,7 +209,7 @@ def parsed_network(layers: Iterable[NetworkLayer]) -> LayerTable:
 
 def _unreadable(reason: str) -> LoadError:
     return LoadError(
-        f"The inspector's text about the engine cannot be read: {reason}.",
+        f"The EngineInspector's description of the engine cannot be read: {reason}.",
         fix="Build the engine again:  y7 build --weights NAME.onnx",
     )
 
@@ -219,13 +218,13 @@ def _unreadable(reason: str) -> LoadError:
 
 
 def read_layer(entry: object) -> EngineLayer:
-    """A layer from its object in the inspector's JSON, or from its bare name; what is missing or odd stays empty."""
+    """Return a layer from its object in the inspector's JSON, or from its name; missing or invalid fields are empty."""
     if not isinstance(entry, dict):
         name = entry if isinstance(entry, str) else ""
-        return EngineLayer(name=name, reformat=name.startswith(_COPY_NAME))
+        return EngineLayer(name=name, is_reformat=name.startswith(_COPY_NAME))
     name, kind = _text(entry, "Name"), _text(entry, "LayerType")
     inputs, outputs = _tensors(entry, "Inputs"), _tensors(entry, "Outputs")
-    reformat = kind == "Reformat" and _text(entry, "Origin") != "QDQ"
+    is_reformat = kind == "Reformat" and _text(entry, "Origin") != "QDQ"
     return EngineLayer(
         name=name,
         type=kind,
@@ -235,7 +234,7 @@ def read_layer(entry: object) -> EngineLayer:
         tactic=_text(entry, "TacticName") or _text(entry, "TacticValue"),
         weights_bytes=_weights(entry),
         plugin=(_text(entry, "PluginType", "PluginName") or name) if _is_plugin(kind) else "",
-        reformat=reformat,
+        is_reformat=is_reformat,
     )
 
 
@@ -243,17 +242,18 @@ def _precision(entry: Mapping[str, object], inputs: Iterable[LayerTensor], outpu
     weights = _member(entry, "Weights")
     if isinstance(weights, dict) and (dtype := _dtype(_text(weights, "Type"))):
         return dtype
-    if _convolves(_text(entry, "LayerType")):
-        # Biases and scales are among the constants too; they are long in one direction only.
+    if _is_convolution(_text(entry, "LayerType")):
+        # Constants include biases and scales, which have one dimension larger than 1.
         matrices = [tensor for tensor in _tensors(entry, "Constants") if sum(side > 1 for side in tensor.shape) > 1]
         if matrices and (dtype := max(matrices, key=lambda tensor: prod(tensor.shape)).dtype):
             return dtype
-    told = [tensor.dtype for tensor in (*inputs, *outputs) if tensor.dtype]
-    return next((dtype for dtype in told if dtype in _COMPUTED), told[0] if told else _dtype(_text(entry, "Precision")))
+    dtypes = [tensor.dtype for tensor in (*inputs, *outputs) if tensor.dtype]
+    default = dtypes[0] if dtypes else _dtype(_text(entry, "Precision"))
+    return next((dtype for dtype in dtypes if dtype in _COMPUTE_TYPES), default)
 
 
 def _weights(entry: Mapping[str, object]) -> int | None:
-    """Bytes of weights and bias, and of constants that newer versions list like tensors."""
+    """Return the bytes of weights and bias, and of the constants that newer versions list like tensors."""
     sizes: list[int] = []
     for name in ("Weights", "Bias"):
         group = _member(entry, name)
@@ -305,40 +305,40 @@ def _of_another_profile(entry: object) -> bool:
     return isinstance(name, str) and _OTHER_PROFILE.search(name) is not None
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- names and values -------------------------------------------------------------------------------------------------
 
 
 def _is_plugin(kind: str) -> bool:
     return "plugin" in kind.lower() or kind == _COMPILED_PLUGIN
 
 
-def _convolves(kind: str) -> bool:
+def _is_convolution(kind: str) -> bool:
     return kind.lower() in _CONVOLUTIONS or "convolution" in kind.lower()
 
 
 def _dtype(text: str) -> str:
-    """The element type that a text names: `Row major linear FP16 format`, `Half`, `DataType.HALF`; or nothing."""
+    """Return the data type in a text such as `Row major linear FP16 format`, `Half` or `DataType.HALF`, or ''."""
     found = _DTYPE_WORD.search(text.lower())
     return _DTYPES[found[1]] if found else ""
 
 
 def _layout(text: str) -> str:
-    """The layout that a text describes, under the name of TensorRT's `TensorFormat`; empty where there is none."""
+    """Return the layout in a text under its name in TensorRT's `TensorFormat`; empty if there is none."""
     if named := re.search(r"\bk?(D?HWC\d*|CD?HW\d+|LINEAR|DLA_\w+)\b", text):
         return named[1]
-    words = text.lower()
-    deep = "3 spatial" in words
-    if wide := re.search(r"(\S+) wide channel vectorized", words):
-        number = _WIDE.get(wide[1])
-        return f"{'CDHW' if deep else 'CHW'}{number}" if number else ""
-    if "channel major" in words:
-        multiple = re.search(r"channel (?:%|==) (\d+)", words)
-        return f"{'DHWC' if deep else 'HWC'}{multiple[1] if multiple else ''}"
-    return "LINEAR" if "row major" in words or "linear" in words else ""
+    lower = text.lower()
+    is_3d = "3 spatial" in lower
+    if wide := re.search(r"(\S+) wide channel vectorized", lower):
+        number = _VECTOR_WIDTHS.get(wide[1])
+        return f"{'CDHW' if is_3d else 'CHW'}{number}" if number else ""
+    if "channel major" in lower:
+        multiple = re.search(r"channel (?:%|==) (\d+)", lower)
+        return f"{'DHWC' if is_3d else 'HWC'}{multiple[1] if multiple else ''}"
+    return "LINEAR" if "row major" in lower or "linear" in lower else ""
 
 
 def _member(raw: object, *names: str) -> object:
-    """The value under the first of the names that is there; capitals, spaces and signs in a key do not matter."""
+    """Return the value of the first name that exists; case, spaces and punctuation of keys are ignored."""
     if not isinstance(raw, dict):
         return None
     keys = {re.sub(r"[^a-z0-9]", "", str(key).lower()): key for key in raw}
@@ -360,24 +360,24 @@ def _shape(value: object) -> tuple[int, ...]:
     return tuple(sides) if all(type(side) is int for side in sides) else ()
 
 
-def _counts(words: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(word for word in words if word).most_common())
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(value for value in values if value).most_common())
 
 
 def _peak(layers: Iterable[EngineLayer]) -> int | None:
-    """The most bytes of tensors between the layer that writes them and the last that reads them."""
+    """Return the peak of the tensors' sizes, each from the layer that writes it to the last that reads it."""
     order = list(layers)
     sizes: dict[str, int] = {}
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for at, layer in enumerate(order):
+    for index, layer in enumerate(order):
         for tensor in (*layer.inputs, *layer.outputs):
             size = tensor.stored_bytes
             if size is None:
                 return None
             sizes[tensor.name] = max(size, sizes.get(tensor.name, 0))
-            first.setdefault(tensor.name, at)
-            last[tensor.name] = at
+            first.setdefault(tensor.name, index)
+            last[tensor.name] = index
     change = [0] * (len(order) + 1)
     for name, size in sizes.items():
         change[first[name]] += size
@@ -389,34 +389,33 @@ def _peak(layers: Iterable[EngineLayer]) -> int | None:
     return peak if sizes else None
 
 
-# The layers that a builder lists when an engine is done, where there is no GPU to open the engine and look.
+# --- the builder's list of layers -------------------------------------------------------------------------------------
 #
-# TensorRT-RTX 1.7 with detailed profiling verbosity logs one message: `Layers:`, a line a layer, and the engine's
-# inputs and outputs. The layers are fused, and their types decided; which kernels run them, TensorRT-RTX decides on
-# the GPU. The text is a log's and no interface, so a line of another form is left out.
+# Without a GPU the engine cannot be inspected. TensorRT-RTX 1.7 with detailed profiling verbosity logs one message:
+# `Layers:`, one line per layer, and the engine's inputs and outputs. The layers are fused and have their final types;
+# the kernels are selected later, on the GPU. A log message is not an interface, so lines of another format are ignored.
 
 _Entry: TypeAlias = dict[str, object]  # as in the inspector's JSON
 
 _LAYER, _TENSOR = "Name: ", "{ Name: "
-# What stands between name, type, inputs, constants, outputs, kernel and the rest of a line.
-_MARKS = (", LayerType: ", ", Inputs: [", "], Constants: [", "], Outputs: [", "], TacticName: ", ", StreamId: ")
-_SUFFIX = re.compile(r"_myl[0-9]+_[0-9]+$")  # that the compiler puts behind the name of a node
-_SIDE = re.compile(r"-?[0-9]{1,18}")  # of a tensor
-_MOST_SIDES = 8  # of a tensor of TensorRT
+# Separators between name, type, inputs, constants, outputs, kernel and the rest of a line.
+_SEPARATORS = (", LayerType: ", ", Inputs: [", "], Constants: [", "], Outputs: [", "], TacticName: ", ", StreamId: ")
+_SUFFIX = re.compile(r"_myl[0-9]+_[0-9]+$")  # which the compiler appends to the name of a node
+_DIMENSION = re.compile(r"-?[0-9]{1,18}")
+_MAX_DIMENSIONS = 8  # nvinfer1::Dims::MAX_DIMS
 
 
 def read_listing(text: str) -> LayerTable | None:
-    """The table of a builder's list; `None` where no line of it is a layer."""
+    """Return the table of a builder's list of layers; `None` if no line is a layer."""
     entries = (_entry(line) for line in text.splitlines())
     layers = tuple(read_layer(entry) for entry in entries if entry is not None)
     return LayerTable(detail="compiled", layers=layers) if layers else None
 
 
-def layers_of(record: EngineRecord) -> tuple[LayerTable | None, tuple[str, ...]]:
-    """The best table that a record has, and why it is not a better one.
+def engine_layers(record: EngineRecord) -> tuple[LayerTable | None, tuple[str, ...]]:
+    """Return the most detailed table of a record, and notes about descriptions that cannot be read.
 
-    As the engine runs where it was inspected, else as its builder listed them, else as they were parsed; `None` where
-    nothing is known. A text that cannot be read costs only itself.
+    The first that exists of: the inspected engine, the builder's list of layers, the parsed network, `None`.
     """
     notes: tuple[str, ...] = ()
     if record.inspector:
@@ -427,16 +426,16 @@ def layers_of(record: EngineRecord) -> tuple[LayerTable | None, tuple[str, ...]]
     listed = read_listing(record.listing)
     if listed is not None:
         return listed, notes
-    return (parsed_network(record.network_layers) if record.network_layers else None), notes
+    return (network_table(record.network_layers) if record.network_layers else None), notes
 
 
 def _entry(line: str) -> _Entry | None:
-    """A line as the object that the inspector's JSON has for the layer; `None` for a line of another form."""
+    """Return a line as an object of the inspector's JSON; `None` for a line of another format."""
     if not line.startswith(_LAYER):
         return None
     parts, rest = [], line.removeprefix(_LAYER)
-    for mark in _MARKS:
-        part, found, rest = rest.partition(mark)
+    for separator in _SEPARATORS:
+        part, found, rest = rest.partition(separator)
         if not found:
             return None
         parts.append(part)
@@ -447,15 +446,15 @@ def _entry(line: str) -> _Entry | None:
 
 
 def _listed_tensors(text: str) -> Iterator[_Entry]:
-    for piece in text.split(_TENSOR)[1:]:
-        name, _, rest = piece.partition(", Dimensions: [")
-        sides, _, rest = rest.partition("]")
+    for part in text.split(_TENSOR)[1:]:
+        name, _, rest = part.partition(", Dimensions: [")
+        shape, _, rest = rest.partition("]")
         dtype = rest.partition(", Datatype: ")[2].partition(",")[0]
         layout = rest.partition(", Format: ")[2].partition(" }")[0]
-        yield {"Name": name, "Dimensions": _sides(sides), "DataType": dtype, "Format": layout}
+        yield {"Name": name, "Dimensions": _dimensions(shape), "DataType": dtype, "Format": layout}
 
 
-def _sides(text: str) -> list[int]:
-    sides = text.split(",")
-    are_sides = len(sides) <= _MOST_SIDES and all(map(_SIDE.fullmatch, sides))
-    return [int(side) for side in sides] if are_sides else []
+def _dimensions(text: str) -> list[int]:
+    sizes = text.split(",")
+    is_shape = len(sizes) <= _MAX_DIMENSIONS and all(map(_DIMENSION.fullmatch, sizes))
+    return [int(size) for size in sizes] if is_shape else []

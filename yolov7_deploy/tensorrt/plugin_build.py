@@ -1,6 +1,6 @@
-"""Builds our TensorRT plugin with CMake and nvcc, and puts it where `find_plugin` looks.
+"""Builds our TensorRT plugin with CMake and nvcc, and installs it where `find_plugin` finds it.
 
-Nothing is installed and nothing is downloaded: a tool that is missing is an error that says how to get it.
+It does not download anything: a missing tool is an error that says how to install it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.errors import PluginError, UsageError
 from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, describe_plugin
 
 logger = logging.getLogger(__name__)
-
-Say = Callable[[str], None]
 
 CMAKE_MINIMUM = (3, 18)
 HEADER = "NvInferRuntime.h"
@@ -35,18 +33,18 @@ HEADER_FOLDERS = (
     Path("/opt/tensorrt/include"),
     Path("/usr/local/tensorrt/include"),
 )
-# PyPI packages with an nvcc and with TensorRT headers, for machines without the toolkit or the -dev packages.
+# PyPI packages that contain nvcc and TensorRT headers, for machines without the CUDA toolkit or the -dev packages.
 NVCC_WHEEL, HEADER_WHEEL = "nvidia-cuda-nvcc", "kernel-lens"
 NVCC_WHEELS = f"{NVCC_WHEEL} nvidia-cuda-runtime nvidia-cuda-cccl"
 ERROR_LINES = 30
 
 _ARCHITECTURE = re.compile(r"(?:sm_?|compute_?)?(\d{1,2})\.?(\d[af]?)")
-_WORDS = ("native", "all", "all-major")
+_SPECIAL_ARCHITECTURES = ("native", "all", "all-major")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tools:
-    """What a build needs, as absolute paths; `headers` is `None` for the kernels alone."""
+class BuildTools:
+    """Absolute paths of the build tools and of the TensorRT headers; `headers` is `None` for kernels only."""
 
     cmake: Path
     cxx: Path
@@ -62,39 +60,38 @@ def build_plugin(
     output: Path | None = None,
     jobs: int | None = None,
     kernels_only: bool = False,
-    say: Say = logger.info,
+    log: Callable[[str], None] = logger.info,
 ) -> PluginLibrary:
-    """Compiles the library and installs it whole or not at all; minutes for every GPU, half a minute for one.
+    """Compile the library and install it atomically. Takes minutes for all GPUs, half a minute for one.
 
     Args:
-        tensorrt_include: Folder of the TensorRT headers; searched for without it. They decide which TensorRT the
-            library is for.
-        cuda: Folder of a CUDA toolkit, or its nvcc; searched for without it.
-        architectures: GPUs such as `86`, `8.6` or `sm86`, or `native`, `all`, `all-major`; without any, all that the
-            toolkit knows.
-        output: File or folder to write to instead of the place where `find_plugin` looks.
-        jobs: Compilers at once; without it, one a processor.
+        tensorrt_include: Folder of the TensorRT headers, which determine the plugin interface; default: searched.
+        cuda: Folder of a CUDA toolkit, or its nvcc; default: searched.
+        architectures: GPUs such as `86`, `8.6` or `sm86`, or `native`, `all`, `all-major`; default: all that the
+            toolkit supports.
+        output: File or folder to write to; default: the path that `find_plugin` searches first.
+        jobs: Number of parallel compilers; default: one per processor.
         kernels_only: Build the CUDA kernels without TensorRT.
-        say: Gets a line for every step.
+        log: Called with a line for every step.
 
     Raises:
-        UsageError: An architecture that is none, or that the toolkit does not compile for.
+        UsageError: An architecture is invalid or not supported by the toolkit.
         PluginError: A tool is missing, the compiler fails, or the library cannot be written.
     """
     start = time.perf_counter()
     sources = plugin_sources()
-    wanted = parse_architectures(architectures)
+    parsed = parse_architectures(architectures)
     tools = find_tools(tensorrt_include=tensorrt_include, cuda=cuda, kernels_only=kernels_only)
-    _check_architectures(wanted, tools.nvcc)
-    say(f"sources:  {sources}")
-    say(f"nvcc:     {tools.nvcc}")
+    _check_architectures(parsed, tools.nvcc)
+    log(f"sources:  {sources}")
+    log(f"nvcc:     {tools.nvcc}")
     if tools.headers is not None:
-        say(f"TensorRT: {tools.headers}")
+        log(f"TensorRT: {tools.headers}")
     target = "y7_kernels" if kernels_only else "y7_plugin"
     with tempfile.TemporaryDirectory(prefix="y7-plugin-") as folder:
-        _run([str(tools.cmake), *_configuration(sources, Path(folder), tools, wanted)], tools, say)
+        _run([str(tools.cmake), *_cmake_options(sources, Path(folder), tools, parsed)], tools, log)
         count = str(jobs or os.cpu_count() or 1)
-        _run([str(tools.cmake), "--build", folder, "--target", target, "--parallel", count], tools, say)
+        _run([str(tools.cmake), "--build", folder, "--target", target, "--parallel", count], tools, log)
         built = describe_plugin(Path(folder) / f"lib{target}.so")
         library = describe_plugin(_install(built.path, _destination(output, built)))
     logger.info("plugin: %s -> %s in %.1f s", sources, library.path, time.perf_counter() - start)
@@ -102,49 +99,51 @@ def build_plugin(
 
 
 def plugin_sources() -> Path:
-    """The folder of the plugin's CMakeLists.txt: of a checkout, or the copy inside the installed package.
+    """Return the folder of the plugin's CMakeLists.txt, in a checkout or in the installed package.
 
     Raises:
-        PluginError: This installation has neither.
+        PluginError: There is none.
     """
     here = Path(__file__).resolve()
-    places = (here.parent / "plugin_sources", here.parents[2] / "plugins")
-    for place in places:
-        if (place / "CMakeLists.txt").is_file() and (place / "kernels" / "kernels.h").is_file():
-            return place
+    folders = (here.parent / "plugin_sources", here.parents[2] / "plugins")
+    for folder in folders:
+        if (folder / "CMakeLists.txt").is_file() and (folder / "kernels" / "kernels.h").is_file():
+            return folder
     raise PluginError(
-        f"The plugin's sources are neither in {places[0]} nor in {places[1]}.",
+        f"The plugin's sources are neither in {folders[0]} nor in {folders[1]}.",
         fix="Install the package again:  pip install --force-reinstall --no-deps yolov7-deploy",
     )
 
 
 def parse_architectures(given: Sequence[str]) -> tuple[str, ...]:
-    """Architectures as CMake writes them, `8.6` and `sm86` as `86`; ascending, words as they are.
+    """Return architectures in CMake's form: `8.6` and `sm86` as `86`, sorted; or one of `native`, `all`, `all-major`.
 
     Raises:
-        UsageError: One of them is no architecture.
+        UsageError: One of them is not an architecture.
     """
-    words = [word for text in given for word in re.split(r"[,;\s]+", text.strip().lower()) if word]
-    if len(words) == 1 and words[0] in _WORDS:
-        return (words[0],)
+    names = [name for text in given for name in re.split(r"[,;\s]+", text.strip().lower()) if name]
+    if len(names) == 1 and names[0] in _SPECIAL_ARCHITECTURES:
+        return (names[0],)
     numbers = []
-    for word in words:
-        found = _ARCHITECTURE.fullmatch(word)
+    for name in names:
+        found = _ARCHITECTURE.fullmatch(name)
         if found is None:
             raise UsageError(
-                f"{word} is not a GPU architecture.", fix="For example: --arch 86, or --arch 8.6,8.9, or --arch native"
+                f"{name} is not a GPU architecture.", fix="For example: --arch 86, or --arch 8.6,8.9, or --arch native"
             )
         numbers.append(found[1] + found[2])
     return tuple(sorted(set(numbers), key=lambda text: (int(text.rstrip("af")), text)))
 
 
-def find_tools(*, tensorrt_include: Path | None = None, cuda: Path | None = None, kernels_only: bool = False) -> Tools:
-    """CMake, a C++ compiler, nvcc and the TensorRT headers of this machine.
+def find_tools(
+    *, tensorrt_include: Path | None = None, cuda: Path | None = None, kernels_only: bool = False
+) -> BuildTools:
+    """Return CMake, a C++ compiler, nvcc and the TensorRT headers of this machine.
 
     Raises:
-        PluginError: One is missing; the fix says how to get it.
+        PluginError: One is missing; the fix says how to install it.
     """
-    return Tools(
+    return BuildTools(
         cmake=_cmake(),
         cxx=_cxx(),
         nvcc=_given_nvcc(cuda) if cuda is not None else _nvcc(),
@@ -153,23 +152,23 @@ def find_tools(*, tensorrt_include: Path | None = None, cuda: Path | None = None
 
 
 def _cmake() -> Path:
-    beside = Path(sys.executable).parent / "cmake"  # of pip, in a virtual environment that is not activated
+    in_venv = Path(sys.executable).parent / "cmake"  # installed with pip in a virtual environment that is not activated
     versions = []
-    for path in filter(None, (shutil.which("cmake"), str(beside) if beside.is_file() else None)):
+    for path in filter(None, (shutil.which("cmake"), str(in_venv) if in_venv.is_file() else None)):
         version = _first_version(path)
         if version >= CMAKE_MINIMUM:
             return Path(path).absolute()
         versions.append(f"{path} is {'.'.join(map(str, version)) or 'of an unknown version'}")
-    wanted = ".".join(map(str, CMAKE_MINIMUM))
+    minimum = ".".join(map(str, CMAKE_MINIMUM))
     raise PluginError(
-        f"CMake {wanted} or later is needed to build the plugin; "
+        f"CMake {minimum} or later is required to build the plugin; "
         + (f"{' and '.join(versions)}." if versions else "no cmake was found on the PATH."),
-        fix=f"pip install 'cmake>={wanted}'",
+        fix=f"pip install 'cmake>={minimum}'",
     )
 
 
 def _first_version(path: str) -> tuple[int, ...]:
-    """The version a tool prints with --version; empty where it prints none."""
+    """Return the version that a tool prints with --version; empty if it prints none."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
@@ -179,13 +178,13 @@ def _first_version(path: str) -> tuple[int, ...]:
 
 
 def _cxx() -> Path:
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else ("g++", "c++"):
+    given = os.environ.get("CXX")
+    for name in (given,) if given else ("g++", "c++"):
         path = shutil.which(name)
         if path is not None:
             return Path(path).absolute()
-    what = f"$CXX is {chosen}, which was not found" if chosen else "neither g++ nor c++ was found on the PATH"
-    raise PluginError(f"A C++ compiler is needed to build the plugin; {what}.", fix="sudo apt-get install g++")
+    what = f"$CXX is {given}, which was not found" if given else "neither g++ nor c++ was found on the PATH"
+    raise PluginError(f"A C++ compiler is required to build the plugin; {what}.", fix="sudo apt-get install g++")
 
 
 def _given_nvcc(cuda: Path) -> Path:
@@ -193,25 +192,26 @@ def _given_nvcc(cuda: Path) -> Path:
     path = cuda if cuda.is_file() else cuda / "bin" / "nvcc"
     if not path.is_file() or not os.access(path, os.X_OK):
         raise PluginError(
-            f"--cuda {cuda}: there is no nvcc that can be run at {path}.",
-            fix="Name the folder of the CUDA toolkit, for example:  --cuda /usr/local/cuda",
+            f"--cuda {cuda}: {path} is not an executable nvcc.",
+            fix="Use the folder of the CUDA toolkit, for example:  --cuda /usr/local/cuda",
         )
     return path
 
 
 def _nvcc() -> Path:
-    for path in _nvcc_places():
+    for path in _nvcc_candidates():
         if path.is_file() and os.access(path, os.X_OK):
             return path.absolute()
     raise PluginError(
-        "nvcc, the CUDA compiler, is needed to build the plugin; it is not on the PATH, not in /usr/local/cuda*, "
+        "nvcc, the CUDA compiler, is required to build the plugin; it is not on the PATH, not in /usr/local/cuda*, "
         f"and no {NVCC_WHEEL} is installed.",
-        fix=f"Install the CUDA toolkit, or its compiler alone:  pip install {NVCC_WHEELS}",
+        fix=f"Install the CUDA toolkit, or only its compiler:  pip install {NVCC_WHEELS}",
     )
 
 
-def _nvcc_places() -> Iterator[Path]:
-    yield from (Path(os.environ[name]) for name in ("CUDACXX",) if os.environ.get(name))
+def _nvcc_candidates() -> Iterator[Path]:
+    if os.environ.get("CUDACXX"):
+        yield Path(os.environ["CUDACXX"])
     on_path = shutil.which("nvcc")
     if on_path is not None:
         yield Path(on_path)
@@ -225,8 +225,8 @@ def _given_headers(folder: Path) -> Path:
     folder = folder.expanduser().absolute()
     if not (folder / HEADER).is_file():
         raise PluginError(
-            f"--tensorrt-include {folder}: there is no {HEADER} in it.",
-            fix="Name the folder of NvInfer.h, for example:  --tensorrt-include /usr/include/x86_64-linux-gnu",
+            f"--tensorrt-include {folder}: it does not contain {HEADER}.",
+            fix="Use the folder of NvInfer.h, for example:  --tensorrt-include /usr/include/x86_64-linux-gnu",
         )
     return folder
 
@@ -238,7 +238,7 @@ def _headers() -> Path:
     for file in _wheel_files(HEADER_WHEEL, f"/{HEADER}"):
         return file.parent
     raise PluginError(
-        f"The TensorRT headers ({HEADER}) are needed to build the plugin; they are not in "
+        f"The TensorRT headers ({HEADER}) are required to build the plugin; they are not in "
         f"{', '.join(map(str, HEADER_FOLDERS))}.",
         fix="On Debian, Ubuntu and JetPack:  sudo apt-get install libnvinfer-headers-dev\n"
         "Elsewhere, the branch of your TensorRT:\n"
@@ -249,7 +249,7 @@ def _headers() -> Path:
 
 
 def _wheel_files(distribution: str, end: str) -> Iterator[Path]:
-    """Files of an installed distribution whose path ends so."""
+    """Yield the files of an installed distribution whose path ends with `end`."""
     try:
         files = importlib.metadata.files(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -260,24 +260,25 @@ def _wheel_files(distribution: str, end: str) -> Iterator[Path]:
             yield path.resolve()
 
 
-def _check_architectures(wanted: Sequence[str], nvcc: Path) -> None:
-    """Refuses what this nvcc does not compile for, before a minute is spent."""
+def _check_architectures(architectures: Sequence[str], nvcc: Path) -> None:
+    """Check that nvcc supports the architectures, before a minute of compilation."""
     try:
         done = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
         raise PluginError(f"{nvcc} cannot be run: {error}", fix="y7 plugin --cuda /usr/local/cuda") from error
-    known = re.findall(r"sm_(\d+[af]?)", done.stdout)
-    strangers = [name for name in wanted if name not in _WORDS and name.rstrip("af") not in known]
-    if known and strangers:
+    supported = re.findall(r"sm_(\d+[af]?)", done.stdout)
+    numbers = [name for name in architectures if name not in _SPECIAL_ARCHITECTURES]
+    unsupported = [name for name in numbers if name.rstrip("af") not in supported]
+    if supported and unsupported:
         raise UsageError(
-            f"{nvcc} does not compile for {', '.join(strangers)}; it knows {', '.join(known)}.",
-            fix="CUDA 12.9 is the last for 70 (V100) and 72 (Xavier): name it with  --cuda /usr/local/cuda-12.9"
-            if {"70", "72"} & set(strangers)
-            else "Name one of these, or a newer toolkit with  --cuda",
+            f"{nvcc} does not support {', '.join(unsupported)}; it supports {', '.join(supported)}.",
+            fix="CUDA 12.9 is the last for 70 (V100) and 72 (Xavier):  --cuda /usr/local/cuda-12.9"
+            if {"70", "72"} & set(unsupported)
+            else "Use one of these, or a newer toolkit with  --cuda",
         )
 
 
-def _configuration(sources: Path, folder: Path, tools: Tools, wanted: Sequence[str]) -> Iterator[str]:
+def _cmake_options(sources: Path, folder: Path, tools: BuildTools, architectures: Sequence[str]) -> Iterator[str]:
     yield from ("-S", str(sources), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release")
     yield f"-DCMAKE_CUDA_COMPILER={tools.nvcc}"
     yield f"-DCMAKE_CXX_COMPILER={tools.cxx}"
@@ -285,15 +286,15 @@ def _configuration(sources: Path, folder: Path, tools: Tools, wanted: Sequence[s
         yield "-DY7_KERNELS_ONLY=ON"
     else:
         yield f"-DTENSORRT_INCLUDE_DIR={tools.headers}"
-    if wanted:
-        # Machine code for each, and PTX of the last for GPUs to come.
-        names = wanted if wanted[0] in _WORDS else [*(f"{name}-real" for name in wanted[:-1]), wanted[-1]]
-        yield f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(names)}"
+    if architectures:
+        *older, newest = architectures
+        # Machine code for each, and PTX of the newest for future GPUs.
+        yield f"-DCMAKE_CUDA_ARCHITECTURES={';'.join([*(f'{name}-real' for name in older), newest])}"
 
 
-def _run(command: Sequence[str], tools: Tools, say: Say) -> None:
-    """Runs CMake; every line of progress is said, and the errors are kept for the message."""
-    lines: list[str] = []  # but empty ones
+def _run(command: Sequence[str], tools: BuildTools, log: Callable[[str], None]) -> None:
+    """Run CMake; log the lines that show progress, and raise an error with the compiler's messages."""
+    lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
@@ -302,7 +303,7 @@ def _run(command: Sequence[str], tools: Tools, say: Say) -> None:
             for line in process.stdout:
                 lines += filter(None, [line.rstrip()])
                 if re.match(r"\[ *\d+(%|/\d+)\]|-- (CUDA|TensorRT) ", line):
-                    say(line.rstrip())
+                    log(line.rstrip())
         except BaseException:
             process.terminate()
             raise
@@ -326,14 +327,14 @@ def _destination(output: Path | None, built: PluginLibrary) -> Path:
 
 
 def _install(built: Path, target: Path) -> Path:
-    """Copies under a temporary name and renames, so that no process ever opens half a library."""
+    """Copy the library atomically, so that no process opens an incomplete one."""
     try:
-        with whole_file(target) as unfinished:
-            shutil.copyfile(built, unfinished)
-            unfinished.chmod(0o755)
+        with atomic_write(target) as temporary:
+            shutil.copyfile(built, temporary)
+            temporary.chmod(0o755)
     except OSError as error:
         raise PluginError(
             f"The library was built, but could not be written to {target}: {error.strerror or error}.",
-            fix="Name a place that can be written:  y7 plugin --output FILE.so  (and then  export Y7_PLUGIN=FILE.so)",
+            fix="Use a writable path:  y7 plugin --output FILE.so  (and then  export Y7_PLUGIN=FILE.so)",
         ) from error
     return target

@@ -1,7 +1,7 @@
-"""What is wrong with a build before it starts: a GPU that this TensorRT left behind, a JetPack with a foreign TensorRT,
-a board in a slow power mode, too little memory or disk.
+"""Checks before a build: GPU support of the installed TensorRT, JetPack, power mode of a board, memory and disk.
 
-`preflight` gives findings as data. A build stops at an error, prints a warning and goes on; a note is for whoever asks.
+`preflight` returns findings. An error stops the build; a warning is logged and the build continues; a note is only part
+of the findings.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from yolov7_deploy.hardware.jetson import ROOT, Board, JetPack, Run, Version, read_board, run_command, version_numbers
+from yolov7_deploy.hardware.jetson import Board, JetPack, Version, read_board, version_numbers
+from yolov7_deploy.hardware.system import ROOT, CommandRunner, run_command
 from yolov7_deploy.tensorrt.build_record import TITLES, Product
 from yolov7_deploy.tensorrt.memory_estimate import (
     GIB,
     MIB,
     BuildMemory,
     FreeMemory,
+    format_gib,
     free_gpu_memory,
     free_host_memory,
-    in_gib,
     predict_memory,
 )
 
 Level = Literal["error", "warning", "note"]
 
-# Compute capability: an example, the first TensorRT for it, the last one; `None` is the present one. Release notes of
-# 10.5 (Volta), of 10.8 (Blackwell), of 10.13 (Thor), JetPack's tables. Xavier's GPU only runs under JetPack 5.
+# Compute capability: example GPU, first and last TensorRT version that supports it; `None` for the current one.
+# Sources: release notes of 10.5 (Volta), 10.8 (Blackwell) and 10.13 (Thor), JetPack's tables. Xavier needs JetPack 5.
 GPUS: dict[str, tuple[str, Version, Version | None]] = {
     "7.0": ("V100", (8, 5), (10, 4)),
     "7.2": ("Xavier", (8, 5), (8, 5)),
@@ -43,18 +44,18 @@ GPUS: dict[str, tuple[str, Version, Version | None]] = {
     "11.0": ("Thor", (10, 13), None),
     "12.0": ("RTX 50", (10, 8), None),
 }
-# TensorRT-RTX 1.7; there is no 9.0 (H100), and no Volta or Jetson.
+# Targets of TensorRT-RTX 1.7. It does not support 9.0 (H100), Volta and Jetson.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-_REPAIRS = {
+_FIXES = {
     "7.0": "pip install tensorrt==10.4.0",
     "7.2": "Use the TensorRT 8.5.2 of JetPack 5:  sudo apt install python3-libnvinfer",
 }
-# Modules without a DLA, and the versions between which TensorRT could not use the others'.
+# Jetson modules without a DLA, and the versions between which TensorRT did not support the DLA of the others.
 _NO_DLA = ("Thor", "Nano")
-_DLA_UNTIL, _DLA_AGAIN = (10, 7), (11, 4, 1)
-# What PyPI's wheels bring and JetPack's packages do not.
+_LAST_DLA, _NEXT_DLA = (10, 7), (11, 4, 1)
+# Distributions of the PyPI wheels, which JetPack's packages do not contain.
 WHEELS = ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-cu11-libs", "tensorrt-libs")
-# Of the plans seen, the largest was 1.13 times its model.
+# The largest plan that was measured has 1.13 times the size of its model.
 _PLAN_SHARE = 1.25
 _PLAN_EXTRA = 16 * MIB
 _TIMING_CACHE = 32 * MIB
@@ -62,13 +63,13 @@ _TIMING_CACHE = 32 * MIB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Something to know before a build.
+    """The result of a check before a build.
 
     Attributes:
         level: An `error` stops the build.
-        field: What it is about: `compute_capability`, `targets`, `jetpack`, `power_mode`, `memory`, `disk`, `dla`.
-        text: What is the case and what it does.
-        fix: What to type, empty where there is nothing to do.
+        field: Subject: `compute_capability`, `targets`, `jetpack`, `power_mode`, `memory`, `disk` or `dla`.
+        text: The finding and its effect.
+        fix: What to type; empty if there is nothing to do.
     """
 
     level: Level
@@ -79,19 +80,19 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedBuild:
-    """What is going to be built, with what.
+    """The inputs of the checks.
 
     Attributes:
-        product, tensorrt: Which TensorRT is installed, and its version; empty where it does not say.
-        gpu, compute_capability: Of the GPU here, `8.6`; empty where there is none or it does not tell.
-        targets: Compute capabilities that were asked for (TensorRT-RTX only).
-        known_targets: Those that this TensorRT-RTX knows.
+        product, tensorrt: The installed TensorRT and its version; the version is empty if it is unknown.
+        gpu, compute_capability: The GPU and its compute capability, such as `8.6`; empty without a GPU or if unknown.
+        targets: Requested compute capabilities (TensorRT-RTX only).
+        known_targets: Compute capabilities that this TensorRT-RTX supports.
         model_bytes: Size of the ONNX model.
-        input_pixels: Height times width times the largest batch.
-        workspace_bytes: Limit given to TensorRT; 0 for none.
-        dla_core: The DLA core that was asked for.
-        folder: Where the engine is written.
-        cache_folder: Where the timing cache is written, if any.
+        input_pixels: Height x width x maximum batch.
+        workspace_bytes: Workspace limit; 0 for none.
+        dla_core: The requested DLA core, if any.
+        folder: Folder of the engine.
+        cache_folder: Folder of the timing cache, if any.
     """
 
     product: Product
@@ -109,7 +110,7 @@ class PlannedBuild:
 
 
 def installed_wheels() -> tuple[str, ...]:
-    """The TensorRT libraries that pip installed, as `name version`."""
+    """Return the TensorRT libraries that are installed with pip, as `name version`."""
     found = []
     for name in WHEELS:
         try:
@@ -120,11 +121,11 @@ def installed_wheels() -> tuple[str, ...]:
 
 
 def free_disk(folder: Path) -> int | None:
-    """Free bytes where a folder is or will be made; `None` where the system does not tell."""
-    for place in (folder.absolute(), *folder.absolute().parents):
-        if place.is_dir():
+    """Return the free bytes of the disk of a folder, which may not exist yet; `None` if it is unknown."""
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        if parent.is_dir():
             try:
-                return shutil.disk_usage(place).free
+                return shutil.disk_usage(parent).free
             except OSError:
                 return None
     return None
@@ -134,18 +135,18 @@ def preflight(
     build: PlannedBuild,
     *,
     root: Path = ROOT,
-    run: Run = run_command,
+    run: CommandRunner = run_command,
     wheels: Sequence[str] | None = None,
     disk: Callable[[Path], int | None] = free_disk,
 ) -> list[Finding]:
-    """What speaks against a build here, errors first. Takes a fraction of a second and changes nothing.
+    """Check a build; return the findings, errors first. Takes a fraction of a second and changes nothing.
 
     Args:
         build: What is going to be built.
-        root: The folder that `proc`, `etc`, `sys` and `var` are looked for in.
-        run: Runs a command and gives its output, or `None`.
-        wheels: TensorRT libraries that pip installed; `None` looks.
-        disk: Free bytes of a folder.
+        root: Folder that contains `proc`, `etc`, `sys` and `var`.
+        run: Runs a command and returns its output, or `None`.
+        wheels: TensorRT libraries that are installed with pip; `None` looks them up.
+        disk: Returns the free bytes of a folder.
     """
     board = read_board(root=root, run=run)
     capability = build.compute_capability or (board.compute_capability if board else "")
@@ -155,7 +156,7 @@ def preflight(
         *(_jetpack(build, board, installed_wheels() if wheels is None else wheels) if board else ()),
         *(_power_mode(board) if board else ()),
         *_dla(build, board),
-        *_memory(build, board, root, run),
+        *_memory(build, board, root),
         *_disk(build, disk),
     ]
     order: list[Level] = ["error", "warning", "note"]
@@ -166,26 +167,26 @@ def preflight(
 
 
 def capability_findings(build: PlannedBuild, capability: str) -> Iterator[Finding]:
-    """What a TensorRT and a GPU of this compute capability are to each other; TensorRT-RTX has `targets` instead."""
+    """Check whether TensorRT supports a compute capability. TensorRT-RTX has `targets` instead."""
     if build.product != "tensorrt" or not capability:
         return
     version = version_numbers(build.tensorrt)[:2]
     field = "compute_capability"
     if capability not in GPUS:
-        text = f"Compute capability {capability} is not in the table of what TensorRT supports: it will say itself."
+        text = f"It is unknown here whether TensorRT supports compute capability {capability}; the build will show it."
         yield Finding(level="note", field=field, text=text)
         return
     example, first, last = GPUS[capability]
     here = f"{build.gpu or example}, compute capability {capability}"
     if last is not None and version > last:
         text = f"TensorRT {build.tensorrt} does not support this GPU ({here}): {_dotted(last)} was the last that did."
-        yield Finding(level="error", field=field, text=text, fix=_REPAIRS[capability])
+        yield Finding(level="error", field=field, text=text, fix=_FIXES[capability])
     elif version and version < first:
-        text = f"TensorRT {build.tensorrt} does not know this GPU ({here}): {_dotted(first)} was the first that did."
+        text = f"TensorRT {build.tensorrt} does not support this GPU ({here}): {_dotted(first)} was the first that did."
         yield Finding(level="error", field=field, text=text, fix=f"pip install 'tensorrt>={_dotted(first)}'")
     elif last is not None:
-        text = f"TensorRT {_dotted(last)} is the last for this GPU ({here}): do not upgrade."
-        yield Finding(level="note", field=field, text=text, fix=_REPAIRS[capability])
+        text = f"TensorRT {_dotted(last)} is the last that supports this GPU ({here}): do not upgrade."
+        yield Finding(level="note", field=field, text=text, fix=_FIXES[capability])
 
 
 def _targets(build: PlannedBuild, capability: str, board: Board | None) -> Iterator[Finding]:
@@ -197,7 +198,7 @@ def _targets(build: PlannedBuild, capability: str, board: Board | None) -> Itera
     if unknown:
         text = f"{title} builds for {', '.join(build.known_targets)}, not for {', '.join(unknown)}."
         if "9.0" in unknown or "7.0" in unknown:
-            text += " Data-centre GPUs of that kind need TensorRT itself."
+            text += " Data center GPUs of that kind need TensorRT."
         yield Finding(level="error", field="targets", text=text, fix=choice)
     elif board is not None:
         text = f"{title} does not run on a Jetson ({board.model})."
@@ -205,8 +206,8 @@ def _targets(build: PlannedBuild, capability: str, board: Board | None) -> Itera
         yield Finding(level="error", field="targets", text=text, fix=fix)
     elif capability and capability not in build.known_targets:
         here = f"{build.gpu}, compute capability {capability}" if build.gpu else f"compute capability {capability}"
-        text = f"{title} makes no engine for the GPU here ({here}); what it makes runs on other machines only."
-        fix = f"To run it here:  {_REPAIRS.get(capability, 'pip install tensorrt')}"
+        text = f"{title} does not build for the GPU of this machine ({here}); the engine runs on other machines only."
+        fix = f"To run it here:  {_FIXES.get(capability, 'pip install tensorrt')}"
         yield Finding(level="warning", field="targets", text=text, fix=fix)
     elif capability and build.targets and capability not in build.targets:
         text = f"The engine is for compute capability {', '.join(build.targets)}; the GPU here has {capability}."
@@ -219,13 +220,13 @@ def _dla(build: PlannedBuild, board: Board | None) -> Iterator[Finding]:
         return
     fix = "Leave out --dla"
     if build.product == "tensorrt_rtx" or (board is None and build.compute_capability not in ("7.2", "8.7", "")):
-        text = f"Only Jetson Xavier and Orin have a DLA, and {TITLES[build.product]} {build.tensorrt} runs without one."
+        text = f"Only Jetson Xavier and Orin have a DLA; {TITLES[build.product]} {build.tensorrt} runs on the GPU here."
         yield Finding(level="error", field="dla", text=text, fix=fix)
     elif board is not None and any(name in board.model for name in _NO_DLA):
         yield Finding(level="error", field="dla", text=f"{board.model} has no DLA.", fix=fix)
-    elif version_numbers(build.tensorrt)[:2] > _DLA_UNTIL and version_numbers(build.tensorrt) < _DLA_AGAIN:
-        text = f"TensorRT {build.tensorrt} has no DLA on Jetson: up to {_dotted(_DLA_UNTIL)} it had, and from "
-        text += f"{_dotted(_DLA_AGAIN)} on it has again."
+    elif version_numbers(build.tensorrt)[:2] > _LAST_DLA and version_numbers(build.tensorrt) < _NEXT_DLA:
+        text = f"TensorRT {build.tensorrt} does not support the DLA of Jetson; versions up to {_dotted(_LAST_DLA)} and "
+        text += f"from {_dotted(_NEXT_DLA)} on do."
         yield Finding(level="error", field="dla", text=text, fix=fix)
 
 
@@ -245,31 +246,31 @@ def _jetpack(build: PlannedBuild, board: Board, wheels: Sequence[str]) -> Iterat
         return
     jetpack = board.jetpack
     if jetpack is None:
-        release = f"L4T {board.l4t}" if board.l4t else "a container that does not show its L4T"
-        text = f"{board.model} with {release}: which TensorRT belongs to it is not known here (JetPack 5.1 to 7.2 are)."
+        release = f"L4T {board.l4t}" if board.l4t else "a container without the L4T version"
+        text = f"{board.model} with {release}: its TensorRT version is unknown here (JetPack 5.1 to 7.2 are known)."
         yield Finding(level="warning" if board.l4t else "note", field="jetpack", text=text)
         return
     version = version_numbers(build.tensorrt)[:2]
     where = f"JetPack {jetpack.name} (L4T {board.l4t})"
     if wheels and not jetpack.server_wheels:
         text = (
-            f"TensorRT comes from pip here ({', '.join(wheels)}), which is made for ARM servers: on {where} it cannot "
+            f"TensorRT is installed with pip ({', '.join(wheels)}), in a build for ARM servers: on {where} it cannot "
         )
-        text += f"use the GPU. The one of this JetPack is {jetpack.tensorrt}."
+        text += f"use the GPU. This JetPack contains {jetpack.tensorrt}."
         names = " ".join(wheel.partition(" ")[0] for wheel in wheels)
         yield Finding(level="error", field="jetpack", text=text, fix=_jetpack_repair(f"tensorrt {names}"))
-    elif version > jetpack.last:
-        last = "" if jetpack.server_wheels else f", and {_dotted(jetpack.last)} is the last that can run on it"
-        text = f"TensorRT {build.tensorrt} is newer than {where}, which brings {jetpack.tensorrt}{last}."
-        # NVIDIA does not support it there, which is less than that it cannot run.
+    elif version > jetpack.max_tensorrt:
+        last = "" if jetpack.server_wheels else f", and {_dotted(jetpack.max_tensorrt)} is the last that can run on it"
+        text = f"TensorRT {build.tensorrt} is newer than {where}, which contains {jetpack.tensorrt}{last}."
+        # Not supported by NVIDIA there, but it may run.
         level: Level = "warning" if jetpack.server_wheels else "error"
         yield Finding(level=level, field="jetpack", text=text, fix=_jetpack_repair("tensorrt"))
-    elif version and version < jetpack.first:
-        text = f"TensorRT {build.tensorrt} is older than {where}, which brings {jetpack.tensorrt}: a container of an "
+    elif version and version < jetpack.min_tensorrt:
+        text = f"TensorRT {build.tensorrt} is older than {where}, which contains {jetpack.tensorrt}: a container of an "
         text += "older JetPack? Engines built in it run in it only."
         yield Finding(level="warning", field="jetpack", text=text, fix=_container(jetpack))
     elif version and version != version_numbers(jetpack.tensorrt)[:2]:
-        text = f"TensorRT {build.tensorrt} is not the one of {where}, {jetpack.tensorrt}. It can run there."
+        text = f"TensorRT {build.tensorrt} is not the version of {where}, {jetpack.tensorrt}. It can run there."
         yield Finding(level="note", field="jetpack", text=text)
 
 
@@ -289,13 +290,13 @@ def _container(jetpack: JetPack) -> str:
 def _power_mode(board: Board) -> Iterator[Finding]:
     mode, best = board.mode, board.highest_mode
     if mode is None:
-        text = "The power mode is not known here (no answer from nvpmodel -q); a container does not show it."
+        text = "The power mode is unknown (nvpmodel -q failed); a container cannot read it."
         yield Finding(level="note", field="power_mode", text=text)
     elif best is not None and mode.name != best.name:
         text = (
-            f"The board is in power mode {mode.name}; {best.name} is faster. TensorRT chooses kernels by timing them "
+            f"The board is in power mode {mode.name}; {best.name} is faster. TensorRT selects kernels by timing them "
         )
-        text += "now, so build in the mode the engine will run in."
+        text += "during the build, so build in the mode in which the engine will run."
         fix = "" if best.number is None else f"sudo nvpmodel -m {best.number}; sudo jetson_clocks"
         yield Finding(level="warning", field="power_mode", text=text, fix=fix)
 
@@ -303,7 +304,7 @@ def _power_mode(board: Board) -> Iterator[Finding]:
 # --- memory and disk --------------------------------------------------------------------------------------------------
 
 
-def _memory(build: PlannedBuild, board: Board | None, root: Path, run: Run) -> Iterator[Finding]:
+def _memory(build: PlannedBuild, board: Board | None, root: Path) -> Iterator[Finding]:
     if not build.model_bytes:
         return
     need = predict_memory(
@@ -315,32 +316,32 @@ def _memory(build: PlannedBuild, board: Board | None, root: Path, run: Run) -> I
         on_jetson=board is not None,
     )
     host = free_host_memory(root=root)
-    if board is not None:  # one memory for both
+    if board is not None:  # CPU and GPU share the memory
         yield from _compare(need, need.host_bytes + need.device_bytes, need.workspace_bytes, host, "memory")
         return
     yield from _compare(need, need.host_bytes, 0, host, "main memory")
     if need.device_bytes:
-        yield from _compare(need, need.device_bytes, need.workspace_bytes, free_gpu_memory(run=run), "GPU memory")
+        yield from _compare(need, need.device_bytes, need.workspace_bytes, free_gpu_memory(), "GPU memory")
 
 
 def _compare(need: BuildMemory, least: int, workspace: int, free: FreeMemory | None, what: str) -> Iterator[Finding]:
     if free is None or free.size >= least + workspace:
         return
-    text = f"The build is expected to take {in_gib(least + workspace)} of {what} at its peak, and {in_gib(free.size)} "
-    text += f"are free ({free.source}). An estimate: {need.parts}."
+    text = f"The build is expected to take {format_gib(least + workspace)} of {what} at its peak, and "
+    text += f"{format_gib(free.size)} are free ({free.source}). The estimate: {need.parts}."
     enough = free.size >= least
-    fix = "End other programs, or export a smaller --img or --batch"
+    fix = "Close other programs, or export a smaller --img or --batch"
     if enough:
         left = max(0.1, (free.size - least) / GIB)
-        fix = f"Limit the workspace:  --workspace {left:.1f}   (GiB), or end other programs"
+        fix = f"Limit the workspace:  --workspace {left:.1f}   (GiB), or close other programs"
     yield Finding(level="warning" if enough else "error", field="memory", text=text, fix=fix)
 
 
 def _disk(build: PlannedBuild, disk: Callable[[Path], int | None]) -> Iterator[Finding]:
-    wanted = [(build.folder, int(build.model_bytes * _PLAN_SHARE) + _PLAN_EXTRA, "the engine", "--output F.engine")]
-    wanted.append((build.cache_folder, _TIMING_CACHE, "the timing cache", "--timing-cache FILE"))
-    for folder, size, what, option in wanted:
+    files = [(build.folder, int(build.model_bytes * _PLAN_SHARE) + _PLAN_EXTRA, "the engine", "--output F.engine")]
+    files.append((build.cache_folder, _TIMING_CACHE, "the timing cache", "--timing-cache FILE"))
+    for folder, size, what, option in files:
         free = disk(folder) if folder is not None else None
         if free is not None and free < size:
-            text = f"{folder} has {in_gib(free)} left; {what} takes about {in_gib(size)}."
-            yield Finding(level="error", field="disk", text=text, fix=f"Choose another place:  {option}")
+            text = f"{folder} has {format_gib(free)} left; {what} takes about {format_gib(size)}."
+            yield Finding(level="error", field="disk", text=text, fix=f"Choose another path:  {option}")

@@ -1,6 +1,6 @@
-"""TensorRT's Python names as the GPU suite uses them, over ONNX Runtime and the fake CUDA runtime.
+"""A fake of the TensorRT API that the GPU tests use, implemented with ONNX Runtime and the fake CUDA runtime.
 
-A plan is the ONNX file itself. Networks of plugins, which ONNX Runtime does not know, put out zeros.
+A plan is the ONNX file. Networks with plugins, which ONNX Runtime does not support, output zeros.
 """
 
 import ctypes
@@ -99,8 +99,8 @@ class Engine:
             data = model.SerializeToString()
             self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
-    def get_tensor_name(self, number):
-        return list(self.tensors)[number]
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
 
     def get_tensor_shape(self, name):
         return [dim.dim_value for dim in self.tensors[name].type.tensor_type.shape.dim]
