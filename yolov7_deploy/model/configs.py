@@ -213,7 +213,7 @@ class Variant:
         name: Official name.
         activation: `silu` or `leaky` (LeakyReLU 0.1), after every convolution with BatchNorm.
         anchors: Per level three (width, height) in input pixels.
-        size: Input side of the paper's tables.
+        size: Input size of the paper's tables.
     """
 
     name: str
@@ -243,11 +243,11 @@ class Variant:
 
 @lru_cache(maxsize=32)
 def _layers(name: str, training: bool, full_auxiliary: bool) -> tuple[Layer, ...]:
-    table, leads, aux = VARIANTS[name].add()
+    table, leads, aux = VARIANTS[name].build_table()
     for row in aux if full_auxiliary else ():
-        behind = table.rows[table.rows[row].sources[0] + 1]
-        if behind.kind == "Shortcut":
-            table.rows[row] = replace(table.rows[row], sources=(behind.index,))
+        following = table.rows[table.rows[row].sources[0] + 1]
+        if following.kind == "Shortcut":
+            table.rows[row] = replace(table.rows[row], sources=(following.index,))
     if not training:
         del table.rows[len(table.rows) - len(aux) :]
         aux = []
