@@ -1,4 +1,4 @@
-"""`y7 doctor`: what it finds, what it concludes, and that it answers whatever is missing."""
+"""`y7 doctor`: the libraries and hardware it finds, its conclusions, and that it works if anything is missing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.doctor import describe, doctor
 from yolov7_deploy.doctor import diagnose
-from yolov7_deploy.doctor.doctor import find_abilities, find_weight_files
-from yolov7_deploy.doctor.known_issues import find_traps
-from yolov7_deploy.doctor.packages import ROWS, Library, Row, _library, read_libraries
-from yolov7_deploy.hardware.machine import Gpu, Jetson, Machine, read_gpus, read_jetson, read_machine
+from yolov7_deploy.doctor.doctor import find_capabilities, find_weight_files
+from yolov7_deploy.doctor.known_issues import find_known_issues
+from yolov7_deploy.doctor.packages import KNOWN_PACKAGES, KnownPackage, Library, _library, read_libraries
+from yolov7_deploy.hardware.gpu import InstalledGpu
+from yolov7_deploy.hardware.machine import Jetson, Machine, read_jetson, read_machine
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "cv2")
-T4 = Gpu(name="Tesla T4", compute_capability="7.5", driver="550.54.15", memory_gb=16.1)
+T4 = InstalledGpu(name="Tesla T4", compute_capability="7.5", driver="550.54.15", memory_gb=16.1)
 V100 = replace(T4, name="Tesla V100", compute_capability="7.0")
 ORIN = Jetson(model="NVIDIA Jetson AGX Orin", l4t="36.4.3", jetpack="6.2", compute_capability="8.7")
 PLAIN = Machine(
@@ -33,8 +34,8 @@ WITH_T4 = replace(PLAIN, gpus=(T4,))
 
 
 def library(name: str, *distributions: str, fault: str = "", details: tuple[str, ...] = ()) -> Library:
-    """A library with these distributions, or absent without any."""
-    row = next(row for row in ROWS if row.module == name)
+    """A library with these distributions; without any it is not installed."""
+    package = next(package for package in KNOWN_PACKAGES if package.module == name)
     return Library(
         name=name,
         version=distributions[0].partition(" ")[2] if distributions else "",
@@ -42,28 +43,22 @@ def library(name: str, *distributions: str, fault: str = "", details: tuple[str,
         installed=bool(distributions),
         fault=fault,
         details=details,
-        extra=row.extra,
+        extra=package.extra,
     )
 
 
 def everything(**changes: Library) -> dict[str, Library]:
-    """All libraries installed for a CPU, but for those given."""
-    known = {row.module: library(row.module, f"{row.distributions[0]} 1.0") for row in ROWS}
+    """All libraries installed for a CPU, with these changes."""
+    known = {package.module: library(package.module, f"{package.distributions[0]} 1.0") for package in KNOWN_PACKAGES}
     known["torch"] = library("torch", "torch 2.6.0+cpu", details=("cpu",))
     known["onnxruntime"] = library("onnxruntime", "onnxruntime 1.20", details=("CPUExecutionProvider",))
     return {**known, **changes}
 
 
-def ability(what: str, libraries: dict[str, Library], machine: Machine = PLAIN):
-    found = [entry for entry in find_abilities(libraries, machine) if entry.what.startswith(what)]
+def capability(what: str, libraries: dict[str, Library], machine: Machine = PLAIN):
+    found = [entry for entry in find_capabilities(libraries, machine) if entry.what.startswith(what)]
     assert len(found) == 1
     return found[0]
-
-
-def executable(folder: Path, name: str, script: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
 
 
 # --- libraries --------------------------------------------------------------------------------------------------------
@@ -71,12 +66,12 @@ def executable(folder: Path, name: str, script: str) -> None:
 
 def test_versions_are_those_of_the_installed_distributions():
     found = read_libraries()
-    assert list(found) == [row.module for row in ROWS]
+    assert list(found) == [package.module for package in KNOWN_PACKAGES]
     assert found["numpy"].version == importlib.metadata.version("numpy")
     assert found["onnxruntime"].works and "CPUExecutionProvider" in found["onnxruntime"].details
 
 
-def test_heavy_libraries_are_not_imported_by_looking():
+def test_diagnosis_does_not_import_heavy_libraries():
     code = (
         "import sys; from yolov7_deploy.doctor import diagnose; diagnose(); "
         f"print(sorted({{*{HEAVY!r}, 'tensorrt_rtx', 'numpy'}} & set(sys.modules)))"
@@ -85,23 +80,23 @@ def test_heavy_libraries_are_not_imported_by_looking():
     assert done.stdout == "[]\n"
 
 
-def test_torch_tells_its_cuda_without_an_import(tmp_path, monkeypatch):
+def test_the_cuda_version_of_torch_is_read_without_an_import(tmp_path, monkeypatch):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    row = next(row for row in ROWS if row.module == "torch")
-    for line, told in (
+    package = next(package for package in KNOWN_PACKAGES if package.module == "torch")
+    for line, expected in (
         ("cuda: Optional[str] = '12.6'", ("CUDA 12.6",)),
         ("cuda = '11.8'", ("CUDA 11.8",)),
         ("cuda: Optional[str] = None", ("cpu",)),
         ("something else", ()),
     ):
         (tmp_path / "torch/version.py").write_text(f"debug = False\n{line}\nhip = None\n")
-        assert _library(row).details == told
+        assert _library(package).details == expected
 
 
-def test_a_library_that_crashes_is_reported_and_takes_nothing_with_it(tmp_path, monkeypatch):
+def test_a_library_that_crashes_is_reported_as_broken(tmp_path, monkeypatch):
     bodies = {
         "y7_raises": "raise ImportError('libGL.so.1: cannot open shared object file')",
         "y7_dies": "import os; os._exit(7)",
@@ -110,21 +105,21 @@ def test_a_library_that_crashes_is_reported_and_takes_nothing_with_it(tmp_path, 
         (tmp_path / f"{name}.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    raises, dies = (_library(Row(module=name, distributions=(), probe="''")) for name in bodies)
+    raises, dies = (_library(KnownPackage(module=name, distributions=(), probe="''")) for name in bodies)
     assert raises.installed and not raises.works
     assert "libGL.so.1" in raises.fault
     assert dies.fault == "its import ended Python with 7"
 
 
 def test_a_distribution_without_its_module_is_a_fault():
-    found = _library(Row(module="y7_no_such_module", distributions=("numpy",)))
+    found = _library(KnownPackage(module="y7_no_such_module", distributions=("numpy",)))
     assert not found.installed and "there is no module y7_no_such_module" in found.fault
 
 
-def test_a_folder_of_the_same_name_is_no_library(tmp_path, monkeypatch):
+def test_a_folder_of_the_same_name_is_not_a_library(tmp_path, monkeypatch):
     (tmp_path / "y7_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not _library(Row(module="y7_folder", distributions=())).installed
+    assert not _library(KnownPackage(module="y7_folder", distributions=())).installed
 
 
 # --- machine ----------------------------------------------------------------------------------------------------------
@@ -138,8 +133,8 @@ def test_this_machine_has_cores_memory_and_a_name():
         assert machine.memory_gb > 0
 
 
-def test_a_machine_that_tells_nothing_is_described_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_machine_without_any_information_is_still_described(tmp_path, monkeypatch):
+    monkeypatch.setattr("yolov7_deploy.hardware.machine.list_installed_gpus", lambda: ())
     machine = read_machine(tmp_path)
     assert (machine.memory_gb, machine.gpus, machine.jetson) == (None, (), None)
     assert not machine.has_gpu
@@ -157,7 +152,7 @@ def test_a_machine_that_tells_nothing_is_described_all_the_same(tmp_path, monkey
         ("NVIDIA Jetson AGX Orin\0", "", ("", "", "8.7")),
     ],
 )
-def test_jetsons_tell_their_jetpack(tmp_path, model, release, expected):
+def test_the_jetpack_version_of_a_jetson_is_read(tmp_path, model, release, expected):
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     if model:
@@ -169,51 +164,25 @@ def test_jetsons_tell_their_jetpack(tmp_path, model, release, expected):
     assert "\0" not in board.model
 
 
-def test_other_boards_are_no_jetsons(tmp_path):
+def test_other_boards_are_not_jetsons(tmp_path):
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "proc/device-tree/model").write_text("Raspberry Pi 5 Model B Rev 1.0\0")
     assert read_jetson(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "script,expected",
-    [
-        (
-            "echo 'Tesla T4, 550.54.15, 15360, 7.5'; echo 'Tesla T4, 550.54.15, 15360, 7.5'",
-            (T4, T4),
-        ),
-        (
-            'case "$1" in *compute_cap*) exit 2;; esac; echo "Tesla T4, 440.33"',
-            (Gpu(name="Tesla T4", compute_capability="", driver="440.33", memory_gb=None),),
-        ),
-        (
-            "echo 'Orin (nvgpu), 540.4.0, [N/A], [N/A]'",
-            (Gpu(name="Orin (nvgpu)", compute_capability="", driver="540.4.0", memory_gb=None),),
-        ),
-        ("echo 'NVIDIA-SMI has failed'; exit 9", ()),
-        ("echo 'No devices were found'", ()),
-    ],
-    ids=["two T4", "old driver", "Jetson", "no driver", "no device"],
-)
-def test_gpus_are_those_nvidia_smi_lists(tmp_path, monkeypatch, script, expected):
-    executable(tmp_path, "nvidia-smi", script)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert read_gpus() == expected
-
-
 # --- what can run -----------------------------------------------------------------------------------------------------
 
 
-def test_with_every_library_a_cpu_machine_does_all_but_gpu_work():
-    entries = find_abilities(everything(), PLAIN)
+def test_with_every_library_a_cpu_machine_can_do_everything_except_gpu_work():
+    entries = find_capabilities(everything(), PLAIN)
     assert {entry.what for entry in entries if not entry.possible} == {
         "run .pt and .safetensors on the GPU",
         "run .onnx on the GPU",
         "build TensorRT engines",
         "run TensorRT engines",
     } - {entry.what for entry in entries if entry.possible}
-    assert ability("export", everything()).possible
-    assert "no NVIDIA GPU" in ability("run .onnx on the GPU", everything()).reason
+    assert capability("export", everything()).possible
+    assert "no NVIDIA GPU" in capability("run .onnx on the GPU", everything()).reason
 
 
 @pytest.mark.parametrize(
@@ -226,63 +195,63 @@ def test_with_every_library_a_cpu_machine_does_all_but_gpu_work():
         ("cv2", "run .onnx on the CPU", "pip install yolov7-deploy"),
     ],
 )
-def test_what_is_missing_is_named_with_the_line_that_brings_it(missing, what, fix):
-    found = ability(what, everything(**{missing: library(missing)}))
+def test_a_missing_library_is_named_with_the_command_that_installs_it(missing, what, fix):
+    found = capability(what, everything(**{missing: library(missing)}))
     assert not found.possible
     assert (found.reason, found.fix) == (f"{missing} is not installed", fix)
 
 
-def test_a_library_that_does_not_load_is_to_be_installed_anew():
+def test_a_library_that_does_not_load_is_to_be_reinstalled():
     broken = library("onnxruntime", "onnxruntime 1.20", fault="ImportError: bad ELF")
-    found = ability("run .onnx on the CPU", everything(onnxruntime=broken))
+    found = capability("run .onnx on the CPU", everything(onnxruntime=broken))
     assert "does not load: ImportError: bad ELF" in found.reason
     assert found.fix == "pip install --force-reinstall onnxruntime"
 
 
-def test_on_a_gpu_the_builds_for_a_cpu_are_told():
-    assert "without CUDA" in ability("run .pt and .safetensors on the GPU", everything(), WITH_T4).reason
-    found = ability("run .onnx on the GPU", everything(), WITH_T4)
+def test_cpu_builds_on_a_machine_with_a_gpu_are_reported():
+    assert "without CUDA" in capability("run .pt and .safetensors on the GPU", everything(), WITH_T4).reason
+    found = capability("run .onnx on the GPU", everything(), WITH_T4)
     assert "has only CPUExecutionProvider" in found.reason and "yolov7-deploy[gpu]" in found.fix
 
 
-def test_with_the_builds_for_a_gpu_the_gpu_runs():
+def test_with_gpu_builds_the_gpu_is_available():
     ready = everything(
         torch=library("torch", "torch 2.6.0", details=("CUDA 12.6",)),
         onnxruntime=library("onnxruntime", "onnxruntime-gpu 1.20", details=("CUDAExecutionProvider",)),
     )
-    assert ability("run .pt and .safetensors on the GPU", ready, WITH_T4).possible
-    assert ability("run .onnx on the GPU", ready, WITH_T4).possible
+    assert capability("run .pt and .safetensors on the GPU", ready, WITH_T4).possible
+    assert capability("run .onnx on the GPU", ready, WITH_T4).possible
 
 
-def test_a_jetson_is_sent_to_wheels_that_exist_for_it():
-    fix = ability("run .onnx on the GPU", everything(), replace(PLAIN, jetson=ORIN)).fix
+def test_the_fix_for_a_jetson_names_wheels_for_jetson():
+    fix = capability("run .onnx on the GPU", everything(), replace(PLAIN, jetson=ORIN)).fix
     assert "onnxruntime-gpu --index-url https://pypi.jetson-ai-lab.io/jp6" in fix
 
 
-# --- traps ------------------------------------------------------------------------------------------------------------
+# --- known issues -----------------------------------------------------------------------------------------------------
 
 
-def trap(libraries: dict[str, Library], machine: Machine = PLAIN, *, about: str):
-    return [entry for entry in find_traps(libraries, machine) if about in entry.what]
+def issue(libraries: dict[str, Library], machine: Machine = PLAIN, *, about: str):
+    return [entry for entry in find_known_issues(libraries, machine) if about in entry.what]
 
 
-def test_two_opencvs_are_a_trap():
+def test_two_opencv_packages_are_a_known_issue():
     both = library("cv2", "opencv-python-headless 4.10", "opencv-python 4.9")
-    (found,) = trap(everything(cv2=both), about="share the folder cv2")
+    (found,) = issue(everything(cv2=both), about="share the folder cv2")
     assert found.fix == ("pip uninstall -y opencv-python-headless opencv-python; pip install opencv-python-headless")
-    assert not trap(everything(), about="share the folder")
+    assert not issue(everything(), about="share the folder")
 
 
-def test_onnxruntime_that_hides_its_gpu_build_is_a_trap():
+def test_two_onnxruntime_packages_are_a_known_issue():
     both = library("onnxruntime", "onnxruntime 1.20", "onnxruntime-gpu 1.20", details=("CPUExecutionProvider",))
-    (found,) = trap(everything(onnxruntime=both), about="share the folder onnxruntime")
+    (found,) = issue(everything(onnxruntime=both), about="share the folder onnxruntime")
     assert found.fix == "pip uninstall -y onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
 
 
-@pytest.mark.parametrize("version,gpu,trapped", [("10.16.1", V100, 1), ("10.4.0", V100, 0), ("10.16.1", T4, 0)])
-def test_a_tensorrt_that_dropped_the_gpu_is_a_trap(version, gpu, trapped):
+@pytest.mark.parametrize("version,gpu,issues", [("10.16.1", V100, 1), ("10.4.0", V100, 0), ("10.16.1", T4, 0)])
+def test_a_tensorrt_that_dropped_the_gpu_is_a_known_issue(version, gpu, issues):
     libraries = everything(tensorrt=library("tensorrt", f"tensorrt {version}"))
-    assert len(trap(libraries, replace(PLAIN, gpus=(gpu,)), about="was the last that did")) == trapped
+    assert len(issue(libraries, replace(PLAIN, gpus=(gpu,)), about="was the last that did")) == issues
 
 
 def rtx_wheel(tmp_path: Path, monkeypatch) -> Path:
@@ -295,10 +264,10 @@ def rtx_wheel(tmp_path: Path, monkeypatch) -> Path:
     return folder / "libtensorrt_rtx.so.1"
 
 
-def test_the_rtx_wheel_without_its_link_is_a_trap(tmp_path, monkeypatch):
+def test_the_rtx_wheel_without_its_link_is_a_known_issue(tmp_path, monkeypatch):
     real = rtx_wheel(tmp_path, monkeypatch)
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    (found,) = trap(everything(), about="TensorRT-RTX")
+    (found,) = issue(everything(), about="TensorRT-RTX")
     assert f"ln -sf {real} " in found.fix and "LD_LIBRARY_PATH" in found.fix
 
 
@@ -308,19 +277,19 @@ def test_the_rtx_wheel_with_its_link_is_fine(tmp_path, monkeypatch):
     links.mkdir()
     (links / "libtensorrt_rtx.so").symlink_to(real)
     monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere{os.pathsep}{links}")
-    assert not trap(everything(), about="TensorRT-RTX")
+    assert not issue(everything(), about="TensorRT-RTX")
 
 
-def test_opencv_without_display_libraries_is_replaced_by_the_one_that_needs_none():
+def test_opencv_without_libgl_is_to_be_replaced_by_the_headless_package():
     broken = library("cv2", "opencv-python 4.10", fault="ImportError: libGL.so.1: cannot open shared object file")
-    (found,) = trap(everything(cv2=broken), about="cv2 does not load")
+    (found,) = issue(everything(cv2=broken), about="cv2 does not load")
     assert found.fix.startswith("pip uninstall -y opencv-python; pip install opencv-python-headless")
 
 
 # --- weights and the command ------------------------------------------------------------------------------------------
 
 
-def test_weights_are_listed_by_the_place_they_are_found_in(tmp_path, monkeypatch):
+def test_weights_are_listed_by_folder(tmp_path, monkeypatch):
     folders = {name: tmp_path / name for name in ("here", "chosen", "cache/yolov7_deploy")}
     for folder in folders.values():
         folder.mkdir(parents=True)
@@ -330,7 +299,7 @@ def test_weights_are_listed_by_the_place_they_are_found_in(tmp_path, monkeypatch
     monkeypatch.chdir(folders["here"])
     monkeypatch.setenv("Y7_WEIGHTS_DIR", str(folders["chosen"]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert [(place.folder, place.files) for place in find_weight_files()] == [
+    assert [(found.folder, found.files) for found in find_weight_files()] == [
         (str(folders["here"]), ("yolov7-tiny.pt",)),
         (str(folders["chosen"]), ("yolov7.safetensors",)),
         (str(folders["cache/yolov7_deploy"]), ()),
@@ -349,24 +318,24 @@ def run():
 def test_the_command_prints_every_part(run):
     done = run()
     assert done.exit_code == 0
-    for word in ("machine", "library", "onnxruntime", "export to ONNX", "weights are looked for in"):
+    for word in ("machine", "library", "onnxruntime", "export to ONNX", "weights are searched in"):
         assert word in done.stdout
 
 
-def test_the_record_on_stdout_is_json_alone(run):
+def test_json_on_stdout_is_the_only_output_there(run):
     done = run("--json", "-")
     record = json.loads(done.stdout)
-    assert set(record) == {"abilities", "libraries", "machine", "python", "traps", "version", "weights"}
+    assert set(record) == {"capabilities", "known_issues", "libraries", "machine", "python", "version", "weights"}
     assert record["libraries"]["numpy"]["installed"] is True
     assert "library" in done.stderr
 
 
-def test_people_read_what_to_type():
+def test_the_text_shows_the_commands_to_type():
     text = describe(
         replace(
             diagnose(),
             libraries=everything(torch=library("torch")),
-            abilities=tuple(find_abilities(everything(torch=library("torch")), WITH_T4)),
+            capabilities=tuple(find_capabilities(everything(torch=library("torch")), WITH_T4)),
             machine=replace(WITH_T4, jetson=ORIN),
         )
     )
@@ -376,8 +345,8 @@ def test_people_read_what_to_type():
 
 
 @pytest.mark.parametrize("how", ["refused", "absent"])
-def test_it_answers_with_every_heavy_library_blocked(how):
-    """Refused: a finder raises. Absent: the import system was told that there is no such module."""
+def test_it_works_with_every_heavy_library_blocked(how):
+    """Refused: a finder raises an error. Absent: the entry in `sys.modules` is `None`."""
     block = {
         "refused": "class Refuse:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
@@ -394,5 +363,5 @@ def test_it_answers_with_every_heavy_library_blocked(how):
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert not any(record["libraries"][name]["installed"] for name in HEAVY)
-    possible = {entry["what"] for entry in record["abilities"] if entry["possible"]}
+    possible = {entry["what"] for entry in record["capabilities"] if entry["possible"]}
     assert not possible & {"export to ONNX", "run .onnx on the CPU"}

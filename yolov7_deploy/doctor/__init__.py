@@ -1,4 +1,4 @@
-"""What is installed, what the machine has, what can run here, and what to type for the rest."""
+"""Diagnosis: what is installed, what the machine has, what can run here, and how to install the rest."""
 
 from yolov7_deploy.doctor.doctor import Diagnosis, diagnose
 

@@ -1,27 +1,28 @@
-"""Puts together what is installed and what the machine has, and concludes what can run here."""
+"""Diagnosis of this machine: from the installed libraries and the hardware follows what can run here."""
 
 from __future__ import annotations
 
-import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from yolov7_deploy._version import __version__
-from yolov7_deploy.doctor.known_issues import KnownIssue, find_traps
-from yolov7_deploy.doctor.packages import Library, find_module, read_libraries
-from yolov7_deploy.doctor.plugin import plugin_state
+from yolov7_deploy.doctor.known_issues import KnownIssue, find_known_issues
+from yolov7_deploy.doctor.packages import Library, read_libraries
+from yolov7_deploy.errors import PluginError
 from yolov7_deploy.hardware.machine import Machine, read_machine
-from yolov7_deploy.hub import OFFICIAL_NAMES, WEIGHTS_DIR_VARIABLE, cache_dir
+from yolov7_deploy.hub import OFFICIAL_NAMES, weights_folders
+from yolov7_deploy.tensorrt.plugin_library import ABI_TITLES, BUILD_COMMAND, Abi, PluginLibrary, find_plugin
 
 WEIGHT_SUFFIXES = (".pt", ".safetensors")
 CUDA_PROVIDER = "CUDAExecutionProvider"
+FIRST_V3_MAJOR = 10  # major version of TensorRT; TensorRT-RTX has plugin interface v3 since its first version
 JETSON_WHEELS = "https://pypi.jetson-ai-lab.io/jp6/cu126/+simple"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capability:
-    """Something this package does: whether it can here, with what or why not, and what to type to get it."""
+    """A capability of this package: whether it works here, the reason (libraries, or what is missing), and a fix."""
 
     what: str
     possible: bool
@@ -30,8 +31,8 @@ class Capability:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WeightsPlace:
-    """A folder official names are looked for in, and the official files in it; `folder` is `None` where not set."""
+class WeightsFolder:
+    """A folder in which official weights are looked for, and those found in it; `folder` is `None` if not set."""
 
     label: str
     folder: str | None
@@ -40,33 +41,33 @@ class WeightsPlace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """Everything the doctor found."""
+    """Results of `diagnose`."""
 
     version: str
     python: str
     machine: Machine
     libraries: dict[str, Library]
-    abilities: tuple[Capability, ...]
-    traps: tuple[KnownIssue, ...]
-    weights: tuple[WeightsPlace, ...]
+    capabilities: tuple[Capability, ...]
+    known_issues: tuple[KnownIssue, ...]
+    weights: tuple[WeightsFolder, ...]
 
 
 def diagnose() -> Diagnosis:
-    """Looks at this Python and this machine; never raises for what is missing or broken."""
+    """Examine this Python installation and this machine; missing or broken libraries raise no error."""
     libraries, machine = read_libraries(), read_machine()
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),
         machine=machine,
         libraries=libraries,
-        abilities=(*find_abilities(libraries, machine), _suppress_in_engines(libraries, machine)),
-        traps=tuple(find_traps(libraries, machine)),
+        capabilities=(*find_capabilities(libraries, machine), _run_nms_plugin(libraries, machine)),
+        known_issues=tuple(find_known_issues(libraries, machine)),
         weights=tuple(find_weight_files()),
     )
 
 
-def find_abilities(libraries: dict[str, Library], machine: Machine) -> list[Capability]:
-    """What can be done with these libraries on this machine."""
+def find_capabilities(libraries: dict[str, Library], machine: Machine) -> list[Capability]:
+    """Return what works with these libraries on this machine, except the NMS plugin."""
 
     def needs(what: str, *names: str) -> Capability:
         return _needs(what, [libraries[name] for name in names])
@@ -87,61 +88,58 @@ def find_abilities(libraries: dict[str, Library], machine: Machine) -> list[Capa
     ]
 
 
-def find_weight_files() -> list[WeightsPlace]:
-    """The local places of official weights, in the order they are looked at."""
-    chosen = os.environ.get(WEIGHTS_DIR_VARIABLE)
-    places = {
-        "working directory": Path.cwd(),
-        f"${WEIGHTS_DIR_VARIABLE}": Path(chosen) if chosen else None,
-        "cache": cache_dir(),
-    }
+def find_weight_files() -> list[WeightsFolder]:
+    """Return the local folders of official weights in search order, with the files found in each."""
     names = [f"{name}{suffix}" for name in OFFICIAL_NAMES for suffix in WEIGHT_SUFFIXES]
     return [
-        WeightsPlace(
+        WeightsFolder(
             label=label,
             folder=None if folder is None else str(folder),
             files=() if folder is None else tuple(name for name in names if (folder / name).is_file()),
         )
-        for label, folder in places.items()
+        for label, folder in weights_folders().items()
     ]
 
 
 def _needs(what: str, libraries: list[Library]) -> Capability:
-    wanting = [library for library in libraries if not library.works]
-    if wanting:
-        return Capability(what=what, possible=False, reason=_reason(wanting), fix=_install(wanting))
-    return Capability(what=what, possible=True, reason=", ".join(_named(library) for library in libraries))
+    missing = [library for library in libraries if not library.works]
+    if missing:
+        return Capability(what=what, possible=False, reason=_missing_text(missing), fix=_install_command(missing))
+    return Capability(what=what, possible=True, reason=", ".join(_label(library) for library in libraries))
 
 
-def _reason(wanting: list[Library]) -> str:
-    absent = [library.name for library in wanting if not library.installed and not library.fault]
-    broken = [f"{library.name} does not load: {library.fault}" for library in wanting if library.fault]
-    parts = [f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed"] if absent else []
-    return "; ".join([*parts, *broken])
+def _missing_text(missing: list[Library]) -> str:
+    not_installed = [library.name for library in missing if not library.installed and not library.fault]
+    broken = [f"{library.name} does not load: {library.fault}" for library in missing if library.fault]
+    parts = broken
+    if not_installed:
+        verb = "is" if len(not_installed) == 1 else "are"
+        parts = [f"{', '.join(not_installed)} {verb} not installed", *broken]
+    return "; ".join(parts)
 
 
-def _install(wanting: list[Library]) -> str:
-    """The pip lines that bring these libraries; one that is there and does not load must be forced."""
+def _install_command(missing: list[Library]) -> str:
+    """Return the pip commands that install these libraries, by force those that are installed and do not load."""
     lines = []
-    extras = sorted({library.extra for library in wanting if library.extra and not library.fault})
+    extras = sorted({library.extra for library in missing if library.extra and not library.fault})
     if extras:
         lines.append(f"pip install 'yolov7-deploy[{','.join(extras)}]'")
-    if any(not library.extra and not library.fault for library in wanting):
+    if any(not library.extra and not library.fault for library in missing):
         lines.append("pip install yolov7-deploy")
     broken = [
-        library.distributions[0].partition(" ")[0] for library in wanting if library.fault and library.distributions
+        library.distributions[0].partition(" ")[0] for library in missing if library.fault and library.distributions
     ]
     if broken:
         lines.append(f"pip install --force-reinstall {' '.join(broken)}")
     return "; ".join(lines)
 
 
-def _named(library: Library) -> str:
+def _label(library: Library) -> str:
     return f"{library.name} {library.version}".strip()
 
 
 def _on_gpu(what: str, on_cpu: Capability, machine: Machine, library: Capability) -> Capability:
-    """What runs on the CPU also runs on a GPU, if there is one and the library was built for it."""
+    """Return the capability on a GPU: that on the CPU, with a GPU and a library that was built for it."""
     if not on_cpu.possible:
         return Capability(what=what, possible=False, reason=on_cpu.reason, fix=on_cpu.fix)
     if not machine.has_gpu:
@@ -157,31 +155,31 @@ def _torch_on_gpu(torch: Library) -> Capability:
             reason=f"torch {torch.version} was built without CUDA",
             fix="pip install --force-reinstall torch   (or the line for your CUDA from https://pytorch.org)",
         )
-    return Capability(what="", possible=True, reason=" ".join([_named(torch), *torch.details]))
+    return Capability(what="", possible=True, reason=" ".join([_label(torch), *torch.details]))
 
 
 def _onnx_on_gpu(onnxruntime: Library, machine: Machine) -> Capability:
     if CUDA_PROVIDER in onnxruntime.details:
-        return Capability(what="", possible=True, reason=f"{_named(onnxruntime)} with {CUDA_PROVIDER}")
+        return Capability(what="", possible=True, reason=f"{_label(onnxruntime)} with {CUDA_PROVIDER}")
     fix = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'yolov7-deploy[gpu]'"
     if machine.jetson is not None:
-        # PyPI has no onnxruntime-gpu for these boards.
+        # PyPI has no onnxruntime-gpu for Jetson.
         index = f" --index-url {JETSON_WHEELS}" if machine.jetson.jetpack.startswith("6") else ""
         fix = f"pip uninstall -y onnxruntime; pip install onnxruntime-gpu{index}"
     return Capability(
-        what="", possible=False, reason=f"{_named(onnxruntime)} has only {', '.join(onnxruntime.details)}", fix=fix
+        what="", possible=False, reason=f"{_label(onnxruntime)} has only {', '.join(onnxruntime.details)}", fix=fix
     )
 
 
 def _build_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
-    """TensorRT builds where it finds a GPU, TensorRT-RTX anywhere."""
+    """Return whether engines can be built: TensorRT needs a GPU, TensorRT-RTX does not."""
     what = "build TensorRT engines"
     full, rtx, onnx = (libraries[name] for name in ("tensorrt", "tensorrt_rtx", "onnx"))
     if full.works and machine.has_gpu:
         return _needs(what, [full, onnx])
     ready = _needs(what, [full if machine.has_gpu and not rtx.works else rtx, onnx])
     if full.works and not rtx.works:
-        reason = f"{_named(full)} builds only where there is a GPU, and none is visible; {rtx.name} builds without one"
+        reason = f"{_label(full)} builds only where there is a GPU, and none is visible; {rtx.name} builds without one"
         return Capability(what=what, possible=False, reason=reason, fix=ready.fix)
     if ready.possible:
         return Capability(what=what, possible=True, reason=f"{ready.reason}, for any GPU it knows (y7 build --target)")
@@ -190,19 +188,74 @@ def _build_engines(libraries: dict[str, Library], machine: Machine) -> Capabilit
 
 def _run_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
     what = "run TensorRT engines"
-    if find_module("yolov7_deploy.runtimes.tensorrt") is None:
-        return Capability(what=what, possible=False, reason="this version of yolov7-deploy does not run them")
     cuda = libraries["pycuda"] if libraries["pycuda"].works else libraries["cuda"]
     ready = _needs(what, [_tensorrt(libraries), cuda, libraries["cv2"], libraries["numpy"]])
     return _on_gpu(what, ready, machine, ready)
 
 
-def _suppress_in_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
+def _run_nms_plugin(libraries: dict[str, Library], machine: Machine) -> Capability:
     possible, reason, fix = plugin_state(libraries, machine)
-    return Capability(what="suppress inside engines with our plugin", possible=possible, reason=reason, fix=fix)
+    return Capability(what="run NMS inside engines with our plugin", possible=possible, reason=reason, fix=fix)
 
 
 def _tensorrt(libraries: dict[str, Library]) -> Library:
-    """The TensorRT that works, the full one first."""
+    """Return the TensorRT that works, preferring the full one to TensorRT-RTX."""
     rtx = libraries["tensorrt_rtx"]
     return rtx if rtx.works and not libraries["tensorrt"].works else libraries["tensorrt"]
+
+
+# --- plugin -----------------------------------------------------------------------------------------------------------
+
+
+def plugin_state(libraries: Mapping[str, Library], machine: Machine) -> tuple[bool, str, str]:
+    """Return whether every installed TensorRT has our plugin, which library or why not, and the command to build it."""
+    abis = _required_abis(libraries)
+    if not abis:
+        return False, "no TensorRT is installed", ""
+    fix = BUILD_COMMAND
+    reasons, possible = [], True
+    for abi in abis:
+        try:
+            library = find_plugin(abi)
+        except PluginError as error:
+            return False, error.message, error.fix.rpartition("  ")[2]
+        if library is None:
+            possible = False
+            reasons.append(f"the library for {ABI_TITLES[abi]} is not built")
+            continue
+        gpu = _unsupported_gpu(library, machine)
+        if gpu is not None:
+            possible = False
+            fix = f"{BUILD_COMMAND} --arch {gpu}"
+            reasons.append(f"{library.path} has no code for compute capability {gpu // 10}.{gpu % 10}")
+        else:
+            reasons.append(_library_text(library))
+    return possible, "; ".join(reasons), "" if possible else fix
+
+
+def _library_text(library: PluginLibrary) -> str:
+    """Return `/a/lib.so for TensorRT 10 and later, compute capability 7.5, 8.6, CUDA 13.0`."""
+    gpus = ", ".join(f"{number // 10}.{number % 10}" for number in library.compute_capabilities)
+    return f"{library.path} for {ABI_TITLES[library.abi]}, compute capability {gpus}, CUDA {library.cuda}"
+
+
+def _required_abis(libraries: Mapping[str, Library]) -> list[Abi]:
+    """Return the plugin interfaces of the installed TensorRT versions."""
+    abis: dict[Abi, None] = {}
+    full = libraries["tensorrt"]
+    if full.installed:
+        major = full.version.partition(".")[0]
+        abis["v2" if major.isdigit() and int(major) < FIRST_V3_MAJOR else "v3"] = None
+    if libraries["tensorrt_rtx"].installed:
+        abis["v3"] = None
+    return list(abis)
+
+
+def _unsupported_gpu(library: PluginLibrary, machine: Machine) -> int | None:
+    """Return the compute capability of a GPU of this machine for which the library has no code."""
+    boards = (machine.jetson,) if machine.jetson is not None else ()
+    for device in (*machine.gpus, *boards):
+        digits = device.compute_capability.replace(".", "")
+        if digits.isdigit() and not library.runs_on(int(digits)):
+            return int(digits)
+    return None

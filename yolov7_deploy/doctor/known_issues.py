@@ -1,4 +1,4 @@
-"""Installations that look right and are not."""
+"""Known issues of installations that look right but do not work as expected."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ RTX_LINKS = "$HOME/.local/lib/tensorrt_rtx"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownIssue:
-    """What is wrong and what it does, and what to type."""
+    """A known issue: what is wrong with which effect, and the command that fixes it."""
 
     what: str
     fix: str
 
 
-def find_traps(libraries: dict[str, Library], machine: Machine) -> list[KnownIssue]:
-    """What is installed in a way that does not do what it seems to."""
+def find_known_issues(libraries: dict[str, Library], machine: Machine) -> list[KnownIssue]:
+    """Return the known issues that this installation has."""
     return [
         *_two_opencvs(libraries["cv2"]),
         *_two_onnxruntimes(libraries["onnxruntime"]),
-        *_left_behind(libraries["tensorrt"], machine),
+        *_tensorrt_without_this_gpu(libraries["tensorrt"], machine),
         *_rtx_without_link(libraries["tensorrt_rtx"]),
-        *_faults(libraries),
+        *_broken_libraries(libraries),
     ]
 
 
@@ -42,7 +42,7 @@ def _two_opencvs(cv2: Library) -> Iterator[KnownIssue]:
     names = _names(cv2)
     if len(names) > 1:
         yield KnownIssue(
-            what=f"{' and '.join(names)} are both installed. They share the folder cv2, so files of one are over those "
+            what=f"{' and '.join(names)} are both installed. They share the folder cv2, so files of one replace those "
             "of the other, and uninstalling either breaks both.",
             fix=f"pip uninstall -y {' '.join(names)}; pip install {OPENCV[0]}",
         )
@@ -51,16 +51,16 @@ def _two_opencvs(cv2: Library) -> Iterator[KnownIssue]:
 def _two_onnxruntimes(onnxruntime: Library) -> Iterator[KnownIssue]:
     names = _names(onnxruntime)
     if len(names) > 1:
-        wanted = next((name for name in names if name != "onnxruntime"), names[0])
+        kept = next((name for name in names if name != "onnxruntime"), names[0])
         yield KnownIssue(
             what=f"{' and '.join(names)} are both installed. They share the folder onnxruntime, and the one installed "
-            "last hides the other: often the CPU one hides the GPU one.",
-            fix=f"pip uninstall -y {' '.join(names)}; pip install {wanted}",
+            "last replaces the other: often the CPU build replaces the GPU build.",
+            fix=f"pip uninstall -y {' '.join(names)}; pip install {kept}",
         )
 
 
-def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[KnownIssue]:
-    """A TensorRT that does not know the GPU of this machine, any more or yet."""
+def _tensorrt_without_this_gpu(tensorrt: Library, machine: Machine) -> Iterator[KnownIssue]:
+    """Yield an issue if this TensorRT no longer or not yet supports the GPU of this machine."""
     if not tensorrt.installed:
         return
     for capability in machine.capabilities:
@@ -71,7 +71,7 @@ def _left_behind(tensorrt: Library, machine: Machine) -> Iterator[KnownIssue]:
 
 
 def _rtx_without_link(rtx: Library) -> Iterator[KnownIssue]:
-    """The parser opens libtensorrt_rtx.so, of which the wheel has only the .so.1; the process then ends at once."""
+    """Yield an issue if libtensorrt_rtx.so is missing, which the parser loads: the wheel has only the .so.1."""
     spec = find_module("tensorrt_rtx_libs") if rtx.installed else None
     folders = [Path(text) for text in (spec.submodule_search_locations or ())] if spec else []
     real = next((path for folder in folders for path in sorted(folder.glob(f"{RTX_LIBRARY}.*"))), None)
@@ -80,13 +80,13 @@ def _rtx_without_link(rtx: Library) -> Iterator[KnownIssue]:
         return
     yield KnownIssue(
         what=f"The wheel of TensorRT-RTX has {real.name} but no {RTX_LIBRARY}, which its ONNX parser opens: parsing "
-        "ends the process without a message. y7 build knows a way around it, programs of your own need the link.",
+        "ends the process without a message. y7 build has a workaround; your own programs need the link.",
         fix=f"mkdir -p {RTX_LINKS}; ln -sf {real} {RTX_LINKS}/{RTX_LIBRARY}; "
         f"export LD_LIBRARY_PATH={RTX_LINKS}:$LD_LIBRARY_PATH",
     )
 
 
-def _faults(libraries: dict[str, Library]) -> Iterator[KnownIssue]:
+def _broken_libraries(libraries: dict[str, Library]) -> Iterator[KnownIssue]:
     for library in libraries.values():
         if library.fault:
             names = " ".join(_names(library)) or library.name

@@ -1,7 +1,7 @@
-"""Which libraries are installed, without importing them here.
+"""Installed libraries, found without importing them in this process.
 
-Versions come from the installed distributions. What only an import can tell (does it load at all, which devices does
-it know) is asked of a second Python, so that a broken library cannot take this one with it.
+Versions come from the metadata of the installed distributions. What needs an import (does the library load, which
+devices does it support) is checked in a second Python process, so that a broken library cannot crash this one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ PROBE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """A library we may use.
+class KnownPackage:
+    """A library that this package can use.
 
     Attributes:
-        module: What is imported.
-        distributions: What pip may have installed it from.
-        extra: Extra of this package that installs it; empty for what is always needed or never installed by us.
-        probe: Expression whose words tell what it can do, evaluated after an import in a second Python; empty where
-            the import is slow and not needed.
+        module: Name of the module.
+        distributions: Names of the distributions on PyPI that contain it.
+        extra: Extra of this package that installs it; empty for libraries of no extra.
+        probe: Expression of the imported module `m`, evaluated in a second Python process; it returns the capabilities
+            as a string separated by spaces. Empty if the import is slow and not needed.
     """
 
     module: str
@@ -45,48 +45,50 @@ OPENCV = (
 )
 ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
-ROWS = (
-    Row(module="numpy", distributions=("numpy",)),
-    Row(module="cv2", distributions=OPENCV, probe="''"),
-    Row(module="torch", distributions=("torch",), extra="export"),
-    Row(module="safetensors", distributions=("safetensors",), extra="export"),
-    Row(module="onnx", distributions=("onnx",), extra="export"),
-    Row(module="onnxsim", distributions=("onnxsim",), extra="export"),
-    Row(module="onnxruntime", distributions=ONNXRUNTIME, extra="cpu", probe="' '.join(m.get_available_providers())"),
-    Row(module="faster_coco_eval", distributions=("faster-coco-eval",), extra="val"),
-    Row(module="yaml", distributions=("pyyaml",), extra="val"),
-    Row(module="matplotlib", distributions=("matplotlib",), extra="bench"),
-    Row(module="tensorboard", distributions=("tensorboard",), extra="train"),
-    Row(
+KNOWN_PACKAGES = (
+    KnownPackage(module="numpy", distributions=("numpy",)),
+    KnownPackage(module="cv2", distributions=OPENCV, probe="''"),
+    KnownPackage(module="torch", distributions=("torch",), extra="export"),
+    KnownPackage(module="safetensors", distributions=("safetensors",), extra="export"),
+    KnownPackage(module="onnx", distributions=("onnx",), extra="export"),
+    KnownPackage(module="onnxsim", distributions=("onnxsim",), extra="export"),
+    KnownPackage(
+        module="onnxruntime", distributions=ONNXRUNTIME, extra="cpu", probe="' '.join(m.get_available_providers())"
+    ),
+    KnownPackage(module="faster_coco_eval", distributions=("faster-coco-eval",), extra="val"),
+    KnownPackage(module="yaml", distributions=("pyyaml",), extra="val"),
+    KnownPackage(module="matplotlib", distributions=("matplotlib",), extra="bench"),
+    KnownPackage(module="tensorboard", distributions=("tensorboard",), extra="train"),
+    KnownPackage(
         module="tensorrt",
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
         extra="tensorrt",
         probe="''",
     ),
-    Row(
+    KnownPackage(
         module="tensorrt_rtx",
         distributions=("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
         extra="tensorrt-rtx",
         probe="''",
     ),
-    Row(module="cuda", distributions=("cuda-python", "cuda-bindings"), extra="tensorrt"),
-    Row(module="pycuda", distributions=("pycuda",), extra="pycuda"),
-    Row(module="supervision", distributions=("supervision",)),
-    Row(module="pandas", distributions=("pandas",)),
+    KnownPackage(module="cuda", distributions=("cuda-python", "cuda-bindings"), extra="tensorrt"),
+    KnownPackage(module="pycuda", distributions=("pycuda",), extra="pycuda"),
+    KnownPackage(module="supervision", distributions=("supervision",)),
+    KnownPackage(module="pandas", distributions=("pandas",)),
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
-    """One library as it is found.
+    """The state of one library.
 
     Attributes:
-        name: What is imported.
-        version: Empty if absent, or if no distribution says it.
-        distributions: What is installed under this name, with versions; more than one may be a conflict.
-        installed: The module is where Python looks for it.
-        fault: Why it does not load; empty if it does, or was not tried.
-        details: What it says it can do: the providers of onnxruntime, the CUDA version of torch or `cpu`.
+        name: Name of the module.
+        version: Installed version; empty if missing or unknown.
+        distributions: Installed distributions with versions; more than one may be a conflict.
+        installed: True if Python finds the module.
+        fault: The reason why it does not load; empty if it does or was not tried.
+        details: The providers of onnxruntime, or the CUDA version of torch or `cpu`.
         extra: Extra of this package that installs it.
     """
 
@@ -100,45 +102,45 @@ class Library:
 
     @property
     def works(self) -> bool:
-        """Installed, and as far as it was tried it loads."""
+        """True if it is installed, and loads if that was tried."""
         return self.installed and not self.fault
 
 
 def read_libraries() -> dict[str, Library]:
-    """Every library of `ROWS` by its module name, in that order. Takes as long as the slowest import that is tried."""
-    with ThreadPoolExecutor(max_workers=len(ROWS)) as pool:
-        return {library.name: library for library in pool.map(_library, ROWS)}
+    """Return the state of every known package by module name. It takes as long as the slowest probed import."""
+    with ThreadPoolExecutor(max_workers=len(KNOWN_PACKAGES)) as pool:
+        return {library.name: library for library in pool.map(_library, KNOWN_PACKAGES)}
 
 
 def find_module(name: str) -> ModuleSpec | None:
-    """Where Python would import it from; `None` if it is absent or its absence is enforced."""
+    """Return the import spec of a module; `None` if it is missing or blocked."""
     try:
         return importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # a blocked, half-loaded or broken module
+    except (ImportError, ValueError, AttributeError):  # a blocked, partially loaded or broken module
         return None
 
 
-def _library(row: Row) -> Library:
-    versions = {name: version for name in row.distributions if (version := _version(name))}
-    spec = find_module(row.module)
+def _library(package: KnownPackage) -> Library:
+    versions = {name: version for name in package.distributions if (version := _version(name))}
+    spec = find_module(package.module)
     if spec is not None and spec.origin is None and not versions:
-        spec = None  # no library, but a folder of this name where Python was started
+        spec = None  # a folder of this name in the working directory, not a library
     fault = ""
     details: tuple[str, ...] = ()
     if spec is None and versions:
-        fault = f"{', '.join(versions)} is installed, but there is no module {row.module}"
-    elif spec is not None and row.probe:
-        fault, details = _probe(row)
-    elif spec is not None and row.module == "torch":
+        fault = f"{', '.join(versions)} is installed, but there is no module {package.module}"
+    elif spec is not None and package.probe:
+        fault, details = _probe(package)
+    elif spec is not None and package.module == "torch":
         details = _torch_cuda(spec)
     return Library(
-        name=row.module,
+        name=package.module,
         version=next(iter(versions.values()), ""),
         distributions=tuple(f"{name} {version}" for name, version in versions.items()),
         installed=spec is not None,
         fault=fault,
         details=details,
-        extra=row.extra,
+        extra=package.extra,
     )
 
 
@@ -149,9 +151,9 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _probe(row: Row) -> tuple[str, tuple[str, ...]]:
-    """Why the library does not load, and what it says it can do."""
-    code = f"import {row.module} as m; print({row.probe})"
+def _probe(package: KnownPackage) -> tuple[str, tuple[str, ...]]:
+    """Return why the library does not load (empty if it does), and its details."""
+    code = f"import {package.module} as m; print({package.probe})"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -166,12 +168,11 @@ def _probe(row: Row) -> tuple[str, tuple[str, ...]]:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return lines[-1] if lines else f"its import ended Python with {done.returncode}", ()
-    words = done.stdout.split()
-    return "", tuple(words)
+    return "", tuple(done.stdout.split())
 
 
 def _torch_cuda(spec: ModuleSpec) -> tuple[str, ...]:
-    """CUDA version of this torch, or `cpu`, as its version.py says; importing torch would take seconds."""
+    """Return the CUDA version of torch, or `cpu`, from its version.py; importing torch would take seconds."""
     if not spec.origin:
         return ()
     try:
