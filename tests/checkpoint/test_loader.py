@@ -18,8 +18,8 @@ from torch import nn
 from tests.support.official_modules import ANCHORS, Model, save_official
 from tests.support.torch_archives import PROTO, name, text, write_archive
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from yolov7_deploy.checkpoint.architecture import FINGERPRINTS, recognise
-from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.checkpoint.architecture import FINGERPRINTS, identify_architecture
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
 from yolov7_deploy.metadata import METADATA_KEY
 from yolov7_deploy.model.configs import VARIANTS
@@ -186,7 +186,7 @@ def test_an_entry_that_is_no_tensor_is_named(path):
 @pytest.mark.parametrize("value", [{"epoch": 3, "loss": 0.1}, [1, 2], {"model": None}, {}, "x", {"model": {}}])
 def test_a_file_without_weights_says_what_it_holds(path, value):
     torch.save(value, path)
-    assert "holds" in refusal(path)
+    assert "contains" in refusal(path)
 
 
 def test_a_foreign_network_is_described(path):
@@ -214,7 +214,7 @@ def test_anchors_that_cannot_be_are_refused(path, anchors):
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 @pytest.mark.parametrize(("training", "classes"), [(True, 80), (False, 1)])
 def test_every_variant_and_form_is_recognised_from_its_table(variant, training, classes):
-    found = recognise(shapes_of(variant, training=training, classes=classes), source="x.pt")
+    found = identify_architecture(shapes_of(variant, training=training, classes=classes), source="x.pt")
     # tiny-silu has the same tensors as tiny, by construction.
     assert found.variant == variant.removesuffix("-silu")
     assert (found.training, found.classes) == (training, classes)
@@ -236,7 +236,7 @@ def test_a_head_between_training_and_deploy_form_is_refused():
     shapes = dict(shapes_of("yolov7-w6", training=True, classes=80))
     without = {key: shape for key, shape in shapes.items() if ".m2." not in key}
     with pytest.raises(CheckpointError, match="auxiliary tensors: no"):
-        recognise(without, source="x.pt")
+        identify_architecture(without, source="x.pt")
 
 
 @pytest.mark.parametrize("rows", [256, 15, 18 * 3 + 1])
@@ -244,7 +244,7 @@ def test_head_rows_that_are_no_anchors_times_classes_are_refused(rows):
     shapes = dict(shapes_of("yolov7", training=False, classes=80))
     shapes["model.105.m.0.weight"] = (rows, 256, 1, 1)
     with pytest.raises(CheckpointError, match=str(rows)):
-        recognise(shapes, source="x.pt")
+        identify_architecture(shapes, source="x.pt")
 
 
 def test_code_is_refused_before_anything_else(path, tmp_path):

@@ -1,4 +1,4 @@
-"""① Weights: ours, and the official .pt without running their code, into plain data; writes ours."""
+"""Reading and writing of weights: official `.pt` files without executing them, and safetensors."""
 
 from yolov7_deploy.checkpoint.loader import Checkpoint, load_checkpoint, save_checkpoint
 

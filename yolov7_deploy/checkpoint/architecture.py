@@ -1,7 +1,7 @@
-"""Which of the eight architectures a set of tensors is, told from their names and shapes alone.
+"""Recognition of the eight architectures from the names and shapes of the tensors alone.
 
-The place of the head gives variant and form: the index of the last layer differs for every one of them, because the
-training form of the models with four levels has four more convolutions (the auxiliary branches) than the deploy form.
+The layer index of the head identifies variant and form: it differs between all of them, because the training form of
+the models with four levels has four more convolutions (the auxiliary branches) than the deploy form.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ANCHORS_PER_LEVEL = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fingerprint:
-    """What tells one variant from the others.
+    """Properties that identify a variant.
 
     Attributes:
         variant: Official name.
         heads: Layer index of the head in training and in deploy form.
         levels: Number of head levels.
-        stem: Layer index and output channels of the first convolution (layer 0 holds no weights with four levels).
+        stem: Layer index and output channels of the first convolution (with four levels, layer 0 has no weights).
     """
 
     variant: str
@@ -50,7 +50,7 @@ FINGERPRINTS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """What the tensors are: variant, training or deploy form, number of classes, layer index and levels of the head."""
+    """Recognised architecture: variant, training or deploy form, classes, layer index and levels of the head."""
 
     variant: str
     training: bool
@@ -59,13 +59,13 @@ class Architecture:
     levels: int
 
 
-def recognise(shapes: Shapes, *, source: str) -> Architecture:
-    """The architecture of a state dict with official names (`model.N....`), from shapes by name.
+def identify_architecture(shapes: Shapes, *, source: str) -> Architecture:
+    """Return the architecture of a state dict with official names (`model.N....`), given its shapes by name.
 
-    Only what identifies it is looked at; the full table is compared when the network is built.
+    Only identifying tensors are checked; the full table is compared when the network is built.
 
     Raises:
-        CheckpointError: The weights are fused, or of no YOLOv7 variant; the message says what was found.
+        CheckpointError: The weights are fused, or do not belong to a YOLOv7 variant; the message says what was found.
     """
     _refuse_fused(shapes, source)
     head = max((int(found[1]) for key in shapes if (found := re.match(r"model\.(\d{1,6})\.", key))), default=-1)
@@ -74,7 +74,7 @@ def recognise(shapes: Shapes, *, source: str) -> Architecture:
     auxiliary = any(key.startswith(f"model.{head}.m2.") for key in shapes)
     for known in FINGERPRINTS:
         if head in known.heads and len(rows) == known.levels:
-            # Where both forms have their head at the same place, the implicit tensors make the difference.
+            # If both forms have their head at the same index, the implicit tensors decide.
             training = implicit if known.heads[0] == known.heads[1] else head == known.heads[0]
             _check_stem(shapes, known, source)
             if implicit != training or auxiliary != (training and known.levels == 4):
@@ -94,7 +94,7 @@ def recognise(shapes: Shapes, *, source: str) -> Architecture:
 
 
 def _head_rows(shapes: Shapes, head: int) -> list[int]:
-    """Output rows of the head convolutions, level by level; empty where the last layer is no head."""
+    """Return the output channels of the head convolutions, level by level; empty if the last layer is not a head."""
     rows: list[int] = []
     while (weight := f"model.{head}.m.{len(rows)}.weight") in shapes:
         if len(shapes[weight]) != 4:
@@ -104,7 +104,7 @@ def _head_rows(shapes: Shapes, head: int) -> list[int]:
 
 
 def _classes(rows: list[int], source: str) -> int:
-    """Number of classes: every level has `anchors * (5 + classes)` rows."""
+    """Return the number of classes: every level has `anchors * (5 + classes)` output channels."""
     per_anchor, rest = divmod(rows[0], ANCHORS_PER_LEVEL)
     if rest or per_anchor < 6 or len(set(rows)) != 1:
         raise CheckpointError(
@@ -129,8 +129,8 @@ def _refuse_fused(shapes: Shapes, source: str) -> None:
     fused = next((key for key in shapes if ".rbr_reparam." in key or key.endswith(".conv.bias")), None)
     if fused is not None:
         raise CheckpointError(
-            f"{source} was saved after fuse() (it holds {fused[:80]!a}): its BatchNorm layers are gone.",
-            fix="Use the checkpoint from before fusion; this package fuses it itself, and proves that it did so right.",
+            f"{source} was saved after fuse() (it contains {fused[:80]!a}): its BatchNorm layers are gone.",
+            fix="Use the checkpoint from before fusion; this package fuses it and checks the result.",
         )
 
 
@@ -145,8 +145,8 @@ def _unknown(shapes: Shapes, head: int, rows: list[int], source: str) -> str:
     elif rows:
         found = f"{head + 1} layers with a head of {len(rows)} levels and {rows} rows at layer {head}"
     else:
-        found = f"{head + 1} layers, and the last, {head}, is no detection head (no model.{head}.m.0.weight)"
-    return f"{source} is no YOLOv7 variant: found {found}. Known: {variants}."
+        found = f"{head + 1} layers, and the last, {head}, is not a detection head (no model.{head}.m.0.weight)"
+    return f"{source} is not a YOLOv7 variant: found {found}. Known: {variants}."
 
 
 def _yes(value: bool) -> str:

@@ -1,12 +1,11 @@
-"""Station 1: a weights file as plain data, without running anything in it; and our own format, safetensors.
+"""Loading of weights files as plain data, without executing anything in them, and saving as safetensors.
 
-Reads official checkpoints of every kind (whole pickled modules with or without EMA, stripped or deploy files), plain
-state dicts, and what `save_checkpoint` wrote. The kind is told by content, never by suffix.
+Reads official checkpoints of every kind (pickled modules with or without EMA, stripped or deploy files), plain
+state dicts, and files written by `save_checkpoint`. The kind is recognised by content, never by suffix.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -19,12 +18,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from yolov7_deploy._atomic_file import whole_file
-from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, recognise
+from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, identify_architecture
 from yolov7_deploy.checkpoint.module_tree import read_modules
 from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
 from yolov7_deploy.checkpoint.torch_archive import NumberArray, TorchFile, is_safetensors, require_file
-from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
@@ -35,14 +35,14 @@ Anchors = tuple[tuple[tuple[float, float], ...], ...]
 _KEY_ORDER = "key_order"
 _TINY_SILU = "yolov7-tiny-silu"
 _COUNTER = "num_batches_tracked"
-_SAVE_ANEW = (
+_SAVE_AGAIN = (
     "Save it again:  torch.save({'model': model}, 'weights.pt')  or  torch.save(model.state_dict(), 'weights.pt')"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Checkpoint:
-    """Weights and everything known about them.
+    """Weights and their description.
 
     Attributes:
         tensors: Official names (`model.N....`) in official order; float32, and int64 for `num_batches_tracked`.
@@ -66,12 +66,12 @@ class Checkpoint:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels per cell of each level: 8, 16, 32 and, with four levels, 64."""
+        """Input pixels per cell of each level: 8, 16, 32 and, with four levels, 64."""
         return tuple(8 << level for level in range(len(self.anchors)))
 
     @property
     def metadata(self) -> ModelMetadata:
-        """The metadata of these weights."""
+        """Metadata of these weights."""
         return ModelMetadata(
             variant=self.variant,
             class_names=self.class_names,
@@ -84,7 +84,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
-    """A weights file after reading, before recognition; `variant` only where the file says it."""
+    """Contents of a weights file before recognition; `variant` is empty unless the file names it."""
 
     arrays: dict[str, NumberArray]
     names: object = None
@@ -93,19 +93,19 @@ class _Contents:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """The weights of a file: `ema` where there is one, else `model`, else the plain state dict it is.
+    """Load the weights of a file: `ema` if present, else `model`, else the file as a plain state dict.
 
     Raises:
-        LoadError: The file is absent, damaged, or no weights file; the message says what it is.
-        CheckpointError: Its weights are no YOLOv7 variant, fused, not finite, or contradict their class names.
-        UnsafeCheckpointError: It asks for code; the message names it.
+        LoadError: The file does not exist, is damaged, or is not a weights file; the message says what it is.
+        CheckpointError: Its weights are not of a YOLOv7 variant, fused, not finite, or contradict the class names.
+        UnsafeCheckpointError: It refers to code that is not allowed; the message names it.
     """
     start = time.perf_counter()
     file = Path(path)
     require_file(file)
     contents = _read_safetensors(file) if is_safetensors(file) else _read_torch(file)
     source = file.name
-    architecture = recognise({key: array.shape for key, array in contents.arrays.items()}, source=source)
+    architecture = identify_architecture({key: array.shape for key, array in contents.arrays.items()}, source=source)
     checkpoint = Checkpoint(
         tensors={key: _tensor(key, array, source) for key, array in contents.arrays.items()},
         variant=_variant(architecture, contents, source),
@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         class_names=_class_names(contents.names, architecture.classes, source),
         anchors=_anchors(contents.arrays, architecture, source),
         source=source,
-        source_sha256=_sha256(file),
+        source_sha256=sha256_hex(file),
     )
     logger.info(
         "checkpoint: %s -> %s (%s form, %d classes, %d tensors) in %.2f s",
@@ -128,7 +128,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = False) -> None:
-    """Writes safetensors with metadata: same checkpoint, same bytes; no half-written file; folders are made.
+    """Write safetensors with metadata, atomically: same checkpoint, same bytes; missing folders are created.
 
     Args:
         checkpoint: What to write.
@@ -145,7 +145,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     header = {"format": "pt", METADATA_KEY: checkpoint.metadata.to_json(), _KEY_ORDER: order}
     data = _with_sorted_header(safetensors.torch.save(tensors, header))
     try:
-        with whole_file(target) as unfinished:
+        with atomic_write(target) as unfinished:
             unfinished.write_bytes(data)
     except OSError as error:
         raise CheckpointError(
@@ -155,7 +155,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
 
 
 def _stored(key: str, tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
-    """A contiguous tensor of its own memory, as safetensors wants it."""
+    """Return a contiguous tensor with its own memory, as safetensors requires."""
     plain = tensor.detach().cpu()
     if half and plain.is_floating_point():
         plain = plain.to(torch.float16)
@@ -165,7 +165,7 @@ def _stored(key: str, tensor: torch.Tensor, *, half: bool) -> torch.Tensor:
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """The same file with its JSON header sorted; the library writes metadata in random order."""
+    """Return the file with its JSON header sorted; the library writes metadata in random order."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -173,7 +173,7 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 
 def _read_safetensors(path: Path) -> _Contents:
-    """Our own format, or any safetensors file with official tensor names."""
+    """Read a file of `save_checkpoint`, or any safetensors file with official tensor names."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -196,7 +196,7 @@ def _read_safetensors(path: Path) -> _Contents:
 
 
 def _widened(tensor: torch.Tensor) -> NumberArray:
-    """The array of a tensor; NumPy has no bfloat16, so every float becomes float32."""
+    """Return the array of a tensor; NumPy has no bfloat16, so every float becomes float32."""
     array: NumberArray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array
 
@@ -224,7 +224,7 @@ def _read_torch(path: Path) -> _Contents:
 
 
 def _weights(root: object, source: str) -> Module | dict[object, object]:
-    """The part of a file that holds the weights (the official rule: the moving average if there is one)."""
+    """Return the part of a file that contains the weights (official rule: the moving average if present)."""
     if isinstance(root, Module):
         return root
     if isinstance(root, dict):
@@ -235,8 +235,8 @@ def _weights(root: object, source: str) -> Module | dict[object, object]:
         if any(isinstance(value, TensorEntry) for value in root.values()):
             return root
         keys = ", ".join(ascii(key)[:40] for key in list(root)[:8] if isinstance(key, str))
-        raise CheckpointError(f"{source} holds no weights: neither ema nor model among [{keys}].", fix=_SAVE_ANEW)
-    raise CheckpointError(f"{source} holds a {type(root).__name__} instead of weights.", fix=_SAVE_ANEW)
+        raise CheckpointError(f"{source} contains no weights: neither ema nor model among [{keys}].", fix=_SAVE_AGAIN)
+    raise CheckpointError(f"{source} contains a {type(root).__name__} instead of weights.", fix=_SAVE_AGAIN)
 
 
 def _plain_entries(weights: dict[object, object], source: str) -> dict[str, TensorEntry]:
@@ -245,14 +245,14 @@ def _plain_entries(weights: dict[object, object], source: str) -> dict[str, Tens
         if not isinstance(key, str) or not isinstance(entry, TensorEntry):
             raise CheckpointError(
                 f"{ascii(key)[:80]} in the state dict of {source} is a {type(entry).__name__}, not a tensor.",
-                fix=_SAVE_ANEW,
+                fix=_SAVE_AGAIN,
             )
         entries[key] = entry
     return entries
 
 
 def _without_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Drops the `module.` that DataParallel puts before every name."""
+    """Remove the prefix `module.` that DataParallel adds to every name."""
     if entries and all(key.startswith("module.") for key in entries):
         return {key.removeprefix("module."): entry for key, entry in entries.items()}
     return entries
@@ -260,7 +260,9 @@ def _without_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
 
 def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:
     if array.dtype.kind not in "fiub":
-        raise CheckpointError(f"{ascii(key)[:80]} in {source} holds {array.dtype} numbers.", fix=_SAVE_ANEW)
+        raise CheckpointError(
+            f"{ascii(key)[:80]} in {source} has the unsupported dtype {array.dtype}.", fix=_SAVE_AGAIN
+        )
     whole = key.endswith(_COUNTER) or array.dtype.kind != "f"
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.array(array, dtype=np.int64 if whole else np.float32)
@@ -274,7 +276,7 @@ def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:
 
 
 def _variant(architecture: Architecture, contents: _Contents, source: str) -> str:
-    """The variant: told by the tensors, but only the activation (or the metadata) knows tiny from tiny-silu."""
+    """Return the variant; only the activation (or the metadata) distinguishes tiny from tiny-silu."""
     activations = contents.activations - {"Identity"}
     variant = architecture.variant
     if variant == TINY and (activations == {"SiLU"} or contents.variant == _TINY_SILU):
@@ -287,13 +289,13 @@ def _variant(architecture: Architecture, contents: _Contents, source: str) -> st
         )
     if contents.variant not in ("", variant):
         raise CheckpointError(
-            f"The metadata of {source} says {contents.variant}, its tensors say {variant}.", fix="Write it again."
+            f"The metadata of {source} names {contents.variant}, but its tensors are {variant}.", fix="Save it again."
         )
     return variant
 
 
 def _class_names(names: object, classes: int, source: str) -> tuple[str, ...]:
-    """Names from the file; without any, COCO's for 80 classes, else `class_0`, `class_1`, ..."""
+    """Return the names in the file; if it has none, COCO's for 80 classes, else `class_0`, `class_1`, ..."""
     if names is None:
         return COCO_NAMES if classes == len(COCO_NAMES) else tuple(f"class_{i}" for i in range(classes))
     if isinstance(names, dict) and set(names) == set(range(len(names))):
@@ -313,24 +315,16 @@ def _class_names(names: object, classes: int, source: str) -> tuple[str, ...]:
 
 
 def _anchors(arrays: Mapping[str, NumberArray], architecture: Architecture, source: str) -> Anchors:
-    """Anchors in pixels, from the head's buffer of shape (levels, 1, 3, 1, 1, 2)."""
+    """Return the anchors in pixels, from the head's buffer of shape (levels, 1, 3, 1, 1, 2)."""
     key = f"model.{architecture.head}.anchor_grid"
     grid = arrays.get(key)
     levels = architecture.levels
     shape = (levels, 1, ANCHORS_PER_LEVEL, 1, 1, 2)
     if grid is None or grid.shape != shape:
         found = "missing" if grid is None else f"of shape {grid.shape}"
-        raise CheckpointError(f"{key} in {source} is {found}; it must be of shape {shape}.", fix=_SAVE_ANEW)
+        raise CheckpointError(f"{key} in {source} is {found}; it must be of shape {shape}.", fix=_SAVE_AGAIN)
     pairs = grid.astype(np.float64).reshape(levels, ANCHORS_PER_LEVEL, 2).tolist()
     anchors = tuple(tuple((float(width), float(height)) for width, height in level) for level in pairs)
     if min(side for level in anchors for pair in level for side in pair) <= 0:
-        raise CheckpointError(f"{key} in {source} holds an anchor that is not positive.", fix=_SAVE_ANEW)
+        raise CheckpointError(f"{key} in {source} contains an anchor that is not positive.", fix=_SAVE_AGAIN)
     return anchors
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

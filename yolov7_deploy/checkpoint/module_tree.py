@@ -1,4 +1,4 @@
-"""What a tree of pickled modules says: its tensors under official names, its activations, its class names."""
+"""Contents of a tree of pickled modules: tensors under official names, activations, class names."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ACTIVATIONS = "torch.nn.modules.activation."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModuleFacts:
-    """What was read from a module tree.
+class ModuleContents:
+    """Contents of a module tree.
 
     Attributes:
         tensors: Every parameter and persistent buffer by official name, in the order of `state_dict()`.
@@ -36,12 +36,12 @@ class ModuleFacts:
     names: object
 
 
-def read_modules(network: Module, *, source: str) -> ModuleFacts:
-    """Walks the tree as `state_dict()` does: parameters, persistent buffers, then children.
+def read_modules(network: Module, *, source: str) -> ModuleContents:
+    """Walk the tree as `state_dict()` does: parameters, persistent buffers, then children.
 
     Raises:
-        CheckpointError: The tree is malformed, or has hyper-parameters with which the tensors would mean
-            something else: a BatchNorm epsilon other than 1e-3, a LeakyReLU slope other than 0.1.
+        CheckpointError: The tree is malformed, or has hyperparameters that change the meaning of the
+            tensors: a BatchNorm epsilon other than 1e-3, a LeakyReLU slope other than 0.1.
     """
     network = _unwrapped(network)
     tensors: dict[str, TensorEntry] = {}
@@ -53,8 +53,8 @@ def read_modules(network: Module, *, source: str) -> ModuleFacts:
         for name, entry in _own_tensors(module, source):
             tensors[prefix + name] = entry
             if len(tensors) > MAX_TENSORS:
-                raise _bomb(source)
-    return ModuleFacts(tensors=tensors, activations=frozenset(activations), names=network.state.get("names"))
+                raise _too_large(source)
+    return ModuleContents(tensors=tensors, activations=frozenset(activations), names=network.state.get("names"))
 
 
 def _unwrapped(network: Module) -> Module:
@@ -66,14 +66,14 @@ def _unwrapped(network: Module) -> Module:
 
 
 def _walk(root: Module, source: str) -> Iterator[tuple[str, Module]]:
-    """Every module with its prefix (`model.0.conv.`), parents first, children in order."""
+    """Yield every module with its prefix (`model.0.conv.`), parents first, children in order."""
     waiting: list[tuple[str, Module, int]] = [("", root, 0)]
     visited = 0
     while waiting:
         prefix, module, depth = waiting.pop()
         visited += 1
         if visited > MAX_MODULES or depth > MAX_DEPTH:
-            raise _bomb(source)
+            raise _too_large(source)
         yield prefix, module
         children = [
             (f"{prefix}{name}.", child, depth + 1)
@@ -102,18 +102,18 @@ def _members(module: Module, table: str, source: str) -> Iterator[tuple[str, obj
     members = module.state.get(table)
     if not isinstance(members, dict):
         raise CheckpointError(
-            f"A {module.class_name} in {source} has no {table}: it is no torch module.",
+            f"A {module.class_name} in {source} has no {table}: it is not a torch module.",
             fix="Save the checkpoint again with the program that made it.",
         )
     for name, value in members.items():
         if not isinstance(name, str):
             raise CheckpointError(
-                f"A {module.class_name} in {source} has a nameless member.", fix="Do not use this file."
+                f"A {module.class_name} in {source} has a member without a name.", fix="Do not use this file."
             )
         yield name, value
 
 
-def _bomb(source: str) -> CheckpointError:
+def _too_large(source: str) -> CheckpointError:
     return CheckpointError(
         f"The module tree of {source} is cyclic or larger than any network.", fix="Do not use this file."
     )

@@ -1,6 +1,6 @@
-"""The names a YOLOv7 checkpoint may ask for, and what each may be used for. Every other name is refused.
+"""Allowlist of the names that a YOLOv7 checkpoint may refer to, and their permitted uses; others are refused.
 
-None of them is imported: the reader puts stand-ins in their place.
+None of them is imported: the reader substitutes inert objects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_ELEMENTS = 2**40
 
 @dataclass(slots=True, eq=False, repr=False)
 class Module:
-    """Inert stand-in for a pickled `torch.nn.Module`: its class name and its attribute dict, nothing else."""
+    """Inert placeholder for a pickled `torch.nn.Module`: its class name and its attribute dict."""
 
     class_name: str
     state: dict[object, object] = field(default_factory=dict)
@@ -24,14 +24,14 @@ class Module:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Inert:
-    """A value no checkpoint reader needs (a NumPy scalar, a device); kept as a name only."""
+    """A value that is not needed (a NumPy scalar, a device); only its name is kept."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where the numbers of a tensor lie: `count` elements of `kind` (`torch.HalfStorage`) in member `key`."""
+    """Location of tensor data: `count` elements of `kind` (`torch.HalfStorage`) in archive member `key`."""
 
     kind: str
     key: str
@@ -40,7 +40,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class TensorEntry:
-    """A tensor not read yet; offset and stride count elements, and every index lies inside the storage."""
+    """A tensor that has not been read; offset and stride count elements, every index is inside the storage."""
 
     storage: Storage
     offset: int
@@ -49,11 +49,11 @@ class TensorEntry:
 
 
 class MalformedPickleError(Exception):
-    """The pickle contradicts itself; becomes a `CheckpointError` at the door."""
+    """The pickle is inconsistent; `read_pickle` turns this into a `CheckpointError`."""
 
 
 def checked_key(value: object) -> object:
-    """A dict key or set member: a scalar, because hashing nested tuples overflows the C stack.
+    """Return a dict key or set member: a scalar, because hashing nested tuples overflows the C stack.
 
     Raises:
         MalformedPickleError: It is anything else.
@@ -64,7 +64,7 @@ def checked_key(value: object) -> object:
 
 
 def _ordered_dict(arguments: tuple[object, ...]) -> object:
-    """`OrderedDict()`, or the older `OrderedDict([[key, value], ...])`; dicts keep their order."""
+    """Build `OrderedDict()`, or the older `OrderedDict([[key, value], ...])`; dicts keep their order."""
     match arguments:
         case ():
             return {}
@@ -89,7 +89,7 @@ def _set(arguments: tuple[object, ...]) -> object:
 
 
 def _tensor(arguments: tuple[object, ...]) -> object:
-    """`_rebuild_tensor_v2(storage, offset, size, stride, ...)`, checked to lie inside its storage."""
+    """Build the tensor of `_rebuild_tensor_v2(storage, offset, size, stride, ...)`, inside its storage."""
     match arguments:
         case (Storage() as storage, int(offset), tuple(size), tuple(step), *_):
             shape, stride = _counts(size), _counts(step)
@@ -143,7 +143,7 @@ Role = Literal["module", "storage", "call", "inert"]
 
 @dataclass(frozen=True, slots=True)
 class GlobalName:
-    """A class or function on the stack: its dotted name, and the one thing that may be done with it.
+    """A class or function on the stack: its dotted name, and its only permitted use.
 
     `module` may be instantiated without arguments, `storage` may stand in a persistent id, `call` may be called
     (by a function of ours), `inert` may be called and gives a value nobody looks into.

@@ -1,13 +1,13 @@
-"""Reads the pickle inside a torch file without running any of it.
+"""Reader for the pickle inside a torch file that executes nothing.
 
-A pickle is a program: the usual unpickler imports and calls whatever the file names. This one is a small stack
-machine of its own. It knows the opcodes that describe data, builds numbers, text, lists, dicts, sets and the
-stand-ins of `pickle_values`, and refuses every name that is not in its table. No object of the file's choosing is
-imported, constructed or called, so a hostile file can at worst be refused.
+A pickle is a program: the standard unpickler imports and calls whatever the file names. This module is a small stack
+machine that implements only the opcodes that describe data. It builds numbers, text, lists, dicts, sets and the
+placeholders of `pickle_allowlist`, and refuses every name that is not in the allowlist. Nothing that the file names is
+imported, constructed or called, so a malicious file can at worst be refused.
 
-Bounded on purpose: bytes, opcodes and nesting; integers of at most 64 bits; dict keys and set members are scalars
+These are bounded: bytes, opcodes and nesting; integers of at most 64 bits; dict keys and set members are scalars
 (hashing a deeply nested tuple overflows the C stack). The result may still be shared or cyclic, and printing it may
-take forever: whoever walks it counts their steps.
+not terminate: code that walks it must count its steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _Container = TypeVar("_Container")
 
 
 def read_pickle(data: bytes, *, source: str, check_storage: Callable[[Storage], None]) -> object:
-    """The value a pickle describes: plain data, `Module`, `Inert` and `TensorEntry`.
+    """Return the value that a pickle describes: plain data, `Module`, `Inert` and `TensorEntry`.
 
     Args:
         data: The whole pickle; protocols 2 to 5.
@@ -48,12 +48,12 @@ def read_pickle(data: bytes, *, source: str, check_storage: Callable[[Storage], 
         check_storage: Called with every storage the pickle names, before any tensor uses it; raises to refuse it.
 
     Raises:
-        UnsafeCheckpointError: It asks for a class or function outside the table; the message names it.
+        UnsafeCheckpointError: It refers to a class or function that is not allowed; the message names it.
         CheckpointError: It is damaged, or larger than any checkpoint.
     """
     if len(data) > MAX_BYTES:
         raise CheckpointError(
-            f"The description inside {source} takes {len(data)} bytes; YOLOv7 checkpoints stay under {MAX_BYTES}.",
+            f"The pickle inside {source} has {len(data)} bytes; YOLOv7 checkpoints stay under {MAX_BYTES}.",
             fix="Save the weights alone:  torch.save(model.state_dict(), 'weights.pt')",
         )
     machine = _Machine(data, source, check_storage)
@@ -62,7 +62,7 @@ def read_pickle(data: bytes, *, source: str, check_storage: Callable[[Storage], 
     except (MalformedPickleError, IndexError, KeyError, ValueError, TypeError, struct.error, MemoryError) as error:
         reason = str(error) if isinstance(error, MalformedPickleError) else type(error).__name__
         raise CheckpointError(
-            f"The description inside {source} is damaged at byte {machine.at} ({reason}).",
+            f"The pickle inside {source} is damaged at byte {machine.at} ({reason}).",
             fix="Copy or download the file again, and compare its size with the original.",
         ) from error
 
@@ -80,7 +80,7 @@ _EXTENSIONS = {b"\x82": "<B", b"\x83": "<H", b"\x84": "<i"}
 
 
 class _Machine:
-    """The stack, the marks and the memo of one pickle."""
+    """Stack machine of one pickle: stack, marks and memo."""
 
     def __init__(self, data: bytes, source: str, check_storage: Callable[[Storage], None]) -> None:
         self.data = data
@@ -104,7 +104,7 @@ class _Machine:
         raise MalformedPickleError(f"more than {MAX_OPCODES} opcodes")
 
     def push_value(self, opcode: bytes) -> bool:
-        """Carries out the opcodes that are one value, by table; False where it is another."""
+        """Execute an opcode that pushes one value; return False for any other opcode."""
         stack = self.stack
         if opcode in _GETS:
             stack.append(self.memo[self.number(_GETS[opcode])])
@@ -255,12 +255,12 @@ class _Machine:
                 raise MalformedPickleError(f"state of {value.class_name} that is not a dict")
             value.state = state
         elif not isinstance(value, (dict, Inert, TensorEntry)):
-            # An OrderedDict brings its `_metadata` here and a parameter its attributes; nobody needs them.
+            # An OrderedDict brings its `_metadata` here and a parameter its attributes; they are not needed.
             name = value.name if isinstance(value, GlobalName) else f"a {type(value).__name__}"
             self.refuse(f"a change of state of {name}")
 
     def push_storage(self) -> None:
-        """The storage a persistent id names; torch writes ('storage', class, key, location, element count)."""
+        """Return the storage of a persistent id; torch writes ('storage', class, key, location, element count)."""
         match self.stack.pop():
             case ("storage", GlobalName(name=kind, role="storage"), str(key), _, int(count)) if count >= 0:
                 storage = Storage(kind, key, count)
@@ -291,10 +291,10 @@ class _Machine:
 
 def _advice(wanted: str) -> str:
     if wanted in ("builtins.getattr", "__builtin__.getattr"):
-        return "A model pickled after fuse() asks for this: save it before fuse(), or save model.state_dict()."
+        return "Models pickled after fuse() refer to this: save the model before fuse(), or save model.state_dict()."
     if wanted.startswith(("models.", "torch.nn.")):
         return "A network with layers of its own cannot be deployed as a YOLOv7 variant."
-    return "If you trust its author, ask for the weights alone:  torch.save(model.state_dict(), 'weights.pt')"
+    return "If you trust its author, ask for the weights only:  torch.save(model.state_dict(), 'weights.pt')"
 
 
 _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {

@@ -1,4 +1,4 @@
-"""TorchFile: a file written by `torch.save`, opened without torch and without running it.
+"""Reader for files written by `torch.save`, without torch and without executing them.
 
 Also the place that knows model files by their content, because their suffixes lie: a `.pt` may be an ONNX graph, a
 TorchScript archive, or the web page that said the download was not there.
@@ -37,7 +37,7 @@ _DTYPES = {
     "torch.BoolStorage": "u1",
 }
 
-# What `zipfile` raises on damaged, encrypted or exotic archives.
+# Errors of `zipfile` for damaged, encrypted or unusual archives.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OverflowError)
 
 # Expanded or shared tensors may repeat numbers of the file, within reason.
@@ -49,7 +49,7 @@ _HEAD_BYTES = 512
 
 
 class TorchFile:
-    """An open checkpoint; close it, or use it as a context manager.
+    """An open checkpoint file; close it, or use it as a context manager.
 
     Attributes:
         root: What was saved: plain data with `Module` stand-ins and `TensorEntry` leaves (see `pickle_reader`).
@@ -89,11 +89,11 @@ class TorchFile:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; arrays already given stay valid."""
+        """Close the file; arrays that were returned stay valid."""
         self._zip.close()
 
     def array(self, entry: TensorEntry) -> NumberArray:
-        """The numbers of a tensor, contiguous, read now; bfloat16 comes widened to float32.
+        """Read a tensor as a contiguous array; bfloat16 is converted to float32.
 
         Raises:
             LoadError: The numbers are damaged (checksum), or the tensors repeat them beyond any honest file.
@@ -104,7 +104,7 @@ class TorchFile:
         self._given += elements * dtype.itemsize
         if self._given > 2 * self._size + _REPEATED_BYTES:
             raise LoadError(
-                f"The tensors of {self._name} repeat the numbers of the file beyond any honest checkpoint.",
+                f"The tensors of {self._name} repeat its data far more often than a checkpoint does.",
                 fix="Save contiguous weights:  {k: v.contiguous() for k, v in model.state_dict().items()}",
             )
         flat = np.frombuffer(self._storage_bytes(entry.storage), dtype=dtype)
@@ -125,7 +125,7 @@ class TorchFile:
         return self._cache[storage.key]
 
     def _check_storage(self, storage: Storage) -> None:
-        """A storage must be a plain member of exactly the declared size, before anything refers to it."""
+        """Check that a storage is a plain member of exactly the declared size, before a tensor refers to it."""
         shown = ascii(storage.key[:40])
         if not storage.key.isascii() or not storage.key.replace("_", "").isalnum():
             raise UnsafeCheckpointError(
@@ -139,7 +139,7 @@ class TorchFile:
             raise LoadError(f"{self._name} lacks its storage {shown}.", fix=_COPY_AGAIN) from error
         if size != wanted:
             raise CheckpointError(
-                f"Storage {shown} of {self._name} holds {size} bytes where its description says {wanted}.",
+                f"Storage {shown} of {self._name} has {size} bytes, but the pickle declares {wanted}.",
                 fix=_COPY_AGAIN,
             )
 
@@ -153,13 +153,13 @@ class TorchFile:
             raise LoadError(f"{self._name} is damaged: {name} cannot be read ({error}).", fix=_COPY_AGAIN) from error
 
     def _refuse_bombs(self) -> None:
-        """torch stores its members as they are, so together they cannot be larger than the file."""
+        """Check the sizes: torch stores members uncompressed, so their sum cannot exceed the file."""
         members = self._zip.infolist()
         packed = next((m for m in members if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1), None)
         if packed is not None:
             raise LoadError(
                 f"{self._name} holds the compressed or encrypted member {packed.filename!a}, as torch never does.",
-                fix="If it was packed again by hand, save the checkpoint with torch.save instead.",
+                fix="If it was repacked by hand, save the checkpoint with torch.save instead.",
             )
         total = sum(member.file_size for member in members)
         if total > self._size or len({member.filename for member in members}) != len(members):
@@ -179,7 +179,7 @@ class TorchFile:
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether the content is a safetensors file: an 8-byte header length, then a JSON object of that length."""
+    """Return whether the content is a safetensors file: an 8-byte header length, then a JSON object of that length."""
     file = Path(path)
     if not file.is_file():
         return False
@@ -189,7 +189,7 @@ def is_safetensors(path: str | Path) -> bool:
 
 
 def require_file(path: str | Path) -> None:
-    """Checks that a path is a file with something in it.
+    """Check that a path is a file that is not empty.
 
     Raises:
         LoadError: It is absent, a folder, or empty.
@@ -214,7 +214,7 @@ def _head(path: Path) -> bytes:
 
 
 def _require_torch(path: Path) -> None:
-    """Raises the error that names what the file is, unless it is a zip archive."""
+    """Raise the error that names the kind of file, unless it is a zip archive."""
     require_file(path)
     head = _head(path)
     if head.startswith(b"PK"):
@@ -223,7 +223,7 @@ def _require_torch(path: Path) -> None:
     if head.startswith(_LEGACY_HEAD):
         raise LoadError(
             f"{name} is in the format torch wrote before 1.6, which cannot be read without running it.",
-            fix="Where you trust the file, re-save it:  torch.save(torch.load(F, map_location='cpu', "
+            fix="If you trust the file, save it again:  torch.save(torch.load(F, map_location='cpu', "
             f"weights_only=False), '{name}')   (weights_only=True is enough for a plain state dict)",
         )
     if is_safetensors(path):
@@ -248,11 +248,11 @@ def _require_torch(path: Path) -> None:
             f"{name} is a text file (it begins with {line[0][:60]!a}), not a checkpoint.",
             fix="A download often saves the error page instead of the file: open it and look.",
         )
-    raise LoadError(f"{name} is not a torch file (it begins with {head[:8]!r}).", fix=_COPY_AGAIN)
+    raise LoadError(f"{name} is not a torch file (it starts with {head[:8]!r}).", fix=_COPY_AGAIN)
 
 
 def _looks_like_onnx(head: bytes) -> bool:
-    """An ONNX ModelProto begins with field 1, ir_version, a small number, then its producer, opsets or graph."""
+    """Return whether the data starts like an ONNX ModelProto: ir_version, then producer, opsets or graph."""
     return (
         len(head) > 3 and head[0] == 0x08 and 1 <= head[1] <= 0x20 and head[2] in (0x12, 0x1A, 0x22, 0x2A, 0x3A, 0x42)
     )
@@ -273,13 +273,15 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _container_folder(archive: zipfile.ZipFile, name: str) -> str:
-    """The top folder of the archive with its slash; every torch file has one."""
+    """Return the top folder of the archive with its slash; every torch file has one."""
     members = archive.namelist()
     folders = sorted(m.removesuffix("data.pkl") for m in members if m == "data.pkl" or m.endswith("/data.pkl"))
     folder = min(folders, key=len, default=None)
     if folder is None:
         shown = ", ".join(ascii(member[:40]) for member in members[:3])
-        raise LoadError(f"{name} is a zip archive but no torch file (it holds {shown or 'nothing'}).", fix=_COPY_AGAIN)
+        raise LoadError(
+            f"{name} is a zip archive but not a torch file (it contains {shown or 'nothing'}).", fix=_COPY_AGAIN
+        )
     if any(m == f"{folder}constants.pkl" or m.startswith(f"{folder}code/") for m in members):
         raise LoadError(
             f"{name} is a TorchScript archive: a program, whose weights have lost their official names.",
