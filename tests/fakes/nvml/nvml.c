@@ -32,7 +32,9 @@ static double started;
 // How often a function was called before.
 static int call_number(const char* name) {
   int index = 0;
-  while (index < COUNTERS - 1 && counters[index].name[0] && strcmp(counters[index].name, name)) index++;
+  while (index < COUNTERS - 1 && counters[index].name[0] && strcmp(counters[index].name, name)) {
+    index++;
+  }
   snprintf(counters[index].name, NAME, "%s", name);
   return counters[index].calls++;
 }
@@ -62,15 +64,21 @@ static int answer(const char* name, unsigned long long* value) {
     all = strchr(all, ' ');
     all += all ? 1 : 0;
   }
-  if (!all) return NOT_SUPPORTED;
+  if (!all) {
+    return NOT_SUPPORTED;
+  }
   const char* one = all + length + 1;
   const char* end = one + strcspn(one, " ");
   for (int left = call_number(name); left > 0; left--) {
     const char* next = memchr(one, ',', (size_t)(end - one));
-    if (!next) break;
+    if (!next) {
+      break;
+    }
     one = next + 1;
   }
-  if (*one == '!') return atoi(one + 1);
+  if (*one == '!') {
+    return atoi(one + 1);
+  }
   char* rest;
   *value = strtoull(one, &rest, 10);
   if (*rest == '@') {
@@ -82,15 +90,23 @@ static int answer(const char* name, unsigned long long* value) {
 
 static int number(const char* name, void* device, unsigned* value) {
   unsigned long long wide = 0;
-  if (!device || !value) return INVALID_ARGUMENT;
-  if (!initialized) return UNINITIALIZED;
+  if (!device || !value) {
+    return INVALID_ARGUMENT;
+  }
+  if (!initialized) {
+    return UNINITIALIZED;
+  }
   const int status = answer(name, &wide);
-  if (!status) *value = (unsigned)wide;
+  if (!status) {
+    *value = (unsigned)wide;
+  }
   return status;
 }
 
 static int wide(const char* name, void* device, unsigned long long* value) {
-  if (!device || !value) return INVALID_ARGUMENT;
+  if (!device || !value) {
+    return INVALID_ARGUMENT;
+  }
   return initialized ? answer(name, value) : UNINITIALIZED;
 }
 
@@ -126,10 +142,14 @@ static int open_gpu(const char* pci, void** device) {
     fprintf(file, "%s\n", pci);
     fclose(file);
   }
-  if (!initialized) return UNINITIALIZED;
+  if (!initialized) {
+    return UNINITIALIZED;
+  }
   unsigned long long ignored;
   const int status = answer("handle", &ignored);
-  if (status != NOT_SUPPORTED && status != SUCCESS) return status;
+  if (status != NOT_SUPPORTED && status != SUCCESS) {
+    return status;
+  }
   for (int index = 0; entry(index); index++) {
     if (!strncmp(entry(index), pci, strlen(pci))) {
       *device = &counters[index];
@@ -142,12 +162,18 @@ static int open_gpu(const char* pci, void** device) {
 int nvmlInitWithFlags(unsigned flags) { return flags ? INVALID_ARGUMENT : initialize(); }
 int nvmlDeviceGetHandleByPciBusId_v2(const char* pci, void** device) { return open_gpu(pci, device); }
 int nvmlDeviceGetCount_v2(unsigned* count) {
-  for (*count = 0; entry((int)*count); (*count)++) continue;
+  for (*count = 0; entry((int)*count); (*count)++) {
+    continue;
+  }
   return initialized ? SUCCESS : UNINITIALIZED;
 }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
-  if (!initialized) return UNINITIALIZED;
-  if (!entry((int)index)) return NOT_FOUND;
+  if (!initialized) {
+    return UNINITIALIZED;
+  }
+  if (!entry((int)index)) {
+    return NOT_FOUND;
+  }
   *device = &counters[index];
   return SUCCESS;
 }
@@ -156,7 +182,9 @@ int nvmlDeviceGetName(void* device, char* name, unsigned bytes) {
 }
 int nvmlSystemGetDriverVersion(char* version, unsigned bytes) {
   const char* set = getenv("FAKE_DRIVER");
-  if (!set) return NOT_SUPPORTED;
+  if (!set) {
+    return NOT_SUPPORTED;
+  }
   snprintf(version, bytes, "%s", set);
   return SUCCESS;
 }
@@ -217,7 +245,9 @@ const char* nvmlErrorString(int status) {
 
 int cuInit(unsigned flags) { return flags ? 1 : 0; }
 int cuDeviceGetCount(int* count) {
-  for (*count = 0; entry(*count); (*count)++) continue;
+  for (*count = 0; entry(*count); (*count)++) {
+    continue;
+  }
   return 0;
 }
 int cuDeviceGet(int* device, int index) {
@@ -226,13 +256,17 @@ int cuDeviceGet(int* device, int index) {
 }
 int cuDeviceGetPCIBusId(char* pci, int bytes, int device) {
   const char* gpu = entry(device);
-  if (!gpu) return 101;
+  if (!gpu) {
+    return 101;
+  }
   snprintf(pci, (size_t)bytes, "%.*s", (int)strcspn(gpu, " ;"), gpu);
   return 0;
 }
 int cuDeviceGetName(char* name, int bytes, int device) {
   const char* gpu = entry(device);
-  if (!gpu) return 101;
+  if (!gpu) {
+    return 101;
+  }
   gpu += strcspn(gpu, " ");
   gpu += strspn(gpu, " ");
   snprintf(name, (size_t)bytes, "%.*s", (int)strcspn(gpu, ";"), gpu);
