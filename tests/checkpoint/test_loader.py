@@ -1,4 +1,4 @@
-"""Every kind of official weights file becomes the same Checkpoint; what is no YOLOv7 is refused with a reason."""
+"""Every kind of official weights file becomes the same Checkpoint; files that are not YOLOv7 are refused with a reason."""
 
 from __future__ import annotations
 
@@ -178,13 +178,13 @@ def test_float64_beyond_float32_is_refused(path):
     assert "model.0.bn.bias" in refusal(path)
 
 
-def test_an_entry_that_is_no_tensor_is_named(path):
+def test_an_entry_that_is_not_a_tensor_is_named(path):
     torch.save({**Model().state_dict(), "model.3.note": "hello"}, path)
     assert "model.3.note" in refusal(path)
 
 
 @pytest.mark.parametrize("value", [{"epoch": 3, "loss": 0.1}, [1, 2], {"model": None}, {}, "x", {"model": {}}])
-def test_a_file_without_weights_says_what_it_holds(path, value):
+def test_the_error_for_a_file_without_weights_lists_its_contents(path, value):
     torch.save(value, path)
     assert "contains" in refusal(path)
 
@@ -220,7 +220,7 @@ def test_every_variant_and_form_is_recognised_from_its_table(variant, training, 
     assert (found.training, found.classes) == (training, classes)
 
 
-def test_a_whole_network_goes_to_a_file_and_back(path):
+def test_a_network_survives_saving_and_loading(path):
     model = new_model("yolov7-tiny", classes=3, training_form=True)
     torch.save(model.state_dict(), path)
     checkpoint = load_checkpoint(path)
@@ -240,7 +240,7 @@ def test_a_head_between_training_and_deploy_form_is_refused():
 
 
 @pytest.mark.parametrize("rows", [256, 15, 18 * 3 + 1])
-def test_head_rows_that_are_no_anchors_times_classes_are_refused(rows):
+def test_head_rows_that_do_not_match_anchors_and_classes_are_refused(rows):
     shapes = dict(shapes_of("yolov7", training=False, classes=80))
     shapes["model.105.m.0.weight"] = (rows, 256, 1, 1)
     with pytest.raises(CheckpointError, match=str(rows)):
@@ -277,7 +277,7 @@ def test_a_tree_that_doubles_at_every_level_is_refused(path):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_what_was_saved_is_loaded_again(path, tmp_path, half):
+def test_saved_checkpoints_load_equal(path, tmp_path, half):
     first = load_checkpoint(save_official({"model": Model(act=nn.SiLU()).half()}, path))
     ours = tmp_path / "ours.safetensors"
     save_checkpoint(first, ours, half=half)
@@ -314,7 +314,7 @@ def test_a_folder_that_is_not_there_is_made(path, tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.safetensors"]
 
 
-def test_a_folder_that_is_a_file_is_told(path, tmp_path):
+def test_a_file_in_place_of_the_folder_is_reported(path, tmp_path):
     checkpoint = load_checkpoint(save_official({"model": Model()}, path))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
@@ -359,7 +359,7 @@ def test_complex_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.touch(), lambda p: p.write_text("hi")]
 )
-def test_what_is_no_file_of_weights_is_refused(path, make):
+def test_files_that_are_not_weights_are_refused(path, make):
     make(path)
     with pytest.raises(LoadError) as caught:
         load_checkpoint(path)

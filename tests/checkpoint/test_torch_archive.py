@@ -120,7 +120,7 @@ def test_each_kind_of_content_is_called_by_its_name(tmp_path, content, expected)
     assert expected in message(path)
 
 
-def test_the_legacy_format_is_told_with_the_way_to_save_it_again(tmp_path):
+def test_the_legacy_format_is_refused_with_the_line_that_saves_it_again(tmp_path):
     torch.save({"x": BASE}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     found = message(tmp_path / "old.pt")
     assert "before 1.6" in found
@@ -133,7 +133,7 @@ def test_a_torchscript_archive_says_so(tmp_path):
     assert "TorchScript" in message(tmp_path / "x.torchscript.pt")
 
 
-def test_a_foreign_zip_says_what_it_holds(tmp_path):
+def test_the_error_for_a_foreign_zip_lists_its_contents(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("holiday.jpg", b"")
     assert "holiday.jpg" in message(tmp_path / "x.pt")
