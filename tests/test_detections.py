@@ -1,4 +1,4 @@
-"""Detections keep their parts together, and every conversion says what the receiving side expects."""
+"""Detections: indexing and filtering keep all arrays consistent, and conversions match what other libraries expect."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def test_arrays_of_different_lengths_are_refused(scores, class_ids):
 
 
 @pytest.mark.parametrize("class_id", [-1, 4])
-def test_a_class_id_without_name_is_refused(class_id):
+def test_a_class_id_without_a_name_is_refused(class_id):
     with pytest.raises(UsageError, match="4 class names"):
         Detections(boxes=[[0, 0, 1, 1]], scores=[0.5], class_ids=[class_id], class_names=NAMES, image_hw=HW)
 
 
-def test_arrays_are_brought_to_the_promised_types():
+def test_arrays_are_converted_to_the_documented_types():
     found = Detections(boxes=[[0, 0, 1, 1]], scores=[0.5], class_ids=[1], class_names=NAMES, image_hw=HW)
     assert (found.boxes.dtype, found.scores.dtype, found.class_ids.dtype) == (np.float32, np.float32, np.int64)
 
 
 @given(count=st.integers(0, 12), data=st.data())
-def test_every_index_picks_the_same_rows_of_all_arrays(count, data):
+def test_every_index_selects_the_same_rows_of_all_arrays(count, data):
     found = make(count)
     mask = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     numbers = data.draw(st.lists(st.integers(0, count - 1))) if count else []
@@ -70,7 +70,7 @@ def test_every_index_picks_the_same_rows_of_all_arrays(count, data):
         assert (picked.path, picked.image_hw) == (found.path, found.image_hw)
 
 
-def test_one_number_gives_detections_of_one():
+def test_a_single_index_gives_one_detection():
     assert len(make()[-1]) == 1
     with pytest.raises(IndexError):
         make()[3]
@@ -96,7 +96,7 @@ def test_filter_by_score_keeps_what_is_strictly_above(conf, seed):
     assert len(exact) == 4
 
 
-def test_filter_takes_ids_and_names_together():
+def test_filter_accepts_ids_and_names_together():
     found = make(20)
     kept = found.filter(classes=[0, "Dog"])
     assert set(kept.class_ids.tolist()) <= {0, 3}
@@ -108,13 +108,13 @@ def test_filter_takes_ids_and_names_together():
 @pytest.mark.parametrize(
     "wanted,hint", [("persn", "person"), ("trafic light", "traffic light"), (4, "0 to 3"), (-1, "0 to 3"), ("x", "dog")]
 )
-def test_an_unknown_class_is_answered_with_what_there_is(wanted, hint):
+def test_an_unknown_class_is_refused_with_a_suggestion(wanted, hint):
     with pytest.raises(UsageError) as caught:
         make().filter(classes=[wanted])
     assert hint in caught.value.fix
 
 
-def test_a_name_of_two_classes_means_both():
+def test_a_name_shared_by_two_classes_selects_both():
     assert find_classes("cell", ("cell", "dog", "cell")) == (0, 2)
 
 
@@ -144,7 +144,7 @@ def test_coco_results_are_rounded_as_the_official_program_does():
     assert found.to_coco(42)[0]["category_id"] == 3
 
 
-def test_yolo_lines_read_back_to_the_boxes():
+def test_yolo_lines_convert_back_to_the_boxes():
     found = make(6)
     rows = np.array([[float(word) for word in line.split()] for line in found.to_yolo(save_conf=True).splitlines()])
     centre, size = rows[:, 1:3] * HW[::-1], rows[:, 3:5] * HW[::-1]
@@ -155,7 +155,7 @@ def test_yolo_lines_read_back_to_the_boxes():
 
 
 @pytest.mark.parametrize("convert", ["to_yolo", "to_json", "describe", "as_ultralytics", "to_dict"])
-def test_nothing_found_converts_too(convert):
+def test_empty_detections_can_be_converted(convert):
     getattr(make(0), convert)()
     assert make(0).to_coco(1) == []
     assert make(0).to_yolo() == ""
@@ -169,7 +169,7 @@ def test_describe_counts_in_class_order():
     assert found.describe() == "person: 2, dog: 1"
 
 
-def test_plot_leaves_the_image_untouched_and_save_writes_what_it_drew(tmp_path):
+def test_plot_does_not_modify_the_image_and_save_writes_the_plot(tmp_path):
     image = np.full((*HW, 3), 90, dtype=np.uint8)
     drawn = make().plot(image)
     assert (image == 90).all()
@@ -179,18 +179,18 @@ def test_plot_leaves_the_image_untouched_and_save_writes_what_it_drew(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.png"]
 
 
-def test_plot_on_a_image_of_another_size_is_refused():
+def test_plot_on_an_image_of_another_size_is_refused():
     with pytest.raises(UsageError, match="640x480"):
         make().plot(np.zeros((240, 320, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("name", ["x.nonsense", "x"])
-def test_saving_under_an_unknown_suffix_is_refused(tmp_path, name):
+def test_saving_with_an_unknown_suffix_is_refused(tmp_path, name):
     with pytest.raises(ImageError, match="cannot write"):
         make().save(tmp_path / name, np.zeros((*HW, 3), dtype=np.uint8))
 
 
-def test_the_ultralytics_view_has_what_supervision_and_trackers_read():
+def test_the_ultralytics_view_has_the_attributes_that_supervision_and_trackers_read():
     found = make(4)
     view = found.as_ultralytics()
     assert np.array_equal(view.boxes.xyxy.cpu().numpy(), found.boxes)
@@ -203,26 +203,26 @@ def test_the_ultralytics_view_has_what_supervision_and_trackers_read():
 
 
 @pytest.mark.parametrize("library,method", [("supervision", "to_supervision"), ("pandas", "to_pandas")])
-def test_a_missing_library_is_named_with_its_pip_line(monkeypatch, library, method):
+def test_a_missing_library_is_reported_with_its_pip_command(monkeypatch, library, method):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(MissingLibraryError, match=f"pip install {library}"):
         getattr(make(), method)()
 
 
 def test_supervision_gets_float_boxes_and_names(monkeypatch):
-    stand_in = ModuleType("supervision")
-    stand_in.Detections = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    fake_supervision = ModuleType("supervision")
+    fake_supervision.Detections = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "supervision", fake_supervision)
     found = make(4)
-    given_ = found.to_supervision()
-    assert given_.xyxy.dtype == np.float32
-    assert np.array_equal(given_.xyxy, found.boxes)
-    assert given_.xyxy is not found.boxes
-    assert given_.data["class_name"].tolist() == list(found.names)
+    converted = found.to_supervision()
+    assert converted.xyxy.dtype == np.float32
+    assert np.array_equal(converted.xyxy, found.boxes)
+    assert converted.xyxy is not found.boxes
+    assert converted.data["class_name"].tolist() == list(found.names)
 
 
 @pytest.mark.parametrize("count", [0, 4])
-def test_the_real_supervision_reads_both_forms_alike(count):
+def test_the_real_supervision_reads_both_conversions_alike(count):
     supervision = pytest.importorskip("supervision", reason="supervision is not installed")
     found = make(count)
     ours = found.to_supervision()

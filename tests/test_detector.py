@@ -1,4 +1,4 @@
-"""Detector: images in, Detections out, the same whatever is under the floor."""
+"""Detector: images in, Detections out, with the same results on every runtime."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 from tests.support.sample_images import (
     BOX_TOLERANCE,
     CONF,
@@ -24,10 +23,10 @@ from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
 
-# --- the same boxes everywhere ------------------------------------------------------------------------------------
+# --- the same boxes on every runtime --------------------------------------------------------------------------------
 
 
-def test_the_detector_is_letterbox_network_suppression_and_back(detector):
+def test_the_detector_equals_letterbox_network_nms_and_scaling_back(detector):
     for image in IMAGES:
         letterbox = fit_letterbox(image.shape[:2], HW)
         with torch.no_grad():
@@ -42,7 +41,7 @@ def test_the_detector_is_letterbox_network_suppression_and_back(detector):
 
 @pytest.mark.parametrize("kind", ["none", "standard", "plugin"])
 @pytest.mark.parametrize("batch", [1, 4, None])
-def test_every_file_gives_the_boxes_of_torch(detectors, kind, batch):
+def test_every_onnx_file_gives_the_boxes_of_pytorch(detectors, kind, batch):
     if kind == "standard" and batch is not None:
         pytest.skip("the body of plugin")
     ours = detectors(kind, batch=batch)
@@ -53,7 +52,7 @@ def test_every_file_gives_the_boxes_of_torch(detectors, kind, batch):
             assert_same(found, expected)
 
 
-def test_a_uint8_file_gives_the_boxes_of_torch(detectors):
+def test_a_file_with_uint8_input_gives_the_boxes_of_pytorch(detectors):
     for found, expected in zip(
         detectors("plugin", input_kind="uint8", batch=None).batch(IMAGES),
         detectors("torch").batch(IMAGES),
@@ -75,16 +74,16 @@ def test_boxes_are_sorted_clipped_and_typed(detectors):
             assert found.speed.inference_ms > 0
 
 
-# --- ways to call it ----------------------------------------------------------------------------------------------
+# --- ways to call it ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
-def test_no_images_give_no_detections(detectors, kind):
+def test_an_empty_list_gives_an_empty_list(detectors, kind):
     assert detectors(kind).batch([]) == []
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
-def test_nothing_found_is_empty_and_never_none(detectors, kind):
+def test_an_image_without_detections_gives_empty_detections(detectors, kind):
     found = detectors(kind)(IMAGES[0], conf=1.0)
     assert len(found) == 0
     assert found.boxes.shape == (0, 4)
@@ -103,33 +102,33 @@ def test_paths_and_arrays_give_the_same(detector, tmp_path):
     assert [one.path for one in mixed] == ["", str(path)]
 
 
-def test_grey_and_bgra_images_are_taken(detector):
+def test_grey_and_bgra_images_are_accepted(detector):
     grey = IMAGES[0][:, :, 0]
     assert_identical(detector(grey), detector(np.repeat(grey[:, :, None], 3, 2)))
     assert_identical(detector(np.dstack([IMAGES[0], grey])), detector(IMAGES[0]))
 
 
-def test_the_image_is_left_as_it_was(detector):
+def test_the_image_is_not_modified(detector):
     image = IMAGES[0].copy()
     detector(image)
     np.testing.assert_array_equal(image, IMAGES[0])
 
 
-def test_a_image_that_is_none_is_refused(detector, tmp_path):
+def test_a_float_array_and_a_missing_file_are_refused(detector, tmp_path):
     with pytest.raises(ImageError, match="float32"):
         detector(IMAGES[0].astype(np.float32))
     with pytest.raises(ImageError):
         detector(tmp_path / "absent.jpg")
 
 
-def test_a_list_given_to_a_call_is_refused_with_the_way_to_batch(detector):
+def test_a_list_passed_to_a_call_is_refused_with_a_hint_at_batch(detector):
     for images in (IMAGES[:2], [IMAGES[0], IMAGES[4]]):
         with pytest.raises(ImageError) as caught:
             detector(images)
         assert "batch" in caught.value.fix
 
 
-def test_more_images_than_enter_at_once_come_back_in_order(detector):
+def test_results_of_a_list_longer_than_the_largest_batch_are_in_order(detector):
     images = [IMAGES[i % 5] for i in range(35)]
     found = detector.batch(images)
     assert len(found) == 35
@@ -139,7 +138,7 @@ def test_more_images_than_enter_at_once_come_back_in_order(detector):
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
-def test_submitted_images_come_back_in_their_futures(detectors, kind):
+def test_futures_hold_the_detections_of_their_images(detectors, kind):
     detector = detectors(kind)
     futures = [detector.submit(image, conf=0.7) for image in IMAGES]
     for future, image in zip(futures, IMAGES, strict=True):
@@ -161,7 +160,7 @@ def test_eight_threads_get_equal_results(detectors, kind):
         assert_same(found, expected[i % 5])
 
 
-def test_stream_gives_the_images_of_a_folder_in_order(detector, tmp_path):
+def test_stream_yields_the_images_of_a_folder_in_order(detector, tmp_path):
     for i, image in enumerate(IMAGES[:3]):
         cv2.imwrite(str(tmp_path / f"{i}.png"), image)
     seen = list(detector.stream(tmp_path, max_det=5))
@@ -171,12 +170,12 @@ def test_stream_gives_the_images_of_a_folder_in_order(detector, tmp_path):
         assert_identical(found, detector(IMAGES[i], max_det=5))
 
 
-def test_stream_of_an_empty_folder_says_so(detector, tmp_path):
+def test_stream_of_an_empty_folder_is_refused(detector, tmp_path):
     with pytest.raises(SourceError):
         next(detector.stream(tmp_path))
 
 
-# --- thresholds ---------------------------------------------------------------------------------------------------
+# --- thresholds -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["torch", "none", "plugin"])
@@ -194,7 +193,7 @@ def test_thresholds_of_a_call_replace_those_of_the_detector(detectors, kind):
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
-def test_only_the_wanted_classes_come_back(detectors, kind):
+def test_only_the_selected_classes_are_returned(detectors, kind):
     detector = detectors(kind)
     everything = detector(IMAGES[0])
     counts = np.bincount(everything.class_ids, minlength=5)
@@ -203,12 +202,12 @@ def test_only_the_wanted_classes_come_back(detectors, kind):
     assert_identical(detector(IMAGES[0], classes=[wanted]), everything.filter(classes=wanted))
 
 
-def test_lower_thresholds_than_the_file_was_exported_with_find_more(plugin, detector):
+def test_a_threshold_below_that_of_the_export_detects_more(plugin, detector):
     assert_same(plugin(IMAGES[0], conf=0.5), detector(IMAGES[0], conf=0.5))
     assert len(plugin(IMAGES[0], conf=0.5)) > len(plugin(IMAGES[0]))
 
 
-def test_thresholds_left_out_are_those_of_the_file(files):
+def test_omitted_thresholds_are_those_of_the_file(files):
     with Detector(files("plugin"), device="cpu") as detector:
         assert detector.thresholds == Thresholds(conf=CONF, iou=0.45, max_det=MAX_DET)
         assert detector.input_hw == HW
@@ -216,7 +215,7 @@ def test_thresholds_left_out_are_those_of_the_file(files):
         assert detector.thresholds == Thresholds()
 
 
-def test_without_a_size_the_papers_is_taken(files):
+def test_the_default_size_is_that_of_the_paper(files):
     with Detector(files("torch"), device="cpu") as detector:
         assert detector.input_hw == (640, 640)
 
@@ -232,26 +231,26 @@ def test_an_unknown_class_id_is_refused(detectors, files, kind, class_id):
 
 
 @pytest.mark.parametrize("options", [{"conf": 1.5}, {"iou": -1}, {"max_det": 0}])
-def test_thresholds_without_a_meaning_are_refused(detector, options):
+def test_thresholds_out_of_range_are_refused(detector, options):
     with pytest.raises(UsageError) as caught:
         detector(IMAGES[0], **options)
     assert next(iter(options)) in caught.value.message
 
 
 @pytest.mark.parametrize("option", [{"multi_label": True}, {"class_agnostic": True}])
-def test_what_the_suppression_inside_cannot_do_is_refused(files, option):
+def test_options_that_nms_inside_the_file_cannot_apply_are_refused(files, option):
     with Detector(files("plugin"), device="cpu", **option) as detector:
         with pytest.raises(UsageError, match=next(iter(option))) as caught:
             detector(IMAGES[0])
         assert caught.value.fix
 
 
-def test_what_the_suppression_outside_can_do_is_done(files, detectors):
+def test_nms_outside_the_file_applies_multi_label(files, detectors):
     with Detector(files("none"), conf=CONF, max_det=MAX_DET, multi_label=True, device="cpu") as detector:
         assert len(detector(IMAGES[0])) > len(detectors("none")(IMAGES[0]))
 
 
-def test_an_efficient_file_takes_higher_thresholds_and_refuses_lower_ones(files):
+def test_a_file_with_efficient_nms_accepts_higher_thresholds_and_refuses_lower_ones(files):
     with Detector(files("efficient", multi_label=True), device="cpu") as detector:
         everything = detector(IMAGES[0])
         assert_identical(detector(IMAGES[0], conf=0.75), everything.filter(conf=0.75))

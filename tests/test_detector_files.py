@@ -1,4 +1,4 @@
-"""Opening and closing Detectors, and files of others."""
+"""Opening and closing Detectors, and files of other exporters."""
 
 import logging
 import threading
@@ -7,20 +7,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
 from tests.support.sample_images import (
     CONF,
     IMAGES,
     MAX_DET,
     assert_identical,
-    without_metadata,
     needs_no_cuda,
+    without_metadata,
 )
 from tests.support.small_models import HW
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 
-# --- opening and closing ------------------------------------------------------------------------------------------
+# --- opening and closing --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
@@ -39,7 +38,7 @@ def test_after_closing_every_call_is_refused(files, kind):
         detector.warmup()
 
 
-def test_closing_leaves_no_thread_behind(files):
+def test_closing_ends_all_threads(files):
     before = threading.active_count()
     with Detector(files("plugin"), device="cpu") as detector:
         detector.submit(IMAGES[0]).result(timeout=60)
@@ -47,12 +46,12 @@ def test_closing_leaves_no_thread_behind(files):
     assert threading.active_count() == before
 
 
-def test_warmup_runs_without_a_image(detectors):
+def test_warmup_runs_without_an_image(detectors):
     detectors("torch").warmup()
     detectors("plugin").warmup(runs=1)
 
 
-def test_the_device_is_told(detectors):
+def test_the_device_is_reported(detectors):
     assert detectors("torch").device == detectors("plugin").device == "cpu"
 
 
@@ -67,12 +66,12 @@ def test_cuda_without_cuda_is_refused_with_a_fix(files, kind, device):
 
 @pytest.mark.parametrize("kind", ["torch", "plugin"])
 @pytest.mark.parametrize("device", ["abacus", "cuda:x", ""])
-def test_a_device_nobody_has_is_refused(files, kind, device):
+def test_an_unknown_device_is_refused(files, kind, device):
     with pytest.raises(DeviceError):
         Detector(files(kind), img=HW, device=device)
 
 
-def test_a_size_other_than_the_files_is_refused(files):
+def test_a_size_other_than_that_of_the_file_is_refused(files):
     with pytest.raises(UsageError, match="128x192, not 320x320") as caught:
         Detector(files("plugin"), img=320, device="cpu")
     assert "--img 320,320" in caught.value.fix
@@ -84,7 +83,7 @@ def test_a_size_the_stride_does_not_divide_is_refused(files):
     assert caught.value.fix == "--img 128,128"
 
 
-def test_a_file_that_is_absent_or_of_no_kind_is_refused(tmp_path):
+def test_a_missing_file_or_unknown_suffix_is_refused(tmp_path):
     (tmp_path / "m.bin").touch()
     for name in ("absent.onnx", "m.bin"):
         with pytest.raises(LoadError, match=name) as caught:
@@ -102,16 +101,16 @@ def test_a_truncated_onnx_file_is_refused(files, tmp_path, part):
     assert caught.value.fix
 
 
-def test_text_with_the_suffix_of_onnx_is_refused(tmp_path):
+def test_a_text_file_with_the_suffix_onnx_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_text("not a model")
     with pytest.raises(LoadError, match=r"m\.onnx"):
         Detector(tmp_path / "m.onnx", device="cpu")
 
 
-# --- files of others ----------------------------------------------------------------------------------------------
+# --- files of other exporters ---------------------------------------------------------------------------------------
 
 
-def test_a_file_without_a_metadata_opens_with_a_warning(files, detectors, tmp_path, caplog):
+def test_a_file_without_metadata_opens_with_a_warning(files, detectors, tmp_path, caplog):
     path = without_metadata(files("none"), tmp_path / "m.onnx")
     with caplog.at_level(logging.WARNING), Detector(path, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
         assert any(
@@ -123,7 +122,7 @@ def test_a_file_without_a_metadata_opens_with_a_warning(files, detectors, tmp_pa
             assert_identical(detector(image), detectors("none")(image))
 
 
-def test_a_foreign_file_with_suppression_inside_opens(files, detectors, tmp_path):
+def test_a_foreign_file_with_nms_inside_opens(files, detectors, tmp_path):
     path = without_metadata(files("plugin"), tmp_path / "m.onnx", without_thresholds)
     with Detector(path, device="cpu") as detector:
         assert detector.input_hw == HW
@@ -134,7 +133,7 @@ def test_a_foreign_file_with_suppression_inside_opens(files, detectors, tmp_path
 
 
 def without_thresholds(proto):
-    """Thresholds frozen into the file, as other exporters do."""
+    """Make the thresholds constants, as other exporters do."""
     kept = [value for value in proto.graph.input if not value.name.endswith("_threshold")]
     del proto.graph.input[:]
     proto.graph.input.extend(kept)
@@ -152,13 +151,13 @@ def test_a_foreign_file_whose_outputs_are_in_another_order_opens(files, detector
         assert_identical(detector(IMAGES[0]), detectors("plugin")(IMAGES[0]))
 
 
-def test_a_foreign_file_with_overridable_thresholds_takes_them(files, detectors, tmp_path):
+def test_a_foreign_file_with_threshold_inputs_uses_the_thresholds_of_the_call(files, detectors, tmp_path):
     with Detector(without_metadata(files("plugin"), tmp_path / "m.onnx"), device="cpu") as detector:
         ours, expected = (one(IMAGES[0], conf=0.75) for one in (detector, detectors("plugin")))
         assert_identical(ours, expected)
 
 
-def test_a_foreign_file_of_open_size_takes_the_size_asked_for(files, detectors, tmp_path):
+def test_a_foreign_file_of_dynamic_size_uses_the_requested_size(files, detectors, tmp_path):
     proto = onnx.load(files("none"))
     for dim in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
         dim.Clear()
@@ -172,7 +171,7 @@ def test_a_foreign_file_of_open_size_takes_the_size_asked_for(files, detectors, 
 @pytest.mark.parametrize(
     "input_shape, output_shape", [([1, 10], [1, 10]), ([1, 3, 64, 64], [1, 1000]), ([1, 3, 64, 64], [1, 63, 4])]
 )
-def test_an_onnx_file_that_is_no_yolov7_is_refused(tmp_path, input_shape, output_shape):
+def test_an_onnx_file_of_another_layout_is_refused(tmp_path, input_shape, output_shape):
     nodes = [
         helper.make_node("Constant", [], ["y0"], value=helper.make_tensor("c", TensorProto.FLOAT, [1], [1.0])),
         helper.make_node(

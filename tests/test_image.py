@@ -1,4 +1,4 @@
-"""Reading images, and the letterbox there and back, against the official formulas spelt out."""
+"""Reading images, and the letterbox and its inverse against the official formulas."""
 
 import math
 
@@ -18,12 +18,12 @@ from yolov7_deploy.image import (
     to_network_input,
 )
 
-# A box may come back this many canvas pixels off: half a pixel from rounding the resized side, half from the padding's
-# odd pixel.
+# A box may be off by this many canvas pixels: half a pixel from rounding the resized side, half from an odd pixel of
+# padding.
 CANVAS_PIXELS_OFF = 1.0
-# float32 of coordinates up to some thousands, over gains down to a hundredth.
+# float32 coordinates up to some thousands, divided by gains down to 0.01.
 FLOAT32_TOLERANCE = 1e-5
-# OpenCV halves 16-bit files by a shift, arrays are divided by 257: neighbouring levels.
+# OpenCV converts 16-bit files by a shift, arrays are divided by 257: the difference is one level.
 LEVELS_OFF = 1
 
 sides = st.integers(1, 3000)
@@ -52,7 +52,7 @@ def official_canvas(image, resized_hw, canvas_hw, method):
     return cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(114, 114, 114))
 
 
-# --- the inference letterbox --------------------------------------------------------------------------------------
+# --- the inference letterbox ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=500)
@@ -60,7 +60,7 @@ def official_canvas(image, resized_hw, canvas_hw, method):
 @example((1, 3000), (640, 640))
 @example((640, 480), (640, 640))
 @example((1080, 1920), (640, 640))
-def test_the_image_is_as_large_as_fits_and_lies_where_the_official_one_does(source, canvas):
+def test_the_image_is_scaled_to_fit_and_positioned_as_in_the_official_letterbox(source, canvas):
     letterbox = fit_letterbox(source, canvas)
     ratio = min(canvas[0] / source[0], canvas[1] / source[1])
     for axis, before in ((0, letterbox.top), (1, letterbox.left)):
@@ -74,12 +74,12 @@ def test_the_image_is_as_large_as_fits_and_lies_where_the_official_one_does(sour
 
 @settings(max_examples=300)
 @given(hws, canvas_hws, st.data())
-def test_a_box_comes_back_to_where_it_was(source, canvas, data):
+def test_a_box_is_scaled_back_to_its_position(source, canvas, data):
     letterbox = fit_letterbox(source, canvas)
     ys = data.draw(st.tuples(st.floats(0, source[0]), st.floats(0, source[0])).map(sorted))
     xs = data.draw(st.tuples(st.floats(0, source[1]), st.floats(0, source[1])).map(sorted))
     box = np.array([xs[0], ys[0], xs[1], ys[1]])
-    # Where the pixels really went: the resized image's own scale, and whole pixels of padding.
+    # The true position of the pixels: the scale of the resized image, and whole pixels of padding.
     scale = np.array([resized / side for resized, side in zip(letterbox.resized_hw, source, strict=True)])[[1, 0, 1, 0]]
     placed = box * scale + [letterbox.left, letterbox.top] * 2
     back = letterbox.undo(placed[None].astype(np.float32))
@@ -99,12 +99,12 @@ def test_undo_is_the_official_formula(source, canvas, seed):
     expected = boxes.astype(np.float64)
     expected[:, [0, 2]] = ((expected[:, [0, 2]] - pad_x) / gain).clip(0, source[1])
     expected[:, [1, 3]] = ((expected[:, [1, 3]] - pad_y) / gain).clip(0, source[0])
-    # Cancellation: the canvas coordinate's own rounding, seen through the gain.
+    # Cancellation: the rounding of the canvas coordinate, divided by the gain.
     np.testing.assert_allclose(back, expected, rtol=FLOAT32_TOLERANCE, atol=1400 * 2**-22 / gain)
     np.testing.assert_array_equal(boxes, kept)
 
 
-def test_undo_of_no_boxes_gives_no_boxes():
+def test_undo_accepts_no_boxes():
     assert fit_letterbox((480, 640), (640, 640)).undo(np.empty((0, 4), np.float32)).shape == (0, 4)
 
 
@@ -121,7 +121,7 @@ def test_the_canvas_equals_the_official_one(source, canvas):
     assert ours.dtype == np.uint8
 
 
-def test_a_image_that_fits_keeps_its_pixels_and_gets_grey_around():
+def test_an_image_that_fits_keeps_its_pixels_and_is_padded_with_grey():
     image = noise(96, 63)
     kept = image.copy()
     canvas = fit_letterbox((96, 63), (96, 96)).apply(image)
@@ -131,14 +131,14 @@ def test_a_image_that_fits_keeps_its_pixels_and_gets_grey_around():
     np.testing.assert_array_equal(image, kept)
 
 
-def test_a_image_of_the_canvas_size_is_copied():
+def test_an_image_of_the_canvas_size_is_copied():
     image = noise(64, 64)
     canvas = fit_letterbox((64, 64), (64, 64)).apply(image)
     np.testing.assert_array_equal(canvas, image)
     assert not np.shares_memory(canvas, image)
 
 
-def test_known_placements():
+def test_known_letterboxes():
     full_hd = fit_letterbox((1080, 1920), (640, 640))
     assert (full_hd.resized_hw, full_hd.top, full_hd.left) == ((360, 640), 140, 0)
     odd = fit_letterbox((427, 640), (640, 640))  # 213 rows of padding: 106 above, 107 below
@@ -147,7 +147,7 @@ def test_known_placements():
     assert (up.resized_hw, up.gain) == ((320, 640), 32)
 
 
-# --- the evaluation letterbox -------------------------------------------------------------------------------------
+# --- the evaluation letterbox ---------------------------------------------------------------------------------------
 
 
 def official_evaluation(source, canvas, size):
@@ -170,7 +170,7 @@ def rect_canvas(resized_hw, stride=32, pad=0.5):
 
 @st.composite
 def evaluations(draw):
-    """(source, canvas, size) in which no side is truncated to nothing."""
+    """(source, canvas, size) in which no side is truncated to zero."""
     size = draw(st.sampled_from([64, 640, 1280]))
     source = draw(hws.filter(lambda hw: int(min(hw) * size / max(hw)) >= 1))
     resized = [math.ceil(side * size / max(source)) for side in source]
@@ -203,7 +203,7 @@ def test_the_evaluation_canvas_equals_the_official_one(source):
     np.testing.assert_array_equal(ours, official_canvas(image, resized, canvas, method))
 
 
-def test_evaluation_boxes_come_back_by_the_height_ratio_on_both_axes():
+def test_evaluation_boxes_are_scaled_back_by_the_height_ratio_on_both_axes():
     letterbox = fit_evaluation_letterbox((427, 1000), (320, 672), size=640)  # 273 x 640, by 273/427 and not 0.64
     back = letterbox.undo(np.array([[116, 123.5, 216, 223.5]], np.float32))
     gain = 273 / 427
@@ -211,11 +211,11 @@ def test_evaluation_boxes_come_back_by_the_height_ratio_on_both_axes():
     np.testing.assert_allclose(back, expected, rtol=FLOAT32_TOLERANCE)
 
 
-def test_a_side_truncated_to_nothing_keeps_one_pixel():
+def test_a_side_truncated_to_zero_keeps_one_pixel():
     assert fit_evaluation_letterbox((1, 3000), (32, 672), size=640).resized_hw == (1, 640)
 
 
-# --- the network input --------------------------------------------------------------------------------------------
+# --- the network input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -235,10 +235,10 @@ def test_every_pixel_value_is_scaled_as_torch_scales_it():
     np.testing.assert_array_equal(to_network_input([values])[0, 0], (torch.from_numpy(values)[..., 0].float() / 255.0))
 
 
-# --- what people pass as an image --------------------------------------------------------------------------------
+# --- arrays as images -----------------------------------------------------------------------------------------------
 
 
-def test_bgr_is_given_back_without_a_copy():
+def test_bgr_is_returned_without_a_copy():
     image = noise(4, 5)
     assert as_bgr(image) is image or np.shares_memory(as_bgr(image), image)
 
@@ -292,12 +292,12 @@ def test_other_shapes_are_refused_and_shown(shape):
 
 
 @pytest.mark.parametrize("thing", [None, [], "street.jpg", [[1, 2], [3]]])
-def test_what_is_no_array_is_refused(thing):
+def test_objects_other_than_arrays_are_refused(thing):
     with pytest.raises(ImageError):
         as_bgr(thing)
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_png_is_read_exactly(tmp_path):
@@ -343,23 +343,23 @@ def refusal(path):
     return caught.value.message
 
 
-def test_an_empty_file_says_so(tmp_path):
+def test_an_empty_file_is_reported(tmp_path):
     (tmp_path / "a.jpg").touch()
     assert "0 bytes" in refusal(tmp_path / "a.jpg")
 
 
-def test_text_is_no_image(tmp_path):
+def test_a_text_file_is_refused(tmp_path):
     (tmp_path / "a.jpg").write_text("not an image")
     assert "12 bytes" in refusal(tmp_path / "a.jpg")
 
 
-def test_a_jpeg_cut_off_in_its_header_is_no_image(tmp_path):
+def test_a_jpeg_truncated_in_its_header_is_refused(tmp_path):
     data = cv2.imencode(".jpg", noise(200, 200))[1].tobytes()
     (tmp_path / "a.jpg").write_bytes(data[:100])
     assert "not an image" in refusal(tmp_path / "a.jpg")
 
 
-def test_a_missing_file_says_so(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     assert "No such file" in refusal(tmp_path / "a.jpg")
 
 

@@ -12,7 +12,7 @@ from yolov7_deploy.postprocess import greedy_nms, iou_matrix, postprocess, xywh_
 IOU_TOLERANCE = 1e-6
 
 # Corners on a coarse grid, so that empty, touching, nested and identical boxes are common and every product is exact
-# in float32: then the loop below decides in the same numbers as the code.
+# in float32: the loop below then compares the same numbers as the code.
 corners = st.tuples(*[st.integers(0, 12)] * 4).map(lambda c: (min(c[:2]), min(c[2:]), max(c[:2]), max(c[2:])))
 box_lists = st.lists(corners, max_size=24).map(lambda b: np.array(b, np.float32).reshape(-1, 4))
 grid_thresholds = st.sampled_from([0.0, 0.25, 0.45, 0.5, 0.75, 1.0])
@@ -27,7 +27,7 @@ def areas(a, b):
 
 
 def slow_nms(boxes, class_ids, *, iou, max_det, class_agnostic=False):
-    """Every box against every better one that was kept."""
+    """NMS as a loop: every box against every better one that was kept."""
     kept = []
     for i, box in enumerate(boxes.tolist()):
         falls = False
@@ -41,7 +41,7 @@ def slow_nms(boxes, class_ids, *, iou, max_det, class_agnostic=False):
 
 
 def slow_detections(output, thresholds):
-    """The official semantics, one anchor and class at a time: (score, anchor, class, box) best first."""
+    """The official semantics as loops over anchors and classes."""
     candidates = []
     for anchor, row in enumerate(output):
         cx, cy, w, h, objectness, *probabilities = row
@@ -81,7 +81,7 @@ def head(rows):
     return np.array(rows, np.float32)
 
 
-# --- overlap ------------------------------------------------------------------------------------------------------
+# --- IoU ------------------------------------------------------------------------------------------------------------
 
 
 @given(box_lists, box_lists)
@@ -106,12 +106,12 @@ def test_iou_of_two_empty_boxes_is_zero_without_a_warning():
 
 
 @given(box_lists)
-def test_centre_and_size_give_the_corners_back(boxes):
+def test_centre_and_size_convert_back_to_corners(boxes):
     centred = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
     np.testing.assert_array_equal(xywh_to_xyxy(centred), boxes)
 
 
-# --- NMS --------------------------------------------------------------------------------------------------
+# --- NMS ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300)
@@ -123,8 +123,8 @@ def test_greedy_nms_equals_the_double_loop(data, boxes, iou, agnostic, max_det):
     assert kept.tolist() == slow_nms(boxes, class_ids, iou=iou, max_det=max_det, class_agnostic=agnostic)
 
 
-def test_overlap_equal_to_the_threshold_does_not_suppress():
-    boxes = head([[0, 0, 4, 4], [0, 0, 4, 2]])  # IoU exactly a half
+def test_an_iou_equal_to_the_threshold_does_not_suppress():
+    boxes = head([[0, 0, 4, 4], [0, 0, 4, 2]])  # IoU exactly 0.5
     classes = np.zeros(2, np.int64)
     assert greedy_nms(boxes, classes, iou=0.5, max_det=9).tolist() == [0, 1]
     assert greedy_nms(boxes, classes, iou=0.4999, max_det=9).tolist() == [0]
@@ -140,7 +140,7 @@ def test_empty_boxes_never_suppress():
     assert greedy_nms(boxes, np.zeros(3, np.int64), iou=0.0, max_det=9).tolist() == [0, 1, 2]
 
 
-def test_identical_boxes_fall_unless_the_class_differs():
+def test_identical_boxes_are_suppressed_unless_the_class_differs():
     boxes = np.tile(head([[0, 0, 4, 4]]), (3, 1))
     classes = np.array([0, 1, 0])
     assert greedy_nms(boxes, classes, iou=0.9, max_det=9).tolist() == [0, 1]
@@ -148,12 +148,12 @@ def test_identical_boxes_fall_unless_the_class_differs():
     assert greedy_nms(boxes, classes, iou=1.0, max_det=9, class_agnostic=True).tolist() == [0, 1, 2]
 
 
-# --- from a decoded output ----------------------------------------------------------------------------------------
+# --- from a decoded output ------------------------------------------------------------------------------------------
 
 
 @st.composite
 def outputs(draw):
-    """Decoded outputs [A, 5 + C] whose boxes and scores collide often."""
+    """Decoded outputs [A, 5 + C] with many equal boxes and scores."""
     classes = draw(st.sampled_from([1, 2, 3]))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
@@ -175,26 +175,26 @@ def outputs(draw):
     class_agnostic=st.booleans(),
     classes=st.sampled_from([None, (0,), (1, 2), (2,)]),
 )
-def test_detections_equal_the_official_semantics_spelt_out(output, **options):
+def test_detections_equal_the_official_semantics_written_as_loops(output, **options):
     assert_as_slow(output, Thresholds(**options))
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_detections_of_random_scores_equal_the_semantics_spelt_out(multi_label):
+def test_detections_of_random_scores_equal_the_official_semantics(multi_label):
     rng = np.random.default_rng(7)
     output = rng.random((200, 9), dtype=np.float32)
     output[:, :4] *= 100
     assert_as_slow(output, Thresholds(conf=0.3, iou=0.3, multi_label=multi_label))
 
 
-def test_a_score_equal_to_the_threshold_is_left_out():
+def test_a_score_equal_to_the_threshold_is_not_a_detection():
     output = head([[5, 5, 4, 4, 0.5, 0.5, 0.5], [25, 5, 4, 4, 1, 0.5, 0.25]])
     assert postprocess(output, Thresholds(conf=0.25))[1].tolist() == [0.5]
     assert postprocess(output, Thresholds(conf=0.249))[1].tolist() == [0.5, 0.25]
     assert len(postprocess(output, Thresholds(conf=0.5))[1]) == 0
 
 
-def test_multi_label_gives_every_class_and_otherwise_only_the_best():
+def test_multi_label_keeps_every_class_and_otherwise_only_the_best():
     output = head([[5, 5, 4, 4, 1, 0.5, 0.75, 0.25]])
     _, scores, class_ids = postprocess(output, Thresholds(conf=0.3, multi_label=True))
     assert (scores.tolist(), class_ids.tolist()) == ([0.75, 0.5], [1, 0])
@@ -202,7 +202,7 @@ def test_multi_label_gives_every_class_and_otherwise_only_the_best():
     assert (scores.tolist(), class_ids.tolist()) == ([0.75], [1])
 
 
-def test_a_box_whose_best_class_is_not_wanted_is_no_detection_of_its_second_class():
+def test_a_box_whose_best_class_is_not_selected_is_not_a_detection_of_its_second_class():
     output = head([[5, 5, 4, 4, 1, 0.5, 0.75]])
     assert len(postprocess(output, Thresholds(classes=(0,)))[1]) == 0
     assert postprocess(output, Thresholds(classes=(0,), multi_label=True))[1].tolist() == [0.5]
@@ -215,7 +215,7 @@ def test_with_one_class_the_score_is_the_objectness(multi_label):
     assert (scores.tolist(), class_ids.tolist()) == ([0.75], [0])
 
 
-def test_unwanted_classes_take_no_room():
+def test_classes_that_are_not_selected_do_not_count_as_candidates():
     output = head([[10 * i, 5, 4, 4, 1, 0.9, 0.1] for i in range(5)] + [[90, 5, 4, 4, 1, 0.1, 0.8]])
     _, scores, class_ids = postprocess(output, Thresholds(classes=(1,), max_det=1), max_candidates=1)
     assert (scores.tolist(), class_ids.tolist()) == (head([0.8]).tolist(), [1])
@@ -227,7 +227,7 @@ def test_max_det_keeps_the_best():
     np.testing.assert_array_equal(scores, head([0.3 + i / 16 for i in (7, 6, 5)]))
 
 
-def test_only_the_best_candidates_enter_suppression():
+def test_only_the_best_candidates_enter_nms():
     output = head([[5, 5, 4, 4, 1, s, 0] for s in (0.9, 0.8, 0.7)] + [[50, 50, 4, 4, 1, 0.6, 0]])
     assert len(postprocess(output, Thresholds())[1]) == 2
     assert len(postprocess(output, Thresholds(), max_candidates=3)[1]) == 1
@@ -258,7 +258,7 @@ def test_no_candidates_give_empty_arrays(anchors, multi_label, classes):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("column", [4, 5, 6])
-def test_nan_scores_are_no_detections(multi_label, column):
+def test_nan_scores_are_not_detections(multi_label, column):
     output = head([[5, 5, 4, 4, 1, 0.9, 0.8], [25, 5, 4, 4, 1, 0.7, 0.1]])
     output[0, column] = np.nan
     boxes, scores, _ = postprocess(output, Thresholds(multi_label=multi_label))
@@ -271,7 +271,7 @@ def test_a_nan_class_score_does_not_hide_the_best_class_of_its_box():
     assert postprocess(output, Thresholds(multi_label=True))[2].tolist() == [1]
 
 
-def test_the_output_is_left_as_it_was():
+def test_the_output_is_not_modified():
     output = head([[5, 5, 4, 4, 1, 0.9, 0.8]])
     before = output.copy()
     postprocess(output, Thresholds(multi_label=True))

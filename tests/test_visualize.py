@@ -1,4 +1,4 @@
-"""Drawing never fails, never touches its input, and labels can be read."""
+"""Drawing never fails or modifies its input, and labels are readable."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import read_image
-from yolov7_deploy.visualize import _covered_pixels, _label_size, _find_label_rect, class_colour, draw_boxes, draw_style, text_colour
+from yolov7_deploy.visualize import (
+    _covered_pixels,
+    _find_label_rect,
+    _label_size,
+    class_colour,
+    draw_boxes,
+    draw_style,
+    text_colour,
+    write_image,
+)
 
 READABLE_CONTRAST = 4.5  # WCAG 2, level AA
-APART_OF_20, APART_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: told apart beside each other, and at all
+APART_OF_20, APART_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: easy to distinguish, and distinguishable
 
 
 def luminance(colour):
@@ -23,7 +32,7 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("classes,apart", [(20, APART_OF_20), (80, APART_OF_80)])
-def test_colours_of_classes_are_apart(classes, apart):
+def test_colours_of_classes_differ(classes, apart):
     colours = np.array([class_colour(i) for i in range(classes)], dtype=float)
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > apart
 
@@ -81,7 +90,7 @@ def test_labels_stay_inside_the_image(hw, corner, far):
         assert 0 <= label_rect[1] < label_rect[3] <= hw[0]
 
 
-def test_the_label_of_a_box_inside_another_with_the_same_corner_moves_away():
+def test_labels_of_boxes_with_the_same_corner_do_not_overlap():
     hw, style = (480, 640), draw_style((480, 640))
     first = _find_label_rect("person 0.9", (100, 100, 500, 400), taken=[], hw=hw, style=style)
     second = _find_label_rect("tie 0.8", (100, 100, 300, 300), taken=[first], hw=hw, style=style)
@@ -101,24 +110,20 @@ def test_the_same_input_gives_the_same_bytes():
     assert np.array_equal(*images)
 
 
-def test_the_better_of_two_equal_boxes_lies_on_top():
+def test_the_better_of_two_equal_boxes_is_drawn_on_top():
     boxes = np.array([[10, 10, 90, 90]] * 2, dtype=np.float32)
     drawn = draw_boxes(np.zeros((100, 100, 3), np.uint8), boxes, labels=["", ""], class_ids=[1, 2])
     assert tuple(drawn[50, 10].tolist()) == class_colour(1)
 
 
 def test_a_written_image_replaces_the_old_one_without_leaving_a_temporary_file(tmp_path):
-    from yolov7_deploy.visualize import write_image
-
     for value in (10, 200):
         write_image(tmp_path / "a.PNG", np.full((5, 5, 3), value, dtype=np.uint8))
     assert (read_image(tmp_path / "a.PNG") == 200).all()
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
 
 
-def test_a_image_below_a_file_is_refused_in_our_words(tmp_path):
-    from yolov7_deploy.visualize import write_image
-
+def test_an_image_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ImageError, match="cannot be written"):
         write_image(tmp_path / "file" / "a.png", np.zeros((5, 5, 3), np.uint8))

@@ -165,18 +165,18 @@ def test_every_stage_is_measured_separately(environment, kernels):
     images = [make_image(seed) for seed in range(6)]  # two batches
     for _ in range(3):
         outputs = infer(runtime, images, timed=True)
-        spans = outputs.timing
-        assert min(spans.preprocess_ms, spans.upload_ms, spans.engine_ms, spans.download_ms) > 0
-        assert spans.postprocess_ms == pytest.approx(outputs.postprocess_ms)
-        assert spans.engine_ms < outputs.inference_ms
+        timing = outputs.timing
+        assert min(timing.preprocess_ms, timing.upload_ms, timing.engine_ms, timing.download_ms) > 0
+        assert timing.postprocess_ms == pytest.approx(outputs.postprocess_ms)
+        assert timing.engine_ms < outputs.inference_ms
         assert_detected(outputs.detections[5], images[5])
     assert infer(runtime, images).timing is None
 
 
 def test_a_detector_profiles_an_engine(environment):
     with Detector(environment.engine()) as detector:
-        detections, spans = detector.profile([make_image(0)])
-        assert len(detections) == 1 and spans.engine_ms > 0
+        detections, timing = detector.profile([make_image(0)])
+        assert len(detections) == 1 and timing.engine_ms > 0
         assert dict(detector.runtime_info)["transfers"] == "included"
 
 

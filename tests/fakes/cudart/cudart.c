@@ -1,13 +1,13 @@
 // A CUDA runtime without a GPU, for tests of what calls it: device memory is host memory.
 //
-// Work waits in its stream until somebody waits for it, so that a forgotten synchronisation shows as old contents. It is
-// then done by the waiting thread, one stream beside the other. What a kernel would do is a call of the test's own
-// (fake_cuda_host_call), which waits and is recorded like a copy. It refuses what the real one refuses: copies outside
-// an allocation, handles that are none, a stream's synchronisation while it records. The environment tells the rest:
+// Queued work is executed only when a thread waits for it, so that a missing synchronisation is visible as old contents
+// of memory. The waiting thread executes it, stream by stream. A kernel is a host function of the test
+// (fake_cuda_host_call), which is queued and captured like a copy. Like the real runtime, this one refuses copies
+// outside an allocation, invalid handles, and the synchronisation of a stream during a capture. Environment variables:
 //   FAKE_CUDA_DEVICES  number of GPUs (1)          FAKE_CUDA_MEMORY   bytes of each (1 GiB)
 //   FAKE_CUDA_DRIVER   version, 0 for none (12040) FAKE_CUDA_RUNTIME  version (12040)
-//   FAKE_CUDA_CONTEXT  set: a context is current   FAKE_CUDA_LOG      file that takes the name of every call
-//   FAKE_CUDA_FAIL     function:status, every call of it fails with that status
+//   FAKE_CUDA_CONTEXT  set: a context is current   FAKE_CUDA_LOG      file for the name of every call
+//   FAKE_CUDA_FAIL     function:status, every call of this function fails with this status
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -25,10 +25,10 @@ typedef struct Object {
   size_t bytes;           // of memory
   char* memory;           // of memory
   int device;             // of memory
-  struct Object* graph;   // of a stream that records
-  struct Step* steps;     // of a graph, and what waits in a stream
-  pthread_mutex_t order;  // of a stream: one thread at a time queues or does its work
-  int status;             // of a stream: the first failure since somebody asked
+  struct Object* graph;   // of a stream during a capture
+  struct Step* steps;     // of a graph, and the queued work of a stream
+  pthread_mutex_t order;  // of a stream: only one thread queues or executes its work
+  int status;             // of a stream: the first failure since the last synchronisation
   struct Object* stream;  // of an event
   int passed;             // of an event
   double time;            // of an event
@@ -41,7 +41,7 @@ typedef struct Step {
   const void* from;
   int value;
   size_t bytes;
-  int (*call)(void*);  // gives a status
+  int (*call)(void*);  // returns a status
   Object* event;
 } Step;
 
@@ -49,17 +49,19 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static Object* objects;
 static __thread int device, last_error;
 
-static long setting(const char* name, long otherwise) {
+static long env_number(const char* name, long otherwise) {
   const char* text = getenv(name);
   return text ? atol(text) : otherwise;
 }
 
 static int failed(int status) {
-  if (status) last_error = status;
+  if (status) {
+    last_error = status;
+  }
   return status;
 }
 
-// What every call does first: a line in the log, then the failures asked for, then those of a missing driver.
+// First part of every call: a line in the log, then a requested failure, then that of a missing driver.
 static int enter(const char* name, int needs_driver) {
   const char *log = getenv("FAKE_CUDA_LOG"), *fail = getenv("FAKE_CUDA_FAIL");
   if (log) {
@@ -68,16 +70,23 @@ static int enter(const char* name, int needs_driver) {
     fclose(file);
   }
   const size_t length = strlen(name);
-  if (fail && !strncmp(fail, name, length) && fail[length] == ':') return failed(atoi(fail + length + 1));
-  const long driver = setting("FAKE_CUDA_DRIVER", 12040), runtime = setting("FAKE_CUDA_RUNTIME", 12040);
-  if (!needs_driver) return SUCCESS;
-  if (driver / 1000 < runtime / 1000) return failed(INSUFFICIENT_DRIVER);
-  return setting("FAKE_CUDA_DEVICES", 1) ? SUCCESS : failed(NO_DEVICE);
+  if (fail && !strncmp(fail, name, length) && fail[length] == ':') {
+    return failed(atoi(fail + length + 1));
+  }
+  const long driver = env_number("FAKE_CUDA_DRIVER", 12040), runtime = env_number("FAKE_CUDA_RUNTIME", 12040);
+  if (!needs_driver) {
+    return SUCCESS;
+  }
+  if (driver / 1000 < runtime / 1000) {
+    return failed(INSUFFICIENT_DRIVER);
+  }
+  return env_number("FAKE_CUDA_DEVICES", 1) ? SUCCESS : failed(NO_DEVICE);
 }
-#define ENTER(needs_driver)                              \
-  do {                                                   \
-    const int status_ = enter(__func__, needs_driver);   \
-    if (status_) return status_;                         \
+#define ENTER(needs_driver)                            \
+  do {                                                 \
+    const int status_ = enter(__func__, needs_driver); \
+    if (status_)                                       \
+      return status_;                                  \
   } while (0)
 
 static Object* add(int kind) {
@@ -109,10 +118,14 @@ static Object* find(const void* handle, int kind) {
 
 static int drop(void* handle, int kind) {
   Object* object = find(handle, kind);
-  if (!object) return failed(kind <= HOST ? INVALID_VALUE : INVALID_HANDLE);
+  if (!object) {
+    return failed(kind <= HOST ? INVALID_VALUE : INVALID_HANDLE);
+  }
   pthread_mutex_lock(&mutex);
   Object** link = &objects;
-  while (*link != object) link = &(*link)->next;
+  while (*link != object) {
+    link = &(*link)->next;
+  }
   *link = object->next;
   pthread_mutex_unlock(&mutex);
   free(object->memory);
@@ -131,11 +144,13 @@ static int lies_in(const void* address, size_t bytes, int kind) {
   return found;
 }
 
-// Objects that nobody gave back, for the tests.
+// Number of objects that are not freed yet, for the tests.
 int fake_cuda_live(void) {
   int count = 0;
   pthread_mutex_lock(&mutex);
-  for (Object* object = objects; object; object = object->next) count += object->kind != DESTROYED;
+  for (Object* object = objects; object; object = object->next) {
+    count += object->kind != DESTROYED;
+  }
   pthread_mutex_unlock(&mutex);
   return count;
 }
@@ -143,17 +158,17 @@ int fake_cuda_live(void) {
 // ---- devices
 
 int cudaDriverGetVersion(int* version) {
-  *version = (int)setting("FAKE_CUDA_DRIVER", 12040);
+  *version = (int)env_number("FAKE_CUDA_DRIVER", 12040);
   return SUCCESS;
 }
 int cudaRuntimeGetVersion(int* version) {
-  *version = (int)setting("FAKE_CUDA_RUNTIME", 12040);
+  *version = (int)env_number("FAKE_CUDA_RUNTIME", 12040);
   return SUCCESS;
 }
 int cudaGetDeviceCount(int* count) {
   *count = 0;
   ENTER(1);
-  *count = (int)setting("FAKE_CUDA_DEVICES", 1);
+  *count = (int)env_number("FAKE_CUDA_DEVICES", 1);
   return SUCCESS;
 }
 int cudaGetDevice(int* number) {
@@ -163,14 +178,20 @@ int cudaGetDevice(int* number) {
 }
 int cudaSetDevice(int number) {
   ENTER(1);
-  if (number < 0 || number >= setting("FAKE_CUDA_DEVICES", 1)) return failed(INVALID_DEVICE);
+  if (number < 0 || number >= env_number("FAKE_CUDA_DEVICES", 1)) {
+    return failed(INVALID_DEVICE);
+  }
   device = number;
   return SUCCESS;
 }
 int cudaDeviceGetAttribute(int* value, int attribute, int number) {
   ENTER(1);
-  if (number < 0 || number >= setting("FAKE_CUDA_DEVICES", 1)) return failed(INVALID_DEVICE);
-  if (attribute != 75 && attribute != 76) return failed(INVALID_VALUE);
+  if (number < 0 || number >= env_number("FAKE_CUDA_DEVICES", 1)) {
+    return failed(INVALID_DEVICE);
+  }
+  if (attribute != 75 && attribute != 76) {
+    return failed(INVALID_VALUE);
+  }
   *value = attribute == 75 ? 9 : number;
   return SUCCESS;
 }
@@ -181,10 +202,12 @@ int cudaGetDeviceProperties(char* properties, int number) {
 }
 int cudaMemGetInfo(size_t* available, size_t* total) {
   ENTER(1);
-  *total = *available = (size_t)setting("FAKE_CUDA_MEMORY", 1 << 30);
+  *total = *available = (size_t)env_number("FAKE_CUDA_MEMORY", 1 << 30);
   pthread_mutex_lock(&mutex);
   for (Object* object = objects; object; object = object->next) {
-    if (object->kind == DEVICE) *available -= object->bytes;
+    if (object->kind == DEVICE) {
+      *available -= object->bytes;
+    }
   }
   pthread_mutex_unlock(&mutex);
   return SUCCESS;
@@ -201,8 +224,12 @@ int cudaGetLastError(void) {
   last_error = SUCCESS;
   return status;
 }
-const char* cudaGetErrorName(int status) { return status == OUT_OF_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorFake"; }
-const char* cudaGetErrorString(int status) { return status == OUT_OF_MEMORY ? "out of memory" : "something of the fake"; }
+const char* cudaGetErrorName(int status) {
+  return status == OUT_OF_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorFake";
+}
+const char* cudaGetErrorString(int status) {
+  return status == OUT_OF_MEMORY ? "out of memory" : "something of the fake";
+}
 
 // ---- memory
 
@@ -217,7 +244,9 @@ static int allocate(void** pointer, size_t bytes, int kind) {
 int cudaMalloc(void** pointer, size_t bytes) {
   ENTER(1);
   size_t available, total;
-  if (cudaMemGetInfo(&available, &total) || bytes > available) return failed(OUT_OF_MEMORY);
+  if (cudaMemGetInfo(&available, &total) || bytes > available) {
+    return failed(OUT_OF_MEMORY);
+  }
   return allocate(pointer, bytes, DEVICE);
 }
 int cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) {
@@ -226,8 +255,8 @@ int cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) {
 }
 static void do_step(Object* stream, Step step);
 
-// What waits in a stream, to its end or until an event is passed; 0 where another thread is at it and `patient` is not
-// set.
+// Execute the queued work of a stream, all of it or until an event has completed. Return 0 if another thread executes
+// it and `patient` is not set.
 static int drain(Object* stream, const Object* until, int patient) {
   if (patient) {
     pthread_mutex_lock(&stream->order);
@@ -262,36 +291,48 @@ static void do_step(Object* stream, Step step) {
       step.event->passed = 1;
       break;
     case WAIT:
-      if (step.event->stream && step.event->stream != stream) drain(step.event->stream, step.event, 1);
+      if (step.event->stream && step.event->stream != stream) {
+        drain(step.event->stream, step.event, 1);
+      }
       break;
   }
-  if (!stream->status) stream->status = status;
+  if (!stream->status) {
+    stream->status = status;
+  }
 }
 static void drain_all(void) {
   Object* streams[256];
   int count = 0;
   pthread_mutex_lock(&mutex);
   for (Object* object = objects; object && count < 256; object = object->next) {
-    if (object->kind == STREAM) streams[count++] = object;
+    if (object->kind == STREAM) {
+      streams[count++] = object;
+    }
   }
   pthread_mutex_unlock(&mutex);
-  for (int i = 0; i < count; ++i) drain(streams[i], NULL, 0);
+  for (int i = 0; i < count; ++i) {
+    drain(streams[i], NULL, 0);
+  }
 }
 static int queue(Object* stream, Step step) {
-  if (!stream) return failed(INVALID_HANDLE);
+  if (!stream) {
+    return failed(INVALID_HANDLE);
+  }
   Step* copy = malloc(sizeof(Step));
   *copy = step;
   copy->next = NULL;
   pthread_mutex_lock(&stream->order);
   Step** end = stream->graph ? &stream->graph->steps : &stream->steps;
-  while (*end) end = &(*end)->next;
+  while (*end) {
+    end = &(*end)->next;
+  }
   *end = copy;
   pthread_mutex_unlock(&stream->order);
   return SUCCESS;
 }
 int cudaFree(void* pointer) {
   ENTER(1);
-  drain_all();  // as the real one waits
+  drain_all();  // the real one waits too
   return pointer ? drop(pointer, DEVICE) : SUCCESS;
 }
 int cudaFreeHost(void* pointer) {
@@ -313,7 +354,7 @@ int cudaPointerGetAttributes(int* attributes, const void* pointer) {
   pthread_mutex_unlock(&mutex);
   return SUCCESS;
 }
-// For the tests: work of their own on a stream, and whether it would be recorded.
+// For the tests: queue a host function on a stream, and query whether the stream is capturing.
 int fake_cuda_host_call(void* stream, int (*call)(void*), void* argument) {
   return queue(find(stream, STREAM), (Step){.kind = CALL, .call = call, .to = argument});
 }
@@ -323,14 +364,22 @@ int fake_cuda_capturing(void* stream) {
 }
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
   ENTER(1);
-  if (kind < 1 || kind > 3) return failed(INVALID_VALUE);
-  if (kind != 2 && !lies_in(to, bytes, DEVICE)) return failed(INVALID_VALUE);
-  if (kind != 1 && !lies_in(from, bytes, DEVICE)) return failed(INVALID_VALUE);
+  if (kind < 1 || kind > 3) {
+    return failed(INVALID_VALUE);
+  }
+  if (kind != 2 && !lies_in(to, bytes, DEVICE)) {
+    return failed(INVALID_VALUE);
+  }
+  if (kind != 1 && !lies_in(from, bytes, DEVICE)) {
+    return failed(INVALID_VALUE);
+  }
   return queue(find(stream, STREAM), (Step){.kind = COPY, .to = to, .from = from, .bytes = bytes});
 }
 int cudaMemsetAsync(void* to, int value, size_t bytes, void* stream) {
   ENTER(1);
-  if (!lies_in(to, bytes, DEVICE)) return failed(INVALID_VALUE);
+  if (!lies_in(to, bytes, DEVICE)) {
+    return failed(INVALID_VALUE);
+  }
   return queue(find(stream, STREAM), (Step){.kind = FILL, .to = to, .value = value, .bytes = bytes});
 }
 
@@ -338,22 +387,32 @@ int cudaMemsetAsync(void* to, int value, size_t bytes, void* stream) {
 
 int cudaStreamCreateWithFlags(void** stream, unsigned flags) {
   ENTER(1);
-  if (flags > 1) return failed(INVALID_VALUE);
+  if (flags > 1) {
+    return failed(INVALID_VALUE);
+  }
   *stream = add(STREAM);
   return SUCCESS;
 }
 int cudaStreamDestroy(void* stream) {
   ENTER(1);
   Object* object = find(stream, STREAM);
-  if (object) drain(object, NULL, 1);
+  if (object) {
+    drain(object, NULL, 1);
+  }
   return drop(stream, STREAM);
 }
 int cudaStreamSynchronize(void* stream) {
   ENTER(1);
-  if (!stream) return SUCCESS;  // the legacy default stream
+  if (!stream) {
+    return SUCCESS;  // the legacy default stream
+  }
   Object* object = find(stream, STREAM);
-  if (!object) return failed(INVALID_HANDLE);
-  if (object->graph) return failed(CAPTURE_UNSUPPORTED);
+  if (!object) {
+    return failed(INVALID_HANDLE);
+  }
+  if (object->graph) {
+    return failed(CAPTURE_UNSUPPORTED);
+  }
   drain(object, NULL, 1);
   const int status = object->status;
   object->status = SUCCESS;
@@ -362,29 +421,39 @@ int cudaStreamSynchronize(void* stream) {
 int cudaStreamWaitEvent(void* stream, void* event, unsigned flags) {
   ENTER(1);
   Object* object = find(event, EVENT);
-  if (!object || flags) return failed(INVALID_HANDLE);
+  if (!object || flags) {
+    return failed(INVALID_HANDLE);
+  }
   return queue(find(stream, STREAM), (Step){.kind = WAIT, .event = object});
 }
 int cudaEventCreateWithFlags(void** event, unsigned flags) {
   ENTER(1);
-  if (flags & ~2u) return failed(INVALID_VALUE);
+  if (flags & ~2u) {
+    return failed(INVALID_VALUE);
+  }
   *event = add(EVENT);
   return SUCCESS;
 }
 int cudaEventDestroy(void* event) {
   ENTER(1);
   Object* object = find(event, EVENT);
-  if (!object) return failed(INVALID_HANDLE);
+  if (!object) {
+    return failed(INVALID_HANDLE);
+  }
   pthread_mutex_lock(&mutex);
-  object->kind = DESTROYED;  // those who wait for it still do
+  object->kind = DESTROYED;  // streams may still wait for it
   pthread_mutex_unlock(&mutex);
   return SUCCESS;
 }
 int cudaEventRecord(void* event, void* stream) {
   ENTER(1);
   Object *object = find(event, EVENT), *onto = find(stream, STREAM);
-  if (!object) return failed(INVALID_HANDLE);
-  if ((uintptr_t)stream <= 2) return SUCCESS;  // the default streams have nothing to do
+  if (!object) {
+    return failed(INVALID_HANDLE);
+  }
+  if ((uintptr_t)stream <= 2) {
+    return SUCCESS;  // the default streams have nothing to do
+  }
   object->stream = onto;
   object->passed = 0;
   return queue(onto, (Step){.kind = RECORD, .event = object});
@@ -392,15 +461,23 @@ int cudaEventRecord(void* event, void* stream) {
 int cudaEventSynchronize(void* event) {
   ENTER(1);
   Object* object = find(event, EVENT);
-  if (!object) return failed(INVALID_HANDLE);
-  if (object->stream) drain(object->stream, object, 1);
+  if (!object) {
+    return failed(INVALID_HANDLE);
+  }
+  if (object->stream) {
+    drain(object->stream, object, 1);
+  }
   return SUCCESS;
 }
 int cudaEventElapsedTime(float* milliseconds, void* start, void* end) {
   ENTER(1);
   const Object *from = find(start, EVENT), *to = find(end, EVENT);
-  if (!from || !to) return failed(INVALID_HANDLE);
-  if (!from->passed || !to->passed) return failed(NOT_READY);
+  if (!from || !to) {
+    return failed(INVALID_HANDLE);
+  }
+  if (!from->passed || !to->passed) {
+    return failed(NOT_READY);
+  }
   *milliseconds = (float)(to->time - from->time);
   return SUCCESS;
 }
@@ -410,7 +487,9 @@ int cudaEventElapsedTime(float* milliseconds, void* start, void* end) {
 int cudaStreamBeginCapture(void* stream, int mode) {
   ENTER(1);
   Object* object = find(stream, STREAM);
-  if (!object || object->graph || mode < 0 || mode > 2) return failed(INVALID_VALUE);
+  if (!object || object->graph || mode < 0 || mode > 2) {
+    return failed(INVALID_VALUE);
+  }
   object->graph = add(GRAPH);
   return SUCCESS;
 }
@@ -418,7 +497,9 @@ int cudaStreamEndCapture(void* stream, void** graph) {
   *graph = NULL;
   ENTER(1);
   Object* object = find(stream, STREAM);
-  if (!object || !object->graph) return failed(INVALID_VALUE);
+  if (!object || !object->graph) {
+    return failed(INVALID_VALUE);
+  }
   *graph = object->graph;
   object->graph = NULL;
   return SUCCESS;
@@ -426,7 +507,9 @@ int cudaStreamEndCapture(void* stream, void** graph) {
 int cudaGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
   ENTER(1);
   const Object* object = find(graph, GRAPH);
-  if (!object || flags) return failed(INVALID_VALUE);
+  if (!object || flags) {
+    return failed(INVALID_VALUE);
+  }
   Object* made = add(EXECUTABLE);
   made->steps = object->steps;
   *executable = made;
@@ -435,7 +518,9 @@ int cudaGraphInstantiateWithFlags(void** executable, void* graph, unsigned long 
 int cudaGraphLaunch(void* executable, void* stream) {
   ENTER(1);
   Object *graph = find(executable, EXECUTABLE), *onto = find(stream, STREAM);
-  if (!graph || !onto) return failed(INVALID_HANDLE);
+  if (!graph || !onto) {
+    return failed(INVALID_HANDLE);
+  }
   for (Step* step = graph->steps; step; step = step->next) {
     Step copy = *step;
     copy.next = NULL;
