@@ -1,4 +1,4 @@
-"""Every kind of official weights file becomes the same Checkpoint; files that are not YOLOv7 are refused with a reason."""
+"""Official weights files of every kind give the same Checkpoint; other files are refused with a reason."""
 
 from __future__ import annotations
 
