@@ -1,4 +1,4 @@
-"""What several modules share: a small model in every kind of file and Detectors of it; small trainings."""
+"""Shared fixtures: files and detectors of a small model, the plugin library, and short training runs."""
 
 import contextlib
 import ctypes
@@ -8,20 +8,17 @@ import onnx
 import pytest
 
 from tests.support.engines import exported, foreign, plugin_library
-
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and small images come back enlarged.
-from tests.support.sample_images import CONF, MAX_DET, SUPPRESSION
+from tests.support.sample_images import CONF, MAX_DET, NMS_OPTIONS
 from tests.support.small_models import HW, exported_tiny, metadata_of, tiny
-from tests.support.training_runs import Notes, leave_out_charts, one_thread, small_request, small_shapes
+from tests.support.training_runs import disable_charts, single_thread, small_shapes, train_small
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
-from yolov7_deploy.training import run as training
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Weights files by kind, each written once."""
+    """Return a function that writes a model file of a kind (`torch`, or an NMS of ONNX files), once per module."""
     folder = tmp_path_factory.mktemp("files")
 
     def get(kind="torch", **options):
@@ -38,41 +35,41 @@ def files(tmp_path_factory):
             )
             save_checkpoint(checkpoint, path)
         elif not path.exists():
-            inside = {} if kind == "none" else SUPPRESSION
+            inside = {} if kind == "none" else NMS_OPTIONS
             exported_tiny(nms=kind, **{**inside, "multi_label": False, **options}).save(path)
         return path
 
     return get
 
 
-@pytest.fixture(name="tiny")
-def tiny_file(tmp_path):
-    """A file of ours that builds in seconds."""
+@pytest.fixture
+def tiny_onnx(tmp_path):
+    """Path of an exported yolov7-tiny, which builds in seconds."""
     path = tmp_path / "tiny.onnx"
     exported().save(path)
     return path
 
 
-@pytest.fixture(name="small")
-def small_file(tmp_path):
-    """A file of somebody else's with one node."""
-    path = tmp_path / "small.onnx"
+@pytest.fixture
+def foreign_onnx(tmp_path):
+    """Path of a small ONNX file of another exporter."""
+    path = tmp_path / "foreign.onnx"
     onnx.save(foreign(), path)
     return path
 
 
 @pytest.fixture(scope="session")
 def built_plugin(tmp_path_factory):
-    """Path of our plugin library, or `None`, and why there is none."""
+    """Path of the plugin library (`None` if it cannot be built), and the reason."""
     return plugin_library(tmp_path_factory.mktemp("plugin"))
 
 
 @pytest.fixture(scope="module")
 def with_plugin(built_plugin):
-    """Our plugin library is found; skips where it cannot be built."""
-    path, why = built_plugin
+    """Path of the plugin library, set in its environment variable; skips if it cannot be built."""
+    path, reason = built_plugin
     if path is None:
-        pytest.skip(f"the plugin cannot be built here: {why}")
+        pytest.skip(f"the plugin cannot be built: {reason}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PLUGIN_VARIABLE, path)
         yield path
@@ -80,7 +77,7 @@ def with_plugin(built_plugin):
 
 @pytest.fixture(scope="module")
 def detectors(files):
-    """Open Detectors by kind, with the same thresholds."""
+    """Return a function that opens detectors by kind, with the same thresholds."""
     opened = {}
 
     def get(kind, **options):
@@ -96,19 +93,19 @@ def detectors(files):
 
 @pytest.fixture
 def detector(detectors):
-    """One whose NMS is outside, so that everything may be asked of it."""
+    """A detector whose file does not contain NMS, so it accepts all thresholds."""
     return detectors("torch")
 
 
 @pytest.fixture
 def plugin(detectors):
-    """One whose NMS is inside the file."""
+    """A detector whose file contains NMS as a plugin node."""
     return detectors("plugin")
 
 
 @pytest.fixture(autouse=True)
-def _memory_comes_back(request):
-    """The largest networks leave gigabytes with the C library, which keeps them unless asked: a suite has many."""
+def _trim_memory(request):
+    """Return freed memory to the system after slow tests, whose networks leave gigabytes with the C library."""
     yield
     if request.node.get_closest_marker("slow"):
         gc.collect()
@@ -118,26 +115,26 @@ def _memory_comes_back(request):
 
 @pytest.fixture(scope="module")
 def one_torch_thread():
-    """Sums in one order; and two threads of tiny operations only wait for each other."""
-    with one_thread():
+    """Run torch with one thread; see `single_thread`."""
+    with single_thread():
         yield
 
 
 @pytest.fixture
 def no_charts(monkeypatch):
-    """For trainings that are not about their images."""
-    leave_out_charts(monkeypatch)
+    """Do not draw charts in training runs."""
+    disable_charts(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The YAML of a few images to train on."""
+    """YAML of a dataset with a few images."""
     return small_shapes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def whole(data, one_torch_thread, tmp_path_factory):
-    """The folder of a training of two epochs in which nothing went wrong."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    training.train(small_request(data, folder, epochs=2), watch=Notes())
+def uninterrupted_run(data, one_torch_thread, tmp_path_factory):
+    """Folder of a run of two epochs without interruption or error."""
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train_small(data, folder, epochs=2)
     return folder

@@ -70,7 +70,7 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxsim": {"export/onnx_exporter.py"},
     "pynvml": {"hardware/gpu.py"},
     "rich": {"cli/", "_console.py"},
-    "safetensors": {"checkpoint/loader.py", "training/resume_state.py"},
+    "safetensors": {"checkpoint/loader.py", "training/checkpoints.py"},
     "torch": {
         "runtimes/pytorch.py",
         "runtimes/pytorch_network.py",
@@ -86,7 +86,7 @@ LIBRARIES: dict[str, set[str]] = {
 }
 EVERYWHERE = {"numpy"}
 # Light, or optional where they are used, so imported inside functions; all others at the top of a file.
-LIGHT = {"pynvml", "rich", "typer"}
+LIGHT = {"rich", "typer"}
 # Conversions of Detections to optional libraries import these by name.
 IMPORTS_BY_NAME = {"detections.py"}
 IMPORTERS = {"__import__", "import_module"}

@@ -1,4 +1,4 @@
-"""`y7 train`: what its options ask for, and what is shown of a training, with a stand-in for the training itself."""
+"""`y7 train`: the request that its options make, and its output, with a fake for the training itself."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training import run as training
-from yolov7_deploy.training.hyperparameters import PRESETS, hyperparameters_text, read_hyperparameters
+from yolov7_deploy.training.hyperparameters import PRESETS, format_hyperparameters, read_hyperparameters
 from yolov7_deploy.training.loggers import EpochRecord
 from yolov7_deploy.training.trainer import TrainReport
 
@@ -25,28 +25,28 @@ RECORD = EpochRecord(
 )  # fmt: skip
 
 
-class Asked:
-    """Takes the place of the training: remembers what was asked, and acts as if it had been done."""
+class FakeTraining:
+    """A fake of `train` and `resume` that records its arguments and reports as if it had trained."""
 
     def __init__(self) -> None:
-        self.request, self.resumed = None, None
+        self.request, self.resume_arguments = None, None
 
-    def train(self, request, *, watch):
+    def train(self, request, *, callback):
         self.request = request
-        return self._done(Path(request.folder), watch)
+        return self._report(Path(request.folder), callback)
 
-    def resume(self, folder, *, watch, device, data):
-        self.resumed = {"folder": folder, "device": device, "data": data}
-        return self._done(folder, watch)
+    def resume(self, folder, *, callback, device, data):
+        self.resume_arguments = {"folder": folder, "device": device, "data": data}
+        return self._report(folder, callback)
 
-    def _done(self, folder, watch):
-        watch.say("words about the data")
-        with watch.epoch(0, 2) as show:
+    def _report(self, folder, callback):
+        callback.on_message("text about the data")
+        with callback.epoch_progress(0, 2) as show:
             show(1, 1, "box 0.05")
-        with watch.counting("validate") as show:
+        with callback.progress("validate") as show:
             show(3, 3)
-        watch.epoch_done(RECORD)
-        watch.epoch_done(RECORD)
+        callback.on_epoch_end(RECORD)
+        callback.on_epoch_end(RECORD)
         return TrainReport(
             folder=folder,
             weights=folder / "best.safetensors",
@@ -59,24 +59,24 @@ class Asked:
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
-    asked = Asked()
-    monkeypatch.setattr(training, "train", asked.train)
-    monkeypatch.setattr(training, "resume", asked.resume)
+def fake(monkeypatch, tmp_path):
+    fake = FakeTraining()
+    monkeypatch.setattr(training, "train", fake.train)
+    monkeypatch.setattr(training, "resume", fake.resume)
     monkeypatch.chdir(tmp_path)
-    return asked
+    return fake
 
 
 @pytest.fixture
-def run(asked):
+def run(fake):
     app = typer.Typer()
     app.command()(command.train)
-    return lambda *words: CliRunner().invoke(app, words, catch_exceptions=False)
+    return lambda *arguments: CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of weights of a small variant."""
+    """Path of a weights file of yolov7-tiny."""
     model = new_model("yolov7-tiny", classes=2, training_form=True)
     checkpoint = Checkpoint(
         tensors=model.state_dict(),
@@ -89,116 +89,116 @@ def weights(tmp_path):
     return tmp_path / "tiny.safetensors"
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_options_the_defaults_of_the_library_are_asked_for(run, asked):
+def test_without_options_the_request_has_the_defaults_of_the_library(run, fake):
     assert run("--data", "D.yaml").exit_code == 0
-    request = asked.request
+    request = fake.request
     assert request.options == TrainOptions(workers=min(4, os.cpu_count() or 1))
     assert (request.data, request.variant, request.weights, request.device) == ("D.yaml", "yolov7", "", "auto")
     assert (request.folder, request.hyp, request.classes) == ("runs/train/exp", PRESETS["p5"], ())
 
 
-def test_every_option_reaches_the_request(run, asked):
-    words = (
+def test_every_option_reaches_the_request(run, fake):
+    options = (
         "--epochs 7 --batch 8 --nominal-batch 32 --img 96 --seed 3 --workers 0 --cache 1.5 --half --adam --linear-lr "
-        "--no-sync-bn --no-rebase-bn --freeze 0,1,2 --multi-scale --close-mosaic 2 --image-weights --autoanchor "
+        "--no-sync-bn --no-recalibrate-bn --freeze 0,1,2 --multi-scale --close-mosaic 2 --image-weights --autoanchor "
         "--patience 5 --val-every 3 --save-minutes 0.5 --no-ota --assigner lead-guided --no-constraint "
         "--auxiliary full --variant yolov7-w6 --device 0 --single-cls --no-tensorboard --save-dir out"
     )
-    assert run("--data", "D.yaml", *words.split()).exit_code == 0
-    assert asked.request.options == TrainOptions(
+    assert run("--data", "D.yaml", *options.split()).exit_code == 0
+    assert fake.request.options == TrainOptions(
         epochs=7, batch=8, nominal_batch=32, img=96, seed=3, workers=0, cache_gib=1.5, half=True, adam=True,
-        linear_lr=True, sync_bn=False, rebase_bn=False, freeze=(0, 1, 2), multi_scale=True, close_mosaic=2,
+        linear_lr=True, sync_bn=False, recalibrate_bn=False, freeze=(0, 1, 2), multi_scale=True, close_mosaic=2,
         image_weights=True, autoanchor=True, patience=5, val_every=3, save_minutes=0.5, ota=False,
         assigner="lead-guided", constraint=False, auxiliary="full",
     )  # fmt: skip
-    same = [field.name for field in fields(TrainOptions) if getattr(asked.request.options, field.name) == field.default]
-    assert same == ["rect"]  # which none of the others goes with
-    request = asked.request
+    same = [field.name for field in fields(TrainOptions) if getattr(fake.request.options, field.name) == field.default]
+    assert same == ["rect"]  # which contradicts some of the others
+    request = fake.request
     assert (request.variant, request.device, request.folder) == ("yolov7-w6", "0", "out")
     assert (request.single_class, request.tensorboard, request.hyp) == (True, False, PRESETS["p6"])
-    assert run("--data", "D.yaml", "--rect").exit_code == 0 and asked.request.options.rect
+    assert run("--data", "D.yaml", "--rect").exit_code == 0 and fake.request.options.rect
 
 
-def test_the_official_spellings_are_known(run, asked):
+def test_the_official_spellings_are_accepted(run, fake):
     run("--data", "D.yaml", "--batch-size", "4", "--img-size", "320")
-    assert (asked.request.options.batch, asked.request.options.img) == (4, 320)
+    assert (fake.request.options.batch, fake.request.options.img) == (4, 320)
 
 
 @pytest.mark.parametrize(
     ("text", "classes"),
     [("cat,dog", ("cat", "dog")), ("0 16", ("0", "16")), ("3", ("3",)), ("traffic light,2", ("traffic light", "2"))],
 )
-def test_classes_are_names_or_numbers(run, asked, text, classes):
+def test_classes_are_names_or_numbers(run, fake, text, classes):
     run("--data", "D.yaml", "--classes", text)
-    assert asked.request.classes == classes
+    assert fake.request.classes == classes
 
 
 @pytest.mark.parametrize(("text", "freeze"), [("50", (50,)), ("0,1,2", (0, 1, 2)), ("4 9", (4, 9))])
-def test_layers_to_freeze_are_numbers(run, asked, text, freeze):
+def test_layers_to_freeze_are_numbers(run, fake, text, freeze):
     run("--data", "D.yaml", "--freeze", text)
-    assert asked.request.options.freeze == freeze
+    assert fake.request.options.freeze == freeze
 
 
-def test_each_training_gets_a_folder_of_its_own(run, asked, tmp_path):
+def test_each_run_gets_a_new_folder(run, fake, tmp_path):
     for name in ("exp", "exp2", "exp3"):
         run("--data", "D.yaml")
-        assert asked.request.folder == f"runs/train/{name}"
-        (tmp_path / asked.request.folder).mkdir(parents=True)
+        assert fake.request.folder == f"runs/train/{name}"
+        (tmp_path / fake.request.folder).mkdir(parents=True)
 
 
-def test_weights_bring_their_variant_and_the_recipe_of_fine_tuning(run, asked, weights):
+def test_weights_select_their_variant_and_the_fine_tuning_recipe(run, fake, weights):
     run("--data", "D.yaml", "--weights", str(weights))
-    request = asked.request
+    request = fake.request
     assert (request.weights, request.variant, request.hyp) == (str(weights), "yolov7-tiny", PRESETS["custom"])
     run("--data", "D.yaml", "--weights", str(weights), "--variant", "yolov7", "--hyp", "p5")
-    assert (asked.request.variant, asked.request.hyp) == ("yolov7", PRESETS["p5"])
+    assert (fake.request.variant, fake.request.hyp) == ("yolov7", PRESETS["p5"])
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("variant", "preset"), [("yolov7-tiny", "tiny"), ("yolov7x", "p5"), ("yolov7-e6e", "p6")])
-def test_the_recipe_is_that_of_the_variant(run, asked, variant, preset):
+def test_the_variant_selects_the_recipe(run, fake, variant, preset):
     run("--data", "D.yaml", "--variant", variant)
-    assert asked.request.hyp == PRESETS[preset]
+    assert fake.request.hyp == PRESETS[preset]
 
 
-def test_a_recipe_is_a_preset_or_a_file_with_single_values_on_top(run, asked, tmp_path):
+def test_set_changes_single_values_of_a_preset_or_file(run, fake, tmp_path):
     (tmp_path / "h.yaml").write_text("lr0: 0.02\nmixup: 0\n")
     run("--data", "D.yaml", "--hyp", "h.yaml", "--set", "lr0=1e-3", "--set", "degrees = 5")
     expected = read_hyperparameters("p5", changes={"lr0": 0.001, "mixup": 0.0, "degrees": 5.0})
-    assert asked.request.hyp == expected
+    assert fake.request.hyp == expected
 
 
-def test_a_recipe_is_shown_as_a_file_that_can_be_read_again(run, asked, tmp_path):
+def test_show_hyp_prints_a_file_that_can_be_read_again(run, fake, tmp_path):
     result = run("--hyp", "p6", "--set", "lr0=0.003", "--show-hyp")
     (tmp_path / "shown.yaml").write_text(result.stdout)
     expected = read_hyperparameters("p6", changes={"lr0": 0.003})
-    assert result.stdout == hyperparameters_text(expected)
+    assert result.stdout == format_hyperparameters(expected)
     assert read_hyperparameters("shown.yaml") == expected
-    assert asked.request is None
-    assert run("--show-hyp", "--variant", "yolov7-tiny").stdout == hyperparameters_text(PRESETS["tiny"])
+    assert fake.request is None
+    assert run("--show-hyp", "--variant", "yolov7-tiny").stdout == format_hyperparameters(PRESETS["tiny"])
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused options --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "message", "fix"),
+    ("options", "message", "fix"),
     [
         ("", "y7 train needs --data.", "y7 shapes --output shapes"),
         ("--data D.yaml --set lr0", "--set lr0 is not name=number.", "--set lr0=0.001"),
         ("--data D.yaml --set lr0=fast", "--set lr0=fast is not name=number.", "--set lr0=0.001"),
-        ("--data D.yaml --set lr=0.1", "'lr' is no hyper-parameter", "lr0"),
-        ("--data D.yaml --set lr0=nan", "lr0: nan is no number from 0", "--show-hyp"),
+        ("--data D.yaml --set lr=0.1", "'lr' is not a hyperparameter", "lr0"),
+        ("--data D.yaml --set lr0=nan", "lr0: nan is not a number of at least 0", "--show-hyp"),
         ("--data D.yaml --set mosaic=2", "mosaic: 2 is above 1", "--show-hyp"),
-        ("--data D.yaml --hyp absent.yaml", "no preset and no file of this name", "tiny, p5, p6, custom"),
-        ("--data D.yaml --freeze a,b", "--freeze a,b is no list of layers", "--freeze 0,1,2"),
-        ("--data D.yaml --freeze -1", "--freeze -1 is no list of layers", "--freeze 50"),
-        ("--data D.yaml --img 640x480", "--img 640x480: training canvases are square", "--img 640, and --rect"),
+        ("--data D.yaml --hyp absent.yaml", "is neither a preset nor a file", "tiny, p5, p6, custom"),
+        ("--data D.yaml --freeze a,b", "--freeze a,b is not a list of layers", "--freeze 0,1,2"),
+        ("--data D.yaml --freeze -1", "--freeze -1 is not a list of layers", "--freeze 50"),
+        ("--data D.yaml --img 640x480", "--img 640x480: training images are square", "--img 640, and --rect"),
         ("--data D.yaml --img big", "big", "--img"),
         ("--data D.yaml --epochs 0", "--epochs 0 must be at least 1", "--epochs 2"),
         ("--data D.yaml --batch 0", "--batch 0 must be at least 1", "--batch 2"),
@@ -207,50 +207,50 @@ def test_a_recipe_is_shown_as_a_file_that_can_be_read_again(run, asked, tmp_path
         ("--data D.yaml --auxiliary some", "--auxiliary some is unknown", "partial, full, none"),
         ("--data D.yaml --rect --multi-scale", "--rect and --multi-scale contradict each other", "Leave one"),
         ("--data D.yaml --rect --image-weights", "--rect and --image-weights contradict each other", "Leave one"),
-        ("--resume", "There is no training in runs/train to go on with", "--save-dir DIR"),
+        ("--resume", "There is no training run in runs/train to resume", "--save-dir DIR"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(run, asked, words, message, fix):
+def test_invalid_options_are_refused_with_a_fix(run, fake, options, message, fix):
     with pytest.raises(UsageError) as caught:
-        run(*words.split())
+        run(*options.split())
     assert message in caught.value.message and fix in caught.value.fix
-    assert asked.request is None and asked.resumed is None
+    assert fake.request is None and fake.resume_arguments is None
 
 
-def test_weights_that_are_not_there_are_named(run):
+def test_missing_weights_are_named(run):
     with pytest.raises(LoadError, match=r"absent\.pt"):
         run("--data", "D.yaml", "--weights", "absent.pt")
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_resume_goes_on_with_the_folder_named(run, asked, tmp_path):
+def test_resume_uses_the_given_folder(run, fake, tmp_path):
     assert run("--resume", "--save-dir", "some/run").exit_code == 0
-    assert asked.resumed == {"folder": Path("some/run"), "device": None, "data": None}
+    assert fake.resume_arguments == {"folder": Path("some/run"), "device": None, "data": None}
     run("--resume", "--save-dir", "some/run", "--device", "cpu", "--data", "elsewhere/D.yaml")
-    assert asked.resumed == {"folder": Path("some/run"), "device": "cpu", "data": "elsewhere/D.yaml"}
+    assert fake.resume_arguments == {"folder": Path("some/run"), "device": "cpu", "data": "elsewhere/D.yaml"}
 
 
-def test_resume_without_a_folder_goes_on_with_the_newest(run, asked, tmp_path):
+def test_resume_without_a_folder_uses_the_newest_run(run, fake, tmp_path):
     for age, name in enumerate(("exp2", "exp", "exp3")):
         state = tmp_path / "runs" / "train" / name / "state.safetensors"
         state.parent.mkdir(parents=True)
         state.touch()
         os.utime(state, (1000 - age, 1000 - age))
     run("--resume")
-    assert asked.resumed["folder"] == Path("runs/train/exp2")
+    assert fake.resume_arguments["folder"] == Path("runs/train/exp2")
 
 
 @pytest.mark.parametrize("change", ["--epochs 500", "--batch 8", "--set lr0=1", "--adam", "--no-ota", "--img 320"])
-def test_a_training_goes_on_as_it_was_begun(run, asked, change):
+def test_other_options_cannot_be_changed_with_resume(run, fake, change):
     with pytest.raises(UsageError) as caught:
         run("--resume", "--save-dir", "some/run", *change.split())
     assert caught.value.message.startswith(f"{change.split()[0].replace('no-', '')} cannot be changed with --resume")
-    assert asked.resumed is None
+    assert fake.resume_arguments is None
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def test_results_go_to_standard_output_and_progress_to_standard_error(run):
@@ -261,14 +261,14 @@ def test_results_go_to_standard_output_and_progress_to_standard_error(run):
     assert lines[1].split() == ["1", "0.0500", "0.0100", "0.0200", "0.1234", "0.2000", "12.3", "1.00", "4.5"]
     assert len(lines[0]) == len(lines[1])
     assert lines[3:] == [
-        "1.5 minutes; weights in out/best.safetensors, charts beside them",
+        "1.5 minutes; weights in out/best.safetensors, charts in the same folder",
         "Next:  y7 export --weights out/best.safetensors",
     ]
-    assert "words about the data" in result.stderr
+    assert "text about the data" in result.stderr
     assert "epoch 1/2: 1/1" in result.stderr and "validate: 3/3" in result.stderr
 
 
-def test_json_on_standard_output_is_alone_there(run):
+def test_json_is_alone_on_standard_output(run):
     result = run("--data", "D.yaml", "--save-dir", "out", "--json", "-")
     document = json.loads(result.stdout)
     assert document["weights"] == "out/best.safetensors" and document["epochs"] == 2
@@ -280,8 +280,8 @@ def test_a_report_is_written_as_json(run, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["seconds"] == 90.0
 
 
-def test_only_the_first_of_several_processes_speaks(run, monkeypatch):
+def test_only_the_main_process_prints(run, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     result = run("--data", "D.yaml", "--json", "-")
-    assert "words" not in result.stderr and "epoch 1/2" not in result.stderr
+    assert "text about" not in result.stderr and "epoch 1/2" not in result.stderr
     assert "weights in" not in result.output and "minutes" not in result.output

@@ -1,8 +1,9 @@
-"""Small trainings: generated images, requests of the smallest size, a watch that remembers and acts, processes."""
+"""Short training runs: a generated dataset, small requests, a callback that records and acts, and processes."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,104 +16,133 @@ import torch
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training import run as training
-from yolov7_deploy.training.config import TrainRequest
+from yolov7_deploy.training.checkpoints import TrainRequest
 from yolov7_deploy.training.hyperparameters import PRESETS
 from yolov7_deploy.training.loggers import RESULTS_NAME, read_results
+from yolov7_deploy.training.trainer import TrainReport
 
-SIZE = 64
-TRAIN, VAL = 6, 3
-BATCH, NOMINAL = 2, 6  # gradients of three steps make an update; trainings of less than ten steps have no warm-up
-STEPS = TRAIN // BATCH
+IMAGE_SIZE = 64
+TRAIN_IMAGES, VAL_IMAGES = 6, 3
+BATCH, NOMINAL_BATCH = 2, 6  # an update every three steps; trainings of less than ten steps have no warm-up
+STEPS = TRAIN_IMAGES // BATCH
 LOSSES = ("box", "obj", "cls", "total", "positives")
-WAIT_S = 240.0  # for a process that takes some seconds on a quiet machine
+TIMEOUT_S = 240.0  # of a process that takes some seconds on an idle machine
 HYP = PRESETS["p5"]
-OPTIONS = {field.name for field in fields(TrainOptions)}
+OPTION_NAMES = {field.name for field in fields(TrainOptions)}
 
 
 def small_shapes(folder: Path) -> Path:
-    """The YAML of six images to train on and three to validate; written once."""
-    return write_shapes(folder / "shapes", train=TRAIN, val=VAL, size=SIZE, seed=1)
+    """Write six training images and three validation images, and return the dataset YAML."""
+    return write_shapes(folder / "shapes", train=TRAIN_IMAGES, val=VAL_IMAGES, size=IMAGE_SIZE, seed=1)
+
+
+def copy_dataset(data: Path, folder: Path) -> Path:
+    """Copy the dataset to `folder / "shapes"`, where a test may change it, and return its YAML."""
+    return shutil.copytree(data.parent, folder / "shapes") / data.name
 
 
 def small_request(data: Path, folder: Path, **changes) -> TrainRequest:
-    """A training of some seconds; `changes` are of the request, of its options or `hyp`."""
-    options = TrainOptions(epochs=1, batch=BATCH, nominal_batch=NOMINAL, img=SIZE, workers=0, cache_gib=0.0)
-    options = replace(options, **{name: value for name, value in changes.items() if name in OPTIONS})
-    others = {name: value for name, value in changes.items() if name not in OPTIONS}
-    plain = {"variant": "yolov7-tiny", "device": "cpu", "tensorboard": False, "hyp": HYP}
-    return TrainRequest(data=str(data), folder=str(folder), options=options, **{**plain, **others})
+    """Return a request that trains for seconds; `changes` are fields of the request or of its options."""
+    options = TrainOptions(epochs=1, batch=BATCH, nominal_batch=NOMINAL_BATCH, img=IMAGE_SIZE, workers=0, cache_gib=0.0)
+    options = replace(options, **{name: value for name, value in changes.items() if name in OPTION_NAMES})
+    request = TrainRequest(
+        data=str(data),
+        folder=str(folder),
+        variant="yolov7-tiny",
+        device="cpu",
+        tensorboard=False,
+        hyp=HYP,
+        options=options,
+    )
+    return replace(request, **{name: value for name, value in changes.items() if name not in OPTION_NAMES})
 
 
-class Notes:
-    """A watch that remembers everything, and calls `at[epoch, step]` (both from 1) when that step is done."""
+class RecordingCallback:
+    """A callback that records everything, and calls `actions[epoch, step]` (both from 1) after that step."""
 
-    def __init__(self, at=None) -> None:
-        self.words, self.records, self.steps = [], [], []
-        self._at = at or {}
+    def __init__(self, actions=None) -> None:
+        self.messages, self.records, self.steps = [], [], []
+        self._actions = actions or {}
 
-    def say(self, words):
-        self.words.append(words)
+    def on_message(self, text):
+        self.messages.append(text)
+
+    def on_epoch_end(self, record):
+        self.records.append(record)
 
     @contextmanager
-    def epoch(self, epoch, epochs):
+    def epoch_progress(self, epoch, epochs):
         def show(done, total, note):
             self.steps.append((epoch + 1, done))
-            self._at.get((epoch + 1, done), lambda: None)()
+            self._actions.get((epoch + 1, done), lambda: None)()
 
         yield show
 
     @contextmanager
-    def counting(self, what):
+    def progress(self, description):
         yield lambda done, total: None
 
-    def epoch_done(self, record):
-        self.records.append(record)
-
     @property
-    def said(self) -> str:
-        return "\n".join(self.words)
+    def text(self) -> str:
+        return "\n".join(self.messages)
 
 
-def weights(folder: Path, name: str = "last.safetensors") -> dict[str, torch.Tensor]:
+def train_small(data: Path, folder: Path, callback: RecordingCallback | None = None, **changes) -> TrainReport:
+    """Train as `small_request` describes."""
+    return training.train(small_request(data, folder, **changes), callback=callback or RecordingCallback())
+
+
+def resume_run(folder: Path, callback: RecordingCallback | None = None, **options) -> TrainReport:
+    """Resume a run."""
+    return training.resume(folder, callback=callback or RecordingCallback(), **options)
+
+
+def load_weights(folder: Path, name: str = "last.safetensors") -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / name)
 
 
-def losses(folder: Path) -> list[tuple[float, ...]]:
-    """What each line of the table says of its epoch but time and memory."""
+def read_losses(folder: Path) -> list[tuple[float, ...]]:
+    """Return the losses and positives of each epoch in `results.csv`."""
     return [tuple(getattr(record, name) for name in LOSSES) for record in read_results(folder / RESULTS_NAME)]
 
 
 def assert_same_weights(folder: Path, other: Path, *, name: str = "last.safetensors") -> None:
-    """Bit for bit."""
-    ours, theirs = weights(folder, name), weights(other, name)
+    """Assert that the weights of two runs are bit-identical."""
+    ours, theirs = load_weights(folder, name), load_weights(other, name)
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Assert that the losses and the last weights of two runs are identical."""
+    assert read_losses(folder) == read_losses(other)
+    assert_same_weights(folder, other)
+
+
 @contextmanager
-def one_thread():
-    """Sums in one order, that of the processes below; and two threads would wait for each other on a busy machine."""
+def single_thread():
+    """Run torch with one thread: sums have one order, and two threads would wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def leave_out_charts(monkeypatch) -> None:
-    """A second less for each training that is not about its images."""
+def disable_charts(monkeypatch) -> None:
+    """Do not draw charts, which saves a second per run."""
     for name in ("draw_labels", "draw_results", "draw_precision_recall"):
         monkeypatch.setattr(training, name, lambda *_: None)
 
 
-def arguments(data: Path, folder: Path, *more: str) -> list[str]:
-    """`small_request` as it is typed."""
-    small = f"--batch {BATCH} --nominal-batch {NOMINAL} --img {SIZE} --workers 0 --cache 0 --no-tensorboard"
-    named = ["--data", str(data), "--save-dir", str(folder), "--variant", "yolov7-tiny", "--device", "cpu"]
-    return ["train", *named, *small.split(), "--hyp", "p5", *more]
+def train_arguments(data: Path, folder: Path, *more: str) -> list[str]:
+    """Return the command line arguments that correspond to `small_request`."""
+    small = f"--batch {BATCH} --nominal-batch {NOMINAL_BATCH} --img {IMAGE_SIZE} --workers 0 --cache 0 --no-tensorboard"
+    paths = ["--data", str(data), "--save-dir", str(folder), "--variant", "yolov7-tiny", "--device", "cpu"]
+    return ["train", *paths, *small.split(), "--hyp", "p5", *more]
 
 
-def started(command: list[str], *, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """A process of one thread, with pipes for what it says."""
+def start_process(command: list[str], *, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start Python with one thread and with pipes for its output."""
     return subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -122,15 +152,15 @@ def started(command: list[str], *, env: dict[str, str] | None = None) -> subproc
     )
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error, when it has ended."""
+def wait_for(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a process, and return its exit code, standard output and standard error."""
     try:
-        out, err = process.communicate(timeout=WAIT_S)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     return process.returncode, out, err
 
 
 def y7(*command: str) -> tuple[int, str, str]:
-    """The command, run to its end."""
-    return finished(started(["-m", "yolov7_deploy", *command]))
+    """Run the command line, and return its exit code, standard output and standard error."""
+    return wait_for(start_process(["-m", "yolov7_deploy", *command]))

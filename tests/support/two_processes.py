@@ -1,4 +1,4 @@
-"""What two processes that train together find out, written to a file by each: `python two_processes.py FOLDER`."""
+"""One of two processes of distributed training; it writes its results to a file: `python two_processes.py FOLDER`."""
 
 import sys
 import time
@@ -8,19 +8,24 @@ import torch
 from torch import nn
 
 from yolov7_deploy.errors import TrainingError
-from yolov7_deploy.training.distributed import DistributedContext, SyncedBatchNorm, open_world, synced
+from yolov7_deploy.training.distributed import (
+    CpuSyncBatchNorm,
+    DistributedContext,
+    convert_sync_batchnorm,
+    init_distributed,
+)
 
-SHAPE = (6, 5, 4, 3)  # of all images; each process has half of them
+SHAPE = (6, 5, 4, 3)  # of the images of both processes; each has half of them
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """An input far from zero mean, and what its output is weighed with."""
+    """Return an input whose mean is far from zero, and weights for its output."""
     generator = torch.Generator().manual_seed(0)
     return 3 + 2 * torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
 
 
 def new_norm() -> nn.BatchNorm2d:
-    """A BatchNorm whose parameters and statistics are not those of the beginning."""
+    """Return a BatchNorm with random parameters and statistics."""
     generator = torch.Generator().manual_seed(1)
     norm = nn.BatchNorm2d(SHAPE[1], eps=1e-3, momentum=0.03)
     with torch.no_grad():
@@ -29,8 +34,8 @@ def new_norm() -> nn.BatchNorm2d:
     return norm
 
 
-def normed(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output, gradients and statistics of two steps with one update of gradients each."""
+def run_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run forward and backward twice, and return output, gradients, statistics and the output in eval mode."""
     x = x.clone().requires_grad_()
     for _ in range(2):
         y = norm(x)
@@ -40,39 +45,39 @@ def normed(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict[str, 
     return {"y": y.detach(), **gradients, **state, "eval": norm.eval()(x).detach()}
 
 
-def found(world: DistributedContext) -> dict[str, object]:
-    """Everything but the end of a process."""
-    x, weight = (tensor.chunk(world.size)[world.rank] for tensor in images())
-    model = synced(nn.Sequential(nn.Sequential(new_norm()), nn.ReLU()), world)
+def run_collectives(distributed: DistributedContext) -> dict[str, object]:
+    """Return the results of BatchNorm and of all collectives."""
+    x, weight = (tensor.chunk(distributed.world_size)[distributed.rank] for tensor in images())
+    model = convert_sync_batchnorm(nn.Sequential(nn.Sequential(new_norm()), nn.ReLU()), distributed)
     norm = model.get_submodule("0.0")
-    assert isinstance(norm, SyncedBatchNorm)
-    found: dict[str, object] = {f"norm.{name}": tensor for name, tensor in normed(norm, x, weight).items()}
-    half = SyncedBatchNorm.of(new_norm(), world)(x.bfloat16())
+    assert isinstance(norm, CpuSyncBatchNorm)
+    results: dict[str, object] = {f"norm.{name}": tensor for name, tensor in run_norm(norm, x, weight).items()}
+    bfloat16 = CpuSyncBatchNorm.from_batchnorm(new_norm(), distributed)(x.bfloat16())
     return {
-        **found,
-        "half": half.detach(),
-        "sum": world.add(torch.tensor([1.0 + world.rank, 10.0])),
-        "agreed": world.agreed({"rank": world.rank, "words": ("a", None)}),
-        "gathered": world.gathered(("of", world.rank)),
-        "command": world.command,
+        **results,
+        "bfloat16": bfloat16.detach(),
+        "sum": distributed.all_reduce_sum(torch.tensor([1.0 + distributed.rank, 10.0])),
+        "broadcast": distributed.broadcast({"rank": distributed.rank, "values": ("a", None)}),
+        "gathered": distributed.all_gather(("of", distributed.rank)),
+        "command": distributed.command,
     }
 
 
 def main(folder: Path) -> None:
-    """Writes what was found, and then ends one process while the other waits for it."""
+    """Write the results, and then end one process while the other waits for it."""
     torch.set_num_threads(1)
     result: dict[str, object] = {}
     try:
-        with open_world("cpu") as world:
-            result = found(world)
-            world.wait()
-            if world.rank == 1:
+        with init_distributed("cpu") as distributed:
+            result = run_collectives(distributed)
+            distributed.barrier()
+            if distributed.rank == 1:
                 torch.save(result, folder / "1.pt")
                 return
             started = time.monotonic()
-            world.add(torch.zeros(1))
+            distributed.all_reduce_sum(torch.zeros(1))
     except TrainingError as error:
-        result |= {"lost": str(error), "seconds": time.monotonic() - started}
+        result |= {"error": str(error), "seconds": time.monotonic() - started}
     torch.save(result, folder / "0.pt")
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm statistics are brought to other images without a change of the output."""
+"""BatchNorm statistics are recalibrated on other images without changing the output."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ import torch
 
 from tests.support.deterministic import fill_model
 from yolov7_deploy.model.yolov7 import new_model
-from yolov7_deploy.training.batchnorm_recalibration import rebase_norms
+from yolov7_deploy.training.batchnorm_recalibration import recalibrate_batchnorm
 from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.sample import Batch
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-SAME = 2e-4  # of the output's standard deviation: every layer is rounded anew to float32
+TOLERANCE = 2e-4  # of the output's standard deviation; every layer rounds to float32
 
 
-def trained(variant="yolov7-tiny"):
-    """Fixed weights whose kept statistics are not those of any image."""
+def trained_model(variant="yolov7-tiny"):
+    """Return a model with deterministic weights, whose running statistics are not those of any image."""
     return fill_model(new_model(variant, classes=3, training_form=True))
 
 
@@ -34,64 +34,66 @@ def output(model):
         return [raw.clone() for raw in model(images)]
 
 
-def test_the_output_stays():
-    model = trained()
+def test_recalibration_does_not_change_the_output():
+    model = trained_model()
     before = output(model)
-    found = rebase_norms(model, batches(3), world=DistributedContext())
-    assert (found.layers, found.images) == (55, 6)
+    report = recalibrate_batchnorm(model, batches(3), distributed=DistributedContext())
+    assert (report.layers, report.images) == (55, 6)
     for old, new in zip(before, output(model), strict=True):
-        assert (old - new).abs().max() < SAME * old.std()
+        assert (old - new).abs().max() < TOLERANCE * old.std()
 
 
-def test_training_then_computes_what_evaluation_does():
-    model = trained()
-    evaluated = output(model)
+def test_train_mode_and_eval_mode_agree_after_recalibration():
+    model = trained_model()
+    in_eval_mode = output(model)
     distances = []
-    for rebased in (False, True):
-        if rebased:
-            rebase_norms(model, batches(1), world=DistributedContext())
+    for recalibrate in (False, True):
+        if recalibrate:
+            recalibrate_batchnorm(model, batches(1), distributed=DistributedContext())
         for norm in model.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.momentum = 0.0
         model.train()
-        learned = output(model)  # of the very images that it was rebased on
+        in_train_mode = output(model)  # of the images used for recalibration
         model.eval()
-        distances.append(max(float((a - b).abs().max() / a.std()) for a, b in zip(evaluated, learned, strict=True)))
+        distances.append(
+            max(float((a - b).abs().max() / a.std()) for a, b in zip(in_eval_mode, in_train_mode, strict=True))
+        )
     assert distances[0] > 0.1
     assert distances[1] < 0.01
 
 
-def test_statistics_are_those_of_the_images():
-    model = trained()
-    rebase_norms(model, batches(2), world=DistributedContext())
+def test_running_statistics_become_those_of_the_images():
+    model = trained_model()
+    recalibrate_batchnorm(model, batches(2), distributed=DistributedContext())
     first = model.model[0]
-    entering = torch.cat([first.conv(b.images.permute(0, 3, 1, 2).float() / 255) for b in batches(2)])
-    torch.testing.assert_close(first.bn.running_mean, entering.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(first.bn.running_var, entering.var((0, 2, 3), unbiased=False), rtol=1e-4, atol=1e-6)
+    inputs = torch.cat([first.conv(b.images.permute(0, 3, 1, 2).float() / 255) for b in batches(2)])
+    torch.testing.assert_close(first.bn.running_mean, inputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.bn.running_var, inputs.var((0, 2, 3), unbiased=False), rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_layers_stay_bit_for_bit():
-    model = trained()
+def test_frozen_layers_do_not_change():
+    model = trained_model()
     before = {name: tensor.clone() for name, tensor in model.model[3].state_dict().items()}
     other = model.model[4].bn.running_mean.clone()
-    rebase_norms(model, batches(1), frozen=(0, 1, 2, 3), world=DistributedContext())
+    recalibrate_batchnorm(model, batches(1), frozen=(0, 1, 2, 3), distributed=DistributedContext())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.model[3].state_dict().items())
     assert not torch.equal(other, model.model[4].bn.running_mean)
 
 
-def test_layers_with_foreign_statistics_are_named():
-    model = trained()
-    rebase_norms(model, batches(2), world=DistributedContext())
+def test_layers_with_very_different_statistics_are_reported():
+    model = trained_model()
+    recalibrate_batchnorm(model, batches(2), distributed=DistributedContext())
     norm = model.model[20 + 1].bn
     norm.running_var.mul_(30)
     norm.weight.data.mul_(30**0.5)
-    found = rebase_norms(model, batches(2), world=DistributedContext())
-    assert found.far == ("model.21.bn",)
-    assert "model.21.bn" in found.words()
+    report = recalibrate_batchnorm(model, batches(2), distributed=DistributedContext())
+    assert report.outliers == ("model.21.bn",)
+    assert "model.21.bn" in report.summary()
 
 
-def test_without_images_nothing_happens():
-    model = trained()
+def test_without_images_nothing_changes():
+    model = trained_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert rebase_norms(model, [], world=DistributedContext()).far == ()
+    assert recalibrate_batchnorm(model, [], distributed=DistributedContext()).outliers == ()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

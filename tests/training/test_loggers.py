@@ -1,4 +1,4 @@
-"""The table of a training run: what a stop leaves of it, and what TensorBoard shows."""
+"""`results.csv` survives any interruption, TensorBoard shows the same values, and `run.json` describes the run."""
 
 import csv
 import dataclasses
@@ -21,7 +21,7 @@ from yolov7_deploy.errors import MissingLibraryError, UsageError
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.loggers import COLUMNS, HEADER, TAGS, EpochRecord, RunLog, read_results, write_run
 
-SIX_DIGITS = 1e-5  # relative; what the table keeps
+SIX_DIGITS = 1e-5  # relative precision of the table
 
 
 def record(epoch=0, **changes):
@@ -43,7 +43,7 @@ def record(epoch=0, **changes):
     return EpochRecord(**(values | changes))
 
 
-def written(folder, epochs, *, first_epoch=0):
+def write_epochs(folder, epochs, *, first_epoch=0):
     with RunLog(folder, tensorboard=False, first_epoch=first_epoch) as log:
         for epoch in epochs:
             log.write(record(epoch))
@@ -51,10 +51,10 @@ def written(folder, epochs, *, first_epoch=0):
 
 
 def epochs_in(path):
-    return [found.epoch for found in read_results(path)]
+    return [item.epoch for item in read_results(path)]
 
 
-def test_a_table_reads_back_to_six_digits(tmp_path):
+def test_a_table_keeps_six_digits(tmp_path):
     records = [
         record(0, ap=0.123456789, ap50=None, memory_bytes=11_811_160_064),
         record(1, box=math.nan, total=math.inf, lr_bias=1.23456789e-7),
@@ -70,14 +70,14 @@ def test_a_table_reads_back_to_six_digits(tmp_path):
     assert read_results(log.path)[0].memory_bytes == 11_811_160_064
 
 
-def test_a_table_is_plain_csv_with_its_columns_first(tmp_path):
-    path = written(tmp_path, [0, 1])
+def test_a_table_is_plain_csv_with_a_header(tmp_path):
+    path = write_epochs(tmp_path, [0, 1])
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["0", "1"] and tuple(rows[0]) == COLUMNS
     assert rows[0]["ap"] == "" and rows[0]["box"] == "0.0712346" and rows[0]["size"] == "640"
 
 
-def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+def test_numpy_values_are_written_as_numbers(tmp_path):
     with RunLog(tmp_path, tensorboard=False) as log:
         log.write(record(np.int64(3), size=np.int64(320), box=np.float32(0.5), ap=np.float64(0.25)))
     (found,) = read_results(log.path)
@@ -91,42 +91,42 @@ def test_every_line_is_in_the_file_when_write_returns(tmp_path):
         assert epochs_in(log.path) == list(range(epoch + 1))
 
 
-def test_a_run_that_goes_on_has_no_epoch_twice_and_keeps_the_bytes_of_the_others(tmp_path):
-    path = written(tmp_path, range(6))
+def test_a_resumed_run_replaces_later_epochs_and_keeps_the_bytes_of_earlier_ones(tmp_path):
+    path = write_epochs(tmp_path, range(6))
     before = path.read_bytes().splitlines(keepends=True)
-    written(tmp_path, [4, 5, 6], first_epoch=4)
+    write_epochs(tmp_path, [4, 5, 6], first_epoch=4)
     assert epochs_in(path) == list(range(7))
     assert path.read_bytes().splitlines(keepends=True)[:5] == before[:5]
 
 
-def test_a_run_from_the_start_begins_a_new_table(tmp_path):
-    written(tmp_path, range(6))
-    assert epochs_in(written(tmp_path, [1])) == [1]
+def test_a_new_run_starts_a_new_table(tmp_path):
+    write_epochs(tmp_path, range(6))
+    assert epochs_in(write_epochs(tmp_path, [1])) == [1]
 
 
-def test_a_run_that_goes_on_in_another_folder_begins_a_table(tmp_path):
-    assert epochs_in(written(tmp_path, [7], first_epoch=7)) == [7]
+def test_a_run_resumed_in_another_folder_starts_a_new_table(tmp_path):
+    assert epochs_in(write_epochs(tmp_path, [7], first_epoch=7)) == [7]
 
 
-@pytest.mark.parametrize("lost", range(1, len(HEADER) + 400, 13))
-def test_a_table_that_was_cut_off_anywhere_is_repaired(tmp_path, lost, caplog):
-    path = written(tmp_path, range(3))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-lost])
-    kept = max(whole[:-lost].count(b"\n") - 1, 0)
+@pytest.mark.parametrize("missing_bytes", range(1, len(HEADER) + 400, 13))
+def test_a_truncated_table_is_repaired(tmp_path, missing_bytes, caplog):
+    path = write_epochs(tmp_path, range(3))
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-missing_bytes])
+    kept = max(complete[:-missing_bytes].count(b"\n") - 1, 0)
     assert epochs_in(path) == list(range(kept))
-    written(tmp_path, range(kept, 5), first_epoch=kept)
-    assert epochs_in(path) == list(range(5)) and path.read_bytes().startswith(whole[: whole.index(b"\n") + 1])
+    write_epochs(tmp_path, range(kept, 5), first_epoch=kept)
+    assert epochs_in(path) == list(range(5)) and path.read_bytes().startswith(complete[: complete.index(b"\n") + 1])
 
 
-def test_a_line_that_was_cut_off_is_said_to_be(tmp_path, caplog):
-    path = written(tmp_path, range(3))
+def test_an_incomplete_last_line_is_logged(tmp_path, caplog):
+    path = write_epochs(tmp_path, range(3))
     path.write_bytes(path.read_bytes()[:-1] + b"\0\0\0")
     assert epochs_in(path) == [0, 1]
-    assert "last line was cut off" in caplog.text
+    assert "last line is incomplete" in caplog.text
 
 
-def test_a_killed_process_loses_no_epoch_that_was_written(tmp_path):
+def test_a_killed_process_loses_no_written_epoch(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -138,18 +138,18 @@ for epoch in range(10**6):
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = [process.stdout.readline() for _ in range(20)]
+    lines = [process.stdout.readline() for _ in range(20)]
     process.send_signal(signal.SIGKILL)
-    said += process.stdout.readlines()
+    lines += process.stdout.readlines()
     process.wait()
     process.stdout.close()
-    last = int(said[-1]) if said[-1].endswith("\n") else int(said[-2])
+    last = int(lines[-1]) if lines[-1].endswith("\n") else int(lines[-2])
     found = epochs_in(tmp_path / "results.csv")
     assert found == list(range(len(found))) and len(found) >= last + 1
 
 
-def test_a_line_edited_by_hand_is_named(tmp_path):
-    path = written(tmp_path, range(3))
+def test_an_invalid_line_is_named_in_the_error(tmp_path):
+    path = write_epochs(tmp_path, range(3))
     lines = path.read_text().splitlines(keepends=True)
     for wrong, reason in [
         (lines[2].replace("640", "big"), "big"),
@@ -163,16 +163,16 @@ def test_a_line_edited_by_hand_is_named(tmp_path):
             RunLog(tmp_path, tensorboard=False, first_epoch=3)
 
 
-def test_a_table_saved_by_a_spreadsheet_with_other_line_ends_is_read(tmp_path):
-    path = written(tmp_path, range(3))
+def test_a_table_with_windows_line_endings_is_read(tmp_path):
+    path = write_epochs(tmp_path, range(3))
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert epochs_in(path) == [0, 1, 2]
-    written(tmp_path, [2], first_epoch=2)
+    write_epochs(tmp_path, [2], first_epoch=2)
     assert epochs_in(path) == [0, 1, 2] and b"\r" not in path.read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"name,age\nBob,3\n", b"\x89PNG\r\n\x1a\n\x00\xff", b"something", b"\n"])
-def test_somebody_elses_file_is_not_overwritten(tmp_path, content):
+def test_somebody_elses_file_is_not_overwrite_epochs(tmp_path, content):
     path = tmp_path / "results.csv"
     path.write_bytes(content)
     for attempt in (lambda: RunLog(tmp_path, tensorboard=False), lambda: read_results(path)):
@@ -181,13 +181,13 @@ def test_somebody_elses_file_is_not_overwritten(tmp_path, content):
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
 
 
-def test_no_table_is_a_usage_error(tmp_path):
+def test_a_missing_table_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="No such file") as caught:
         read_results(tmp_path / "results.csv")
     assert "results.csv" in caught.value.fix
 
 
-def test_a_folder_that_cannot_be_is_a_usage_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         RunLog(tmp_path / "file" / "run", tensorboard=False)
@@ -196,9 +196,9 @@ def test_a_folder_that_cannot_be_is_a_usage_error(tmp_path):
         RunLog(tmp_path, tensorboard=False)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system has no limit on the size of files")
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system does not limit the size of files")
 @pytest.mark.parametrize("room", [0, 1, 40])
-def test_a_full_disk_leaves_the_table_as_it_was(tmp_path, room):
+def test_a_full_disk_leaves_the_table_unchanged(tmp_path, room):
     import resource
 
     log = RunLog(tmp_path, tensorboard=False)
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_table_as_it_was(tmp_path, room):
     assert epochs_in(log.path) == [0, 1]
 
 
-def test_a_disk_that_is_full_behind_the_cache_leaves_the_table_as_it_was(tmp_path, monkeypatch):
+def test_a_failed_sync_to_the_disk_leaves_the_table_unchanged(tmp_path, monkeypatch):
     log = RunLog(tmp_path, tensorboard=False)
     log.write(record(0))
     before = log.path.read_bytes()
@@ -230,7 +230,7 @@ def test_a_disk_that_is_full_behind_the_cache_leaves_the_table_as_it_was(tmp_pat
     assert log.path.read_bytes() == before
 
 
-def test_a_table_that_somebody_deletes_begins_again_with_its_columns(tmp_path):
+def test_a_deleted_table_is_created_again_with_its_header(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     log.write(record(0))
     log.path.unlink()
@@ -238,7 +238,7 @@ def test_a_table_that_somebody_deletes_begins_again_with_its_columns(tmp_path):
     assert epochs_in(log.path) == [1]
 
 
-def test_an_epoch_is_written_once_and_in_order(tmp_path):
+def test_epochs_are_written_once_and_in_order(tmp_path):
     log = RunLog(tmp_path, tensorboard=False, first_epoch=5)
     with pytest.raises(UsageError, match="Epoch 4 comes after epoch 4"):
         log.write(record(4))
@@ -249,32 +249,32 @@ def test_an_epoch_is_written_once_and_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"epoch": -1}, {"size": 0}])
-def test_a_record_of_nothing_is_a_usage_error(changes):
+def test_a_record_with_an_invalid_epoch_or_size_is_a_usage_error(changes):
     with pytest.raises(UsageError, match="at least"):
         record(**changes)
 
 
-def test_every_column_but_the_epoch_is_shown_by_tensorboard_under_one_tag():
+def test_every_column_but_the_epoch_has_one_tensorboard_tag():
     assert set(TAGS) == set(COLUMNS) - {"epoch"} and len(set(TAGS.values())) == len(TAGS)
     assert (TAGS["box"], TAGS["ap"], TAGS["lr_bias"]) == ("train/box", "val/ap", "lr/bias")
 
 
 def scalars(folder):
-    """What TensorBoard shows: values by tag and step."""
+    """Return the values that TensorBoard shows, by tag and step."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder)).Reload()
     return {tag: {event.step: event.value for event in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
 
-def board_log(folder, epochs, **options):
+def write_events(folder, epochs, **options):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     with RunLog(folder, tensorboard=True, **options) as log:
         for epoch in epochs:
             log.write(record(epoch, ap=0.1 * epoch if epoch % 2 else None))
 
 
-def test_tensorboard_shows_every_number_of_an_epoch(tmp_path):
-    board_log(tmp_path, range(4))
+def test_tensorboard_shows_every_value_of_an_epoch(tmp_path):
+    write_events(tmp_path, range(4))
     shown = scalars(tmp_path)
     assert set(shown) == set(TAGS.values()) - {
         tag for tag in TAGS.values() if tag.startswith("val/ap") and tag != "val/ap"
@@ -284,10 +284,10 @@ def test_tensorboard_shows_every_number_of_an_epoch(tmp_path):
         assert shown["train/box"][epoch] == pytest.approx(record(epoch).box)
 
 
-def test_tensorboard_shows_an_epoch_that_was_trained_twice_once(tmp_path):
-    board_log(tmp_path, range(6))
-    time.sleep(1.1)  # names of event files have whole seconds, and are read in order of their names
-    board_log(tmp_path, [3], first_epoch=3)
+def test_tensorboard_shows_a_repeated_epoch_once(tmp_path):
+    write_events(tmp_path, range(6))
+    time.sleep(1.1)  # names of event files have complete seconds, and are read in order of their names
+    write_events(tmp_path, [3], first_epoch=3)
     assert sorted(scalars(tmp_path)["train/box"]) == [0, 1, 2, 3]
 
 
@@ -295,32 +295,34 @@ def test_tensorboard_shows_an_epoch_that_was_trained_twice_once(tmp_path):
 def without_tensorboard(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.delitem(sys.modules, "yolov7_deploy.training.loggers", raising=False)
+    monkeypatch.delitem(sys.modules, "yolov7_deploy.training.tensorboard", raising=False)
 
 
-def test_tensorboard_that_is_wanted_but_absent_is_named_with_its_extra(tmp_path, without_tensorboard):
+def test_a_missing_tensorboard_is_named_with_its_extra(tmp_path, without_tensorboard):
     with pytest.raises(MissingLibraryError, match="tensorboard is needed to write") as caught:
         RunLog(tmp_path, tensorboard=True)
     assert caught.value.fix == "pip install 'yolov7-deploy[train]'"
 
 
-def test_a_run_without_tensorboard_says_so_once_and_goes_on(tmp_path, without_tensorboard, caplog):
+def test_a_run_without_tensorboard_logs_it_once_and_continues(tmp_path, without_tensorboard, caplog):
     with caplog.at_level(logging.INFO), RunLog(tmp_path) as log:
         log.write(record(0))
     (line,) = [entry.getMessage() for entry in caplog.records if "TensorBoard" in entry.getMessage()]
     assert "pip install 'yolov7-deploy[train]'" in line and epochs_in(log.path) == [0]
 
 
-def test_tensorboard_is_written_where_it_is_installed_and_not_where_it_is_declined(tmp_path):
+def test_events_are_written_if_tensorboard_is_installed_and_not_declined(tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
-    RunLog(tmp_path / "asked").close()
+    RunLog(tmp_path / "default").close()
     RunLog(tmp_path / "declined", tensorboard=False).close()
-    names = [sorted(path.name.split(".")[0] for path in (tmp_path / name).iterdir()) for name in ("asked", "declined")]
+    names = [
+        sorted(path.name.split(".")[0] for path in (tmp_path / name).iterdir()) for name in ("default", "declined")
+    ]
     assert names == [["events", "results"], ["results"]]
 
 
 def test_tensorboard_on_a_full_disk_is_a_usage_error(tmp_path, monkeypatch):
-    board = pytest.importorskip("yolov7_deploy.training.loggers", reason="TensorBoard is not installed")
+    tensorboard = pytest.importorskip("yolov7_deploy.training.tensorboard", reason="TensorBoard is not installed")
 
     class Full:
         def __init__(self, folder, *, purge_step):
@@ -331,14 +333,14 @@ def test_tensorboard_on_a_full_disk_is_a_usage_error(tmp_path, monkeypatch):
 
         close = flush = add_scalar
 
-    monkeypatch.setattr(board, "SummaryWriter", Full)
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Full)
     log = RunLog(tmp_path, tensorboard=True)
-    with pytest.raises(UsageError, match=r"TensorBoard's file .* No space left"):
+    with pytest.raises(UsageError, match=r"The TensorBoard file .* No space left"):
         log.write(record(0))
-    assert epochs_in(log.path) == [0], "the table has it all the same"
+    assert epochs_in(log.path) == [0], "the table has the epoch anyway"
 
 
-def test_a_run_is_described_with_the_version_and_whatever_was_given(tmp_path):
+def test_run_json_has_the_version_and_the_given_document(tmp_path):
     document = {
         "command": ["y7", "train", "--data", "data.yaml"],
         "hyperparameters": Hyperparameters(mixup=0.25),
@@ -352,7 +354,7 @@ def test_a_run_is_described_with_the_version_and_whatever_was_given(tmp_path):
     assert found["dataset"] == {"path": "data.yaml", "sha256": "ab12"}
 
 
-def test_a_run_that_cannot_be_described_leaves_the_description_before_it(tmp_path):
+def test_a_failed_write_of_run_json_keeps_the_previous_file(tmp_path):
     write_run(tmp_path, {"seed": 1})
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(ValueError, match="JSON compliant"):

@@ -1,4 +1,4 @@
-"""A whole training of seconds: what it leaves in its folder, which epoch is best, when it ends, what it refuses."""
+"""A complete training run: the files in its folder, the best epoch, early stopping, options, and refused requests."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,15 +8,16 @@ import pytest
 
 from tests.support.training_images import NO_OUTLINE
 from tests.support.training_runs import (
-    SIZE,
+    IMAGE_SIZE,
     STEPS,
-    TRAIN,
-    VAL,
-    Notes,
-    leave_out_charts,
-    losses,
+    TRAIN_IMAGES,
+    VAL_IMAGES,
+    RecordingCallback,
+    load_weights,
+    read_losses,
+    resume_run,
     small_request,
-    weights,
+    train_small,
 )
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
@@ -27,10 +28,9 @@ from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.options import ExportOptions, ValOptions
 from yolov7_deploy.training import trainer
+from yolov7_deploy.training.checkpoints import load_run_state
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.loggers import read_results
-from yolov7_deploy.training.resume_state import load_run_state
-from yolov7_deploy.training.run import describe_report, report_document, resume, train
 from yolov7_deploy.workflows.export import export_weights
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -46,126 +46,126 @@ FILES = {
     "run.json",
     "state.safetensors",
 }
-TOP = 5  # detections of an image
-SAME_AP = 1e-3  # of torch and ONNX Runtime, which add in another order
+MAX_LABELS = 5  # detections of an image that become labels
+AP_TOLERANCE = 1e-3  # of torch and ONNX Runtime, which sum in another order
 
 
 @pytest.fixture(scope="module")
 def done(data, tmp_path_factory):
-    """A finished training of two epochs, and who looked on."""
-    notes = Notes()
-    report = train(small_request(data, tmp_path_factory.mktemp("runs") / "run", epochs=2), watch=notes)
-    return report, notes
+    """The report of a finished run of two epochs, and its callback."""
+    callback = RecordingCallback()
+    return train_small(data, tmp_path_factory.mktemp("runs") / "run", callback, epochs=2), callback
 
 
-# --- what is there afterwards -----------------------------------------------------------------------------------------
+# --- files and reports ------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_weights_state_table_and_charts_and_nothing_else(done):
+def test_the_folder_has_weights_state_table_and_charts_and_nothing_else(done):
     report, _ = done
     assert {path.name for path in report.folder.iterdir()} == FILES
     assert report.weights == report.folder / "best.safetensors"
     assert report.epochs == 2 and report.best_epoch in (1, 2) and report.unreadable == ()
 
 
-def test_the_table_has_a_line_an_epoch_and_the_watch_sees_the_same(done):
-    report, notes = done
+def test_the_table_has_a_line_per_epoch_with_the_values_of_the_callback(done):
+    report, callback = done
     table = read_results(report.folder / "results.csv")
-    assert [record.epoch for record in table] == [record.epoch for record in notes.records] == [1, 2]
-    for line, seen in zip(table, notes.records, strict=True):
-        assert line.box == pytest.approx(seen.box, rel=1e-5) and line.ap == pytest.approx(seen.ap, abs=1e-6)
+    assert [record.epoch for record in table] == [record.epoch for record in callback.records] == [1, 2]
+    for line, record in zip(table, callback.records, strict=True):
+        assert line.box == pytest.approx(record.box, rel=1e-5) and line.ap == pytest.approx(record.ap, abs=1e-6)
         assert line.total == pytest.approx(line.box + line.obj + line.cls, rel=1e-5)
-        assert line.size == SIZE and line.images_per_s > 0 and line.memory_bytes > 0
-    assert notes.steps == [(epoch, step) for epoch in (1, 2) for step in range(1, STEPS + 1)]
+        assert line.size == IMAGE_SIZE and line.images_per_s > 0 and line.memory_bytes > 0
+    assert callback.steps == [(epoch, step) for epoch in (1, 2) for step in range(1, STEPS + 1)]
 
 
 def test_the_seconds_of_an_epoch_include_its_validation(done):
-    report, notes = done
+    report, callback = done
     table = read_results(report.folder / "results.csv")
-    assert all(record.seconds > TRAIN / record.images_per_s for record in table)
-    assert report.seconds >= sum(record.seconds for record in notes.records)
+    assert all(record.seconds > TRAIN_IMAGES / record.images_per_s for record in table)
+    assert report.seconds >= sum(record.seconds for record in callback.records)
 
 
-def test_run_json_is_what_is_needed_to_repeat_it(done, data):
+def test_run_json_has_what_is_needed_to_repeat_the_run(done, data):
     report, _ = done
     document = json.loads((report.folder / "run.json").read_text())
     request = small_request(data, report.folder, epochs=2)
     assert document["request"] == json.loads(json.dumps(asdict(request)))
-    assert document["images"] == {"train": TRAIN, "val": VAL}
+    assert document["images"] == {"train": TRAIN_IMAGES, "val": VAL_IMAGES}
     assert document["classes"] == list(open_dataset(data, split="train").class_names)
     assert document["weights"] is None and len(document["data_sha256"]) == 64
 
 
-def test_the_weights_are_a_training_checkpoint_with_names_and_anchors(done, data):
+def test_the_weights_are_a_training_checkpoint_with_class_names_and_anchors(done, data):
     report, _ = done
     checkpoint = load_checkpoint(report.folder / "last.safetensors")
     assert (checkpoint.variant, checkpoint.training) == ("yolov7-tiny", True)
     assert checkpoint.class_names == open_dataset(data, split="train").class_names
-    with Detector(report.folder / "last.safetensors", device="cpu", img=SIZE) as detector:
+    with Detector(report.folder / "last.safetensors", device="cpu", img=IMAGE_SIZE) as detector:
         assert detector.metadata.class_names == checkpoint.class_names
 
 
-def test_the_state_says_that_it_is_over(done):
+def test_the_state_of_a_finished_run_is_at_the_end_of_its_last_epoch(done):
     report, _ = done
-    state, tensors = load_run_state(report.folder / "state.safetensors")
+    state, tensors = load_run_state(report.folder)
     assert (state.epoch, state.step, state.best_epoch) == (2, 0, report.best_epoch)
-    assert state.updates >= 2 and state.sums.steps == 0
-    last = weights(report.folder)
-    assert all(tensors[f"average.{name}"].equal(tensor) for name, tensor in last.items())
+    assert state.ema_updates >= 2 and state.sums.steps == 0
+    last = load_weights(report.folder)
+    assert all(tensors[f"ema.{name}"].equal(tensor) for name, tensor in last.items())
 
 
-def test_a_report_is_plain_data_and_words(done):
+def test_a_report_is_available_as_plain_data_and_as_text(done):
     report, _ = done
-    document = json.loads(json.dumps(report_document(report)))
+    document = json.loads(json.dumps(report.to_dict()))
     assert (document["epochs"], document["best_epoch"]) == (2, report.best_epoch)
-    lines = describe_report(report)
+    lines = report.summary().splitlines()
     assert lines[0].startswith(f"best epoch {report.best_epoch} of 2: AP ")
     assert lines[-1] == f"Next:  y7 export --weights {report.weights}"
 
 
-def test_the_watch_hears_of_data_anchors_and_weights(done):
-    _, notes = done
-    assert f"{TRAIN} images to train on, {VAL} to validate" in notes.said
-    assert "yolov7-tiny from random weights of seed 0, on cpu" in notes.said
-    assert "can be found" in notes.said
+def test_the_callback_gets_messages_about_dataset_anchors_and_weights(done):
+    _, callback = done
+    assert f"{TRAIN_IMAGES} training images, {VAL_IMAGES} validation images" in callback.text
+    assert "yolov7-tiny from random weights of seed 0, on cpu" in callback.text
+    assert "best possible recall" in callback.text
 
 
-def test_the_weights_are_exported_as_they_are_and_find_the_same(done, data, tmp_path):
+def test_the_exported_weights_find_the_same_objects(done, data, tmp_path):
     path = done[0].folder / "last.safetensors"
-    exported = export_weights(path, tmp_path / "last.onnx", options=ExportOptions(input_hw=(SIZE, SIZE), nms="none"))
+    options = ExportOptions(input_hw=(IMAGE_SIZE, IMAGE_SIZE), nms="none")
+    exported = export_weights(path, tmp_path / "last.onnx", options=options)
     assert exported.parity is not None
-    found, truth = [], None
+    reports, truth = [], None
     for file in (path, tmp_path / "last.onnx"):
-        with Detector(file, device="cpu", img=SIZE) as detector:
-            truth = truth or own_detections(detector, data)
-            found.append(evaluate(detector, truth, options=ValOptions(rect=False)))
-    assert found[0].ap > 0.5  # so young a network finds little else than what itself says
-    assert found[1].ap == pytest.approx(found[0].ap, abs=SAME_AP)
-    assert found[1].ap50 == pytest.approx(found[0].ap50, abs=SAME_AP)
+        with Detector(file, device="cpu", img=IMAGE_SIZE) as detector:
+            truth = truth or label_with_detections(detector, data)
+            reports.append(evaluate(detector, truth, options=ValOptions(rect=False)))
+    assert reports[0].ap > 0.5  # a network that has hardly been trained finds little but its own detections
+    assert reports[1].ap == pytest.approx(reports[0].ap, abs=AP_TOLERANCE)
+    assert reports[1].ap50 == pytest.approx(reports[0].ap50, abs=AP_TOLERANCE)
 
 
-def own_detections(detector, data):
-    """The images to validate on, with a network's best detections as their labels."""
-    real = open_dataset(data, split="val")
+def label_with_detections(detector, data):
+    """Return the validation dataset with a network's best detections as its labels."""
+    dataset = open_dataset(data, split="val")
     records = []
-    for index in range(len(real)):
-        record = real.record(index)
-        best = detector(record.path, conf=0.001, max_det=TOP)
+    for index in range(len(dataset)):
+        record = dataset.record(index)
+        best = detector(record.path, conf=0.001, max_det=MAX_LABELS)
         labels = Labels(
-            boxes=best.boxes.astype(np.float64) / SIZE,
+            boxes=best.boxes.astype(np.float64) / IMAGE_SIZE,
             class_ids=best.class_ids.astype(np.int64),
             crowd=np.zeros(len(best), dtype=np.bool_),
             polygons=(NO_OUTLINE,) * len(best),
         )
         records.append(replace(record, labels=labels, areas=None))
-    return Dataset(records, source="own", class_names=real.class_names, category_ids=real.category_ids)
+    return Dataset(records, source="own", class_names=dataset.class_names, category_ids=dataset.category_ids)
 
 
-# --- the best epoch, and the end --------------------------------------------------------------------------------------
+# --- the best epoch and early stopping --------------------------------------------------------------------------------
 
 
-class Measured:
-    """Stands for the validation: AP as it is told, one a call."""
+class FakeEvaluate:
+    """A stand-in for `evaluate` that returns a given AP per call."""
 
     def __init__(self, *aps):
         self._aps, self.calls = list(aps), []
@@ -178,56 +178,55 @@ class Measured:
 
 
 @pytest.fixture
-def judged(data, tmp_path, monkeypatch):
-    """Trains with these validations; gives report, watch and validations."""
-    leave_out_charts(monkeypatch)
+def train_with_aps(data, tmp_path, monkeypatch, no_charts):
+    """Return a function that trains with given APs, and returns the report, the callback and the fake."""
 
     def run(*aps, **changes):
-        measured, notes = Measured(*aps), Notes()
-        monkeypatch.setattr(trainer, "evaluate", measured)
-        request = small_request(data, tmp_path / "run", **{"epochs": len(aps), "batch": 6, **changes})
-        return train(request, watch=notes), notes, measured
+        fake, callback = FakeEvaluate(*aps), RecordingCallback()
+        monkeypatch.setattr(trainer, "evaluate", fake)
+        report = train_small(data, tmp_path / "run", callback, **{"epochs": len(aps), "batch": 6, **changes})
+        return report, callback, fake
 
     return run
 
 
-def test_the_best_epoch_is_kept_and_later_ones_only_if_they_are_better(judged):
-    report, notes, _ = judged(0.1, 0.3, 0.3)
+def test_the_best_epoch_is_kept_until_a_better_one(train_with_aps):
+    report, callback, _ = train_with_aps(0.1, 0.3, 0.3)
     assert (report.epochs, report.best_epoch, report.accuracy.ap) == (3, 2, 0.3)
-    assert [record.ap for record in notes.records] == [0.1, 0.3, 0.3]
-    best, last = weights(report.folder, "best.safetensors"), weights(report.folder)
+    assert [record.ap for record in callback.records] == [0.1, 0.3, 0.3]
+    best, last = load_weights(report.folder, "best.safetensors"), load_weights(report.folder)
     assert report.weights.name == "best.safetensors"
     assert any(not best[name].equal(last[name]) for name in best)
 
 
-def test_training_ends_after_patience_epochs_without_progress_and_is_over_for_resume_too(judged):
-    report, notes, measured = judged(0.1, 0.3, 0.3, 0.2, 0.7, epochs=9, patience=2)
+def test_training_stops_early_after_patience_epochs_and_stays_finished_when_resumed(train_with_aps):
+    report, callback, fake = train_with_aps(0.1, 0.3, 0.3, 0.2, 0.7, epochs=9, patience=2)
     assert (report.epochs, report.best_epoch, report.accuracy.ap) == (4, 2, 0.3)
-    assert "no progress since epoch 2: training ends" in notes.said
+    assert "early stopping: no improvement since epoch 2" in callback.text
     assert len(read_results(report.folder / "results.csv")) == 4
-    later = Notes()
-    again = resume(report.folder, watch=later)
-    assert (again.epochs, again.best_epoch, later.steps) == (4, 2, [])
-    assert "training ends" in later.said
-    assert measured.calls == ["last.safetensors"] * 4 + ["best.safetensors"] and again.accuracy.ap == 0.7
+    callback = RecordingCallback()
+    again = resume_run(report.folder, callback)
+    assert (again.epochs, again.best_epoch, callback.steps) == (4, 2, [])
+    assert "early stopping" in callback.text
+    assert fake.calls == ["last.safetensors"] * 4 + ["best.safetensors"] and again.accuracy.ap == 0.7
 
 
-def test_epochs_in_between_are_not_validated_but_the_last_is(judged):
-    report, notes, _ = judged(0.2, 0.3, epochs=3, val_every=2)
-    assert [record.ap for record in notes.records] == [None, 0.2, 0.3]
+def test_with_val_every_the_last_epoch_is_always_validated(train_with_aps):
+    report, callback, _ = train_with_aps(0.2, 0.3, epochs=3, val_every=2)
+    assert [record.ap for record in callback.records] == [None, 0.2, 0.3]
     assert report.best_epoch == 3
 
 
-def test_val_every_0_validates_the_last_epoch_only(judged):
-    report, notes, _ = judged(0.2, epochs=3, val_every=0, patience=1)
-    assert [record.ap for record in notes.records] == [None, None, 0.2]
+def test_val_every_0_validates_the_last_epoch_only(train_with_aps):
+    report, callback, _ = train_with_aps(0.2, epochs=3, val_every=0, patience=1)
+    assert [record.ap for record in callback.records] == [None, None, 0.2]
     assert (report.epochs, report.best_epoch) == (3, 3)
 
 
-def test_a_validation_that_finds_nothing_is_still_the_best_so_far(judged):
-    report, _, _ = judged(None)
+def test_a_validation_without_detections_is_still_the_best_so_far(train_with_aps):
+    report, _, _ = train_with_aps(None)
     assert report.best_epoch == 1 and report.weights.name == "best.safetensors"
-    assert len(describe_report(report)) == 2
+    assert len(report.summary().splitlines()) == 2
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -250,103 +249,101 @@ def test_a_validation_that_finds_nothing_is_still_the_best_so_far(judged):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_option_trains_an_epoch(data, tmp_path, monkeypatch, changes):
-    leave_out_charts(monkeypatch)
-    notes = Notes()
+@pytest.mark.usefixtures("no_charts")
+def test_every_option_trains_an_epoch(data, tmp_path, changes):
+    callback = RecordingCallback()
     epochs = changes.get("epochs", 1)
-    report = train(small_request(data, tmp_path / "run", **{"batch": TRAIN, **changes}), watch=notes)
-    assert report.epochs == epochs and len(losses(report.folder)) == epochs
+    report = train_small(data, tmp_path / "run", callback, **{"batch": TRAIN_IMAGES, **changes})
+    assert report.epochs == epochs and len(read_losses(report.folder)) == epochs
     checkpoint = load_checkpoint(report.weights)
     names = open_dataset(data).class_names
     assert checkpoint.class_names == changes.get("classes", ("object",) if "single_class" in changes else names)
-    assert ("new anchors" in notes.said) == ("autoanchor" in changes)
+    assert ("new anchors" in callback.text) == ("autoanchor" in changes)
     assert (checkpoint.anchors != find_variant("yolov7-tiny").anchors) == ("autoanchor" in changes)
 
 
-def test_weights_to_begin_with_are_named_and_taken(done, data, tmp_path, monkeypatch):
-    leave_out_charts(monkeypatch)
-    notes, path = Notes(), done[0].folder / "last.safetensors"
-    hyp = Hyperparameters(lr0=0.0, warmup_epochs=0.0)
-    report = train(small_request(data, tmp_path / "run", weights=str(path), hyp=hyp, rebase_bn=False), watch=notes)
-    assert "yolov7-tiny from last.safetensors: 342 of 342 tensors" in notes.said.replace("\n", " ")
-    own, given = weights(report.folder), weights(path.parent)
-    learned = [name for name in own if "running" not in name and "num_batches" not in name]
-    assert all(own[name].equal(given[name]) for name in learned)
+UNCHANGING = Hyperparameters(lr0=0.0, warmup_epochs=0.0)  # no weight changes in training
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_initial_weights_are_loaded_and_recorded(done, data, tmp_path):
+    callback, path = RecordingCallback(), done[0].folder / "last.safetensors"
+    report = train_small(data, tmp_path / "run", callback, weights=str(path), hyp=UNCHANGING, recalibrate_bn=False)
+    assert "yolov7-tiny from last.safetensors: 342 of 342 tensors" in callback.text.replace("\n", " ")
+    own, given = load_weights(report.folder), load_weights(path.parent)
+    trainable = [name for name in own if "running" not in name and "num_batches" not in name]
+    assert all(own[name].equal(given[name]) for name in trainable)
     document = json.loads((report.folder / "run.json").read_text())
     assert document["weights"]["source"] == "last.safetensors" and len(document["weights"]["sha256"]) == 64
 
 
-def test_weights_to_begin_with_get_statistics_of_the_images_and_stay_the_same_network(
-    done, data, tmp_path, monkeypatch
-):
-    leave_out_charts(monkeypatch)
-    notes, path = Notes(), done[0].folder / "last.safetensors"
-    hyp = Hyperparameters(lr0=0.0, warmup_epochs=0.0)
-    report = train(small_request(data, tmp_path / "run", weights=str(path), hyp=hyp), watch=notes)
-    assert "statistics of 55 BatchNorm layers are those of 6 images now" in notes.said
-    own, given = weights(report.folder), weights(path.parent)
+@pytest.mark.usefixtures("no_charts")
+def test_batchnorm_of_initial_weights_is_recalibrated_on_the_training_images(done, data, tmp_path):
+    callback, path = RecordingCallback(), done[0].folder / "last.safetensors"
+    report = train_small(data, tmp_path / "run", callback, weights=str(path), hyp=UNCHANGING)
+    assert "recalibrated the statistics of 55 BatchNorm layers on 6 images" in callback.text
+    own, given = load_weights(report.folder), load_weights(path.parent)
     assert own["model.0.conv.weight"].equal(given["model.0.conv.weight"])
     assert not own["model.0.bn.weight"].equal(given["model.0.bn.weight"])
 
 
-def test_the_same_request_gives_the_same_bytes(done, data, tmp_path, monkeypatch):
-    leave_out_charts(monkeypatch)
-    again = train(small_request(data, tmp_path / "run", epochs=2), watch=Notes())
-    assert losses(again.folder) == losses(done[0].folder)
+@pytest.mark.usefixtures("no_charts")
+def test_the_same_request_gives_the_same_bytes(done, data, tmp_path):
+    again = train_small(data, tmp_path / "run", epochs=2)
+    assert read_losses(again.folder) == read_losses(done[0].folder)
     assert (again.folder / "last.safetensors").read_bytes() == (done[0].folder / "last.safetensors").read_bytes()
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused requests -------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_a_training_is_refused(done, data):
-    with pytest.raises(UsageError, match="already holds a training") as caught:
-        train(small_request(data, done[0].folder), watch=Notes())
+def test_a_folder_that_has_a_training_run_is_refused(done, data):
+    with pytest.raises(UsageError, match="already has a training run") as caught:
+        train_small(data, done[0].folder)
     assert f"y7 train --resume --save-dir {done[0].folder}" in caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("changes", "message", "fix"),
     [
-        ({"img": 80}, "--img 80 is no multiple of yolov7-tiny's stride 32", "--img 96"),
-        ({"img": 96, "variant": "yolov7-w6"}, "--img 96 is no multiple of yolov7-w6's stride 64", "--img 128"),
-        ({"auxiliary": "full"}, "--auxiliary full: yolov7-tiny has no auxiliary heads", "yolov7-w6"),
-        ({"auxiliary": "none"}, "--auxiliary none: yolov7-tiny has no auxiliary heads", "Leave it out"),
-        ({"variant": "yolov8"}, "'yolov8' is no YOLOv7 variant", "yolov7-tiny"),
-        ({"img": 32, "batch": 1}, "One image of 32 pixels leaves yolov7-tiny's BatchNorm one value", "--batch 2"),
-        ({"batch": 1, "multi_scale": True}, "One image of 32 pixels", "--batch 2, or --img 96"),
+        ({"img": 80}, "--img 80 is not a multiple of yolov7-tiny's stride 32", "--img 96"),
+        ({"img": 96, "variant": "yolov7-w6"}, "--img 96 is not a multiple of yolov7-w6's stride 64", "--img 128"),
+        ({"auxiliary": "full"}, "--auxiliary full: yolov7-tiny does not have auxiliary heads", "yolov7-w6"),
+        ({"auxiliary": "none"}, "--auxiliary none: yolov7-tiny does not have auxiliary heads", "Leave it out"),
+        ({"variant": "yolov8"}, "YOLOv7 variant", "yolov7-tiny"),
+        ({"img": 32, "batch": 1}, "With one image of 32 pixels, BatchNorm layers of yolov7-tiny have one", "--batch 2"),
+        ({"batch": 1, "multi_scale": True}, "With one image of 32 pixels", "--batch 2, or --img 96"),
         ({"freeze": (99,)}, "--freeze 99: yolov7-tiny has layers 0..77", "--freeze 38"),
         ({"device": "gpu"}, "--device gpu is unknown", "auto, cpu, cuda"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(data, tmp_path, changes, message, fix):
+def test_invalid_options_are_refused_with_a_fix(data, tmp_path, changes, message, fix):
     with pytest.raises(UsageError) as caught:
-        train(small_request(data, tmp_path / "run", **changes), watch=Notes())
+        train_small(data, tmp_path / "run", **changes)
     assert message in caught.value.message and fix in caught.value.fix
     assert not (tmp_path / "run" / "state.safetensors").exists()
 
 
-def test_weights_of_another_variant_are_refused_before_the_data_is_read(done, data, tmp_path):
-    request = small_request(tmp_path / "absent.yaml", tmp_path / "run", weights=str(done[0].weights), variant="yolov7")
+def test_weights_of_another_variant_are_refused_before_the_dataset_is_read(done, tmp_path):
     with pytest.raises(UsageError, match=r"is yolov7-tiny, not yolov7\."):
-        train(request, watch=Notes())
+        train_small(tmp_path / "absent.yaml", tmp_path / "run", weights=str(done[0].weights), variant="yolov7")
 
 
-def test_a_dataset_or_weights_that_are_not_there_are_named(data, tmp_path):
+def test_a_missing_dataset_or_weights_file_is_named(data, tmp_path):
     with pytest.raises(DatasetError, match=r"absent\.yaml is not a file"):
-        train(small_request(tmp_path / "absent.yaml", tmp_path / "run"), watch=Notes())
+        train_small(tmp_path / "absent.yaml", tmp_path / "run")
     with pytest.raises(LoadError, match=r"absent\.pt"):
-        train(small_request(data, tmp_path / "run", weights=str(tmp_path / "absent.pt")), watch=Notes())
+        train_small(data, tmp_path / "run", weights=str(tmp_path / "absent.pt"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_class_that_the_dataset_does_not_have_is_refused(data, tmp_path):
-    with pytest.raises(DatasetError, match="has no class 'unicorn'"):
-        train(small_request(data, tmp_path / "run", classes=("unicorn",)), watch=Notes())
+    with pytest.raises(DatasetError, match="does not have class 'unicorn'"):
+        train_small(data, tmp_path / "run", classes=("unicorn",))
 
 
-def test_a_folder_that_cannot_be_made_is_named(data, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(data, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="cannot be made") as caught:
-        train(small_request(data, tmp_path / "file" / "run"), watch=Notes())
+    with pytest.raises(TrainingError, match="cannot be created") as caught:
+        train_small(data, tmp_path / "file" / "run")
     assert caught.value.fix == "--save-dir ANOTHER"

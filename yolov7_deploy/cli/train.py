@@ -1,90 +1,108 @@
-"""`y7 train`: from a dataset to weights that every other command takes as they are."""
+"""`y7 train`: train a model on a dataset, from random or given weights, or resume a training run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy.cli.detect import split_classes
-from yolov7_deploy.cli.options import JsonPath, parse_img
+from yolov7_deploy.cli.options import JsonPath, locate_weights, parse_classes, parse_img, was_given
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.training.config import TrainRequest
     from yolov7_deploy.training.hyperparameters import Hyperparameters
     from yolov7_deploy.training.loggers import EpochRecord
+    from yolov7_deploy.training.trainer import TrainReport
 
 RUNS = Path("runs/train")
 DEFAULTS = TrainOptions()
-NO_DATA = "y7 train --data D.yaml, or a generated set:  y7 shapes --output shapes"
-WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
-CHANGEABLE = {"resume", "save_dir", "data", "device", "json_path"}
+DEFAULT_WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
+RESUME_OPTIONS = {"resume", "save_dir", "data", "device", "json_path"}  # allowed together with --resume
+HEADING = " epoch     box     obj     cls      AP    AP50   img/s      GB       s"
 
-Data = Annotated[Path | None, typer.Option("--data", help="Dataset YAML with train and val, or one of `y7 shapes`.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Dataset YAML with train and val; see also `y7 shapes`.")]
 Weights = Annotated[
-    str | None, typer.Option("--weights", "-w", help="Begin with these: a file or an official name; else at random.")
+    str | None, typer.Option("--weights", "-w", help="Initial weights: a file or an official name (default: random).")
 ]
 VariantName = Annotated[
-    str | None, typer.Option("--variant", help="yolov7, yolov7-tiny, yolov7x, yolov7-w6, ...; that of --weights.")
+    str | None,
+    typer.Option("--variant", help="yolov7, yolov7-tiny, yolov7x, yolov7-w6, ... (default: that of --weights)."),
 ]
 Hyp = Annotated[
     str | None, typer.Option("--hyp", help="tiny, p5, p6, custom, or a YAML file (default: by variant and weights).")
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One value of the recipe, as lr0=0.001; repeatable.")]
-ShowHyp = Annotated[bool, typer.Option("--show-hyp", help="Print the recipe as a file, and end.")]
-Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the training images.")]
-BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", help="Images of a step, of all processes.")]
-NominalBatch = Annotated[int, typer.Option("--nominal-batch", help="Images whose gradients make an update.")]
-Img = Annotated[str, typer.Option("--img", "--img-size", "--imgsz", help="Input side.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0; several GPUs: start with torchrun.")]
-Workers = Annotated[int, typer.Option("--workers", help="Processes that prepare images; 0 is none.")]
+SetValues = Annotated[list[str] | None, typer.Option("--set", help="Set a hyperparameter: lr0=0.001. Repeatable.")]
+ShowHyp = Annotated[bool, typer.Option("--show-hyp", help="Print the hyperparameters as YAML and exit.")]
+Epochs = Annotated[int, typer.Option("--epochs", help="Number of epochs.")]
+BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", help="Images per step, over all processes.")]
+NominalBatch = Annotated[int, typer.Option("--nominal-batch", help="Images per update, with gradient accumulation.")]
+Img = Annotated[str, typer.Option("--img", "--img-size", "--imgsz", help="Image size in pixels.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0; for several GPUs use torchrun.")]
+Workers = Annotated[int, typer.Option("--workers", help="Data loading processes; 0 loads in the training process.")]
 Cache = Annotated[
-    float | None, typer.Option("--cache", help="GiB for prepared images (default: a quarter of what is free).")
+    float | None, typer.Option("--cache", help="GiB of memory for cached images (default: a quarter of the free one).")
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the training in --save-dir, or with the newest, as it was begun.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --save-dir, or the newest one.")]
 SaveDir = Annotated[Path | None, typer.Option("--save-dir", help="Folder of the run (default: runs/train/expN).")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 Freeze = Annotated[
-    str | None, typer.Option("--freeze", help="Layers that stay: 50 is the first fifty, 0,1,2 are these.")
+    str | None, typer.Option("--freeze", help="Layers to freeze: 50 is the first fifty, 0,1,2 is a list.")
 ]
-Classes = Annotated[str | None, typer.Option("--classes", help="Only these: names or numbers, 'person,dog' or '0 16'.")]
-SingleClass = Annotated[bool, typer.Option("--single-cls", help="All boxes are of one class.")]
-MultiScale = Annotated[bool, typer.Option("--multi-scale", help="Sizes from half to one and a half of --img.")]
-Rect = Annotated[bool, typer.Option("--rect", help="Images of one shape together, without mosaic.")]
-CloseMosaic = Annotated[int, typer.Option("--close-mosaic", help="Last epochs without mosaic, mixup and pasting.")]
-ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Images of badly found classes more often.")]
-AutoAnchor = Annotated[bool, typer.Option("--autoanchor/--noautoanchor", help="Fit anchors if they reach too little.")]
+Classes = Annotated[
+    str | None, typer.Option("--classes", help="Train on these classes only: 'person,dog', or numbers '0 16'.")
+]
+SingleClass = Annotated[bool, typer.Option("--single-cls", help="Merge all classes into one.")]
+MultiScale = Annotated[bool, typer.Option("--multi-scale", help="Random image sizes from 0.5 to 1.5 times --img.")]
+Rect = Annotated[bool, typer.Option("--rect", help="Batches of images of similar aspect ratio, without mosaic.")]
+CloseMosaic = Annotated[
+    int, typer.Option("--close-mosaic", help="Number of last epochs without mosaic, mixup and copy-paste.")
+]
+ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Show images of classes with low AP more often.")]
+AutoAnchor = Annotated[
+    bool, typer.Option("--autoanchor/--noautoanchor", help="Fit new anchors if the recall of the current ones is low.")
+]
 Half = Annotated[
     bool | None,
     typer.Option("--half/--no-half", help="Mixed precision: float16 on a GPU (default there), bfloat16 on a CPU."),
 ]
 Adam = Annotated[bool, typer.Option("--adam", help="AdamW instead of SGD.")]
-LinearLr = Annotated[bool, typer.Option("--linear-lr", help="The rate falls linearly instead of as a cosine.")]
-SyncBn = Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="BatchNorm over all processes.")]
-RebaseBn = Annotated[
-    bool, typer.Option("--rebase-bn/--no-rebase-bn", help="With --weights: BatchNorm statistics of these images.")
+LinearLr = Annotated[bool, typer.Option("--linear-lr", help="Linear instead of cosine decay of the learning rate.")]
+SyncBn = Annotated[bool, typer.Option("--sync-bn/--no-sync-bn", help="Synchronize BatchNorm over all processes.")]
+RecalibrateBn = Annotated[
+    bool,
+    typer.Option(
+        "--recalibrate-bn/--no-recalibrate-bn",
+        help="With --weights: compute the BatchNorm statistics on the training images first.",
+    ),
 ]
-Patience = Annotated[int, typer.Option("--patience", help="End after so many epochs without progress; 0 is never.")]
-ValEvery = Annotated[int, typer.Option("--val-every", help="Epochs from one validation to the next; 0: only the last.")]
-SaveMinutes = Annotated[float, typer.Option("--save-minutes", help="Minutes from one resume point to the next.")]
-Ota = Annotated[bool, typer.Option("--ota/--no-ota", help="Positives by matching, or every candidate as in YOLOv5.")]
-Assigner = Annotated[str, typer.Option("--assigner", help=f"Of auxiliary heads (table 6): {', '.join(ASSIGNERS)}.")]
+Patience = Annotated[
+    int, typer.Option("--patience", help="Stop after this many epochs without improvement; 0 is never.")
+]
+ValEvery = Annotated[
+    int, typer.Option("--val-every", help="Validate every this many epochs; 0 validates after the last one only.")
+]
+SaveMinutes = Annotated[float, typer.Option("--save-minutes", help="Minutes between saved states within an epoch.")]
+Ota = Annotated[
+    bool, typer.Option("--ota/--no-ota", help="Assign positives with SimOTA, or use every candidate as in YOLOv5.")
+]
+Assigner = Annotated[
+    str, typer.Option("--assigner", help=f"Positives of auxiliary heads (table 6): {', '.join(ASSIGNERS)}.")
+]
 Constraint = Annotated[
-    bool, typer.Option("--constraint/--no-constraint", help="Upper bound for coarse positives (table 7).")
+    bool, typer.Option("--constraint/--no-constraint", help="Upper bound of coarse positives (table 7).")
 ]
-Auxiliary = Annotated[str, typer.Option("--auxiliary", help=f"Heads (table 8): {', '.join(AUXILIARY_HEADS)}.")]
+Auxiliary = Annotated[
+    str, typer.Option("--auxiliary", help=f"Auxiliary heads (table 8): {', '.join(AUXILIARY_HEADS)}.")
+]
 TensorBoard = Annotated[
-    bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write events (default: where it is installed).")
+    bool | None,
+    typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard events (default: if it is installed)."),
 ]
 
 
@@ -95,14 +113,14 @@ def train(
     weights: Weights = None,
     variant: VariantName = None,
     hyp: Hyp = None,
-    set_values: Set = None,
+    set_values: SetValues = None,
     show_hyp: ShowHyp = False,
     epochs: Epochs = DEFAULTS.epochs,
     batch: BatchSize = DEFAULTS.batch,
     nominal_batch: NominalBatch = DEFAULTS.nominal_batch,
     img: Img = str(DEFAULTS.img),
     device: Device = "auto",
-    workers: Workers = WORKERS,
+    workers: Workers = DEFAULT_WORKERS,
     cache: Cache = DEFAULTS.cache_gib,
     resume: Resume = False,
     save_dir: SaveDir = None,
@@ -119,7 +137,7 @@ def train(
     adam: Adam = DEFAULTS.adam,
     linear_lr: LinearLr = DEFAULTS.linear_lr,
     sync_bn: SyncBn = DEFAULTS.sync_bn,
-    rebase_bn: RebaseBn = DEFAULTS.rebase_bn,
+    recalibrate_bn: RecalibrateBn = DEFAULTS.recalibrate_bn,
     patience: Patience = DEFAULTS.patience,
     val_every: ValEvery = DEFAULTS.val_every,
     save_minutes: SaveMinutes = DEFAULTS.save_minutes,
@@ -130,138 +148,147 @@ def train(
     tensorboard: TensorBoard = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Train a network: losses, assignment and schedule of the paper, from scratch or from weights."""
-    asked = locals()
-    options = _options(asked)
+    """Train a model with the losses, assignment and schedule of the paper, from random or given weights."""
+    options = TrainOptions(
+        epochs=epochs, batch=batch, nominal_batch=nominal_batch, img=_square_size(img), seed=seed, workers=workers,
+        cache_gib=cache, half=half, adam=adam, linear_lr=linear_lr, sync_bn=sync_bn, recalibrate_bn=recalibrate_bn,
+        freeze=_parse_layers(freeze), multi_scale=multi_scale, rect=rect, close_mosaic=close_mosaic, ota=ota,
+        image_weights=image_weights, autoanchor=autoanchor, patience=patience, val_every=val_every,
+        save_minutes=save_minutes, assigner=assigner, constraint=constraint, auxiliary=auxiliary,
+    )  # fmt: skip
     if resume:
-        _refuse_changes(context)
-        _resume(save_dir, data=data, device=None if device == "auto" else device, json_path=json_path)
+        _resume(context, save_dir, data=data, device=device, json_path=json_path)
         return
-    from yolov7_deploy.training.hyperparameters import hyperparameters_text, preset_for, read_hyperparameters
+    path, variant = _initial_weights(weights, variant)
+    recipe = _read_recipe(hyp, set_values, variant=variant, pretrained=path is not None, show=show_hyp)
+    _start(
+        data=data, save_dir=save_dir, variant=variant, weights=path, device=device, classes=classes,
+        single_class=single_class, tensorboard=tensorboard, hyp=recipe, options=options, json_path=json_path,
+    )  # fmt: skip
 
-    path, name = _beginning(weights, variant)
-    recipe = read_hyperparameters(hyp or preset_for(name, pretrained=path is not None), changes=_values(set_values))
-    if show_hyp:
-        typer.echo(hyperparameters_text(recipe), nl=False)
-        return
+
+def _start(
+    *,
+    data: Path | None,
+    save_dir: Path | None,
+    variant: str,
+    weights: Path | None,
+    device: str,
+    classes: str | None,
+    single_class: bool,
+    tensorboard: bool | None,
+    hyp: Hyperparameters,
+    options: TrainOptions,
+    json_path: str | None,
+) -> None:
+    from yolov7_deploy.training.checkpoints import TrainRequest
+    from yolov7_deploy.training.run import train as start_training
+    from yolov7_deploy.workflows.predict import next_run_folder
+
     if data is None:
-        raise UsageError("y7 train needs --data.", fix=NO_DATA)
-    _begin(_request(asked, options, recipe, variant=name, weights=str(path or "")), json_path)
-
-
-def _options(asked: Mapping[str, Any]) -> TrainOptions:
-    """What was asked, checked; the parameters of the command are called as the options."""
-    parsed = {**asked, "img": _square(asked["img"]), "freeze": _numbers(asked["freeze"]), "cache_gib": asked["cache"]}
-    return TrainOptions(**{field.name: parsed[field.name] for field in fields(TrainOptions)})
-
-
-def _request(
-    asked: Mapping[str, Any], options: TrainOptions, recipe: Hyperparameters, *, variant: str, weights: str
-) -> TrainRequest:
-    from yolov7_deploy.training.config import TrainRequest
-
-    return TrainRequest(
-        data=str(asked["data"]),
-        folder=str(asked["save_dir"] or _new_folder()),
+        raise UsageError(
+            "y7 train needs --data.", fix="y7 train --data D.yaml, or a generated dataset:  y7 shapes --output shapes"
+        )
+    request = TrainRequest(
+        data=str(data),
+        folder=str(save_dir or next_run_folder(RUNS)),
         variant=variant,
-        weights=weights,
-        device=asked["device"],
-        classes=tuple(map(str, split_classes([asked["classes"] or ""]) or ())),
-        single_class=asked["single_class"],
-        tensorboard=asked["tensorboard"],
-        hyp=recipe,
+        weights=str(weights or ""),
+        device=device,
+        classes=tuple(map(str, parse_classes([classes or ""]) or ())),
+        single_class=single_class,
+        tensorboard=tensorboard,
+        hyp=hyp,
         options=options,
     )
+    _print_report(start_training(request, callback=ConsoleCallback(json_path)), json_path)
 
 
-def _begin(request: TrainRequest, json_path: str | None) -> None:
-    from yolov7_deploy.training.run import train as train_network
-
-    _finish(train_network(request, watch=ConsoleCallback(json_path)), json_path)
-
-
-def _refuse_changes(context: typer.Context) -> None:
-    """A training goes on as it was begun; only where things are may be another place."""
+def _resume(
+    context: typer.Context, save_dir: Path | None, *, data: Path | None, device: str, json_path: str | None
+) -> None:
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name not in CHANGEABLE and source is not None and source.name == "COMMANDLINE":
+        if parameter.name and parameter.name not in RESUME_OPTIONS and was_given(parameter.name):
             raise UsageError(
-                f"{parameter.opts[0]} cannot be changed with --resume: a training goes on as it was begun.",
-                fix="Leave it out, or begin anew from its weights:  --weights runs/train/exp/last.safetensors",
+                f"{parameter.opts[0]} cannot be changed with --resume: a run keeps the options it was started with.",
+                fix="Leave it out, or start a new run from its weights:  --weights runs/train/exp/last.safetensors",
             )
-
-
-def _resume(save_dir: Path | None, *, data: Path | None, device: str | None, json_path: str | None) -> None:
     from yolov7_deploy.training.run import resume
 
-    folder = save_dir or _newest()
-    _finish(
-        resume(folder, watch=ConsoleCallback(json_path), device=device, data=None if data is None else str(data)),
-        json_path,
+    report = resume(
+        save_dir or _newest_run(),
+        callback=ConsoleCallback(json_path),
+        device=device if was_given("device") else None,
+        data=str(data) if data else None,
     )
+    _print_report(report, json_path)
 
 
-def _finish(report: Any, json_path: str | None) -> None:  # noqa: ANN401 - its type is torch's side of the wall
+def _print_report(report: TrainReport, json_path: str | None) -> None:
     from yolov7_deploy._console import write_json
-    from yolov7_deploy.training.run import describe_report, report_document
 
-    if _is_first():
-        typer.echo("\n".join(describe_report(report)), err=json_path == "-")
+    if _is_main_process():
+        typer.echo(report.summary(), err=json_path == "-")
         if json_path is not None:
-            write_json(report_document(report), json_path)
+            write_json(report.to_dict(), json_path)
 
 
-def _beginning(weights: str | None, variant: str | None) -> tuple[Path | None, str]:
-    """The file to begin with, if any, and the variant."""
+def _initial_weights(weights: str | None, variant: str | None) -> tuple[Path | None, str]:
+    """Return the file of the initial weights, if any, and the variant."""
     if weights is None:
         return None, variant or "yolov7"
-    from yolov7_deploy._console import progress
     from yolov7_deploy.checkpoint import load_checkpoint
-    from yolov7_deploy.hub import find_weights
 
-    with progress("download") as show:
-        path = find_weights(weights, progress=show)
+    path = locate_weights(weights)
     return path, variant or load_checkpoint(path).variant
 
 
-def _new_folder() -> Path:
-    from yolov7_deploy.workflows.predict import next_run_folder
+def _read_recipe(
+    hyp: str | None, set_values: list[str] | None, *, variant: str, pretrained: bool, show: bool
+) -> Hyperparameters:
+    """Return the hyperparameters; with `show`, print them and exit."""
+    from yolov7_deploy.training.hyperparameters import default_preset, format_hyperparameters, read_hyperparameters
 
-    return next_run_folder(RUNS)
+    name = hyp or default_preset(variant, pretrained=pretrained)
+    recipe = read_hyperparameters(name, changes=_parse_values(set_values or []))
+    if show:
+        typer.echo(format_hyperparameters(recipe), nl=False)
+        raise typer.Exit
+    return recipe
 
 
-def _newest() -> Path:
+def _newest_run() -> Path:
     states = sorted(RUNS.glob("*/state.safetensors"), key=lambda path: path.stat().st_mtime)
     if not states:
-        raise UsageError(f"There is no training in {RUNS} to go on with.", fix="Name its folder:  --save-dir DIR")
+        raise UsageError(f"There is no training run in {RUNS} to resume.", fix="Name its folder:  --save-dir DIR")
     return states[-1].parent
 
 
-def _is_first() -> bool:
-    """Of several processes that torchrun started, only the first speaks."""
+def _is_main_process() -> bool:
+    """Return whether this process prints; of the processes that torchrun starts, only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _square(text: str) -> int:
+def _square_size(text: str) -> int:
     size = parse_img(text)
     if isinstance(size, tuple):
         if len(set(size)) > 1:
-            raise UsageError(f"--img {text}: training canvases are square.", fix=f"--img {max(size)}, and --rect")
+            raise UsageError(f"--img {text}: training images are square.", fix=f"--img {max(size)}, and --rect")
         size = size[0]
     assert size is not None
     return size
 
 
-def _numbers(text: str | None) -> tuple[int, ...]:
+def _parse_layers(text: str | None) -> tuple[int, ...]:
     parts = (text or "").replace(",", " ").split()
     if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--freeze {text} is no list of layers.", fix="For example: --freeze 50, or --freeze 0,1,2")
+        raise UsageError(f"--freeze {text} is not a list of layers.", fix="For example: --freeze 50, or --freeze 0,1,2")
     return tuple(map(int, parts))
 
 
-def _values(texts: list[str] | None) -> dict[str, float]:
+def _parse_values(texts: list[str]) -> dict[str, float]:
     values = {}
-    for text in texts or []:
+    for text in texts:
         name, _, number = text.partition("=")
         try:
             values[name.strip()] = float(number)
@@ -271,45 +298,45 @@ def _values(texts: list[str] | None) -> dict[str, float]:
 
 
 class ConsoleCallback:
-    """Shows a training to people: a line an epoch on standard output, unless JSON is there; the rest beside it."""
+    """Prints a line per epoch to standard output (to standard error with JSON output), and progress to standard error.
+
+    Only the main process prints.
+    """
 
     def __init__(self, json_path: str | None) -> None:
-        self._headed, self._aside = False, json_path == "-"
+        self._has_heading, self._to_stderr = False, json_path == "-"
 
-    def say(self, words: str) -> None:
-        """A line."""
-        if _is_first():
-            typer.echo(words, err=True)
+    def on_message(self, text: str) -> None:
+        """Print a message."""
+        if _is_main_process():
+            typer.echo(text, err=True)
 
-    def epoch(self, epoch: int, epochs: int) -> AbstractContextManager[Callable[[int, int, str], None]]:
-        """Progress of an epoch."""
-        from yolov7_deploy._console import progress_with_note
-
-        return progress_with_note(f"epoch {epoch + 1}/{epochs}") if _is_first() else _silence()
-
-    @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Progress of something else."""
-        from yolov7_deploy._console import progress
-
-        with progress(what) as show:
-            yield show
-
-    def epoch_done(self, record: EpochRecord) -> None:
-        """A line of the table."""
-        if not self._headed:
-            heading = " epoch     box     obj     cls      AP    AP50   img/s      GB       s"
-            typer.echo(heading, err=self._aside)
-            self._headed = True
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        """Print a line of the table."""
+        if not self._has_heading:
+            typer.echo(HEADING, err=self._to_stderr)
+            self._has_heading = True
         ap, ap50 = ("      -" if value is None else f"{value:7.4f}" for value in (record.ap, record.ap50))
-        memory = (record.memory_bytes or 0) / 1e9
+        memory_gb = (record.memory_bytes or 0) / 1e9
         typer.echo(
             f"{record.epoch:6d} {record.box:7.4f} {record.obj:7.4f} {record.cls:7.4f} {ap} {ap50} "
-            f"{record.images_per_s:7.1f} {memory:7.2f} {record.seconds:7.1f}",
-            err=self._aside,
+            f"{record.images_per_s:7.1f} {memory_gb:7.2f} {record.seconds:7.1f}",
+            err=self._to_stderr,
         )
+
+    def epoch_progress(self, epoch: int, epochs: int) -> AbstractContextManager[Callable[[int, int, str], None]]:
+        """Show the progress of an epoch."""
+        from yolov7_deploy._console import progress_with_note
+
+        return progress_with_note(f"epoch {epoch + 1}/{epochs}") if _is_main_process() else _no_progress()
+
+    def progress(self, description: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Show the progress of another operation."""
+        from yolov7_deploy._console import progress
+
+        return progress(description)
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[Callable[[int, int, str], None]]:
+def _no_progress() -> Iterator[Callable[[int, int, str], None]]:
     yield lambda done, total, note: None

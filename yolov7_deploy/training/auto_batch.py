@@ -1,4 +1,4 @@
-"""Out of memory: which batch would fit."""
+"""The largest batch that fits, for the error message after a training step has run out of memory."""
 
 from __future__ import annotations
 
@@ -8,86 +8,75 @@ import traceback
 
 import torch
 
-from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.errors import DeviceError, is_out_of_memory
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.train_step import TrainStep, training_sizes
-
-# The last is what the convolutions of torch on a processor say.
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "could not create a primitive")
+from yolov7_deploy.training.train_step import TrainStep, multi_scale_sizes
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """The error says that memory is not enough, on a GPU or on the host."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
-    )
+def batch_size_error(train_step: TrainStep, batch: Batch, error: BaseException) -> DeviceError:
+    """Return an error that names the batch size that fits, found by halving the one that did not.
 
-
-def batch_that_fits(learner: TrainStep, batch: Batch, error: BaseException) -> DeviceError:
-    """An error that says which batch fits, found by trying halves of the one that did not.
-
-    Of several processes only this one may be short of memory, and the others do not take part in trials: then half the
-    batch is named untried.
+    With several processes only this one may be out of memory, and the others do not take part in trials: the error
+    then names half the batch without trying it.
 
     Args:
-        learner: Its gradients are dropped.
-        batch: What did not fit.
-        error: What was raised; its frames, which hold the activations of the step, are cleared.
+        train_step: Its gradients are dropped.
+        batch: The batch that did not fit.
+        error: The exception. Its frames, which hold the activations of the step, are cleared.
     """
-    world, images = learner.world, batch.images.shape[0]
+    world_size, images = train_step.distributed.world_size, batch.images.shape[0]
     fitting = images // 2
     traceback.clear_frames(error.__traceback__)
-    while world.size == 1 and fitting and not _fits(learner, batch, fitting):
+    while world_size == 1 and fitting and not _fits(train_step, batch, fitting):
         fitting //= 2
-    what = f"A batch of {images * world.size} images of {_size(learner, batch)}"
-    if world.size > 1:
-        what += f", shared by {world.size} processes,"
+    what = f"A batch of {images * world_size} images of {_size_text(train_step, batch)}"
+    if world_size > 1:
+        what += f", split over {world_size} processes,"
+    what += f" does not fit into the memory of {train_step.distributed.device}"
     reason = str(error).partition("\n")[0][:200]
     if not fitting:
-        smaller = max(learner.stride, learner.options.img // 2 // learner.stride * learner.stride)
-        neither = ", and neither does one image" if images > 1 else ""
-        return DeviceError(
-            f"{what} does not fit into the memory of {world.device}{neither} ({reason}).",
-            fix=f"A smaller size or variant:  --img {smaller}",
-        )
-    tried = "" if world.size > 1 else "; one does" if fitting == 1 else f"; {fitting} do"
+        smaller = max(train_step.stride, train_step.options.img // 2 // train_step.stride * train_step.stride)
+        neither = ", and neither does a batch of 1" if images > 1 else ""
+        return DeviceError(f"{what}{neither} ({reason}).", fix=f"A smaller size or variant:  --img {smaller}")
+    tried = f"; a batch of {fitting} fits" if world_size == 1 else ""
     return DeviceError(
-        f"{what} does not fit into the memory of {world.device} ({reason}){tried}. "
-        "Gradients are added up to the same nominal batch all the same.",
-        fix=f"--batch {fitting * world.size}",
+        f"{what} ({reason}){tried}. Gradient accumulation keeps the nominal batch.",
+        fix=f"--batch {fitting * world_size}",
     )
 
 
-def _largest(learner: TrainStep) -> int | None:
-    """The largest size that a step may have in multi-scale training."""
-    return training_sizes(learner.options.img, learner.stride)[-1] if learner.options.multi_scale else None
+def _largest_size(train_step: TrainStep) -> int | None:
+    """Return the largest image size of multi-scale training; `None` for a fixed size."""
+    options = train_step.options
+    return multi_scale_sizes(options.img, train_step.stride)[-1] if options.multi_scale else None
 
 
-def _size(learner: TrainStep, batch: Batch) -> str:
-    largest = _largest(learner)
+def _size_text(train_step: TrainStep, batch: Batch) -> str:
+    largest = _largest_size(train_step)
     return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[2]}x{batch.images.shape[1]}"
 
 
-def _fits(learner: TrainStep, batch: Batch, images: int) -> bool:
-    """Whether forward and backward of the first images of a batch succeed; weights stay as they are."""
+def _fits(train_step: TrainStep, batch: Batch, images: int) -> bool:
+    """Return whether forward and backward of the first images of a batch succeed; weights do not change."""
     targets = batch.targets[batch.targets[:, 0] < images]
     part = Batch(images=batch.images[:images], targets=targets, paths=batch.paths[:images])
-    _free(learner)
+    _free_memory(train_step)
+    size = _largest_size(train_step)
     try:
-        learner.losses(part, size=_largest(learner)).total.backward()  # type: ignore[no-untyped-call]
+        train_step.compute_loss(part, image_size=size).total.backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
         return False
     finally:
-        _free(learner)
+        _free_memory(train_step)
     return True
 
 
-def _free(learner: TrainStep) -> None:
-    learner.optimizer.zero_grad(set_to_none=True)
+def _free_memory(train_step: TrainStep) -> None:
+    train_step.optimizer.zero_grad(set_to_none=True)
     gc.collect()
-    if learner.world.device.type == "cuda":
+    if train_step.distributed.device.type == "cuda":
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()

@@ -1,31 +1,184 @@
-"""The weights that a training writes, and the rule that none of them hold what is no number."""
+"""Files of a training run: `last` and `best` weights, and the state from which training resumes bit for bit.
+
+The state is one safetensors file with JSON metadata; no file contains pickled objects.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 from torch import Tensor
 
-from yolov7_deploy._atomic_file import remove_unfinished, whole_file
+from yolov7_deploy._atomic_file import atomic_write, remove_partial_files
+from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import save_checkpoint
-from yolov7_deploy.errors import TrainingError
-from yolov7_deploy.training.resume_state import RunState, save_run_state
+from yolov7_deploy.errors import CheckpointError, LoadError, TrainingError
+from yolov7_deploy.options import TrainOptions
+from yolov7_deploy.training.hyperparameters import Hyperparameters
 
 LAST, BEST, STATE = "last.safetensors", "best.safetensors", "state.safetensors"
+SCHEMA = 1
+_METADATA_KEY = "yolov7_training"
 
 
-def keep_last(folder: Path, state: RunState, average: Mapping[str, Tensor]) -> None:
-    """Writes the moving average as weights that every command opens.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRequest:
+    """Everything that defines a training run.
+
+    Attributes:
+        data: Dataset YAML, or COCO instances JSON.
+        folder: Folder of the run.
+        variant: Official name of the variant.
+        weights: Weights file that initialises the model; empty for random weights.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        classes: Names or numbers of the dataset's classes to train on; empty for all.
+        single_class: Merge all classes into one.
+        tensorboard: Write TensorBoard events; `None` does so if TensorBoard is installed.
+        hyp: Hyperparameters.
+        options: See `TrainOptions`.
+    """
+
+    data: str
+    folder: str
+    variant: str = "yolov7"
+    weights: str = ""
+    device: str = "auto"
+    classes: tuple[str, ...] = ()
+    single_class: bool = False
+    tensorboard: bool | None = None
+    hyp: Hyperparameters = field(default_factory=Hyperparameters)
+    options: TrainOptions = field(default_factory=TrainOptions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSums:
+    """Losses and positives summed over the steps of an epoch so far."""
+
+    box: float = 0.0
+    obj: float = 0.0
+    cls: float = 0.0
+    positives: float = 0.0
+    steps: int = 0
+
+    def add(self, *, box: float, obj: float, cls: float, positives: float) -> LossSums:
+        """Return the sums with one more step."""
+        return LossSums(
+            box=self.box + box,
+            obj=self.obj + obj,
+            cls=self.cls + cls,
+            positives=self.positives + positives,
+            steps=self.steps + 1,
+        )
+
+    def mean(self) -> LossSums:
+        """Return the means per step."""
+        n = max(1, self.steps)
+        return LossSums(
+            box=self.box / n, obj=self.obj / n, cls=self.cls / n, positives=self.positives / n, steps=self.steps
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """Progress of a training run, without its tensors.
+
+    Attributes:
+        request: The request that started the run; resuming needs no other options.
+        data_sha256: Digest of the file names and labels of all images.
+        class_names: Classes of the model.
+        anchors: Three (width, height) per level, in input pixels.
+        world_size: Number of processes.
+        epoch: Completed epochs.
+        step: Completed steps of the current epoch.
+        sums: Losses of the current epoch.
+        ema_updates: Updates of the moving average.
+        grad_scale: Loss scale of mixed precision, and the number of steps since it last grew.
+        best_fitness: Best fitness so far, -1 before the first validation.
+        best_epoch: Epoch of the best fitness, from 1; 0 before the first validation.
+        class_aps: AP of each class at the last validation, for `image_weights`.
+        seconds: Training time so far.
+    """
+
+    request: TrainRequest
+    data_sha256: str
+    class_names: tuple[str, ...]
+    anchors: tuple[tuple[tuple[float, float], ...], ...]
+    world_size: int
+    epoch: int = 0
+    step: int = 0
+    sums: LossSums = LossSums()
+    ema_updates: int = 0
+    grad_scale: tuple[float, float] = (0.0, 0.0)
+    best_fitness: float = -1.0
+    best_epoch: int = 0
+    class_aps: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+
+def save_run_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
+    """Write the state of a run atomically.
 
     Raises:
-        TrainingError: They hold values that are no numbers.
-        CheckpointError: They cannot be written.
+        TrainingError: Weights, moving average or optimizer state are not finite.
+        CheckpointError: The file cannot be written; the previous one is unchanged.
     """
-    tensors = {name: tensor.cpu() for name, tensor in average.items()}
-    _refuse_broken(folder, state, tensors)
+    # Accumulated gradients may overflow in mixed precision; their update is then skipped.
+    _check_finite(folder, state, {name: tensor for name, tensor in tensors.items() if not name.startswith("gradient.")})
+    path = folder / STATE
+    text = json.dumps({"schema": SCHEMA, **asdict(state)}, sort_keys=True)
+    try:
+        with atomic_write(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: text})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({str(error)[:200]}). The previous file is unchanged.",
+            fix=f"Free space on the disk, then resume:  y7 train --resume --save-dir {folder}",
+        ) from error
+
+
+def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
+    """Return the state and the tensors that `save_run_state` wrote.
+
+    Raises:
+        LoadError: The file does not exist, is damaged, or is from another version.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise LoadError(
+            f"{path} does not exist, so there is no training to resume.",
+            fix="Name the folder of the run:  y7 train --resume --save-dir runs/train/exp",
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        raw = json.loads(metadata[_METADATA_KEY])
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            raise ValueError("its version is another")
+        return from_dict(RunState, raw), tensors
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LoadError(
+            f"{path} is damaged, or not a training state of this version ({str(error)[:200]!a}).",
+            fix=f"Start a new training from its weights:  y7 train --weights {folder / LAST}",
+        ) from error
+
+
+def save_last(folder: Path, state: RunState, ema: Mapping[str, Tensor]) -> None:
+    """Write the moving average as `last.safetensors`, a checkpoint for all commands.
+
+    Raises:
+        TrainingError: The weights are not finite.
+        CheckpointError: The file cannot be written.
+    """
+    tensors = {name: tensor.cpu() for name, tensor in ema.items()}
+    _check_finite(folder, state, tensors)
     checkpoint = Checkpoint(
         tensors=tensors,
         variant=state.request.variant,
@@ -37,45 +190,33 @@ def keep_last(folder: Path, state: RunState, average: Mapping[str, Tensor]) -> N
     save_checkpoint(checkpoint, folder / LAST)
 
 
-def keep_best(folder: Path) -> None:
-    """Makes the last weights the best ones, too.
+def save_best(folder: Path) -> None:
+    """Copy `last.safetensors` to `best.safetensors`.
 
     Raises:
-        TrainingError: They cannot be written.
+        TrainingError: The file cannot be written.
     """
-    target = folder / BEST
+    path = folder / BEST
     try:
-        with whole_file(target) as unfinished:
-            shutil.copyfile(folder / LAST, unfinished)
+        with atomic_write(path) as temporary:
+            shutil.copyfile(folder / LAST, temporary)
     except OSError as error:
-        raise TrainingError(f"{target} cannot be written ({error.strerror}).", fix="Make room on that disk.") from error
+        raise TrainingError(f"{path} cannot be written ({error.strerror}).", fix="Free space on the disk.") from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed training was just writing; it must not run any more."""
+def remove_partial_checkpoints(folder: Path) -> None:
+    """Remove partially written files of a run that was killed; no process may be writing to the folder."""
     for name in (LAST, BEST, STATE):
-        remove_unfinished(folder / name)
+        remove_partial_files(folder / name)
 
 
-def keep_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
-    """Writes what is needed to go on.
-
-    Raises:
-        TrainingError: The weights hold values that are no numbers.
-        CheckpointError: It cannot be written.
-    """
-    # Pending gradients may overflow in mixed precision: the update is then left out.
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("gradient.")}
-    _refuse_broken(folder, state, kept)
-    save_run_state(folder / STATE, state, tensors)
-
-
-def _refuse_broken(folder: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        kept = f"{folder / STATE} has the last good ones." if (folder / STATE).exists() else "None were kept before."
+def _check_finite(folder: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        where = f"epoch {state.epoch + 1}, after step {state.step}"
+        path = folder / STATE
+        previous = f"{path} has the last finite ones." if path.exists() else "None were saved before."
         raise TrainingError(
-            f"The weights hold values that are no numbers in epoch {state.epoch + 1}, after step {state.step} "
-            f"(first in {broken[0]}). {kept}",
-            fix="Try a lower rate (--set lr0=0.001) or --no-half.",
+            f"The weights are NaN or infinite in {where} (first in {wrong[0]}). {previous}",
+            fix="Try a lower learning rate (--set lr0=0.001) or --no-half.",
         )

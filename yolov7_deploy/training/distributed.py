@@ -1,4 +1,4 @@
-"""The processes that train together, as `torchrun` starts them; one process is a world of its own."""
+"""Distributed training: the processes that `torchrun` starts, their collectives, and synchronized BatchNorm."""
 
 from __future__ import annotations
 
@@ -14,170 +14,177 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from yolov7_deploy.errors import DeviceError, TrainingError, UsageError
+from yolov7_deploy.hardware.device import parse_device
 
 CPU = torch.device("cpu")
-PATIENCE = timedelta(hours=3)  # the others wait while the first one validates
+TIMEOUT = timedelta(hours=3)  # of a collective: the other processes wait while the main process validates
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedContext:
-    """One process's place among those that train together."""
+    """The rank, world size and device of this process, and its collectives; a single process by default.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        device: Device on which this process trains.
+    """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     device: torch.device = CPU
 
     @property
-    def is_first(self) -> bool:
-        """This is the process that writes files and validates."""
+    def is_main_process(self) -> bool:
+        """True for the process that validates and writes files."""
         return self.rank == 0
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place and without gradients."""
-        if self.size > 1:
+    @property
+    def command(self) -> str:
+        """The command that starts `y7` in as many processes."""
+        return "y7" if self.world_size == 1 else f"torchrun --nproc-per-node {self.world_size} -m yolov7_deploy"
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place and without gradients, and return it."""
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def agreed(self, value: T) -> T:
-        """The first process's value, for all; plain data."""
-        if self.size == 1:
+    def broadcast(self, value: T) -> T:
+        """Return the value of the main process in all processes; the value must be picklable."""
+        if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def gathered(self, value: T) -> list[T]:
-        """The values of all processes, the first one's first; plain data."""
-        if self.size == 1:
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in order of their ranks; the values must be picklable."""
+        if self.world_size == 1:
             return [value]
-        values: list[T | None] = [None] * self.size
+        values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return cast("list[T]", values)
 
-    @property
-    def command(self) -> str:
-        """How `y7` is typed to run in as many processes."""
-        return "y7" if self.size == 1 else f"torchrun --nproc-per-node {self.size} -m yolov7_deploy"
-
-    def wait(self) -> None:
-        """Returns when every process is here."""
-        if self.size > 1:
+    def barrier(self) -> None:
+        """Wait until all processes have called this method."""
+        if self.world_size > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
-def open_world(device: str) -> Iterator[DistributedContext]:
-    """This process's place: by the variables of `torchrun`, alone without them.
+def init_distributed(device: str) -> Iterator[DistributedContext]:
+    """Join the process group that the environment variables of `torchrun` describe; without them, a single process.
 
     Args:
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `N`. Under `torchrun` each process takes a GPU of its own.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `N`. Under `torchrun` each process uses the GPU of its local rank.
 
     Raises:
-        DeviceError: There is no such device.
-        UsageError: The variables of `torchrun` are incomplete, or a single GPU is asked for several processes.
-        TrainingError: Another process has ended while this one waited for it.
+        DeviceError: The device does not exist.
+        UsageError: The variables of `torchrun` are incomplete, or one GPU is named for several processes.
+        TrainingError: Another process ended while this one waited for it in a collective.
     """
-    size = _number("WORLD_SIZE", 1)
-    if size == 1:
-        yield DistributedContext(device=_device(device, None))
+    world_size = _integer_variable("WORLD_SIZE", 1)
+    if world_size == 1:
+        yield DistributedContext(device=_select_device(device, None))
         return
-    rank, local = _number("RANK", -1), _number("LOCAL_RANK", -1)
-    if rank < 0 or local < 0:
+    rank, local_rank = _integer_variable("RANK", -1), _integer_variable("LOCAL_RANK", -1)
+    if rank < 0 or local_rank < 0:
         raise UsageError(
-            f"WORLD_SIZE is {size} but RANK or LOCAL_RANK is not set.",
+            f"WORLD_SIZE is {world_size} but RANK or LOCAL_RANK is not set.",
             fix="Start several processes with:  torchrun --nproc-per-node 2 -m yolov7_deploy train ...",
         )
-    place = _device(device, local)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    own_device = _select_device(device, local_rank)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
+    dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield DistributedContext(rank=rank, size=size, device=place)
+        yield DistributedContext(rank=rank, world_size=world_size, device=own_device)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise TrainingError(
-            f"Process {rank} of {size} waits for another that has ended ({str(error).strip()[:200]}).",
-            fix="See the message of the other one; then go on with --resume.",
+            f"Process {rank} of {world_size} waits for another process, which has ended ({str(error).strip()[:200]}).",
+            fix="See the error message of the other process, then continue with --resume.",
         ) from error
     finally:
         dist.destroy_process_group()
 
 
-def _number(name: str, absent: int) -> int:
-    text = os.environ.get(name, str(absent))
+def _integer_variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
     if not text.lstrip("-").isdecimal():
-        raise UsageError(f"The variable {name} is {text!r}, not a number.", fix=f"unset {name}, or start with torchrun")
+        raise UsageError(
+            f"The environment variable {name} is {text!r}, not a number.", fix=f"unset {name}, or start with torchrun"
+        )
     return int(text)
 
 
-def _device(text: str, local: int | None) -> torch.device:
+def _select_device(text: str, local_rank: int | None) -> torch.device:
     gpus = torch.cuda.device_count()
     if text == "auto":
         text = "cuda" if gpus else "cpu"
-    if text.isdecimal():
-        text = f"cuda:{text}"
-    kind, _, number = text.partition(":")
-    if kind == "cpu" and not number:
-        return torch.device("cpu")
-    if kind != "cuda" or (number and not number.isdecimal()):
+    device = parse_device(text)
+    if text == "cpu":
+        return CPU
+    if device.kind != "cuda":
         raise UsageError(f"--device {text} is unknown.", fix="One of: auto, cpu, cuda, cuda:0")
-    if local is not None and number:
+    if local_rank is not None and device.index is not None:
         raise UsageError(f"--device {text} names one GPU for several processes.", fix="--device cuda, or auto")
-    index = local if local is not None else int(number or 0)
+    index = local_rank if local_rank is not None else device.index or 0
     if index >= gpus:
         raise DeviceError(
-            f"{text}: torch sees {gpus} GPUs here, and number {index} is needed.",
-            fix="--device cpu, or fewer processes; y7 doctor shows what is here.",
+            f"{device}: GPU {index} is needed, but torch sees {gpus} GPUs.",
+            fix="--device cpu, or fewer processes; y7 doctor lists the GPUs.",
         )
     return torch.device("cuda", index)
 
 
-def synced(model: nn.Module, world: DistributedContext) -> nn.Module:
-    """The model with BatchNorm over the images of all processes; changed in place where that is possible."""
-    if world.size == 1:
+def convert_sync_batchnorm(model: nn.Module, distributed: DistributedContext) -> nn.Module:
+    """Return the model with BatchNorm over the images of all processes; layers are replaced in place if possible."""
+    if distributed.world_size == 1:
         return model
-    if world.device.type == "cuda":
-        made: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        return made
+    if distributed.device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return converted
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(model, name, SyncedBatchNorm.of(child, world))
+            setattr(model, name, CpuSyncBatchNorm.from_batchnorm(child, distributed))
         else:
-            synced(child, world)
+            convert_sync_batchnorm(child, distributed)
     return model
 
 
-class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes on a CPU, which torch's own does not do."""
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes, on a CPU; `torch.nn.SyncBatchNorm` supports GPUs only."""
 
-    world: DistributedContext
+    distributed: DistributedContext
 
     @classmethod
-    def of(cls, norm: nn.BatchNorm2d, world: DistributedContext) -> SyncedBatchNorm:
-        """The same layer, with the same parameters and statistics."""
-        made = cls(norm.num_features, eps=norm.eps, momentum=norm.momentum)
-        made.load_state_dict(norm.state_dict())
-        made.weight, made.bias, made.world = norm.weight, norm.bias, world
-        return made.train(norm.training)
+    def from_batchnorm(cls, norm: nn.BatchNorm2d, distributed: DistributedContext) -> CpuSyncBatchNorm:
+        """Return a layer with the same parameters (shared) and the same statistics (copied)."""
+        converted = cls(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+        converted.load_state_dict(norm.state_dict())
+        converted.weight, converted.bias, converted.distributed = norm.weight, norm.bias, distributed
+        return converted.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape and type; in eval mode as any BatchNorm."""
+        """Normalize [B, C, H, W], of any floating point type; in eval mode like `nn.BatchNorm2d`."""
         if not self.training:
             return super().forward(x)
-        kind, x = x.dtype, x.float()  # sums of bfloat16 would be wrong by percents
-        count = x.numel() // x.shape[1] * self.world.size  # every process has the same number of images
-        mean = _added(x.sum((0, 2, 3))) / count
-        centred = x - mean.view(1, -1, 1, 1)
-        variance = _added(centred.square().sum((0, 2, 3))) / count
-        self._follow(mean.detach(), variance.detach() * count / max(1, count - 1))
+        dtype, x = x.dtype, x.float()  # sums in bfloat16 would be wrong by percents
+        count = x.numel() // x.shape[1] * self.distributed.world_size  # all processes have the same batch size
+        mean = _all_reduce_sum(x.sum((0, 2, 3))) / count
+        centreed = x - mean.view(1, -1, 1, 1)
+        variance = _all_reduce_sum(centreed.square().sum((0, 2, 3))) / count
+        self._update_running_stats(mean.detach(), variance.detach() * count / max(1, count - 1))
         scale = self.weight / torch.sqrt(variance + self.eps)
-        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(kind)
+        return (centreed * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         self.running_mean.lerp_(mean, self.momentum)
@@ -185,8 +192,8 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
 
 
-class _Added(torch.autograd.Function):
-    """A sum over processes whose gradient is again a sum over processes."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over all processes; the gradient is summed over all processes, too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ANN401 - torch's context has no public type
@@ -201,6 +208,6 @@ class _Added(torch.autograd.Function):
         return total
 
 
-def _added(tensor: Tensor) -> Tensor:
-    total: Tensor = _Added.apply(tensor)  # type: ignore[no-untyped-call]
+def _all_reduce_sum(tensor: Tensor) -> Tensor:
+    total: Tensor = _AllReduceSum.apply(tensor)  # type: ignore[no-untyped-call]
     return total

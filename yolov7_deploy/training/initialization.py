@@ -1,4 +1,4 @@
-"""The network a training starts from: fresh, or with what a checkpoint has."""
+"""Initial weights of a training: random, or as many as possible from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ANCHORS_PER_LEVEL = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InitializedModel:
-    """A network in training form, and in words where its weights come from."""
+    """A model in training form, and a text that says where its weights come from."""
 
     model: Yolov7
-    words: str
+    summary: str
 
 
-def starting_model(
+def initialize_model(
     variant: str,
     class_names: tuple[str, ...],
     *,
@@ -33,21 +33,22 @@ def starting_model(
     auxiliary: str = "partial",
     seed: int = 0,
 ) -> InitializedModel:
-    """A network for these classes, with all that fits of a checkpoint.
+    """Return a model for these classes, with all weights of a checkpoint that fit.
 
-    Tensors of the same name and shape are taken, from a deploy form too, which then gives the same output as before.
-    Where the classes differ, the head keeps its boxes and objectness, and the rows of classes of the same name.
+    Tensors of the same name and shape are copied. From a checkpoint in deploy form, the model gives the same output as
+    that checkpoint. If the classes differ, the head keeps the rows of boxes and objectness, and those of classes of the
+    same name.
 
     Args:
         variant: Official name.
-        class_names: What it shall find.
-        checkpoint: Weights to begin with; random ones without.
-        anchors: Those of the checkpoint, or the variant's, where left out.
+        class_names: Classes to detect.
+        checkpoint: Initial weights; random ones without.
+        anchors: Anchors in input pixels; by default those of the checkpoint, or of the variant.
         auxiliary: See `Yolov7`.
-        seed: Of the random weights.
+        seed: Seed of the random weights.
 
     Raises:
-        UsageError: The checkpoint is of another variant.
+        UsageError: The checkpoint is for another variant.
     """
     if checkpoint is not None:
         require_variant(checkpoint, variant)
@@ -56,15 +57,15 @@ def starting_model(
         torch.manual_seed(seed)
         model = new_model(variant, classes=len(class_names), training_form=True, anchors=anchors, auxiliary=auxiliary)
     if checkpoint is None:
-        return InitializedModel(model=model, words=f"random weights of seed {seed}")
-    return InitializedModel(model=model, words=_transfer(model, checkpoint, class_names))
+        return InitializedModel(model=model, summary=f"random weights of seed {seed}")
+    return InitializedModel(model=model, summary=_load_matching(model, checkpoint, class_names))
 
 
 def require_variant(checkpoint: Checkpoint, variant: str) -> None:
-    """Returns when the checkpoint is of this variant.
+    """Check that a checkpoint is for this variant.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It is for another variant.
     """
     if checkpoint.variant != variant:
         raise UsageError(
@@ -74,65 +75,66 @@ def require_variant(checkpoint: Checkpoint, variant: str) -> None:
 
 
 @torch.no_grad()
-def _transfer(model: Yolov7, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> str:
+def _load_matching(model: Yolov7, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> str:
     own = model.state_dict()
-    given = _as_training(checkpoint, head=len(model.layers) - 1)
-    same = [name for name in own if name in given and own[name].shape == given[name].shape and "anchor" not in name]
-    taken = {name: given[name] for name in same if class_names == checkpoint.class_names or not _by_class(name, model)}
+    given = _rename_head(checkpoint, head=len(model.layers) - 1)
+    matching = [name for name in own if name in given and own[name].shape == given[name].shape and "anchor" not in name]
+    same_classes = class_names == checkpoint.class_names
+    copied = {name: given[name] for name in matching if same_classes or not _has_class_rows(name, model)}
     merged = {
-        name: _merged(own[name], given[name], class_names, checkpoint.class_names)
+        name: _merge_classes(own[name], given[name], class_names, checkpoint.class_names)
         for name in own
-        if name in given and name not in taken and _by_class(name, model)
+        if name in given and name not in copied and _has_class_rows(name, model)
     }
-    neutral = {} if checkpoint.training else _neutral_knowledge(model)
-    found = {**neutral, **taken, **merged}
-    model.load_state_dict({**own, **found})
-    learned = [name for name in own if "anchor" not in name]
-    fresh = [name for name in learned if name not in found]
-    words = f"{checkpoint.source}: {len(taken)} of {len(learned)} tensors"
+    neutral = {} if checkpoint.training else _neutral_implicit_knowledge(model)
+    loaded = {**neutral, **copied, **merged}
+    model.load_state_dict({**own, **loaded})
+    trainable = [name for name in own if "anchor" not in name]
+    random = [name for name in trainable if name not in loaded]
+    summary = f"{checkpoint.source}: {len(copied)} of {len(trainable)} tensors"
     if merged:
         known = sum(name in checkpoint.class_names for name in class_names)
-        words += f", the head's boxes and {known} of its {len(class_names)} classes"
-    return words + (f"; {len(fresh)} begin as random numbers" if fresh else "")
+        summary += f", the head's boxes and {known} of its {len(class_names)} classes"
+    return summary + (f"; {len(random)} are random" if random else "")
 
 
-def _as_training(checkpoint: Checkpoint, *, head: int) -> dict[str, Tensor]:
-    """Its tensors under the names of the training form, whose head may stand behind auxiliary layers."""
+def _rename_head(checkpoint: Checkpoint, *, head: int) -> dict[str, Tensor]:
+    """Return the tensors with the head's index in training form, where auxiliary layers may precede the head."""
     last = max(int(name.split(".")[1]) for name in checkpoint.tensors)
-    moved = f"model.{last}."
+    prefix = f"model.{last}."
     return {
-        name.replace(moved, f"model.{head}.", 1) if name.startswith(moved) else name: tensor
+        name.replace(prefix, f"model.{head}.", 1) if name.startswith(prefix) else name: tensor
         for name, tensor in checkpoint.tensors.items()
     }
 
 
-def _neutral_knowledge(model: Yolov7) -> dict[str, Tensor]:
-    """Implicit knowledge that changes nothing: a deploy form has its own folded into the head's convolutions."""
+def _neutral_implicit_knowledge(model: Yolov7) -> dict[str, Tensor]:
+    """Return implicit knowledge without effect: the deploy form has it folded into the head's convolutions."""
     prefix, own = f"model.{len(model.layers) - 1}.", model.state_dict()
     added = {name: torch.zeros_like(own[name]) for name in own if name.startswith(f"{prefix}ia.")}
     return added | {name: torch.ones_like(own[name]) for name in own if name.startswith(f"{prefix}im.")}
 
 
-def _by_class(name: str, model: Yolov7) -> bool:
-    """The tensor has a row for each class."""
+def _has_class_rows(name: str, model: Yolov7) -> bool:
+    """Return whether the tensor has a row for each class."""
     head = f"model.{len(model.layers) - 1}."
     return name.startswith((f"{head}m.", f"{head}m2.", f"{head}im."))
 
 
-def _merged(own: Tensor, given: Tensor, names: tuple[str, ...], given_names: tuple[str, ...]) -> Tensor:
-    """Rows for boxes and objectness, and those of classes that both know; in `im` rows are channels."""
-    channel = 1 if own.shape[0] == 1 else 0
-    mine = _per_anchor(own.clone(), channel)
-    theirs = _per_anchor(given, channel)
-    mine[:, :BOX_AND_OBJECTNESS] = theirs[:, :BOX_AND_OBJECTNESS]
+def _merge_classes(own: Tensor, given: Tensor, names: tuple[str, ...], given_names: tuple[str, ...]) -> Tensor:
+    """Return the tensor with the given rows of boxes, objectness and common classes; `im` has its rows in axis 1."""
+    axis = 1 if own.shape[0] == 1 else 0
+    merged_rows, given_rows = _split_rows(own.clone(), axis), _split_rows(given, axis)
+    merged_rows[:, :BOX_AND_OBJECTNESS] = given_rows[:, :BOX_AND_OBJECTNESS]
     for index, name in enumerate(names):
         if name in given_names:
-            mine[:, BOX_AND_OBJECTNESS + index] = theirs[:, BOX_AND_OBJECTNESS + given_names.index(name)]
-    merged: Tensor = mine.flatten(0, 1).movedim(0, channel).contiguous()
+            given_index = given_names.index(name)
+            merged_rows[:, BOX_AND_OBJECTNESS + index] = given_rows[:, BOX_AND_OBJECTNESS + given_index]
+    merged: Tensor = merged_rows.flatten(0, 1).movedim(0, axis).contiguous()
     return merged
 
 
-def _per_anchor(tensor: Tensor, channel: int) -> Tensor:
-    """[3, 5 + C, ...] of the axis that has a row for each anchor and column."""
-    moved = tensor.movedim(channel, 0)
+def _split_rows(tensor: Tensor, axis: int) -> Tensor:
+    """Return [3, 5 + C, ...]: the axis split into anchors and outputs per anchor."""
+    moved = tensor.movedim(axis, 0)
     return moved.reshape(ANCHORS_PER_LEVEL, -1, *moved.shape[1:])

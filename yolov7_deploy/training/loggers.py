@@ -1,17 +1,16 @@
-"""What a training run writes while it runs: a table with a line per epoch, TensorBoard's file, and what it was."""
+"""Reports of a training run: callbacks, a CSV table with one line per epoch, TensorBoard events, and `run.json`."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._console import write_json
 from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import UsageError, missing_library
@@ -19,76 +18,31 @@ from yolov7_deploy.errors import UsageError, missing_library
 if TYPE_CHECKING:
     from types import TracebackType
 
-
-class TensorboardLog:
-    """An event file in a folder; several of one folder are shown as one run."""
-
-    def __init__(self, folder: Path, *, first_step: int) -> None:
-        """Opens the file. What earlier files of the folder say of `first_step` and later is not shown any more.
-
-        Raises:
-            UsageError: The file cannot be written.
-        """
-        self._folder = folder
-        try:
-            self._writer = SummaryWriter(str(folder), purge_step=first_step)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def add(self, scalars: Mapping[str, float], *, step: int) -> None:
-        """Writes values by tag, and waits until they are in the file.
-
-        Raises:
-            UsageError: The file cannot be written.
-        """
-        try:
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def close(self) -> None:
-        """Ends the file.
-
-        Raises:
-            UsageError: The file cannot be written.
-        """
-        try:
-            self._writer.close()
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UsageError:
-        return UsageError(
-            f"TensorBoard's file in {self._folder} cannot be written: {error.strerror or error}.",
-            fix="Free some space, choose another folder, or train without TensorBoard.",
-        )
-
+    from yolov7_deploy.training.tensorboard import TensorboardLog
 
 RESULTS_NAME, RUN_NAME = "results.csv", "run.json"
-WHOLE = {"epoch", "size", "memory_bytes"}  # columns with whole numbers
+INTEGER_COLUMNS = {"epoch", "size", "memory_bytes"}
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochRecord:
-    """One epoch in numbers; a loss that is no number stays NaN, so that the table shows where it went wrong.
+    """Metrics of one epoch; a loss that is not finite stays so, and the table shows where it went wrong.
 
     Attributes:
-        epoch: Counted as the training loop counts.
-        box, obj, cls, total: Means of the losses over the epoch's batches, gains included.
-        positives: Places of the lead heads that a target was assigned to, in a step on average.
-        size: Side of the images in pixels.
-        ap, ap50, ap75, ap_small, ap_medium, ap_large, ar100: COCO's numbers (0..1) of the validation; `None` where
-            there was none after this epoch, or nothing of that kind to find.
-        lr_norm, lr_weight, lr_bias: Learning rates at the end of the epoch: of batch norms and implicit knowledge, of
-            the other weights, and of biases.
-        momentum: At the end of the epoch.
-        images_per_s: Images trained on, without the validation.
-        memory_bytes: Largest use of the device's memory; `None` where nobody counts it.
-        seconds: Of the epoch, validation included.
+        epoch: Epoch, from 1 in `y7 train`.
+        box, obj, cls, total: Mean losses over the steps of the epoch, multiplied by their gains.
+        positives: Mean number of positives of the lead heads per step.
+        size: Image size in pixels.
+        ap, ap50, ap75, ap_small, ap_medium, ap_large, ar100: COCO metrics (0..1) of the validation; `None` if this
+            epoch was not validated, or if there are no objects of that kind.
+        lr_norm, lr_weight, lr_bias: Learning rates at the end of the epoch: of BatchNorm and implicit knowledge, of
+            weights, and of biases.
+        momentum: Momentum at the end of the epoch.
+        images_per_s: Training speed, without validation.
+        memory_bytes: Peak memory of the device; `None` if unknown.
+        seconds: Duration of the epoch, including validation.
     """
 
     epoch: int
@@ -117,78 +71,118 @@ class EpochRecord:
         if self.epoch < 0 or self.size < 1:
             raise UsageError(
                 f"An epoch must be at least 0 and a size at least 1, not {self.epoch} and {self.size}.",
-                fix="Count epochs from 0 or 1, and give the side of the images in pixels.",
+                fix="Count epochs from 0 or 1, and give the image size in pixels.",
             )
 
 
 COLUMNS = tuple(field.name for field in fields(EpochRecord))
-OPTIONAL = {field.name for field in fields(EpochRecord) if field.default is None}
+OPTIONAL_COLUMNS = {field.name for field in fields(EpochRecord) if field.default is None}
 HEADER = ",".join(COLUMNS)
-# Where TensorBoard shows a column; the part before the slash is a section of its page.
+COCO_COLUMNS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
+# TensorBoard tag of each column; the part before the slash is a section of its page.
 TAGS = {
     **{name: f"train/{name}" for name in ("box", "obj", "cls", "total", "positives", "size")},
-    **{name: f"val/{name}" for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")},
+    **{name: f"val/{name}" for name in COCO_COLUMNS},
     **{name: name.replace("_", "/") for name in ("lr_norm", "lr_weight", "lr_bias")},
     "momentum": "lr/momentum",
     **{name: f"speed/{name}" for name in ("images_per_s", "memory_bytes", "seconds")},
 }
 
+ShowStep = Callable[[int, int, str], None]
+ShowProgress = Callable[[int, int], None]
+
+
+class TrainCallback(Protocol):
+    """The interface through which a training run reports its progress."""
+
+    def on_message(self, text: str) -> None:
+        """Handle a message for the user."""
+
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        """Handle the metrics of an epoch."""
+
+    def epoch_progress(self, epoch: int, epochs: int) -> AbstractContextManager[ShowStep]:
+        """Return the context of an epoch (from 0); it yields a function of (steps done, steps in total, note)."""
+
+    def progress(self, description: str) -> AbstractContextManager[ShowProgress]:
+        """Return the context of another long operation; it yields a function of (done, total)."""
+
+
+class NullCallback:
+    """A callback that ignores everything."""
+
+    def on_message(self, text: str) -> None:
+        """Ignore the message."""
+
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        """Ignore the metrics."""
+
+    @contextmanager
+    def epoch_progress(self, epoch: int, epochs: int) -> Iterator[ShowStep]:
+        """Yield a function that does nothing."""
+        yield lambda done, total, note: None
+
+    @contextmanager
+    def progress(self, description: str) -> Iterator[ShowProgress]:
+        """Yield a function that does nothing."""
+        yield lambda done, total: None
+
 
 class RunLog:
-    """Writes `results.csv`, and TensorBoard's file, in the folder of a run; a context manager that closes them.
+    """Writer of `results.csv` and of TensorBoard events in the folder of a run; a context manager that closes them.
 
-    Every line is on the disk when `write` returns, so a run that is cut off loses none.
+    Every line is on the disk when `write` returns, so a run that is killed loses none.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool | None = None, first_epoch: int = 0) -> None:
-        """Opens the logs of a run that starts or goes on.
+        """Open the logs of a run that starts or resumes.
 
         Args:
-            folder: Is made where it is absent.
-            tensorboard: Whether to write its file; `None` does where the library is installed.
-            first_epoch: The epoch that comes next. What the folder has of it and of later ones is from a run that was
-                cut off after its last checkpoint, and is dropped; so is a line that was cut off.
+            folder: Folder of the run; it is created if needed.
+            tensorboard: Write TensorBoard events; `None` does so if TensorBoard is installed.
+            first_epoch: The first epoch that will be written. Lines of this and later epochs are from a run that was
+                killed after its last checkpoint, and are removed; so is an incomplete last line.
 
         Raises:
-            MissingLibraryError: TensorBoard is wanted but not installed.
-            UsageError: The folder cannot be written, or holds a `results.csv` that is not of this version.
+            MissingLibraryError: TensorBoard is requested but not installed.
+            UsageError: The folder cannot be written, or its `results.csv` is not a table of this version.
         """
         self.path = folder / RESULTS_NAME
-        self._last = first_epoch - 1
+        self._last_epoch = first_epoch - 1
         lines = _read(self.path) if self.path.exists() else {}
         kept = [line for line, record in lines.items() if record.epoch < first_epoch]
         try:
-            with whole_file(self.path) as unfinished:
+            with atomic_write(self.path) as temporary:
                 text = "".join(f"{line}\n" for line in (HEADER, *kept))
-                unfinished.write_text(text, encoding="utf-8", newline="\n")
+                temporary.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
-            raise _unwritable(self.path, error) from error
-        self._board = _open_tensorboard(folder, wanted=tensorboard, first_step=first_epoch)
+            raise _write_error(self.path, error) from error
+        self._tensorboard = _open_tensorboard(folder, requested=tensorboard, first_step=first_epoch)
 
     def write(self, record: EpochRecord) -> None:
-        """Adds an epoch.
+        """Append an epoch.
 
         Raises:
-            UsageError: It is not after the last one, or cannot be written; then the table is as it was.
+            UsageError: The epoch does not follow the last one, or cannot be written; the table is then unchanged.
         """
-        if record.epoch <= self._last:
+        if record.epoch <= self._last_epoch:
             raise UsageError(
-                f"Epoch {record.epoch} comes after epoch {self._last} in {self.path}.",
-                fix="Write epochs in order, each once; open the log with first_epoch= to write some again.",
+                f"Epoch {record.epoch} comes after epoch {self._last_epoch} in {self.path}.",
+                fix="Write each epoch once and in order; open the log with first_epoch= to write epochs again.",
             )
         try:
             _append(self.path, _line(record))
         except OSError as error:
-            raise _unwritable(self.path, error) from error
-        self._last = record.epoch
-        if self._board:
+            raise _write_error(self.path, error) from error
+        self._last_epoch = record.epoch
+        if self._tensorboard:
             values = {tag: getattr(record, name) for name, tag in TAGS.items()}
-            self._board.add({tag: value for tag, value in values.items() if value is not None}, step=record.epoch)
+            self._tensorboard.add({tag: value for tag, value in values.items() if value is not None}, step=record.epoch)
 
     def close(self) -> None:
-        """Ends TensorBoard's file."""
-        if self._board:
-            self._board.close()
+        """Close the TensorBoard file."""
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -200,46 +194,44 @@ class RunLog:
 
 
 def read_results(path: Path) -> list[EpochRecord]:
-    """The epochs in a `results.csv`, to the six digits that it has; a last line that was cut off is left out.
+    """Return the epochs of a `results.csv`, with its six significant digits; an incomplete last line is ignored.
 
     Raises:
-        UsageError: The file is absent, or not of this version.
+        UsageError: The file does not exist, or is not a table of this version.
     """
     return list(_read(path).values())
 
 
 def write_run(folder: Path, document: Mapping[str, Any]) -> None:
-    """Writes `run.json`: what is needed to repeat a run, and the version of this package.
-
-    The file appears complete or not at all.
+    """Write `run.json`, with all that is needed to repeat a run and the version of this package, atomically.
 
     Args:
-        folder: Is made where it is absent.
-        document: Plain data, dataclasses and paths: command, options, hyper-parameters, digest of the dataset.
+        folder: Folder of the run; it is created if needed.
+        document: Plain data, dataclasses and paths: command, options, hyperparameters, digest of the dataset.
 
     Raises:
         UsageError: The file cannot be written.
-        ValueError: A NaN, or a value that is not data.
+        ValueError: The document contains a NaN, or a type that is not plain data.
     """
     write_json({"version": __version__, **document}, folder / RUN_NAME)
 
 
 def _line(record: EpochRecord) -> str:
     return ",".join(
-        "" if value is None else str(int(value)) if name in WHOLE else f"{value:.6g}"
+        "" if value is None else str(int(value)) if name in INTEGER_COLUMNS else f"{value:.6g}"
         for name, value in zip(COLUMNS, astuple(record), strict=True)
     )
 
 
 def _read(path: Path) -> dict[str, EpochRecord]:
-    """The lines of a table, and what they say."""
+    """Return the records of a table by their lines."""
     try:
-        *lines, torn = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        *lines, rest = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror or error}.", fix=f"Name the {RESULTS_NAME} of a training run."
         ) from error
-    if not lines and HEADER.startswith(torn):
+    if not lines and HEADER.startswith(rest):
         return {}
     lines = [line.rstrip("\r") for line in lines]
     if not lines or lines[0] != HEADER:
@@ -247,38 +239,38 @@ def _read(path: Path) -> dict[str, EpochRecord]:
             f"{path} does not begin with the columns of a training table of this version: {HEADER[:40]}...",
             fix="Move it away, or choose another folder for the run.",
         )
-    if torn:
-        logger.warning("%s: its last line was cut off and is left out", path)
-    found = {}
+    if rest:
+        logger.warning("%s: its last line is incomplete and is ignored", path)
+    records = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            found[line] = _record(line)
+            records[line] = _parse(line)
         except (ValueError, UsageError) as error:
             reason = error.message if isinstance(error, UsageError) else str(error)
-            raise UsageError(f"{path}, line {number}: {reason[:200]}", fix="Mend or delete that line.") from error
-    return found
+            raise UsageError(f"{path}, line {number}: {reason[:200]}", fix="Correct or delete that line.") from error
+    return records
 
 
-def _record(line: str) -> EpochRecord:
+def _parse(line: str) -> EpochRecord:
     cells = line.split(",")
     if len(cells) != len(COLUMNS):
         raise ValueError(f"{len(cells)} values where {len(COLUMNS)} are expected.")
     values: dict[str, Any] = {}
     for name, cell in zip(COLUMNS, cells, strict=True):
-        empty = cell == "" and name in OPTIONAL
-        values[name] = None if empty else int(cell) if name in WHOLE else float(cell)
+        is_none = cell == "" and name in OPTIONAL_COLUMNS
+        values[name] = None if is_none else int(cell) if name in INTEGER_COLUMNS else float(cell)
     return EpochRecord(**values)
 
 
 def _append(path: Path, line: str) -> None:
-    """Adds a line that is on the disk afterwards, or changes nothing: no buffer tries again when the file closes."""
+    """Append a line and sync it to the disk, or leave the file unchanged; unbuffered, so that close does not retry."""
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         data = f"{line}\n".encode() if size else f"{HEADER}\n{line}\n".encode()
         try:
             written = file.write(data)
             if written < len(data):
-                file.write(data[written:])  # names what stopped the first try
+                file.write(data[written:])  # raises the error that stopped the first write
                 raise OSError("only a part could be written")
             os.fsync(file.fileno())
         except OSError:
@@ -286,21 +278,21 @@ def _append(path: Path, line: str) -> None:
             raise
 
 
-def _unwritable(path: Path, error: OSError) -> UsageError:
+def _write_error(path: Path, error: OSError) -> UsageError:
     return UsageError(
         f"{path} cannot be written: {error.strerror or error}.", fix="Free some space, or choose another folder."
     )
 
 
-def _open_tensorboard(folder: Path, *, wanted: bool | None, first_step: int) -> TensorboardLog | None:
-    if wanted is False:
+def _open_tensorboard(folder: Path, *, requested: bool | None, first_step: int) -> TensorboardLog | None:
+    if requested is False:
         return None
     try:
-        from yolov7_deploy.training.loggers import TensorboardLog
+        from yolov7_deploy.training.tensorboard import TensorboardLog
     except ModuleNotFoundError as error:
-        missing = missing_library(error, "to write TensorBoard's files")
-        if wanted:
+        missing = missing_library(error, "to write TensorBoard events")
+        if requested:
             raise missing from error
-        logger.info("TensorBoard's files are not written, because it is not installed: %s", missing.fix)
+        logger.info("TensorBoard is not installed, so no events are written: %s", missing.fix)
         return None
     return TensorboardLog(folder, first_step=first_step)

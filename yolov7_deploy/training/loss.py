@@ -1,7 +1,7 @@
-"""The losses: box (CIoU), objectness and class, for lead and auxiliary heads (paper 4.2).
+"""The losses: box (CIoU), objectness and class, for lead and auxiliary heads (paper section 4.2).
 
-Every mean is over the positives, or cells, of all processes together: several processes give the loss and the gradients
-of one process with all their images.
+Each mean is over the positives, or cells, of all processes: several processes compute the loss and the gradients of a
+single process with all their images.
 """
 
 from __future__ import annotations
@@ -16,37 +16,43 @@ from torch.nn import functional as F
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS
-from yolov7_deploy.training.assignment import COARSE, FINE, Candidates, GroundTruth, Predictions, find_candidates, match
+from yolov7_deploy.training.assignment import (
+    COARSE,
+    FINE,
+    Candidates,
+    GroundTruth,
+    Predictions,
+    assign_simota,
+    find_candidates,
+)
 from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 
-BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # of objectness, fine to coarse
+BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # objectness weight of each level, fine to coarse
 AUXILIARY_WEIGHT = 0.25
-OVERLAPS_P5, OVERLAPS_P6 = 10, 20  # how many overlaps say how many positives a target takes
+TOP_K = {3: 10, 4: 20}  # summed IoUs of SimOTA, by number of levels: P5 and P6 models
 FOCAL_ALPHA = 0.25
 EPS = 1e-7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOptions:
-    """What the losses are made of; defaults are the official training.
+    """Variants of the losses; the defaults are those of the official training.
 
     Attributes:
-        ota: Positives by matching; `False` takes every candidate, as YOLOv5 did.
-        assigner: Positives of auxiliary heads (table 6): `independent` (matched on their own predictions),
-            `lead-guided` (those of the lead head) or `coarse-to-fine` (matched on the lead's predictions, among five
-            cells instead of three).
-        constraint: Auxiliary centres reach from -0.5 to 1.5 cells, so that far cells of the coarse assignment never fit
-            perfectly (table 7); `False` lets them reach from -1 to 2.
-        overlaps: Overlaps that say how many positives a target takes; 10, and 20 with auxiliary heads, where left out.
-        official_height: Targets are matched as the official program does it, widths in units of the image's height.
-            This differs from the truth in images that are not square only, and exists to be compared with.
+        ota: Assign positives with SimOTA; `False` takes every candidate, as in YOLOv5.
+        assigner: Positives of auxiliary heads (table 6): `independent` (from their own predictions), `lead-guided`
+            (those of the lead head) or `coarse-to-fine` (from the lead head's predictions, with up to five cells per
+            target instead of three).
+        constraint: Limit the centres that auxiliary heads predict to -0.5 to 1.5 cells, so that far cells of the coarse
+            assignment never fit perfectly (table 7); `False` allows -1 to 2 cells.
+        official_height: Compute the targets' widths for SimOTA in units of the image height, as the official program
+            does. This is wrong for images that are not square, and exists for comparisons.
     """
 
     ota: bool = True
     assigner: str = "coarse-to-fine"
     constraint: bool = True
-    overlaps: int | None = None
     official_height: bool = False
 
     def __post_init__(self) -> None:
@@ -56,41 +62,40 @@ class LossOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LossParts:
-    """A loss: `total` has gradients and is multiplied by the batch size; the others are for people.
+    """The loss of a batch; only `total` has gradients.
 
     Attributes:
-        total: What to differentiate: box + objectness + classes, times the images of all processes, times the
-            processes.
-        box, objectness, classes: After their gains, without gradients; with several processes this one's share of it.
-        positives: Positives of the lead heads in this process.
+        total: The value to differentiate: (box + obj + cls) * images of all processes * number of processes.
+        box, obj, cls: Losses multiplied by their gains; with several processes, the share of this process.
+        positives: Number of positives of the lead heads in this process.
     """
 
     total: Tensor
     box: Tensor
-    objectness: Tensor
-    classes: Tensor
+    obj: Tensor
+    cls: Tensor
     positives: int
 
 
 @dataclass(slots=True, eq=False)
-class _Sums:
-    """Box, objectness and class terms so far."""
+class _LossTerms:
+    """Box, objectness and class terms accumulated so far, without gains."""
 
     box: Tensor
-    objectness: Tensor
-    classes: Tensor
+    obj: Tensor
+    cls: Tensor
 
 
 class DetectionLoss(nn.Module):
-    """The loss of raw maps against targets.
+    """The loss of the network's raw outputs against the targets.
 
     Args:
         anchors: [levels, 3, 2] width and height in cells of their level.
         strides: Pixels per cell of each level.
-        classes: C.
-        gains: Recipe whose `box`, `obj`, `cls` are used as they are; see `scaled_gains`.
+        classes: Number of classes C.
+        gains: Hyperparameters whose `box`, `obj` and `cls` are used unchanged; see `scale_gains`.
         options: See `LossOptions`.
-        world: The processes that train together.
+        distributed: The processes that train together.
     """
 
     anchors: Tensor
@@ -105,192 +110,198 @@ class DetectionLoss(nn.Module):
         classes: int,
         gains: Hyperparameters,
         options: LossOptions,
-        world: DistributedContext,
+        distributed: DistributedContext,
     ) -> None:
         super().__init__()
         self.strides, self.classes, self.gains = tuple(strides), classes, gains
-        self.options, self.world = options, world
+        self.options, self.distributed = options, distributed
         self.register_buffer("anchors", anchors.detach().clone().float(), persistent=False)
         self.register_buffer("class_weight", torch.tensor([gains.cls_pw]), persistent=False)
         self.register_buffer("objectness_weight", torch.tensor([gains.obj_pw]), persistent=False)
 
-    def forward(self, raws: Sequence[Tensor], targets: Tensor) -> LossParts:
-        """The loss of a batch.
+    def forward(self, raw_outputs: Sequence[Tensor], targets: Tensor) -> LossParts:
+        """Return the loss of a batch.
 
         Args:
-            raws: [B, 3, H, W, 5 + C] per level, fine to coarse; those of auxiliary heads follow, if there are any.
+            raw_outputs: [B, 3, H, W, 5 + C] per level, fine to coarse, followed by those of auxiliary heads, if any.
             targets: float32 [N, 6]: image, class, cx, cy, w, h in fractions of the image.
         """
         levels = len(self.strides)
-        lead, auxiliary = list(raws[:levels]), list(raws[levels:])
+        lead, auxiliary = list(raw_outputs[:levels]), list(raw_outputs[levels:])
         with torch.no_grad(), torch.autocast(lead[0].device.type, enabled=False):
-            fine, coarse = self.positives(lead, auxiliary, targets)
+            lead_positives, auxiliary_positives = self.assign(lead, auxiliary, targets)
         with torch.autocast(lead[0].device.type, enabled=False):
             zero = lead[0].new_zeros((), dtype=torch.float32)
-            sums = _Sums(box=zero, objectness=zero, classes=zero)
-            self._add_terms(sums, lead, fine, targets, weight=1.0, reach=FINE)
+            terms = _LossTerms(box=zero, obj=zero, cls=zero)
+            self._add_terms(terms, lead, lead_positives, targets, weight=1.0, offset=FINE)
             if auxiliary:
-                reach = FINE if self.options.constraint else COARSE
-                self._add_terms(sums, auxiliary, coarse, targets, weight=AUXILIARY_WEIGHT, reach=reach)
-            box, objectness = sums.box * self.gains.box, sums.objectness * self.gains.obj
-            classes = sums.classes * self.gains.cls
-            batch = lead[0].shape[0] * self.world.size
-            # Each process holds its share; gradients are averaged over processes, so shares are multiplied by them.
-            total = (box + objectness + classes) * (batch * self.world.size)
+                offset = FINE if self.options.constraint else COARSE
+                self._add_terms(terms, auxiliary, auxiliary_positives, targets, weight=AUXILIARY_WEIGHT, offset=offset)
+            box, obj = terms.box * self.gains.box, terms.obj * self.gains.obj
+            cls = terms.cls * self.gains.cls
+            batch = lead[0].shape[0] * self.distributed.world_size
+            # Each process has its share of the means. DistributedDataParallel averages gradients over processes, so
+            # the shares are multiplied by their number.
+            total = (box + obj + cls) * (batch * self.distributed.world_size)
         return LossParts(
             total=total,
             box=box.detach(),
-            objectness=objectness.detach(),
-            classes=classes.detach(),
-            positives=sum(len(level.cell) for level in fine),
+            obj=obj.detach(),
+            cls=cls.detach(),
+            positives=sum(len(level.flat_index) for level in lead_positives),
         )
 
-    def positives(
+    def assign(
         self, lead: Sequence[Tensor], auxiliary: Sequence[Tensor], targets: Tensor
     ) -> tuple[list[Candidates], list[Candidates]]:
-        """Positives per level of the lead heads, and of the auxiliary heads (empty lists without any)."""
-        fine = self._assigned(lead, targets, reach=FINE, decode=FINE)
+        """Return the positives per level of the lead heads, and of the auxiliary heads (empty without any)."""
+        fine = self._assign(lead, targets, offset=FINE, decode_offset=FINE)
         if not auxiliary:
             return fine, []
         match self.options.assigner:
             case "lead-guided":
                 return fine, fine
             case "independent":
-                decode = FINE if self.options.constraint else COARSE
-                return fine, self._assigned(auxiliary, targets, reach=FINE, decode=decode)
+                decode_offset = FINE if self.options.constraint else COARSE
+                return fine, self._assign(auxiliary, targets, offset=FINE, decode_offset=decode_offset)
             case _:
-                return fine, self._assigned(lead, targets, reach=COARSE, decode=FINE)
+                return fine, self._assign(lead, targets, offset=COARSE, decode_offset=FINE)
 
-    def _assigned(self, raws: Sequence[Tensor], targets: Tensor, *, reach: float, decode: float) -> list[Candidates]:
-        grids = [(raw.shape[2], raw.shape[3]) for raw in raws]
-        found = find_candidates(targets, grids, self.anchors, anchor_t=self.gains.anchor_t, reach=reach)
+    def _assign(
+        self, raw_outputs: Sequence[Tensor], targets: Tensor, *, offset: float, decode_offset: float
+    ) -> list[Candidates]:
+        grids = [(raw.shape[2], raw.shape[3]) for raw in raw_outputs]
+        candidates = find_candidates(targets, grids, self.anchors, anchor_t=self.gains.anchor_t, offset=offset)
         if not self.options.ota:
-            return found
+            return candidates
         image_hw = (grids[0][0] * self.strides[0], grids[0][1] * self.strides[0])
-        most = self.options.overlaps or (OVERLAPS_P6 if len(self.strides) == 4 else OVERLAPS_P5)
-        predictions = self._predictions(raws, found, decode)
-        positives, target = match(predictions, self._truth(targets, image_hw), most=most)
-        ends = torch.tensor([0, *(len(level.cell) for level in found)]).cumsum(0).tolist()
+        predictions = self._predictions(raw_outputs, candidates, decode_offset)
+        truth = self._ground_truth(targets, image_hw)
+        positives, target = assign_simota(predictions, truth, top_k=TOP_K[len(self.strides)])
+        ends = torch.tensor([0, *(len(level.flat_index) for level in candidates)]).cumsum(0).tolist()
         chosen = []
-        for level, start, end in zip(found, ends, ends[1:], strict=False):
-            here = (positives >= start) & (positives < end)
-            chosen.append(level[positives[here] - start].for_targets(target[here]))
+        for level, start, end in zip(candidates, ends, ends[1:], strict=False):
+            in_level = (positives >= start) & (positives < end)
+            chosen.append(level[positives[in_level] - start].with_targets(target[in_level]))
         return chosen
 
-    def _truth(self, targets: Tensor, image_hw: tuple[int, int]) -> GroundTruth:
+    def _ground_truth(self, targets: Tensor, image_hw: tuple[int, int]) -> GroundTruth:
         height, width = image_hw
-        across = height if self.options.official_height else width
-        centre, sides = (targets[:, i : i + 2] * targets.new_tensor([across, height]) for i in (2, 4))
-        boxes = torch.cat((centre - sides / 2, centre + sides / 2), 1)
+        width_unit = height if self.options.official_height else width
+        centres, sides = (targets[:, i : i + 2] * targets.new_tensor([width_unit, height]) for i in (2, 4))
+        boxes = torch.cat((centres - sides / 2, centres + sides / 2), 1)
         return GroundTruth(boxes=boxes, class_ids=targets[:, 1].long(), image=targets[:, 0].long())
 
-    def _predictions(self, raws: Sequence[Tensor], found: Sequence[Candidates], decode: float) -> Predictions:
+    def _predictions(
+        self, raw_outputs: Sequence[Tensor], candidates: Sequence[Candidates], decode_offset: float
+    ) -> Predictions:
         boxes, values = [], []
-        for raw, places, anchors, stride in zip(raws, found, self.anchors, self.strides, strict=True):
-            value = raw.flatten(0, 3)[places.cell].float()
-            centre, sides = decoded(value, anchors[places.anchor], reach=decode)
-            cell = torch.stack((places.column, places.row), 1)
-            boxes.append(torch.cat((centre + cell - sides / 2, centre + cell + sides / 2), 1) * stride)
+        for raw, level, anchors, stride in zip(raw_outputs, candidates, self.anchors, self.strides, strict=True):
+            value = raw.flatten(0, 3)[level.flat_index].float()
+            centres, sides = decode_boxes(value, anchors[level.anchor], offset=decode_offset)
+            cell = torch.stack((level.column, level.row), 1)
+            boxes.append(torch.cat((centres + cell - sides / 2, centres + cell + sides / 2), 1) * stride)
             values.append(value)
         value = torch.cat(values)
         return Predictions(
             boxes=torch.cat(boxes),
             objectness=value[:, 4],
             classes=value[:, 5:],
-            image=torch.cat([places.image for places in found]),
+            image=torch.cat([level.image for level in candidates]),
         )
 
     def _add_terms(
         self,
-        sums: _Sums,
-        raws: Sequence[Tensor],
+        terms: _LossTerms,
+        raw_outputs: Sequence[Tensor],
         positives: Sequence[Candidates],
         targets: Tensor,
         *,
         weight: float,
-        reach: float,
+        offset: float,
     ) -> None:
-        """Adds this process's share of the means, for one set of heads."""
+        """Add this process's share of the means, for one set of heads."""
         shares = self._shares(positives, targets.device)
         balance = BALANCE[len(self.strides)]
-        for level, (raw, places) in enumerate(zip(raws, positives, strict=True)):
+        for level, (raw, chosen) in enumerate(zip(raw_outputs, positives, strict=True)):
             flat = raw.flatten(0, 3)
-            wanted = flat.new_zeros(len(flat), dtype=torch.float32)
-            if len(places.cell):
-                value = flat[places.cell].float()
-                overlap = self._overlap(value, places, targets, (raw.shape[2], raw.shape[3]), level, reach)
-                sums.box = sums.box + weight * shares[level] * (1 - overlap).sum()
-                wanted = _last_written(wanted, places.cell, overlap.detach().clamp(min=0))
+            objectness = flat.new_zeros(len(flat), dtype=torch.float32)
+            if len(chosen.flat_index):
+                value = flat[chosen.flat_index].float()
+                iou = self._complete_iou(value, chosen, targets, (raw.shape[2], raw.shape[3]), level, offset)
+                terms.box = terms.box + weight * shares[level] * (1 - iou).sum()
+                objectness = _scatter_last(objectness, chosen.flat_index, iou.detach().clamp(min=0))
                 if self.classes > 1:
-                    classes = self._class_loss(value[:, 5:], targets[places.target, 1].long())
-                    sums.classes = sums.classes + weight * shares[level] * classes.sum() / self.classes
-            loss = self._cross_entropy(flat[:, 4].float(), wanted, self.objectness_weight)
-            sums.objectness = sums.objectness + weight * balance[level] / self.world.size * loss.mean()
+                    classes = self._class_loss(value[:, 5:], targets[chosen.target, 1].long())
+                    terms.cls = terms.cls + weight * shares[level] * classes.sum() / self.classes
+            loss = self._cross_entropy(flat[:, 4].float(), objectness, self.objectness_weight)
+            terms.obj = terms.obj + weight * balance[level] / self.distributed.world_size * loss.mean()
 
     def _shares(self, positives: Sequence[Candidates], device: torch.device) -> list[float]:
-        """One over the positives of all processes, per level."""
-        counts = torch.tensor([len(places.cell) for places in positives], dtype=torch.float64, device=device)
-        return [1 / max(count, 1) for count in self.world.add(counts).tolist()]
+        """Return 1 / (positives of all processes) for each level."""
+        counts = torch.tensor([len(level.flat_index) for level in positives], dtype=torch.float64, device=device)
+        return [1 / max(count, 1) for count in self.distributed.all_reduce_sum(counts).tolist()]
 
-    def _overlap(
-        self, value: Tensor, places: Candidates, targets: Tensor, grid: tuple[int, int], level: int, reach: float
+    def _complete_iou(
+        self, value: Tensor, chosen: Candidates, targets: Tensor, grid: tuple[int, int], level: int, offset: float
     ) -> Tensor:
-        """CIoU of predicted boxes with their targets, [P]."""
-        centre, sides = decoded(value, self.anchors[level][places.anchor], reach=reach)
-        boxes = targets[places.target, 2:6] * targets.new_tensor([grid[1], grid[0], grid[1], grid[0]])
-        cell = torch.stack((places.column, places.row), 1)
-        return complete_iou(centre, sides, boxes[:, :2] - cell, boxes[:, 2:])
+        """Return the CIoU of predicted boxes and their targets, [P]."""
+        centres, sides = decode_boxes(value, self.anchors[level][chosen.anchor], offset=offset)
+        boxes = targets[chosen.target, 2:6] * targets.new_tensor([grid[1], grid[0], grid[1], grid[0]])
+        cell = torch.stack((chosen.column, chosen.row), 1)
+        return complete_iou(centres, sides, boxes[:, :2] - cell, boxes[:, 2:])
 
     def _class_loss(self, logits: Tensor, class_ids: Tensor) -> Tensor:
-        smooth = self.gains.label_smoothing
-        wanted = torch.full_like(logits, smooth / 2)
-        wanted.scatter_(1, class_ids[:, None], 1 - smooth / 2)
-        return self._cross_entropy(logits, wanted, self.class_weight)
+        smoothing = self.gains.label_smoothing
+        labels = torch.full_like(logits, smoothing / 2)
+        labels.scatter_(1, class_ids[:, None], 1 - smoothing / 2)
+        return self._cross_entropy(logits, labels, self.class_weight)
 
-    def _cross_entropy(self, logits: Tensor, wanted: Tensor, positive_weight: Tensor) -> Tensor:
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=positive_weight, reduction="none")
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, positive_weight: Tensor) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=positive_weight, reduction="none")
         if self.gains.fl_gamma == 0:
             return loss
         probability = logits.sigmoid()
-        hit = wanted * probability + (1 - wanted) * (1 - probability)
-        alpha = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)
-        return loss * alpha * (1 - hit) ** self.gains.fl_gamma
+        p_true = labels * probability + (1 - labels) * (1 - probability)
+        alpha = labels * FOCAL_ALPHA + (1 - labels) * (1 - FOCAL_ALPHA)
+        return loss * alpha * (1 - p_true) ** self.gains.fl_gamma
 
 
-def scaled_gains(values: Hyperparameters, *, levels: int, classes: int, size: int) -> Hyperparameters:
-    """The recipe with its gains for other than 3 levels, 80 classes and 640 pixels, as in the official program."""
+def scale_gains(hyp: Hyperparameters, *, levels: int, classes: int, image_size: int) -> Hyperparameters:
+    """Return the recipe with its gains, which are for 3 levels, 80 classes and 640 pixels, scaled as in the official
+    program."""
     share = 3 / levels
     return replace(
-        values,
-        box=values.box * share,
-        cls=values.cls * classes / 80 * share,
-        obj=values.obj * (size / 640) ** 2 * share,
+        hyp,
+        box=hyp.box * share,
+        cls=hyp.cls * classes / 80 * share,
+        obj=hyp.obj * (image_size / 640) ** 2 * share,
     )
 
 
-def decoded(value: Tensor, anchors: Tensor, *, reach: float) -> tuple[Tensor, Tensor]:
-    """Centre relative to the cell and size, both [P, 2] in cells, of raw values [P, 5 + C].
+def decode_boxes(value: Tensor, anchors: Tensor, *, offset: float) -> tuple[Tensor, Tensor]:
+    """Return centres relative to the cell, and sizes, both [P, 2] in cells, of raw values [P, 5 + C].
 
-    With y the sigmoid: size = (2 y)^2 anchor, and centre = 2 y - 0.5, or 3 y - 1 where it shall reach further.
+    With y the sigmoid: size = (2 y)^2 anchor; centre = 2 y - 0.5 for the offset `FINE`, 3 y - 1 for `COARSE`.
     """
     y = value[:, :4].sigmoid()
-    return y[:, :2] * (1 + 2 * reach) - reach, (y[:, 2:] * 2) ** 2 * anchors
+    return y[:, :2] * (1 + 2 * offset) - offset, (y[:, 2:] * 2) ** 2 * anchors
 
 
-def complete_iou(centre: Tensor, sides: Tensor, true_centre: Tensor, true_sides: Tensor) -> Tensor:
-    """CIoU (arXiv 1911.08287) of boxes given as centre and size [P, 2]; gradients reach the first box only.
+def complete_iou(centres: Tensor, sides: Tensor, true_centres: Tensor, true_sides: Tensor) -> Tensor:
+    """Return the CIoU (arXiv 1911.08287) of boxes given as centre and size [P, 2]; only the first get gradients.
 
-    CIoU = IoU - (d^2 / c^2 + alpha v): d between centres, c the diagonal of the enclosing box, v the difference of the
-    aspect ratios, alpha = v / (v - IoU + 1).
+    CIoU = IoU - (d^2 / c^2 + alpha v): d the distance of the centres, c the diagonal of the enclosing box, v the
+    difference of the aspect ratios, alpha = v / (v - IoU + 1).
     """
-    low, high = centre - sides / 2, centre + sides / 2
-    true_low, true_high = true_centre - true_sides / 2, true_centre + true_sides / 2
-    shared = (torch.minimum(high, true_high) - torch.maximum(low, true_low)).clamp(min=0).prod(1)
+    low, high = centres - sides / 2, centres + sides / 2
+    true_low, true_high = true_centres - true_sides / 2, true_centres + true_sides / 2
+    intersection = (torch.minimum(high, true_high) - torch.maximum(low, true_low)).clamp(min=0).prod(1)
     width, height = (high - low).unbind(1)
     true_width, true_height = (true_high - true_low).unbind(1)
     height, true_height = height + EPS, true_height + EPS
-    union = width * height + true_width * true_height - shared + EPS
-    iou = shared / union
+    union = width * height + true_width * true_height - intersection + EPS
+    iou = intersection / union
     diagonal = (torch.maximum(high, true_high) - torch.minimum(low, true_low)).square().sum(1) + EPS
     distance = (low + high - true_low - true_high).square().sum(1) / 4
     angle = torch.atan(true_width / (true_height + EPS)) - torch.atan(width / (height + EPS))
@@ -300,11 +311,11 @@ def complete_iou(centre: Tensor, sides: Tensor, true_centre: Tensor, true_sides:
     return iou - (distance / diagonal + alpha * v)
 
 
-def _last_written(wanted: Tensor, cell: Tensor, value: Tensor) -> Tensor:
-    """`wanted` with each value at its cell; of several for one cell the last, on every device and every time."""
-    ordered, order = torch.sort(cell, stable=True)
+def _scatter_last(base: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """Return `base` with values at their indices; the last value of an index wins, deterministically on any device."""
+    ordered, order = torch.sort(index, stable=True)
     is_last = torch.ones_like(ordered, dtype=torch.bool)
     is_last[:-1] = ordered[1:] != ordered[:-1]
-    spare = torch.cat((wanted, wanted.new_zeros(1)))  # those that are not last go to a place behind the end
-    spare[torch.where(is_last, ordered, len(wanted))] = value[order]
-    return spare[:-1]
+    padded = torch.cat((base, base.new_zeros(1)))  # values that are overwritten go to the extra element
+    padded[torch.where(is_last, ordered, len(base))] = value[order]
+    return padded[:-1]

@@ -1,9 +1,8 @@
-"""The training loop: epochs of steps, validation of the moving average, checkpoints, early stop, going on."""
+"""The training loop: epochs of steps, validation of the moving average, checkpoints, early stopping, resuming."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import signal
 import threading
@@ -19,41 +18,46 @@ import torch
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import LoadError, TrainingError
+from yolov7_deploy.errors import LoadError, TrainingError, is_out_of_memory
 from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
-from yolov7_deploy.hardware.memory import host_peak_bytes
+from yolov7_deploy.hardware.machine import host_peak_bytes
 from yolov7_deploy.options import ValOptions
-from yolov7_deploy.training.auto_batch import batch_that_fits, is_out_of_memory
-from yolov7_deploy.training.callbacks import TrainCallback
-from yolov7_deploy.training.checkpoints import BEST, LAST, STATE, keep_best, keep_last, keep_state
+from yolov7_deploy.training.auto_batch import batch_size_error
+from yolov7_deploy.training.checkpoints import (
+    BEST,
+    LAST,
+    STATE,
+    LossSums,
+    RunState,
+    load_run_state,
+    save_best,
+    save_last,
+    save_run_state,
+)
 from yolov7_deploy.training.dataloader import TrainLoader
-from yolov7_deploy.training.loggers import EpochRecord, RunLog
-from yolov7_deploy.training.optimizer import BIASES, NORMS, WEIGHTS, set_rates
+from yolov7_deploy.training.loggers import COCO_COLUMNS, EpochRecord, RunLog, TrainCallback
+from yolov7_deploy.training.optimizer import BIASES, NORMS, WEIGHTS, apply_schedule
 from yolov7_deploy.training.plots import draw_batch
-from yolov7_deploy.training.resume_state import RunState, Sums, load_run_state
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.sampler import image_weights
+from yolov7_deploy.training.sampler import compute_image_weights
 from yolov7_deploy.training.train_step import StepMetrics, TrainStep
 
-logger = logging.getLogger(__name__)
-
-MEASURED = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
-VAL_BATCH = 16
-AP50_PART, AP_PART = 0.1, 0.9  # of the fitness that decides which epoch is best
+MAX_VAL_BATCH = 16
+AP50_WEIGHT, AP_WEIGHT = 0.1, 0.9  # of the fitness that selects the best epoch, as in the official program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainReport:
-    """What came of a training.
+    """Result of a training run.
 
     Attributes:
-        folder: Where everything is.
-        weights: The best weights; the last ones if nothing was validated.
-        epochs: How many were done.
-        best_epoch: Which is the best, from 1; 0 if none was validated.
-        accuracy: Of the best weights; known to the first of several processes.
-        unreadable: Images that could not be used, and why.
-        seconds: In all.
+        folder: Folder of the run.
+        weights: The best weights; the last ones if no epoch was validated.
+        epochs: Number of completed epochs.
+        best_epoch: The best epoch, from 1; 0 if no epoch was validated.
+        accuracy: Accuracy of the best weights; `None` in all processes but the main process.
+        unreadable: Images that could not be read, with reasons.
+        seconds: Training time, including validation.
     """
 
     folder: Path
@@ -64,78 +68,103 @@ class TrainReport:
     unreadable: tuple[str, ...]
     seconds: float
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the report as plain data for JSON."""
+        return {
+            "folder": str(self.folder),
+            "weights": str(self.weights),
+            "epochs": self.epochs,
+            "best_epoch": self.best_epoch,
+            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
+            "unreadable": list(self.unreadable),
+            "seconds": self.seconds,
+        }
+
+    def summary(self) -> str:
+        """Return the report as a few lines of text."""
+        lines = []
+        if self.accuracy is not None and self.accuracy.ap is not None:
+            lines.append(
+                f"best epoch {self.best_epoch} of {self.epochs}: AP {self.accuracy.ap:.4f}, "
+                f"AP50 {self.accuracy.ap50 or 0:.4f} on {self.accuracy.images} images"
+            )
+        lines.append(f"{self.seconds / 60:.1f} minutes; weights in {self.weights}, charts in the same folder")
+        lines.append(f"Next:  y7 export --weights {self.weights}")
+        return "\n".join(lines)
+
 
 class Trainer:
-    """Trains a network and keeps everything in a folder.
+    """Trains a model and writes checkpoints, tables and images to the folder of the run.
 
     Args:
-        learner: The network that learns.
-        loader: Its images.
-        val: What it is validated on.
-        state: Where the training is.
-        log: Losses and AP of each epoch, in the first of several processes.
-        watch: Who looks on.
+        train_step: Model, loss and optimizer.
+        loader: Training images.
+        val: Validation dataset.
+        state: Progress of the run.
+        log: Table of the epochs; `None` in all processes but the main process.
+        callback: Receives messages, progress and metrics.
     """
 
     def __init__(
         self,
-        learner: TrainStep,
+        train_step: TrainStep,
         loader: TrainLoader,
         val: Dataset,
         *,
         state: RunState,
         log: RunLog | None,
-        watch: TrainCallback,
+        callback: TrainCallback,
     ) -> None:
-        self._learner, self._loader, self._val = learner, loader, val
-        self._state, self._log, self._watch = state, log, watch
-        self._options, self._world = state.request.options, learner.world
+        self._train_step, self._loader, self._val = train_step, loader, val
+        self._state, self._log, self._callback = state, log, callback
+        self._options, self._distributed = state.request.options, train_step.distributed
         self._folder = Path(state.request.folder)
-        self._unreadable: dict[str, None] = {}
-        self._accuracy: AccuracyReport | None = None  # of the best weights, once they were seen to be the best
-        # After the first step too: a full disk is seen at once, and a first epoch may be long.
+        self._unreadable: dict[str, None] = {}  # used as an ordered set
+        self._accuracy: AccuracyReport | None = None  # of the best weights, if they are from this process
+        # Save after the first step, too: a full disk is noticed at once, and the first epoch can be long.
         self._saved_at = time.monotonic() if state.epoch or state.step else -math.inf
-        self._began = time.monotonic() - state.seconds
+        self._started_at = time.monotonic() - state.seconds
         self._interrupted = threading.Event()
 
     @property
     def state(self) -> RunState:
-        """Where the training is."""
+        """Progress of the run."""
         return self._state
 
     def resume(self) -> None:
-        """Takes weights, moving average, momentum and pending gradients from the folder.
+        """Load weights, moving average, optimizer state and accumulated gradients from the folder.
 
         Raises:
-            LoadError: They are not of this network.
+            LoadError: The state is from another network.
         """
-        state, path = self._state, self._folder / STATE
-        _, tensors = load_run_state(path)
+        state = self._state
+        _, tensors = load_run_state(self._folder)
         try:
-            self._learner.load(tensors, updates=state.updates, scale=state.scale)
+            self._train_step.load_state(tensors, ema_updates=state.ema_updates, grad_scale=state.grad_scale)
         except (KeyError, RuntimeError) as error:
             raise LoadError(
-                f"{path} does not hold the weights of {state.request.variant} ({str(error).strip()[:200]}).",
-                fix=f"Begin anew from its weights:  y7 train --data D.yaml --weights {self._folder / LAST}",
+                f"{self._folder / STATE} does not have the weights of {state.request.variant} "
+                f"({str(error).strip()[:200]}).",
+                fix=f"Start a new training from its weights:  y7 train --data D.yaml --weights {self._folder / LAST}",
             ) from error
         done = state.epoch * self._loader.steps + state.step
-        set_rates(self._learner.optimizer, self._learner.schedule, max(0, done - 1), state.epoch)
+        apply_schedule(self._train_step.optimizer, self._train_step.schedule, max(0, done - 1), state.epoch)
 
     def run(self) -> TrainReport:
-        """Trains to the end.
+        """Train all remaining epochs.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, after what is needed to go on was written.
-            TrainingError: The loss is no number any more, or the disk is full.
-            DeviceError: Out of memory; the message says which batch fits.
+            KeyboardInterrupt: Ctrl-C, after the state was saved.
+            TrainingError: The loss is not finite, or the disk is full.
+            DeviceError: Out of memory; the message names the batch size that fits.
         """
-        with self._listening():
-            while not self._is_over():
-                self._learn_epoch()
+        with self._handle_signals():
+            while not self._is_finished():
+                self._train_epoch()
                 self._end_epoch()
         has_best = self._state.best_epoch > 0 and (self._folder / BEST).is_file()
-        if has_best and self._accuracy is None and self._world.is_first:  # they are from before an interruption
-            self._accuracy = self._validated(BEST)
+        if has_best and self._accuracy is None and self._distributed.is_main_process:  # resumed after the best epoch
+            self._accuracy = self._validate(BEST)
         return TrainReport(
             folder=self._folder,
             weights=self._folder / (BEST if has_best else LAST),
@@ -146,203 +175,218 @@ class Trainer:
             seconds=self._state.seconds,
         )
 
-    def _is_over(self) -> bool:
+    def _is_finished(self) -> bool:
         state, options = self._state, self._options
         if state.epoch >= options.epochs:
             return True
         if not options.patience or not state.best_epoch or state.epoch - state.best_epoch < options.patience:
             return False
-        self._watch.say(f"no progress since epoch {state.best_epoch}: training ends")
+        self._callback.on_message(f"early stopping: no improvement since epoch {state.best_epoch}")
         return True
 
-    # --- an epoch -----------------------------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _learn_epoch(self) -> None:
-        state, steps = self._state, self._loader.steps
-        self._learner.train_mode()
-        self._loader.order_weights = self._image_weights()
-        self._epoch_started, self._first_step = time.monotonic(), state.step
-        with self._watch.epoch(state.epoch, self._options.epochs) as show:
+    def _train_epoch(self) -> None:
+        state = self._state
+        self._train_step.train()
+        self._loader.image_weights = self._image_weights()
+        self._epoch_started_at, self._first_step = time.monotonic(), state.step
+        with self._callback.epoch_progress(state.epoch, self._options.epochs) as show:
             for batch in self._loader.epoch(state.epoch, start=state.step):
-                self._look_at(batch)
-                numbers = self._learn(batch)
-                self._refuse_nan(numbers, batch)
-                now = self._state
-                sums = now.sums.plus(numbers.box, numbers.objectness, numbers.classes, numbers.positives)
-                self._state = replace(now, step=now.step + 1, sums=sums, updates=self._learner.average.updates)
-                show(self._state.step, steps, self._note())
-                if numbers.stop:
+                self._report_unreadable(batch.problems)
+                self._draw_first_batch(batch)
+                metrics = self._run_step(batch)
+                self._check_finite(metrics, batch)
+                self._update_state(metrics)
+                show(self._state.step, self._loader.steps, self._progress_note())
+                if metrics.stop:
                     self._stop()
                 if time.monotonic() - self._saved_at > self._options.save_minutes * 60:
-                    self._keep()
+                    self._save_state()
 
-    def _stop(self) -> None:
-        """Keeps everything, and ends the training in all processes."""
-        self._keep()
-        self._world.wait()  # torchrun ends the others as soon as one has ended
-        state = self._state
-        self._watch.say(
-            f"stopped after step {state.step} of epoch {state.epoch + 1}; go on with:  "
-            f"{self._world.command} train --resume --save-dir {self._folder}"
-        )
-        raise KeyboardInterrupt
-
-    def _learn(self, batch: Batch) -> StepMetrics:
+    def _run_step(self, batch: Batch) -> StepMetrics:
         state = self._state
         step = state.epoch * self._loader.steps + state.step
         stop = self._interrupted.is_set()
         try:
-            return self._learner.learn(batch, epoch=state.epoch, step=step, in_epoch=state.step, stop=stop)
+            return self._train_step.run(batch, epoch=state.epoch, step=step, epoch_step=state.step, stop=stop)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise batch_that_fits(self._learner, batch, error) from error
+            raise batch_size_error(self._train_step, batch, error) from error
 
-    def _look_at(self, batch: Batch) -> None:
-        """Names new unreadable images, and draws the first batch of a training."""
-        self._leave_out(batch.problems)
-        if self._world.is_first and self._state.epoch == 0 and self._state.step == 0:
+    def _update_state(self, metrics: StepMetrics) -> None:
+        state = self._state
+        sums = state.sums.add(box=metrics.box, obj=metrics.obj, cls=metrics.cls, positives=metrics.positives)
+        self._state = replace(state, step=state.step + 1, sums=sums, ema_updates=self._train_step.ema.updates)
+
+    def _stop(self) -> None:
+        """Save the state, and end the training in all processes."""
+        self._save_state()
+        self._distributed.barrier()  # torchrun terminates the other processes as soon as one has ended
+        state = self._state
+        self._callback.on_message(
+            f"stopped after step {state.step} of epoch {state.epoch + 1}; resume with:  "
+            f"{self._distributed.command} train --resume --save-dir {self._folder}"
+        )
+        raise KeyboardInterrupt
+
+    def _draw_first_batch(self, batch: Batch) -> None:
+        if self._distributed.is_main_process and self._state.epoch == 0 and self._state.step == 0:
             draw_batch(batch, self._state.class_names, self._folder / "first_batch.jpg")
 
-    def _leave_out(self, problems: Iterable[str]) -> None:
+    def _report_unreadable(self, problems: Iterable[str]) -> None:
         for problem in problems:
             if problem not in self._unreadable:
                 self._unreadable[problem] = None
-                self._watch.say(f"left out: {problem}")
+                self._callback.on_message(f"skipped: {problem}")
 
-    def _refuse_nan(self, numbers: StepMetrics, batch: Batch) -> None:
-        if numbers.is_finite:
+    def _check_finite(self, metrics: StepMetrics, batch: Batch) -> None:
+        if metrics.is_finite:
             return
-        state = self._state
-        where = f"box {numbers.box:g}, objectness {numbers.objectness:g}, classes {numbers.classes:g}"
-        paths = ", ".join(str(path) for path in batch.paths[:4])
-        kept = f"{self._folder / STATE} has the last good weights. " if (self._folder / STATE).exists() else ""
+        state, path = self._state, self._folder / STATE
+        losses = f"box {metrics.box:g}, obj {metrics.obj:g}, cls {metrics.cls:g}"
+        images = ", ".join(map(str, batch.paths[:4]))
+        saved = f"{path} has the last finite weights. " if path.exists() else ""
         raise TrainingError(
-            f"The loss is no number any more in epoch {state.epoch + 1}, step {state.step + 1} ({where}). {kept}"
-            f"The images of that step begin with {paths}.",
-            fix="Try a lower rate (--set lr0=0.001), --no-half, or look at the labels of these images.",
+            f"The loss is not finite in epoch {state.epoch + 1}, step {state.step + 1} ({losses}). {saved}"
+            f"The first images of that step: {images}.",
+            fix="Try a lower learning rate (--set lr0=0.001), --no-half, or check the labels of these images.",
         )
 
-    def _note(self) -> str:
-        """What the progress line says besides steps."""
-        sums, seconds = self._state.sums.mean(), time.monotonic() - self._epoch_started
-        rate = (self._state.step - self._first_step) * self._options.batch / max(seconds, 1e-9)
+    def _progress_note(self) -> str:
+        means = self._state.sums.mean()
         return (
-            f"box {sums.box:.4f}  obj {sums.objectness:.4f}  cls {sums.classes:.4f}  "
-            f"{rate:.1f} img/s  {self._memory() / 1e9:.1f} GB"
+            f"box {means.box:.4f}  obj {means.obj:.4f}  cls {means.cls:.4f}  "
+            f"{self._images_per_s():.1f} img/s  {self._peak_memory_bytes() / 1e9:.1f} GB"
         )
 
-    def _memory(self) -> int:
-        if self._world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._world.device)
+    def _images_per_s(self) -> float:
+        seconds = time.monotonic() - self._epoch_started_at
+        return (self._state.step - self._first_step) * self._options.batch / max(seconds, 1e-9)
+
+    def _peak_memory_bytes(self) -> int:
+        if self._distributed.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._distributed.device)
         return host_peak_bytes()
 
-    # --- its end ------------------------------------------------------------------------------------------------------
+    # --- end of an epoch ----------------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> None:
-        """Keeps, validates and logs."""
-        options, state = self._options, self._state
-        epoch, seconds = state.epoch + 1, time.monotonic() - self._epoch_started
-        rate = (state.step - self._first_step) * options.batch / max(seconds, 1e-9)
-        due = epoch == options.epochs or (options.val_every > 0 and epoch % options.val_every == 0)
+        """Save, validate and log."""
+        options, state, images_per_s = self._options, self._state, self._images_per_s()
+        epoch = state.epoch + 1
+        is_due = epoch == options.epochs or (options.val_every > 0 and epoch % options.val_every == 0)
         report = None
-        for problems in self._world.gathered(tuple(self._unreadable)):
-            self._leave_out(problems)
-        if self._world.is_first:
-            keep_last(self._folder, state, self._learner.average.tensors)
-            if due:
-                report = self._validated(LAST)
-                self._judge(epoch, report)
-        best, best_epoch, aps = self._world.agreed((self._state.best, self._state.best_epoch, self._state.class_aps))
-        self._state = replace(state, best=best, best_epoch=best_epoch, class_aps=aps, epoch=epoch, step=0, sums=Sums())
-        if self._world.is_first:
-            record = self._record(epoch, state.sums.mean(), report, rate=rate)
-            assert self._log is not None, "the first process keeps the log"
+        for problems in self._distributed.all_gather(tuple(self._unreadable)):
+            self._report_unreadable(problems)
+        if self._distributed.is_main_process:
+            save_last(self._folder, state, self._train_step.ema.tensors)
+            if is_due:
+                report = self._validate(LAST)
+                self._update_best(epoch, report)
+        best_fitness, best_epoch, class_aps = self._distributed.broadcast(
+            (self._state.best_fitness, self._state.best_epoch, self._state.class_aps)
+        )
+        self._state = replace(
+            state,
+            best_fitness=best_fitness,
+            best_epoch=best_epoch,
+            class_aps=class_aps,
+            epoch=epoch,
+            step=0,
+            sums=LossSums(),
+        )
+        if self._distributed.is_main_process:
+            record = self._record(epoch, state.sums.mean(), report, images_per_s=images_per_s)
+            assert self._log is not None, "the main process has the log"
             self._log.write(record)
-            self._watch.epoch_done(record)
-        self._keep()
+            self._callback.on_epoch_end(record)
+        self._save_state()
 
-    def _validated(self, name: str) -> AccuracyReport:
-        """AP of a file of the run, as `y7 val` measures it."""
+    def _validate(self, name: str) -> AccuracyReport:
+        """Return the accuracy of a weights file of the run, as `y7 val` measures it."""
         path, img = self._folder / name, self._options.img
-        options = ValOptions(batch=min(2 * self._options.batch // self._world.size, VAL_BATCH))
+        options = ValOptions(batch=min(2 * self._options.batch // self._distributed.world_size, MAX_VAL_BATCH))
         with (
-            Detector(path, device=str(self._world.device), img=img) as detector,
-            self._watch.counting("validate") as show,
+            Detector(path, device=str(self._distributed.device), img=img) as detector,
+            self._callback.progress("validate") as show,
         ):
             report = evaluate(detector, self._val, options=options, progress=show)
-        self._leave_out(image.reason for image in report.skipped)
+        self._report_unreadable(image.reason for image in report.skipped)
         return report
 
-    def _judge(self, epoch: int, report: AccuracyReport) -> None:
-        fitness = AP_PART * (report.ap or 0.0) + AP50_PART * (report.ap50 or 0.0)
+    def _update_best(self, epoch: int, report: AccuracyReport) -> None:
+        fitness = AP_WEIGHT * (report.ap or 0.0) + AP50_WEIGHT * (report.ap50 or 0.0)
         self._state = replace(self._state, class_aps=tuple(row.ap or 0.0 for row in report.classes))
-        if fitness > self._state.best:
+        if fitness > self._state.best_fitness:
             self._accuracy = report
-            self._state = replace(self._state, best=fitness, best_epoch=epoch)
-            keep_best(self._folder)
+            self._state = replace(self._state, best_fitness=fitness, best_epoch=epoch)
+            save_best(self._folder)
 
-    def _record(self, epoch: int, sums: Sums, report: AccuracyReport | None, *, rate: float) -> EpochRecord:
-        rates = {group["name"]: float(group["lr"]) for group in self._learner.optimizer.param_groups}
-        first = self._learner.optimizer.param_groups[0]
-        measured = {name: getattr(report, name) if report else None for name in MEASURED}
+    def _record(
+        self, epoch: int, means: LossSums, report: AccuracyReport | None, *, images_per_s: float
+    ) -> EpochRecord:
+        groups = self._train_step.optimizer.param_groups
+        rates = {group["name"]: float(group["lr"]) for group in groups}
+        coco = {name: getattr(report, name) if report else None for name in COCO_COLUMNS}
         return EpochRecord(
-            **measured,
+            **coco,
             epoch=epoch,
-            box=sums.box,
-            obj=sums.objectness,
-            cls=sums.classes,
-            total=sums.box + sums.objectness + sums.classes,
-            positives=sums.positives,
+            box=means.box,
+            obj=means.obj,
+            cls=means.cls,
+            total=means.box + means.obj + means.cls,
+            positives=means.positives,
             size=self._options.img,
             lr_norm=rates.get(NORMS, 0.0),
             lr_weight=rates.get(WEIGHTS, 0.0),
             lr_bias=rates.get(BIASES, 0.0),
-            momentum=float(first["momentum"] if "momentum" in first else first["betas"][0]),
-            images_per_s=rate,
-            memory_bytes=self._memory(),
-            seconds=time.monotonic() - self._epoch_started,
+            momentum=float(groups[0]["momentum"] if "momentum" in groups[0] else groups[0]["betas"][0]),
+            images_per_s=images_per_s,
+            memory_bytes=self._peak_memory_bytes(),
+            seconds=time.monotonic() - self._epoch_started_at,
         )
 
     def _image_weights(self) -> DoubleArray | None:
-        """How often each image comes, where images of badly found classes come more often."""
+        """Return how often each image is shown, which is more often for classes with low AP."""
         if not self._options.image_weights:
             return None
         classes = len(self._state.class_names)
         aps = np.array(self._state.class_aps or (0.0,) * classes)
         store = self._loader.store
-        return image_weights([store.objects(index).class_ids for index in range(len(store))], aps)
+        return compute_image_weights([store.objects(index).class_ids for index in range(len(store))], aps)
 
-    # --- keeping ------------------------------------------------------------------------------------------------------
+    # --- saving and stopping ------------------------------------------------------------------------------------------
 
-    def _keep(self) -> None:
-        """Writes everything that is needed to go on from here."""
+    def _save_state(self) -> None:
+        """Write everything that is needed to resume from here."""
         self._saved_at = now = time.monotonic()
-        self._state = replace(self._state, seconds=now - self._began)
-        if self._world.is_first:
-            self._state = replace(self._state, scale=self._learner.scale)
-            keep_state(self._folder, self._state, self._learner.tensors())
+        self._state = replace(self._state, seconds=now - self._started_at)
+        if self._distributed.is_main_process:
+            self._state = replace(self._state, grad_scale=self._train_step.grad_scale)
+            save_run_state(self._folder, self._state, self._train_step.state_tensors())
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the training after the step under way; a second Ctrl-C ends it at once."""
+    def _handle_signals(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the training after the current step, and a second Ctrl-C at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(number: int, _: FrameType | None) -> None:
             if self._interrupted.is_set():
-                # Not SIGTERM: torchrun sends it to all when the first of them has ended.
+                # Not for SIGTERM: torchrun sends it to all processes when the first one has ended.
                 if number == signal.SIGINT:
                     raise KeyboardInterrupt
                 return
             self._interrupted.set()
-            with contextlib.suppress(RuntimeError):  # it came while something was being written there
-                self._watch.say("stopping after this step; Ctrl-C once more ends at once")
+            with contextlib.suppress(RuntimeError):  # the signal interrupted a write to the same stream
+                self._callback.on_message("stopping after this step; press Ctrl-C again to stop at once")
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
