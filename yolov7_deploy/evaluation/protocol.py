@@ -13,6 +13,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import Letterbox, fit_evaluation_letterbox, fit_letterbox
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds, ValOptions
+from yolov7_deploy.runtimes.base import split_batches
 
 if TYPE_CHECKING:
     from yolov7_deploy.detector import Detector
@@ -79,7 +80,7 @@ def rect_batches(sizes: Mapping[int, tuple[int, int]], *, size: int, stride: int
 def _split(
     indices: Sequence[int], batch: int, canvas_hw: Callable[[Sequence[int]], tuple[int, int]]
 ) -> list[ImageBatch]:
-    parts = [tuple(indices[start : start + batch]) for start in range(0, len(indices), batch)]
+    parts = [tuple(part) for part in split_batches(indices, batch)]
     return [ImageBatch(indices=part, canvas_hw=canvas_hw(part)) for part in parts]
 
 
