@@ -1,1 +1,1 @@
-"""Under the Detector: one file per runtime."""
+"""The runtimes that execute a model for the Detector (PyTorch, ONNX Runtime, TensorRT), and their CUDA bindings."""
