@@ -37,7 +37,7 @@ def main() -> None:
     arguments.add_argument("--defaults", action="store_true", help="the bare session with ONNX Runtime's own options")
     options = arguments.parse_args()
     frame = synthetic_frames().images[0]
-    bare, engine, whole = [], [], []
+    bare, engine, complete = [], [], []
     with Detector(options.weights, device="cpu") as detector:
         session = bare_session(options.weights, defaults=options.defaults)
         letterbox = fit_letterbox((frame.shape[0], frame.shape[1]), detector.input_hw)
@@ -52,10 +52,10 @@ def main() -> None:
         def run_profile() -> None:
             engine.append(detector.profile([frame])[1].engine_ms)
 
-        def run_whole() -> None:
-            whole.append(timed_ms(lambda: detector.batch([frame])))
+        def run_complete() -> None:
+            complete.append(timed_ms(lambda: detector.batch([frame])))
 
-        runs, order = [run_bare, run_profile, run_whole], random.Random(7)
+        runs, order = [run_bare, run_profile, run_complete], random.Random(7)
         for number in range(WARM_ROUNDS + options.rounds):
             order.shuffle(runs)
             with no_garbage_collection():
@@ -65,7 +65,7 @@ def main() -> None:
                 print(f"{number} rounds", flush=True)
         metadata, runtime_info = detector.metadata, detector.runtime_info
     ratio, low, high = median_ratio(engine[WARM_ROUNDS:], bare[WARM_ROUNDS:])
-    added, *_ = median_ratio(whole[WARM_ROUNDS:], bare[WARM_ROUNDS:])
+    added, *_ = median_ratio(complete[WARM_ROUNDS:], bare[WARM_ROUNDS:])
     result = {
         "weights": options.weights.name,
         "variant": metadata.variant,
@@ -75,7 +75,7 @@ def main() -> None:
         "rounds": options.rounds,
         "bare_ms": summary(bare[WARM_ROUNDS:]),
         "engine_ms": summary(engine[WARM_ROUNDS:]),
-        "end_to_end_ms": summary(whole[WARM_ROUNDS:]),
+        "end_to_end_ms": summary(complete[WARM_ROUNDS:]),
         "engine_to_bare": round(ratio, 4),
         "engine_to_bare_95": [round(low, 4), round(high, 4)],
         "limit": LIMIT,
@@ -102,7 +102,7 @@ def median_ratio(ours: list[float], bare: list[float]) -> tuple[float, float, fl
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 2), "least": round(min(values), 2)}
+    return {"median": round(statistics.median(values), 2), "min": round(min(values), 2)}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Many callers of one Detector for a long time: memory, results, and throughput against a single caller at its best.
+"""Many threads that call one Detector for a long time: memory, results, and throughput against the best single thread.
 
-First the soak: every thread calls in a closed loop with images of its own turn, each result is compared bit for bit
-with that of the same image alone before, and memory, threads and open files are sampled. Then throughput, in blocks
-that take turns so that a machine's drift meets all alike: the threads, and one thread with 1, 2, 4, 8, 16 images a
-call as far as the file takes them. Works with every kind of file.
+First the soak: every thread calls the Detector in a closed loop, each result is compared bit for bit with that of a
+single call for the same image, and memory, threads and open files are sampled. Then throughput, in interleaved blocks,
+so that changes of the machine's speed affect all alike: all threads, and one thread with 1, 2, 4, 8 and 16 images per
+call, up to the maximum batch size of the file. Works with every kind of model file.
 
     python benchmarks/soak.py --weights yolov7.onnx [--calls 2000 | --seconds 600] [--threads 8] [--images DIR]
 """
@@ -34,15 +34,15 @@ from yolov7_deploy.image import Image, read_image
 
 BATCHES = (1, 2, 4, 8, 16)
 ROUNDS = 9
-MIN_RATIO = 0.95  # of the threads' throughput to the best of one thread
-SETTLED = 0.2  # of the run, after which memory must be flat
-MAX_GROWTH = 0.02  # of the memory then, by the slope of a line through all samples after
+MIN_RATIO = 0.95  # throughput of the threads relative to the best single thread
+SETTLED = 0.2  # share of the run after which memory must not grow
+MAX_GROWTH = 0.02  # share of that memory, by the slope of a line through all later samples
 SAMPLE_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What the process held when so many calls had come back."""
+    """Resources of the process after a number of calls."""
 
     calls: int
     memory_mb: float
@@ -52,58 +52,58 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class Soak:
-    """What a soak saw.
+    """The result of a soak.
 
     Attributes:
-        samples: In order of time.
-        call_ms: Of all calls.
-        calls_of: Of each thread.
-        unequal: Calls whose result was not that of the image alone.
+        samples: Samples in order of time.
+        call_ms: Milliseconds of all calls.
+        calls_by_thread: Number of calls of each thread.
+        unequal: Number of calls whose result differs from that of a single call.
         seconds: Wall time.
-        other_cores: Cores that other programs kept busy meanwhile.
+        other_cores: Mean number of cores that other programs kept busy.
     """
 
     samples: list[Sample] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
-    calls_of: list[int] = field(default_factory=list)
+    calls_by_thread: list[int] = field(default_factory=list)
     unequal: int = 0
     seconds: float = 0.0
     other_cores: float = 0.0
 
     @property
     def settled(self) -> list[Sample]:
-        """The samples of the time in which nothing may grow."""
+        """The samples of the period in which nothing may grow."""
         return [sample for sample in self.samples if sample.calls >= SETTLED * len(self.call_ms)]
 
     @property
     def memory_slope_mb(self) -> float:
-        """Megabytes per call, by least squares over the settled samples."""
+        """Memory growth in megabytes per call, by least squares over the settled samples."""
         calls, memory = ([getattr(one, name) for one in self.settled] for name in ("calls", "memory_mb"))
         return float(np.polyfit(calls, memory, 1)[0]) if len(set(calls)) > 1 else 0.0
 
     @property
     def memory_growth(self) -> float:
-        """What the slope makes of the settled calls, as a share of the memory held when they began."""
+        """Memory growth by the slope over the settled calls, as a share of the memory at their start."""
         first, last = self.settled[0], self.settled[-1]
         return self.memory_slope_mb * (last.calls - first.calls) / first.memory_mb
 
     def failures(self) -> list[str]:
-        """What a soak must not show, in words; nothing if all is well."""
+        """Return descriptions of everything that failed; empty if nothing did."""
         if not self.settled:
-            return [*self._unequal(), "it was too short: what the process holds was never looked at"]
+            return [*self._unequal(), "the run was too short: no resources were sampled"]
         (threads, threads_then), (files, files_then) = (self._early_and_late(name) for name in ("threads", "files"))
         return [
             *self._unequal(),
             *([f"memory grew by {self.memory_growth:.1%}"] if self.memory_growth > MAX_GROWTH else []),
-            *([f"{threads} threads became {threads_then}"] if threads_then > threads else []),
-            *([f"{files} open files became {files_then}"] if files_then > files else []),
+            *([f"threads increased from {threads} to {threads_then}"] if threads_then > threads else []),
+            *([f"open files increased from {files} to {files_then}"] if files_then > files else []),
         ]
 
     def _unequal(self) -> list[str]:
-        return [f"{self.unequal} results differ from those of the image alone"] if self.unequal else []
+        return [f"{self.unequal} results differ from those of single calls"] if self.unequal else []
 
     def _early_and_late(self, name: str) -> tuple[int, int]:
-        """The usual number in each half: the C library opens a file for a moment now and then, and threads end late."""
+        """Return the most frequent number in each half, because files are open briefly and threads end late."""
         settled = [getattr(one, name) for one in self.settled]
         middle = (len(settled) + 1) // 2
         return statistics.mode(settled[:middle]), statistics.mode(settled[middle - 1 :])
@@ -111,15 +111,15 @@ class Soak:
 
 def main() -> None:
     options = _options()
-    images = _images(options.images, 2 * options.threads)
+    images = load_images(options.images, 2 * options.threads)
     with Detector(options.weights, device=options.device, conf=options.conf) as detector:
         detector.warmup()
         expected = [detector(image) for image in images]
         gpu_mb = [_gpu_mb(detector.device)]
-        done = soak(detector, images, expected, threads=options.threads, calls=options.calls, seconds=options.seconds)
+        result = soak(detector, images, expected, threads=options.threads, calls=options.calls, seconds=options.seconds)
         gpu_mb.append(_gpu_mb(detector.device))
         rates = throughput(detector, images, threads=options.threads, block_s=options.block_s)
-        about = {
+        settings = {
             "weights": options.weights.name,
             "nms": detector.metadata.nms.kind if detector.metadata.nms else "host",
             "precision": detector.metadata.precision,
@@ -131,12 +131,12 @@ def main() -> None:
             "detections_per_image": round(statistics.fmean(map(len, expected)), 1),
         }
     best, ratio = best_ratio(rates)
-    failures = done.failures() + ([f"ratio {ratio:.3f} is below {MIN_RATIO}"] if ratio < MIN_RATIO else [])
+    failures = result.failures() + ([f"ratio {ratio:.3f} is below {MIN_RATIO}"] if ratio < MIN_RATIO else [])
     record(
         options.name,
         options.machine,
-        about
-        | _told(done)
+        settings
+        | summarize(result)
         | {"gpu_memory_mb": gpu_mb}
         | {"images_per_second": {name: round(statistics.median(of), 2) for name, of in rates.items()}}
         | {"ratios_by_round": [round(a / b, 3) for a, b in zip(rates["threads"], rates[best], strict=True)]}
@@ -154,10 +154,10 @@ def soak(
     calls: int = 0,
     seconds: float | None = None,
 ) -> Soak:
-    """Calls the detector from many threads, `calls` times in all or for some seconds; an error of a call is raised."""
-    seen, numbers, finished = Soak(calls_of=[0] * threads), count(), threading.Event()
+    """Call the detector from many threads, `calls` times in total or for some seconds; errors of calls are raised."""
+    result, numbers, finished = Soak(calls_by_thread=[0] * threads), count(), threading.Event()
     process, lock = psutil.Process(), threading.Lock()
-    gc.collect()  # what earlier work left behind shall not go meanwhile, with its threads
+    gc.collect()  # so that objects of earlier work, and their threads, do not disappear during the run
     begin = time.perf_counter()
 
     def is_over(number: int) -> bool:
@@ -171,16 +171,16 @@ def soak(
             call_ms = (time.perf_counter() - started) * 1e3
             is_equal = equal(found, expected[one])
             with lock:
-                seen.call_ms.append(call_ms)
-                seen.calls_of[thread] += 1
-                seen.unequal += not is_equal
+                result.call_ms.append(call_ms)
+                result.calls_by_thread[thread] += 1
+                result.unequal += not is_equal
 
     def sample() -> None:
         while not finished.wait(SAMPLE_S):
-            memory_mb, made = process.memory_info().rss / 1e6, len(seen.call_ms)
-            # Callers that are through go one by one at the end, which is no change of what a Detector holds.
+            memory_mb, made = process.memory_info().rss / 1e6, len(result.call_ms)
+            # At the end, callers finish one by one; this does not change the resources of the Detector.
             if len(callers) == threads and not any(caller.done() for caller in callers):
-                seen.samples.append(
+                result.samples.append(
                     Sample(calls=made, memory_mb=memory_mb, threads=process.num_threads(), files=process.num_fds())
                 )
 
@@ -194,13 +194,13 @@ def soak(
             finished.set()
         for one in [*callers, sampling]:
             one.result()
-    seen.seconds = time.perf_counter() - begin
-    seen.other_cores = (_busy_s(process) - busy) / seen.seconds
-    return seen
+    result.seconds = time.perf_counter() - begin
+    result.other_cores = (_busy_s(process) - busy) / result.seconds
+    return result
 
 
 def equal(found: Detections, expected: Detections) -> bool:
-    """Bit for bit."""
+    """Return whether two results are bit-equal."""
     return all(
         np.array_equal(getattr(found, name), getattr(expected, name)) for name in ("boxes", "scores", "class_ids")
     )
@@ -209,35 +209,35 @@ def equal(found: Detections, expected: Detections) -> bool:
 def throughput(
     detector: Detector, images: Sequence[Image], *, threads: int, block_s: float, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Images per second in each round: `threads`, and one thread by images a call."""
-    most = detector.max_batch_size or max(BATCHES)
-    sizes = sorted({size for size in BATCHES if size <= most} | {min(most, max(BATCHES))})
+    """Return images per second in each round, of `threads` threads, and of one thread by images per call."""
+    maximum = detector.max_batch_size or max(BATCHES)
+    sizes = sorted({size for size in BATCHES if size <= maximum} | {min(maximum, max(BATCHES))})
     lists = {size: [images[i % len(images)] for i in range(size)] for size in sizes}
 
-    def alone(size: int) -> float:
+    def single(size: int) -> float:
         return _rate(lambda _: detector.batch(lists[size]), size, 1, block_s)
 
-    def together() -> float:
+    def concurrent() -> float:
         return _rate(lambda number: detector(images[number % len(images)]), 1, threads, block_s)
 
-    blocks = {f"one thread, {size} a call": partial(alone, size) for size in sizes} | {"threads": together}
+    blocks = {f"one thread, {size} per call": partial(single, size) for size in sizes} | {"threads": concurrent}
     for size in sizes:
-        detector.batch(lists[size])  # the first of a size takes memory
+        detector.batch(lists[size])  # the first call of a size allocates memory
     order, rates = list(blocks), {name: list[float]() for name in blocks}
-    for turn in range(rounds):
-        for name in order if turn % 2 == 0 else reversed(order):
+    for number in range(rounds):
+        for name in order if number % 2 == 0 else reversed(order):
             rates[name].append(blocks[name]())
     return rates
 
 
 def best_ratio(rates: dict[str, list[float]]) -> tuple[str, float]:
-    """The single-thread arrangement with the highest median, and the median of the threads' ratio to it by round."""
+    """Return the best single-thread configuration by median, and the median ratio of the threads to it by round."""
     best = max((name for name in rates if name != "threads"), key=lambda name: statistics.median(rates[name]))
     return best, statistics.median(a / b for a, b in zip(rates["threads"], rates[best], strict=True))
 
 
 def _rate(call: Callable[[int], object], size: int, threads: int, block_s: float) -> float:
-    """Images per second of threads that each call again until the time is over; every call counts to its end."""
+    """Return images per second of threads that call until the time is over; each call counts until its end."""
     numbers, begin = count(), time.perf_counter()
 
     def work() -> tuple[int, float]:
@@ -256,9 +256,9 @@ def _rate(call: Callable[[int], object], size: int, threads: int, block_s: float
 
 
 def _busy_s(process: psutil.Process) -> float:
-    """Processor seconds of all programs but this one."""
-    everyone, own = psutil.cpu_times(), process.cpu_times()
-    return float(everyone.user + everyone.nice + everyone.system - own.user - own.system)
+    """Return the CPU seconds of all other programs."""
+    total, own = psutil.cpu_times(), process.cpu_times()
+    return float(total.user + total.nice + total.system - own.user - own.system)
 
 
 def _gpu_mb(device: str) -> float | None:
@@ -266,34 +266,35 @@ def _gpu_mb(device: str) -> float | None:
     return None if used is None else round(used / 1e6, 1)
 
 
-def _told(done: Soak) -> dict[str, object]:
-    times, settled = sorted(done.call_ms), done.settled
+def summarize(result: Soak) -> dict[str, object]:
+    """Return the result as plain data for JSON."""
+    times, settled = sorted(result.call_ms), result.settled
     return {
         "calls": len(times),
-        "threads": len(done.calls_of),
-        "calls_by_thread": done.calls_of,
-        "unequal_results": done.unequal,
-        "seconds": round(done.seconds, 1),
+        "threads": len(result.calls_by_thread),
+        "calls_by_thread": result.calls_by_thread,
+        "unequal_results": result.unequal,
+        "seconds": round(result.seconds, 1),
         "call_ms": {"p50": round(times[len(times) // 2], 1), "p99": round(times[int(len(times) * 0.99)], 1)},
-        "other_programs_cores": round(done.other_cores, 2),
-        "memory_samples": len(done.samples),
+        "other_programs_cores": round(result.other_cores, 2),
+        "memory_samples": len(result.samples),
         "memory_mb": {
-            "first": round(done.samples[0].memory_mb, 1),
+            "first": round(result.samples[0].memory_mb, 1),
             "settled": round(settled[0].memory_mb, 1),
-            "least": round(min(one.memory_mb for one in settled), 1),
-            "most": round(max(one.memory_mb for one in settled), 1),
+            "min": round(min(one.memory_mb for one in settled), 1),
+            "max": round(max(one.memory_mb for one in settled), 1),
             "last": round(settled[-1].memory_mb, 1),
         },
-        "memory_mb_per_1000_calls": round(done.memory_slope_mb * 1000, 3),
-        "memory_growth": round(done.memory_growth, 4),
+        "memory_mb_per_1000_calls": round(result.memory_slope_mb * 1000, 3),
+        "memory_growth": round(result.memory_growth, 4),
         "memory_growth_limit": MAX_GROWTH,
         "process_threads": sorted({one.threads for one in settled}),
         "open_files": sorted({one.files for one in settled}),
     }
 
 
-def _images(folder: Path | None, number: int) -> list[Image]:
-    """The first of a folder, or noise at two scales, all of other sizes and always the same."""
+def load_images(folder: Path | None, number: int) -> list[Image]:
+    """Return the first images of a folder, or reproducible noise images of different sizes."""
     if folder is not None:
         return [read_image(path) for path in sorted(folder.glob("*.jpg"))[:number]]
     made = []
@@ -310,12 +311,12 @@ def _options() -> argparse.Namespace:
     arguments.add_argument("--weights", type=Path, required=True)
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--calls", type=int, default=2000)
-    arguments.add_argument("--seconds", type=float, help="soak for this long instead of --calls")
+    arguments.add_argument("--seconds", type=float, help="duration of the soak instead of --calls")
     arguments.add_argument("--threads", type=int, default=8)
-    arguments.add_argument("--images", type=Path, help="folder of .jpg; noise where left out")
-    arguments.add_argument("--conf", type=float, help="score threshold, where the file's own finds too much")
+    arguments.add_argument("--images", type=Path, help="folder of .jpg files (default: noise)")
+    arguments.add_argument("--conf", type=float, help="confidence threshold (default: the value in the model file)")
     arguments.add_argument(
-        "--block-s", type=float, default=3.0, help="length of one block: several calls of all threads"
+        "--block-s", type=float, default=3.0, help="seconds per block, enough for several calls of each thread"
     )
     arguments.add_argument("--name", default="soak")
     return arguments.parse_args()

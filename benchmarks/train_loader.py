@@ -256,21 +256,21 @@ def main() -> None:
     arguments.add_argument("--img", type=int, default=640)
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument("--workers", type=int, default=2)
-    arguments.add_argument("--scenes", type=int, default=960, help="of one run, about")
+    arguments.add_argument("--samples", type=int, default=960, help="approximate number of samples per run")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--json", action="store_true", help="write the result")
     options = arguments.parse_args()
     dataset = open_dataset(options.data, split="train")
-    dataset = repeated(dataset, max(1, round(options.scenes / len(dataset))))
-    setting = {"size": options.img, "batch": options.batch, "workers": options.workers}
+    dataset = repeated(dataset, max(1, round(options.samples / len(dataset))))
+    settings = {"size": options.img, "batch": options.batch, "workers": options.workers}
     found = {
-        name: compare(dataset, cached=cached, rounds=options.rounds, **setting)
+        name: compare(dataset, cached=cached, rounds=options.rounds, **settings)
         for name, cached in (("uncached", False), ("cached", True))
     }
     for name, row in found.items():
         print(f"{name:9} ratio {row['ratio']}  {row['images_per_s']}")
     if options.json:
-        record("train_loader", options.machine, {**setting, "scenes": len(dataset), "ratio_goal": 1.5, **found})
+        record("train_loader", options.machine, {**settings, "samples": len(dataset), "ratio_target": 1.5, **found})
 
 
 if __name__ == "__main__":

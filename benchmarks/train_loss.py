@@ -47,7 +47,7 @@ def main() -> None:
         )
     predictions, truth = assignment_inputs(learner, raws, batch)
     ours = [seconds(lambda: assign_simota(predictions, truth, top_k=10)) for _ in range(ROUNDS)]
-    theirs = [seconds(lambda: obvious_match(predictions, truth, 10)) for _ in range(ROUNDS)]
+    theirs = [seconds(lambda: reference_match(predictions, truth, 10)) for _ in range(ROUNDS)]
     same = agreement(predictions, truth)
     share = float(np.median(loss_s) / np.median(step_s))
     print(f"equal (cell, target) pairs: {same:.2%}")
@@ -72,7 +72,7 @@ def main() -> None:
             "share_limit": 0.15,
             "same_pairs": round(same, 5),
             "matching_s": [round(value, 5) for value in ours],
-            "obvious_matching_s": [round(value, 5) for value in theirs],
+            "reference_matching_s": [round(value, 5) for value in theirs],
             "matching_ratio": round(float(np.median(theirs) / np.median(ours)), 2),
         },
     )
@@ -112,7 +112,7 @@ def assignment_inputs(learner: TrainStep, raws: list[torch.Tensor], batch: Batch
     return seen[0]
 
 
-def obvious_match(predictions: Predictions, truth: GroundTruth, top_k: int) -> list[list[int]]:
+def reference_match(predictions: Predictions, truth: GroundTruth, top_k: int) -> list[list[int]]:
     """Match image by image, with a table over targets, candidates and classes, as the rule is usually written."""
     chosen: list[tuple[int, int]] = []
     for image in truth.image.unique():
@@ -126,9 +126,9 @@ def obvious_match(predictions: Predictions, truth: GroundTruth, top_k: int) -> l
         overlap = shared / (areas[0] + areas[1] - shared)
         y = (predictions.classes[columns].sigmoid() * predictions.objectness[columns, None].sigmoid()).sqrt()
         y = y[None].expand(len(rows), -1, -1)
-        wanted = F.one_hot(truth.class_ids[rows], y.shape[2]).float()[:, None].expand_as(y)
+        expected = F.one_hot(truth.class_ids[rows], y.shape[2]).float()[:, None].expand_as(y)
         logit = torch.log(y / (1 - y))
-        cost = F.binary_cross_entropy_with_logits(logit, wanted, reduction="none").sum(-1)
+        cost = F.binary_cross_entropy_with_logits(logit, expected, reduction="none").sum(-1)
         cost = cost - 3 * torch.log(overlap + 1e-8)
         counts = overlap.topk(min(top_k, len(columns)), 1).values.sum(1).int().clamp(min=1)
         marks = torch.zeros_like(cost)
@@ -139,9 +139,9 @@ def obvious_match(predictions: Predictions, truth: GroundTruth, top_k: int) -> l
             cheapest = cost[:, disputed].argmin(0)
             marks[:, disputed] = 0
             marks[cheapest, disputed.nonzero().flatten()] = 1
-        taken = marks.sum(0).nonzero().flatten()
-        owner = rows[marks[:, taken].argmax(0)]
-        chosen += zip(columns[taken].tolist(), owner.tolist(), strict=True)
+        selected = marks.sum(0).nonzero().flatten()
+        owner = rows[marks[:, selected].argmax(0)]
+        chosen += zip(columns[selected].tolist(), owner.tolist(), strict=True)
     chosen.sort()
     return [[candidate for candidate, _ in chosen], [target for _, target in chosen]]
 
@@ -155,7 +155,7 @@ def agreement(predictions: Predictions, truth: GroundTruth) -> float:
     numbers = torch.unique(torch.cat((predictions.boxes, predictions.image[:, None]), 1), dim=0, return_inverse=True)[1]
     found = []
     ours = assign_simota(predictions, truth, top_k=10)
-    for candidates, targets in (([*ours[0].tolist()], [*ours[1].tolist()]), obvious_match(predictions, truth, 10)):
+    for candidates, targets in (([*ours[0].tolist()], [*ours[1].tolist()]), reference_match(predictions, truth, 10)):
         found.append({(int(numbers[a]), b) for a, b in zip(candidates, targets, strict=True)})
     return len(found[0] & found[1]) / max(map(len, found))
 

@@ -1,4 +1,4 @@
-"""Many callers of one Detector: what they get, what they hold, and in which order they come."""
+"""Many threads that call one Detector: their results, their resources, and their order."""
 
 import gc
 import signal
@@ -19,7 +19,7 @@ from tests.support.small_models import HW
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.hardware.cpu import usable_cores
-from yolov7_deploy.runtimes.fair_semaphore import FairSemaphore
+from yolov7_deploy.runtimes.onnxruntime import FairSemaphore
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -31,7 +31,7 @@ WAIT_S = 60
 
 @pytest.fixture
 def opened(files):
-    """A Detector of its own with an open batch, and what it finds in each image alone."""
+    """A Detector with dynamic batch size, and its detections in each image of a single call."""
     with Detector(files("plugin", batch=None), img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
         yield detector, [detector(image) for image in IMAGES]
 
@@ -39,18 +39,18 @@ def opened(files):
 # --- the soak -----------------------------------------------------------------------------------------------------
 
 
-def test_eight_threads_get_bit_for_bit_what_one_gets(opened):
+def test_eight_threads_get_the_same_results_as_one(opened):
     detector, expected = opened
     done = soak.soak(detector, IMAGES, expected, threads=THREADS, calls=200)
-    assert len(done.call_ms) == sum(done.calls_of) == 200
+    assert len(done.call_ms) == sum(done.calls_by_thread) == 200
     assert done.unequal == 0
-    assert min(done.calls_of) >= 10
-    assert not [what for what in done.failures() if "became" in what]
+    assert min(done.calls_by_thread) >= 10
+    assert not [what for what in done.failures() if "increased" in what]
 
 
 @pytest.mark.slow
-def test_two_thousand_calls_of_eight_threads_stay_flat_and_as_fast_as_one_thread_at_its_best(files):
-    # Of the usual small size: at HW a call takes 6 ms, and the load of the machine decides.
+def test_two_thousand_calls_by_thread_eight_threads_do_not_leak_and_are_as_fast_as_the_best_single_thread(files):
+    # A usual small size: at HW a call takes 6 ms, so the load of the machine would dominate.
     path = files("plugin", batch=None, input_hw=(320, 320))
     with Detector(path, conf=0.95, max_det=MAX_DET, device="cpu") as detector:
         expected = [detector(image) for image in IMAGES]
@@ -61,7 +61,7 @@ def test_two_thousand_calls_of_eight_threads_stay_flat_and_as_fast_as_one_thread
     assert ratio >= soak.MIN_RATIO, f"{ratio:.3f} of {best}"
 
 
-def test_a_soak_of_some_seconds_ends_then(opened):
+def test_a_soak_ends_after_the_given_seconds(opened):
     detector, expected = opened
     begin = time.perf_counter()
     done = soak.soak(detector, IMAGES, expected, threads=2, seconds=1.0)
@@ -69,7 +69,7 @@ def test_a_soak_of_some_seconds_ends_then(opened):
     assert done.call_ms
 
 
-def test_a_soak_notices_a_result_that_differs(opened):
+def test_a_soak_detects_a_different_result(opened):
     detector, expected = opened
     moved = replace(expected[0], boxes=np.nextafter(expected[0].boxes, np.float32(np.inf)))
     done = soak.soak(detector, IMAGES, [moved, *expected[1:]], threads=2, calls=10)
@@ -77,47 +77,50 @@ def test_a_soak_notices_a_result_that_differs(opened):
     assert "2 results differ" in done.failures()[0]
 
 
-def test_a_soak_raises_what_a_call_raises(opened):
+def test_a_soak_raises_the_error_of_a_call(opened):
     detector, expected = opened
     with pytest.raises(ImageError):
         soak.soak(detector, [*IMAGES[:4], IMAGES[4].astype(float)], expected, threads=4, calls=100)
 
 
-def test_a_soak_tells_a_leak_from_noise():
-    def seen(memory):
+def test_a_soak_distinguishes_a_leak_from_noise():
+    def soak_with(memory):
         samples = [soak.Sample(calls=10 * i, memory_mb=mb, threads=9, files=5) for i, mb in enumerate(memory, 1)]
         return soak.Soak(samples=samples, call_ms=[1.0] * 1000)
 
     noise = np.random.default_rng(0).normal(0, 2, 100)
     warming = np.minimum(np.arange(100) * 20, 300)  # until 150 calls
-    assert seen(300 + noise + warming).failures() == []
-    leaking = seen(600 + noise + np.arange(100) * 0.5)  # 40 MB while settled
+    assert soak_with(300 + noise + warming).failures() == []
+    leaking = soak_with(600 + noise + np.arange(100) * 0.5)  # 40 MB while settled
     assert leaking.memory_growth == pytest.approx(40 / 610, rel=0.1)
     assert leaking.failures() == [f"memory grew by {leaking.memory_growth:.1%}"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("threads", "9 threads became 10"), ("files", "5 open files became 6")])
-def test_a_soak_tells_more_threads_or_files_from_a_moment_of_more(name, words):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("threads", "threads increased from 9 to 10"), ("files", "open files increased from 5 to 6")],
+)
+def test_a_soak_distinguishes_more_threads_or_files_from_a_short_peak(name, message):
     steady = [soak.Sample(calls=10 * i, memory_mb=300, threads=9, files=5) for i in range(1, 101)]
     more = replace(steady[0], **{name: getattr(steady[0], name) + 1})
 
     def failures(samples):
         return soak.Soak(samples=samples, call_ms=[1.0] * 1000).failures()
 
-    moment = [replace(more, calls=one.calls) if one.calls in (300, 900) else one for one in steady]
-    assert failures(moment) == []
-    assert failures([replace(more, calls=one.calls) if one.calls > 700 else one for one in steady]) == [words]
+    peak = [replace(more, calls=one.calls) if one.calls in (300, 900) else one for one in steady]
+    assert failures(peak) == []
+    assert failures([replace(more, calls=one.calls) if one.calls > 700 else one for one in steady]) == [message]
 
 
-def test_the_best_arrangement_is_chosen_over_all_rounds_and_the_ratio_is_paired():
-    rates = {"one thread, 1 a call": [10, 12, 30], "one thread, 2 a call": [20, 22, 10], "threads": [22, 11, 20]}
-    assert soak.best_ratio(rates) == ("one thread, 2 a call", pytest.approx(1.1))
+def test_the_best_configuration_is_selected_over_all_rounds_and_the_ratio_is_paired():
+    rates = {"one thread, 1 per call": [10, 12, 30], "one thread, 2 per call": [20, 22, 10], "threads": [22, 11, 20]}
+    assert soak.best_ratio(rates) == ("one thread, 2 per call", pytest.approx(1.1))
 
 
 # --- errors and closing under load --------------------------------------------------------------------------------
 
 
-def test_a_bad_image_raises_in_its_own_call_only(opened):
+def test_a_bad_image_raises_only_in_its_own_call(opened):
     detector, expected = opened
     with ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(detector, np.zeros((0, 3, 3)) if i % 7 == 3 else IMAGES[i % 5]) for i in range(40)]
@@ -128,7 +131,7 @@ def test_a_bad_image_raises_in_its_own_call_only(opened):
             assert soak.equal(future.result(), expected[i % 5])
 
 
-def test_closing_while_callers_are_inside_gives_results_or_says_closed(opened):
+def test_closing_during_calls_gives_results_or_a_closed_error(opened):
     detector, expected = opened
     with ThreadPoolExecutor(THREADS) as pool:
         futures = [pool.submit(detector, IMAGES[i % 5]) for i in range(60)]
@@ -140,7 +143,7 @@ def test_closing_while_callers_are_inside_gives_results_or_says_closed(opened):
     assert refused and all(isinstance(error, UsageError) and "closed" in str(error) for error in refused)
 
 
-def test_closing_frees_the_network_while_the_detector_lives(opened):
+def test_closing_frees_the_network_although_the_detector_still_exists(opened):
     detector, _ = opened
     gc.collect()
     before = len(_sessions())
@@ -152,89 +155,89 @@ def _sessions():
     return [one for one in gc.get_objects() if type(one) is onnxruntime.InferenceSession]
 
 
-def test_a_detector_says_how_many_run_at_a_time(opened):
+def test_the_runtime_info_contains_the_number_of_concurrent_runs(opened):
     cores = usable_cores()
-    told = dict(opened[0].runtime_info)
-    assert told == {"threads of the runtime": str(cores), "runs at a time": f"at most {2 * cores}"}
+    runtime_info = dict(opened[0].runtime_info)
+    assert runtime_info == {"intra-op threads": str(cores), "concurrent runs": f"at most {2 * cores}"}
 
 
-# --- turns --------------------------------------------------------------------------------------------------------
+# --- the fair semaphore -------------------------------------------------------------------------------------------
 
 
-def test_no_more_callers_than_places_are_inside():
-    turns, inside, most = FairSemaphore(3), [], []
+def test_at_most_the_given_number_of_threads_enter():
+    semaphore, inside, counts = FairSemaphore(3), [], []
 
     def enter(number):
-        with turns:
+        with semaphore:
             inside.append(number)
-            most.append(len(inside))
+            counts.append(len(inside))
             time.sleep(0.002)
             inside.remove(number)
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(enter, range(60)))
-    assert max(most) == 3
+    assert max(counts) == 3
 
 
-def test_callers_enter_in_the_order_in_which_they_came():
-    turns, entered, threads = FairSemaphore(1), [], []
+def test_threads_enter_in_the_order_of_arrival():
+    semaphore, entered, threads = FairSemaphore(1), [], []
 
     def enter(number):
-        with turns:
+        with semaphore:
             entered.append(number)
 
-    with turns:
+    with semaphore:
         for number in range(6):
             threads.append(threading.Thread(target=enter, args=(number,)))
             threads[-1].start()
-            until(lambda: len(turns._waiting) == len(threads))
+            wait_until(lambda: len(semaphore._waiting) == len(threads))
     for thread in threads:
         thread.join(WAIT_S)
     assert entered == list(range(6))
 
 
-def test_an_error_inside_gives_the_place_back():
-    turns = FairSemaphore(1)
+def test_an_error_releases_the_semaphore():
+    semaphore = FairSemaphore(1)
     for _ in range(3):
-        with pytest.raises(ValueError, match="inside"), turns:
+        with pytest.raises(ValueError, match="inside"), semaphore:
             raise ValueError("inside")
-    with turns:
+    with semaphore:
         pass
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches one thread there")
-def test_ctrl_c_while_waiting_takes_no_place(request):
-    # A shell's background job is born deaf to it.
+def test_ctrl_c_while_waiting_does_not_acquire_the_semaphore(request):
+    # A background job of a shell ignores SIGINT.
     request.addfinalizer(
         partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
     )
-    turns, enter, leave = FairSemaphore(1), threading.Event(), threading.Event()
+    semaphore, enter, leave = FairSemaphore(1), threading.Event(), threading.Event()
 
     def stay():
-        with turns:
+        with semaphore:
             enter.set()
             leave.wait(WAIT_S)
 
     def interrupt():
-        until(lambda: turns._waiting)
+        wait_until(lambda: semaphore._waiting)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     staying, interrupting = threading.Thread(target=stay), threading.Thread(target=interrupt)
     staying.start()
     assert enter.wait(WAIT_S)
     interrupting.start()
-    with pytest.raises(KeyboardInterrupt), turns:
+    with pytest.raises(KeyboardInterrupt), semaphore:
         pass
     leave.set()
     staying.join(WAIT_S)
     interrupting.join(WAIT_S)
-    assert not turns._waiting
-    with turns:
+    assert not semaphore._waiting
+    with semaphore:
         pass
 
 
-def until(is_so):
+def wait_until(condition):
     deadline = time.monotonic() + WAIT_S
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

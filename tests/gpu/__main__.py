@@ -1,22 +1,30 @@
-"""All checks that need a GPU, in one run of less than nine minutes; each part in a process of its own.
+"""Command line of the GPU test suite: prepare its files, run its parts, each in its own process.
 
-On a machine without a GPU:   python -m tests.gpu prepare --plugin liby7_plugin.so   (writes .gpu/)
-Trained YOLOv7 and labelled images (`--weights`, `--data`) make it up to ten minutes longer; a bare `--int8` none.
-Bring .gpu/pieces/part_* to the GPU machine, and there:
-                              python -m tests.gpu unpack --pieces PLACE --folder .gpu/whole
-                              python -m tests.gpu run --out results [--kit /opt/trt86]
-What `run` has no time left for are runs of their own, of up to ten minutes; the soak takes the engine of `runtime`, and
-`int8`, which builds eight engines, goes on with those of an earlier run that time ended:
-                              python -m tests.gpu run --parts runtime --total 590
-                              python -m tests.gpu run --parts int8 --total 590
-                              python -m tests.gpu run --parts train --total 590
-                              python -m tests.gpu run --parts torch_speed --total 400
-                              python -m tests.gpu run --parts soak --total 598
-`train` needs nothing that `prepare` wrote. Its AP needs faster_coco_eval for the Python of the GPU machine; where that
-is another one than that of `prepare`, install its wheel there with `pip install --target .gpu/whole/site --upgrade`.
-Without a GPU, to try the suite itself on emulated kernels:  python -m tests.gpu run --emulated
+On a machine without a GPU, write everything that the parts need to .gpu/:
 
-A part that crashes, hangs or fails loses nothing of the others, nor of what it recorded before.
+    python -m tests.gpu prepare --plugin liby7_plugin.so
+
+With trained YOLOv7 weights and labelled images (`--weights`, `--data`) this takes up to ten minutes longer; `--int8`
+without models leaves the INT8 files out. Copy .gpu/archive/part_* to the GPU machine, and there:
+
+    python -m tests.gpu unpack --archive FOLDER
+    python -m tests.gpu run --out results [--kit /opt/trt86]
+
+`run` takes less than nine minutes. It skips parts for which no time is left; run them on their own, up to ten minutes
+each. `soak` uses the engine of `runtime`. `int8` builds eight engines and resumes with those of an earlier run:
+
+    python -m tests.gpu run --parts runtime --total 590
+    python -m tests.gpu run --parts int8 --total 590
+    python -m tests.gpu run --parts train --total 590
+    python -m tests.gpu run --parts torch_speed --total 400
+    python -m tests.gpu run --parts soak --total 598
+
+`train` needs no prepared files. Its AP needs faster_coco_eval for the Python version of the GPU machine; if that is
+another version than the one of `prepare`, install it there: `pip install --target .gpu/files/site --upgrade`.
+
+To try the suite without a GPU, on emulated kernels:  python -m tests.gpu run --emulated
+
+If a part crashes, hangs or fails, the other parts still run, and what it recorded before is kept.
 """
 
 from __future__ import annotations
@@ -37,19 +45,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu import HIDDEN, PARTS, ROOT, Part
-from tests.gpu.components import unpack
-from tests.gpu.targets import goal_words
+from tests.gpu.archive import unpack
+from tests.gpu.targets import summarize_targets
 
 FOLDER = Path(".gpu")
 TOTAL_S = 520.0
-LEAST_S = 8.0  # a part with less time left is not started
-PROBED = ("torch", "tensorrt", "tensorrt_rtx")
+MIN_PART_S = 8.0  # a part with less time left is not started
+PROBED_LIBRARIES = ("torch", "tensorrt", "tensorrt_rtx")
 MODELS = ("yolov7-tiny", "yolov7", "yolov7-w6")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interpreter:
-    """A Python with its environment, and which of the PROBED libraries it has."""
+    """A Python interpreter with its environment variables, and which of the probed libraries it has."""
 
     path: str
     environment: dict[str, str]
@@ -57,10 +65,10 @@ class Interpreter:
 
 
 def main() -> None:
-    options = arguments().parse_args()
-    match options.verb:
+    options = argument_parser().parse_args()
+    match options.command:
         case "prepare":
-            from tests.gpu.preparing import prepare
+            from tests.gpu.prepare_files import prepare
 
             prepare(
                 options.folder,
@@ -73,61 +81,61 @@ def main() -> None:
                 data=options.data,
             )
         case "unpack":
-            unpack(options.pieces, options.folder)
+            unpack(options.archive, options.folder)
         case "run":
             sys.exit(run(options))
         case "part":
             run_part(options)
 
 
-def arguments() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = made.add_subparsers(dest="verb", required=True)
-    prepare = verbs.add_parser("prepare", help="write what must be brought to the GPU machine")
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="write the files for the GPU machine")
     prepare.add_argument("--folder", type=Path, default=FOLDER)
     prepare.add_argument("--weights", default="yolov7", help="trained YOLOv7, as for y7 export")
-    prepare.add_argument("--image", type=Path, help="with objects in it; a drawn street where left out")
+    prepare.add_argument("--image", type=Path, help="image with objects (default: a synthetic street)")
     prepare.add_argument("--plugin", type=Path, help="liby7_plugin.so built with TensorRT 8.6 headers")
     prepare.add_argument("--architecture", default="90", help="compute capability of the kernels library")
     prepare.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
     prepare.add_argument("--int8", nargs="*", choices=MODELS[:2], default=MODELS[:2], help="models of the part int8")
-    prepare.add_argument("--data", type=Path, default=shared_data(), help="labelled, for INT8 and its AP")
-    unpacking = verbs.add_parser("unpack", help="put the pieces together on the GPU machine")
-    unpacking.add_argument("--pieces", type=Path, default=FOLDER / "pieces")
-    unpacking.add_argument("--folder", type=Path, default=FOLDER / "whole")
-    running = verbs.add_parser("run", help="run the parts")
-    running.add_argument("--folder", type=Path, default=FOLDER / "whole")
+    prepare.add_argument("--data", type=Path, default=shared_data(), help="labelled dataset for the part int8")
+    unpacking = commands.add_parser("unpack", help="restore the files on the GPU machine")
+    unpacking.add_argument("--archive", type=Path, default=FOLDER / "archive")
+    unpacking.add_argument("--folder", type=Path, default=FOLDER / "files")
+    running = commands.add_parser("run", help="run the parts")
+    running.add_argument("--folder", type=Path, default=FOLDER / "files")
     running.add_argument("--out", type=Path, help="default: $OUT, or benchmarks/results/NAME OF THE GPU")
     running.add_argument("--parts", nargs="*", choices=[part.name for part in PARTS])
-    running.add_argument("--total", type=float, default=TOTAL_S, help="seconds for everything")
+    running.add_argument("--total", type=float, default=TOTAL_S, help="time limit in seconds for all parts")
     running.add_argument("--kit", type=Path, default=Path("/opt/trt86"), help="lib/ and site/ of TensorRT 8.6")
-    running.add_argument("--kit-python", help="its Python 3.11; python3.11 of $PATH where left out")
-    running.add_argument("--emulated", action="store_true", help="kernels on an emulated GPU, few small cases")
-    part = verbs.add_parser("part", help="one part in this process; `run` calls it")
+    running.add_argument("--kit-python", help="Python 3.11 for it (default: python3.11 in $PATH)")
+    running.add_argument("--emulated", action="store_true", help="run on the emulated GPU, with few small cases")
+    part = commands.add_parser("part", help="run one part in this process; used by `run`")
     part.add_argument("name")
     part.add_argument("--folder", type=Path, required=True)
     part.add_argument("--result", type=Path, required=True)
     part.add_argument("--emulated", action="store_true")
-    return made
+    return parser
 
 
 def shared_data() -> Path | None:
-    """The images that the tests take, where they are."""
+    """Return the labelled images in `$Y7_SHARED`, if they are there."""
     data = Path(os.environ.get("Y7_SHARED", ""), "coco-mini", "coco-mini.yaml")
     return data if "Y7_SHARED" in os.environ and data.is_file() else None
 
 
 def run_part(options: argparse.Namespace) -> None:
-    from tests.gpu.environment import Setting
+    from tests.gpu.environment import Environment
 
-    targets = {part.name: part.target for part in PARTS} | HIDDEN
-    module, function = targets[options.name].split(":")
-    setting = Setting(folder=options.folder, result=options.result, emulated=options.emulated)
-    getattr(importlib.import_module(f"tests.gpu.{module}"), function)(setting)
+    functions = {part.name: part.function for part in PARTS} | HIDDEN
+    module, function = functions[options.name].split(":")
+    env = Environment(folder=options.folder, result=options.result, emulated=options.emulated)
+    getattr(importlib.import_module(f"tests.gpu.{module}"), function)(env)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the parts one after the other; 1 if one failed."""
+    """Run the parts one after the other; return 1 if one of them failed, else 0."""
     started = time.monotonic()
     out = options.out or (
         Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results" / gpu_name()
@@ -143,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
             if options.parts and part.name not in options.parts:
                 continue
             left = options.total - (time.monotonic() - started)
-            results[part.name] = outcome = one_part(part, options, interpreters, left, log.fileno())
+            results[part.name] = outcome = run_one_part(part, options, interpreters, left, log.fileno())
             document["seconds"] = round(time.monotonic() - started, 1)
             write(document, out / "gpu_suite.json")
             print(
@@ -153,18 +161,18 @@ def run(options: argparse.Namespace) -> int:
     return int(any(outcome["state"] in ("failed", "timed out") for outcome in results.values()))
 
 
-def one_part(
+def run_one_part(
     part: Part, options: argparse.Namespace, interpreters: list[Interpreter], left: float, log: int
 ) -> dict[str, object]:
-    """Runs a part in a process of its own and gives what became of it."""
+    """Run a part in its own process and return its outcome: state, results, and the reason for the state."""
     if options.emulated and not part.emulated:
         return {"state": "skipped", "why": "needs a GPU"}
     needs = part.needs_emulated if options.emulated and part.needs_emulated else part.needs
-    python = fitting(needs, interpreters)
+    python = find_interpreter(needs, interpreters)
     if python is None:
-        return {"state": "skipped", "why": f"no Python here has {' or '.join(needs)}"}
+        return {"state": "skipped", "why": f"no Python interpreter here has {' or '.join(needs)}"}
     budget = min(part.budget_s, left)
-    if budget < LEAST_S:
+    if budget < MIN_PART_S:
         return {"state": "skipped", "why": f"only {left:.0f} s were left"}
     with tempfile.TemporaryDirectory() as work:
         result = Path(work, "result.json")
@@ -176,23 +184,28 @@ def one_part(
         code = call(command, python.environment, budget, log)
         outcome: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1), "python": python.path}
         outcome["results"] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    goals = [goal_words(rows)] if (rows := outcome["results"].get("goals")) else []
+    rows = outcome["results"].get("targets")
+    reasons = [summarize_targets(rows)] if rows else []
     if code is None:
-        return {**outcome, "state": "timed out", "why": "; ".join([f"after {budget:.0f} s", *goals])}
-    if code:
-        return {**outcome, "state": "failed", "why": "; ".join([f"exit {code}, see the log", *goals])}
-    return {**outcome, "state": "passed", **({"why": goals[0]} if goals else {})}
+        outcome["state"], reasons = "timed out", [f"after {budget:.0f} s", *reasons]
+    elif code:
+        outcome["state"], reasons = "failed", [f"exit {code}, see the log", *reasons]
+    else:
+        outcome["state"] = "passed"
+    if reasons:
+        outcome["why"] = "; ".join(reasons)
+    return outcome
 
 
-def fitting(needs: tuple[str, ...], interpreters: list[Interpreter]) -> Interpreter | None:
-    """The first Python with the first of the libraries that any has."""
+def find_interpreter(needs: tuple[str, ...], interpreters: list[Interpreter]) -> Interpreter | None:
+    """Return the first interpreter with the first of the libraries that any interpreter has."""
     if not needs:
         return next(iter(interpreters), None)
     return next((one for library in needs for one in interpreters if library in one.libraries), None)
 
 
 def call(command: list[str], environment: dict[str, str], budget_s: float, log: int) -> int | None:
-    """Exit status of a command; none if it ran past its budget, when all that it started is ended with it."""
+    """Return the exit status of a command, or `None` if it exceeded its time limit; kill everything that it started."""
     process = subprocess.Popen(
         command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
     )
@@ -202,27 +215,27 @@ def call(command: list[str], environment: dict[str, str], budget_s: float, log: 
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+            os.killpg(process.pid, signal.SIGKILL)  # the process group contains only this command and its children
         process.wait()
 
 
 def find_interpreters(options: argparse.Namespace) -> list[Interpreter]:
-    """This Python, and the one that can import the TensorRT of the kit."""
+    """Return this interpreter, and one that can import TensorRT from the kit if there is one."""
     site = (options.folder / "site").resolve()
-    found = [probed(sys.executable, [ROOT, site], [])]
+    found = [probe_interpreter(sys.executable, [ROOT, site], [])]
     python = options.kit_python or shutil.which("python3.11")
     if options.kit.exists() and python:
         libraries = [options.kit / "lib", Path(python).resolve().parent.parent / "lib"]
-        found.append(probed(python, [options.kit / "site", ROOT, site], libraries))
+        found.append(probe_interpreter(python, [options.kit / "site", ROOT, site], libraries))
     return [one for one in found if one is not None]
 
 
-def probed(path: str, packages: list[Path], libraries: list[Path]) -> Interpreter | None:
-    """An interpreter and what it can find; none where it does not start."""
+def probe_interpreter(path: str, packages: list[Path], libraries: list[Path]) -> Interpreter | None:
+    """Return an interpreter with the libraries that it finds, or `None` if it does not start."""
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, packages)), "PYTHONUNBUFFERED": "1"}
     if libraries:
         environment["LD_LIBRARY_PATH"] = ":".join([*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")])
-    question = f"import importlib.util as u, json; print(json.dumps([n for n in {PROBED} if u.find_spec(n)]))"
+    question = f"import importlib.util as u, json; print(json.dumps([n for n in {PROBED_LIBRARIES} if u.find_spec(n)]))"
     try:
         done = subprocess.run([path, "-c", question], env=environment, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -232,7 +245,7 @@ def probed(path: str, packages: list[Path], libraries: list[Path]) -> Interprete
 
 
 def gpu_name() -> str:
-    """Of the first GPU, as a folder."""
+    """Return the name of the first GPU as a folder name."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "emulated"

@@ -1,4 +1,4 @@
-"""Decode and EfficientNMS_TRT in an engine, our plugin in an engine, and our kernels alone, on the same head maps."""
+"""Speed of decoding and NMS: EfficientNMS_TRT, the plugin of this project, and its kernels without an engine."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import json
 
 import numpy as np
 
-from tests.gpu.environment import PLUGIN, CudaMemory, Setting, Stream, times_us
-from tests.gpu.nms import CONF, END_BATCHES, END_FILE, GOAL_US, Resident, yolov7_heads
+from tests.gpu.environment import PLUGIN, CudaMemory, Environment, Stream, times_us
+from tests.gpu.nms import CONF, END_BATCHES, END_FILE, TARGET_US, NmsCall, yolov7_heads
 from tests.gpu.tensorrt_run import Runner, build, load_plugins, plugin_names
 
 COUNTS, ROUNDS = (100, 300, 1000), 100
-ENDS = ("efficient", "plugin")
+NMS_CHOICES = ("efficient", "plugin")
 KINDS = (*((np.float16, batch) for batch in END_BATCHES), (np.float32, 1))
-GOAL_RATIO = 5.0
+TARGET_RATIO = 5.0
 
 
-def measure(setting: Setting) -> None:
-    """Builds the ends once per batch and type, then times them by candidates."""
-    library = setting.folder / PLUGIN
+def measure(env: Environment) -> None:
+    """Build the NMS networks once per batch size and type, then measure them by number of candidates."""
+    library = env.folder / PLUGIN
     load_plugins(library if library.exists() else None)
     names = plugin_names()
-    setting.record("registry", {"Y7NMS": "Y7NMS" in names, "EfficientNMS_TRT": "EfficientNMS_TRT" in names})
-    cuda, kernels = setting.open_cuda(), setting.open_kernels()
+    env.record("registry", {"Y7NMS": "Y7NMS" in names, "EfficientNMS_TRT": "EfficientNMS_TRT" in names})
+    cuda, kernels = env.open_cuda(), env.open_kernels()
     rows: list[dict[str, object]] = []
     for kind, batch in KINDS:
-        files = {end: setting.folder / END_FILE.format(kind=end, type=kind.__name__, batch=batch) for end in ENDS}
+        files = {end: env.folder / END_FILE.format(kind=end, type=kind.__name__, batch=batch) for end in NMS_CHOICES}
         with Stream(cuda) as stream:
             memory = CudaMemory(cuda, stream, guard=0)
             runners = {
@@ -43,21 +43,21 @@ def measure(setting: Setting) -> None:
                         runner.upload(f"head_{level}", np.tile(values, (batch // len(values), 1, 1, 1)))
                     row[end] = times_us(stream, runner, rounds=ROUNDS)
                     kept[end] = int(runner.download("num_dets").sum())
-                work = Resident(kernels, memory, heads, batch)
+                work = NmsCall(kernels, memory, heads, batch)
                 row["kernels"] = times_us(stream, work, rounds=ROUNDS)
                 kept["kernels"] = int(memory.download(work.buffers["num_dets"]).view(np.int32).sum())
                 row["detections"] = kept
                 row["workspace_bytes"] = work.workspace_bytes
                 rows.append(row | _ratios(row))
-                setting.record("rows", rows)
-    setting.record("goals", {"batch_1_us": GOAL_US, "times_faster": GOAL_RATIO, "conf": CONF})
+                env.record("rows", rows)
+    env.record("limits", {"batch_1_us": TARGET_US, "times_faster": TARGET_RATIO, "conf": CONF})
 
 
 def _ratios(row: dict[str, object]) -> dict[str, object]:
-    """How many times faster ours are than EfficientNMS_TRT's path, each as one graph launch."""
+    """Return how many times faster plugin and kernels are than EfficientNMS_TRT, each as one graph launch."""
     times = json.loads(json.dumps(row))
     if "efficient" not in times:
         return {}
-    theirs = times["efficient"]["graph_us"]
-    ours = [end for end in ("plugin", "kernels") if end in times]
-    return {f"{end}_times_faster": round(theirs / times[end]["graph_us"], 2) for end in ours}
+    reference_us = times["efficient"]["graph_us"]
+    measured = [end for end in ("plugin", "kernels") if end in times]
+    return {f"{end}_times_faster": round(reference_us / times[end]["graph_us"], 2) for end in measured}

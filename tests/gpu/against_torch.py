@@ -1,4 +1,4 @@
-"""Our kernels against the way PyTorch does it: decode everything, filter, `torchvision.ops.nms` with class offsets."""
+"""Speed of the NMS kernels compared with PyTorch: decode, filter, and `torchvision.ops.nms` with class offsets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.gpu.environment import CudaMemory, Setting, Stream, times_us
-from tests.gpu.nms import ANCHORS, CLASSES, CONF, IOU, MAX_CANDIDATES, MAX_DET, STRIDES, Resident, yolov7_heads
+from tests.gpu.environment import CudaMemory, Environment, Stream, times_us
+from tests.gpu.nms import ANCHORS, CLASSES, CONF, IOU, MAX_CANDIDATES, MAX_DET, STRIDES, NmsCall, yolov7_heads
 
 try:
     from torchvision.ops import nms as torch_nms
-except ImportError:  # then PyTorch is spared the NMS
+except ImportError:  # PyTorch is then measured without NMS
     torch_nms = None
 
 CASES = ((np.float16, 300, 1), (np.float32, 300, 1), (np.float16, 1000, 1), (np.float16, 300, 32))
@@ -21,7 +21,7 @@ CLASS_OFFSET = 4096.0  # pixels between classes, so that boxes of two classes ne
 
 
 class TorchPath:
-    """Decode and NMS of raw head maps on the GPU, grids made beforehand."""
+    """Decoding and NMS of raw head maps in PyTorch; the grids are made in advance."""
 
     def __init__(self, maps: list[Any]) -> None:
         self.maps = maps
@@ -34,7 +34,7 @@ class TorchPath:
             self.cells.append((grid, stride, sizes))
 
     def decode(self) -> Any:
-        """[B, A, 5 + C] in pixels and probabilities."""
+        """Return the decoded output [B, A, 5 + C] in pixels and probabilities."""
         levels = []
         for level, (grid, stride, sizes) in zip(self.maps, self.cells, strict=True):
             batch, _, height, width = level.shape
@@ -45,7 +45,7 @@ class TorchPath:
         return torch.cat(levels, 1)
 
     def __call__(self) -> list[Any]:
-        """Boxes, scores and classes of every image."""
+        """Return boxes, scores and classes of every image."""
         results = []
         for image in self.decode():
             image = image[image[:, 4] > CONF]
@@ -63,32 +63,35 @@ class TorchPath:
         return results
 
 
-def measure(setting: Setting) -> None:
-    """Times of both in one process on the same maps; PyTorch's by events around calls, as it waits in between."""
-    cuda, kernels = setting.open_cuda(), setting.open_kernels()
-    device = "cpu" if setting.emulated else "cuda"
-    setting.record("torch", {"version": torch.__version__, "device": device, "suppresses": torch_nms is not None})
+def measure(env: Environment) -> None:
+    """Measure both in one process on the same maps.
+
+    PyTorch is measured by events around calls, because it synchronizes within a call.
+    """
+    cuda, kernels = env.open_cuda(), env.open_kernels()
+    device = "cpu" if env.emulated else "cuda"
+    env.record("torch", {"version": torch.__version__, "device": device, "has_nms": torch_nms is not None})
     rows: list[dict[str, object]] = []
-    for kind, count, batch in CASES[: setting.some(len(CASES), 1)]:
-        heads = yolov7_heads(np.random.default_rng(count), min(batch, 4), count, kind, None, scale=setting.some(1, 8))
+    for kind, count, batch in CASES[: env.choose(len(CASES), 1)]:
+        heads = yolov7_heads(np.random.default_rng(count), min(batch, 4), count, kind, None, scale=env.choose(1, 8))
         maps = [torch.from_numpy(level).to(device).repeat(batch // len(level), 1, 1, 1) for level in heads.maps]
         path = TorchPath(maps)
         with Stream(cuda) as stream, torch.no_grad():
             memory = CudaMemory(cuda, stream, guard=0)
-            work = Resident(kernels, memory, heads, batch)
-            ours = times_us(stream, work, rounds=setting.some(200, 3))
+            work = NmsCall(kernels, memory, heads, batch)
+            ours = times_us(stream, work, rounds=env.choose(200, 3))
             found = memory.download(work.buffers["num_dets"]).view(np.int32)
-            theirs = torch_us(path, rounds=setting.some(40 if batch == 1 else 10, 2), on_gpu=not setting.emulated)
+            theirs = torch_us(path, rounds=env.choose(40 if batch == 1 else 10, 2), on_gpu=not env.emulated)
             kept = [len(scores) for _, scores, _ in path()]
         row: dict[str, object] = {"type": kind.__name__, "pairs": count, "batch": batch, "ours": ours}
         row |= {"torch_us": theirs, "detections": int(found.sum()), "torch_detections": sum(kept)}
         row["times_faster"] = round(theirs / ours["graph_us"], 1)
         rows.append(row)
-        setting.record("rows", rows)
+        env.record("rows", rows)
 
 
 def torch_us(path: TorchPath, *, rounds: int, on_gpu: bool) -> float:
-    """Median microseconds of a call, by events on a GPU."""
+    """Return the median microseconds of a call, measured by events on a GPU."""
     for _ in range(min(rounds, 5)):
         path()
     times = []

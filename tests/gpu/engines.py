@@ -1,4 +1,4 @@
-"""Whole engines, built by `y7 build` and run once, against what ONNX Runtime made of the float32 file beforehand."""
+"""Complete engines, built by `y7 build` and run once, against recorded results of ONNX Runtime in float32."""
 
 from __future__ import annotations
 
@@ -7,39 +7,38 @@ import subprocess
 
 import numpy as np
 
-from tests.gpu.building import build
-from tests.gpu.comparing import compare_detections, compare_raw
-from tests.gpu.environment import PLUGIN, Array, Cuda, Setting, Stream, times_us
+from tests.gpu.comparison import compare_detections, compare_raw
+from tests.gpu.engine_build import build
+from tests.gpu.environment import PLUGIN, Array, Cuda, Environment, Stream, times_us
 from tests.gpu.tensorrt_run import Runner, load_plugins
+from yolov7_deploy.metadata import NMS_OUTPUTS
 
 MODELS = ("yolov7-tiny", "yolov7", "yolov7-w6")
-OPT_LEVEL = "2"  # correctness is looked at here: builds faster, runs a little slower
+OPT_LEVEL = "2"  # only correctness is checked here: builds faster, runs a little slower
 
 
-def check(setting: Setting) -> None:
-    """One model after the other; the first failure is raised at the end, when all were tried."""
+def check(env: Environment) -> None:
+    """Check one model after the other; failures are raised at the end, after all were tried."""
     failures = []
-    plugin = setting.folder / PLUGIN
+    plugin = env.folder / PLUGIN
     load_plugins(plugin if plugin.exists() else None)
-    cuda = setting.open_cuda()
+    cuda = env.open_cuda()
     for name in MODELS:
-        onnx, reference = setting.folder / f"{name}.onnx", setting.folder / f"{name}.npz"
+        onnx, reference = env.folder / f"{name}.onnx", env.folder / f"{name}.npz"
         if not onnx.exists():
-            setting.record(name, f"{onnx.name} was not brought")
+            env.record(name, f"{onnx.name} is missing")
             continue
         try:
-            engine = build(
-                setting, onnx, plugin if plugin.exists() else None, level=OPT_LEVEL, into=setting.result.parent
-            )
-            run(setting, cuda, name, engine.read_bytes(), dict(np.load(reference)))
+            engine = build(env, onnx, plugin if plugin.exists() else None, level=OPT_LEVEL, into=env.result.parent)
+            run(env, cuda, name, engine.read_bytes(), dict(np.load(reference)))
         except (AssertionError, OSError, subprocess.SubprocessError, RuntimeError) as error:
-            setting.record(name, {"failed": str(error)[-3000:]})
+            env.record(name, {"failed": str(error)[-3000:]})
             failures.append(name)
     assert not failures, f"failed: {failures}"
 
 
-def run(setting: Setting, cuda: Cuda, name: str, plan: bytes, reference: dict[str, Array]) -> None:
-    """One inference of the image that the reference was made of, and the engine's time."""
+def run(env: Environment, cuda: Cuda, name: str, plan: bytes, reference: dict[str, Array]) -> None:
+    """Run the engine on the image of the reference, compare the results, and measure its time."""
     with Stream(cuda) as stream:
         runner = Runner(cuda, stream, plan)
         tensor = reference["canvas"][:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
@@ -48,8 +47,8 @@ def run(setting: Setting, cuda: Cuda, name: str, plan: bytes, reference: dict[st
         if "output" in reference:
             result = compare_raw(runner.download("output")[0, reference["rows"]], reference["output"])
         else:
-            found = {key: runner.download(key)[0] for key in ("num_dets", "det_boxes", "det_scores", "det_classes")}
+            found = {key: runner.download(key)[0] for key in NMS_OUTPUTS}
             result = compare_detections(found, reference)
         result["times"] = times_us(stream, runner, rounds=50)
-    setting.record(name, result)
+    env.record(name, result)
     assert result["same"], json.dumps(result)

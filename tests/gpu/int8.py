@@ -1,4 +1,4 @@
-"""INT8 engines beside FP16 ones of the same network: speed, layers, the detections of ONNX Runtime, and AP."""
+"""INT8 engines compared with FP16 engines: speed, layers, agreement with ONNX Runtime, and AP."""
 
 from __future__ import annotations
 
@@ -15,192 +15,192 @@ from unittest.mock import patch
 
 import numpy as np
 
-from tests.gpu.building import kept_engine
-from tests.gpu.comparing import MATCHED_SHARE, compare_detections
-from tests.gpu.environment import KERNELS, PLUGIN, Array, Setting
-from tests.gpu.targets import Goals
-from yolov7_deploy.benchmark.benchmark import measure_speed
+from tests.gpu.comparison import MATCHED_SHARE, compare_detections
+from tests.gpu.engine_build import cached_engine
+from tests.gpu.environment import KERNELS, PLUGIN, Array, Environment
+from tests.gpu.targets import Targets
+from yolov7_deploy.benchmark.benchmark import measure_speed, synthetic_frames
 from yolov7_deploy.benchmark.comparison import compare_reports
-from yolov7_deploy.benchmark.inputs import drawn_frames
 from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import PluginError, Y7Error
 from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.options import BenchOptions, EngineOptions, ValOptions
+from yolov7_deploy.tensorrt.builder import find_tensorrt
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE, describe_plugin
-from yolov7_deploy.tensorrt.selection import find_tensorrt
 
-MODELS = ("yolov7", "yolov7-tiny")  # the first has goals of speed and AP
-BATCHES, EMULATED_BATCHES = (16, 1), (2, 1)  # the first has the goal of speed, the last is for AP
+MODELS = ("yolov7", "yolov7-tiny")  # the first has targets for speed and AP
+BATCHES, EMULATED_BATCHES = (16, 1), (2, 1)  # the first has the speed target, AP is measured with the last
 PRECISIONS = ("fp16", "int8")
 FILE = "{model}-{precision}-b{batch}.onnx"
 REFERENCE, ACCURACY = "{}-int8.npz", "{}-int8.json"
 LABELS, IMAGES = "labelled.json", "labelled"
-OPT_LEVEL = "3"  # TensorRT's own
-ALONE = ("--no-timing-cache",)  # what one build measured would shorten the next
+OPT_LEVEL = "3"  # TensorRT's default
+BUILD_OPTIONS = ("--no-timing-cache",)  # so that build times are independent
 FRAME_HW, EMULATED_HW = (1080, 1920), (96, 128)
-SECONDS = 4.0  # of each half of a row
+SECONDS = 4.0  # per latency and per throughput measurement
 WARM_UP_S = 10.0
 
-TIMES_FASTER = 1.3
-MOST_LOST = 0.003  # AP
+MIN_SPEEDUP = 1.3
+MAX_AP_LOSS = 0.003  # AP
 # ONNX Runtime can compute an INT8 file in two ways, with integers or (`session.disable_quant_qdq`) in float. With
 # trained YOLOv7 on 82 images of COCO their AP differs by 0.0001, and 98.7 % of their detections above 0.3 are the
-# same by comparing.py; of float32 and INT8 it is 80 %. With the made-up weights of yolov7-tiny it is 51 % of its own.
-MOST_FROM_ORT = 0.002
-NO_GPU, NOT_TRAINED = "times without a GPU mean nothing", "the weights are made up"
+# same by comparison.py; between float32 and INT8 it is 80 %. With the synthetic weights of yolov7-tiny, the two ways
+# share 51 % of their detections.
+MAX_AP_DIFFERENCE = 0.002
+NO_GPU, NOT_TRAINED = "times without a GPU are meaningless", "the weights are synthetic"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
-    """Where engines are compared.
+class Comparison:
+    """The comparison of engines in one run of the part.
 
     Attributes:
-        setting: Of the part.
-        goals: Of the part.
-        plugin: The library for the TensorRT that is here, if it was brought.
-        unbuilt: Files whose build failed, which takes minutes and is not tried again.
+        env: Environment of the part.
+        targets: Targets of the part.
+        plugin: Plugin library for the installed TensorRT, if there is one.
+        unbuilt: Files whose build failed; a build takes minutes, so it is not tried twice.
     """
 
-    setting: Setting
-    goals: Goals
+    env: Environment
+    targets: Targets
     plugin: Path | None
     unbuilt: set[str] = field(default_factory=set)
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Of the engines."""
-        return EMULATED_BATCHES if self.setting.emulated else BATCHES
+        """The batch sizes of the engines."""
+        return EMULATED_BATCHES if self.env.emulated else BATCHES
 
     def engine(self, model: str, precision: str, batch: int) -> Path:
-        """Built now, or in an earlier run.
+        """Return an engine, built now or in an earlier run.
 
         Raises:
-            AssertionError: It was not built; see `building.build` for more.
+            AssertionError: It cannot be built; see `engine_build.build` for more.
         """
         name = FILE.format(model=model, precision=precision, batch=batch)
         assert name not in self.unbuilt, f"the engine of {name} could not be built"
         self.unbuilt.add(name)
-        engine = kept_engine(self.setting, name, self.plugin, level=OPT_LEVEL, more=ALONE)
+        engine = cached_engine(self.env, name, self.plugin, level=OPT_LEVEL, more=BUILD_OPTIONS)
         self.unbuilt.remove(name)
         return engine
 
     def steps(self, model: str) -> list[tuple[str, partial[None]]]:
-        """What is done with a model, by the name of its result."""
+        """Return what is measured for a model, by the name of the result."""
         pairs = [(f"{model} batch {batch}", partial(compare_engines, self, model, batch)) for batch in self.batches]
-        return pairs + ([(f"{model} accuracy", partial(judge_accuracy, self, model))] if model == MODELS[0] else [])
+        return pairs + ([(f"{model} accuracy", partial(check_accuracy, self, model))] if model == MODELS[0] else [])
 
 
-def measure(setting: Setting) -> None:
-    """One model after the other; what failed or was missed is raised at the end, when all was tried."""
-    if not setting.emulated:
-        measure_all(setting)
+def measure(env: Environment) -> None:
+    """Measure one model after the other; failures and missed targets are raised at the end, after all were tried."""
+    if not env.emulated:
+        measure_all(env)
         return
-    from tests.gpu.fakes import stand_ins
+    from tests.gpu.fakes import fake_environment
 
-    with stand_ins(setting) as emulated:
+    with fake_environment(env) as emulated:
         measure_all(emulated)
 
 
-def measure_all(setting: Setting) -> None:
-    """See `measure`.
+def measure_all(env: Environment) -> None:
+    """Measure all models; see `measure`.
 
     Raises:
-        AssertionError: Something failed, a goal was missed, or nothing was measured.
+        AssertionError: A measurement failed, a target was missed, or nothing was measured.
     """
-    goals = Goals(setting)
-    bench = Bench(setting=setting, goals=goals, plugin=fitting_plugin(setting))
+    targets = Targets(env)
+    bench = Comparison(env=env, targets=targets, plugin=compatible_plugin(env))
     failed: list[str] = []
-    brought = [model for model in MODELS if (setting.folder / REFERENCE.format(model)).exists()]
+    available = [model for model in MODELS if (env.folder / REFERENCE.format(model)).exists()]
     for model in MODELS:
-        if model not in brought:
-            goals.skip(model, "was not brought")
+        if model not in available:
+            targets.skip(model, "its files are missing")
             continue
         for name, step in bench.steps(model):
             try:
                 step()
             except (AssertionError, OSError, subprocess.SubprocessError, RuntimeError, Y7Error) as error:
-                setting.record(name, {"failed": str(error)[-3000:]})
+                env.record(name, {"failed": str(error)[-3000:]})
                 failed.append(name)
-    assert brought, f"neither of {', '.join(MODELS)} was brought"
-    assert not failed and not goals.missed, f"failed: {failed}, missed: {goals.missed}"
+    assert available, f"the files of {', '.join(MODELS)} are missing"
+    assert not failed and not targets.missed, f"failed: {failed}, missed: {targets.missed}"
 
 
-def fitting_plugin(setting: Setting) -> Path | None:
-    """The plugin library that was brought, if it is for the TensorRT that is here."""
-    library = setting.folder / PLUGIN
+def compatible_plugin(env: Environment) -> Path | None:
+    """Return the plugin library if it is built for the installed TensorRT."""
+    library = env.folder / PLUGIN
     if not library.exists():
         return None
-    found = find_tensorrt(EngineOptions())
+    tensorrt = find_tensorrt(EngineOptions())
     try:
         abi: str = describe_plugin(library).abi
     except PluginError as error:
         abi = error.message
-    setting.record("plugin", f"{abi}, and {found.product} {found.version} takes {found.abi}")
-    return library if abi == found.abi else None
+    env.record("plugin", f"{abi}, and {tensorrt.product} {tensorrt.version} needs {tensorrt.abi}")
+    return library if abi == tensorrt.abi else None
 
 
 @contextmanager
-def opened(setting: Setting, engine: Path) -> Iterator[Detector]:
-    """A Detector with the plugin that the engine was built with, else with our kernels where they were brought."""
+def open_detector(env: Environment, engine: Path) -> Iterator[Detector]:
+    """Open a Detector with the plugin that the engine was built with, else with our kernels if they are there."""
     record = read_engine_file(engine).record
-    library = Path(record.plugin.path) if record and record.plugin else setting.folder / KERNELS
-    chosen = {PLUGIN_VARIABLE: str(library)} if library.exists() else {}
-    with patch.dict(os.environ, chosen), Detector(engine, device="cuda:0") as detector:
+    library = Path(record.plugin.path) if record and record.plugin else env.folder / KERNELS
+    variables = {PLUGIN_VARIABLE: str(library)} if library.exists() else {}
+    with patch.dict(os.environ, variables), Detector(engine, device="cuda:0") as detector:
         yield detector
 
 
 # --- speed, layers, detections ----------------------------------------------------------------------------------------
 
 
-def compare_engines(bench: Bench, model: str, batch: int) -> None:
-    """Builds both engines, measures them one after the other, and compares what they find with ONNX Runtime's INT8.
+def compare_engines(bench: Comparison, model: str, batch: int) -> None:
+    """Build both engines, measure them one after the other, and compare their detections with ONNX Runtime in INT8.
 
-    FP16 finds less of that, which shows what the comparison is worth. Where the last bit decides what is found, with
-    made-up weights, it is told and not judged.
+    FP16 agrees less with it, which shows that the comparison is meaningful. With synthetic weights, where rounding
+    decides which boxes are detected, the agreement is recorded but not a target.
     """
-    setting, name = bench.setting, f"{model} batch {batch}"
-    reference = dict(np.load(setting.folder / REFERENCE.format(model)))
+    env, name = bench.env, f"{model} batch {batch}"
+    reference = dict(np.load(env.folder / REFERENCE.format(model)))
     reports: dict[str, SpeedReport] = {}
     found: dict[str, dict[str, float]] = {}
     for precision in PRECISIONS:
         engine = bench.engine(model, precision, batch)
-        with opened(setting, engine) as detector:
-            reports[precision] = report = _speed(setting, detector, batch)
+        with open_detector(env, engine) as detector:
+            reports[precision] = report = _speed(env, detector, batch)
             found[precision] = compare_with_reference(detector, reference)
-        setting.record(f"{name} {precision}", described(engine) | {"report": report.to_dict()})
-    faster = ratios(reports["fp16"], reports["int8"])
-    setting.record(name, {**faster, "as INT8 in ONNX Runtime": found})
+        env.record(f"{name} {precision}", engine_summary(engine) | {"report": report.to_dict()})
+    speedups = speedup(reports["fp16"], reports["int8"])
+    env.record(name, {**speedups, "as INT8 in ONNX Runtime": found})
     trained, share = bool(reference["trained"]), found["int8"]["share"]
-    _judge_parity(bench, f"{name}: detections as in ONNX Runtime", share, trained=trained)
+    _check_parity(bench, f"{name}: detections as in ONNX Runtime", share, trained=trained)
     if (model, batch) == (MODELS[0], bench.batches[0]):
-        _judge_speed(bench, f"{name}: INT8 to FP16, throughput of the engine", faster["engine_times_faster"])
+        _check_speed(bench, f"{name}: INT8 to FP16, throughput of the engine", speedups["engine_times_faster"])
 
 
-def _judge_parity(bench: Bench, goal: str, share: float, *, trained: bool) -> None:
+def _check_parity(bench: Comparison, target: str, share: float, *, trained: bool) -> None:
     if trained:
-        bench.goals.at_least(goal, share, MATCHED_SHARE)
+        bench.targets.at_least(target, share, MATCHED_SHARE)
     else:
-        bench.goals.skip(goal, NOT_TRAINED)
+        bench.targets.skip(target, NOT_TRAINED)
 
 
-def _judge_speed(bench: Bench, goal: str, times_faster: float) -> None:
-    if bench.setting.emulated:
-        bench.goals.skip(goal, NO_GPU)
+def _check_speed(bench: Comparison, target: str, times_faster: float) -> None:
+    if bench.env.emulated:
+        bench.targets.skip(target, NO_GPU)
     else:
-        bench.goals.at_least(goal, times_faster, TIMES_FASTER)
+        bench.targets.at_least(target, times_faster, MIN_SPEEDUP)
 
 
-def _speed(setting: Setting, detector: Detector, batch: int) -> SpeedReport:
-    """As `y7 bench` measures it."""
-    seconds, warm_up_s = (0.1, 0.1) if setting.emulated else (SECONDS, WARM_UP_S)
-    frames = drawn_frames(EMULATED_HW if setting.emulated else FRAME_HW)
+def _speed(env: Environment, detector: Detector, batch: int) -> SpeedReport:
+    """Measure the speed as `y7 bench` does."""
+    seconds, warm_up_s = (0.1, 0.1) if env.emulated else (SECONDS, WARM_UP_S)
+    frames = synthetic_frames(EMULATED_HW if env.emulated else FRAME_HW)
     options = BenchOptions(batches=(batch,), duration_s=seconds, warmup_s=warm_up_s)
     return measure_speed(detector, frames, options=options)
 
 
-def described(engine: Path) -> dict[str, object]:
-    """What the build record and the inspector say of an engine."""
+def engine_summary(engine: Path) -> dict[str, object]:
+    """Return what the build record and the inspector contain about an engine."""
     file = read_engine_file(engine)
     record = file.record
     assert record is not None, "y7 build writes a record"
@@ -218,14 +218,14 @@ def described(engine: Path) -> dict[str, object]:
     }
 
 
-def ratios(fp16: SpeedReport, int8: SpeedReport) -> dict[str, float]:
-    """How many times faster INT8 is, by the median of a span, and the 95 % interval of that where there is one."""
-    compared = {one.span: one for one in compare_reports(fp16, int8).differences}
+def speedup(fp16: SpeedReport, int8: SpeedReport) -> dict[str, float]:
+    """Return how many times faster INT8 is, by the median of a stage, with the 95 % interval if there is one."""
+    compare_executions = {one.stage: one for one in compare_reports(fp16, int8).differences}
     result = {}
     for name in ("engine", "end_to_end"):
-        before, now = fp16.rows[0].span(name).p50, int8.rows[0].span(name).p50
+        before, now = fp16.rows[0].stage(name).p50, int8.rows[0].stage(name).p50
         result[f"{name}_times_faster"] = round(before / now, 4) if now else math.nan
-        interval = compared.get(name)
+        interval = compare_executions.get(name)
         if interval is not None and interval.low and interval.high:
             result[f"{name}_times_faster_low"] = round(1 / interval.high, 4)
             result[f"{name}_times_faster_high"] = round(1 / interval.low, 4)
@@ -233,20 +233,20 @@ def ratios(fp16: SpeedReport, int8: SpeedReport) -> dict[str, float]:
 
 
 def compare_with_reference(detector: Detector, reference: Mapping[str, Array]) -> dict[str, float]:
-    """How many detections of ONNX Runtime the engine has too, of those that are not close to the threshold."""
+    """Count the detections of ONNX Runtime, except those close to the threshold, that the engine finds too."""
     found = detector.batch(list(reference["canvases"]))
-    matched = wanted = 0
+    matched = total = 0
     for number, one in enumerate(found):
         parts = [reference[f"{part}_{number}"] for part in ("boxes", "scores", "classes")]
-        expected = listed(*parts, least=float(reference["least"]))
-        row = compare_detections(listed(one.boxes, one.scores, one.class_ids), expected)
-        matched, wanted = matched + int(str(row["matched"])), wanted + int(str(row["reference"]))
-    share = matched / wanted if wanted else 0.0
-    return {"images": len(found), "detections": sum(map(len, found)), "reference": wanted, "share": share}
+        expected = detections_dict(*parts, least=float(reference["least"]))
+        row = compare_detections(detections_dict(one.boxes, one.scores, one.class_ids), expected)
+        matched, total = matched + int(str(row["matched"])), total + int(str(row["reference"]))
+    share = matched / total if total else 0.0
+    return {"images": len(found), "detections": sum(map(len, found)), "reference": total, "share": share}
 
 
-def listed(boxes: Array, scores: Array, classes: Array, *, least: float = 0.0) -> dict[str, Array]:
-    """Detections above a score as `compare_detections` takes them; boxes without area overlap not even themselves."""
+def detections_dict(boxes: Array, scores: Array, classes: Array, *, least: float = 0.0) -> dict[str, Array]:
+    """Return detections above a score in the format of `compare_detections`, without boxes of zero area."""
     kept = (scores > least) & (boxes[:, 2:] > boxes[:, :2]).all(1)
     return {
         "num_dets": np.array([kept.sum()]),
@@ -259,35 +259,35 @@ def listed(boxes: Array, scores: Array, classes: Array, *, least: float = 0.0) -
 # --- AP ---------------------------------------------------------------------------------------------------------------
 
 
-def judge_accuracy(bench: Bench, model: str) -> None:
-    """AP of both engines beside ONNX Runtime's of the float32 and the INT8 file on the same images."""
-    lost, apart = f"{model}: AP that INT8 loses", f"{model}: AP between the INT8 engine and ONNX Runtime"
-    folder, goals = bench.setting.folder, bench.goals
-    told = json.loads((folder / ACCURACY.format(model)).read_text(encoding="utf-8"))
-    why = told.get("skipped", "")
+def check_accuracy(bench: Comparison, model: str) -> None:
+    """Compare the AP of both engines with that of the float32 and the INT8 file in ONNX Runtime on the same images."""
+    lost, difference = f"{model}: AP that INT8 loses", f"{model}: AP between the INT8 engine and ONNX Runtime"
+    folder, targets = bench.env.folder, bench.targets
+    accuracy = json.loads((folder / ACCURACY.format(model)).read_text(encoding="utf-8"))
+    why = accuracy.get("skipped", "")
     try:
         from yolov7_deploy.datasets import open_dataset
         from yolov7_deploy.evaluation.accuracy import evaluate
         from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
     except ImportError as error:
-        why = why or f"what judges AP was brought for another Python: {error}"
+        why = why or f"faster_coco_eval is for another Python version: {error}"
     if why:
-        for name in (lost, apart):
-            goals.skip(name, why)
+        for name in (lost, difference):
+            targets.skip(name, why)
         return
     dataset = open_dataset(folder / LABELS, images=folder / IMAGES)
     reports = {}
     for precision in PRECISIONS:
         engine = bench.engine(model, precision, bench.batches[-1])
-        with opened(bench.setting, engine) as detector:
+        with open_detector(bench.env, engine) as detector:
             reports[precision] = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1))
     report = reports["int8"]
-    drop = accuracy_drop(dataset, range(len(dataset)), told["fp32"]["predictions"], report.predictions)
+    drop = accuracy_drop(dataset, range(len(dataset)), accuracy["fp32"]["predictions"], report.predictions)
     result: dict[str, object] = {f"{name} engine": one.ap for name, one in reports.items()}
-    result |= {f"{name} ONNX Runtime": told[name]["ap"] for name in ("fp32", "int8")}
+    result |= {f"{name} ONNX Runtime": accuracy[name]["ap"] for name in ("fp32", "int8")}
     result |= {"drop": drop.to_dict(), "images": report.images, "notes": report.notes}
-    bench.setting.record(f"{model} accuracy", result)
-    assert report.images == told["int8"]["images"], f"{report.skipped} could not be read here"
+    bench.env.record(f"{model} accuracy", result)
+    assert report.images == accuracy["int8"]["images"], f"{report.skipped} could not be read"
     ap = math.nan if report.ap is None else report.ap
-    goals.at_most(lost, told["fp32"]["ap"] - ap, MOST_LOST)
-    goals.at_most(apart, abs(ap - told["int8"]["ap"]), MOST_FROM_ORT)
+    targets.at_most(lost, accuracy["fp32"]["ap"] - ap, MAX_AP_LOSS)
+    targets.at_most(difference, abs(ap - accuracy["int8"]["ap"]), MAX_AP_DIFFERENCE)

@@ -1,4 +1,4 @@
-"""The CUDA seam of the package on a real device, through every binding that opens."""
+"""The CUDA layer of the package on a real device, through every binding that can be opened."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from dataclasses import asdict
 
 import numpy as np
 
-from tests.gpu.environment import Setting
+from tests.gpu.environment import Environment
 from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.runtimes.cuda import Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
-from yolov7_deploy.runtimes.cudart import runtimes
+from yolov7_deploy.runtimes.cudart import cuda_bindings
 
 LARGE = 64 * 2**20
 
 
-def check(setting: Setting) -> None:
-    """Copies, graphs, events and errors, once per binding."""
-    bindings = [setting.open_cuda()] if setting.emulated else [Cuda(runtime) for runtime in runtimes()]
+def check(env: Environment) -> None:
+    """Check copies, graphs, events and errors, once per binding."""
+    bindings = [env.open_cuda()] if env.emulated else [Cuda(binding) for binding in cuda_bindings()]
     for cuda in bindings:
-        name = cuda.runtime.name
+        name = cuda.binding.name
         try:
             count = cuda.device_count()
         except DeviceError as error:
-            setting.record(name, f"refused: {error.message}")
+            env.record(name, f"error: {error.message}")
             continue
         cuda.set_device(0)
-        setting.record(name, {"devices": count, "versions": cuda.versions(), **asdict(cuda.device())})
-        check_copies(setting, cuda)
+        env.record(name, {"devices": count, "versions": cuda.versions(), **asdict(cuda.device())})
+        check_copies(env, cuda)
         check_graph(cuda)
         check_errors(cuda)
-        check_neighbours(setting, cuda)
-        setting.record(f"{name} works", True)
+        check_array_interfaces(env, cuda)
+        env.record(f"{name} works", True)
 
 
-def check_copies(setting: Setting, cuda: Cuda) -> None:
-    """A large buffer goes up, is moved on the device and comes back; the clock of events runs."""
-    nbytes = setting.some(LARGE, 4096)
+def check_copies(env: Environment, cuda: Cuda) -> None:
+    """Check that a large buffer survives upload, device copy and download, and that events measure time."""
+    nbytes = env.choose(LARGE, 4096)
     up, down = (PinnedBuffer(cuda, (nbytes,), np.uint8) for _ in range(2))
     with (
         Stream(cuda) as stream,
@@ -57,14 +57,14 @@ def check_copies(setting: Setting, cuda: Cuda) -> None:
         stream.download(down.array, b)
         stream.synchronize()
         assert (down.array == 7).all(), "the fill differs"
-    setting.record(f"{cuda.runtime.name} upload_gb_s", round(rate, 2))
-    asynchronous_s = queue_time(setting, cuda)
-    setting.record(f"{cuda.runtime.name} queue_us", round(asynchronous_s * 1e6, 1))
+    env.record(f"{cuda.binding.name} upload_gb_s", round(rate, 2))
+    asynchronous_s = queue_time(env, cuda)
+    env.record(f"{cuda.binding.name} queue_us", round(asynchronous_s * 1e6, 1))
 
 
-def queue_time(setting: Setting, cuda: Cuda) -> float:
-    """Seconds until the call of a large pinned upload returns."""
-    nbytes = setting.some(LARGE, 4096)
+def queue_time(env: Environment, cuda: Cuda) -> float:
+    """Return the seconds until the call of a large pinned upload returns."""
+    nbytes = env.choose(LARGE, 4096)
     pinned = PinnedBuffer(cuda, (nbytes,), np.uint8)
     with Stream(cuda) as stream, DeviceBuffer(cuda, (nbytes,), np.uint8) as buffer:
         stream.upload(buffer, pinned.array)
@@ -77,7 +77,7 @@ def queue_time(setting: Setting, cuda: Cuda) -> float:
 
 
 def check_graph(cuda: Cuda) -> None:
-    """A graph copies what the memory holds at launch, and freeing something else does not spoil its recording."""
+    """Check that a graph copies the memory as it is at launch, and that freeing other memory does not break capture."""
     up, down = (PinnedBuffer(cuda, (1024,), np.int32) for _ in range(2))
     unrelated = DeviceBuffer(cuda, (1024,), np.uint8)
     with Stream(cuda) as stream, DeviceBuffer(cuda, (1024,), np.int32) as buffer:
@@ -92,30 +92,30 @@ def check_graph(cuda: Cuda) -> None:
                 up.array[:] = value
                 graph.launch(stream)
                 stream.synchronize()
-                assert (down.array == value).all(), "the graph copied something else"
+                assert (down.array == value).all(), "the graph copied other values"
 
 
 def check_errors(cuda: Cuda) -> None:
-    """Out of memory, an unknown device and a broken recording are our errors, and everything works afterwards."""
+    """Check that out of memory, an unknown device and a failed capture raise `DeviceError`, and CUDA still works."""
     _, total = cuda.memory()
     for wrong in (lambda: DeviceBuffer(cuda, (4 * total,), np.uint8), lambda: cuda.set_device(99)):
         try:
             wrong()
         except DeviceError:
             continue
-        raise AssertionError("no error came")
+        raise AssertionError("no error was raised")
     with Stream(cuda) as stream:
         try:
             Graph(stream, stream.synchronize)
         except DeviceError:
             stream.synchronize()
             return
-    raise AssertionError("a recording that waits came through")
+    raise AssertionError("a capture that synchronizes did not fail")
 
 
-def check_neighbours(setting: Setting, cuda: Cuda) -> None:
-    """torch and cupy read a DeviceBuffer without a copy, where they are installed."""
-    if setting.emulated:
+def check_array_interfaces(env: Environment, cuda: Cuda) -> None:
+    """Check that torch and cupy, if installed, read a DeviceBuffer without a copy."""
+    if env.emulated:
         return
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     with Stream(cuda) as stream, DeviceBuffer(cuda, (2, 3), np.float32) as buffer:
@@ -125,11 +125,11 @@ def check_neighbours(setting: Setting, cuda: Cuda) -> None:
             try:
                 library = __import__(name)
             except ImportError:
-                setting.record(f"{name} reads it", "not installed")
+                env.record(f"{name} reads it", "not installed")
                 continue
             view = library.as_tensor(buffer, device="cuda") if name == "torch" else library.asarray(buffer)
             pointer = view.data_ptr() if name == "torch" else view.data.ptr
             assert pointer == buffer.pointer, f"{name} made a copy"
             host = view.cpu().numpy() if name == "torch" else library.asnumpy(view)
             assert (host == values).all(), f"{name} reads something else"
-            setting.record(f"{name} reads it", "without a copy")
+            env.record(f"{name} reads it", "without a copy")

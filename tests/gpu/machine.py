@@ -1,4 +1,4 @@
-"""What there is: GPU, driver, compilers, checkers and libraries of the Python that runs."""
+"""Describes the machine: GPU, driver, compilers, tools, and the libraries of this Python interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
-from tests.gpu.environment import Setting
+from tests.gpu.environment import Environment
 from yolov7_deploy.hardware.machine import read_machine
 
 LIBRARIES = (
@@ -21,20 +21,20 @@ PROGRAMS = ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu", "cmake", "g++", "p
 CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu,persistence_mode"
 
 
-def look(setting: Setting) -> None:
-    """Records it; nothing here can fail."""
-    setting.record("machine", asdict(read_machine()))
-    setting.record("python", {"version": platform.python_version(), "path": sys.executable})
-    setting.record("libraries", {name: _version(name) for name in LIBRARIES})
-    setting.record("programs", {name: shutil.which(name) for name in PROGRAMS})
+def describe(env: Environment) -> None:
+    """Record the description; nothing here can fail."""
+    env.record("machine", asdict(read_machine()))
+    env.record("python", {"version": platform.python_version(), "path": sys.executable})
+    env.record("libraries", {name: _version(name) for name in LIBRARIES})
+    env.record("programs", {name: shutil.which(name) for name in PROGRAMS})
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        setting.record("nvidia-smi", {"asked": CLOCKS, "answer": (done.stdout or done.stderr).strip()})
+        env.record("nvidia-smi", {"query": CLOCKS, "answer": (done.stdout or done.stderr).strip()})
 
 
 def _version(name: str) -> str | None:
-    """Of an installed library, without importing it."""
+    """Return the version of an installed library without importing it."""
     if importlib.util.find_spec(name) is None:
         return None
     for distribution in (name, f"{name}-python", "opencv-python-headless" if name == "cv2" else f"{name}-cu13"):
@@ -42,4 +42,4 @@ def _version(name: str) -> str | None:
             return version(distribution)
         except PackageNotFoundError:
             continue
-    return "of unknown version"
+    return "unknown"

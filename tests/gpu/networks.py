@@ -1,4 +1,4 @@
-"""Official networks with weights that nobody trained."""
+"""Official networks with random weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ CLASSES = 80
 
 
 def untrained(name: str) -> tuple[Yolov7, ModelMetadata]:
-    """The fused network of an official name, and its metadata."""
+    """Return the fused network of an official name, and its metadata."""
     network = fuse(new_model(name))
     classes = tuple(f"class_{number}" for number in range(CLASSES))
     metadata = ModelMetadata(
-        variant=name, class_names=classes, strides=network.head.strides, anchors=network.anchors, source="made up"
+        variant=name,
+        class_names=classes,
+        strides=network.head.strides,
+        anchors=network.anchors,
+        source="random",
     )
     return network, metadata

@@ -1,4 +1,4 @@
-"""The NMS kernels on the GPU: equal to the reference bit by bit, every time the same, and how fast."""
+"""The NMS kernels on the GPU: bit-equal to the reference, deterministic, and their speed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from tests.fakes.emulated_kernels import FLOAT16, FLOAT32, OK, Heads, NmsOutputs, NmsParams, run_nms
-from tests.gpu.environment import Array, CudaMemory, Setting, Stream, times_us
+from tests.gpu.environment import Array, CudaMemory, Environment, Stream, times_us
 from tests.support.nms_cases import assert_equals_the_reference, random_heads, random_options
 
 CASES, EMULATED_CASES = 3000, 6
-CHECK_S = 60.0  # of the part's budget, for random cases
+CHECK_S = 60.0  # time for random cases
 REPETITIONS = 100
 # YOLOv7's head at 640 x 640.
 SIDES, STRIDES = (80, 40, 20), (8.0, 16.0, 32.0)
@@ -25,76 +25,76 @@ ANCHORS = (
 )
 CLASSES = 80
 CONF, IOU, MAX_DET, MAX_CANDIDATES = 0.25, 0.45, 100, 3840
-ENTRY = {"conf": CONF, "iou": IOU, "max_candidates": MAX_CANDIDATES}
-GOAL_US = 40.0
-# The same work as small ONNX files, for TensorRT: `prepare` writes them.
+NMS_OPTIONS = {"conf": CONF, "iou": IOU, "max_candidates": MAX_CANDIDATES}
+TARGET_US = 40.0
+# The same work as small ONNX files for TensorRT, written by `prepare`.
 END_FILE, END_BATCHES = "nms_end_{kind}_{type}_b{batch}.onnx", (1, 8, 32)
 
 
-def check(setting: Setting) -> None:
-    """Random cases of every mode, whole images of YOLOv7, large batches, and repetition."""
-    cuda, kernels = setting.open_cuda(), setting.open_kernels()
+def check(env: Environment) -> None:
+    """Check random cases in every mode, complete YOLOv7 heads, large batches, and determinism."""
+    cuda, kernels = env.open_cuda(), env.open_kernels()
     with Stream(cuda) as stream:
         memory = CudaMemory(cuda, stream)
-        check_random(setting, kernels, memory)
-        check_whole_images(setting, kernels, memory)
-        check_large_batches(setting, kernels, memory)
-        check_repetition(setting, kernels, memory)
+        check_random(env, kernels, memory)
+        check_complete_heads(env, kernels, memory)
+        check_large_batches(env, kernels, memory)
+        check_repetition(env, kernels, memory)
 
 
-def check_random(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """Heads of every shape, type and layout, with ties, NaN and infinities, under every option."""
+def check_random(env: Environment, kernels: Any, memory: CudaMemory) -> None:
+    """Compare heads of every shape, type and layout, with ties, NaN and infinities, for all options."""
     started, done, found, overflows = time.monotonic(), 0, 0, 0
-    for seed in range(setting.some(CASES, EMULATED_CASES)):
+    for seed in range(env.choose(CASES, EMULATED_CASES)):
         if time.monotonic() - started > CHECK_S:
             break
         rng = np.random.default_rng([77, seed])
-        heads, options = random_heads(rng, pairs=setting.some(4000, 600)), random_options(rng)
+        heads, options = random_heads(rng, pairs=env.choose(4000, 600)), random_options(rng)
         try:
             found += assert_equals_the_reference(kernels, heads, memory=memory, **options)
         except AssertionError as error:
             raise AssertionError(f"random case {seed}, {options}: {error}") from error
         done, overflows = done + 1, overflows + (options["max_candidates"] < 100)
         if done % 200 == 0:
-            setting.record("random_cases_so_far", done)
-    setting.record("random_cases", {"equal": done, "detections": found, "with_few_candidates": overflows})
-    assert found, "not one detection in all cases: nothing was tested"
+            env.record("random_cases_so_far", done)
+    env.record("random_cases", {"equal": done, "detections": found, "with_few_candidates": overflows})
+    assert found, "no detection in any case: nothing was tested"
 
 
-def check_whole_images(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """YOLOv7 at 640 in every mode, type and layout, from empty images to more candidates than enter."""
+def check_complete_heads(env: Environment, kernels: Any, memory: CudaMemory) -> None:
+    """Compare heads of YOLOv7 at 640 in every mode, type and layout, from no candidates to more than the maximum."""
     modes = list(itertools.product((False, True), (False, True), (np.float32, np.float16), (None, 1)))
     counts = (0, 100, 1000, 20_000)
     results: dict[str, int] = {}
-    for number, (multi_label, agnostic, kind, padding) in enumerate(modes[: setting.some(len(modes), 2)]):
-        count = counts[number % len(counts)] if not setting.emulated else 100
-        heads = yolov7_heads(np.random.default_rng(number), 1, count, kind, padding, scale=setting.some(1, 8))
-        options = {"multi_label": multi_label, "class_agnostic": agnostic, "max_det": 300, **ENTRY}
+    for number, (multi_label, agnostic, kind, padding) in enumerate(modes[: env.choose(len(modes), 2)]):
+        count = counts[number % len(counts)] if not env.emulated else 100
+        heads = yolov7_heads(np.random.default_rng(number), 1, count, kind, padding, scale=env.choose(1, 8))
+        options = {"multi_label": multi_label, "class_agnostic": agnostic, "max_det": 300, **NMS_OPTIONS}
         found = assert_equals_the_reference(kernels, heads, memory=memory, **options)
         mode = f"multi {multi_label}, agnostic {agnostic}, {kind.__name__}, padding {padding}"
         results[f"{number}: {count} pairs, {mode}"] = found
-    setting.record("whole_images", results)
+    env.record("complete_heads", results)
 
 
-def check_large_batches(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """Batches of 8 and 64 images of different content."""
-    for batch in (3,) if setting.emulated else (8, 64):
+def check_large_batches(env: Environment, kernels: Any, memory: CudaMemory) -> None:
+    """Compare batches of 8 and 64 different images."""
+    for batch in (3,) if env.emulated else (8, 64):
         rng = np.random.default_rng(batch)
-        heads = yolov7_heads(rng, batch, 200, np.float16, None, scale=setting.some(4, 8))
-        options = {"multi_label": True, "class_agnostic": False, "max_det": MAX_DET, **ENTRY}
+        heads = yolov7_heads(rng, batch, 200, np.float16, None, scale=env.choose(4, 8))
+        options = {"multi_label": True, "class_agnostic": False, "max_det": MAX_DET, **NMS_OPTIONS}
         found = assert_equals_the_reference(kernels, heads, memory=memory, **options)
-        setting.record(f"batch_{batch}_detections", found)
+        env.record(f"batch_{batch}_detections", found)
 
 
-def check_repetition(setting: Setting, kernels: Any, memory: CudaMemory) -> None:
-    """The same bytes every time, on an image full of ties."""
-    heads = yolov7_heads(np.random.default_rng(3), 4, 3000, np.float16, None, scale=setting.some(1, 8), step=0.5)
-    times = setting.some(REPETITIONS, 4)
+def check_repetition(env: Environment, kernels: Any, memory: CudaMemory) -> None:
+    """Check that repeated calls return the same bytes, on images with many equal scores."""
+    heads = yolov7_heads(np.random.default_rng(3), 4, 3000, np.float16, None, scale=env.choose(1, 8), step=0.5)
+    times = env.choose(REPETITIONS, 4)
     outputs = {
         run_nms(kernels, heads, memory=memory, stream=memory.stream.handle, conf=0.1, iou=0.65).bytes()
         for _ in range(times)
     }
-    setting.record("repetition", {"runs": times, "different_results": len(outputs)})
+    env.record("repetition", {"runs": times, "different_results": len(outputs)})
     assert len(outputs) == 1, "the same input gave different bytes"
 
 
@@ -108,16 +108,18 @@ def yolov7_heads(
     scale: int = 1,
     step: float = 0.0,
 ) -> Heads:
-    """Head maps of YOLOv7 at 640 / scale with about `count` (anchor, class) pairs above 0.25 an image, in clusters.
+    """Return head maps of YOLOv7 at 640 / scale with about `count` (anchor, class) pairs above 0.25 per image.
+
+    The pairs form clusters, as those of a trained network do.
 
     Args:
-        rng: Source of the values.
-        batch: Images.
-        count: Wanted pairs.
+        rng: Random generator of the values.
+        batch: Number of images.
+        count: Number of pairs per image.
         kind: float32 or float16.
-        padding: As `Heads` takes it.
-        scale: Divides the image's sides.
-        step: Grid that all logits are rounded to, so that scores tie; 0 for none.
+        padding: Argument of `Heads`.
+        scale: Divisor of the image size.
+        step: Grid to which all logits are rounded, so that scores are equal; 0 for none.
     """
     maps: list[Array] = []
     shares = (0.6, 0.3, 0.1)
@@ -125,15 +127,15 @@ def yolov7_heads(
         raw = rng.normal(-8, 1, (batch, 3, 5 + CLASSES, side, side)).astype(np.float32)
         raw[:, :, :4] = rng.normal(0, 1, (batch, 3, 4, side, side))
         for image in range(batch):
-            _place(rng, raw[image], round(count * share))
+            _add_objects(rng, raw[image], round(count * share))
         if step:
             raw = np.round(raw / step) * step
         maps.append(raw.reshape(batch, -1, side, side).astype(kind))
     return Heads(maps=tuple(maps), strides=STRIDES, anchors=ANCHORS, padding=padding)
 
 
-def _place(rng: np.random.Generator, raw: Array, count: int) -> None:
-    """Objects in raw [3, 5 + C, side, side]: all anchors of 2 x 2 cells see one, as in a trained head."""
+def _add_objects(rng: np.random.Generator, raw: Array, count: int) -> None:
+    """Add objects to raw [3, 5 + C, side, side]: all anchors of 2 x 2 cells detect each, as in a trained head."""
     side = raw.shape[-1]
     for first in range(0, count, 12):
         row, column = rng.integers(0, side - 1, 2)
@@ -144,14 +146,14 @@ def _place(rng: np.random.Generator, raw: Array, count: int) -> None:
         raw[anchor, 5 + int(rng.integers(CLASSES)), y, x] = rng.normal(3, 0.7, number)
 
 
-class Resident:
-    """A call of y7_nms with everything on the GPU, to be queued again and again."""
+class NmsCall:
+    """A call of y7_nms with all arguments on the GPU, which can be enqueued repeatedly."""
 
     def __init__(self, kernels: Any, memory: CudaMemory, heads: Heads, batch: int) -> None:
         self.kernels, self.stream = kernels, memory.stream
-        few = len(heads.maps[0])
+        images = len(heads.maps[0])
         self.structs, self.kept_alive = heads.structs(memory)
-        self.heads = [self._repeated(memory, buffer, batch // few) for buffer in self.kept_alive]
+        self.heads = [self._repeated(memory, buffer, batch // images) for buffer in self.kept_alive]
         for struct, buffer in zip(self.structs, self.heads, strict=True):
             struct.data = buffer.address
         kind = {"float32": FLOAT32, "float16": FLOAT16}[heads.maps[0].dtype.name]
@@ -166,7 +168,7 @@ class Resident:
 
     @staticmethod
     def _repeated(memory: CudaMemory, buffer: Any, times: int) -> Any:
-        """The images of a buffer again and again, copied on the device."""
+        """Return a buffer with the images of another repeated, copied on the device."""
         made = memory.garbage((buffer.nbytes * times,), np.uint8) if times > 1 else buffer
         for number in range(times if times > 1 else 0):
             memory.stream.copy(made.address + number * buffer.nbytes, buffer.address, buffer.nbytes)
@@ -174,7 +176,7 @@ class Resident:
         return made
 
     def __call__(self) -> None:
-        """Queues it."""
+        """Enqueue the call."""
         conf, iou = (threshold.address for threshold in self.thresholds)
         status = self.kernels.y7_nms(
             self.params,
@@ -189,23 +191,23 @@ class Resident:
         assert status == OK, self.kernels.status_text(status)
 
 
-def measure(setting: Setting) -> None:
-    """Times by number of candidates, batch, type and layout."""
-    cuda, kernels = setting.open_cuda(), setting.open_kernels()
+def measure(env: Environment) -> None:
+    """Measure the time by number of candidates, batch size, type and layout."""
+    cuda, kernels = env.open_cuda(), env.open_kernels()
     rows: list[dict[str, object]] = []
     combinations = itertools.product((300, 100, 1000, 4000), (np.float16, np.float32), (None, 1))
-    for count, kind, padding in itertools.islice(combinations, setting.some(1000, 2)):
-        heads = yolov7_heads(np.random.default_rng(count), 4, count, kind, padding, scale=setting.some(1, 8))
-        for batch in (1, 8, 32, 64)[: setting.some(4, 1)]:
-            some = replace(heads, maps=tuple(level[:batch] for level in heads.maps))
+    for count, kind, padding in itertools.islice(combinations, env.choose(1000, 2)):
+        heads = yolov7_heads(np.random.default_rng(count), 4, count, kind, padding, scale=env.choose(1, 8))
+        for batch in (1, 8, 32, 64)[: env.choose(4, 1)]:
+            subset = replace(heads, maps=tuple(level[:batch] for level in heads.maps))
             with Stream(cuda) as stream:
                 memory = CudaMemory(cuda, stream, guard=0)
-                work = Resident(kernels, memory, some, batch)
-                times = times_us(stream, work, rounds=setting.some(200, 3))
+                work = NmsCall(kernels, memory, subset, batch)
+                times = times_us(stream, work, rounds=env.choose(200, 3))
                 found = memory.download(work.buffers["num_dets"]).view(np.int32)
             row = {"type": kind.__name__, "layout": "linear" if padding is None else "channels-last", "pairs": count}
             rows.append({**row, "batch": batch, "detections": int(found[0, 0]), **times})
-            setting.record("rows", rows)
+            env.record("rows", rows)
     best = [row for row in rows if row["batch"] == 1 and row["pairs"] == 300]
     slowest = max(float(str(row["graph_us"])) for row in best)
-    setting.record("batch_1_300_pairs", {"slowest_graph_us": slowest, "goal_us": GOAL_US, "met": slowest <= GOAL_US})
+    env.record("batch_1_300_pairs", {"slowest_graph_us": slowest, "target_us": TARGET_US, "met": slowest <= TARGET_US})

@@ -1,4 +1,4 @@
-"""TensorRT-RTX on this GPU: its list of compute capabilities may lack it; what it says is recorded word for word."""
+"""TensorRT-RTX on this GPU; its messages are recorded verbatim, because it may not support the GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.gpu.environment import Setting
+from tests.gpu.environment import Environment
 from tests.gpu.nms import END_FILE
 
 TRY_S = 50.0
 ONNX = END_FILE.format(kind="none", type="float32", batch=1)  # decoding alone, in standard operators
 
-# Builds for each capability named, then runs the last one on the GPU at hand.
+# Builds for each compute capability given, then for the GPU of this machine.
 PROGRAM = """
 import json, sys
 import tensorrt_rtx as trt
@@ -42,8 +42,8 @@ for target in [*sys.argv[2:], "CURRENT"]:
 """
 
 
-def check(setting: Setting) -> None:
-    """Tries to build and open an engine; a refusal is a result, not a failure."""
+def check(env: Environment) -> None:
+    """Try to build and open an engine; a refusal is a result, not a failure."""
     found = importlib.util.find_spec("tensorrt_rtx_libs")
     assert found is not None and found.submodule_search_locations, "tensorrt_rtx_libs is not installed"
     with tempfile.TemporaryDirectory() as links:
@@ -51,16 +51,16 @@ def check(setting: Setting) -> None:
             for name in (library.name, library.name.split(".so")[0] + ".so"):
                 Path(links, name).symlink_to(library)
         environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
-        command = [sys.executable, "-c", PROGRAM, str(setting.folder / ONNX), "SM86", "SM90"]
+        command = [sys.executable, "-c", PROGRAM, str(env.folder / ONNX), "SM86", "SM90"]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TRY_S, check=False)
             code, text = done.returncode, done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
             code, text = -1, f"{_text(error.stdout)}{_text(error.stderr)}\nnot finished after {TRY_S:.0f} s"
-    setting.record("exit", code)
-    setting.record("answers", [line.removeprefix("RESULT ") for line in text.splitlines() if line.startswith("RESULT")])
+    env.record("exit", code)
+    env.record("answers", [line.removeprefix("RESULT ") for line in text.splitlines() if line.startswith("RESULT")])
     errors = [line for line in text.splitlines() if "[E]" in line or "[W]" in line or "rror" in line]
-    setting.record("messages", errors[-20:])
+    env.record("messages", errors[-20:])
 
 
 def _text(output: bytes | str | None) -> str:

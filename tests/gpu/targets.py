@@ -1,4 +1,4 @@
-"""What is asked of a part's figures: met, missed, or not measured and why."""
+"""Targets for the measured values of a part: met, missed, or not measured with the reason."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the suite itself needs the standard library only
-    from tests.gpu.environment import Setting
+    from tests.gpu.environment import Environment
 
-Goal = dict[str, object]
+Target = dict[str, object]
 
 
-class Goals:
-    """Goals of a part by name, recorded as soon as they are known.
+class Targets:
+    """The targets of a part by name, recorded as soon as they are evaluated.
 
     Attributes:
-        rows: `found`, its limit, and whether it was `met`; where it was not measured, `None` and the reason `why`.
+        rows: Per target the value `found`, its limit, and `met`; if it was not measured, `met` is `None` and `why` is
+            the reason.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self.rows: dict[str, Goal] = {}
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+        self.rows: dict[str, Target] = {}
 
     @property
     def missed(self) -> list[str]:
-        """Names of those that were not met."""
+        """The names of the targets that were not met."""
         return [name for name, row in self.rows.items() if row["met"] is False]
 
     def at_least(self, name: str, found: float, limit: float) -> None:
-        """What is no number misses it."""
-        self._keep(name, {"found": found, "at_least": limit, "met": bool(found >= limit)})
+        """Evaluate a target with a lower limit; NaN misses it."""
+        self._record(name, {"found": found, "at_least": limit, "met": bool(found >= limit)})
 
     def at_most(self, name: str, found: float, limit: float) -> None:
-        """What is no number misses it."""
-        self._keep(name, {"found": found, "at_most": limit, "met": bool(found <= limit)})
+        """Evaluate a target with an upper limit; NaN misses it."""
+        self._record(name, {"found": found, "at_most": limit, "met": bool(found <= limit)})
 
     def skip(self, name: str, why: str) -> None:
-        """It was not measured, which is neither met nor missed."""
-        self._keep(name, {"met": None, "why": why})
+        """Record that a target was not measured, which is neither met nor missed."""
+        self._record(name, {"met": None, "why": why})
 
-    def _keep(self, name: str, row: Goal) -> None:
+    def _record(self, name: str, row: Target) -> None:
         found = row.get("found")
         self.rows[name] = {**row, "found": None} if isinstance(found, float) and not math.isfinite(found) else row
-        self._setting.record("goals", self.rows)
+        self._env.record("targets", self.rows)
 
 
-def goal_words(rows: dict[str, Goal]) -> str:
-    """Which were missed, how many were met, and why others were not measured."""
+def summarize_targets(rows: dict[str, Target]) -> str:
+    """Return which targets were missed, how many were met, and why others were not measured."""
     missed = [name for name, row in rows.items() if row["met"] is False]
     met = sum(row["met"] is True for row in rows.values())
     reasons = dict.fromkeys(str(row["why"]) for row in rows.values() if row["met"] is None)
-    words = [f"missed: {', '.join(missed)}"] if missed else []
-    words += [f"{met} goals met"]
-    words += [f"{len(rows) - met - len(missed)} not measured: {', '.join(reasons)}"] if reasons else []
-    return "; ".join(words)
+    parts = [f"missed: {', '.join(missed)}"] if missed else []
+    parts += [f"{met} targets met"]
+    parts += [f"{len(rows) - met - len(missed)} not measured: {', '.join(reasons)}"] if reasons else []
+    return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Just enough of TensorRT (8.6 and later) to build a small network and to run an engine."""
+"""Builds small networks and runs engines with TensorRT 8.6 and later, without this package."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import tensorrt as trt
 from tests.gpu.environment import Array, Cuda, DeviceBuffer, Stream
 
 LOGGER = trt.Logger(trt.Logger.WARNING)
-# cuBLAS and cuDNN may be stand-ins, which only these sources would call.
+# The cuBLAS and cuDNN of the kit may be stubs, which only these tactic sources would call.
 FOREIGN_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 
 
 def load_plugins(library: Path | None) -> None:
-    """TensorRT's own plugins, and ours.
+    """Load TensorRT's own plugins and the plugin library of this project.
 
     Raises:
-        AssertionError: TensorRT did not take the library.
+        AssertionError: TensorRT cannot load the library.
     """
-    if library is not None:  # before TensorRT's own, or `load_library` finds them in its way
-        assert trt.get_plugin_registry().load_library(str(library)), f"TensorRT refused {library}"
+    if library is not None:  # before TensorRT's own plugins, with which `load_library` conflicts
+        assert trt.get_plugin_registry().load_library(str(library)), f"TensorRT cannot load {library}"
     trt.init_libnvinfer_plugins(LOGGER, "")
 
 
 def plugin_names() -> list[str]:
-    """What the registry lists."""
+    """Return the names of all registered plugins."""
     return sorted(creator.name for creator in trt.get_plugin_registry().plugin_creator_list)
 
 
 def build(onnx: bytes, *, half: bool) -> bytes:
-    """A plan of an ONNX file of fixed shapes.
+    """Build a plan from an ONNX file with fixed shapes.
 
     Raises:
         AssertionError: It cannot be parsed or built; TensorRT's log says why.
@@ -52,18 +52,18 @@ def build(onnx: bytes, *, half: bool) -> bytes:
             sources &= ~(1 << int(getattr(trt.TacticSource, name)))
     config.set_tactic_sources(sources)
     plan = builder.build_serialized_network(network, config)
-    assert plan is not None, "TensorRT built nothing"
+    assert plan is not None, "TensorRT did not build a plan"
     return bytes(plan)
 
 
 class Runner:
-    """An engine of fixed shapes with its buffers."""
+    """An engine with fixed shapes and its device buffers."""
 
     def __init__(self, cuda: Cuda, stream: Stream, plan: bytes) -> None:
         self.stream = stream
         self.runtime = trt.Runtime(LOGGER)
         self.engine: Any = self.runtime.deserialize_cuda_engine(plan)
-        assert self.engine is not None, "TensorRT refused the plan"
+        assert self.engine is not None, "TensorRT cannot open the plan"
         name = "device_memory_size" if hasattr(self.engine, "device_memory_size") else "device_memory_size_v2"
         self.scratch_bytes = int(getattr(self.engine, name))
         self.context: Any = self.engine.create_execution_context()
@@ -75,7 +75,7 @@ class Runner:
             self.context.set_tensor_address(name, self.buffers[name].pointer)
 
     def upload(self, name: str, array: Array) -> None:
-        """Fills an input."""
+        """Copy an array into an input."""
         buffer = self.buffers[name]
         assert array.shape == buffer.shape, f"{name} is {buffer.shape}, not {array.shape}"
         contents = np.ascontiguousarray(array, buffer.dtype)
@@ -83,11 +83,11 @@ class Runner:
         self.stream.synchronize()
 
     def __call__(self) -> None:
-        """Queues one inference."""
+        """Enqueue one inference."""
         assert self.context.execute_async_v3(self.stream.handle), "execute_async_v3 failed"
 
     def download(self, name: str) -> Array:
-        """An output, after all work is done."""
+        """Return an output after all work is done."""
         buffer = self.buffers[name]
         array = np.empty(buffer.shape, buffer.dtype)
         self.stream.download(array, buffer)

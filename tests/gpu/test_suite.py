@@ -1,6 +1,6 @@
-"""The GPU suite without a GPU: every part that can runs on the emulated one, and no part takes another down.
+"""The GPU suite without a GPU: parts run on the emulated GPU, and a failing part does not affect the others.
 
-The tests marked `gpu` are the suite's own parts on a real one.
+The tests marked `gpu` run parts of the suite on a real GPU.
 """
 
 import ctypes
@@ -17,12 +17,10 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.gpu import PARTS, letterbox, nms, sanitizer, weights
+from tests.gpu import PARTS, archive, integration, letterbox, nms, sanitizer, weights
 from tests.gpu import __main__ as gpu_suite
-from tests.gpu import components as pieces
-from tests.gpu import integration as seam
-from tests.gpu.comparing import compare_detections, compare_raw
-from tests.gpu.environment import KERNELS, Setting
+from tests.gpu.comparison import compare_detections, compare_raw
+from tests.gpu.environment import KERNELS, Environment
 from yolov7_deploy.errors import Y7Error
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.runtimes.cuda import open_cuda
@@ -32,8 +30,8 @@ SUITE = [sys.executable, "-m", "tests.gpu"]
 
 
 def suite(*arguments, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([*SUITE, *arguments], env=env, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([*SUITE, *arguments], env=variables, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -61,27 +59,36 @@ def test_a_part_that_needs_torch_runs_on_the_emulated_gpu(tmp_path):
     assert row["detections"] and row["torch_detections"] and row["times_faster"]
 
 
-def test_without_a_gpu_each_part_fails_by_itself_and_says_why(tmp_path):
+def test_without_a_gpu_parts_fail_with_the_reason_and_do_not_affect_each_other(tmp_path):
     if has_gpu():
         pytest.skip("this machine has a GPU")
     done = suite(
-        "run", "--out", str(tmp_path), "--folder", str(tmp_path), "--parts", "machine", "seam", "nms", "letterbox"
+        "run",
+        "--out",
+        str(tmp_path),
+        "--folder",
+        str(tmp_path),
+        "--parts",
+        "machine",
+        "integration",
+        "nms",
+        "letterbox",
     )
     assert done.returncode == 1
     result = json.loads((tmp_path / "gpu_suite.json").read_text())["result"]
-    assert result["machine"]["state"] == "passed", "it needs no GPU, and the others did not take it down"
+    assert result["machine"]["state"] == "passed", "it does not need a GPU, and is not affected by the others"
     assert result["machine"]["results"]["libraries"]["numpy"]
     assert [result[name]["state"] for name in ("nms", "letterbox")] == ["failed", "failed"]
     assert "Error: " in (tmp_path / "gpu_suite.log").read_text()
 
 
-def test_what_was_recorded_before_a_crash_is_kept(tmp_path):
+def test_results_recorded_before_a_crash_are_kept(tmp_path):
     program = (
         f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
-        "from tests.gpu.environment import Setting\n"
-        f"setting = Setting(folder=Path(), result=Path({str(tmp_path / 'result.json')!r}))\n"
-        "setting.record('first', 1)\n"
+        "from tests.gpu.environment import Environment\n"
+        f"env = Environment(folder=Path(), result=Path({str(tmp_path / 'result.json')!r}))\n"
+        "env.record('first', 1)\n"
         "os.abort()\n"
     )
     with (tmp_path / "log").open("w") as log:
@@ -90,7 +97,7 @@ def test_what_was_recorded_before_a_crash_is_kept(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == {"first": 1}
 
 
-def test_a_part_past_its_time_is_ended_with_all_that_it_started(tmp_path):
+def test_a_part_over_its_time_limit_is_killed_with_its_child_processes(tmp_path):
     marker = tmp_path / "grandchild"
     child = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -102,24 +109,24 @@ def test_a_part_past_its_time_is_ended_with_all_that_it_started(tmp_path):
     assert not marker.exists()
 
 
-def test_a_part_without_time_or_library_is_left_out_with_the_reason(tmp_path):
-    options = gpu_suite.arguments().parse_args(["run", "--folder", str(tmp_path)])
+def test_a_part_without_time_or_library_is_skipped_with_the_reason(tmp_path):
+    options = gpu_suite.argument_parser().parse_args(["run", "--folder", str(tmp_path)])
     bare = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset())
     part = next(part for part in PARTS if part.needs == ("tensorrt",))
-    assert gpu_suite.one_part(part, options, [bare], 100, 1)["why"] == "no Python here has tensorrt"
+    assert gpu_suite.run_one_part(part, options, [bare], 100, 1)["why"] == "no Python interpreter here has tensorrt"
     able = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset({"tensorrt"}))
-    assert gpu_suite.one_part(part, options, [able], 3, 1)["why"] == "only 3 s were left"
+    assert gpu_suite.run_one_part(part, options, [able], 3, 1)["why"] == "only 3 s were left"
 
 
-def test_the_reference_letterbox_is_that_of_opencv():
+def test_the_reference_letterbox_equals_opencv():
     rng = np.random.default_rng(0)
     for number in range(300):
         hw = tuple(map(int, np.exp(rng.uniform(0, np.log(600), 2))))
         canvas_hw = [(640, 640), (96, 160), (33, 64)][number % 3]
         frame = rng.integers(0, 256, (*hw, 3), dtype=np.uint8)
-        place, box = letterbox.fit(hw, canvas_hw), fit_letterbox(hw, canvas_hw)
-        assert (place.resized_hw, place.top, place.left) == (box.resized_hw, box.top, box.left)
-        canvas = letterbox.letterboxed(frame, canvas_hw)
+        placement, box = letterbox.fit(hw, canvas_hw), fit_letterbox(hw, canvas_hw)
+        assert (placement.resized_hw, placement.top, placement.left) == (box.resized_hw, box.top, box.left)
+        canvas = letterbox.reference_letterbox(frame, canvas_hw)
         np.testing.assert_array_equal(
             canvas, box.apply(frame), err_msg=f"{hw} on {canvas_hw}, OpenCV {cv2.__version__}"
         )
@@ -127,7 +134,7 @@ def test_the_reference_letterbox_is_that_of_opencv():
 
 
 @pytest.mark.parametrize("count", [0, 100, 1000])
-def test_random_heads_have_about_as_many_pairs_as_asked_for(count):
+def test_random_heads_have_about_the_requested_number_of_pairs(count):
     heads = nms.yolov7_heads(np.random.default_rng(0), 1, count, np.float32, None)
     pairs = 0
     for level in heads.maps:
@@ -137,8 +144,8 @@ def test_random_heads_have_about_as_many_pairs_as_asked_for(count):
     assert 0.8 * count <= pairs <= 1.1 * count
 
 
-def test_made_up_weights_stay_behind_and_come_back():
-    made = weights.made_up("a.weight", (64, 32, 3, 3))
+def test_synthetic_weights_are_removed_and_restored():
+    made = weights.synthetic_weights("a.weight", (64, 32, 3, 3))
     small = np.ones((2, 2, 1, 1), np.float32)
     tensors = [
         onnx.numpy_helper.from_array(made, "a.weight"),
@@ -147,34 +154,34 @@ def test_made_up_weights_stay_behind_and_come_back():
         onnx.numpy_helper.from_array(small, "b.weight"),
     ]
     graph = onnx.helper.make_graph([], "g", [], [], initializer=tensors)
-    whole = onnx.helper.make_model(graph)
-    before = whole.SerializeToString()
-    left = weights.stripped(whole, {"a.weight", "b.weight"})
+    model = onnx.helper.make_model(graph)
+    before = model.SerializeToString()
+    left = weights.without_weights(model, {"a.weight", "b.weight"})
     assert len(before) - len(left) == pytest.approx(made.nbytes * 1.5, rel=0.01)
-    assert weights.filled(left) == before
-    assert weights.filled(before) == before
+    assert weights.with_weights(left) == before
+    assert weights.with_weights(before) == before
 
 
-def test_pieces_make_the_folder_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
-    whole = tmp_path / "whole"
-    (whole / "inner").mkdir(parents=True)
-    (whole / "a").write_bytes(np.random.default_rng(0).bytes(3500))
-    (whole / "inner" / "b").write_text("text")
-    pieces.pack(whole, tmp_path / "pieces")
-    assert len(list((tmp_path / "pieces").iterdir())) > 3
-    pieces.unpack(tmp_path / "pieces", tmp_path / "again")
+def test_archive_parts_restore_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "PART_BYTES", 1000)
+    folder = tmp_path / "files"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a").write_bytes(np.random.default_rng(0).bytes(3500))
+    (folder / "inner" / "b").write_text("text")
+    archive.pack(folder, tmp_path / "archive")
+    assert len(list((tmp_path / "archive").iterdir())) > 3
+    archive.unpack(tmp_path / "archive", tmp_path / "again")
     for name in ("a", "inner/b"):
-        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("end", ["efficient", "plugin", "none"])
-def test_the_ends_take_head_maps_and_leave_suppression_to_a_plugin(end, kind):
+def test_nms_networks_have_head_maps_as_inputs_and_leave_nms_to_a_plugin(end, kind):
     pytest.importorskip("torch")
-    from tests.gpu.preparing import nms_end
+    from tests.gpu.prepare_files import nms_network
 
-    model = nms_end(end, kind, 2)
+    model = nms_network(end, kind, 2)
     assert not model.functions
     assert [tensor.name for tensor in model.graph.input][:3] == ["head_0", "head_1", "head_2"]
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
@@ -191,30 +198,30 @@ def detections(boxes, scores, classes):
     }
 
 
-def test_detections_that_move_or_change_are_not_the_same():
+def test_moved_or_changed_detections_are_not_the_same():
     boxes = [[0, 0, 10, 10], [20, 20, 60, 60]]
-    wanted = detections(boxes, [0.9, 0.5], [1, 2])
-    assert compare_detections(detections(boxes[::-1], [0.49, 0.91], [2, 1]), wanted)["same"]
+    expected = detections(boxes, [0.9, 0.5], [1, 2])
+    assert compare_detections(detections(boxes[::-1], [0.49, 0.91], [2, 1]), expected)["same"]
     for other in (
         detections([[5, 0, 15, 10], boxes[1]], [0.9, 0.5], [1, 2]),
         detections(boxes, [0.9, 0.4], [1, 2]),
         detections(boxes, [0.9, 0.5], [1, 3]),
         detections(boxes[:1], [0.9], [1]),
     ):
-        assert not compare_detections(other, wanted)["same"]
-    assert not compare_detections(wanted, detections([], [], []))["same"], "a reference of nothing shows nothing"
+        assert not compare_detections(other, expected)["same"]
+    assert not compare_detections(expected, detections([], [], []))["same"], "an empty reference proves nothing"
 
 
-def test_raw_outputs_are_compared_in_parts_of_a_box():
-    wanted = np.array([[100, 100, 50, 200, 0.5, 0.5]] * 10, np.float32)
-    assert compare_raw(wanted + np.array([0.5, 2, 0.5, 2, 0.01, 0.01], np.float32), wanted)["same"]
-    assert not compare_raw(wanted + np.array([8, 0, 0, 0, 0, 0], np.float32), wanted)["same"]
-    assert not compare_raw(wanted + np.array([0, 0, 0, 0, 0, 0.2], np.float32), wanted)["same"]
+def test_raw_outputs_are_compared_relative_to_the_box_size():
+    expected = np.array([[100, 100, 50, 200, 0.5, 0.5]] * 10, np.float32)
+    assert compare_raw(expected + np.array([0.5, 2, 0.5, 2, 0.01, 0.01], np.float32), expected)["same"]
+    assert not compare_raw(expected + np.array([8, 0, 0, 0, 0, 0], np.float32), expected)["same"]
+    assert not compare_raw(expected + np.array([0, 0, 0, 0, 0, 0.2], np.float32), expected)["same"]
     with pytest.raises(AssertionError, match="finite"):
-        compare_raw(wanted * np.nan, wanted)
+        compare_raw(expected * np.nan, expected)
 
 
-# --- on a real GPU ---
+# --- on a real GPU ----------------------------------------------------------------------------------------------------
 
 
 def has_gpu():
@@ -227,29 +234,31 @@ def has_gpu():
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A Setting on the GPU of this machine, with the kernels built for it."""
+    """The environment of the GPU of this machine, with kernels built for it."""
     if not has_gpu():
         pytest.skip("needs an NVIDIA GPU")
     folder = tmp_path_factory.mktemp("gpu")
     if "Y7_KERNELS" not in os.environ:
         if shutil.which("cmake") is None or shutil.which("nvcc") is None:
-            pytest.skip("needs cmake and nvcc, or the library's path in $Y7_KERNELS")
+            pytest.skip("needs cmake and nvcc, or the path of the library in $Y7_KERNELS")
         command = ["cmake", "-S", str(ROOT / "plugins"), "-B", str(folder), "-DY7_KERNELS_ONLY=ON"]
         subprocess.run([*command, "-DCMAKE_CUDA_ARCHITECTURES=native"], check=True)
         subprocess.run(["cmake", "--build", str(folder), "--target", "y7_kernels"], check=True)
         ctypes.CDLL(str(folder / KERNELS))
-    return Setting(folder=folder, result=folder / "result.json")
+    return Environment(folder=folder, result=folder / "result.json")
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [seam.check, nms.check, letterbox.check, sanitizer.work], ids=lambda f: f.__module__)
+@pytest.mark.parametrize(
+    "check", [integration.check, nms.check, letterbox.check, sanitizer.work], ids=lambda f: f.__module__
+)
 def test_the_part_passes_on_a_real_gpu(real, check):
     check(real)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_decoding_and_suppression_take_40_us_at_batch_1(real):
+def test_decoding_and_nms_take_40_us_at_batch_1(real):
     nms.measure(real)
     assert real.results["batch_1_300_pairs"]["met"], real.results["batch_1_300_pairs"]

@@ -1,4 +1,4 @@
-"""The suite's parts around TensorRT on stand-ins for TensorRT and CUDA, so that no line runs first on a GPU."""
+"""Parts of the GPU suite that use TensorRT, with fakes of TensorRT and CUDA, so that every line is tested."""
 
 import json
 import sys
@@ -10,37 +10,37 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.gpu import comparing, nms, weights
-from tests.gpu.environment import Setting
-from tests.gpu.preparing import copy_site, nms_end, write_made_up
-from yolov7_deploy.evaluation import synthetic_image as street
+from tests.gpu import comparison, nms, weights
+from tests.gpu.environment import Environment
+from tests.gpu.prepare_files import copy_site, nms_network, write_synthetic_network
+from yolov7_deploy.evaluation.synthetic_image import street_scene
 
 TENSORRT_PARTS = ("against_efficient_nms", "engines", "tensorrt_run")
 
 
 @pytest.fixture
-def setting(tmp_path, monkeypatch):
-    """An emulated Setting with the fake TensorRT importable, and only as long as the test runs."""
+def env(tmp_path, monkeypatch):
+    """An emulated environment in which the fake TensorRT can be imported during the test."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fakes" / "onnx_as_tensorrt"))
     for name in ("tensorrt", *(f"tests.gpu.{part}" for part in TENSORRT_PARTS)):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    yield Setting(folder=tmp_path, result=tmp_path / "result.json", emulated=True)
+    yield Environment(folder=tmp_path, result=tmp_path / "result.json", emulated=True)
     for name in ("tensorrt", *(f"tests.gpu.{part}" for part in TENSORRT_PARTS)):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
-def test_the_comparison_with_efficient_nms_runs_to_its_ratios(setting, monkeypatch):
+def test_the_comparison_with_efficient_nms_records_ratios(env, monkeypatch):
     from tests.gpu import against_efficient_nms as against_efficient
 
     monkeypatch.setattr(against_efficient, "KINDS", ((np.float16, 1),))
     monkeypatch.setattr(against_efficient, "COUNTS", (20,))
     monkeypatch.setattr(against_efficient, "ROUNDS", 2)
-    for end in against_efficient.ENDS:
-        path = setting.folder / nms.END_FILE.format(kind=end, type="float16", batch=1)
-        path.write_bytes(nms_end(end, np.float16, 1).SerializeToString())
-    against_efficient.measure(setting)
-    results = json.loads(setting.result.read_text())
+    for end in against_efficient.NMS_CHOICES:
+        path = env.folder / nms.END_FILE.format(kind=end, type="float16", batch=1)
+        path.write_bytes(nms_network(end, np.float16, 1).SerializeToString())
+    against_efficient.measure(env)
+    results = json.loads(env.result.read_text())
     assert results["registry"] == {"EfficientNMS_TRT": True, "Y7NMS": True}
     (row,) = results["rows"]
     assert {"efficient", "plugin", "kernels", "plugin_times_faster", "kernels_times_faster"} <= set(row)
@@ -48,33 +48,33 @@ def test_the_comparison_with_efficient_nms_runs_to_its_ratios(setting, monkeypat
 
 
 @pytest.mark.slow
-def test_an_engine_is_built_run_and_compared_with_its_reference(setting, monkeypatch):
-    """The half file of ONNX Runtime stands for the engine, so the tolerances are those of half itself."""
+def test_an_engine_is_built_run_and_compared_with_its_reference(env, monkeypatch):
+    """ONNX Runtime runs the FP16 file in place of the engine, so the differences are those of FP16."""
     from tests.gpu import engines
 
-    write_made_up(setting.folder, "yolov7-tiny", 320, street())
-    brought = setting.folder / "yolov7-tiny.onnx"
-    assert brought.stat().st_size < 2**20, "the weights stayed behind"
+    write_synthetic_network(env.folder, "yolov7-tiny", 320, street_scene())
+    file = env.folder / "yolov7-tiny.onnx"
+    assert file.stat().st_size < 2**20, "the weights are removed"
 
     def build(_, onnx, plugin, *, level, into):
-        assert (plugin, level, into) == (None, "2", setting.folder)
+        assert (plugin, level, into) == (None, "2", env.folder)
         engine = onnx.with_suffix(".engine")
-        engine.write_bytes(weights.filled(onnx.read_bytes()))
+        engine.write_bytes(weights.with_weights(onnx.read_bytes()))
         return engine
 
     monkeypatch.setattr(engines, "build", build)
-    engines.check(setting)
-    results = json.loads(setting.result.read_text())
+    engines.check(env)
+    results = json.loads(env.result.read_text())
     assert results["yolov7-tiny"]["same"] is True
     assert results["yolov7-tiny"]["rows"] == 2000
-    assert results["yolov7"] == "yolov7.onnx was not brought"
-    reference = dict(np.load(setting.folder / "yolov7-tiny.npz"))
-    np.savez(setting.folder / "yolov7-tiny.npz", **{**reference, "output": reference["output"][::-1]})
+    assert results["yolov7"] == "yolov7.onnx is missing"
+    reference = dict(np.load(env.folder / "yolov7-tiny.npz"))
+    np.savez(env.folder / "yolov7-tiny.npz", **{**reference, "output": reference["output"][::-1]})
     with pytest.raises(AssertionError, match=r"failed: .*yolov7-tiny"):
-        engines.check(setting)
+        engines.check(env)
 
 
-def test_a_build_that_fails_is_recorded_with_what_it_said(setting, tmp_path):
+def test_a_failed_build_is_recorded_with_its_output(env, tmp_path):
     from tests.gpu import engines
 
     pytest.importorskip("tensorrt_rtx", reason="needs a TensorRT that y7 build can refuse with")
@@ -82,23 +82,24 @@ def test_a_build_that_fails_is_recorded_with_what_it_said(setting, tmp_path):
     graph = onnx.helper.make_graph([onnx.helper.make_node("Nonsense", ["x"], ["y"])], "g", [value], [])
     (tmp_path / "yolov7-tiny.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     np.savez(tmp_path / "yolov7-tiny.npz", canvas=np.zeros((8, 8, 3), np.uint8))
-    setting.result = tmp_path / "elsewhere" / "result.json"
-    setting.result.parent.mkdir()
+    env.result = tmp_path / "elsewhere" / "result.json"
+    env.result.parent.mkdir()
     with pytest.raises(AssertionError, match="yolov7-tiny"):
-        engines.check(setting)
-    results = json.loads(setting.result.read_text())
+        engines.check(env)
+    results = json.loads(env.result.read_text())
     assert results["yolov7-tiny build"]["exit"] == 1
     assert (
-        "Error" in results["yolov7-tiny build"]["said"] or "carries no metadata" in results["yolov7-tiny build"]["said"]
+        "Error" in results["yolov7-tiny build"]["output"]
+        or "carries no metadata" in results["yolov7-tiny build"]["output"]
     )
 
 
-def test_pytest_travels(tmp_path):
+def test_pytest_is_copied(tmp_path):
     copy_site(tmp_path)
     assert (tmp_path / "site" / "pytest" / "__init__.py").exists()
 
 
-def test_boxes_overlap_as_they_should():
+def test_the_iou_of_boxes_is_correct():
     box = np.array([0, 0, 10, 10], np.float32)
     others = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30]], np.float32)
-    np.testing.assert_allclose(comparing.iou(box, others), [1, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(comparison.iou(box, others), [1, 1 / 3, 0], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The suite's part `int8` on stand-ins for TensorRT and a GPU: what it measures, and that what is missed fails."""
+"""The part `int8` of the GPU suite with fakes of TensorRT and a GPU: its measurements and targets."""
 
 import json
 import shutil
@@ -14,11 +14,9 @@ pytest.importorskip("torch")
 pytest.importorskip("faster_coco_eval")
 
 from tests.fakes.emulated_kernels import compile_described
-from tests.gpu import PARTS, building, int8, int8_files, weights
+from tests.gpu import PARTS, engine_build, fakes, int8, int8_files, targets, weights
 from tests.gpu import __main__ as gpu_suite
-from tests.gpu import fakes as stand_ins
-from tests.gpu import targets as goals
-from tests.gpu.environment import PLUGIN, Setting
+from tests.gpu.environment import PLUGIN, Environment
 from tests.support.engines import HAS_RTX, NO_RTX
 from tests.support.sample_images import noise
 from tests.support.small_models import exported_tiny, metadata_of, tiny
@@ -26,12 +24,12 @@ from yolov7_deploy.benchmark import benchmark as speed
 from yolov7_deploy.benchmark import sampling
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.evaluation import synthetic_image as street
-from yolov7_deploy.hardware.gpu import read_gpu
+from yolov7_deploy.evaluation.synthetic_image import street_scene
+from yolov7_deploy.hardware.gpu import list_cuda_gpus
 from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.precision.fp16 import to_fp16
-from yolov7_deploy.precision.int8_summary import count_int8
-from yolov7_deploy.tensorrt.inspector import layers_of
+from yolov7_deploy.precision.int8_summary import summarize_int8
+from yolov7_deploy.tensorrt.inspector import engine_layers
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 from yolov7_deploy.visualize import write_image
 
@@ -40,13 +38,13 @@ CONF = 0.5
 MODEL = int8.MODELS[0]
 SPEED = f"{MODEL} batch 2: INT8 to FP16, throughput of the engine"
 PARITY = [f"{MODEL} batch {batch}: detections as in ONNX Runtime" for batch in BATCHES]
-LOST, APART = f"{MODEL}: AP that INT8 loses", f"{MODEL}: AP between the INT8 engine and ONNX Runtime"
+AP_LOSS, AP_DIFFERENCE = f"{MODEL}: AP that INT8 loses", f"{MODEL}: AP between the INT8 engine and ONNX Runtime"
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Weights of a small network, and images labelled with what it finds in them."""
+    """A folder with the weights of a small network, and images labelled with its detections."""
     source = tmp_path_factory.mktemp("source")
     model = tiny()
     names = metadata_of(model).class_names
@@ -61,9 +59,9 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def brought(source, tmp_path_factory):
-    """What `prepare` writes of them."""
-    folder = tmp_path_factory.mktemp("brought")
+def prepared(source, tmp_path_factory):
+    """The files that `prepare` writes from `source`."""
+    folder = tmp_path_factory.mktemp("prepared")
     int8_files.write_int8(
         folder,
         models=(MODEL,),
@@ -76,7 +74,7 @@ def brought(source, tmp_path_factory):
 
 
 def labels(folder, names):
-    """A COCO document in which every image shows what the network finds in it, by the protocol of the evaluation."""
+    """Return COCO annotations that contain the detections of the network, with the thresholds of the evaluation."""
     images, annotations = [], []
     protocol = {"conf": CONF, "iou": 0.65, "max_det": 300, "multi_label": True}
     with Detector(folder / "weights.safetensors", img=SIDE, device="cpu", **protocol) as detector:
@@ -93,42 +91,42 @@ def labels(folder, names):
 
 
 @pytest.fixture
-def place(brought, tmp_path, monkeypatch):
-    """An emulated Setting of its own with these files; measurements are short, and AP may be lost."""
-    folder = tmp_path / "whole"
-    shutil.copytree(brought, folder)
+def env(prepared, tmp_path, monkeypatch):
+    """An emulated environment with a copy of these files, short measurements and no limit on AP loss."""
+    folder = tmp_path / "files"
+    shutil.copytree(prepared, folder)
     monkeypatch.setattr(int8, "MODELS", (MODEL,))
-    monkeypatch.setattr(int8, "MOST_LOST", 1.0)
-    monkeypatch.setattr(speed, "TURN_S", 0.0)
-    monkeypatch.setattr(speed, "LEAST_CALLS", 8)
+    monkeypatch.setattr(int8, "MAX_AP_LOSS", 1.0)
+    monkeypatch.setattr(speed, "SLICE_S", 0.0)
+    monkeypatch.setattr(speed, "MIN_CALLS", 8)
     monkeypatch.setattr(sampling, "STABLE_BLOCK_S", 0.0)
-    with stand_ins.fake_tensorrt(folder):
-        yield Setting(folder=folder, result=tmp_path / "result.json", emulated=True)
+    with fakes.fake_tensorrt(folder):
+        yield Environment(folder=folder, result=tmp_path / "result.json", emulated=True)
 
 
 @pytest.fixture
-def bench(place):
-    return int8.Bench(setting=place, goals=goals.Goals(place), plugin=None)
+def bench(env):
+    return int8.Comparison(env=env, targets=targets.Targets(env), plugin=None)
 
 
-def results(setting):
-    return json.loads(setting.result.read_text())
+def results(env):
+    return json.loads(env.result.read_text())
 
 
-def met(setting):
-    return {name: row["met"] for name, row in results(setting)["goals"].items()}
+def met(env):
+    return {name: row["met"] for name, row in results(env)["targets"].items()}
 
 
-# --- what travels -----------------------------------------------------------------------------------------------------
+# --- prepared files ---------------------------------------------------------------------------------------------------
 
 
-def test_the_file_of_another_batch_size_travels_without_weights_and_finds_the_same(brought, tmp_path):
+def test_the_file_of_another_batch_size_is_stored_without_weights_and_detects_the_same(prepared, tmp_path):
     sizes = {}
     for precision in int8.PRECISIONS:
         for batch in BATCHES:
-            path = brought / int8.FILE.format(model=MODEL, precision=precision, batch=batch)
+            path = prepared / int8.FILE.format(model=MODEL, precision=precision, batch=batch)
             sizes[precision, batch] = path.stat().st_size
-            (tmp_path / path.name).write_bytes(weights.filled(path.read_bytes(), brought))
+            (tmp_path / path.name).write_bytes(weights.with_weights(path.read_bytes(), prepared))
     first, second = BATCHES
     assert all(sizes[precision, second] < sizes[precision, first] / 5 for precision in int8.PRECISIONS)
     assert sizes["int8", first] < 0.6 * sizes["fp16", first]
@@ -142,13 +140,13 @@ def test_the_file_of_another_batch_size_travels_without_weights_and_finds_the_sa
                 np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
 
 
-def test_a_file_of_several_images_becomes_half_by_running_one():
+def test_a_file_with_a_larger_batch_is_converted_to_fp16_with_one_image():
     model = exported_tiny(batch=2)
-    assert int8_files.in_half(model).proto == to_fp16(model, [street()]).proto
-    assert int8_files.in_half(model).metadata == to_fp16(model, [street()]).metadata
+    assert int8_files.to_fp16_one_image(model).proto == to_fp16(model, [street_scene()]).proto
+    assert int8_files.to_fp16_one_image(model).metadata == to_fp16(model, [street_scene()]).metadata
 
 
-def test_weights_that_another_part_brings_do_not_travel_again(tmp_path):
+def test_weights_of_another_file_are_not_stored_twice(tmp_path):
     values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     shared = onnx.numpy_helper.from_array(values, "a")
     small, own = (onnx.numpy_helper.from_array(values[:rows] + 1, name) for rows, name in ((1, "b"), (64, "c")))
@@ -157,202 +155,205 @@ def test_weights_that_another_part_brings_do_not_travel_again(tmp_path):
         for tensors in ([shared], [onnx.numpy_helper.from_array(values, "other name"), small, own])
     ]
     known = {}
-    assert weights.unshared(files[0], known, file="first.onnx") == files[0]
-    left = weights.unshared(files[1], known, file="second.onnx")
+    assert weights.without_shared_weights(files[0], known, file="first.onnx") == files[0]
+    left = weights.without_shared_weights(files[1], known, file="second.onnx")
     assert len(files[1]) - len(left) == pytest.approx(values.nbytes, rel=0.01)
     (tmp_path / "first.onnx").write_bytes(files[0])
-    assert weights.filled(left, tmp_path) == files[1]
+    assert weights.with_weights(left, tmp_path) == files[1]
     with pytest.raises(AssertionError, match=r"other name is in first\.onnx"):
-        weights.filled(left)
+        weights.with_weights(left)
 
 
-def test_made_up_int8_weights_stay_behind_and_come_back():
-    made = weights.made_up("a.weight", (64, 32, 3, 3))
-    rounded = weights.round_weight(made).values
+def test_synthetic_int8_weights_are_removed_and_restored():
+    made = weights.synthetic_weights("a.weight", (64, 32, 3, 3))
+    rounded = weights.quantize_weight(made).values
     tensors = [onnx.numpy_helper.from_array(value, "a.weight__int8") for value in (rounded, rounded[::-1].copy())]
-    whole = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializer=tensors))
-    before = whole.SerializeToString()
-    left = weights.stripped(whole, {"a.weight"})
-    assert len(before) - len(left) == pytest.approx(rounded.nbytes, rel=0.01), "the other is not made up"
-    assert weights.filled(left) == before
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], initializer=tensors))
+    before = model.SerializeToString()
+    left = weights.without_weights(model, {"a.weight"})
+    assert len(before) - len(left) == pytest.approx(rounded.nbytes, rel=0.01), "the other tensor is not synthetic"
+    assert weights.with_weights(left) == before
 
 
-def test_labelled_images_travel_with_what_onnx_runtime_finds_in_them(brought):
-    told = json.loads((brought / int8.ACCURACY.format(MODEL)).read_text())
-    assert len(list((brought / int8.IMAGES).iterdir())) == told["fp32"]["images"] == told["int8"]["images"] == 4
-    assert told["fp32"]["ap"] > 0.7, "the labels are what float32 finds"
-    assert len(told["int8"]["predictions"]) > 20
+def test_labelled_images_are_stored_with_the_detections_of_onnx_runtime(prepared):
+    accuracy = json.loads((prepared / int8.ACCURACY.format(MODEL)).read_text())
+    assert (
+        len(list((prepared / int8.IMAGES).iterdir())) == accuracy["fp32"]["images"] == accuracy["int8"]["images"] == 4
+    )
+    assert accuracy["fp32"]["ap"] > 0.7, "the labels are the detections of float32"
+    assert len(accuracy["int8"]["predictions"]) > 20
 
 
-def test_without_labels_or_trained_weights_the_reason_travels(tmp_path, monkeypatch):
+def test_without_labels_or_trained_weights_the_reason_is_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(int8_files, "MODELS", ("yolov7-tiny",))
     int8_files.write_int8(tmp_path, models=("yolov7-tiny",), data=tmp_path / "absent.json", side=SIDE, batches=(1,))
     assert json.loads((tmp_path / "yolov7-tiny-int8.json").read_text()) == {"skipped": int8.NOT_TRAINED}
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2**20, "made-up weights stay behind"
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2**20, "synthetic weights are removed"
     assert not np.load(tmp_path / "yolov7-tiny-int8.npz")["trained"]
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
-def test_both_engines_are_measured_described_and_compared(place):
-    int8.measure_all(place)
-    told = results(place)
-    file = open_onnx(place.folder / "engines" / int8.FILE.format(model=MODEL, precision="int8", batch=2))
-    expected = count_int8(file.proto)
+def test_both_engines_are_measured_described_and_compared(env):
+    int8.measure_all(env)
+    accuracy = results(env)
+    file = open_onnx(env.folder / "engines" / int8.FILE.format(model=MODEL, precision="int8", batch=2))
+    expected = summarize_int8(file.proto)
     for batch in BATCHES:
-        half, whole = (told[f"{MODEL} batch {batch} {precision}"] for precision in int8.PRECISIONS)
-        assert half["layers"]["convolutions"] == {"fp16": len(expected.convolutions)}
-        assert whole["layers"]["convolutions"]["int8"] == whole["int8_convolutions_in_file"] > 50
-        assert whole["layers"]["convolutions"]["int8"] == expected.int8_convolutions
-        assert whole["layers"]["reformats"] == 1
-        assert whole["plan_bytes"] < 0.6 * half["plan_bytes"]
-        assert [row["batch"] for row in whole["report"]["rows"]] == [batch]
-        compared = told[f"{MODEL} batch {batch}"]
-        assert compared["engine_times_faster"] > 0 and compared["end_to_end_times_faster"] > 0
-        found = compared["as INT8 in ONNX Runtime"]
+        fp16_row, int8_row = (accuracy[f"{MODEL} batch {batch} {precision}"] for precision in int8.PRECISIONS)
+        assert fp16_row["layers"]["convolutions"] == {"fp16": len(expected.convolutions)}
+        assert int8_row["layers"]["convolutions"]["int8"] == int8_row["int8_convolutions_in_file"] > 50
+        assert int8_row["layers"]["convolutions"]["int8"] == expected.int8_convolutions
+        assert int8_row["layers"]["reformats"] == 1
+        assert int8_row["plan_bytes"] < 0.6 * fp16_row["plan_bytes"]
+        assert [row["batch"] for row in int8_row["report"]["rows"]] == [batch]
+        compare_executions = accuracy[f"{MODEL} batch {batch}"]
+        assert compare_executions["engine_times_faster"] > 0 and compare_executions["end_to_end_times_faster"] > 0
+        found = compare_executions["as INT8 in ONNX Runtime"]
         assert found["int8"]["reference"] > 1000
-        assert found["int8"]["share"] == 1.0, "ONNX Runtime stands in for TensorRT"
-        assert found["fp16"]["share"] < 0.9, "FP16 finds other things"
-    assert met(place) == {SPEED: None, **dict.fromkeys([*PARITY, LOST, APART], True)}
-    assert told["goals"][SPEED]["why"] == int8.NO_GPU
-    accuracy = told[f"{MODEL} accuracy"]
+        assert found["int8"]["share"] == 1.0, "ONNX Runtime is used in place of TensorRT"
+        assert found["fp16"]["share"] < 0.9, "FP16 has different detections"
+    assert met(env) == {SPEED: None, **dict.fromkeys([*PARITY, AP_LOSS, AP_DIFFERENCE], True)}
+    assert accuracy["targets"][SPEED]["why"] == int8.NO_GPU
+    accuracy = accuracy[f"{MODEL} accuracy"]
     assert accuracy["int8 engine"] == pytest.approx(accuracy["int8 ONNX Runtime"], abs=1e-3)
     assert accuracy["fp16 engine"] > 0.7 and accuracy["images"] == 4
     assert accuracy["drop"]["points"] == pytest.approx(100 * (accuracy["fp32 ONNX Runtime"] - accuracy["int8 engine"]))
 
 
-def test_what_was_built_in_an_earlier_run_is_not_built_again(bench):
+def test_an_engine_of_an_earlier_run_is_not_built_again(bench):
     engine = bench.engine(MODEL, "int8", 1)
-    (bench.setting.folder / engine.with_suffix(".onnx").name).unlink()
+    (bench.env.folder / engine.with_suffix(".onnx").name).unlink()
     assert bench.engine(MODEL, "int8", 1) == engine
 
 
 @pytest.mark.parametrize(("limit", "is_met"), [(0.0, True), (1e9, False)])
-def test_the_goal_of_speed_is_judged_on_a_gpu(place, monkeypatch, limit, is_met):
-    monkeypatch.setattr(int8, "TIMES_FASTER", limit)
+def test_the_speed_target_is_evaluated_on_a_gpu(env, monkeypatch, limit, is_met):
+    monkeypatch.setattr(int8, "MIN_SPEEDUP", limit)
     monkeypatch.setattr(int8, "BATCHES", BATCHES)
     monkeypatch.setattr(int8, "FRAME_HW", int8.EMULATED_HW)
     monkeypatch.setattr(int8, "SECONDS", 0.0)
     monkeypatch.setattr(int8, "WARM_UP_S", 0.0)
-    place.emulated = False
-    bench = int8.Bench(setting=place, goals=goals.Goals(place), plugin=None)
+    env.emulated = False
+    bench = int8.Comparison(env=env, targets=targets.Targets(env), plugin=None)
     int8.compare_engines(bench, MODEL, 2)
-    row = results(place)["goals"][SPEED]
+    row = results(env)["targets"][SPEED]
     assert row["met"] is is_met
-    assert row["found"] == results(place)[f"{MODEL} batch 2"]["engine_times_faster"]
+    assert row["found"] == results(env)[f"{MODEL} batch 2"]["engine_times_faster"]
 
 
-def test_other_detections_than_those_of_onnx_runtime_are_told(bench):
-    path = bench.setting.folder / int8.REFERENCE.format(MODEL)
+def test_detections_that_differ_from_onnx_runtime_miss_the_target(bench):
+    path = bench.env.folder / int8.REFERENCE.format(MODEL)
     reference = dict(np.load(path))
     np.savez(path, **{name: rows + 9 if name.startswith("boxes") else rows for name, rows in reference.items()})
     int8.compare_engines(bench, MODEL, 1)
-    assert bench.goals.missed == [PARITY[1]]
-    assert results(bench.setting)["goals"][PARITY[1]]["found"] < 0.5
+    assert bench.targets.missed == [PARITY[1]]
+    assert results(bench.env)["targets"][PARITY[1]]["found"] < 0.5
 
 
 @pytest.mark.parametrize(
-    ("form", "ap", "missed"), [("fp32", 2.5, [LOST]), ("int8", 1.5, [APART]), ("fp32", float("nan"), [LOST])]
+    ("precision", "ap", "missed"),
+    [("fp32", 2.5, [AP_LOSS]), ("int8", 1.5, [AP_DIFFERENCE]), ("fp32", float("nan"), [AP_LOSS])],
 )
-def test_an_ap_too_far_from_that_of_onnx_runtime_is_told(bench, form, ap, missed):
-    path = bench.setting.folder / int8.ACCURACY.format(MODEL)
-    told = json.loads(path.read_text())
-    told[form]["ap"] = ap
-    path.write_text(json.dumps(told))
-    int8.judge_accuracy(bench, MODEL)
-    assert bench.goals.missed == missed
+def test_an_ap_too_far_from_onnx_runtime_misses_the_target(bench, precision, ap, missed):
+    path = bench.env.folder / int8.ACCURACY.format(MODEL)
+    accuracy = json.loads(path.read_text())
+    accuracy[precision]["ap"] = ap
+    path.write_text(json.dumps(accuracy))
+    int8.check_accuracy(bench, MODEL)
+    assert bench.targets.missed == missed
 
 
-def test_a_missed_goal_fails_the_part_and_is_never_met(place, monkeypatch):
-    monkeypatch.setattr(int8, "MOST_LOST", -1.0)
-    with pytest.raises(AssertionError, match=f"failed: .., missed: .*{LOST}"):
-        int8.measure_all(place)
-    assert met(place) == {SPEED: None, LOST: False, **dict.fromkeys([*PARITY, APART], True)}
+def test_a_missed_target_fails_the_part(env, monkeypatch):
+    monkeypatch.setattr(int8, "MAX_AP_LOSS", -1.0)
+    with pytest.raises(AssertionError, match=f"failed: .., missed: .*{AP_LOSS}"):
+        int8.measure_all(env)
+    assert met(env) == {SPEED: None, AP_LOSS: False, **dict.fromkeys([*PARITY, AP_DIFFERENCE], True)}
 
 
-def test_an_engine_that_cannot_be_built_fails_the_part_and_the_others_go_on(place):
+def test_an_engine_that_cannot_be_built_fails_the_part_after_the_other_measurements(env):
     name = int8.FILE.format(model=MODEL, precision="int8", batch=1)
-    (place.folder / name).unlink()
+    (env.folder / name).unlink()
     with pytest.raises(AssertionError, match=rf"failed: \['{MODEL} batch 1', '{MODEL} accuracy'\], missed: \[\]"):
-        int8.measure_all(place)
-    assert name in results(place)[f"{MODEL} batch 1"]["failed"]
-    assert results(place)[f"{MODEL} accuracy"]["failed"] == f"the engine of {name} could not be built", "no second try"
-    assert met(place) == {SPEED: None, PARITY[0]: True}, "what was not measured is not among them"
+        int8.measure_all(env)
+    assert name in results(env)[f"{MODEL} batch 1"]["failed"]
+    assert results(env)[f"{MODEL} accuracy"]["failed"] == f"the engine of {name} could not be built", "no second try"
+    assert met(env) == {SPEED: None, PARITY[0]: True}, "targets that were not measured are not listed"
 
 
-def test_ap_that_nobody_can_judge_is_skipped_with_the_reason(bench, monkeypatch):
+def test_ap_that_cannot_be_measured_is_skipped_with_the_reason(bench, monkeypatch):
     for module in ("accuracy", "drop"):
         monkeypatch.delitem(sys.modules, f"yolov7_deploy.evaluation.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    int8.judge_accuracy(bench, MODEL)
-    rows = results(bench.setting)["goals"]
+    int8.check_accuracy(bench, MODEL)
+    rows = results(bench.env)["targets"]
     assert [row["met"] for row in rows.values()] == [None, None]
     assert all("faster_coco_eval" in row["why"] for row in rows.values())
 
 
-def test_a_part_to_which_nothing_was_brought_fails(tmp_path):
-    setting = Setting(folder=tmp_path, result=tmp_path / "result.json")
-    with pytest.raises(AssertionError, match="neither of yolov7, yolov7-tiny was brought"):
-        int8.measure_all(setting)
-    assert met(setting) == dict.fromkeys(int8.MODELS)
+def test_the_part_fails_without_any_files(tmp_path):
+    env = Environment(folder=tmp_path, result=tmp_path / "result.json")
+    with pytest.raises(AssertionError, match="the files of yolov7, yolov7-tiny are missing"):
+        int8.measure_all(env)
+    assert met(env) == dict.fromkeys(int8.MODELS)
 
 
-# --- goals in words, and which Python runs what -----------------------------------------------------------------------
+# --- summary of targets, and choice of the Python interpreter ---------------------------------------------------------
 
 
-def test_what_is_no_number_misses_every_goal(tmp_path):
-    made = goals.Goals(Setting(folder=tmp_path, result=tmp_path / "result.json"))
-    made.at_least("a", float("nan"), 0)
-    made.at_most("b", float("nan"), 0)
-    made.at_most("c", 1.0, 1.0)
-    made.skip("d", "no time")
-    assert made.missed == ["a", "b"]
-    assert json.loads((tmp_path / "result.json").read_text())["goals"]["a"]["found"] is None
-    assert goals.goal_words(made.rows) == "missed: a, b; 1 goals met; 1 not measured: no time"
+def test_nan_misses_every_target(tmp_path):
+    evaluated = targets.Targets(Environment(folder=tmp_path, result=tmp_path / "result.json"))
+    evaluated.at_least("a", float("nan"), 0)
+    evaluated.at_most("b", float("nan"), 0)
+    evaluated.at_most("c", 1.0, 1.0)
+    evaluated.skip("d", "no time")
+    assert evaluated.missed == ["a", "b"]
+    assert json.loads((tmp_path / "result.json").read_text())["targets"]["a"]["found"] is None
+    assert targets.summarize_targets(evaluated.rows) == "missed: a, b; 1 targets met; 1 not measured: no time"
 
 
-def test_tensorrt_is_taken_before_tensorrt_rtx():
+def test_tensorrt_is_preferred_to_tensorrt_rtx():
     def has(*libraries):
         return gpu_suite.Interpreter(path=" ".join(libraries), environment={}, libraries=frozenset(libraries))
 
     needs = next(part.needs for part in PARTS if part.name == "int8")
     rtx, kit = has("tensorrt_rtx", "torch"), has("tensorrt")
-    assert gpu_suite.fitting(needs, [rtx, kit]) is kit
-    assert gpu_suite.fitting(needs, [rtx]) is rtx
-    assert gpu_suite.fitting(needs, [has("torch")]) is None
-    assert gpu_suite.fitting((), [rtx, kit]) is rtx
+    assert gpu_suite.find_interpreter(needs, [rtx, kit]) is kit
+    assert gpu_suite.find_interpreter(needs, [rtx]) is rtx
+    assert gpu_suite.find_interpreter(needs, [has("torch")]) is None
+    assert gpu_suite.find_interpreter((), [rtx, kit]) is rtx
 
 
 # --- with a real TensorRT-RTX, which builds without a GPU -------------------------------------------------------------
 
 
 @needs_rtx
-def test_the_command_that_users_type_builds_the_int8_file_with_its_int8_layers(brought, tmp_path):
-    setting = Setting(folder=brought, result=tmp_path / "result.json")
+def test_y7_build_builds_the_int8_file_with_its_int8_layers(prepared, tmp_path):
+    env = Environment(folder=prepared, result=tmp_path / "result.json")
     name = int8.FILE.format(model=MODEL, precision="int8", batch=2)
-    engine = building.build(setting, brought / name, None, level="0", into=tmp_path, more=int8.ALONE)
-    told = int8.described(engine)
-    assert told["build_s"] > 0 and told["tensorrt"].startswith("tensorrt_rtx")
-    assert told["layers"]["detail"] == "compiled"
-    assert told["layers"]["convolutions"]["int8"] == told["int8_convolutions_in_file"] > 50
-    table, _ = layers_of(read_engine_file(engine).record)
-    assert Counter(layer.reformat for layer in table.layers)[True] == told["layers"]["reformats"]
+    engine = engine_build.build(env, prepared / name, None, level="0", into=tmp_path, more=int8.BUILD_OPTIONS)
+    accuracy = int8.engine_summary(engine)
+    assert accuracy["build_s"] > 0 and accuracy["tensorrt"].startswith("tensorrt_rtx")
+    assert accuracy["layers"]["detail"] == "compiled"
+    assert accuracy["layers"]["convolutions"]["int8"] == accuracy["int8_convolutions_in_file"] > 50
+    table, _ = engine_layers(read_engine_file(engine).record)
+    assert Counter(layer.is_reformat for layer in table.layers)[True] == accuracy["layers"]["reformats"]
 
 
 @needs_rtx
-def test_a_library_for_another_tensorrt_is_left_out_and_said_so(tmp_path):
-    setting = Setting(folder=tmp_path, result=tmp_path / "result.json")
-    assert int8.fitting_plugin(setting) is None
+def test_a_library_for_another_tensorrt_is_not_used_and_recorded(tmp_path):
+    env = Environment(folder=tmp_path, result=tmp_path / "result.json")
+    assert int8.compatible_plugin(env) is None
     shutil.copy(compile_described("letterbox.cu"), tmp_path / PLUGIN)
-    assert int8.fitting_plugin(setting) is None
-    assert results(setting)["plugin"].startswith("kernels, and tensorrt_rtx 1.")
+    assert int8.compatible_plugin(env) is None
+    assert results(env)["plugin"].startswith("kernels, and tensorrt_rtx 1.")
     (tmp_path / PLUGIN).write_bytes(b"no library")
-    assert int8.fitting_plugin(setting) is None
-    assert "not a usable plugin library" in results(setting)["plugin"]
+    assert int8.compatible_plugin(env) is None
+    assert "not a usable plugin library" in results(env)["plugin"]
 
 
-# --- as a run ---------------------------------------------------------------------------------------------------------
+# --- complete runs ----------------------------------------------------------------------------------------------------
 
 
 def run_suite(*arguments):
@@ -361,34 +362,34 @@ def run_suite(*arguments):
 
 
 @pytest.mark.slow
-def test_the_part_runs_on_the_emulated_gpu_and_claims_no_goal(tmp_path):
+def test_the_part_runs_on_the_emulated_gpu_without_evaluating_targets(tmp_path):
     done = run_suite("--emulated", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu_suite.log").read_text()
     outcome = json.loads((tmp_path / "gpu_suite.json").read_text())["result"]["int8"]
     assert outcome["state"] == "passed"
-    assert {row["met"] for row in outcome["results"]["goals"].values()} == {None}
-    assert "0 goals met; 6 not measured" in done.stdout and int8.NO_GPU in done.stdout
+    assert {row["met"] for row in outcome["results"]["targets"].values()} == {None}
+    assert "0 targets met; 6 not measured" in done.stdout and int8.NO_GPU in done.stdout
     assert outcome["results"][f"{MODEL} batch 2 int8"]["layers"]["convolutions"]["int8"] > 80
 
 
 @pytest.mark.slow
 @needs_rtx
-@pytest.mark.skipif(read_gpu() is not None, reason="this machine has a GPU")
-def test_without_a_gpu_a_real_run_builds_fails_and_meets_nothing(source, tmp_path):
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    int8_files.write_int8(whole, models=(MODEL,), weights=source / "weights.safetensors", side=SIDE)
-    done = run_suite("--out", str(tmp_path), "--folder", str(whole))
+@pytest.mark.skipif(list_cuda_gpus(), reason="this machine has a GPU")
+def test_without_a_gpu_a_real_run_builds_engines_and_fails(source, tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    int8_files.write_int8(folder, models=(MODEL,), weights=source / "weights.safetensors", side=SIDE)
+    done = run_suite("--out", str(tmp_path), "--folder", str(folder))
     assert done.returncode == 1
     outcome = json.loads((tmp_path / "gpu_suite.json").read_text())["result"]["int8"]
     assert outcome["state"] == "failed"
-    assert "0 goals met" in done.stdout
-    told = outcome["results"]
+    assert "0 targets met" in done.stdout
+    accuracy = outcome["results"]
     for batch in int8.BATCHES:
-        assert told[f"{MODEL}-fp16-b{batch} build"]["exit"] == 0
-        assert "no NVIDIA driver" in told[f"{MODEL} batch {batch}"]["failed"]
-    why = {name: row["why"] for name, row in told["goals"].items()}
+        assert accuracy[f"{MODEL}-fp16-b{batch} build"]["exit"] == 0
+        assert "no NVIDIA driver" in accuracy[f"{MODEL} batch {batch}"]["failed"]
+    why = {name: row["why"] for name, row in accuracy["targets"].items()}
     assert why == {
-        **dict.fromkeys([LOST, APART], "no labelled images were given to prepare"),
-        int8.MODELS[1]: "was not brought",
+        **dict.fromkeys([AP_LOSS, AP_DIFFERENCE], "no labelled images were given to prepare"),
+        int8.MODELS[1]: "its files are missing",
     }

@@ -1,4 +1,4 @@
-"""Training steps on a device: images per second, the share of each stage, and their losses beside a CPU's."""
+"""Training steps on a device: images per second, time per stage, and losses compared with a CPU."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from unittest.mock import patch
 import torch
 from noise import OBJECTS, noise_batch
 
-from tests.gpu.environment import Setting
-from tests.gpu.targets import Goals
-from yolov7_deploy.datasets.coco_classes import COCO_NAMES
+from tests.gpu.environment import Environment
+from tests.gpu.targets import Targets
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.distributed import CPU, DistributedContext
-from yolov7_deploy.training.hyperparameters import PRESETS, preset_for
-from yolov7_deploy.training.initialization import starting_model
+from yolov7_deploy.training.hyperparameters import PRESETS, default_preset
+from yolov7_deploy.training.initialization import initialize_model
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.train_step import StepMetrics, TrainStep
 
 Tensors = Mapping[str, torch.Tensor]
 
-NO_GPU = "without a GPU nothing is compared"
-CALM_RATE = 1e-5  # of the learning rate: images of noise teach nothing, and the loss must stay a number
-STEPS = 1000  # of an epoch, of which only the first are done
-WARM_STEPS, WARM_PART = 6, 0.4  # the latter of the measured seconds
+NO_GPU = "nothing is compared without a GPU"
+SMALL_LEARNING_RATE = 1e-5  # keeps the loss finite although the images are noise
+STEPS = 1000  # steps per epoch, of which only the first are run
+WARM_STEPS, WARM_PART = 6, 0.4  # minimum steps, and part of the measured seconds
 STAGED_STEPS = 20
-PAIR = 2  # steps that are measured together: with a batch of 32 every second one updates the weights
+PAIR = 2  # steps measured together: with a batch of 32, every second one updates the weights
 COMPARED_STEPS, COMPARED_IMAGES = 3, 4
-MOST_APART = 1e-3  # relative difference of a loss in float32; sums in another order differ by 1e-6
-LOSSES = ("box", "objectness", "classes")
+MAX_LOSS_DIFFERENCE = 1e-3  # relative difference of a float32 loss; a different summation order gives 1e-6
+LOSSES = ("box", "obj", "cls")
 STAGED = (
-    "each stage is timed in steps of their own, in which the host waits for the device before and after each stage; "
-    "rest is what is left of these steps. images_per_s and step_ms are of steps without that."
+    "stages are timed in separate steps, in which the host waits for the device before and after each stage; "
+    "rest is the remaining time of these steps. images_per_s and step_ms are measured without stage timing."
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How much is measured.
+    """Sizes of the measurements.
 
     Attributes:
-        img: Side of images.
-        variants: Networks, the smallest first.
-        batches: Images of a step.
-        nominal: Images of an update.
-        seconds: Of a measurement.
-        workers: Processes that load images.
-        sets: Sets of generated images, each made by a process.
-        train, val: Images of a set.
-        training_s: About how long the whole training may take; 0 is two epochs.
+        img: Image size.
+        variants: Variants, the smallest first.
+        batches: Batch sizes.
+        nominal: Nominal batch size (images per update of the weights).
+        seconds: Seconds per measurement.
+        workers: Number of loader processes.
+        sets: Number of sets of generated images, each written by one process.
+        train, val: Training and validation images per set.
+        training_s: Approximate time of the complete training; 0 means two epochs.
     """
 
     img: int
@@ -73,20 +73,20 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """Where training is measured.
+    """The measurements of training in one run of the part.
 
     Attributes:
-        setting: Of the part.
-        goals: Of the part.
-        sizes: How much is measured.
-        device: Where networks learn.
-        folder: For images and runs.
+        env: Environment of the part.
+        targets: Targets of the part.
+        sizes: Sizes of the measurements.
+        device: Device of the networks.
+        folder: Folder for images and runs.
         ends: Time (`time.monotonic`) at which the part ends.
-        rates: Images per second of a variant with its loader, once they are known.
+        rates: Images per second of each variant with its loader, once measured.
     """
 
-    setting: Setting
-    goals: Goals
+    env: Environment
+    targets: Targets
     sizes: Sizes
     device: torch.device
     folder: Path
@@ -95,59 +95,68 @@ class Bench:
 
     @property
     def data(self) -> Path:
-        """The YAML of the generated images."""
+        """The dataset YAML of the generated images."""
         return self.folder / "shapes.yaml"
 
 
 class Stepper:
-    """Takes one training step after the other, each with finite losses."""
+    """Runs training steps one after the other and checks that their losses are finite."""
 
-    def __init__(self, learner: TrainStep) -> None:
-        self.learner, self.steps = learner, 0
+    def __init__(self, train_step: TrainStep) -> None:
+        self.train_step, self.steps = train_step, 0
 
     def __call__(self, batch: Batch) -> StepMetrics:
-        """What the step says of itself."""
-        numbers = self.learner.learn(batch, epoch=0, step=self.steps, in_epoch=self.steps)
-        assert numbers.is_finite, f"the loss is no number in step {self.steps}: {numbers}"
+        """Run one step and return its metrics."""
+        metrics = self.train_step.run(batch, epoch=0, step=self.steps, epoch_step=self.steps)
+        assert metrics.is_finite, f"the loss is not finite in step {self.steps}: {metrics}"
         self.steps += 1
-        return numbers
+        return metrics
 
 
 def new_stepper(
-    sizes: Sizes, variant: str, batch: int, *, device: torch.device, half: bool, calm: bool, classes: Sequence[str]
+    sizes: Sizes,
+    variant: str,
+    batch: int,
+    *,
+    device: torch.device,
+    half: bool,
+    small_steps: bool,
+    classes: Sequence[str],
 ) -> Stepper:
-    """Steps of a fresh network by its own recipe, the first ones of its warm-up; `calm` ones without warm-up.
+    """Return a stepper of a new network with its default hyperparameters, which begins with the warm-up.
 
-    Calm ones add up gradients as later steps do, and learn next to nothing.
+    With `small_steps` there is no warm-up and the learning rate is tiny: gradients are accumulated as in later steps,
+    and the weights hardly change.
     """
-    hyp = PRESETS[preset_for(variant, pretrained=False)]
-    if calm:
-        hyp = replace(hyp, warmup_epochs=0.0, lr0=CALM_RATE)
+    hyp = PRESETS[default_preset(variant, pretrained=False)]
+    if small_steps:
+        hyp = replace(hyp, warmup_epochs=0.0, lr0=SMALL_LEARNING_RATE)
     options = TrainOptions(batch=batch, img=sizes.img, half=half)
     schedule = Schedule(
-        hyp=hyp, epochs=options.epochs, steps=STEPS, batch=batch, nominal_batch=sizes.nominal, linear=False
+        hyp=hyp, epochs=options.epochs, steps_per_epoch=STEPS, batch=batch, nominal_batch=sizes.nominal, linear=False
     )
-    model = starting_model(variant, tuple(classes)).model
-    learner = TrainStep(model, hyp=hyp, options=options, schedule=schedule, world=DistributedContext(device=device))
-    learner.train_mode()
-    return Stepper(learner)
+    model = initialize_model(variant, tuple(classes)).model
+    distributed = DistributedContext(device=device)
+    train_step = TrainStep(model, hyp=hyp, options=options, schedule=schedule, distributed=distributed)
+    train_step.train()
+    return Stepper(train_step)
 
 
-def noise_on(images: int, img: int, device: torch.device) -> Batch:
-    """Noise, in page-locked memory as a loader gives it where there is a GPU."""
+def noise_batch_on(images: int, img: int, device: torch.device) -> Batch:
+    """Return a batch of noise, in page-locked memory for a GPU as from a loader."""
     batch = noise_batch(images, img)
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
 def synchronize(device: torch.device) -> None:
-    """Returns when the device has done all that was asked of it."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def convolutions(*, tf32: bool) -> Iterator[None]:
-    """Whether float32 convolutions may round to TF32; the networks multiply no other matrices."""
+    """Set whether float32 convolutions may use TF32; the networks contain no other matrix multiplications."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32
     try:
@@ -160,40 +169,40 @@ def convolutions(*, tf32: bool) -> Iterator[None]:
 
 
 def step_speed(bench: Bench, variant: str, batch: int, *, half: bool, tf32: bool = True) -> dict[str, Any]:
-    """Images per second of `TrainStep.learn` on one batch of noise, peak memory, and the share of each stage."""
+    """Return images per second of `TrainStep.run` on one batch of noise, peak memory, and the time of each stage."""
     device, sizes = bench.device, bench.sizes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    images = noise_on(batch, sizes.img, device)
+    images = noise_batch_on(batch, sizes.img, device)
     with convolutions(tf32=tf32):
-        stepper = new_stepper(sizes, variant, batch, device=device, half=half, calm=True, classes=COCO_NAMES)
+        stepper = new_stepper(sizes, variant, batch, device=device, half=half, small_steps=True, classes=COCO_NAMES)
         rate = images_per_s(stepper, images, seconds=sizes.seconds)
-        stages = stage_ms(stepper, images, steps=bench.setting.some(STAGED_STEPS, PAIR))
-    whole = stages.pop("whole")
+        stages = stage_ms(stepper, images, steps=bench.env.choose(STAGED_STEPS, PAIR))
+    step_total = stages.pop("step")
     return {
         "images_per_s": round(rate, 1),
         "step_ms": round(1e3 * batch / rate, 2),
         "steps": stepper.steps,
         "img": sizes.img,
         "objects_per_image": OBJECTS,
-        "precision": precision(stepper.learner, tf32=tf32),
+        "precision": precision(stepper.train_step, tf32=tf32),
         "memory_gb": peak_gb(device),
-        "staged_step_ms": round(whole, 2),
+        "staged_step_ms": round(step_total, 2),
         "stage_ms": {name: round(value, 3) for name, value in stages.items()},
-        "stage_share": {name: round(value / whole, 4) for name, value in stages.items()},
+        "stage_share": {name: round(value / step_total, 4) for name, value in stages.items()},
         "note": STAGED,
     }
 
 
-def precision(learner: TrainStep, *, tf32: bool) -> str:
-    """What forward computes in."""
-    if learner.half:
-        return "float16" if learner.scaler.is_enabled() else "bfloat16"
+def precision(train_step: TrainStep, *, tf32: bool) -> str:
+    """Return the precision of the forward pass."""
+    if train_step.half:
+        return "float16" if train_step.scaler.is_enabled() else "bfloat16"
     return "float32, convolutions in TF32 (torch's default)" if tf32 else "float32"
 
 
 def peak_gb(device: torch.device) -> dict[str, float] | None:
-    """Largest memory of tensors since the count began, and what torch had taken for them."""
+    """Return the peak memory of tensors, and the memory that torch reserved for them."""
     if device.type != "cuda":
         return None
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -201,7 +210,7 @@ def peak_gb(device: torch.device) -> dict[str, float] | None:
 
 
 def images_per_s(stepper: Stepper, batch: Batch, *, seconds: float) -> float:
-    """Of steps on the same batch, after a warm-up."""
+    """Return images per second of steps on the same batch, after a warm-up."""
 
     def pairs(least: int, seconds: float) -> tuple[int, float]:
         synchronize(device)
@@ -213,30 +222,30 @@ def images_per_s(stepper: Stepper, batch: Batch, *, seconds: float) -> float:
         synchronize(device)
         return done, time.perf_counter() - started
 
-    device = stepper.learner.world.device
+    device = stepper.train_step.distributed.device
     if seconds:
         pairs(WARM_STEPS, WARM_PART * seconds)
-    done, took = pairs(PAIR, seconds)
-    return done * len(batch.images) / took
+    done, elapsed = pairs(PAIR, seconds)
+    return done * len(batch.images) / elapsed
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Seconds of each stage of a step, with the device's work done before and after it."""
+class StageTimer:
+    """Measures the seconds of each stage of a step, and synchronizes the device before and after it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
 
     def timed(self, stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """The same work, on the clock."""
+        """Return a function that does the same work and measures its time."""
 
-        def call(*given: object) -> object:
+        def call(*arguments: object) -> object:
             synchronize(self.device)
             started = time.perf_counter()
-            result = work(*given)
+            result = work(*arguments)
             synchronize(self.device)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
             return result
@@ -245,75 +254,75 @@ class Stopwatch:
 
 
 def stage_ms(stepper: Stepper, batch: Batch, *, steps: int) -> dict[str, float]:
-    """Mean milliseconds of each stage of `TrainStep.learn`, of the `rest`, and of the `whole` step.
+    """Return mean milliseconds of each stage of `TrainStep.run`, of the `rest`, and of the complete `step`.
 
-    An update counts as often as it comes: with a batch of 32 in every second step.
+    Updates of the weights are averaged over all steps: with a batch of 32 they occur in every second step.
     """
-    learner = stepper.learner
-    watch = Stopwatch(learner.world.device)
-    places: tuple[tuple[str, Any, str], ...] = (
-        ("images", learner, "_images"),
-        ("forward", learner, "_network"),
-        ("assignment", learner.loss, "positives"),
-        ("loss", learner.loss, "forward"),
+    train_step = stepper.train_step
+    timer = StageTimer(train_step.distributed.device)
+    patched: tuple[tuple[str, Any, str], ...] = (
+        ("images", train_step, "_prepare_images"),
+        ("forward", train_step, "_network"),
+        ("assignment", train_step.loss, "assign"),
+        ("loss", train_step.loss, "forward"),
         ("backward", torch.Tensor, "backward"),
-        ("optimizer", learner.scaler, "step"),
-        ("average", learner.average, "update"),
+        ("optimizer", train_step.scaler, "step"),
+        ("ema", train_step.ema, "update"),
     )
-    step = watch.timed("whole", stepper)
+    step = timer.timed("step", stepper)
     with ExitStack() as changed:
-        for stage, owner, name in places:
-            changed.enter_context(patch.object(owner, name, watch.timed(stage, getattr(owner, name))))
+        for stage, owner, name in patched:
+            changed.enter_context(patch.object(owner, name, timer.timed(stage, getattr(owner, name))))
         for _ in range(steps):
             step(batch)
-    found = {stage: watch.seconds.get(stage, 0.0) * 1e3 / steps for stage, _, _ in places}
-    found["loss"] -= found["assignment"]  # which is a part of it
-    whole = watch.seconds["whole"] * 1e3 / steps
-    return {**found, "rest": whole - sum(found.values()), "whole": whole}
+    found = {stage: timer.seconds.get(stage, 0.0) * 1e3 / steps for stage, _, _ in patched}
+    found["loss"] -= found["assignment"]  # assignment is called by the loss
+    step_total = timer.seconds["step"] * 1e3 / steps
+    return {**found, "rest": step_total - sum(found.values()), "step": step_total}
 
 
-# --- beside a CPU -----------------------------------------------------------------------------------------------------
+# --- comparison with a CPU --------------------------------------------------------------------------------------------
 
 
 def compare_devices(bench: Bench, variant: str) -> dict[str, Any]:
-    """Losses in float32 of the first steps of a training, of the same weights on the same images.
+    """Compare float32 losses of the first training steps of both devices, with the same weights and images.
 
-    The device takes each step from the weights that the CPU came to: left alone both would soon differ by percents,
-    as two ways to add on one CPU do, since the last bits of a loss decide which places are positives in the next step.
-    For the same reason the updates, whose distance is told in parts of their length, are not judged.
+    The device starts each step from the weights of the CPU. Otherwise both would soon differ by percents, as two
+    summation orders on one CPU do, because rounding decides which positions are positives in the next step. For the
+    same reason, the relative distance of the updates is recorded but not a target.
     """
     sizes = bench.sizes
-    batch = noise_on(COMPARED_IMAGES, sizes.img, CPU)
+    batch = noise_batch_on(COMPARED_IMAGES, sizes.img, CPU)
     here, there = (
-        new_stepper(sizes, variant, COMPARED_IMAGES, device=device, half=False, calm=False, classes=COCO_NAMES)
+        new_stepper(sizes, variant, COMPARED_IMAGES, device=device, half=False, small_steps=False, classes=COCO_NAMES)
         for device in (bench.device, CPU)
     )
     with convolutions(tf32=False):
-        steps = [step_apart(here, there, batch) for _ in range(COMPARED_STEPS)]
-    goal, most = f"{variant}: losses in float32 as on a CPU", max(max(step["apart"].values()) for step in steps)
+        steps = [compare_step(here, there, batch) for _ in range(COMPARED_STEPS)]
+    target, most = f"{variant}: losses in float32 as on a CPU", max(max(step["difference"].values()) for step in steps)
     if bench.device.type == "cuda":
-        bench.goals.at_most(goal, most, MOST_APART)
+        bench.targets.at_most(target, most, MAX_LOSS_DIFFERENCE)
     else:
-        bench.goals.skip(goal, NO_GPU)
-    return {"images": COMPARED_IMAGES, "img": sizes.img, "most_apart": most, "steps": steps}
+        bench.targets.skip(target, NO_GPU)
+    return {"images": COMPARED_IMAGES, "img": sizes.img, "max_difference": most, "steps": steps}
 
 
-def step_apart(here: Stepper, there: Stepper, batch: Batch) -> dict[str, Any]:
-    """One step of both from the weights of `there`: losses, their relative difference, and that of the updates."""
-    before = there.learner.tensors()
-    here.learner.load(before, updates=there.learner.average.updates, scale=(0.0, 0.0))
+def compare_step(here: Stepper, there: Stepper, batch: Batch) -> dict[str, Any]:
+    """Run one step of both from the weights of `there`; return losses and updates with their relative differences."""
+    before = there.train_step.state_tensors()
+    here.train_step.load_state(before, ema_updates=there.train_step.ema.updates, grad_scale=(0.0, 0.0))
     ours, theirs = here(batch), there(batch)
     return {
         "device": asdict(ours),
         "cpu": asdict(theirs),
-        "apart": {name: abs(getattr(ours, name) / getattr(theirs, name) - 1) for name in LOSSES},
-        "updates_apart": update_distance(before, here.learner.tensors(), there.learner.tensors()),
+        "difference": {name: abs(getattr(ours, name) / getattr(theirs, name) - 1) for name in LOSSES},
+        "update_difference": update_distance(before, here.train_step.state_tensors(), there.train_step.state_tensors()),
     }
 
 
 def update_distance(before: Tensors, here: Tensors, there: Tensors) -> float:
-    """How far apart two updates of the weights are, in lengths of the second."""
+    """Return the distance of two updates of the weights, relative to the length of the second."""
     names = [name for name in there if name.startswith("model.") and name.endswith((".weight", ".bias"))]
-    apart = sum(float((here[name] - there[name]).double().square().sum()) for name in names)
+    difference = sum(float((here[name] - there[name]).double().square().sum()) for name in names)
     length = sum(float((there[name] - before[name]).double().square().sum()) for name in names)
-    return math.sqrt(apart / max(length, sys.float_info.min))
+    return math.sqrt(difference / max(length, sys.float_info.min))

@@ -1,4 +1,4 @@
-"""ONNX files that travel without weights that are there already: made-up ones, and those of a file beside them."""
+"""Removes weights from ONNX files that can be restored: synthetic ones, and those that another file contains too."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from yolov7_deploy.precision.weight_quantization import round_weight
+from yolov7_deploy.precision.int8 import quantize_weight
 
-SMALLEST = 4096  # values; smaller tensors travel
-MARK = "y7_made_up:"  # begins the doc string of a tensor whose values were left out
-SAME = "y7_same_as:"  # the same, and they are those of FILE#TENSOR, a file in the same folder
-HALF_VARIANCE = 0.38  # of what SiLU passes on
-CALM = 0.15  # of the head's weights: scores spread over 0 to 1 without sticking to the ends
+MIN_VALUES = 4096  # smaller tensors are always stored
+SYNTHETIC_MARK = "y7_synthetic:"  # prefix of the doc string of a tensor whose synthetic values were removed
+SHARED_MARK = "y7_same_as:"  # the same for values of FILE#TENSOR, where FILE is in the same folder
+SILU_VARIANCE = 0.38  # part of the variance that SiLU keeps
+HEAD_SCALE = 0.15  # factor of the head's weights, with which scores spread over 0 to 1
 _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 _TYPES: dict[int, npt.DTypeLike] = {
     TensorProto.FLOAT: np.float32,
@@ -28,8 +28,8 @@ _TYPES: dict[int, npt.DTypeLike] = {
 }
 
 
-def made_up(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Convolution weights that keep the size of activations: SplitMix64 over the index, seeded by the name."""
+def synthetic_weights(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return convolution weights that preserve the variance of activations: SplitMix64 of the index, seeded by name."""
     count = math.prod(shape)
     with np.errstate(over="ignore"):
         word = (np.uint64(zlib.crc32(name.encode())) + np.arange(1, count + 1, dtype=np.uint64)) * _GOLDEN_RATIO
@@ -37,69 +37,69 @@ def made_up(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         word ^= word >> np.uint64(31)
     uniform = (word >> np.uint64(40)).astype(np.float32).reshape(shape) / np.float32(2**23) - np.float32(1)
-    size = math.sqrt(3 / (HALF_VARIANCE * math.prod(shape[1:])))
-    return uniform * np.float32(size * (CALM if shape[0] == 255 else 1))
+    size = math.sqrt(3 / (SILU_VARIANCE * math.prod(shape[1:])))
+    return uniform * np.float32(size * (HEAD_SCALE if shape[0] == 255 else 1))
 
 
-def make_up(model: onnx.ModelProto) -> None:
-    """Gives every large convolution weight its made-up values."""
+def set_synthetic_weights(model: onnx.ModelProto) -> None:
+    """Set every large convolution weight of a model to its synthetic values."""
     for tensor in model.graph.initializer:
-        if len(tensor.dims) == 4 and math.prod(tensor.dims) >= SMALLEST and tensor.data_type == TensorProto.FLOAT:
+        if len(tensor.dims) == 4 and math.prod(tensor.dims) >= MIN_VALUES and tensor.data_type == TensorProto.FLOAT:
             tensor.ClearField("float_data")
-            tensor.raw_data = made_up(tensor.name, tuple(tensor.dims)).tobytes()
+            tensor.raw_data = synthetic_weights(tensor.name, tuple(tensor.dims)).tobytes()
 
 
-def stripped(model: onnx.ModelProto, names: set[str]) -> bytes:
-    """The file without the values that `filled` makes again: of tensors that hold those of one of the names."""
+def without_weights(model: onnx.ModelProto, names: set[str]) -> bytes:
+    """Serialize a model without the values that `with_weights` restores: synthetic values of one of the names."""
     for tensor in model.graph.initializer:
-        if tensor.data_type not in _TYPES or math.prod(tensor.dims) < SMALLEST or len(tensor.dims) != 4:
+        if tensor.data_type not in _TYPES or math.prod(tensor.dims) < MIN_VALUES or len(tensor.dims) != 4:
             continue
-        # Passes over a graph make new names of old ones.
+        # Graph transformations append to the original names.
         for name in (name for name in names if name in tensor.name):
             if _stored(name, tensor) == tensor.raw_data:
-                tensor.doc_string, tensor.raw_data = MARK + name, b""
+                tensor.doc_string, tensor.raw_data = SYNTHETIC_MARK + name, b""
                 break
     return model.SerializeToString()
 
 
-def unshared(data: bytes, known: dict[str, str], *, file: str) -> bytes:
-    """A file without the large values that a file beside it has.
+def without_shared_weights(data: bytes, known: dict[str, str], *, file: str) -> bytes:
+    """Return a file without the large values that another file in its folder contains.
 
     Args:
-        data: The file; values that were left out before stay so.
-        known: FILE#TENSOR by digest, of the files so far; those of this one are added.
-        file: Its name.
+        data: Content of the file; values that were removed before stay removed.
+        known: FILE#TENSOR by digest of all previous files; this file is added.
+        file: Name of the file.
     """
     model = onnx.load_model_from_string(data)
     for tensor in model.graph.initializer:
-        if len(tensor.raw_data) < SMALLEST:
+        if len(tensor.raw_data) < MIN_VALUES:
             continue
         digest = hashlib.sha256(tensor.raw_data).hexdigest()
-        place = known.setdefault(digest, f"{file}#{tensor.name}")
-        if place.partition("#")[0] != file:
-            tensor.doc_string, tensor.raw_data = SAME + place, b""
+        first = known.setdefault(digest, f"{file}#{tensor.name}")
+        if first.partition("#")[0] != file:
+            tensor.doc_string, tensor.raw_data = SHARED_MARK + first, b""
     return model.SerializeToString()
 
 
-def filled(data: bytes, folder: Path | None = None) -> bytes:
-    """The file with its values; a file that has them all comes back as it is.
+def with_weights(data: bytes, folder: Path | None = None) -> bytes:
+    """Return a file with all its values; a complete file is returned unchanged.
 
     Args:
-        data: The file.
-        folder: Where the files lie that it shares values with.
+        data: Content of the file.
+        folder: Folder of the files that contain its shared values.
     """
     model = onnx.load_model_from_string(data)
-    beside: dict[str, dict[str, bytes]] = {}
+    others: dict[str, dict[str, bytes]] = {}
     for tensor in model.graph.initializer:
-        if tensor.doc_string.startswith(MARK):
-            tensor.raw_data = _stored(tensor.doc_string.removeprefix(MARK), tensor)
-        elif tensor.doc_string.startswith(SAME):
-            file, _, name = tensor.doc_string.removeprefix(SAME).partition("#")
-            assert folder is not None, f"{tensor.name} is in {file}, and nobody says where that is"
-            if file not in beside:
+        if tensor.doc_string.startswith(SYNTHETIC_MARK):
+            tensor.raw_data = _stored(tensor.doc_string.removeprefix(SYNTHETIC_MARK), tensor)
+        elif tensor.doc_string.startswith(SHARED_MARK):
+            file, _, name = tensor.doc_string.removeprefix(SHARED_MARK).partition("#")
+            assert folder is not None, f"{tensor.name} is in {file}, and no folder was given"
+            if file not in others:
                 other = onnx.load(folder / file)
-                beside[file] = {shared.name: shared.raw_data for shared in other.graph.initializer}
-            tensor.raw_data = beside[file][name]
+                others[file] = {shared.name: shared.raw_data for shared in other.graph.initializer}
+            tensor.raw_data = others[file][name]
         else:
             continue
         tensor.ClearField("doc_string")
@@ -107,9 +107,9 @@ def filled(data: bytes, folder: Path | None = None) -> bytes:
 
 
 def _stored(name: str, tensor: onnx.TensorProto) -> bytes:
-    """The made-up values of a name as a tensor of this shape and type holds them."""
-    values: npt.NDArray[Any] = made_up(name, tuple(tensor.dims))
+    """Return the synthetic values of a name in the shape and type of a tensor, as raw data."""
+    values: npt.NDArray[Any] = synthetic_weights(name, tuple(tensor.dims))
     if tensor.data_type == TensorProto.INT8:
-        values = round_weight(values).values
+        values = quantize_weight(values).values
     stored: bytes = values.astype(_TYPES[tensor.data_type]).tobytes()
     return stored
