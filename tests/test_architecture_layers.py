@@ -25,7 +25,7 @@ MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "uti
 # From low to high. A file imports from its own package and from rows above this one in the list; packages (or
 # modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_atomic_file", "_serialization", "_statistics", "_version", "errors"),
+    ("_atomic_file", "_ort_options", "_serialization", "_statistics", "_version", "errors"),
     ("hardware", "hub", "image", "metadata", "paper"),
     ("_charts", "_console", "options", "visualize"),
     ("sources",),
@@ -66,7 +66,12 @@ LIBRARIES: dict[str, set[str]] = {
     "google.protobuf": {"tensorrt/onnx_rewrite.py", "export/onnx_model.py"},
     "matplotlib": {"_charts.py", "benchmark/chart.py", "workflows/quantize.py", "training/plots.py"},
     "onnx": {"tensorrt/builder.py", "tensorrt/onnx_rewrite.py", "export/", "evaluation/onnx_probe.py", "precision/"},
-    "onnxruntime": {"runtimes/onnxruntime.py", "evaluation/onnx_probe.py", "precision/ort_runner.py"},
+    "onnxruntime": {
+        "_ort_options.py",
+        "runtimes/onnxruntime.py",
+        "evaluation/onnx_probe.py",
+        "precision/ort_runner.py",
+    },
     "onnxsim": {"export/onnx_exporter.py"},
     "pynvml": {"hardware/gpu.py"},
     "rich": {"cli/", "_console.py"},

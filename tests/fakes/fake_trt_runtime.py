@@ -150,6 +150,7 @@ class Engine(_Versioned):
         self.num_io_tensors = len(self.tensors)
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
+        options.add_session_config_entry("session.x64quantprecision", "1")  # exact INT8 without VNNI
         data = model.SerializeToString()
         self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 

@@ -7,6 +7,7 @@ import onnxruntime
 import torch
 
 from tests.support.deterministic import fill_model, make_image
+from yolov7_deploy._ort_options import base_session_options
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import ModelMetadata
@@ -59,9 +60,9 @@ def tiny_session(classes: int = 5, **options: object) -> onnxruntime.InferenceSe
 
 def session(proto) -> onnxruntime.InferenceSession:
     """A graph in ONNX Runtime on the CPU, without its warnings about inputs that have a default."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), base_session_options(), providers=["CPUExecutionProvider"]
+    )
 
 
 @lru_cache

@@ -8,13 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from yolov7_deploy._ort_options import base_session_options
 from yolov7_deploy.export.nms import EFFICIENT_OP
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import FloatArray, Image, to_network_input
 from yolov7_deploy.metadata import RAW_OUTPUT
 from yolov7_deploy.runtimes.base import IntermediateOutputs
-
-_ERRORS_ONLY = 3
 
 
 class OnnxProbe:
@@ -37,8 +36,7 @@ class OnnxProbe:
         # Without a type, because maps are FP16 in some files.
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in added if name not in known)
         self._outputs = [*added, *([RAW_OUTPUT] if RAW_OUTPUT in known else [])]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options = base_session_options()
         self._session = onnxruntime.InferenceSession(
             model.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from yolov7_deploy._ort_options import base_session_options
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.hardware.cpu import usable_cores
 from yolov7_deploy.hardware.device import parse_device
@@ -53,7 +54,6 @@ RUNS_PER_CORE = 2
 # How long intra-op threads spin while they wait for the next layer. The default is a million iterations, 16 to 47 ms,
 # which gains nothing for one caller and takes the cores from other callers and other programs.
 SPIN_US = 50
-_ERRORS_ONLY = 3
 _MAX_REASON = 500  # characters
 _MAX_FOREIGN_CLASSES = 100_000
 # ONNX Runtime's own exceptions, and what its Python binding raises for names that are not UTF-8 and for unknown errors.
@@ -251,8 +251,7 @@ class OrtRuntime:
 
 def session_options() -> onnxruntime.SessionOptions:
     """Return the session options of the Detector, also for benchmarks that compare it with a bare session."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY  # it warns about every input with a default, such as our thresholds
+    options = base_session_options()
     # The default counts the cores of the whole machine, even in a container with fewer. It also pins the threads to
     # cores, those of two sessions to the same ones.
     options.intra_op_num_threads = usable_cores() or 0

@@ -96,6 +96,7 @@ class Engine:
         if not foreign:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
+            options.add_session_config_entry("session.x64quantprecision", "1")  # exact INT8 without VNNI
             data = model.SerializeToString()
             self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
