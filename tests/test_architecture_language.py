@@ -15,15 +15,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Recorded data, the licence and this list itself.
-NOT_CHECKED = ("LICENSE", "tests/golden/", "tests/fixtures/", "benchmarks/results/", "tests/test_architecture_language.py")
+NOT_CHECKED = (
+    "LICENSE",
+    "tests/golden/",
+    "tests/fixtures/",
+    "benchmarks/results/",
+    "tests/test_architecture_language.py",
+)
 
 METAPHORS = re.compile(r"\b(?:house|porch|forge|shelf|passports?|stations?|workshop)\b", re.IGNORECASE)
 OLD_TERMS = re.compile(
-    r"\b(?:pictures?|suppression|somebody|nobody|whoever|anew|shall|dearest|meanwhile|what came of it|by itself|at hand|"
-    r"comes? along|begins? with given|(?<!there )(?<!There )is no (?!longer\b|more\b|need\b|way\b|such\b))\b"
+    r"\b(?:pictures?|suppression|somebody|nobody|whoever|anew|shall|dearest|meanwhile|what came of it|by itself|"
+    r"at hand|comes? along|begins? with given|(?<!there )(?<!There )is no (?!longer\b|more\b|need\b|way\b|such\b))\b"
 )
 BAD_FIRST_WORDS = {
-    "And", "As", "How", "None", "Of", "Somebody", "That", "Those", "What", "Where", "Whether", "Which", "Who", "Whoever",
+    "And", "As", "How", "None", "Of", "Somebody", "That", "Those",
+    "What", "Where", "Whether", "Which", "Who", "Whoever",
 }  # fmt: skip
 
 

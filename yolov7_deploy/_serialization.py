@@ -1,4 +1,4 @@
-"""Dataclasses from parsed JSON, checked against their annotations (`dataclasses.asdict` is the inverse), and SHA-256."""
+"""Dataclasses from parsed JSON, checked against their annotations (inverse of `dataclasses.asdict`), and SHA-256."""
 
 from __future__ import annotations
 

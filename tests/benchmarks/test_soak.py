@@ -49,7 +49,7 @@ def test_eight_threads_get_the_same_results_as_one(opened):
 
 
 @pytest.mark.slow
-def test_two_thousand_calls_by_thread_eight_threads_do_not_leak_and_are_as_fast_as_the_best_single_thread(files):
+def test_two_thousand_calls_of_eight_threads_do_not_leak_and_are_as_fast_as_the_best_single_thread(files):
     # A usual small size: at HW a call takes 6 ms, so the load of the machine would dominate.
     path = files("plugin", batch=None, input_hw=(320, 320))
     with Detector(path, conf=0.95, max_det=MAX_DET, device="cpu") as detector:

@@ -17,7 +17,7 @@ from yolov7_deploy.cli.export import parse_precision
 from yolov7_deploy.errors import ParityError, UsageError
 from yolov7_deploy.evaluation import parity
 from yolov7_deploy.evaluation.parity import TOLERANCES, StageResult
-from yolov7_deploy.evaluation.verification import verify_forms
+from yolov7_deploy.evaluation.verification import verify_artifacts
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
@@ -181,9 +181,9 @@ def test_a_broken_half_file_is_lost_before_suppression(pair, tmp_path, breakage)
     for tensor in stored:
         tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
     onnx.save(proto, tmp_path / "broken.onnx")
-    result = verify_forms(whole, [tmp_path / "broken.onnx"])
-    assert result.reports[0].first_loss.stage in ("head", "candidates")
-    assert result.losses
+    result = verify_artifacts(whole, [tmp_path / "broken.onnx"])
+    assert result.reports[0].first_failure.stage in ("head", "candidates")
+    assert result.failures
 
 
 def test_an_export_whose_half_file_is_broken_is_not_kept(files, here, monkeypatch):
@@ -203,10 +203,10 @@ def test_an_export_whose_half_file_is_broken_is_not_kept(files, here, monkeypatc
 def test_a_map_that_is_no_number_is_over_every_limit_whichever_comes_first():
     good, bad = np.arange(4, dtype=np.float32), np.full(4, np.nan, np.float32)
     for maps in ([good, bad], [bad, good]):
-        assert not parity._heads([good, good], maps, TOLERANCES["fp16"]).ok
+        assert not parity._compare_heads([good, good], maps, TOLERANCES["fp16"]).ok
 
 
 @pytest.mark.parametrize("values", [(0.0, float("nan")), (float("nan"), 0.0)])
 def test_the_worst_image_is_the_one_without_a_number(values):
     old, new = (StageResult(stage="head", differences={"x": value}, limits={"x": 1.0}) for value in values)
-    assert not parity._worse(old, new).ok
+    assert not parity._merge_worst(old, new).ok

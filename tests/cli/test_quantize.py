@@ -9,7 +9,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.sample_images import CONF, foreign, noise
+from tests.support.sample_images import CONF, noise, without_metadata
 from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.errors import DatasetError, ExportError, LoadError, ParityError, SourceError, UsageError
@@ -61,7 +61,7 @@ def test_quantize_writes_a_file_with_its_account(model, here):
     assert result.exception is None, result.output
     metadata = OnnxModel.load(here / "m-int8.onnx").metadata
     assert metadata.precision == "int8" and metadata.int8.images == 3
-    for words in ("55 of 58 convolutions", "Q/DQ pairs, one a tensor", "in front of upsampling", "Few images (3)"):
+    for words in ("55 of 58 convolutions", "Q/DQ pairs, one per tensor", "before upsampling", "Few images (3)"):
         assert words.lower() in result.output.lower(), words
     record = json.loads((here / "record.json").read_text())
     assert record["path"] == "m-int8.onnx"
@@ -113,9 +113,9 @@ def test_the_same_command_gives_the_same_bytes(model, here):
 
 
 def test_info_counts_what_is_int8(model, here):
-    y7("quantize", "--weights", model, "--calib", "images", "--spare", "model.7.conv")
+    y7("quantize", "--weights", model, "--calib", "images", "--exclude", "model.7.conv")
     result = y7("info", "m-int8.onnx", "--json", "info.json")
-    assert "54 of 58 convolutions" in result.output and "one a tensor" in result.output
+    assert "54 of 58 convolutions" in result.output and "one per tensor" in result.output
     counted = json.loads((here / "info.json").read_text())["int8"]
     assert counted["int8_convolutions"] == 54 and counted["pairs_twice"] == []
     assert {row["layer"] for row in counted["convolutions"] if not row["int8"]} == {
@@ -175,11 +175,11 @@ def test_weights_that_are_no_onnx_name_the_other_command(files, here):
     "typed, words",
     [
         (["--method", "mean"], "mean"),
-        (["--rest", "int4"], "int4"),
+        (["--fallback", "int4"], "int4"),
         (["--max-drop", "-1", "--data", "d.yaml"], "max-drop"),
         (["--chart", "cost.svg"], "PNG"),
         (["--calib-limit", "0"], "at least 1"),
-        (["--spare", "model.700.conv"], "model.700.conv"),
+        (["--exclude", "model.700.conv"], "model.700.conv"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -250,11 +250,11 @@ def test_a_file_that_is_no_model_is_an_error(content, here):
 
 
 def test_a_file_without_a_metadata_becomes_int8_and_says_what_was_assumed(model, here):
-    foreign(model, here / "foreign.onnx")
+    without_metadata(model, here / "foreign.onnx")
     result = y7("quantize", "-w", "foreign.onnx", "--calib", "images")
     assert result.exception is None, result.output
     metadata = OnnxModel.load(here / "foreign-int8.onnx").metadata
-    assert metadata.int8.rest == "fp32" and metadata.int8.int8_convolutions == 55
+    assert metadata.int8.fallback == "fp32" and metadata.int8.int8_convolutions == 55
     assert any("no metadata" in note for note in metadata.notes)
 
 

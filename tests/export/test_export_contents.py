@@ -13,19 +13,19 @@ from onnx import TensorProto, helper
 # hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
 from tests.support.detecting import (
     CONF,
-    ENDS,
     IOU,
+    NMS_CHOICES,
+    NMS_INSIDE,
+    NMS_OPTIONS,
     RAW_TOLERANCE,
-    SUPPRESSED,
-    SUPPRESSION,
 )
 from tests.support.deterministic import fill_model
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.export.nms import OVERFLOW
 from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, OnnxModel
-from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.metadata import NMS_OUTPUTS, ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
@@ -33,7 +33,7 @@ from yolov7_deploy.options import ExportOptions
 # --- what is in the file ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nms", ENDS)
+@pytest.mark.parametrize("nms", NMS_CHOICES)
 def test_the_same_export_twice_gives_the_same_bytes(nms):
     model = fused_tiny()
     options = ExportOptions(input_hw=HW, nms=nms)
@@ -48,7 +48,7 @@ def test_exporting_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("nms", ENDS)
+@pytest.mark.parametrize("nms", NMS_CHOICES)
 def test_the_metadata_travels_inside(nms, tmp_path):
     model = exported_tiny(nms=nms, batch=None, conf=CONF, iou=IOU, opset=15, max_det=70, class_agnostic=True)
     model.save(tmp_path / "m.onnx")
@@ -67,7 +67,7 @@ def test_the_metadata_travels_inside(nms, tmp_path):
     assert metadata.nms.runtime_thresholds == (nms != "efficient")
 
 
-@pytest.mark.parametrize("nms", SUPPRESSED)
+@pytest.mark.parametrize("nms", NMS_INSIDE)
 def test_the_metadata_says_whether_only_the_best_class_counts(nms):
     assert exported_tiny(nms=nms, conf=CONF, iou=IOU, multi_label=False).metadata.nms.multi_label is False
 
@@ -139,7 +139,7 @@ def test_without_a_function_only_standard_operators_are_left(nms):
 
 
 def test_the_plugin_node_holds_everything_a_plugin_must_know():
-    node = exported_tiny(nms="plugin", **{**SUPPRESSION, "max_det": 70}, class_agnostic=True).proto.graph.node[-1]
+    node = exported_tiny(nms="plugin", **{**NMS_OPTIONS, "max_det": 70}, class_agnostic=True).proto.graph.node[-1]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert attributes["strides"] == [8, 16, 32]
     assert attributes["anchors"] == [side for level in fused_tiny().anchors for anchor in level for side in anchor]

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper
 # hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
 from tests.support.detecting import (
     DECODED_TOLERANCE,
+    NMS_INSIDE,
     SCORE_TOLERANCE,
-    SUPPRESSED,
     assert_same_detections,
-    picked,
+    image_result,
 )
 from tests.support.small_models import session
 from yolov7_deploy.export.nms import OVERFLOW, attach_nms
@@ -83,7 +83,7 @@ class BareHead:
         feeds = dict(zip(self.heads, maps, strict=True))
         for name, value in thresholds.items():
             feeds[f"{name}_threshold"] = np.array([value], np.float32)
-        return picked(self.session.run(None, feeds))
+        return image_result(self.session.run(None, feeds))
 
     def expected(self, maps, **thresholds):
         decoded = decode(maps, self.classes)
@@ -126,10 +126,10 @@ def bare():
     return get
 
 
-EVERY_SUPPRESSION = pytest.mark.parametrize("nms", SUPPRESSED)
+EVERY_NMS = pytest.mark.parametrize("nms", NMS_INSIDE)
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 @pytest.mark.parametrize("classes", [1, 2, 7])
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("class_agnostic", [False, True])
@@ -143,7 +143,7 @@ def test_random_heads_equal_the_reference(bare, nms, classes, multi_label, class
         assert_same_detections(head.run(maps), expected)
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_everything_below_conf_gives_nothing(bare, nms):
     head = bare(nms)
     boxes, scores, classes = head.run(head.empty())
@@ -165,7 +165,7 @@ def test_everything_above_conf_and_all_scores_equal(bare, nms, logit):
     assert ours[2].tolist() == expected[2].tolist()
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_all_classes_of_all_anchors_equal(bare, nms):
     head = bare(nms, multi_label=True)
     maps = head.empty(30.0)
@@ -174,7 +174,7 @@ def test_all_classes_of_all_anchors_equal(bare, nms):
     assert ours[2].tolist() == expected[2].tolist()
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_max_det_below_the_survivors_keeps_the_best(bare, nms):
     head = bare(nms, max_det=3)
     maps = head.place([((8 * i + 4, 20, 4, 4), 0.3 * i, (5.0, -30, -30)) for i in range(1, 11)])
@@ -187,7 +187,7 @@ def test_max_det_below_the_survivors_keeps_the_best(bare, nms):
 CHAIN = [((20 + 10 * i, 30, 24, 20), 4.0 - i, (6.0, -30, -30)) for i in range(5)]  # IoU of neighbours 14/34, else < 0.1
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_a_box_that_fell_suppresses_nothing(bare, nms):
     """A kills B, so B cannot kill C, so C kills D, so E stays."""
     head = bare(nms, iou=0.35)
@@ -197,7 +197,7 @@ def test_a_box_that_fell_suppresses_nothing(bare, nms):
     assert_same_detections(head.run(maps), head.expected(maps))
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_a_chain_as_long_as_the_image_takes_as_many_rounds(bare, nms):
     """Alternating survivors: every round settles only one more."""
     head = bare(nms, iou=0.3, conf=0.01)
@@ -207,7 +207,7 @@ def test_a_chain_as_long_as_the_image_takes_as_many_rounds(bare, nms):
     assert_same_detections(head.run(maps), expected)
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_other_classes_survive_unless_suppression_is_class_agnostic(bare, nms):
     wishes = [((30, 30, 20, 20), 4.0, (6, -30, -30)), ((31, 30, 20, 20), 3.0, (-30, 6, -30))]
     head = bare(nms)
@@ -216,7 +216,7 @@ def test_other_classes_survive_unless_suppression_is_class_agnostic(bare, nms):
     assert head.run(head.place(wishes))[2].tolist() == [0]
 
 
-@EVERY_SUPPRESSION
+@EVERY_NMS
 def test_ties_fall_to_the_anchor_that_comes_first(bare, nms):
     head = bare(nms)
     wishes = [((60, 20, 14, 14), 2.0, (3, -30, -30)), ((20, 20, 14, 14), 2.0, (3, -30, -30))]

@@ -13,15 +13,15 @@ from onnx import TensorProto, helper
 from tests.support.detecting import (
     CONF,
     DECODED_TOLERANCE,
-    ENDS,
     IOU,
     MAX_DET,
+    NMS_CHOICES,
+    NMS_INSIDE,
+    NMS_OPTIONS,
     RAW_TOLERANCE,
     SCORE_TOLERANCE,
-    SUPPRESSED,
-    SUPPRESSION,
     assert_same_detections,
-    picked,
+    image_result,
     reference,
     run,
 )
@@ -36,14 +36,14 @@ from yolov7_deploy.options import ExportOptions
 # --- every end, opset and batch -----------------------------------------------------------------------------------
 
 MATRIX = [
-    *itertools.product(ENDS, (13, 17, 20), (1, None)),
-    *((end, opset, None) for end in ENDS for opset in (15, 18, 21)),
+    *itertools.product(NMS_CHOICES, (13, 17, 20), (1, None)),
+    *((end, opset, None) for end in NMS_CHOICES for opset in (15, 18, 21)),
 ]
 
 
 @pytest.mark.parametrize("nms, opset, batch", MATRIX)
 def test_the_file_is_valid_and_equals_torch(nms, opset, batch):
-    options = {"nms": nms, "opset": opset, "batch": batch, **SUPPRESSION}
+    options = {"nms": nms, "opset": opset, "batch": batch, **NMS_OPTIONS}
     model = exported_tiny(**options)
     onnx.checker.check_model(model.proto, full_check=True)
     assert {entry.domain: entry.version for entry in model.proto.opset_import}[""] == opset
@@ -57,10 +57,10 @@ def test_the_file_is_valid_and_equals_torch(nms, opset, batch):
     for index in range(count):
         expected = reference(decoded[index])
         assert 300 < len(expected[1]) < MAX_DET
-        assert_same_detections(picked(result, index), expected)
+        assert_same_detections(image_result(result, index), expected)
 
 
-@pytest.mark.parametrize("nms", ENDS)
+@pytest.mark.parametrize("nms", NMS_CHOICES)
 @pytest.mark.parametrize("batch", [1, 3, None])
 def test_names_types_and_shapes_are_the_promised_ones(nms, batch):
     if batch == 3 and nms == "efficient":
@@ -89,23 +89,23 @@ def shapes(values):
     }
 
 
-@pytest.mark.parametrize("nms", ENDS)
+@pytest.mark.parametrize("nms", NMS_CHOICES)
 def test_a_batch_of_four_equals_four_single_runs(nms):
-    opened = tiny_session(nms=nms, batch=None, **SUPPRESSION)
+    opened = tiny_session(nms=nms, batch=None, **NMS_OPTIONS)
     together = run(opened, images(4))
     for index in range(4):
         alone = run(opened, images(4)[index : index + 1])
         if nms == "none":
             np.testing.assert_allclose(alone[0][0], together[0][index], atol=DECODED_TOLERANCE)
         else:
-            assert_same_detections(picked(alone), picked(together, index))
+            assert_same_detections(image_result(alone), image_result(together, index))
 
 
 @pytest.mark.parametrize("nms", ["none", "plugin"])
 def test_uint8_input_equals_float32_input(nms):
     pixels = np.random.default_rng(3).integers(0, 256, (2, *HW, 3), np.uint8)
     scaled = np.ascontiguousarray(pixels[..., ::-1].transpose(0, 3, 1, 2)) / np.float32(255)
-    options = {"nms": nms, "batch": None, **SUPPRESSION}
+    options = {"nms": nms, "batch": None, **NMS_OPTIONS}
     from_bytes = tiny_session(input_kind="uint8", **options)
     assert [i.type for i in from_bytes.get_inputs()] == ["tensor(uint8)"]
     ours, expected = run(from_bytes, pixels), run(tiny_session(**options), scaled)
@@ -113,7 +113,7 @@ def test_uint8_input_equals_float32_input(nms):
         np.testing.assert_allclose(ours[0], expected[0], atol=DECODED_TOLERANCE)
     else:
         for index in range(2):
-            assert_same_detections(picked(ours, index), picked(expected, index))
+            assert_same_detections(image_result(ours, index), image_result(expected, index))
     assert exported_tiny(input_kind="uint8", **options).metadata.input_kind == "uint8"
 
 
@@ -123,25 +123,25 @@ def test_uint8_input_equals_float32_input(nms):
 @pytest.mark.parametrize("nms", ["standard", "plugin"])
 @pytest.mark.parametrize("conf, iou", [(0.6, 0.45), (0.8, 0.45), (0.5, 0.05), (0.5, 0.9), (0.0, 0.5), (1.0, 0.5)])
 def test_thresholds_change_at_run_time_as_the_reference_does(nms, conf, iou):
-    opened = tiny_session(nms=nms, batch=None, **SUPPRESSION)
+    opened = tiny_session(nms=nms, batch=None, **NMS_OPTIONS)
     assert {entry.name for entry in opened.get_overridable_initializers()} == {"conf_threshold", "iou_threshold"}
     result = run(opened, images(), conf=conf, iou=iou)
-    assert_same_detections(picked(result), reference(decoded_by_torch()[0], conf=conf, iou=iou))
+    assert_same_detections(image_result(result), reference(decoded_by_torch()[0], conf=conf, iou=iou))
 
 
 def test_a_lower_threshold_finds_more():
-    opened = tiny_session(nms="plugin", batch=None, **SUPPRESSION)
-    counts = [len(picked(run(opened, images(), conf=conf))[1]) for conf in (0.5, 0.6, 0.8, 1.0)]
+    opened = tiny_session(nms="plugin", batch=None, **NMS_OPTIONS)
+    counts = [len(image_result(run(opened, images(), conf=conf))[1]) for conf in (0.5, 0.6, 0.8, 1.0)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[2] and counts[-1] == 0
 
 
-@pytest.mark.parametrize("nms", SUPPRESSED)
+@pytest.mark.parametrize("nms", NMS_INSIDE)
 @pytest.mark.parametrize("multi_label, class_agnostic", [(False, False), (False, True), (True, True)])
 def test_best_class_and_class_agnostic_equal_the_reference(nms, multi_label, class_agnostic):
     options = {"multi_label": multi_label, "class_agnostic": class_agnostic}
-    result = run(tiny_session(nms=nms, **SUPPRESSION, **options), images())
-    assert_same_detections(picked(result), reference(decoded_by_torch()[0], **options))
+    result = run(tiny_session(nms=nms, **NMS_OPTIONS, **options), images())
+    assert_same_detections(image_result(result), reference(decoded_by_torch()[0], **options))
 
 
 def test_best_class_multi_label_and_class_agnostic_differ_on_this_image():
@@ -153,22 +153,22 @@ def test_best_class_multi_label_and_class_agnostic_differ_on_this_image():
     assert len({one[0].tobytes() for one in found}) == 4
 
 
-@pytest.mark.parametrize("nms", SUPPRESSED)
+@pytest.mark.parametrize("nms", NMS_INSIDE)
 @pytest.mark.parametrize("classes", [1, 2, 80])
 def test_one_two_and_eighty_classes_equal_the_reference(nms, classes):
-    result = run(tiny_session(classes, nms=nms, **SUPPRESSION), images())
+    result = run(tiny_session(classes, nms=nms, **NMS_OPTIONS), images())
     expected = reference(decoded_by_torch(classes)[0])
     assert len(expected[1]) > 10
-    assert_same_detections(picked(result), expected)
+    assert_same_detections(image_result(result), expected)
 
 
-@pytest.mark.parametrize("nms", SUPPRESSED)
+@pytest.mark.parametrize("nms", NMS_INSIDE)
 @pytest.mark.parametrize("max_candidates, max_det", [(100, 100), (257, 7), (3840, 1000), (3840, 255), (1, 1)])
 def test_limits_equal_the_reference(nms, max_candidates, max_det):
     limits = {"max_candidates": max_candidates, "max_det": max_det}
     result = run(tiny_session(nms=nms, conf=CONF, iou=IOU, **limits), images())
     expected = reference(decoded_by_torch()[0], **limits)
-    assert_same_detections(picked(result), expected)
+    assert_same_detections(image_result(result), expected)
 
 
 # --- all variants -------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_every_variant_gives_the_maps_of_torch(variant):
 def test_no_two_values_share_a_name_in_a_network_with_slices_of_its_own():
     """yolov7-w6 begins with strided slices, and so does the decoding."""
     w6 = fuse(fill_model(new_model("yolov7-w6", classes=2)))
-    for nms in ENDS:
+    for nms in NMS_CHOICES:
         options = ExportOptions(input_hw=(64, 128), nms=nms, simplify=False, max_det=20)
         graph = export_onnx(w6, metadata_of(w6), options).proto.graph
         values = [name for node in graph.node for name in node.output] + [tensor.name for tensor in graph.initializer]

@@ -1,5 +1,6 @@
-"""Damage done inside containers that stay whole (checksums, lengths), because a reader that stops at the first checksum
-is never asked about the rest.
+"""Damage inside containers whose checksums and lengths stay valid.
+
+A reader that stops at the first wrong checksum would not be tested any further.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.fuzz.mutations import Bytes, changed_value, mutate_bytes, mutate_json
 
 
 def mutate_zip(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """A torch file with one member damaged, renamed, lost or doubled inside an archive that is sound."""
+    """Return a torch file with one member damaged, renamed, missing or repeated in a valid archive."""
     if rng.random() < 0.4 or not data.startswith(b"PK"):
         return mutate_bytes(rng, data, others)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -45,7 +46,7 @@ def mutate_zip(rng: random.Random, data: bytes, others: Bytes) -> bytes:
     return packed.getvalue()
 
 
-# Opcodes and operands worth putting anywhere in a pickle: hostile calls, loops, huge lengths, marks.
+# Opcodes and operands to insert into a pickle: hostile calls, loops, huge lengths, marks.
 _OPCODES = (
     *(
         b"cos\nsystem\n",
@@ -86,7 +87,7 @@ _OPCODES = (
 
 
 def mutate_pickle(rng: random.Random, data: bytes) -> bytes:
-    """A pickle with opcodes put in, taken out or moved; numbers in it set to edges."""
+    """Return a pickle with inserted, replaced or copied opcodes, or with numbers set to edge values."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
         at = rng.randrange(len(changed) + 1)
@@ -107,7 +108,7 @@ def mutate_pickle(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_safetensors(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """A safetensors file whose header is another document and whose length field fits it."""
+    """Return a safetensors file with a changed header and a correct length field."""
     if rng.random() < 0.3:
         return mutate_bytes(rng, data, others)
     end = 8 + int.from_bytes(data[:8], "little")
@@ -124,7 +125,7 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: Bytes) -> bytes:
 
 
 def mutate_image(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """An image or video that says it is huge, a PNG with right checksums over wrong chunks, or changed bytes."""
+    """Return an image or video with a huge size, a PNG with valid checksums over damaged chunks, or changed bytes."""
     kind = rng.random()
     if kind < 0.15:
         return oversized(rng, data)
@@ -132,7 +133,7 @@ def mutate_image(rng: random.Random, data: bytes, others: Bytes) -> bytes:
 
 
 def oversized(rng: random.Random, data: bytes, *, hw: tuple[int, int] = (48, 64)) -> bytes:
-    """Huge sides wherever something in the file reads like its height and width."""
+    """Replace bytes that look like the height and width by huge values."""
     width, order = rng.choice(((2, "big"), (4, "big"), (2, "little"), (4, "little"), (0, "")))
     changed = data[:2000]
     for side in hw:
@@ -142,18 +143,18 @@ def oversized(rng: random.Random, data: bytes, *, hw: tuple[int, int] = (48, 64)
             changed = changed.replace(side.to_bytes(width, order), field, rng.choice((1, 1, 2)))
         else:
             changed = changed.replace(str(side).encode(), str(new).encode(), 1)
-    return _with_right_checksums(changed + data[2000:])
+    return _with_valid_checksum(changed + data[2000:])
 
 
-def _with_right_checksums(data: bytes) -> bytes:
-    """The same PNG with the checksum of its header made right; other files as they are."""
+def _with_valid_checksum(data: bytes) -> bytes:
+    """Return a PNG with a valid header checksum; other files are returned unchanged."""
     if not data.startswith(b"\x89PNG"):
         return data
     return data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
 
 
 def mutate_png(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """A PNG whose chunks are damaged and whose checksums are right."""
+    """Return a PNG with damaged chunks and valid checksums."""
     if not data.startswith(b"\x89PNG"):
         return mutate_bytes(rng, data, others)
     chunks, at = [], 8
@@ -161,22 +162,22 @@ def mutate_png(rng: random.Random, data: bytes, others: Bytes) -> bytes:
         (length,) = struct.unpack_from(">I", data, at)
         chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
         at += 12 + length
-    place = rng.randrange(len(chunks))
-    kind, content = chunks[place]
+    index = rng.randrange(len(chunks))
+    kind, content = chunks[index]
     if rng.random() < 0.2:
-        chunks.insert(place, rng.choice(chunks))
+        chunks.insert(index, rng.choice(chunks))
     elif rng.random() < 0.2:
-        chunks[place] = (rng.choice((b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"iCCP", b"IEND")), content)
+        chunks[index] = (rng.choice((b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"iCCP", b"IEND")), content)
     elif kind == b"IDAT" and rng.random() < 0.5:
-        chunks[place] = (kind, zlib.compress(mutate_bytes(rng, zlib.decompress(content), ())))
+        chunks[index] = (kind, zlib.compress(mutate_bytes(rng, zlib.decompress(content), ())))
     else:
-        chunks[place] = (kind, mutate_bytes(rng, content, ()))
+        chunks[index] = (kind, mutate_bytes(rng, content, ()))
     parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
     return data[:8] + b"".join(parts)
 
 
 def changed_message(rng: random.Random, root: Any) -> None:
-    """Changes one field somewhere in a protobuf message: numbers, names, bytes; repeated fields also lose or double."""
+    """Change one field of a protobuf message: a number, name or bytes, or entries of a repeated field."""
     messages = [root]
     for message in messages:
         for field, value in message.ListFields():
@@ -214,7 +215,7 @@ def changed_message(rng: random.Random, root: Any) -> None:
 
 
 def _other_scalar(rng: random.Random, field: Any, value: Any, messages: Sequence[Any]) -> Any:
-    """A value of the field's type: an edge, or what the same field says elsewhere in the document."""
+    """Return a value of the field's type: an edge value, or a name used elsewhere in the document."""
     if field.type == field.TYPE_STRING:
         names = [getattr(m, name) for m in messages for name in ("name", "op_type") if hasattr(m, name)]
         return rng.choice((*names, "", "x" * 5000, "a\0b", "é"))

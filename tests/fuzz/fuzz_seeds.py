@@ -1,4 +1,4 @@
-"""The sound files that the fuzz test damages: small ones, of every kind and form a loader reads."""
+"""Valid small files of every kind that loaders read, which the fuzz test damages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOAT_FORMATS = (".hdr", ".pfm")
 
 
 def make_image(side: int = SIDE) -> np.ndarray:
-    """uint8 BGR [48, side, 3] with edges and a gradient."""
+    """Return a uint8 BGR image [48, side, 3] with edges and a gradient."""
     image = np.zeros((48, side, 3), np.uint8)
     image[:, :, 1] = np.arange(side, dtype=np.uint8)
     cv2.circle(image, (side // 2, 24), 15, (10, 200, 30), -1)
@@ -32,7 +32,7 @@ def make_image(side: int = SIDE) -> np.ndarray:
 
 
 def images() -> list[bytes]:
-    """One file of every format, and the variants that have decoders of their own."""
+    """Return one file per format, and the variants that have separate decoders."""
     image, files = make_image(), []
     for suffix in IMAGE_FORMATS:
         if cv2.haveImageWriter(f"x{suffix}"):
@@ -57,7 +57,7 @@ def encoded(suffix: str, image: np.ndarray, *parameters: int) -> bytes:
 
 
 def videos(folder: Path) -> list[bytes]:
-    """Three seconds in each container that OpenCV's own writer makes, and an animated GIF."""
+    """Return a short video in each container that OpenCV can write, and an animated GIF."""
     files = []
     for suffix, codec in ((".mp4", "mp4v"), (".avi", "MJPG"), (".avi", "XVID"), (".mkv", "mp4v"), (".mov", "mjpg")):
         path = folder / f"seed-{codec}{suffix}"
@@ -71,7 +71,7 @@ def videos(folder: Path) -> list[bytes]:
 
 
 def metadata_texts() -> list[bytes]:
-    """With NMS and without, of a fixed and of an open size."""
+    """Return metadata with and without NMS, of fixed and dynamic size."""
     anchors = tuple(tuple((float(4 * i + j), float(3 * i + j)) for j in (3, 5, 9)) for i in (1, 2, 3))
     names = tuple(f"thing {i}" for i in range(CLASSES))
     plain = {"variant": "custom", "class_names": names, "strides": STRIDES, "anchors": anchors, "source": "seed.pt"}
@@ -89,7 +89,7 @@ def metadata_texts() -> list[bytes]:
 
 
 def graphs() -> list[bytes]:
-    """Three convolutions for a network, with every end there is; the last carries no metadata."""
+    """Return networks of three convolutions with every kind of NMS; the last has no metadata."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -141,7 +141,7 @@ def _with(metadata: ModelMetadata, nms: NmsMetadata | None) -> ModelMetadata:
 
 
 def checkpoints(folder: Path) -> list[bytes]:
-    """Whole modules, state dicts, bfloat16, the format before torch 1.6, and bare pickles."""
+    """Return checkpoints: modules, state dicts, bfloat16, the format before torch 1.6, and bare pickles."""
     import torch
 
     from tests.support.official_modules import Model, save_official
@@ -161,7 +161,7 @@ def checkpoints(folder: Path) -> list[bytes]:
 
 
 def safetensors_files(folder: Path) -> list[bytes]:
-    """Our own format in float32 and float16, and one without metadata."""
+    """Return files of this package in float32 and float16, and one without metadata."""
     import safetensors.torch
 
     from yolov7_deploy.checkpoint import load_checkpoint, save_checkpoint
@@ -177,7 +177,7 @@ def safetensors_files(folder: Path) -> list[bytes]:
 
 
 def coco_documents() -> list[bytes]:
-    """Boxes, a crowd, polygons and a mask, of two images."""
+    """Return annotations of two images: boxes, a crowd, polygons and a mask."""
     images = [{"id": i, "file_name": f"{i}.png", "width": SIDE, "height": 48} for i in (1, 2)]
     categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
     mask = {"counts": [10, 5, 3000], "size": [48, SIDE]}
@@ -191,7 +191,7 @@ def coco_documents() -> list[bytes]:
 
 
 def yamls() -> list[bytes]:
-    """With a folder, a list, an annotation file, names as a list, as a dict and as a number."""
+    """Return YAMLs with a folder, a list, an annotation file, and names as a list, dict and number."""
     return [
         b"path: .\ntrain: images\nval: images\nnc: 2\nnames: [cat, dog]\n",
         b"# a comment\nval:\n  - images\n  - list.txt\nnames:\n  0: cat\n  1: dog\n",
@@ -201,7 +201,7 @@ def yamls() -> list[bytes]:
 
 
 def labels() -> list[bytes]:
-    """A box, a polygon, a repeated line and a box without area."""
+    """Return labels: a box, a polygon, a repeated line and a box of zero area."""
     return [
         b"0 0.5 0.5 0.25 0.25\n1 0.1 0.1 0.9 0.1 0.9 0.9\n0 0.5 0.5 0.25 0.25\n1 0.5 0.5 0 0.1\n",
         b"1 0.2 0.3 0.1 0.2\r\n\r\n0 0.00001 0.5 0.00001 1.00001\r\n",
@@ -209,7 +209,7 @@ def labels() -> list[bytes]:
 
 
 def source_lists() -> list[bytes]:
-    """Images, a folder, a pattern, addresses, a camera and comments."""
+    """Return source lists with images, a folder, a pattern, URLs, a camera and comments."""
     return [
         b"# images\nimages/1.png\nimages\nimages/*.png\n\n./images/2.png\n",
         b"\xef\xbb\xbfimages/1.png\r\nrtsp://user:secret@host/stream\r\n0\r\nhttp://host/a.jpg\r\n",
@@ -248,7 +248,7 @@ LISTING = "Layers:\n" + 3 * (
 
 
 def plans() -> list[bytes]:
-    """The head of a plan of TensorRT and of TensorRT-RTX, and a body that nothing of ours looks into."""
+    """Return plans with the header of TensorRT and of TensorRT-RTX, and a body that this package does not read."""
     body = bytes(range(256)) * 2
     versions = ((b"ftrt", bytes((10, 3, 0, 26))), (b"vtrt", bytes((1, 7, 1, 0))))
     size = (32 + len(body)).to_bytes(8, "little")
@@ -256,9 +256,9 @@ def plans() -> list[bytes]:
 
 
 def records() -> list[bytes]:
-    """Build records of both plans, with every inspection, with a parsed network and without either."""
+    """Return build records with every inspection, with a parsed network, and without either."""
+    from yolov7_deploy._serialization import sha256_hex
     from yolov7_deploy.tensorrt.build_record import EngineRecord, EngineTensor, InputShape, NetworkLayer, PluginUse
-    from yolov7_deploy.tensorrt.engine import digest
 
     metadata = ModelMetadata.from_json(metadata_texts()[1].decode())
     shape = (1, 3, SIDE, SIDE)
@@ -267,7 +267,8 @@ def records() -> list[bytes]:
     for i, text in enumerate((*map(json.dumps, INSPECTIONS), "")):
         plan = plans()[0]
         record = EngineRecord(
-            metadata=metadata, plan_bytes=len(plan), plan_sha256=digest(plan), product="tensorrt", tensorrt="10.3.0.26",
+            metadata=metadata, plan_bytes=len(plan), plan_sha256=sha256_hex(plan),
+            product="tensorrt", tensorrt="10.3.0.26",
             inspector=text, listing="" if text else LISTING, network_layers=layers if i else (),
             targets=("8.6", "8.9"), notes=("a note",),
             plugin=PluginUse(path="/usr/lib/liby7_plugin.so", version="1", abi="v3") if i % 2 else None,
@@ -285,7 +286,7 @@ _DESCRIPTION = {
 
 
 def plugin_libraries(folder: Path) -> list[bytes]:
-    """A library that describes itself as ours and does nothing else; without a compiler the head of one."""
+    """Return a library with only the description of our plugin, or without a compiler only its header."""
     compiler = shutil.which("cc")
     if compiler is None:
         return [b"\x7fELF\x02\x01\x01" + bytes(57)]

@@ -1,6 +1,6 @@
-"""What the fuzz test does to each loader, and the child process in which it does it.
+"""The loaders under fuzz test, and the child process that runs their cases.
 
-One case by hand:  python tests/fuzz/fuzz_targets.py LOADER --first 17 --count 1 --keep DAMAGED_FILE
+Run one case by hand:  python -m tests.fuzz.fuzz_targets LOADER --first 17 --count 1 --keep DAMAGED_FILE
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 from tests.fuzz import container_mutations, fuzz_seeds, mutations
 from yolov7_deploy.errors import Y7Error
 
-HANG_S = 30  # far more than any loader takes for these small files, on a machine that has other things to do
-EXTRA_BYTES = 2**30  # address space that all cases of one loader may take beyond what the sound files took
+HANG_S = 30  # far more than any loader needs for these small files, even on a busy machine
+EXTRA_BYTES = 2**30  # address space that all cases of one loader may use beyond that of the valid files
 OUT_OF_MEMORY = ("bad_alloc", "nsufficient memory", "failed to allocate", "not enough memory")
 FRAMES = 12
 
@@ -37,43 +37,43 @@ class Target:
     """A loader under test.
 
     Attributes:
-        seeds: Makes the sound files.
-        mutate: Makes a damaged one.
-        load: Opens the file at a path and uses what comes out; raises only `Y7Error`.
-        suffix: Of the file.
-        place: Where the damaged file goes, inside the folder of the campaign.
-        weight: Cases for every hundred of another loader.
-        prepare: Puts other files into the folder first.
+        seeds: Returns valid files.
+        mutate: Returns a damaged file.
+        load: Opens the file at a path and uses the result; may raise only `Y7Error`.
+        suffix: Suffix of the file.
+        stem: Path of the damaged file in the folder of the campaign, without suffix.
+        weight: Number of cases relative to 100 of another loader.
+        prepare: Writes other files to the folder first.
     """
 
     seeds: Callable[[Path], list[bytes]]
     mutate: mutations.Mutator
     load: Callable[[Path], object]
     suffix: str
-    place: str = "damaged"
+    stem: str = "damaged"
     weight: int = 100
     prepare: Callable[[Path], None] = lambda folder: None
 
 
-# --- what is done with a file -----------------------------------------------------------------------------------------
+# --- loading files -----------------------------------------------------------------------------------------
 
 
 def _checkpoint(path: Path) -> None:
     from yolov7_deploy.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
-    _metadata_of(checkpoint.metadata)
+    _check_metadata(checkpoint.metadata)
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.tensors.values())
 
 
 def _metadata(path: Path) -> None:
     from yolov7_deploy.metadata import ModelMetadata
 
-    _metadata_of(ModelMetadata.from_json(path.read_bytes().decode("utf-8", "surrogateescape")))
+    _check_metadata(ModelMetadata.from_json(path.read_bytes().decode("utf-8", "surrogateescape")))
 
 
-def _metadata_of(metadata: Any) -> None:
-    """What readers of metadata do with it."""
+def _check_metadata(metadata: Any) -> None:
+    """Use metadata as its readers do."""
     from yolov7_deploy.cli.info import _metadata_text
     from yolov7_deploy.metadata import ModelMetadata
 
@@ -87,7 +87,7 @@ def _onnx_model(path: Path) -> None:
     from yolov7_deploy.export.onnx_model import OnnxModel
 
     model = OnnxModel.load(path)
-    _metadata_of(model.metadata)
+    _check_metadata(model.metadata)
 
 
 def _info(path: Path) -> None:
@@ -97,11 +97,11 @@ def _info(path: Path) -> None:
 
 
 def _detector(path: Path) -> None:
-    """Opens every file, and runs what ONNX's own checker calls sound.
+    """Open every file, and run those that ONNX's checker accepts.
 
-    ONNX Runtime opens some graphs that it should not and crashes when they run: a Constant of the function body whose
-    value is of another type than it says, for one (case 6508). A loader cannot see that without the checker, which the
-    production image does not have.
+    ONNX Runtime opens some invalid graphs and crashes when they run, for example with a Constant in the function body
+    whose value has another type than declared (case 6508). A loader cannot detect that without the checker, which is
+    not installed in production.
     """
     import onnx
 
@@ -113,7 +113,7 @@ def _detector(path: Path) -> None:
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, UnicodeDecodeError, ValueError):
             return
         if max(detector.input_hw) <= 4 * fuzz_seeds.SIDE:
-            # Weights that are not finite any more make NumPy warn, as they should.
+            # NumPy warns about weights that are no longer finite.
             warnings.simplefilter("ignore", RuntimeWarning)
             detector(fuzz_seeds.make_image()).filter(conf=0.3)
             warnings.simplefilter("error", RuntimeWarning)
@@ -162,7 +162,7 @@ def _dataset(path: Path) -> None:
 
 
 def _with_images(folder: Path) -> None:
-    """Two images, their labels, a list of them, an annotation file and a YAML."""
+    """Write two images, their labels, a list of them, an annotation file and a YAML."""
     for name in ("images", "labels"):
         (folder / name).mkdir()
     for number in (1, 2):
@@ -174,14 +174,14 @@ def _with_images(folder: Path) -> None:
 
 
 def _engine(path: Path) -> None:
-    """Plan or record was damaged; both are named like the campaign's engine."""
+    """Load an engine whose plan or build record is damaged."""
     from yolov7_deploy.cli.info import info
     from yolov7_deploy.tensorrt.engine import Engine
 
     engine = path.with_suffix("") if path.suffix == ".json" else path
     loaded = Engine.load(engine)
     if loaded.record is not None:
-        _metadata_of(loaded.record.metadata)
+        _check_metadata(loaded.record.metadata)
         assert type(loaded.record).from_json(loaded.record.to_json()) == loaded.record
     for layers in (False, True):
         info(str(engine), json_path=os.devnull, layers=layers)
@@ -195,13 +195,13 @@ def _plugin(path: Path) -> None:
 
 
 def _mutate_library(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Half of the time what it says of itself, cut or filled up to the same length."""
+    """Change the library's description, truncated or padded to the same length, or any bytes."""
     start = data.find(b'{"name"')
     if start < 0 or rng.random() < 0.5:
         return mutations.mutate_bytes(rng, data, others)
     stop = data.index(b"\0", start)
-    said = mutations.mutate_json(rng, data[start:stop], ())
-    return data[:start] + said[: stop - start].ljust(stop - start) + data[stop:]
+    description = mutations.mutate_json(rng, data[start:stop], ())
+    return data[:start] + description[: stop - start].ljust(stop - start) + data[stop:]
 
 
 def _with_plan(folder: Path) -> None:
@@ -209,17 +209,17 @@ def _with_plan(folder: Path) -> None:
 
 
 def _mutate_record(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """Half of the time the inspector's document, or the builder's list, inside the record."""
+    """Change the record, or the inspector's document or layer listing in it."""
     document = json.loads(data)
     key, mutate = ("inspector", mutations.mutate_json) if document["inspector"] else ("listing", mutations.mutate_bytes)
     if rng.random() < 0.5 or not document[key]:
         return mutations.mutate_json(rng, data, others)
-    said = mutate(rng, document[key].encode(), ())
-    return json.dumps({**document, key: said.decode("utf-8", "replace")}).encode()
+    text = mutate(rng, document[key].encode(), ())
+    return json.dumps({**document, key: text.decode("utf-8", "replace")}).encode()
 
 
 def _mutate_onnx(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """A graph that is still a graph, with metadata or without; one time in three only bytes are changed."""
+    """Change messages of a graph and its metadata, or any bytes."""
     if rng.random() < 0.35:
         return mutations.mutate_bytes(rng, data, others)
     import onnx
@@ -292,7 +292,7 @@ TARGETS = {
         mutate=mutations.mutate_text,
         load=_dataset,
         suffix=".txt",
-        place="labels/1",
+        stem="labels/1",
         prepare=_with_images,
     ),
 }
@@ -302,13 +302,13 @@ TARGETS = {
 
 
 def damaged(name: str, case: int, seeds: Sequence[bytes]) -> bytes:
-    """The file of a case, the same on every machine that makes the same sound files."""
+    """Return the file of a case, which depends only on the case number and the valid files."""
     rng = random.Random(f"{name}:{case}")
     return TARGETS[name].mutate(rng, rng.choice(seeds), seeds)
 
 
-def complaint(error: Exception) -> str:
-    """What is wrong with the way a file was refused; empty where all is well."""
+def find_fault(error: Exception) -> str:
+    """Return what is wrong with the error about a file; empty if nothing is."""
     if not isinstance(error, Y7Error):
         return "".join(traceback.format_exception(error))[-3000:]
     if not error.message or not error.fix:
@@ -324,15 +324,15 @@ def complaint(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or any(words in str(cause) for words in OUT_OF_MEMORY):
-            return f"it took all memory before it was refused: {error}"
+            return f"all memory was used before the file was refused: {error}"
         cause = cause.__cause__
     return ""
 
 
 def campaign(name: str, *, first: int, count: int, folder: Path, keep: Path | None) -> None:
-    """Loads the cases first..first+count-1; before each its number is on the disk, after each what went wrong.
+    """Load the cases first..first+count-1; write the number of each before it runs, and faults after it.
 
-    The sound files come first: one at least must load, and what they take of address space is not counted.
+    Valid files are loaded first: at least one must be accepted, and their address space is not counted.
     """
     target = TARGETS[name]
     with tempfile.TemporaryDirectory(dir=folder) as home:
@@ -340,7 +340,7 @@ def campaign(name: str, *, first: int, count: int, folder: Path, keep: Path | No
     warnings.simplefilter("error")
     target.prepare(folder)
     os.chdir(folder)
-    path = folder / f"{target.place}{target.suffix}"
+    path = folder / f"{target.stem}{target.suffix}"
     accepted = 0
     for seed in seeds:
         path.write_bytes(seed)
@@ -348,8 +348,8 @@ def campaign(name: str, *, first: int, count: int, folder: Path, keep: Path | No
             target.load(path)
             accepted += 1
         except Y7Error as error:
-            assert not complaint(error), complaint(error)
-    assert accepted, "no sound file is accepted, so damaged ones would prove nothing"
+            assert not find_fault(error), find_fault(error)
+    assert accepted, "no valid file is accepted, so damaged files would prove nothing"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES, resource.RLIM_INFINITY))
     with (folder / "current").open("w") as current, (folder / "findings").open("a") as findings:
@@ -362,12 +362,12 @@ def campaign(name: str, *, first: int, count: int, folder: Path, keep: Path | No
             faulthandler.dump_traceback_later(HANG_S, exit=True)
             try:
                 target.load(path)
-                wrong = ""
-            except Exception as error:  # noqa: BLE001 - any error is what is looked for
-                wrong = complaint(error)
+                fault = ""
+            except Exception as error:  # noqa: BLE001 - every error is a result
+                fault = find_fault(error)
             faulthandler.cancel_dump_traceback_later()
-            if wrong:
-                findings.write(json.dumps([case, wrong]) + "\n")
+            if fault:
+                findings.write(json.dumps([case, fault]) + "\n")
                 findings.flush()
         os.pwrite(current.fileno(), b"done        ", 0)
 

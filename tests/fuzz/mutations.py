@@ -1,4 +1,4 @@
-"""Damage done to bytes, texts and JSON: every change is drawn from one random generator, so that a seed is a file."""
+"""Damage to bytes, text and JSON; every change comes from one random generator, so a seed determines the file."""
 
 from __future__ import annotations
 
@@ -11,23 +11,37 @@ from typing import Any
 Bytes = Sequence[bytes]
 Mutator = Callable[[random.Random, bytes, Bytes], bytes]
 
-# Lengths, counts and numbers at which readers break: signs, powers of two, what float64 and int64 cannot hold.
+# Lengths, counts and numbers that break readers: signs, powers of two, values out of range for float64 and int64.
 EDGES = (0, 1, 2, 7, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 NUMBERS = (
     *(*EDGES, -1, -2, -(2**31), -(2**63), 10**18, 10**400, 0.5, -0.0, 1e-320, 1e308),
     *(float("inf"), float("-inf"), float("nan")),
 )
-TEXTS = ("", " ", "\0", "a\0b", "\ud800", "é" * 300, "x" * 70_000, "../../..", "/", "~", "~nobody-here", "nan", "1e999")
+TEXTS = (
+    "",
+    " ",
+    "\0",
+    "a\0b",
+    "\ud800",
+    "é" * 300,
+    "x" * 70_000,
+    "../../..",
+    "/",
+    "~",
+    "~no-such-user",
+    "nan",
+    "1e999",
+)
 WORDS = (
     *(b"null", b"true", b"[]", b"{}", b'""', b"NaN", b"Infinity", b"1e999", b"-1", b"9" * 25, b"9" * 5000, b"**", b"*"),
     *(b"[", b"?", b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"~", b"~x/", b"/dev/null", b"http://[", b"0:0", b"!!binary x"),
     *(b"<<: *a", b"&a", b"*a", b"!!python/name:os.system", b"2001-99-99", b"1:1:1", b"---", b"\t", b"\r", b"%"),
 )
-LARGEST = 4 * 2**20  # a mutated file is never longer, so that size itself is no excuse
+LARGEST = 4 * 2**20  # maximum size of a damaged file, so that its size cannot be the problem
 
 
 def mutate_bytes(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """One to six changes of bytes; now and then nothing but noise, or nothing at all."""
+    """Return data with one to six changes; rarely only noise, or nothing."""
     kind = rng.random()
     if kind < 0.02:
         return b""
@@ -40,8 +54,8 @@ def mutate_bytes(rng: random.Random, data: bytes, others: Bytes) -> bytes:
     return bytes(changed)
 
 
-def _place(rng: random.Random, data: bytearray) -> int:
-    """Anywhere, but half of the time in the first or last hundred bytes, where headers and tables are."""
+def _position(rng: random.Random, data: bytearray) -> int:
+    """Return a position, half of the time in the first or last hundred bytes, where headers and tables are."""
     if not data:
         return 0
     near = min(len(data), 100)
@@ -49,27 +63,27 @@ def _place(rng: random.Random, data: bytearray) -> int:
 
 
 def span(rng: random.Random, data: bytearray) -> tuple[int, int]:
-    """Start and end of up to 4096 bytes."""
-    start = _place(rng, data)
+    """Return start and end of up to 4096 bytes."""
+    start = _position(rng, data)
     return start, min(len(data), start + int(2 ** rng.uniform(0, 12)))
 
 
 def _truncate(rng: random.Random, data: bytearray, _: Bytes) -> None:
-    del data[_place(rng, data) :]
+    del data[_position(rng, data) :]
 
 
 def _flip_bits(rng: random.Random, data: bytearray, _: Bytes) -> None:
     for _bit in range(min(len(data), rng.choice((1, 1, 2, 8, 64)))):
-        data[_place(rng, data)] ^= 1 << rng.randrange(8)
+        data[_position(rng, data)] ^= 1 << rng.randrange(8)
 
 
 def _set_bytes(rng: random.Random, data: bytearray, _: Bytes) -> None:
     for _byte in range(min(len(data), rng.choice((1, 1, 2, 8)))):
-        data[_place(rng, data)] = rng.choice((0, 0xFF, 0x7F, 0x80, rng.randrange(256)))
+        data[_position(rng, data)] = rng.choice((0, 0xFF, 0x7F, 0x80, rng.randrange(256)))
 
 
 def _insert(rng: random.Random, data: bytearray, _: Bytes) -> None:
-    at = _place(rng, data)
+    at = _position(rng, data)
     data[at:at] = rng.choice((rng.randbytes(rng.randrange(64)), bytes(rng.randrange(2000)), rng.choice(WORDS)))
 
 
@@ -81,7 +95,7 @@ def _delete(rng: random.Random, data: bytearray, _: Bytes) -> None:
 def _repeat(rng: random.Random, data: bytearray, _: Bytes) -> None:
     start, stop = span(rng, data)
     times = rng.choice((1, 1, 2, 50))
-    at = rng.choice((stop, _place(rng, data)))
+    at = rng.choice((stop, _position(rng, data)))
     data[at:at] = data[start:stop] * times
 
 
@@ -93,15 +107,15 @@ def _fill(rng: random.Random, data: bytearray, _: Bytes) -> None:
 def _splice(rng: random.Random, data: bytearray, others: Bytes) -> None:
     if others and data:
         other = rng.choice(others)
-        at = _place(rng, data)
+        at = _position(rng, data)
         source = rng.choice((at, rng.randrange(len(other) + 1)))
         data[at:] = other[source:]
 
 
 def _edit_number(rng: random.Random, data: bytearray, _: Bytes) -> None:
-    """Writes an edge over what may be a size: 1, 2, 4 or 8 bytes in either order."""
+    """Overwrite 1, 2, 4 or 8 bytes, which may be a size, with an edge value in either byte order."""
     width = rng.choice((1, 2, 4, 8))
-    at = _place(rng, data)
+    at = _position(rng, data)
     if rng.random() < 0.3:
         at -= at % width
     value = rng.choice((*EDGES, rng.randrange(1 << 20), len(data) + rng.randrange(-9, 9)))
@@ -123,7 +137,7 @@ _CHANGES: tuple[Callable[[random.Random, bytearray, Bytes], None], ...] = (
 
 
 def mutate_text(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """Whole words, numbers and lines; one time in four bytes instead."""
+    """Return text with changed words, numbers and lines, or one time in four with changed bytes."""
     if rng.random() < 0.25:
         return mutate_bytes(rng, data, others)
     for _ in range(rng.choice((1, 1, 2, 4))):
@@ -155,7 +169,7 @@ def _replaced(rng: random.Random, data: bytes, pattern: bytes, by: bytes) -> byt
 
 
 def mutate_json(rng: random.Random, data: bytes, others: Bytes) -> bytes:
-    """Another document: values of wrong types, huge numbers, keys and items gone or doubled, deep nesting."""
+    """Return a changed document: values of wrong types, huge numbers, missing or repeated items, deep nesting."""
     if rng.random() < 0.15:
         return mutate_text(rng, data, others)
     document = json.loads(data)
@@ -168,10 +182,10 @@ def mutate_json(rng: random.Random, data: bytes, others: Bytes) -> bytes:
 
 
 def changed_value(rng: random.Random, document: Any) -> Any:
-    """A plain document with one change somewhere in it; `document` itself may be changed."""
-    places = _places(document) if isinstance(document, (dict, list)) else []
-    # The whole document is replaced rarely: little is behind that door.
-    container, key, value = rng.choice(places) if places and rng.random() < 0.98 else (None, None, document)
+    """Return a document with one change; `document` itself may be changed."""
+    entries = _entries(document) if isinstance(document, (dict, list)) else []
+    # The complete document is replaced rarely, because that tests little.
+    container, key, value = rng.choice(entries) if entries and rng.random() < 0.98 else (None, None, document)
     new = _other_value(rng, value)
     if container is None:
         return new
@@ -187,7 +201,7 @@ def changed_value(rng: random.Random, document: Any) -> Any:
     return document
 
 
-def _places(document: Any) -> list[tuple[Any, Any, Any]]:
+def _entries(document: Any) -> list[tuple[Any, Any, Any]]:
     found, waiting = [], [document]
     while waiting:
         container = waiting.pop()
@@ -217,7 +231,7 @@ def _other_value(rng: random.Random, value: Any) -> Any:
 
 
 def _nested(rng: random.Random, value: Any) -> Any:
-    """Mostly under the limit of Python's own JSON writer, so that it can be written at all."""
+    """Nest a value, mostly less deeply than the limit of Python's JSON writer."""
     for _ in range(rng.choice((1, 30, 200, 850))):
         value = [value] if rng.random() < 0.5 else {"a": value}
     return value

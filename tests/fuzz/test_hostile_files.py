@@ -1,6 +1,6 @@
-"""Files that say what is not so: each of these once made a loader fail in a way of its own, or take all memory.
+"""Files with false content, each of which once made a loader crash, hang or use all memory.
 
-Found by the fuzz test, kept here by name; what a message must say is checked, and that sound files still open.
+They were found by the fuzz test. The tests check the error messages, and that valid files can still be opened.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile
 
-HUGE = 30_000  # a side; 900 megapixels, which took OpenCV 5 GB and 45 s from a JPEG of 1.6 kB
+HUGE = 30_000  # width and height; OpenCV needed 5 GB and 45 s for these 900 megapixels from a JPEG of 1.6 kB
 
 
 def written(path, data):
@@ -35,7 +35,7 @@ def written(path, data):
 
 
 def sized(suffix, width, height):
-    """A small image whose header says another size."""
+    """Return a small image whose header contains another size."""
     image = fuzz_seeds.make_image()
     data = bytearray(fuzz_seeds.encoded(suffix, image))
     match suffix:
@@ -68,7 +68,7 @@ def sized(suffix, width, height):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tiff", ".jp2", ".avif", ".webp"])
-def test_a_image_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffix):
+def test_an_image_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffix):
     path = written(tmp_path / f"bomb{suffix}", sized(suffix, HUGE, HUGE - 1))
     with pytest.raises(ImageError, match=f"has {HUGE} x {HUGE - 1} pixels, more than 180 million") as caught:
         read_image(path)
@@ -76,7 +76,7 @@ def test_a_image_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffix
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".gif"])
-def test_a_image_with_fewer_bytes_than_its_pixels_need_is_cut_off(tmp_path, suffix):
+def test_an_image_with_fewer_bytes_than_its_pixels_need_is_refused(tmp_path, suffix):
     path = written(tmp_path / f"short{suffix}", sized(suffix, 13_000, 13_001))
     assert MAX_PIXELS > 13_000 * 13_001
     with pytest.raises(ImageError, match=r"is cut off: .* cannot hold the 13000 x 13001 pixels"):
@@ -88,13 +88,13 @@ def test_a_grey_float_map_becomes_bgr(tmp_path):
     assert read_image(written(tmp_path / "grey.pfm", data)).shape == (4, 6, 3)
 
 
-def test_a_jpeg_segment_shorter_than_its_own_length_is_no_size(tmp_path):
+def test_a_jpeg_segment_shorter_than_its_length_field_is_refused(tmp_path):
     path = written(tmp_path / "a.jpg", b"\xff\xd8\xff\xe0\x00\x00" + b"JFIF")
     with pytest.raises(ImageError, match="not an image"):
         read_image_hw(path)
 
 
-def test_what_a_jpeg_has_before_its_frame_hides_no_size(tmp_path):
+def test_the_size_of_a_jpeg_is_found_after_other_segments_and_garbage(tmp_path):
     bomb = sized(".jpg", HUGE, HUGE)
     for between in (b"rubbish", b"\xff\xff\xff", b"\xff\xe1\x00\x06abcd", b"\xff\xd0"):
         with pytest.raises(ImageError, match="more than 180 million"):
@@ -102,7 +102,7 @@ def test_what_a_jpeg_has_before_its_frame_hides_no_size(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tiff", ".webp", ".jp2"])
-def test_a_blank_image_compresses_best_of_all_and_is_read(tmp_path, suffix):
+def test_a_blank_image_which_compresses_best_is_read(tmp_path, suffix):
     image = np.full((2000, 3000, 3), 114, np.uint8)
     path = written(tmp_path / f"blank{suffix}", fuzz_seeds.encoded(suffix, image))
     assert read_image(path).shape == image.shape
@@ -113,8 +113,8 @@ def test_a_blank_progressive_jpeg_is_read(tmp_path):
     assert read_image(written(tmp_path / "blank.jpg", data)).shape == (4000, 4000, 3)
 
 
-class Announcing:
-    """A capture that announces frames of a size and fails as OpenCV does when one is read."""
+class FakeCapture:
+    """A capture with a given frame size, which fails as OpenCV does when a frame is read."""
 
     def __init__(self, side):
         self.side, self.released = side, False
@@ -133,16 +133,16 @@ class Announcing:
 
 
 def test_a_video_of_huge_frames_is_refused_before_one_is_read():
-    capture = Announcing(HUGE)
+    capture = FakeCapture(HUGE)
     with pytest.raises(SourceError, match="frames of 30000 x 30000 pixels") as caught:
         VideoFile("a.mp4", opener=lambda address: capture)
     assert caught.value.fix
     assert capture.released
 
 
-def test_an_error_of_opencv_while_reading_a_video_is_ours():
+def test_an_error_of_opencv_while_reading_a_video_becomes_a_source_error():
     with pytest.raises(SourceError, match="cannot be decoded") as caught:
-        list(VideoFile("a.mp4", opener=lambda address: Announcing(64)).read())
+        list(VideoFile("a.mp4", opener=lambda address: FakeCapture(64)).read())
     assert caught.value.fix
 
 
@@ -168,7 +168,7 @@ def test_an_error_of_opencv_while_reading_a_video_is_ours():
         ("input_kind", "complex64"),
     ],
 )
-def test_a_metadata_with_a_wrong_value_names_the_field(field, value):
+def test_the_error_about_invalid_metadata_names_the_field(field, value):
     document = json.loads(fuzz_seeds.metadata_texts()[1])
     with pytest.raises(
         LoadError, match=f"metadata inside the file cannot be read .*{'kind|conf|' * (field == 'nms')}{field}"
@@ -176,7 +176,7 @@ def test_a_metadata_with_a_wrong_value_names_the_field(field, value):
         ModelMetadata.from_json(json.dumps({**document, field: value}))
 
 
-def test_a_name_of_half_a_character_can_be_printed():
+def test_a_class_name_with_a_lone_surrogate_can_be_printed():
     document = json.loads(fuzz_seeds.metadata_texts()[0])
     metadata = ModelMetadata.from_json(json.dumps({**document, "class_names": ["\ud800", "bär"]}))
     assert metadata.class_names == ("?", "bär")
@@ -192,14 +192,14 @@ LAUGHS = "\n".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LAUGHS, "aliases make more than"),
+        (LAUGHS, "aliases expand to more than"),
         ("val: .\nnames: &a [*a]\n", "contains itself"),
-        ("val: .\nnc: 9999999999999\n", "says nc: 9999999999999"),
-        ("val: .\nnames: " + "[" * 20_000, "nested deeper"),
-        ("val: .\nnames: [[cat], dog]\n", "is no text"),
-        ("val: {a: b}\nnames: [cat]\n", "is no path"),
+        ("val: .\nnc: 9999999999999\n", "has nc: 9999999999999"),
+        ("val: .\nnames: " + "[" * 20_000, "nested too deeply"),
+        ("val: .\nnames: [[cat], dog]\n", "is not a string"),
+        ("val: {a: b}\nnames: [cat]\n", "is not a path"),
         ("val: " + "x" * 70_000 + "\nnames: [cat]\n", "does not exist"),
-        ("val: /dev/zero\nnames: [cat]\n", "it is no file"),
+        ("val: /dev/zero\nnames: [cat]\n", "it is not a file"),
     ],
     ids=["laughs", "itself", "classes", "deep", "names", "mapping", "long", "device"],
 )
@@ -229,7 +229,7 @@ def test_a_hostile_yaml_is_refused_with_a_short_message(tmp_path, text, message)
         ("annotations", {"image_id": [1]}),
     ],
 )
-def test_a_coco_row_with_a_wrong_value_is_shown(tmp_path, section, change):
+def test_the_error_about_an_invalid_coco_entry_shows_it(tmp_path, section, change):
     document = json.loads(fuzz_seeds.coco_documents()[0])
     document[section][0].update(change)
     path = written(tmp_path / "instances.json", json.dumps(document).encode())
@@ -240,7 +240,7 @@ def test_a_coco_row_with_a_wrong_value_is_shown(tmp_path, section, change):
     assert len(str(caught.value)) < 1000
 
 
-def test_a_coco_file_nested_without_end_is_refused(tmp_path):
+def test_a_deeply_nested_coco_file_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="cannot be read as JSON"):
         open_dataset(written(tmp_path / "instances.json", b"[" * 100_000))
 
@@ -252,15 +252,15 @@ def test_a_coco_file_nested_without_end_is_refused(tmp_path):
     ("text", "message"),
     [
         ("x" * 5000, "does not exist"),
-        ("~nobody-here/a.jpg", "does not exist"),
+        ("~no-such-user/a.jpg", "does not exist"),
         ("9" * 5000, "does not exist"),
-        ("http://[", "is no address"),
-        ("[" * 20_000, "is no pattern"),
-        ("/dev/null", "is no file"),
+        ("http://[", "is not a valid URL"),
+        ("[" * 20_000, "is not a valid pattern"),
+        ("/dev/null", "is not a file"),
     ],
     ids=["long", "user", "number", "address", "pattern", "device"],
 )
-def test_a_source_that_cannot_be_is_refused_with_a_short_message(tmp_path, text, message):
+def test_an_invalid_source_is_refused_with_a_short_message(tmp_path, text, message):
     for source in (text, written(tmp_path / "list.txt", text.encode())):
         with pytest.raises(SourceError, match=message) as caught:
             open_source(source)
@@ -276,44 +276,47 @@ def test_a_weights_name_too_long_for_any_file_is_refused():
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
-def opened(path, change):
-    """A Detector of the small graph with raw outputs (first seed), changed."""
+def open_changed(path, change):
+    """Open a Detector of the small graph with raw outputs (the first seed), changed by a function."""
     proto = onnx.load_model_from_string(fuzz_seeds.graphs()[0])
     change(proto)
     return Detector(written(path, proto.SerializeToString()), device="cpu")
 
 
-def test_a_graph_whose_names_are_no_text_is_refused(tmp_path):
+def test_a_graph_with_names_that_are_not_utf_8_is_refused(tmp_path):
     data = fuzz_seeds.graphs()[0].replace(b"images", b"imag\xff\xfe")
-    with pytest.raises(LoadError, match=r"cannot open|no YOLOv7 layout") as caught:
+    with pytest.raises(LoadError, match=r"cannot open|not a YOLOv7 layout") as caught:
         Detector(written(tmp_path / "names.onnx", data), device="cpu")
     assert caught.value.fix
 
 
-def test_a_metadata_of_another_size_than_the_graph_is_refused(tmp_path):
+def test_metadata_with_another_size_than_the_graph_is_refused(tmp_path):
     def change(proto):
         metadata = json.loads(proto.metadata_props[0].value)
         proto.metadata_props[0].value = json.dumps({**metadata, "input_hw": [60_000, 60_000]})
 
-    with pytest.raises(LoadError, match=r"metadata of .* says .*60000.*its graph .*64"):
-        opened(tmp_path / "size.onnx", change)
+    with pytest.raises(LoadError, match=r"metadata of .* states .*60000.*its graph .*64"):
+        open_changed(tmp_path / "size.onnx", change)
 
 
-def test_a_metadata_with_other_classes_than_the_results_is_refused(tmp_path):
+def test_metadata_with_other_classes_than_the_outputs_is_refused(tmp_path):
     def change(proto):
         metadata = json.loads(proto.metadata_props[0].value)
         proto.metadata_props[0].value = json.dumps({**metadata, "class_names": ["only one"]})
 
-    with opened(tmp_path / "classes.onnx", change) as detector, pytest.raises(LoadError, match="no YOLOv7 layout"):
+    with (
+        open_changed(tmp_path / "classes.onnx", change) as detector,
+        pytest.raises(LoadError, match="not a YOLOv7 layout"),
+    ):
         detector(fuzz_seeds.make_image())
 
 
-def test_a_graph_that_wants_more_than_images_is_refused(tmp_path):
+def test_a_graph_with_additional_inputs_is_refused(tmp_path):
     def change(proto):
         proto.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
 
-    with pytest.raises(LoadError, match=r"'more'.* is no YOLOv7 layout"):
-        opened(tmp_path / "more.onnx", change)
+    with pytest.raises(LoadError, match=r"'more'.* is not a YOLOv7 layout"):
+        open_changed(tmp_path / "more.onnx", change)
 
 
 def test_a_foreign_graph_with_a_billion_columns_is_refused(tmp_path):
@@ -326,9 +329,9 @@ def test_a_foreign_graph_with_a_billion_columns_is_refused(tmp_path):
         numpy_helper.from_array(np.array([2]), "axes"),
         numpy_helper.from_array(np.array([1, 3, 10**9]), "shape"),
     ]
-    takes = [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 64, 64])]
-    gives = [helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 3, 10**9])]
-    graph = helper.make_graph(nodes, "wide", takes, gives, constants)
+    inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 64, 64])]
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 3, 10**9])]
+    graph = helper.make_graph(nodes, "wide", inputs, outputs, constants)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with pytest.raises(LoadError, match="no YOLOv7 layout"):
+    with pytest.raises(LoadError, match="not a YOLOv7 layout"):
         Detector(written(tmp_path / "wide.onnx", proto.SerializeToString()), device="cpu")

@@ -64,7 +64,9 @@ def loader_speed(bench: Bench, variant: str, *, cached: bool) -> dict[str, Any]:
     """
     dataset, batch = repeated(open_dataset(bench.data, split="train"), REPEATS), bench.sizes.batches[-1]
     loader = new_loader(bench, dataset, variant, batch, cached=cached)
-    stepper = new_stepper(bench.sizes, variant, batch, device=bench.device, half=True, small_steps=True, classes=CLASS_NAMES)
+    stepper = new_stepper(
+        bench.sizes, variant, batch, device=bench.device, half=True, small_steps=True, classes=CLASS_NAMES
+    )
     try:
         found = measured(bench, loader, stepper, fill=loader.steps if cached else 1)
         bench.rates[variant] = found["images_per_s"]

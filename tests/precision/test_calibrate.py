@@ -1,4 +1,4 @@
-"""Calibration against NumPy on the tensors themselves, and what its digests depend on."""
+"""Calibration against NumPy on the tensors themselves, and the inputs on which its digests depend."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from yolov7_deploy.precision.histogram import Histogram
 from yolov7_deploy.precision.subgraph import Network
 
 IMAGES = (noise(*HW, 1), noise(60, 250, 2), noise(*HW, 3), noise(300, 400, 4))
-# Means are added up in float32 inside the graph, in another order than NumPy does; relative to the mean magnitude.
+# Means are summed in float32 inside the graph, in another order than in NumPy; relative to the mean magnitude.
 MEAN_REL = 1e-5
-# Doubles added up in another order.
+# float64 sums in another order.
 ORDER_REL = 1e-14
-# Thirty images need what three need, and a few digests more.
+# Thirty images need the memory of three, and a few more digests.
 GROWTH = 1.05
 
 MATRIX = [("float32", 1), ("float32", 3), ("uint8", 1), ("uint8", 3)]
@@ -39,21 +39,21 @@ def calibrated(model, images=IMAGES):
 
 @lru_cache
 def calibration_of(input_kind="float32", batch=1) -> Calibration:
-    """Of yolov7-tiny on IMAGES; shared, so not to be changed."""
+    """Calibration of yolov7-tiny on IMAGES; it is shared, so do not modify it."""
     return calibrated(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))
 
 
-def fed(image, input_kind, batch):
-    """The image as the network takes it, slowly."""
-    placed = fit_letterbox(image.shape[:2], HW).apply(image)
+def network_array(image, input_kind, batch):
+    """The image as network input, computed slowly."""
+    letterboxed = fit_letterbox(image.shape[:2], HW).apply(image)
     if input_kind == "float32":
-        placed = np.stack([placed[..., channel] / np.float32(255) for channel in (2, 1, 0)])
-    return np.stack([placed] * batch)
+        letterboxed = np.stack([letterboxed[..., channel] / np.float32(255) for channel in (2, 1, 0)])
+    return np.stack([letterboxed] * batch)
 
 
 @lru_cache
 def tensors_of(input_kind, batch):
-    """For each image all float tensors in front of decoding and the input, as outputs of a graph of ONNX Runtime."""
+    """For each image the input and all float tensors before decoding, as graph outputs in ONNX Runtime."""
     model = exported_tiny(nms="plugin", input_kind=input_kind, batch=batch)
     proto = copy.deepcopy(model.proto)
     nodes = [node for node in proto.graph.node if not node.domain and not node.name.startswith("end__")]
@@ -63,7 +63,7 @@ def tensors_of(input_kind, batch):
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     opened = session(proto)
-    arrays = [fed(image, input_kind, batch) for image in IMAGES]
+    arrays = [network_array(image, input_kind, batch) for image in IMAGES]
     return [
         {"images": array, **dict(zip(names, opened.run(names, {"images": array}), strict=True))} for array in arrays
     ]
@@ -83,15 +83,15 @@ def test_histograms_are_those_of_the_tensors_themselves(input_kind, batch):
     for name, histogram in found.histograms.items():
         values = np.concatenate([of_image[name].reshape(-1) for of_image in tensors])
         np.testing.assert_array_equal(histogram.counts, Histogram.of(values).counts, err_msg=name)
-        assert histogram.largest == np.abs(values).max(), name
+        assert histogram.amax == np.abs(values).max(), name
 
 
 @pytest.mark.parametrize("input_kind, batch", MATRIX)
-def test_means_are_those_of_each_channel_that_a_convolution_reads(input_kind, batch):
+def test_input_means_are_those_of_each_input_channel_of_a_convolution(input_kind, batch):
     found, tensors = calibration_of(input_kind, batch), tensors_of(input_kind, batch)
     read = {node.input[0] for node in convolutions(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))}
-    assert found.means.keys() == read
-    for name, means in found.means.items():
+    assert found.input_means.keys() == read
+    for name, means in found.input_means.items():
         values = np.concatenate([of_image[name] for of_image in tensors]).astype(np.float64)
         assert means.dtype == np.float64 and means.shape == (values.shape[1],)
         reach = np.abs(values).mean()
@@ -99,38 +99,38 @@ def test_means_are_those_of_each_channel_that_a_convolution_reads(input_kind, ba
 
 
 @pytest.mark.parametrize("input_kind, batch", MATRIX)
-def test_the_largest_results_are_those_of_each_convolution_before_its_activation(input_kind, batch):
+def test_output_amax_is_the_largest_output_of_each_convolution_before_its_activation(input_kind, batch):
     found, tensors = calibration_of(input_kind, batch), tensors_of(input_kind, batch)
-    made = [node.output[0] for node in convolutions(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))]
-    assert list(found.largest) == made
-    for name, largest in found.largest.items():
-        assert largest == max(float(np.abs(of_image[name]).max()) for of_image in tensors), name
+    outputs = [node.output[0] for node in convolutions(exported_tiny(nms="plugin", input_kind=input_kind, batch=batch))]
+    assert list(found.output_amax) == outputs
+    for name, amax in found.output_amax.items():
+        assert amax == max(float(np.abs(of_image[name]).max()) for of_image in tensors), name
 
 
 @pytest.mark.parametrize("input_kind", ["float32", "uint8"])
-def test_what_every_convolution_reads_is_counted_or_is_joined_of_what_is_counted(input_kind):
+def test_every_input_of_a_convolution_is_counted_or_consists_of_counted_tensors(input_kind):
     model = exported_tiny(nms="plugin", input_kind=input_kind)
     counted = set(calibration_of(input_kind).histograms)
-    makers = {name: node for node in model.proto.graph.node for name in node.output}
+    producers = {name: node for node in model.proto.graph.node for name in node.output}
     waiting, ends = [node.input[0] for node in convolutions(model)], set()
     while waiting:
         name = waiting.pop()
-        if name in makers and makers[name].op_type in ("Concat", "MaxPool", "Resize"):
-            waiting += makers[name].input[: None if makers[name].op_type == "Concat" else 1]
+        if name in producers and producers[name].op_type in ("Concat", "MaxPool", "Resize"):
+            waiting += producers[name].input[: None if producers[name].op_type == "Concat" else 1]
         else:
             ends.add(name)
     assert counted == ends
     assert ("images" in counted) == (input_kind == "float32")
 
 
-def test_a_fixed_batch_counts_each_image_as_often_as_it_runs():
+def test_a_fixed_batch_counts_each_image_once_per_batch_element():
     one, three = calibration_of(batch=1), calibration_of(batch=3)
     for name, histogram in one.histograms.items():
         assert three.histograms[name].counts.sum() == 3 * histogram.counts.sum()
     np.testing.assert_array_equal(three.histograms["images"].counts, 3 * one.histograms["images"].counts)
 
 
-# --- images and their order -----------------------------------------------------------------------------------------
+# --- images and their order -------------------------------------------------------------------------------------------
 
 
 def test_the_order_of_images_does_not_matter():
@@ -139,14 +139,14 @@ def test_the_order_of_images_does_not_matter():
     assert found.histograms.keys() == other.histograms.keys()
     for name, histogram in found.histograms.items():
         np.testing.assert_array_equal(histogram.counts, other.histograms[name].counts)
-        assert histogram.largest == other.histograms[name].largest
-    for name, means in found.means.items():
-        np.testing.assert_allclose(means, other.means[name], rtol=ORDER_REL, atol=ORDER_REL)
-    rest = {field.name for field in fields(Calibration)} - {"histograms", "means"}
+        assert histogram.amax == other.histograms[name].amax
+    for name, means in found.input_means.items():
+        np.testing.assert_allclose(means, other.input_means[name], rtol=ORDER_REL, atol=ORDER_REL)
+    rest = {field.name for field in fields(Calibration)} - {"histograms", "input_means"}
     assert {name: getattr(found, name) for name in rest} == {name: getattr(other, name) for name in rest}
 
 
-def test_the_digest_of_images_is_of_the_images():
+def test_other_images_have_another_digest():
     model = exported_tiny(nms="plugin")
     digests = {
         calibrated(model, images).images_sha256 for images in (IMAGES[:1], IMAGES[1:2], IMAGES[:2], IMAGES[:1] * 2)
@@ -154,23 +154,23 @@ def test_the_digest_of_images_is_of_the_images():
     assert len(digests) == 4
 
 
-def test_images_may_come_one_by_one():
+def test_images_may_come_from_an_iterator():
     found = calibrate(exported_tiny(nms="plugin"), iter(IMAGES), count=len(IMAGES))
     assert found.images_sha256 == calibration_of().images_sha256
 
 
-def test_progress_is_told_after_each_image():
-    told = []
-    calibrate(exported_tiny(nms="plugin"), IMAGES, count=9, progress=lambda done, count: told.append((done, count)))
-    assert told == [(1, 9), (2, 9), (3, 9), (4, 9)]
+def test_progress_is_reported_after_each_image():
+    reported = []
+    calibrate(exported_tiny(nms="plugin"), IMAGES, count=9, progress=lambda done, count: reported.append((done, count)))
+    assert reported == [(1, 9), (2, 9), (3, 9), (4, 9)]
 
 
-def test_without_a_image_nothing_is_calibrated():
+def test_calibration_without_images_is_an_error():
     with pytest.raises(UsageError, match="no image"):
         calibrate(exported_tiny(nms="plugin"), [], count=0)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_modified():
     model = exported_tiny(nms="plugin")
     before = model.proto.SerializeToString(deterministic=True)
     calibrated(model, IMAGES[:1])
@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
         few, many = peak(3), peak(30)
     finally:
         tracemalloc.stop()
-    assert few > 10e6  # the tensors of an image are among what is traced
+    assert few > 10e6  # the tensors of an image are traced, too
     assert many < GROWTH * few
 
 
@@ -221,9 +221,9 @@ def changed(change, **options):
     ids=str,
 )
 @pytest.mark.parametrize("input_kind", ["float32", "uint8"])
-def test_suppression_opset_and_batch_do_not_change_the_digest(options, input_kind):
-    usual = {"nms": "plugin", "input_kind": input_kind}
-    assert digest(exported_tiny(**{**usual, **options})) == digest(exported_tiny(**usual))
+def test_nms_opset_and_batch_do_not_change_the_digest(options, input_kind):
+    base = {"nms": "plugin", "input_kind": input_kind}
+    assert digest(exported_tiny(**{**base, **options})) == digest(exported_tiny(**base))
 
 
 def nudge(graph, name):
@@ -247,13 +247,13 @@ def slope(graph):
     ],
     ids=["the last bit of a weight", "the last bit of a bias", "an attribute", "a node"],
 )
-def test_everything_in_front_of_decoding_changes_the_digest(change):
+def test_every_change_before_decoding_changes_the_digest(change):
     model = exported_tiny(nms="plugin")
     assert digest(changed(change)) != digest(model)
     assert digest(changed(lambda graph: None)) == digest(model)
 
 
-def test_bytes_as_input_are_another_network():
+def test_uint8_input_has_another_digest():
     assert digest(exported_tiny(nms="plugin")) != digest(exported_tiny(nms="plugin", input_kind="uint8"))
 
 
@@ -261,7 +261,7 @@ def test_the_calibration_has_the_digest_of_its_network():
     assert calibration_of().network_sha256 == digest(exported_tiny(nms="none"))
 
 
-# --- what is no number ------------------------------------------------------------------------------------------------
+# --- values that are not finite ---------------------------------------------------------------------------------------
 
 
 def scaled(graph, name, factor):
@@ -270,29 +270,29 @@ def scaled(graph, name, factor):
 
 
 def overflowing(graph):
-    """Infinite on what is not black: two layers of 1e25 each, and nothing added to them."""
+    """Infinite on all images but black ones: two layers with weights of 1e25 and biases of 0."""
     for layer in (0, 1):
         scaled(graph, f"model.{layer}.conv.weight", 1e25)
         scaled(graph, f"model.{layer}.conv.bias", 0)
 
 
-def test_infinite_values_are_refused_with_tensor_and_image():
+def test_the_error_for_infinite_values_names_tensor_and_image():
     black = np.zeros((*HW, 3), np.uint8)
-    with pytest.raises(ExportError, match=r"On image 3, model\.1\.act holds values that are infinite") as caught:
+    with pytest.raises(ExportError, match=r"On image 3, model\.1\.act holds infinite values") as caught:
         calibrated(changed(overflowing), (black, black, noise(*HW), black))
     assert caught.value.fix
     calibrated(changed(overflowing), (black, black))
 
 
 @pytest.mark.parametrize("layer", ["model.0.conv", "model.40.conv"])
-def test_weights_that_are_no_numbers_are_refused(layer):
-    with pytest.raises(ExportError, match=r"On image 1, .* infinite or no numbers"):
+def test_nan_weights_are_refused(layer):
+    with pytest.raises(ExportError, match=r"On image 1, .* infinite values or NaN"):
         calibrated(changed(lambda graph: scaled(graph, f"{layer}.weight", np.nan)), IMAGES)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_head_map_that_is_no_number_is_refused(bad):
-    """No convolution reads it, and so no histogram counts it."""
+def test_a_head_map_that_is_not_finite_is_refused(bad):
+    """No convolution reads head maps, so no histogram counts them."""
     head = exported_tiny(nms="plugin").metadata.heads[1]
 
     def spoil(graph):
@@ -302,25 +302,25 @@ def test_a_head_map_that_is_no_number_is_refused(bad):
         values[3] = bad
         stored.CopyFrom(numpy_helper.from_array(values, bias))
 
-    with pytest.raises(ExportError, match=f"On image 1, {head} holds values that are infinite or no numbers"):
+    with pytest.raises(ExportError, match=f"On image 1, {head} holds infinite values or NaN"):
         calibrated(changed(spoil), IMAGES)
 
 
-# --- graphs of others -------------------------------------------------------------------------------------------------
+# --- third-party graphs -----------------------------------------------------------------------------------------------
 
 
-def test_a_constant_that_is_joined_to_what_a_convolution_reads_is_counted_with_every_image():
-    """As where a network is given the place of each cell (CoordConv)."""
-    places = np.linspace(-7, 7, 2 * 8 * 8, dtype=np.float32).reshape(1, 2, 8, 8)
+def test_a_constant_input_of_a_concat_is_counted_with_every_image():
+    """As in CoordConv, where the network reads the coordinates of each cell."""
+    coordinates = np.linspace(-7, 7, 2 * 8 * 8, dtype=np.float32).reshape(1, 2, 8, 8)
     weights = {
         "first": np.ones((4, 3, 1, 1), np.float32),
-        "places": places,
+        "coordinates": coordinates,
         "second": np.ones((4, 6, 1, 1), np.float32),
         "last": np.ones((2, 4, 1, 1), np.float32),
     }
     nodes = [
         helper.make_node("Conv", ["images", "first"], ["a"]),
-        helper.make_node("Concat", ["a", "places"], ["joined"], axis=1),
+        helper.make_node("Concat", ["a", "coordinates"], ["joined"], axis=1),
         helper.make_node("Conv", ["joined", "second"], ["b"]),
         helper.make_node("Conv", ["b", "last"], ["output"]),
     ]
@@ -334,6 +334,6 @@ def test_a_constant_that_is_joined_to_what_a_convolution_reads_is_counted_with_e
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     model = OnnxModel(proto, ModelMetadata(variant="custom", class_names=(), strides=(), anchors=(), input_hw=(8, 8)))
     found = calibrated(model, [noise(8, 8, seed) for seed in range(3)])
-    np.testing.assert_array_equal(found.histograms["places"].counts, 3 * Histogram.of(places).counts)
-    assert found.histograms["places"].largest == 7
-    assert found.means["joined"].shape == (6,)
+    np.testing.assert_array_equal(found.histograms["coordinates"].counts, 3 * Histogram.of(coordinates).counts)
+    assert found.histograms["coordinates"].amax == 7
+    assert found.input_means["joined"].shape == (6,)

@@ -1,4 +1,4 @@
-"""Where Q/DQ pairs go: the rules of the placement as invariants of every variant, and on graphs made by hand."""
+"""Placement of Q/DQ pairs: the rules as invariants of every variant, and on small graphs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tests.support.small_models import session
 from tests.support.thin_variants import random_model, thin_model
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import foreign_metadata
+from yolov7_deploy.metadata import assumed_metadata
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.qdq_placement import HEAD_REASON, float_nodes, place
+from yolov7_deploy.precision.qdq_placement import HEAD_REASON, float_nodes, place_qdq
 from yolov7_deploy.precision.subgraph import Network
 
-# Of results of three layers in INT8, in their standard deviations. Measured: 0.03.
+# Error of three INT8 layers, in standard deviations of the output. Measured: 0.03.
 INT8_TOLERANCE = 0.05
-WHY = "a test spares it"
+WHY = "excluded by a test"
 
 
 @lru_cache
 def network_of(variant) -> Network:
-    """Of a thin variant; shared, so not to be changed."""
+    """Network of a thin variant; it is shared, so do not modify it."""
     return Network(thin_model(variant))
 
 
@@ -43,9 +43,9 @@ def network_of(variant) -> Network:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_heads_and_only_heads_stay_float(variant):
     network = network_of(variant)
-    placement = place(network, {})
+    placement = place_qdq(network, {})
     every = [node.output[0] for node in network.proto.graph.node if node.op_type == "Conv"]
-    assert placement.kept == dict.fromkeys(network.heads, HEAD_REASON)
+    assert placement.float_convolutions == dict.fromkeys(network.heads, HEAD_REASON)
     assert placement.convolutions == tuple(name for name in every if name not in network.heads)
     assert {node.output[0] for node in float_nodes(network, placement)} == set(network.heads)
 
@@ -53,23 +53,23 @@ def test_heads_and_only_heads_stay_float(variant):
 @pytest.mark.parametrize(
     "variant", [v if v.startswith("yolov7-tiny") else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
 )
-def test_a_variant_is_placed_as_its_thin_copy_is(variant):
-    """Seconds each for the large ones."""
-    assert place(Network(random_model(VARIANTS[variant])), {}) == place(network_of(variant), {})
+def test_a_variant_has_the_placement_of_its_thin_copy(variant):
+    """Large variants take seconds."""
+    assert place_qdq(Network(random_model(VARIANTS[variant])), {}) == place_qdq(network_of(variant), {})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_keeps_all_rules_in_the_placement_and_in_the_file(variant):
+def test_all_rules_hold_for_every_variant_in_the_placement_and_in_the_file(variant):
     network = network_of(variant)
-    placement = place(network, {})
+    placement = place_qdq(network, {})
     check_placement(network, placement)
     check_file(network, placement)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_joined_pooled_or_enlarged_for_a_convolution_has_one_scale(variant):
+def test_inputs_and_outputs_of_concat_max_pool_and_resize_have_one_scale(variant):
     network = network_of(variant)
-    placement = place(network, {})
+    placement = place_qdq(network, {})
     scales = scale_by_group(placement)
     kinds = Counter()
     for node in network.nodes:
@@ -84,51 +84,51 @@ def test_what_is_joined_pooled_or_enlarged_for_a_convolution_has_one_scale(varia
 
 def test_both_terms_of_a_residual_sum_have_pairs_of_one_scale():
     network = network_of("yolov7-e6e")
-    placement = place(network, {})
+    placement = place_qdq(network, {})
     sums = [node for node in network.nodes if node.op_type == "Add"]
     assert len(sums) == 11  # an extended ELAN on each stage of backbone and neck
     for node in sums:
-        assert len({placement.groups[name] for name in node.input}) == 1
+        assert len({placement.scale_groups[name] for name in node.input}) == 1
         assert all(node.output[0] in placement.pairs[name] for name in node.input)
 
 
-def test_sparing_any_convolution_of_tiny_takes_its_pair_away_and_no_other():
+def test_excluding_a_convolution_of_tiny_removes_its_pair_and_no_other():
     network = network_of("yolov7-tiny")
-    whole = place(network, {})
+    whole = place_qdq(network, {})
     for output in whole.convolutions:
-        placement = place(network, {output: WHY})
-        assert placement.kept[output] == WHY and len(placement.kept) == 4
+        placement = place_qdq(network, {output: WHY})
+        assert placement.float_convolutions[output] == WHY and len(placement.float_convolutions) == 4
         check_placement(network, placement)
         gone = whole.pairs.keys() - placement.pairs.keys()
-        read = network.makers[output].input[0]
+        read = network.producers[output].input[0]
         assert (read in gone) == (whole.pairs[read] == (output,))
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.data())
-def test_all_rules_hold_whatever_is_spared(data):
+def test_all_rules_hold_for_any_excluded_layers(data):
     network = network_of(data.draw(st.sampled_from(["yolov7-tiny", "yolov7-w6", "yolov7-e6e"])))
-    spared = data.draw(st.sets(st.sampled_from(place(network, {}).convolutions), max_size=40))
-    placement = place(network, dict.fromkeys(spared, WHY))
+    excluded = data.draw(st.sets(st.sampled_from(place_qdq(network, {}).convolutions), max_size=40))
+    placement = place_qdq(network, dict.fromkeys(excluded, WHY))
     check_placement(network, placement)
     check_file(network, placement)
 
 
-def test_a_spared_layer_reads_the_float_tensor_in_the_file_and_keeps_its_weights():
+def test_an_excluded_layer_reads_the_float_tensor_and_keeps_its_weights():
     network = network_of("yolov7-tiny")
     output = "model.5.conv"
-    proto = check_file(network, place(network, {output: WHY}))
+    proto = check_file(network, place_qdq(network, {output: WHY}))
     node = next(node for node in proto.graph.node if node.output[0] == output)
-    assert list(node.input) == list(network.makers[output].input)
-    floats = [node.output[0] for node in float_nodes(network, place(network, {output: WHY}))]
+    assert list(node.input) == list(network.producers[output].input)
+    floats = [node.output[0] for node in float_nodes(network, place_qdq(network, {output: WHY}))]
     assert floats == [output, "model.5.act", *network.heads]
 
 
-# --- graphs made by hand ----------------------------------------------------------------------------------------------
+# --- small graphs -----------------------------------------------------------------------------------------------------
 
 
 class Sketch:
-    """A foreign graph that takes `images` [1, 3, 16, 16]; every call adds a node and gives its output."""
+    """A third-party graph with the input `images` [1, 3, 16, 16]; every call adds a node and returns its output."""
 
     def __init__(self):
         self.nodes, self.weights = [], {}
@@ -163,7 +163,7 @@ class Sketch:
         )
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
-        metadata = foreign_metadata(classes=1, input_hw=(16, 16), batch=1, input_kind="float32", nms=None)
+        metadata = assumed_metadata(classes=1, input_hw=(16, 16), batch=1, input_kind="float32", nms=None)
         return OnnxModel(proto, metadata)
 
 
@@ -172,35 +172,35 @@ def quantized(model, **options):
     return to_int8(model, calibrate(model, images, count=3), Int8Options(**options))
 
 
-def placed(model, *, spared=()):
-    """The placement, when it keeps all rules in itself and in the file."""
+def placed(model, *, excluded=()):
+    """The placement, after checking that all rules hold in it and in the file."""
     network = Network(model)
-    placement = place(network, dict.fromkeys(spared, WHY))
+    placement = place_qdq(network, dict.fromkeys(excluded, WHY))
     check_placement(network, placement)
     check_file(network, placement)
     return placement
 
 
 def assert_near(model, ours):
-    """The INT8 file gives what the float32 file does."""
+    """The outputs of the INT8 file are close to those of the float32 file."""
     image = noise(16, 16, 9)[None, ..., ::-1].transpose(0, 3, 1, 2) / np.float32(255)
     runs = [session(m.proto).run(None, {"images": np.ascontiguousarray(image)}) for m in (model, ours)]
     for expected, found in zip(*runs, strict=True):
         assert 0 < np.sqrt(np.mean((found - expected) ** 2)) < INT8_TOLERANCE * expected.std()
 
 
-def test_between_convolution_and_activation_there_is_no_pair():
+def test_there_is_no_pair_between_convolution_and_activation():
     sketch = Sketch()
     first = sketch.node("Relu", sketch.conv("images", "a", c_in=3), name="a.act")
     second = sketch.node("Relu", sketch.conv(first, "b"), name="b.act")
     model = sketch.model(sketch.conv(second, "head"))
     placement = placed(model)
     assert placement.pairs == {"images": ("a",), "a.act": ("b",)}
-    assert placement.kept == {"head": HEAD_REASON}
-    assert_near(model, quantized(model, rest="fp32"))
+    assert placement.float_convolutions == {"head": HEAD_REASON}
+    assert_near(model, quantized(model, fallback="fp32"))
 
 
-def test_two_readers_share_one_pair():
+def test_two_consumers_share_one_pair():
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3)
     joined = sketch.node("Sub", sketch.conv(first, "b"), sketch.conv(first, "c"), name="joined")
@@ -208,46 +208,46 @@ def test_two_readers_share_one_pair():
     assert placement.pairs == {"images": ("a",), "a": ("b", "c")}
 
 
-@pytest.mark.parametrize("float_one", ["spared", "not a convolution"])
-def test_a_float_branch_is_joined_with_the_scale_of_both(float_one):
+@pytest.mark.parametrize("float_one", ["excluded", "not a convolution"])
+def test_a_concat_with_a_float_branch_has_the_scale_of_both_branches(float_one):
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3)
-    one = sketch.conv(first, "b") if float_one == "spared" else sketch.node("Tanh", first, name="b")
+    one = sketch.conv(first, "b") if float_one == "excluded" else sketch.node("Tanh", first, name="b")
     joined = sketch.node("Concat", one, sketch.conv(first, "c"), name="joined", axis=1)
     model = sketch.model(sketch.conv(sketch.conv(joined, "d", c_in=8), "head"))
-    placement = placed(model, spared=["b"] if float_one == "spared" else [])
-    assert placement.groups["joined"] == ("b", "c")
+    placement = placed(model, excluded=["b"] if float_one == "excluded" else [])
+    assert placement.scale_groups["joined"] == ("b", "c")
     assert placement.pairs["joined"] == ("d",)
     assert "b" not in placement.pairs and "c" not in placement.pairs
-    assert_near(model, quantized(model, rest="fp32", spare={"b": WHY} if float_one == "spared" else {}))
+    assert_near(model, quantized(model, fallback="fp32", exclude={"b": WHY} if float_one == "excluded" else {}))
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
-def test_only_a_nearest_resize_passes_values_on(mode):
+def test_only_a_nearest_resize_is_a_pass_through_operation(mode):
     sketch = Sketch()
     large = sketch.enlarge(sketch.conv("images", "a", c_in=3), "large", mode=mode)
     model = sketch.model(sketch.conv(sketch.conv(large, "b"), "head"))
     placement = placed(model)
     if mode == "nearest":
         assert placement.pairs == {"images": ("a",), "a": ("large",), "large": ("b",)}
-        assert placement.groups["a"] == placement.groups["large"] == ("a",)
+        assert placement.scale_groups["a"] == placement.scale_groups["large"] == ("a",)
     else:
         assert placement.pairs == {"images": ("a",), "large": ("b",)}
-        assert placement.groups["large"] == ("large",)
-    assert_near(model, quantized(model, rest="fp32"))
+        assert placement.scale_groups["large"] == ("large",)
+    assert_near(model, quantized(model, fallback="fp32"))
 
 
 @pytest.mark.parametrize("options", [{"group": 4}, {"group": 2}, {"bias": False}, {"group": 4, "bias": False}], ids=str)
-def test_groups_and_no_bias_are_quantised_as_well(options):
+def test_convolutions_with_groups_or_without_bias_are_quantized(options):
     sketch = Sketch()
     first = sketch.node("Relu", sketch.conv("images", "a", c_in=3), name="a.act")
     model = sketch.model(sketch.conv(sketch.conv(first, "b", **options), "head"))
     assert placed(model).convolutions == ("a", "b")
-    assert_near(model, quantized(model, rest="fp32"))
+    assert_near(model, quantized(model, fallback="fp32"))
 
 
 @pytest.mark.parametrize("source", ["Constant", "Identity"])
-def test_a_convolution_whose_weights_are_no_initializer_stays_float_and_says_why(source):
+def test_a_convolution_whose_weights_are_not_an_initializer_stays_float_with_a_reason(source):
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3)
     values = np.ones((4, 4, 1, 1), np.float32)
@@ -258,21 +258,22 @@ def test_a_convolution_whose_weights_are_no_initializer_stays_float_and_says_why
     second = sketch.node("Conv", first, weight, name="b")
     model = sketch.model(sketch.conv(second, "head"))
     placement = placed(model)
-    assert placement.kept == {"b": "its weights are no float32 initializer", "head": HEAD_REASON}
+    assert placement.float_convolutions == {"b": "its weights are not a float32 initializer", "head": HEAD_REASON}
     assert placement.convolutions == ("a",)
-    assert ("b", placement.kept["b"]) in quantized(model).metadata.int8.kept
+    assert ("b", placement.float_convolutions["b"]) in quantized(model).metadata.int8.float_layers
 
 
-def test_without_a_convolution_there_is_nothing_to_place():
+def test_a_graph_without_convolutions_has_an_empty_placement():
     sketch = Sketch()
     model = sketch.model(sketch.node("Relu", "images", name="output"))
-    placement = place(Network(model), {})
-    assert (placement.convolutions, placement.pairs, placement.groups, placement.kept) == ((), {}, {}, {})
-    with pytest.raises(ExportError, match="No convolution can be INT8: there is none"):
+    placement = place_qdq(Network(model), {})
+    assert (placement.convolutions, placement.pairs) == ((), {})
+    assert (placement.scale_groups, placement.float_convolutions) == ({}, {})
+    with pytest.raises(ExportError, match="No convolution can be INT8: the graph has none"):
         quantized(model)
 
 
-def test_a_sum_with_a_constant_or_the_image_is_no_residual():
+def test_a_sum_with_a_constant_or_the_image_is_not_residual():
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3, c_out=3)
     shifted = sketch.node("Add", first, sketch.weight("shift", np.ones((3, 1, 1), np.float32)), name="shifted")
@@ -281,33 +282,33 @@ def test_a_sum_with_a_constant_or_the_image_is_no_residual():
     assert placement.pairs == {"images": ("a",), "added": ("b",)}
 
 
-def test_sums_of_sums_read_all_their_terms_through_pairs():
+def test_sums_of_sums_read_all_terms_through_pairs():
     sketch = Sketch()
     terms = [sketch.conv("images", name, c_in=3) for name in "abc"]
     once = sketch.node("Add", *terms[:2], name="once")
     twice = sketch.node("Add", once, terms[2], name="twice")
     placement = placed(sketch.model(sketch.conv(sketch.conv(twice, "d"), "head")))
     assert set(placement.pairs) == {"images", "a", "b", "c", "once", "twice"}
-    assert placement.groups["a"] == placement.groups["b"] == ("a", "b")
-    assert placement.groups["once"] == placement.groups["c"] == ("c", "once")
+    assert placement.scale_groups["a"] == placement.scale_groups["b"] == ("a", "b")
+    assert placement.scale_groups["once"] == placement.scale_groups["c"] == ("c", "once")
 
 
-def test_a_pooled_term_of_a_sum_has_the_scale_of_what_is_pooled():
-    """Its values are also read without the pool; two ranges for them would be two scales of one name."""
+def test_a_pooled_term_of_a_sum_has_the_scale_of_the_input_of_the_pool():
+    """Its values are also read without the pool; two ranges would be two scales of the same name."""
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3)
     pooled = sketch.node("MaxPool", first, name="pooled", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
     added = sketch.node("Add", pooled, sketch.conv(first, "b"), name="added")
     model = sketch.model(sketch.conv(sketch.conv(added, "c"), "head"))
     placement = placed(model)
-    assert placement.groups["a"] == placement.groups["pooled"] == placement.groups["b"] == ("a", "b")
-    assert_near(model, quantized(model, rest="fp32"))
+    assert placement.scale_groups["a"] == placement.scale_groups["pooled"] == placement.scale_groups["b"] == ("a", "b")
+    assert_near(model, quantized(model, fallback="fp32"))
 
 
-def test_a_constant_that_is_joined_shares_the_scale():
+def test_a_constant_input_of_a_concat_shares_the_scale():
     sketch = Sketch()
-    places = sketch.weight("places", np.linspace(-9, 9, 256, dtype=np.float32).reshape(1, 1, 16, 16))
-    joined = sketch.node("Concat", sketch.conv("images", "a", c_in=3), places, name="joined", axis=1)
+    grid = sketch.weight("grid", np.linspace(-9, 9, 256, dtype=np.float32).reshape(1, 1, 16, 16))
+    joined = sketch.node("Concat", sketch.conv("images", "a", c_in=3), grid, name="joined", axis=1)
     model = sketch.model(sketch.conv(sketch.conv(joined, "b", c_in=5), "head"))
-    assert placed(model).groups["joined"] == ("a", "places")
-    assert_near(model, quantized(model, rest="fp32"))
+    assert placed(model).scale_groups["joined"] == ("a", "grid")
+    assert_near(model, quantized(model, fallback="fp32"))

@@ -1,4 +1,4 @@
-"""The TensorRT calibration cache: its form, a line for every tensor in front of decoding, the scales of the file."""
+"""TensorRT calibration cache: its format, a line for every tensor before decoding, the same scales as the INT8 file."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny
 from tests.support.thin_variants import SIDE, thin_model
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import foreign_metadata
+from yolov7_deploy.metadata import assumed_metadata
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.histogram import LEVELS
 from yolov7_deploy.precision.int8 import to_int8
 from yolov7_deploy.precision.trt_cache import trt_calibration_cache
 
-# Scales are products of doubles that become float32 at the end.
+# Scales are products of float64 that are rounded to float32 at the end.
 FLOAT32_REL = 1e-6
-# With SiLU, with space-to-depth in front, with residual sums.
+# With SiLU, with a space-to-depth stem, with residual sums.
 THIN = ("yolov7-tiny-silu", "yolov7-w6", "yolov7-e6e")
 
 
 @lru_cache
 def model_of(which, **options):
-    """yolov7-tiny as it is exported, or a thin variant."""
+    """Exported yolov7-tiny, or a thin variant."""
     return exported_tiny(**{"nms": "plugin", **options}) if which == "tiny" else thin_model(which)
 
 
@@ -54,8 +54,7 @@ def scales_in(text):
     return scales
 
 
-def nodes_of(model):
-    """What stands in front of decoding."""
+def nodes_before_decoding(model):
     return [node for node in model.proto.graph.node if not node.domain and not node.name.startswith("end__")]
 
 
@@ -64,11 +63,11 @@ QUICK = ("max", "percentile")  # the others are searches, a second for twenty te
 every_model = pytest.mark.parametrize("which, options", MODELS, ids=str)
 
 
-# --- its form ---------------------------------------------------------------------------------------------------------
+# --- format -----------------------------------------------------------------------------------------------------------
 
 
 @every_model
-def test_it_is_a_header_and_lines_of_a_name_and_the_bits_of_a_float(which, options):
+def test_the_cache_is_a_header_and_lines_of_a_name_and_the_bits_of_a_float(which, options):
     text = text_of(which, **options)
     assert text.isascii() and text.endswith("\n") and "\r" not in text
     header, *lines = text[:-1].split("\n")
@@ -76,8 +75,8 @@ def test_it_is_a_header_and_lines_of_a_name_and_the_bits_of_a_float(which, optio
     assert lines and all(re.fullmatch(r"\S+: [0-9a-f]{8}", line) for line in lines)
 
 
-def test_bits_are_written_with_the_sign_first():
-    """1 / 127, as TensorRT writes it for what ends at 1."""
+def test_bits_are_written_in_big_endian_order():
+    """1 / 127, as TensorRT writes it for a sigmoid."""
     line = next(line for line in text_of("yolov7-tiny-silu").splitlines() if "sigmoid" in line)
     assert line.endswith(": 3c010204")
     assert np.array([0x3C010204], np.uint32).view(np.float32)[0] == np.float32(1 / 127)
@@ -94,18 +93,18 @@ def test_the_same_calibration_gives_the_same_text():
 
 
 @every_model
-def test_every_float_tensor_in_front_of_decoding_has_a_line_and_none_behind(which, options):
+def test_every_float_tensor_before_decoding_has_a_line_and_none_after_it(which, options):
     model = model_of(which, **options)
-    made = [name for node in nodes_of(model) for name in node.output]
-    of_bytes = options.get("input_kind") == "uint8"
-    assert list(scales_in(text_of(which, **options))) == [*([] if of_bytes else ["images"]), *made]
-    assert set(model.metadata.heads) < set(made)
-    assert len(made) < len(model.proto.graph.node)
+    computed = [name for node in nodes_before_decoding(model) for name in node.output]
+    is_uint8 = options.get("input_kind") == "uint8"
+    assert list(scales_in(text_of(which, **options))) == [*([] if is_uint8 else ["images"]), *computed]
+    assert set(model.metadata.heads) < set(computed)
+    assert len(computed) < len(model.proto.graph.node)
 
 
 @every_model
 @pytest.mark.parametrize("method", QUICK)
-def test_every_scale_is_a_number_above_zero(which, options, method):
+def test_every_scale_is_finite_and_positive(which, options, method):
     for name, scale in scales_in(text_of(which, method=method, **options)).items():
         assert np.isfinite(scale) and scale > 1e-9, name
 
@@ -117,7 +116,7 @@ def test_every_scale_is_a_number_above_zero(which, options, method):
 @pytest.mark.parametrize("method", QUICK)
 def test_tensors_with_a_pair_have_the_scale_of_the_int8_file(which, options, method):
     model, calibration = model_of(which, **options), calibration_of(which, **options)
-    graph = to_int8(model, calibration, Int8Options(method=method, rest="fp32")).proto.graph
+    graph = to_int8(model, calibration, Int8Options(method=method, fallback="fp32")).proto.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     scales = scales_in(text_of(which, method=method, **options))
     pairs = [node for node in graph.node if node.op_type == "QuantizeLinear"]
@@ -127,10 +126,10 @@ def test_tensors_with_a_pair_have_the_scale_of_the_int8_file(which, options, met
 
 
 @every_model
-def test_what_is_joined_pooled_enlarged_or_cut_has_the_scale_of_what_it_is_made_of(which, options):
+def test_outputs_of_pass_through_operations_have_the_scale_of_their_inputs(which, options):
     scales = scales_in(text_of(which, **options))
     kinds = set()
-    for node in nodes_of(model_of(which, **options)):
+    for node in nodes_before_decoding(model_of(which, **options)):
         if node.op_type in ("Concat", "MaxPool", "Resize", "Slice"):
             kinds.add(node.op_type)
             names = node.input if node.op_type == "Concat" else node.input[:1]
@@ -141,17 +140,17 @@ def test_what_is_joined_pooled_enlarged_or_cut_has_the_scale_of_what_it_is_made_
 
 def test_both_terms_of_a_residual_sum_share_a_scale():
     scales = scales_in(text_of("yolov7-e6e"))
-    sums = [node for node in nodes_of(model_of("yolov7-e6e")) if node.op_type == "Add"]
+    sums = [node for node in nodes_before_decoding(model_of("yolov7-e6e")) if node.op_type == "Add"]
     assert sums
     for node in sums:
         assert len({scales[name] for name in node.input}) == 1
 
 
 @every_model
-def test_what_a_convolution_makes_has_the_scale_of_its_activation(which, options):
+def test_the_output_of_a_convolution_has_the_scale_of_its_activation(which, options):
     model = model_of(which, **options)
     scales = scales_in(text_of(which, **options))
-    activations = [node for node in nodes_of(model) if node.op_type in ("LeakyRelu", "Mul")]
+    activations = [node for node in nodes_before_decoding(model) if node.op_type in ("LeakyRelu", "Mul")]
     assert len(activations) > 50
     for node in activations:
         assert scales[node.input[0]] == scales[node.output[0]]
@@ -160,29 +159,29 @@ def test_what_a_convolution_makes_has_the_scale_of_its_activation(which, options
 @pytest.mark.parametrize("which", THIN)
 def test_a_sigmoid_ends_at_one(which):
     scales = scales_in(text_of(which))
-    sigmoids = [node.output[0] for node in nodes_of(model_of(which)) if node.op_type == "Sigmoid"]
+    sigmoids = [node.output[0] for node in nodes_before_decoding(model_of(which)) if node.op_type == "Sigmoid"]
     assert len(sigmoids) > 50
     assert {scales[name] for name in sigmoids} == {np.float32(1 / LEVELS)}
 
 
 @every_model
 def test_heads_are_not_clipped(which, options):
-    scales, largest = scales_in(text_of(which, **options)), calibration_of(which, **options).largest
+    scales, amax = scales_in(text_of(which, **options)), calibration_of(which, **options).output_amax
     for head in model_of(which, **options).metadata.heads:
-        assert scales[head] == pytest.approx(largest[head] / LEVELS, rel=FLOAT32_REL)
+        assert scales[head] == pytest.approx(amax[head] / LEVELS, rel=FLOAT32_REL)
 
 
-def test_bytes_have_the_steps_of_what_they_are_scaled_to():
+def test_uint8_inputs_have_255_times_the_scale_of_the_scaled_image():
     scales = scales_in(text_of(input_kind="uint8"))
     for name in ("pixels", "planes", "rgb"):
         assert scales[name] == pytest.approx(255 * scales["scaled"], rel=FLOAT32_REL)
 
 
-# --- graphs of others -------------------------------------------------------------------------------------------------
+# --- third-party graphs -----------------------------------------------------------------------------------------------
 
 
 def foreign(*nodes, shape):
-    """Two convolutions that make `a` and `b`, and more nodes."""
+    """Two convolutions with outputs `a` and `b`, and the given nodes."""
     weights = {
         "first": np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32),
         "second": np.ones((4, 4, 1, 1), np.float32),
@@ -200,11 +199,11 @@ def foreign(*nodes, shape):
         initializer=[numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return OnnxModel(proto, foreign_metadata(classes=1, input_hw=(64, 64), batch=1, input_kind="float32", nms=None))
+    return OnnxModel(proto, assumed_metadata(classes=1, input_hw=(64, 64), batch=1, input_kind="float32", nms=None))
 
 
-def test_an_unknown_range_has_no_line_instead_of_a_range_of_nothing():
-    """TensorRT computes in float what has no line."""
+def test_a_tensor_of_unknown_range_has_no_line():
+    """TensorRT computes tensors without a line in float."""
     model = foreign(
         helper.make_node("Softmax", ["b"], ["soft"], axis=1),
         helper.make_node("Reshape", ["soft", "shape"], ["flat"]),

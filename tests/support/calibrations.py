@@ -1,4 +1,4 @@
-"""A small calibration made by hand, when two of them are equal, and what is done to their files."""
+"""A small calibration, a comparison of calibrations, and changes to their files."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from yolov7_deploy.precision.histogram import Histogram
 NETWORK, SEEN = "a" * 64, "b" * 64
 
 
-def made(**changes):
-    """Four tensors (one of no value at all, one of zeros, one of extremes) and two convolutions."""
+def small_calibration(**changes):
+    """Four tensors (one without values, one of zeros, one of extreme values) and two convolutions."""
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    whole = {
+    fields_by_name = {
         "histograms": {
             "a": Histogram.of(values),
             "none": Histogram.of(values[:0]),
             "zeros": Histogram.of(np.zeros(7, np.float32)),
             "tiny": Histogram.of(np.array([1e-45, 3e38, -0.0], np.float32)),
         },
-        "means": {"images": np.array([0.1, 1e-300, -2.5]), "a": np.array([1 / 3])},
-        "largest": {"x": 3.25, "y": 0.0},
+        "input_means": {"images": np.array([0.1, 1e-300, -2.5]), "a": np.array([1 / 3])},
+        "output_amax": {"x": 3.25, "y": 0.0},
         "images": 3,
         "network_sha256": NETWORK,
         "images_sha256": SEEN,
     }
-    return Calibration(**{**whole, **changes})
+    return Calibration(**{**fields_by_name, **changes})
 
 
 def assert_equal(found, expected):
-    """To the last bit, and in the same order."""
+    """Assert that two calibrations are equal to the last bit, in the same order."""
     assert list(found.histograms) == list(expected.histograms)
     for name, histogram in expected.histograms.items():
         assert found.histograms[name].counts.dtype == np.int64
         np.testing.assert_array_equal(found.histograms[name].counts, histogram.counts)
-        assert found.histograms[name].largest == histogram.largest
-    assert list(found.means) == list(expected.means)
-    for name, means in expected.means.items():
-        assert found.means[name].dtype == np.float64
-        assert found.means[name].tobytes() == means.tobytes()
-    np.testing.assert_equal(dict(found.largest), dict(expected.largest))  # NaN is equal to NaN
-    assert list(found.largest) == list(expected.largest)
+        assert found.histograms[name].amax == histogram.amax
+    assert list(found.input_means) == list(expected.input_means)
+    for name, means in expected.input_means.items():
+        assert found.input_means[name].dtype == np.float64
+        assert found.input_means[name].tobytes() == means.tobytes()
+    np.testing.assert_equal(dict(found.output_amax), dict(expected.output_amax))  # treats NaN as equal
+    assert list(found.output_amax) == list(expected.output_amax)
     for field in fields(Calibration):
-        if field.name not in ("histograms", "means", "largest"):
+        if field.name not in ("histograms", "input_means", "output_amax"):
             assert getattr(found, field.name) == getattr(expected, field.name)
 
 
@@ -58,7 +58,7 @@ def arrays(path):
 
 
 def rewritten(path, **changes):
-    """The file with other arrays, in the form NumPy writes; functions change what is there."""
+    """Rewrite the file with NumPy; each change is a new array, or a function of the old one."""
     columns = arrays(path)
     for name, change in changes.items():
         columns[name] = change(columns[name].copy()) if callable(change) else change

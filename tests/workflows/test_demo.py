@@ -1,4 +1,4 @@
-"""The demo goes the whole road without a network, with weights that come along and find what they never saw."""
+"""The demo runs the whole pipeline offline, with included weights that detect objects in new images."""
 
 from __future__ import annotations
 
@@ -13,62 +13,61 @@ from typer.testing import CliRunner
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.datasets.synthetic import CLASS_NAMES, shape_image, write_shapes
+from yolov7_deploy.datasets.synthetic import CLASS_NAMES, generate_image, write_shapes
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
-from yolov7_deploy.evaluation import synthetic_image as street
 from yolov7_deploy.evaluation.accuracy import evaluate
+from yolov7_deploy.evaluation.synthetic_image import street_scene
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.hub import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, find_weights, shipped_weights
+from yolov7_deploy.hub import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, bundled_weights, find_weights
 from yolov7_deploy.image import read_image
 from yolov7_deploy.options import BenchOptions, ExportOptions, ValOptions
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import demo as module
-from yolov7_deploy.workflows import demo as shapes_road
 from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
 
 SHARED = os.environ.get("Y7_SHARED", "")
-# The sign in the drawn street: white rim of an octagon at (0.3 W, 0.36 H) with radius 0.15 H.
+# The sign in the street scene: white rim of an octagon at (0.3 W, 0.36 H) with radius 0.15 H.
 SIGN = (slice(101, 245), slice(120, 264))
 
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """A working directory and local places without any weights."""
+    """A working directory, cache and environment without any weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(WEIGHTS_DIR_VARIABLE, raising=False)
     return tmp_path
 
 
-def test_the_street_is_the_same_every_time_and_has_a_red_sign():
-    first = street()
+def test_the_street_scene_is_deterministic_and_has_a_red_sign():
+    first = street_scene()
     assert first.shape == (480, 640, 3)
     assert first.dtype == np.uint8
-    assert np.array_equal(first, street())
+    assert np.array_equal(first, street_scene())
     blue, green, red = first[SIGN].reshape(-1, 3).mean(0)
     assert red > 1.5 * max(blue, green)
 
 
-def test_the_shipped_weights_are_small_and_say_what_they_are():
-    path = shipped_weights()
+def test_the_included_weights_are_small_and_have_metadata():
+    path = bundled_weights()
     assert path.stat().st_size <= 13_000_000
     checkpoint = load_checkpoint(path)
     assert (checkpoint.variant, checkpoint.class_names) == ("yolov7-tiny", CLASS_NAMES)
     assert find_weights(SHAPES_WEIGHTS) == path
 
 
-def test_the_shipped_weights_find_shapes_that_they_never_saw(tmp_path):
+def test_the_included_weights_detect_shapes_in_new_images(tmp_path):
     data = write_shapes(tmp_path / "shapes", train=1, val=40, size=320, seed=7)
-    with Detector(shipped_weights(), device="cpu", img=416) as detector:
+    with Detector(bundled_weights(), device="cpu", img=416) as detector:
         report = evaluate(detector, open_dataset(data), options=ValOptions(rect=False))
     assert report.ap >= 0.8
 
 
-def test_without_weights_the_demo_goes_the_whole_road(nowhere, monkeypatch):
-    monkeypatch.setattr(shapes_road, "CALIBRATION", 8)
-    monkeypatch.setattr(shapes_road, "JUDGES", 8)
-    monkeypatch.setattr(shapes_road, "SPEED", BenchOptions(duration_s=0.05, warmup_s=0.05))
+def test_without_weights_the_demo_runs_the_whole_pipeline(nowhere, monkeypatch):
+    monkeypatch.setattr(module, "CALIBRATION_IMAGES", 8)
+    monkeypatch.setattr(module, "EVALUATION_IMAGES", 8)
+    monkeypatch.setattr(module, "SPEED", BenchOptions(duration_s=0.05, warmup_s=0.05))
     result = CliRunner().invoke(app, ["demo"])
     assert result.exception is None, result.output
     assert result.stdout.count("verified against torch") == 3
@@ -87,50 +86,50 @@ def test_without_weights_the_demo_goes_the_whole_road(nowhere, monkeypatch):
 
 
 @pytest.mark.parametrize("fp16_speed", [17.0, 60.0])
-def test_half_that_is_slower_than_float32_is_explained(tmp_path, fp16_speed):
+def test_fp16_that_is_slower_than_fp32_is_explained(tmp_path, fp16_speed):
     files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", "fp16")}
     for path in files.values():
         path.write_bytes(b"")
     speeds = {"fp32": 32.0, "fp16": fp16_speed}
-    words = shapes_road._told(shipped_weights(), files, {"torch": 0.84, "fp32": 0.84, "fp16": 0.84}, speeds)
-    assert (shapes_road.HALF_IS_SLOW in words) == (fp16_speed < 32.0)
+    text = module._results_text(bundled_weights(), files, {"torch": 0.84, "fp32": 0.84, "fp16": 0.84}, speeds)
+    assert (module.FP16_IS_SLOW in text) == (fp16_speed < 32.0)
 
 
-def test_a_image_for_the_shapes_network_is_refused():
+def test_an_image_for_the_shapes_network_is_a_usage_error():
     result = CliRunner().invoke(app, ["demo", "--source", "street.jpg"])
     assert isinstance(result.exception, UsageError)
     assert "--weights yolov7" in str(result.exception)
 
 
-def test_weights_of_yours_are_taken_as_they_are(tmp_path, monkeypatch):
+def test_the_demo_runs_with_other_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ExportOptions", lambda: ExportOptions(input_hw=(416, 416)))
     lines: list[str] = []
     weights = tmp_path / "mine.safetensors"
-    weights.write_bytes(shipped_weights().read_bytes())
-    image, _ = shape_image(4, split="val", size=320, seed=0)
+    weights.write_bytes(bundled_weights().read_bytes())
+    image, _ = generate_image(4, split="val", size=320, seed=0)
     write_image(tmp_path / "shapes.png", image)
     folder = tmp_path / "new" / "out"
-    report = run_demo(weights=weights, source=tmp_path / "shapes.png", save_dir=folder, say=lines.append)
+    report = run_demo(weights=weights, source=tmp_path / "shapes.png", save_dir=folder, log=lines.append)
     assert report.onnx == folder / "mine.onnx"
     assert json.loads(report.detections.to_json())["detections"]
     assert read_image(folder / "shapes-detected.png").shape == image.shape
 
 
-def test_a_image_that_is_absent_is_our_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "export_weights", None)  # found out before any long work
+def test_a_missing_image_is_an_image_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "export_weights", None)  # it is not reached
     with pytest.raises(ImageError):
-        run_demo(weights=shipped_weights(), source=tmp_path / "absent.jpg", save_dir=tmp_path, say=lambda line: None)
+        run_demo(weights=bundled_weights(), source=tmp_path / "absent.jpg", save_dir=tmp_path, log=lambda line: None)
 
 
-def test_a_folder_that_cannot_be_made_is_our_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_usage_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be made"):
-        run_shapes_demo(save_dir=tmp_path / "file" / "demo", say=lambda line: None)
+    with pytest.raises(UsageError, match="cannot be created"):
+        run_shapes_demo(save_dir=tmp_path / "file" / "demo", log=lambda line: None)
 
 
 @pytest.mark.skipif(not SHARED, reason="needs the official weights under Y7_SHARED")
-def test_the_official_weights_recognise_the_sign_in_the_drawn_street():
+def test_the_official_weights_detect_the_sign_in_the_street_scene():
     with Detector(Path(SHARED) / "weights" / "yolov7_training.pt", device="cpu") as detector:
-        found = detector(street())
+        found = detector(street_scene())
     assert found.names == ("stop sign",)
     np.testing.assert_allclose(found.boxes[0], [120, 101, 264, 245], atol=5)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy.workflows.quantize import PRUNED, min_excluded_layers
+from yolov7_deploy.workflows.quantize import MAX_PRUNED_LAYERS, min_excluded_layers
 
 LAYERS = [f"layer {number}" for number in range(40)]
 
@@ -25,12 +25,12 @@ def test_what_must_be_spared_is(places):
     found = min_excluded_layers(LAYERS, needing(needed, calls))
     assert needed <= found
     last = max(places) + 1
-    if last <= PRUNED:
+    if last <= MAX_PRUNED_LAYERS:
         assert found == needed
     else:
         assert found == frozenset(LAYERS[:last])
     assert len(calls) == len(set(calls))  # each costs minutes
-    assert len(calls) <= 2 * 6 + PRUNED
+    assert len(calls) <= 2 * 6 + MAX_PRUNED_LAYERS
 
 
 def test_the_dearest_layer_alone_is_tried_first():

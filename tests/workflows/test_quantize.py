@@ -106,7 +106,7 @@ def test_the_spoiled_layer_is_found_and_spared(images, data, natural):
     result = run(spoiled(), images, data, said, max_drop=allowed)
     assert result.costs[0].layer == SPOILED
     assert result.costs[0].error > 3 * result.costs[1].error
-    kept = dict(result.model.metadata.int8.kept)
+    kept = dict(result.model.metadata.int8.float_layers)
     assert [layer for layer in kept if layer not in result.model.metadata.heads] == [SPOILED]
     assert "spared for AP: alone in INT8 it moves the head by" in kept[SPOILED]
     assert result.drop.points <= allowed
@@ -119,7 +119,7 @@ def test_the_spoiled_layer_is_found_and_spared(images, data, natural):
 
 def test_nothing_is_spared_where_little_is_lost(images, data, natural):
     result = run(exported_tiny(), images, data, max_drop=natural.points + 1)
-    assert len(result.model.metadata.int8.kept) == len(result.model.metadata.heads)
+    assert len(result.model.metadata.int8.float_layers) == len(result.model.metadata.heads)
     assert result.costs == () and len(result.trials) == 1
 
 

@@ -420,7 +420,7 @@ def find_variant_name(weights: str) -> str:
         variant = record.metadata.variant if record else ""
     else:
         from yolov7_deploy.hub import find_weights
-        from yolov7_deploy.inspection.describe import inspect_weights
+        from yolov7_deploy.inspection.network import inspect_weights
 
         variant = inspect_weights(find_weights(weights)).variant
     if variant not in VARIANTS:

@@ -37,6 +37,6 @@ def demo(
     from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
 
     if weights is None:
-        run_shapes_demo(save_dir=save_dir, say=typer.echo)
+        run_shapes_demo(save_dir=save_dir, log=typer.echo)
         return
-    run_demo(weights=locate_weights(weights), source=source, save_dir=save_dir, say=typer.echo)
+    run_demo(weights=locate_weights(weights), source=source, save_dir=save_dir, log=typer.echo)

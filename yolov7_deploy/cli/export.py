@@ -283,7 +283,7 @@ def _run(job: ExportJob) -> None:
 
 
 def _find_tensorrt(options: EngineOptions) -> Installation:
-    from yolov7_deploy.tensorrt.selection import find_tensorrt
+    from yolov7_deploy.tensorrt.builder import find_tensorrt
 
     return find_tensorrt(options)
 
@@ -317,8 +317,10 @@ def _stem(weights: str, path: Path) -> str:
 def _build(path: Path, options: EngineOptions, installation: Installation | None, *, to_stderr: bool) -> EngineReport:
     from yolov7_deploy.tensorrt.builder import build_file
 
-    with shown_progress(verbose=False, to_stderr=to_stderr) as telling:
-        report = build_file(path, path.with_suffix(".engine"), options=options, on=installation, telling=telling)
+    with shown_progress(verbose=False, to_stderr=to_stderr) as callbacks:
+        report = build_file(
+            path, path.with_suffix(".engine"), options=options, installation=installation, callbacks=callbacks
+        )
     typer.echo(describe_engine(report), err=to_stderr)
     return report
 

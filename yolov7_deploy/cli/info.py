@@ -15,8 +15,8 @@ from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:
     from yolov7_deploy.inspection.complexity import Complexity, LayerCost
-    from yolov7_deploy.inspection.network import PaperCost, VariantRecord, WeightsRecord
     from yolov7_deploy.inspection.engine_file import EngineFile
+    from yolov7_deploy.inspection.network import PaperCost, VariantRecord, WeightsRecord
     from yolov7_deploy.inspection.onnx_file import OnnxFile, TensorInfo
     from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.model.configs import Anchors

@@ -38,7 +38,7 @@ MaxDrop = Annotated[
     float | None,
     typer.Option("--max-drop", help="AP points (of 100) INT8 may lose; layers stay float until it loses no more."),
 ]
-Spare = Annotated[list[str] | None, typer.Option("--spare", help="A layer that stays float; may be given often.")]
+Spare = Annotated[list[str] | None, typer.Option("--exclude", help="A layer that stays float; may be given often.")]
 
 NO_IMAGES = UsageError(
     "INT8 needs sample images: the range of each tensor is measured on them, and ranges of random numbers or of no "
@@ -58,8 +58,10 @@ def quantize(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Find what INT8 costs in each layer; takes minutes.")
     ] = False,
-    spare: Spare = None,
-    rest: Annotated[str, typer.Option("--rest", help="Type of what is not INT8: fp16 or fp32.")] = DEFAULTS.rest,
+    exclude: Spare = None,
+    fallback: Annotated[
+        str, typer.Option("--fallback", help="Type of what is not INT8: fp16 or fp32.")
+    ] = DEFAULTS.fallback,
     calib_limit: CalibLimit = CALIB_LIMIT,
     calib_cache: CalibCache = None,
     trt_cache: Annotated[
@@ -72,7 +74,9 @@ def quantize(
     if calib is None:
         raise NO_IMAGES
     options = QuantizeOptions(
-        int8=Int8Options(method=method, rest=rest, spare=dict.fromkeys(spare or (), "asked for with --spare")),
+        int8=Int8Options(
+            method=method, fallback=fallback, exclude=dict.fromkeys(exclude or (), "excluded with --exclude")
+        ),
         max_drop=max_drop,
         sensitivity=sensitivity or chart is not None,
         cache=calib_cache,
@@ -81,9 +85,9 @@ def quantize(
     place = output or Path(f"{path.stem}-int8.onnx")
     _check_place(place)
     if chart is not None:
-        from yolov7_deploy._charts import check_chart_name
+        from yolov7_deploy._charts import check_chart_path
 
-        check_chart_name(chart)
+        check_chart_path(chart)
     from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 
     model = open_onnx(path)
@@ -93,31 +97,14 @@ def quantize(
     if trt_cache is not None:
         _write_trt_cache(model, result, options, trt_cache)
     if chart is not None:
-        from yolov7_deploy.workflows.quantize import cost_chart
+        from yolov7_deploy.workflows.quantize import write_sensitivity_chart
 
-        cost_chart(result, chart, title=place.stem)
+        write_sensitivity_chart(result, chart, title=place.stem)
     if json_path is not None:
         from yolov7_deploy._console import write_json
         from yolov7_deploy.workflows.quantize import to_dict
 
         write_json({"path": str(place), **to_dict(result)}, json_path)
-
-
-def asked_for_int8(
-    calib: Path | None, *, data: Path | None, max_drop: float | None, is_int8: bool
-) -> QuantizeOptions | None:
-    """How an export quantises, if at all.
-
-    Raises:
-        UsageError: INT8 without images, or an option of INT8 without it.
-    """
-    given = {"--calib": calib, "--data": data, "--max-drop": max_drop}
-    typed = [f"{name} {value}" for name, value in given.items() if value is not None]
-    if typed and not is_int8:
-        raise UsageError(f"{typed[0]} is about INT8, and no INT8 is asked for.", fix="Add  --int8")
-    if is_int8 and calib is None:
-        raise NO_IMAGES
-    return QuantizeOptions(max_drop=max_drop) if is_int8 else None
 
 
 def _float_file(weights: str) -> Path:

@@ -81,10 +81,10 @@ def val(
     options = ValOptions(rect=rect, batch=batch, conf=conf, iou=iou, max_det=max_det)
     input_size = parse_img(img)
     from yolov7_deploy._console import progress, write_json
+    from yolov7_deploy._serialization import sha256_hex
     from yolov7_deploy.datasets import open_dataset
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.evaluation.accuracy import evaluate
-    from yolov7_deploy.hub import file_digest
     from yolov7_deploy.runtimes.base import runtime_entry
 
     dataset = open_dataset(data, images=images, split=split, limit=limit)
@@ -94,7 +94,7 @@ def val(
         progress("val") as show_progress,
     ):
         report = evaluate(detector, dataset, options=options, progress=show_progress)
-    report = replace(report, weights=str(path), weights_sha256=file_digest(path), runtime=runtime_entry(path).name)
+    report = replace(report, weights=str(path), weights_sha256=sha256_hex(path), runtime=runtime_entry(path).name)
     typer.echo(describe(report, per_class=per_class), err="-" in (json_path, predictions))
     if predictions is not None:
         write_json(report.predictions, predictions)

@@ -58,9 +58,9 @@ def verify(
     typer.echo(describe(result), err=json_path == "-")
     if json_path is not None:
         write_json(result.to_dict(), json_path)
-    if result.losses:
+    if result.failures:
         raise ParityError(
-            "\n".join(result.losses), fix="See the first stage over its limit: the difference begins there."
+            "\n".join(result.failures), fix="See the first stage over its limit: the difference begins there."
         )
 
 

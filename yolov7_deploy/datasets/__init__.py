@@ -10,7 +10,6 @@ from pathlib import Path
 
 from yolov7_deploy.datasets.coco import open_coco
 from yolov7_deploy.datasets.samples import Dataset, Sample
-from yolov7_deploy.datasets.yolo import open_yaml
 from yolov7_deploy.errors import DatasetError
 
 __all__ = ["Dataset", "Sample", "open_dataset"]
@@ -49,6 +48,9 @@ def open_dataset(
     if path.suffix.lower() == ".json":
         return open_coco(path, images=None if images is None else Path(images), split=split, limit=limit)
     if path.suffix.lower() in (".yaml", ".yml"):
+        # Imported here because it needs PyYAML, which exporting and generated datasets do without.
+        from yolov7_deploy.datasets.yolo import open_yaml
+
         return open_yaml(path, split=split, limit=limit, cache=cache)
     raise DatasetError(
         f"{path} is neither .yaml nor .json.", fix="--data takes a dataset YAML or a COCO instances JSON."

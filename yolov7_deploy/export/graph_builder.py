@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 
-class GraphWriter:
+class GraphBuilder:
     """Nodes and constants of one graph or function body.
 
     Args:
@@ -39,9 +39,9 @@ class GraphWriter:
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:  # noqa: ANN401 - as onnx has it
         """Adds a node of one output and gives the output's name."""
-        return self.nodes_of(op, *inputs, outputs=1, name=name, **attributes)[0]
+        return self.multi_output_node(op, *inputs, outputs=1, name=name, **attributes)[0]
 
-    def nodes_of(self, op: str, *inputs: str, outputs: int, name: str = "", **attributes: Any) -> list[str]:  # noqa: ANN401
+    def multi_output_node(self, op: str, *inputs: str, outputs: int, name: str = "", **attributes: Any) -> list[str]:  # noqa: ANN401
         """Adds a node of several outputs and gives their names."""
         wish = name or op.lower()
         results = [self.unique(wish if i == 0 else f"{wish}_{i}") for i in range(outputs)]
@@ -88,7 +88,9 @@ class GraphWriter:
 
     def top_k(self, x: str, count: int) -> tuple[str, str]:
         """The largest values along the last axis in falling order, and their indices; ties by lower index."""
-        values, indices = self.nodes_of("TopK", x, self.constant([count], "count"), outputs=2, name="topk", axis=-1)
+        values, indices = self.multi_output_node(
+            "TopK", x, self.constant([count], "count"), outputs=2, name="topk", axis=-1
+        )
         return values, indices
 
     def reduce_max(self, x: str, axis: int, *, opset: int) -> str:

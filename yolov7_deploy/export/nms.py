@@ -14,26 +14,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from yolov7_deploy.export.graph_builder import GraphWriter
+from yolov7_deploy.export.graph_builder import GraphBuilder
 from yolov7_deploy.export.nms_subgraph import (
     NmsPlan,
-    best_anchors,
-    best_pairs,
-    by_column,
-    candidates_of,
+    concat_heads,
     corners,
     decode,
     gather_rows,
-    list_is_full,
-    suppress,
+    greedy_nms,
+    overflow_flag,
+    select_candidates,
+    top_anchors,
+    top_pairs,
 )
-from yolov7_deploy.export.onnx_model import NMS_OUTPUTS, RAW_OUTPUT
+from yolov7_deploy.metadata import CONF_INPUT, IOU_INPUT, NMS_OUTPUTS, RAW_OUTPUT
 
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
 BODY_PREFIX = "y7nms__"
 END_PREFIX = "end__"  # keeps the names made here apart from the network's
-CONF_INPUT, IOU_INPUT = "conf_threshold", "iou_threshold"
 # Output of the node, not of the graph, whose outputs are the field's four; an engine offers it as well.
 OVERFLOW = "y7nms_overflow"
 # Without these two attributes TensorRT 10.15 and later prefers the function body to a registered plugin.
@@ -46,14 +45,14 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
     model.CopyFrom(network)
     graph = model.graph
     del graph.output[:]
-    writer = GraphWriter(prefix=END_PREFIX)
+    writer = GraphBuilder(prefix=END_PREFIX)
     match plan.options.nms:
         case "none":
             _rename(writer, {RAW_OUTPUT: _decoded(writer, heads, plan)})
             graph.output.append(_value(RAW_OUTPUT, TensorProto.FLOAT, plan, len(plan.cells), plan.columns))
         case "standard":
-            candidates = candidates_of(writer, heads, plan)
-            results = suppress(writer, *candidates, CONF_INPUT, IOU_INPUT, plan, inclusive=False)
+            candidates = select_candidates(writer, heads, plan)
+            results = greedy_nms(writer, *candidates, CONF_INPUT, IOU_INPUT, plan, inclusive=False)
             _rename(writer, dict(zip(NMS_OUTPUTS, results, strict=True)))
         case "plugin":
             writer.nodes.append(_plugin_node(heads, plan))
@@ -72,7 +71,7 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
     return model
 
 
-def _rename(writer: GraphWriter, wanted: dict[str, str]) -> None:
+def _rename(writer: GraphBuilder, wanted: dict[str, str]) -> None:
     """Gives results their public names, in whichever nodes make or read them."""
     public = {made: name for name, made in wanted.items()}
     for node in writer.nodes:
@@ -121,11 +120,11 @@ def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
 
 def _plugin_body(heads: Sequence[str], plan: NmsPlan) -> onnx.FunctionProto:
     inputs = [f"{BODY_PREFIX}head_{level}" for level in range(len(heads))]
-    writer = GraphWriter(prefix=BODY_PREFIX, constants_as_nodes=True)
+    writer = GraphBuilder(prefix=BODY_PREFIX, constants_as_nodes=True)
     conf, iou = (BODY_PREFIX + name for name in (CONF_INPUT, IOU_INPUT))
-    candidates = candidates_of(writer, inputs, plan)
-    results = suppress(writer, *candidates, conf, iou, plan, inclusive=False)
-    outputs = [*results, list_is_full(writer, candidates[1], conf, plan)]
+    candidates = select_candidates(writer, inputs, plan)
+    results = greedy_nms(writer, *candidates, conf, iou, plan, inclusive=False)
+    outputs = [*results, overflow_flag(writer, candidates[1], conf, plan)]
     attributes = [a.name for a in _plugin_node(heads, plan).attribute]
     return helper.make_function(DOMAIN, OP, [*inputs, conf, iou], outputs, writer.nodes, _opsets(plan), attributes)
 
@@ -139,22 +138,22 @@ def _add_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
     model.opset_import.append(helper.make_opsetid(body.domain, 1))
 
 
-def _decoded(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> str:
+def _decoded(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> str:
     """[B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
     y, centre, size = _decoded_parts(writer, heads, plan)
     rest = writer.slice(y, 1, 4, plan.columns)
     return writer.node("Transpose", writer.node("Concat", centre, size, rest, axis=1), name=RAW_OUTPUT, perm=[0, 2, 1])
 
 
-def _decoded_parts(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
+def _decoded_parts(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
     """Sigmoids [B, 5 + C, A], centres and sizes [B, 2, A]."""
-    y = writer.node("Sigmoid", by_column(writer, heads, plan))
+    y = writer.node("Sigmoid", concat_heads(writer, heads, plan))
     cell = writer.constant(np.ascontiguousarray(plan.cells.T[None]), "cells")
     centre, size = decode(writer, y, cell, axis=1)
     return y, centre, size
 
 
-def _efficient_inputs(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str]:
+def _efficient_inputs(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str]:
     """Boxes [B, A, 4] (cx, cy, w, h) and scores [B, A, C] for EfficientNMS_TRT."""
     y, centre, size = _decoded_parts(writer, heads, plan)
     boxes = writer.node("Transpose", writer.node("Concat", centre, size, axis=1), name="boxes", perm=[0, 2, 1])
@@ -166,7 +165,7 @@ def _efficient_inputs(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) 
     return boxes, writer.node("Transpose", scores, name="scores", perm=[0, 2, 1])
 
 
-def _best_class_only(writer: GraphWriter, scores: str, plan: NmsPlan) -> str:
+def _best_class_only(writer: GraphBuilder, scores: str, plan: NmsPlan) -> str:
     """Scores [B, C, A] with zero wherever a class is not its anchor's best: EfficientNMS_TRT takes every class."""
     best = writer.unsqueeze(writer.reduce_max(scores, 1, opset=plan.options.opset), 1)
     is_best = writer.node("GreaterOrEqual", scores, best)
@@ -193,24 +192,24 @@ def _efficient_node(boxes: str, scores: str, plan: NmsPlan) -> onnx.NodeProto:
 
 def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
     """What EfficientNMS_TRT computes, for runtimes without it: multi-label, thresholds inclusive."""
-    writer = GraphWriter(prefix=BODY_PREFIX, constants_as_nodes=True)
+    writer = GraphBuilder(prefix=BODY_PREFIX, constants_as_nodes=True)
     boxes, scores = BODY_PREFIX + "boxes", BODY_PREFIX + "scores"
     conf, iou = (_attribute(writer, name) for name in ("score_threshold", "iou_threshold"))
     best = writer.reduce_max(scores, 2, opset=plan.options.opset)
-    anchor = best_anchors(writer, best, plan)
+    anchor = top_anchors(writer, best, plan)
     rows = writer.node("Expand", writer.unsqueeze(anchor, 2), writer.constant([1, 1, plan.columns - 5], "shape"))
     chosen = gather_rows(writer, boxes, anchor, 4)
     chosen_boxes = corners(writer, writer.slice(chosen, 2, 0, 2), writer.slice(chosen, 2, 2, 4), axis=2)
     chosen_scores = writer.node("GatherElements", scores, rows, axis=1)
-    pairs = best_pairs(writer, chosen_boxes, chosen_scores, plan, multi_label=True)
-    results = suppress(writer, *pairs, conf, iou, plan, inclusive=True)
+    pairs = top_pairs(writer, chosen_boxes, chosen_scores, plan, multi_label=True)
+    results = greedy_nms(writer, *pairs, conf, iou, plan, inclusive=True)
     attributes = [a.name for a in _efficient_node(boxes, scores, plan).attribute]
     return helper.make_function(
         EFFICIENT_DOMAIN, EFFICIENT_OP, [boxes, scores], list(results), writer.nodes, _opsets(plan), attributes
     )
 
 
-def _attribute(writer: GraphWriter, name: str) -> str:
+def _attribute(writer: GraphBuilder, name: str) -> str:
     """A function's own float attribute as a tensor."""
     result = writer.unique(name)
     node = helper.make_node("Constant", [], [result], name=result)

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.export.graph_builder import GraphWriter
+from yolov7_deploy.export.graph_builder import GraphBuilder
 from yolov7_deploy.model.configs import Anchors
 from yolov7_deploy.options import ExportOptions
 
@@ -87,16 +87,16 @@ def _cells(input_hw: tuple[int, int], strides: Sequence[int], anchors: Anchors) 
     return np.concatenate(levels).astype(np.float32)
 
 
-def candidates_of(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
-    """Head maps to the K best (box, class) pairs, as `best_pairs` gives them; only candidates are decoded."""
+def select_candidates(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
+    """Head maps to the K best (box, class) pairs, as `top_pairs` gives them; only candidates are decoded."""
     opset = plan.options.opset
-    raw = by_column(writer, heads, plan)  # [B, 5 + C, A]
+    raw = concat_heads(writer, heads, plan)  # [B, 5 + C, A]
     objectness = writer.node("Squeeze", writer.slice(raw, 1, 4, 5), writer.constant([1], "axis"))
     score = writer.node("Sigmoid", objectness)
     if plan.columns > 6:  # with one class, its logit is never trained and the score is the objectness
         best = writer.reduce_max(writer.slice(raw, 1, 5, plan.columns), 1, opset=opset)
         score = writer.node("Mul", score, writer.node("Sigmoid", best))
-    anchor = best_anchors(writer, score, plan)
+    anchor = top_anchors(writer, score, plan)
     chosen = writer.node("Expand", writer.unsqueeze(anchor, 1), writer.constant([1, plan.columns, 1], "shape"))
     columns = writer.node("Transpose", writer.node("GatherElements", raw, chosen, axis=2), perm=[0, 2, 1])
     y = writer.node("Sigmoid", columns)  # [B, K, 5 + C]
@@ -106,25 +106,25 @@ def candidates_of(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> t
     if plan.columns > 6:
         scores = writer.node("Mul", scores, writer.slice(y, 2, 5, plan.columns))
     boxes = corners(writer, centre, size, axis=2)
-    return best_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
+    return top_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
 
 
-def list_is_full(writer: GraphWriter, score: str, conf: str, plan: NmsPlan) -> str:
+def overflow_flag(writer: GraphBuilder, score: str, conf: str, plan: NmsPlan) -> str:
     """int32 [B, 1]: 1 where the last of the candidates [B, K] passes too, so that weaker ones may be missing."""
     last = writer.slice(score, 1, plan.candidates - 1, plan.candidates)
     return writer.node("Cast", writer.node("Greater", last, conf), name="overflow", to=TensorProto.INT32)
 
 
-def best_anchors(writer: GraphWriter, score: str, plan: NmsPlan) -> str:
+def top_anchors(writer: GraphBuilder, score: str, plan: NmsPlan) -> str:
     """int64 [B, K]: the anchors of the K best scores [B, A], in rising order, so that later ties fall to the first."""
     _, anchor = writer.top_k(score, plan.candidates)
     number = writer.node("Cast", anchor, name="number", to=TensorProto.FLOAT)
     count = writer.constant([plan.candidates], "count")
-    rising, _ = writer.nodes_of("TopK", number, count, outputs=2, name="rising", axis=-1, largest=0)
+    rising, _ = writer.multi_output_node("TopK", number, count, outputs=2, name="rising", axis=-1, largest=0)
     return writer.node("Cast", rising, name="anchor", to=TensorProto.INT64)
 
 
-def by_column(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> str:
+def concat_heads(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> str:
     """Head maps of all levels as float32 [B, 5 + C, A]."""
     levels = []
     for head in heads:
@@ -135,7 +135,7 @@ def by_column(writer: GraphWriter, heads: Sequence[str], plan: NmsPlan) -> str:
     return writer.node("Concat", *levels, axis=2)
 
 
-def decode(writer: GraphWriter, y: str, cell: str, *, axis: int) -> tuple[str, str]:
+def decode(writer: GraphBuilder, y: str, cell: str, *, axis: int) -> tuple[str, str]:
     """Centre (2 y - 0.5 + cell) * stride and size (2 y)^2 * anchor, from columns along `axis` of y and cell."""
     two = writer.constant(2.0, "two")
     centre = writer.node("Mul", writer.slice(y, axis, 0, 2), two)
@@ -147,7 +147,7 @@ def decode(writer: GraphWriter, y: str, cell: str, *, axis: int) -> tuple[str, s
     return centre, size
 
 
-def corners(writer: GraphWriter, centre: str, size: str, *, axis: int) -> str:
+def corners(writer: GraphBuilder, centre: str, size: str, *, axis: int) -> str:
     """Centres and sizes as xyxy along `axis`."""
     half = writer.node("Mul", size, writer.constant(0.5, "half"))
     return writer.node(
@@ -155,8 +155,8 @@ def corners(writer: GraphWriter, centre: str, size: str, *, axis: int) -> str:
     )
 
 
-def best_pairs(
-    writer: GraphWriter, boxes: str, scores: str, plan: NmsPlan, *, multi_label: bool
+def top_pairs(
+    writer: GraphBuilder, boxes: str, scores: str, plan: NmsPlan, *, multi_label: bool
 ) -> tuple[str, str, str]:
     """The K best (box, class) pairs of boxes [B, K, 4] with scores [B, K, C], ties by box and class.
 
@@ -176,8 +176,8 @@ def best_pairs(
     return gather_rows(writer, boxes, row, 4), score, class_id
 
 
-def suppress(
-    writer: GraphWriter,
+def greedy_nms(
+    writer: GraphBuilder,
     boxes: str,
     score: str,
     class_id: str,
@@ -239,7 +239,7 @@ class _Rules:
 
 def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.GraphProto:
     """One round: rows [B, T + 1, tile, 6] of the whole, kept [B, max_det, 6] so far; the last tile is empty."""
-    body = GraphWriter(prefix=f"{rows}_tile__", constants_as_nodes=True)
+    body = GraphBuilder(prefix=f"{rows}_tile__", constants_as_nodes=True)
     number, go_in, kept_in = (body.unique(name) for name in ("number", "go", "kept"))
     waiting = body.node("Gather", rows, number, name="waiting", axis=1)  # [B, tile, 6]
     score = body.node("Squeeze", body.slice(waiting, 2, 4, 5), body.constant([2], "axis"))
@@ -260,7 +260,7 @@ def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.Graph
     return _loop_body(body, f"{rows}_tile", (number, go_in, kept_in), (go_out, kept_out))
 
 
-def _goes_on(body: GraphWriter, rows: str, number: str, best: str, rules: _Rules) -> str:
+def _goes_on(body: GraphBuilder, rows: str, number: str, best: str, rules: _Rules) -> str:
     """Bool: some image has room left and a candidate above the threshold at the head of its next tile."""
     following = body.node("Gather", rows, body.node("Add", number, body.constant(1, "one")), axis=1)
     head = body.slice(body.slice(following, 1, 0, 1), 2, 4, 5)  # [B, 1, 1]
@@ -272,7 +272,7 @@ def _goes_on(body: GraphWriter, rows: str, number: str, best: str, rules: _Rules
     return body.node("Greater", largest, body.constant(0.5, "half"))
 
 
-def _overlaps(writer: GraphWriter, first: str, second: str, rules: _Rules) -> str:
+def _overlaps(writer: GraphBuilder, first: str, second: str, rules: _Rules) -> str:
     """Bool [B, N, M] for rows [B, N, 6] and [B, M, 6]: of one class, and intersection above iou * union.
 
     The comparison needs no division, so two empty boxes are no special case.
@@ -297,7 +297,7 @@ def _overlaps(writer: GraphWriter, first: str, second: str, rules: _Rules) -> st
     return writer.node("And", overlaps, writer.node("Equal", a[5], b[5]))
 
 
-def _not_hit(writer: GraphWriter, active: str, hits: str) -> str:
+def _not_hit(writer: GraphBuilder, active: str, hits: str) -> str:
     """Float [B, M], 1 where no active row (float [B, N]) of the matrix [B, N, M] hits."""
     # Not a MatMul: TensorRT-RTX has none of float32 for Turing.
     active_hits = writer.node("Mul", writer.unsqueeze(active, 2), hits)
@@ -305,12 +305,12 @@ def _not_hit(writer: GraphWriter, active: str, hits: str) -> str:
     return writer.node("Cast", writer.node("Less", count, writer.constant(0.5, "half")), to=TensorProto.FLOAT)
 
 
-def _fixed_point(writer: GraphWriter, valid: str, beats: str, tile: int) -> str:
+def _fixed_point(writer: GraphBuilder, valid: str, beats: str, tile: int) -> str:
     """Float [B, tile], 1 where a candidate survives: keep = valid and not hit by a kept one, until nothing changes.
 
     The n best candidates are final after n rounds, so `tile` rounds are always enough; real images take a few.
     """
-    body = GraphWriter(prefix=f"{beats}_round__", constants_as_nodes=True)
+    body = GraphBuilder(prefix=f"{beats}_round__", constants_as_nodes=True)
     number, go_in, keep_in = (body.unique(name) for name in ("number", "go", "keep"))
     keep_out = body.node("Mul", valid, _not_hit(body, keep_in, beats))
     change = body.node("Abs", body.node("Sub", keep_out, keep_in))
@@ -326,7 +326,9 @@ def _fixed_point(writer: GraphWriter, valid: str, beats: str, tile: int) -> str:
     )
 
 
-def _loop_body(body: GraphWriter, name: str, inputs: tuple[str, str, str], outputs: tuple[str, str]) -> onnx.GraphProto:
+def _loop_body(
+    body: GraphBuilder, name: str, inputs: tuple[str, str, str], outputs: tuple[str, str]
+) -> onnx.GraphProto:
     """A loop that carries one float tensor: (round number, condition, state) to (condition, state)."""
     kinds = (TensorProto.INT64, TensorProto.BOOL, TensorProto.FLOAT)
     scalars: tuple[list[int] | None, ...] = ([], [], None)
@@ -335,7 +337,7 @@ def _loop_body(body: GraphWriter, name: str, inputs: tuple[str, str, str], outpu
     return helper.make_graph(body.nodes, name, takes, gives)
 
 
-def _outputs(writer: GraphWriter, kept: str) -> tuple[str, str, str, str]:
+def _outputs(writer: GraphBuilder, kept: str) -> tuple[str, str, str, str]:
     """Rows [B, max_det, 6], survivors in front and zeros behind, as the four outputs."""
     scores = writer.node("Squeeze", writer.slice(kept, 2, 4, 5), writer.constant([2], "axis"))
     present = writer.node("Cast", writer.node("Greater", scores, writer.constant(0.0, "zero")), to=TensorProto.INT32)
@@ -349,7 +351,7 @@ def _outputs(writer: GraphWriter, kept: str) -> tuple[str, str, str, str]:
     )
 
 
-def gather_rows(writer: GraphWriter, x: str, row: str, columns: int) -> str:
+def gather_rows(writer: GraphBuilder, x: str, row: str, columns: int) -> str:
     """x[b, row[b, k]] for [B, N, columns] and [B, K]."""
     index = writer.node("Expand", writer.unsqueeze(row, 2), writer.constant([1, 1, columns], "shape"))
     return writer.node("GatherElements", x, index, axis=1)

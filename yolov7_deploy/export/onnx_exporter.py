@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from yolov7_deploy.errors import ExportError
-from yolov7_deploy.export.graph_builder import GraphWriter
+from yolov7_deploy.export.graph_builder import GraphBuilder
 from yolov7_deploy.export.nms import attach_nms
 from yolov7_deploy.export.nms_subgraph import NmsPlan
 from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
@@ -48,7 +48,7 @@ def export_onnx(model: Yolov7, metadata: ModelMetadata, options: ExportOptions) 
     input_hw = options.input_hw or metadata.default_hw
     options = replace(options, input_hw=input_hw)
     plan = NmsPlan.of(model.head.strides, model.anchors, model.classes, options)
-    writer = GraphWriter()
+    writer = GraphBuilder()
     network_input = _preprocess(writer, options)
     heads = _network(writer, _trace(model), network_input)
     network = _model(writer, heads, plan, input_hw)
@@ -72,7 +72,7 @@ def _trace(model: Yolov7) -> fx.GraphModule:
     return fx.symbolic_trace(_Maps(model))
 
 
-def _preprocess(writer: GraphWriter, options: ExportOptions) -> str:
+def _preprocess(writer: GraphBuilder, options: ExportOptions) -> str:
     """NHWC BGR 0..255 to NCHW RGB 0..1. The cast comes first because TensorRT takes uint8 only into a cast."""
     if options.input_kind == "float32":
         return INPUT_NAME
@@ -82,7 +82,7 @@ def _preprocess(writer: GraphWriter, options: ExportOptions) -> str:
     return writer.node("Div", rgb, writer.constant(255.0, "white"), name="scaled")
 
 
-def _network(writer: GraphWriter, traced: fx.GraphModule, network_input: str) -> tuple[str, ...]:
+def _network(writer: GraphBuilder, traced: fx.GraphModule, network_input: str) -> tuple[str, ...]:
     """Translates every traced operation; gives the names of the head's maps, fine to coarse."""
     modules = dict(traced.named_modules())
     names: dict[fx.Node, str] = {}
@@ -116,7 +116,7 @@ def _untranslatable(what: str) -> ExportError:
     return ExportError(f"The model uses {what}, which has no ONNX translation here.", fix="Add one to to_onnx.py.")
 
 
-def _model(writer: GraphWriter, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]) -> onnx.ModelProto:
+def _model(writer: GraphBuilder, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]) -> onnx.ModelProto:
     height, width = input_hw
     options = plan.options
     batch = options.batch or "batch"
@@ -179,7 +179,7 @@ def _metadata(metadata: ModelMetadata, heads: tuple[str, ...], plan: NmsPlan) ->
     )
 
 
-def _conv(writer: GraphWriter, module: nn.Conv2d, x: str, name: str) -> str:
+def _conv(writer: GraphBuilder, module: nn.Conv2d, x: str, name: str) -> str:
     inputs = [writer.initializer(f"{name}.weight", module.weight.detach().numpy())]
     if module.bias is not None:
         inputs.append(writer.initializer(f"{name}.bias", module.bias.detach().numpy()))
@@ -197,15 +197,15 @@ def _conv(writer: GraphWriter, module: nn.Conv2d, x: str, name: str) -> str:
     )
 
 
-def _silu(writer: GraphWriter, _: nn.SiLU, x: str, name: str) -> str:
+def _silu(writer: GraphBuilder, _: nn.SiLU, x: str, name: str) -> str:
     return writer.node("Mul", x, writer.node("Sigmoid", x, name=f"{name}.sigmoid"), name=name)
 
 
-def _leaky(writer: GraphWriter, module: nn.LeakyReLU, x: str, name: str) -> str:
+def _leaky(writer: GraphBuilder, module: nn.LeakyReLU, x: str, name: str) -> str:
     return writer.node("LeakyRelu", x, name=name, alpha=module.negative_slope)
 
 
-def _pool(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+def _pool(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
     x, kernel = _args(node)
     return writer.node(
         "MaxPool",
@@ -217,7 +217,7 @@ def _pool(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
     )
 
 
-def _upsample(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+def _upsample(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
     factor = float(node.kwargs["scale_factor"])  # type: ignore[arg-type]
     scales = writer.constant(np.array([1, 1, factor, factor], dtype=np.float32), "scales")
     return writer.node(
@@ -232,16 +232,16 @@ def _upsample(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> 
     )
 
 
-def _cat(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+def _cat(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
     tensors, axis = _args(node)
     return writer.node("Concat", *(names[tensor] for tensor in tensors), name=_place(node), axis=axis)
 
 
-def _add(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+def _add(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
     return writer.node("Add", *(names[term] for term in _args(node)), name=_place(node))
 
 
-def _getitem(writer: GraphWriter, names: dict[fx.Node, str], node: fx.Node) -> str:
+def _getitem(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
     """The strided slices of ReOrg, `x[..., row::2, column::2]`."""
     tensor, index = _args(node)
     x = names[tensor]
@@ -261,7 +261,7 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
 
 
 _MODULES: dict[type[nn.Module], Callable[..., str]] = {nn.Conv2d: _conv, nn.SiLU: _silu, nn.LeakyReLU: _leaky}
-_FUNCTIONS: dict[object, Callable[[GraphWriter, dict[fx.Node, str], fx.Node], str]] = {
+_FUNCTIONS: dict[object, Callable[[GraphBuilder, dict[fx.Node, str], fx.Node], str]] = {
     F.max_pool2d: _pool,
     F.interpolate: _upsample,
     torch.cat: _cat,

@@ -8,13 +8,11 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
-from yolov7_deploy._atomic_file import whole_file
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy.errors import ExportError, LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
 INPUT_NAME = "images"
-NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
-RAW_OUTPUT = "output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class OnnxModel:
         path = Path(path)
         try:
             data = self.proto.SerializeToString(deterministic=True)
-            with whole_file(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 unfinished.write_bytes(data)
         except (OSError, EncodeError, ValueError) as error:
             raise ExportError(f"{path} cannot be written: {error}.", fix="Choose another place:  --output F") from error

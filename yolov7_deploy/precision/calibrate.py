@@ -1,6 +1,6 @@
-"""What the values inside a network are like on sample images: histograms, means and extremes, from one pass.
+"""Calibration: histograms, means and extremes of the values inside a network, from one pass over sample images.
 
-Every way of choosing INT8 ranges starts from the same `Calibration`, so trying another one needs no image again.
+All calibration methods start from the same `Calibration`, so trying another one needs no images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
 from yolov7_deploy.precision.histogram import Histogram
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
-from yolov7_deploy.precision.qdq_placement import measured_tensors
+from yolov7_deploy.precision.qdq_placement import calibrated_tensors
 from yolov7_deploy.precision.subgraph import Network
 
 logger = logging.getLogger(__name__)
@@ -29,29 +29,29 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 DoubleArray = npt.NDArray[np.float64]
 
-# In front of the names of what is found inside the graph.
-_MEAN, _MOST, _LEAST, _AVERAGE = "mean__", "most__", "least__", "average__"
-# The last of them because extremes in ONNX Runtime pass over what is no number, and a mean does not.
-_OF_RESULTS = {"ReduceMax": _MOST, "ReduceMin": _LEAST, "ReduceMean": _AVERAGE}
+# Prefixes of the names of tensors that are computed inside the graph.
+_INPUT_MEAN, _MAX, _MIN, _MEAN = "mean__", "most__", "least__", "average__"
+# The mean is needed because extremes in ONNX Runtime ignore NaN, and a mean does not.
+_OUTPUT_STATISTICS = {"ReduceMax": _MAX, "ReduceMin": _MIN, "ReduceMean": _MEAN}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Calibration:
-    """What one pass over sample images tells.
+    """Statistics of one pass over calibration images.
 
     Attributes:
-        histograms: Of every tensor whose values INT8 may have to hold.
-        means: Of what each convolution reads, per channel [C].
-        largest: Largest magnitude of what each convolution makes, before its activation.
-        images: How many were measured on.
-        network_sha256: Of nodes and weights in front of decoding.
-        images_sha256: Of the images as placed in the network's input, in any order.
-        notes: What a reader should know (skipped images, few images).
+        histograms: Histogram of every tensor that INT8 may have to represent.
+        input_means: Mean of each channel [C] of the input of each convolution, by the name of that input.
+        output_amax: Largest magnitude in the output of each convolution, before its activation.
+        images: Number of images.
+        network_sha256: Digest of nodes and weights before decoding.
+        images_sha256: Digest of the letterboxed images, independent of their order.
+        notes: Remarks for the user (skipped images, few images).
     """
 
     histograms: Mapping[str, Histogram]
-    means: Mapping[str, DoubleArray]
-    largest: Mapping[str, float]
+    input_means: Mapping[str, DoubleArray]
+    output_amax: Mapping[str, float]
     images: int
     network_sha256: str
     images_sha256: str
@@ -61,103 +61,104 @@ class Calibration:
 def calibrate(
     model: OnnxModel, images: Iterable[Image], *, count: int = 0, progress: Progress | None = None
 ) -> Calibration:
-    """Runs the network on every image and counts what its tensors hold.
+    """Run the network on every image and collect the statistics of its tensors.
 
-    One image is in memory at a time, with the tensors of the network that are counted: 340 MB for YOLOv7 at 640.
+    One image is in memory at a time, with the counted tensors of the network: 340 MB for YOLOv7 at 640.
 
     Args:
         model: A float32 graph.
         images: uint8 BGR of any size.
-        count: How many there are, for `progress`; 0 where nobody knows.
-        progress: Called with images done and in all.
+        count: Number of images, for `progress`; 0 if unknown.
+        progress: Called with the number of finished images and `count`.
 
     Raises:
-        UsageError: There is no image.
-        ExportError: A tensor is infinite or no number on one of them.
+        UsageError: There are no images.
+        ExportError: A tensor is infinite or NaN on one of them.
     """
     start = time.perf_counter()
     network = Network(model)
-    counter = _Counter(model, network)
+    collector = _StatisticsCollector(model, network)
     digests = []
     for done, image in enumerate(images, 1):
-        fed = network_input(image, model.metadata)
-        digests.append(image_digest(fed))
-        counter.add(fed)
+        array = network_input(image, model.metadata)
+        digests.append(image_digest(array))
+        collector.add(array)
         if progress:
             progress(done, count)
     if not digests:
-        raise UsageError("There is no image to calibrate on.", fix="Give some:  --calib FOLDER")
+        raise UsageError("There is no image to calibrate on.", fix="Add images:  --calib FOLDER")
     seconds = time.perf_counter() - start
-    logger.info("calibrated %d tensors on %d images, %.1f s", len(counter.histograms), len(digests), seconds)
+    logger.info("calibrated %d tensors on %d images, %.1f s", len(collector.histograms), len(digests), seconds)
     return Calibration(
-        histograms=counter.histograms,
-        means={name: total / len(digests) for name, total in counter.sums.items()},
-        largest=counter.largest,
+        histograms=collector.histograms,
+        input_means={name: total / len(digests) for name, total in collector.input_sums.items()},
+        output_amax=collector.output_amax,
         images=len(digests),
         network_sha256=network_digest(network),
         images_sha256=images_digest(digests),
     )
 
 
-class _Counter:
-    """Sums over images of what a `Calibration` holds.
+class _StatisticsCollector:
+    """Accumulate the statistics of a `Calibration` over images.
 
-    Means and extremes are found inside the graph, by a node or two each, and come out as a few numbers.
+    Means and extremes are computed inside the graph, by a node or two each, so a run returns few numbers for them.
     """
 
     def __init__(self, model: OnnxModel, network: Network) -> None:
-        self._counted = measured_tensors(network)
+        self._counted = calibrated_tensors(network)
         self._constants = {name: network.weights[name] for name in self._counted if name in network.weights}
-        self._read = list(dict.fromkeys(node.input[0] for node in network.convolutions))
-        self._made = [node.output[0] for node in network.convolutions]
-        extra = [helper.make_node("GlobalAveragePool", [name], [f"{_MEAN}{name}"]) for name in self._read]
-        for name in self._made:
-            extra += [helper.make_node(op, [name], [prefix + name], keepdims=0) for op, prefix in _OF_RESULTS.items()]
+        self._conv_inputs = list(dict.fromkeys(node.input[0] for node in network.convolutions))
+        self._conv_outputs = [node.output[0] for node in network.convolutions]
+        extra = [helper.make_node("GlobalAveragePool", [name], [_INPUT_MEAN + name]) for name in self._conv_inputs]
+        for name in self._conv_outputs:
+            for op, prefix in _OUTPUT_STATISTICS.items():
+                extra.append(helper.make_node(op, [name], [prefix + name], keepdims=0))
         counted = [name for name in self._counted if name not in self._constants]
         names = [*counted, *(name for node in extra for name in node.output)]
         self._runner = NetworkRunner(model.proto, [*network.nodes, *extra], names)
         self._images = 0
         self.histograms: dict[str, Histogram] = {}
-        self.sums: dict[str, DoubleArray] = {}
-        self.largest: dict[str, float] = dict.fromkeys(self._made, 0.0)
+        self.input_sums: dict[str, DoubleArray] = {}
+        self.output_amax: dict[str, float] = dict.fromkeys(self._conv_outputs, 0.0)
 
-    def add(self, fed: npt.NDArray[np.generic]) -> None:
-        """Counts one more image."""
-        found = {**self._runner.run(fed), **self._constants}
+    def add(self, array: npt.NDArray[np.generic]) -> None:
+        """Add one image, given as network input."""
+        found = {**self._runner.run(array), **self._constants}
         self._images += 1
         for name in self._counted:
             histogram = Histogram.of(found.pop(name))
-            self._check(name, histogram.is_finite)
+            self._check_finite(name, histogram.is_finite)
             before = self.histograms.get(name)
             self.histograms[name] = Histogram.sum([before, histogram]) if before else histogram
-        for name in self._read:
-            means = found[f"{_MEAN}{name}"].mean(axis=0, dtype=np.float64).reshape(-1)
-            self.sums[name] = self.sums.get(name, 0) + means
-        for name in self._made:
-            reach = max(float(found[f"{_MOST}{name}"]), -float(found[f"{_LEAST}{name}"]))
-            self._check(name, math.isfinite(reach) and math.isfinite(found[f"{_AVERAGE}{name}"].item()))
-            self.largest[name] = max(self.largest[name], reach)
+        for name in self._conv_inputs:
+            means = found[_INPUT_MEAN + name].mean(axis=0, dtype=np.float64).reshape(-1)
+            self.input_sums[name] = self.input_sums.get(name, 0) + means
+        for name in self._conv_outputs:
+            amax = max(float(found[_MAX + name]), -float(found[_MIN + name]))
+            self._check_finite(name, math.isfinite(amax) and math.isfinite(found[_MEAN + name].item()))
+            self.output_amax[name] = max(self.output_amax[name], amax)
 
-    def _check(self, name: str, is_finite: bool) -> None:
+    def _check_finite(self, name: str, is_finite: bool) -> None:
         if not is_finite:
             raise ExportError(
-                f"On image {self._images}, {name} holds values that are infinite or no numbers.",
+                f"On image {self._images}, {name} holds infinite values or NaN.",
                 fix="Check the weights (y7 verify); leave the image out if it is unlike the others.",
             )
 
 
-def image_digest(fed: npt.NDArray[np.generic]) -> bytes:
-    """SHA-256 of an image as the network takes it."""
-    return hashlib.sha256(fed.tobytes()).digest()
+def image_digest(array: npt.NDArray[np.generic]) -> bytes:
+    """Return the SHA-256 of an image, given as network input."""
+    return hashlib.sha256(array.tobytes()).digest()
 
 
 def images_digest(digests: Iterable[bytes]) -> str:
-    """SHA-256 of images in any order, from that of each."""
+    """Return one SHA-256 for the digests of many images, independent of their order."""
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def network_digest(network: Network) -> str:
-    """SHA-256 of the nodes and weights in front of decoding; what stands behind does not matter."""
+    """Return the SHA-256 of the nodes and weights before decoding; decoding and NMS do not affect it."""
     digest = hashlib.sha256()
     for node in network.nodes:
         digest.update(node.SerializeToString(deterministic=True))

@@ -1,7 +1,7 @@
-"""Half weights and activations in the network; input, decoding, NMS and outputs stay float32.
+"""FP16 weights and activations in the network; inputs, decoding, NMS and outputs stay float32.
 
-The types are in the file, cast by cast, because TensorRT 11 and TensorRT-RTX take nothing else, and because older
-TensorRT with its FP16 flag and ONNX Runtime run the very same file.
+The types are written into the file, cast by cast: TensorRT 11 and TensorRT-RTX accept nothing else, and older TensorRT
+(with its FP16 flag) and ONNX Runtime run the same file.
 """
 
 from __future__ import annotations
@@ -11,146 +11,200 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx
+from onnx import helper
 
-from yolov7_deploy.errors import ExportError
+from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
-from yolov7_deploy.precision.activation_ranges import activation_ranges
-from yolov7_deploy.precision.fp16_casts import Caster, as_half, check_types, pinned
-from yolov7_deploy.precision.subgraph import Network, Weight, data_of, half_weight
+from yolov7_deploy.precision.fp16_casts import Fp16Rewriter, check_valid, fixed_type_tensors, to_float16
+from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
+from yolov7_deploy.precision.subgraph import Network, Weight, data_inputs, find_fp16_weight
 
 logger = logging.getLogger(__name__)
 
-HALF_MAX = 65504.0
-HALF_NORMAL = 2.0**-14  # below, bits are lost; below 2**-25, all of them
-# Other images reach further than the measured ones, and a convolution's partial sums further than its result.
+FP16_MAX = 65504.0
+FP16_MIN_NORMAL = 2.0**-14  # smaller values lose bits; below 2**-25 they become 0
+# Other images reach larger values than the measured ones, and partial sums of a convolution exceed its result.
 MARGIN = 4
-WIDEST = HALF_MAX / MARGIN
-# Here even the largest value of a tensor is so near to half's end that a hundredth of it keeps 7 bits of 11.
-FAINTEST = 2.0**-10
-# Part of a weight tensor's norm that rounding may cost. Plain rounding costs 2**-12 or less.
-WEIGHT_LOSS = 2.0**-8
-# The operations a YOLOv7 is made of, which all runtimes have in half. Whatever else is in front of the head stays
-# float32: a byte is scaled by division, which is exact only there.
-HALF_OPS = frozenset({"Add", "Concat", "Conv", "LeakyRelu", "MaxPool", "Mul", "Resize", "Sigmoid", "Slice"})
-_IS = "is "  # begins the reason of a node whose kind stays float32
-_NAMED = 8  # nodes named in one note
+MAX_ACTIVATION = FP16_MAX / MARGIN
+# If the largest value of a tensor is below this, a hundredth of it keeps at most 7 of 11 bits.
+MIN_ACTIVATION = 2.0**-10
+# Largest relative error (norm) of a rounded weight tensor. Ordinary rounding causes 2**-12 or less.
+MAX_WEIGHT_ERROR = 2.0**-8
+# The operations of YOLOv7, which all runtimes have in FP16. All others stay float32; for example the division of bytes
+# by 255, which is exact only there.
+FP16_OPS = frozenset({"Add", "Concat", "Conv", "LeakyRelu", "MaxPool", "Mul", "Resize", "Sigmoid", "Slice"})
+_OPERATION = "is "  # prefix of the reason if an operation is not in FP16_OPS
+_LISTED = 8  # nodes listed in one note
+_PREFIX = "range__"
 
 
 def to_fp16(model: OnnxModel, images: Sequence[Image]) -> OnnxModel:
-    """The same model with half weights and activations; inputs, outputs, decoding and NMS stay float32.
+    """Return the model with FP16 weights and activations; inputs, outputs, decoding and NMS stay float32.
 
-    A node stays float32 where a weight of it, or a value that it reads or makes on one of the images, does not fit
-    half: above `WIDEST`, since half ends at 65504 and what is beyond becomes infinite, or wholly below `FAINTEST`,
-    where bits are lost until nothing is left. The metadata notes name these nodes and what the weights lost.
+    A node stays float32 if a weight, or a value that it reads or produces on one of the images, would overflow
+    (above `MAX_ACTIVATION`, as FP16 ends at 65504) or underflow (a whole tensor below `MIN_ACTIVATION`). Notes in the
+    metadata list these nodes and what rounding did to the weights.
 
-    The heads go into our NMS node as half: its function body and its plugin make float32 of them.
+    The NMS node of this package reads FP16 heads; its function body and its plugin convert them to float32.
 
     Args:
-        model: A float32 graph written by `export_onnx`; it is left as it was.
-        images: uint8 BGR, to measure activations on. The more they are like those to come, the better; `MARGIN`
-            covers what a few do not show.
+        model: A float32 graph written by `export_onnx`; it is not modified.
+        images: uint8 BGR images on which activations are measured. Use images like those of the application;
+            `MARGIN` covers what a few images do not show.
 
     Raises:
-        UsageError: There is no image.
-        ExportError: The model is of lower precision already, or was not exported by this package.
+        UsageError: There are no images.
+        ExportError: The model already has a lower precision, or was not exported by this package.
     """
-    _check(model)
+    _check_convertible(model)
     network = Network(model)
-    made = [name for node in network.nodes for name in node.output if name in network.floats]
-    ranges = activation_ranges(model, network.nodes, made, images)
-    kept = float32_reasons(network, ranges)
-    half = {name for name in made if network.makers[name].output[0] not in kept}
-    caster = Caster(model.proto, floats=network.floats, half=half, heads=model.metadata.heads)
-    proto = caster.written()
-    check_types(proto)
-    notes = _notes(kept, half, [network.weights[name] for name in caster.weights], ranges, len(images))
+    produced = [name for node in network.nodes for name in node.output if name in network.floats]
+    ranges = activation_ranges(model, network.nodes, produced, images)
+    reasons = find_float32_nodes(network, ranges)
+    fp16 = {name for name in produced if network.producers[name].output[0] not in reasons}
+    rewriter = Fp16Rewriter(model.proto, floats=network.floats, fp16=fp16, heads=model.metadata.heads)
+    proto = rewriter.rewrite()
+    check_valid(proto)
+    notes = (
+        *_node_notes(reasons, fp16),
+        *_range_notes(ranges, len(images)),
+        _weight_note([network.weights[name] for name in rewriter.weights]),
+    )
     logger.info("%s", "; ".join(notes))
     return OnnxModel.of(proto, replace(model.metadata, precision="fp16", notes=(*model.metadata.notes, *notes)))
 
 
-def _check(model: OnnxModel) -> None:
+def _check_convertible(model: OnnxModel) -> None:
     metadata, graph = model.metadata, model.proto.graph
-    again = "Start from the float32 file:  y7 export --weights WEIGHTS.pt --fp16"
+    fix = "Start from the float32 file:  y7 export --weights WEIGHTS.pt --fp16"
     if metadata.precision != "fp32":
-        raise ExportError(f"The model is {metadata.precision} already.", fix=again)
-    made = {name for node in graph.node for name in node.output}
-    if not metadata.heads or not made.issuperset(metadata.heads):
+        raise ExportError(f"The model is {metadata.precision} already.", fix=fix)
+    produced = {name for node in graph.node for name in node.output}
+    if not metadata.heads or not produced.issuperset(metadata.heads):
+        missing = f"it has no {', '.join(metadata.heads)}" if metadata.heads else "its metadata names no head maps"
         raise ExportError(
-            "This package did not export the graph, which has no head maps "
-            f"{', '.join(metadata.heads) or 'named'}, so where decoding begins is unknown.",
-            fix=again,
+            f"The graph was not exported by this package: {missing}, so it is unknown where decoding begins.", fix=fix
         )
-    found = half_weight(graph)
-    if found:
-        raise ExportError(f"The metadata says fp32, but {found} is half already.", fix=again)
+    weight = find_fp16_weight(graph)
+    if weight:
+        raise ExportError(f"The metadata says fp32, but the weight {weight} is FP16 already.", fix=fix)
 
 
-# --- what stays float32 -------------------------------------------------------------------------------------------
+# --- activation ranges ------------------------------------------------------------------------------------------------
 
 
-def float32_reasons(network: Network, ranges: Mapping[str, float]) -> dict[str, str]:
-    """Why a node stays float32, by its first output; nodes of other types are not among them.
+def activation_ranges(
+    model: OnnxModel, network: Sequence[onnx.NodeProto], names: Sequence[str], images: Sequence[Image]
+) -> dict[str, float]:
+    """Return the largest absolute value of each tensor over all images.
+
+    Two more nodes per tensor find the maximum inside the graph. A run returns one number per tensor and needs no more
+    memory than the network; all activations of a 1280-pixel model would take gigabytes.
 
     Args:
-        network: Of a float32 graph.
-        ranges: Largest magnitude of the tensors that were measured.
+        model: A float32 graph.
+        network: The nodes to run, in execution order; those after the heads are not needed.
+        names: float32 tensors that these nodes produce.
+        images: uint8 BGR of any size.
+
+    Raises:
+        UsageError: There are no images.
     """
-    fixed, weights = pinned(network.proto.graph), network.weights
-    kept = {}
+    if not images:
+        raise UsageError("There is no image to measure activation ranges on.", fix="Add one:  --image FILE")
+    runner = NetworkRunner(model.proto, [*network, *_max_nodes(names)], [_PREFIX + name for name in names])
+    largest = np.zeros(len(names))
+    for image in images:
+        found = runner.run(network_input(image, model.metadata))
+        largest = np.maximum(largest, [found[_PREFIX + name].item() for name in names])
+    return dict(zip(names, largest.tolist(), strict=True))
+
+
+def _max_nodes(names: Sequence[str]) -> list[onnx.NodeProto]:
+    """Return nodes that compute max(|tensor|) for every name."""
+    nodes = []
+    for name in names:
+        magnitude, largest = f"{_PREFIX}abs__{name}", _PREFIX + name
+        nodes.append(helper.make_node("Abs", [name], [magnitude], name=magnitude))
+        # Without axes it reduces all of them, in opset 13 as well as in 18, where axes became an input.
+        nodes.append(helper.make_node("ReduceMax", [magnitude], [largest], name=largest, keepdims=0))
+    return nodes
+
+
+# --- what stays float32 -----------------------------------------------------------------------------------------------
+
+
+def find_float32_nodes(network: Network, ranges: Mapping[str, float]) -> dict[str, str]:
+    """Return the first output of each node that must stay float32, and the reason.
+
+    Nodes without a float32 output are not included.
+
+    Args:
+        network: A float32 network.
+        ranges: Largest magnitudes of the measured tensors.
+    """
+    fixed, weights = fixed_type_tensors(network.proto.graph), network.weights
+    found = {}
     for node in network.nodes:
         if node.output[0] not in network.floats:
             continue
-        reasons = [] if node.op_type in HALF_OPS and not fixed.intersection(node.output) else [_IS + node.op_type]
-        for name in [*data_of(node), *node.output]:
+        has_fp16 = node.op_type in FP16_OPS and not fixed.intersection(node.output)
+        reasons = [] if has_fp16 else [_OPERATION + node.op_type]
+        for name in [*data_inputs(node), *node.output]:
             if name in ranges:
                 reasons.append(_range_reason(ranges[name]))
             if name in weights:
                 reasons.append(_weight_reason(weights[name]))
         reason = next(filter(None, reasons), "")
         if reason:
-            kept[node.output[0]] = reason
-    return kept
+            found[node.output[0]] = reason
+    return found
 
 
 def _range_reason(largest: float) -> str:
-    if not largest <= WIDEST:  # as what is no number is not
+    if not largest <= MAX_ACTIVATION:  # True for NaN
         return f"has values up to {largest:.3g}"
-    return f"has no value above {largest:.3g}" if 0 < largest < FAINTEST else ""
+    return f"has no value above {largest:.3g}" if 0 < largest < MIN_ACTIVATION else ""
 
 
 def _weight_reason(weight: Weight) -> str:
     largest = float(np.abs(weight).max(initial=0))
-    if not largest <= HALF_MAX:
+    if not largest <= FP16_MAX:
         return f"has weights up to {largest:.3g}"
-    if weight.ndim < 2:  # a bias may vanish: what it is added to is so much larger, or is found in the ranges
+    if weight.ndim < 2:  # a bias may underflow: what it is added to is much larger, or the ranges show it
         return ""
-    lost, norm = np.linalg.norm(weight - weight.astype(np.float16)), np.linalg.norm(weight)
-    return f"has weights of at most {largest:.3g}" if lost > WEIGHT_LOSS * norm else ""
+    error, norm = np.linalg.norm(weight - weight.astype(np.float16)), np.linalg.norm(weight)
+    return f"has weights of at most {largest:.3g}" if error > MAX_WEIGHT_ERROR * norm else ""
 
 
-# --- what the metadata says ---------------------------------------------------------------------------------------
+# --- notes in the metadata --------------------------------------------------------------------------------------------
 
 
-def _notes(
-    kept: Mapping[str, str], half: set[str], halved: Sequence[Weight], ranges: Mapping[str, float], images: int
-) -> tuple[str, ...]:
-    """What computes in half, what does not and why, and what the weights lost."""
-    notes = [f"fp16: {len(half)} of {len(half) + len(kept)} nodes in front of decoding are half"]
-    kinds = sorted({reason for reason in kept.values() if reason.startswith(_IS)})
-    if kinds:
-        notes.append("float32, not among the half operations: " + ", ".join(kind.removeprefix(_IS) for kind in kinds))
-    named = [f"{name} {reason}" for name, reason in kept.items() if not reason.startswith(_IS)]
-    if named:
-        more = f" and {len(named) - _NAMED} more" * (len(named) > _NAMED)
-        notes.append(f"float32 for their values: {'; '.join(named[:_NAMED])}{more}")
-    if ranges:
-        largest = max(ranges, key=lambda name: ranges[name])
-        notes.append(
-            f"largest value on {images} image{'s' * (images > 1)}: {ranges[largest]:.4g} ({largest}), limit {WIDEST:g}"
-        )
-    total = sum(weight.size for weight in halved)
-    vanished = sum(int(np.count_nonzero(weight) - np.count_nonzero(as_half(weight))) for weight in halved)
-    faint = sum(int(((weight != 0) & (np.abs(weight) < HALF_NORMAL)).sum()) for weight in halved)
-    notes.append(f"of {total} half weights, {vanished} became 0 and {faint - vanished} are denormal")
-    return tuple(notes)
+def _node_notes(reasons: Mapping[str, str], fp16: set[str]) -> list[str]:
+    notes = [f"fp16: {len(fp16)} of {len(fp16) + len(reasons)} nodes before decoding are FP16"]
+    operations = sorted({reason for reason in reasons.values() if reason.startswith(_OPERATION)})
+    if operations:
+        listed = ", ".join(operation.removeprefix(_OPERATION) for operation in operations)
+        notes.append(f"float32, because the operation is not converted: {listed}")
+    nodes = [f"{name} {reason}" for name, reason in reasons.items() if not reason.startswith(_OPERATION)]
+    if nodes:
+        more = f" and {len(nodes) - _LISTED} more" if len(nodes) > _LISTED else ""
+        notes.append(f"float32, because of FP16 overflow or underflow: {'; '.join(nodes[:_LISTED])}{more}")
+    return notes
+
+
+def _range_notes(ranges: Mapping[str, float], images: int) -> list[str]:
+    if not ranges:
+        return []
+    name = max(ranges, key=lambda name: ranges[name])
+    plural = "s" if images > 1 else ""
+    return [f"largest value on {images} image{plural}: {ranges[name]:.4g} ({name}), limit {MAX_ACTIVATION:g}"]
+
+
+def _weight_note(weights: Sequence[Weight]) -> str:
+    total = sum(weight.size for weight in weights)
+    zeros = sum(int(np.count_nonzero(weight) - np.count_nonzero(to_float16(weight))) for weight in weights)
+    small = sum(int(((weight != 0) & (np.abs(weight) < FP16_MIN_NORMAL)).sum()) for weight in weights)
+    return f"of {total} FP16 weights, {zeros} became 0 and {small - zeros} are subnormal"

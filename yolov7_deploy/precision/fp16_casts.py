@@ -1,4 +1,4 @@
-"""Casts between float32 and half, put wherever a value is not of the type that its reader wants."""
+"""Rewrite a float32 graph so that some tensors are FP16, with a Cast wherever a consumer needs the other type."""
 
 from __future__ import annotations
 
@@ -12,107 +12,108 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.nms import OP
-from yolov7_deploy.precision.subgraph import captured, data_of
+from yolov7_deploy.precision.subgraph import captured_inputs, data_inputs
 
-_HALF, _FLOAT = "__half", "__float32"  # of the names of casts
-
-
-def pinned(graph: onnx.GraphProto) -> set[str]:
-    """Tensors that must keep their type: outputs of the graph, and what graphs inside nodes take from outside."""
-    return {output.name for output in graph.output} | {name for node in graph.node for name in captured(node)}
+_FP16, _FLOAT = "__half", "__float32"  # suffixes of the names of casts
 
 
-class Caster:
-    """Writes a graph again with half tensors, and a cast wherever a value is not of the type its reader wants.
+def fixed_type_tensors(graph: onnx.GraphProto) -> set[str]:
+    """Return the tensors that must stay float32: outputs of the graph, and what subgraphs read from outside."""
+    return {output.name for output in graph.output} | {name for node in graph.node for name in captured_inputs(node)}
+
+
+class Fp16Rewriter:
+    """Convert weights and tensors of a graph to FP16 and insert the casts.
 
     Args:
-        proto: The float32 graph; copied.
+        proto: The float32 graph; it is copied.
         floats: Its float32 tensors.
-        half: Those of them that nodes shall make as half.
-        heads: The raw maps.
+        fp16: Those of them that nodes will produce in FP16.
+        heads: The raw head maps.
 
     Attributes:
-        weights: New names of the weights that become half.
+        weights: New names of the weights that become FP16.
     """
 
-    def __init__(self, proto: onnx.ModelProto, *, floats: set[str], half: set[str], heads: Sequence[str]) -> None:
+    def __init__(self, proto: onnx.ModelProto, *, floats: set[str], fp16: set[str], heads: Sequence[str]) -> None:
         self._proto = onnx.ModelProto()
         self._proto.CopyFrom(proto)
-        self._floats, self._half = floats, half
-        self._all_heads_half = half.issuperset(heads)
-        self.weights = self._half_weights()
+        self._floats, self._fp16 = floats, fp16
+        self._all_heads_fp16 = fp16.issuperset(heads)
+        self.weights = self._fp16_weights()
         self._casts: dict[str, str] = {}
         self._nodes: list[onnx.NodeProto] = []
 
-    def written(self) -> onnx.ModelProto:
-        """The graph in half."""
+    def rewrite(self) -> onnx.ModelProto:
+        """Return the rewritten graph; call it once."""
         graph = self._proto.graph
         for node in graph.node:
-            if node.op_type != "Cast":  # takes any type
+            if node.op_type != "Cast":  # accepts any type
                 self._retype_inputs(node)
             self._nodes.append(node)
         del graph.node[:]
         graph.node.extend(self._nodes)
-        self._halve_weights(graph)
+        self._convert_weights(graph)
         for value in graph.value_info:
-            if value.name in self._half:
+            if value.name in self._fp16:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
         return self._proto
 
-    def _half_weights(self) -> dict[str, str]:
-        """New names of the weights that become half: the old ones, unless somebody reads them as float32 too."""
+    def _fp16_weights(self) -> dict[str, str]:
+        """Return the new names of the weights that become FP16; unchanged if no consumer needs float32 as well."""
         graph = self._proto.graph
-        as_half = {name for node in graph.node if self._is_half(node) for name in data_of(node)}
-        # What callers may feed, and what graphs inside nodes see, is float32 from outside.
-        as_float = pinned(graph) | {entry.name for entry in graph.input}
+        read_as_fp16 = {name for node in graph.node if self._is_fp16(node) for name in data_inputs(node)}
+        # Graph inputs, which callers may feed, and tensors that subgraphs read are float32.
+        read_as_float = fixed_type_tensors(graph) | {entry.name for entry in graph.input}
         for node in graph.node:
-            as_float.update(node.input[len(data_of(node)) :] if self._is_half(node) else node.input)
-        weights = [tensor.name for tensor in graph.initializer if tensor.name in self._floats & as_half]
-        return {name: f"{name}{_HALF}" if name in as_float else name for name in weights}
+            read_as_float.update(node.input[len(data_inputs(node)) :] if self._is_fp16(node) else node.input)
+        weights = [tensor.name for tensor in graph.initializer if tensor.name in self._floats & read_as_fp16]
+        return {name: f"{name}{_FP16}" if name in read_as_float else name for name in weights}
 
-    def _is_half(self, node: onnx.NodeProto) -> bool:
-        return node.output[0] in self._half
+    def _is_fp16(self, node: onnx.NodeProto) -> bool:
+        return node.output[0] in self._fp16
 
     def _retype_inputs(self, node: onnx.NodeProto) -> None:
-        data = len(data_of(node)) if self._is_half(node) else 0
+        data = len(data_inputs(node)) if self._is_fp16(node) else 0
         for index, name in enumerate(node.input):
             if name not in self._floats:
                 continue
             if index < data and name in self.weights:
                 node.input[index] = self.weights[name]
-            elif node.op_type == OP and self._all_heads_half and name in self._half:
-                continue  # the plugin takes half, but all maps of one type
-            elif (index < data) != (name in self._half):
+            elif node.op_type == OP and self._all_heads_fp16 and name in self._fp16:
+                continue  # the plugin accepts FP16 if all heads have it
+            elif (index < data) != (name in self._fp16):
                 node.input[index] = self._cast(name)
 
     def _cast(self, name: str) -> str:
-        """The value in the other type, in front of its first reader; one cast serves all."""
+        """Return the tensor in the other type; one cast, before the first consumer, serves all consumers."""
         if name not in self._casts:
-            suffix, kind = (_FLOAT, TensorProto.FLOAT) if name in self._half else (_HALF, TensorProto.FLOAT16)
+            suffix, kind = (_FLOAT, TensorProto.FLOAT) if name in self._fp16 else (_FP16, TensorProto.FLOAT16)
             self._casts[name] = name + suffix
             self._nodes.append(helper.make_node("Cast", [name], [name + suffix], name=name + suffix, to=kind))
         return self._casts[name]
 
-    def _halve_weights(self, graph: onnx.GraphProto) -> None:
+    def _convert_weights(self, graph: onnx.GraphProto) -> None:
         for tensor in list(graph.initializer):
             if tensor.name in self.weights:
-                halved = numpy_helper.from_array(as_half(numpy_helper.to_array(tensor)), self.weights[tensor.name])
-                if halved.name == tensor.name:
-                    tensor.CopyFrom(halved)
+                values = to_float16(numpy_helper.to_array(tensor))
+                converted = numpy_helper.from_array(values, self.weights[tensor.name])
+                if converted.name == tensor.name:
+                    tensor.CopyFrom(converted)
                 else:
-                    graph.initializer.append(halved)
+                    graph.initializer.append(converted)
 
 
-def as_half(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """The nearest half values."""
+def to_float16(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Return the nearest FP16 values."""
     return values.astype(np.float16)
 
 
-def check_types(proto: onnx.ModelProto) -> None:
-    """ONNX's own rules, strictly: TensorRT takes the types of the file at their word.
+def check_valid(proto: onnx.ModelProto) -> None:
+    """Check a graph with ONNX's full checker: TensorRT requires that all types in the file are exact.
 
     Raises:
-        ExportError: They are broken.
+        ExportError: The graph is invalid.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)

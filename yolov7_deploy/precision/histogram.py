@@ -1,8 +1,8 @@
-"""How often values of each magnitude occur, and the largest one that INT8 should tell apart.
+"""Histograms of magnitudes, and the four methods that choose an INT8 range from one.
 
-A histogram counts magnitudes by the first sixteen bits of their float32, which are the bfloat16 below it: 128 bins in
-every octave, from the smallest number to the largest. So no range need be known before the first image, bins never
-move, and sums of histograms do not depend on the order of their images.
+A histogram counts magnitudes by the upper sixteen bits of their float32, which is bfloat16 by truncation: 128 bins per
+octave over all finite numbers. So the range need not be known before the first image, bins never move, and the sum of
+histograms does not depend on the order of the images.
 """
 
 from __future__ import annotations
@@ -18,89 +18,93 @@ from yolov7_deploy.errors import ExportError
 Counts = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
-LEVELS = 127  # INT8 without -128: symmetric, as TensorRT wants it
+LEVELS = 127  # largest INT8 value; -128 is not used, because TensorRT quantizes symmetrically
 BINS = 2**15
-PERCENTILE = 99.99  # what NVIDIA's tools take where nothing is asked
-_INFINITE = 0x7F80  # first code of what is no finite number
-_AT_ONCE = 2**18  # values whose codes stay in the cache while they are counted
-_CLIPS = 160  # candidates of the best clip, 32 an octave: down to a 32nd of the largest
-# Lower edge of each bin; those behind the last finite one have none.
+PERCENTILE = 99.99  # the default of NVIDIA's tools
+_INFINITE = 0x7F80  # first bin of values that are not finite
+_CHUNK = 2**18  # values whose bins stay in the CPU cache while they are counted
+_CANDIDATES = 160  # clips that `mse` tries, 32 per octave: down to a 32nd of the largest value
+# Lower edge of each bin; bins of infinities and NaN have none.
 _EDGES: Doubles = (np.arange(_INFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 _ENTROPY_BINS = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """Counts of magnitudes, int64 [BINS], and the largest magnitude itself."""
+    """Histogram of absolute values.
+
+    Attributes:
+        counts: int64 [BINS].
+        amax: The largest absolute value.
+    """
 
     counts: Counts
-    largest: float
+    amax: float
 
     @classmethod
     def of(cls, values: npt.NDArray[np.float32]) -> Histogram:
-        """The histogram of all values of an array; magnitudes that are no finite numbers count in bins of their own."""
-        codes = (
-            np.ascontiguousarray(values).reshape(-1).view(np.uint16)[1::2]
-        )  # the high half, as memory is little-endian
+        """Return the histogram of all values of an array; infinities and NaN have bins of their own."""
+        # Memory is little-endian, so the upper half of a float32 is its second word.
+        words = np.ascontiguousarray(values).reshape(-1).view(np.uint16)[1::2]
         signed = np.zeros(2 * BINS, dtype=np.int64)
-        for start in range(0, codes.size, _AT_ONCE):
-            signed += np.bincount(codes[start : start + _AT_ONCE], minlength=2 * BINS)
-        largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-        return cls(signed[:BINS] + signed[BINS:], largest)
+        for start in range(0, words.size, _CHUNK):
+            signed += np.bincount(words[start : start + _CHUNK], minlength=2 * BINS)
+        amax = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+        return cls(signed[:BINS] + signed[BINS:], amax)
 
     @classmethod
     def sum(cls, parts: Iterable[Histogram]) -> Histogram:
-        """Of all values of the parts together."""
-        counts, largest = np.zeros(BINS, dtype=np.int64), 0.0
+        """Return the histogram of the values of all parts."""
+        counts, amax = np.zeros(BINS, dtype=np.int64), 0.0
         for part in parts:
             counts += part.counts
-            largest = max(largest, part.largest)
-        return cls(counts, largest)
+            amax = max(amax, part.amax)
+        return cls(counts, amax)
 
     @property
     def is_finite(self) -> bool:
-        """Every value was a number."""
-        return not self.counts[_INFINITE:].any() and np.isfinite(self.largest)
+        """True if no value was infinite or NaN."""
+        return not self.counts[_INFINITE:].any() and np.isfinite(self.amax)
 
     def bins(self) -> tuple[Doubles, Doubles, Doubles]:
-        """Lower edge, upper edge and count of each bin that is not empty, in rising order."""
+        """Return lower edge, upper edge and count of each bin that is not empty, in ascending order."""
         filled = np.flatnonzero(self.counts[:_INFINITE])
-        return _EDGES[filled], np.minimum(_EDGES[filled + 1], self.largest), self.counts[filled].astype(np.float64)
+        return _EDGES[filled], np.minimum(_EDGES[filled + 1], self.amax), self.counts[filled].astype(np.float64)
 
 
-def largest_of(histogram: Histogram) -> float:
-    """The largest magnitude: nothing is clipped."""
-    return histogram.largest
+def max_range(histogram: Histogram) -> float:
+    """Return the largest magnitude: nothing is clipped."""
+    return histogram.amax
 
 
-def percentile_of(histogram: Histogram, percent: float = PERCENTILE) -> float:
-    """The magnitude that so many percent of the values do not exceed; the largest where so many are 0."""
+def percentile_range(histogram: Histogram, percent: float = PERCENTILE) -> float:
+    """Return the magnitude that `percent` of the values do not exceed; the largest one if that would be 0."""
     _, upper, counts = histogram.bins()
     reached = np.searchsorted(np.cumsum(counts), counts.sum() * percent / 100)
     clip = float(upper[min(int(reached), len(upper) - 1)])
-    return clip if clip > _EDGES[1] else histogram.largest
+    return clip if clip > _EDGES[1] else histogram.amax
 
 
-def mse_of(histogram: Histogram) -> float:
-    """The clip whose INT8 values differ least from the values themselves, in the mean of squares.
+def mse_range(histogram: Histogram) -> float:
+    """Return the clip with the least mean squared error between values and INT8 values.
 
-    Values spread evenly inside a bin. A clip of c has steps of c / 127; the mean squared difference is that of rounding
-    below the clip, and of the distance to it above.
+    Values are taken as evenly spread inside a bin. A clip of c has steps of c / 127; the error is that of rounding
+    below the clip, and the distance to the clip above it.
     """
     lower, upper, counts = histogram.bins()
-    clips = histogram.largest * 2.0 ** (-np.arange(_CLIPS) / 32)
+    clips = histogram.amax * 2.0 ** (-np.arange(_CANDIDATES) / 32)
     errors = [_squared_error(lower, upper, counts, clip) for clip in clips]
     return float(clips[int(np.argmin(errors))])
 
 
 def _squared_error(lower: Doubles, upper: Doubles, counts: Doubles, clip: float) -> float:
-    """Sum over all values of (x - q(x))**2, from the integral of it over each bin."""
+    """Return the sum over all values of (x - q(x))**2, integrated over each bin."""
     step = clip / LEVELS
     width = upper - lower
-    integral = _error_up_to(upper / step) - _error_up_to(lower / step)
-    dense = width > 0
-    # The largest value may stand at the lower edge of its bin.
-    mean = np.where(dense, integral / np.where(dense, width / step, 1.0), _error_at(lower / step))
+    integral = _error_integral(upper / step) - _error_integral(lower / step)
+    has_width = width > 0
+    # The largest value may lie on the lower edge of its bin.
+    mean = np.where(has_width, integral / np.where(has_width, width / step, 1.0), _error_at(lower / step))
     return float((counts * mean).sum()) * step * step
 
 
@@ -109,30 +113,29 @@ def _error_at(x: Doubles) -> Doubles:
     return distance * distance
 
 
-def _error_up_to(x: Doubles) -> Doubles:
-    """Integral from 0 to x of the squared distance to the nearest whole number, up to 127."""
-    whole = np.minimum(np.rint(x), LEVELS)
-    return whole / 12 + (x - whole) ** 3 / 3
+def _error_integral(x: Doubles) -> Doubles:
+    """Return the integral from 0 to x of the squared distance to the nearest integer up to 127."""
+    nearest = np.minimum(np.rint(x), LEVELS)
+    return nearest / 12 + (x - nearest) ** 3 / 3
 
 
-def entropy_of(histogram: Histogram) -> float:
-    """The clip that TensorRT's entropy calibration chooses (Migacz, "8-bit Inference with TensorRT", GTC 2017).
+def entropy_range(histogram: Histogram) -> float:
+    """Return the clip of TensorRT's entropy calibration (Migacz, "8-bit Inference with TensorRT", GTC 2017).
 
-    Of 2048 equal bins up to the largest value, the first i stay, with all that is above in the last of them. The best i
-    has the least Kullback-Leibler divergence between that and the same in 128 steps.
+    Of 2048 equal bins up to the largest value, the first i are kept, and everything above is added to the last of them.
+    The best i has the least Kullback-Leibler divergence between that and its quantization to 128 steps.
     """
     lower, upper, counts = histogram.bins()
-    edges = np.linspace(0, histogram.largest, _ENTROPY_BINS + 1)
-    linear = np.diff(_below(edges, lower, upper, counts))
-    linear[0] = linear[1]  # as NVIDIA's tools do: what is next to nothing would outweigh all else
+    edges = np.linspace(0, histogram.amax, _ENTROPY_BINS + 1)
+    linear = np.diff(_cumulative(edges, lower, upper, counts))
+    linear[0] = linear[1]  # as NVIDIA's tools do: values near zero would outweigh all others
     steps = LEVELS + 1
-    kept = range(steps, _ENTROPY_BINS + 1)
-    best = min(kept, key=lambda i: _divergence(linear, i, steps))
+    best = min(range(steps, _ENTROPY_BINS + 1), key=lambda kept: _divergence(linear, kept, steps))
     return float(edges[best])
 
 
-def _below(x: Doubles, lower: Doubles, upper: Doubles, counts: Doubles) -> Doubles:
-    """How many values are not above each x, spread evenly inside their bins."""
+def _cumulative(x: Doubles, lower: Doubles, upper: Doubles, counts: Doubles) -> Doubles:
+    """Return the number of values up to each x, if values are evenly spread inside their bins."""
     points = np.column_stack([lower, upper]).reshape(-1)
     total = np.cumsum(counts)
     heights = np.column_stack([total - counts, total]).reshape(-1)
@@ -140,34 +143,35 @@ def _below(x: Doubles, lower: Doubles, upper: Doubles, counts: Doubles) -> Doubl
 
 
 def _divergence(linear: Doubles, kept: int, steps: int) -> float:
+    """Return the Kullback-Leibler divergence between the first `kept` bins and their quantization to `steps`."""
     reference = linear[:kept].copy()
     reference[-1] += linear[kept:].sum()
-    place = np.arange(kept) * steps // kept
+    step_of_bin = np.arange(kept) * steps // kept
     filled = linear[:kept] > 0
-    sums = np.bincount(place, linear[:kept], minlength=steps)
-    members = np.bincount(place, filled, minlength=steps)
-    spread = np.where(filled, sums[place] / np.maximum(members[place], 1), 0.0)
+    sums = np.bincount(step_of_bin, linear[:kept], minlength=steps)
+    filled_bins = np.bincount(step_of_bin, filled, minlength=steps)
+    spread = np.where(filled, sums[step_of_bin] / np.maximum(filled_bins[step_of_bin], 1), 0.0)
     p, q = reference / reference.sum(), spread / max(spread.sum(), 1e-300)
-    seen = (p > 0) & (q > 0)
-    # What one has and the other lacks costs as much as an event that was thought all but impossible.
-    lost = p[(p > 0) & (q <= 0)].sum()
-    return float((p[seen] * np.log(p[seen] / q[seen])).sum() + lost * np.log(1e9))
+    in_both = (p > 0) & (q > 0)
+    # Values that the quantization cannot represent cost as much as an event of probability 1e-9.
+    missing = p[(p > 0) & (q <= 0)].sum()
+    return float((p[in_both] * np.log(p[in_both] / q[in_both])).sum() + missing * np.log(1e9))
 
 
 METHODS: dict[str, Callable[[Histogram], float]] = {
-    "mse": mse_of,
-    "percentile": percentile_of,
-    "entropy": entropy_of,
-    "max": largest_of,
+    "mse": mse_range,
+    "percentile": percentile_range,
+    "entropy": entropy_range,
+    "max": max_range,
 }
 
 
-def clip_of(histogram: Histogram, method: str) -> float:
-    """The largest magnitude that INT8 tells apart, by one of `METHODS`; 1 where every value is 0.
+def choose_range(histogram: Histogram, method: str) -> float:
+    """Return the largest magnitude that INT8 represents, by one of `METHODS`; 1 if every value is 0.
 
     Raises:
-        ExportError: Values are infinite or no numbers.
+        ExportError: There are infinite values or NaN.
     """
     if not histogram.is_finite:
-        raise ExportError("Some values are infinite or no numbers.", fix="Check the weights:  y7 info WEIGHTS")
-    return METHODS[method](histogram) if histogram.largest > 0 else 1.0
+        raise ExportError("Some values are infinite or NaN.", fix="Check the weights:  y7 info WEIGHTS")
+    return METHODS[method](histogram) if histogram.amax > 0 else 1.0

@@ -1,8 +1,9 @@
-"""Runs the network of a graph in ONNX Runtime and gives chosen tensors of its inside."""
+"""Run a part of a graph in ONNX Runtime and read its intermediate tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,31 +11,30 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
+from yolov7_deploy._ort_options import base_session_options
 from yolov7_deploy.image import Image, fit_letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
 
 FloatArray = npt.NDArray[np.float32]
 AnyArray = npt.NDArray[np.generic]
 
-_ERRORS_ONLY = 3
-
 
 def network_input(image: Image, metadata: ModelMetadata) -> AnyArray:
-    """An image as a model takes it, as often as its fixed batch wants it."""
-    placed = fit_letterbox((image.shape[0], image.shape[1]), metadata.default_hw)
-    batch = [placed.apply(image)] * (metadata.batch or 1)
+    """Return the letterboxed image as network input, repeated to the model's fixed batch size."""
+    letterbox = fit_letterbox((image.shape[0], image.shape[1]), metadata.default_hw)
+    batch = [letterbox.apply(image)] * (metadata.batch or 1)
     return np.stack(batch) if metadata.input_kind == "uint8" else to_network_input(batch)
 
 
 class NetworkRunner:
-    """Some nodes of a graph, ready to run.
+    """An ONNX Runtime session (CPU) of some nodes of a graph.
 
     Args:
-        proto: The graph, for its inputs and weights.
-        nodes: In an order that can run; those behind what is wanted are not needed.
-        names: Tensors that these nodes make, or read from outside.
-        inputs: Tensors that the nodes read from outside; the inputs of the graph where left out.
-        weights: More constants than the graph has.
+        proto: The graph that has the inputs and the weights.
+        nodes: The nodes to run, in execution order.
+        names: Tensors to return: outputs or inputs of these nodes.
+        inputs: Tensors that the nodes read and that are fed; the inputs of the graph by default.
+        weights: Constants to add to those of the graph.
     """
 
     def __init__(
@@ -47,27 +47,32 @@ class NetworkRunner:
         weights: Mapping[str, AnyArray] | None = None,
     ) -> None:
         needed = {name for node in nodes for name in node.input}
-        stored = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
-        stored += [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()]
-        constant = {tensor.name for tensor in stored}
-        given = [entry for entry in (inputs or proto.graph.input) if entry.name in needed - constant]
-        made = {name for node in nodes for name in node.output}
-        self.inputs = tuple(entry.name for entry in given)
-        self._passed = [name for name in names if name not in made]
-        self._names = [name for name in names if name in made]
-        outputs = [onnx.ValueInfoProto(name=name) for name in self._names]
-        graph = helper.make_graph(nodes, "network", given, outputs, initializer=stored)
+        initializers = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
+        initializers += [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()]
+        constant = {tensor.name for tensor in initializers}
+        fed = [entry for entry in (inputs or proto.graph.input) if entry.name in needed - constant]
+        produced = {name for node in nodes for name in node.output}
+        self.inputs = tuple(entry.name for entry in fed)
+        self._fed_names = [name for name in names if name not in produced]
+        self._output_names = [name for name in names if name in produced]
+        outputs = [onnx.ValueInfoProto(name=name) for name in self._output_names]
+        graph = helper.make_graph(nodes, "network", fed, outputs, initializer=initializers)
         opsets = [entry for entry in proto.opset_import if not entry.domain]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=proto.ir_version)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options = base_session_options()
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
-    def run(self, fed: Mapping[str, AnyArray] | AnyArray) -> dict[str, FloatArray]:
-        """The tensors by name; an array alone is the only input."""
-        feeds = fed if isinstance(fed, Mapping) else {self.inputs[0]: fed}
-        # ONNX Runtime takes no names for an error.
-        found = self._session.run(self._names, {name: feeds[name] for name in self.inputs}) if self._names else []
-        return {**{name: feeds[name] for name in self._passed}, **dict(zip(self._names, found, strict=True))}
+    def run(self, feeds: Mapping[str, AnyArray] | AnyArray) -> dict[str, FloatArray]:
+        """Return the tensors by name.
+
+        Args:
+            feeds: Input tensors by name, or one array if there is only one input.
+        """
+        feeds = feeds if isinstance(feeds, Mapping) else {self.inputs[0]: feeds}
+        found: dict[str, Any] = {name: feeds[name] for name in self._fed_names}
+        if self._output_names:  # ONNX Runtime raises an error for an empty list
+            values = self._session.run(self._output_names, {name: feeds[name] for name in self.inputs})
+            found.update(zip(self._output_names, values, strict=True))
+        return found

@@ -1,12 +1,12 @@
-"""Where Q/DQ pairs go: the rules by which a graph becomes INT8 without a float island between two convolutions.
+"""Placement of Q/DQ pairs: rules that leave no float operation between two INT8 convolutions.
 
-1. A convolution reads its data, and its weights, through a pair; its result and its bias stay float, so that the
-   runtime may fuse the activation behind it and quantise once.
-2. A tensor has one pair, which all its quantised readers share.
-3. What passes values on (Concat, MaxPool, nearest Resize, slices) has one scale for all its inputs and outputs, so that
-   it commutes with quantisation and moves bytes.
-4. An upsampling Resize reads through a pair as well: quantising first moves a quarter of the bytes.
-5. A residual Add reads both its terms through pairs of one scale.
+1. A convolution reads its data and its weights through a pair. Its output and its bias stay float, so that the runtime
+   can fuse the following activation and quantize once.
+2. A tensor has one pair, which all its quantized consumers share.
+3. Operations that only pass values through (Concat, MaxPool, nearest Resize, slices) have one scale for all inputs and
+   outputs. They commute with quantization and move bytes.
+4. An upsampling Resize reads through a pair, too: quantizing first moves a quarter of the bytes.
+5. A residual Add reads both terms through pairs of one scale.
 6. The last convolutions, decoding and NMS stay float.
 """
 
@@ -19,11 +19,11 @@ import onnx
 
 from yolov7_deploy.precision.subgraph import Network
 
-HEAD_REASON = "head: what decoding reads stays float"
-# What a runtime may compute inside the kernel of the convolution in front of it.
+HEAD_REASON = "head: decoding needs float"
+# Operations that a runtime may fuse into the kernel of the preceding convolution.
 ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid"})
-# They give values that they read, and no others. Inputs behind the number are sizes.
-PASSING = {
+# Operations whose outputs hold only values of their inputs, and the number of leading inputs that are data.
+PASS_THROUGH_OPS = {
     "Concat": None,
     "MaxPool": 1,
     "Resize": 1,
@@ -36,188 +36,197 @@ PASSING = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """What becomes INT8.
+class QdqPlacement:
+    """Which convolutions become INT8, and which tensors get a Q/DQ pair.
 
     Attributes:
-        convolutions: Outputs of the convolutions that compute in INT8.
-        pairs: Tensors with a Q/DQ pair, and the readers (by their first output) that take it.
-        groups: For each tensor with a pair, the tensors whose values share its scale, sorted; their first names it.
-        kept: Convolutions that stay float, by output, and why.
-        islands: Nodes that compute in float between INT8 convolutions, by output, and their operation. YOLOv7 has none.
+        convolutions: Outputs of the convolutions computed in INT8.
+        pairs: Tensors with a Q/DQ pair, and the consumers (by their first output) that read it.
+        scale_groups: For each tensor with a pair, the tensors whose values share its scale, sorted. The scale is named
+            after the first one.
+        float_convolutions: Outputs of the convolutions that stay float, and the reasons.
+        float_islands: Outputs and operations of the nodes that compute in float between INT8 convolutions. YOLOv7 has
+            none.
     """
 
     convolutions: tuple[str, ...]
     pairs: Mapping[str, tuple[str, ...]]
-    groups: Mapping[str, tuple[str, ...]]
-    kept: Mapping[str, str]
-    islands: Mapping[str, str]
+    scale_groups: Mapping[str, tuple[str, ...]]
+    float_convolutions: Mapping[str, str]
+    float_islands: Mapping[str, str]
 
 
-def place(network: Network, spared: Mapping[str, str]) -> Placement:
-    """Where pairs go in a network.
+def place_qdq(network: Network, excluded: Mapping[str, str]) -> QdqPlacement:
+    """Apply the rules of this module to a network.
 
     Args:
-        network: Whose convolutions shall be INT8.
-        spared: Outputs of convolutions that shall stay float, and why.
+        network: The network to quantize.
+        excluded: Outputs of convolutions to exclude from INT8, and the reasons.
     """
-    kept = {node.output[0]: reason for node in network.convolutions if (reason := _reason(network, node, spared))}
-    quantized = [node for node in network.convolutions if node.output[0] not in kept]
-    readers: dict[str, list[str]] = {}
-    for node in quantized:
-        readers.setdefault(node.input[0], []).append(node.output[0])
-    wanted = _wanted(network, set(readers))
+    float_convolutions = {
+        node.output[0]: reason for node in network.convolutions if (reason := _float_reason(network, node, excluded))
+    }
+    int8 = [node for node in network.convolutions if node.output[0] not in float_convolutions]
+    consumers: dict[str, list[str]] = {}
+    for node in int8:
+        consumers.setdefault(node.input[0], []).append(node.output[0])
+    quantized = _quantized_tensors(network, set(consumers))
+    groups = _DisjointSets()
     for node in network.nodes:
-        adds = _is_residual(network, node) and bool(wanted.intersection(node.output))
-        upsamples = node.op_type == "Resize" and is_passing(node) and bool(wanted.intersection(node.output))
-        for name in dict.fromkeys(passed(node) if upsamples else node.input if adds else ()):
-            readers.setdefault(name, []).append(node.output[0])
-    ties = _Ties()
-    for node in network.nodes:
-        if is_passing(node) and wanted.intersection(node.output):
-            ties.tie([*passed(node), *node.output])
-        if _is_residual(network, node) and wanted.intersection(node.output):
-            ties.tie(list(node.input))
-    order = {name: number for number, name in enumerate(network.makers)}
-    pairs = sorted(readers, key=lambda name: order.get(name, -1))
-    return Placement(
-        convolutions=tuple(node.output[0] for node in quantized),
-        pairs={name: tuple(readers[name]) for name in pairs},
-        groups={name: _sources(network, ties.members(name)) for name in pairs},
-        kept=kept,
-        islands=dict(_islands(network, wanted, [node.output[0] for node in quantized])),
+        if not quantized.intersection(node.output):
+            continue
+        reads_pairs: Sequence[str] = ()
+        if is_pass_through(node):
+            groups.union([*pass_through_inputs(node), *node.output])
+            reads_pairs = pass_through_inputs(node) if node.op_type == "Resize" else ()
+        elif _is_residual(network, node):
+            groups.union(list(node.input))
+            reads_pairs = node.input
+        for name in dict.fromkeys(reads_pairs):
+            consumers.setdefault(name, []).append(node.output[0])
+    order = {name: number for number, name in enumerate(network.producers)}
+    pairs = sorted(consumers, key=lambda name: order.get(name, -1))
+    return QdqPlacement(
+        convolutions=tuple(node.output[0] for node in int8),
+        pairs={name: tuple(consumers[name]) for name in pairs},
+        scale_groups={name: _all_sources(network, groups.members(name)) for name in pairs},
+        float_convolutions=float_convolutions,
+        float_islands=dict(_float_islands(network, quantized, [node.output[0] for node in int8])),
     )
 
 
-def measured_tensors(network: Network) -> tuple[str, ...]:
-    """The tensors whose values any placement may have to quantise: those that convolutions and residual sums read.
+def calibrated_tensors(network: Network) -> tuple[str, ...]:
+    """Return the tensors that any placement may quantize: the inputs of convolutions and of residual sums.
 
-    Of what only passes values on, the tensors it reads are measured instead, constants among them.
+    Outputs of pass-through operations are replaced by the tensors whose values they hold, including constants.
     """
     read = [name for node in network.convolutions for name in node.input[:1]]
     read += [name for node in network.nodes if _is_residual(network, node) for name in node.input]
-    found = {source for name in read for source in origins(network, name)}
-    order = dict.fromkeys((*_inputs(network), *network.makers, *network.weights))
+    found = {source for name in read for source in source_tensors(network, name)}
+    inputs = [entry.name for entry in network.proto.graph.input]
+    order = dict.fromkeys((*inputs, *network.producers, *network.weights))
     return tuple(name for name in order if name in found)
 
 
-def origins(network: Network, name: str) -> Iterator[str]:
-    """The tensors whose values a tensor holds: itself, or what the passing nodes in front of it read."""
-    node = network.makers.get(name)
-    if node is None or not is_passing(node):
+def source_tensors(network: Network, name: str) -> Iterator[str]:
+    """Yield the tensors whose values a tensor holds: itself, or the sources of a pass-through operation's inputs."""
+    node = network.producers.get(name)
+    if node is None or not is_pass_through(node):
         yield name
         return
-    for given in passed(node):
-        yield from origins(network, given)
+    for source in pass_through_inputs(node):
+        yield from source_tensors(network, source)
 
 
-def is_passing(node: onnx.NodeProto) -> bool:
-    """The node gives values that it reads and no others, so it commutes with quantisation."""
-    if node.op_type not in PASSING or node.domain:
+def is_pass_through(node: onnx.NodeProto) -> bool:
+    """Return True if the outputs hold only values of the inputs, so the node commutes with quantization."""
+    if node.op_type not in PASS_THROUGH_OPS or node.domain:
         return False
     return node.op_type != "Resize" or _attribute(node, "mode") in (None, b"nearest")
 
 
-def passed(node: onnx.NodeProto) -> Sequence[str]:
-    """What a passing node reads that is data."""
-    return list(node.input)[: PASSING[node.op_type]]
-
-
-def _inputs(network: Network) -> list[str]:
-    return [entry.name for entry in network.proto.graph.input]
+def pass_through_inputs(node: onnx.NodeProto) -> Sequence[str]:
+    """Return the data inputs of a pass-through node."""
+    return list(node.input)[: PASS_THROUGH_OPS[node.op_type]]
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> bytes | None:
     return next((attribute.s for attribute in node.attribute if attribute.name == name), None)
 
 
-def _reason(network: Network, node: onnx.NodeProto, spared: Mapping[str, str]) -> str:
-    """Why a convolution stays float; empty where it need not."""
+def _float_reason(network: Network, node: onnx.NodeProto, excluded: Mapping[str, str]) -> str:
+    """Return why a convolution stays float; empty for an INT8 convolution."""
     output = node.output[0]
-    if output in spared:
-        return spared[output]
+    if output in excluded:
+        return excluded[output]
     if output in network.heads:
         return HEAD_REASON
     if node.input[1] not in network.weights:
-        return "its weights are no float32 initializer"
+        return "its weights are not a float32 initializer"
     return ""
 
 
 def _is_residual(network: Network, node: onnx.NodeProto) -> bool:
-    """A sum of two tensors that the network makes, and not of one and a constant."""
-    return node.op_type == "Add" and not node.domain and all(name in network.makers for name in node.input)
+    """Return True for a sum of two tensors that the network computes; a constant term is not residual."""
+    return node.op_type == "Add" and not node.domain and all(name in network.producers for name in node.input)
 
 
-def _wanted(network: Network, read: set[str]) -> set[str]:
-    """The tensors that quantised readers read, at once or through nodes that pass values on or add them."""
-    wanted = set(read)
+def _quantized_tensors(network: Network, read: set[str]) -> set[str]:
+    """Return the tensors that INT8 convolutions read, directly or through pass-through operations and sums."""
+    quantized = set(read)
     for node in reversed(network.nodes):
-        if wanted.intersection(node.output):
-            wanted.update(passed(node) if is_passing(node) else node.input if _is_residual(network, node) else ())
-    return wanted
+        if quantized.intersection(node.output):
+            if is_pass_through(node):
+                quantized.update(pass_through_inputs(node))
+            elif _is_residual(network, node):
+                quantized.update(node.input)
+    return quantized
 
 
-def _islands(network: Network, wanted: set[str], convolutions: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Nodes behind an INT8 convolution whose results are quantised, but for activations and what passes values on."""
-    leading = set(wanted)
+def _float_islands(network: Network, quantized: set[str], convolutions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the unexpected nodes between an INT8 convolution and a quantized tensor.
+
+    Expected are activations, pass-through operations and sums.
+    """
+    leads_to_quantized = set(quantized)
     for node in reversed(network.nodes):
-        if node.op_type in ACTIVATIONS and leading.intersection(node.output):
-            leading.update(node.input)
-    behind = set(convolutions)
+        if node.op_type in ACTIVATIONS and leads_to_quantized.intersection(node.output):
+            leads_to_quantized.update(node.input)
+    after_int8 = set(convolutions)
     for node in network.nodes:
-        if not behind.intersection(node.input):
+        if not after_int8.intersection(node.input):
             continue
-        behind.update(node.output)
-        sums = _is_residual(network, node) and wanted.intersection(node.output)
-        expected = node.op_type == "Conv" or node.op_type in ACTIVATIONS or is_passing(node) or sums
-        if not expected and leading.intersection(node.output):
+        after_int8.update(node.output)
+        is_sum = _is_residual(network, node) and quantized.intersection(node.output)
+        expected = node.op_type == "Conv" or node.op_type in ACTIVATIONS or is_pass_through(node) or is_sum
+        if not expected and leads_to_quantized.intersection(node.output):
             yield node.output[0], node.op_type
 
 
-def _sources(network: Network, members: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted({source for name in members for source in origins(network, name)}))
+def _all_sources(network: Network, members: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted({source for name in members for source in source_tensors(network, name)}))
 
 
-class _Ties:
-    """Which tensors share a scale (union-find)."""
+class _DisjointSets:
+    """Groups of tensors that share a scale (union-find with path compression)."""
 
     def __init__(self) -> None:
-        self._above: dict[str, str] = {}
+        self._parents: dict[str, str] = {}
 
-    def tie(self, names: Sequence[str]) -> None:
-        """All of these share one."""
-        first = self._top(names[0])
+    def union(self, names: Sequence[str]) -> None:
+        """Merge the groups of all these tensors."""
+        first = self._root(names[0])
         for name in names[1:]:
-            self._above[self._top(name)] = first
+            self._parents[self._root(name)] = first
 
     def members(self, name: str) -> list[str]:
-        """All that share the scale of this one, itself among them."""
-        top = self._top(name)
-        return [name, *(other for other in list(self._above) if other != name and self._top(other) == top)]
+        """Return all tensors of the group of `name`, starting with itself."""
+        root = self._root(name)
+        return [name, *(other for other in list(self._parents) if other != name and self._root(other) == root)]
 
-    def _top(self, name: str) -> str:
-        above = self._above.setdefault(name, name)
-        if above == name:
+    def _root(self, name: str) -> str:
+        parent = self._parents.setdefault(name, name)
+        if parent == name:
             return name
-        top = self._top(above)
-        self._above[name] = top
-        return top
+        root = self._root(parent)
+        self._parents[name] = root
+        return root
 
 
-def float_nodes(network: Network, placement: Placement) -> list[onnx.NodeProto]:
-    """The nodes that are not part of INT8 work, and may compute in half.
+def float_nodes(network: Network, placement: QdqPlacement) -> list[onnx.NodeProto]:
+    """Return the nodes that are not part of INT8 computation; they may compute in FP16.
 
-    Part of it are the quantised convolutions, what follows them alone (their activation, which runs in their kernel),
-    and what passes values on to a pair.
+    INT8 computation includes the quantized convolutions, the nodes that read nothing but their results (the activation,
+    which is fused into the kernel), and the pass-through nodes before a pair.
     """
-    wanted = _wanted(network, set(placement.pairs))
+    quantized = _quantized_tensors(network, set(placement.pairs))
     inside = set(placement.convolutions)
     for node in network.nodes:
-        if is_passing(node):
-            belongs = bool(wanted.intersection(node.output))
+        if is_pass_through(node):
+            belongs = bool(quantized.intersection(node.output))
         else:
-            made = [name for name in node.input if name in network.makers]
-            belongs = node.op_type != "Conv" and bool(made) and inside.issuperset(made)
+            computed = [name for name in node.input if name in network.producers]
+            belongs = node.op_type != "Conv" and bool(computed) and inside.issuperset(computed)
         if belongs or inside.intersection(node.output):
             inside.update(node.output)
     return [node for node in network.nodes if not inside.intersection(node.output)]

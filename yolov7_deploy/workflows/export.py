@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import unfinished_name
+from yolov7_deploy._atomic_file import partial_path
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError
-from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, form
-from yolov7_deploy.evaluation.synthetic_image import drawn_image
+from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
+from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
@@ -26,8 +26,8 @@ from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import CalibrationImages
 from yolov7_deploy.precision.fp16 import to_fp16
-from yolov7_deploy.runtimes.onnxruntime import OrtBackend
-from yolov7_deploy.runtimes.pytorch import PytorchBackend
+from yolov7_deploy.runtimes.onnxruntime import OrtRuntime
+from yolov7_deploy.runtimes.pytorch import PytorchRuntime
 from yolov7_deploy.workflows.quantize import Quantized, Quantizer, Show, silent
 
 logger = logging.getLogger(__name__)
@@ -110,16 +110,16 @@ def export_weights(
     exported = export_onnx(model, replace(checkpoint.metadata, version=__version__), options)
     step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
     exported, quantized, images = _lowered(exported, precision, int8, images, step)
-    reference = PytorchBackend(model, checkpoint.metadata) if verify else None
+    reference = PytorchRuntime(model, checkpoint.metadata) if verify else None
     size, parity = _written(exported, output, reference, images, step)
     return ExportReport(path=output, metadata=exported.metadata, bytes=size, parity=parity, quantized=quantized)
 
 
 def _written(
-    exported: OnnxModel, output: Path, reference: PytorchBackend | None, images: Sequence[Image], step: _Steps
+    exported: OnnxModel, output: Path, reference: PytorchRuntime | None, images: Sequence[Image], step: _Steps
 ) -> tuple[int, ParityReport | None]:
     """Writes the file, and gives it its name if it is the reference's model; its size, and the check."""
-    partial = unfinished_name(output)
+    partial = partial_path(output)
     try:
         exported.save(partial)
         parity = None
@@ -142,7 +142,7 @@ def _lowered(
     if int8 is not None:
         quantized = Quantizer(exported, int8.images, int8.options, data=int8.data, say=step.done, show=int8.show).run()
         images = images or list(islice(int8.images, _CALIBRATED_SHOWN))
-    images = images or [drawn_image(exported.metadata.default_hw)]
+    images = images or [synthetic_image(exported.metadata.default_hw)]
     if precision == "fp16":
         return _in_half(exported, images, step), None, images
     return (exported if quantized is None else quantized.model), quantized, images
@@ -154,17 +154,17 @@ def _in_half(exported: OnnxModel, images: Sequence[Image], step: _Steps) -> Onnx
     return half
 
 
-def _verified(reference: PytorchBackend, path: Path, metadata: ModelMetadata, images: Sequence[Image]) -> ParityReport:
+def _verified(reference: PytorchRuntime, path: Path, metadata: ModelMetadata, images: Sequence[Image]) -> ParityReport:
     input_hw = metadata.default_hw
-    backend = OrtBackend.open(path, device="cpu", input_hw=None)
+    runtime = OrtRuntime.open(path, device="cpu", input_hw=None)
     parity = compare(
-        form("torch", reference, None, input_hw=input_hw),
-        form("ONNX Runtime", backend, path, input_hw=input_hw),
+        make_artifact("torch", reference, None, input_hw=input_hw),
+        make_artifact("ONNX Runtime", runtime, path, input_hw=input_hw),
         images,
         thresholds=comparison_thresholds(metadata),
     )
-    if parity.first_loss is not None:
-        lost = parity.first_loss
+    if parity.first_failure is not None:
+        lost = parity.first_failure
         raise ParityError(
             f"The exported file is not the model: at the stage {lost.stage!r} it differs by {lost.differences} "
             f"(allowed {lost.limits}). No file was written.",

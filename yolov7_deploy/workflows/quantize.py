@@ -22,26 +22,26 @@ from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
 from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
-from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, drop_words
+from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, summarize_drop
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.inspection.int8_file import account_lines, account_record
+from yolov7_deploy.inspection.onnx_file import int8_lines, int8_to_dict
 from yolov7_deploy.options import Int8Options, QuantizeOptions, ValOptions
 from yolov7_deploy.precision.calibrate import Calibration, calibrate, image_digest, images_digest, network_digest
 from yolov7_deploy.precision.calibration_cache import (
     check_calibration,
-    default_place,
+    default_cache_path,
     load_calibration,
     save_calibration,
 )
-from yolov7_deploy.precision.calibration_images import CalibrationImages, overlap
+from yolov7_deploy.precision.calibration_images import CalibrationImages, count_overlap
 from yolov7_deploy.precision.int8 import check_quantizable, to_int8
-from yolov7_deploy.precision.int8_summary import Int8Account, count_int8
+from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.ort_runner import network_input
-from yolov7_deploy.precision.sensitivity import LayerCost, layer_costs
+from yolov7_deploy.precision.sensitivity import LayerSensitivity, layer_sensitivities
 from yolov7_deploy.precision.subgraph import Network
 
 # Below this many, each spared layer is tried without the others; a trial is an AP measurement, which takes minutes.
-PRUNED = 8
+MAX_PRUNED_LAYERS = 8
 
 
 def min_excluded_layers(most_sensitive: Sequence[str], fits: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
@@ -66,7 +66,7 @@ def min_excluded_layers(most_sensitive: Sequence[str], fits: Callable[[frozenset
         else:
             least = middle
     spared = frozenset(most_sensitive[:most])
-    if most <= PRUNED:
+    if most <= MAX_PRUNED_LAYERS:
         for layer in reversed(most_sensitive[: most - 1]):  # without the last it was tried already
             if len(spared) > 1 and fits(spared - {layer}):
                 spared -= {layer}
@@ -107,9 +107,9 @@ class Quantized:
 
     model: OnnxModel
     calibration: Calibration
-    account: Int8Account
+    account: Int8Summary
     drop: AccuracyDrop | None
-    costs: tuple[LayerCost, ...]
+    costs: tuple[LayerSensitivity, ...]
     trials: tuple[Measurement, ...]
 
 
@@ -177,7 +177,7 @@ class Quantizer:
         return Quantized(
             model=model,
             calibration=calibration,
-            account=count_int8(model.proto),
+            account=summarize_int8(model.proto),
             drop=drop,
             costs=costs,
             trials=tuple(self._trials),
@@ -189,7 +189,7 @@ class Quantizer:
         """From the file if it is of this model and these images, else measured and kept."""
         network = network_digest(Network(self._model))
         images = images_digest(image_digest(network_input(one, self._model.metadata)) for one in self._images)
-        place = self._options.cache or default_place(network, images)
+        place = self._options.cache or default_cache_path(network, images)
         calibration = self._kept(place)
         if calibration is not None:
             check_calibration(calibration, place, network_sha256=network, images_sha256=images)
@@ -225,7 +225,7 @@ class Quantizer:
     def _overlapping(self) -> tuple[str, ...]:
         if self._data is None:
             return ()
-        both = overlap(self._images, [self._data.path(index) for index in range(len(self._data))])
+        both = count_overlap(self._images, [self._data.path(index) for index in range(len(self._data))])
         return (f"{both} of the images AP is measured on were calibrated on",) if both else ()
 
     # --- accuracy -----------------------------------------------------------------------------------------------------
@@ -257,15 +257,17 @@ class Quantizer:
 
     # --- what is spared -----------------------------------------------------------------------------------------------
 
-    def _ranked(self, calibration: Calibration, options: Int8Options) -> tuple[LayerCost, ...]:
+    def _ranked(self, calibration: Calibration, options: Int8Options) -> tuple[LayerSensitivity, ...]:
         step = max(1, calibration.images // RANKING_IMAGES)
         few = list(islice(self._images, 0, step * RANKING_IMAGES, step))
         with self._show("cost of each layer") as progress:
-            costs = layer_costs(self._model, calibration, few, options, progress=progress)
+            costs = layer_sensitivities(self._model, calibration, few, options, progress=progress)
         self._say(f"ranked {len(costs)} layers by what INT8 costs in each; the dearest is {costs[0].layer}")
         return costs
 
-    def _search(self, calibration: Calibration, costs: tuple[LayerCost, ...], max_drop: float) -> tuple[str, ...]:
+    def _search(
+        self, calibration: Calibration, costs: tuple[LayerSensitivity, ...], max_drop: float
+    ) -> tuple[str, ...]:
         def fits(layers: frozenset[str]) -> bool:
             model = to_int8(self._model, calibration, self._with(layers, costs))
             drop = self._measured(model, layers)
@@ -280,18 +282,18 @@ class Quantizer:
             )
         return tuple(cost.layer for cost in costs if cost.layer in spared)
 
-    def _with(self, layers: frozenset[str] | tuple[str, ...], costs: tuple[LayerCost, ...]) -> Int8Options:
+    def _with(self, layers: frozenset[str] | tuple[str, ...], costs: tuple[LayerSensitivity, ...]) -> Int8Options:
         error = {cost.layer: cost.error for cost in costs}
         reasons: Mapping[str, str] = {
             layer: f"spared for AP: alone in INT8 it moves the head by {error[layer]:.3g}" for layer in layers
         }
-        return replace(self._options.int8, spare={**self._options.int8.spare, **reasons})
+        return replace(self._options.int8, exclude={**self._options.int8.exclude, **reasons})
 
     def _told(self, model: OnnxModel, drop: AccuracyDrop | None) -> OnnxModel:
         """The AP goes into the metadata too."""
         if drop is None:
             return model
-        words = drop_words(drop, TOLD_AGAINST if self._options.max_drop is None else self._options.max_drop)
+        words = summarize_drop(drop, TOLD_AGAINST if self._options.max_drop is None else self._options.max_drop)
         self._say(words)
         return OnnxModel.of(model.proto, replace(model.metadata, notes=(*model.metadata.notes, words)))
 
@@ -301,9 +303,9 @@ SHOWN = 20  # layers in the table; all are in the JSON
 
 def describe(result: Quantized) -> str:
     """What was found beyond the steps that were told on the way: pairs, costs of layers, AP of the search."""
-    parts = ["\n".join(account_lines(result.account))]
+    parts = ["\n".join(int8_lines(result.account))]
     if result.costs:
-        kept = {layer for layer, _ in result.model.metadata.int8.kept} if result.model.metadata.int8 else set()
+        kept = {layer for layer, _ in result.model.metadata.int8.float_layers} if result.model.metadata.int8 else set()
         rows: list[list[object]] = [
             [cost.layer, f"{cost.error:.4f}", _percent(cost.share), "kept float" if cost.layer in kept else ""]
             for cost in result.costs[:SHOWN]
@@ -324,7 +326,7 @@ def to_dict(result: Quantized) -> dict[str, Any]:
             "images_sha256": result.calibration.images_sha256,
             "network_sha256": result.calibration.network_sha256,
         },
-        "account": account_record(result.account),
+        "account": int8_to_dict(result.account),
         "accuracy": None if result.drop is None else result.drop.to_dict(),
         "layers": [
             {"layer": cost.layer, "head_error": cost.error, "share_of_macs": cost.share} for cost in result.costs
@@ -344,7 +346,7 @@ WIDTH, ROW, MARGIN = 9.0, 0.17, 1.5  # inches
 INT8_COLOUR, SPARED_COLOUR = "#0072B2", "#D55E00"
 
 
-def cost_chart(result: Quantized, path: Path, *, title: str) -> None:
+def write_sensitivity_chart(result: Quantized, path: Path, *, title: str) -> None:
     """A PNG with a bar for each layer in the order they run: how far it moves the head maps when it alone is INT8.
 
     Layers that stayed float in the file have another colour. Same result, same bytes; the file appears complete or not
@@ -360,7 +362,7 @@ def _figure(result: Quantized, title: str) -> Figure:
     order = {cost.name: place for place, cost in enumerate(result.account.convolutions)}
     costs = sorted(result.costs, key=lambda cost: order.get(cost.layer, -1))
     int8 = result.model.metadata.int8
-    spared = {layer for layer, _ in int8.kept} if int8 else set()
+    spared = {layer for layer, _ in int8.float_layers} if int8 else set()
     figure = Figure(figsize=(WIDTH, MARGIN + ROW * len(costs)))
     FigureCanvasAgg(figure)
     axes: Axes = figure.add_axes((0.2, 0.75 / figure.get_figheight(), 0.76, 1 - MARGIN / figure.get_figheight()))
