@@ -232,7 +232,7 @@ print(sorted({{"rich", "typer"}} & set(sys.modules)))
 
 
 def best_time_s(*arguments: str, limit_s: float) -> float:
-    """The shortest of up to MAX_RUNS runs; stops at the first one under the limit."""
+    """Return the shortest time of up to MAX_RUNS runs; stop at the first one under the limit."""
     best = math.inf
     for _ in range(MAX_RUNS):
         start = time.perf_counter()

@@ -19,7 +19,7 @@ SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MU
 
 
 def options() -> dict[str, set[str]]:
-    """Every option of every command of `y7`."""
+    """Return every option of every command of `y7`."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {
         name: {spelling for parameter in command.params for spelling in (*parameter.opts, *parameter.secondary_opts)}
@@ -39,7 +39,7 @@ def test_the_continuous_integration_runs_the_second_command():
 
 
 def command_lines(name: str) -> list[tuple[str, str]]:
-    """(command, arguments) of every `y7 COMMAND ARGUMENTS` in a document."""
+    """Return (command, arguments) of every `y7 COMMAND ARGUMENTS` in a document."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return re.findall(r"\by7 ([a-z]+)([^`\n&|#]*)", text)
 

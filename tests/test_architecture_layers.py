@@ -107,7 +107,7 @@ def files(folder: Path = PACKAGE) -> list[Path]:
 
 
 def relative(path: Path) -> str:
-    """The path inside the package, as in the tables: `runtimes/onnxruntime.py`."""
+    """Return the path inside the package, as in the tables: `runtimes/onnxruntime.py`."""
     return path.relative_to(PACKAGE).as_posix()
 
 
@@ -117,7 +117,7 @@ def module_name(path: Path) -> str:
 
 
 def layer_of(module: str) -> str:
-    """The entry of LAYERS: `runtimes` for `yolov7_deploy.runtimes.onnxruntime`; empty for the package itself."""
+    """Return the entry of LAYERS: `runtimes` for `yolov7_deploy.runtimes.onnxruntime`; empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -126,7 +126,7 @@ ROWS = {name: row for row, names in enumerate(LAYERS) for name in names}
 
 
 def imports(nodes: Iterator[ast.AST], package: str) -> Iterator[tuple[str, str, int]]:
-    """(module, name, line) of every import; the name is empty for `import module`."""
+    """Return (module, name, line) of every import; the name is empty for `import module`."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((alias.name, "", node.lineno) for alias in node.names)
@@ -144,7 +144,7 @@ def all_imports(path: Path) -> list[tuple[str, str, int]]:
 
 
 def internal_imports(path: Path) -> Iterator[tuple[str, str, int]]:
-    """(module, name, line) of every import from this package; the name is empty if a submodule is imported."""
+    """Return (module, name, line) of every import from this package; the name is empty if a submodule is imported."""
     for module, name, line in all_imports(path):
         if module.split(".")[0] == NAME:
             submodule = f"{module}.{name}"
@@ -152,7 +152,7 @@ def internal_imports(path: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def executed_on_import(path: Path) -> Iterator[ast.AST]:
-    """The nodes executed when the file is imported: no function bodies, nothing under TYPE_CHECKING."""
+    """Return the nodes executed when the file is imported: no function bodies, nothing under TYPE_CHECKING."""
     pending: list[ast.AST] = list(tree(path).body)
     while pending:
         node = pending.pop()
@@ -166,12 +166,12 @@ def executed_on_import(path: Path) -> Iterator[ast.AST]:
 
 
 def library(module: str) -> str:
-    """The name in the table: `torch` for `torch.nn`, `google.protobuf` for `google.protobuf.message`."""
+    """Return the name in the table: `torch` for `torch.nn`, `google.protobuf` for `google.protobuf.message`."""
     return next((name for name in LIBRARIES if f"{module}.".startswith(f"{name}.")), module.split(".")[0])
 
 
 def third_party_imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(library, line) of every import that is neither from the standard library nor from this package."""
+    """Return (library, line) of every import that is neither from the standard library nor from this package."""
     for module, _, line in all_imports(path):
         if module.split(".")[0] not in {*sys.stdlib_module_names, NAME}:
             yield library(module), line

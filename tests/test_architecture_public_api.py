@@ -17,20 +17,20 @@ FUNCTIONS = [name for name in yolov7_deploy.__all__ if name[0].islower()]
 
 
 def members(kind: type) -> list[tuple[str, object]]:
-    """The public methods and properties that a class defines, with `__init__` and `__call__`."""
+    """Return the public methods and properties that a class defines, with `__init__` and `__call__`."""
     special = {"__call__", "__init__"} if not dataclasses.is_dataclass(kind) else set()
     return [(name, value) for name, value in vars(kind).items() if not name.startswith("_") or name in special]
 
 
 def function_of(member: object) -> object:
-    """The function of a property, a class method or a method; anything else is returned as it is."""
+    """Return the function of a property, a class method or a method; other members are returned unchanged."""
     if isinstance(member, property):
         return member.fget
     return getattr(member, "__func__", member)
 
 
 def untyped(function: object) -> list[str]:
-    """Parameters without an annotation, and `return` if it has none."""
+    """Return the parameters without an annotation, and `return` if it has none."""
     signature = inspect.signature(function)  # type: ignore[arg-type]
     missing = [
         name for name, parameter in signature.parameters.items() if parameter.annotation is inspect.Parameter.empty
@@ -40,7 +40,7 @@ def untyped(function: object) -> list[str]:
 
 
 def typed_names() -> dict[str, str]:
-    """Name and module of every import that only type checkers see."""
+    """Return name and module of every import that only type checkers see."""
     (block,) = (node for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: node.module or "" for node in imports for alias in node.names}

@@ -57,7 +57,7 @@ def test_a_pipe_gets_the_plain_table(capsys):
         (1234, "file", "1,234 files"),
     ],
 )
-def test_a_count_has_its_noun_in_the_right_number(count, noun, text):
+def test_a_count_is_followed_by_the_singular_or_plural_noun(count, noun, text):
     assert plural(count, noun) == text
 
 

@@ -62,12 +62,12 @@ def test_every_index_selects_the_same_rows_of_all_arrays(count, data):
         (numbers, numbers),
         (part, range(count)[part]),
     ):
-        picked = found[index]
-        assert len(picked) == len(rows)
-        assert [item.score for item in picked] == [found.scores[row] for row in rows]
-        assert [item.class_id for item in picked] == [found.class_ids[row] for row in rows]
-        assert [list(item.box) for item in picked] == [found.boxes[row].tolist() for row in rows]
-        assert (picked.path, picked.image_hw) == (found.path, found.image_hw)
+        selection = found[index]
+        assert len(selection) == len(rows)
+        assert [item.score for item in selection] == [found.scores[row] for row in rows]
+        assert [item.class_id for item in selection] == [found.class_ids[row] for row in rows]
+        assert [list(item.box) for item in selection] == [found.boxes[row].tolist() for row in rows]
+        assert (selection.path, selection.image_hw) == (found.path, found.image_hw)
 
 
 def test_a_single_index_gives_one_detection():
@@ -146,7 +146,7 @@ def test_coco_results_are_rounded_as_the_official_program_does():
 
 def test_yolo_lines_convert_back_to_the_boxes():
     found = make(6)
-    rows = np.array([[float(word) for word in line.split()] for line in found.to_yolo(save_conf=True).splitlines()])
+    rows = np.array([[float(value) for value in line.split()] for line in found.to_yolo(save_conf=True).splitlines()])
     centre, size = rows[:, 1:3] * HW[::-1], rows[:, 3:5] * HW[::-1]
     boxes = np.hstack([centre - size / 2, centre + size / 2])
     assert np.allclose(boxes, found.boxes, atol=0.002)  # %g keeps six digits of a fraction of 640

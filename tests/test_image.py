@@ -18,13 +18,13 @@ from yolov7_deploy.image import (
     to_network_input,
 )
 
-# A box may be off by this many canvas pixels: half a pixel from rounding the resized side, half from an odd pixel of
+# A box may be displaced by this many canvas pixels: half a pixel from rounding the resized side, half from an odd
 # padding.
-CANVAS_PIXELS_OFF = 1.0
+MAX_CANVAS_OFFSET_PX = 1.0
 # float32 coordinates up to some thousands, divided by gains down to 0.01.
 FLOAT32_TOLERANCE = 1e-5
 # OpenCV converts 16-bit files by a shift, arrays are divided by 257: the difference is one level.
-LEVELS_OFF = 1
+MAX_LEVEL_DIFFERENCE = 1
 
 sides = st.integers(1, 3000)
 canvas_sides = st.integers(1, 42).map(lambda cells: 32 * cells)
@@ -38,13 +38,13 @@ def noise(height, width, channels=3, *, dtype=np.uint8, seed=0):
 
 
 def official_pads(canvas, resized):
-    """Pixels before and after the image along one axis."""
+    """Return the pixels before and after the image along one axis."""
     half = (canvas - resized) / 2
     return round(half - 0.1), round(half + 0.1)
 
 
 def official_canvas(image, resized_hw, canvas_hw, method):
-    """The official letterbox: resize where needed, then a grey border on four sides."""
+    """Return the canvas of the official letterbox: resize if needed, then a grey border on four sides."""
     if image.shape[:2] != resized_hw:
         image = cv2.resize(image, resized_hw[::-1], interpolation=method)
     top, bottom = official_pads(canvas_hw[0], resized_hw[0])
@@ -69,7 +69,7 @@ def test_the_image_is_scaled_to_fit_and_positioned_as_in_the_official_letterbox(
         first, last = official_pads(canvas[axis], resized)
         assert before == first >= 0
         assert first + resized + last == canvas[axis]
-    assert any(have == room for have, room in zip(letterbox.resized_hw, canvas, strict=True))
+    assert any(side == limit for side, limit in zip(letterbox.resized_hw, canvas, strict=True))
 
 
 @settings(max_examples=300)
@@ -79,12 +79,12 @@ def test_a_box_is_scaled_back_to_its_position(source, canvas, data):
     ys = data.draw(st.tuples(st.floats(0, source[0]), st.floats(0, source[0])).map(sorted))
     xs = data.draw(st.tuples(st.floats(0, source[1]), st.floats(0, source[1])).map(sorted))
     box = np.array([xs[0], ys[0], xs[1], ys[1]])
-    # The true position of the pixels: the scale of the resized image, and whole pixels of padding.
+    # The true position of the pixels: the scale of the resized image, and an integer padding.
     scale = np.array([resized / side for resized, side in zip(letterbox.resized_hw, source, strict=True)])[[1, 0, 1, 0]]
-    placed = box * scale + [letterbox.left, letterbox.top] * 2
-    back = letterbox.undo(placed[None].astype(np.float32))
+    on_canvas = box * scale + [letterbox.left, letterbox.top] * 2
+    back = letterbox.undo(on_canvas[None].astype(np.float32))
     assert back.dtype == np.float32
-    np.testing.assert_allclose(back[0], box, atol=CANVAS_PIXELS_OFF / letterbox.gain * 1.001, rtol=FLOAT32_TOLERANCE)
+    np.testing.assert_allclose(back[0], box, atol=MAX_CANVAS_OFFSET_PX / letterbox.gain * 1.001, rtol=FLOAT32_TOLERANCE)
 
 
 @settings(max_examples=300)
@@ -138,7 +138,7 @@ def test_an_image_of_the_canvas_size_is_copied():
     assert not np.shares_memory(canvas, image)
 
 
-def test_known_letterboxes():
+def test_letterboxes_have_known_sizes_and_offsets():
     full_hd = fit_letterbox((1080, 1920), (640, 640))
     assert (full_hd.resized_hw, full_hd.top, full_hd.left) == ((360, 640), 140, 0)
     odd = fit_letterbox((427, 640), (640, 640))  # 213 rows of padding: 106 above, 107 below
@@ -151,7 +151,7 @@ def test_known_letterboxes():
 
 
 def official_evaluation(source, canvas, size):
-    """Loader and letterbox of the official test program: (resized, top, left, gain, pad_x, pad_y, by area)."""
+    """Return what the official test program computes: (resized, top, left, gain, pad_x, pad_y, by area)."""
     height, width = source
     ratio = size / max(height, width)
     if ratio != 1:
@@ -164,13 +164,13 @@ def official_evaluation(source, canvas, size):
 
 
 def rect_canvas(resized_hw, stride=32, pad=0.5):
-    """The smallest canvas of the official rectangular mode that one image gets."""
+    """Return the canvas of a single image in the official rectangular mode."""
     return tuple(math.ceil(side / stride + pad) * stride for side in resized_hw)
 
 
 @st.composite
 def evaluations(draw):
-    """(source, canvas, size) in which no side is truncated to zero."""
+    """Draw (source, canvas, size) in which no side is truncated to zero."""
     size = draw(st.sampled_from([64, 640, 1280]))
     source = draw(hws.filter(lambda hw: int(min(hw) * size / max(hw)) >= 1))
     resized = [math.ceil(side * size / max(source)) for side in source]
@@ -291,10 +291,10 @@ def test_other_shapes_are_refused_and_shown(shape):
     assert str(shape) in caught.value.message
 
 
-@pytest.mark.parametrize("thing", [None, [], "street.jpg", [[1, 2], [3]]])
-def test_objects_other_than_arrays_are_refused(thing):
+@pytest.mark.parametrize("value", [None, [], "street.jpg", [[1, 2], [3]]])
+def test_objects_other_than_arrays_are_refused(value):
     with pytest.raises(ImageError):
-        as_bgr(thing)
+        as_bgr(value)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_16_bit_png_becomes_8_bit(tmp_path, channels):
     cv2.imwrite(str(tmp_path / "a.png"), image)
     read = read_image(tmp_path / "a.png")
     assert (read.dtype, read.shape) == (np.uint8, (20, 30, 3))
-    np.testing.assert_allclose(read.astype(int), as_bgr(image).astype(int), atol=LEVELS_OFF)
+    np.testing.assert_allclose(read.astype(int), as_bgr(image).astype(int), atol=MAX_LEVEL_DIFFERENCE)
 
 
 def test_a_path_with_spaces_and_accents_is_read(tmp_path):
@@ -363,5 +363,5 @@ def test_a_missing_file_is_reported(tmp_path):
     assert "No such file" in refusal(tmp_path / "a.jpg")
 
 
-def test_a_folder_says_so(tmp_path):
+def test_a_folder_is_reported_as_a_folder(tmp_path):
     assert "directory" in refusal(tmp_path)

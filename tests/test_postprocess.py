@@ -19,7 +19,7 @@ grid_thresholds = st.sampled_from([0.0, 0.25, 0.45, 0.5, 0.75, 1.0])
 
 
 def areas(a, b):
-    """Intersection and union of two boxes, as exact Python numbers."""
+    """Return intersection and union of two boxes, as exact Python numbers."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     intersection = width * height
@@ -27,21 +27,21 @@ def areas(a, b):
 
 
 def slow_nms(boxes, class_ids, *, iou, max_det, class_agnostic=False):
-    """NMS as a loop: every box against every better one that was kept."""
+    """Apply NMS as a loop: compare every box with every better one that was selected."""
     kept = []
     for i, box in enumerate(boxes.tolist()):
-        falls = False
+        is_suppressed = False
         for k in kept:
             intersection, union = areas(boxes[k].tolist(), box)
             if (class_agnostic or class_ids[i] == class_ids[k]) and intersection > float(np.float32(iou)) * union:
-                falls = True
-        if not falls:
+                is_suppressed = True
+        if not is_suppressed:
             kept.append(i)
     return kept[:max_det]
 
 
 def slow_detections(output, thresholds):
-    """The official semantics as loops over anchors and classes."""
+    """Return detections by the official semantics, as loops over anchors and classes."""
     candidates = []
     for anchor, row in enumerate(output):
         cx, cy, w, h, objectness, *probabilities = row
@@ -77,7 +77,7 @@ def assert_as_slow(output, thresholds):
 
 
 def head(rows):
-    """Rows of a decoded output [A, 5 + C] as float32."""
+    """Return rows as a float32 decoded output [A, 5 + C]."""
     return np.array(rows, np.float32)
 
 
@@ -153,7 +153,7 @@ def test_identical_boxes_are_suppressed_unless_the_class_differs():
 
 @st.composite
 def outputs(draw):
-    """Decoded outputs [A, 5 + C] with many equal boxes and scores."""
+    """Draw a decoded output [A, 5 + C] with many equal boxes and scores."""
     classes = draw(st.sampled_from([1, 2, 3]))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)

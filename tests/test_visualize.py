@@ -23,7 +23,7 @@ from yolov7_deploy.visualize import (
 )
 
 READABLE_CONTRAST = 4.5  # WCAG 2, level AA
-APART_OF_20, APART_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: easy to distinguish, and distinguishable
+DISTANCE_OF_20, DISTANCE_OF_80 = 20, 10  # Euclidean distance in 0..255 BGR: easy to distinguish, and distinguishable
 
 
 def luminance(colour):
@@ -31,10 +31,10 @@ def luminance(colour):
     return 0.0722 * linear[0] + 0.7152 * linear[1] + 0.2126 * linear[2]
 
 
-@pytest.mark.parametrize("classes,apart", [(20, APART_OF_20), (80, APART_OF_80)])
-def test_colours_of_classes_differ(classes, apart):
+@pytest.mark.parametrize("classes,distance", [(20, DISTANCE_OF_20), (80, DISTANCE_OF_80)])
+def test_colours_of_classes_differ(classes, distance):
     colours = np.array([class_colour(i) for i in range(classes)], dtype=float)
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > apart
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > distance
 
 
 @given(st.integers(0, 10_000))

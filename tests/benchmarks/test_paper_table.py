@@ -1,4 +1,4 @@
-"""The table in docs/benchmarks.md: the rows of the paper beside the committed results."""
+"""The table in docs/benchmarks.md: the rows of the paper next to the committed results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(name="results")
 def results_folder(tmp_path):
-    """Writes reports: `results("h200/bench_a.json", report)`; gives the folder."""
+    """Return a function that writes a report, `results("h200/bench_a.json", report)`, and returns the folder."""
 
     def write(name, report):
         write_json(report.to_dict(), tmp_path / name)
@@ -34,10 +34,10 @@ def results_folder(tmp_path):
 
 
 def cells(table, model):
-    """One row of the table by heading."""
+    """Return the row of a model, by column heading."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
-    (found,) = [line for line in lines if line[0] == model]
-    return dict(zip(lines[0], found, strict=True))
+    (row,) = [line for line in lines if line[0] == model]
+    return dict(zip(lines[0], row, strict=True))
 
 
 def test_the_page_has_the_table_of_the_committed_results():
@@ -49,7 +49,7 @@ def test_the_page_has_the_table_of_the_committed_results():
     assert shown == f"\n{paper_table()}\n", "run:  python benchmarks/paper_table.py --write docs/benchmarks.md"
 
 
-def test_every_model_of_the_paper_has_one_row_and_is_empty_where_nothing_was_measured(tmp_path):
+def test_every_model_of_the_paper_has_one_row_with_empty_cells_for_missing_measurements(tmp_path):
     table = paper_table(tmp_path)
     assert all(cells(table, model)["model"] == model for model in VARIANTS.values())
     assert cells(table, "YOLOv7-W6") == {
@@ -84,7 +84,7 @@ def test_each_machine_backend_and_precision_has_its_own_columns(results):
     assert table.endswith("`cpu-2-core` is AMD EPYC.\n`h200` is NVIDIA H200.")
 
 
-def test_another_size_than_the_papers_stands_beside_the_number(results):
+def test_an_image_size_other_than_the_papers_is_shown_after_the_number(results):
     table = paper_table(results("cpu/bench_tiny.json", speed_report("yolov7-tiny", engine_ms=50.0, end_to_end_ms=62.5)))
     assert list(cells(table, "YOLOv7-tiny").values())[-2:] == ["20.0 at 640", "16.0 at 640"]
 
@@ -94,28 +94,28 @@ def test_a_report_without_batch_1_fills_no_cell(results):
     assert list(cells(table, "YOLOv7").values())[-2:] == ["", ""]
 
 
-def test_models_of_others_and_files_of_other_names_are_left_out(results, tmp_path):
+def test_reports_of_custom_models_and_files_with_other_names_are_ignored(results, tmp_path):
     results("cpu/bench_mine.json", replace(speed_report(), variant=""))
     results("cpu/bench_mine_too.json", replace(speed_report(), variant=""))
     results("cpu/without_graph.json", speed_report())
     assert paper_table(tmp_path) == paper_table(tmp_path / "absent")
 
 
-def test_two_reports_about_one_cell_are_named(results):
+def test_two_reports_for_one_cell_are_an_error_that_names_both(results):
     results("cpu/bench_a.json", speed_report())
     with pytest.raises(UsageError, match=r"bench_a\.json and .*bench_b\.json are both about yolov7") as caught:
         paper_table(results("cpu/bench_b.json", speed_report(engine_ms=1.0)))
     assert "bench_" in caught.value.fix
 
 
-def test_a_file_that_is_no_report_is_named(tmp_path):
+def test_a_file_that_is_not_a_report_is_named(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "bench_x.json").write_text('{"benchmark": "startup"}')
     with pytest.raises(UsageError, match=r"bench_x\.json.*not a report of y7 bench"):
         paper_table(tmp_path)
 
 
-def test_writing_replaces_what_is_between_the_marks_only(tmp_path):
+def test_writing_replaces_only_the_text_between_the_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_writing_replaces_what_is_between_the_marks_only(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", START, END, f"{END}\n{START}", f"{START}{END}{START}{END}", f"{START}{END}{END}"])
-def test_a_page_without_the_marks_stays_as_it_is(tmp_path, text):
+def test_a_page_without_both_marks_is_not_changed(tmp_path, text):
     page = tmp_path / "page.md"
     page.write_text(text)
     with pytest.raises(UsageError, match="each once"):
@@ -142,7 +142,7 @@ def test_the_script_prints_the_table_and_writes_it(tmp_path):
     assert page.read_text() == f"{START}\n{printed}{END}\n"
 
 
-def test_the_script_says_what_a_page_lacks(tmp_path):
+def test_the_script_reports_missing_marks_without_a_traceback(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing")
     script = [sys.executable, str(ROOT / "benchmarks" / "paper_table.py"), "--write", str(page)]

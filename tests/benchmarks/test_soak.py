@@ -31,7 +31,7 @@ WAIT_S = 60
 
 @pytest.fixture
 def opened(files):
-    """A Detector with dynamic batch size, and its detections in each image of a single call."""
+    """A Detector with dynamic batch size, and its detections in each image from a single call."""
     with Detector(files("plugin", batch=None), img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
         yield detector, [detector(image) for image in IMAGES]
 
@@ -211,26 +211,26 @@ def test_ctrl_c_while_waiting_does_not_acquire_the_semaphore(request):
     request.addfinalizer(
         partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
     )
-    semaphore, enter, leave = FairSemaphore(1), threading.Event(), threading.Event()
+    semaphore, acquired, release = FairSemaphore(1), threading.Event(), threading.Event()
 
-    def stay():
+    def hold():
         with semaphore:
-            enter.set()
-            leave.wait(WAIT_S)
+            acquired.set()
+            release.wait(WAIT_S)
 
     def interrupt():
         wait_until(lambda: semaphore._waiting)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    staying, interrupting = threading.Thread(target=stay), threading.Thread(target=interrupt)
-    staying.start()
-    assert enter.wait(WAIT_S)
-    interrupting.start()
+    holder, interrupter = threading.Thread(target=hold), threading.Thread(target=interrupt)
+    holder.start()
+    assert acquired.wait(WAIT_S)
+    interrupter.start()
     with pytest.raises(KeyboardInterrupt), semaphore:
         pass
-    leave.set()
-    staying.join(WAIT_S)
-    interrupting.join(WAIT_S)
+    release.set()
+    holder.join(WAIT_S)
+    interrupter.join(WAIT_S)
     assert not semaphore._waiting
     with semaphore:
         pass

@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def assert_holds(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """The checkpoint has the model's state dict: same names, order and, in float32, numbers."""
+    """Check that the checkpoint has the model's state dict: same names, order and float32 values."""
     expected = {key: value.float() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     assert list(checkpoint.tensors) == list(expected)
     for key, value in expected.items():
@@ -41,7 +41,7 @@ def assert_holds(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def shapes_of(variant: str, *, training: bool, classes: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the whole network, without its weights."""
+    """Return names and shapes of the tensors of a complete network, without allocating weights."""
     with torch.device("meta"):
         model = new_model(variant, classes=classes, training_form=training)
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -54,12 +54,12 @@ def refusal(path: Path) -> str:
     return caught.value.message
 
 
-def test_a_training_checkpoint_gives_its_moving_average(path):
+def test_a_training_checkpoint_gives_its_ema_weights(path):
     model, ema = Model().half(), Model().half()
     with torch.no_grad():
         ema.model[0].conv.weight += 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    whole = {
+    content = {
         "epoch": 3,
         "best_fitness": np.array([0.5]),
         "training_results": "0/299 1.2G",
@@ -69,16 +69,16 @@ def test_a_training_checkpoint_gives_its_moving_average(path):
         "optimizer": optimizer.state_dict(),
         "wandb_id": None,
     }
-    assert_holds(load_checkpoint(save_official(whole, path)), ema)
+    assert_holds(load_checkpoint(save_official(content, path)), ema)
 
 
 @pytest.mark.parametrize(
-    "whole", [lambda m: {"epoch": -1, "model": m, "ema": None}, lambda m: {"model": m}, lambda m: m]
+    "wrap", [lambda m: {"epoch": -1, "model": m, "ema": None}, lambda m: {"model": m}, lambda m: m]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_stripped_deploy_and_bare_modules_give_the_model(path, whole, training):
+def test_stripped_deploy_and_bare_modules_give_the_model(path, wrap, training):
     model = Model(training_form=training).half()
-    checkpoint = load_checkpoint(save_official(whole(model), path))
+    checkpoint = load_checkpoint(save_official(wrap(model), path))
     assert_holds(checkpoint, model)
     assert checkpoint.variant == "yolov7-tiny"
     assert checkpoint.training is training
@@ -89,7 +89,7 @@ def test_stripped_deploy_and_bare_modules_give_the_model(path, whole, training):
     assert checkpoint.source_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_reading_needs_and_leaves_no_official_classes(path):
+def test_loading_does_not_need_or_leave_official_classes(path):
     save_official({"model": Model()}, path)
     load_checkpoint(path)
     assert not any(module.split(".")[0] == "models" for module in sys.modules)
@@ -117,18 +117,18 @@ def test_plain_state_dicts_are_read(path, key, prefix):
     assert checkpoint.variant == "yolov7-tiny"
 
 
-def test_eighty_classes_without_names_are_those_of_coco(path):
+def test_eighty_classes_without_names_get_the_names_of_coco(path):
     torch.save(Model(classes=80).state_dict(), path)
     assert load_checkpoint(path).class_names == COCO_NAMES
     assert len(set(COCO_NAMES)) == 80
 
 
 @pytest.mark.parametrize("names", [("a", "b"), {1: "b", 0: "a"}])
-def test_class_names_come_as_list_or_dict(path, names):
+def test_class_names_can_be_a_list_or_a_dict(path, names):
     assert load_checkpoint(save_official({"model": Model(names=names)}, path)).class_names == ("a", "b")
 
 
-def test_names_beside_a_state_dict_are_used(path):
+def test_names_stored_next_to_a_state_dict_are_used(path):
     torch.save({"model": Model().state_dict(), "names": ["a", "b"]}, path)
     assert load_checkpoint(path).class_names == ("a", "b")
 
@@ -142,7 +142,7 @@ def test_class_names_that_do_not_fit_are_refused(path, names, reason):
 
 
 @pytest.mark.parametrize(("act", "variant"), [(nn.SiLU(), "yolov7-tiny-silu"), (nn.LeakyReLU(0.1), "yolov7-tiny")])
-def test_the_activation_tells_tiny_from_tiny_silu(path, act, variant):
+def test_the_activation_distinguishes_tiny_from_tiny_silu(path, act, variant):
     assert load_checkpoint(save_official({"model": Model(act=act)}, path)).variant == variant
 
 
@@ -151,7 +151,7 @@ def test_other_activations_are_refused(path, act, reason):
     assert reason in refusal(save_official({"model": Model(act=act)}, path))
 
 
-def test_another_batch_norm_epsilon_is_refused_with_its_place(path):
+def test_another_batch_norm_epsilon_is_refused_with_the_name_of_its_module(path):
     found = refusal(save_official({"model": Model(eps=1e-5)}, path))
     assert "model.0.bn" in found
     assert "1e-05" in found
@@ -204,7 +204,7 @@ def test_a_scaled_variant_is_refused(path):
 
 
 @pytest.mark.parametrize("anchors", [torch.ones(3, 1, 2, 1, 1, 2), torch.zeros(3, 1, 3, 1, 1, 2), None])
-def test_anchors_that_cannot_be_are_refused(path, anchors):
+def test_invalid_anchors_are_refused(path, anchors):
     weights = Model().state_dict()
     del weights["model.77.anchor_grid"]
     torch.save(weights if anchors is None else {**weights, "model.77.anchor_grid": anchors}, path)
@@ -213,14 +213,14 @@ def test_anchors_that_cannot_be_are_refused(path, anchors):
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 @pytest.mark.parametrize(("training", "classes"), [(True, 80), (False, 1)])
-def test_every_variant_and_form_is_recognised_from_its_table(variant, training, classes):
+def test_every_variant_and_form_is_recognised_by_names_and_shapes(variant, training, classes):
     found = identify_architecture(shapes_of(variant, training=training, classes=classes), source="x.pt")
     # tiny-silu has the same tensors as tiny, by construction.
     assert found.variant == variant.removesuffix("-silu")
     assert (found.training, found.classes) == (training, classes)
 
 
-def test_a_network_survives_saving_and_loading(path):
+def test_a_saved_network_is_loaded_unchanged(path):
     model = new_model("yolov7-tiny", classes=3, training_form=True)
     torch.save(model.state_dict(), path)
     checkpoint = load_checkpoint(path)
@@ -258,7 +258,7 @@ def test_code_is_refused_before_anything_else(path, tmp_path):
 
 
 def module(children: bytes, *, memo: bytes = b"") -> bytes:
-    """A pickled Sequential with these `_modules` (key, value, ...) and no tensors of its own."""
+    """Return a pickled Sequential with these `_modules` (key, value, ...) and no tensors."""
     state = text("_parameters") + b"}" + text("_buffers") + b"}" + text("_modules") + b"}(" + children + b"u"
     return name("torch.nn.modules.container", "Sequential") + b")\x81" + memo + b"}(" + state + b"ub"
 
@@ -308,7 +308,7 @@ def test_a_value_beyond_float16_is_refused_when_halving(path, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_folder_that_is_not_there_is_made(path, tmp_path):
+def test_a_missing_folder_is_created(path, tmp_path):
     checkpoint = load_checkpoint(save_official({"model": Model()}, path))
     save_checkpoint(checkpoint, tmp_path / "new" / "x.safetensors")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.safetensors"]
@@ -332,7 +332,7 @@ def test_a_safetensors_file_without_metadata_is_read(tmp_path, dtype):
     assert {t.dtype for t in checkpoint.tensors.values()} == {torch.float32, torch.int64}
 
 
-def test_a_truncated_safetensors_file_says_so(tmp_path):
+def test_a_truncated_safetensors_file_is_reported_as_truncated(tmp_path):
     file = tmp_path / "x.safetensors"
     safetensors.torch.save_file(copy.deepcopy(Model().state_dict()), file)
     file.write_bytes(file.read_bytes()[:-100])
@@ -341,7 +341,7 @@ def test_a_truncated_safetensors_file_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", ["[" * 100_000, "{}", "null", json.dumps({"schema": 1, "variant": 3})])
-def test_a_hostile_metadata_is_refused(tmp_path, metadata):
+def test_hostile_metadata_is_refused(tmp_path, metadata):
     file = tmp_path / "x.safetensors"
     safetensors.torch.save_file(copy.deepcopy(Model().state_dict()), file, {METADATA_KEY: metadata, "key_order": "[[["})
     with pytest.raises(LoadError, match="metadata"):

@@ -29,7 +29,7 @@ def read(data: bytes) -> object:
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """An object that pickles as a function call."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = (function, arguments)
@@ -39,7 +39,7 @@ class Call:
 
 
 class Stateful:
-    """Pickles as an object whose state holds something."""
+    """An object that pickles as an `OrderedDict` with a state."""
 
     def __init__(self, state: object) -> None:
         self.state = state
@@ -50,7 +50,7 @@ class Stateful:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """The file that hostile code would make."""
+    """Path of the file that hostile code would create."""
     return tmp_path / "code-ran"
 
 
@@ -154,7 +154,7 @@ def test_rare_opcodes_are_refused(tmp_path, marker, evil, named):
         (text("print") + b")\x81", "an instance of a str"),
     ],
 )
-def test_allowed_names_serve_their_one_purpose_only(tmp_path, marker, evil, named):
+def test_allowed_names_can_only_be_used_for_their_purpose(tmp_path, marker, evil, named):
     refused(tmp_path, PROTO + evil + b".", named=named, marker=marker)
 
 
@@ -170,7 +170,7 @@ def test_allowed_names_serve_their_one_purpose_only(tmp_path, marker, evil, name
         b"N",
     ],
 )
-def test_persistent_ids_of_another_form_are_refused(identity):
+def test_invalid_persistent_ids_are_refused(identity):
     with pytest.raises(UnsafeCheckpointError, match="persistent id"):
         read(PROTO + identity + b"Q.")
 
@@ -235,7 +235,7 @@ def test_tensors_outside_their_storage_are_refused(bad):
         b"X\x01\x00\x00\x00\xff.",
     ],
 )
-def test_bombs_and_nonsense_end_in_a_clear_error(bomb):
+def test_bombs_and_garbage_raise_a_clear_error(bomb):
     with pytest.raises(CheckpointError) as caught:
         read(PROTO + bomb)
     assert caught.value.fix
@@ -247,7 +247,7 @@ def test_a_pickle_larger_than_any_checkpoint_is_refused():
 
 
 @pytest.mark.parametrize("nest", [b"\x85", b"\x86", b"]q\x01h\x01a"])
-def test_deep_or_cyclic_nesting_is_read_and_forgotten_safely(nest):
+def test_deep_or_cyclic_nesting_is_read_and_freed_safely(nest):
     start = b"))" if nest == b"\x86" else b")"
     value = read(PROTO + start + (b"N" + nest if nest == b"\x86" else nest) * 200_000 + b".")
     assert value is not None
@@ -308,7 +308,7 @@ with zipfile.ZipFile(io.BytesIO(VALID)) as _archive:
 
 
 def open_all(path: Path) -> None:
-    """Reads a file and every tensor at the top of it; only our errors may come out."""
+    """Read a file and the tensors of its model; only errors of this package may be raised."""
     try:
         with TorchFile(path) as file:
             model = file.root.get("model") if isinstance(file.root, dict) else None

@@ -1,4 +1,4 @@
-"""Torch files are read exactly, and every other kind of file is called by its name."""
+"""Torch files are read exactly, and errors name the kind of any other file."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def message(path: Path) -> str:
     return str(caught.value)
 
 
-def test_an_absent_file_says_so(tmp_path):
-    assert "does not exist" in message(tmp_path / "absent.pt")
+def test_a_missing_file_is_reported(tmp_path):
+    assert "does not exist" in message(tmp_path / "missing.pt")
 
 
-def test_a_folder_says_so(tmp_path):
+def test_a_folder_is_reported_as_a_folder(tmp_path):
     assert "folder" in message(tmp_path)
 
 
@@ -114,13 +114,13 @@ def test_a_folder_says_so(tmp_path):
         (b"PK\x03\x04" + bytes(60), "truncated"),
     ],
 )
-def test_each_kind_of_content_is_called_by_its_name(tmp_path, content, expected):
+def test_the_error_names_the_kind_of_the_file(tmp_path, content, expected):
     path = tmp_path / "yolov7.pt"
     path.write_bytes(content)
     assert expected in message(path)
 
 
-def test_the_legacy_format_is_refused_with_the_line_that_saves_it_again(tmp_path):
+def test_the_legacy_format_is_refused_with_the_code_that_converts_it(tmp_path):
     torch.save({"x": BASE}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     found = message(tmp_path / "old.pt")
     assert "before 1.6" in found
@@ -128,7 +128,7 @@ def test_the_legacy_format_is_refused_with_the_line_that_saves_it_again(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-def test_a_torchscript_archive_says_so(tmp_path):
+def test_a_torchscript_archive_is_reported_as_torchscript(tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.ones(1)), tmp_path / "x.torchscript.pt")
     assert "TorchScript" in message(tmp_path / "x.torchscript.pt")
 
@@ -139,16 +139,16 @@ def test_the_error_for_a_foreign_zip_lists_its_contents(tmp_path):
     assert "holiday.jpg" in message(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_says_so(tmp_path, kept):
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_reported_as_truncated(tmp_path, share):
     path = tmp_path / "x.pt"
     torch.save({"x": torch.ones(1000)}, path)
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept)])
+    path.write_bytes(data[: int(len(data) * share)])
     assert "truncated" in message(path)
 
 
-def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
+def test_a_flipped_bit_in_the_weights_is_detected(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"x": torch.ones(1000)}, path)
     data = bytearray(path.read_bytes())
@@ -171,10 +171,10 @@ def test_overlapping_members_are_refused(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         entry = archive.getinfo("archive/data/0")
         for i in range(1, 5):
-            twin = zipfile.ZipInfo(f"archive/data/{i}")
-            twin.header_offset, twin.CRC = entry.header_offset, entry.CRC
-            twin.file_size = twin.compress_size = entry.file_size
-            archive.filelist.append(twin)
+            duplicate = zipfile.ZipInfo(f"archive/data/{i}")
+            duplicate.header_offset, duplicate.CRC = entry.header_offset, entry.CRC
+            duplicate.file_size = duplicate.compress_size = entry.file_size
+            archive.filelist.append(duplicate)
         archive._didModify = True
     assert "declares" in message(path)
 
@@ -194,11 +194,11 @@ def test_a_storage_of_another_size_is_refused(tmp_path, size):
         TorchFile(path)
 
 
-def test_a_missing_storage_says_so(tmp_path):
+def test_a_missing_storage_is_reported(tmp_path):
     assert "lacks" in message(write_archive(tmp_path / "x.pt", PROTO + storage() + b"."))
 
 
-def test_tensors_that_repeat_their_numbers_without_end_are_refused(tmp_path):
+def test_tensors_that_repeat_a_few_values_too_often_are_refused(tmp_path):
     path = write_archive(
         tmp_path / "x.pt", PROTO + tensor(0, counts(2**20, 2**19), counts(0, 0)) + b".", {"0": bytes(24)}
     )

@@ -22,20 +22,20 @@ from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.visualize import write_image
 
-TRIES = 3  # for a comparison that may be too noisy to tell
+ATTEMPTS = 3  # for a comparison that may be too noisy for a verdict
 QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
 TIMEOUT_S = 120
 
 
 @pytest.fixture(autouse=True)
 def _short_slices(monkeypatch):
-    """Long slices serve a steady clock, which is not tested here."""
+    """Use short slices: long ones stabilise the clocks, which is not tested here."""
     monkeypatch.setattr("yolov7_deploy.benchmark.benchmark.SLICE_S", 0.005)
 
 
 @pytest.fixture
 def bench(files, tmp_path, monkeypatch):
-    """The command on the small network, in an empty folder."""
+    """Return a function that runs the command on the small network, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, weights=None, quick=QUICK):
@@ -139,7 +139,7 @@ def test_a_run_is_compared_with_an_earlier_one(bench, tmp_path):
     write_json(slow.to_dict(), "slow.json")
     # Other programs may disturb a run this short, which is then correctly reported as too noisy.
     verdicts = []
-    while verdicts[-1:] != ["slower"] and len(verdicts) < TRIES:
+    while verdicts[-1:] != ["slower"] and len(verdicts) < ATTEMPTS:
         text = bench("--compare", "slow.json").stdout
         verdicts += [line.split()[-1] for line in text.splitlines() if " end_to_end " in line]
     assert verdicts[-1] == "slower" and set(verdicts[:-1]) <= {"tell"}

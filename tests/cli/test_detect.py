@@ -157,7 +157,7 @@ def test_unreadable_images_are_skipped_and_reported(run, inputs, tmp_path):
     assert len(json.loads((tmp_path / "new" / "r.json").read_text())["skipped"]) == 1
 
 
-def test_no_run_folder_is_made_when_detect_fails(run, tmp_path):
+def test_no_run_folder_is_created_if_detect_fails(run, tmp_path):
     assert isinstance(run("--source", "absent.jpg").exception, SourceError)
     assert isinstance(run("--source", tmp_path, "--classes", "dgo").exception, SourceError)
     assert not (tmp_path / "runs").exists()
@@ -182,7 +182,7 @@ def test_half_is_passed_to_the_detector(run, inputs, option, half):
     assert FakeDetector.options["half"] is half
 
 
-def test_an_unknown_class_is_answered_with_a_similar_one(run, inputs):
+def test_an_unknown_class_is_refused_with_a_suggestion(run, inputs):
     error = run("--source", inputs, "--classes", "dgo").exception
     assert isinstance(error, UsageError)
     assert "dog" in error.fix

@@ -246,7 +246,7 @@ def test_build_options_are_shown(run, engine, changes, expected):
     assert expected in flat(run(engine(**changes)).stdout)
 
 
-def test_the_json_contains_the_whole_record(run, engine):
+def test_the_json_contains_the_complete_record(run, engine):
     document = json.loads(run(engine(), "--json", "-").stdout)
     assert document["kind"] == "engine" and document["size_bytes"] == len(PLAN)
     assert document["record"]["plan_sha256"] == RECORD.plan_sha256

@@ -166,18 +166,18 @@ def only_file(folder):
 
 def test_a_truncated_cache_is_rebuilt(data, cache_folder):
     plain = contents(open_cached(data))
-    whole = only_file(cache_folder).read_bytes()
-    for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
-        only_file(cache_folder).write_bytes(whole[:length])
+    content = only_file(cache_folder).read_bytes()
+    for length in (0, 1, 10, len(content) // 2, len(content) - 1):
+        only_file(cache_folder).write_bytes(content[:length])
         assert contents(open_cached(data)) == plain
-        assert len(only_file(cache_folder).read_bytes()) == len(whole)
+        assert len(only_file(cache_folder).read_bytes()) == len(content)
 
 
 def test_a_cache_with_flipped_bytes_is_rebuilt_or_correct(data, cache_folder):
     plain = contents(open_cached(data))
-    whole = only_file(cache_folder).read_bytes()
-    for at in np.random.default_rng(0).integers(0, len(whole), 60):
-        only_file(cache_folder).write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+    content = only_file(cache_folder).read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(content), 60):
+        only_file(cache_folder).write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
         assert contents(open_cached(data)) == plain
 
 

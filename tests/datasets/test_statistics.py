@@ -1,4 +1,4 @@
-"""Label statistics of a dataset, compared with counts made by hand."""
+"""Label statistics of a dataset, compared with known counts."""
 
 from pathlib import Path
 

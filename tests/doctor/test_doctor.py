@@ -34,7 +34,7 @@ WITH_T4 = replace(PLAIN, gpus=(T4,))
 
 
 def library(name: str, *distributions: str, fault: str = "", details: tuple[str, ...] = ()) -> Library:
-    """A library with these distributions; without any it is not installed."""
+    """Return a library with these distributions; without any it is not installed."""
     package = next(package for package in KNOWN_PACKAGES if package.module == name)
     return Library(
         name=name,
@@ -48,7 +48,7 @@ def library(name: str, *distributions: str, fault: str = "", details: tuple[str,
 
 
 def everything(**changes: Library) -> dict[str, Library]:
-    """All libraries installed for a CPU, with these changes."""
+    """Return all libraries as installed for a CPU, with these changes."""
     known = {package.module: library(package.module, f"{package.distributions[0]} 1.0") for package in KNOWN_PACKAGES}
     known["torch"] = library("torch", "torch 2.6.0+cpu", details=("cpu",))
     known["onnxruntime"] = library("onnxruntime", "onnxruntime 1.20", details=("CPUExecutionProvider",))
@@ -108,7 +108,7 @@ def test_a_library_that_crashes_is_reported_as_broken(tmp_path, monkeypatch):
     raises, dies = (_library(KnownPackage(module=name, distributions=(), probe="''")) for name in bodies)
     assert raises.installed and not raises.works
     assert "libGL.so.1" in raises.fault
-    assert dies.fault == "its import ended Python with 7"
+    assert dies.fault == "importing it ended Python with exit code 7"
 
 
 def test_a_distribution_without_its_module_is_a_fault():
@@ -318,8 +318,8 @@ def run():
 def test_the_command_prints_every_part(run):
     done = run()
     assert done.exit_code == 0
-    for word in ("machine", "library", "onnxruntime", "export to ONNX", "weights are searched in"):
-        assert word in done.stdout
+    for text in ("machine", "library", "onnxruntime", "export to ONNX", "weights are searched in"):
+        assert text in done.stdout
 
 
 def test_json_on_stdout_is_the_only_output_there(run):
@@ -345,7 +345,7 @@ def test_the_text_shows_the_commands_to_type():
 
 
 @pytest.mark.parametrize("how", ["refused", "absent"])
-def test_it_works_with_every_heavy_library_blocked(how):
+def test_doctor_works_if_every_heavy_library_is_blocked(how):
     """Refused: a finder raises an error. Absent: the entry in `sys.modules` is `None`."""
     block = {
         "refused": "class Refuse:\n"

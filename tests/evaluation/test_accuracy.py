@@ -118,7 +118,7 @@ def test_models_of_any_input_size_are_evaluated_with_rect_batches(folder):
     assert report.protocol == "rect 64 (pad 0.5, batch 8, canvases up to 96x64)"
 
 
-def test_no_rect_is_a_letterbox_of_one_size(folder):
+def test_without_rect_every_image_is_letterboxed_to_one_size(folder):
     report, detector = evaluated(folder, options=ValOptions(rect=False, batch=2))
     assert [call[:2] for call in detector.calls] == [(2, {(64, 64)}), (1, {(64, 64)})]
     assert report.protocol == "letterbox 64x64"

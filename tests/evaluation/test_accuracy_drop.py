@@ -18,9 +18,9 @@ from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, 
 SIDE = 200  # width and height of an image, in pixels
 SAME_SUMS = 1e-12  # the same float64 numbers, possibly added in another order
 SETS = 60
-SPREAD_KNOWN = 3 / math.sqrt(2 * SETS)  # three standard errors of a standard deviation from SETS samples
-TOO_WIDE = 0.1  # a jackknife overestimates (Efron and Stein 1981); here by 5 to 20 %
-HELD = 0.95 - 3 * math.sqrt(0.95 * 0.05 / SETS)
+SPREAD_TOLERANCE = 3 / math.sqrt(2 * SETS)  # three standard errors of a standard deviation from SETS samples
+MAX_OVERESTIMATE = 0.1  # a jackknife overestimates (Efron and Stein 1981); here by 5 to 20 %
+MIN_COVERAGE = 0.95 - 3 * math.sqrt(0.95 * 0.05 / SETS)
 T_DIGITS = 3e-4  # printed tables of Student's t have four decimals; the formula is right to 2e-4
 
 
@@ -46,7 +46,7 @@ def result(image_id, box_xyxy, score, class_id):
 
 
 def drawn(rng, count, *, classes=2, noise=0.6):
-    """Images with boxes, a detector that finds most of them and false ones, and the same one with noisy scores.
+    """Return images with boxes, results of a detector with hits and false positives, and the same with noisy scores.
 
     Every fifth image is hard, and class 0 is more frequent than the last.
     """
@@ -58,8 +58,8 @@ def drawn(rng, count, *, classes=2, noise=0.6):
         class_ids = (rng.uniform(0, 1, len(boxes)) ** 2 * classes).astype(np.int64)
         records.append(make_image(image_id, boxes[:objects], class_ids[:objects]))
         found = boxes + rng.normal(0, 4, boxes.shape)
-        sure = rng.normal(np.where(np.arange(len(boxes)) < objects, 1.5 - 2 * (image_id % 5 == 0), -0.5), 1)
-        for results, logits in ((reference, sure), (other, sure + rng.normal(0, noise, len(sure)))):
+        confidence = rng.normal(np.where(np.arange(len(boxes)) < objects, 1.5 - 2 * (image_id % 5 == 0), -0.5), 1)
+        for results, logits in ((reference, confidence), (other, confidence + rng.normal(0, noise, len(confidence)))):
             scores = 1 / (1 + np.exp(-logits))
             results += [result(image_id, *row) for row in zip(found, scores.tolist(), class_ids, strict=True)]
     return images(records, classes), reference, other
@@ -189,7 +189,7 @@ def test_the_predictions_are_not_modified(compared):
 # --- simulations ------------------------------------------------------------------------------------------------------
 
 
-def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_hold_the_drop():
+def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_contain_the_drop():
     rng = np.random.default_rng(2)
     drops = []
     for _ in range(SETS):
@@ -198,11 +198,11 @@ def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_hold_t
     points = np.array([drop.points for drop in drops])
     spread = points.std(ddof=1)
     error = math.sqrt(np.mean([drop.standard_error**2 for drop in drops]))
-    held = np.mean([drop.low <= points.mean() <= drop.high for drop in drops])
-    apart = 100 * np.std([(drop.reference_ap, drop.ap) for drop in drops], axis=0, ddof=1)
-    assert spread * (1 - SPREAD_KNOWN) < error < spread * (1 + SPREAD_KNOWN + TOO_WIDE)
-    assert held >= HELD
-    assert error < 0.5 * math.hypot(*apart), "on the same images, so their difficulty cancels"
+    coverage = np.mean([drop.low <= points.mean() <= drop.high for drop in drops])
+    separate = 100 * np.std([(drop.reference_ap, drop.ap) for drop in drops], axis=0, ddof=1)
+    assert spread * (1 - SPREAD_TOLERANCE) < error < spread * (1 + SPREAD_TOLERANCE + MAX_OVERESTIMATE)
+    assert coverage >= MIN_COVERAGE
+    assert error < 0.5 * math.hypot(*separate), "on the same images, so their difficulty cancels"
 
 
 # --- without an interval ----------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_the_summary_has_the_drop_its_interval_and_the_verdict(drop, text):
     assert summarize_drop(drop, 0.3) == text
 
 
-def test_the_summary_of_a_drop_without_an_interval_says_so(two_cats):
+def test_the_summary_of_a_drop_without_an_interval_states_that(two_cats):
     dataset, reference, other = two_cats
     assert summarize_drop(accuracy_drop(dataset, [0], reference, other), 0.3) == (
         "AP falls by 0.00 points (1.0000 to 1.0000) on 1 image. With boxes in so few images there is no interval, "
@@ -332,5 +332,5 @@ def test_the_number_of_images_in_the_summary_would_be_enough(points, margin, ima
         enough, expected = int(text.partition("about ")[2].split(" ")[0].replace(",", "")), None
         assert enough >= images
     # slightly less: the interval of just enough images ends exactly at the limit
-    then = a_drop(points, margin / 2, margin=margin * math.sqrt(images / enough) * (1 - 1e-9)).verdict(0.3)
-    assert then == expected if expected else then != "inconclusive"
+    verdict = a_drop(points, margin / 2, margin=margin * math.sqrt(images / enough) * (1 - 1e-9)).verdict(0.3)
+    assert verdict == expected if expected else verdict != "inconclusive"

@@ -32,7 +32,7 @@ def make_image(image_id, boxes_xyxy, class_ids, *, crowd=()):
 
 
 def drawn(seed, *, images=12, objects=20, classes=4):
-    """A dataset, predictions, and the same as (class, score, is correct): every box has at most one detection."""
+    """Return a dataset, predictions, and these as (class, score, is correct); a box has at most one detection."""
     rng = np.random.default_rng(seed)
     records, predictions, results = [], [], []
     for image_id in range(1, images + 1):
@@ -53,7 +53,7 @@ def drawn(seed, *, images=12, objects=20, classes=4):
 
 
 def counted_best(results, instances):
-    """Best F1 and its (highest) confidence, precision and recall, by counting at every confidence."""
+    """Return the best F1 and its (highest) confidence, precision and recall, by counting at every confidence."""
     best = (-1.0, 0.0, 0.0, 0.0)
     for confidence in sorted({score for _, score, _ in results}, reverse=True):
         rows = []

@@ -1,6 +1,6 @@
 """The loaders under fuzz test, and the child process that runs their cases.
 
-Run one case by hand:  python -m tests.fuzz.fuzz_targets LOADER --first 17 --count 1 --keep DAMAGED_FILE
+Run one case:  python -m tests.fuzz.fuzz_targets LOADER --first 17 --count 1 --keep DAMAGED_FILE
 """
 
 from __future__ import annotations

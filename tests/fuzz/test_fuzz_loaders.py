@@ -52,11 +52,11 @@ def findings(name: str, folder: Path, cases: int) -> dict[int, str]:
     faults: dict[int, str] = {}
     first, end = FIRST, FIRST + cases
     for attempt in range(MAX_CRASHES):
-        home = folder / str(attempt)
-        home.mkdir()
-        code, current, last = run(name, home, first, end - first)
-        if (home / "findings").exists():
-            faults |= dict(map(json.loads, (home / "findings").read_text().splitlines()))
+        attempt_folder = folder / str(attempt)
+        attempt_folder.mkdir()
+        code, current, last = run(name, attempt_folder, first, end - first)
+        if (attempt_folder / "findings").exists():
+            faults |= dict(map(json.loads, (attempt_folder / "findings").read_text().splitlines()))
         if code == 0 and current == "done":
             break
         assert current.isdigit(), f"the campaign did not start: {last}"

@@ -235,9 +235,9 @@ def probe_interpreter(path: str, packages: list[Path], libraries: list[Path]) ->
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, packages)), "PYTHONUNBUFFERED": "1"}
     if libraries:
         environment["LD_LIBRARY_PATH"] = ":".join([*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")])
-    question = f"import importlib.util as u, json; print(json.dumps([n for n in {PROBED_LIBRARIES} if u.find_spec(n)]))"
+    probe = f"import importlib.util as u, json; print(json.dumps([n for n in {PROBED_LIBRARIES} if u.find_spec(n)]))"
     try:
-        done = subprocess.run([path, "-c", question], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run([path, "-c", probe], env=environment, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"{path} does not start: {error}", file=sys.stderr)
         return None

@@ -261,7 +261,7 @@ def detections_dict(boxes: Array, scores: Array, classes: Array, *, least: float
 
 def check_accuracy(bench: Comparison, model: str) -> None:
     """Compare the AP of both engines with that of the float32 and the INT8 file in ONNX Runtime on the same images."""
-    lost, difference = f"{model}: AP that INT8 loses", f"{model}: AP between the INT8 engine and ONNX Runtime"
+    loss, difference = f"{model}: AP that INT8 loses", f"{model}: AP between the INT8 engine and ONNX Runtime"
     folder, targets = bench.env.folder, bench.targets
     accuracy = json.loads((folder / ACCURACY.format(model)).read_text(encoding="utf-8"))
     why = accuracy.get("skipped", "")
@@ -272,7 +272,7 @@ def check_accuracy(bench: Comparison, model: str) -> None:
     except ImportError as error:
         why = why or f"faster_coco_eval is for another Python version: {error}"
     if why:
-        for name in (lost, difference):
+        for name in (loss, difference):
             targets.skip(name, why)
         return
     dataset = open_dataset(folder / LABELS, images=folder / IMAGES)
@@ -289,5 +289,5 @@ def check_accuracy(bench: Comparison, model: str) -> None:
     bench.env.record(f"{model} accuracy", result)
     assert report.images == accuracy["int8"]["images"], f"{report.skipped} could not be read"
     ap = math.nan if report.ap is None else report.ap
-    targets.at_most(lost, accuracy["fp32"]["ap"] - ap, MAX_AP_LOSS)
+    targets.at_most(loss, accuracy["fp32"]["ap"] - ap, MAX_AP_LOSS)
     targets.at_most(difference, abs(ap - accuracy["int8"]["ap"]), MAX_AP_DIFFERENCE)

@@ -140,8 +140,8 @@ def _add_objects(rng: np.random.Generator, raw: Array, count: int) -> None:
     for first in range(0, count, 12):
         row, column = rng.integers(0, side - 1, 2)
         number = min(12, count - first)
-        spots = rng.permutation(12)[:number]
-        anchor, y, x = spots // 4, row + spots // 2 % 2, column + spots % 2
+        positions = rng.permutation(12)[:number]
+        anchor, y, x = positions // 4, row + positions // 2 % 2, column + positions % 2
         raw[anchor, 4, y, x] = rng.normal(2.5, 0.7, number)
         raw[anchor, 5 + int(rng.integers(CLASSES)), y, x] = rng.normal(3, 0.7, number)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.gpu.environment import Environment
 from tests.gpu.nms import END_FILE
 
-TRY_S = 50.0
+TIMEOUT_S = 50.0
 ONNX = END_FILE.format(kind="none", type="float32", batch=1)  # decoding alone, in standard operators
 
 # Builds for each compute capability given, then for the GPU of this machine.
@@ -53,10 +53,12 @@ def check(env: Environment) -> None:
         environment = {**os.environ, "LD_LIBRARY_PATH": f"{links}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
         command = [sys.executable, "-c", PROGRAM, str(env.folder / ONNX), "SM86", "SM90"]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TRY_S, check=False)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            )
             code, text = done.returncode, done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
-            code, text = -1, f"{_text(error.stdout)}{_text(error.stderr)}\nnot finished after {TRY_S:.0f} s"
+            code, text = -1, f"{_text(error.stdout)}{_text(error.stderr)}\nnot finished after {TIMEOUT_S:.0f} s"
     env.record("exit", code)
     env.record("answers", [line.removeprefix("RESULT ") for line in text.splitlines() if line.startswith("RESULT")])
     errors = [line for line in text.splitlines() if "[E]" in line or "[W]" in line or "rror" in line]

@@ -114,8 +114,8 @@ def test_a_part_without_time_or_library_is_skipped_with_the_reason(tmp_path):
     bare = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset())
     part = next(part for part in PARTS if part.needs == ("tensorrt",))
     assert gpu_suite.run_one_part(part, options, [bare], 100, 1)["why"] == "no Python interpreter here has tensorrt"
-    able = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset({"tensorrt"}))
-    assert gpu_suite.run_one_part(part, options, [able], 3, 1)["why"] == "only 3 s were left"
+    interpreter = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset({"tensorrt"}))
+    assert gpu_suite.run_one_part(part, options, [interpreter], 3, 1)["why"] == "only 3 s were left"
 
 
 def test_the_reference_letterbox_equals_opencv():

@@ -137,9 +137,9 @@ def metric() -> Iterator[str]:
         from yolov7_deploy.evaluation.accuracy import METRICS, AccuracyReport
         from yolov7_deploy.training import trainer
 
-        words = dict.fromkeys(("weights", "runtime", "precision", "protocol"), "")
-        places: dict[str, Any] = {"thresholds": Thresholds(), "speed_ms": {}, "classes": (), "skipped": ()}
-        nothing = AccuracyReport(**dict.fromkeys(METRICS), images=0, **words, **places)
+        texts = dict.fromkeys(("weights", "runtime", "precision", "protocol"), "")
+        others: dict[str, Any] = {"thresholds": Thresholds(), "speed_ms": {}, "classes": (), "skipped": ()}
+        nothing = AccuracyReport(**dict.fromkeys(METRICS), images=0, **texts, **others)
         with patch.object(trainer, "evaluate", lambda detector, dataset, *, options, progress: nothing):
             yield why
     finally:

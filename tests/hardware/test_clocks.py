@@ -21,7 +21,7 @@ USUAL = "clock.1=1380 clock.2=877 highest.1=1530 temperature.0=61 limit=300000"
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Installs the fake NVML with these answers."""
+    """Return a function that installs the fake NVML with given answers."""
 
     def install(answers="", *options):
         monkeypatch.setenv("FAKE_GPUS", GPU)
@@ -32,14 +32,14 @@ def nvml(monkeypatch):
 
 
 def measured(monitor, readings=1):
-    """The clocks over at least this many readings."""
+    """Return the clocks over at least this many readings."""
     with monitor:
         wait_until(lambda: len(monitor._readings) >= readings)
     return monitor.clocks
 
 
 def cpu(root, *mhz, max_mhz=3500, governor="performance"):
-    """A machine with frequency scaling and these core clocks."""
+    """Create the files of a machine with frequency scaling and these core clocks."""
     for core, value in enumerate(mhz):
         folder = root / f"sys/devices/system/cpu/cpu{core}/cpufreq"
         folder.mkdir(parents=True)
@@ -263,7 +263,7 @@ def test_the_memory_of_a_gpu_is_that_of_nvml(nvml):
     assert gpu_memory_used("cuda:0") is None
 
 
-def test_the_gpu_memory_of_a_board_is_what_the_whole_board_uses(tmp_path):
+def test_the_gpu_memory_of_a_board_is_the_memory_that_the_board_uses(tmp_path):
     root = laid_out("orin_nx_5.1.3", tmp_path)
     assert gpu_memory_used("cuda:0", root=root) == (15910784 - 13112004) * 1024
     (root / "proc/meminfo").write_text("MemTotal: lots\n")
@@ -274,9 +274,9 @@ PEAK_STEPS = """
 from yolov7_deploy.hardware.machine import host_peak_bytes, reset_host_peak
 print(reset_host_peak())
 before = host_peak_bytes()
-kept = bytearray(b"1") * 400_000_000
+held = bytearray(b"1") * 400_000_000
 print(host_peak_bytes() - before)
-del kept
+del held
 reset_host_peak()
 print(host_peak_bytes() - before)
 """

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="th
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Writes the files of a made-up machine with these hardware threads, and counts its cores."""
+    """Return a function that writes the files of a machine with given hardware threads, and counts its cores."""
 
     def count(threads, files):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(threads))
@@ -37,7 +37,7 @@ def test_two_threads_of_one_core_count_once(machine):
     assert machine([0, 1, 4, 5], siblings(t0="0,4\n", t1="1,5\n", t4="0,4\n", t5="1,5\n")) == 2
 
 
-def test_only_threads_we_may_run_on_count(machine):
+def test_only_threads_available_to_the_process_count(machine):
     assert machine([1, 4], siblings(t0="0,4\n", t1="1,5\n", t4="0,4\n", t5="1,5\n")) == 2
 
 
@@ -70,11 +70,11 @@ def test_a_container_with_cgroup_v1_has_its_quota(machine, quota, cores):
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "0::", "4:cpu:/../..\n"])
-def test_what_cannot_be_read_limits_nothing(machine, text):
+def test_limits_that_cannot_be_read_are_ignored(machine, text):
     files = {"proc/self/cgroup": text, "sys/fs/cgroup/cpu.max": "200000 0\n"}
     assert machine(range(8), files) == 8
 
 
-def test_on_another_system_the_runtime_decides(monkeypatch):
+def test_without_cpu_affinity_the_number_of_cores_is_none(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cores() is None

@@ -21,7 +21,7 @@ NVRM = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 22
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Installs the fake NVML with these GPUs and answers."""
+    """Return a function that installs the fake NVML with given GPUs and answers."""
 
     def install(gpus, answers="", *options, driver=None):
         monkeypatch.setenv("FAKE_GPUS", gpus)

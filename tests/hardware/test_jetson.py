@@ -68,13 +68,13 @@ def test_the_power_mode_comes_from_the_state_file_where_nvpmodel_does_not_answer
         ("40.1", "", "10.16.2"),
     ],
 )
-def test_a_release_that_is_not_in_the_table_is_treated_as_the_one_before_it(l4t, name, tensorrt):
+def test_a_release_missing_in_the_table_is_treated_as_the_one_before_it(l4t, name, tensorrt):
     jetpack = find_jetpack(l4t)
     assert (jetpack.name, jetpack.tensorrt) == (name, tensorrt)
 
 
 @pytest.mark.parametrize("l4t", ["", "32.7.1", "35.1", "garbage"])
-def test_older_jetpacks_are_not_known(l4t):
+def test_older_jetpacks_are_unknown(l4t):
     assert find_jetpack(l4t) is None
 
 
@@ -149,7 +149,7 @@ def test_installed_wheels_are_those_of_this_environment():
         ("thor_7.2", "10.16.2", 0, "MAXN"),
     ],
 )
-def test_a_slow_power_mode_is_a_warning_with_this_boards_number_of_the_fastest(name, version, number, best):
+def test_a_slow_power_mode_is_a_warning_with_the_number_of_the_fastest_mode(name, version, number, best):
     (finding,) = about("power_mode", findings(name, PlannedBuild(product="tensorrt", tensorrt=version)))
     assert finding.level == "warning" and best in finding.text
     assert finding.fix == f"sudo nvpmodel -m {number}; sudo jetson_clocks"

@@ -26,7 +26,7 @@ TOLERANCE = 0.25  # a thread on a busy machine may start and end a measurement o
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """Installs the fake NVML with these answers."""
+    """Return a function that installs the fake NVML with given answers."""
 
     def install(answers="", *options, gpus=GPUS):
         monkeypatch.setenv("FAKE_GPUS", gpus)
@@ -37,7 +37,7 @@ def nvml(monkeypatch):
 
 
 def packages(root, *energies_uj, names=None):
-    """A RAPL tree with one package for each energy."""
+    """Create a RAPL tree with one package for each energy."""
     for number, energy in enumerate(energies_uj):
         folder = root / POWERCAP / f"intel-rapl:{number}"
         folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_a_gpu_without_a_counter_is_sampled(nvml):
     nvml("power=1,100000,140000")
     with open_power_meter("cuda") as meter:
         wait_until(lambda: meter.samples >= 3)
-    assert 120 < meter.mean_watts < 140  # the first answer was to the question whether it answers
+    assert 120 < meter.mean_watts < 140  # the first reading is the check that the sensor answers
 
 
 def test_an_old_driver_without_a_counter_is_sampled(nvml):
@@ -146,7 +146,7 @@ def test_a_gpu_is_found_by_its_pci_address_and_not_by_its_number(nvml, monkeypat
         ("handle=!999", "Unknown Error (error 999)"),
     ],
 )
-def test_the_reason_why_a_gpu_reports_no_power_names_it(nvml, answers, message):
+def test_the_reason_why_a_gpu_reports_no_power_names_the_gpu(nvml, answers, message):
     nvml(answers)
     reason = open_power_meter("cuda:0")
     assert message in reason and "NVIDIA T4" in reason and "nvidia-smi" in reason
@@ -159,7 +159,7 @@ def test_a_gpu_that_cuda_does_not_show_is_named_in_the_reason(nvml, monkeypatch)
     assert "no GPU cuda:0" in open_power_meter("cuda:0")
 
 
-def test_without_nvml_the_reason_says_where_it_comes_from(nvml, monkeypatch):
+def test_without_nvml_the_reason_names_its_library_and_how_to_get_it(nvml, monkeypatch):
     nvml("power=1")
     monkeypatch.setattr("pynvml.nvmlLib", None)
     monkeypatch.setattr("pynvml.CDLL", missing_library)
@@ -323,7 +323,7 @@ def test_a_counter_for_root_only_has_a_reason_and_a_command():
 
 @contextlib.contextmanager
 def unprivileged_user(root):
-    """Drop the rights of root; where there are none, remove those of the files."""
+    """Drop root privileges; without them, remove the permissions of the files."""
     if os.geteuid() != 0:
         for path in root.glob(f"{POWERCAP}/*/energy_uj"):
             path.chmod(0)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 # Both sides add the same float64 products, in another order; relative to the largest value compared.
 FLOAT64_TOLERANCE = 1e-12
-# The same through a whole network: up to 200 layers, each of which may stretch the difference.
+# The same for a complete network: up to 200 layers, each of which may amplify the difference.
 DEEP_FLOAT64_TOLERANCE = 1e-9
 # Folding in float64 and rounding once leaves half a unit in the last place of float32.
 FLOAT32_ROUNDING = 2**-24
@@ -137,13 +137,13 @@ def test_folded_implicit_knowledge_gives_the_same_map(head_type):
         assert_equal(nn.functional.conv2d(x, *fold_implicit(head, level)), expected)
 
 
-# --- whole networks -----------------------------------------------------------------------------------------------
+# --- complete networks -----------------------------------------------------------------------------------------------
 
-EVERY_NETWORK = pytest.mark.parametrize("training", [False, True])
+BOTH_FORMS = pytest.mark.parametrize("training", [False, True])
 EVERY_VARIANT = pytest.mark.parametrize("variant", sorted(VARIANTS))
 
 
-@EVERY_NETWORK
+@BOTH_FORMS
 @EVERY_VARIANT
 def test_every_block_of_every_variant_is_folded_exactly(narrow, variant, training):
     """Compared layer by layer on random inputs, because unusual statistics overflow within ten layers."""
@@ -159,7 +159,7 @@ def test_every_block_of_every_variant_is_folded_exactly(narrow, variant, trainin
             assert_equal(ours, expected)
 
 
-@EVERY_NETWORK
+@BOTH_FORMS
 @EVERY_VARIANT
 def test_no_batch_norm_branch_or_implicit_tensor_remains(narrow, variant, training):
     fused = fuse(narrow(variant, training=training, classes=3))
@@ -173,10 +173,10 @@ def test_no_batch_norm_branch_or_implicit_tensor_remains(narrow, variant, traini
 
 
 @pytest.mark.parametrize("variant", ["yolov7", "yolov7-w6", "yolov7-e6e"])
-def test_the_whole_network_gives_the_same_output(narrow, variant):
+def test_the_complete_network_gives_the_same_output(narrow, variant):
     model = narrow(variant, training=True, classes=3)
     for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.reset_running_stats()  # wild statistics would drown everything within ten layers
+        bn.reset_running_stats()  # unusual statistics would overflow within ten layers
         nn.init.uniform_(bn.weight, -1.5, 1.5)
     image = torch.rand(1, 3, 128, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_a_block_without_a_rule_is_named(narrow):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_custom_anchors_of_a_p6_model_are_kept(narrow, training):
+def test_custom_anchors_of_a_p6_model_are_preserved(narrow, training):
     model = narrow("yolov7-w6", training=training, classes=3, anchors=ODD_ANCHORS)
     fused = fuse(model)
     assert fused.anchors == ODD_ANCHORS != fused.variant.anchors
@@ -231,7 +231,7 @@ def test_custom_anchors_of_a_p6_model_are_kept(narrow, training):
     torch.testing.assert_close(sizes / widest, torch.tensor(ODD_ANCHORS).double()[:, :, None].expand(4, 3, 4, 2))
 
 
-def test_the_dtype_of_the_model_is_kept():
+def test_the_dtype_of_the_model_is_preserved():
     for dtype in (torch.float32, torch.float64, torch.float16):
         fused = fuse(new_model("yolov7-tiny", classes=2).to(dtype))
         assert {tensor.dtype for tensor in fused.state_dict().values()} == {dtype}

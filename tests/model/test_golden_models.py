@@ -14,10 +14,10 @@ from yolov7_deploy.model.yolov7 import new_model
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "models.json").read_text())
 
-# Two float32 implementations add up the same products in another order. Some of these nets run hot (raw values of
-# several hundred), so raw maps are compared relative to their own spread.
+# Two float32 implementations add up the same products in another order. Some of these networks have raw
+# values of several hundred, so raw maps are compared relative to their standard deviation.
 RAW_TOLERANCE = 2e-4
-# Decoded values go through a sigmoid and up to 925 pixels of anchor.
+# Decoded values are sigmoids times anchors of up to 925 pixels.
 DECODED_TOLERANCE = 2e-3
 # Pixels, in float64.
 FUSION_TOLERANCE = 1e-6
@@ -76,7 +76,7 @@ def test_decoded_output_equals_the_official_one(case):
 
 def test_fused_model_gives_the_same_output(case):
     model, _, _, _, image = case
-    # In float64, because the hot nets multiply float32's rounding of the folded weights up to whole pixels.
+    # In float64: large activations amplify the float32 rounding of the folded weights to several pixels.
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         difference = (fuse(exact).predict(image.double()) - exact.predict(image.double())).abs().max().item()

@@ -123,9 +123,9 @@ def test_pinned_memory_lives_as_long_as_its_last_view(cuda, library):
 
 def test_every_handle_is_freed_once(cuda, library, calls):
     before = library.fake_cuda_live()
-    things = [DeviceBuffer(cuda, (4,), np.uint8), Stream(cuda), Event(cuda), Graph(Stream(cuda), lambda: None)]
-    for thing in things * 2:
-        thing.close()
+    resources = [DeviceBuffer(cuda, (4,), np.uint8), Stream(cuda), Event(cuda), Graph(Stream(cuda), lambda: None)]
+    for resource in resources * 2:
+        resource.close()
     gc.collect()
     assert library.fake_cuda_live() == before
     assert [calls().count(name) for name in ("cudaFree", "cudaStreamDestroy", "cudaEventDestroy")] == [1, 2, 1]
@@ -202,7 +202,7 @@ def test_an_error_is_not_reported_again_by_the_next_call(cuda):
         assert cuda.binding.call("cudaGetLastError") == (0,)
 
 
-def test_a_lost_context_needs_a_restart_of_the_program(cuda, monkeypatch):
+def test_a_lost_cuda_context_is_an_error_that_asks_for_a_restart(cuda, monkeypatch):
     with Stream(cuda) as stream:
         monkeypatch.setenv("FAKE_CUDA_FAIL", "cudaStreamSynchronize:700")
         with pytest.raises(DeviceError, match="the CUDA context is lost") as caught:
@@ -290,7 +290,7 @@ def test_the_error_without_a_usable_gpu_states_the_cause(process, environment, m
     assert len(text.splitlines()) == 2, "what happened, and the fix"
 
 
-def test_a_context_that_is_already_current_is_kept(process, tmp_path):
+def test_a_context_that_is_already_current_is_used(process, tmp_path):
     line = "cuda = open_cuda(); cuda.set_device(0); print(cuda.device().name)"
     log = tmp_path / "log"
     names = ("libcudart.so.12", "libcuda.so.1")

@@ -151,7 +151,7 @@ def test_only_a_producer_with_a_stream_or_without_the_stream_field_is_waited_for
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "words"),
+    ("changes", "error", "text"),
     [
         ({"typestr": "<f4"}, ImageError, "must be uint8; this one is <f4"),
         ({"strides": (240, 6, 2)}, ImageError, "bytes apart"),
@@ -159,9 +159,9 @@ def test_only_a_producer_with_a_stream_or_without_the_stream_field_is_waited_for
         ({"strides": (240, 3, -1)}, ImageError, "bytes apart"),
     ],
 )
-def test_other_types_and_strides_are_refused(environment, changes, error, words):
+def test_other_types_and_strides_are_refused(environment, changes, error, text):
     runtime = environment.open()
-    with pytest.raises(error, match=words) as caught:
+    with pytest.raises(error, match=text) as caught:
         infer(runtime, [CudaArray(environment, make_image(0), **changes)])
     assert "uint8 BGR" in caught.value.fix
     assert_detected(infer(runtime, [make_image(0)]).detections[0], make_image(0))
@@ -182,7 +182,7 @@ def test_an_image_on_another_gpu_is_refused_with_both_gpus(environment):
         with pytest.raises(DeviceError, match=r"is on cuda:1, the detector on cuda:0") as caught:
             infer(runtime, [one])
         assert "device='cuda:1'" in caught.value.fix
-    assert given[1].streams == [], "its library was not asked to copy it"
+    assert given[1].streams == [], "its library was not requested to copy it"
 
 
 def test_an_address_in_host_memory_is_refused(environment):
@@ -207,12 +207,12 @@ def test_the_error_of_a_library_that_refuses_to_export_is_quoted(environment):
 def test_the_owner_is_held_until_the_work_is_done(environment):
     with Stream(environment.cuda) as stream:
         given = CudaArray(environment, make_image(0))
-        died = weakref.ref(given)
+        reference = weakref.ref(given)
         taken = gpu_image(given, stream, device=0)
         del given
-        assert died() is taken.owner
+        assert reference() is taken.owner
         del taken
-        assert died() is None
+        assert reference() is None
 
 
 def test_arrays_in_host_memory_are_not_gpu_arrays(environment):
@@ -225,8 +225,8 @@ def test_arrays_in_host_memory_are_not_gpu_arrays(environment):
 
 def test_without_the_kernels_the_error_states_the_command(environment):
     environment.without_kernels()
-    words = r"toy\.engine needs images in host memory here; this CudaArray"
-    with Detector(environment.engine()) as detector, pytest.raises(UsageError, match=words) as caught:
+    text = r"toy\.engine needs images in host memory here; this CudaArray"
+    with Detector(environment.engine()) as detector, pytest.raises(UsageError, match=text) as caught:
         detector(CudaArray(environment, make_image(0)))
     assert ".cpu().numpy()" in caught.value.fix
 

@@ -44,7 +44,7 @@ def kernels(library):
 
 @pytest.fixture
 def nothing_built(monkeypatch, tmp_path):
-    """No library anywhere, and an empty cache."""
+    """Hide all built libraries, and use an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(PLUGIN_VARIABLE, raising=False)
     monkeypatch.setattr(plugins, "SYSTEM_FOLDERS", (tmp_path / "system",))
@@ -53,13 +53,15 @@ def nothing_built(monkeypatch, tmp_path):
 def compiled(source, folder):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    (folder / "it.cpp").write_text(source, encoding="utf-8")
-    subprocess.run(["g++", "-shared", "-fPIC", f"-I{SOURCES}", "-o", folder / "it.so", folder / "it.cpp"], check=True)
-    return folder / "it.so"
+    (folder / "library.cpp").write_text(source, encoding="utf-8")
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", f"-I{SOURCES}", "-o", folder / "library.so", folder / "library.cpp"], check=True
+    )
+    return folder / "library.so"
 
 
 def run(kernels, frames, canvas_hw, dtype=np.uint8):
-    """The kernel's canvases for FRAME records."""
+    """Return the kernel's canvases for FRAME records."""
     entries = Guarded.of(np.array(frames, FRAME))
     shape = (len(frames), *canvas_hw, 3) if dtype == np.uint8 else (len(frames), 3, *canvas_hw)
     canvas = Guarded(shape, dtype)
@@ -74,7 +76,7 @@ def noise(seed, height, width):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# --- Opening --------------------------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_library_is_refused(tmp_path):
@@ -85,9 +87,9 @@ def test_a_missing_library_is_refused(tmp_path):
 def test_a_damaged_library_is_refused_without_a_crash(library, tmp_path):
     content = library.read_bytes()
     for length in (0, 3, 64, len(content) // 2, len(content) - 1):
-        (tmp_path / "it.so").write_bytes(content[:length])
+        (tmp_path / "damaged.so").write_bytes(content[:length])
         with pytest.raises(PluginError, match="is not a usable plugin library"):
-            Kernels.open(tmp_path / "it.so")
+            Kernels.open(tmp_path / "damaged.so")
 
 
 def test_a_library_of_another_project_is_refused(tmp_path):
@@ -95,7 +97,7 @@ def test_a_library_of_another_project_is_refused(tmp_path):
         Kernels.open(compiled("int y7_letterbox() { return 0; }", tmp_path))
 
 
-def describing_itself(kernels_abi):
+def description_source(kernels_abi):
     return (
         r'extern "C" const char* y7_plugin_description() { return "{\"name\": \"Y7NMS\", \"abi\": \"kernels\", '
         r"\"version\": \"1\", \"compute_capabilities\": [86], \"ptx\": [], \"cuda\": \"13.0\", \"headers\": \"\", "
@@ -105,13 +107,13 @@ def describing_itself(kernels_abi):
 
 def test_kernels_of_another_version_are_refused_with_both_numbers_and_the_command(tmp_path):
     with pytest.raises(PluginError, match=f"has kernels 1; .* needs kernels {KERNELS_ABI}") as caught:
-        Kernels.open(compiled(describing_itself(1), tmp_path))
+        Kernels.open(compiled(description_source(1), tmp_path))
     assert caught.value.fix.endswith("y7 plugin")
 
 
-def test_a_library_without_the_functions_it_promises_is_refused(tmp_path):
+def test_a_library_without_the_functions_it_describes_is_refused(tmp_path):
     with pytest.raises(PluginError, match="y7_letterbox"):
-        Kernels.open(compiled(describing_itself(KERNELS_ABI), tmp_path))
+        Kernels.open(compiled(description_source(KERNELS_ABI), tmp_path))
 
 
 def test_kernels_are_found_for_the_gpus_that_they_run_on(library, nothing_built):
@@ -127,7 +129,7 @@ def test_kernels_are_found_for_the_gpus_that_they_run_on(library, nothing_built)
         find_kernels((8, 6))
 
 
-# --- Calling --------------------------------------------------------------------------------------------------------
+# --- calling --------------------------------------------------------------------------------------------------------
 
 
 def test_a_frame_record_equals_the_struct_of_the_header_byte_for_byte(tmp_path):
@@ -210,7 +212,7 @@ def test_integer_ratios_need_a_third_of_the_rows_or_less(hw, rows):
 
 
 @pytest.mark.parametrize("hw", [(720, 1280), (480, 640), (640, 640), (100, 100), (1080, 1440)])
-def test_a_frame_that_needs_most_of_its_rows_is_uploaded_whole(hw):
+def test_a_frame_that_needs_most_of_its_rows_is_uploaded_completely(hw):
     box = fit_letterbox(hw, (640, 640))
     assert row_plan(box) is None
     assert len(plan_rows(hw[0], box.resized_hw[0]).rows) > MAX_ROW_SHARE * hw[0]
@@ -225,7 +227,7 @@ def test_a_plan_is_cached_and_read_only():
 
 
 def pairs():
-    """Thousands of (source, resized) heights: small ones, those of videos, random ones, and beyond exact floats."""
+    """Return thousands of (source, resized) heights: small, of videos, random, and beyond exact floats."""
     rng = np.random.default_rng(3)
     small = [(source, resized) for source in range(1, 49) for resized in range(1, 49)]
     video = [(source, resized) for source in (240, 480, 576, 720, 1080, 1440, 2160) for resized in (240, 360, 384)]
@@ -254,7 +256,7 @@ def test_the_rows_of_a_plan_are_those_that_the_kernel_reads(kernels):
 
 
 @pytest.mark.parametrize("hw", [(1080, 1920), (2160, 3840), (1440, 2560), (1080, 810)])
-def test_gathered_rows_give_the_canvas_of_the_whole_frame(kernels, hw):
+def test_gathered_rows_give_the_canvas_of_the_complete_frame(kernels, hw):
     """The canvas is smaller than usual, with padding, and the gathered rows have another pitch."""
     image = noise(1, *hw)
     box = fit_letterbox(hw, CANVAS)

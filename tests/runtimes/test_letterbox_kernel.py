@@ -32,7 +32,7 @@ def kernels():
 
 @pytest.fixture(scope="module")
 def checked_kernels():
-    """An undefined operation ends the process."""
+    """Kernels for which an undefined operation ends the process."""
     return emulated("letterbox.cu", flags=("-fsanitize=undefined", "-fno-sanitize-recover=all"))
 
 
@@ -41,17 +41,17 @@ def noise(rng, height, width):
 
 
 def fenced(nbytes):
-    """Memory that ends at an unreadable page: reading further ends the process."""
+    """Return memory that ends at an unreadable page: reading further ends the process."""
     size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    whole = np.frombuffer(memory, np.uint8)
+    pages = np.frombuffer(memory, np.uint8)
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    return whole[size - nbytes : size]
+    assert libc.mprotect(ctypes.c_void_p(pages.ctypes.data + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return pages[size - nbytes : size]
 
 
 def in_memory(frame, layout):
-    """The frame as a view with the row pitch of a layout, and no readable memory after its last pixel."""
+    """Return the frame as a view with the row pitch of a layout and no readable memory after its last pixel."""
     height, width = frame.shape[:2]
     pitch = 3 * width + LAYOUTS[layout % len(LAYOUTS)]
     memory = fenced((height - 1) * pitch + 3 * width)
@@ -75,7 +75,7 @@ def frame_of(view, box):
 
 
 def run(kernels, frames, canvas_hw, kind, pad=PAD_GREY):
-    """The kernel's canvases for Frames."""
+    """Return the kernel's canvases for Frames."""
     array = (Frame * len(frames))(*frames)
     shape = (len(frames), *canvas_hw, 3) if kind == UINT8 else (len(frames), 3, *canvas_hw)
     canvas = Guarded(shape, TYPES[kind])
@@ -87,13 +87,13 @@ def run(kernels, frames, canvas_hw, kind, pad=PAD_GREY):
 
 
 def expected(pairs, kind):
-    """The network input of OpenCV and NumPy for (frame, Letterbox) pairs."""
+    """Return the network input of OpenCV and NumPy for (frame, Letterbox) pairs."""
     canvases = [box.apply(frame) for frame, box in pairs]
     return np.stack(canvases) if kind == UINT8 else to_network_input(canvases).astype(TYPES[kind])
 
 
 def sizes(rng, count):
-    """Sizes of every kind: large and small, far from square, one pixel, exact multiples, the canvas itself."""
+    """Return sizes of every kind: large and small, far from square, one pixel, exact multiples, the canvas size."""
     fixed = [(1, 1), (1, 300), (300, 1), (2, 2), (1, 7), CANVAS, (2 * CANVAS[0], 2 * CANVAS[1]), (48, 80), (95, 160)]
     fixed += [(3 * CANVAS[0], 3 * CANVAS[1]), (32, 160), (96, 53), (1080, 1920), (7, 1000), (1000, 7)]
     return fixed + [tuple(map(int, np.exp(rng.uniform(0, np.log(420), 2)))) for _ in range(count - len(fixed))]
@@ -141,8 +141,8 @@ def test_sides_beyond_the_range_of_exact_floats_are_scaled_as_opencv_does(kernel
     rng = np.random.default_rng(8)
     for hw, canvas_hw in [((9000, 3), (1600, 8)), ((3, 12001), (8, 1536)), ((2, 9000), (4, 1600))]:
         frame = noise(rng, *hw)
-        whole = fit_letterbox(canvas_hw, canvas_hw)  # stretched over the canvas: a letterbox would leave one pixel
-        entry = frame_of(frame, whole)
+        stretched = fit_letterbox(canvas_hw, canvas_hw)  # stretched over the canvas: a letterbox would leave one pixel
+        entry = frame_of(frame, stretched)
         resized = cv2.resize(frame, canvas_hw[::-1], interpolation=cv2.INTER_LINEAR)
         np.testing.assert_array_equal(run(kernels, [entry], canvas_hw, UINT8)[0], resized)
 
@@ -180,17 +180,17 @@ BAD_FIELDS = [
 
 
 @pytest.mark.parametrize("fields", BAD_FIELDS, ids=str)
-def test_a_frame_with_a_bad_field_gives_a_grey_canvas_and_leaves_its_neighbours(checked_kernels, fields):
+def test_a_frame_with_a_bad_field_gives_a_grey_canvas_and_does_not_affect_others(checked_kernels, fields):
     frame = noise(np.random.default_rng(10), 10, 10)
     box = fit_letterbox((10, 10), CANVAS)
     bad = frame_of(frame, box)
     for name, value in fields.items():
         setattr(bad, name, value)
     found = run(checked_kernels, [frame_of(frame, box), bad, frame_of(frame, box)], CANVAS, UINT8)
-    whole = expected([(frame, box)], UINT8)[0]
-    np.testing.assert_array_equal(found[0], whole)
+    canvas = expected([(frame, box)], UINT8)[0]
+    np.testing.assert_array_equal(found[0], canvas)
     assert (found[1] == PAD_GREY).all()
-    np.testing.assert_array_equal(found[2], whole)
+    np.testing.assert_array_equal(found[2], canvas)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SLEEP_S = 0.1
 # had none.
 FP16_MATCHED = 0.95
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch does not find a GPU")
 
 
 def open_model(**options):
@@ -95,7 +95,7 @@ def assert_close_boxes(ours, expected):
 
 
 def matched(a: RawDetections, b: RawDetections):
-    """The share of `a` that has a match in `b`."""
+    """Return the share of `a` that has a match in `b`."""
     same = (
         (a.class_ids[:, None] == b.class_ids[None])
         & (np.abs(a.scores[:, None] - b.scores[None]) <= FP16_SCORE)
@@ -289,11 +289,11 @@ def test_threads_on_a_gpu_get_each_their_own_result(graphed):
     wrong = []
 
     def call(number):
-        for turn in range(20):
-            which = (number + turn) % len(IMAGES)
-            found = infer(graphed, [IMAGES[which]]).detections[0]
-            if not np.array_equal(found.boxes, expected[which].boxes):
-                wrong.append(which)
+        for repetition in range(20):
+            index = (number + repetition) % len(IMAGES)
+            found = infer(graphed, [IMAGES[index]]).detections[0]
+            if not np.array_equal(found.boxes, expected[index].boxes):
+                wrong.append(index)
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(2 * MAX_GRAPHS)]
     for thread in threads:

@@ -43,7 +43,7 @@ def without_graph(forward):
 
 
 def decoded_by(net, canvases):
-    """The decoded output without a captured graph."""
+    """Return the decoded output without a captured graph."""
     with torch.inference_mode():
         images = net.empty_input(len(canvases), canvases[0].shape[:2])
         return net.predict(net.prepare(torch.from_numpy(np.stack(canvases)), images)).clone()
@@ -146,7 +146,7 @@ def assert_equal_rows(ours, expected):
 
 
 class StaticGraph:
-    """Uses memory like a CUDA graph: one output that every replay overwrites. Counts captures."""
+    """A fake CUDA graph: one output that every replay overwrites. Counts captures."""
 
     captures = 0
 
@@ -185,10 +185,10 @@ def test_eight_threads_get_each_their_own_result():
     wrong = []
 
     def call(number):
-        for turn in range(6):
-            which = (number + turn) % len(CANVASES)
+        for repetition in range(6):
+            index = (number + repetition) % len(CANVASES)
             try:
-                assert_equal_rows(run_in_pool(pool, [CANVASES[which]]), expected[which])
+                assert_equal_rows(run_in_pool(pool, [CANVASES[index]]), expected[index])
             except AssertionError as error:
                 wrong.append(error)
 
@@ -202,7 +202,7 @@ def test_eight_threads_get_each_their_own_result():
 
 
 class StubGraph:
-    """A captured graph of which only the size matters."""
+    """A fake captured graph that only has a size."""
 
     def __init__(self, size):
         self.size = size

@@ -223,9 +223,9 @@ def test_thresholds_that_are_fixed_in_the_engine_cannot_be_changed(environment):
     runtime = environment.open(graph)
     assert runtime.metadata.nms == FIXED
     assert_detected(infer(runtime, [make_image(1)], conf=0.5).detections[0], make_image(1), rows=2)
-    for wish in ({"conf": 0.1}, {"iou": 0.6}):
-        with pytest.raises(UsageError, match=next(iter(wish))):
-            infer(runtime, [make_image(1)], **wish)
+    for change in ({"conf": 0.1}, {"iou": 0.6}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            infer(runtime, [make_image(1)], **change)
 
 
 def test_a_canvas_of_another_size_is_refused(environment):

@@ -21,7 +21,7 @@ from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE, PLUGIN_VERSIO
 
 __all__ = ["environment"]
 
-OWN = {"absent"}  # members of the fake that TensorRT does not have
+FAKE_ONLY = {"absent"}  # members of the fake that TensorRT does not have
 OUR_PLUGIN = PluginUse(path="/there/liby7_plugin.so", version=PLUGIN_VERSION, abi="v3")
 
 
@@ -99,7 +99,7 @@ def test_the_header_of_a_plan_selects_the_tensorrt_that_opens_it(environment):
 
 
 def graph_of(*tensors):
-    """A graph with the inputs before `None` and the outputs after it: (name, type, shape)."""
+    """Return a graph with the inputs before `None` and the outputs after it: (name, type, shape)."""
     values = [one and helper.make_tensor_value_info(one[0], one[1], one[2]) for one in tensors]
     border = values.index(None)
     inputs, outputs = values[:border], values[border + 1 :]
@@ -150,17 +150,17 @@ def plugin_at(folder):
 
 def test_our_plugin_is_registered_before_the_plan_is_deserialized(environment):
     environment.monkeypatch.setattr(trt, "find_plugin", lambda abi: plugin_at(environment.folder))
-    loaded_then = []
+    loaded_before = []
     real = environment.trt.Runtime
 
     def runtime(logger):
-        loaded_then.extend(environment.trt.loaded)
+        loaded_before.extend(environment.trt.loaded)
         return real(logger)
 
     environment.monkeypatch.setattr(environment.trt, "Runtime", runtime)
     environment.open(plugin=OUR_PLUGIN)
     environment.open(plugin=OUR_PLUGIN, name="again.engine")
-    assert loaded_then == ["Y7NMS", "Y7NMS"]
+    assert loaded_before == ["Y7NMS", "Y7NMS"]
     assert environment.trt.loaded == ["Y7NMS"], "once per process"
 
 
@@ -233,7 +233,7 @@ def test_the_real_tensorrt_rtx_has_the_names_that_run_an_engine_and_those_of_the
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     real = json.loads(done.stdout.splitlines()[-1])
     for ours, theirs in ((Runtime, "Runtime"), (Engine, "ICudaEngine"), (Context, "IExecutionContext")):
-        members = {name for name in vars(ours) if not name.startswith("_")} - ABSENT[RTX] - OWN
+        members = {name for name in vars(ours) if not name.startswith("_")} - ABSENT[RTX] - FAKE_ONLY
         assert members <= set(real[theirs]), theirs
         assert not set(real[theirs]) & ABSENT[RTX]
     assert {"CudaGraphStrategy", "ExecutionContextAllocationStrategy", "IPluginV3", "ILogger"} <= set(

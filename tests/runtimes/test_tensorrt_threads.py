@@ -15,7 +15,7 @@ from yolov7_deploy.runtimes.tensorrt_executor_pool import MAX_EXECUTORS
 __all__ = ["environment"]
 
 SHORT_S = 1
-WAIT_S = 20  # limit for what must happen
+WAIT_S = 20  # time limit for events that must happen
 
 
 def test_eight_threads_get_the_results_of_their_own_images(environment):
@@ -23,8 +23,8 @@ def test_eight_threads_get_the_results_of_their_own_images(environment):
     images = [make_image(seed, 30 + 7 * (seed % 5), 40 + 3 * seed) for seed in range(24)]
 
     def work(number):
-        for turn in range(12):
-            chosen = [images[(number * 3 + turn + i) % 24] for i in range(1 + (number + turn) % 4)]
+        for repetition in range(12):
+            chosen = [images[(number * 3 + repetition + i) % 24] for i in range(1 + (number + repetition) % 4)]
             for found, image in zip(infer(runtime, chosen).detections, chosen, strict=True):
                 assert_detected(found, image)
 
@@ -110,21 +110,21 @@ def test_out_of_memory_in_a_run_fails_only_that_call(environment):
 
 
 @pytest.mark.parametrize(
-    ("failure", "words"),
+    ("failure", "text"),
     [
         ("cudaStreamSynchronize:700", "the CUDA context is lost"),
         ("cudaMemcpyAsync:709", "the CUDA context that this model was opened in was destroyed"),
         ("cudaGetDevice:201", "the CUDA context that this model was opened in was destroyed"),
     ],
 )
-def test_a_lost_gpu_is_reported_now_and_at_every_later_call(environment, failure, words):
+def test_a_lost_gpu_is_reported_now_and_at_every_later_call(environment, failure, text):
     runtime = environment.open()
     environment.monkeypatch.setenv("FAKE_CUDA_FAIL", failure)
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(DeviceError, match=text):
         infer(runtime, [make_image(0)])
     environment.monkeypatch.delenv("FAKE_CUDA_FAIL")
     for _ in range(2):
-        with pytest.raises(DeviceError, match=f"toy.engine cannot run any more: .*{words}") as caught:
+        with pytest.raises(DeviceError, match=f"toy.engine cannot run any more: .*{text}") as caught:
             infer(runtime, [make_image(0)])
         assert caught.value.fix
     runtime.close()
@@ -145,7 +145,7 @@ def test_a_transient_failure_fails_one_call(environment):
     assert Counter(calls())["cudaStreamCreateWithFlags"] == 1, "a new executor replaces the one in an unknown state"
 
 
-def test_a_mistake_of_the_caller_keeps_the_executor(environment):
+def test_an_invalid_call_does_not_replace_the_executor(environment):
     runtime, calls = environment.open(), environment.calls()
     with pytest.raises(UsageError):
         infer(runtime, [make_image(0)], hw=(32, 32))

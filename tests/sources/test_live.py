@@ -14,7 +14,7 @@ from yolov7_deploy.errors import SourceError
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.live import LiveReader
 
-WAIT_S = 10  # generous: threads of a loaded machine
+WAIT_S = 10  # generous, because threads on a busy machine are slow
 
 
 def make_image(value: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def test_a_live_source_numbers_frames_and_counts_dropped_ones():
 def test_a_lost_stream_is_reopened():
     camera = FakeCamera([[1, 2], [3], None, [4]])
     seen = []
-    with pytest.raises(SourceError, match="did not come back in 2 attempts"):
+    with pytest.raises(SourceError, match="could not be reopened in 2 attempts"):
         for frame in open_source("rtsp://cam/live", opener=camera, reconnects=2, reconnect_wait_s=0):
             seen.append(int(frame.image[0, 0, 0]))
     assert seen[-1] == 4

@@ -271,7 +271,7 @@ def test_a_truncated_video_yields_its_frames_and_warns(tmp_path, caplog):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     count = len(list(open_source(path)))
     assert 0 < count < 20
-    assert any("announces" in record.message for record in caplog.records)
+    assert any("declares" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def laid_out(name: str, root: Path) -> Path:
 
 
 def wait_until(condition, timeout_s: float = 20.0) -> None:
-    """Return when `condition()` is true: on a busy machine, sleeping for a fixed time does not synchronise threads."""
+    """Wait until `condition()` is true: on a busy machine, sleeping for a fixed time does not synchronise threads."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not become true in time"

@@ -33,7 +33,7 @@ def run(model_session, array, **thresholds):
 
 
 def image_result(result, index=0):
-    """Boxes, scores and class ids of one image; rows beyond `num_dets` must be zero."""
+    """Return boxes, scores and class ids of one image; rows beyond `num_dets` must be zero."""
     count, boxes, scores, classes = (part[index] for part in result)
     n = int(count.item())
     assert not boxes[n:].any() and not scores[n:].any() and not classes[n:].any()
@@ -64,7 +64,7 @@ def network_nodes(model):
 
 
 def nodes_after_heads(model):
-    """The graph after the heads, with raw maps as inputs: in a whole file ONNX Runtime removes pairs of casts."""
+    """Return the graph after the heads, with raw maps as inputs; in a complete file, ORT removes pairs of casts."""
     proto = copy.deepcopy(model.proto)
     nodes = [node for node in proto.graph.node if node not in network_nodes(model)]
     del proto.graph.node[:]

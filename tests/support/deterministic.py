@@ -13,7 +13,7 @@ _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniform(name, shape):
-    """float32 in [0, 1), from the upper 24 bits of each SplitMix64 word."""
+    """Return float32 values in [0, 1), from the upper 24 bits of each SplitMix64 word."""
     count = math.prod(shape)
     with np.errstate(over="ignore"):
         word = (np.uint64(zlib.crc32(name.encode())) + np.arange(1, count + 1, dtype=np.uint64)) * _GOLDEN_RATIO
@@ -24,12 +24,12 @@ def uniform(name, shape):
 
 
 def centred(name, shape):
-    """float32 in [-1, 1)."""
+    """Return float32 values in [-1, 1)."""
     return uniform(name, shape) * np.float32(2) - np.float32(1)
 
 
 def weight(name, shape, salt=""):
-    """The value of one state-dict entry, or None to keep the model's own value."""
+    """Return the value of a state-dict entry, or `None` to keep the value of the model."""
     last = name.rpartition(".")[2]
     if last in {"anchors", "anchor_grid", "num_batches_tracked"}:
         return None
@@ -55,5 +55,5 @@ def fill_model(model, salt=""):
 
 
 def make_image(height, width, salt=""):
-    """A network input [1, 3, height, width]."""
+    """Return a network input [1, 3, height, width]."""
     return torch.from_numpy(uniform(salt + "image", (1, 3, height, width)))

@@ -1,6 +1,6 @@
-"""Pickles networks as the official code does: whole modules of classes called `models.yolo.Model` and so on.
+"""Pickle networks as the official code does: modules of classes named `models.yolo.Model` and so on.
 
-The classes exist only while a test writes a file; they are removed again before anything reads it.
+The classes exist only while a test writes a file; they are removed before the file is read.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class IDetect(Detect):
 
 
 class Model(nn.Module):
-    """The first convolution and the head of yolov7-tiny, with nothing in between but layers without weights."""
+    """The first convolution and the head of yolov7-tiny; the layers between them have no weights."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class Model(nn.Module):
             layer.i, layer.f, layer.type = index, -1, "models.common.Conv"
 
 
-# Not those of the paper: a model fitted to other data keeps its own.
+# Other anchors than those of the paper, as of a model trained on other data.
 ANCHORS = torch.arange(1.0, 19.0).view(LEVELS, 3, 2) * 1.5
 
-_HOMES = {
+_MODULES = {
     "models.common": (Conv, MP, ImplicitA, ImplicitM),
     "models.yolo": (Detect, IDetect, Model),
 }
@@ -97,25 +97,25 @@ _HOMES = {
 
 @contextmanager
 def official_classes() -> Iterator[None]:
-    """Within it the classes above pickle under their official names."""
-    before = {kind: kind.__module__ for kinds in _HOMES.values() for kind in kinds}
-    for home, kinds in {"models": (), **_HOMES}.items():
-        module = types.ModuleType(home)
+    """Pickle the classes above under their official names within the context."""
+    before = {kind: kind.__module__ for kinds in _MODULES.values() for kind in kinds}
+    for module_name, kinds in {"models": (), **_MODULES}.items():
+        module = types.ModuleType(module_name)
         for kind in kinds:
-            kind.__module__ = home
+            kind.__module__ = module_name
             setattr(module, kind.__name__, kind)
-        sys.modules[home] = module
+        sys.modules[module_name] = module
     try:
         yield
     finally:
-        for kind, home in before.items():
-            kind.__module__ = home
-        for home in ("models", *_HOMES):
-            del sys.modules[home]
+        for kind, module_name in before.items():
+            kind.__module__ = module_name
+        for module_name in ("models", *_MODULES):
+            del sys.modules[module_name]
 
 
 def save_official(value: object, path: Path) -> Path:
-    """`torch.save` of a value with official modules in it."""
+    """Write a value that contains official modules with `torch.save`, and return the path."""
     with official_classes():
         torch.save(value, path)
     return path

@@ -9,7 +9,7 @@ import torch
 
 from yolov7_deploy.detections import Detections
 
-# Two runtimes add up in another order; boxes are up to 1500 pixels wide, and boxes of small images are scaled up.
+# Two runtimes sum in different orders; boxes are up to 1500 pixels wide, and boxes of small images are scaled up.
 
 BOX_TOLERANCE = 0.05
 SCORE_TOLERANCE = 2e-5
@@ -23,7 +23,7 @@ needs_no_cuda = pytest.mark.skipif(
 
 
 def noise(height, width, seed=0):
-    """An image with structure at every scale, so that images differ after the network."""
+    """Return an image with structure at every scale, so that images differ after the network."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
     fine = rng.integers(-40, 40, (height, width, 3))

@@ -20,7 +20,7 @@ HEAD_SCALE = 0.05  # factor of the head's weights: raw values of 2 instead of 40
 
 
 def metadata_of(model: Yolov7) -> ModelMetadata:
-    """The metadata of a model."""
+    """Return the metadata of a model."""
     return ModelMetadata(
         variant=model.variant.name,
         class_names=tuple(f"thing {i}" for i in range(model.classes)),
@@ -31,7 +31,7 @@ def metadata_of(model: Yolov7) -> ModelMetadata:
 
 
 def tiny(classes: int = 5) -> Yolov7:
-    """yolov7-tiny with scores spread over 0 to 1; without the scaled head, nearly all would be exactly 0 or 1."""
+    """Return yolov7-tiny with scores spread over 0 to 1; without the scaled head, nearly all would be 0 or 1."""
     model = fill_model(new_model("yolov7-tiny", classes=classes))
     with torch.no_grad():
         for convolution in model.head.m:
@@ -41,25 +41,25 @@ def tiny(classes: int = 5) -> Yolov7:
 
 @lru_cache
 def fused_tiny(classes: int = 5) -> Yolov7:
-    """`tiny`, fused; shared, do not modify it."""
+    """Return `tiny`, fused; shared, do not modify it."""
     return fuse(tiny(classes))
 
 
 @lru_cache
 def exported_tiny(classes: int = 5, **options: object) -> OnnxModel:
-    """yolov7-tiny as ONNX at HW; shared, do not modify it."""
+    """Return yolov7-tiny as ONNX at HW; shared, do not modify it."""
     model = fused_tiny(classes)
     return export_onnx(model, metadata_of(model), ExportOptions(**{"input_hw": HW, **options}))
 
 
 @lru_cache
 def tiny_session(classes: int = 5, **options: object) -> onnxruntime.InferenceSession:
-    """`exported_tiny` in ONNX Runtime."""
+    """Return an ONNX Runtime session of `exported_tiny`."""
     return session(exported_tiny(classes, **options).proto)
 
 
 def session(proto) -> onnxruntime.InferenceSession:
-    """A graph in ONNX Runtime on the CPU, without its warnings about inputs that have a default."""
+    """Return a CPU session of ONNX Runtime, without its warnings about inputs that have a default."""
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), base_session_options(), providers=["CPUExecutionProvider"]
     )
@@ -67,12 +67,12 @@ def session(proto) -> onnxruntime.InferenceSession:
 
 @lru_cache
 def images(count: int = 1) -> np.ndarray:
-    """Network inputs [count, 3, H, W], all different."""
+    """Return network inputs [count, 3, H, W], all different."""
     return np.concatenate([make_image(*HW, salt=f"{i}").numpy() for i in range(count)])
 
 
 @lru_cache
 def decoded_by_torch(classes: int = 5, count: int = 1) -> np.ndarray:
-    """The decoded output of torch for `images(count)`: [count, A, 5 + C]."""
+    """Return the decoded output of torch for `images(count)`: [count, A, 5 + C]."""
     with torch.no_grad():
         return fused_tiny(classes).predict(torch.from_numpy(images(count))).numpy()

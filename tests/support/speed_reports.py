@@ -24,7 +24,7 @@ def speed_report(
     with_paper=False,
     **fields: object,
 ) -> SpeedReport:
-    """Report with one row of these medians; `fields` are those of SpeedReport."""
+    """Return a report with one row of these medians; `fields` are those of SpeedReport."""
     defaults: dict[str, object] = {
         "weights": f"models/{variant}.onnx",
         "weights_sha256": "0" * 64,
@@ -47,7 +47,7 @@ def speed_report(
 
 
 def speed_row(*, batch=1, concurrency=1, engine_ms=10.0, end_to_end_ms=12.0, **fields: object) -> SpeedRow:
-    """Row with these medians, and noise of one percent around them."""
+    """Return a row with these medians, and noise of one percent around them."""
     defaults: dict[str, object] = {
         "batch": batch,
         "concurrency": concurrency,

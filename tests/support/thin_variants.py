@@ -15,7 +15,7 @@ from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import ExportOptions
 
 SIDE = 128
-_NARROW = 16  # channels below this are not made fewer: of the image, and of it as space-to-depth has it
+_MIN_CHANNELS = 16  # fewer channels are not divided: those of the image, and of its space-to-depth
 
 
 class Thin(Variant):
@@ -27,22 +27,22 @@ class Thin(Variant):
 
     @staticmethod
     def thin(channels):
-        return channels if channels < _NARROW else channels // 8
+        return channels if channels < _MIN_CHANNELS else channels // 8
 
 
 def thin(variant: str) -> Thin:
-    """The thin form of a variant."""
+    """Return a variant with an eighth of its channels."""
     return Thin(**{field.name: getattr(VARIANTS[variant], field.name) for field in fields(Variant)})
 
 
 @lru_cache
 def thin_model(variant) -> OnnxModel:
-    """A thin variant of random weights; shared, so not to be changed."""
+    """Return an exported thin variant with random weights; shared, do not modify it."""
     return random_model(thin(variant))
 
 
 def random_model(variant: Variant) -> OnnxModel:
-    """A variant of random weights at SIDE, as it is traced, with decoded output."""
+    """Return an exported variant with random weights at SIDE, not simplified, with decoded output."""
     torch.manual_seed(0)
     model = Yolov7(variant, classes=2, fused=True).eval()
     return export_onnx(model, metadata_of(model), ExportOptions(input_hw=(SIDE, SIDE), nms="none", simplify=False))

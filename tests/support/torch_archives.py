@@ -1,4 +1,4 @@
-"""Builds torch archives member by member, so that tests can write what torch.save never would."""
+"""Build torch archives member by member, so that tests can write files that `torch.save` would never write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROTO = b"\x80\x02"
 
 
 def write_archive(path: Path, pickle: bytes, members: dict[str, bytes] | None = None, *, compression: int = 0) -> Path:
-    """A torch container with this `data.pkl` and these storages (`data/KEY`)."""
+    """Write a torch archive with this `data.pkl` and these storages (`data/KEY`), and return its path."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickle)
         for key, data in (members or {}).items():
@@ -20,7 +20,7 @@ def write_archive(path: Path, pickle: bytes, members: dict[str, bytes] | None = 
 
 
 def name(module: str, attribute: str) -> bytes:
-    """The opcode that asks for a class or function."""
+    """Return the opcode that loads a class or function by name."""
     return f"c{module}\n{attribute}\n".encode()
 
 

@@ -95,7 +95,7 @@ toy (%s images) => (float[%s,3,8] output)
 
 
 def toy(batch=1, *, kind="float", decoded=False, overflow=0):
-    """A graph with three boxes of scores SCORES and classes 0, 1, 2 in every canvas; its mean colours are the boxes.
+    """Return a graph that finds three boxes with scores SCORES and classes 0, 1, 2; mean colours are coordinates.
 
     Args:
         batch: Batch size, `None` for a dynamic one.
@@ -114,14 +114,14 @@ def toy(batch=1, *, kind="float", decoded=False, overflow=0):
 
 
 def expected_boxes(image, letterbox=None):
-    """The boxes that `toy` detects, xyxy float32 [3, 4] in canvas pixels."""
+    """Return the boxes that `toy` detects, xyxy float32 [3, 4] in canvas pixels."""
     letterbox = letterbox or fit_letterbox(image.shape[:2], HW)
     red, green, _ = to_network_input([letterbox.apply(image)])[0].mean((1, 2), dtype=np.float64).astype(np.float32)
     return np.array([[red, green, red, green]]) * FACTORS + np.array([[0, 0, 9, 9]], np.float32)
 
 
 def make_image(seed, height=48, width=80):
-    """An image of a random colour with some noise, so that every image has other boxes."""
+    """Return an image of a random colour with some noise, so that every image has other boxes."""
     rng = np.random.default_rng(seed)
     colour = rng.integers(30, 225, 3)
     return (colour + rng.integers(-30, 30, (height, width, 3))).astype(np.uint8)
@@ -134,7 +134,7 @@ def assert_detected(found, image, *, rows=3):
     assert found.class_ids.tolist() == list(range(rows))
 
 
-BOX_TOLERANCE = 2e-3  # means of 6144 float32 values, times 60; boxes of different images differ by whole pixels
+BOX_TOLERANCE = 2e-3  # means of 6144 float32 values, times 60; boxes of different images differ by at least a pixel
 
 
 class TrtEnvironment:
@@ -219,7 +219,7 @@ class TrtEnvironment:
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """A machine with TensorRT 10.3 and a GPU; a test must free everything and do nothing undefined."""
+    """A machine with TensorRT 10.3 and a GPU; checks that a test frees everything and makes no invalid call."""
     created = TrtEnvironment(tmp_path, monkeypatch)
     before = created.library.fake_cuda_live()
     yield created

@@ -32,7 +32,7 @@ from yolov7_deploy.training.mosaic import MIN_CROPS, make_mosaic, random_crops
 from yolov7_deploy.training.random_affine import Warp, warp_pixels
 
 SIZE = 64
-STILL = Hyperparameters(
+UNAUGMENTED = Hyperparameters(
     hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0, fliplr=0, mosaic=0, mixup=0, paste_in=0
 )  # leaves only a scale from 1 to 1.1
 ROUNDING = 1  # OpenCV rounds differently for the last pixels of a row, which it does not vectorise
@@ -104,7 +104,7 @@ def test_without_jitter_pixels_are_only_flipped(flips):
 @pytest.mark.parametrize("flipud", [0, 1])
 @pytest.mark.parametrize("fliplr", [0, 1])
 def test_boxes_flip_with_their_pixels(bright, flipud, fliplr):
-    out, targets = sample_of(bright, replace(STILL, flipud=flipud, fliplr=fliplr))
+    out, targets = sample_of(bright, replace(UNAUGMENTED, flipud=flipud, fliplr=fliplr))
     rows, columns = np.where(out[..., 0] > 190)
     centre, sides = targets[0, 1:3] * SIZE, targets[0, 3:] * SIZE
     low, high = [columns.min(), rows.min()], [columns.max() + 1, rows.max() + 1]
@@ -115,7 +115,7 @@ def test_boxes_flip_with_their_pixels(bright, flipud, fliplr):
 
 def test_the_jitter_stays_in_its_ranges(bright):
     """For white, only the value matters."""
-    maxima = [sample_of(bright, replace(STILL, hsv_v=0.4), seed=seed)[0].max() for seed in range(40)]
+    maxima = [sample_of(bright, replace(UNAUGMENTED, hsv_v=0.4), seed=seed)[0].max() for seed in range(40)]
     assert 0.6 * 255 - 1 <= min(maxima) < 0.7 * 255 and max(maxima) == 255
 
 
@@ -128,7 +128,7 @@ def test_one_warp_matches_letterbox_and_warp(reader, monkeypatch, index, hw):
     matrix = np.array([[1.2, 0.1, -4], [-0.1, 1.1, 3], [0.0005, 0, 1]])
     warp = Warp(matrix=matrix, scale=1.2, out_hw=hw)
     monkeypatch.setattr(augment, "random_warp", lambda *_, **__: warp)
-    sample = make_single_image(reader, index, hyp=STILL, hw=hw, rng=np.random.default_rng(0))
+    sample = make_single_image(reader, index, hyp=UNAUGMENTED, hw=hw, rng=np.random.default_rng(0))
     box = fit_letterbox(reader.store.hw(index), hw)
     canvas = box.apply(reader.store.load_resized(index))
     slow = warp_pixels(canvas, warp)
@@ -141,7 +141,7 @@ def test_one_warp_matches_letterbox_and_warp(reader, monkeypatch, index, hw):
 
 def test_boxes_of_a_single_image_enclose_their_pixels(bright):
     for hw in ((64, 64), (64, 128), (128, 64)):
-        sample = make_single_image(bright, 0, hyp=replace(STILL, scale=0.3), hw=hw, rng=np.random.default_rng(1))
+        sample = make_single_image(bright, 0, hyp=replace(UNAUGMENTED, scale=0.3), hw=hw, rng=np.random.default_rng(1))
         rows, columns = np.where(sample.image[..., 0] > 190)
         expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_allclose(sample.objects.boxes[0], expected, atol=EDGE_PX)
@@ -158,7 +158,7 @@ def test_another_image_replaces_an_unreadable_one(tmp_path):
     dataset = random_dataset(tmp_path, HWS)
     dataset.path(0).write_bytes(b"not an image")
     reader = reader_of(dataset, size=SIZE)
-    out, _ = sample_of(reader, STILL)
+    out, _ = sample_of(reader, UNAUGMENTED)
     assert list(reader.problems) == [0] and reader.has_read and (out != PAD_GREY).any()
 
 
@@ -166,11 +166,11 @@ def test_a_sample_is_grey_if_no_image_can_be_read(tmp_path):
     dataset = random_dataset(tmp_path, HWS[:1])
     dataset.path(0).write_bytes(b"not an image")
     reader = reader_of(dataset, size=SIZE)
-    out, targets = sample_of(reader, STILL)
+    out, targets = sample_of(reader, UNAUGMENTED)
     assert (out == PAD_GREY).all() and targets.shape == (0, 5) and not reader.has_read
 
 
-# --- mixup and the order of things ------------------------------------------------------------------------------------
+# --- mixup and the order of steps ------------------------------------------------------------------------------------
 
 
 def test_mixup_blends_two_mosaics_and_keeps_all_objects(reader):
@@ -187,7 +187,7 @@ def test_mixup_blends_two_mosaics_and_keeps_all_objects(reader):
 
 
 @pytest.mark.parametrize(("mosaic", "allowed", "mosaics"), [(1, True, 20), (0, True, 0), (1, False, 0)])
-def test_mosaics_are_made_with_their_probability_if_allowed(reader, monkeypatch, mosaic, allowed, mosaics):
+def test_mosaics_are_created_with_their_probability_if_allowed(reader, monkeypatch, mosaic, allowed, mosaics):
     made = []
     monkeypatch.setattr(augment, "make_mosaic_mixup", lambda *a, **k: made.append(1) or make_mosaic_mixup(*a, **k))
     for seed in range(20):
@@ -283,7 +283,7 @@ def test_a_crop_contains_its_object(tmp_path):
 
 def test_images_without_outlines_give_no_crops(bright):
     assert len(random_crops(bright, rng=np.random.default_rng(0))) == 0
-    sample_of(bright, replace(STILL, paste_in=1.0))
+    sample_of(bright, replace(UNAUGMENTED, paste_in=1.0))
 
 
 def test_rare_outlines_give_fewer_crops(tmp_path):

@@ -23,7 +23,7 @@ ANCHORS = (((10.0, 13.0), (16.0, 30.0), (33.0, 23.0)), ((62.0, 45.0), (116.0, 90
 
 
 def dataset_of(images):
-    """Images as (image_hw, boxes as fractions of width and height [N, 2])."""
+    """Return a dataset of images (image_hw, boxes as fractions of width and height [N, 2])."""
     records = []
     for index, (image_hw, sizes) in enumerate(images):
         sizes = np.asarray(sizes, dtype=np.float64).reshape(-1, 2)
@@ -44,7 +44,7 @@ def random_dataset(count, seed=0):
 
 
 def slow_fit(images, anchors, size, anchor_t):
-    """Box by box, anchor by anchor, side by side."""
+    """Measure the fit box by box and anchor by anchor."""
     found = matched = labels = 0
     for (height, width), sizes in images:
         for w, h in np.asarray(sizes) * [width, height] * size / max(height, width):
@@ -86,8 +86,8 @@ def test_fitness_is_the_mean_worst_ratio_of_the_boxes_that_match():
 
 def test_means_are_the_centres_of_separate_clusters():
     rng = np.random.default_rng(3)
-    middles = np.array([[20.0, 200.0], [100.0, 100.0], [300.0, 30.0]])
-    sizes = (middles[:, None] + rng.normal(0, 1, (3, 50, 2))).reshape(-1, 2)
+    centres = np.array([[20.0, 200.0], [100.0, 100.0], [300.0, 30.0]])
+    sizes = (centres[:, None] + rng.normal(0, 1, (3, 50, 2))).reshape(-1, 2)
     found = kmeans_sizes(sizes, 3, rng=rng)
     expected = sizes.reshape(3, 50, 2).mean(axis=1)
     np.testing.assert_allclose(found[np.argsort(found[:, 0])], expected, rtol=FLOAT32)

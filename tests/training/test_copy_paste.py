@@ -59,15 +59,15 @@ def slow_mask(polygon, hw):
 def test_a_mask_has_the_pixels_whose_centres_are_inside(seed):
     rng, hw = np.random.default_rng(seed), (40, 50)
     polygon = random_polygon(rng, hw)
-    expected, whole = slow_mask(polygon, hw), np.zeros(hw, bool)
+    expected, canvas = slow_mask(polygon, hw), np.zeros(hw, bool)
     found = polygon_mask(polygon, hw)
     if found is not None:
         (left, top), mask = found
-        whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
-    np.testing.assert_array_equal(whole, expected)
+        canvas[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    np.testing.assert_array_equal(canvas, expected)
 
 
-def test_a_square_on_whole_pixels_is_filled_exactly():
+def test_a_square_with_integer_corners_is_filled_exactly():
     corner, mask = polygon_mask(np.array(square(10, 5, 8), np.float32), (40, 40))
     assert corner == (10, 5) and mask.shape == (8, 8) and mask.all()
 
@@ -108,8 +108,8 @@ def test_copies_are_mirrored_pixels_with_mirrored_outlines():
 
 
 def test_a_copy_that_would_hide_another_object_is_skipped():
-    around_the_middle = objects_of([square(40, 20, 20)])
-    sample = TrainSample(image=noise((60, 100)), objects=around_the_middle)
+    centred = objects_of([square(40, 20, 20)])
+    sample = TrainSample(image=noise((60, 100)), objects=centred)
     assert copy_paste(sample, fraction=1.0, rng=np.random.default_rng(0)) is sample
 
 
@@ -188,7 +188,7 @@ def test_crops_that_become_too_small_are_skipped():
         assert paste_in(sample, crops, rng=np.random.default_rng(0)) is sample
 
 
-def test_paste_boxes_have_whole_pixels_and_the_official_sizes():
+def test_paste_boxes_have_integer_corners_and_the_official_sizes():
     drawn = [random_paste_boxes((100, 200), rng=np.random.default_rng(seed)) for seed in range(200)]
     paste_boxes = np.concatenate(drawn)
     assert np.all(paste_boxes[:, :2] >= 0) and np.all(paste_boxes[:, 2:] <= [200, 100])

@@ -94,29 +94,29 @@ def test_two_processes_together_have_the_batch_of_one(loaders, rect):
     alone = loaders(batch=4, rect=rect, stride=8)
     ranks = [loaders(batch=2, rank=rank, world_size=2, rect=rect, stride=8) for rank in range(2)]
     assert {loader.steps for loader in (alone, *ranks)} == {3}
-    for whole, first, second in zip(alone.epoch(2), *(rank.epoch(2) for rank in ranks), strict=True):
-        assert torch.equal(whole.images, torch.cat([first.images, second.images]))
-        assert whole.paths == first.paths + second.paths
+    for both, first, second in zip(alone.epoch(2), *(rank.epoch(2) for rank in ranks), strict=True):
+        assert torch.equal(both.images, torch.cat([first.images, second.images]))
+        assert both.paths == first.paths + second.paths
         second.targets[:, 0] += 2
-        assert torch.equal(whole.targets, torch.cat([first.targets, second.targets]))
+        assert torch.equal(both.targets, torch.cat([first.targets, second.targets]))
 
 
 @pytest.mark.parametrize("rect", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_can_start_at_any_step(loaders, workers, rect):
     loader = loaders(batch=3, workers=workers, rect=rect)
-    whole = list(loader.epoch(1))
+    batches = list(loader.epoch(1))
     for start in range(5):
-        assert_same(loader.epoch(1, start=start), whole[start:])
+        assert_same(loader.epoch(1, start=start), batches[start:])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_incomplete_epoch_does_not_change_the_next_one(loaders, workers):
     loader = loaders(batch=2, workers=workers)
     expected = list(loader.epoch(1))
-    coming = loader.epoch(0)
-    next(coming)
-    coming.close()
+    batches_of_epoch = loader.epoch(0)
+    next(batches_of_epoch)
+    batches_of_epoch.close()
     assert_same(loader.epoch(1), expected)
 
 
@@ -153,10 +153,10 @@ def test_two_samples_of_one_image_in_an_epoch_differ(loaders, dataset):
 
 
 @pytest.mark.parametrize(("batch", "world_size"), [(1, 1), (3, 1), (4, 2), (7, 3), (25, 1)])
-def test_each_image_is_used_once_and_the_first_ones_again_to_fill_the_last_batch(batch, world_size):
+def test_each_image_is_used_once_and_the_first_ones_twice_to_fill_the_last_batch(batch, world_size):
     order = epoch_order(COUNT, seed=0, epoch=0)
-    shares = [BatchShard(batch=batch, rank=rank, world_size=world_size) for rank in range(world_size)]
-    steps = zip(*(square_requests(order, share, epoch=0, size=SIZE, start=0) for share in shares), strict=True)
+    shards = [BatchShard(batch=batch, rank=rank, world_size=world_size) for rank in range(world_size)]
+    steps = zip(*(square_requests(order, shard, epoch=0, size=SIZE, start=0) for shard in shards), strict=True)
     seen = [index for step in steps for request in step for index in request.indices]
     assert len(seen) % (batch * world_size) == 0 and len(seen) - COUNT < batch * world_size
     assert sorted(seen[:COUNT]) == list(range(COUNT))

@@ -36,11 +36,11 @@ NORM_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 summed in another order
 BFLOAT16_TOLERANCE = 0.05  # of values up to 4; bfloat16 has eight bits
 # A network with random weights turns a rounding error of 1e-7 in its first layers into 1e-4 in its last ones, on images
 # of 64 pixels. With this small learning rate the errors do not feed back, and without SimOTA no assignment can flip.
-CALM = replace(HYP, lr0=1e-5)
-CALM_OPTIONS = {"ota": False, "epochs": 3, "batch": 6, "nominal_batch": 12}
+SMALL_LR = replace(HYP, lr0=1e-5)
+SMALL_LR_OPTIONS = {"ota": False, "epochs": 3, "batch": 6, "nominal_batch": 12}
 LOSS_TOLERANCE = 1e-4  # relative; 1e-5 was measured
 UPDATE_TOLERANCE = 5e-2  # of the change of all weights; 1.5e-2 was measured, half a gradient would give 0.5
-TIMELY_S = 60.0  # the end of a process is noticed within a second; starting takes longer
+PROMPT_S = 60.0  # the end of a process is noticed within a second; starting takes longer
 
 
 def torchrun(*command: str, script: Path | None = None) -> tuple[int, str, str]:
@@ -99,7 +99,7 @@ def test_processes_sum_broadcast_and_gather(pair):
 
 def test_a_process_whose_partner_ended_raises_an_error_at_once(pair):
     assert "Process 0 of 2 waits for another process, which has ended" in pair[0]["error"]
-    assert pair[0]["seconds"] < TIMELY_S
+    assert pair[0]["seconds"] < PROMPT_S
 
 
 def test_the_collectives_of_a_single_process_return_its_own_values():
@@ -150,10 +150,10 @@ def test_devices_are_selected_by_name_or_number(monkeypatch):
 
 @pytest.mark.usefixtures("no_charts")
 def test_two_processes_train_like_one_process_with_all_images(data, tmp_path):
-    calm = f"--set lr0={CALM.lr0} --no-ota --epochs 3 --batch 6 --nominal-batch 12".split()
-    code, out, err = torchrun(*train_arguments(data, tmp_path / "two", *calm))
+    arguments = f"--set lr0={SMALL_LR.lr0} --no-ota --epochs 3 --batch 6 --nominal-batch 12".split()
+    code, out, err = torchrun(*train_arguments(data, tmp_path / "two", *arguments))
     assert code == 0, err
-    train_small(data, tmp_path / "one", hyp=CALM, **CALM_OPTIONS)
+    train_small(data, tmp_path / "one", hyp=SMALL_LR, **SMALL_LR_OPTIONS)
     for ours, theirs in zip(read_losses(tmp_path / "two"), read_losses(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)
     one, two = (load_run_state(tmp_path / name) for name in ("one", "two"))
@@ -228,7 +228,7 @@ def test_an_error_in_one_process_ends_all(data, tmp_path):
     script.write_text(_SCRIPT.format(rank=-1, what="fail"))
     started = time.monotonic()
     code, _, err = torchrun(*train_arguments(data, tmp_path / "run"), script=script)
-    assert code == 1 and time.monotonic() - started < TIMELY_S
+    assert code == 1 and time.monotonic() - started < PROMPT_S
     assert "DatasetError: The dataset cannot be validated.\nCheck it." in err
     assert "gloo" not in err or "TrainingError: Process 1 of 2 waits for another process, which has ended" in err
     assert "yolov7_deploy/train" not in err  # no traceback of this package

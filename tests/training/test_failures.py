@@ -93,7 +93,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_validated(data, tmp_p
 
 
 class Activations:
-    """A stand-in for the activations that a step holds in memory."""
+    """A fake of the activations that a step holds in memory."""
 
 
 @pytest.fixture

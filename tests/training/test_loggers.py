@@ -172,7 +172,7 @@ def test_a_table_with_windows_line_endings_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"name,age\nBob,3\n", b"\x89PNG\r\n\x1a\n\x00\xff", b"something", b"\n"])
-def test_somebody_elses_file_is_not_overwrite_epochs(tmp_path, content):
+def test_a_file_with_other_content_is_not_overwritten(tmp_path, content):
     path = tmp_path / "results.csv"
     path.write_bytes(content)
     for attempt in (lambda: RunLog(tmp_path, tensorboard=False), lambda: read_results(path)):
@@ -197,15 +197,15 @@ def test_a_folder_that_cannot_be_created_is_a_usage_error(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="this system does not limit the size of files")
-@pytest.mark.parametrize("room", [0, 1, 40])
-def test_a_full_disk_leaves_the_table_unchanged(tmp_path, room):
+@pytest.mark.parametrize("free_bytes", [0, 1, 40])
+def test_a_full_disk_leaves_the_table_unchanged(tmp_path, free_bytes):
     import resource
 
     log = RunLog(tmp_path, tensorboard=False)
     log.write(record(0))
     before = log.path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + free_bytes, hard))
     try:
         with pytest.raises(UsageError, match="cannot be written: File too large") as caught:
             log.write(record(1))

@@ -26,8 +26,8 @@ from yolov7_deploy.training.sample import NO_POLYGON, TrainSample, flatten, unfl
 SIZE = 64
 SCALED = Hyperparameters(scale=0.45)  # scale and shift only; from 0.55, so that no image is reduced
 ROTATED = Hyperparameters(degrees=20, shear=8, perspective=0.0004, scale=0.5)
-SAME = 4  # grey levels: OpenCV rounds coordinates to 1/32 pixel, and a smooth image changes by at most 60 per pixel
-SEAM_PX = 2  # a warped canvas interpolates over a seam, up to one of its pixels, which are shown at scale 1.6
+MAX_DIFFERENCE = 4  # grey levels: OpenCV rounds coordinates to 1/32 pixel; smooth images change by at most 60 per pixel
+EDGE_BLUR_PX = 2  # a warped canvas interpolates across tile edges, over a pixel, which is shown at scale 1.6
 EDGE_PX = 1.0  # an edge can be anywhere in the pixel that it cuts
 HWS = [(64, 48), (40, 64), (64, 64), (64, 20), (33, 64)]
 
@@ -96,12 +96,12 @@ def test_one_mosaic_in_five_has_nine_tiles_and_all_images_are_used(reader):
 
 
 def painted(reader, layout, warp):
-    """Return the mosaic by way of the whole canvas."""
+    """Return the mosaic, painted on the complete canvas and then warped."""
     sample = paint_canvas(reader, layout)
     return TrainSample(image=warp_pixels(sample.image, warp), objects=warp_objects(flatten(sample.objects), warp))
 
 
-def near_seams(layout, warp, hw):
+def near_tile_edges(layout, warp, hw):
     """Return the pixels near an edge of a tile, where a warped canvas mixes both sides."""
     near = np.zeros(hw, bool)
     for tile in layout.tiles:
@@ -109,9 +109,9 @@ def near_seams(layout, warp, hw):
         corners = np.array([[x1, y1], [x2, y2]]) * warp.matrix[0, 0] + warp.matrix[:2, 2] - 0.5
         low, high = np.floor(corners).astype(int), np.ceil(corners).astype(int)
         inner, outer = np.zeros(hw, bool), np.zeros(hw, bool)
-        (ax, ay), (bx, by) = np.maximum(low[0] - SEAM_PX, 0), np.maximum(high[1] + SEAM_PX, 0)
+        (ax, ay), (bx, by) = np.maximum(low[0] - EDGE_BLUR_PX, 0), np.maximum(high[1] + EDGE_BLUR_PX, 0)
         outer[ay : by + 1, ax : bx + 1] = True
-        (ax, ay), (bx, by) = np.maximum(high[0] + SEAM_PX, 0), np.maximum(low[1] - SEAM_PX, 0)
+        (ax, ay), (bx, by) = np.maximum(high[0] + EDGE_BLUR_PX, 0), np.maximum(low[1] - EDGE_BLUR_PX, 0)
         inner[ay : by + 1, ax : bx + 1] = True
         near |= outer & ~inner
     return near
@@ -127,8 +127,8 @@ def test_directly_warped_tiles_match_the_warped_canvas(reader, seed):
     np.testing.assert_array_equal(fast.objects.boxes, slow.objects.boxes)
     np.testing.assert_array_equal(fast.objects.class_ids, slow.objects.class_ids)
     different = np.abs(fast.image.astype(int) - slow.image).max(axis=2)
-    clear = ~near_seams(layout, warp, (SIZE, SIZE))
-    assert clear.any() and different[clear].max() <= SAME
+    clear = ~near_tile_edges(layout, warp, (SIZE, SIZE))
+    assert clear.any() and different[clear].max() <= MAX_DIFFERENCE
 
 
 def test_there_are_objects_to_compare(reader):

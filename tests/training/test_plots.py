@@ -22,7 +22,7 @@ from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.visualize import class_colour
 
 ROUNDED = 0.01  # inches
-HALF_PIXEL = 0.51  # lines are on whole pixels
+HALF_PIXEL = 0.51  # lines are at integer pixels
 
 
 def record(epoch, ap=None, **changes):
@@ -276,13 +276,13 @@ def drawn(tmp_path, batch, names=("cat", "dog"), **options):
 
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2), (16, 4, 4)])
 def test_images_of_a_batch_are_in_a_grid_with_their_colours(tmp_path, count, columns, rows):
-    sheet = drawn(tmp_path, batch_of(shades(count)))
+    grid = drawn(tmp_path, batch_of(shades(count)))
     step_y, step_x = 100 + plots.GAP, 80 + plots.GAP
-    assert sheet.shape == (rows * step_y - plots.GAP, columns * step_x - plots.GAP, 3)
+    assert grid.shape == (rows * step_y - plots.GAP, columns * step_x - plots.GAP, 3)
     for index in range(columns * rows):
         top, left = index // columns * step_y, index % columns * step_x
         expected = (200, 40, 10 * index) if index < count else (255, 255, 255)
-        assert (sheet[top : top + 100, left : left + 80] == expected).all()
+        assert (grid[top : top + 100, left : left + 80] == expected).all()
 
 
 def test_at_most_max_images_are_drawn(tmp_path):
@@ -292,16 +292,16 @@ def test_at_most_max_images_are_drawn(tmp_path):
 
 
 def test_large_images_are_reduced_and_keep_their_aspect_ratio(tmp_path):
-    sheet = drawn(tmp_path, batch_of(shades(9, hw=(1280, 640))))
-    assert plots.MAX_PIXELS - 20 < sheet.shape[0] <= plots.MAX_PIXELS
-    assert sheet.shape[1] == pytest.approx(sheet.shape[0] / 2, abs=8)
-    assert (sheet[:600, :310] == (200, 40, 0)).all(), "no border is added"
+    grid = drawn(tmp_path, batch_of(shades(9, hw=(1280, 640))))
+    assert plots.MAX_PIXELS - 20 < grid.shape[0] <= plots.MAX_PIXELS
+    assert grid.shape[1] == pytest.approx(grid.shape[0] / 2, abs=8)
+    assert (grid[:600, :310] == (200, 40, 0)).all(), "no border is added"
 
 
 def test_boxes_are_drawn_at_their_targets_and_on_their_image_only(tmp_path):
     images = [np.zeros((200, 400, 3), np.uint8)] * 2
-    sheet = drawn(tmp_path, batch_of(images, [[1, 1, 0.5, 0.5, 0.25, 0.6]]), names=("cat", ""))
-    first, second = sheet[:, :400], sheet[:, 400 + plots.GAP :]
+    grid = drawn(tmp_path, batch_of(images, [[1, 1, 0.5, 0.5, 0.25, 0.6]]), names=("cat", ""))
+    first, second = grid[:, :400], grid[:, 400 + plots.GAP :]
     assert not first.any()
     ys, xs = np.nonzero((second == class_colour(1)).all(-1))
     corners = np.array([xs.min(), ys.min(), xs.max(), ys.max()])

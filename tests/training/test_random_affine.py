@@ -14,7 +14,7 @@ from yolov7_deploy.training.random_affine import Warp, random_warp, visible_boxe
 from yolov7_deploy.training.sample import NO_POLYGON, FlatObjects, Objects, flatten, merge_on_canvas
 
 SIZE = 64
-SAME = 4  # grey levels: OpenCV rounds coordinates to 1/32 pixel, and a smooth image changes by at most 60 per pixel
+MAX_DIFFERENCE = 4  # grey levels: OpenCV rounds coordinates to 1/32 pixel; smooth images change by at most 60 per pixel
 STEP_PX = 0.05  # between points along an outline
 
 
@@ -86,7 +86,7 @@ def test_objects_with_an_outline_have_a_lower_area_threshold():
 
 
 @pytest.mark.parametrize(
-    ("box", "is_kept"),
+    ("box", "is_visible"),
     [
         ([0, 0, 10, 10], True),
         ([0, 0, 2, 10], False),
@@ -99,8 +99,8 @@ def test_objects_with_an_outline_have_a_lower_area_threshold():
         ([60, 0, 99.5, 10], True),
     ],
 )
-def test_objects_too_small_thin_or_hidden_are_dropped(box, is_kept):
-    assert len(warp_objects(flat([box], [NO_POLYGON]), scaling(1))) == is_kept
+def test_objects_too_small_thin_or_hidden_are_dropped(box, is_visible):
+    assert len(warp_objects(flat([box], [NO_POLYGON]), scaling(1))) == is_visible
 
 
 def test_objects_behind_the_horizon_are_dropped():
@@ -152,7 +152,7 @@ def test_pixel_centres_are_warped_to_pixel_centres():
     image = smooth((40, 50), 0)
     doubled = warp_pixels(image, scaling(2, out_hw=(80, 100)), replicate=True)
     slow = cv2.resize(image, (100, 80), interpolation=cv2.INTER_LINEAR)
-    assert np.abs(doubled.astype(int) - slow).max() <= SAME
+    assert np.abs(doubled.astype(int) - slow).max() <= MAX_DIFFERENCE
 
 
 def test_merged_objects_are_shifted_and_clipped_to_the_canvas():

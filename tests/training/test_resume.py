@@ -89,9 +89,9 @@ def test_sigterm_stops_training_like_ctrl_c(data, tmp_path):
 def test_a_run_can_be_interrupted_and_resumed_several_times(data, uninterrupted_run, tmp_path):
     folder = tmp_path / "run"
     train_until(data, folder, at=(1, 2))
-    for place in ((1, 3), (2, 2)):  # the signal takes effect in the step that follows
+    for step in ((1, 3), (2, 2)):  # the signal takes effect in the step that follows
         with pytest.raises(KeyboardInterrupt):
-            resume_run(folder, RecordingCallback({place: send()}))
+            resume_run(folder, RecordingCallback({step: send()}))
     resume_run(folder)
     assert_as_if_never_interrupted(folder, uninterrupted_run)
 
@@ -217,19 +217,19 @@ def test_steps_that_were_not_saved_are_repeated(data, uninterrupted_run, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["save_last", "save_best", "_validate", "_save_state"])
-def test_an_interrupted_end_of_an_epoch_is_repeated(data, uninterrupted_run, tmp_path, monkeypatch, place):
-    folder, owner = tmp_path / "run", trainer.Trainer if place.startswith("_") else trainer
-    original, calls, crash_at = getattr(owner, place), [], 1 if place == "save_best" else 2
+@pytest.mark.parametrize("function", ["save_last", "save_best", "_validate", "_save_state"])
+def test_an_interrupted_end_of_an_epoch_is_repeated(data, uninterrupted_run, tmp_path, monkeypatch, function):
+    folder, owner = tmp_path / "run", trainer.Trainer if function.startswith("_") else trainer
+    original, calls, crash_at = getattr(owner, function), [], 1 if function == "save_best" else 2
 
     def crash_once(*args, **kwargs):
-        calls.append(place)
+        calls.append(function)
         if len(calls) == crash_at:
             raise Crash
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, place, crash_once)
+        patch.setattr(owner, function, crash_once)
         with pytest.raises(Crash):
             train_small(data, folder, epochs=EPOCHS)
     resume_run(folder)

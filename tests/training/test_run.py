@@ -165,7 +165,7 @@ def label_with_detections(detector, data):
 
 
 class FakeEvaluate:
-    """A stand-in for `evaluate` that returns a given AP per call."""
+    """A fake of `evaluate` that returns a given AP per call."""
 
     def __init__(self, *aps):
         self._aps, self.calls = list(aps), []
@@ -190,7 +190,7 @@ def train_with_aps(data, tmp_path, monkeypatch, no_charts):
     return run
 
 
-def test_the_best_epoch_is_kept_until_a_better_one(train_with_aps):
+def test_the_best_weights_are_replaced_by_those_of_a_better_epoch_only(train_with_aps):
     report, callback, _ = train_with_aps(0.1, 0.3, 0.3)
     assert (report.epochs, report.best_epoch, report.accuracy.ap) == (3, 2, 0.3)
     assert [record.ap for record in callback.records] == [0.1, 0.3, 0.3]
@@ -262,13 +262,13 @@ def test_every_option_trains_an_epoch(data, tmp_path, changes):
     assert (checkpoint.anchors != find_variant("yolov7-tiny").anchors) == ("autoanchor" in changes)
 
 
-UNCHANGING = Hyperparameters(lr0=0.0, warmup_epochs=0.0)  # no weight changes in training
+ZERO_LR = Hyperparameters(lr0=0.0, warmup_epochs=0.0)  # no weight changes in training
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_initial_weights_are_loaded_and_recorded(done, data, tmp_path):
     callback, path = RecordingCallback(), done[0].folder / "last.safetensors"
-    report = train_small(data, tmp_path / "run", callback, weights=str(path), hyp=UNCHANGING, recalibrate_bn=False)
+    report = train_small(data, tmp_path / "run", callback, weights=str(path), hyp=ZERO_LR, recalibrate_bn=False)
     assert "yolov7-tiny from last.safetensors: 342 of 342 tensors" in callback.text.replace("\n", " ")
     own, given = load_weights(report.folder), load_weights(path.parent)
     trainable = [name for name in own if "running" not in name and "num_batches" not in name]
@@ -280,7 +280,7 @@ def test_initial_weights_are_loaded_and_recorded(done, data, tmp_path):
 @pytest.mark.usefixtures("no_charts")
 def test_batchnorm_of_initial_weights_is_recalibrated_on_the_training_images(done, data, tmp_path):
     callback, path = RecordingCallback(), done[0].folder / "last.safetensors"
-    report = train_small(data, tmp_path / "run", callback, weights=str(path), hyp=UNCHANGING)
+    report = train_small(data, tmp_path / "run", callback, weights=str(path), hyp=ZERO_LR)
     assert "recalibrated the statistics of 55 BatchNorm layers on 6 images" in callback.text
     own, given = load_weights(report.folder), load_weights(path.parent)
     assert own["model.0.conv.weight"].equal(given["model.0.conv.weight"])
