@@ -1,4 +1,4 @@
-"""Train the included weights: generate shapes, train yolov7-tiny on them, store FP16, measure AP.
+"""Train the bundled weights: generate shapes, train yolov7-tiny on them, store FP16, measure AP.
 
 python benchmarks/demo_weights.py --work FOLDER
 

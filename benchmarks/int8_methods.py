@@ -1,4 +1,4 @@
-"""Accuracy of INT8 for each calibration method: AP beside float32, and the error of the head maps.
+"""Accuracy of INT8 for each calibration method: AP compared with float32, and the error of the head maps.
 
 python benchmarks/int8_methods.py --weights yolov7 --calib IMAGES --data D.yaml
 """
@@ -52,12 +52,12 @@ def main() -> None:
     rows: dict[str, object] = {"float32": {"ap": reference.ap, "ap50": reference.ap50}}
     heads = list(head_maps(model, data, options.head_images))
     for name, chosen in VARIANTS:
-        small = to_int8(model, calibration, chosen)
-        report = accuracy(small, data)
+        quantized = to_int8(model, calibration, chosen)
+        report = accuracy(quantized, data)
         drop = accuracy_drop(data, range(len(data)), reference.predictions, report.predictions)
         errors = [
             head_error(theirs, ours, model.metadata.heads, model.metadata)
-            for theirs, ours in zip(heads, head_maps(small, data, options.head_images), strict=True)
+            for theirs, ours in zip(heads, head_maps(quantized, data, options.head_images), strict=True)
         ]
         rows[name] = {
             "ap": report.ap,
@@ -66,7 +66,7 @@ def main() -> None:
             "head_error": float(np.sqrt(np.mean(np.square(errors)))),
         }
         print(f"{name:28} AP {report.ap:.4f}  points lost {drop.points:+.2f}", flush=True)
-    assert small.metadata.int8 is not None
+    assert quantized.metadata.int8 is not None
     record(
         "int8_methods",
         options.machine,
@@ -74,7 +74,7 @@ def main() -> None:
             "weights": Path(options.weights).name,
             "calibrated_on": calibration.images,
             "measured_on": len(data),
-            "int8_share_of_macs": small.metadata.int8.share,
+            "int8_share_of_macs": quantized.metadata.int8.share,
             "points_limit_mse": 0.3,
             "methods": rows,
         },

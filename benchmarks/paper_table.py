@@ -1,4 +1,4 @@
-"""The rows of YOLOv7 in the paper beside measured speeds: the table in docs/benchmarks.md.
+"""The rows of YOLOv7 in the paper next to measured speeds: the table in docs/benchmarks.md.
 
 python benchmarks/paper_table.py                             print the table
 python benchmarks/paper_table.py --write docs/benchmarks.md  replace the text between the two marks

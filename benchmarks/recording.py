@@ -1,4 +1,4 @@
-"""Shared by all benchmark scripts: the command line, the machine, and one JSON document per result."""
+"""Functions that all benchmark scripts share: the command line, and one JSON document per result."""
 
 from __future__ import annotations
 

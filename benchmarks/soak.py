@@ -177,11 +177,11 @@ def soak(
 
     def sample() -> None:
         while not finished.wait(SAMPLE_S):
-            memory_mb, made = process.memory_info().rss / 1e6, len(result.call_ms)
+            memory_mb, done = process.memory_info().rss / 1e6, len(result.call_ms)
             # At the end, callers finish one by one; this does not change the resources of the Detector.
             if len(callers) == threads and not any(caller.done() for caller in callers):
                 result.samples.append(
-                    Sample(calls=made, memory_mb=memory_mb, threads=process.num_threads(), files=process.num_fds())
+                    Sample(calls=done, memory_mb=memory_mb, threads=process.num_threads(), files=process.num_fds())
                 )
 
     busy = _busy_s(process)
@@ -297,13 +297,13 @@ def load_images(folder: Path | None, number: int) -> list[Image]:
     """Return the first images of a folder, or reproducible noise images of different sizes."""
     if folder is not None:
         return [read_image(path) for path in sorted(folder.glob("*.jpg"))[:number]]
-    made = []
+    images = []
     for seed in range(number):
         rng = np.random.default_rng(seed)
         height, width = (int(side) for side in rng.integers(200, 800, 2))
         coarse = cv2.resize(rng.integers(0, 256, (6, 8, 3), np.uint8), (width, height)).astype(np.int16)
-        made.append(np.clip(coarse + rng.integers(-40, 40, coarse.shape), 0, 255).astype(np.uint8))
-    return made
+        images.append(np.clip(coarse + rng.integers(-40, 40, coarse.shape), 0, 255).astype(np.uint8))
+    return images
 
 
 def _options() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Augmented images per second of the training data loader, against a plain one with the same libraries.
 
 The plain one follows the published augmentation step by step: per image, read and decode every tile, fill the
-canvas, warp it, sample each outline at 1000 points. Both make mosaics of the `p5` recipe without paste-in, with the
+canvas, warp it, sample each outline at 1000 points. Both create mosaics of the `p5` recipe without paste-in, with the
 same number of workers, interleaved.
 
 python benchmarks/train_loader.py --data coco.yaml --machine cpu-2-core --json

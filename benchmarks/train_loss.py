@@ -33,19 +33,19 @@ def main() -> None:
     arguments.add_argument("--img", type=int, default=320)
     arguments.add_argument("--variant", default="yolov7-tiny")
     options = arguments.parse_args()
-    learner, batch = make(options.variant, options.batch, options.img)
+    train_step, batch = make(options.variant, options.batch, options.img)
     half, _ = make(options.variant, options.batch, options.img, half=True)
-    for one in (learner, half):
+    for one in (train_step, half):
         one.run(batch, epoch=0, step=0, epoch_step=0)
     step_s, half_s, loss_s = [], [], []
-    raws = raw_maps(learner, batch)
+    raws = raw_maps(train_step, batch)
     for number in range(ROUNDS):
-        step_s.append(seconds(lambda number=number: learner.run(batch, epoch=0, step=number, epoch_step=0)))
+        step_s.append(seconds(lambda number=number: train_step.run(batch, epoch=0, step=number, epoch_step=0)))
         half_s.append(seconds(lambda number=number: half.run(batch, epoch=0, step=number, epoch_step=0)))
         loss_s.append(
-            seconds(lambda: learner.loss([raw.requires_grad_() for raw in raws], batch.targets).total.backward())
+            seconds(lambda: train_step.loss([raw.requires_grad_() for raw in raws], batch.targets).total.backward())
         )
-    predictions, truth = assignment_inputs(learner, raws, batch)
+    predictions, truth = assignment_inputs(train_step, raws, batch)
     ours = [seconds(lambda: assign_simota(predictions, truth, top_k=10)) for _ in range(ROUNDS)]
     theirs = [seconds(lambda: reference_match(predictions, truth, 10)) for _ in range(ROUNDS)]
     same = agreement(predictions, truth)
@@ -83,19 +83,19 @@ def make(variant: str, images: int, img: int, *, half: bool = False) -> tuple[Tr
     hyp, options = PRESETS["tiny"], TrainOptions(batch=images, img=img, half=half)
     schedule = Schedule(hyp=hyp, epochs=10, steps_per_epoch=100, batch=images, nominal_batch=64, linear=False)
     model = initialize_model(variant, COCO_NAMES).model
-    learner = TrainStep(model, hyp=hyp, options=options, schedule=schedule, distributed=DistributedContext())
-    learner.train()
-    return learner, noise_batch(images, img)
+    train_step = TrainStep(model, hyp=hyp, options=options, schedule=schedule, distributed=DistributedContext())
+    train_step.train()
+    return train_step, noise_batch(images, img)
 
 
-def raw_maps(learner: TrainStep, batch: Batch) -> list[torch.Tensor]:
+def raw_maps(train_step: TrainStep, batch: Batch) -> list[torch.Tensor]:
     """Return the raw head maps of a batch, without gradients."""
     images = batch.images.permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
-        return [raw.clone() for raw in learner.model(images)]
+        return [raw.clone() for raw in train_step.model(images)]
 
 
-def assignment_inputs(learner: TrainStep, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
+def assignment_inputs(train_step: TrainStep, raws: list[torch.Tensor], batch: Batch) -> tuple[Predictions, GroundTruth]:
     """Return the arguments with which the loss calls `assign_simota`."""
     seen: list[tuple[Predictions, GroundTruth]] = []
 
@@ -107,7 +107,7 @@ def assignment_inputs(learner: TrainStep, raws: list[torch.Tensor], batch: Batch
 
     module.assign_simota, original = record_call, module.assign_simota
     with torch.no_grad():
-        learner.loss.assign(raws, [], batch.targets)
+        train_step.loss.assign(raws, [], batch.targets)
     module.assign_simota = original
     return seen[0]
 
@@ -149,7 +149,7 @@ def reference_match(predictions: Predictions, truth: GroundTruth, top_k: int) ->
 def agreement(predictions: Predictions, truth: GroundTruth) -> float:
     """Return the share of (prediction, target) pairs that both implementations select.
 
-    A cell that two targets propose is listed twice with one prediction; either entry is right, so predictions are
+    A cell that two targets propose is listed twice with one prediction; either entry is correct, so predictions are
     compared instead of their indices.
     """
     numbers = torch.unique(torch.cat((predictions.boxes, predictions.image[:, None]), 1), dim=0, return_inverse=True)[1]

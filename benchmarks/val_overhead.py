@@ -28,12 +28,12 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=2)
     options = arguments.parse_args()
     dataset = open_dataset(options.data)
-    bare, whole = [], []
+    bare, complete = [], []
     for _ in range(options.rounds):
         bare.append(network_seconds(options.weights, [dataset.path(i) for i in range(len(dataset))]))
-        whole.append(val_seconds(options.weights, options.data))
-        print(f"network {bare[-1]:.1f} s, y7 val {whole[-1]:.1f} s", flush=True)
-    ratios = [b / a for a, b in zip(bare, whole, strict=True)]
+        complete.append(val_seconds(options.weights, options.data))
+        print(f"network {bare[-1]:.1f} s, y7 val {complete[-1]:.1f} s", flush=True)
+    ratios = [b / a for a, b in zip(bare, complete, strict=True)]
     record(
         "val_overhead",
         options.machine,
@@ -41,7 +41,7 @@ def main() -> None:
             "weights": options.weights.name,
             "images": len(dataset),
             "network_s": [round(value, 1) for value in bare],
-            "val_s": [round(value, 1) for value in whole],
+            "val_s": [round(value, 1) for value in complete],
             "ratios": [round(value, 3) for value in ratios],
             "ratio": round(sorted(ratios)[len(ratios) // 2], 3),
             "ratio_limit": 1.15,

@@ -147,7 +147,7 @@ def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[i
 
 @contextlib.contextmanager
 def progress_with_note(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int, str], None]]:
-    """Like `progress`, for a function of (done, total, note); the note is shown after the numbers."""
+    """Yield a function of (done, total, note), as `progress` does; the note is shown after the numbers."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield _plain_progress(what, stream)

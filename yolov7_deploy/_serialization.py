@@ -25,7 +25,7 @@ def from_dict(kind: type[T], raw: dict[str, Any]) -> T:
 
 
 def field_values(kind: type, raw: dict[str, Any], *, exclude: str = "") -> dict[str, Any]:
-    """Values for the fields of a dataclass, except the one called `exclude`.
+    """Return values for the fields of a dataclass, except the one called `exclude`.
 
     Raises:
         ValueError: A field is missing or of another type; the message names it.

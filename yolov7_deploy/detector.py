@@ -108,12 +108,12 @@ class Detector:
 
     @property
     def max_batch_size(self) -> int | None:
-        """Most images that enter the network together; `None` if the batch size is dynamic."""
+        """Maximum number of images per run of the network; `None` if the batch size is dynamic."""
         return self._runtime.max_batch_size
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
-        """How the model runs, as names and values such as ("CUDA graph", "on")."""
+        """Execution settings as names and values, such as ("CUDA graph", "on")."""
         return self._runtime.runtime_info
 
     @property
@@ -271,7 +271,7 @@ class Detector:
             self(grey)
 
     def close(self) -> None:
-        """Wait for the running calls and free the model; images that wait in `submit` are cancelled. Twice is fine."""
+        """Wait for the running calls, cancel pending `submit` calls, and free the model; calling it twice is fine."""
         self._closed = True
         with self._pool_lock:
             if self._pool is not None:

@@ -35,7 +35,7 @@ class MissingLibraryError(Y7Error):
 
 
 class LoadError(Y7Error):
-    """A model file cannot be opened: it is missing, truncated, of another format, or made for another machine."""
+    """A model file cannot be opened: it is missing, truncated, of another format, or built for another machine."""
 
 
 class CheckpointError(LoadError):
@@ -43,7 +43,7 @@ class CheckpointError(LoadError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A pickle asks for code that this package never executes; the message names it."""
+    """A pickle refers to code that this package never executes; the message names it."""
 
 
 class FusionError(Y7Error):

@@ -1,4 +1,4 @@
-"""Finding weights files: by path, or by official name in local folders, else by download from the authors' release.
+"""Lookup of weights files: by path, or by official name in local folders, else by download from the authors' release.
 
 Only official names are ever downloaded, and only if no local folder has them.
 """
@@ -172,7 +172,7 @@ def _download(url: str, target: Path, *, name: str, progress: Progress | None, t
 def _check_download(url: str, done: int, total: int, digest: str, expected: str) -> None:
     if done == 0 or done < total:
         raise LoadError(
-            f"The download of {url} broke off after {done} of {total or 'unknown'} bytes; nothing was saved.",
+            f"The download of {url} stopped after {done} of {total or 'unknown'} bytes; nothing was saved.",
             fix="Run the same command again.",
         )
     if expected and digest != expected:

@@ -96,7 +96,7 @@ def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
             )
         if height * width > _PIXELS_PER_BYTE.get(kind, MAX_PIXELS) * data.size:
             raise ImageError(
-                f"{name} is cut off: {data.size} bytes cannot hold the {width} x {height} pixels of its header.",
+                f"{name} is truncated: {data.size} bytes cannot contain the {width} x {height} pixels of its header.",
                 fix="Copy or download the image again.",
             )
 
@@ -212,7 +212,7 @@ def as_bgr(image: object) -> Image:
 
 
 def _as_array(image: object) -> npt.NDArray[Any]:
-    """Convert whatever NumPy accepts as an array, such as a PIL image; refuse a list, which is probably a batch."""
+    """Convert any object that NumPy accepts as an array, such as a PIL image; refuse a list, probably a batch."""
     if not hasattr(image, "__array__") and not hasattr(image, "__array_interface__"):
         raise ImageError(
             f"An image must be an array [H, W, 3] (BGR); this one is a {type(image).__name__}.",

@@ -51,7 +51,7 @@ class NmsMetadata:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Metadata:
-    """How an INT8 graph was quantized.
+    """Record of the quantization of an INT8 graph.
 
     Attributes:
         method: Calibration method that chose the activation ranges; see `Int8Options`.
@@ -86,11 +86,11 @@ class ModelMetadata:
         batch: Fixed batch size; `None` for any.
         input_kind: `float32` is NCHW RGB 0..1; `uint8` is NHWC BGR 0..255.
         precision: `fp32`, `fp16` or `int8`.
-        int8: How the graph was quantized; `None` for other precisions and for third-party files.
+        int8: Record of the quantization; `None` for other precisions and for third-party files.
         nms: NMS inside the file; `None` if the output is the decoded head.
         heads: Names of the raw head tensors inside an ONNX graph, fine to coarse.
         opset: ONNX opset, 0 for files that are not ONNX.
-        source: Name of the weights file from which this model was made.
+        source: Name of the weights file from which this model was created.
         source_sha256: Digest of that file, empty if unknown.
         version: Version of this package that wrote the file.
         notes: Remarks for users of the model (assumptions, layers that stay in float32).
@@ -159,7 +159,7 @@ def _current(raw: object) -> dict[str, Any]:
 
 
 def _check(metadata: ModelMetadata) -> None:
-    """Reject impossible numbers, before memory is allocated by them."""
+    """Reject impossible numbers before memory is allocated according to them."""
     sides = {"input_hw": metadata.input_hw or (), "strides": metadata.strides}
     for name, values in sides.items():
         if not all(1 <= value <= MAX_SIDE for value in values):

@@ -190,7 +190,7 @@ class BenchOptions:
 
     Attributes:
         batches: Numbers of images per call.
-        concurrency: Numbers of threads that call at the same time.
+        concurrency: Numbers of concurrent threads.
         duration_s: Seconds for each part of a row: latency with its stages, and throughput. A slow model takes longer,
             because a minimum number of calls is measured.
         warmup_s: Seconds after which the warm-up ends even if times are not stable yet.
@@ -283,7 +283,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """Options of training; hyper-parameters of the recipe are in a separate file.
+    """Options of training; the hyperparameters are in a separate file.
 
     Attributes:
         epochs: Passes over the training images.
@@ -306,11 +306,11 @@ class TrainOptions:
         close_mosaic: Number of last epochs without mosaic, mixup and copy-paste.
         image_weights: Sample images of classes with low AP more often.
         autoanchor: Fit new anchors if the recall of the current ones is too low (otherwise it is only reported).
-        patience: Stop after this many epochs without improvement; 0 is never.
-        val_every: Validate every this many epochs; 0 validates after the last one only.
-        save_minutes: Minutes between resume points within an epoch.
+        patience: Stop after this many epochs without improvement; 0 never stops early.
+        val_every: Number of epochs between validations; 0 validates only after the last epoch.
+        save_minutes: Minutes between saved training states within an epoch.
         ota, assigner, constraint: See `LossOptions`.
-        auxiliary: `partial` (the official heads), `full` (E6E's read the sum of both branches, table 8) or `none`.
+        auxiliary: `partial` (the official heads), `full` (in E6E: read the sum of both branches, table 8) or `none`.
     """
 
     epochs: int = 300

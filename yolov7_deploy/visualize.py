@@ -1,4 +1,4 @@
-"""Drawing boxes and labels on an image, and writing the image to a file.
+"""Drawing of boxes and labels on an image, and writing of image files.
 
 Line width and text size depend on the image size, colours on the class. A label is placed next to its box where it
 covers no other label, if there is such a position.

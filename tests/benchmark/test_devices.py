@@ -123,7 +123,7 @@ def test_another_gpu_is_not_a_v100(resolved):
     with pytest.raises(DeviceError) as caught:
         resolved("v100", T4)
     assert caught.value.message == (
-        "--device v100: this machine has no Tesla V100 but AMD EPYC 7B13 (2 cores), NVIDIA T4."
+        "--device v100: this machine has no Tesla V100; found: AMD EPYC 7B13 (2 cores), NVIDIA T4."
     )
     assert caught.value.fix.startswith("y7 bench --estimate v100")
 
@@ -179,7 +179,7 @@ def test_auto_on_a_board_is_its_gpu_with_the_settings_of_the_board(resolved, tmp
 def test_auto_on_a_board_whose_gpu_cuda_does_not_show_is_the_cpu_with_the_reason(resolved, tmp_path):
     profile = resolved("auto", **board("orin_nx_5.1.3", tmp_path))
     assert profile.device == "cpu" and profile.machine.startswith("NVIDIA Orin NX Developer Kit (JetPack 5.1.3), ")
-    assert "CUDA shows none of the GPUs here (that of the board)" in profile.notes[0]
+    assert "CUDA shows none of the GPUs here (the GPU of the board)" in profile.notes[0]
 
 
 def test_reading_a_board_writes_nothing(resolved, tmp_path):

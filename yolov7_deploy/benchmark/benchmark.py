@@ -42,8 +42,8 @@ from yolov7_deploy.sources import SourceLike, open_source
 if TYPE_CHECKING:
     from yolov7_deploy.detector import Detector
 
-MIN_CALLS = 20  # of each series of a row, so that there are blocks to compare
-MIN_CONCURRENT_CALLS = 3  # of every thread
+MIN_CALLS = 20  # per series of a row, so that there are blocks to compare
+MIN_CONCURRENT_CALLS = 3  # per thread
 SLICE_S = 0.1
 P99_CALLS = 100  # the 99th percentile of fewer calls is their maximum
 # Distributions that the speed of a runtime depends on.
@@ -52,7 +52,7 @@ _LIBRARIES = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "cuda-python", "pycuda"),
 }
-_STEPS = 100  # of progress for each part of a row
+_STEPS = 100  # progress steps per part of a row
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -171,7 +171,7 @@ def measure_speed(
 
 
 def check_batch_sizes(detector: Detector, batches: Sequence[int]) -> None:
-    """Reject batch sizes that do not enter the network unchanged.
+    """Reject batch sizes that the network cannot run without padding or splitting.
 
     Raises:
         UsageError: The file takes fewer images, or always runs more.
@@ -372,12 +372,12 @@ class ConsistencyChecker:
 
 def same_detections(a: Detections, b: Detections, *, conf: float) -> bool:
     """Return whether each object of one is nearly the same in the other, ignoring those that score close to `conf`."""
-    alike = (
+    matches = (
         (a.class_ids[:, None] == b.class_ids[None])
         & (np.abs(a.scores[:, None] - b.scores[None]) <= SAME_SCORE)
         & (np.abs(a.boxes[:, None] - b.boxes[None]) <= SAME_BOX * max(a.image_hw)).all(-1)
     )
-    unmatched = (a.scores[~alike.any(1)], b.scores[~alike.any(0)])
+    unmatched = (a.scores[~matches.any(1)], b.scores[~matches.any(0)])
     return all((scores <= conf + SAME_SCORE).all() for scores in unmatched)
 
 
@@ -394,7 +394,7 @@ def _inconsistent(before: Detections, now: Detections, where: str) -> DeviceErro
 
 
 def _empty_report(detector: Detector, frames: Frames, profile: DeviceProfile | None) -> SpeedReport:
-    """Return a report about the model, the machine and the settings, without rows."""
+    """Return a report with the model, the machine and the settings, without rows."""
     metadata, machine = detector.metadata, read_machine()
     runtime = runtime_entry(detector.path).name
     return SpeedReport(

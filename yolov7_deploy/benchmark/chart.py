@@ -54,7 +54,7 @@ LEADER_PX = 30  # a label that is farther from its point gets a line to it
 DIRECTIONS = 32
 RADII = (14, 18, 24, 32, 42, 54, 68, 84, 104, 128, 160, 200, 250)
 DOT_SPACING = 6  # pixels between the dots that represent a line
-DOT_COST = 12.0  # of covering a dot, in pixels of distance
+DOT_COST = 12.0  # cost of covering a dot, in pixels of distance
 
 Xy = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, bottom, right, top

@@ -29,7 +29,7 @@ from yolov7_deploy.benchmark.report import BUSY, SpeedReport, SpeedRow, StageTim
 MIN_CHANGE = 0.02  # smaller changes are ignored: memory placement differs from run to run and causes one percent
 LEVEL = 0.05
 MIN_BLOCKS = 6  # of either run; the correlation of fewer is meaningless
-MIN_MS = 0.005  # a shorter stage is noise of the clock
+MIN_MS = 0.005  # shorter stages are within the noise of the clock
 TICK_MS = 1e-6  # resolution of the clock
 _MAX_LOG = 600.0  # exp() of more overflows
 UNDER_LOAD = "end_to_end under load"

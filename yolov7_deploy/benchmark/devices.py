@@ -86,7 +86,7 @@ def _auto(host: _Host, gpu_usable: bool) -> DeviceProfile:
     if host.gpus:
         reason = f"the library that runs this model cannot use {host.gpus[0].name}"
     elif host.machine.has_gpu:
-        hidden = _gpu_names(host) or "that of the board"
+        hidden = _gpu_names(host) or "the GPU of the board"
         reason = f"CUDA shows none of the GPUs here ({hidden}): see CUDA_VISIBLE_DEVICES and y7 doctor"
     return _with_note(_cpu(host), f"device=auto: CPU, because {reason}.")
 
@@ -132,7 +132,7 @@ def _v100(host: _Host) -> DeviceProfile:
     if gpu is None:
         problem = "CUDA shows no Tesla V100" if "V100" in _summary(host) else "this machine has no Tesla V100"
         raise DeviceError(
-            f"--device v100: {problem} but {_summary(host)}.",
+            f"--device v100: {problem}; found: {_summary(host)}.",
             fix=f"y7 bench --estimate v100   (an estimate, from data sheets), {MEASURE_HERE}",
         )
     device = f"cuda:{gpu.index}"

@@ -111,7 +111,7 @@ class SpeedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperSpeed:
-    """The row of the paper that a report is shown beside.
+    """The row of the paper that a report is compared with.
 
     Attributes:
         model, size, source: Model name, input size in pixels, and table.

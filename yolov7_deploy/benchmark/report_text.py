@@ -132,7 +132,7 @@ def _paper_table(report: SpeedReport, paper: PaperSpeed) -> str:
         "Only the network time is comparable, machine against machine.",
     ]
     if size != paper.size:
-        lines.append(f"measured at {size}, the paper's row is for {paper.size}: not the same work")
+        lines.append(f"measured at {size}, the paper's row is for {paper.size}: the workloads differ")
     return "\n".join(lines)
 
 

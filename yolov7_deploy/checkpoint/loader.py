@@ -131,7 +131,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     """Write safetensors with metadata, atomically: same checkpoint, same bytes; missing folders are created.
 
     Args:
-        checkpoint: What to write.
+        checkpoint: The checkpoint to write.
         path: Usually `NAME.safetensors`.
         half: Store float16, half the size, as the official files do. Lossless for weights that came from one,
             rounded otherwise.
@@ -150,7 +150,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written ({error.strerror or error}).",
-            fix="Make room there, or choose another place.",
+            fix="Free some space, or choose another path.",
         ) from error
 
 
@@ -263,9 +263,9 @@ def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:
         raise CheckpointError(
             f"{ascii(key)[:80]} in {source} has the unsupported dtype {array.dtype}.", fix=_SAVE_AGAIN
         )
-    whole = key.endswith(_COUNTER) or array.dtype.kind != "f"
+    is_integer = key.endswith(_COUNTER) or array.dtype.kind != "f"
     with np.errstate(over="ignore", invalid="ignore"):
-        values = np.array(array, dtype=np.int64 if whole else np.float32)
+        values = np.array(array, dtype=np.int64 if is_integer else np.float32)
     finite = np.isfinite(array) & np.isfinite(values)
     if not finite.all():
         raise CheckpointError(
@@ -281,10 +281,10 @@ def _variant(architecture: Architecture, contents: _Contents, source: str) -> st
     variant = architecture.variant
     if variant == TINY and (activations == {"SiLU"} or contents.variant == _TINY_SILU):
         variant = _TINY_SILU
-    wanted = "LeakyReLU" if variant == TINY else "SiLU"
-    if activations and activations != {wanted}:
+    expected = "LeakyReLU" if variant == TINY else "SiLU"
+    if activations and activations != {expected}:
         raise CheckpointError(
-            f"{source} has the layers of {variant} with {', '.join(sorted(activations))} activations, not {wanted}.",
+            f"{source} has the layers of {variant} with {', '.join(sorted(activations))} activations, not {expected}.",
             fix="The same weights with another activation are another network; no variant fits this one.",
         )
     if contents.variant not in ("", variant):
@@ -302,13 +302,13 @@ def _class_names(names: object, classes: int, source: str) -> tuple[str, ...]:
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, int, float)) for name in names):
         raise CheckpointError(
-            f"The class names in {source} are neither a list of texts nor a dict of them by class id 0, 1, ...",
-            fix="Set  checkpoint['model'].names = ['first', 'second', ...]  where it was made, and save it again.",
+            f"The class names in {source} are neither a list of strings nor a dict of strings by class id 0, 1, ...",
+            fix="Set  checkpoint['model'].names = ['first', 'second', ...]  where it was created, and save it again.",
         )
     if len(names) != classes:
         raise CheckpointError(
             f"{source} has {len(names)} class names but its head has {classes} classes.",
-            fix=f"Set  checkpoint['model'].names  to a list of {classes} names where it was made, and save it again.",
+            fix=f"Set  checkpoint['model'].names  to {classes} names where it was created, and save it again.",
         )
     # Lone surrogates of a damaged name could not be printed or written.
     return tuple(str(name).encode("utf-8", "replace").decode() for name in names)

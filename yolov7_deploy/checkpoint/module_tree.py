@@ -47,7 +47,7 @@ def read_modules(network: Module, *, source: str) -> ModuleContents:
     tensors: dict[str, TensorEntry] = {}
     activations: set[str] = set()
     for prefix, module in _walk(network, source):
-        _check_numbers(prefix, module, source)
+        _check_hyperparameters(prefix, module, source)
         if module.class_name.startswith(_ACTIVATIONS):
             activations.add(module.class_name.removeprefix(_ACTIVATIONS))
         for name, entry in _own_tensors(module, source):
@@ -93,7 +93,7 @@ def _own_tensors(module: Module, source: str) -> Iterator[tuple[str, TensorEntry
             if not isinstance(entry, TensorEntry):
                 raise CheckpointError(
                     f"{name[:40]!a} of a {module.class_name} in {source} is a {type(entry).__name__}, not a tensor.",
-                    fix="Save the checkpoint again with the program that made it.",
+                    fix="Save the checkpoint again with the program that created it.",
                 )
             yield name, entry
 
@@ -103,7 +103,7 @@ def _members(module: Module, table: str, source: str) -> Iterator[tuple[str, obj
     if not isinstance(members, dict):
         raise CheckpointError(
             f"A {module.class_name} in {source} has no {table}: it is not a torch module.",
-            fix="Save the checkpoint again with the program that made it.",
+            fix="Save the checkpoint again with the program that created it.",
         )
     for name, value in members.items():
         if not isinstance(name, str):
@@ -119,18 +119,18 @@ def _too_large(source: str) -> CheckpointError:
     )
 
 
-def _check_numbers(prefix: str, module: Module, source: str) -> None:
+def _check_hyperparameters(prefix: str, module: Module, source: str) -> None:
     if module.class_name.startswith("torch.nn.modules.batchnorm."):
         _require(module, "eps", BN_EPS, prefix, source)
     if module.class_name == f"{_ACTIVATIONS}LeakyReLU":
         _require(module, "negative_slope", LEAKY_SLOPE, prefix, source)
 
 
-def _require(module: Module, name: str, wanted: float, prefix: str, source: str) -> None:
+def _require(module: Module, name: str, expected: float, prefix: str, source: str) -> None:
     value = module.state.get(name)
-    if not isinstance(value, (int, float)) or abs(value - wanted) > 1e-6 * wanted:
+    if not isinstance(value, (int, float)) or abs(value - expected) > 1e-6 * expected:
         shown = f"{value:g}" if isinstance(value, (int, float)) else type(value).__name__
         raise CheckpointError(
-            f"{prefix.removesuffix('.')[:80]} in {source} has {name} = {shown}; every YOLOv7 variant has {wanted:g}.",
+            f"{prefix.removesuffix('.')[:80]} in {source} has {name} = {shown}; every YOLOv7 variant has {expected:g}.",
             fix="With other values the same weights are another network: train it with the official code.",
         )

@@ -96,9 +96,9 @@ def _tensor(arguments: tuple[object, ...]) -> object:
         case _:
             raise MalformedPickleError("a tensor of an unknown form")
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or offset < 0:
-        raise MalformedPickleError("a tensor whose size and stride do not belong together")
+        raise MalformedPickleError("a tensor whose size and stride do not match")
     if math.prod(max(count, 1) for count in shape) > MAX_ELEMENTS:
-        raise MalformedPickleError("a tensor larger than any")
+        raise MalformedPickleError("an implausibly large tensor")
     last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
     if 0 not in shape and last >= storage.count:
         raise MalformedPickleError(f"a tensor beyond the {storage.count} elements of storage {ascii(storage.key)[:40]}")
@@ -145,8 +145,8 @@ Role = Literal["module", "storage", "call", "inert"]
 class GlobalName:
     """A class or function on the stack: its dotted name, and its only permitted use.
 
-    `module` may be instantiated without arguments, `storage` may stand in a persistent id, `call` may be called
-    (by a function of ours), `inert` may be called and gives a value nobody looks into.
+    `module` may be instantiated without arguments, `storage` may appear in a persistent id, `call` may be called (a
+    function of this module replaces it), `inert` may be called and gives an `Inert` value.
     """
 
     name: str

@@ -5,7 +5,7 @@ machine that implements only the opcodes that describe data. It builds numbers, 
 placeholders of `pickle_allowlist`, and refuses every name that is not in the allowlist. Nothing that the file names is
 imported, constructed or called, so a malicious file can at worst be refused.
 
-These are bounded: bytes, opcodes and nesting; integers of at most 64 bits; dict keys and set members are scalars
+Bytes, opcodes and nesting are bounded; integers have at most 64 bits; dict keys and set members are scalars
 (hashing a deeply nested tuple overflows the C stack). The result may still be shared or cyclic, and printing it may
 not terminate: code that walks it must count its steps.
 """
@@ -131,7 +131,7 @@ class _Machine:
     def take(self, count: int) -> bytes:
         end = self.at + count
         if end > len(self.data):
-            raise MalformedPickleError("it ends early")
+            raise MalformedPickleError("unexpected end of data")
         chunk = self.data[self.at : end]
         self.at = end
         return chunk
@@ -142,14 +142,14 @@ class _Machine:
     def line(self) -> str:
         end = self.data.find(b"\n", self.at)
         if end < 0:
-            raise MalformedPickleError("it ends early")
+            raise MalformedPickleError("unexpected end of data")
         text = self.data[self.at : end].decode("utf-8", "backslashreplace")
         self.at = end + 1
         return text
 
     def last(self, count: int) -> list[object]:
         if len(self.stack) < count:
-            raise MalformedPickleError("its stack runs empty")
+            raise MalformedPickleError("stack underflow")
         return self.stack[-count:]
 
     def mark(self) -> None:
@@ -260,7 +260,7 @@ class _Machine:
             self.refuse(f"a change of state of {name}")
 
     def push_storage(self) -> None:
-        """Return the storage of a persistent id; torch writes ('storage', class, key, location, element count)."""
+        """Push the storage of a persistent id; torch writes ('storage', class, key, location, element count)."""
         match self.stack.pop():
             case ("storage", GlobalName(name=kind, role="storage"), str(key), _, int(count)) if count >= 0:
                 storage = Storage(kind, key, count)
@@ -284,7 +284,7 @@ class _Machine:
         shown = wanted if len(wanted) <= _SHOWN else f"{wanted[:_SHOWN]}..."
         shown = shown if shown.isprintable() else ascii(shown)
         raise UnsafeCheckpointError(
-            f"{self.source} asks for {shown}, which is not part of a YOLOv7 checkpoint. Nothing in it was run.",
+            f"{self.source} refers to {shown}, which is not part of a YOLOv7 checkpoint. Nothing in it was executed.",
             fix=_advice(wanted),
         )
 

@@ -1,7 +1,7 @@
 """Reader for files written by `torch.save`, without torch and without executing them.
 
-Also the place that knows model files by their content, because their suffixes lie: a `.pt` may be an ONNX graph, a
-TorchScript archive, or the web page that said the download was not there.
+It also recognises model files by their content, because suffixes can be wrong: a `.pt` may be an ONNX graph, a
+TorchScript archive, or the HTML error page of a failed download.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class TorchFile:
     """An open checkpoint file; close it, or use it as a context manager.
 
     Attributes:
-        root: What was saved: plain data with `Module` stand-ins and `TensorEntry` leaves (see `pickle_reader`).
+        root: What was saved: plain data with `Module` placeholders and `TensorEntry` leaves (see `safe_pickle`).
 
     Raises:
         LoadError: The file is absent, damaged, or of another kind; the message says which.
-        CheckpointError: The container is sound but what it describes is not.
-        UnsafeCheckpointError: It asks for code.
+        CheckpointError: The archive is valid, but its contents are not.
+        UnsafeCheckpointError: It refers to code that is not allowed.
     """
 
     root: object
@@ -67,7 +67,7 @@ class TorchFile:
         self._name = self._path.name
         _require_torch(self._path)
         self._size = self._path.stat().st_size
-        self._given = 0
+        self._bytes_read = 0
         self._cache: dict[str, bytes] = {}
         self._zip = _open_zip(self._path)
         try:
@@ -96,13 +96,13 @@ class TorchFile:
         """Read a tensor as a contiguous array; bfloat16 is converted to float32.
 
         Raises:
-            LoadError: The numbers are damaged (checksum), or the tensors repeat them beyond any honest file.
+            LoadError: The data is damaged (checksum), or the tensors repeat it far more often than in a checkpoint.
         """
         kind = entry.storage.kind
         dtype = np.dtype(_DTYPES[kind]).newbyteorder(self._order)
         elements = math.prod(entry.shape)
-        self._given += elements * dtype.itemsize
-        if self._given > 2 * self._size + _REPEATED_BYTES:
+        self._bytes_read += elements * dtype.itemsize
+        if self._bytes_read > 2 * self._size + _REPEATED_BYTES:
             raise LoadError(
                 f"The tensors of {self._name} repeat its data far more often than a checkpoint does.",
                 fix="Save contiguous weights:  {k: v.contiguous() for k, v in model.state_dict().items()}",
@@ -129,17 +129,17 @@ class TorchFile:
         shown = ascii(storage.key[:40])
         if not storage.key.isascii() or not storage.key.replace("_", "").isalnum():
             raise UnsafeCheckpointError(
-                f"{self._name} asks for storage {shown}, which is not a plain member name.",
+                f"{self._name} refers to storage {shown}, which is not a plain member name.",
                 fix="Do not use this file: no version of torch writes such names.",
             )
-        wanted = storage.count * np.dtype(_DTYPES[storage.kind]).itemsize
+        expected = storage.count * np.dtype(_DTYPES[storage.kind]).itemsize
         try:
             size = self._zip.getinfo(f"{self._folder}data/{storage.key}").file_size
         except KeyError as error:
             raise LoadError(f"{self._name} lacks its storage {shown}.", fix=_COPY_AGAIN) from error
-        if size != wanted:
+        if size != expected:
             raise CheckpointError(
-                f"Storage {shown} of {self._name} has {size} bytes, but the pickle declares {wanted}.",
+                f"Storage {shown} of {self._name} has {size} bytes, but the pickle declares {expected}.",
                 fix=_COPY_AGAIN,
             )
 
@@ -158,8 +158,8 @@ class TorchFile:
         packed = next((m for m in members if m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1), None)
         if packed is not None:
             raise LoadError(
-                f"{self._name} holds the compressed or encrypted member {packed.filename!a}, as torch never does.",
-                fix="If it was repacked by hand, save the checkpoint with torch.save instead.",
+                f"{self._name} has the compressed or encrypted member {packed.filename!a}; torch never writes one.",
+                fix="If it was repacked, save the checkpoint with torch.save instead.",
             )
         total = sum(member.file_size for member in members)
         if total > self._size or len({member.filename for member in members}) != len(members):
@@ -246,7 +246,7 @@ def _require_torch(path: Path) -> None:
         line = head.decode("utf-8", "replace").strip().splitlines()[:1] or [""]
         raise LoadError(
             f"{name} is a text file (it begins with {line[0][:60]!a}), not a checkpoint.",
-            fix="A download often saves the error page instead of the file: open it and look.",
+            fix="A failed download often saves an error page instead of the file: open it to check.",
         )
     raise LoadError(f"{name} is not a torch file (it starts with {head[:8]!r}).", fix=_COPY_AGAIN)
 

@@ -48,7 +48,7 @@ Concurrency = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", help="auto, cpu, a GPU (cuda:0 or 0), or v100 or jetson, which checks the machine."),
+    typer.Option("--device", help="auto, cpu, a GPU (cuda:0 or 0), or v100 or jetson to require such a machine."),
 ]
 SourceText = Annotated[
     str | None,
@@ -57,9 +57,11 @@ SourceText = Annotated[
 FrameText = Annotated[
     str | None, typer.Option("--frame", help="Width x height of the synthetic image (default: 1920x1080).")
 ]
-Duration = Annotated[float, typer.Option("--duration", help="Seconds per part of a row: latency, then throughput.")]
-WarmupLimit = Annotated[float, typer.Option("--warmup", help="Maximum seconds of warm-up.")]
-Paper = Annotated[bool, typer.Option("--paper", help="Compare with the paper; write JSON and a chart.")]
+Duration = Annotated[
+    float, typer.Option("--duration", help="Seconds to measure latency, and again to measure throughput.")
+]
+WarmupLimit = Annotated[float, typer.Option("--warmup", help="Maximum duration of the warm-up in seconds.")]
+Paper = Annotated[bool, typer.Option("--paper", help="Compare with the paper, and write a JSON report and a chart.")]
 ValReport = Annotated[
     Path | None, typer.Option("--val-report", help="Output of y7 val --json for the same file, to show its AP.")
 ]
@@ -68,7 +70,7 @@ EstimateFor = Annotated[
     typer.Option("--estimate", help="Estimate the speed on another device (v100, orin-nx) instead of measuring."),
 ]
 CompareWith = Annotated[
-    Path | None, typer.Option("--compare", help="JSON of an earlier run, for a statistical comparison.")
+    Path | None, typer.Option("--compare", help="JSON report of an earlier run to compare with statistically.")
 ]
 SaveDir = Annotated[
     Path | None,
@@ -126,7 +128,10 @@ def bench(
     no_chart: NoChart = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure speed: latency by stage, throughput, power, memory."""
+    """Measure speed: latency by stage, throughput, power, memory.
+
+    Example:  y7 bench --weights yolov7.onnx --batch 1,8
+    """
     batches = None if batch is None else parse_numbers(batch, "batch")
     if estimate is not None:
         _check_only_estimate(weights, estimate)
@@ -336,7 +341,7 @@ def _measure(request: BenchRequest) -> SpeedReport:
 
 @contextmanager
 def report_complete_rows() -> Iterator[Callable[[SpeedRow], None]]:
-    """Give a function that receives rows; print how many were complete if the block ends early."""
+    """Yield a function that receives rows; print how many were complete if the block ends early."""
     rows: list[SpeedRow] = []
     try:
         yield rows.append
@@ -381,7 +386,7 @@ def _estimate(
     half: bool | None,
     json_path: str | None,
 ) -> None:
-    """Print estimates for a device that is not here."""
+    """Print estimates for another device."""
     from yolov7_deploy._console import write_json
     from yolov7_deploy.estimation.estimate import describe_estimate, estimate
 

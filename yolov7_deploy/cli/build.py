@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 DEFAULTS = EngineOptions()
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
-Weights = Annotated[str, typer.Option("--weights", "-w", help="An .onnx file.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.engine next to the ONNX file.")]
+Weights = Annotated[str, typer.Option("--weights", "-w", help="ONNX file to build from.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Output file (default: NAME.engine next to the ONNX file).")
+]
 Target = Annotated[
     str | None,
     typer.Option("--target", help="GPUs for TensorRT-RTX to build for, on this or other machines: sm86,sm89,sm120."),
@@ -29,11 +31,15 @@ Plugin = Annotated[str, typer.Option("--plugin", help="Run NMS in our plugin: au
 Batch = Annotated[
     int | None, typer.Option("--batch", "--batch-size", help="Fixed batch size for a file with a dynamic batch.")
 ]
-MinBatch = Annotated[int | None, typer.Option("--min-batch", help="Minimum batch for a file with a dynamic batch.")]
-OptBatch = Annotated[
-    int | None, typer.Option("--opt-batch", help="Batch for which the engine is optimized; default: the maximum.")
+MinBatch = Annotated[
+    int | None, typer.Option("--min-batch", help="Minimum batch size for a file with a dynamic batch.")
 ]
-MaxBatch = Annotated[int | None, typer.Option("--max-batch", help="Maximum batch for a file with a dynamic batch.")]
+OptBatch = Annotated[
+    int | None, typer.Option("--opt-batch", help="Batch size for which the engine is optimized (default: the maximum).")
+]
+MaxBatch = Annotated[
+    int | None, typer.Option("--max-batch", help="Maximum batch size for a file with a dynamic batch.")
+]
 Workspace = Annotated[
     float | None, typer.Option("--workspace", help="Maximum workspace of a layer, in GiB of GPU memory.")
 ]
@@ -43,7 +49,7 @@ OptLevel = Annotated[
 TimingCache = Annotated[
     Path | None,
     typer.Option(
-        "--timing-cache", help="File of measured kernel times; default: one file per device in the cache folder."
+        "--timing-cache", help="File of measured kernel times (default: one file per device in the cache folder)."
     ),
 ]
 NoTimingCache = Annotated[
@@ -56,7 +62,7 @@ HardwareCompatible = Annotated[
     str,
     typer.Option(
         "--hardware-compatible",
-        help="GPUs that can run the engine: none (others), ampere+, or same-cc (same compute capability).",
+        help="Other GPUs that can run the engine: none, ampere+, or same-cc (same compute capability).",
     ),
 ]
 Sparse = Annotated[bool, typer.Option("--sparse", help="Use sparse kernels for weights pruned 2:4.")]
@@ -85,7 +91,10 @@ def build(
     verbose: Verbose = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Build a TensorRT engine and its build record from an ONNX file."""
+    """Build a TensorRT engine and its build record from an ONNX file.
+
+    Example:  y7 build --weights yolov7.onnx
+    """
     if batch is not None and (min_batch, opt_batch, max_batch) != (None, None, None):
         raise UsageError("--batch already sets --min-batch, --opt-batch and --max-batch.", fix="Leave one of them out.")
     options = EngineOptions(

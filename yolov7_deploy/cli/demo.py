@@ -1,4 +1,4 @@
-"""`y7 demo`: a guided tour from a checkpoint to verified ONNX files, accuracy, speed and detections."""
+"""`y7 demo`: run the whole pipeline once, from a checkpoint to verified ONNX files, AP, speed and detections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def demo(
     ] = None,
     save_dir: Annotated[Path, typer.Option("--save-dir", help="Output folder.")] = Path("demo"),
 ) -> None:
-    """Show export, verification, accuracy, speed and detection on this machine.
+    """Run the whole pipeline once, from checkpoint to detections.
+
+    Exports a network, verifies the files stage by stage, and measures their AP and speed.
 
     Example:  y7 demo
     """

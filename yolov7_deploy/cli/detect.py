@@ -1,4 +1,4 @@
-"""`y7 detect`: images, videos, cameras and streams in; drawn images, labels and JSON out."""
+"""`y7 detect`: detect objects in images, videos, cameras and streams; write annotated images, labels and JSON."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MultiLabel = Annotated[
     bool | None,
     typer.Option(
         "--multi-label/--best-class",
-        help=f"All classes of a box above --conf, or only its best {DEFAULT_FROM_MODEL.format('its best')}.",
+        help=f"Keep all classes of a box above --conf, or only its best {DEFAULT_FROM_MODEL.format('its best')}.",
     ),
 ]
 AgnosticNms = Annotated[
@@ -65,7 +65,7 @@ SaveDir = Annotated[
 SaveTxt = Annotated[bool, typer.Option("--save-txt", help="Write YOLO label files to labels/.")]
 SaveConf = Annotated[bool, typer.Option("--save-conf", help="With --save-txt: add the score to each line.")]
 View = Annotated[
-    bool, typer.Option("--view", "--view-img", help="Show each image in a window; any key continues, q or Esc ends.")
+    bool, typer.Option("--view", "--view-img", help="Show each image in a window; any key continues, q or Esc quits.")
 ]
 NoSave = Annotated[bool, typer.Option("--nosave", help="Do not write images and videos with drawn boxes.")]
 

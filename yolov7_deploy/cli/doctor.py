@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def doctor(json_path: JsonPath = None) -> None:
-    """Report what is installed, what can run on this machine, and how to install the rest.
+    """Report installed libraries, hardware, and what can run here.
+
+    For what cannot run, it prints the command that installs the missing parts.
 
     Example:  y7 doctor
     """

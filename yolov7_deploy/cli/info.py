@@ -40,7 +40,7 @@ def info(
     json_path: JsonPath = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print the table of layers.")] = False,
 ) -> None:
-    """Show what a variant costs, or what a model file contains.
+    """Show the cost of a variant, or the contents of a model file.
 
     Example:  y7 info yolov7-tiny
     """

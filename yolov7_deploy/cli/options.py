@@ -99,12 +99,12 @@ def parse_classes(texts: list[str] | None) -> list[int | str] | None:
     if not texts:
         return None
     parts = [part.strip() for text in texts for part in text.split(",")]
-    words = [word for part in parts for word in (part.split() if part.replace(" ", "").isdigit() else [part])]
-    return [int(word) if word.isascii() and word.isdigit() else word for word in words if word]
+    items = [item for part in parts for item in (part.split() if part.replace(" ", "").isdigit() else [part])]
+    return [int(item) if item.isascii() and item.isdigit() else item for item in items if item]
 
 
 def label_rule(multi_label: bool) -> str:
-    """Return how many classes of one box can become detections, in words."""
+    """Return a short description of which classes of a box can become detections."""
     return "multi-label NMS" if multi_label else "best class per box"
 
 

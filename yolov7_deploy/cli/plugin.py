@@ -1,4 +1,4 @@
-"""`y7 plugin`: builds our TensorRT plugin for this machine."""
+"""`y7 plugin`: build the TensorRT NMS plugin for this machine."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ if TYPE_CHECKING:
 
 def plugin(
     tensorrt_include: Annotated[
-        Path | None, typer.Option("--tensorrt-include", help="Folder of NvInfer.h; default: searched.")
+        Path | None, typer.Option("--tensorrt-include", help="Folder of NvInfer.h (default: searched).")
     ] = None,
     cuda: Annotated[
-        Path | None, typer.Option("--cuda", help="Folder of a CUDA toolkit, or its nvcc; default: searched.")
+        Path | None, typer.Option("--cuda", help="Folder of a CUDA toolkit, or its nvcc (default: searched).")
     ] = None,
     arch: Annotated[
         list[str] | None,
         typer.Option(
-            "--arch", help="GPUs such as 86, 8.6 or native, separated by commas; default: all that CUDA supports."
+            "--arch", help="Compute capabilities, separated by commas: 86, 8.6 or native (default: all of this CUDA)."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File or folder; default: the path that y7 build searches.")
+        Path | None, typer.Option("--output", "-o", help="File or folder (default: the path that y7 build searches).")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Number of parallel compilers; default: all cores.")
+        int | None, typer.Option("--jobs", "-j", min=1, help="Number of parallel compilers (default: one per core).")
     ] = None,
     kernels_only: Annotated[
-        bool, typer.Option("--kernels-only", help="Only the CUDA kernels; needs no TensorRT headers.")
+        bool, typer.Option("--kernels-only", help="Build only the CUDA kernels, which need no TensorRT headers.")
     ] = False,
 ) -> None:
-    """Build our TensorRT plugin with this machine's CUDA toolkit and install it for y7 build."""
+    """Build the TensorRT NMS plugin with the local CUDA toolkit.
+
+    The plugin is installed where y7 build searches for it, unless --output is given.
+    """
     from yolov7_deploy.tensorrt.plugin_build import build_plugin
 
     library = build_plugin(

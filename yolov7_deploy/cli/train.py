@@ -41,18 +41,21 @@ SetValues = Annotated[list[str] | None, typer.Option("--set", help="Set a hyperp
 ShowHyp = Annotated[bool, typer.Option("--show-hyp", help="Print the hyperparameters as YAML and exit.")]
 Epochs = Annotated[int, typer.Option("--epochs", help="Number of epochs.")]
 BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", help="Images per step, over all processes.")]
-NominalBatch = Annotated[int, typer.Option("--nominal-batch", help="Images per update, with gradient accumulation.")]
+NominalBatch = Annotated[
+    int, typer.Option("--nominal-batch", help="Images per weight update, with gradient accumulation.")
+]
 Img = Annotated[str, typer.Option("--img", "--img-size", "--imgsz", help="Image size in pixels.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0; for several GPUs use torchrun.")]
 Workers = Annotated[int, typer.Option("--workers", help="Data loading processes; 0 loads in the training process.")]
 Cache = Annotated[
-    float | None, typer.Option("--cache", help="GiB of memory for cached images (default: a quarter of the free one).")
+    float | None,
+    typer.Option("--cache", help="GiB of memory for cached images (default: a quarter of the free memory)."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --save-dir, or the newest one.")]
 SaveDir = Annotated[Path | None, typer.Option("--save-dir", help="Folder of the run (default: runs/train/expN).")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 Freeze = Annotated[
-    str | None, typer.Option("--freeze", help="Layers to freeze: 50 is the first fifty, 0,1,2 is a list.")
+    str | None, typer.Option("--freeze", help="Layers to freeze: 50 for the first fifty, or a list such as 0,1,2.")
 ]
 Classes = Annotated[
     str | None, typer.Option("--classes", help="Train on these classes only: 'person,dog', or numbers '0 16'.")
@@ -63,7 +66,7 @@ Rect = Annotated[bool, typer.Option("--rect", help="Batches of images of similar
 CloseMosaic = Annotated[
     int, typer.Option("--close-mosaic", help="Number of last epochs without mosaic, mixup and copy-paste.")
 ]
-ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Show images of classes with low AP more often.")]
+ImageWeights = Annotated[bool, typer.Option("--image-weights", help="Sample images of classes with low AP more often.")]
 AutoAnchor = Annotated[
     bool, typer.Option("--autoanchor/--noautoanchor", help="Fit new anchors if the recall of the current ones is low.")
 ]
@@ -82,12 +85,15 @@ RecalibrateBn = Annotated[
     ),
 ]
 Patience = Annotated[
-    int, typer.Option("--patience", help="Stop after this many epochs without improvement; 0 is never.")
+    int, typer.Option("--patience", help="Stop after this many epochs without improvement; 0 never stops early.")
 ]
 ValEvery = Annotated[
-    int, typer.Option("--val-every", help="Validate every this many epochs; 0 validates after the last one only.")
+    int,
+    typer.Option("--val-every", help="Number of epochs between validations; 0 validates only after the last epoch."),
 ]
-SaveMinutes = Annotated[float, typer.Option("--save-minutes", help="Minutes between saved states within an epoch.")]
+SaveMinutes = Annotated[
+    float, typer.Option("--save-minutes", help="Minutes between saved training states within an epoch.")
+]
 Ota = Annotated[
     bool, typer.Option("--ota/--no-ota", help="Assign positives with SimOTA, or use every candidate as in YOLOv5.")
 ]
@@ -95,7 +101,7 @@ Assigner = Annotated[
     str, typer.Option("--assigner", help=f"Positives of auxiliary heads (table 6): {', '.join(ASSIGNERS)}.")
 ]
 Constraint = Annotated[
-    bool, typer.Option("--constraint/--no-constraint", help="Upper bound of coarse positives (table 7).")
+    bool, typer.Option("--constraint/--no-constraint", help="Limit the centres that auxiliary heads predict (table 7).")
 ]
 Auxiliary = Annotated[
     str, typer.Option("--auxiliary", help=f"Auxiliary heads (table 8): {', '.join(AUXILIARY_HEADS)}.")
@@ -148,7 +154,7 @@ def train(
     tensorboard: TensorBoard = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Train a model with the losses, assignment and schedule of the paper, from random or given weights."""
+    """Train a model on a dataset, or resume a training run."""
     options = TrainOptions(
         epochs=epochs, batch=batch, nominal_batch=nominal_batch, img=_square_size(img), seed=seed, workers=workers,
         cache_gib=cache, half=half, adam=adam, linear_lr=linear_lr, sync_bn=sync_bn, recalibrate_bn=recalibrate_bn,

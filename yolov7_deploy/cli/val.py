@@ -74,7 +74,7 @@ def val(
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", "--verbose", help="Print the AP of every class.")] = False,
 ) -> None:
-    """Measure COCO average precision.
+    """Measure COCO average precision (AP) on a dataset.
 
     Example:  y7 val --weights yolov7.onnx --data coco.yaml
     """

@@ -36,7 +36,9 @@ def verify(
     device: Device = "cpu",
     json_path: JsonPath = None,
 ) -> None:
-    """Check stage by stage that model files agree with a reference; exit code 1 if one does not.
+    """Compare model files with a reference, stage by stage.
+
+    The exit code is 1 if a difference exceeds its limit.
 
     Example:  y7 verify --weights yolov7.pt --against yolov7-fp16.onnx
     """

@@ -20,7 +20,7 @@ def select_classes(dataset: Dataset, names_or_ids: Sequence[str | int]) -> Datas
     Images without a box of these classes remain, as background.
 
     Args:
-        dataset: Not changed.
+        dataset: The dataset, which is not changed.
         names_or_ids: Class names, or class ids (also as text, unless a class has that name).
 
     Raises:

@@ -31,7 +31,7 @@ from yolov7_deploy.hub import cache_dir
 
 VERSION = 1  # of the arrays, and of the parser of label lines
 # A file that changed less than this before it was read can change again within the same tick of the file system clock
-# (two seconds on FAT, the coarsest one) and would look unchanged. Such entries are not kept.
+# (two seconds on FAT, the coarsest one) and would look unchanged. Such entries are not cached.
 SETTLED_NS = 2_000_000_000
 STAMPS = 6  # size, mtime and ctime of the label file, then of the image
 ABSENT = -1  # stamp of a file that does not exist

@@ -9,7 +9,7 @@ import numpy as np
 from yolov7_deploy.datasets.samples import Dataset, DoubleArray, join_names
 from yolov7_deploy.errors import ImageError
 
-SMALL_PX = 8  # the stride of the finest level: a smaller box hardly has a feature of its own
+SMALL_PX = 8  # the stride of the finest level: a smaller box covers less than one cell of its feature map
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 LISTED_CLASSES = 3  # most frequent and rarest classes in the summary
 

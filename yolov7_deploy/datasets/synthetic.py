@@ -22,7 +22,7 @@ from yolov7_deploy.visualize import write_image
 
 CLASS_NAMES = tuple(SHAPES)
 SPLITS = ("train", "val")
-VERSION = 1  # changes when a seed gives other pixels
+VERSION = 1  # increased when the same seed gives other pixels
 MAX_OBJECTS = 8
 EMPTY_PROBABILITY = 0.05  # of an image without objects
 MIN_BOX, MAX_BOX = 0.06, 0.45  # longer side of a box, as a fraction of the image side

@@ -62,7 +62,7 @@ def _triangle(x: Field, y: Field) -> Field:
 
 
 def _star(x: Field, y: Field) -> Field:
-    """Along the nearest of the five axes from centre to tip, the edge is one straight line."""
+    """Return the signed distance; along the nearest of the five axes, the edge is one straight line."""
     side = np.abs(x)
     along = np.maximum(-y, _SIN[2] * side - _COS[2] * y)
     along = np.maximum(along, _SIN[4] * side - _COS[4] * y)
@@ -79,7 +79,7 @@ def _ring(x: Field, y: Field) -> Field:
 
 
 def _cross(x: Field, y: Field) -> Field:
-    """The union of two bars has the smaller of both distances."""
+    """Return the signed distance to the union of two bars: the smaller of both distances."""
     x, y = np.abs(x), np.abs(y)
     distance: Field = np.minimum(np.maximum(x - _REACH, y - CROSS_ARM), np.maximum(x - CROSS_ARM, y - _REACH))
     return distance

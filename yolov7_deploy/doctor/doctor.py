@@ -1,4 +1,4 @@
-"""Diagnosis of this machine: from the installed libraries and the hardware follows what can run here."""
+"""Diagnosis of this machine: what can run here with the installed libraries and the hardware."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _missing_text(missing: list[Library]) -> str:
 
 
 def _install_command(missing: list[Library]) -> str:
-    """Return the pip commands that install these libraries, by force those that are installed and do not load."""
+    """Return the pip commands that install missing libraries, and reinstall those that do not load."""
     lines = []
     extras = sorted({library.extra for library in missing if library.extra and not library.fault})
     if extras:

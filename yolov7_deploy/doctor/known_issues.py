@@ -17,7 +17,7 @@ RTX_LINKS = "$HOME/.local/lib/tensorrt_rtx"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownIssue:
-    """A known issue: what is wrong with which effect, and the command that fixes it."""
+    """A known issue: the problem with its effect, and the command that fixes it."""
 
     what: str
     fix: str
@@ -51,11 +51,11 @@ def _two_opencvs(cv2: Library) -> Iterator[KnownIssue]:
 def _two_onnxruntimes(onnxruntime: Library) -> Iterator[KnownIssue]:
     names = _names(onnxruntime)
     if len(names) > 1:
-        kept = next((name for name in names if name != "onnxruntime"), names[0])
+        preferred = next((name for name in names if name != "onnxruntime"), names[0])
         yield KnownIssue(
             what=f"{' and '.join(names)} are both installed. They share the folder onnxruntime, and the one installed "
             "last replaces the other: often the CPU build replaces the GPU build.",
-            fix=f"pip uninstall -y {' '.join(names)}; pip install {kept}",
+            fix=f"pip uninstall -y {' '.join(names)}; pip install {preferred}",
         )
 
 

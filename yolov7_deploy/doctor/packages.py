@@ -164,10 +164,10 @@ def _probe(package: KnownPackage) -> tuple[str, tuple[str, ...]]:
             check=False,
         )
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"it could not be tried ({error})", ()
+        return f"the import could not be tested ({error})", ()
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        return lines[-1] if lines else f"its import ended Python with {done.returncode}", ()
+        return lines[-1] if lines else f"importing it ended Python with exit code {done.returncode}", ()
     return "", tuple(done.stdout.split())
 
 

@@ -1,1 +1,1 @@
-"""Estimated speed of a network on a device that is not here, with the error of such estimates."""
+"""Estimated speed of a network on a device that is not available, with the error of such estimates."""

@@ -113,7 +113,7 @@ def _module(
 
 _VOLTA = "NVIDIA V100"
 _ADA, _AMPERE = "NVIDIA Ada GPU architecture whitepaper", "NVIDIA Ampere GA102 GPU architecture whitepaper"
-_ASSUMED = "the paper does not say which V100 it used; SXM2 is assumed"
+_ASSUMED = "the paper does not state which V100 it used; SXM2 is assumed"
 _POWER = "70 W: it cannot keep its maximum clock under load"
 _SUPER = "Super mode of JetPack 6.2"
 

@@ -1,4 +1,4 @@
-"""Estimated speed of a network on a device that is not here, with the error of such estimates on published speeds.
+"""Estimated speed of a network on a device that is not available, with the error of such estimates.
 
 Nothing is measured, and estimates never appear in a report of measurements.
 """

@@ -57,7 +57,7 @@ CANDIDATES = tuple(
 # An engine is tuned on its GPU and chooses its layouts. That it uses the cache was decided with all rows known (the RTX
 # 4090 has a larger one), so the reported errors of TensorRT are slightly too low.
 ENGINE = Structure(tiles=TUNED_TILES, layout_copies=False, cached=True)
-_STEPS, _DIFFERENCE, _LONGEST = 60, 1e-4, 0.3
+_STEPS, _DIFFERENCE, _MAX_STEP = 60, 1e-4, 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +111,7 @@ def _least_squares(residuals: Callable[[Floats], Floats], x: Floats) -> Floats:
     for _ in range(_STEPS):
         slopes = np.stack([(residuals(x + _DIFFERENCE * axis) - current) / _DIFFERENCE for axis in np.eye(len(x))], 1)
         step = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(x)), -slopes.T @ current)
-        step = np.clip(step, -_LONGEST, _LONGEST)
+        step = np.clip(step, -_MAX_STEP, _MAX_STEP)
         following = residuals(x + step)
         if following @ following < current @ current:
             x, current, damping = x + step, following, damping / 3

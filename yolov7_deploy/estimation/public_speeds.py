@@ -1,6 +1,6 @@
 """Published speeds of YOLOv7 networks: the data that the estimator is fitted on and evaluated with.
 
-All are as their sources report them; none was measured again. `scope` says what a time includes besides the network.
+All are as their sources report them; none was measured again. `scope` states what a time includes besides the network.
 Rows that include work of the host are never used for fitting; rows with NMS inside the engine are.
 """
 

@@ -98,7 +98,7 @@ def accuracy_drop(
     if all(annotation["iscrowd"] for annotation in document["annotations"]):
         raise DatasetError(
             f"{dataset.source} has no ground truth boxes in the {len(indices)} images of this comparison.",
-            fix="Measure on more images, or check that the label files are where the paths of the images say.",
+            fix="Measure on more images, or check that the label files are where the image paths imply.",
         )
     truth = COCO(document)
     ids = [dataset.image_id(index) for index in indices]
@@ -174,7 +174,7 @@ def _aps(truth: COCO, predictions: Sequence[Mapping[str, Any]], parts: Sequence[
 
 
 def _jackknife(drops: npt.NDArray[np.float64]) -> float | None:
-    """Return the standard error from the drops without each group; `None` if one is NaN, as without the only group."""
+    """Return the standard error from the drops without each group; `None` if a drop is NaN."""
     error = math.sqrt((len(drops) - 1) * float(np.var(drops)))
     return None if math.isnan(error) else error
 

@@ -17,7 +17,7 @@ from yolov7_deploy.runtimes.base import IntermediateOutputs
 
 
 class OnnxProbe:
-    """Runs a copy of an ONNX file of ours that has intermediate tensors as additional outputs.
+    """Runs a copy of an exported ONNX file that has intermediate tensors as additional outputs.
 
     Args:
         path: The file; it is not changed.

@@ -107,7 +107,7 @@ class ParityReport:
         return next((stage for stage in self.stages if not stage.ok), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         document = asdict(self)
         for row, stage in zip(document["stages"], self.stages, strict=True):
             row["ok"] = stage.ok
@@ -243,13 +243,13 @@ def _compare_detections(
 ) -> StageResult:
     a, b = (artifact.runtime.infer([image], [letterbox], thresholds).detections[0] for artifact in (reference, against))
     pairs = match_detections(a, b)
-    alone_a, alone_b = (
+    unmatched_a, unmatched_b = (
         scores[np.setdiff1d(np.arange(len(scores)), pairs[:, side])] for side, scores in enumerate((a.scores, b.scores))
     )
     # A detection whose score is close to conf, or to the last score of max_det, may be in one artifact only.
-    floor = max([thresholds.conf, *(float(f.scores[-1]) for f in (a, b) if len(f.scores) >= thresholds.max_det)])
-    missing = int((alone_a > floor + tolerance.score).sum())
-    extra = int((alone_b > floor + tolerance.score).sum())
+    min_score = max([thresholds.conf, *(float(f.scores[-1]) for f in (a, b) if len(f.scores) >= thresholds.max_det)])
+    missing = int((unmatched_a > min_score + tolerance.score).sum())
+    extra = int((unmatched_b > min_score + tolerance.score).sum())
     boxes = np.abs(a.boxes[pairs[:, 0]] - b.boxes[pairs[:, 1]]).max(axis=1, initial=0)
     scores = np.abs(a.scores[pairs[:, 0]] - b.scores[pairs[:, 1]])
     swapped = (boxes > tolerance.box_px) | (scores > tolerance.score)

@@ -1,4 +1,4 @@
-"""Verification of several artifacts against the reference they were made from: stages, matched boxes, AP."""
+"""Verification of several artifacts against the reference they were exported from: stages, matched boxes, AP."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class ClockMonitor:
 
     Args:
         constants: Values that do not change during a measurement.
-        source: Makes a context manager that passes readings to a function.
+        source: Creates a context manager that passes readings to a function.
     """
 
     def __init__(self, constants: Clocks, source: ReadingSource) -> None:

@@ -228,7 +228,7 @@ class NvmlGpu:
 
 
 def open_gpu(index: int) -> NvmlGpu | str:
-    """Return the sensors of `cuda:index`, or the sentence why NVML does not show that GPU."""
+    """Return the sensors of `cuda:index`, or a sentence that explains why NVML does not show that GPU."""
     gpu = next((gpu for gpu in list_cuda_gpus() if gpu.index == index), None)
     if gpu is None:
         return f"CUDA shows no GPU cuda:{index} to this process: nvidia-smi -L lists the installed ones."
@@ -243,7 +243,7 @@ def open_gpu(index: int) -> NvmlGpu | str:
 
 
 def _initialize_nvml() -> str:
-    """Initialize NVML, and return what is wrong; empty on success.
+    """Initialize NVML, and return a description of the error; empty on success.
 
     It stays initialized until the process ends, as other libraries in the process may use it; NVML counts the calls.
     """

@@ -1,6 +1,6 @@
 """Electric power while something runs: of a GPU by NVML, of a CPU by RAPL, of a Jetson by its power monitors.
 
-An energy counter is preferred, because it misses nothing between two readings; otherwise power is sampled and
+An energy counter is preferred, because it loses no energy between two readings; otherwise power is sampled and
 integrated by the trapezoidal rule. NVML updates its counter every 20 to 100 ms, so energy is taken between the first
 and the last update that was seen. The error is one sampling period at each end, 20 ms each, so a measurement to one
 percent takes four seconds.
@@ -137,7 +137,7 @@ class SampledPowerMeter:
 
 
 def open_power_meter(device: str, *, root: Path = ROOT, tegrastats: str | None = None) -> PowerMeter | str:
-    """Return a meter for the power of a device, or the sentence why there is none and what to type.
+    """Return a meter for the power of a device, or a sentence that explains why there is none and what to type.
 
     On a Jetson it measures the input of the module for every device, because CPU and GPU share one supply.
 
@@ -207,7 +207,7 @@ class RaplCounter:
 
 
 def open_rapl_counter(root: Path = ROOT) -> RaplCounter | str:
-    """Return the energy counter of this machine, or the sentence why it cannot be read."""
+    """Return the energy counter of this machine, or a sentence that explains why it cannot be read."""
     # Packages only: "core", "uncore" and "dram" are their parts, "psys" contains them, intel-rapl-mmio repeats them.
     domains = sorted(path for path in (root / POWERCAP).glob("intel-rapl:*") if re.fullmatch(r"[\w-]+:\d+", path.name))
     folders = tuple(path for path in domains if read_word(path / "name").startswith("package"))

@@ -1,1 +1,1 @@
-"""② The reference network, readable beside the paper."""
+"""The YOLOv7 networks: layer tables, blocks, heads, and fusion to the deploy form."""

@@ -82,7 +82,7 @@ class _Table:
         return self.add("Upsample", self.rows[self.last].c_out)
 
     def elan(self, entry: int, width: int, depth: int, c_out: int, *, every: int, source: int | None = None) -> int:
-        """ELAN: two 1x1 convolutions, a chain of `depth` 3x3 ones; every `every`-th of the chain is aggregated."""
+        """Add an ELAN: two 1x1 convolutions, then a chain of `depth` 3x3 ones; every `every`-th is aggregated."""
         at = self.last if source is None else source
         bypass = self.conv(entry, source=at)
         start = self.conv(entry, source=at)
@@ -91,14 +91,14 @@ class _Table:
         return self.conv(c_out)
 
     def extended_elan(self, entry: int, width: int, depth: int, c_out: int, *, every: int) -> int:
-        """E-ELAN as E6E has it: two ELAN branches on the same input, added (paper section 3.1)."""
+        """Add the E-ELAN of E6E: the sum of two ELAN branches on the same input (paper section 3.1)."""
         source = self.last
         first = self.elan(entry, width, depth, c_out, every=every)
         second = self.elan(entry, width, depth, c_out, every=every, source=source)
         return self.add("Shortcut", c_out, second, first)
 
     def transition(self, width: int, *lateral: int) -> int:
-        """Halves the resolution of v7 and X: max-pool beside a strided convolution, then the lateral if any."""
+        """Halve the resolution (v7 and X): max-pool and strided convolution in parallel, then lateral maps if any."""
         source = self.last
         self.pool()
         pooled = self.conv(width)
@@ -107,7 +107,7 @@ class _Table:
         return self.concat(strided, pooled, *lateral)
 
     def top_down(self, width: int, lateral: int) -> int:
-        """One top-down step of the neck: 1x1, up, and the backbone's lateral first."""
+        """Add a top-down step of the neck: 1x1 convolution, upsampling, concatenation to the backbone's lateral map."""
         self.conv(width)
         up = self.upsample()
         side = self.conv(width, source=lateral)
@@ -141,7 +141,7 @@ def _tiny() -> tuple[_Table, list[int], list[int]]:
 def _p5(
     *, stem: int, depth: int, stages: tuple[int, ...], neck_every: int, head: str
 ) -> tuple[_Table, list[int], list[int]]:
-    """v7 and X. The neck of v7 halves its chain's width and aggregates every link; X repeats its backbone block."""
+    """Build v7 or X. The neck of v7 halves the chain's width and aggregates all of it; X repeats its backbone block."""
     t = _Table()
     t.add("Conv", stem, IMAGE, kernel=3)
     for width, stride in ((2 * stem, 2), (2 * stem, 1), (4 * stem, 2)):
@@ -178,7 +178,7 @@ def _p6(
     aux: tuple[int, ...],
     extended: bool = False,
 ) -> tuple[_Table, list[int], list[int]]:
-    """W6, E6, D6 and E6E: space-to-depth stem, five stages, four levels; gives the lead and auxiliary feature rows."""
+    """Build W6, E6, D6 or E6E: space-to-depth stem, five stages, four levels; return lead and auxiliary rows."""
     t = _Table()
     stage: Callable[..., int] = t.extended_elan if extended else t.elan
 
@@ -195,7 +195,7 @@ def _p6(
     for entry, c_out, lateral in zip((384, 256, 128), neck[1:], laterals[3:0:-1], strict=True):
         t.top_down(c_out, lateral)
         pyramid.append(stage(entry, entry // 2, depth, c_out, every=1))
-    # The partial auxiliary head of E6E (table 8) reads the second branch, in front of the Shortcut.
+    # The partial auxiliary head of E6E (table 8) reads the second branch, before the Shortcut.
     aux_sources = [p - 1 if extended and i else p for i, p in enumerate(pyramid)][::-1]
     outs = [pyramid[3]]
     for entry, c_out, lateral in zip((256, 384, 512), neck[2::-1], pyramid[2::-1], strict=True):
@@ -207,7 +207,7 @@ def _p6(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One architecture: how its table is built, and what the table does not contain.
+    """One architecture: the builder of its table, and what the table does not contain.
 
     Attributes:
         name: Official name.
@@ -303,5 +303,5 @@ def find_variant(name: str) -> Variant:
         UsageError: There is none.
     """
     if name not in VARIANTS:
-        raise UsageError(f"{name!r} is no YOLOv7 variant.", fix=f"One of: {', '.join(VARIANTS)}")
+        raise UsageError(f"{name!r} is not a YOLOv7 variant.", fix=f"One of: {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -18,7 +18,7 @@ from yolov7_deploy.metadata import InputKind, ModelMetadata, NmsMetadata, assume
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import RawDetections
 
-UNKNOWN_CLASSES = 1000  # class names invented for a foreign file with NMS inside, which does not say how many it has
+UNKNOWN_CLASSES = 1000  # class names invented for a foreign file with NMS inside, which does not state how many it has
 
 _T = TypeVar("_T")
 
@@ -79,7 +79,7 @@ class Runtime(Protocol):
     Attributes:
         metadata: The model's metadata.
         device: `cpu` or `cuda:N`.
-        max_batch_size: Most images that enter the network together, `None` if unlimited; longer lists are split.
+        max_batch_size: Maximum number of images per run of the network, `None` if unlimited; longer lists are split.
         takes_gpu_arrays: Images may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
     """
 
@@ -90,7 +90,7 @@ class Runtime(Protocol):
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
-        """How the model runs, as a benchmark reports it, such as ("CUDA graph", "on"); calls may change it."""
+        """Execution settings as a benchmark reports them, such as ("CUDA graph", "on"); calls may change them."""
         ...
 
     def infer(

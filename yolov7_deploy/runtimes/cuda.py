@@ -66,7 +66,7 @@ class Cuda:
 
     Attributes:
         binding: The binding.
-        fault: The error after which nothing created with this object works any more, else `None`.
+        fault: The error that made everything created with this object unusable, else `None`.
     """
 
     def __init__(self, binding: CudaBinding) -> None:

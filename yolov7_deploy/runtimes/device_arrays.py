@@ -1,6 +1,6 @@
 """Images that are already on a GPU: arrays of torch, cupy, pycuda, numba or any other library, used without a copy.
 
-Two protocols give their address: DLPack and `__cuda_array_interface__`. DLPack is preferred because the producer can
+Two protocols provide their address: DLPack and `__cuda_array_interface__`. DLPack is preferred because the producer can
 order its pending work before ours on the GPU; `__cuda_array_interface__` only names a stream. The host never waits.
 This module does not import CUDA, so the Detector may call it for any object.
 """

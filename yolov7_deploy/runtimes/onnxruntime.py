@@ -65,7 +65,7 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 
 
 class FairSemaphore:
-    """A semaphore that serves its waiting threads in the order in which they came.
+    """A semaphore that serves waiting threads in the order of their arrival.
 
     With `threading.Semaphore`, a thread that returns quickly acquires it before the notified thread has woken up. With
     eight callers on two cores, some then got half as many runs as others and waited three times as long.
@@ -291,7 +291,7 @@ def _check_outputs(outputs: Sequence[Any], batch: int, metadata: ModelMetadata) 
     else:
         rows = shapes[2][1] if len(shapes[2]) == 2 else -1
         expected = [(batch, 1), (batch, rows, 4), (batch, rows), (batch, rows)]
-        fits = [shape == want for shape, want in zip(shapes, expected, strict=True)]
+        fits = [shape == required for shape, required in zip(shapes, expected, strict=True)]
         # Some exporters omit the dimension of 1 of num_dets.
         fits[0] = fits[0] or shapes[0] == (batch,)
     numeric = all(getattr(value, "dtype", np.dtype(object)).kind in "fiu" for value in outputs)

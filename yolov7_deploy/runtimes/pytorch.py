@@ -141,7 +141,7 @@ class PytorchRuntime:
                         f"{self.device} failed: {reason}",
                         fix="Restart the program. If it fails again, y7 doctor shows the GPU and its driver.",
                     ) from error
-            # Out here, the failed call has released its tensors. Idle graphs are freed before the call is repeated.
+            # Here the failed call has released its tensors. Idle graphs are freed before the call is repeated.
             if not self._free_idle_graphs():
                 height, width = letterboxes[0].canvas_hw
                 raise DeviceError(

@@ -172,8 +172,8 @@ class CapturedGraphPool:
 
     Args:
         make: Captures a graph.
-        limit: Most graphs that exist. Beyond it, the least recently used free graph is freed; if none is free, the call
-            waits.
+        limit: Maximum number of graphs. Beyond it, the least recently used free graph is freed; if none is free, the
+            call waits.
     """
 
     def __init__(self, make: Callable[[Size], CapturedGraph], *, limit: int) -> None:

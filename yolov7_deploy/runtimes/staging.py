@@ -150,7 +150,7 @@ class Staging:
         yield self.used
 
     def canvases(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, bool]:
-        """Return memory for network inputs made on the host, and whether the addresses on the GPU have changed."""
+        """Return memory for network inputs created on the host, and whether the addresses on the GPU have changed."""
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self._staged, self.used = [], self._head
         moved = self.reserve(self._head + nbytes)

@@ -59,7 +59,7 @@ class TrtEngine:
     """A deserialized engine, which any number of threads may read.
 
     Args:
-        dialect: The TensorRT that opened it.
+        capabilities: The TensorRT that opened it.
         runtime: TensorRT's runtime, which must outlive the engine.
         engine: TensorRT's engine.
         log: The log of this TensorRT.
@@ -159,7 +159,7 @@ class TrtEngine:
         return self.graph_state == _INSIDE_RTX
 
     def new_context(self) -> Trt | None:
-        """Create a context without memory, see `TrtCapabilities.new_context`; an engine creates one at a time."""
+        """Create a context without memory, see `TrtCapabilities.create_context`; an engine creates one at a time."""
         with self._context_lock:
             return self.capabilities.create_context(self.engine, capture_graphs=self.graphs_inside)
 

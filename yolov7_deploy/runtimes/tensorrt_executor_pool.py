@@ -24,7 +24,7 @@ class TrtExecutorPool:
 
     Args:
         make: Creates an executor on the GPU of the calling thread.
-        limit: Most executors.
+        limit: Maximum number of executors.
 
     Raises:
         DeviceError: There is not enough memory for one executor.
@@ -39,7 +39,7 @@ class TrtExecutorPool:
 
     @property
     def limit(self) -> int:
-        """Most executors; fewer than requested if memory ran out."""
+        """Maximum number of executors; fewer than requested if memory ran out."""
         return self._limit
 
     @contextlib.contextmanager

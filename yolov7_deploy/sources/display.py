@@ -36,7 +36,7 @@ class Window:
             ) from error
 
     def show(self, image_bgr: Image, *, wait: bool) -> bool:
-        """Show the image, with `wait` until a key is pressed; return False if the user ends (q, Esc, window closed)."""
+        """Show the image, with `wait` until a key is pressed; return False if the user quits (q, Esc, close button)."""
         cv2.imshow(self._title, image_bgr)
         while True:
             key = cv2.waitKey(POLL_MS if wait else 1)

@@ -77,7 +77,7 @@ class LiveReader:
         """Wait for a new frame and return the newest one; return `None` after `timeout_s` or after `close`.
 
         Raises:
-            SourceError: The stream could not be opened, or was lost and did not come back.
+            SourceError: The stream could not be opened, or was lost and could not be reopened.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
@@ -118,8 +118,8 @@ class LiveReader:
                     return
                 if failures > self._reconnects:
                     self._failure = (
-                        f"{_label(self.address)} was lost after {self._count} frames and did not come back "
-                        f"in {self._reconnects} attempts."
+                        f"{_label(self.address)} was lost after {self._count} frames and could not be "
+                        f"reopened in {self._reconnects} attempts."
                     )
                     return
                 log.warning("%s was lost; connection attempt %d", _label(self.address), failures)

@@ -1,4 +1,4 @@
-"""Resolving a source: which images, videos, cameras and streams a path, pattern, list or URL names."""
+"""Resolution of a source: the images, videos, cameras and streams that a path, pattern, list or URL refers to."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _resolve_pattern(pattern: Path) -> Iterator[Item]:
         raise SourceError(
             f"The pattern {_printable(str(pattern))} found nothing to read ({found}; looked in "
             f"{_printable(str(base.absolute()))}).",
-            fix="Check the pattern, and quote it so that the shell leaves it alone.",
+            fix="Check the pattern, and quote it so that the shell does not expand it.",
         )
     yield from map(_file, files)
 

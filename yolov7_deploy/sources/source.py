@@ -1,4 +1,4 @@
-"""Iterating over a source: every image, video frame and live frame comes as a `Frame`."""
+"""Iteration over a source: every image, video frame and live frame is a `Frame`."""
 
 from __future__ import annotations
 

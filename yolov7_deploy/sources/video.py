@@ -108,7 +108,7 @@ class VideoFile:
         if height * width > MAX_FRAME_PIXELS:
             self.close()
             raise SourceError(
-                f"{self.path} announces frames of {width} x {height} pixels, more than "
+                f"{self.path} declares frames of {width} x {height} pixels, more than "
                 f"{MAX_FRAME_PIXELS // 10**6} million.",
                 fix="Copy the video again, or resize it:  ffmpeg -i INPUT -vf scale=1920:-2 OUTPUT.mp4",
             )
@@ -136,7 +136,9 @@ class VideoFile:
         if count == 0:
             raise SourceError(f"{self.path} has no frame that can be decoded.", fix="Copy the video again.")
         if count < self.info.frames:
-            log.warning("%s ended after %d of the %d frames its header announces", self.path, count, self.info.frames)
+            log.warning(
+                "%s ended after %d of the %d frames that its header declares", self.path, count, self.info.frames
+            )
 
     def _number(self, what: int) -> float:
         value = self._capture.get(what)

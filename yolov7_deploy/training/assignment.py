@@ -147,8 +147,8 @@ def assign_simota(predictions: Predictions, truth: GroundTruth, *, top_k: int) -
         top_k: Number of summed IoUs: 10 in the official loss of P5 models, 20 in that of P6 models.
     """
     if not len(predictions.image) or not len(truth.image):
-        nothing = truth.image.new_zeros(0)
-        return nothing, nothing
+        empty = truth.image.new_zeros(0)
+        return empty, empty
     costs = _PairCosts(predictions, truth)
     parts = [costs.cheapest_candidates(rows, top_k) for rows in costs.target_chunks()]
     candidates, targets = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnchorFit:
-    """How well anchors fit boxes; they match if width and height each differ by less than the factor `anchor_t`.
+    """Fit of anchors to boxes; they match if width and height each differ by less than the factor `anchor_t`.
 
     Attributes:
         anchors: Width and height in pixels, per level.

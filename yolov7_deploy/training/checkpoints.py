@@ -161,7 +161,7 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         raw = json.loads(metadata[_METADATA_KEY])
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
-            raise ValueError("its version is another")
+            raise ValueError("it has a different version")
         return from_dict(RunState, raw), tensors
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(

@@ -32,7 +32,7 @@ class TrainLoader:
     Attributes:
         store: Images and labels.
         image_weights: float64 [N], relative frequency of each image in epochs that start from now on (not with `rect`);
-            `None` shows each image once.
+            `None` samples each image once.
         steps: Number of batches of an epoch. All are full, so the last one can repeat images.
     """
 
@@ -56,7 +56,7 @@ class TrainLoader:
             store: Images and labels, with the size of `augmentation`.
             augmentation: Settings of the augmentation.
             batch: Images per batch of this process.
-            workers: Number of worker processes; with 0, batches are made in this process on request.
+            workers: Number of worker processes; with 0, batches are created in this process on request.
             seed: Random seed.
             rank: Number of this process in distributed training.
             world_size: Number of processes in distributed training.
@@ -155,7 +155,7 @@ class _RequestSampler(Sampler[BatchRequest]):
 
 
 class _BatchDataset(Dataset[Batch | Y7Error]):
-    """Makes batches in a worker; our errors are returned as values, because torch would wrap them with a traceback."""
+    """Creates batches in a worker; our errors are returned as values, because torch would add a traceback to them."""
 
     def __init__(self, store: ImageStore, augmentation: Augmentation, *, seed: int) -> None:
         self._store, self._augmentation, self._seed = store, augmentation, seed

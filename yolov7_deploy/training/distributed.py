@@ -177,11 +177,11 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         dtype, x = x.dtype, x.float()  # sums in bfloat16 would be wrong by percents
         count = x.numel() // x.shape[1] * self.distributed.world_size  # all processes have the same batch size
         mean = _all_reduce_sum(x.sum((0, 2, 3))) / count
-        centreed = x - mean.view(1, -1, 1, 1)
-        variance = _all_reduce_sum(centreed.square().sum((0, 2, 3))) / count
+        centred = x - mean.view(1, -1, 1, 1)
+        variance = _all_reduce_sum(centred.square().sum((0, 2, 3))) / count
         self._update_running_stats(mean.detach(), variance.detach() * count / max(1, count - 1))
         scale = self.weight / torch.sqrt(variance + self.eps)
-        return (centreed * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(dtype)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(dtype)
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:

@@ -18,7 +18,7 @@ ANCHORS_PER_LEVEL = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InitializedModel:
-    """A model in training form, and a text that says where its weights come from."""
+    """A model in training form, and a summary of the origin of its weights."""
 
     model: Yolov7
     summary: str
@@ -42,7 +42,7 @@ def initialize_model(
     Args:
         variant: Official name.
         class_names: Classes to detect.
-        checkpoint: Initial weights; random ones without.
+        checkpoint: Initial weights; `None` initializes them randomly.
         anchors: Anchors in input pixels; by default those of the checkpoint, or of the variant.
         auxiliary: See `Yolov7`.
         seed: Seed of the random weights.

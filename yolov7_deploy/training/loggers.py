@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochRecord:
-    """Metrics of one epoch; a loss that is not finite stays so, and the table shows where it went wrong.
+    """Metrics of one epoch; a loss that is not finite is recorded as such, so the table shows where training diverged.
 
     Attributes:
         epoch: Epoch, from 1 in `y7 train`.

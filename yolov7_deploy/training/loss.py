@@ -268,7 +268,7 @@ class DetectionLoss(nn.Module):
 
 
 def scale_gains(hyp: Hyperparameters, *, levels: int, classes: int, image_size: int) -> Hyperparameters:
-    """Return the recipe with its gains, which are for 3 levels, 80 classes and 640 pixels, scaled as in the official
+    """Return hyperparameters with gains, which are for 3 levels, 80 classes and 640 pixels, scaled as in the official
     program."""
     share = 3 / levels
     return replace(

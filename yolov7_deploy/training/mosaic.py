@@ -145,8 +145,8 @@ def paint_canvas(reader: ImageReader, layout: Layout) -> TrainSample:
 def warp_tiles(reader: ImageReader, layout: Layout, warp: Warp) -> TrainSample:
     """Return the same as painting the canvas and warping it, but without the canvas; for axis-aligned warps only.
 
-    A pixel belongs to the tile that contains its centre, so that there is no seam between tiles; a warped canvas would
-    interpolate between the pixels on both sides.
+    A pixel belongs to the tile that contains its centre, so that tiles are not blended at their edges; a warped canvas
+    would interpolate between the pixels on both sides.
     """
     height, width = warp.out_hw
     image = np.full((height, width, 3), PAD_GREY, dtype=np.uint8)

@@ -58,7 +58,7 @@ def train(request: TrainRequest, *, callback: TrainCallback) -> TrainReport:
     """Start a training run.
 
     Args:
-        request: What to train.
+        request: The training run to start.
         callback: Receives messages, progress and metrics.
 
     Raises:
@@ -118,7 +118,7 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
 
     Raises:
         LoadError: The folder does not have a state, or it is damaged.
-        UsageError: The dataset has changed, or the number of processes is another.
+        UsageError: The dataset has changed, or the number of processes is different.
         Y7Error: All errors of `train`.
     """
     state, _ = load_run_state(folder)
@@ -226,7 +226,7 @@ def _resolve_cache(request: TrainRequest) -> TrainRequest:
 
 
 def _check_request(request: TrainRequest, distributed: DistributedContext) -> None:
-    """Refuse options that contradict each other, before anything takes time."""
+    """Refuse options that contradict each other, before any long operation."""
     options, variant, processes = request.options, find_variant(request.variant), distributed.world_size
     stride = max(variant.strides)
     if options.img % stride:
@@ -258,7 +258,7 @@ def _open_datasets(request: TrainRequest) -> _Datasets:
     train_set, val_set = (open_dataset(request.data, split=split, cache=True) for split in ("train", "val"))
     if train_set.class_names != val_set.class_names:
         raise DatasetError(
-            f"{request.data}: train and val have different classes.", fix="Make their annotations agree."
+            f"{request.data}: train and val have different classes.", fix="Use the same classes for both."
         )
     if request.classes:
         train_set, val_set = (select_classes(dataset, request.classes) for dataset in (train_set, val_set))
@@ -271,7 +271,7 @@ def _open_datasets(request: TrainRequest) -> _Datasets:
 
 
 def _require_readable_image(dataset: Dataset) -> None:
-    """Check that at least one image has a readable header, before anything takes time."""
+    """Check that at least one image has a readable header, before any long operation."""
     reasons = []
     for index in range(len(dataset)):
         try:

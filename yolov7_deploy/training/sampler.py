@@ -12,7 +12,7 @@ from yolov7_deploy.errors import UsageError
 
 
 def compute_image_weights(class_ids: Sequence[IntArray], aps: DoubleArray) -> DoubleArray | None:
-    """Return sampling weights of images, float64 [N], sum 1, so that rare classes with low AP are shown more often.
+    """Return sampling weights of images, float64 [N], sum 1, so that rare classes with low AP are sampled more often.
 
     The weight of an image is the sum over its boxes of w_c (1 - AP_c)^2 / C, with w_c ~ 1 / number of boxes of class c.
 
@@ -37,7 +37,7 @@ _ORDER = 1  # separates the random numbers of an epoch's order from those of its
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRequest:
-    """One batch to make.
+    """A request for one batch.
 
     Attributes:
         epoch: Number of the epoch.

@@ -117,7 +117,7 @@ class TrainStep:
             epoch: Epoch, from 0.
             step: Step since the start of training, from 0.
             epoch_step: Step in this epoch, from 0.
-            stop: This process requests to stop; the metrics tell all processes.
+            stop: This process requests to stop; the metrics pass the request to all processes.
         """
         apply_schedule(self.optimizer, self.schedule, step, epoch)
         parts = self.compute_loss(batch, image_size=self.image_size(epoch, epoch_step))

@@ -349,7 +349,7 @@ class Trainer:
         )
 
     def _image_weights(self) -> DoubleArray | None:
-        """Return how often each image is shown, which is more often for classes with low AP."""
+        """Return the sampling weight of each image, which is higher for classes with low AP."""
         if not self._options.image_weights:
             return None
         classes = len(self._state.class_names)
