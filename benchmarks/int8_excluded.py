@@ -43,7 +43,7 @@ def main() -> None:
         open_calibration(options.calib),
         QuantizeOptions(max_drop=options.max_drop),
         data=open_dataset(options.data),
-        say=lambda message: print(message, flush=True),
+        log=lambda message: print(message, flush=True),
     ).run()
     print(describe(result))
     int8 = result.model.metadata.int8
@@ -56,8 +56,12 @@ def main() -> None:
             "spoiled": f"channel {CHANNEL} of {PRODUCER}, times {FACTOR:g}; {CONSUMER} consumes it",
             "max_drop": options.max_drop,
             "float32_ap": result.drop.reference_ap,
-            "trials": [{"excluded": trial.spared, "ap": trial.ap, "points": trial.points} for trial in result.trials],
-            "most_sensitive": [{"layer": cost.layer, "head_error": cost.error} for cost in result.costs[:3]],
+            "measurements": [
+                {"excluded": one.excluded, "ap": one.ap, "points": one.points} for one in result.measurements
+            ],
+            "most_sensitive": [
+                {"layer": entry.layer, "head_error": entry.error} for entry in result.sensitivities[:3]
+            ],
             "excluded": [layer for layer, _ in int8.float_layers if layer not in result.model.metadata.heads],
         },
     )

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 
 from tests.support.deterministic import fill_model
+from tests.support.sample_images import noise
 from yolov7_deploy.cli.app import COMMANDS
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
+from yolov7_deploy.visualize import write_image
 
 HEAVY = (
     "cuda",
@@ -189,6 +192,7 @@ except MissingLibraryError as error:
 )
 def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, arguments, tmp_path, model_file):
     (tmp_path / "model.pt").write_bytes(b"anything")
+    (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [shape]\n")
     arguments = [str(model_file) if argument == MODEL else argument for argument in arguments]
     done = y7(*arguments, without=(library,), cwd=tmp_path)
     assert "Traceback" not in done.stderr
@@ -196,6 +200,17 @@ def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, argu
     assert done.returncode == 1
     assert message.startswith(f"MissingLibraryError: {library} is needed")
     assert extra in fix.removeprefix("pip install 'yolov7-deploy[").removesuffix("]'").split(",")
+
+
+def test_export_and_quantize_need_no_library_of_training_or_validation(tmp_path):
+    weights = bundled_weights()
+    without = ("faster_coco_eval", "matplotlib", "pycocotools", "yaml")
+    (tmp_path / "images").mkdir()
+    write_image(tmp_path / "images" / "0.png", noise(64, 64))
+    done = y7("export", "--weights", str(weights), "--img", "64", "-o", "m.onnx", without=without, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = y7("quantize", "--weights", "m.onnx", "--calib", "images", without=without, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_doctor_works_without_any_optional_library():

@@ -1,4 +1,4 @@
-"""`y7 export --fp16` and `y7 verify` of half files: what is typed, written, checked and refused."""
+"""`y7 export --fp16` and `y7 verify` of FP16 files: options, output, verification and errors."""
 
 import copy
 import json
@@ -40,42 +40,40 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pair(files, tmp_path_factory):
-    """A float32 file, and the same in half."""
-    whole = files("plugin")
-    half = tmp_path_factory.mktemp("half") / "m-fp16.onnx"
-    to_fp16(OnnxModel.load(whole), [noise(*HW)]).save(half)
-    return whole, half
+    """An FP32 file, and the same model in FP16."""
+    fp32 = files("plugin")
+    fp16 = tmp_path_factory.mktemp("fp16") / "m-fp16.onnx"
+    to_fp16(OnnxModel.load(fp32), [noise(*HW)]).save(fp16)
+    return fp32, fp16
 
 
-# --- what is typed ------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "precision, quantize, flags, expected",
+    "precision, flags, expected",
     [
-        (None, None, [], "fp32"),
-        ("fp32", None, [], "fp32"),
-        ("fp16", None, [], "fp16"),
-        ("FP16", None, [], "fp16"),
-        (None, None, ["--fp16"], "fp16"),
-        (None, None, ["--half"], "fp16"),
-        (None, 16, [], "fp16"),
-        (None, 32, [], "fp32"),
-        (None, 8, [], "int8"),
-        ("int8", 8, ["--int8"], "int8"),
-        ("fp16", 16, ["--fp16", "--half"], "fp16"),
+        (None, {}, "fp32"),
+        ("fp32", {}, "fp32"),
+        ("fp16", {}, "fp16"),
+        ("FP16", {}, "fp16"),
+        ("32", {}, "fp32"),
+        ("16", {}, "fp16"),
+        ("8", {}, "int8"),
+        (None, {"fp16": True}, "fp16"),
+        (None, {"int8": True}, "int8"),
+        ("int8", {"int8": True}, "int8"),
     ],
 )
-def test_every_spelling_means_one_precision(precision, quantize, flags, expected):
-    assert parse_precision(precision, quantize, flags) == expected
+def test_every_spelling_means_one_precision(precision, flags, expected):
+    assert parse_precision(precision, **{"fp16": False, "int8": False, **flags}) == expected
 
 
 @pytest.mark.parametrize(
     "typed",
     [
         ["--precision", "fp32", "--fp16"],
-        ["--half", "--quantize", "32"],
-        ["--precision", "fp16", "--quantize", "32"],
+        ["--precision", "32", "--fp16"],
         ["--fp16", "--int8"],
     ],
     ids=" ".join,
@@ -87,7 +85,7 @@ def test_flags_that_contradict_each_other_are_refused(typed, files):
     assert all(part in result.exception.message for part in typed)
 
 
-@pytest.mark.parametrize("typed", [["--precision", "fp64"], ["--quantize", "4"]], ids=" ".join)
+@pytest.mark.parametrize("typed", [["--precision", "fp64"], ["--precision", "4"]], ids=" ".join)
 def test_an_unknown_precision_is_refused_with_the_known_ones(typed, files):
     result = export(files(), *typed)
     assert isinstance(result.exception, UsageError)
@@ -95,7 +93,7 @@ def test_an_unknown_precision_is_refused_with_the_known_ones(typed, files):
     assert "--precision fp16" in result.exception.fix
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def test_fp16_writes_a_verified_file_of_its_own_name(files, here):
@@ -120,31 +118,31 @@ def test_fp32_keeps_the_plain_name(files, here):
     assert OnnxModel.load(here / f"{files().stem}.onnx").metadata.precision == "fp32"
 
 
-def test_a_library_caller_gets_the_same(files, here):
-    said = []
+def test_export_weights_converts_to_fp16_from_python(files, here):
+    steps = []
     report = export_weights(
         files(),
         Path("m.onnx"),
         options=ExportOptions(input_hw=HW, conf=CONF),
         precision="fp16",
-        say=lambda what, _: said.append(what),
+        log=lambda step, _: steps.append(step),
     )
     assert report.metadata.precision == "fp16" and report.parity is not None and report.parity.ok
-    assert any("135 of 135 nodes" in line for line in said)
+    assert any("135 of 135 nodes" in line for line in steps)
 
 
-def test_a_library_caller_of_an_unknown_precision_is_refused(files, here):
+def test_export_weights_refuses_an_unknown_precision(files, here):
     with pytest.raises(UsageError, match="'int4' is unknown"):
         export_weights(files(), Path("m.onnx"), options=ExportOptions(input_hw=HW), precision="int4")
     assert list(here.iterdir()) == []
 
 
-# --- what is checked ----------------------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------------------------
 
 
-def test_verify_holds_a_half_file_to_the_tolerance_of_half_on_either_side(pair):
-    for trusted, other in (pair, pair[::-1], (pair[1], pair[1])):
-        result = CliRunner().invoke(app, ["verify", "--weights", str(trusted), "--against", str(other)])
+def test_verify_applies_the_tolerance_of_fp16_if_either_file_is_fp16(pair):
+    for reference, other in (pair, pair[::-1], (pair[1], pair[1])):
+        result = CliRunner().invoke(app, ["verify", "--weights", str(reference), "--against", str(other)])
         assert result.exception is None, result.output
         assert f"{TOLERANCES['fp16'].head:g}" in result.output
 
@@ -158,7 +156,7 @@ def overflow(weights):
 
 
 def coarse(weights):
-    """Four bits of mantissa in every layer: a file rounded to an 8-bit float."""
+    """Round every weight to four bits of mantissa, as an 8-bit float has."""
     for weight in weights.values():
         scale = np.exp2(np.floor(np.log2(np.maximum(np.abs(weight.astype(np.float32)), 1e-8))) - 3)
         weight[...] = np.rint(weight / scale) * scale
@@ -170,9 +168,9 @@ def swap_heads(weights):
 
 
 @pytest.mark.parametrize("breakage", [drop_bias, overflow, coarse, swap_heads])
-def test_a_broken_half_file_is_lost_before_suppression(pair, tmp_path, breakage):
-    whole, half = pair
-    model = OnnxModel.load(half)
+def test_a_broken_fp16_file_fails_before_nms(pair, tmp_path, breakage):
+    fp32, fp16 = pair
+    model = OnnxModel.load(fp16)
     proto = copy.deepcopy(model.proto)
     stored = [tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.FLOAT16]
     weights = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in stored}
@@ -181,17 +179,17 @@ def test_a_broken_half_file_is_lost_before_suppression(pair, tmp_path, breakage)
     for tensor in stored:
         tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
     onnx.save(proto, tmp_path / "broken.onnx")
-    result = verify_artifacts(whole, [tmp_path / "broken.onnx"])
+    result = verify_artifacts(fp32, [tmp_path / "broken.onnx"])
     assert result.reports[0].first_failure.stage in ("head", "candidates")
     assert result.failures
 
 
-def test_an_export_whose_half_file_is_broken_is_not_kept(files, here, monkeypatch):
+def test_an_export_of_a_broken_fp16_file_leaves_no_file(files, here, monkeypatch):
     def broken(model, images):
-        half = to_fp16(model, images)
-        bias = next(t for t in half.proto.graph.initializer if t.name == "model.77.m.0.bias")
+        fp16 = to_fp16(model, images)
+        bias = next(t for t in fp16.proto.graph.initializer if t.name == "model.77.m.0.bias")
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float16(1), bias.name))
-        return half
+        return fp16
 
     monkeypatch.setattr("yolov7_deploy.workflows.export.to_fp16", broken)
     result = export(files(), "--fp16")
@@ -200,13 +198,13 @@ def test_an_export_whose_half_file_is_broken_is_not_kept(files, here, monkeypatc
     assert list(here.iterdir()) == []
 
 
-def test_a_map_that_is_no_number_is_over_every_limit_whichever_comes_first():
+def test_a_head_map_with_nan_exceeds_every_limit_in_any_order():
     good, bad = np.arange(4, dtype=np.float32), np.full(4, np.nan, np.float32)
     for maps in ([good, bad], [bad, good]):
         assert not parity._compare_heads([good, good], maps, TOLERANCES["fp16"]).ok
 
 
 @pytest.mark.parametrize("values", [(0.0, float("nan")), (float("nan"), 0.0)])
-def test_the_worst_image_is_the_one_without_a_number(values):
+def test_the_worst_image_is_the_one_with_nan(values):
     old, new = (StageResult(stage="head", differences={"x": value}, limits={"x": 1.0}) for value in values)
     assert not parity._merge_worst(old, new).ok

@@ -1,4 +1,4 @@
-"""`y7 quantize`, `y7 export --int8` and what `y7 info` and `y7 verify` say of such files; bad input of every kind."""
+"""`y7 quantize` and `y7 export --int8`; `y7 info` and `y7 verify` on INT8 files; bad input of every kind."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def y7(*arguments):
 
 
 def refused(kind, *arguments):
-    """The error of a command that must fail without leaving a file of its own."""
+    """Return the error of a command that must fail and leave no file."""
     before = set(Path.cwd().rglob("*.onnx"))
     result = y7(*arguments)
     assert isinstance(result.exception, kind), result.exception
@@ -53,25 +53,25 @@ def refused(kind, *arguments):
     return result.exception
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
-def test_quantize_writes_a_file_with_its_account(model, here):
+def test_quantize_writes_a_file_and_a_summary(model, here):
     result = y7("quantize", "--weights", model, "--calib", "images", "--json", "record.json")
     assert result.exception is None, result.output
     metadata = OnnxModel.load(here / "m-int8.onnx").metadata
     assert metadata.precision == "int8" and metadata.int8.images == 3
-    for words in ("55 of 58 convolutions", "Q/DQ pairs, one per tensor", "before upsampling", "Few images (3)"):
-        assert words.lower() in result.output.lower(), words
+    for text in ("55 of 58 convolutions", "Q/DQ pairs, one per tensor", "before upsampling", "Few images (3)"):
+        assert text.lower() in result.output.lower(), text
     record = json.loads((here / "record.json").read_text())
     assert record["path"] == "m-int8.onnx"
-    assert record["account"]["int8_convolutions"] == 55
-    assert record["account"]["int8_share_of_macs"] == pytest.approx(metadata.int8.share)
+    assert record["summary"]["int8_convolutions"] == 55
+    assert record["summary"]["int8_share_of_macs"] == pytest.approx(metadata.int8.share)
     assert record["calibration"]["images"] == 3
     assert record["layers"] == [] and record["accuracy"] is None
 
 
-def test_export_int8_is_the_whole_road(files, here):
+def test_export_int8_writes_a_verified_file(files, here):
     common = ("export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "images")
     result = y7(*common, "--json", "record.json")
     assert result.exception is None, result.output
@@ -81,19 +81,19 @@ def test_export_int8_is_the_whole_road(files, here):
     assert f"{written.name}: " in result.output and ", int8, opset 17" in result.output
     record = json.loads((here / "record.json").read_text())
     assert record["metadata"]["int8"]["method"] == "mse"
-    assert record["parity"]["ok"] and record["quantization"]["account"]["int8_convolutions"] == 55
+    assert record["parity"]["ok"] and record["quantization"]["summary"]["int8_convolutions"] == 55
     assert [stage["stage"] for stage in record["parity"]["stages"]][-1] == "detections"
 
 
-def test_a_library_caller_gets_the_same(files, here):
+def test_export_weights_quantizes_from_python(files, here):
     request = Int8Request(images=open_calibration("images"), options=QuantizeOptions())
     from yolov7_deploy.options import ExportOptions
 
     report = export_weights(
         files(), Path("m.onnx"), options=ExportOptions(input_hw=HW, conf=CONF), precision="int8", int8=request
     )
-    assert report.quantized is not None and report.quantized.account.int8_convolutions == 55
-    with pytest.raises(UsageError, match="INT8 needs images to calibrate on"):
+    assert report.quantized is not None and report.quantized.summary.int8_convolutions == 55
+    with pytest.raises(UsageError, match="INT8 requires calibration images"):
         export_weights(files(), Path("n.onnx"), options=ExportOptions(input_hw=HW), precision="int8")
 
 
@@ -103,7 +103,7 @@ def test_the_chart_and_the_calibration_cache_are_written(model, here):
     drawn = cv2.imread(str(here / "cost.png"))
     assert drawn.shape[1] > 800 and drawn.std() > 10
     assert (here / "m.cache").read_text().startswith("TRT-8601-EntropyCalibration2\nimages: ")
-    assert "what INT8 costs alone in a layer, the 20 dearest of 55" in result.output
+    assert "INT8 sensitivity, each layer alone: the 20 most sensitive of 55" in result.output
 
 
 def test_the_same_command_gives_the_same_bytes(model, here):
@@ -112,7 +112,7 @@ def test_the_same_command_gives_the_same_bytes(model, here):
     assert (here / "a.onnx").read_bytes() == (here / "b.onnx").read_bytes()
 
 
-def test_info_counts_what_is_int8(model, here):
+def test_info_counts_int8_layers(model, here):
     y7("quantize", "--weights", model, "--calib", "images", "--exclude", "model.7.conv")
     result = y7("info", "m-int8.onnx", "--json", "info.json")
     assert "54 of 58 convolutions" in result.output and "one per tensor" in result.output
@@ -127,18 +127,18 @@ def test_info_counts_what_is_int8(model, here):
     assert "int8" not in json.loads(y7("info", model, "--json", "-").stdout)
 
 
-def test_verify_holds_an_int8_file_to_the_tolerance_of_int8(model, here):
+def test_verify_applies_the_tolerance_of_int8(model, here):
     y7("quantize", "--weights", model, "--calib", "images")
     result = y7("verify", "--weights", model, "--against", "m-int8.onnx", "--images", "images")
     assert "rms / std" in result.output and "candidates" not in result.output
 
 
-def test_a_broken_int8_file_is_lost(files, here, monkeypatch):
+def test_a_broken_int8_file_fails_the_verification(files, here, monkeypatch):
     def broken(model, calibration, options):
-        small = to_int8(model, calibration, options)
-        scale = next(t for t in small.proto.graph.initializer if t.name == "model.7.act__scale")
+        quantized = to_int8(model, calibration, options)
+        scale = next(t for t in quantized.proto.graph.initializer if t.name == "model.7.act__scale")
         scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1e-4, np.float32), scale.name))
-        return small
+        return quantized
 
     monkeypatch.setattr("yolov7_deploy.workflows.quantize.to_int8", broken)
     error = refused(
@@ -151,12 +151,12 @@ def test_a_broken_int8_file_is_lost(files, here, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", [["--int8"], ["--precision", "int8"], ["--quantize", "8"]], ids=" ".join)
-def test_int8_without_images_says_what_is_needed_and_why(flag, files, here):
+def test_int8_without_images_explains_what_is_needed_and_why(flag, files, here):
     error = refused(UsageError, "export", "--weights", files(), *flag)
     assert "random numbers" in error.message and "--calib FOLDER" in error.fix
 
 
-def test_quantize_without_images_says_the_same(model):
+def test_quantize_without_images_explains_the_same(model):
     assert "--calib FOLDER" in refused(UsageError, "quantize", "--weights", model).fix
 
 
@@ -166,13 +166,13 @@ def test_an_option_of_int8_without_int8_is_refused(flag, files, here):
     assert flag[0] in error.message and "--int8" in error.fix
 
 
-def test_weights_that_are_no_onnx_name_the_other_command(files, here):
+def test_weights_other_than_onnx_get_the_export_command(files, here):
     error = refused(UsageError, "quantize", "--weights", files(), "--calib", "images")
     assert "y7 export" in error.fix and "--int8 --calib" in error.fix
 
 
 @pytest.mark.parametrize(
-    "typed, words",
+    "typed, text",
     [
         (["--method", "mean"], "mean"),
         (["--fallback", "int4"], "int4"),
@@ -183,9 +183,9 @@ def test_weights_that_are_no_onnx_name_the_other_command(files, here):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_option_that_cannot_be_meant_is_refused(typed, words, model):
+def test_an_invalid_option_is_refused(typed, text, model):
     error = refused((UsageError, ExportError, SourceError), "quantize", "-w", model, "--calib", "images", *typed)
-    assert words in error.message + error.fix
+    assert text in error.message + error.fix
 
 
 def test_max_drop_without_labels_is_refused_before_anything_is_measured(model):
@@ -194,7 +194,7 @@ def test_max_drop_without_labels_is_refused_before_anything_is_measured(model):
 
 
 @pytest.mark.parametrize("calib", ["nowhere", "empty", "nowhere.yaml"])
-def test_no_images_at_all_are_an_error(calib, model, here):
+def test_missing_or_empty_calibration_sources_are_an_error(calib, model, here):
     (here / "empty").mkdir()
     assert calib in refused((SourceError, DatasetError), "quantize", "-w", model, "--calib", calib).message
 
@@ -215,12 +215,12 @@ def test_only_black_images_are_an_error(model, here):
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
-def test_a_smaller_file_is_refused(kind, model, files, here):
+def test_a_file_of_lower_precision_is_refused(kind, model, files, here):
     if kind == "int8":
-        y7("quantize", "-w", model, "--calib", "images", "-o", "small.onnx")
+        y7("quantize", "-w", model, "--calib", "images", "-o", "low.onnx")
     else:
-        y7("export", "-w", files(), "--img", IMG, "--fp16", "--no-verify", "-o", "small.onnx")
-    error = refused(ExportError, "quantize", "-w", "small.onnx", "--calib", "images")
+        y7("export", "-w", files(), "--img", IMG, "--fp16", "--no-verify", "-o", "low.onnx")
+    error = refused(ExportError, "quantize", "-w", "low.onnx", "--calib", "images")
     assert "already" in error.message and "float32 file" in error.fix
 
 
@@ -231,7 +231,7 @@ def test_the_cache_of_another_model_is_refused(model, here):
     assert "another model" in error.message
 
 
-def test_weights_that_make_no_numbers_are_an_error(here):
+def test_weights_that_give_nan_are_an_error(here):
     proto = onnx.ModelProto()
     proto.CopyFrom(exported_tiny().proto)
     weight = next(t for t in proto.graph.initializer if t.name == "model.7.conv.weight")
@@ -239,17 +239,17 @@ def test_weights_that_make_no_numbers_are_an_error(here):
     values[0] = np.nan
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(proto, here / "nan.onnx")
-    assert "no numbers" in refused(ExportError, "quantize", "-w", "nan.onnx", "--calib", "images").message
+    assert "infinite values or NaN" in refused(ExportError, "quantize", "-w", "nan.onnx", "--calib", "images").message
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", None])
-def test_a_file_that_is_no_model_is_an_error(content, here):
+def test_a_file_that_is_not_a_model_is_an_error(content, here):
     if content is not None:
         (here / "bad.onnx").write_bytes(content)
     refused(LoadError, "quantize", "-w", "bad.onnx", "--calib", "images")
 
 
-def test_a_file_without_a_metadata_becomes_int8_and_says_what_was_assumed(model, here):
+def test_a_file_without_metadata_is_quantized_with_a_note_on_what_was_assumed(model, here):
     without_metadata(model, here / "foreign.onnx")
     result = y7("quantize", "-w", "foreign.onnx", "--calib", "images")
     assert result.exception is None, result.output
@@ -258,7 +258,7 @@ def test_a_file_without_a_metadata_becomes_int8_and_says_what_was_assumed(model,
     assert any("no metadata" in note for note in metadata.notes)
 
 
-def test_a_place_that_cannot_be_written_is_an_error_before_anything_is_measured(model, here):
+def test_an_output_that_cannot_be_written_is_an_error_before_the_calibration(model, here):
     (here / "file").write_text("in the way")
     error = refused(ExportError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
-    assert "--output" in error.fix  # before the images are looked at
+    assert "--output" in error.fix  # checked before the images

@@ -161,7 +161,7 @@ def _write_files(
     complete = source.exported(1)
     options = QuantizeOptions(cache=None if source.trained else work / "calibration.npz")
     images = open_calibration(calibration, limit=MAX_CALIBRATION)
-    quantized = Quantizer(complete, images, options, say=lambda message: print(message, flush=True)).run()
+    quantized = Quantizer(complete, images, options, log=lambda message: print(message, flush=True)).run()
     synthetic_names = set() if source.trained else {tensor.name for tensor in complete.proto.graph.initializer}
     for batch in batches:
         model = complete if batch == 1 else source.exported(batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.workflows.export import ExportReport, Int8Request
 
 DEFAULTS = ExportOptions()
-_PRECISION_FLAGS = {"--fp16": "fp16", "--half": "fp16", "--int8": "int8"}
-_PRECISION_BY_BITS = {8: "int8", 16: "fp16", 32: "fp32"}
+_PRECISION_BY_BITS = {"8": "int8", "16": "fp16", "32": "fp32"}
 # Options that need another option, by their parameter names.
 _INT8_OPTIONS = {"calib": "--calib", "data": "--data", "max_drop": "--max-drop"}
 _ENGINE_OPTIONS = {
@@ -65,13 +63,13 @@ InputKind = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="fp32, fp16 or int8 (input, outputs, decoding and NMS stay in float32)."),
+    typer.Option(
+        "--precision",
+        "--quantize",
+        help="fp32, fp16 or int8, or in bits: 32, 16 or 8 (input, outputs, decoding and NMS stay in float32).",
+    ),
 ]
-Fp16 = Annotated[bool, typer.Option("--fp16", help="Same as --precision fp16.")]
-Half = Annotated[bool, typer.Option("--half", help="Same as --precision fp16.", hidden=True)]
-Quantize = Annotated[
-    int | None, typer.Option("--quantize", help="Precision in bits: 8, 16 or 32, as --precision.", hidden=True)
-]
+Fp16 = Annotated[bool, typer.Option("--fp16", "--half", help="Same as --precision fp16.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Same as --precision int8; needs --calib.")]
 Opset = Annotated[int, typer.Option("--opset", help="ONNX opset version, 13 to 21.")]
 Simplify = Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")]
@@ -92,7 +90,7 @@ MakeEngine = Annotated[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportJob:
-    """Everything one `y7 export` does, checked before the work starts.
+    """Everything one `y7 export` writes, checked before the work starts.
 
     Attributes:
         weights: File or official name.
@@ -100,10 +98,7 @@ class ExportJob:
         options: Options of the graph.
         precision: One of `PRECISIONS`.
         int8: Calibration images and options; `None` unless `precision` is `int8`.
-        verify: Compare ONNX Runtime with PyTorch.
-        image: Image to verify on; `None` takes a synthetic one.
         engine: How to build an engine; `None` builds none.
-        json_path: Where the JSON result goes.
     """
 
     weights: str
@@ -111,15 +106,7 @@ class ExportJob:
     options: ExportOptions
     precision: str
     int8: Int8Request | None
-    verify: bool
-    image: Path | None
     engine: EngineOptions | None
-    json_path: str | None
-
-    @property
-    def to_stderr(self) -> bool:
-        """True if messages go to standard error, because the JSON result goes to standard output."""
-        return self.json_path == "-"
 
 
 def export(
@@ -139,8 +126,6 @@ def export(
     input_kind: InputKind = DEFAULTS.input_kind,
     precision: Precision = None,
     fp16: Fp16 = False,
-    half: Half = False,
-    quantize: Quantize = None,
     int8: Int8 = False,
     calib: Calib = None,
     data: Data = None,
@@ -163,9 +148,7 @@ def export(
 
     Example:  y7 export --weights yolov7.pt --fp16
     """
-    number_type = parse_precision(
-        precision, quantize, [flag for flag, on in (("--fp16", fp16), ("--half", half), ("--int8", int8)) if on]
-    )
+    number_type = parse_precision(precision, fp16=fp16, int8=int8)
     _check_needed("--int8", given=number_type == "int8", options=_INT8_OPTIONS)
     _check_needed("--engine", given=engine, options=_ENGINE_OPTIONS)
     options = ExportOptions(
@@ -182,36 +165,28 @@ def export(
         opset=opset,
         simplify=simplify,
     )
-    job = ExportJob(
-        weights=weights,
-        output=output,
-        options=options,
-        precision=number_type,
-        int8=_int8_request(calib, data, max_drop) if number_type == "int8" else None,
-        verify=verify,
-        image=image,
-        engine=_engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None,
-        json_path=json_path,
-    )
-    _run(job)
+    request = _int8_request(calib, data, max_drop) if number_type == "int8" else None
+    build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
+    job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
+    _run(job, verify=verify, image=image, json_path=json_path)
 
 
-def parse_precision(precision: str | None, quantize: int | None, flags: Sequence[str]) -> str:
-    """Return the one of `PRECISIONS` that the options ask for; `fp32` without any.
+def parse_precision(precision: str | None, *, fp16: bool, int8: bool) -> str:
+    """Return the one of `PRECISIONS` that the options request; `fp32` without any.
 
     Args:
-        precision: Value of `--precision`.
-        quantize: Value of `--quantize`, in bits.
-        flags: Those of `--fp16`, `--half` and `--int8` that were given.
+        precision: Value of `--precision`: a name, or a number of bits.
+        fp16: Whether `--fp16` was given.
+        int8: Whether `--int8` was given.
 
     Raises:
         UsageError: The precision is unknown, or two options contradict each other.
     """
-    requested = {flag: _PRECISION_FLAGS[flag] for flag in flags}
+    requested = {"--fp16": "fp16"} if fp16 else {}
+    if int8:
+        requested["--int8"] = "int8"
     if precision is not None:
-        requested[f"--precision {precision}"] = precision.lower()
-    if quantize is not None:
-        requested[f"--quantize {quantize}"] = _PRECISION_BY_BITS.get(quantize, f"{quantize} bits")
+        requested[f"--precision {precision}"] = _PRECISION_BY_BITS.get(precision, precision.lower())
     for option, name in requested.items():
         if name not in PRECISIONS:
             raise UsageError(f"{option} is unknown.", fix=f"One of: --precision {', --precision '.join(PRECISIONS)}")
@@ -267,19 +242,20 @@ def _engine_options(
     )
 
 
-def _run(job: ExportJob) -> None:
+def _run(job: ExportJob, *, verify: bool, image: Path | None, json_path: str | None) -> None:
     """Export, build the engine if requested, and write the JSON result."""
+    to_stderr = json_path == "-"  # keeps messages apart from the JSON result on standard output
     # Before the export, which takes long: an error must not come after it.
     installation = None if job.engine is None else _find_tensorrt(job.engine)
-    report = _export(job)
+    report = _export(job, verify=verify, image=image, to_stderr=to_stderr)
     result = to_dict(report)
     if job.engine is not None:
-        engine = _build(report.path, job.engine, installation, to_stderr=job.to_stderr)
+        engine = _build(report.path, job.engine, installation, to_stderr=to_stderr)
         result["engine"] = engine_to_dict(engine)
-    if job.json_path is not None:
+    if json_path is not None:
         from yolov7_deploy._console import write_json
 
-        write_json(result, job.json_path)
+        write_json(result, json_path)
 
 
 def _find_tensorrt(options: EngineOptions) -> Installation:
@@ -288,11 +264,11 @@ def _find_tensorrt(options: EngineOptions) -> Installation:
     return find_tensorrt(options)
 
 
-def _export(job: ExportJob) -> ExportReport:
+def _export(job: ExportJob, *, verify: bool, image: Path | None, to_stderr: bool) -> ExportReport:
     from yolov7_deploy.image import read_image
     from yolov7_deploy.workflows.export import export_weights
 
-    images = [read_image(job.image)] if job.image else []
+    images = [read_image(image)] if image else []
     path = locate_weights(job.weights)
     suffix = "" if job.precision == "fp32" else f"-{job.precision}"
     report = export_weights(
@@ -301,11 +277,11 @@ def _export(job: ExportJob) -> ExportReport:
         options=job.options,
         precision=job.precision,
         int8=job.int8,
-        verify=job.verify,
+        verify=verify,
         images=images,
-        say=lambda step, seconds: typer.echo(f"{seconds:6.1f} s  {step}", err=job.to_stderr),
+        log=lambda step, seconds: typer.echo(f"{seconds:6.1f} s  {step}", err=to_stderr),
     )
-    typer.echo(describe(report), err=job.to_stderr)
+    typer.echo(describe(report), err=to_stderr)
     return report
 
 

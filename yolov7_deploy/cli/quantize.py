@@ -1,4 +1,4 @@
-"""`y7 quantize`: a float32 ONNX file to INT8, with what each layer costs and what AP says."""
+"""`y7 quantize`: convert an FP32 ONNX file to INT8, and report the sensitivity of each layer and the AP."""
 
 from __future__ import annotations
 
@@ -21,56 +21,59 @@ DEFAULTS = Int8Options()
 
 Calib = Annotated[
     Path | None,
-    typer.Option("--calib", help="Images to find ranges on: folder, list, pattern, dataset YAML, COCO JSON, video."),
+    typer.Option("--calib", help="Calibration images: folder, list, pattern, dataset YAML, COCO JSON, video."),
 ]
 CALIB_LIMIT = 512
-CalibLimit = Annotated[int, typer.Option("--calib-limit", help="At most so many of them, evenly spaced.")]
+CalibLimit = Annotated[int, typer.Option("--calib-limit", help="Maximum number of calibration images, evenly spaced.")]
 CalibCache = Annotated[
-    Path | None, typer.Option("--calib-cache", help="Keep what was measured in this file, not in the cache folder.")
+    Path | None, typer.Option("--calib-cache", help="Calibration file to read or write (default: in the cache folder).")
 ]
 Method = Annotated[
-    str, typer.Option("--method", help="How ranges are chosen from histograms: mse, percentile, entropy or max.")
+    str, typer.Option("--method", help="Choice of activation ranges from histograms: mse, percentile, entropy or max.")
 ]
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Other images, with labels, for AP: dataset YAML or COCO JSON.")
-]
+Data = Annotated[Path | None, typer.Option("--data", help="Dataset on which to measure AP: YAML or COCO JSON.")]
 MaxDrop = Annotated[
     float | None,
-    typer.Option("--max-drop", help="AP points (of 100) INT8 may lose; layers stay float until it loses no more."),
+    typer.Option("--max-drop", help="Exclude layers until INT8 loses at most this many AP points (of 100)."),
 ]
-Spare = Annotated[list[str] | None, typer.Option("--exclude", help="A layer that stays float; may be given often.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Layer to keep in float; repeatable.")]
 
 NO_IMAGES = UsageError(
-    "INT8 needs sample images: the range of each tensor is measured on them, and ranges of random numbers or of no "
-    "images clip what real ones show.",
-    fix="Add  --calib FOLDER  with 100 to 500 images like those to come; not those AP is measured on.",
+    "INT8 requires calibration images: activation ranges are measured on them; ranges from random numbers clip the "
+    "values of real images.",
+    fix="Add  --calib FOLDER  with 100 to 500 representative images, other than those used to measure AP.",
 )
 
 
 def quantize(
-    weights: Annotated[str, typer.Option("--weights", "-w", help="A float32 .onnx file.")],
+    weights: Annotated[str, typer.Option("--weights", "-w", help="An FP32 .onnx file.")],
     calib: Calib = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME-int8.onnx here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Output file (default: NAME-int8.onnx here).")
+    ] = None,
     method: Method = DEFAULTS.method,
     data: Data = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first so many images.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first LIMIT images.")] = None,
     max_drop: MaxDrop = None,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Find what INT8 costs in each layer; takes minutes.")
+        bool, typer.Option("--sensitivity", help="Measure the INT8 sensitivity of each layer (minutes).")
     ] = False,
-    exclude: Spare = None,
+    exclude: Exclude = None,
     fallback: Annotated[
-        str, typer.Option("--fallback", help="Type of what is not INT8: fp16 or fp32.")
+        str, typer.Option("--fallback", help="Precision of the other layers: fp16 or fp32.")
     ] = DEFAULTS.fallback,
     calib_limit: CalibLimit = CALIB_LIMIT,
     calib_cache: CalibCache = None,
     trt_cache: Annotated[
-        Path | None, typer.Option("--trt-cache", help="Also write the ranges as a TensorRT calibration cache, for DLA.")
+        Path | None, typer.Option("--trt-cache", help="Also write a TensorRT calibration cache, for DLA.")
     ] = None,
-    chart: Annotated[Path | None, typer.Option("--chart", help="Draw what INT8 costs in each layer (.png).")] = None,
+    chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart of the sensitivities (.png).")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Make an INT8 file of a float32 ONNX file, and say what it costs."""
+    """Convert an FP32 ONNX file to INT8 with calibration images.
+
+    Example:  y7 quantize --weights yolov7.onnx --calib images/
+    """
     if calib is None:
         raise NO_IMAGES
     options = QuantizeOptions(
@@ -82,8 +85,8 @@ def quantize(
         cache=calib_cache,
     )
     path = _float_file(weights)
-    place = output or Path(f"{path.stem}-int8.onnx")
-    _check_place(place)
+    target = output or Path(f"{path.stem}-int8.onnx")
+    _check_output(target)
     if chart is not None:
         from yolov7_deploy._charts import check_chart_path
 
@@ -92,44 +95,44 @@ def quantize(
 
     model = open_onnx(path)
     result = run(model, calib, options, data=open_data(data, limit), limit=calib_limit, to_stderr=json_path == "-")
-    result.model.save(place)
-    typer.echo(_described(result, place), err=json_path == "-")
+    result.model.save(target)
+    typer.echo(_summary(result, target), err=json_path == "-")
     if trt_cache is not None:
         _write_trt_cache(model, result, options, trt_cache)
     if chart is not None:
-        from yolov7_deploy.workflows.quantize import write_sensitivity_chart
+        from yolov7_deploy.workflows.sensitivity_chart import write_sensitivity_chart
 
-        write_sensitivity_chart(result, chart, title=place.stem)
+        write_sensitivity_chart(result, chart, title=target.stem)
     if json_path is not None:
         from yolov7_deploy._console import write_json
         from yolov7_deploy.workflows.quantize import to_dict
 
-        write_json({"path": str(place), **to_dict(result)}, json_path)
+        write_json({"path": str(target), **to_dict(result)}, json_path)
 
 
 def _float_file(weights: str) -> Path:
     path = Path(weights)
     if path.suffix.lower() != ".onnx":
         raise UsageError(
-            f"{weights} is no .onnx file: y7 quantize starts from a float32 one.",
-            fix=f"From weights in one go:  y7 export --weights {weights} --int8 --calib FOLDER",
+            f"{weights} is not an .onnx file; y7 quantize starts from an FP32 ONNX file.",
+            fix=f"Export and quantize in one step:  y7 export --weights {weights} --int8 --calib FOLDER",
         )
     return path
 
 
-def _check_place(place: Path) -> None:
-    """Refuses a place that cannot be written before minutes are spent."""
+def _check_output(output: Path) -> None:
+    """Check that the output can be written before minutes are spent on it."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(place.parent, os.W_OK) else "the folder is read-only"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(output.parent, os.W_OK) else "the folder is read-only"
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
-        raise ExportError(f"{place} cannot be written: {reason}.", fix="Choose another place:  --output F")
+        raise ExportError(f"{output} cannot be written: {reason}.", fix="Choose another path:  --output FILE")
 
 
 def open_data(data: Path | None, limit: int | None) -> Dataset | None:
-    """The images AP is measured on, if any."""
+    """Return the dataset on which AP is measured, if any."""
     if data is None:
         return None
     from yolov7_deploy.datasets import open_dataset
@@ -146,7 +149,7 @@ def run(
     limit: int,
     to_stderr: bool,
 ) -> Quantized:
-    """Quantises and tells each step."""
+    """Quantize, and print each step."""
     from yolov7_deploy._console import progress
     from yolov7_deploy.precision.calibration_images import open_calibration
     from yolov7_deploy.workflows.quantize import Quantizer
@@ -157,28 +160,28 @@ def run(
         images,
         options,
         data=data,
-        say=lambda words: typer.echo(words, err=to_stderr),
+        log=lambda text: typer.echo(text, err=to_stderr),
         show=progress,
     ).run()
 
 
-def _described(result: Quantized, place: Path) -> str:
+def _summary(result: Quantized, path: Path) -> str:
     from yolov7_deploy.workflows.quantize import describe
 
     return "\n\n".join(
         [
             describe(result),
-            f"{place}: {place.stat().st_size / 1e6:.1f} MB\nBuild it:  y7 build --weights {place}",
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB\nBuild it:  y7 build --weights {path}",
         ]
     )
 
 
-def _write_trt_cache(model: OnnxModel, result: Quantized, options: QuantizeOptions, place: Path) -> None:
+def _write_trt_cache(model: OnnxModel, result: Quantized, options: QuantizeOptions, path: Path) -> None:
     from yolov7_deploy.precision.trt_cache import trt_calibration_cache
 
     text = trt_calibration_cache(model, result.calibration, options.int8.method)
     try:
-        place.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"{place} cannot be written: {reason}.", fix="Choose another path.") from error
+        raise UsageError(f"{path} cannot be written: {reason}.", fix="Choose another path.") from error

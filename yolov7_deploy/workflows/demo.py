@@ -87,7 +87,7 @@ def run_demo(*, save_dir: Path, log: Log, weights: Path, source: Path | None = N
     log(f"1  Checkpoint: {weights}")
     onnx = save_dir / f"{weights.stem}.onnx"
     log(f"2  Export to one ONNX file with NMS inside, verified against PyTorch: {onnx}")
-    report = export_weights(weights, onnx, options=ExportOptions(), say=_step_log(log))
+    report = export_weights(weights, onnx, options=ExportOptions(), log=_step_log(log))
     _log_export(report, log)
     log(f"3  Detections in {path}")
     with Detector(onnx) as detector:
@@ -188,7 +188,7 @@ def _export(weights: Path, precision: str, folder: Path, save_dir: Path, log: Lo
         precision=precision,
         int8=int8,
         images=[] if int8 else [read_image(file) for file in sorted(training_images.iterdir())[:VERIFIED_IMAGES]],
-        say=_step_log(log),
+        log=_step_log(log),
     )
     _log_export(report, log)
     return path

@@ -1,4 +1,4 @@
-"""The road over several stations: a checkpoint to a verified ONNX file."""
+"""Export pipeline: from a checkpoint to a verified ONNX file."""
 
 from __future__ import annotations
 
@@ -32,16 +32,21 @@ from yolov7_deploy.workflows.quantize import Quantized, Quantizer, Show, silent
 
 logger = logging.getLogger(__name__)
 
-Say = Callable[[str, float], None]
+Log = Callable[[str, float], None]
 
-_CALIBRATED_SHOWN = 2  # images an INT8 file is verified on, where none are given
+_VERIFIED_CALIBRATION_IMAGES = 2  # images an INT8 file is verified on by default
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """What an export wrote and how it was checked.
+    """Result of an export.
 
-    `parity` is `None` where verification was left out, `quantized` where the file is not INT8.
+    Attributes:
+        path: The ONNX file.
+        metadata: Its metadata.
+        bytes: Its size.
+        parity: Result of the verification; `None` if it was skipped.
+        quantized: Result of the quantization; `None` unless the file is INT8.
     """
 
     path: Path
@@ -53,7 +58,14 @@ class ExportReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Request:
-    """What INT8 needs beyond the weights: images to calibrate on, and others with labels if AP shall be known."""
+    """Inputs of an INT8 export besides the weights.
+
+    Attributes:
+        images: Calibration images.
+        options: Options of the quantization.
+        data: Labelled images on which to measure AP; `None` measures none.
+        show: Opens a progress display for a step.
+    """
 
     images: CalibrationImages
     options: QuantizeOptions
@@ -70,62 +82,63 @@ def export_weights(
     int8: Int8Request | None = None,
     verify: bool = True,
     images: Sequence[Image] = (),
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> ExportReport:
-    """Exports a checkpoint to ONNX and checks the file through ONNX Runtime against torch.
+    """Export a checkpoint to ONNX and verify the file in ONNX Runtime against PyTorch.
 
-    The file gets its name only after the check: a failed or killed export leaves nothing, and an older file stays.
+    The file gets its name only after the verification: a failed or killed export leaves nothing, and an existing file
+    stays.
 
     Args:
         weights: A checkpoint.
         output: The `.onnx` file to write.
-        options: See `ExportOptions`.
+        options: Options of the graph.
         precision: `fp32`, `fp16` or `int8`.
-        int8: What `int8` needs.
-        verify: Compare stage by stage.
-        images: What to compare on, and what half precision is measured on. Where empty: a drawn image, and for INT8
-            some of those it was calibrated on.
-        say: Called with each finished step and its seconds.
+        int8: Inputs of the quantization, required by and only for `int8`.
+        verify: Compare the file with PyTorch stage by stage.
+        images: Images for the verification and the range check of FP16. By default a synthetic image, and for INT8
+            some of the calibration images.
+        log: Called with each finished step and its duration in seconds.
 
     Raises:
-        UsageError: The precision is unknown.
+        UsageError: The precision is unknown, or `int8` does not fit it.
         LoadError: The checkpoint cannot be read.
         ExportError: The graph or file cannot be written.
-        ParityError: The file is not the model; the message says at which stage they part.
+        ParityError: The file differs from the model; the message names the first stage that does.
     """
     if output.suffix != ".onnx":
-        raise ExportError(f"{output} is not named like an ONNX file.", fix=f"--output {output.with_suffix('.onnx')}")
+        raise ExportError(f"{output} does not end in .onnx.", fix=f"--output {output.with_suffix('.onnx')}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is unknown.", fix=f"One of: {', '.join(PRECISIONS)}")
     if (precision == "int8") != (int8 is not None):
         raise UsageError(
-            f"precision {precision!r} with int8={int8}: INT8 needs images to calibrate on, and nothing else does.",
+            f"precision {precision!r} with int8={int8}: INT8 requires calibration images, other precisions take none.",
             fix="precision='int8', int8=Int8Request(images=open_calibration(FOLDER), options=QuantizeOptions())",
         )
-    step = _Steps(say)
+    steps = _StepTimer(log)
     checkpoint = load_checkpoint(weights)
-    step.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
+    steps.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
     model = fuse(build_model(checkpoint))
-    step.done("fused BatchNorm, RepConv and implicit knowledge")
+    steps.done("fused BatchNorm, RepConv and implicit knowledge")
     exported = export_onnx(model, replace(checkpoint.metadata, version=__version__), options)
-    step.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
-    exported, quantized, images = _lowered(exported, precision, int8, images, step)
+    steps.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
+    exported, quantized, images = _convert(exported, precision, int8, images, steps)
     reference = PytorchRuntime(model, checkpoint.metadata) if verify else None
-    size, parity = _written(exported, output, reference, images, step)
+    size, parity = _write(exported, output, reference, images, steps)
     return ExportReport(path=output, metadata=exported.metadata, bytes=size, parity=parity, quantized=quantized)
 
 
-def _written(
-    exported: OnnxModel, output: Path, reference: PytorchRuntime | None, images: Sequence[Image], step: _Steps
+def _write(
+    exported: OnnxModel, output: Path, reference: PytorchRuntime | None, images: Sequence[Image], steps: _StepTimer
 ) -> tuple[int, ParityReport | None]:
-    """Writes the file, and gives it its name if it is the reference's model; its size, and the check."""
+    """Write the file and rename it after the verification; return its size and the verification's result."""
     partial = partial_path(output)
     try:
         exported.save(partial)
         parity = None
         if reference is not None:
-            parity = _verified(reference, partial, exported.metadata, images)
-            step.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
+            parity = _verify(reference, partial, exported.metadata, images)
+            steps.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
         size = partial.stat().st_size
         partial.replace(output)
     finally:
@@ -134,27 +147,27 @@ def _written(
     return size, parity
 
 
-def _lowered(
-    exported: OnnxModel, precision: str, int8: Int8Request | None, images: Sequence[Image], step: _Steps
+def _convert(
+    exported: OnnxModel, precision: str, int8: Int8Request | None, images: Sequence[Image], steps: _StepTimer
 ) -> tuple[OnnxModel, Quantized | None, Sequence[Image]]:
-    """The graph in its precision, how INT8 came about, and the images to verify it on."""
+    """Return the graph in its precision, the result of the quantization, and the images to verify on."""
     quantized = None
     if int8 is not None:
-        quantized = Quantizer(exported, int8.images, int8.options, data=int8.data, say=step.done, show=int8.show).run()
-        images = images or list(islice(int8.images, _CALIBRATED_SHOWN))
+        quantized = Quantizer(exported, int8.images, int8.options, data=int8.data, log=steps.done, show=int8.show).run()
+        images = images or list(islice(int8.images, _VERIFIED_CALIBRATION_IMAGES))
     images = images or [synthetic_image(exported.metadata.default_hw)]
     if precision == "fp16":
-        return _in_half(exported, images, step), None, images
+        return _convert_to_fp16(exported, images, steps), None, images
     return (exported if quantized is None else quantized.model), quantized, images
 
 
-def _in_half(exported: OnnxModel, images: Sequence[Image], step: _Steps) -> OnnxModel:
-    half = to_fp16(exported, images)
-    step.done("; ".join(half.metadata.notes[len(exported.metadata.notes) :]))
-    return half
+def _convert_to_fp16(exported: OnnxModel, images: Sequence[Image], steps: _StepTimer) -> OnnxModel:
+    model = to_fp16(exported, images)
+    steps.done("; ".join(model.metadata.notes[len(exported.metadata.notes) :]))
+    return model
 
 
-def _verified(reference: PytorchRuntime, path: Path, metadata: ModelMetadata, images: Sequence[Image]) -> ParityReport:
+def _verify(reference: PytorchRuntime, path: Path, metadata: ModelMetadata, images: Sequence[Image]) -> ParityReport:
     input_hw = metadata.default_hw
     runtime = OrtRuntime.open(path, device="cpu", input_hw=None)
     parity = compare(
@@ -164,32 +177,32 @@ def _verified(reference: PytorchRuntime, path: Path, metadata: ModelMetadata, im
         thresholds=comparison_thresholds(metadata),
     )
     if parity.first_failure is not None:
-        lost = parity.first_failure
+        failure = parity.first_failure
         raise ParityError(
-            f"The exported file is not the model: at the stage {lost.stage!r} it differs by {lost.differences} "
-            f"(allowed {lost.limits}). No file was written.",
-            fix=_remedy(metadata.precision),
+            f"The exported file differs from the model: at stage {failure.stage!r} by {failure.differences} "
+            f"(allowed {failure.limits}). No file was written.",
+            fix=_fix(metadata.precision),
         )
     return parity
 
 
-def _remedy(precision: str) -> str:
+def _fix(precision: str) -> str:
     if precision == "int8":
-        return "Calibrate on more images like those to come, or keep layers float:  --data D.yaml --max-drop 0.3"
+        return "Calibrate on more representative images, or exclude layers from INT8:  --data D.yaml --max-drop 0.3"
     if precision == "fp16":
-        return "Try  --precision fp32, or images of your own:  --image FILE; --no-verify writes it all the same."
-    return "Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes it all the same."
+        return "Try  --precision fp32, or one of your images:  --image FILE; --no-verify writes the file anyway."
+    return "Try  --no-simplify, another --opset, or another onnxruntime; --no-verify writes the file anyway."
 
 
-class _Steps:
-    """Tells how long each step took."""
+class _StepTimer:
+    """Logs each finished step with its duration."""
 
-    def __init__(self, say: Say | None) -> None:
-        self._say, self._started = say, time.perf_counter()
+    def __init__(self, log: Log | None) -> None:
+        self._log, self._started = log, time.perf_counter()
 
-    def done(self, what: str) -> None:
+    def done(self, step: str) -> None:
         seconds = time.perf_counter() - self._started
-        logger.info("%s (%.1f s)", what, seconds)
-        if self._say:
-            self._say(what, seconds)
+        logger.info("%s (%.1f s)", step, seconds)
+        if self._log:
+            self._log(step, seconds)
         self._started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Calibrates, places, measures, and spares what INT8 costs too much."""
+"""INT8 quantization: calibrate, convert, measure AP, and exclude the layers that INT8 costs most."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
-from yolov7_deploy._charts import write_chart
 from yolov7_deploy._console import table
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
-from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
-from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop, summarize_drop
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.inspection.onnx_file import int8_lines, int8_to_dict
 from yolov7_deploy.options import Int8Options, QuantizeOptions, ValOptions
@@ -40,19 +32,33 @@ from yolov7_deploy.precision.ort_runner import network_input
 from yolov7_deploy.precision.sensitivity import LayerSensitivity, layer_sensitivities
 from yolov7_deploy.precision.subgraph import Network
 
-# Below this many, each spared layer is tried without the others; a trial is an AP measurement, which takes minutes.
+if TYPE_CHECKING:
+    from yolov7_deploy.evaluation.accuracy import AccuracyReport
+    from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+Show = Callable[[str], AbstractContextManager[Progress]]
+Log = Callable[[str], None]
+
+RANKING_IMAGES = 2
+DEFAULT_MAX_DROP = 0.3  # AP points; the limit of `y7 verify`
+# With more excluded layers than this, the search does not try to return single layers to INT8: each trial is an AP
+# measurement, which takes minutes.
 MAX_PRUNED_LAYERS = 8
+MAX_TABLE_ROWS = 20  # layers in the table; the JSON has all
 
 
 def min_excluded_layers(most_sensitive: Sequence[str], fits: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
-    """A small set of layers to spare with which the model fits; `None` if it does not fit with all of them spared.
+    """Return a small set of layers to exclude from INT8; `None` if the model fits with no such set.
 
-    The dearest one, two, four, ... are spared until it fits, then the number is halved in between. A rank is no proof
-    that each of them is needed, so each of a few is tried in INT8 once more, the cheapest first.
+    The search excludes the first 1, 2, 4, ... layers until the model fits, then bisects. The order does not prove that
+    each of them is necessary: if they are few, each is tried in INT8 again, the least sensitive first.
 
     Args:
-        dearest: All layers, the one that INT8 costs most first.
-        fits: Measures with these spared; called with each set once.
+        most_sensitive: All layers, most sensitive first.
+        fits: Whether the model fits without these layers in INT8; called once for each set.
     """
     least, most = 0, 1
     while not fits(frozenset(most_sensitive[:most])):
@@ -65,73 +71,70 @@ def min_excluded_layers(most_sensitive: Sequence[str], fits: Callable[[frozenset
             most = middle
         else:
             least = middle
-    spared = frozenset(most_sensitive[:most])
+    excluded = frozenset(most_sensitive[:most])
     if most <= MAX_PRUNED_LAYERS:
-        for layer in reversed(most_sensitive[: most - 1]):  # without the last it was tried already
-            if len(spared) > 1 and fits(spared - {layer}):
-                spared -= {layer}
-    return spared
-
-
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-Show = Callable[[str], AbstractContextManager[Progress]]
-Say = Callable[[str], None]
-
-RANKING_IMAGES = 2
-TOLD_AGAINST = 0.3  # AP points; what `y7 verify` allows where nothing is asked
+        for layer in reversed(most_sensitive[: most - 1]):  # the set without the last one did not fit
+            if len(excluded) > 1 and fits(excluded - {layer}):
+                excluded -= {layer}
+    return excluded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """AP with some layers spared."""
+    """AP with some layers excluded from INT8.
 
-    spared: tuple[str, ...]
+    Attributes:
+        excluded: Names of the layers.
+        ap: AP, 0 to 1.
+        points: AP points (of 100) lost against FP32.
+    """
+
+    excluded: tuple[str, ...]
     ap: float
     points: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantized:
-    """An INT8 model and how it came about.
+    """Result of a quantization.
 
     Attributes:
-        model: The graph with its metadata.
-        calibration: What its ranges were chosen from.
-        account: What of it is INT8.
-        drop: AP it loses against float32; `None` where none was measured.
-        costs: Of each layer, the dearest first; empty where they were not needed.
-        trials: The AP measurements of the search, in order.
+        model: The INT8 graph with its metadata.
+        calibration: Calibration from which the activation ranges were chosen.
+        summary: Which layers of the graph are INT8.
+        drop: AP lost against FP32; `None` if it was not measured.
+        sensitivities: Sensitivity of each layer, most sensitive first; empty if not requested and not needed.
+        measurements: AP measurements of the search, in order.
     """
 
     model: OnnxModel
     calibration: Calibration
-    account: Int8Summary
+    summary: Int8Summary
     drop: AccuracyDrop | None
-    costs: tuple[LayerSensitivity, ...]
-    trials: tuple[Measurement, ...]
+    sensitivities: tuple[LayerSensitivity, ...]
+    measurements: tuple[Measurement, ...]
 
 
 @contextmanager
 def silent(_: str) -> Iterator[Progress]:
-    """Shows nothing."""
+    """Show no progress."""
     yield lambda done, total: None
 
 
 class Quantizer:
-    """One float32 model on its way to INT8.
+    """Quantizes one FP32 model.
 
     Args:
-        model: The float32 graph.
-        images: To calibrate on.
+        model: The FP32 graph.
+        images: Calibration images.
         options: See `QuantizeOptions`.
-        data: To measure AP on, which should be other images.
-        say: Called with each finished step.
+        data: Labelled images on which to measure AP; they should not be calibration images.
+        log: Called with each finished step.
         show: Opens a progress display for a step.
 
     Raises:
-        ExportError: The model is of lower precision already.
+        ExportError: The model already has a lower precision.
+        UsageError: `max_drop` without `data`.
     """
 
     def __init__(
@@ -141,241 +144,214 @@ class Quantizer:
         options: QuantizeOptions,
         *,
         data: Dataset | None = None,
-        say: Say = logger.info,
+        log: Log = logger.info,
         show: Show = silent,
     ) -> None:
         check_quantizable(model)
         if options.max_drop is not None and data is None:
-            raise UsageError("--max-drop is about AP, and there is nothing to measure it on.", fix="Add  --data D.yaml")
+            raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
         self._model, self._images, self._options, self._data = model, images, options, data
-        self._say, self._show = say, show
+        self._log, self._show = log, show
         self._reference: AccuracyReport | None = None
-        self._trials: list[Measurement] = []
+        self._measurements: list[Measurement] = []
         self._reports: dict[frozenset[str], AccuracyReport] = {}
 
     def run(self) -> Quantized:
-        """Calibrates, writes, measures, and spares layers where `max_drop` asks for it.
+        """Calibrate, convert and measure the model, and exclude layers until it loses at most `max_drop`.
 
         Raises:
-            ExportError: There is nothing to quantise, or values without a range.
-            ParityError: More than `max_drop` is lost even with every layer spared.
-            UsageError: The calibration file is of another model or of other images.
+            ExportError: The graph has nothing to quantize, or values without a range.
+            ParityError: It loses more than `max_drop` even with all layers but one excluded.
+            UsageError: The calibration file belongs to another model or other images.
         """
-        calibration = self._calibrated()
+        calibration = self._calibrate()
         options, model = self._options.int8, to_int8(self._model, calibration, self._options.int8)
         for note in model.metadata.notes[len(self._model.metadata.notes) :]:
-            self._say(note)
-        drop = self._measured(model, frozenset())
+            self._log(note)
+        drop = self._measure_drop(model, frozenset())
         exceeds = drop is not None and self._options.max_drop is not None and drop.points > self._options.max_drop
-        costs = self._ranked(calibration, options) if exceeds or self._options.sensitivity else ()
+        sensitivities = self._rank_layers(calibration, options) if exceeds or self._options.sensitivity else ()
         if exceeds and self._options.max_drop is not None:
-            spared = self._search(calibration, costs, self._options.max_drop)
-            model = to_int8(self._model, calibration, self._with(spared, costs))
-            drop = self._drop(self._reports[frozenset(spared)])
-            self._say(f"spared {len(spared)}: {', '.join(spared)}")
-        model = self._told(model, drop)
+            excluded = self._search(calibration, sensitivities, self._options.max_drop)
+            model = to_int8(self._model, calibration, self._excluding(excluded, sensitivities))
+            drop = self._drop(self._reports[frozenset(excluded)])
+            self._log(f"excluded {len(excluded)} layers from INT8: {', '.join(excluded)}")
+        model = self._with_drop_note(model, drop)
         return Quantized(
             model=model,
             calibration=calibration,
-            account=summarize_int8(model.proto),
+            summary=summarize_int8(model.proto),
             drop=drop,
-            costs=costs,
-            trials=tuple(self._trials),
+            sensitivities=sensitivities,
+            measurements=tuple(self._measurements),
         )
 
     # --- calibration --------------------------------------------------------------------------------------------------
 
-    def _calibrated(self) -> Calibration:
-        """From the file if it is of this model and these images, else measured and kept."""
+    def _calibrate(self) -> Calibration:
+        """Return the calibration from the cache file, or calibrate and save it there."""
         network = network_digest(Network(self._model))
         images = images_digest(image_digest(network_input(one, self._model.metadata)) for one in self._images)
-        place = self._options.cache or default_cache_path(network, images)
-        calibration = self._kept(place)
+        path = self._options.cache or default_cache_path(network, images)
+        calibration = self._load_cached(path)
         if calibration is not None:
-            check_calibration(calibration, place, network_sha256=network, images_sha256=images)
-            self._say(f"calibration of {calibration.images} images from {place}")
+            check_calibration(calibration, path, network_sha256=network, images_sha256=images)
+            self._log(f"calibration of {calibration.images} images from {path}")
         else:
             with self._show("calibrate") as progress:
                 calibration = calibrate(self._model, self._images, count=len(self._images), progress=progress)
-            self._say(f"calibrated on {calibration.images} images, {self._keep(calibration, place)}")
-        return replace(calibration, notes=(*self._images.notes, *self._overlapping()))
+            self._log(f"calibrated on {calibration.images} images, {self._save(calibration, path)}")
+        return replace(calibration, notes=(*self._images.notes, *self._overlap_notes()))
 
-    def _kept(self, place: Path) -> Calibration | None:
-        """What is in the file; one in the cache folder that cannot be read is made again."""
-        if not place.exists():
+    def _load_cached(self, path: Path) -> Calibration | None:
+        """Return the calibration in the file; a damaged one in the cache folder counts as missing."""
+        if not path.exists():
             return None
         try:
-            return load_calibration(place)
+            return load_calibration(path)
         except LoadError as error:
             if self._options.cache is not None:
                 raise
-            self._say(f"made again: {error.message}")
+            self._log(f"calibrating again: {error.message}")
             return None
 
-    def _keep(self, calibration: Calibration, place: Path) -> str:
-        """Writes the file; that the cache folder cannot be written is no reason to stop."""
+    def _save(self, calibration: Calibration, path: Path) -> str:
+        """Write the file, and report it; a cache folder that cannot be written is not an error."""
         try:
-            save_calibration(calibration, place)
+            save_calibration(calibration, path)
         except ExportError as error:
             if self._options.cache is not None:
                 raise
-            return f"not kept: {error.message}"
-        return f"kept in {place}"
+            return f"not saved: {error.message}"
+        return f"saved in {path}"
 
-    def _overlapping(self) -> tuple[str, ...]:
+    def _overlap_notes(self) -> tuple[str, ...]:
         if self._data is None:
             return ()
         both = count_overlap(self._images, [self._data.path(index) for index in range(len(self._data))])
-        return (f"{both} of the images AP is measured on were calibrated on",) if both else ()
+        return (f"{both} of the images used to measure AP are also calibration images",) if both else ()
 
     # --- accuracy -----------------------------------------------------------------------------------------------------
 
-    def _measured(self, model: OnnxModel, spared: frozenset[str]) -> AccuracyDrop | None:
+    def _measure_drop(self, model: OnnxModel, excluded: frozenset[str]) -> AccuracyDrop | None:
         if self._data is None:
             return None
         if self._reference is None:
-            self._reference = self._accuracy(self._model, "AP of float32")
-        report = self._reports[spared] = self._accuracy(model, f"AP of INT8 with {len(spared)} spared")
+            self._reference = self._evaluate(self._model, "AP of FP32")
+        report = self._reports[excluded] = self._evaluate(model, f"AP of INT8, {len(excluded)} layers excluded")
         drop = self._drop(report)
-        trial = Measurement(spared=tuple(sorted(spared)), ap=drop.ap, points=drop.points)
-        self._trials.append(trial)
-        self._say(f"AP {drop.reference_ap:.4f} in float32, {drop.ap:.4f} in INT8 with {len(spared)} layers spared")
+        self._measurements.append(Measurement(excluded=tuple(sorted(excluded)), ap=drop.ap, points=drop.points))
+        self._log(f"AP {drop.reference_ap:.4f} in FP32, {drop.ap:.4f} in INT8 with {len(excluded)} layers excluded")
         return drop
 
     def _drop(self, report: AccuracyReport) -> AccuracyDrop:
+        from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
+
         assert self._data is not None and self._reference is not None
         return accuracy_drop(self._data, range(len(self._data)), self._reference.predictions, report.predictions)
 
-    def _accuracy(self, model: OnnxModel, what: str) -> AccuracyReport:
-        """By the shipped path: the file as it will be written, in ONNX Runtime, by the plain letterbox."""
+    def _evaluate(self, model: OnnxModel, title: str) -> AccuracyReport:
+        """Evaluate the file as users run it: written to disk, in ONNX Runtime, with a square letterbox."""
+        # Imported here because faster-coco-eval is needed only with a dataset.
+        from yolov7_deploy.evaluation.accuracy import evaluate
+
         assert self._data is not None
         with tempfile.TemporaryDirectory(prefix="y7-int8-") as folder:
             path = Path(folder) / "model.onnx"
             model.save(path)
-            with Detector(path, device="cpu") as detector, self._show(what) as progress:
+            with Detector(path, device="cpu") as detector, self._show(title) as progress:
                 return evaluate(detector, self._data, options=ValOptions(rect=False, batch=1), progress=progress)
 
-    # --- what is spared -----------------------------------------------------------------------------------------------
+    # --- excluded layers ----------------------------------------------------------------------------------------------
 
-    def _ranked(self, calibration: Calibration, options: Int8Options) -> tuple[LayerSensitivity, ...]:
+    def _rank_layers(self, calibration: Calibration, options: Int8Options) -> tuple[LayerSensitivity, ...]:
         step = max(1, calibration.images // RANKING_IMAGES)
         few = list(islice(self._images, 0, step * RANKING_IMAGES, step))
-        with self._show("cost of each layer") as progress:
-            costs = layer_sensitivities(self._model, calibration, few, options, progress=progress)
-        self._say(f"ranked {len(costs)} layers by what INT8 costs in each; the dearest is {costs[0].layer}")
-        return costs
+        with self._show("sensitivity of each layer") as progress:
+            ranking = layer_sensitivities(self._model, calibration, few, options, progress=progress)
+        self._log(f"ranked {len(ranking)} layers by INT8 sensitivity; the most sensitive is {ranking[0].layer}")
+        return ranking
 
     def _search(
-        self, calibration: Calibration, costs: tuple[LayerSensitivity, ...], max_drop: float
+        self, calibration: Calibration, ranking: tuple[LayerSensitivity, ...], max_drop: float
     ) -> tuple[str, ...]:
         def fits(layers: frozenset[str]) -> bool:
-            model = to_int8(self._model, calibration, self._with(layers, costs))
-            drop = self._measured(model, layers)
+            model = to_int8(self._model, calibration, self._excluding(layers, ranking))
+            drop = self._measure_drop(model, layers)
             return drop is not None and drop.points <= max_drop
 
-        spared = min_excluded_layers([cost.layer for cost in costs[:-1]], fits)
-        if spared is None:
+        excluded = min_excluded_layers([entry.layer for entry in ranking[:-1]], fits)
+        if excluded is None:
             raise ParityError(
-                f"INT8 loses more than {max_drop:g} AP points even with all layers but one spared: it is lost "
-                "elsewhere, or the images are too few to tell.",
-                fix="Allow more (--max-drop), measure on more images (--data), or take  --precision fp16",
+                f"INT8 loses more than {max_drop:g} AP points even with all layers but one excluded: the loss is "
+                "elsewhere, or there are too few images to measure it.",
+                fix="Allow more (--max-drop), measure on more images (--data), or use  --precision fp16",
             )
-        return tuple(cost.layer for cost in costs if cost.layer in spared)
+        return tuple(entry.layer for entry in ranking if entry.layer in excluded)
 
-    def _with(self, layers: frozenset[str] | tuple[str, ...], costs: tuple[LayerSensitivity, ...]) -> Int8Options:
-        error = {cost.layer: cost.error for cost in costs}
+    def _excluding(
+        self, layers: frozenset[str] | tuple[str, ...], ranking: tuple[LayerSensitivity, ...]
+    ) -> Int8Options:
+        error = {entry.layer: entry.error for entry in ranking}
         reasons: Mapping[str, str] = {
-            layer: f"spared for AP: alone in INT8 it moves the head by {error[layer]:.3g}" for layer in layers
+            layer: f"excluded to keep AP: alone in INT8 it changes the head by {error[layer]:.3g}" for layer in layers
         }
         return replace(self._options.int8, exclude={**self._options.int8.exclude, **reasons})
 
-    def _told(self, model: OnnxModel, drop: AccuracyDrop | None) -> OnnxModel:
-        """The AP goes into the metadata too."""
+    def _with_drop_note(self, model: OnnxModel, drop: AccuracyDrop | None) -> OnnxModel:
+        """Log the AP and add it to the notes in the metadata."""
         if drop is None:
             return model
-        words = summarize_drop(drop, TOLD_AGAINST if self._options.max_drop is None else self._options.max_drop)
-        self._say(words)
-        return OnnxModel.of(model.proto, replace(model.metadata, notes=(*model.metadata.notes, words)))
+        from yolov7_deploy.evaluation.accuracy_drop import summarize_drop
 
-
-SHOWN = 20  # layers in the table; all are in the JSON
+        note = summarize_drop(drop, DEFAULT_MAX_DROP if self._options.max_drop is None else self._options.max_drop)
+        self._log(note)
+        return OnnxModel.of(model.proto, replace(model.metadata, notes=(*model.metadata.notes, note)))
 
 
 def describe(result: Quantized) -> str:
-    """What was found beyond the steps that were told on the way: pairs, costs of layers, AP of the search."""
-    parts = ["\n".join(int8_lines(result.account))]
-    if result.costs:
-        kept = {layer for layer, _ in result.model.metadata.int8.float_layers} if result.model.metadata.int8 else set()
+    """Return the numbers of Q/DQ pairs and INT8 layers, the sensitivities and the AP of the search as text."""
+    parts = ["\n".join(int8_lines(result.summary))]
+    if result.sensitivities:
+        floats = float_layers(result)
         rows: list[list[object]] = [
-            [cost.layer, f"{cost.error:.4f}", _percent(cost.share), "kept float" if cost.layer in kept else ""]
-            for cost in result.costs[:SHOWN]
+            [entry.layer, f"{entry.error:.4f}", _percent(entry.share), "float" if entry.layer in floats else ""]
+            for entry in result.sensitivities[:MAX_TABLE_ROWS]
         ]
-        title = f"what INT8 costs alone in a layer, the {len(rows)} dearest of {len(result.costs)}"
+        title = f"INT8 sensitivity, each layer alone: the {len(rows)} most sensitive of {len(result.sensitivities)}"
         parts.append(table(rows, ["layer", "head error", "of all MACs", ""], title))
-    if len(result.trials) > 1:
-        rows = [[len(trial.spared), f"{trial.ap:.4f}", f"{trial.points:+.2f}"] for trial in result.trials]
-        parts.append(table(rows, ["layers spared", "AP", "points lost"], "AP measured on the way"))
+    if len(result.measurements) > 1:
+        rows = [[len(one.excluded), f"{one.ap:.4f}", f"{one.points:+.2f}"] for one in result.measurements]
+        parts.append(table(rows, ["layers excluded", "AP", "points lost"], "AP during the search"))
     return "\n\n".join(part for part in parts if part)
 
 
 def to_dict(result: Quantized) -> dict[str, Any]:
-    """The whole record for machines."""
+    """Return the result as plain data for JSON."""
     return {
         "calibration": {
             "images": result.calibration.images,
             "images_sha256": result.calibration.images_sha256,
             "network_sha256": result.calibration.network_sha256,
         },
-        "account": int8_to_dict(result.account),
+        "summary": int8_to_dict(result.summary),
         "accuracy": None if result.drop is None else result.drop.to_dict(),
         "layers": [
-            {"layer": cost.layer, "head_error": cost.error, "share_of_macs": cost.share} for cost in result.costs
+            {"layer": entry.layer, "head_error": entry.error, "share_of_macs": entry.share}
+            for entry in result.sensitivities
         ],
-        "trials": [{"spared": list(trial.spared), "ap": trial.ap, "points": trial.points} for trial in result.trials],
+        "measurements": [
+            {"excluded": list(one.excluded), "ap": one.ap, "points": one.points} for one in result.measurements
+        ],
         "notes": list(result.model.metadata.notes),
     }
 
 
+def float_layers(result: Quantized) -> set[str]:
+    """Return the names of the convolutions that are not INT8."""
+    int8 = result.model.metadata.int8
+    return {layer for layer, _ in int8.float_layers} if int8 else set()
+
+
 def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
-
-
-DPI = 110
-WIDTH, ROW, MARGIN = 9.0, 0.17, 1.5  # inches
-# Wong's palette (Nature Methods 8, 441, 2011), which colour-blind readers can tell apart.
-INT8_COLOUR, SPARED_COLOUR = "#0072B2", "#D55E00"
-
-
-def write_sensitivity_chart(result: Quantized, path: Path, *, title: str) -> None:
-    """A PNG with a bar for each layer in the order they run: how far it moves the head maps when it alone is INT8.
-
-    Layers that stayed float in the file have another colour. Same result, same bytes; the file appears complete or not
-    at all.
-
-    Raises:
-        UsageError: The name does not end in .png, or the file cannot be written.
-    """
-    write_chart(lambda: _figure(result, title), path, dpi=DPI)
-
-
-def _figure(result: Quantized, title: str) -> Figure:
-    order = {cost.name: place for place, cost in enumerate(result.account.convolutions)}
-    costs = sorted(result.costs, key=lambda cost: order.get(cost.layer, -1))
-    int8 = result.model.metadata.int8
-    spared = {layer for layer, _ in int8.float_layers} if int8 else set()
-    figure = Figure(figsize=(WIDTH, MARGIN + ROW * len(costs)))
-    FigureCanvasAgg(figure)
-    axes: Axes = figure.add_axes((0.2, 0.75 / figure.get_figheight(), 0.76, 1 - MARGIN / figure.get_figheight()))
-    colours = [SPARED_COLOUR if cost.layer in spared else INT8_COLOUR for cost in costs]
-    axes.barh(range(len(costs)), [cost.error for cost in costs], color=colours, height=0.75)
-    axes.set_yticks(range(len(costs)), [cost.layer for cost in costs], fontsize=7)
-    axes.set_ylim(len(costs) - 0.4, -0.6)
-    axes.set_xlabel("root mean squared change of the head maps (logits, weighted with objectness)", fontsize=8)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_title(f"{title}: what INT8 costs in each layer alone", fontsize=10, loc="left")
-    if spared.intersection(cost.layer for cost in costs):
-        handles = [Patch(color=INT8_COLOUR, label="INT8"), Patch(color=SPARED_COLOUR, label="stays float")]
-        axes.legend(handles=handles, fontsize=8, loc="lower right")
-    return figure
