@@ -38,6 +38,14 @@ MaxDrop = Annotated[
 ]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Layer to keep in float; repeatable.")]
 
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output file (default: NAME-int8.onnx here).")]
+Fallback = Annotated[str, typer.Option("--fallback", help="Precision of the other layers: fp16 or fp32.")]
+Sensitivity = Annotated[
+    bool, typer.Option("--sensitivity", help="Measure the INT8 sensitivity of each layer (minutes).")
+]
+TrtCache = Annotated[Path | None, typer.Option("--trt-cache", help="Also write a TensorRT calibration cache, for DLA.")]
+Chart = Annotated[Path | None, typer.Option("--chart", help="Write a chart of the sensitivities (.png).")]
+
 NO_IMAGES = UsageError(
     "INT8 requires calibration images: activation ranges are measured on them; ranges from random numbers clip the "
     "values of real images.",
@@ -48,26 +56,18 @@ NO_IMAGES = UsageError(
 def quantize(
     weights: Annotated[str, typer.Option("--weights", "-w", help="An FP32 .onnx file.")],
     calib: Calib = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Output file (default: NAME-int8.onnx here).")
-    ] = None,
+    output: Output = None,
     method: Method = DEFAULTS.method,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first LIMIT images.")] = None,
     max_drop: MaxDrop = None,
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure the INT8 sensitivity of each layer (minutes).")
-    ] = False,
+    sensitivity: Sensitivity = False,
     exclude: Exclude = None,
-    fallback: Annotated[
-        str, typer.Option("--fallback", help="Precision of the other layers: fp16 or fp32.")
-    ] = DEFAULTS.fallback,
+    fallback: Fallback = DEFAULTS.fallback,
     calib_limit: CalibLimit = CALIB_LIMIT,
     calib_cache: CalibCache = None,
-    trt_cache: Annotated[
-        Path | None, typer.Option("--trt-cache", help="Also write a TensorRT calibration cache, for DLA.")
-    ] = None,
-    chart: Annotated[Path | None, typer.Option("--chart", help="Write a chart of the sensitivities (.png).")] = None,
+    trt_cache: TrtCache = None,
+    chart: Chart = None,
     json_path: JsonPath = None,
 ) -> None:
     """Convert an FP32 ONNX file to INT8 with calibration images.
