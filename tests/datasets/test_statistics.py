@@ -12,7 +12,7 @@ FLOAT64 = 1e-9
 
 
 def record(path, image_hw, rows, crowd=()):
-    """Rows are (class, width, height) in fractions."""
+    """Return a record with boxes of rows (class, width, height), in fractions of the image."""
     sizes = np.array([row[1:] for row in rows], dtype=np.float64).reshape(-1, 2)
     return Record(
         path=Path(path),

@@ -16,7 +16,7 @@ COMMAND = ("-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "
 
 
 def fake_cudart():
-    """Path of the fake CUDA runtime; the test is skipped without a C compiler."""
+    """Return the path of the fake CUDA runtime, or skip the test without a C compiler."""
     return compiled(SOURCE)
 
 

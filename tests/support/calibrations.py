@@ -16,7 +16,7 @@ NETWORK, SEEN = "a" * 64, "b" * 64
 
 
 def small_calibration(**changes):
-    """Four tensors (one without values, one of zeros, one of extreme values) and two convolutions."""
+    """Return a calibration of two convolutions and four tensors: random, empty, zeros, and extreme values."""
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     fields_by_name = {
         "histograms": {

@@ -28,11 +28,11 @@ class Walk:
         return list(node.input[:1]) if node.op_type in ("MaxPool", "Resize", "Slice") and not is_linear else []
 
     def terms(self, node):
-        """Terms of a residual sum; empty for other nodes."""
+        """Return the terms of a residual sum; empty for other nodes."""
         return list(node.input) if node.op_type == "Add" and set(node.input) <= set(self.producers) else []
 
     def reaches(self, name):
-        """True if an INT8 convolution reads the tensor, directly or through pass-through operations and sums."""
+        """Return whether an INT8 convolution reads the tensor, directly or through pass-through operations and sums."""
         if name not in self._reaches:
             consumers = [node for node in self.nodes if name in node.input]
             self._reaches[name] = any(
@@ -43,7 +43,7 @@ class Walk:
         return self._reaches[name]
 
     def pairs(self):
-        """Each tensor that must have a pair, and the consumers that read it through the pair."""
+        """Return each tensor that must have a pair, and the consumers that read it through the pair."""
         found = {}
         for node in self.nodes:
             through = list(node.input[:1]) if node in self.quantized else []
@@ -54,7 +54,7 @@ class Walk:
         return found
 
     def scale_groups(self):
-        """Sets of tensors that must share a scale."""
+        """Return the sets of tensors that must share a scale."""
         sets = []
         for node in self.nodes:
             if self.reaches(node.output[0]):
@@ -77,7 +77,7 @@ class Walk:
         return set().union(*map(self.source_tensors, self.pass_through_inputs(node)))
 
     def in_float(self):
-        """Outputs of the nodes outside INT8 computation: float convolutions, and the nodes that depend on them."""
+        """Return the outputs of nodes outside INT8 computation: float convolutions and nodes that depend on them."""
         inside = set()
         for node in self.nodes:
             computed = [name for name in node.input if name in self.producers]
@@ -92,7 +92,7 @@ class Walk:
 
 
 def scale_by_group(placement):
-    """A different power of two for each group, so that a scale identifies its group."""
+    """Return a different power of two for each group, so that a scale identifies its group."""
     groups = list(dict.fromkeys(placement.scale_groups.values()))
     return {name: np.float32(2.0 ** (groups.index(group) - 60)) for name, group in placement.scale_groups.items()}
 
@@ -128,7 +128,7 @@ def check_file(network, placement):
         assert stored[node.input[1]] == scales[node.input[0]], node.input[0]
 
     def before_pair(name):
-        """The input of the pair whose output is `name`; `None` if it is not the output of a pair."""
+        """Return the input of the pair whose output is `name`; `None` if it is not the output of a pair."""
         back = producers.get(name)
         if back is None or back.op_type != "DequantizeLinear" or back.input[0] in stored:
             return None

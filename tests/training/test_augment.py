@@ -75,7 +75,7 @@ def sample_of(reader, hyp, *, index=0, seed=0, epoch=0, hw=(SIZE, SIZE), close_m
 
 
 def slow_jitter(image, gains, flips):
-    """Jitter with floating-point arithmetic instead of lookup tables, and flip."""
+    """Apply jitter with floating-point arithmetic instead of lookup tables, and flips."""
     hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV).astype(np.float64) * gains
     hsv[..., 0] %= 180
     changed = cv2.cvtColor(np.minimum(hsv, 255).astype(np.uint8), cv2.COLOR_HSV2BGR)[:, :, ::-1]

@@ -96,7 +96,7 @@ def test_target_widths_are_in_units_of_the_image_width():
 
 
 def simple_simota(predictions, truth, top_k):
-    """SimOTA image by image and target by target, as the paper describes it."""
+    """Compute SimOTA image by image and target by target, as the paper describes it."""
     positives = {}
     for image in truth.image.unique().tolist():
         rows = (truth.image == image).nonzero().flatten().tolist()
