@@ -127,7 +127,7 @@ def test_an_engine_shows_how_where_and_for_which_gpus_it_was_built(run, engine):
     for part in (
         "tiny.engine: yolov7-tiny, fp16",
         f"sha256 {RECORD.plan_sha256}",
-        "built by TensorRT 10.3.0.26 in 312.4 s, optimisation level 3",
+        "built by TensorRT 10.3.0.26 in 312.4 s, optimization level 3",
         "built on linux-aarch64, Orin (compute capability 8.7), CUDA 12.6, driver 540.4.0",
         "runs on compute capability 8.7",
         "typed weakly: flags allow other precisions",

@@ -1,4 +1,4 @@
-"""What an exported file says about itself, what export refuses, and how files are written."""
+"""Metadata and nodes of exported files, models and options that are refused, and writing of files."""
 
 import os
 from dataclasses import replace
@@ -9,8 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-# Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
-# hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
 from tests.support.detecting import (
     CONF,
     IOU,
@@ -30,7 +28,7 @@ from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 
-# --- what is in the file ------------------------------------------------------------------------------------------
+# --- contents of the file ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nms", NMS_CHOICES)
@@ -41,7 +39,7 @@ def test_the_same_export_twice_gives_the_same_bytes(nms):
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
-def test_exporting_leaves_the_model_as_it_was():
+def test_export_does_not_modify_the_model():
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     export_onnx(model, metadata_of(model), ExportOptions(input_hw=HW))
@@ -49,7 +47,7 @@ def test_exporting_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("nms", NMS_CHOICES)
-def test_the_metadata_travels_inside(nms, tmp_path):
+def test_the_file_contains_the_metadata(nms, tmp_path):
     model = exported_tiny(nms=nms, batch=None, conf=CONF, iou=IOU, opset=15, max_det=70, class_agnostic=True)
     model.save(tmp_path / "m.onnx")
     loaded = OnnxModel.load(tmp_path / "m.onnx")
@@ -68,12 +66,12 @@ def test_the_metadata_travels_inside(nms, tmp_path):
 
 
 @pytest.mark.parametrize("nms", NMS_INSIDE)
-def test_the_metadata_says_whether_only_the_best_class_counts(nms):
+def test_the_metadata_records_multi_label(nms):
     assert exported_tiny(nms=nms, conf=CONF, iou=IOU, multi_label=False).metadata.nms.multi_label is False
 
 
 @pytest.mark.parametrize("simplify", [True, False])
-def test_the_heads_named_in_the_metadata_are_the_raw_maps(simplify):
+def test_the_heads_named_in_the_metadata_are_the_raw_head_maps(simplify):
     model = exported_tiny(nms="plugin", simplify=simplify)
     graph = onnx.ModelProto()
     graph.CopyFrom(model.proto)
@@ -91,7 +89,7 @@ def test_the_heads_named_in_the_metadata_are_the_raw_maps(simplify):
 
 @pytest.mark.parametrize("nms, domain, op", [("plugin", "y7", "Y7NMS"), ("efficient", "TRT", "EfficientNMS_TRT")])
 @pytest.mark.parametrize("opset", [13, 17, 18, 21])
-def test_the_suppression_node_is_a_function_that_tensorrt_may_replace(nms, domain, op, opset):
+def test_the_nms_node_is_a_function_that_a_tensorrt_plugin_can_replace(nms, domain, op, opset):
     proto = exported_tiny(nms=nms, opset=opset, batch=None, conf=CONF, iou=IOU).proto
     node = proto.graph.node[-1]
     (body,) = proto.functions
@@ -121,7 +119,7 @@ def test_every_name_inside_the_function_has_the_prefix(nms):
 
 
 def names_in(nodes):
-    """Every tensor and node name of nodes and of the graphs inside them."""
+    """Yield every tensor and node name of nodes and of their subgraphs."""
     for node in nodes:
         yield from (name for name in (node.name, *node.input, *node.output) if name)
         for attribute in node.attribute:
@@ -131,14 +129,14 @@ def names_in(nodes):
 
 
 @pytest.mark.parametrize("nms", ["none", "standard"])
-def test_without_a_function_only_standard_operators_are_left(nms):
+def test_without_a_function_all_operators_are_standard(nms):
     proto = exported_tiny(nms=nms, conf=CONF, iou=IOU).proto
     assert not proto.functions
     assert {node.domain for node in proto.graph.node} == {""}
     assert "NonMaxSuppression" not in {node.op_type for node in proto.graph.node}
 
 
-def test_the_plugin_node_holds_everything_a_plugin_must_know():
+def test_the_plugin_node_has_all_parameters_as_attributes():
     node = exported_tiny(nms="plugin", **{**NMS_OPTIONS, "max_det": 70}, class_agnostic=True).proto.graph.node[-1]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     assert attributes["strides"] == [8, 16, 32]
@@ -152,7 +150,7 @@ def test_the_plugin_node_holds_everything_a_plugin_must_know():
     assert list(node.input[3:]) == ["conf_threshold", "iou_threshold"]
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_unfused_model_is_refused():
@@ -165,7 +163,7 @@ def test_an_unfused_model_is_refused():
 @pytest.mark.parametrize(
     "hw, fix", [((100, 128), "--img 128,128"), ((128, 31), "--img 128,32"), ((0, 64), "--img 32,64")]
 )
-def test_a_size_that_is_no_multiple_of_the_stride_is_refused(hw, fix):
+def test_a_size_that_is_not_a_multiple_of_the_stride_is_refused(hw, fix):
     with pytest.raises(UsageError, match="stride 32") as caught:
         export_onnx(fused_tiny(), metadata_of(fused_tiny()), ExportOptions(input_hw=hw))
     assert caught.value.fix == fix
@@ -198,21 +196,21 @@ def test_more_boxes_than_anchors_are_refused():
         {"input_kind": "float16"},
     ],
 )
-def test_options_without_a_meaning_are_refused_with_a_fix(options):
+def test_invalid_options_are_refused_with_a_fix(options):
     with pytest.raises(UsageError) as caught:
         ExportOptions(**options)
     assert str(next(iter(options.values()))) in caught.value.message
     assert caught.value.fix
 
 
-def test_a_layer_without_a_translation_is_named():
+def test_the_error_names_a_layer_without_a_translation():
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
     model.model[3].act = torch.nn.Hardswish()
     with pytest.raises(ExportError, match="Hardswish"):
         export_onnx(model, metadata_of(model), ExportOptions(input_hw=HW))
 
 
-# --- files --------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -220,27 +218,27 @@ def model():
     return exported_tiny(nms="none", conf=CONF, iou=IOU)
 
 
-def test_saving_into_a_folder_that_does_not_exist_makes_it(model, tmp_path):
+def test_a_missing_folder_is_created(model, tmp_path):
     model.save(tmp_path / "new" / "m.onnx")
     assert OnnxModel.load(tmp_path / "new" / "m.onnx").metadata == model.metadata
 
 
-def test_saving_below_a_file_says_so(model, tmp_path):
+def test_a_path_below_a_file_is_an_error(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot be written") as caught:
         model.save(tmp_path / "file" / "m.onnx")
     assert caught.value.fix
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_saving_into_a_read_only_folder_leaves_no_file(model, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_read_only_folder_is_an_error_and_no_file_remains(model, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ExportError, match="cannot be written"):
         model.save(tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saving_over_a_folder_leaves_no_partial_file(model, tmp_path):
+def test_a_path_of_a_folder_is_an_error_and_no_partial_file_remains(model, tmp_path):
     (tmp_path / "m.onnx").mkdir()
     with pytest.raises(ExportError, match="cannot be written"):
         model.save(tmp_path / "m.onnx")
@@ -248,16 +246,16 @@ def test_saving_over_a_folder_leaves_no_partial_file(model, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_save_that_breaks_off_keeps_the_old_file_and_leaves_no_partial_one(model, tmp_path, monkeypatch, fault):
+def test_an_interrupted_save_keeps_the_old_file_and_leaves_no_partial_one(model, tmp_path, monkeypatch, fault):
     target = tmp_path / "m.onnx"
     target.write_bytes(b"the old file")
     write = type(target).write_bytes
 
-    def break_off(path, data):
+    def fail_halfway(path, data):
         write(path, data[: len(data) // 2])
         raise fault
 
-    monkeypatch.setattr(type(target), "write_bytes", break_off)
+    monkeypatch.setattr(type(target), "write_bytes", fail_halfway)
     with pytest.raises((ExportError, KeyboardInterrupt)) as caught:
         model.save(target)
     assert isinstance(caught.value, ExportError) == isinstance(fault, OSError)
@@ -274,7 +272,7 @@ def test_a_saved_file_replaces_the_old_one(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_files_that_hold_no_model_of_ours_are_refused(model, tmp_path):
+def test_files_that_are_not_of_this_package_are_refused(model, tmp_path):
     path = tmp_path / "m.onnx"
     with pytest.raises(LoadError, match="cannot be read"):
         OnnxModel.load(path)
@@ -293,7 +291,7 @@ def test_files_that_hold_no_model_of_ours_are_refused(model, tmp_path):
         OnnxModel.load(path)
 
 
-def test_a_metadata_that_is_none_is_refused(model, tmp_path):
+def test_invalid_metadata_is_refused(model, tmp_path):
     broken = onnx.ModelProto()
     broken.CopyFrom(model.proto)
     helper.set_model_props(broken, {"yolov7_deploy": "{}"})
@@ -302,5 +300,5 @@ def test_a_metadata_that_is_none_is_refused(model, tmp_path):
         OnnxModel.load(tmp_path / "m.onnx")
 
 
-def test_the_metadata_reads_back_from_its_own_text(model):
+def test_the_metadata_is_restored_from_its_json(model):
     assert ModelMetadata.from_json(model.metadata.to_json()) == model.metadata

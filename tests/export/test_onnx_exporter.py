@@ -1,4 +1,4 @@
-"""The exported graph does what torch and the reference NMS do, in every form, opset and batch."""
+"""The exported graph equals PyTorch and the reference NMS, for every kind of NMS, opset and batch size."""
 
 import itertools
 
@@ -8,8 +8,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-# Pixels and probabilities: two float32 implementations add up the same products in another order, which leaves a
-# hundred-thousandth of raw values, and of boxes up to 1500 pixels wide.
 from tests.support.detecting import (
     CONF,
     DECODED_TOLERANCE,
@@ -33,16 +31,16 @@ from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
 
-# --- every end, opset and batch -----------------------------------------------------------------------------------
+# --- every NMS, opset and batch ---------------------------------------------------------------------------------------
 
 MATRIX = [
     *itertools.product(NMS_CHOICES, (13, 17, 20), (1, None)),
-    *((end, opset, None) for end in NMS_CHOICES for opset in (15, 18, 21)),
+    *((nms, opset, None) for nms in NMS_CHOICES for opset in (15, 18, 21)),
 ]
 
 
 @pytest.mark.parametrize("nms, opset, batch", MATRIX)
-def test_the_file_is_valid_and_equals_torch(nms, opset, batch):
+def test_the_file_is_valid_and_equals_pytorch(nms, opset, batch):
     options = {"nms": nms, "opset": opset, "batch": batch, **NMS_OPTIONS}
     model = exported_tiny(**options)
     onnx.checker.check_model(model.proto, full_check=True)
@@ -62,9 +60,9 @@ def test_the_file_is_valid_and_equals_torch(nms, opset, batch):
 
 @pytest.mark.parametrize("nms", NMS_CHOICES)
 @pytest.mark.parametrize("batch", [1, 3, None])
-def test_names_types_and_shapes_are_the_promised_ones(nms, batch):
+def test_outputs_have_the_documented_names_types_and_shapes(nms, batch):
     if batch == 3 and nms == "efficient":
-        pytest.skip("the same graph end as plugin")
+        pytest.skip("the same outputs as plugin")
     graph = exported_tiny(nms=nms, batch=batch, max_det=50).proto.graph
     b = batch or "batch"
     assert shapes(graph.input)["images"] == (TensorProto.FLOAT, [b, 3, *HW])
@@ -117,19 +115,19 @@ def test_uint8_input_equals_float32_input(nms):
     assert exported_tiny(input_kind="uint8", **options).metadata.input_kind == "uint8"
 
 
-# --- what NMS is told -------------------------------------------------------------------------------------
+# --- options of NMS ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nms", ["standard", "plugin"])
 @pytest.mark.parametrize("conf, iou", [(0.6, 0.45), (0.8, 0.45), (0.5, 0.05), (0.5, 0.9), (0.0, 0.5), (1.0, 0.5)])
-def test_thresholds_change_at_run_time_as_the_reference_does(nms, conf, iou):
+def test_thresholds_can_be_changed_at_run_time(nms, conf, iou):
     opened = tiny_session(nms=nms, batch=None, **NMS_OPTIONS)
     assert {entry.name for entry in opened.get_overridable_initializers()} == {"conf_threshold", "iou_threshold"}
     result = run(opened, images(), conf=conf, iou=iou)
     assert_same_detections(image_result(result), reference(decoded_by_torch()[0], conf=conf, iou=iou))
 
 
-def test_a_lower_threshold_finds_more():
+def test_a_lower_threshold_gives_more_detections():
     opened = tiny_session(nms="plugin", batch=None, **NMS_OPTIONS)
     counts = [len(image_result(run(opened, images(), conf=conf))[1]) for conf in (0.5, 0.6, 0.8, 1.0)]
     assert counts == sorted(counts, reverse=True)
@@ -171,7 +169,7 @@ def test_limits_equal_the_reference(nms, max_candidates, max_det):
     assert_same_detections(image_result(result), expected)
 
 
-# --- all variants -------------------------------------------------------------------------------------------------
+# --- all variants -----------------------------------------------------------------------------------------------------
 
 LARGE = ("yolov7", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x")
 
@@ -179,7 +177,7 @@ LARGE = ("yolov7", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e", "yolov7x
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v in LARGE)) for v in sorted(VARIANTS)]
 )
-def test_every_variant_gives_the_maps_of_torch(variant):
+def test_the_head_maps_of_every_variant_equal_pytorch(variant):
     net = fuse(fill_model(new_model(variant, classes=3)))
     side = 2 * net.head.strides[-1]
     model = export_onnx(net, metadata_of(net), ExportOptions(input_hw=(side, side), nms="none"))
@@ -199,8 +197,8 @@ def test_every_variant_gives_the_maps_of_torch(variant):
     assert output.shape == decoded.shape
 
 
-def test_no_two_values_share_a_name_in_a_network_with_slices_of_its_own():
-    """yolov7-w6 begins with strided slices, and so does the decoding."""
+def test_names_are_unique_in_a_network_with_slices():
+    """yolov7-w6 begins with strided slices, and decoding has slices, too."""
     w6 = fuse(fill_model(new_model("yolov7-w6", classes=2)))
     for nms in NMS_CHOICES:
         options = ExportOptions(input_hw=(64, 128), nms=nms, simplify=False, max_det=20)

@@ -137,7 +137,7 @@ def test_the_gflops_equal_a_slow_count_on_real_tensors():
 
 @pytest.mark.parametrize("size", [0, -640, 100, 1281])
 def test_a_size_that_is_not_a_multiple_of_the_stride_is_a_usage_error(size):
-    with pytest.raises(UsageError, match="multiples of 64"):
+    with pytest.raises(UsageError, match="must be a multiple of 64"):
         complexity("yolov7-w6", size=size)
 
 

@@ -141,7 +141,7 @@ def test_a_chain_through_all_groups_and_tiles_keeps_every_other_box(build):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_a_nan_class_score_removes_its_anchor_only_without_multi_label(multi_label):
-    """As in NumPy, where NaN wins the argmax."""
+    """NumPy does the same: its argmax of a row with NaN is the NaN."""
     heads = grid(3, 1, 2, 2)
     heads.maps[0][0, 6, 0, 0] = np.nan
     options = {**DEFAULTS, "iou": 1.0, "multi_label": multi_label}

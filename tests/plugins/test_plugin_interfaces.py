@@ -89,6 +89,6 @@ def test_profiles_are_validated_and_every_error_is_logged(driven):
         "iou_threshold has 2 values; it must have one.",
     ]
     assert len(driven["messages"]) == len(expected)
-    for text, words in zip(driven["messages"], expected, strict=True):
+    for text, part in zip(driven["messages"], expected, strict=True):
         assert text.startswith("Y7NMS plugin, ")
-        assert words in text
+        assert part in text

@@ -130,7 +130,7 @@ record = {
     "named": [two_levels.plugin_type, two_levels.plugin_version, two_levels.plugin_namespace],
     "again": bytes(creator.deserialize_plugin("nms", stored).serialize()) == stored,
     "clone": bytes(two_levels.clone().serialize()) == stored,
-    "refused": [name for name, made in refused.items() if made is None],
+    "refused": [name for name, plugin in refused.items() if plugin is None],
     "survived": survived,
 }
 sys.stdout.flush()
@@ -141,19 +141,19 @@ print(json.dumps(record))
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """Return a function that builds the library for the given headers, once per headers."""
-    made: dict[Path, PluginLibrary] = {}
+    libraries: dict[Path, PluginLibrary] = {}
 
     def build(headers: Path) -> PluginLibrary:
-        if headers not in made:
+        if headers not in libraries:
             folder = tmp_path_factory.mktemp("plugin")
             try:
                 find_tools(tensorrt_include=headers)
             except PluginError as error:
                 pytest.skip(error.message)
-            made[headers] = build_plugin(
+            libraries[headers] = build_plugin(
                 tensorrt_include=headers, architectures=["86"], output=folder, log=lambda _: None
             )
-        return made[headers]
+        return libraries[headers]
 
     return build
 

@@ -310,7 +310,7 @@ def test_a_head_map_that_is_not_finite_is_refused(bad):
 
 
 def test_a_constant_input_of_a_concat_is_counted_with_every_image():
-    """As in CoordConv, where the network reads the coordinates of each cell."""
+    """CoordConv networks have such an input: the coordinates of each cell."""
     coordinates = np.linspace(-7, 7, 2 * 8 * 8, dtype=np.float32).reshape(1, 2, 8, 8)
     weights = {
         "first": np.ones((4, 3, 1, 1), np.float32),

@@ -187,7 +187,7 @@ def test_more_tensors_than_a_file_may_have_are_not_saved(tmp_path):
 # --- files that are not calibrations ----------------------------------------------------------------------------------
 
 
-def test_the_error_for_a_missing_file_says_how_to_write_it(tmp_path):
+def test_the_error_for_a_missing_file_names_the_options_that_write_it(tmp_path):
     error = refused(tmp_path / "gone.npz", "does not exist")
     assert "--calib FOLDER" in error.fix
 

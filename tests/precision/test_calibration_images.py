@@ -14,7 +14,7 @@ from tests.support.sample_images import noise
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DatasetError, MissingLibraryError, SourceError, UsageError
 from yolov7_deploy.image import read_image
-from yolov7_deploy.precision.calibration_images import LIMIT, SINGLE_COLOUR, count_overlap, open_calibration
+from yolov7_deploy.precision.calibration_images import LIMIT, SINGLE_COLOR, count_overlap, open_calibration
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoWriter
 
@@ -206,17 +206,17 @@ def test_unreadable_images_are_skipped_and_named(folder):
     assert "Skipped, because they cannot be read: 0001.png, empty0.png, empty1.png and 2 more." in images.notes
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 200, 30)])
-def test_images_of_a_single_colour_are_skipped_with_the_reason(folder, colour):
-    write(folder / "plain.png", np.full((*HW, 3), colour, np.uint8))
+@pytest.mark.parametrize("color", [(0, 0, 0), (255, 255, 255), (10, 200, 30)])
+def test_images_of_a_single_color_are_skipped_with_the_reason(folder, color):
+    write(folder / "plain.png", np.full((*HW, 3), color, np.uint8))
     images = open_calibration(folder)
     assert len(list(images)) == 5
-    assert [(entry.path, entry.reason) for entry in images.skipped] == [(f"{folder}/plain.png", SINGLE_COLOUR)]
-    assert "Skipped, because a single colour says nothing about activation ranges: plain.png." in images.notes
+    assert [(entry.path, entry.reason) for entry in images.skipped] == [(f"{folder}/plain.png", SINGLE_COLOR)]
+    assert "Skipped, because a single color says nothing about activation ranges: plain.png." in images.notes
 
 
 @pytest.mark.parametrize("pixel", [(0, 1), (23, 31), (12, 0)])
-def test_one_pixel_of_another_colour_is_enough(tmp_path, pixel):
+def test_one_pixel_of_another_color_is_enough(tmp_path, pixel):
     image = np.zeros((*HW, 3), np.uint8)
     image[pixel] = (0, 0, 1)
     write(tmp_path / "a.png", image)
@@ -323,7 +323,7 @@ def test_a_broken_video_is_skipped_among_images_and_refused_alone(folder):
 # --- no images --------------------------------------------------------------------------------------------------------
 
 
-def test_the_errors_for_a_missing_path_and_an_empty_folder_say_what_was_searched(tmp_path):
+def test_the_errors_for_a_missing_path_and_an_empty_folder_state_what_was_searched(tmp_path):
     with pytest.raises(SourceError, match=r"gone does not exist \(looked for "):
         open_calibration(tmp_path / "gone")
     with pytest.raises(SourceError, match="has no image and no video in it"):
@@ -353,7 +353,7 @@ def test_the_error_for_a_folder_of_unusable_images_lists_the_reasons(tmp_path):
         list(images)
     assert caught.value.message == (
         f"{tmp_path} has no image to calibrate on. {tmp_path}/a.png is empty (0 bytes). "
-        f"{tmp_path}/black0.png {SINGLE_COLOUR}. {tmp_path}/black1.png {SINGLE_COLOUR}. And 1 more."
+        f"{tmp_path}/black0.png {SINGLE_COLOR}. {tmp_path}/black1.png {SINGLE_COLOR}. And 1 more."
     )
     assert caught.value.fix == "Use 100 to 500 images that are representative of the application:  --calib FOLDER"
     assert len(images.skipped) == 4

@@ -1,4 +1,4 @@
-"""FP16 conversion: what becomes FP16, what stays float32 and why, and the error of the outputs."""
+"""FP16 conversion: the nodes that become FP16 or stay float32, with reasons, and the error of the outputs."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def heads_of(model, array):
     return session(with_heads(model)).run(list(model.metadata.heads), {"images": array})
 
 
-def worst(actual, expected):
+def max_error(actual, expected):
     """The largest difference of head maps in standard deviations; NaN if a map is not finite."""
     return max(
         float(np.abs(a.astype(np.float32) - b).max() / b.std()) if np.isfinite(a).all() else float("nan")
@@ -80,7 +80,7 @@ def types_of(proto):
     return {**types, **{tensor.name: tensor.data_type for tensor in graph.initializer}}
 
 
-def ports(values):
+def types_and_shapes(values):
     return [(value.name, value.type.SerializeToString()) for value in values]
 
 
@@ -92,8 +92,8 @@ def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset,
     options = {"nms": nms, "opset": opset, "batch": batch, "input_kind": input_kind, **NMS_OPTIONS}
     float_model, fp16_model = exported_tiny(**options), fp16_tiny(**options)
     onnx.checker.check_model(fp16_model.proto, full_check=True)
-    assert ports(fp16_model.proto.graph.input) == ports(float_model.proto.graph.input)
-    assert ports(fp16_model.proto.graph.output) == ports(float_model.proto.graph.output)
+    assert types_and_shapes(fp16_model.proto.graph.input) == types_and_shapes(float_model.proto.graph.input)
+    assert types_and_shapes(fp16_model.proto.graph.output) == types_and_shapes(float_model.proto.graph.output)
     types = types_of(fp16_model.proto)
     assert {types[name] for name in fp16_model.metadata.heads} == {FP16}
     for node in network_nodes(fp16_model):
@@ -188,7 +188,7 @@ def test_head_maps_are_those_of_float32_except_for_rounding(input_kind):
     array = images() if input_kind == "float32" else np.stack([noise(*HW, seed=5)])
     expected = heads_of(exported_tiny(nms="none", input_kind=input_kind), array)
     actual = heads_of(fp16_tiny(nms="none", input_kind=input_kind), array)
-    assert 0 < worst(actual, expected) < COMMON_TOLERANCE
+    assert 0 < max_error(actual, expected) < COMMON_TOLERANCE
 
 
 def test_thresholds_still_change_at_run_time():
@@ -210,7 +210,7 @@ def test_every_variant_is_finite_on_its_golden_input(variant):
     expected = heads_of(float_model, array)
     output, *maps = session(with_heads(fp16_model)).run(None, {"images": array})
     assert np.isfinite(output).all()
-    assert worst(maps, expected) < HEAD_TOLERANCE.get(variant, COMMON_TOLERANCE)
+    assert max_error(maps, expected) < HEAD_TOLERANCE.get(variant, COMMON_TOLERANCE)
     # With deterministic weights, the values of e6e are so large that its last level needs float32.
     assert ("overflow or underflow" in " ".join(fp16_model.metadata.notes)) == (variant == "yolov7-e6e")
 
@@ -250,17 +250,17 @@ def test_nodes_that_would_overflow_or_underflow_stay_float32(first, second, why,
     assert types["model.4.conv"] == FP16
     expected = heads_of(exported_tiny(nms="none"), images())
     np.testing.assert_array_equal(heads_of(float_model, images())[0], expected[0])
-    kept = worst(heads_of(fp16_model, images()), expected)
+    kept = max_error(heads_of(fp16_model, images()), expected)
     assert kept < COMMON_TOLERANCE
     # Without the rules the head maps would be infinite or less accurate.
     monkeypatch.setattr(fp16, "_range_reason", lambda largest: "")
     monkeypatch.setattr(fp16, "_weight_reason", lambda weight: "")
     with np.errstate(over="ignore"):
-        without_rules = worst(heads_of(to_fp16(float_model, IMAGES), images()), expected)
+        without_rules = max_error(heads_of(to_fp16(float_model, IMAGES), images()), expected)
     assert not without_rules < 2 * kept
 
 
-def test_only_the_neighbours_of_a_large_value_stay_float32():
+def test_only_the_neighbors_of_a_large_value_stay_float32():
     fp16_model = to_fp16(scaled(2.0**16, 2.0**-16), IMAGES)
     types = types_of(fp16_model.proto)
     kept = [
@@ -318,7 +318,7 @@ def test_control_flow_inside_the_network_stays_float32():
     fp16_model = to_fp16(OnnxModel.of(proto, model.metadata), IMAGES)
     types = types_of(fp16_model.proto)
     assert types["inner"] == types["model.7.act"] == FLOAT
-    assert worst(heads_of(fp16_model, images()), heads_of(model, images())) < COMMON_TOLERANCE
+    assert max_error(heads_of(fp16_model, images()), heads_of(model, images())) < COMMON_TOLERANCE
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

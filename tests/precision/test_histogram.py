@@ -77,7 +77,7 @@ finite = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), ma
 
 
 @given(any_floats)
-def test_counts_are_those_of_counting_each_value_by_its_bfloat16_code(values):
+def test_counts_equal_counting_each_value_by_its_bfloat16_code(values):
     histogram = Histogram.of(values)
     assert histogram.counts.dtype == np.int64 and histogram.counts.shape == (BINS,)
     np.testing.assert_array_equal(histogram.counts, slow_counts(values))
@@ -156,14 +156,14 @@ def test_the_largest_finite_numbers_have_a_range(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("values", [[], [0.0], [0.0, -0.0] * 50])
-def test_no_values_and_only_zeros_have_a_range_of_one(values, method):
+def test_an_empty_tensor_and_a_tensor_of_zeros_have_a_range_of_one(values, method):
     assert choose_range(Histogram.of(np.array(values, np.float32)), method) == 1.0
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [-3.0, 1.0, 1e-30, 2.0**100])
 def test_a_single_magnitude_is_not_clipped(value, method):
-    """Or hardly: if it lies between two steps, a clip a little below it may be as good."""
+    """At most slightly: if it lies between two steps, a clip just below it may be as good."""
     value = np.float32(value)
     clip = choose_range(Histogram.of(np.full(100, value)), method)
     step = clip / LEVELS
@@ -183,7 +183,7 @@ def test_max_clips_nothing(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_percentile_is_in_the_bin_of_the_exact_one(shape, percent, scale):
-    """Or in the bin of the next value, if percent of the count is an integer except for rounding."""
+    """It may be in the bin of the next value, if percent of the count is an integer except for rounding."""
     values = np.sort(np.abs(samples(shape, scale)))
     rank = math.ceil(Fraction(str(percent)) * len(values) / 100)
     exact, following = values[rank - 1], values[min(rank, len(values) - 1)]
@@ -192,7 +192,7 @@ def test_a_percentile_is_in_the_bin_of_the_exact_one(shape, percent, scale):
     assert exact <= clip <= min(following * (1 + 2.0**-7), values[-1])
 
 
-def test_that_percentage_of_the_values_does_not_exceed_it():
+def test_the_given_percentage_of_values_does_not_exceed_the_percentile():
     values = np.append(np.ones(9_999, np.float32), np.float32(1000))
     assert percentile_range(Histogram.of(values)) == pytest.approx(1, rel=2.0**-7)
     assert percentile_range(Histogram.of(np.append(values, np.float32(1000)))) == 1000
@@ -290,7 +290,7 @@ def test_the_entropy_clip_is_that_of_the_slow_definition(shape):
     clip = entropy_range(histogram)
     kept = round(clip / histogram.amax * ENTROPY_BINS)
     assert clip == pytest.approx(kept * histogram.amax / ENTROPY_BINS, rel=1e-12)
-    # All candidates would take a minute: try every seventh, and the neighbours of the result.
+    # All candidates would take a minute: try every seventh, and the neighbors of the result.
     near = range(max(kept - 3, LEVELS + 1), min(kept + 4, ENTROPY_BINS + 1))
     assert slow_entropy(spread(histogram), histogram.amax, [*EVERY_SEVENTH, *near]) == pytest.approx(clip, rel=1e-12)
 
@@ -307,7 +307,7 @@ def test_the_entropy_clip_is_near_that_of_the_values_themselves(shape):
     assert entropy_range(Histogram.of(values)) == pytest.approx(slow, rel=ENTROPY_REL)
 
 
-def test_entropy_clips_heavy_tails_and_little_else():
+def test_entropy_clips_heavy_tails_and_hardly_other_values():
     heavy, flat = samples("heavy"), samples("uniform")
     assert entropy_range(Histogram.of(heavy)) < 0.5 * max_range(Histogram.of(heavy))
     assert entropy_range(Histogram.of(flat)) > 0.9 * max_range(Histogram.of(flat))

@@ -54,7 +54,7 @@ def quantized(options=None, **export):
 
 
 @lru_cache
-def usual() -> OnnxModel:
+def default_int8() -> OnnxModel:
     return quantized(nms="plugin", **NMS_OPTIONS)
 
 
@@ -95,7 +95,7 @@ def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset,
 
 
 def test_everything_outside_int8_is_fp16_and_cast_once():
-    int8_model = usual()
+    int8_model = default_int8()
     graph = onnx.shape_inference.infer_shapes(int8_model.proto, check_type=True, strict_mode=True).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     heads = [node for node in int8_model.proto.graph.node if node.output[0] in int8_model.metadata.heads]
@@ -115,7 +115,7 @@ def test_an_fp32_fallback_has_no_fp16_tensor():
 
 
 def test_weights_are_stored_as_int8_and_the_file_is_a_quarter_of_the_size():
-    float_model, int8_model = exported_tiny(nms="plugin", **NMS_OPTIONS), usual()
+    float_model, int8_model = exported_tiny(nms="plugin", **NMS_OPTIONS), default_int8()
     kernels = [t for t in int8_model.proto.graph.initializer if len(t.dims) == 4]
     assert {t.data_type for t in kernels} == {INT8, FP16}
     assert sum(t.data_type == INT8 for t in kernels) == CONVOLUTIONS - HEADS
@@ -132,7 +132,7 @@ def test_the_float32_model_is_not_modified_and_the_same_input_gives_the_same_byt
 
 
 def test_the_metadata_records_the_quantization(tmp_path):
-    int8_model = usual()
+    int8_model = default_int8()
     int8_model.save(tmp_path / "m.onnx")
     metadata = OnnxModel.load(tmp_path / "m.onnx").metadata
     assert metadata == int8_model.metadata
@@ -148,10 +148,10 @@ def test_the_metadata_records_the_quantization(tmp_path):
     )
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
+# --- the values -------------------------------------------------------------------------------------------------------
 
 
-def fake(values, scale):
+def fake_quantize(values, scale):
     return torch.clamp(torch.round(values / scale), -128, 127) * scale
 
 
@@ -165,7 +165,7 @@ def simulated(model, array, layer):
             continue
         module, (data, weight) = modules[node.name], (producers[name] for name in node.input[:2])
         scale = torch.tensor(values[data.input[1]])
-        module.register_forward_pre_hook(lambda _, given, scale=scale: (fake(given[0], scale),))
+        module.register_forward_pre_hook(lambda _, given, scale=scale: (fake_quantize(given[0], scale),))
         with torch.no_grad():
             rounded, steps = (torch.tensor(values[name]) for name in weight.input[:2])
             module.weight.copy_(rounded * steps[:, None, None, None])
@@ -250,7 +250,7 @@ def test_excluding_every_layer_is_an_error():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: usual(), lambda: to_fp16(exported_tiny(nms="none"), IMAGES)])
+@pytest.mark.parametrize("make", [lambda: default_int8(), lambda: to_fp16(exported_tiny(nms="none"), IMAGES)])
 def test_a_model_of_lower_precision_is_refused(make):
     with pytest.raises(ExportError, match="already") as caught:
         to_int8(make(), calibration(nms="none"), Int8Options())
@@ -258,7 +258,7 @@ def test_a_model_of_lower_precision_is_refused(make):
 
 
 def test_a_quantized_graph_with_fp32_metadata_is_refused():
-    wrong = OnnxModel(usual().proto, exported_tiny(nms="plugin", **NMS_OPTIONS).metadata)
+    wrong = OnnxModel(default_int8().proto, exported_tiny(nms="plugin", **NMS_OPTIONS).metadata)
     with pytest.raises(ExportError, match="quantized already: it has a"):
         to_int8(wrong, calibration(nms="plugin", **NMS_OPTIONS), Int8Options())
 
@@ -332,4 +332,4 @@ def test_float_operations_between_int8_convolutions_are_listed():
     changed = OnnxModel(proto, model.metadata)
     int8_model = to_int8(changed, calibrate(changed, IMAGES), Int8Options())
     assert "float between INT8 convolutions: Softplus (odd)" in int8_model.metadata.notes
-    assert not [note for note in usual().metadata.notes if "between INT8" in note]
+    assert not [note for note in default_int8().metadata.notes if "between INT8" in note]

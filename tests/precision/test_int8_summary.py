@@ -114,7 +114,7 @@ def test_multiply_accumulates_do_not_depend_on_the_batch(batch):
 
 
 @pytest.mark.parametrize("sides", [("height", 16), (12, "width"), ("height", "width")])
-def test_dynamic_sizes_leave_them_and_the_share_unknown(sides):
+def test_with_dynamic_sizes_multiply_accumulates_and_the_share_are_unknown(sides):
     summary = summarize_int8(single(sides=sides))
     assert [conv.macs for conv in summary.convolutions] == [None]
     assert summary.share is None
@@ -128,7 +128,7 @@ def test_sliced_weights_count_by_their_size_after_slicing():
     assert summarize_int8(sketch.proto("c")).convolutions == summarize_int8(single()).convolutions
 
 
-def test_weights_of_dynamic_shape_leave_them_unknown():
+def test_with_weights_of_dynamic_shape_multiply_accumulates_are_unknown():
     sketch = Sketch()
     sketch.node("Conv", "images", "given", name="c")
     proto = sketch.proto("c")
@@ -234,7 +234,7 @@ def test_pairs_are_counted_by_the_operation_of_their_consumers_with_convolutions
 
 
 def test_a_stored_int32_bias_is_not_a_weight():
-    """As the quantizer of ONNX Runtime writes it."""
+    """The quantizer of ONNX Runtime stores biases as int32."""
     sketch = Sketch()
     bias = sketch.weight("bias", np.zeros(4, np.int32))
     back = sketch.node("DequantizeLinear", bias, sketch.weight("scale", np.float32(0.1)), name="bias.back")

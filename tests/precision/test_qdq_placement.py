@@ -172,7 +172,7 @@ def quantized(model, **options):
     return to_int8(model, calibrate(model, images, count=3), Int8Options(**options))
 
 
-def placed(model, *, excluded=()):
+def placement_of(model, *, excluded=()):
     """The placement, after checking that all rules hold in it and in the file."""
     network = Network(model)
     placement = place_qdq(network, dict.fromkeys(excluded, WHY))
@@ -194,7 +194,7 @@ def test_there_is_no_pair_between_convolution_and_activation():
     first = sketch.node("Relu", sketch.conv("images", "a", c_in=3), name="a.act")
     second = sketch.node("Relu", sketch.conv(first, "b"), name="b.act")
     model = sketch.model(sketch.conv(second, "head"))
-    placement = placed(model)
+    placement = placement_of(model)
     assert placement.pairs == {"images": ("a",), "a.act": ("b",)}
     assert placement.float_convolutions == {"head": HEAD_REASON}
     assert_near(model, quantized(model, fallback="fp32"))
@@ -204,7 +204,7 @@ def test_two_consumers_share_one_pair():
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3)
     joined = sketch.node("Sub", sketch.conv(first, "b"), sketch.conv(first, "c"), name="joined")
-    placement = placed(sketch.model(sketch.conv(joined, "head")))
+    placement = placement_of(sketch.model(sketch.conv(joined, "head")))
     assert placement.pairs == {"images": ("a",), "a": ("b", "c")}
 
 
@@ -215,7 +215,7 @@ def test_a_concat_with_a_float_branch_has_the_scale_of_both_branches(float_one):
     one = sketch.conv(first, "b") if float_one == "excluded" else sketch.node("Tanh", first, name="b")
     joined = sketch.node("Concat", one, sketch.conv(first, "c"), name="joined", axis=1)
     model = sketch.model(sketch.conv(sketch.conv(joined, "d", c_in=8), "head"))
-    placement = placed(model, excluded=["b"] if float_one == "excluded" else [])
+    placement = placement_of(model, excluded=["b"] if float_one == "excluded" else [])
     assert placement.scale_groups["joined"] == ("b", "c")
     assert placement.pairs["joined"] == ("d",)
     assert "b" not in placement.pairs and "c" not in placement.pairs
@@ -227,7 +227,7 @@ def test_only_a_nearest_resize_is_a_pass_through_operation(mode):
     sketch = Sketch()
     large = sketch.enlarge(sketch.conv("images", "a", c_in=3), "large", mode=mode)
     model = sketch.model(sketch.conv(sketch.conv(large, "b"), "head"))
-    placement = placed(model)
+    placement = placement_of(model)
     if mode == "nearest":
         assert placement.pairs == {"images": ("a",), "a": ("large",), "large": ("b",)}
         assert placement.scale_groups["a"] == placement.scale_groups["large"] == ("a",)
@@ -242,7 +242,7 @@ def test_convolutions_with_groups_or_without_bias_are_quantized(options):
     sketch = Sketch()
     first = sketch.node("Relu", sketch.conv("images", "a", c_in=3), name="a.act")
     model = sketch.model(sketch.conv(sketch.conv(first, "b", **options), "head"))
-    assert placed(model).convolutions == ("a", "b")
+    assert placement_of(model).convolutions == ("a", "b")
     assert_near(model, quantized(model, fallback="fp32"))
 
 
@@ -257,7 +257,7 @@ def test_a_convolution_whose_weights_are_not_an_initializer_stays_float_with_a_r
         weight = sketch.node("Identity", sketch.weight("stored", values), name="made")
     second = sketch.node("Conv", first, weight, name="b")
     model = sketch.model(sketch.conv(second, "head"))
-    placement = placed(model)
+    placement = placement_of(model)
     assert placement.float_convolutions == {"b": "its weights are not a float32 initializer", "head": HEAD_REASON}
     assert placement.convolutions == ("a",)
     assert ("b", placement.float_convolutions["b"]) in quantized(model).metadata.int8.float_layers
@@ -278,7 +278,7 @@ def test_a_sum_with_a_constant_or_the_image_is_not_residual():
     first = sketch.conv("images", "a", c_in=3, c_out=3)
     shifted = sketch.node("Add", first, sketch.weight("shift", np.ones((3, 1, 1), np.float32)), name="shifted")
     added = sketch.node("Add", shifted, "images", name="added")
-    placement = placed(sketch.model(sketch.conv(sketch.conv(added, "b", c_in=3), "head")))
+    placement = placement_of(sketch.model(sketch.conv(sketch.conv(added, "b", c_in=3), "head")))
     assert placement.pairs == {"images": ("a",), "added": ("b",)}
 
 
@@ -287,7 +287,7 @@ def test_sums_of_sums_read_all_terms_through_pairs():
     terms = [sketch.conv("images", name, c_in=3) for name in "abc"]
     once = sketch.node("Add", *terms[:2], name="once")
     twice = sketch.node("Add", once, terms[2], name="twice")
-    placement = placed(sketch.model(sketch.conv(sketch.conv(twice, "d"), "head")))
+    placement = placement_of(sketch.model(sketch.conv(sketch.conv(twice, "d"), "head")))
     assert set(placement.pairs) == {"images", "a", "b", "c", "once", "twice"}
     assert placement.scale_groups["a"] == placement.scale_groups["b"] == ("a", "b")
     assert placement.scale_groups["once"] == placement.scale_groups["c"] == ("c", "once")
@@ -300,7 +300,7 @@ def test_a_pooled_term_of_a_sum_has_the_scale_of_the_input_of_the_pool():
     pooled = sketch.node("MaxPool", first, name="pooled", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
     added = sketch.node("Add", pooled, sketch.conv(first, "b"), name="added")
     model = sketch.model(sketch.conv(sketch.conv(added, "c"), "head"))
-    placement = placed(model)
+    placement = placement_of(model)
     assert placement.scale_groups["a"] == placement.scale_groups["pooled"] == placement.scale_groups["b"] == ("a", "b")
     assert_near(model, quantized(model, fallback="fp32"))
 
@@ -310,5 +310,5 @@ def test_a_constant_input_of_a_concat_shares_the_scale():
     grid = sketch.weight("grid", np.linspace(-9, 9, 256, dtype=np.float32).reshape(1, 1, 16, 16))
     joined = sketch.node("Concat", sketch.conv("images", "a", c_in=3), grid, name="joined", axis=1)
     model = sketch.model(sketch.conv(sketch.conv(joined, "b", c_in=5), "head"))
-    assert placed(model).scale_groups["joined"] == ("a", "grid")
+    assert placement_of(model).scale_groups["joined"] == ("a", "grid")
     assert_near(model, quantized(model, fallback="fp32"))

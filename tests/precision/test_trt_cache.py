@@ -89,7 +89,7 @@ def test_the_same_calibration_gives_the_same_text():
     assert trt_calibration_cache(model, calibration_of("tiny"), "max") == text_of()
 
 
-# --- which tensors ----------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 @every_model
@@ -109,7 +109,7 @@ def test_every_scale_is_finite_and_positive(which, options, method):
         assert np.isfinite(scale) and scale > 1e-9, name
 
 
-# --- their scales -----------------------------------------------------------------------------------------------------
+# --- scales -----------------------------------------------------------------------------------------------------------
 
 
 @every_model

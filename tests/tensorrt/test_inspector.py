@@ -103,10 +103,10 @@ def test_with_dynamic_shapes_layout_and_activations_are_unknown_but_not_the_weig
 
 
 def test_peak_activations_are_the_largest_total_at_one_time():
-    def layer(name, takes, gives):
+    def layer(name, inputs, outputs):
         side = {"a": 10, "b": 100, "c": 20, "d": 30}
         tensors = [
-            [{"Name": t, "Dimensions": [1, side[t]], "Format/Datatype": "Float"} for t in g] for g in (takes, gives)
+            [{"Name": t, "Dimensions": [1, side[t]], "Format/Datatype": "Float"} for t in g] for g in (inputs, outputs)
         ]
         return {"Name": name, "LayerType": "kgen", "Inputs": tensors[0], "Outputs": tensors[1]}
 

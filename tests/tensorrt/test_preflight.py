@@ -71,12 +71,12 @@ def test_a_xavier_needs_the_tensorrt_of_jetpack_5():
         ("10.0", "8.6.1", "error"), ("6.1", "10.3.0", "note"),
     ],
 )  # fmt: skip
-def test_each_gpu_has_a_first_tensorrt(unknown, capability, version, level):
+def test_each_gpu_has_a_first_supporting_tensorrt(unknown, capability, version, level):
     found = preflight(PlannedBuild(product="tensorrt", tensorrt=version, compute_capability=capability), **unknown)
     assert [finding.level for finding in found] == ([level] if level else [])
 
 
-def test_only_volta_has_a_last_tensorrt():
+def test_only_volta_has_a_last_supporting_tensorrt():
     assert {capability for capability, (_, _, last) in GPUS.items() if last is not None} == {"7.0", "7.2"}
 
 

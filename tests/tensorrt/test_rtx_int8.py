@@ -30,7 +30,7 @@ def expected(model):
     return {("int8", "int8"): int8.int8_convolutions, ("fp16", "fp16"): int8.convolutions - int8.int8_convolutions}
 
 
-# The first varies fastest, so that each network is made once.
+# The first parameter varies fastest, so each network is created once.
 @pytest.mark.parametrize("nms_by", ["operators", "plugin"])
 @pytest.mark.parametrize("variant", ALL)
 def test_convolutions_that_are_int8_in_the_file_are_int8_in_the_engine_with_nms_by(variant, nms_by, request):

@@ -1,1 +1,1 @@
-"""④ From torch to ONNX."""
+"""Export of PyTorch models to ONNX, with decoding and NMS in the graph."""

@@ -1,9 +1,9 @@
-"""Puts decoding and NMS into the graph: none, standard, EfficientNMS, or our own op.
+"""Add decoding and NMS to the graph: none, standard operators, EfficientNMS_TRT, or the operator of this package.
 
-`plugin` ends the network at the raw head maps and adds one node, `y7::Y7NMS`, that decodes and suppresses. The node is
-a model-local ONNX function whose body is standard operators, so every runtime runs the file; TensorRT takes our plugin
-of the same name instead. `standard` is that body in place of the node. `efficient` decodes everything and ends in
-`EfficientNMS_TRT`, with a body for runtimes that lack it. `none` decodes everything and ends there.
+`plugin` appends one node to the raw head maps, `y7::Y7NMS`, which decodes and runs NMS. The node is a model-local ONNX
+function of standard operators, so every runtime runs the file; TensorRT uses our plugin of the same name instead.
+`standard` adds the operators of that function without the function. `efficient` decodes all anchors and ends with
+`EfficientNMS_TRT`, with a function body for runtimes without it. `none` decodes all anchors and runs no NMS.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from yolov7_deploy.metadata import CONF_INPUT, IOU_INPUT, NMS_OUTPUTS, RAW_OUTPU
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
 BODY_PREFIX = "y7nms__"
-END_PREFIX = "end__"  # keeps the names made here apart from the network's
-# Output of the node, not of the graph, whose outputs are the field's four; an engine offers it as well.
+END_PREFIX = "end__"  # of all names of this module, so that they differ from those of the network
+# An output of the node, but not of the graph, which has the four usual outputs; in an engine it is an output as well.
 OVERFLOW = "y7nms_overflow"
 # Without these two attributes TensorRT 10.15 and later prefers the function body to a registered plugin.
 _PLUGIN_KEY = {"plugin_version": "1", "plugin_namespace": ""}
 
 
 def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) -> onnx.ModelProto:
-    """The network with everything behind its head maps [B, 3 * (5 + C), H, W]; `network` is left as it was."""
+    """Return a copy of the network with decoding and NMS after its head maps [B, 3 * (5 + C), H, W]."""
     model = onnx.ModelProto()
     model.CopyFrom(network)
     graph = model.graph
@@ -71,16 +71,16 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
     return model
 
 
-def _rename(writer: GraphBuilder, wanted: dict[str, str]) -> None:
-    """Gives results their public names, in whichever nodes make or read them."""
-    public = {made: name for name, made in wanted.items()}
+def _rename(writer: GraphBuilder, names: dict[str, str]) -> None:
+    """Give results their public names, in all nodes that write or read them; `names` maps public to internal names."""
+    public = {internal: name for name, internal in names.items()}
     for node in writer.nodes:
-        for names in (node.input, node.output):
-            names[:] = [public.get(name, name) for name in names]
+        for tensors in (node.input, node.output):
+            tensors[:] = [public.get(name, name) for name in tensors]
 
 
 def _add_threshold(graph: onnx.GraphProto, name: str, value: float) -> None:
-    """A graph input with a default: callers may feed it, and runtimes that cannot take it as a constant."""
+    """Add a graph input with a default value; runtimes without such inputs treat it as a constant."""
     graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]))
     graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [1], [value]))
 
@@ -139,24 +139,24 @@ def _add_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
 
 
 def _decoded(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> str:
-    """[B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
-    y, centre, size = _decoded_parts(writer, heads, plan)
+    """Add the decoded output [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
+    y, center, size = _decoded_parts(writer, heads, plan)
     rest = writer.slice(y, 1, 4, plan.columns)
-    return writer.node("Transpose", writer.node("Concat", centre, size, rest, axis=1), name=RAW_OUTPUT, perm=[0, 2, 1])
+    return writer.node("Transpose", writer.node("Concat", center, size, rest, axis=1), name=RAW_OUTPUT, perm=[0, 2, 1])
 
 
 def _decoded_parts(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
-    """Sigmoids [B, 5 + C, A], centres and sizes [B, 2, A]."""
+    """Add the sigmoids [B, 5 + C, A], centers and sizes [B, 2, A] of all anchors."""
     y = writer.node("Sigmoid", concat_heads(writer, heads, plan))
     cell = writer.constant(np.ascontiguousarray(plan.cells.T[None]), "cells")
-    centre, size = decode(writer, y, cell, axis=1)
-    return y, centre, size
+    center, size = decode(writer, y, cell, axis=1)
+    return y, center, size
 
 
 def _efficient_inputs(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str]:
-    """Boxes [B, A, 4] (cx, cy, w, h) and scores [B, A, C] for EfficientNMS_TRT."""
-    y, centre, size = _decoded_parts(writer, heads, plan)
-    boxes = writer.node("Transpose", writer.node("Concat", centre, size, axis=1), name="boxes", perm=[0, 2, 1])
+    """Add boxes [B, A, 4] (cx, cy, w, h) and scores [B, A, C] for EfficientNMS_TRT."""
+    y, center, size = _decoded_parts(writer, heads, plan)
+    boxes = writer.node("Transpose", writer.node("Concat", center, size, axis=1), name="boxes", perm=[0, 2, 1])
     scores = writer.slice(y, 1, 4, 5)
     if plan.columns > 6:
         scores = writer.node("Mul", scores, writer.slice(y, 1, 5, plan.columns))
@@ -166,7 +166,7 @@ def _efficient_inputs(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan)
 
 
 def _best_class_only(writer: GraphBuilder, scores: str, plan: NmsPlan) -> str:
-    """Scores [B, C, A] with zero wherever a class is not its anchor's best: EfficientNMS_TRT takes every class."""
+    """Set the scores [B, C, A] of all but the best class of an anchor to 0: EfficientNMS_TRT is always multi-label."""
     best = writer.unsqueeze(writer.reduce_max(scores, 1, opset=plan.options.opset), 1)
     is_best = writer.node("GreaterOrEqual", scores, best)
     return writer.node("Mul", scores, writer.node("Cast", is_best, name="is_best", to=TensorProto.FLOAT))
@@ -191,7 +191,7 @@ def _efficient_node(boxes: str, scores: str, plan: NmsPlan) -> onnx.NodeProto:
 
 
 def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
-    """What EfficientNMS_TRT computes, for runtimes without it: multi-label, thresholds inclusive."""
+    """Return EfficientNMS_TRT as a function for runtimes without it: multi-label, with inclusive thresholds."""
     writer = GraphBuilder(prefix=BODY_PREFIX, constants_as_nodes=True)
     boxes, scores = BODY_PREFIX + "boxes", BODY_PREFIX + "scores"
     conf, iou = (_attribute(writer, name) for name in ("score_threshold", "iou_threshold"))
@@ -210,7 +210,7 @@ def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
 
 
 def _attribute(writer: GraphBuilder, name: str) -> str:
-    """A function's own float attribute as a tensor."""
+    """Add a float attribute of the function as a tensor."""
     result = writer.unique(name)
     node = helper.make_node("Constant", [], [result], name=result)
     reference = node.attribute.add()

@@ -1,9 +1,10 @@
-"""Decoding and greedy NMS in standard operators of fixed size.
+"""Decoding and greedy NMS in standard operators with fixed shapes.
 
-Best class per anchor, then the `candidates` best anchors, then their classes: no (anchor, class) pair among the best
-can hide in another anchor, because its anchor would outscore it. Only those candidates are decoded. NMS goes
-tile by tile, and within a tile to its fixed point, which is the greedy result: a candidate falls if a better, surviving
-one of its class overlaps it.
+The best class of each anchor gives its score; the `candidates` anchors with the best scores are selected, then the best
+(anchor, class) pairs among them. A pair of another anchor cannot be among the best: its anchor, whose score is not
+lower, would have been selected. Only the selected anchors are decoded. NMS processes the pairs in tiles. Within a tile
+it iterates to the fixed point, which is the result of greedy NMS: a candidate is removed if it overlaps a surviving
+candidate of its class with a higher score.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from yolov7_deploy.export.graph_builder import GraphBuilder
 from yolov7_deploy.model.configs import Anchors
 from yolov7_deploy.options import ExportOptions
 
-TILE = 256  # candidates that settle among themselves at once
+TILE = 256  # candidates that are processed at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NmsPlan:
-    """All that the end of the graph needs to know.
+    """Parameters of decoding and NMS.
 
     Attributes:
-        columns: 5 + C.
-        cells: float32 [A, 5], per anchor the cell's column and row, stride, anchor width and height.
-        anchors, strides: As the head has them.
-        candidates: How many enter NMS, at most the number of anchors.
-        options: What the user asked for.
+        columns: Channels per anchor, 5 + C.
+        cells: float32 [A, 5]: column and row of the cell, stride, width and height of the anchor.
+        anchors, strides: Anchors and strides of the head.
+        candidates: Number of candidates for NMS, at most the number of anchors.
+        options: The export options.
     """
 
     columns: int
@@ -45,18 +46,19 @@ class NmsPlan:
 
     @classmethod
     def of(cls, strides: Sequence[int], anchors: Anchors, classes: int, options: ExportOptions) -> NmsPlan:
-        """The plan for a head of these strides and anchors; `options.input_hw` must be given.
+        """Return the plan for a head with these strides and anchors; `options.input_hw` must be set.
 
         Raises:
             UsageError: The input size does not fit the stride, or has fewer anchors than `max_det`.
         """
-        assert options.input_hw is not None, "filled in by export_onnx"
+        assert options.input_hw is not None, "export_onnx sets it"
         height, width = options.input_hw
         stride = max(strides)
         if height % stride or width % stride or height < stride or width < stride:
-            up = [max(1, -(-side // stride)) * stride for side in (height, width)]
+            larger = [max(1, -(-side // stride)) * stride for side in (height, width)]
             raise UsageError(
-                f"--img {height} {width} is no multiple of this model's stride {stride}.", fix=f"--img {up[0]},{up[1]}"
+                f"--img {height},{width} is not a multiple of this model's stride {stride}.",
+                fix=f"--img {larger[0]},{larger[1]}",
             )
         cells = _cells((height, width), strides, anchors)
         candidates = min(options.max_candidates, len(cells))
@@ -76,24 +78,24 @@ class NmsPlan:
 
 
 def _cells(input_hw: tuple[int, int], strides: Sequence[int], anchors: Anchors) -> npt.NDArray[np.float32]:
-    """Column, row, stride, anchor width, anchor height of every anchor, in the order of the decoded output."""
+    """Return `NmsPlan.cells`, in the order of the decoded output."""
     levels = []
     for stride, level in zip(strides, anchors, strict=True):
         height, width = input_hw[0] // stride, input_hw[1] // stride
         rows, columns = np.divmod(np.arange(height * width), width)
         for anchor_w, anchor_h in level:
-            constant = np.full_like(rows, 1, dtype=np.float32)
-            levels.append(np.stack([columns, rows, stride * constant, anchor_w * constant, anchor_h * constant], 1))
+            ones = np.ones_like(rows, dtype=np.float32)
+            levels.append(np.stack([columns, rows, stride * ones, anchor_w * ones, anchor_h * ones], 1))
     return np.concatenate(levels).astype(np.float32)
 
 
 def select_candidates(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
-    """Head maps to the K best (box, class) pairs, as `top_pairs` gives them; only candidates are decoded."""
+    """Add the K best (box, class) pairs of the head maps; returns what `top_pairs` returns. Decodes only K anchors."""
     opset = plan.options.opset
     raw = concat_heads(writer, heads, plan)  # [B, 5 + C, A]
     objectness = writer.node("Squeeze", writer.slice(raw, 1, 4, 5), writer.constant([1], "axis"))
     score = writer.node("Sigmoid", objectness)
-    if plan.columns > 6:  # with one class, its logit is never trained and the score is the objectness
+    if plan.columns > 6:  # with one class, its logit is not trained, and the score is the objectness
         best = writer.reduce_max(writer.slice(raw, 1, 5, plan.columns), 1, opset=opset)
         score = writer.node("Mul", score, writer.node("Sigmoid", best))
     anchor = top_anchors(writer, score, plan)
@@ -101,22 +103,22 @@ def select_candidates(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan)
     columns = writer.node("Transpose", writer.node("GatherElements", raw, chosen, axis=2), perm=[0, 2, 1])
     y = writer.node("Sigmoid", columns)  # [B, K, 5 + C]
     cell = writer.node("Gather", writer.constant(plan.cells, "cells"), anchor, axis=0)  # [B, K, 5]
-    centre, size = decode(writer, y, cell, axis=2)
+    center, size = decode(writer, y, cell, axis=2)
     scores = writer.slice(y, 2, 4, 5)
     if plan.columns > 6:
         scores = writer.node("Mul", scores, writer.slice(y, 2, 5, plan.columns))
-    boxes = corners(writer, centre, size, axis=2)
+    boxes = corners(writer, center, size, axis=2)
     return top_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
 
 
 def overflow_flag(writer: GraphBuilder, score: str, conf: str, plan: NmsPlan) -> str:
-    """int32 [B, 1]: 1 where the last of the candidates [B, K] passes too, so that weaker ones may be missing."""
+    """Add a flag, int32 [B, 1]: 1 if the last of the candidates [B, K] is above `conf`, so others may be missing."""
     last = writer.slice(score, 1, plan.candidates - 1, plan.candidates)
     return writer.node("Cast", writer.node("Greater", last, conf), name="overflow", to=TensorProto.INT32)
 
 
 def top_anchors(writer: GraphBuilder, score: str, plan: NmsPlan) -> str:
-    """int64 [B, K]: the anchors of the K best scores [B, A], in rising order, so that later ties fall to the first."""
+    """Add the anchors with the K best scores [B, A], int64 [B, K], ascending, so that ties go to the first anchor."""
     _, anchor = writer.top_k(score, plan.candidates)
     number = writer.node("Cast", anchor, name="number", to=TensorProto.FLOAT)
     count = writer.constant([plan.candidates], "count")
@@ -125,7 +127,7 @@ def top_anchors(writer: GraphBuilder, score: str, plan: NmsPlan) -> str:
 
 
 def concat_heads(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> str:
-    """Head maps of all levels as float32 [B, 5 + C, A]."""
+    """Concatenate the head maps of all levels to float32 [B, 5 + C, A]."""
     levels = []
     for head in heads:
         x = writer.node("Cast", head, name="float32", to=TensorProto.FLOAT)
@@ -136,31 +138,32 @@ def concat_heads(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> s
 
 
 def decode(writer: GraphBuilder, y: str, cell: str, *, axis: int) -> tuple[str, str]:
-    """Centre (2 y - 0.5 + cell) * stride and size (2 y)^2 * anchor, from columns along `axis` of y and cell."""
+    """Add center (2 y - 0.5 + cell) * stride and size (2 y)^2 * anchor; y and cell have their columns along `axis`."""
     two = writer.constant(2.0, "two")
-    centre = writer.node("Mul", writer.slice(y, axis, 0, 2), two)
-    centre = writer.node("Sub", centre, writer.constant(0.5, "half"))
-    centre = writer.node("Add", centre, writer.slice(cell, axis, 0, 2))
-    centre = writer.node("Mul", centre, writer.slice(cell, axis, 2, 3))
+    center = writer.node("Mul", writer.slice(y, axis, 0, 2), two)
+    center = writer.node("Sub", center, writer.constant(0.5, "half"))
+    center = writer.node("Add", center, writer.slice(cell, axis, 0, 2))
+    center = writer.node("Mul", center, writer.slice(cell, axis, 2, 3))
     doubled = writer.node("Mul", writer.slice(y, axis, 2, 4), two)
     size = writer.node("Mul", writer.node("Mul", doubled, doubled), writer.slice(cell, axis, 3, 5))
-    return centre, size
+    return center, size
 
 
-def corners(writer: GraphBuilder, centre: str, size: str, *, axis: int) -> str:
-    """Centres and sizes as xyxy along `axis`."""
+def corners(writer: GraphBuilder, center: str, size: str, *, axis: int) -> str:
+    """Convert centers and sizes to xyxy along `axis`."""
     half = writer.node("Mul", size, writer.constant(0.5, "half"))
     return writer.node(
-        "Concat", writer.node("Sub", centre, half), writer.node("Add", centre, half), name="corners", axis=axis
+        "Concat", writer.node("Sub", center, half), writer.node("Add", center, half), name="corners", axis=axis
     )
 
 
 def top_pairs(
     writer: GraphBuilder, boxes: str, scores: str, plan: NmsPlan, *, multi_label: bool
 ) -> tuple[str, str, str]:
-    """The K best (box, class) pairs of boxes [B, K, 4] with scores [B, K, C], ties by box and class.
+    """Add the K best (box, class) pairs of boxes [B, K, 4] with scores [B, K, C], ties by box and class.
 
-    Gives boxes [B, K, 4], scores [B, K] and class ids int64 [B, K], best first.
+    Returns:
+        Boxes [B, K, 4], scores [B, K] and class ids int64 [B, K], the best first.
     """
     count, classes = plan.candidates, plan.columns - 5
     if not multi_label or classes == 1:
@@ -187,45 +190,47 @@ def greedy_nms(
     *,
     inclusive: bool,
 ) -> tuple[str, str, str, str]:
-    """Candidates, best first, to the four outputs.
+    """Add NMS of candidates, the best first, and return the four outputs.
 
-    Tile by tile: a tile loses what the survivors so far overlap, then settles among itself, then its survivors join. It
-    ends when every image has `max_det` survivors or nothing above `conf` is left, so the cost follows the image
-    and not the number of candidates.
+    Candidates are processed in tiles. The survivors of earlier tiles remove candidates from a tile, then NMS runs
+    within the tile, and its survivors join the others. The loop ends when every image has `max_det` survivors or no
+    candidates above `conf` are left, so the cost depends on the image and not on the number of candidates.
 
     Args:
-        writer: Takes the nodes.
+        writer: Receives the nodes.
         boxes, score, class_id: xyxy [B, K, 4], float32 [B, K], int64 [B, K].
         conf, iou: Tensors [1].
-        plan: The sizes.
+        plan: Parameters of NMS.
         inclusive: Thresholds include equality (EfficientNMS_TRT) or not (official YOLOv7).
     """
     rules = _Rules(conf=conf, iou=iou, inclusive=inclusive, class_agnostic=plan.options.class_agnostic)
     tile = min(TILE, plan.candidates)
     tiles = -(-plan.candidates // tile)
-    spare = tiles * tile - plan.candidates
+    padding = tiles * tile - plan.candidates
     class_number = writer.node("Cast", class_id, name="class_number", to=TensorProto.FLOAT)
     columns = [boxes, writer.unsqueeze(score, 2), writer.unsqueeze(class_number, 2)]
-    rows = writer.node("Concat", *columns, name="candidates", axis=2)  # [B, K, 6], zero rows never pass
-    rows = writer.node("Pad", rows, writer.constant([0, 0, 0, 0, spare + tile, 0], "spare"))
+    rows = writer.node(
+        "Concat", *columns, name="candidates", axis=2
+    )  # [B, K, 6]; rows of zeros are never above a threshold
+    rows = writer.node("Pad", rows, writer.constant([0, 0, 0, 0, padding + tile, 0], "spare"))
     rows = writer.reshape(rows, [0, tiles + 1, tile, 6])
-    nobody = writer.slice(writer.reshape(rows, [0, -1, 6]), 1, 0, 1)
-    nobody = writer.node("Mul", nobody, writer.constant(0.0, "zero"))
-    nobody = writer.node("Tile", nobody, writer.constant([1, plan.options.max_det, 1], "repeats"))
-    kept = writer.node(
+    no_survivors = writer.slice(writer.reshape(rows, [0, -1, 6]), 1, 0, 1)
+    no_survivors = writer.node("Mul", no_survivors, writer.constant(0.0, "zero"))
+    no_survivors = writer.node("Tile", no_survivors, writer.constant([1, plan.options.max_det, 1], "repeats"))
+    survivors = writer.node(
         "Loop",
         writer.constant(tiles, "tiles"),
         writer.constant(np.array(True), "go"),
-        nobody,
+        no_survivors,
         name="survivors",
         body=_tile_body(rows, tile, rules, plan),
     )
-    return _outputs(writer, kept)
+    return _outputs(writer, survivors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rules:
-    """When a candidate counts and when two overlap; `conf` and `iou` are tensor names."""
+    """Thresholds and comparisons of NMS; `conf` and `iou` are names of tensors."""
 
     conf: str
     iou: str
@@ -234,52 +239,60 @@ class _Rules:
 
     @property
     def above(self) -> str:
+        """Operator that compares a value with a threshold."""
         return "GreaterOrEqual" if self.inclusive else "Greater"
 
 
 def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.GraphProto:
-    """One round: rows [B, T + 1, tile, 6] of the whole, kept [B, max_det, 6] so far; the last tile is empty."""
+    """Return the loop body for one tile of `rows` [B, T + 1, tile, 6], whose last tile is empty.
+
+    The state of the loop is the survivors so far, [B, max_det, 6].
+    """
     body = GraphBuilder(prefix=f"{rows}_tile__", constants_as_nodes=True)
-    number, go_in, kept_in = (body.unique(name) for name in ("number", "go", "kept"))
-    waiting = body.node("Gather", rows, number, name="waiting", axis=1)  # [B, tile, 6]
-    score = body.node("Squeeze", body.slice(waiting, 2, 4, 5), body.constant([2], "axis"))
+    number, continue_in, survivors_in = (body.unique(name) for name in ("number", "go", "kept"))
+    candidates = body.node("Gather", rows, number, name="waiting", axis=1)  # [B, tile, 6]
+    score = body.node("Squeeze", body.slice(candidates, 2, 4, 5), body.constant([2], "axis"))
     valid = body.node("Cast", body.node(rules.above, score, rules.conf), name="valid", to=TensorProto.FLOAT)
-    hit = body.node("Cast", _overlaps(body, kept_in, waiting, rules), name="hit", to=TensorProto.FLOAT)
-    kept_score = body.node("Squeeze", body.slice(kept_in, 2, 4, 5), body.constant([2], "axis"))
-    is_kept = body.node("Cast", body.node("Greater", kept_score, body.constant(0.0, "zero")), to=TensorProto.FLOAT)
-    valid = body.node("Mul", valid, _not_hit(body, is_kept, hit))
+    hit = body.node("Cast", _overlaps(body, survivors_in, candidates, rules), name="hit", to=TensorProto.FLOAT)
+    survivor_score = body.node("Squeeze", body.slice(survivors_in, 2, 4, 5), body.constant([2], "axis"))
+    is_survivor = body.node(
+        "Cast", body.node("Greater", survivor_score, body.constant(0.0, "zero")), to=TensorProto.FLOAT
+    )
+    valid = body.node("Mul", valid, _not_hit(body, is_survivor, hit))
     rank = np.arange(tile, dtype=np.float32)
     better = body.node("Less", body.constant(rank[:, None], "rank"), body.constant(rank[None], "rank"))
-    beats = body.node("Cast", body.node("And", _overlaps(body, waiting, waiting, rules), better), to=TensorProto.FLOAT)
-    survives = _fixed_point(body, valid, beats, tile)
-    joined = body.node("Concat", kept_in, body.node("Mul", waiting, body.unsqueeze(survives, 2)), axis=1)
+    removes = body.node(
+        "Cast", body.node("And", _overlaps(body, candidates, candidates, rules), better), to=TensorProto.FLOAT
+    )
+    survives = _fixed_point(body, valid, removes, tile)
+    joined = body.node("Concat", survivors_in, body.node("Mul", candidates, body.unsqueeze(survives, 2)), axis=1)
     joined_score = body.node("Squeeze", body.slice(joined, 2, 4, 5), body.constant([2], "axis"))
     best, row = body.top_k(joined_score, plan.options.max_det)
-    kept_out = gather_rows(body, joined, row, 6)
-    go_out = _goes_on(body, rows, number, best, rules)
-    return _loop_body(body, f"{rows}_tile", (number, go_in, kept_in), (go_out, kept_out))
+    survivors_out = gather_rows(body, joined, row, 6)
+    continue_out = _has_work_left(body, rows, number, best, rules)
+    return _loop_body(body, f"{rows}_tile", (number, continue_in, survivors_in), (continue_out, survivors_out))
 
 
-def _goes_on(body: GraphBuilder, rows: str, number: str, best: str, rules: _Rules) -> str:
-    """Bool: some image has room left and a candidate above the threshold at the head of its next tile."""
+def _has_work_left(body: GraphBuilder, rows: str, number: str, best: str, rules: _Rules) -> str:
+    """Add a bool: an image has fewer than `max_det` survivors, and a candidate above the threshold in its next tile."""
     following = body.node("Gather", rows, body.node("Add", number, body.constant(1, "one")), axis=1)
-    head = body.slice(body.slice(following, 1, 0, 1), 2, 4, 5)  # [B, 1, 1]
-    has_more = body.node("Cast", body.node(rules.above, head, rules.conf), to=TensorProto.FLOAT)
-    last = body.slice(best, 1, -1, 2**31 - 1)  # [B, 1]: zero while there is room
-    has_room = body.node("Cast", body.node("LessOrEqual", last, body.constant(0.0, "zero")), to=TensorProto.FLOAT)
-    wanted = body.node("Mul", has_room, body.node("Squeeze", has_more, body.constant([2], "axis")))
-    largest = body.node("ReduceMax", wanted, keepdims=0)
+    first = body.slice(body.slice(following, 1, 0, 1), 2, 4, 5)  # score of its best candidate [B, 1, 1]
+    has_more = body.node("Cast", body.node(rules.above, first, rules.conf), to=TensorProto.FLOAT)
+    last = body.slice(best, 1, -1, 2**31 - 1)  # [B, 1]: 0 if there are fewer than max_det survivors
+    has_space = body.node("Cast", body.node("LessOrEqual", last, body.constant(0.0, "zero")), to=TensorProto.FLOAT)
+    continues = body.node("Mul", has_space, body.node("Squeeze", has_more, body.constant([2], "axis")))
+    largest = body.node("ReduceMax", continues, keepdims=0)
     return body.node("Greater", largest, body.constant(0.5, "half"))
 
 
 def _overlaps(writer: GraphBuilder, first: str, second: str, rules: _Rules) -> str:
-    """Bool [B, N, M] for rows [B, N, 6] and [B, M, 6]: of one class, and intersection above iou * union.
+    """Add a bool [B, N, M] for rows [B, N, 6] and [B, M, 6]: of the same class, and intersection above iou * union.
 
-    The comparison needs no division, so two empty boxes are no special case.
+    The comparison needs no division, so two empty boxes are not a special case.
     """
     a = [writer.slice(first, 2, side, side + 1) for side in range(6)]  # [B, N, 1] each
-    turned = writer.node("Transpose", second, perm=[0, 2, 1])
-    b = [writer.slice(turned, 1, side, side + 1) for side in range(6)]  # [B, 1, M] each
+    transposed = writer.node("Transpose", second, perm=[0, 2, 1])
+    b = [writer.slice(transposed, 1, side, side + 1) for side in range(6)]  # [B, 1, M] each
     zero = writer.constant(0.0, "zero")
 
     def shared(low: int, high: int) -> str:
@@ -298,24 +311,31 @@ def _overlaps(writer: GraphBuilder, first: str, second: str, rules: _Rules) -> s
 
 
 def _not_hit(writer: GraphBuilder, active: str, hits: str) -> str:
-    """Float [B, M], 1 where no active row (float [B, N]) of the matrix [B, N, M] hits."""
-    # Not a MatMul: TensorRT-RTX has none of float32 for Turing.
+    """Add a float [B, M]: 1 where no active row (float [B, N]) of the matrix [B, N, M] is 1."""
+    # Not a MatMul, because TensorRT-RTX has none in float32 for Turing.
     active_hits = writer.node("Mul", writer.unsqueeze(active, 2), hits)
     count = writer.node("ReduceSum", active_hits, writer.constant([1], "axis"), keepdims=0)
     return writer.node("Cast", writer.node("Less", count, writer.constant(0.5, "half")), to=TensorProto.FLOAT)
 
 
-def _fixed_point(writer: GraphBuilder, valid: str, beats: str, tile: int) -> str:
-    """Float [B, tile], 1 where a candidate survives: keep = valid and not hit by a kept one, until nothing changes.
+def _fixed_point(writer: GraphBuilder, valid: str, removes: str, tile: int) -> str:
+    """Add a float [B, tile]: 1 where a candidate survives.
 
-    The n best candidates are final after n rounds, so `tile` rounds are always enough; real images take a few.
+    Iterates keep = valid and not removed by a kept candidate, until nothing changes. The n best candidates are final
+    after n iterations, so `tile` iterations are always enough; real images need a few.
+
+    Args:
+        writer: Receives the nodes.
+        valid: float [B, tile], 1 for the candidates that may survive.
+        removes: float [B, tile, tile], 1 where the first candidate removes the second if it survives.
+        tile: Number of candidates.
     """
-    body = GraphBuilder(prefix=f"{beats}_round__", constants_as_nodes=True)
-    number, go_in, keep_in = (body.unique(name) for name in ("number", "go", "keep"))
-    keep_out = body.node("Mul", valid, _not_hit(body, keep_in, beats))
+    body = GraphBuilder(prefix=f"{removes}_round__", constants_as_nodes=True)
+    number, continue_in, keep_in = (body.unique(name) for name in ("number", "go", "keep"))
+    keep_out = body.node("Mul", valid, _not_hit(body, keep_in, removes))
     change = body.node("Abs", body.node("Sub", keep_out, keep_in))
-    go_out = body.node("Greater", body.node("ReduceMax", change, keepdims=0), body.constant(0.5, "half"))
-    graph = _loop_body(body, f"{beats}_round", (number, go_in, keep_in), (go_out, keep_out))
+    continue_out = body.node("Greater", body.node("ReduceMax", change, keepdims=0), body.constant(0.5, "half"))
+    graph = _loop_body(body, f"{removes}_round", (number, continue_in, keep_in), (continue_out, keep_out))
     return writer.node(
         "Loop",
         writer.constant(tile, "rounds"),
@@ -329,29 +349,29 @@ def _fixed_point(writer: GraphBuilder, valid: str, beats: str, tile: int) -> str
 def _loop_body(
     body: GraphBuilder, name: str, inputs: tuple[str, str, str], outputs: tuple[str, str]
 ) -> onnx.GraphProto:
-    """A loop that carries one float tensor: (round number, condition, state) to (condition, state)."""
+    """Return a loop body with one float tensor as state: (iteration, condition, state) to (condition, state)."""
     kinds = (TensorProto.INT64, TensorProto.BOOL, TensorProto.FLOAT)
     scalars: tuple[list[int] | None, ...] = ([], [], None)
-    takes = [helper.make_tensor_value_info(*entry) for entry in zip(inputs, kinds, scalars, strict=True)]
-    gives = [helper.make_tensor_value_info(*entry) for entry in zip(outputs, kinds[1:], scalars[1:], strict=True)]
-    return helper.make_graph(body.nodes, name, takes, gives)
+    given = [helper.make_tensor_value_info(*entry) for entry in zip(inputs, kinds, scalars, strict=True)]
+    returned = [helper.make_tensor_value_info(*entry) for entry in zip(outputs, kinds[1:], scalars[1:], strict=True)]
+    return helper.make_graph(body.nodes, name, given, returned)
 
 
-def _outputs(writer: GraphBuilder, kept: str) -> tuple[str, str, str, str]:
-    """Rows [B, max_det, 6], survivors in front and zeros behind, as the four outputs."""
-    scores = writer.node("Squeeze", writer.slice(kept, 2, 4, 5), writer.constant([2], "axis"))
+def _outputs(writer: GraphBuilder, survivors: str) -> tuple[str, str, str, str]:
+    """Add the four outputs from rows [B, max_det, 6]: the survivors, then zeros."""
+    scores = writer.node("Squeeze", writer.slice(survivors, 2, 4, 5), writer.constant([2], "axis"))
     present = writer.node("Cast", writer.node("Greater", scores, writer.constant(0.0, "zero")), to=TensorProto.INT32)
     number = writer.node("ReduceSum", present, writer.constant([1], "axis"), name="number", keepdims=1)
-    classes = writer.node("Squeeze", writer.slice(kept, 2, 5, 6), writer.constant([2], "axis"))
+    classes = writer.node("Squeeze", writer.slice(survivors, 2, 5, 6), writer.constant([2], "axis"))
     return (
         number,
-        writer.slice(kept, 2, 0, 4),
+        writer.slice(survivors, 2, 0, 4),
         writer.node("Identity", scores),
         writer.node("Cast", classes, name="classes", to=TensorProto.INT32),
     )
 
 
 def gather_rows(writer: GraphBuilder, x: str, row: str, columns: int) -> str:
-    """x[b, row[b, k]] for [B, N, columns] and [B, K]."""
+    """Add x[b, row[b, k]], [B, K, columns], for x [B, N, columns] and row [B, K]."""
     index = writer.node("Expand", writer.unsqueeze(row, 2), writer.constant([1, 1, columns], "shape"))
     return writer.node("GatherElements", x, index, axis=1)

@@ -1,7 +1,7 @@
-"""Traces a fused model into an OnnxModel.
+"""Export a fused model to ONNX.
 
-The trace is torch.fx's, the translation is ours: a fused YOLOv7 needs nine kinds of operation, so one small table
-covers every variant and every opset, with the official layer names on the nodes and no exporter in between.
+torch.fx traces the model, and this module translates the trace: a fused YOLOv7 has nine kinds of operations, so one
+small table covers every variant and every opset, and nodes have the official layer names. `torch.onnx` is not used.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import ExportOptions
 
-IR_VERSION = 8  # the oldest with model-local functions; readable by ONNX Runtime 1.10 and later
+IR_VERSION = 8  # the oldest one with model-local functions; ONNX Runtime 1.10 and later read it
 
 
 def export_onnx(model: Yolov7, metadata: ModelMetadata, options: ExportOptions) -> OnnxModel:
-    """The network of a fused model, its decoding and NMS as one ONNX graph with metadata.
+    """Return a fused model, its decoding and NMS as one ONNX graph with metadata.
 
     Args:
         model: A fused model (`fuse`).
-        info: Metadata of the weights: names, anchors, source; the graph's own fields are filled in here.
+        metadata: Metadata of the weights: names, anchors, source. The fields of the graph are set here.
         options: See `ExportOptions`.
 
     Raises:
-        ExportError: The model is not fused, or holds an operation without a translation (named).
-        UsageError: A size that is no multiple of the stride, or too small for the number of boxes asked for.
+        ExportError: The model is not fused, or has an operation without a translation, which the message names.
+        UsageError: The size is not a multiple of the stride, or too small for the requested number of boxes.
     """
     if not model.fused:
-        raise ExportError("Only a fused model is exported.", fix="Call fuse(model) first.")
+        raise ExportError("Only a fused model can be exported.", fix="Call fuse(model) first.")
     input_hw = options.input_hw or metadata.default_hw
     options = replace(options, input_hw=input_hw)
     plan = NmsPlan.of(model.head.strides, model.anchors, model.classes, options)
@@ -57,8 +57,8 @@ def export_onnx(model: Yolov7, metadata: ModelMetadata, options: ExportOptions) 
     return OnnxModel.of(attach_nms(network, heads, plan), _metadata(metadata, heads, plan))
 
 
-class _Maps(nn.Module):
-    """The network up to the maps [B, 3 * (5 + C), H, W] of the head."""
+class _HeadMaps(nn.Module):
+    """The network without decoding, up to the raw head maps [B, 3 * (5 + C), H, W]."""
 
     def __init__(self, net: Yolov7) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class _Maps(nn.Module):
 
 
 def _trace(model: Yolov7) -> fx.GraphModule:
-    return fx.symbolic_trace(_Maps(model))
+    return fx.symbolic_trace(_HeadMaps(model))
 
 
 def _preprocess(writer: GraphBuilder, options: ExportOptions) -> str:
-    """NHWC BGR 0..255 to NCHW RGB 0..1. The cast comes first because TensorRT takes uint8 only into a cast."""
+    """Convert NHWC BGR 0..255 to NCHW RGB 0..1. The cast is first: TensorRT supports uint8 only as its input."""
     if options.input_kind == "float32":
         return INPUT_NAME
     pixels = writer.node("Cast", INPUT_NAME, name="pixels", to=TensorProto.FLOAT)
@@ -83,7 +83,7 @@ def _preprocess(writer: GraphBuilder, options: ExportOptions) -> str:
 
 
 def _network(writer: GraphBuilder, traced: fx.GraphModule, network_input: str) -> tuple[str, ...]:
-    """Translates every traced operation; gives the names of the head's maps, fine to coarse."""
+    """Translate every traced operation; return the names of the head maps, the finest level first."""
     modules = dict(traced.named_modules())
     names: dict[fx.Node, str] = {}
     for node in traced.graph.nodes:
@@ -95,7 +95,7 @@ def _network(writer: GraphBuilder, traced: fx.GraphModule, network_input: str) -
                 translate = _MODULES.get(type(module))
                 if translate is None:
                     raise _untranslatable(type(module).__name__)
-                names[node] = translate(writer, module, names[node.args[0]], _official(str(node.target)))
+                names[node] = translate(writer, module, names[node.args[0]], _layer_name(str(node.target)))
             case "call_function":
                 function = _FUNCTIONS.get(node.target)
                 if function is None:
@@ -105,15 +105,18 @@ def _network(writer: GraphBuilder, traced: fx.GraphModule, network_input: str) -
                 return tuple(names[map_node] for map_node in node.args[0])
             case _:
                 raise _untranslatable(f"{node.op} {node.target}")
-    raise AssertionError("a trace ends with its output")
+    raise AssertionError("a trace ends with an output node")
 
 
-def _official(target: str) -> str:
+def _layer_name(target: str) -> str:
+    """Return the official name of a traced layer, such as `model.51`."""
     return target.removeprefix("net.")
 
 
-def _untranslatable(what: str) -> ExportError:
-    return ExportError(f"The model uses {what}, which has no ONNX translation here.", fix="Add one to to_onnx.py.")
+def _untranslatable(operation: str) -> ExportError:
+    return ExportError(
+        f"The model uses {operation}, which has no ONNX translation here.", fix="Add a translation to onnx_exporter.py."
+    )
 
 
 def _model(writer: GraphBuilder, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]) -> onnx.ModelProto:
@@ -146,7 +149,7 @@ def _model(writer: GraphBuilder, heads: tuple[str, ...], plan: NmsPlan, input_hw
 
 
 def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Runs onnx-simplifier; the maps keep their names because they are outputs here."""
+    """Run onnx-simplifier; the head maps keep their names because they are outputs of this graph."""
     simplified: onnx.ModelProto
     simplified, same = onnxsim.simplify(model)
     if not same:
@@ -210,7 +213,7 @@ def _pool(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str
     return writer.node(
         "MaxPool",
         names[x],
-        name=_place(node),
+        name=_enclosing_layer(node),
         kernel_shape=[kernel] * 2,
         strides=[node.kwargs["stride"]] * 2,
         pads=[node.kwargs["padding"]] * 4,
@@ -225,7 +228,7 @@ def _upsample(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) ->
         names[_args(node)[0]],
         "",
         scales,
-        name=_place(node),
+        name=_enclosing_layer(node),
         mode="nearest",
         coordinate_transformation_mode="asymmetric",
         nearest_mode="floor",
@@ -234,15 +237,15 @@ def _upsample(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) ->
 
 def _cat(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
     tensors, axis = _args(node)
-    return writer.node("Concat", *(names[tensor] for tensor in tensors), name=_place(node), axis=axis)
+    return writer.node("Concat", *(names[tensor] for tensor in tensors), name=_enclosing_layer(node), axis=axis)
 
 
 def _add(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
-    return writer.node("Add", *(names[term] for term in _args(node)), name=_place(node))
+    return writer.node("Add", *(names[term] for term in _args(node)), name=_enclosing_layer(node))
 
 
 def _getitem(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> str:
-    """The strided slices of ReOrg, `x[..., row::2, column::2]`."""
+    """Translate the strided slices of ReOrg, `x[..., row::2, column::2]`."""
     tensor, index = _args(node)
     x = names[tensor]
     for axis, part in zip((2, 3), index[1:], strict=True):
@@ -250,10 +253,10 @@ def _getitem(writer: GraphBuilder, names: dict[fx.Node, str], node: fx.Node) -> 
     return x
 
 
-def _place(node: fx.Node) -> str:
-    """The module a function was called in, as `model.51`."""
+def _enclosing_layer(node: fx.Node) -> str:
+    """Return the name of the layer that called a function, such as `model.51`."""
     stack = list(node.meta.get("nn_module_stack", {}))
-    return _official(str(stack[-1])) if stack else node.name
+    return _layer_name(str(stack[-1])) if stack else node.name
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""OnnxModel: a graph and its metadata, loaded and saved together."""
+"""OnnxModel: an ONNX graph and its metadata, loaded and saved together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ INPUT_NAME = "images"
 
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
-    """A graph and its metadata.
+    """An ONNX graph and its metadata.
 
     Attributes:
-        proto: The graph; treat it as read-only and work on copies.
-        info: The metadata, also inside `proto.metadata_props`.
+        proto: The graph; treat it as read-only and modify copies.
+        metadata: The metadata, which `proto.metadata_props` contains as well.
     """
 
     proto: onnx.ModelProto
@@ -29,16 +29,16 @@ class OnnxModel:
 
     @classmethod
     def of(cls, proto: onnx.ModelProto, metadata: ModelMetadata) -> OnnxModel:
-        """Puts the metadata into the graph's metadata (the only change made to `proto`)."""
+        """Return a model after writing its metadata into `proto.metadata_props`; nothing else in `proto` changes."""
         onnx.helper.set_model_props(proto, {METADATA_KEY: metadata.to_json()})
         return cls(proto, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> OnnxModel:
-        """The graph in a file written by `save`.
+        """Load a file that `save` wrote.
 
         Raises:
-            LoadError: The file is absent, not ONNX, or carries no metadata.
+            LoadError: The file is missing, not ONNX, or has no metadata.
         """
         path = Path(path)
         try:
@@ -50,15 +50,15 @@ class OnnxModel:
         metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
         if metadata is None:
             raise LoadError(
-                f"{path} carries no metadata of this package.", fix="Export it again:  y7 export --weights yolov7"
+                f"{path} has no metadata of this package.", fix="Export it again:  y7 export --weights yolov7"
             )
         return cls(proto, ModelMetadata.from_json(metadata))
 
     def save(self, path: str | Path) -> None:
-        """Writes the file under a temporary name and renames it, so a killed run leaves no half file; folders are made.
+        """Write the file atomically, so that a killed process leaves no partial file; missing folders are created.
 
         Raises:
-            ExportError: The disk is full, the folder cannot be written, or the graph is above protobuf's 2 GiB.
+            ExportError: The disk is full, the folder is not writable, or the graph exceeds the 2 GiB of protobuf.
         """
         path = Path(path)
         try:
@@ -66,4 +66,4 @@ class OnnxModel:
             with atomic_write(path) as unfinished:
                 unfinished.write_bytes(data)
         except (OSError, EncodeError, ValueError) as error:
-            raise ExportError(f"{path} cannot be written: {error}.", fix="Choose another place:  --output F") from error
+            raise ExportError(f"{path} cannot be written: {error}.", fix="Choose another path:  --output F") from error

@@ -1,1 +1,1 @@
-"""What a model file, an engine or a variant holds and costs."""
+"""Contents and computational cost of model files, engines and variants."""

@@ -133,7 +133,7 @@ def gflops(model: Yolov7, *, size: int) -> float:
     stride = max(model.variant.strides)
     if size < stride or size % stride:
         raise UsageError(
-            f"{model.variant.name} takes input sides that are multiples of {stride}, not {size}.",
+            f"The input size of {model.variant.name} must be a multiple of {stride}, not {size}.",
             fix=f"For example: {max(round(size / stride), 1) * stride}",
         )
     in_head = set(model.head.modules())
@@ -203,10 +203,10 @@ def _reductions(model: Yolov7) -> list[int]:
     side = max(model.variant.strides)
     sides: list[int] = []
 
-    def note(_: nn.Module, __: object, output: Tensor) -> None:
+    def record_size(_: nn.Module, __: object, output: Tensor) -> None:
         sides.append(output.shape[-1])
 
-    with _hooked(list(model.model)[:-1], note):
+    with _hooked(list(model.model)[:-1], record_size):
         _run(model, side)
     return [side // output_side for output_side in sides]
 

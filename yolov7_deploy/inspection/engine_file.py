@@ -107,7 +107,7 @@ def _summary(table: LayerTable) -> LayerSummary:
 
 
 def _refuse_wrapped(path: Path) -> None:
-    """Raise an error for a plan after JSON of another program; it says how to extract the plan."""
+    """Raise an error for a plan that follows JSON of another program; the fix extracts the plan."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(4), "little")

@@ -25,7 +25,7 @@ _WIDER = {"ampere_plus": ", and any from Ampere on", "same_compute_capability": 
 
 def build_fields(record: EngineRecord) -> list[Field]:
     """Return how, where and for which GPU an engine was built; unknown fields are left out."""
-    level = f", optimisation level {record.optimization_level}" if record.optimization_level >= 0 else ""
+    level = f", optimization level {record.optimization_level}" if record.optimization_level >= 0 else ""
     limit = f"at most {record.workspace_bytes / 2**30:.2f} GiB" if record.workspace_bytes else "chosen by TensorRT"
     fields = [
         ("built by", f"{TITLES[record.product]} {record.tensorrt} in {record.build_s:.1f} s{level}"),

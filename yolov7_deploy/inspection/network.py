@@ -57,7 +57,7 @@ class WeightsRecord:
         path: Path of the file.
         size_bytes: Size of the file.
         sha256: Digest of the file.
-        variant: Official name, recognised by the tensors.
+        variant: Official name, recognized by the tensors.
         form: `training` or `deploy`, as in the names of the official files.
         class_names: Class names in order of class id.
         strides: Stride of each head level in input pixels.
@@ -108,7 +108,7 @@ def inspect_weights(path: str | Path) -> WeightsRecord:
 
     Raises:
         LoadError: The file cannot be read; see `load_checkpoint`.
-        CheckpointError: The tensors are not those of the recognised variant.
+        CheckpointError: The tensors are not those of the recognized variant.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path)

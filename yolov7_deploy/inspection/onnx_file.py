@@ -171,10 +171,10 @@ def _constants(node: dict[int, list[Value]]) -> Iterator[int]:
 def _initializer(data: memoryview) -> tuple[str, int]:
     """Return the name and number of elements."""
     tensor = _parse_message(data)
-    sides: list[int] = []
+    dims: list[int] = []
     for value in tensor.get(_TENSOR_DIMS, []):
-        sides += [value] if isinstance(value, int) else _packed(value)
-    return _text(tensor, _TENSOR_NAME), prod(sides)
+        dims += [value] if isinstance(value, int) else _packed(value)
+    return _text(tensor, _TENSOR_NAME), prod(dims)
 
 
 def _tensor_info(data: memoryview, tensors: dict[str, int]) -> TensorInfo:
@@ -210,7 +210,7 @@ def _opset(data: memoryview) -> tuple[str, int]:
 
 
 def read_int8_summary(path: Path) -> Int8Summary:
-    """Count what a file computes in INT8; the file may be a third-party one. Needs onnx.
+    """Return the INT8 summary of a file, also of a third-party one. Needs onnx.
 
     Raises:
         LoadError: The file is missing, empty, truncated or not ONNX.
@@ -221,30 +221,30 @@ def read_int8_summary(path: Path) -> Int8Summary:
     return summarize_int8(open_onnx(path).proto)
 
 
-def int8_lines(account: Int8Summary) -> tuple[str, str]:
+def int8_lines(summary: Int8Summary) -> tuple[str, str]:
     """Return two lines: how much is computed in INT8, and the number of Q/DQ pairs with their rules."""
-    share = "shapes are dynamic" if account.share is None else f"{account.share:.1%} of all multiply-accumulates"
-    pairs = [f"{count} {_QDQ_RULES.get(kind, f'before {kind}')}" for kind, count in account.pairs.items()]
-    twice = f"; {len(account.duplicate_pairs)} tensors have more than one" if account.duplicate_pairs else ""
+    share = "shapes are dynamic" if summary.share is None else f"{summary.share:.1%} of all multiply-accumulates"
+    pairs = [f"{count} {_QDQ_RULES.get(kind, f'before {kind}')}" for kind, count in summary.pairs.items()]
+    twice = f"; {len(summary.duplicate_pairs)} tensors have more than one" if summary.duplicate_pairs else ""
     return (
-        f"{account.int8_convolutions} of {len(account.convolutions)} convolutions, {share}",
-        f"{sum(account.pairs.values())} Q/DQ pairs, one per tensor: {', '.join(pairs) or 'none'}{twice}; "
-        f"{account.scales} scales; {account.weights} weights stored as int8",
+        f"{summary.int8_convolutions} of {len(summary.convolutions)} convolutions, {share}",
+        f"{sum(summary.pairs.values())} Q/DQ pairs, one per tensor: {', '.join(pairs) or 'none'}{twice}; "
+        f"{summary.scales} scales; {summary.weights} weights stored as int8",
     )
 
 
-def int8_to_dict(account: Int8Summary) -> dict[str, Any]:
+def int8_to_dict(summary: Int8Summary) -> dict[str, Any]:
     """Return plain data for JSON."""
     return {
         "convolutions": [
-            {"layer": cost.name, "macs": cost.macs, "int8": cost.is_int8} for cost in account.convolutions
+            {"layer": cost.name, "macs": cost.macs, "int8": cost.is_int8} for cost in summary.convolutions
         ],
-        "int8_convolutions": account.int8_convolutions,
-        "int8_share_of_macs": account.share,
-        "pairs": dict(account.pairs),
-        "pairs_twice": list(account.duplicate_pairs),
-        "int8_weights": account.weights,
-        "scales": account.scales,
+        "int8_convolutions": summary.int8_convolutions,
+        "int8_share_of_macs": summary.share,
+        "pairs": dict(summary.pairs),
+        "pairs_twice": list(summary.duplicate_pairs),
+        "int8_weights": summary.weights,
+        "scales": summary.scales,
     }
 
 

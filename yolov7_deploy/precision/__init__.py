@@ -1,1 +1,1 @@
-"""⑤ ONNX in, ONNX of a lower precision out."""
+"""Conversion of ONNX models to FP16 and INT8."""

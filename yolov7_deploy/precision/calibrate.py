@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 DoubleArray = npt.NDArray[np.float64]
 
-# Prefixes of the names of tensors that are computed inside the graph.
-_INPUT_MEAN, _MAX, _MIN, _MEAN = "mean__", "most__", "least__", "average__"
-# The mean is needed because extremes in ONNX Runtime ignore NaN, and a mean does not.
+# Prefixes of the names of statistics that are computed inside the graph.
+_INPUT_MEAN, _MAX, _MIN, _MEAN = "input_mean__", "max__", "min__", "mean__"
+# The mean detects NaN, which ReduceMax and ReduceMin of ONNX Runtime ignore.
 _OUTPUT_STATISTICS = {"ReduceMax": _MAX, "ReduceMin": _MIN, "ReduceMean": _MEAN}
 
 
@@ -102,7 +102,8 @@ def calibrate(
 class _StatisticsCollector:
     """Accumulate the statistics of a `Calibration` over images.
 
-    Means and extremes are computed inside the graph, by a node or two each, so a run returns few numbers for them.
+    Means and extremes are computed inside the graph, by one or two nodes each, so that a run returns only a few numbers
+    for each tensor.
     """
 
     def __init__(self, model: OnnxModel, network: Network) -> None:

@@ -49,7 +49,7 @@ _TYPES = {
     "output_amax": "<f8",
 }
 _NPY_HEADER_BYTES = 128
-_DATE = (1980, 1, 1, 0, 0, 0)  # the same calibration gives the same bytes
+_DATE = (1980, 1, 1, 0, 0, 0)  # a constant, so that the same calibration has the same bytes
 _COLUMNS = tuple(name for name in _TYPES if name != "header")
 _END_BYTES = 22  # end-of-central-directory record of a zip archive
 _MAX_DIRECTORY_BYTES = 2**12
@@ -142,7 +142,7 @@ def check_calibration(calibration: Calibration, path: Path, *, network_sha256: s
         images_sha256: See `Calibration`.
 
     Raises:
-        UsageError: It does not; the message says which of the two differs.
+        UsageError: It belongs to others; the message states whether the network or the images differ.
     """
     pairs = {
         "model": (calibration.network_sha256, network_sha256),
@@ -302,7 +302,7 @@ def _parse(data: bytes) -> Calibration:
 
 
 def _check_directory(data: bytes) -> None:
-    """Refuse archives with millions of members before `zipfile` creates an object for each."""
+    """Raise an error for archives with millions of members, before `zipfile` creates an object for each."""
     signature, *_, size, _, _ = struct.unpack("<4s4H2LH", data[-_END_BYTES:].rjust(_END_BYTES, b"\0"))
     is_zip64 = data[-42:-38] == b"PK\6\7"  # a ZIP64 locator would override the directory size
     if signature != b"PK\5\6" or size > _MAX_DIRECTORY_BYTES or is_zip64:

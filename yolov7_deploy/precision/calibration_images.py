@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 512
 ENOUGH = "100 to 500 images"
-SINGLE_COLOUR = "is of a single colour, which says nothing about activation ranges"  # a `Skipped.reason`
+SINGLE_COLOR = "is of a single color, which says nothing about activation ranges"  # a `Skipped.reason`
 _FEW, _FAR_TOO_FEW = 100, 8
 _LISTED = 3  # files listed in one note
 _DATASET_SUFFIXES = (".json", ".yaml", ".yml")
@@ -46,7 +46,7 @@ class _File:
 class CalibrationImages:
     """Calibration images, uint8 BGR [H, W, 3]. Every iteration reads them again, in the same order.
 
-    Unreadable images and images of a single colour are skipped. An iteration raises `SourceError` at its end if no
+    Unreadable images and images of a single color are skipped. An iteration raises `SourceError` at its end if no
     image was left.
 
     Args:
@@ -82,8 +82,8 @@ class CalibrationImages:
         for file in self._selected:
             try:
                 for name, image in _read(file):
-                    if _is_single_colour(image):
-                        skipped.append(Skipped(path=name, reason=SINGLE_COLOUR))
+                    if _is_single_color(image):
+                        skipped.append(Skipped(path=name, reason=SINGLE_COLOR))
                         continue
                     used += 1
                     yield image
@@ -246,13 +246,13 @@ def _read(file: _File) -> Iterator[tuple[str, Image]]:
     )
 
 
-def _is_single_colour(image: Image) -> bool:
-    colour = image[0, 0]
-    return bool((image[0] == colour).all() and (image == colour).all())  # the first row settles most images
+def _is_single_color(image: Image) -> bool:
+    color = image[0, 0]
+    return bool((image[0] == color).all() and (image == color).all())  # the first row is enough for most images
 
 
 def _no_images(source: str, skipped: Sequence[Skipped]) -> SourceError:
-    reasons = [f"{s.path} {SINGLE_COLOUR}." if s.reason == SINGLE_COLOUR else s.reason for s in skipped]
+    reasons = [f"{s.path} {SINGLE_COLOR}." if s.reason == SINGLE_COLOR else s.reason for s in skipped]
     more = f" And {len(reasons) - _LISTED} more." if len(reasons) > _LISTED else ""
     return SourceError(
         f"{source} has no image to calibrate on. {' '.join(reasons[:_LISTED])}{more}",
@@ -273,12 +273,12 @@ def _selection_notes(files: Sequence[_File], total: int) -> Iterator[str]:
 
 
 def _skip_notes(skipped: Sequence[Skipped]) -> Iterator[str]:
-    single = [entry.path for entry in skipped if entry.reason == SINGLE_COLOUR]
-    unreadable = [entry.path for entry in skipped if entry.reason != SINGLE_COLOUR]
+    single = [entry.path for entry in skipped if entry.reason == SINGLE_COLOR]
+    unreadable = [entry.path for entry in skipped if entry.reason != SINGLE_COLOR]
     if unreadable:
         yield f"Skipped, because they cannot be read: {_some(unreadable)}."
     if single:
-        yield f"Skipped, because a single colour says nothing about activation ranges: {_some(single)}."
+        yield f"Skipped, because a single color says nothing about activation ranges: {_some(single)}."
 
 
 def _some(paths: Sequence[str]) -> str:

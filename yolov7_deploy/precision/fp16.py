@@ -133,7 +133,7 @@ def _max_nodes(names: Sequence[str]) -> list[onnx.NodeProto]:
     return nodes
 
 
-# --- what stays float32 -----------------------------------------------------------------------------------------------
+# --- nodes that stay float32 ------------------------------------------------------------------------------------------
 
 
 def find_float32_nodes(network: Network, ranges: Mapping[str, float]) -> dict[str, str]:

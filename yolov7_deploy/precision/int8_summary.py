@@ -1,4 +1,4 @@
-"""Count in a graph what computes in INT8: convolutions, multiply-accumulates, Q/DQ pairs."""
+"""Count the INT8 convolutions, their multiply-accumulates and the Q/DQ pairs of a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Types: TypeAlias = Mapping[str, onnx.TypeProto.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvolutionSummary:
-    """One convolution: its multiply-accumulates per image (`None` for dynamic shapes), and if it is INT8."""
+    """One convolution: its multiply-accumulates per image (`None` for dynamic shapes), and whether it is INT8."""
 
     name: str
     macs: int | None
@@ -27,7 +27,7 @@ class ConvolutionSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Summary:
-    """What computes in INT8 in a graph.
+    """The INT8 part of a graph: convolutions, Q/DQ pairs, weights and scales.
 
     Attributes:
         convolutions: All convolutions, in execution order.

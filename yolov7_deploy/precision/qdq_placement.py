@@ -37,7 +37,7 @@ PASS_THROUGH_OPS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QdqPlacement:
-    """Which convolutions become INT8, and which tensors get a Q/DQ pair.
+    """The convolutions that become INT8 and the tensors that get a Q/DQ pair.
 
     Attributes:
         convolutions: Outputs of the convolutions computed in INT8.
@@ -135,7 +135,7 @@ def _attribute(node: onnx.NodeProto, name: str) -> bytes | None:
 
 
 def _float_reason(network: Network, node: onnx.NodeProto, excluded: Mapping[str, str]) -> str:
-    """Return why a convolution stays float; empty for an INT8 convolution."""
+    """Return the reason why a convolution stays float; empty for an INT8 convolution."""
     output = node.output[0]
     if output in excluded:
         return excluded[output]

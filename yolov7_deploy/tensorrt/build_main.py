@@ -1,4 +1,4 @@
-"""The program of the build process: TensorRT parses and builds here, so its aborts and its memory are not the caller's.
+"""Entry point of the build process, which isolates the caller from crashes and memory use of TensorRT.
 
 It reads a request and a graph from a folder and writes the plan and a report into it. Events are JSON objects on
 standard output, one per line. Everything that TensorRT prints goes to standard error. It does not need onnx.

@@ -24,9 +24,9 @@ class Installation:
     """An installed TensorRT and the GPU that it would build for.
 
     Attributes:
-        product, version: Which TensorRT.
+        product, version: Product and version of TensorRT.
         abi: Plugin interface, `v2` or `v3`.
-        error: Why it cannot create a builder; empty if it can.
+        error: Reason why it cannot create a builder; empty if it can.
         gpu, compute_capability, driver, cuda: The GPU and its driver; empty without a GPU.
         targets: Compute capabilities it can build for without such a GPU.
         dla_cores: Number of deep learning accelerators.
@@ -53,7 +53,7 @@ class Installation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildRequest:
-    """How to build `MODEL_FILE`. See `EngineOptions` for fields of the same name.
+    """Options of the build of `MODEL_FILE`; see `EngineOptions` for fields that are not listed here.
 
     Attributes:
         precision: Precision of the graph: `fp32`, `fp16` or `int8`.
@@ -91,7 +91,7 @@ class ParserError:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why there is no engine: the message and the fix of our error, and the errors of the ONNX parser."""
+    """Reason for a failed build: message and fix of the error to raise, and the errors of the ONNX parser."""
 
     message: str
     fix: str = ""

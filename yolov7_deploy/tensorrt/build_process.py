@@ -1,4 +1,4 @@
-"""Runs TensorRT in a separate process, in which it may abort, run out of memory or be killed.
+"""Run TensorRT in a separate process, in which it may abort, run out of memory or be killed.
 
 The process finds `libtensorrt_rtx.so` in a private folder: the parser of TensorRT-RTX opens that name, the wheel only
 contains `libtensorrt_rtx.so.1`, and the loader reads its search path when a process starts.
@@ -86,7 +86,7 @@ def run_build(request: BuildRequest, graph: bytes, on_event: OnEvent) -> tuple[b
     """Return the plan, the report and the last lines of the log; the plan is empty if the report has a failure.
 
     Args:
-        request: How to build it.
+        request: Options of the build.
         graph: A serialized ONNX model.
         on_event: Called with the events `log`, `parsed` and `progress`.
 

@@ -1,4 +1,4 @@
-"""EngineRecord: how, where and for which machines an engine was built, and whether it runs on another machine."""
+"""EngineRecord: the build options, the build machine and the supported machines of an engine."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Mismatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
-    """How, where and for which machines an engine was built.
+    """Build options, build machine and supported machines of an engine.
 
     Attributes:
         metadata: Metadata of the model.
@@ -119,7 +119,7 @@ class EngineRecord:
         targets: Compute capabilities it was built for (TensorRT-RTX only); empty for 8.0 and later.
         platform: Operating system and architecture, such as `linux-x86_64`.
         plugin: The plugin library that the engine uses, if any.
-        nms_by: What runs NMS: a plugin, ONNX operators, or nothing.
+        nms_by: Implementation of NMS: `plugin`, `operators` (of ONNX) or `none`.
         runtime_thresholds: `conf_threshold` and `iou_threshold` are inputs of the engine.
         strongly_typed: The graph determines the precisions; otherwise `flags` permit them.
         flags: Builder flags.
@@ -207,7 +207,9 @@ class EngineRecord:
             ) from error
 
     def mismatches(self, machine: EngineEnvironment, *, engine: str = "NAME.engine") -> list[Mismatch]:
-        """Return why this engine cannot run on a machine, the most fundamental reason first; empty if none is known.
+        """Return the reasons why this engine cannot run on a machine, the most fundamental one first.
+
+        The list is empty if no reason is known.
 
         Args:
             machine: The machine that loads the engine.

@@ -1,4 +1,4 @@
-"""Builds an Engine from an OnnxModel with the installed TensorRT."""
+"""Build an Engine from an OnnxModel with the installed TensorRT."""
 
 from __future__ import annotations
 
@@ -360,7 +360,7 @@ def _preflight(
 
 
 class _Progress:
-    """Logs the progress of a build and passes it to the callbacks."""
+    """Log the progress of a build and pass it to the callbacks."""
 
     def __init__(self, callbacks: BuildCallbacks) -> None:
         self._callbacks, self._last = callbacks, time.perf_counter()

@@ -34,7 +34,7 @@ class Engine:
 
     Attributes:
         plan: The serialized engine.
-        record: How it was built; `None` for a plan without a record.
+        record: Record of the build; `None` for a plan without a record.
         notes: Warnings, such as a missing record.
     """
 

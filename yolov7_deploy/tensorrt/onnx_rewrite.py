@@ -1,4 +1,4 @@
-"""Rewrites an ONNX graph for TensorRT's parser.
+"""Rewrite an ONNX graph for TensorRT's parser.
 
 From 9.0 to 10.6 the parser prefers the body of a model-local function to a registered plugin; other versions prefer the
 plugin. So the NMS function is removed if a plugin implements its node, and inlined otherwise.
@@ -49,7 +49,7 @@ class PreparedGraph:
 
     Attributes:
         proto: The graph.
-        nms_by: What runs NMS.
+        nms_by: Implementation of NMS; see `EngineRecord`.
         runtime_thresholds: The thresholds are inputs without a default.
     """
 

@@ -1,6 +1,6 @@
-"""Builds our TensorRT plugin with CMake and nvcc, and installs it where `find_plugin` finds it.
+"""Build our TensorRT plugin with CMake and nvcc, and install it where `find_plugin` finds it.
 
-It does not download anything: a missing tool is an error that says how to install it.
+Nothing is downloaded: a missing tool is an error that states how to install it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def find_tools(
     """Return CMake, a C++ compiler, nvcc and the TensorRT headers of this machine.
 
     Raises:
-        PluginError: One is missing; the fix says how to install it.
+        PluginError: One is missing; the fix is a command that installs it.
     """
     return BuildTools(
         cmake=_cmake(),

@@ -1,4 +1,4 @@
-"""Finds and describes our TensorRT plugin library. It does not need TensorRT: a library contains its description.
+"""Find and describe our TensorRT plugin library. It does not need TensorRT: a library contains its description.
 
 A library is loaded in a separate Python process, so that a damaged file cannot crash this one.
 """
@@ -191,7 +191,7 @@ def _parse(path: Path, text: bytes) -> PluginLibrary:
 
 
 def _load_error(done: subprocess.CompletedProcess[bytes]) -> str:
-    """Return why a library could not be loaded and described."""
+    """Return the reason why a library could not be loaded or described."""
     if done.returncode < 0:
         try:
             name = signal.Signals(-done.returncode).name
@@ -208,9 +208,9 @@ def _load_error(done: subprocess.CompletedProcess[bytes]) -> str:
 def _check(library: PluginLibrary, abi: str, what: str) -> None:
     """Check the plugin interface and the version of a library."""
     if library.abi != abi and abi != "kernels":
-        wanted = ABI_TITLES.get(cast(Abi, abi), abi)
+        required = ABI_TITLES.get(cast(Abi, abi), abi)
         raise PluginError(
-            f"{what} is for {ABI_TITLES[library.abi]} (abi {library.abi}), not for {wanted} (abi {abi}).",
+            f"{what} is for {ABI_TITLES[library.abi]} (abi {library.abi}), not for {required} (abi {abi}).",
             fix=_fix(),
         )
     if library.version != PLUGIN_VERSION or library.kernels_abi != KERNELS_ABI:
