@@ -88,10 +88,7 @@ def test_a_failed_build_is_recorded_with_its_output(env, tmp_path):
         engines.check(env)
     results = json.loads(env.result.read_text())
     assert results["yolov7-tiny build"]["exit"] == 1
-    assert (
-        "Error" in results["yolov7-tiny build"]["output"]
-        or "no metadata" in results["yolov7-tiny build"]["output"]
-    )
+    assert "Error" in results["yolov7-tiny build"]["output"] or "no metadata" in results["yolov7-tiny build"]["output"]
 
 
 def test_pytest_is_copied(tmp_path):
