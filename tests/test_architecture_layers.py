@@ -64,7 +64,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "faster_coco_eval": {"evaluation/accuracy.py", "evaluation/accuracy_drop.py"},
     "google.protobuf": {"tensorrt/onnx_rewrite.py", "export/onnx_model.py"},
-    "matplotlib": {"_charts.py", "benchmark/chart.py", "workflows/quantize.py", "training/plots.py"},
+    "matplotlib": {"_charts.py", "benchmark/chart.py", "workflows/sensitivity_chart.py", "training/plots.py"},
     "onnx": {"tensorrt/builder.py", "tensorrt/onnx_rewrite.py", "export/", "evaluation/onnx_probe.py", "precision/"},
     "onnxruntime": {
         "_ort_options.py",
