@@ -211,7 +211,7 @@ def test_unreadable_images_among_good_ones_are_counted_and_named(model, here):
 def test_only_black_images_are_an_error(model, here):
     (here / "black").mkdir()
     write_image(here / "black" / "0.png", np.zeros((40, 40, 3), np.uint8))
-    assert "colour" in refused(SourceError, "quantize", "-w", model, "--calib", "black").message
+    assert "color" in refused(SourceError, "quantize", "-w", model, "--calib", "black").message
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])

@@ -144,7 +144,7 @@ def export(
     max_batch: MaxBatch = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Export a checkpoint to one ONNX file for every runtime, and verify it.
+    """Export a checkpoint to one verified ONNX file for every runtime.
 
     Example:  y7 export --weights yolov7.pt --fp16
     """
