@@ -59,9 +59,7 @@ def main() -> None:
             "measurements": [
                 {"excluded": one.excluded, "ap": one.ap, "points": one.points} for one in result.measurements
             ],
-            "most_sensitive": [
-                {"layer": entry.layer, "head_error": entry.error} for entry in result.sensitivities[:3]
-            ],
+            "most_sensitive": [{"layer": entry.layer, "head_error": entry.error} for entry in result.sensitivities[:3]],
             "excluded": [layer for layer, _ in int8.float_layers if layer not in result.model.metadata.heads],
         },
     )

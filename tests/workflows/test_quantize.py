@@ -182,9 +182,7 @@ def test_a_calibration_of_another_model_or_other_images_is_refused(images, tmp_p
     assert cache.read_bytes() == before
 
 
-def test_a_damaged_calibration_is_an_error_only_if_the_user_named_it(
-    images, tmp_path, monkeypatch
-):
+def test_a_damaged_calibration_is_an_error_only_if_the_user_named_it(images, tmp_path, monkeypatch):
     named = tmp_path / "ranges.npz"
     named.write_bytes(b"damaged")
     with pytest.raises(LoadError):
