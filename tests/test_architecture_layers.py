@@ -25,12 +25,14 @@ MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "uti
 # From low to high. A file imports from its own package and from rows above this one in the list; packages (or
 # modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_atomic_file", "_ort_options", "_serialization", "_statistics", "_version", "errors"),
+    ("_bounded_read", "_child_python", "_download"),
+    ("_atomic_file", "_ort_options", "_serialization", "_signals", "_statistics", "_text", "_version"),
+    ("errors",),
     ("hardware", "hub", "image", "metadata", "paper"),
     ("_charts", "_console", "options", "visualize"),
     ("sources",),
     ("datasets", "detections", "postprocess"),
-    ("checkpoint",),
+    ("checkpoint", "output_layout"),
     ("model",),
     ("export",),
     ("estimation",),
@@ -87,7 +89,7 @@ LIBRARIES: dict[str, set[str]] = {
         "training/",
     },
     "typer": {"cli/"},
-    "yaml": {"datasets/yolo.py", "training/hyperparameters.py"},
+    "yaml": {"datasets/yaml_file.py"},
 }
 EVERYWHERE = {"numpy"}
 # Light, or optional where they are used, so imported inside functions; all others at the top of a file.

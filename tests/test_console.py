@@ -1,5 +1,6 @@
 """Tables, progress lines, plurals and JSON documents."""
 
+import errno
 import io
 import json
 from dataclasses import dataclass
@@ -8,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy._console import plural, progress, table, write_json, write_text
+from yolov7_deploy._console import echo, plural, progress, table, write_json, write_text
 from yolov7_deploy.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Point:
-    x: int
+    x: float
 
 
 class Terminal(io.StringIO):
@@ -77,12 +78,35 @@ def test_a_dash_is_standard_output(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
-@pytest.mark.parametrize("document", [{"a": float("nan")}, {"a": object()}])
-def test_a_document_that_is_not_json_keeps_the_existing_file(tmp_path, document):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.inf, np.float32("nan")])
+def test_numbers_that_json_does_not_have_are_null(tmp_path, value):
+    document = {"a": value, "b": [1.5, {"c": (value, "text")}], "d": np.array([value, 1]), "e": Point(value)}
+    write_json(document, tmp_path / "a.json")
+    text = (tmp_path / "a.json").read_text()
+    result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert result == {"a": None, "b": [1.5, {"c": [None, "text"]}], "d": [None, 1.0], "e": {"x": None}}
+
+
+@pytest.mark.parametrize("name", ["photo\udcff.jpg", "\x1b]0;title\x07", "\u202egpj.exe", "\x9b31m", "\x7f"])
+def test_names_that_cannot_be_printed_are_escaped_in_json_without_loss(tmp_path, capsys, name):
+    for path in (tmp_path / "a.json", "-"):
+        write_json({name: [name]}, path)
+    for text in ((tmp_path / "a.json").read_text(encoding="utf-8"), capsys.readouterr().out):
+        assert name not in text and json.loads(text) == {name: [name]}
+
+
+def test_json_on_a_standard_output_without_unicode_is_still_json(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", stream)
+    write_json({"name": "猫 ü"}, "-")
+    assert json.loads(stream.buffer.getvalue()) == {"name": "猫 ü"}
+
+
+def test_a_document_that_is_not_plain_data_keeps_the_existing_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(ValueError, match=r"JSON|plain data"):
-        write_json(document, path)
+    with pytest.raises(ValueError, match="plain data"):
+        write_json({"a": object()}, path)
     assert path.read_text() == "old"
 
 
@@ -121,3 +145,57 @@ def test_progress_on_a_terminal_is_a_bar():
     with progress("val", stream=stream) as show:
         show(1, 4)
     assert "val" in stream.getvalue()
+
+
+@pytest.mark.parametrize("pretty", [True, False])
+def test_tables_have_no_escape_sequences_whatever_their_cells(pretty):
+    text = table(
+        [["\x1b[31mred\x1b[0m", "a\nb"], ["\u202eevil", "\udcff"]], ["\x1b]0;t", "b"], "\x1b[2J", pretty=pretty
+    )
+    assert "\x1b" not in text and "\u202e" not in text and "\udcff" not in text
+    assert r"\x1b[31mred\x1b[0m" in text and r"a\nb" in text
+
+
+def test_printed_texts_show_escape_sequences_instead_of_sending_them(capsys):
+    for err in (False, True):
+        echo("name \x1b]0;title\x07 \u202e \udcff\nnext line", err=err)
+    for text in capsys.readouterr():
+        assert text == "name \\x1b]0;title\\x07 \\u202e \\udcff\nnext line\n"
+
+
+class FullDisk(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_standard_output_is_a_usage_error_and_a_full_standard_error_is_ignored(monkeypatch):
+    monkeypatch.setattr("sys.stdout", FullDisk())
+    monkeypatch.setattr("sys.stderr", FullDisk())
+    echo("lost", err=True)
+    for function in (echo, lambda text: write_json(text, "-")):
+        with pytest.raises(UsageError, match="Standard output cannot be written: No space left"):
+            function("result")
+
+
+def test_a_closed_standard_output_is_a_usage_error_and_a_closed_standard_error_is_ignored(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    echo("lost", err=True)
+    with progress("val") as show:
+        show(4, 4)
+    assert table([["a"]], ["k"]) == "k\na"
+    for function in (echo, lambda text: write_json(text, "-")):
+        with pytest.raises(UsageError, match="closed"):
+            function("result")
+
+
+class DeadTerminal(Terminal):
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("stream", [DeadTerminal(), FullDisk()])
+def test_progress_on_a_terminal_that_was_closed_does_not_stop_the_work(stream):
+    with progress("\x1bval", stream=stream) as show:
+        show(1, 4)
+        show(4, 4)

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,9 +77,39 @@ def test_a_single_index_gives_one_detection():
         make()[3]
 
 
-def test_a_mask_of_the_wrong_length_raises():
-    with pytest.raises(IndexError):
-        make(3)[np.array([True, False])]
+@pytest.mark.parametrize("mask", [[], [True, False], [True] * 4, [[True], [False], [True]], True])
+@pytest.mark.parametrize("convert", [np.array, torch.tensor])
+def test_a_mask_of_the_wrong_length_is_refused(mask, convert):
+    kind = {"dtype": np.bool_ if convert is np.array else torch.bool}
+    with pytest.raises(UsageError, match="3 detections") as caught:
+        make(3)[convert(mask, **kind)]
+    assert "one bool per detection" in caught.value.fix
+    with pytest.raises(UsageError, match="3 detections"):
+        make(3)[[True, False]]
+
+
+def test_an_empty_mask_fits_no_detections_and_an_empty_list_selects_none():
+    assert len(make(0)[np.array([], bool)]) == len(make(0)[[]]) == len(make(3)[[]]) == len(make(3)[()]) == 0
+    assert len(make(3)[np.array([], int)]) == 0
+
+
+NOT_INDICES = (
+    *(1.0, [0.0, 1.0], np.array([]), np.array([1.5]), [[0, 1]], [[0], [1, 2]], [True, 2, 0], 1j),
+    *("person", ["person"], np.array([["x"]]), b"a", None, [None], {"a": 1}),
+    *(slice(0.5, None), slice("a"), slice(None, None, 0)),
+)
+
+
+@pytest.mark.parametrize("index", NOT_INDICES)
+def test_an_index_of_another_type_is_refused(index):
+    with pytest.raises(UsageError, match="cannot be indexed") as caught:
+        make(3)[index]
+    assert "a slice" in caught.value.fix
+
+
+@pytest.mark.parametrize("index", [np.int64(1), np.uint8(1), np.array(1), torch.tensor(1), torch.tensor([1]), (1,)])
+def test_an_int_of_any_library_is_an_index(index):
+    assert make(3)[index].scores == make(3).scores[1]
 
 
 def test_iteration_names_each_object():
@@ -112,6 +143,24 @@ def test_an_unknown_class_is_refused_with_a_suggestion(wanted, hint):
     with pytest.raises(UsageError) as caught:
         make().filter(classes=[wanted])
     assert hint in caught.value.fix
+
+
+@pytest.mark.parametrize("wanted", [1.0, [1.5], True, [False], None, [None], b"person", [b"person"], [[0]], np.nan])
+def test_a_class_that_is_neither_an_int_nor_text_is_refused(wanted):
+    with pytest.raises(UsageError, match="an id or a name") as caught:
+        find_classes(wanted, NAMES)
+    assert "classes=[" in caught.value.fix
+
+
+@pytest.mark.parametrize("wanted", [3, "dog", np.int32(3), np.array(3), torch.tensor([3]), iter(["dog"])])
+def test_classes_are_ids_and_names_of_any_iterable(wanted):
+    assert find_classes(wanted, NAMES) == (3,)
+
+
+@pytest.mark.parametrize("conf", [1.5, -0.1, float("nan"), 50])
+def test_filter_refuses_a_score_outside_of_0_to_1(conf):
+    with pytest.raises(UsageError, match="conf"):
+        make(3).filter(conf=conf)
 
 
 def test_a_name_shared_by_two_classes_selects_both():
@@ -239,3 +288,21 @@ def test_the_real_pandas_gives_the_hub_columns(count):
     table = make(count).to_pandas()
     assert list(table.columns) == ["xmin", "ymin", "xmax", "ymax", "confidence", "class", "name"]
     assert len(table) == count
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["boxes", "scores"])
+def test_values_that_are_not_finite_are_refused_so_that_no_file_has_them(field, value):
+    arrays = {"boxes": np.full((1, 4), 5.0), "scores": np.array([0.5])}
+    arrays[field].flat[0] = value
+    with pytest.raises(UsageError, match="NaN or infinite"):
+        Detections(**arrays, class_ids=[0], class_names=("a",), image_hw=(8, 8))
+
+
+def test_class_names_with_escape_sequences_are_printed_as_text():
+    found = Detections(
+        boxes=[[0, 0, 1, 1]], scores=[0.5], class_ids=[0], class_names=("\x1b]0;t\x07\udcff",), image_hw=(8, 8)
+    )
+    assert found.describe() == r"\x1b]0;t\x07\udcff: 1"
+    assert json.loads(found.to_json())["detections"][0]["class_name"] == "\x1b]0;t\x07\udcff"
+    found.to_json().encode("utf-8")

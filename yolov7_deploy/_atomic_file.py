@@ -3,41 +3,187 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import secrets
+import stat
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+MAX_LINKS = 40  # symbolic links in a row, as in Linux
+# Where files cannot be locked, a temporary file counts as left behind after a day.
+ABANDONED_AFTER_S = 86_400.0
+_TEMPORARY_NAME = re.compile(r"\..*\.[0-9a-f]{16}\.partial(?:\.[^.]*)?", re.DOTALL)
+_MAX_STEM = 40  # characters of the file's stem in the temporary name, which must fit into 255 bytes
+
+_own_files: set[Path] = set()  # temporary files that this process is writing
+_cleaned_folders: set[Path] = set()  # folders from which this process has removed the files of killed ones
+
+
+class PartialFile:
+    """A temporary file that becomes `path` with `commit`, or disappears with `discard`.
+
+    It is created in the folder of `path`, which is created if needed, under a random name that did not exist before,
+    with the same suffix and with the permissions of the umask. If `path` is a symbolic link, the file that it refers
+    to is replaced and the link stays. A device, a pipe or an open file such as /dev/stdout is written directly.
+
+    The first file in a folder also removes temporary files that killed processes left there.
+
+    Raises:
+        OSError: The folder or the file cannot be created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._target = _follow_links(path)
+        self._descriptor = -1
+        self.temporary = self._target
+        if self._target in _own_files or _is_special(self._target):
+            return
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        if self._target.parent not in _cleaned_folders:
+            _cleaned_folders.add(self._target.parent)
+            remove_partial_files(self._target.parent)
+        self.temporary, self._descriptor = _create(self._target)
+        _own_files.add(self.temporary)
+
+    def commit(self) -> None:
+        """Rename the file to its final name, where it replaces an existing file.
+
+        Raises:
+            OSError: It cannot be renamed; it is removed.
+        """
+        if self.temporary == self._target:
+            return
+        try:
+            if sys.platform == "win32":  # an open file cannot be renamed
+                self._close()
+            self.temporary.replace(self._target)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the file if it was not committed. It can be called repeatedly."""
+        if self.temporary == self._target:
+            return
+        if sys.platform == "win32":
+            self._close()
+        if self.temporary in _own_files:
+            with contextlib.suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+            _own_files.discard(self.temporary)
+        self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path; it is renamed to `path` at the end, or removed if an exception is raised.
 
-    The temporary file is in the same folder, which is created, and has the same suffix. An existing file at `path`
-    is replaced only by the final rename.
+    See `PartialFile`. An existing file at `path` is replaced only by the final rename.
 
     Raises:
-        OSError: The folder cannot be created, or the file cannot be renamed.
+        OSError: The folder or file cannot be created, or the file cannot be renamed.
     """
-    temporary = partial_path(path)
+    file = PartialFile(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
+        yield file.temporary
+        file.commit()
     finally:
-        with contextlib.suppress(OSError, ValueError):  # a parent may be a file instead of a folder
-            temporary.unlink(missing_ok=True)
+        file.discard()
 
 
-def partial_path(path: Path) -> Path:
-    """Return the temporary path under which this process writes `path`."""
-    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+def remove_partial_files(folder: Path) -> None:
+    """Remove temporary files that killed processes left in a folder; files that are being written stay."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    _remove_if_abandoned(Path(entry.path))
 
 
-def remove_partial_files(path: Path) -> None:
-    """Remove temporary files of `path` that killed processes left; no other process may be writing it."""
-    before, after = f".{path.stem}.", f".partial{path.suffix}"
-    with contextlib.suppress(OSError):
-        for found in path.parent.iterdir():
-            number = found.name.removeprefix(before).removesuffix(after)
-            if found.name == f"{before}{number}{after}" and number.isdecimal():
-                found.unlink(missing_ok=True)
+def _remove_if_abandoned(path: Path) -> None:
+    if sys.platform == "win32":
+        if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+            path.unlink()
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        locked = _lock(descriptor)  # the lock of a process that ended is released
+        is_old = time.time() - os.fstat(descriptor).st_mtime > ABANDONED_AFTER_S
+        if locked or (locked is None and is_old):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _create(target: Path) -> tuple[Path, int]:
+    """Create a temporary file of a target, and return it and its descriptor, which is locked where locks exist."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    while True:
+        name = f".{target.stem[:_MAX_STEM]}.{secrets.token_hex(8)}.partial{target.suffix}"
+        temporary = target.with_name(name)
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileExistsError:
+            continue
+        # Another process may have removed the file as abandoned before it was locked.
+        if _lock(descriptor) is not False and _is_same_file(descriptor, temporary):
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed; return False if another process has locked it, `None` without locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _follow_links(path: Path) -> Path:
+    """Return the file that a path refers to.
+
+    Raises:
+        OSError: Symbolic links refer to each other.
+    """
+    for _ in range(MAX_LINKS):
+        path = Path(os.path.realpath(path.parent)) / path.name
+        if not path.is_symlink() or _is_open_file(path):
+            return path
+        path = path.parent / path.readlink()
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def _is_open_file(path: Path) -> bool:
+    """Return whether a path is an entry of /proc, to which /dev/stdout and /dev/fd/3 refer."""
+    return path.parts[:2] == ("/", "proc")
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is a device, a pipe, a socket or an open file, which cannot be replaced."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return _is_open_file(path) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

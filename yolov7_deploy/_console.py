@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TextIO
 
@@ -19,9 +20,43 @@ from rich.table import Table
 from rich.text import Text
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._text import json_escape, printable, printable_line
 from yolov7_deploy.errors import UsageError
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
+OTHER_OUTPUT = "Redirect it to a file on a disk with free space, or write the result with --json FILE."
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print a text and a line break; control characters and other unprintable ones are shown as escapes.
+
+    Args:
+        text: One or more lines.
+        err: Print to standard error. If nobody reads it any more, as after the terminal was closed, the text is lost.
+
+    Raises:
+        UsageError: Standard output is closed, or the disk it is redirected to is full.
+        BrokenPipeError: The program that reads standard output has ended.
+    """
+    line = printable(text) + "\n"
+    if not err:
+        _write_stdout(line)
+    elif sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+
+def _write_stdout(text: str) -> None:
+    if sys.stdout is None:
+        raise UsageError("Standard output is closed, so the result cannot be printed.", fix=OTHER_OUTPUT)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"Standard output cannot be written: {error.strerror or error}.", fix=OTHER_OUTPUT) from error
 
 
 def table(
@@ -29,7 +64,8 @@ def table(
 ) -> str:
     """Return a table as text: with lines for a terminal, as plain aligned columns for a pipe.
 
-    Columns of numbers are aligned to the right. Format floats before; `None` becomes a dash.
+    Columns of numbers are aligned to the right. Format floats before; `None` becomes a dash. Unprintable characters
+    become escapes, and the text itself has no escape sequences, so that it can be passed to `echo`.
 
     Args:
         rows: One sequence of cells per row, as long as `columns`.
@@ -37,9 +73,11 @@ def table(
         title: A line above the table; left out when empty.
         pretty: Draw lines; `None` does so if standard output is a terminal.
     """
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["-" if cell is None else printable_line(cell) for cell in row] for row in rows]
+    columns, title = [printable_line(name) for name in columns], printable_line(title)
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-    if sys.stdout.isatty() if pretty is None else pretty:
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    if is_terminal if pretty is None else pretty:
         return _pretty_table(cells, columns, numeric, title)
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     lines = [
@@ -72,8 +110,8 @@ def _pretty_table(cells: Sequence[Sequence[str]], columns: Sequence[str], numeri
         drawn.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*map(Text, row))
-    stream = StringIO()
-    Console(file=stream, force_terminal=True, width=Console().width).print(drawn)
+    stream = io.StringIO()
+    Console(file=stream, color_system=None, width=Console().width).print(drawn)
     return stream.getvalue().rstrip("\n")
 
 
@@ -85,18 +123,31 @@ def write_json(document: object, path: str | Path) -> None:
     """Write one JSON document with sorted keys; the same document gives the same bytes. `-` is standard output.
 
     The file is written atomically, and missing folders are created. Dataclasses, paths and NumPy values become plain
-    data.
+    data. NaN and infinity, which JSON does not have, become `null`. Control characters and names that are not valid
+    Unicode become escapes that parse to the same text.
 
     Raises:
         UsageError: The path cannot be written.
-        ValueError: The document has a NaN or infinity, which JSON does not have, or a type that is not plain data.
+        ValueError: The document has a type that is not plain data.
     """
-    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
-    if str(path) == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    text = json_text(document, indent=1) + "\n"
+    if str(path) != "-":
+        write_text(Path(path), text)
         return
-    write_text(Path(path), text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    _write_stdout(text if encoding.lower().startswith("utf") else json.dumps(json.loads(text), indent=1) + "\n")
+
+
+def json_text(document: object, *, indent: int | None = None) -> str:
+    """Return a document as JSON, as `write_json` writes it."""
+
+    def dump(value: object) -> str:
+        return json.dumps(value, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False, default=_plain)
+
+    try:
+        return json_escape(dump(document))
+    except ValueError:  # is raised for NaN, infinity and types that are not plain data
+        return json_escape(dump(_without_nan(document)))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,13 +157,23 @@ def write_text(path: Path, text: str) -> None:
         UsageError: The path cannot be written.
     """
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: cannot be renamed
-            path.write_text(text, encoding="utf-8")
-            return
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+
+
+def _without_nan(value: object) -> object:
+    """Return plain data with `None` for every float that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return _without_nan(_plain(value))
 
 
 def _plain(value: object) -> object:
@@ -148,24 +209,59 @@ def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[i
 @contextlib.contextmanager
 def progress_with_note(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int, str], None]]:
     """Yield a function of (done, total, note), as `progress` does; the note is shown after the numbers."""
-    stream = stream or sys.stderr
-    if not stream.isatty():
-        yield _plain_progress(what, stream)
+    output = _IgnoreErrors(stream or sys.stderr)
+    if not output.isatty():
+        yield _plain_progress(what, output)
         return
     parts = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*parts, console=Console(file=stream), transient=True) as bars:
-        task = bars.add_task(what, total=None, note="")
-        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=note)
+    with Progress(*parts, console=Console(file=output), transient=True) as bars:
+        task = bars.add_task(printable_line(what), total=None, note="")
+        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=printable_line(note))
 
 
-def _plain_progress(what: str, stream: TextIO) -> Callable[[int, int, str], None]:
+class _IgnoreErrors(io.StringIO):
+    """A stream for progress that does not fail: work goes on after the terminal was closed or its reader has ended."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text if the stream accepts it."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream if it accepts that."""
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Return whether the stream is a terminal."""
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor, from which the size of the terminal is read."""
+        if self._stream is None:
+            raise OSError("closed")
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override] # a property in the base class, too
+        """Encoding of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+
+def _plain_progress(what: str, stream: _IgnoreErrors) -> Callable[[int, int, str], None]:
     start = last = time.monotonic()
 
     def show(done: int, total: int, note: str) -> None:
@@ -174,7 +270,8 @@ def _plain_progress(what: str, stream: TextIO) -> Callable[[int, int, str], None
         if done < total and now - last < PLAIN_INTERVAL_S:
             return
         last = now
-        stream.write(f"{what}: {done}/{total}, {done / max(now - start, 1e-9):.1f}/s  {note}".rstrip() + "\n")
+        line = f"{what}: {done}/{total}, {done / max(now - start, 1e-9):.1f}/s  {note}"
+        stream.write(printable_line(line.rstrip()) + "\n")
         stream.flush()
 
     return show

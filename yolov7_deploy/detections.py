@@ -8,19 +8,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from yolov7_deploy._text import json_escape, printable_line
 from yolov7_deploy.errors import MissingLibraryError, UsageError
-from yolov7_deploy.image import FloatArray, Image, IntArray
+from yolov7_deploy.image import FloatArray, Image, IntArray, PilImage, as_bgr
+from yolov7_deploy.options import Thresholds
 from yolov7_deploy.visualize import draw_boxes, write_image
 
+_INDEX_FIX = "Pass an int, a slice, a list of ints, or a mask of one bool per detection."
 Index = int | slice | Sequence[int] | Sequence[bool] | npt.NDArray[np.bool_] | npt.NDArray[np.integer[Any]]
 
 
@@ -62,7 +66,7 @@ class Detections:
         speed: Time spent on the image.
 
     Raises:
-        UsageError: The arrays differ in length or shape, or a class id has no name.
+        UsageError: The arrays differ in length or shape, a value is NaN or infinite, or a class id has no name.
     """
 
     boxes: FloatArray
@@ -83,6 +87,11 @@ class Detections:
                 "do not describe the same detections.",
                 fix="Pass boxes [N, 4], scores [N] and class_ids [N].",
             )
+        if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
+            raise UsageError(
+                "A box or score is NaN or infinite, so the model is damaged or overflows in its precision.",
+                fix="Compare it with its weights:  y7 verify   or export it again:  y7 export --precision fp32",
+            )
         if count and not 0 <= self.class_ids.min() <= self.class_ids.max() < len(self.class_names):
             raise UsageError(
                 f"Class ids range from {self.class_ids.min()} to {self.class_ids.max()}, "
@@ -100,11 +109,17 @@ class Detections:
             yield Detection(box=(x1, y1, x2, y2), score=score, class_id=class_id, class_name=self.class_names[class_id])
 
     def __getitem__(self, index: Index) -> Detections:
-        """Return new Detections, also for a single index; a mask must have one entry per detection."""
-        if not isinstance(index, slice):
-            picked = np.atleast_1d(np.asarray(index))
-            index = picked if picked.size else picked.astype(np.int64)
-        return replace(self, boxes=self.boxes[index], scores=self.scores[index], class_ids=self.class_ids[index])
+        """Return new Detections, also for a single index.
+
+        Args:
+            index: An int, a slice, ints in any order, or a mask of one bool per detection.
+
+        Raises:
+            UsageError: A mask has another length, or the index is of another type (floats, names, two dimensions).
+            IndexError: An int is out of range.
+        """
+        rows = _checked_slice(index) if isinstance(index, slice) else _rows(index, len(self))
+        return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], class_ids=self.class_ids[rows])
 
     def filter(
         self, *, conf: float | None = None, classes: int | str | Iterable[int | str] | None = None
@@ -112,11 +127,11 @@ class Detections:
         """Return the detections with a score above `conf` (strictly) and one of `classes` (ids or names).
 
         Raises:
-            UsageError: The model does not have one of the classes.
+            UsageError: `conf` is not between 0 and 1, or the model does not have one of the classes.
         """
         keep = np.ones(len(self), dtype=np.bool_)
         if conf is not None:
-            keep &= self.scores > conf
+            keep &= self.scores > Thresholds(conf=conf).conf
         if classes is not None:
             keep &= np.isin(self.class_ids, find_classes(classes, self.class_names))
         return self[keep]
@@ -129,15 +144,20 @@ class Detections:
     def describe(self) -> str:
         """Return the number of detections per class, in class order: `person: 2, dog: 1`."""
         ids, counts = np.unique(self.class_ids, return_counts=True)
-        parts = [f"{self.class_names[i]}: {count}" for i, count in zip(ids, counts, strict=True)]
+        parts = [f"{printable_line(self.class_names[i])}: {count}" for i, count in zip(ids, counts, strict=True)]
         return ", ".join(parts) or "no detections"
 
-    def plot(self, image_bgr: Image) -> Image:
-        """Return a copy of the image [H, W, 3] with boxes and labels.
+    def plot(self, image: Image | PilImage) -> Image:
+        """Return a copy of the image, uint8 BGR [H, W, 3], with boxes and labels.
+
+        Args:
+            image: The image that was detected: an array, BGR, or a PIL image.
 
         Raises:
-            UsageError: The image does not have the size of `image_hw`.
+            ImageError: It is not an image; see `as_bgr`.
+            UsageError: It does not have the size of `image_hw`.
         """
+        image_bgr = as_bgr(image)
         if image_bgr.shape[:2] != self.image_hw:
             raise UsageError(
                 f"The image is {image_bgr.shape[1]}x{image_bgr.shape[0]}; the detections belong to an image of "
@@ -147,14 +167,14 @@ class Detections:
         labels = [f"{item.class_name} {item.score:.2f}" for item in self]
         return draw_boxes(image_bgr, self.boxes, labels=labels, class_ids=self.class_ids.tolist())
 
-    def save(self, path: str | Path, image_bgr: Image) -> None:
+    def save(self, path: str | Path, image: Image | PilImage) -> None:
         """Write the image with boxes and labels; the suffix selects the format.
 
         Raises:
-            ImageError: The format is unknown or the file cannot be written.
+            ImageError: The format is unknown or the file cannot be written; see also `plot`.
             UsageError: See `plot`.
         """
-        write_image(path, self.plot(image_bgr))
+        write_image(path, self.plot(image))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that converts back to the same float32 values. Timings are omitted: they never repeat."""
@@ -171,7 +191,7 @@ class Detections:
 
     def to_json(self) -> str:
         """Return `to_dict` as one line of JSON with sorted keys: same detections, same bytes."""
-        return json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
+        return json_escape(json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False))
 
     def to_coco(self, image_id: int, *, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return COCO results: xywh rounded to 3 decimals and scores to 5, as the official test program writes them.
@@ -297,11 +317,10 @@ def find_classes(classes: int | str | Iterable[int | str], class_names: Sequence
     """Return the sorted class ids for a mix of ids and names; a name shared by several classes selects all of them.
 
     Raises:
-        UsageError: The model does not have one of the ids or names.
+        UsageError: The model does not have one of the ids or names, or it is neither an int nor text.
     """
-    requested = [classes] if isinstance(classes, int | str) else list(classes)
     ids: set[int] = set()
-    for item in requested:
+    for item in _class_items(classes):
         matches = _matches(item, class_names)
         if not matches:
             raise _unknown_class(item, class_names)
@@ -309,21 +328,86 @@ def find_classes(classes: int | str | Iterable[int | str], class_names: Sequence
     return tuple(sorted(ids))
 
 
+def _class_items(classes: object) -> list[int | str]:
+    """Return ids as ints of Python and names as they are.
+
+    Raises:
+        UsageError: One of them is something else, such as a float or a bool.
+    """
+    is_one = isinstance(classes, str | bytes | bool) or not isinstance(classes, Iterable)
+    try:
+        items = [classes] if is_one else list(cast(Iterable[object], classes))
+    except TypeError:  # arrays and tensors without dimensions
+        items = [classes]
+    found: list[int | str] = []
+    for item in items:
+        try:
+            if isinstance(item, bool | np.bool_):
+                raise TypeError("a bool is not a class")
+            found.append(item if isinstance(item, str) else operator.index(cast(SupportsIndex, item)))
+        except TypeError as error:
+            raise UsageError(
+                f"A class is an id or a name, not {item!r} ({type(item).__name__}).",
+                fix="For example: classes=[0, 16]   or   classes=['person', 'dog']",
+            ) from error
+    return found
+
+
 def _matches(item: int | str, class_names: Sequence[str]) -> list[int]:
     if isinstance(item, str):
         return [i for i, name in enumerate(class_names) if name.casefold() == item.strip().casefold()]
-    return [int(item)] if 0 <= item < len(class_names) else []
+    return [item] if 0 <= item < len(class_names) else []
 
 
 def _unknown_class(item: int | str, class_names: Sequence[str]) -> UsageError:
     if not isinstance(item, str):
-        last = len(class_names) - 1
-        return UsageError(f"The model has no class {item}.", fix=f"Class ids range from 0 to {last}.")
+        return UsageError(
+            f"Class id {item} does not exist; the model has {len(class_names)} classes.",
+            fix=f"Use ids from 0 to {len(class_names) - 1}.",
+        )
     near = difflib.get_close_matches(item.casefold(), [name.casefold() for name in class_names], n=3, cutoff=0.5)
     if near:
         return UsageError(f"The model has no class {item!r}.", fix=f"Did you mean: {', '.join(near)}")
     some = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
     return UsageError(f"The model has no class {item!r}.", fix=f"Its {len(class_names)} classes: {some}")
+
+
+def _checked_slice(index: slice) -> slice:
+    try:
+        index.indices(0)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"Detections cannot be indexed with {index}: {error}.", fix=_INDEX_FIX) from error
+    return index
+
+
+def _rows(index: object, count: int) -> npt.NDArray[Any]:
+    """Return an index of any type other than a slice as an array of ints, or as a mask of `count` entries.
+
+    Raises:
+        UsageError: See `Detections.__getitem__`.
+    """
+    try:
+        array = np.asarray(index)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"Detections cannot be indexed with a {type(index).__name__}.", fix=_INDEX_FIX) from error
+    is_sequence = isinstance(index, Sequence) and not isinstance(index, str | bytes)
+    if is_sequence and array.shape == (0,):
+        return array.astype(np.int64)
+    if array.dtype == np.bool_ and array.shape != (count,):
+        raise UsageError(
+            f"A mask of shape {array.shape} does not select from {count} detections.",
+            fix="Pass one bool per detection, for example: detections[detections.scores > 0.5]",
+        )
+    # NumPy would read True in a list of ints as 1.
+    is_mixed = is_sequence and array.dtype != np.bool_ and any(isinstance(i, bool) for i in cast(Sequence[Any], index))
+    if array.ndim > 1 or array.dtype.kind not in "biu" or is_mixed:
+        raise UsageError(f"Detections cannot be indexed with {_short(index)}.", fix=_INDEX_FIX)
+    return np.atleast_1d(array)
+
+
+def _short(index: object) -> str:
+    text = repr(index)
+    return f"{text if len(text) <= 60 else f'{text[:60]}...'} ({type(index).__name__})"
 
 
 def _shortest(values: Iterable[Any]) -> list[float]:

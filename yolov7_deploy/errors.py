@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 
+from yolov7_deploy._text import printable
+
 
 class Y7Error(Exception):
     """Base class of all exceptions that this package raises on purpose.
+
+    Its texts can be printed whatever they contain: control characters and other unprintable ones become escapes.
 
     Args:
         message: What happened and why, with the actual values.
@@ -18,9 +22,9 @@ class Y7Error(Exception):
     """
 
     def __init__(self, message: str, *, fix: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        super().__init__(printable(message))
+        self.message = printable(message)
+        self.fix = printable(fix)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.fix}" if self.fix else self.message

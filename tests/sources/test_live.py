@@ -115,7 +115,7 @@ def test_a_lost_stream_is_reopened():
 
 def test_a_stream_that_never_opened_is_not_retried():
     camera = FakeCamera([])
-    with pytest.raises(SourceError, match=r"rtsp://user:\*\*\*@cam/live could not be opened") as caught:
+    with pytest.raises(SourceError, match=r"rtsp://\*\*\*@cam/live could not be opened") as caught:
         list(open_source("rtsp://user:secret@cam/live", opener=camera))
     assert camera.opened == 1
     assert "secret" not in str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
 from yolov7_deploy.sources import open_source
-from yolov7_deploy.sources.video import VideoFile, VideoWriter, hide_password
+from yolov7_deploy.sources.video import VideoFile, VideoWriter
 from yolov7_deploy.visualize import write_image
 
 VIDEO_HW = (48, 64)
@@ -272,19 +272,6 @@ def test_a_truncated_video_yields_its_frames_and_warns(tmp_path, caplog):
     count = len(list(open_source(path)))
     assert 0 < count < 20
     assert any("declares" in record.message for record in caplog.records)
-
-
-@pytest.mark.parametrize(
-    "address,shown",
-    [
-        ("rtsp://user:pass@cam:554/live", "rtsp://user:***@cam:554/live"),
-        ("rtsp://user:p@ss@cam/live", "rtsp://user:***@cam/live"),
-        ("http://cam/a@b.jpg", "http://cam/a@b.jpg"),
-        ("clip.mp4", "clip.mp4"),
-    ],
-)
-def test_passwords_are_not_shown(address, shown):
-    assert hide_password(address) == shown
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from yolov7_deploy._text import hide_credentials
 from yolov7_deploy.errors import SourceError
 from yolov7_deploy.image import Image
-from yolov7_deploy.sources.video import NETWORK_TIMEOUT_MS, OpenCapture, hide_password, open_capture
+from yolov7_deploy.sources.video import NETWORK_TIMEOUT_MS, OpenCapture, open_capture
 
 log = logging.getLogger(__name__)
 
@@ -154,4 +155,4 @@ class LiveReader:
 
 
 def _label(address: str | int) -> str:
-    return f"Camera {address}" if isinstance(address, int) else hide_password(address)
+    return f"Camera {address}" if isinstance(address, int) else hide_credentials(address)

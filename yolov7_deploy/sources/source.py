@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, as_bgr, read_image
+from yolov7_deploy.sources.files import Skipped
 from yolov7_deploy.sources.live import LiveReader
-from yolov7_deploy.sources.resolve import Item, OnError, Skipped, resolve
+from yolov7_deploy.sources.resolve import Item, OnError, resolve
 from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_image, open_capture
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Source:
         *,
         on_error: OnError,
         skipped: Sequence[Skipped],
+        left_out: Sequence[Skipped],
         reader: Callable[[str | int], LiveReader],
         opener: OpenCapture,
     ) -> None:
@@ -70,6 +72,7 @@ class Source:
         self._live = [item for item in items if item.kind == "live"]
         self._on_error = on_error
         self._skipped_entries = list(skipped)
+        self._left_out = tuple(left_out)
         self._skipped_items: list[Skipped] = []
         self._reader = reader
         self._opener = opener
@@ -89,6 +92,11 @@ class Source:
     def skipped(self) -> tuple[Skipped, ...]:
         """The items skipped so far because of `on_error="skip"`, with reasons."""
         return (*self._skipped_entries, *self._skipped_items)
+
+    @property
+    def left_out(self) -> tuple[Skipped, ...]:
+        """What its folders and patterns have besides images and videos: hidden files, other suffixes, subfolders."""
+        return self._left_out
 
     @functools.cached_property
     def total(self) -> int | None:
@@ -229,14 +237,15 @@ def open_source(
         UsageError: The type of `source` is not supported.
     """
     skipped: list[Skipped] = []
-    items = list(resolve(source, folder=None, on_error=on_error, skipped=skipped))
+    left_out: list[Skipped] = []
+    items = list(resolve(source, folder=None, on_error=on_error, skipped=skipped, left_out=left_out))
     if not items:
         raise _no_frames_error(skipped)
 
     def reader(address: str | int) -> LiveReader:
         return LiveReader(address, open_capture=opener, reconnects=reconnects, wait_s=reconnect_wait_s)
 
-    return Source(items, on_error=on_error, skipped=skipped, reader=reader, opener=opener)
+    return Source(items, on_error=on_error, skipped=skipped, left_out=left_out, reader=reader, opener=opener)
 
 
 def _no_frames_error(skipped: Sequence[Skipped]) -> SourceError:

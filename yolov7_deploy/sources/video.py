@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._atomic_file import partial_path
+from yolov7_deploy._atomic_file import PartialFile
+from yolov7_deploy._text import hide_credentials
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
 
@@ -90,7 +91,7 @@ class VideoFile:
     """
 
     def __init__(self, path: str, *, opener: OpenCapture = open_capture) -> None:
-        self.path = hide_password(path)
+        self.path = hide_credentials(path)
         self._capture = opener(path)
         if not self._capture.isOpened():
             self.close()
@@ -172,13 +173,17 @@ class VideoWriter:
     def __init__(self, path: Path, *, fps: float, hw: tuple[int, int]) -> None:
         self.path = path
         self.hw = hw
-        self._temporary = partial_path(path)
+        self._rate = fps if PLAUSIBLE_FPS[0] <= fps <= PLAUSIBLE_FPS[1] else DEFAULT_FPS
+        self._frames = 0
+        self._start_s: float | None = None
+        self._newest: Image | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = PartialFile(path)
         except OSError as error:
-            raise SourceError(f"{path.parent} cannot be created: {error}.", fix="Choose another folder.") from error
-        rate = fps if PLAUSIBLE_FPS[0] <= fps <= PLAUSIBLE_FPS[1] else DEFAULT_FPS
-        self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, (hw[1], hw[0]))
+            reason = error.strerror or error
+            raise SourceError(f"{path} cannot be created: {reason}.", fix="Choose another folder.") from error
+        name = str(self._file.temporary)
+        self._writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), self._rate, (hw[1], hw[0]))
         if not self._writer.isOpened():
             self.discard()
             raise SourceError(
@@ -186,29 +191,78 @@ class VideoWriter:
                 fix="Use --nosave with --save-txt or --json, or install opencv-python-headless from PyPI.",
             )
 
+    @property
+    def end_s(self) -> float:
+        """Time at which the last frame of `write_at` ends, on the clock of its `timestamp_s`."""
+        return (self._start_s or 0.0) + self._frames / self._rate
+
     def write(self, image_bgr: Image) -> None:
         """Append a frame, uint8 BGR [H, W, 3] of the size `hw`."""
         assert image_bgr.shape[:2] == self.hw, "OpenCV silently drops frames of another size"
         self._writer.write(image_bgr)
+        self._frames += 1
+
+    def write_at(self, image_bgr: Image, timestamp_s: float) -> None:
+        """Append a frame that is shown at its capture time, so that the video plays at the true speed.
+
+        The frame rate of a file is constant: the previous frame is repeated until the new one starts. Of several
+        frames within one period of the frame rate, the first is written.
+        """
+        if self._start_s is None:
+            self._start_s = timestamp_s
+        position = round((timestamp_s - self._start_s) * self._rate)
+        while self._newest is not None and self._frames < position:
+            self.write(self._newest)
+        if position >= self._frames:
+            self.write(image_bgr)
+        self._newest = image_bgr
 
     def finish(self) -> Path:
-        """Close the file, rename it to its final name, and return that.
+        """Close the file, check that all frames can be read back, rename it to its final name, and return that.
 
         Raises:
-            SourceError: The file was not written.
+            SourceError: Frames are missing, because the disk was full. The file has those before, if there are any.
         """
         self._writer.release()
+        readable = count_readable_frames(self._file.temporary, expected=self._frames)
         try:
-            self._temporary.replace(self.path)
+            if readable or not self._frames:
+                self._file.commit()
         except OSError as error:
-            self.discard()
             raise SourceError(f"{self.path} cannot be written: {error}.", fix="Is the disk full?") from error
+        finally:
+            self._file.discard()
+        if readable < self._frames:
+            kept = f"The file has the first {readable}." if readable else "Nothing was saved."
+            raise SourceError(
+                f"{self.path}: only {readable} of {self._frames} frames could be written. {kept}",
+                fix="Free some space on the disk, or choose another folder:  --save-dir ANOTHER",
+            )
         return self.path
 
     def discard(self) -> None:
         """Close and remove the temporary file."""
         self._writer.release()
-        self._temporary.unlink(missing_ok=True)
+        self._file.discard()
+
+
+def count_readable_frames(path: Path, *, expected: int) -> int:
+    """Return how many frames of a video can be read; decodes only the last one if there are as many as expected."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        if expected > 0 and round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == expected:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, expected - 1)
+            if capture.read()[0]:
+                return expected
+            capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
+        count = 0
+        while capture.grab():
+            count += 1
+        return count
+    except cv2.error:
+        return 0
+    finally:
+        capture.release()
 
 
 def download_image(address: str) -> Image:
@@ -222,15 +276,7 @@ def download_image(address: str) -> Image:
             data = np.frombuffer(response.read(), dtype=np.uint8)
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ImageError(
-            f"{hide_password(address)} cannot be downloaded: {error}.", fix="Check the URL and the network."
+            f"{hide_credentials(address)} cannot be downloaded: {hide_credentials(str(error))}.",
+            fix="Check the URL and the network.",
         ) from error
-    return decode_image(data, name=hide_password(address))
-
-
-def hide_password(address: str) -> str:
-    """Return the URL without its password: `rtsp://user:***@host/...`."""
-    scheme, separator, rest = address.partition("://")
-    login, at, host = rest.rpartition("@")
-    if not at or "/" in login:
-        return address
-    return f"{scheme}{separator}{login.partition(':')[0]}:***@{host}"
+    return decode_image(data, name=hide_credentials(address))

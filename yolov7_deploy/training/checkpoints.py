@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
-from yolov7_deploy._atomic_file import atomic_write, remove_partial_files
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import save_checkpoint
@@ -26,6 +26,17 @@ from yolov7_deploy.training.hyperparameters import Hyperparameters
 LAST, BEST, STATE = "last.safetensors", "best.safetensors", "state.safetensors"
 SCHEMA = 1
 _METADATA_KEY = "yolov7_training"
+# Names of the safetensors format.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +106,7 @@ class RunState:
         class_names: Classes of the model.
         anchors: Three (width, height) per level, in input pixels.
         world_size: Number of processes.
+        weights_sha256: Digest of the weights file that initialised the model; empty for random weights.
         epoch: Completed epochs.
         step: Completed steps of the current epoch.
         sums: Losses of the current epoch.
@@ -111,6 +123,7 @@ class RunState:
     class_names: tuple[str, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
     world_size: int
+    weights_sha256: str = ""
     epoch: int = 0
     step: int = 0
     sums: LossSums = LossSums()
@@ -135,12 +148,34 @@ def save_run_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) ->
     text = json.dumps({"schema": SCHEMA, **asdict(state)}, sort_keys=True)
     try:
         with atomic_write(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: text})
-    except (OSError, safetensors.SafetensorError) as error:
+            _write_tensors(temporary, tensors, {_METADATA_KEY: text})
+    except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be written ({str(error)[:200]}). The previous file is unchanged.",
+            f"{path} cannot be written ({error.strerror or error}). The previous file is unchanged.",
             fix=f"Free space on the disk, then resume:  y7 train --resume --save-dir {folder}",
         ) from error
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, one tensor after the other.
+
+    `safetensors.torch.save_file` would write to a temporary file of its own, which stays if the process is killed and
+    which only its owner may read; `safetensors.torch.save` needs the memory of all tensors twice.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
@@ -177,15 +212,18 @@ def save_last(folder: Path, state: RunState, ema: Mapping[str, Tensor]) -> None:
         TrainingError: The weights are not finite.
         CheckpointError: The file cannot be written.
     """
+    request = state.request
     tensors = {name: tensor.cpu() for name, tensor in ema.items()}
     _check_finite(folder, state, tensors)
     checkpoint = Checkpoint(
         tensors=tensors,
-        variant=state.request.variant,
+        variant=request.variant,
         training=True,
         class_names=state.class_names,
         anchors=state.anchors,
-        source=LAST,
+        training_size=request.options.img,
+        source=Path(request.weights).name,
+        source_sha256=state.weights_sha256,
     )
     save_checkpoint(checkpoint, folder / LAST)
 
@@ -202,12 +240,6 @@ def save_best(folder: Path) -> None:
             shutil.copyfile(folder / LAST, temporary)
     except OSError as error:
         raise TrainingError(f"{path} cannot be written ({error.strerror}).", fix="Free space on the disk.") from error
-
-
-def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove partially written files of a run that was killed; no process may be writing to the folder."""
-    for name in (LAST, BEST, STATE):
-        remove_partial_files(folder / name)
 
 
 def _check_finite(folder: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:

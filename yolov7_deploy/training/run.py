@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from yolov7_deploy._atomic_file import remove_partial_files
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.class_filter import as_single_class, select_classes
@@ -28,7 +30,6 @@ from yolov7_deploy.training.checkpoints import (
     RunState,
     TrainRequest,
     load_run_state,
-    remove_partial_checkpoints,
 )
 from yolov7_deploy.training.dataloader import TrainLoader
 from yolov7_deploy.training.dataset import ImageStore
@@ -42,6 +43,7 @@ from yolov7_deploy.training.trainer import Trainer, TrainReport
 
 GIB = 2**30
 CACHE_FRACTION = 0.25  # of the free memory, for cached images
+MAX_NOTES = 10  # printed about each dataset
 SUFFICIENT_RECALL = 0.98  # best possible recall of anchors, below which new ones are fitted
 
 
@@ -100,6 +102,7 @@ def train(request: TrainRequest, *, callback: TrainCallback) -> TrainReport:
             class_names=datasets.train.class_names,
             anchors=initialized.model.anchors,
             world_size=distributed.world_size,
+            weights_sha256=checkpoint.source_sha256 if checkpoint else "",
         )
         if distributed.is_main_process:
             _create_folder(folder, request, datasets, checkpoint)
@@ -139,7 +142,7 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
             request.variant, state.class_names, anchors=state.anchors, auxiliary=request.options.auxiliary
         ).model
         if distributed.is_main_process:
-            remove_partial_checkpoints(folder)
+            remove_partial_files(folder)
         callback.on_message(
             f"resuming in epoch {state.epoch + 1} of {request.options.epochs}, after {state.step} of its steps"
         )
@@ -303,10 +306,15 @@ def _describe_datasets(datasets: _Datasets, request: TrainRequest) -> str:
     lines = [
         f"{request.data}: {len(datasets.train)} training images, {len(datasets.val)} validation images",
         statistics.summary(),
-        *datasets.train.problems[:3],
-        *datasets.val.problems[:3],
+        *(f"train: {note}" for note in _first_notes(datasets.train)),
+        *(f"val: {note}" for note in _first_notes(datasets.val)),
     ]
     return "\n".join(lines)
+
+
+def _first_notes(dataset: Dataset) -> Sequence[str]:
+    notes = dataset.notes
+    return notes if len(notes) <= MAX_NOTES else (*notes[:MAX_NOTES], f"and {len(notes) - MAX_NOTES} more notes")
 
 
 def _select_anchors(request: TrainRequest, datasets: _Datasets, anchors: Anchors, callback: TrainCallback) -> Anchors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import partial_path
+from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
@@ -132,18 +131,18 @@ def _write(
     exported: OnnxModel, output: Path, reference: PytorchRuntime | None, images: Sequence[Image], steps: _StepTimer
 ) -> tuple[int, ParityReport | None]:
     """Write the file and rename it after the verification; return its size and the verification's result."""
-    partial = partial_path(output)
     try:
-        exported.save(partial)
-        parity = None
-        if reference is not None:
-            parity = _verify(reference, partial, exported.metadata, images)
-            steps.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
-        size = partial.stat().st_size
-        partial.replace(output)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        with atomic_write(output) as partial:
+            exported.save(partial)
+            parity = None
+            if reference is not None:
+                parity = _verify(reference, partial, exported.metadata, images)
+                steps.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
+            size = partial.stat().st_size
+    except OSError as error:
+        raise ExportError(
+            f"{output} cannot be written: {error.strerror or error}.", fix="Choose another path:  --output F"
+        ) from error
     return size, parity
 
 

@@ -1,0 +1,102 @@
+"""Foreign text in messages: file names, class names and addresses, made printable and without credentials.
+
+Texts of models, datasets, libraries and users can have escape sequences that reprogram a terminal, bidirectional
+overrides that reorder a line, surrogates that no encoding can write, and passwords.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import urllib.parse
+
+HIDDEN = "***"
+MAX_DECODING = 3  # times that a percent-encoded text is decoded
+
+_LINE_BREAKS = "\n\t"
+# Control characters (C0, C1), surrogates, line separators, invisible characters and bidirectional controls.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+# The value of every name that ends with one of these is a secret: `pwd=`, `access_token=`, `X-Amz-Signature=`.
+_SECRET = re.compile(
+    r"(?:pass(?:w(?:or)?d|phrase|code)?|pwd|psw|pw|token|key|secret|sig|signature|auth|authorization|credentials?|sas)"
+    r"\d*\s*=",
+    re.IGNORECASE,
+)
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*:/{1,3})(?P<rest>[^\s'\"<>]+)", re.IGNORECASE)
+_WHOLE_ADDRESS = re.compile(r"(?P<scheme>(?:[a-z][a-z0-9+.-]*:/{1,3})?)(?P<rest>.+)", re.IGNORECASE | re.DOTALL)
+_LOGIN_WITHOUT_SCHEME = re.compile(r"[^\s/@:]+:[^\s@]*@")
+_FIELDS = re.compile(r"([&;?#\s'\"<>]+)")
+_AT = re.compile(r"@|%40")
+_LOGIN = re.compile(r"[:@]|%3a|%40", re.IGNORECASE)
+
+
+def printable(text: object) -> str:
+    r"""Return a text in which everything that is not for reading is an escape such as `\x1b` or `\u202e`.
+
+    Line breaks and tabs are kept; `printable_line` escapes them, too. The result can be encoded as UTF-8.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in _LINE_BREAKS else _escape(found[0]), str(text))
+
+
+def printable_line(text: object) -> str:
+    r"""Return a text as one line: like `printable`, with line breaks and tabs as `\n` and `\t`."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def json_escape(text: str) -> str:
+    r"""Return JSON in which unprintable characters of strings are `\uXXXX`; it parses to the same values."""
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module; its messages are printable, whatever names and texts they contain."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_clean_record)
+    return logger
+
+
+def hide_credentials(address: str) -> str:
+    """Return an address, or a text that has some, with all credentials as `***`: logins, and values such as `token=`.
+
+    A login ends at the last `@`, since passwords may contain any character. Names and values may be percent-encoded.
+    An unusual address may lose a harmless part.
+    """
+    is_address = _LOGIN_WITHOUT_SCHEME.match(address) or re.match(r"[a-z][a-z0-9+.-]*:/", address, re.IGNORECASE)
+    pattern = _WHOLE_ADDRESS if is_address else _ADDRESS
+    return _hide_fields(pattern.sub(_hide_login, address))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _clean_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+def _hide_login(address: re.Match[str]) -> str:
+    rest = address["rest"]
+    ends = [found.end() for found in _AT.finditer(rest)] if _LOGIN.search(re.split("[/?#]", rest)[0]) else []
+    return address["scheme"] + (f"{HIDDEN}@{rest[ends[-1] :]}" if ends else rest)
+
+
+def _hide_fields(text: str) -> str:
+    return "".join(part if index % 2 else _hide_field(part) for index, part in enumerate(_FIELDS.split(text)))
+
+
+def _hide_field(field: str) -> str:
+    """Hide the value of a field `name=value` whose name is that of a secret; also in an address inside the value."""
+    decoded = field
+    for _ in range(MAX_DECODING):
+        decoded = urllib.parse.unquote(decoded)
+    found = _SECRET.search(decoded)
+    if found:
+        return decoded[: found.end()] + HIDDEN
+    name, separator, value = decoded.partition("=")
+    if separator and "://" in value and "@" in value:
+        return name + separator + HIDDEN
+    return field
