@@ -5,11 +5,13 @@ Images are uint8 BGR arrays [H, W, 3] everywhere, as in OpenCV.
 
 from __future__ import annotations
 
+import math
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import cv2
 import numpy as np
@@ -22,7 +24,10 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 PAD_GREY = 114  # the official letterbox colour
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".dib", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 
 # Decoding needs up to 6 bytes per pixel: 1 GB for the largest image. Medium-format cameras have up to 151 megapixels.
 MAX_PIXELS = 180_000_000
@@ -38,6 +43,20 @@ _DECODING = {
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_CHANNELS = (1, 3, 4)
+_REAL_TYPES = re.compile(r"bool|u?int\d+|b?float\d+")
+_STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}  # PIL's modes of premultiplied alpha
+_EXIF_ORIENTATION = 0x0112
+# How an image of each EXIF orientation is turned upright; 1 is upright.
+_ROTATIONS: dict[int, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image.swapaxes(0, 1)[:, ::-1],
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: image.swapaxes(0, 1)[::-1],
 }
 
 
@@ -183,42 +202,183 @@ def _jpeg_sizes(data: memoryview) -> list[tuple[int, int]]:
     return []
 
 
-def as_bgr(image: object) -> Image:
-    """Convert an array to contiguous uint8 BGR [H, W, 3], without a copy if it already is.
+class PilImage(Protocol):
+    """An image of PIL, which is recognised by the name of its class; PIL is never imported here."""
 
-    Grey [H, W] or [H, W, 1] is repeated, the alpha channel of BGRA [H, W, 4] is dropped, uint16 is scaled by 1/257.
+    @property
+    def mode(self) -> str:
+        """PIL's name of the pixel format."""
+        ...
+
+
+def is_pil_image(image: object) -> TypeGuard[PilImage]:
+    """Return whether an object is a PIL image, also one of a file that PIL has not decoded yet."""
+    return _is_instance(image, "PIL.Image.Image")
+
+
+def as_bgr(image: object) -> Image:
+    """Convert an array or a PIL image to contiguous uint8 BGR [H, W, 3], without a copy if it already is.
+
+    Arrays are BGR, as in OpenCV. Grey [H, W] or [H, W, 1] is repeated, the alpha channel of BGRA [H, W, 4] is dropped,
+    uint16 is scaled by 1/257. PIL images are converted from their mode and rotated by their EXIF orientation, as
+    `read_image` does with files.
 
     Raises:
-        ImageError: The shape or type is ambiguous (floats could be 0..1 or 0..255).
+        ImageError: The shape or type is ambiguous (floats could be 0..1 or 0..255), or the object is not an image. The
+            fix for floats, channels first and torch tensors is the expression that converts them.
     """
-    array = image if isinstance(image, np.ndarray) else _as_array(image)
-    shape = array.shape
+    if is_pil_image(image):
+        array = _pil_to_array(image)
+    elif isinstance(image, np.ndarray):
+        array = image
+    else:
+        raise _not_an_array(image)
+    shape, dtype = array.shape, array.dtype
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+    if array.ndim != 3 or array.shape[2] not in _CHANNELS or 0 in shape:
         raise ImageError(
             f"An image must be an array [H, W, 3] (BGR), [H, W] or [H, W, 4]; this one is {shape}.",
-            fix="For a batch call detector.batch([image, ...]); for channels first use image.transpose(1, 2, 0).",
+            fix=_conversion(array) or "Pass one image as [H, W, 3]; several with detector.batch([image, ...]).",
         )
-    if array.dtype == np.uint16:
+    if dtype.kind == "u" and dtype.itemsize == 2:  # of any byte order
         array = (array // 257).astype(np.uint8)
-    if array.dtype != np.uint8:
+    elif dtype != np.uint8:
         raise ImageError(
-            f"An image must be uint8 or uint16; this one is {array.dtype}.",
-            fix="For floats 0..1 use (image * 255).round().astype('uint8').",
+            f"An image must be uint8 or uint16; this one is {dtype}.",
+            fix=_conversion(array) or "Scale it to 0..255 and convert it with astype('uint8').",
         )
     array = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
     return np.ascontiguousarray(array)
 
 
-def _as_array(image: object) -> npt.NDArray[Any]:
-    """Convert any object that NumPy accepts as an array, such as a PIL image; refuse a list, probably a batch."""
-    if not hasattr(image, "__array__") and not hasattr(image, "__array_interface__"):
+def _is_instance(thing: object, class_name: str) -> bool:
+    """Return whether an object belongs to a class, or a subclass of it, of a library that is not imported here."""
+    return any(f"{kind.__module__}.{kind.__name__}" == class_name for kind in type(thing).__mro__)
+
+
+# --- PIL images -----------------------------------------------------------------------------------------------------
+
+
+def _pil_to_array(image: Any) -> npt.NDArray[Any]:  # noqa: ANN401 - a PIL image
+    """Return BGR uint8 [H, W, 3], or grey uint16 [H, W], rotated by the orientation.
+
+    Raises:
+        ImageError: PIL cannot decode or convert it, or its mode has values without a fixed range.
+    """
+    try:
+        image.load()  # PIL rotates TIFF files here, and removes their orientation
+    except Exception as error:  # each decoder of PIL has errors of its own
+        raise ImageError(f"PIL cannot read this image: {error}", fix="Open it again, or pass its path.") from error
+    if image.mode in ("I", "F"):
         raise ImageError(
-            f"An image must be an array [H, W, 3] (BGR); this one is a {type(image).__name__}.",
-            fix="For several images call detector.batch([image, ...]); for a file pass its path.",
+            f"A PIL image of mode {image.mode} has 32-bit values without a fixed range.",
+            fix="Scale numpy.asarray(image) to 0..255 as uint8, or to 0..65535 as uint16, and pass the array.",
         )
-    return np.asarray(image)
+    if 0 in image.size:
+        array: npt.NDArray[Any] = np.empty((*image.size[::-1], 3), dtype=np.uint8)
+    elif image.mode.startswith("I;16"):  # PIL would clip it at 255
+        array = np.asarray(image)
+    else:
+        array = _pil_colours(image)
+    rotate = _ROTATIONS.get(_orientation(image))
+    return array if rotate is None else rotate(array)
+
+
+def _pil_colours(image: Any) -> npt.NDArray[Any]:  # noqa: ANN401
+    """Return BGR uint8 [H, W, 3]; alpha is dropped, as OpenCV does with files."""
+    mode = _STRAIGHT_ALPHA.get(image.mode)
+    straight = image.convert(mode) if mode else image
+    # PIL converts transparency to an alpha channel without changing colours.
+    has_alpha = straight.mode in ("P", "PA") or "transparency" in straight.info
+    try:
+        pixels = np.asarray(straight.convert("RGBA" if has_alpha else "RGB"))
+    except ValueError as error:
+        raise ImageError(
+            f"PIL cannot convert an image of mode {image.mode} to RGB: {error}.", fix="Convert it with PIL.ImageCms."
+        ) from error
+    return cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGR if has_alpha else cv2.COLOR_RGB2BGR)
+
+
+def _orientation(image: Any) -> int:  # noqa: ANN401
+    """Return the EXIF orientation; 1, upright, without one and for damaged EXIF data, which OpenCV ignores as well."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - PIL's parser raises errors of many types
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+# --- refused objects ------------------------------------------------------------------------------------------------
+
+
+def _not_an_array(image: object) -> ImageError:
+    """Return the error for an object that is neither a NumPy array nor a PIL image."""
+    message = f"An image must be an array [H, W, 3] (BGR) or a PIL image; this one is a {type(image).__name__}"
+    if _is_instance(image, "torch.Tensor"):
+        tensor: Any = image
+        return ImageError(
+            f"{message} {tuple(tensor.shape)} of {_type_name(tensor)}.",
+            fix=_conversion(tensor) or "Convert it to a NumPy array, uint8 BGR [H, W, 3].",
+        )
+    if isinstance(image, bytes | bytearray | memoryview):
+        fix = "Decode the bytes of a file:  cv2.imdecode(numpy.frombuffer(image, numpy.uint8), cv2.IMREAD_COLOR)"
+    elif hasattr(image, "__array__") or hasattr(image, "__array_interface__"):
+        # Most libraries use RGB. A silent guess would swap red and blue.
+        fix = "Use  numpy.asarray(image)  if it is BGR, or  numpy.asarray(image)[..., ::-1]  if it is RGB."
+    else:
+        fix = "For several images call detector.batch([image, ...]); for a file pass its path."
+    return ImageError(f"{message}.", fix=fix)
+
+
+def _conversion(image: Any) -> str:  # noqa: ANN401 - an array of NumPy or a tensor of torch
+    """Return the expression that converts an array to uint8 BGR [H, W, 3]; empty if its layout or type is unknown."""
+    shape, type_name = tuple(image.shape[-3:]), _type_name(image)
+    channels_first = len(shape) == 3 and shape[2] not in _CHANNELS and shape[0] in _CHANNELS
+    limits = _value_limits(image)
+    if not 2 <= image.ndim <= 4 or limits is None:
+        return ""
+    channels = 1 if len(shape) == 2 else shape[0 if channels_first else 2]
+    if channels not in _CHANNELS:
+        return ""
+    is_torch = not isinstance(image, np.ndarray)
+    text = "image"
+    if is_torch:
+        text += (".detach()" if image.requires_grad else "") + ("" if image.device.type == "cpu" else ".cpu()")
+    if channels_first:
+        text += ".permute(1, 2, 0)" if is_torch else ".transpose(1, 2, 0)"
+    if type_name == "bool":
+        text = f"({text} * 255)"
+    elif "float" in type_name:
+        text = f"({text} * 255).round()" if limits[1] <= 1 else f"{text}.round()"
+    if type_name not in ("uint8", "uint16"):
+        text += ".byte()" if is_torch else ".astype('uint8')"
+    text += ".numpy()" if is_torch else ""
+    is_rgb = channels > 1 and (is_torch or channels_first)  # the order that networks read
+    if is_rgb:
+        text += "[..., ::-1].copy()" if channels == 3 else "[..., 2::-1].copy()"
+    if image.ndim == 4:
+        text = "detector.batch(images)" if text == "image" else f"detector.batch([{text} for image in images])"
+    text = f"Use  {text}" + ("  for RGB; for BGR leave out the [...] part." if is_rgb else "")
+    if limits[0] < 0 or (limits[1] > 255 and type_name != "uint16"):
+        text = f"Scale its values from {limits[0]:g}..{limits[1]:g} to 0..255 first. {text}"
+    return text
+
+
+def _value_limits(image: Any) -> tuple[float, float] | None:  # noqa: ANN401
+    """Return the smallest and the largest value; `None` without values, and for types that are not real numbers."""
+    if 0 in image.shape or not _REAL_TYPES.fullmatch(_type_name(image)):
+        return None
+    values = image if isinstance(image, np.ndarray) else image.detach()
+    try:
+        low, high = float(values.min()), float(values.max())
+    except RuntimeError:  # torch: this kind of tensor has no values, or cannot compare them
+        return None
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _type_name(image: Any) -> str:  # noqa: ANN401
+    return image.dtype.name if isinstance(image, np.ndarray) else str(image.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
