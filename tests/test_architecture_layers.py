@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_bounded_read", "_child_python", "_download"),
     ("_atomic_file", "_ort_options", "_serialization", "_signals", "_statistics", "_text", "_version"),
     ("errors",),
-    ("hardware", "hub", "image", "metadata", "paper"),
+    ("_output", "hardware", "hub", "image", "metadata", "paper"),
     ("_charts", "_console", "options", "visualize"),
     ("sources",),
     ("datasets", "detections", "postprocess"),

@@ -10,11 +10,12 @@ import importlib.metadata
 import importlib.util
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+
+from yolov7_deploy._child_python import python_command
 
 PROBE_TIMEOUT_S = 60.0
 
@@ -156,7 +157,7 @@ def _probe(package: KnownPackage) -> tuple[str, tuple[str, ...]]:
     code = f"import {package.module} as m; print({package.probe})"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            python_command(code),
             capture_output=True,
             text=True,
             errors="replace",

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -361,6 +360,3 @@ def _timing_cache(capabilities: TrtCapabilities, request: BuildRequest, installa
     gpu = (installation.gpu or "gpu", installation.compute_capability)
     return TimingCache(location, device="-".join((capabilities.product, capabilities.version, *gpu)))
 
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

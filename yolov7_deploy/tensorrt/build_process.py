@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from yolov7_deploy._child_python import python_command
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.errors import EngineError, is_out_of_memory
 from yolov7_deploy.tensorrt.build_messages import (
@@ -42,10 +42,7 @@ LAST_LINES = 6  # of the log, in an error message
 
 OnEvent = Callable[[str, Any], None]
 
-# The process gets the caller's module search path, so it does not import files of its working directory.
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); " + (
-    "from yolov7_deploy.tensorrt.build_main import main; main(sys.argv[1:])"
-)
+_START = "from yolov7_deploy.tensorrt.build_main import main; main(sys.argv[1:])"
 _REQUESTED_BYTES = re.compile(r"(?:requested|allocat\w+|size)\D{0,40}?(\d{6,})\s*bytes|\b(\d{6,}) bytes", re.IGNORECASE)
 
 
@@ -136,7 +133,7 @@ def run_process(arguments: list[str], folder: Path, on_event: OnEvent) -> Proces
 def _start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     with (folder / LOG_FILE).open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path), *arguments],
+            python_command(_START, *arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
