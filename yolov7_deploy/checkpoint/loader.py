@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,11 @@ import safetensors.torch
 import torch
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file
+from yolov7_deploy._serialization import sha256_hex, short_repr
+from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, identify_architecture
-from yolov7_deploy.checkpoint.module_tree import read_modules
+from yolov7_deploy.checkpoint.module_tree import MAX_TENSORS, read_modules
 from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
 from yolov7_deploy.checkpoint.torch_archive import NumberArray, TorchFile, is_safetensors, require_file
 from yolov7_deploy.datasets.coco import COCO_NAMES
@@ -31,6 +33,8 @@ from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 logger = logging.getLogger(__name__)
 
 Anchors = tuple[tuple[tuple[float, float], ...], ...]
+
+MAX_CLASS_NAME = 1000  # characters
 
 _KEY_ORDER = "key_order"
 _TINY_SILU = "yolov7-tiny-silu"
@@ -52,8 +56,12 @@ class Checkpoint:
         class_names: One per class, in class-id order.
         anchors: Per level, fine to coarse, three (width, height) in input pixels; those of the file, so that
             anchors fitted to a custom dataset are kept.
-        source: Name of the file.
+        training_size: Side in pixels of the square images of the training; `None` if unknown.
+        source: Name of the file; for new weights, of the file from which they were trained or converted.
         source_sha256: Digest of that file.
+        origin: Name of the file from which the file `source` was made, if it says so.
+        origin_sha256: Digest of that file.
+        version: Version of this package that wrote the file; empty for other files.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -61,8 +69,12 @@ class Checkpoint:
     training: bool
     class_names: tuple[str, ...]
     anchors: Anchors
+    training_size: int | None = None
     source: str = ""
     source_sha256: str = ""
+    origin: str = ""
+    origin_sha256: str = ""
+    version: str = ""
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -77,19 +89,26 @@ class Checkpoint:
             class_names=self.class_names,
             strides=self.strides,
             anchors=self.anchors,
+            training_size=self.training_size,
             source=self.source,
             source_sha256=self.source_sha256,
+            version=self.version,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
-    """Contents of a weights file before recognition; `variant` is empty unless the file names it."""
+    """Contents of a weights file before recognition; `metadata` is `None` unless this package wrote the file."""
 
     arrays: dict[str, NumberArray]
     names: object = None
     activations: frozenset[str] = frozenset()
-    variant: str = ""
+    metadata: ModelMetadata | None = None
+
+    @property
+    def variant(self) -> str:
+        """The variant that the file names; empty if it names none."""
+        return self.metadata.variant if self.metadata else ""
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -106,14 +125,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     contents = _read_safetensors(file) if is_safetensors(file) else _read_torch(file)
     source = file.name
     architecture = identify_architecture({key: array.shape for key, array in contents.arrays.items()}, source=source)
+    metadata = contents.metadata
     checkpoint = Checkpoint(
         tensors={key: _tensor(key, array, source) for key, array in contents.arrays.items()},
         variant=_variant(architecture, contents, source),
         training=architecture.training,
         class_names=_class_names(contents.names, architecture.classes, source),
         anchors=_anchors(contents.arrays, architecture, source),
+        training_size=_training_size(metadata, architecture, source),
         source=source,
         source_sha256=sha256_hex(file),
+        origin=metadata.source if metadata else "",
+        origin_sha256=metadata.source_sha256 if metadata else "",
+        version=metadata.version if metadata else "",
     )
     logger.info(
         "checkpoint: %s -> %s (%s form, %d classes, %d tensors) in %.2f s",
@@ -141,8 +165,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     """
     target = Path(path)
     tensors = {key: _stored(key, tensor, half=half) for key, tensor in checkpoint.tensors.items()}
+    metadata = replace(checkpoint.metadata, version=__version__)
     order = json.dumps(list(tensors), separators=(",", ":"))
-    header = {"format": "pt", METADATA_KEY: checkpoint.metadata.to_json(), _KEY_ORDER: order}
+    header = {"format": "pt", METADATA_KEY: metadata.to_json(), _KEY_ORDER: order}
     data = _with_sorted_header(safetensors.torch.save(tensors, header))
     try:
         with atomic_write(target) as unfinished:
@@ -175,10 +200,12 @@ def _with_sorted_header(data: bytes) -> bytes:
 def _read_safetensors(path: Path) -> _Contents:
     """Read a file of `save_checkpoint`, or any safetensors file with official tensor names."""
     try:
+        check_file(path, max_bytes=MAX_MODEL_BYTES)
         with safetensors.safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
+            _check_count(len(file.keys()), path.name)
             arrays = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise LoadError(
             f"{path.name} is a damaged or truncated safetensors file ({str(error)[:200]!a}).",
             fix="Copy or download the file again, and compare its size with the original.",
@@ -192,7 +219,7 @@ def _read_safetensors(path: Path) -> _Contents:
     order = _key_order(header.get(_KEY_ORDER, "[]"))
     if set(order) == set(arrays):
         arrays = {key: arrays[key] for key in order}
-    return _Contents(arrays=arrays, names=metadata.class_names, variant=metadata.variant)
+    return _Contents(arrays=arrays, names=metadata.class_names, metadata=metadata)
 
 
 def _widened(tensor: torch.Tensor) -> NumberArray:
@@ -234,21 +261,29 @@ def _weights(root: object, source: str) -> Module | dict[object, object]:
                 return found
         if any(isinstance(value, TensorEntry) for value in root.values()):
             return root
-        keys = ", ".join(ascii(key)[:40] for key in list(root)[:8] if isinstance(key, str))
+        keys = ", ".join(ascii(key[:40])[:40] for key in list(root)[:8] if isinstance(key, str))
         raise CheckpointError(f"{source} contains no weights: neither ema nor model among [{keys}].", fix=_SAVE_AGAIN)
     raise CheckpointError(f"{source} contains a {type(root).__name__} instead of weights.", fix=_SAVE_AGAIN)
 
 
 def _plain_entries(weights: dict[object, object], source: str) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
+    _check_count(len(weights), source)
     for key, entry in weights.items():
         if not isinstance(key, str) or not isinstance(entry, TensorEntry):
             raise CheckpointError(
-                f"{ascii(key)[:80]} in the state dict of {source} is a {type(entry).__name__}, not a tensor.",
+                f"{short_repr(key)} in the state dict of {source} is a {type(entry).__name__}, not a tensor.",
                 fix=_SAVE_AGAIN,
             )
         entries[key] = entry
     return entries
+
+
+def _check_count(tensors: int, source: str) -> None:
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(
+            f"{source} has {tensors} tensors; no YOLOv7 network has more than {MAX_TENSORS}.", fix=_SAVE_AGAIN
+        )
 
 
 def _without_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -261,15 +296,16 @@ def _without_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
 def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:
     if array.dtype.kind not in "fiub":
         raise CheckpointError(
-            f"{ascii(key)[:80]} in {source} has the unsupported dtype {array.dtype}.", fix=_SAVE_AGAIN
+            f"{ascii(key[:80])[:80]} in {source} has the unsupported dtype {array.dtype}.", fix=_SAVE_AGAIN
         )
     is_integer = key.endswith(_COUNTER) or array.dtype.kind != "f"
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.array(array, dtype=np.int64 if is_integer else np.float32)
     finite = np.isfinite(array) & np.isfinite(values)
     if not finite.all():
+        name = ascii(key[:80])[:80]
         raise CheckpointError(
-            f"{ascii(key)[:80]} in {source} has {finite.size - int(finite.sum())} values that are not finite float32.",
+            f"{name} in {source} has {finite.size - int(finite.sum())} values that are not finite float32.",
             fix="Training diverged: use an earlier checkpoint.",
         )
     return torch.from_numpy(values)
@@ -294,6 +330,18 @@ def _variant(architecture: Architecture, contents: _Contents, source: str) -> st
     return variant
 
 
+def _training_size(metadata: ModelMetadata | None, architecture: Architecture, source: str) -> int | None:
+    """Return the training size in the metadata, which must suit the network in the file."""
+    size, stride = metadata.training_size if metadata else None, 8 << (architecture.levels - 1)
+    if size is not None and size % stride:
+        raise CheckpointError(
+            f"The metadata of {source} gives the training size {size}, not a multiple of this network's stride "
+            f"{stride}.",
+            fix="Save it again.",
+        )
+    return size
+
+
 def _class_names(names: object, classes: int, source: str) -> tuple[str, ...]:
     """Return the names in the file; if it has none, COCO's for 80 classes, else `class_0`, `class_1`, ..."""
     if names is None:
@@ -309,6 +357,12 @@ def _class_names(names: object, classes: int, source: str) -> tuple[str, ...]:
         raise CheckpointError(
             f"{source} has {len(names)} class names but its head has {classes} classes.",
             fix=f"Set  checkpoint['model'].names  to {classes} names where it was created, and save it again.",
+        )
+    longest = max((len(name) for name in names if isinstance(name, str)), default=0)
+    if longest > MAX_CLASS_NAME:  # a pickle can name one long string millions of times, and each would be copied
+        raise CheckpointError(
+            f"{source} has a class name of {longest} characters, more than {MAX_CLASS_NAME}.",
+            fix="Do not use this file.",
         )
     # Lone surrogates of a damaged name could not be printed or written.
     return tuple(str(name).encode("utf-8", "replace").decode() for name in names)

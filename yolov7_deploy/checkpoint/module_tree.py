@@ -9,16 +9,17 @@ from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
 from yolov7_deploy.errors import CheckpointError
 
 # E6E has about 1,800 modules and 1,490 tensors; a tree beyond these bounds is shared or cyclic on purpose.
-MAX_MODULES = 50_000
+MAX_MEMBERS = 200_000  # modules, parameters and buffers, each counted as often as the walk reaches it
 MAX_TENSORS = 20_000
 MAX_DEPTH = 32
-MAX_NAME = 100
+MAX_NAME = 100  # characters of the name of a member; the names of its parents come before it
 
 BN_EPS = 1e-3
 LEAKY_SLOPE = 0.1
 
 _WRAPPERS = ("torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel")
 _ACTIVATIONS = "torch.nn.modules.activation."
+_TABLES = ("_modules", "_parameters", "_buffers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +72,9 @@ def _walk(root: Module, source: str) -> Iterator[tuple[str, Module]]:
     visited = 0
     while waiting:
         prefix, module, depth = waiting.pop()
-        visited += 1
-        if visited > MAX_MODULES or depth > MAX_DEPTH:
+        tables = [module.state.get(table) for table in _TABLES]
+        visited += 1 + sum(len(table) for table in tables if isinstance(table, dict))
+        if visited > MAX_MEMBERS or depth > MAX_DEPTH:
             raise _too_large(source)
         yield prefix, module
         children = [
@@ -109,6 +111,11 @@ def _members(module: Module, table: str, source: str) -> Iterator[tuple[str, obj
         if not isinstance(name, str):
             raise CheckpointError(
                 f"A {module.class_name} in {source} has a member without a name.", fix="Do not use this file."
+            )
+        if len(name) > MAX_NAME:
+            raise CheckpointError(
+                f"A member of a {module.class_name} in {source} has a name of {len(name)} characters.",
+                fix="Do not use this file.",
             )
         yield name, value
 

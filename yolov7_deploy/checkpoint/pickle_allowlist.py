@@ -12,6 +12,7 @@ from typing import Literal
 
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**40
+MAX_STORAGE_KEY = 64  # characters; torch writes consecutive numbers, or addresses
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -92,11 +93,11 @@ def _tensor(arguments: tuple[object, ...]) -> object:
     """Build the tensor of `_rebuild_tensor_v2(storage, offset, size, stride, ...)`, inside its storage."""
     match arguments:
         case (Storage() as storage, int(offset), tuple(size), tuple(step), *_):
+            if len(size) != len(step) or len(size) > MAX_DIMENSIONS or offset < 0:
+                raise MalformedPickleError("a tensor whose size and stride do not match")
             shape, stride = _counts(size), _counts(step)
         case _:
             raise MalformedPickleError("a tensor of an unknown form")
-    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or offset < 0:
-        raise MalformedPickleError("a tensor whose size and stride do not match")
     if math.prod(max(count, 1) for count in shape) > MAX_ELEMENTS:
         raise MalformedPickleError("an implausibly large tensor")
     last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))

@@ -6,6 +6,7 @@ TorchScript archive, or the HTML error page of a failed download.
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file, open_file
 from yolov7_deploy.checkpoint.pickle_allowlist import Storage, TensorEntry
 from yolov7_deploy.checkpoint.safe_pickle import MAX_BYTES, read_pickle
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
@@ -39,6 +41,9 @@ _DTYPES = {
 
 # Errors of `zipfile` for damaged, encrypted or unusual archives.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OverflowError)
+
+MAX_FILE_BYTES = 2**33  # E6E in float32 with moving average and optimizer state has 2.5 GB
+MAX_DIRECTORY_BYTES = 4 * 2**20  # of the table of contents; that of E6E with all of these has 0.7 MB
 
 # Expanded or shared tensors may repeat numbers of the file, within reason.
 _REPEATED_BYTES = 16 * 2**20
@@ -69,7 +74,7 @@ class TorchFile:
         self._size = self._path.stat().st_size
         self._bytes_read = 0
         self._cache: dict[str, bytes] = {}
-        self._zip = _open_zip(self._path)
+        self._file, self._zip = _open_zip(self._path)
         try:
             self._folder = _container_folder(self._zip, self._name)
             self._refuse_bombs()
@@ -77,7 +82,7 @@ class TorchFile:
             pickle = self._member(f"{self._folder}data.pkl", limit=MAX_BYTES)
             self.root = read_pickle(pickle, source=self._name, check_storage=self._check_storage)
         except BaseException:
-            self._zip.close()
+            self.close()
             raise
 
     def __enter__(self) -> TorchFile:
@@ -91,6 +96,7 @@ class TorchFile:
     def close(self) -> None:
         """Close the file; arrays that were returned stay valid."""
         self._zip.close()
+        self._file.close()
 
     def array(self, entry: TensorEntry) -> NumberArray:
         """Read a tensor as a contiguous array; bfloat16 is converted to float32.
@@ -101,12 +107,7 @@ class TorchFile:
         kind = entry.storage.kind
         dtype = np.dtype(_DTYPES[kind]).newbyteorder(self._order)
         elements = math.prod(entry.shape)
-        self._bytes_read += elements * dtype.itemsize
-        if self._bytes_read > 2 * self._size + _REPEATED_BYTES:
-            raise LoadError(
-                f"The tensors of {self._name} repeat its data far more often than a checkpoint does.",
-                fix="Save contiguous weights:  {k: v.contiguous() for k, v in model.state_dict().items()}",
-            )
+        self._count_bytes(elements * dtype.itemsize)
         flat = np.frombuffer(self._storage_bytes(entry.storage), dtype=dtype)
         if elements == 0:
             flat, view = flat[:0], flat[:0].reshape(entry.shape)
@@ -119,8 +120,19 @@ class TorchFile:
             return (native.astype(np.uint32) << 16).view(np.float32)
         return native != 0 if kind == "torch.BoolStorage" else native
 
+    def _count_bytes(self, count: int) -> None:
+        """Count the bytes of storages and of tensors that are read."""
+        self._bytes_read += count
+        if self._bytes_read > min(3 * self._size + _REPEATED_BYTES, MAX_MODEL_BYTES):
+            raise LoadError(
+                f"The tensors of {self._name} repeat its data far more often than a checkpoint does, or are larger "
+                "than any YOLOv7 network.",
+                fix="Save contiguous weights:  {k: v.contiguous() for k, v in model.state_dict().items()}",
+            )
+
     def _storage_bytes(self, storage: Storage) -> bytes:
         if storage.key not in self._cache:
+            self._count_bytes(storage.count * np.dtype(_DTYPES[storage.kind]).itemsize)
             self._cache[storage.key] = self._member(f"{self._folder}data/{storage.key}", limit=self._size)
         return self._cache[storage.key]
 
@@ -189,23 +201,29 @@ def is_safetensors(path: str | Path) -> bool:
 
 
 def require_file(path: str | Path) -> None:
-    """Check that a path is a file that is not empty.
+    """Check that a path is a regular file that is not empty, and not larger than any checkpoint.
 
     Raises:
-        LoadError: It is absent, a folder, or empty.
+        LoadError: It is absent, a folder, a pipe or device, empty, or too large.
     """
     file = Path(path)
     if file.is_dir():
         raise LoadError(f"{file} is a folder, not a weights file.", fix=f"Name the file inside it:  {file}/NAME.pt")
-    if not file.exists():
-        raise LoadError(f"{file} does not exist.", fix="Check the path, or use an official name such as yolov7.")
-    if file.is_file() and file.stat().st_size == 0:
+    try:
+        size = check_file(file, max_bytes=MAX_FILE_BYTES)
+    except FileNotFoundError as error:
+        raise LoadError(
+            f"{file} does not exist.", fix="Check the path, or use an official name such as yolov7."
+        ) from error
+    except OSError as error:
+        raise LoadError(f"{file} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
+    if size == 0:
         raise LoadError(f"{file} is empty (0 bytes).", fix=_COPY_AGAIN)
 
 
 def _head(path: Path) -> bytes:
     try:
-        with path.open("rb") as stream:
+        with open_file(path, max_bytes=MAX_FILE_BYTES) as stream:
             return stream.read(_HEAD_BYTES)
     except OSError as error:
         raise LoadError(
@@ -262,9 +280,27 @@ def _looks_like_text(head: bytes) -> bool:
     return all(byte >= 0x20 or byte in b"\t\n\r\f\x1b" for byte in head)
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
+class _ZipReader(io.BufferedReader):
+    """File that refuses to read a huge table of contents, whose size `zipfile` takes from the file."""
+
+    is_opening = True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.is_opening and (size or 0) > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"its table of contents has {size} bytes, more than {MAX_DIRECTORY_BYTES}")
+        return super().read(size)
+
+
+def _open_zip(path: Path) -> tuple[_ZipReader, zipfile.ZipFile]:
     try:
-        return zipfile.ZipFile(path)
+        file = _ZipReader(open_file(path, max_bytes=MAX_FILE_BYTES).detach())
+        try:
+            archive = zipfile.ZipFile(file)
+        except BaseException:
+            file.close()
+            raise
+        file.is_opening = False
+        return file, archive
     except (*_ZIP_ERRORS, OSError, MemoryError) as error:
         raise LoadError(
             f"{path.name} ({path.stat().st_size} bytes) is a damaged or truncated torch file ({error}).",
