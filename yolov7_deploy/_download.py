@@ -1,0 +1,101 @@
+"""Bounded downloads over HTTP: size and time are limited, and redirects lead to HTTP addresses only."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import queue
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+
+_BLOCK_BYTES = 2**18
+_QUEUED_BLOCKS = 8
+
+# A block and the size that the server announced (0 without one), an error, or the end.
+_Message = tuple[bytes, int] | Exception | None
+
+
+def download(
+    address: str, *, max_bytes: int, timeout_s: float, min_bytes_per_s: float = math.inf
+) -> Iterator[tuple[bytes, int]]:
+    """Yield the blocks of a download, each with the size that the server announced (0 without one).
+
+    A thread reads, because a server that sends one byte every few seconds can delay every step (name, TLS, headers,
+    content) for longer than the timeout of a socket. After an error the thread ends with its next byte or timeout.
+
+    Args:
+        address: An `http` or `https` address.
+        max_bytes: Largest size.
+        timeout_s: Seconds for the whole download, and for each wait for data.
+        min_bytes_per_s: Slowest acceptable mean speed: every so many bytes extend the time by a second.
+
+    Raises:
+        TimeoutError: The download takes too long.
+        OSError: There is no connection, the server reports an error, or the content is too large or incomplete. Also
+            `http.client.HTTPException` and `ValueError` for a malformed address or answer.
+    """
+    messages: queue.Queue[_Message] = queue.Queue(maxsize=_QUEUED_BLOCKS)
+    stopped = threading.Event()
+    reader = threading.Thread(
+        target=_read, args=(address, timeout_s, messages, stopped), name="y7-download", daemon=True
+    )
+    start, done, total = time.monotonic(), 0, 0
+    reader.start()
+    try:
+        while True:
+            allowed_s = timeout_s + done / min_bytes_per_s
+            try:
+                message = messages.get(timeout=max(0.0, start + allowed_s - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"timed out: {done} bytes came in {allowed_s:.0f} seconds"
+                ) from None
+            if isinstance(message, Exception):
+                raise message
+            if message is None:
+                break
+            block, total = message
+            done += len(block)
+            if max(done, total) > max_bytes:
+                raise OSError(errno.EFBIG, f"it has {max(done, total)} bytes, more than {max_bytes}")
+            yield block, total
+    finally:
+        stopped.set()
+    if done < total:
+        raise OSError(errno.EIO, f"the connection stopped after {done} of {total} bytes")
+
+
+def _read(address: str, timeout_s: float, messages: queue.Queue[_Message], stopped: threading.Event) -> None:
+    def send(message: _Message) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return messages.put(message, timeout=0.1)
+
+    try:
+        with _opener().open(address, timeout=timeout_s) as response:
+            total = response.length or 0  # `None` without a valid Content-Length
+            while not stopped.is_set() and (block := response.read1(_BLOCK_BYTES)):
+                send((block, total))
+    except Exception as error:  # noqa: BLE001 - the caller's thread raises it
+        send(error)
+    else:
+        send(None)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Return an opener without the handlers of `ftp:`, `file:` and `data:`, to which a server could redirect."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
