@@ -1,6 +1,7 @@
 """`y7 val`: printed and written results, with a fake detector."""
 
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -67,6 +68,15 @@ def test_val_prints_thresholds_and_protocol_with_the_metrics(run):
     assert "conf 0.001, iou 0.65, max-det 300, multi-label NMS" in result.stdout
     assert "AP  IoU 0.50:0.95   1.0000" in result.stdout
     assert "val: 1/1, " in result.stderr
+
+
+def test_val_prints_how_many_images_have_no_label_file_and_what_was_left_out(run, tmp_path):
+    assert "note: 0 of 1 images have no label file\n" in run().stdout
+    shutil.copy(tmp_path / "images/3.png", tmp_path / "images/4.png")
+    (tmp_path / "images/a.heic").write_bytes(b"x")
+    result = run()
+    assert "note: 1 of 2 images have no label file; the first is " in result.stdout
+    assert f"note: left out of {tmp_path}/images: 1 x .heic (a.heic)\n" in result.stdout
 
 
 def test_val_accepts_the_official_spellings(run):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.coco import COCO_CATEGORY_IDS
 from yolov7_deploy.datasets.image_size import read_image_hw
-from yolov7_deploy.datasets.yolo_labels import label_path, read_label_files
+from yolov7_deploy.datasets.yolo_labels import read_label_files
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.image import read_image
 
@@ -114,7 +114,8 @@ def test_duplicate_and_empty_boxes_are_dropped_and_reported(yolo):
     (yolo / "labels/val/7.txt").write_text("1 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n0 0.5 0.5 0 0.2\n")
     dataset = open_dataset(yolo / "data.yaml")
     assert len(dataset[1].boxes) == 1
-    assert [problem.split(": ")[1].split(" ")[1] for problem in dataset.problems] == ["2", "3"]
+    repairs = [problem for problem in dataset.problems if "dropped" in problem]
+    assert [repair.split(": ")[1].split(" ")[1] for repair in repairs] == ["2", "3"]
 
 
 def test_a_dataset_without_any_label_file_reports_the_first_path_tried(yolo):
@@ -126,18 +127,12 @@ def test_a_dataset_without_any_label_file_reports_the_first_path_tried(yolo):
 def test_boxes_written_as_labels_are_read_back(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("labels")
     (folder / "a.txt").write_text("".join(f"{c} {x!r} {y!r} {w!r} {h!r}\n" for c, x, y, w, h in rows))
-    (labels,), problems = read_label_files([folder / "a.png"], classes=80)
+    found = read_label_files([folder / "a.png"], classes=80)
     expected = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for _, x, y, w, h in rows]
-    assert not problems
+    (labels,) = found.labels
+    assert (found.problems, found.missing) == ((), 0)
     np.testing.assert_allclose(labels.boxes, np.array(expected).reshape(-1, 4), atol=1e-12)
     assert labels.class_ids.tolist() == [row[0] for row in rows]
-
-
-def test_label_paths_replace_the_first_images_folder_that_has_labels(tmp_path):
-    assert label_path(Path("/d/images/val/1.jpg")) == Path("/d/labels/val/1.txt")
-    assert label_path(Path("/d/photos/1.jpg")) == Path("/d/photos/1.txt")
-    (tmp_path / "images/set/labels").mkdir(parents=True)
-    assert label_path(tmp_path / "images/set/images/1.jpg") == tmp_path / "images/set/labels/1.txt"
 
 
 @pytest.mark.parametrize("entry", ["./images/val/7.png", "images/val/7.png"])
@@ -222,6 +217,19 @@ def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
         (lambda d: d["annotations"][0].pop("image_id"), "image_id"),
         (lambda d: d["categories"].append({"id": 3, "name": "cow"}), "two categories"),
         (lambda d: d["images"].clear(), "lists no images"),
+        (
+            lambda d: d["images"].append(d["images"][0] | {"file_name": "b.png"}),
+            "two images with the id 9: 'a.png' and",
+        ),
+        (
+            lambda d: d["images"].append(d["images"][0] | {"id": "9", "file_name": "b.png"}),
+            "two images with the id '9'",
+        ),
+        (lambda d: d["images"].append(d["images"][0] | {"id": 10}), "has 'a.png' twice, with the ids 9 and 10"),
+        (lambda d: d["images"].append(d["images"][0] | {"id": 10, "file_name": "./a.png"}), "has 'a.png' twice"),
+        (lambda d: d["images"][0].update(id=9.5), "id 9.5 is not a whole number"),
+        (lambda d: d["images"][0].update(id=True), "id True is not a whole number"),
+        (lambda d: d["annotations"][0].update(image_id=[9]), "is not a whole number"),
     ],
 )
 def test_a_malformed_coco_file_names_the_problem(coco, change, message):
@@ -230,6 +238,58 @@ def test_a_malformed_coco_file_names_the_problem(coco, change, message):
     coco.write_text(json.dumps(document))
     with pytest.raises(DatasetError, match=message):
         open_dataset(coco)
+
+
+def changed(coco, change):
+    document = coco_document()
+    change(document)
+    coco.write_text(json.dumps(document))
+    return open_dataset(coco)
+
+
+@pytest.mark.parametrize("key", ["id", "image_id"])
+def test_coco_ids_may_be_text(coco, key):
+    rows = "images" if key == "id" else "annotations"
+    dataset = changed(coco, lambda d: [row.update({key: "9"}) for row in d[rows]])
+    assert dataset.image_id(0) == 9 and len(dataset[0].boxes) == 2 and dataset.problems == ()
+
+
+def test_an_annotation_that_repeats_another_one_with_its_id_is_dropped_and_reported(coco):
+    dataset = changed(coco, lambda d: d["annotations"].extend(d["annotations"][:1]))
+    assert len(dataset[0].boxes) == 2
+    assert dataset.problems == ("1 annotations of instances_val.json repeat another one with the same id; dropped",)
+
+
+def test_different_annotations_with_one_id_are_kept(coco):
+    dataset = changed(coco, lambda d: d["annotations"].append(d["annotations"][0] | {"bbox": [1, 2, 3, 4]}))
+    assert len(dataset[0].boxes) == 3 and dataset.problems == ()
+
+
+def test_annotations_of_unknown_images_are_reported(coco):
+    dataset = changed(coco, lambda d: d["annotations"].append(d["annotations"][0] | {"id": 7, "image_id": 8}))
+    assert dataset.problems == (
+        "1 annotations of instances_val.json belong to no image of the file; the first has image_id 8",
+    )
+
+
+def test_images_of_a_coco_file_without_annotation_or_file_are_reported(coco):
+    dataset = changed(coco, lambda d: d["images"].append(d["images"][0] | {"id": 10, "file_name": "b.png"}))
+    assert dataset.notes[0] == "1 of 2 images have no annotation"
+    assert dataset.notes[1].startswith("1 images of instances_val.json do not exist; the first is ")
+
+
+def test_images_of_the_annotations_that_a_yaml_does_not_have_are_reported(coco):
+    root = coco.parent.parent
+    document = coco_document()
+    document["images"].append(document["images"][0] | {"id": 10, "file_name": "b.png"})
+    coco.write_text(json.dumps(document))
+    write_image(root / "images/val/._a.png")
+    (root / "data.yaml").write_text("val: images/val\nnames: [dog, cat]\nannotations: annotations/instances_val.json\n")
+    assert open_dataset(root / "data.yaml").notes == (
+        "0 of 1 images have no annotation",
+        "1 of 2 images of instances_val.json are not in val of data.yaml",
+        f"left out of {root}/images/val: 1 x hidden (._a.png)",
+    )
 
 
 def test_a_results_file_is_not_a_dataset(coco):

@@ -78,7 +78,7 @@ def test_the_cache_returns_what_the_files_contain(data, read):
     assert contents(open_cached(data)) == plain and len(read) == 6
     read.clear()
     assert contents(open_cached(data)) == plain and read == []
-    assert len(plain[1]) == 1  # the duplicate box is reported each time
+    assert len(plain[1]) == 2  # the missing label file and the duplicate box are reported each time
 
 
 def test_nothing_is_written_without_a_request(data, cache_folder):
@@ -243,7 +243,8 @@ def test_no_partial_file_remains(data, cache_folder, monkeypatch):
 
 
 def test_no_images_give_no_labels_in_any_folder(tmp_path):
-    assert read_labels_cached([], classes=1, folder=tmp_path / "here") == ([], [], [])
+    found, sizes = read_labels_cached([], classes=1, folder=tmp_path / "here")
+    assert (found.labels, found.problems, sizes) == ((), (), [])
 
 
 def test_a_coco_file_is_not_cached(data, cache_folder):

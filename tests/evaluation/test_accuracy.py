@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import DatasetError, UsageError
-from yolov7_deploy.evaluation.accuracy import compute_coco_metrics, evaluate
+from yolov7_deploy.evaluation.accuracy import METRICS, compute_coco_metrics, evaluate
 from yolov7_deploy.evaluation.protocol import effective_thresholds, rect_batches
 from yolov7_deploy.image import fit_evaluation_letterbox
 from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
@@ -86,6 +86,43 @@ def test_perfect_detections_have_average_precision_one(folder):
     assert report.ap == pytest.approx(1) and report.ar100 == pytest.approx(1)
     assert report.ap_large is None, "there is no ground truth of this size"
     assert [(c.name, c.images, c.instances) for c in report.classes] == [("cat", 2, 2), ("dog", 1, 1)]
+
+
+@pytest.mark.parametrize("first", [10**16, 2**53, 2**63 - 1, 10**40])
+def test_file_names_of_many_digits_are_ids_of_different_images(folder, first):
+    for number in range(3):
+        for name in (f"images/{number}.png", f"labels/{number}.txt"):
+            path = folder / name
+            path.rename(path.with_stem(str(first + number)))
+    planned = perfect(open_dataset(folder / "data.yaml"))
+    report, _ = evaluated(folder, planned)
+    assert report.ap == pytest.approx(1) and report.images == 3
+    assert [row["image_id"] for row in report.predictions] == [first, first + 1, first + 2]
+    summary, _, _ = compute_coco_metrics(open_dataset(folder / "data.yaml"), [0, 1, 2], report.predictions)
+    assert summary["ap"] == report.ap
+
+
+def test_the_metric_does_not_depend_on_the_values_of_the_ids(folder):
+    boxes, score = [[15, 10, 45, 30], [0, 0, 20, 20]], np.array([0.5, 0.5])  # a right and a wrong box with one score
+    planned = {0: (boxes, score, [0, 0]), 50: (boxes, score, [1, 0]), 100: (boxes, score, [0, 1])}
+    numbered, _ = evaluated(folder, planned)
+    for name in ("images/0.png", "labels/0.txt"):
+        (folder / name).rename((folder / name).with_stem("a"))
+    (folder / "images/1.png").rename(folder / "images/b.png")
+    (folder / "labels/1.txt").rename(folder / "labels/b.txt")
+    (folder / "images/2.png").rename(folder / "images/c.png")
+    (folder / "labels/2.txt").rename(folder / "labels/c.txt")
+    named, _ = evaluated(folder, planned)
+    assert [getattr(named, name) for name in METRICS] == [getattr(numbered, name) for name in METRICS]
+
+
+def test_images_without_label_file_and_files_left_out_are_noted(folder):
+    assert evaluated(folder)[0].notes == ("0 of 3 images have no label file",)
+    (folder / "labels/1.txt").unlink()
+    (folder / "images/._1.png").write_bytes(b"x")
+    left_out, missing = evaluated(folder)[0].notes
+    assert left_out == f"left out of {folder}/images: 1 x hidden (._1.png)"
+    assert missing.startswith("1 of 3 images have no label file")
 
 
 def test_no_detections_have_average_precision_zero(folder):

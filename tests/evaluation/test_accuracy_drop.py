@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,14 @@ def drawn(rng, count, *, classes=2, noise=0.6):
 @pytest.fixture(scope="module")
 def compared():
     return drawn(np.random.default_rng(0), 30, classes=6)
+
+
+def test_ids_of_many_digits_are_different_images(two_cats):
+    dataset, reference, other = two_cats
+    records = [replace(dataset.record(i), image_id=10**17 + i) for i in range(2)]
+    renamed = [[row | {"image_id": 10**17 - 1 + row["image_id"]} for row in rows] for rows in (reference, other)]
+    drop = accuracy_drop(images(records), [0, 1], *renamed, groups=2)
+    assert drop == accuracy_drop(dataset, [0, 1], reference, other, groups=2) and drop.points > 0
 
 
 @pytest.fixture

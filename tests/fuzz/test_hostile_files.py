@@ -199,7 +199,7 @@ LAUGHS = "\n".join(
         ("val: .\nnames: [[cat], dog]\n", "is not a string"),
         ("val: {a: b}\nnames: [cat]\n", "is not a path"),
         ("val: " + "x" * 70_000 + "\nnames: [cat]\n", "does not exist"),
-        ("val: /dev/zero\nnames: [cat]\n", "it is not a file"),
+        ("val: /dev/zero\nnames: [cat]\n", "it is a device, not a file"),
     ],
     ids=["laughs", "itself", "classes", "deep", "names", "mapping", "long", "device"],
 )

@@ -125,14 +125,24 @@ def test_a_coco_json_gives_its_images_or_an_error_with_the_folders_that_were_sea
     assert "--calib FOLDER" in caught.value.fix
 
 
+def test_hidden_files_and_other_formats_of_a_folder_are_noted(tmp_path):
+    write_many(tmp_path, 2)
+    for name in ("._0000.png", "notes.md"):
+        (tmp_path / name).write_bytes(b"x")
+    images = open_calibration(tmp_path)
+    assert len(images) == 2
+    assert images.notes[0] == f"Left out: 1 x hidden ({tmp_path}/._0000.png), 1 x .md ({tmp_path}/notes.md)."
+
+
 def test_a_folder_named_like_a_dataset_file_is_a_folder(tmp_path):
     write_many(tmp_path / "shots.json", 2)
     assert len(open_calibration(tmp_path / "shots.json")) == 2
 
 
 def test_only_a_yaml_needs_pyyaml_and_the_error_names_the_extra_to_install(yolo, monkeypatch):
-    monkeypatch.delitem(sys.modules, "yolov7_deploy.datasets.yolo", raising=False)
-    monkeypatch.delattr("yolov7_deploy.datasets.yolo", raising=False)
+    for module in ("yolo", "yaml_file"):
+        monkeypatch.delitem(sys.modules, f"yolov7_deploy.datasets.{module}", raising=False)
+        monkeypatch.delattr(f"yolov7_deploy.datasets.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert len(open_calibration(yolo.parent / "images/train")) == 3
     with pytest.raises(MissingLibraryError, match="yaml is needed to read") as caught:

@@ -59,6 +59,36 @@ def test_patterns_find_images(folder, pattern, count):
     assert len(names(open_source(f"{folder}/{pattern}"))) == count
 
 
+def test_what_is_left_out_of_a_folder_is_listed_with_its_reason(folder):
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "list.txt").write_text("a.png")
+    reasons = {Path(item.path).name: item.reason for item in open_source(folder).left_out}
+    assert reasons == {"._a.png": "hidden", "deep": "subfolder", "gone.jpg": "broken link", "notes.md": ".md"}
+    assert open_source(folder / "a.png").left_out == ()
+
+
+def test_hidden_folders_match_only_a_pattern_that_names_them(folder):
+    write_image(folder / ".cache" / "er" / "x.png", make_image())
+    write_image(folder / ".cache" / "x.png", make_image())
+    assert "x.png" not in names(open_source(f"{folder}/**/*.png"))
+    source = open_source(f"{folder}/*/*/*")
+    assert names(source) == ["d.png"]
+    assert [(Path(item.path).name, item.reason) for item in source.left_out] == [(".cache", "hidden")]
+    assert names(open_source(f"{folder}/.cache/*.png")) == names(open_source(f"{folder}/.c*/*.png")) == ["x.png"]
+
+
+def test_patterns_follow_links_and_end_at_loops(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "link").symlink_to(folder)
+    (folder / "deep" / "loop").symlink_to(folder)
+    assert sorted(names(open_source(f"{other}/**/*.png"))) == ["a.png", "b.png", "d.png"]
+
+
+def test_patterns_list_what_they_match_and_cannot_use(folder):
+    assert [item.reason for item in open_source(f"{folder}/*").left_out] == ["hidden", ".md"]
+    assert open_source(f"{folder}/*.png").left_out[0].reason == "hidden"
+
+
 def test_patterns_are_relative_to_the_working_directory(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert names(open_source("*.png")) == ["a.png", "b.png"]
@@ -101,8 +131,8 @@ def test_a_file_that_is_neither_image_nor_video_is_an_error(folder):
 
 def test_an_image_with_an_unknown_suffix_is_recognised_by_its_content(tmp_path):
     write_image(tmp_path / "a.jpg", make_image())
-    (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
-    assert next(iter(open_source(tmp_path / "a.jfif"))).image.shape == (20, 30, 3)
+    (tmp_path / "a.jpg").rename(tmp_path / "a.jpg_original")
+    assert next(iter(open_source(tmp_path / "a.jpg_original"))).image.shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,10 @@ OFFICIAL = {
 OURS = {"label_smoothing": 0.0}  # an option of the official program, not a key of its files
 KEYS = [field.name for field in dataclasses.fields(Hyperparameters)]
 WRONG = ("-0.1", ".nan", ".inf", "many", "true", "null", "[1, 2]", "{a: 1}", "nan", "2026-01-01", "9" * 400)
-DAMAGED = (b"lr0: [1", b"\xff\xfe\x00lr0", b"lr0: \x00", b"[" * 100_000, b"lr0: !!python/name:os.x")
+DAMAGED = (
+    *(b"lr0: [1", b"\xff\xfe\x00lr0!", b"lr0: \x00", b"[" * 100_000, b"lr0: !!python/name:os.x"),
+    *(b"lr0: !!float", b"lr0: !!int", b"lr0: !!timestamp x", b"lr0: !!bool x"),
+)
 
 OFFICIAL_FILE = """\
 lr0: 0.01  # initial learning rate (SGD=1E-2, Adam=1E-3)

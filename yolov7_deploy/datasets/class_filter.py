@@ -75,6 +75,7 @@ def _renumber(
         class_names=class_names,
         category_ids=category_ids,
         problems=dataset.problems,
+        coverage=dataset.coverage,
     )
 
 

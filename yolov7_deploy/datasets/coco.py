@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import short_repr
 from yolov7_deploy.datasets.samples import (
     MAX_LISTED,
@@ -41,6 +43,7 @@ COCO_NAMES: tuple[str, ...] = (
 # The category id of each class, 80 numbers from 1..90 (the official 80-to-91 map).
 COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 SECTIONS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"), "annotations": ()}
+MAX_BYTES = 2**31  # the annotations of LVIS have 1.1 GB
 MAX_SIDE = 2**20
 MAX_NUMBER = 1e9  # pixels, of a box or area: sums and products of these are far from the limits of float64
 # Raised by int(), float(), numpy and dict for values of a wrong type.
@@ -65,11 +68,16 @@ def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None)
         )
     pairs = sorted(zip((folder / name for name in names), document["images"], strict=True), key=lambda pair: pair[0])
     class_names, category_ids = match_classes(document, None, source=path)
+    annotated = annotate_images(pairs[:limit], document, category_ids, source=path)
+    absent = [image for image, _ in pairs[:limit] if not is_file(image)]
+    gone = [f"{len(absent)} images of {path.name} do not exist; the first is {short_text(absent[0])}"] if absent else []
     return Dataset(
-        coco_records(pairs[:limit], document, category_ids, source=path),
+        annotated.records,
         source=path.name,
         class_names=class_names,
         category_ids=category_ids,
+        problems=(*gone, *annotated.problems),
+        coverage=annotated.coverage(),
     )
 
 
@@ -93,11 +101,11 @@ def read_coco(path: Path) -> dict[str, Any]:
     """Read an instances file and check the sections and keys that are used here.
 
     Raises:
-        DatasetError: The file is not JSON, or not an instances file.
+        DatasetError: The file is not JSON, or not an instances file; or two images have the same id or file.
     """
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        document = json.loads(read_bytes(path, max_bytes=MAX_BYTES))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise DatasetError(
             f"{path} cannot be read as JSON: {short_text(error)}.", fix="Copy or download it again."
         ) from error
@@ -122,7 +130,41 @@ def read_coco(path: Path) -> dict[str, Any]:
                 raise DatasetError(
                     f"{path}: {short_repr(row)} of {section} is malformed: {_cause(error)}.", fix="Correct the file."
                 ) from error
+    _check_unique(document["images"], path)
     return dict(document)
+
+
+def _check_unique(images: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Check that every id is one file and every file one id: else images share or divide their annotations."""
+    files: dict[int, str] = {}
+    ids: dict[str, int] = {}
+    for image in images:
+        image_id, file = _as_id(image["id"]), PurePath(image["file_name"]).as_posix()
+        if image_id in files:
+            raise DatasetError(
+                f"{path} has two images with the id {short_repr(image['id'])}: {short_repr(files[image_id])} and "
+                f"{short_repr(file)}.",
+                fix="Give every image a different id, also in `image_id` of its annotations, or delete one of the two.",
+            )
+        if file in ids:
+            raise DatasetError(
+                f"{path} has {short_repr(file)} twice, with the ids {ids[file]} and {image_id}.",
+                fix="Keep one of the two, and use its id in `image_id` of the annotations of both.",
+            )
+        files[image_id], ids[file] = file, image_id
+
+
+def _as_id(value: object) -> int:
+    """Return an id as an int: 5, 5.0 and "5" are the same id.
+
+    Raises:
+        ValueError, OverflowError: It is not a whole number.
+    """
+    if type(value) is int:
+        return value
+    if not isinstance(value, (float, str)) or (isinstance(value, float) and value != int(value)):
+        raise ValueError(f"the id {short_repr(value)} is not a whole number")
+    return int(value)
 
 
 def _cause(error: Exception) -> str:
@@ -131,8 +173,7 @@ def _cause(error: Exception) -> str:
 
 
 def _check_image(image: Mapping[str, Any]) -> None:
-    int(image["id"])
-    hash(image["id"])
+    _as_id(image["id"])
     if not isinstance(image["file_name"], str) or "\0" in image["file_name"]:
         raise ValueError("file_name is not a string")
     if not all(1 <= int(image[side]) <= MAX_SIDE for side in ("width", "height")):
@@ -140,7 +181,7 @@ def _check_image(image: Mapping[str, Any]) -> None:
 
 
 def _check_category(category: Mapping[str, Any]) -> None:
-    int(category["id"])
+    _as_id(category["id"])
     if not isinstance(category["name"], (str, int, float)):
         raise ValueError("name is not a string")
 
@@ -156,7 +197,7 @@ def match_classes(
     Raises:
         DatasetError: A name is not a category, or two categories have the same id or name.
     """
-    by_id = {int(category["id"]): printable(str(category["name"])) for category in document["categories"]}
+    by_id = {_as_id(category["id"]): printable(str(category["name"])) for category in document["categories"]}
     ids, by_name = tuple(sorted(by_id)), {name: i for i, name in by_id.items()}
     if len(by_name) != len(document["categories"]):
         raise DatasetError(f"{source} has two categories with the same id or name.", fix="Make ids and names unique.")
@@ -173,34 +214,78 @@ def match_classes(
     )
 
 
-def coco_records(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnnotatedImages:
+    """The images of an annotation file with their boxes.
+
+    Attributes:
+        records: One per image.
+        problems: What was dropped or belongs to no image, one message each.
+    """
+
+    records: tuple[Record, ...]
+    problems: tuple[str, ...]
+
+    def coverage(self) -> str:
+        """Return how many images have no annotation."""
+        empty = sum(not len(record.labels.boxes) for record in self.records)
+        return f"{empty} of {len(self.records)} images have no annotation"
+
+
+def annotate_images(
     pairs: Sequence[tuple[Path, Mapping[str, Any]]],
     document: Mapping[str, Any],
     category_ids: Sequence[int],
     *,
     source: Path,
-) -> list[Record]:
+) -> AnnotatedImages:
     """Return one record per pair (image file, entry of `images`), with the boxes of the document.
+
+    An annotation that repeats another one with its id is dropped.
 
     Raises:
         DatasetError: An annotation is malformed, or its category is not a class.
     """
     class_of = {category: index for index, category in enumerate(category_ids)}
-    by_image: dict[object, list[Mapping[str, Any]]] = defaultdict(list)
+    by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    by_own_id: dict[int | str, Mapping[str, Any]] = {}
+    repeated = 0
     for annotation in document["annotations"]:
         try:
             _check_annotation(annotation, class_of)
+            image_id, own_id = _as_id(annotation["image_id"]), annotation.get("id")
         except _MALFORMED as error:
             raise DatasetError(
                 f"{source}: annotation {short_repr(annotation)} is malformed: {_cause(error)}.",
                 fix="Correct or delete it.",
             ) from error
-        by_image[annotation["image_id"]].append(annotation)
-    return [_coco_record(path, image, by_image[image["id"]], class_of) for path, image in pairs]
+        first = by_own_id.setdefault(own_id, annotation) if isinstance(own_id, (int, str)) else annotation
+        if first is not annotation and first == annotation:
+            repeated += 1
+        else:
+            by_image[image_id].append(annotation)
+    known = {_as_id(image["id"]) for image in document["images"]}
+    return AnnotatedImages(
+        records=tuple(_coco_record(path, image, by_image[_as_id(image["id"])], class_of) for path, image in pairs),
+        problems=tuple(_annotation_problems(by_image, known, repeated, source)),
+    )
+
+
+def _annotation_problems(
+    by_image: Mapping[int, Sequence[object]], known: set[int], repeated: int, source: Path
+) -> Iterator[str]:
+    if repeated:
+        yield f"{repeated} annotations of {source.name} repeat another one with the same id; dropped"
+    unknown = {image_id: len(found) for image_id, found in by_image.items() if image_id not in known}
+    if unknown:
+        yield (
+            f"{sum(unknown.values())} annotations of {source.name} belong to no image of the file; the first has "
+            f"image_id {next(iter(unknown))}"
+        )
 
 
 def _check_annotation(annotation: Mapping[str, Any], class_of: Mapping[int, int]) -> None:
-    if annotation["category_id"] not in class_of:
+    if _as_id(annotation["category_id"]) not in class_of:
         raise ValueError(f"category_id {short_repr(annotation['category_id'])} is not one of the classes")
     numbers = [*annotation["bbox"], annotation.get("area", 0)]
     if not all(isinstance(number, (int, float)) and abs(number) <= MAX_NUMBER for number in numbers):
@@ -210,7 +295,6 @@ def _check_annotation(annotation: Mapping[str, Any], class_of: Mapping[int, int]
         raise ValueError("bbox is not x, y, width, height")
     if not isinstance(annotation.get("iscrowd") or 0, (int, float)):
         raise ValueError("iscrowd is not 0 or 1")
-    hash(annotation["image_id"])
     _polygon(annotation.get("segmentation"))
 
 
@@ -224,12 +308,12 @@ def _coco_record(
     boxes[:, 2:] += boxes[:, :2]
     return Record(
         path=path,
-        image_id=int(image["id"]),
+        image_id=_as_id(image["id"]),
         image_hw=image_hw,
         areas=np.array(areas, dtype=np.float64),
         labels=Labels(
             boxes=boxes / np.tile(size, 2),
-            class_ids=np.array([class_of[a["category_id"]] for a in annotations], dtype=np.int64),
+            class_ids=np.array([class_of[_as_id(a["category_id"])] for a in annotations], dtype=np.int64),
             crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=np.bool_),
             polygons=tuple(_polygon(a.get("segmentation")) / size for a in annotations),
         ),

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
+from yolov7_deploy._bounded_read import MAX_IMAGE_BYTES, open_file
 from yolov7_deploy.image import JPEG_TABLES, read_image
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -21,7 +22,7 @@ def read_image_hw(path: Path) -> tuple[int, int]:
         ImageError: The file is missing or not an image.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path, max_bytes=MAX_IMAGE_BYTES) as file:
             image_hw = _header_hw(file)
     except (OSError, struct.error, IndexError):
         image_hw = None

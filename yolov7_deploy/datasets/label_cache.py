@@ -17,15 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.samples import BoolArray, IntArray, Labels
-from yolov7_deploy.datasets.yolo_labels import LabelFile, collect_labels, label_path, read_label_file
+from yolov7_deploy.datasets.yolo_labels import LabelFile, LabelFinder, LabelSet, collect_labels, read_label_file
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.hub import cache_dir
 
@@ -33,6 +34,7 @@ VERSION = 1  # of the arrays, and of the parser of label lines
 # A file that changed less than this before it was read can change again within the same tick of the file system clock
 # (two seconds on FAT, the coarsest one) and would look unchanged. Such entries are not cached.
 SETTLED_NS = 2_000_000_000
+MAX_CACHE_BYTES = 2**30  # the labels of a million images with eight boxes each take 0.4 GB
 STAMPS = 6  # size, mtime and ctime of the label file, then of the image
 ABSENT = -1  # stamp of a file that does not exist
 CHANGED = -2  # stamp that no file has: the entry is read again
@@ -67,7 +69,7 @@ class Entry:
 
 def read_labels_cached(
     images: Sequence[Path], *, classes: int, folder: Path | None = None
-) -> tuple[list[Labels], list[Hw | None], list[str]]:
+) -> tuple[LabelSet, list[Hw | None]]:
     """Return what `read_label_files` returns, and the size of each image; unchanged files are not read again.
 
     A damaged cache file is rebuilt. A cache file that cannot be written is a logged warning.
@@ -81,7 +83,8 @@ def read_labels_cached(
         DatasetError: See `read_label_files`.
     """
     start, now_ns = time.perf_counter(), time.time_ns()
-    paths = _label_paths(images)
+    finder = LabelFinder()
+    paths = [finder.find(image) for image in images]
     cache_path = (cache_dir() / "labels" if folder is None else folder) / f"{_digest(images, paths, classes)}.npz"
     stamps = np.array(
         [(*_stamp(path), *_stamp(image)) for path, image in zip(paths, images, strict=True)], dtype=np.int64
@@ -95,19 +98,10 @@ def read_labels_cached(
     ]
     if not fresh.all():
         _write(cache_path, _pack(entries, _settled_stamps(stamps, entries, now_ns)))
-    labels, repairs = collect_labels([entry.file for entry in entries], paths)
+    found = collect_labels([entry.file for entry in entries], paths, images)
     seconds = time.perf_counter() - start
     logger.info("%d label files, %d of them from %s, in %.1f s", len(paths), fresh.sum(), cache_path, seconds)
-    return labels, [entry.image_hw for entry in entries], repairs
-
-
-def _label_paths(images: Sequence[Path]) -> list[Path]:
-    """Return `label_path` of each image, with one lookup per image folder."""
-    folders: dict[Path, Path] = {}
-    for image in images:
-        if image.parent not in folders:
-            folders[image.parent] = label_path(image).parent
-    return [folders[image.parent] / f"{image.stem}.txt" for image in images]
+    return found, [entry.image_hw for entry in entries]
 
 
 def _digest(images: Sequence[Path], paths: Sequence[Path], classes: int) -> str:
@@ -187,7 +181,7 @@ def _unpack(arrays: Arrays, fresh: BoolArray) -> list[Entry | None]:
 def _load(path: Path, *, count: int, classes: int) -> Arrays | None:
     """Return the arrays of a complete and valid cache file, or `None`."""
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open_file(path, max_bytes=MAX_CACHE_BYTES) as raw, _open_npz(raw) as file:
             arrays = {name: np.asarray(file[name]) for name in DTYPES}
         return arrays if _is_consistent(arrays, count, classes) else None
     except FileNotFoundError:
@@ -195,6 +189,16 @@ def _load(path: Path, *, count: int, classes: int) -> Arrays | None:
     except (*_DAMAGED, *_DAMAGED_ZIP) as error:
         logger.info("%s is damaged and will be rebuilt: %s", path, error)
         return None
+
+
+def _open_npz(file: BinaryIO) -> np.lib.npyio.NpzFile:
+    """Open an archive as `_write` creates it: without compression, so its arrays cannot be larger than the file."""
+    with zipfile.ZipFile(file) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("it is compressed")
+    file.seek(0)
+    opened: np.lib.npyio.NpzFile = np.load(file, allow_pickle=False)
+    return opened
 
 
 def _is_consistent(arrays: Arrays, count: int, classes: int) -> bool:

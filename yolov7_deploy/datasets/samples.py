@@ -105,7 +105,8 @@ class Dataset(Sequence[Sample]):
         source: Name of the file it was opened from.
         class_names: One name per class, in class-id order.
         category_ids: The COCO category id of each class, for ground truth and prediction files.
-        problems: Repairs made while reading (duplicates dropped, labels not found), one line each.
+        problems: What is missing, left out or repaired (labels not found, hidden files, duplicates), one line each.
+        coverage: How many images have no label file, or no annotation.
     """
 
     def __init__(
@@ -116,12 +117,14 @@ class Dataset(Sequence[Sample]):
         class_names: tuple[str, ...],
         category_ids: tuple[int, ...],
         problems: tuple[str, ...] = (),
+        coverage: str = "",
     ) -> None:
         self._records = list(records)
         self.source = source
         self.class_names = class_names
         self.category_ids = category_ids
         self.problems = problems
+        self.coverage = coverage
 
     def __len__(self) -> int:
         return len(self._records)
@@ -149,6 +152,12 @@ class Dataset(Sequence[Sample]):
             crowd=record.labels.crowd.copy(),
             polygons=tuple((polygon * size).astype(np.float32) for polygon in record.labels.polygons),
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user of the dataset: `coverage`, then `problems`."""
+        is_known = any(problem.startswith(self.coverage) for problem in self.problems)
+        return self.problems if is_known or not self.coverage else (self.coverage, *self.problems)
 
     def record(self, index: int) -> Record:
         """Return a sample without opening its image. Do not modify its arrays."""
@@ -243,9 +252,9 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def path_exists(path: Path) -> bool:
-    """Return whether a file or folder exists; unlike `Path.exists`, names that are too long do not raise."""
-    return os.path.exists(path)  # noqa: PTH110
+def short_reason(error: Exception) -> str:
+    """Return the reason of an error as `short_text`; that of an `OSError` without its number and file name."""
+    return short_text(getattr(error, "strerror", None) or error)
 
 
 def is_file(path: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from yolov7_deploy._bounded_read import read_text
 from yolov7_deploy.datasets.samples import DoubleArray, Labels
 from yolov7_deploy.datasets.synthetic_render import SHAPES, ShapeCanvas
 from yolov7_deploy.errors import DatasetError
@@ -111,7 +112,7 @@ def _is_complete(folder: Path, numbers: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        existing = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+        existing = json.loads(read_text(folder / "shapes.json"))
         counts = {split: sum(1 for _ in (folder / "images" / split).iterdir()) for split in SPLITS}
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(

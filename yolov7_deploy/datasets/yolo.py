@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from yolov7_deploy._serialization import short_repr
-from yolov7_deploy.datasets.coco import coco_records, match_classes, read_coco
+from yolov7_deploy.datasets.coco import annotate_images, match_classes, read_coco
 from yolov7_deploy.datasets.label_cache import read_labels_cached
 from yolov7_deploy.datasets.samples import (
     Dataset,
     Record,
     is_file,
     join_names,
-    path_exists,
     printable,
+    short_reason,
     short_text,
 )
+from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.datasets.yolo_labels import read_label_files
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import IMAGE_SUFFIXES
+from yolov7_deploy.sources.files import list_folder, locate, read_list, summarize_left_out
 
 SPLITS = ("train", "val", "test")
 MAX_CLASSES = 100_000
-MAX_NODES = 1_000_000  # of a YAML with its aliases expanded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitImages:
+    """The images of a split.
+
+    Attributes:
+        paths: Sorted, each once.
+        problems: What was left out or does not exist, one message each.
+    """
+
+    paths: tuple[Path, ...]
+    problems: tuple[str, ...]
 
 
 def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False) -> Dataset:
@@ -42,7 +56,7 @@ def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False)
     config = _read_yaml(path)
     names = _names(config, path)
     root = path.parent / _as_path_text(config.get("path") or ".", path)
-    images = _images(config, split, root, path)
+    images = _find_images(config, split, root, path)
     annotations = config.get("annotations")
     # A single annotation file belongs to val; files for several splits are a mapping.
     entry = annotations.get(split) if isinstance(annotations, dict) else annotations if split == "val" else None
@@ -51,50 +65,28 @@ def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False)
     source = _locate(_as_path_text(entry, path), root, path)
     document = read_coco(source)
     class_names, category_ids = match_classes(document, names, source=source)
-    pairs = _match_entries(images[:limit], document["images"], source)
-    records = coco_records(pairs, document, category_ids, source=source)
-    return Dataset(records, source=path.name, class_names=class_names, category_ids=category_ids)
+    pairs = _match_entries(images.paths, document["images"], source)
+    unused = len(document["images"]) - len(pairs)
+    not_used = (f"{unused} of {len(document['images'])} images of {source.name} are not in {split} of {path.name}",)
+    annotated = annotate_images(pairs[:limit], document, category_ids, source=source)
+    return Dataset(
+        annotated.records,
+        source=path.name,
+        class_names=class_names,
+        category_ids=category_ids,
+        problems=(*(not_used if unused else ()), *images.problems, *annotated.problems),
+        coverage=annotated.coverage(),
+    )
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        _count_nodes(yaml.compose(text, yaml.SafeLoader))
-        config = yaml.safe_load(text)
-    except RecursionError as error:
-        raise DatasetError(f"{path} is nested too deeply for a dataset YAML.", fix="Correct the file.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DatasetError(
-            f"{path} cannot be read as YAML: {short_text(error)}.", fix="Correct the line named above."
-        ) from error
+        config = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as YAML: {short_reason(error)}.", fix="Correct the file.") from error
     if not isinstance(config, dict):
         raise DatasetError(f"{path} is not a dataset YAML.", fix="A dataset YAML has `names`, and `val` or `train`.")
     return config
-
-
-def _count_nodes(root: yaml.Node | None) -> int:
-    """Return the size of a document with all aliases expanded, so that a few lines cannot become gigabytes.
-
-    Raises:
-        ValueError: The document is too large for a dataset YAML, or contains itself.
-    """
-    counts: dict[int, int] = {}
-    being_counted: set[int] = set()
-
-    def count(node: yaml.Node) -> int:
-        if id(node) in being_counted:
-            raise ValueError("an alias contains itself")
-        if id(node) not in counts:
-            being_counted.add(id(node))
-            children = node.value if isinstance(node, yaml.CollectionNode) else []
-            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
-            counts[id(node)] = 1 + sum(map(count, parts))
-            being_counted.remove(id(node))
-        if counts[id(node)] > MAX_NODES:
-            raise ValueError(f"its aliases expand to more than {MAX_NODES} entries")
-        return counts[id(node)]
-
-    return count(root) if root is not None else 0
 
 
 def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
@@ -127,7 +119,7 @@ def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return texts
 
 
-def _images(config: Mapping[str, Any], split: str, root: Path, path: Path) -> list[Path]:
+def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) -> SplitImages:
     entries = config.get(split)
     if not entries:
         available = ", ".join(key for key in SPLITS if config.get(key)) or f"none of {', '.join(SPLITS)}"
@@ -135,17 +127,34 @@ def _images(config: Mapping[str, Any], split: str, root: Path, path: Path) -> li
             f"{path} has no {split} images (it has {available}).", fix=f"Add for example:  {split}: images"
         )
     found: list[Path] = []
+    problems: list[str] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         location = _locate(_as_path_text(entry, path), root, path)
-        found += _images_in_folder(location) if location.is_dir() else _images_in_list(location, root)
-    images = sorted(dict.fromkeys(found))
+        part = _images_in_folder(location) if location.is_dir() else _images_in_list(location, root)
+        found += part.paths
+        problems += part.problems
+    images = _without_repetitions(found)
     if not any(is_file(image) for image in images):
         example = f" (the first is {short_text(str(images[0]))})" if images else ""
-        raise DatasetError(
-            f"{path}: none of the {len(images)} images of {split}: {short_text(entries)} exists{example}.",
-            fix="Correct the list, or `path` in the YAML.",
-        )
-    return images
+        message = f"{path}: none of the {len(images)} images of {split}: {short_text(entries)} exists{example}."
+        raise DatasetError("\n".join((message, *problems)), fix="Correct the list, or `path` in the YAML.")
+    if len(images) < len(found):
+        problems.append(f"{len(found) - len(images)} images of {split} are named more than once; each is used once")
+    return SplitImages(paths=images, problems=tuple(problems))
+
+
+def _without_repetitions(images: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the images sorted; one that is reached by two paths, such as `a/../b` and `b`, once."""
+    real_folders = {folder: _real_path(folder) for folder in dict.fromkeys(image.parent for image in images)}
+    unique = {(real_folders[image.parent], image.name): image for image in sorted(images, reverse=True)}
+    return tuple(sorted(unique.values()))
+
+
+def _real_path(folder: Path) -> Path:
+    try:
+        return Path(os.path.realpath(folder))
+    except (OSError, ValueError):  # a name that no file can have
+        return folder
 
 
 def _as_path_text(value: object, path: Path) -> str:
@@ -158,34 +167,46 @@ def _as_path_text(value: object, path: Path) -> str:
 
 
 def _locate(entry: str, root: Path, path: Path) -> Path:
-    """Find an entry of the YAML: under `path`, next to the YAML or, as officially, in the working directory."""
-    tried = list(dict.fromkeys((root / entry, path.parent / entry, Path(entry).absolute())))
-    for candidate in tried:
-        if path_exists(candidate):
-            return candidate
+    """Find an entry of the YAML: under `path`, next to the YAML or, as officially, in the working directory.
+
+    Roboflow writes `../train/images` for the folder `train` next to the YAML.
+    """
+    inside = entry.replace("\\", "/").removeprefix("../")
+    for folder, text in ((root, entry), (path.parent, entry), (path.parent, inside), (Path.cwd(), entry)):
+        found = locate(text, [folder])
+        if found is not None:
+            return found
+    tried = dict.fromkeys((root / entry, path.parent / entry, Path.cwd() / entry))
     raise DatasetError(
         f"{path} names {short_text(entry)}, which does not exist; looked for {', '.join(map(short_text, tried))}.",
         fix="Correct the entry, or `path` in the YAML.",
     )
 
 
-def _images_in_folder(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+def _images_in_folder(folder: Path) -> SplitImages:
+    found = list_folder(folder, suffixes=IMAGE_SUFFIXES, recursive=True)
+    if not found.left_out:
+        return SplitImages(paths=found.files, problems=())
+    left_out = f"left out of {short_text(folder)}: {summarize_left_out(found.left_out, folder=folder)}"
+    return SplitImages(paths=found.files, problems=(left_out,))
 
 
-def _images_in_list(listing: Path, root: Path) -> Iterator[Path]:
-    """Yield the images of a text list; relative entries are searched in the list's folder, then in the dataset root."""
+def _images_in_list(listing: Path, root: Path) -> SplitImages:
+    """Return the images of a text list; entries are relative to the list, the dataset root or the working directory."""
     try:
-        if not listing.is_file():
-            raise ValueError("it is not a file")  # reading a device or pipe might never end
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        entries = read_list(listing)
     except (OSError, ValueError) as error:
         raise DatasetError(
-            f"{listing} is not a text list of images: {short_text(error)}.", fix="Write one path per line."
+            f"{listing} is not a text list of images: {short_reason(error)}.", fix="Write one path per line."
         ) from error
-    for entry in filter(None, map(str.strip, lines)):
-        sibling = listing.parent / entry
-        yield sibling if entry.startswith("./") or path_exists(sibling) else root / entry
+    folders = (listing.parent, root, Path.cwd())
+    located = [(entry, locate(entry, folders)) for _, entry in entries]
+    absent = [entry for entry, path in located if path is None]
+    paths = tuple(path or root / entry for entry, path in located)
+    if not absent:
+        return SplitImages(paths=paths, problems=())
+    problem = f"{len(absent)} images of {listing.name} do not exist; the first is {short_text(absent[0])}"
+    return SplitImages(paths=paths, problems=(problem,))
 
 
 def _match_entries(
@@ -210,21 +231,26 @@ def _match_entries(
 
 
 def _open_labels(
-    images: Sequence[Path], names: tuple[str, ...], *, source: str, limit: int | None, cache: bool
+    images: SplitImages, names: tuple[str, ...], *, source: str, limit: int | None, cache: bool
 ) -> Dataset:
-    numbers = [int(image.stem) if image.stem.isdecimal() else -1 for image in images]
+    numbers = [int(image.stem) if image.stem.isdecimal() else -1 for image in images.paths]
     # As in the official program, the number in the file name is the id; this needs a different number in every name.
     ids_in_names = min(numbers) >= 0 and len(set(numbers)) == len(numbers)
-    selected = images[:limit]
+    selected = images.paths[:limit]
     sizes: Sequence[tuple[int, int] | None]
     if cache:
-        labels, sizes, problems = read_labels_cached(selected, classes=len(names))
+        found, sizes = read_labels_cached(selected, classes=len(names))
     else:
-        (labels, problems), sizes = read_label_files(selected, classes=len(names)), [None] * len(selected)
+        found, sizes = read_label_files(selected, classes=len(names)), [None] * len(selected)
     records = [
-        Record(path=selected[i], image_id=numbers[i] if ids_in_names else i, image_hw=sizes[i], labels=labels[i])
-        for i in range(len(selected))
+        Record(path=selected[i], image_id=numbers[i] if ids_in_names else i, image_hw=sizes[i], labels=labels)
+        for i, labels in enumerate(found.labels)
     ]
     return Dataset(
-        records, source=source, class_names=names, category_ids=tuple(range(len(names))), problems=tuple(problems)
+        records,
+        source=source,
+        class_names=names,
+        category_ids=tuple(range(len(names))),
+        problems=(*images.problems, *found.problems),
+        coverage=found.coverage(),
     )

@@ -2,31 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from yolov7_deploy.datasets.samples import MAX_LISTED, DoubleArray, Labels, short_text
+from yolov7_deploy.datasets.samples import MAX_LISTED, DoubleArray, Labels, short_reason, short_text
 from yolov7_deploy.errors import DatasetError
+from yolov7_deploy.sources.files import LABEL_SUFFIX, read_text
 
 BOX_COLUMNS = 5
 MIN_POLYGON_COLUMNS = 7  # class and three points
+MAX_LABEL_BYTES = 2**24  # of a label file: several hundred thousand boxes
+IMAGES_FOLDER, LABELS_FOLDER = "images", "labels"
 TOLERANCE = 1e-4  # labelling tools round to 4..6 digits: up to this far outside 0..1 is clipped, not an error
 
 
-def label_path(image: Path) -> Path:
-    """Return the label file of an image: `/images/` is replaced by `/labels/`, and the suffix is `.txt`.
+class LabelFinder:
+    """Finds the label file of each image: the stem of the image with the suffix `.txt`.
 
-    The official program replaces the first `/images/` of the path. If that folder does not exist, the last one is
-    replaced, so that a dataset can be inside a folder called images. Without `/images/` the label file is next to the
-    image.
+    The folders tried are, in this order: the folder of the image with one part `images` of its absolute path replaced
+    by `labels`, from the first part (as in the official program) to the last; the folder of the image; and both for
+    the file that a symbolic link of the path leads to. Every folder is listed once.
     """
-    text = image.with_suffix(".txt").as_posix()
-    first = Path(text.replace("/images/", "/labels/", 1))
-    last = Path("/labels/".join(text.rsplit("/images/", 1)))
-    return first if first.parent.is_dir() else last
+
+    def __init__(self) -> None:
+        self._label_folders: dict[Path, tuple[Path, ...]] = {}
+        self._real_folders: dict[Path, Path] = {}
+        self._names: dict[Path, dict[str, str]] = {}
+
+    def find(self, image: Path) -> Path:
+        """Return the label file of an image, or the first path that was tried if there is none."""
+        for folder, stem in self._places(image):
+            name = self._list(folder).get(_label_key(stem))
+            if name is not None:
+                return folder / name
+        return self._folders_for(image.parent)[0] / f"{image.stem}{LABEL_SUFFIX}"
+
+    def _places(self, image: Path) -> Iterator[tuple[Path, str]]:
+        """Yield the folders to look in, and the stem to look for."""
+        for folder in self._folders_for(image.parent):
+            yield folder, image.stem
+        target = self._follow_links(image)
+        for folder in self._folders_for(target.parent):
+            yield folder, target.stem
+
+    def _folders_for(self, image_folder: Path) -> tuple[Path, ...]:
+        if image_folder not in self._label_folders:
+            parts = image_folder.absolute().parts
+            positions = [i for i, part in enumerate(parts) if part == IMAGES_FOLDER]
+            replaced = (Path(*parts[:i], LABELS_FOLDER, *parts[i + 1 :]) for i in positions)
+            self._label_folders[image_folder] = (*replaced, image_folder)
+        return self._label_folders[image_folder]
+
+    def _follow_links(self, image: Path) -> Path:
+        if os.path.islink(image):  # noqa: PTH114 - unlike Path.is_symlink, it accepts every name
+            return Path(os.path.realpath(image))
+        if image.parent not in self._real_folders:
+            try:
+                self._real_folders[image.parent] = Path(os.path.realpath(image.parent))
+            except (OSError, ValueError):
+                self._real_folders[image.parent] = image.parent
+        return self._real_folders[image.parent] / image.name
+
+    def _list(self, folder: Path) -> dict[str, str]:
+        """Return the names of the label files in a folder."""
+        if folder not in self._names:
+            try:
+                names = os.listdir(folder)  # noqa: PTH208 - names are enough, and ten times as fast
+            except (OSError, ValueError):
+                names = []
+            pairs = (os.path.splitext(name) for name in sorted(names, reverse=True))  # noqa: PTH122
+            self._names[folder] = {
+                _label_key(stem): stem + suffix for stem, suffix in pairs if suffix.lower() == LABEL_SUFFIX
+            }
+        return self._names[folder]
+
+
+def _label_key(stem: str) -> str:
+    """Return the name under which a label file is looked up: `.TXT` is accepted, and on Windows any case."""
+    return os.path.normcase(stem + LABEL_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,16 +103,36 @@ class LabelFile:
     is_missing: bool = False
 
 
-def read_label_files(images: Sequence[Path], *, classes: int) -> tuple[list[Labels], list[str]]:
-    """Return the labels of each image, and the repairs (duplicates and empty boxes dropped), one message each.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LabelSet:
+    """The labels of a list of images.
+
+    Attributes:
+        labels: One entry per image.
+        missing: Number of images without a label file.
+        problems: The first image without a label file, and all repairs, one message each.
+    """
+
+    labels: tuple[Labels, ...]
+    missing: int
+    problems: tuple[str, ...]
+
+    def coverage(self) -> str:
+        """Return how many images have no label file."""
+        return f"{self.missing} of {len(self.labels)} images have no label file"
+
+
+def read_label_files(images: Sequence[Path], *, classes: int) -> LabelSet:
+    """Return the labels of each image, and what was missing or repaired (duplicates and empty boxes are dropped).
 
     A missing or empty label file means an image without objects.
 
     Raises:
         DatasetError: Lines are invalid; all files are read first, and the message lists the first ten lines.
     """
-    paths = [label_path(image) for image in images]
-    return collect_labels([read_label_file(path, classes=classes) for path in paths], paths)
+    finder = LabelFinder()
+    paths = [finder.find(image) for image in images]
+    return collect_labels([read_label_file(path, classes=classes) for path in paths], paths, images)
 
 
 def read_label_file(path: Path, *, classes: int) -> LabelFile:
@@ -65,17 +142,17 @@ def read_label_file(path: Path, *, classes: int) -> LabelFile:
         DatasetError: The file exists but cannot be read as text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, max_bytes=MAX_LABEL_BYTES).splitlines()
     except FileNotFoundError:
         return LabelFile(labels=_parse([], classes)[0], is_missing=True)
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as text: {short_text(error)}.", fix="Copy it again.") from error
+        raise DatasetError(f"{path} cannot be read as text: {short_reason(error)}.", fix="Copy it again.") from error
     labels, repairs, errors = _parse(lines, classes)
     return LabelFile(labels=labels, repairs=tuple(repairs), errors=tuple(errors))
 
 
-def collect_labels(files: Sequence[LabelFile], paths: Sequence[Path]) -> tuple[list[Labels], list[str]]:
-    """Return the labels of files without errors, and all repairs.
+def collect_labels(files: Sequence[LabelFile], paths: Sequence[Path], images: Sequence[Path]) -> LabelSet:
+    """Return the labels of all images from their label files, which are at `paths`.
 
     Raises:
         DatasetError: See `read_label_files`.
@@ -87,10 +164,14 @@ def collect_labels(files: Sequence[LabelFile], paths: Sequence[Path]) -> tuple[l
             f"Invalid label lines ({len(wrong)}):\n  " + "\n  ".join(wrong[:MAX_LISTED]) + more,
             fix="A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, coordinates as fractions 0..1.",
         )
-    repairs = [f"{path}: {repair}" for file, path in zip(files, paths, strict=True) for repair in file.repairs]
-    if files and all(file.is_missing for file in files):
-        repairs.insert(0, f"no label file was found; the first one tried is {paths[0]}")
-    return [file.labels for file in files], repairs
+    problems = [f"{path}: {repair}" for file, path in zip(files, paths, strict=True) for repair in file.repairs]
+    missing = [i for i, file in enumerate(files) if file.is_missing]
+    found = LabelSet(labels=tuple(file.labels for file in files), missing=len(missing), problems=tuple(problems))
+    if not missing:
+        return found
+    image, path = short_text(images[missing[0]]), short_text(paths[missing[0]])
+    first = f"the first is {image}, whose label file would be {path}"
+    return replace(found, problems=(f"{found.coverage()}; {first}", *problems))
 
 
 def _parse(lines: Sequence[str], classes: int) -> tuple[Labels, list[str], list[str]]:

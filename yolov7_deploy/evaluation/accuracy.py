@@ -160,7 +160,7 @@ def evaluate(
         speed_ms=dict(zip(("preprocess", "inference", "postprocess"), np.mean(speeds, axis=0).tolist(), strict=True)),
         classes=classes,
         skipped=tuple(skipped),
-        notes=notes + dataset.problems,
+        notes=(*notes, *dataset.notes),
         predictions=predictions,
         curves=curves,
     )
@@ -265,20 +265,66 @@ def compute_coco_metrics(
         predictions: Boxes of these samples in COCO results format.
     """
     document = dataset.ground_truth(indices)
-    truth = COCO(document)
-    rows = [(p["image_id"], *p["bbox"], p["score"], p["category_id"]) for p in predictions]
-    table = np.array(rows, dtype=np.float64).reshape(-1, 7)
+    ids = MetricIds.of(document)
+    truth, table = COCO(ids.renumber(document)), ids.to_table(predictions)
     evaluation = COCOeval_faster(truth, truth.loadRes(table), "bbox", print_function=logger.debug)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
     summary = {name: _or_none(value) for name, value in zip(METRICS, evaluation.stats[: len(METRICS)], strict=True)}
-    classes = _class_rows(dataset, document["annotations"], evaluation)
-    return summary, classes, _curves(classes, dataset.category_ids, table, evaluation)
+    classes = _class_rows(dataset, document["annotations"], ids, evaluation)
+    return summary, classes, _curves(classes, [ids.categories[i] for i in dataset.category_ids], table, evaluation)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricIds:
+    """Image and category ids for the metric library, numbered from 1 in the order of the dataset's own ids.
+
+    The library stores ids as float64, which has no odd numbers above 2**53, and file names can have more digits.
+
+    Attributes:
+        images: The number of each image id.
+        categories: The number of each category id.
+    """
+
+    images: Mapping[int, int]
+    categories: Mapping[int, int]
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> MetricIds:
+        """Return the numbers for the images and categories of a COCO document."""
+        images, categories = (sorted(row["id"] for row in document[section]) for section in ("images", "categories"))
+        return cls(
+            images={image_id: number for number, image_id in enumerate(images, start=1)},
+            categories={category_id: number for number, category_id in enumerate(categories, start=1)},
+        )
+
+    def renumber(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a COCO document with these ids."""
+        return {
+            "images": [{**row, "id": self.images[row["id"]]} for row in document["images"]],
+            "categories": [{**row, "id": self.categories[row["id"]]} for row in document["categories"]],
+            "annotations": [
+                {**row, "image_id": self.images[row["image_id"]], "category_id": self.categories[row["category_id"]]}
+                for row in document["annotations"]
+            ],
+        }
+
+    def to_table(self, predictions: Sequence[Mapping[str, Any]]) -> DoubleArray:
+        """Return COCO results as the metric library reads them, float64 [N, 7]: image, x, y, w, h, score, category.
+
+        Results of images that are not in the document are left out.
+        """
+        rows = [
+            (self.images[p["image_id"]], *p["bbox"], p["score"], self.categories[p["category_id"]])
+            for p in predictions
+            if p["image_id"] in self.images
+        ]
+        return np.array(rows, dtype=np.float64).reshape(-1, 7)
 
 
 def _class_rows(
-    dataset: Dataset, annotations: Sequence[Mapping[str, Any]], evaluation: COCOeval_faster
+    dataset: Dataset, annotations: Sequence[Mapping[str, Any]], ids: MetricIds, evaluation: COCOeval_faster
 ) -> tuple[ClassAccuracy, ...]:
     counted = [a for a in annotations if not a["iscrowd"]]
     # [IoU threshold, recall, category, area range, max detections]; area range 0 is all, max detections -1 is 100
@@ -287,7 +333,7 @@ def _class_rows(
     rows = []
     for class_id, (name, category) in enumerate(zip(dataset.class_names, dataset.category_ids, strict=True)):
         images = [a["image_id"] for a in counted if a["category_id"] == category]
-        curve = precision[:, :, column[category]]
+        curve = precision[:, :, column[ids.categories[category]]]
         rows.append(
             ClassAccuracy(
                 class_id=class_id,

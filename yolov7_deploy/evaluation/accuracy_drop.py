@@ -23,7 +23,9 @@ from faster_coco_eval import COCO, COCOeval_faster
 from yolov7_deploy._console import plural
 from yolov7_deploy._statistics import student_t_quantile
 from yolov7_deploy.datasets import Dataset
+from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import DatasetError, UsageError
+from yolov7_deploy.evaluation.accuracy import MetricIds
 
 GROUPS = 20
 MAX_IMAGES_NEEDED = 100_000  # about the size of COCO's training set (118,287); more is not realistic
@@ -100,12 +102,13 @@ def accuracy_drop(
             f"{dataset.source} has no ground truth boxes in the {len(indices)} images of this comparison.",
             fix="Measure on more images, or check that the label files are where the image paths imply.",
         )
-    truth = COCO(document)
-    ids = [dataset.image_id(index) for index in indices]
+    metric_ids = MetricIds.of(document)
+    truth = COCO(metric_ids.renumber(document))
+    ids = [metric_ids.images[dataset.image_id(index)] for index in indices]
     groups = min(groups, len(ids))
     parts = [ids, *([i for index, i in enumerate(ids) if index % groups != group] for group in range(groups))]
-    reference_ap, *reference_aps = _aps(truth, reference, parts)
-    ap, *aps = _aps(truth, other, parts)
+    reference_ap, *reference_aps = _aps(truth, metric_ids.to_table(reference), parts)
+    ap, *aps = _aps(truth, metric_ids.to_table(other), parts)
     points = 100 * (reference_ap - ap)
     error = _jackknife(100 * (np.array(reference_aps) - np.array(aps)))
     margin = None if error is None else student_t_quantile(0.975, groups - 1) * error
@@ -143,16 +146,14 @@ def summarize_drop(drop: AccuracyDrop, max_drop: float) -> str:
     return f"{measured} {images} cannot show {question}; about {needed:,} could if the drop stayed the same."
 
 
-def _aps(truth: COCO, predictions: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[int]]) -> list[float]:
+def _aps(truth: COCO, predictions: DoubleArray, parts: Sequence[Sequence[int]]) -> list[float]:
     """Return the AP (0..1) of a detector on each part, a list of image ids; NaN for a part without ground truth.
 
     Boxes are matched once, which is most of the work, and accumulated for each part. The distributed evaluation of
     faster-coco-eval (its utils/pytorch/coco_eval.py) sets the same two members before `accumulate`: the matches by
     class, area range and image, in this order, and the parameters with the ids of these images.
     """
-    seen = set(truth.getImgIds())
-    rows = [(p["image_id"], *p["bbox"], p["score"], p["category_id"]) for p in predictions if p["image_id"] in seen]
-    found = truth.loadRes(np.array(rows, dtype=np.float64).reshape(-1, 7))
+    found = truth.loadRes(predictions)
     evaluation = COCOeval_faster(truth, found, "bbox", print_function=logger.debug, separate_eval=True)
     parameters = evaluation.params
     # AP needs only the area range of all sizes and the largest number of detections: a quarter of the work.

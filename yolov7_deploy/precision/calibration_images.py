@@ -14,6 +14,7 @@ from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DatasetError, ImageError, SourceError, UsageError, missing_library
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.sources import VIDEO_SUFFIXES, Skipped, open_source
+from yolov7_deploy.sources.files import summarize_left_out
 from yolov7_deploy.sources.video import VideoFile
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,7 @@ def open_calibration(data: str | Path, *, limit: int = LIMIT) -> CalibrationImag
         paths, notes = _open_as_dataset(Path(text))
         missing: list[Skipped] = []
     else:
-        paths, missing = _open_as_source(text)
-        notes = []
+        paths, missing, notes = _open_as_source(text)
     files = []
     for path in dict.fromkeys(paths):
         file = _File(path=path)
@@ -161,8 +161,8 @@ def _resolved(path: Path) -> Path:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def _open_as_source(text: str) -> tuple[list[Path], list[Skipped]]:
-    """Return the files of everything that `open_source` accepts, and those of a list that do not exist."""
+def _open_as_source(text: str) -> tuple[list[Path], list[Skipped], list[str]]:
+    """Return the files of everything that `open_source` accepts, those of a list that do not exist, and notes."""
     try:
         source = open_source(text, on_error="skip")
     except SourceError as error:
@@ -177,7 +177,8 @@ def _open_as_source(text: str) -> tuple[list[Path], list[Skipped]]:
             fix="Record a video first, or download the images:  ffmpeg -i URL -t 60 recorded.mp4   and then  "
             "--calib recorded.mp4",
         )
-    return [Path(path) for path in source.paths], list(source.skipped)
+    notes = [f"Left out: {summarize_left_out(source.left_out)}."] if source.left_out else []
+    return [Path(path) for path in source.paths], list(source.skipped), notes
 
 
 def _open_as_dataset(path: Path) -> tuple[list[Path], list[str]]:

@@ -1,4 +1,4 @@
-"""Which files of a folder, pattern or text list are used; datasets and `open_source` have the same rules.
+"""Rules for the files of a folder, pattern or text list that are used; datasets and `open_source` share them.
 
 Names that start with a dot are left out: macOS writes `._photo.jpg`, which is not an image, and Jupyter copies of
 images to `.ipynb_checkpoints`. Links to folders are followed. What is left out is listed with its reason.
@@ -225,9 +225,11 @@ def _match(folder: Path, parts: Sequence[str], left_out: list[Skipped]) -> Itera
         names = [entry.name for entry in _scan(folder, left_out) if fnmatch.fnmatch(entry.name, first)]
     for name in names:
         path = folder / name
+        if bool(rest) != path.is_dir():
+            continue
         if name.startswith(".") and not first.startswith("."):
             left_out.append(Skipped(path=str(path), reason=HIDDEN))
-        elif rest and path.is_dir():
+        elif rest:
             yield from _match(path, rest, left_out)
-        elif not rest and not path.is_dir():
+        else:
             yield path

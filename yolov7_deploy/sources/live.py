@@ -16,11 +16,13 @@ import numpy as np
 from yolov7_deploy._text import hide_credentials
 from yolov7_deploy.errors import SourceError
 from yolov7_deploy.image import Image
-from yolov7_deploy.sources.video import NETWORK_TIMEOUT_MS, OpenCapture, open_capture
+from yolov7_deploy.sources.video import OpenCapture, open_capture
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2  # longest single wait, so that Ctrl-C works on every platform
+# `docker stop` waits ten seconds for everything; a thread that waits for the network ends with the process.
+CLOSE_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -30,7 +32,7 @@ class LiveFrame:
     Attributes:
         image: uint8 BGR [H, W, 3].
         number: Number of the frame in the stream, from 0.
-        captured_s: Capture time as `time.time()`.
+        captured_s: Capture time in seconds since 1970; changes of the system clock during the stream have no effect.
         fps: Frames per second that the stream reports.
     """
 
@@ -65,7 +67,8 @@ class LiveReader:
         self._failure = ""
         self._ended = False
         self._count = 0
-        self._thread = threading.Thread(target=self._run, name=f"y7-live-{address}", daemon=True)
+        self._clock_offset_s = time.time() - time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"y7-live-{_label(address)}", daemon=True)
         self._thread.start()
 
     @property
@@ -99,11 +102,11 @@ class LiveReader:
         """Request the thread to end after the current frame, without waiting for it."""
         self._stop.set()
 
-    def close(self) -> None:
-        """Stop the thread and wait for it, at most as long as one network read. It can be called repeatedly."""
+    def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Stop the thread and wait for it; if it waits for the network, it ends later. It can be called repeatedly."""
         self.stop()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=NETWORK_TIMEOUT_MS / 1000 + 1)
+            self._thread.join(timeout=timeout_s)
 
     def _run(self) -> None:
         try:
@@ -149,7 +152,8 @@ class LiveReader:
     def _set_newest(self, image: Image, fps: float) -> None:
         with self._changed:
             self._dropped += self._newest is not None
-            self._newest = LiveFrame(image=image, number=self._count, captured_s=time.time(), fps=fps)
+            captured_s = self._clock_offset_s + time.monotonic()
+            self._newest = LiveFrame(image=image, number=self._count, captured_s=captured_s, fps=fps)
             self._count += 1
             self._changed.notify_all()
 

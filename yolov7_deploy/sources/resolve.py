@@ -157,10 +157,10 @@ def _is_video(suffix: str) -> bool:
 
 
 def _file(path: Path) -> Item:
-    if _is_video(path.suffix):
-        return Item(kind="video", address=str(path), label=str(path))
     if not path.is_file():  # reading a pipe or device could block
         raise SourceError(f"{path} is not a file.", fix="Pass an image, video, folder, camera number or URL.")
+    if _is_video(path.suffix):
+        return Item(kind="video", address=str(path), label=str(path))
     if path.suffix.lower() not in IMAGE_SUFFIXES and not cv2.haveImageReader(str(path)):
         raise SourceError(
             f"{path} is neither an image nor a video by its suffix.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, as_bgr, read_image
 from yolov7_deploy.sources.files import Skipped
-from yolov7_deploy.sources.live import LiveReader
+from yolov7_deploy.sources.live import CLOSE_TIMEOUT_S, LiveReader
 from yolov7_deploy.sources.resolve import Item, OnError, resolve
 from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_image, open_capture
 
@@ -35,11 +36,12 @@ class Frame:
         path: File path, URL without password, or `camera 0`; empty for arrays.
         index: Number of the image in the whole source, from 0.
         number: Number of the frame in its own video or stream, from 0; `None` for images.
-        timestamp_s: Seconds from the start of the video; for live frames the capture time as `time.time()`;
+        timestamp_s: Seconds from the start of the video; for live frames the capture time in seconds since 1970;
             0 for images.
         is_live: The frame is from a camera or stream, where frames may be dropped.
         fps: Frames per second of its video or stream, 0 if unknown.
         dropped: Number of frames of this stream that were dropped so far.
+        item: Number of its file or stream in the source, from 0; the paths of two may be equal.
     """
 
     image: Image
@@ -50,6 +52,7 @@ class Frame:
     is_live: bool = False
     fps: float = 0.0
     dropped: int = 0
+    item: int = 0
 
 
 class Source:
@@ -76,7 +79,7 @@ class Source:
         self._skipped_items: list[Skipped] = []
         self._reader = reader
         self._opener = opener
-        self._readers: list[tuple[str, LiveReader]] = []
+        self._readers: list[tuple[int, str, LiveReader]] = []
 
     @property
     def is_live(self) -> bool:
@@ -95,7 +98,7 @@ class Source:
 
     @property
     def left_out(self) -> tuple[Skipped, ...]:
-        """What its folders and patterns have besides images and videos: hidden files, other suffixes, subfolders."""
+        """Files of its folders and patterns that are not used (hidden, other suffixes), and subfolders."""
         return self._left_out
 
     @functools.cached_property
@@ -120,11 +123,11 @@ class Source:
     def __iter__(self) -> Iterator[Frame]:
         self._skipped_items.clear()
         index = 0
-        for item in self._files:
+        for number, item in enumerate(self._files):
             try:
                 for frame in self._read(item, index):
                     index = frame.index + 1
-                    yield frame
+                    yield replace(frame, item=number)
             except (ImageError, SourceError) as error:
                 if self._on_error == "raise":
                     raise
@@ -155,15 +158,18 @@ class Source:
             yield Frame(image=read_image(item.address), path=item.label, index=index)
 
     def _read_live(self, index: int) -> Iterator[Frame]:
-        self._readers = [(item.label, self._reader(item.address)) for item in self._live]
+        self._readers = [
+            (number, item.label, self._reader(item.address))
+            for number, item in enumerate(self._live, start=len(self._files))
+        ]
         try:
             while self._readers:
                 pause_s = LIVE_POLL_S if len(self._readers) > 1 else None
-                for path, reader in list(self._readers):
+                for number, path, reader in list(self._readers):
                     frame = self._take(path, reader, index, timeout_s=pause_s)
                     if frame is not None:
                         index += 1
-                        yield frame
+                        yield replace(frame, item=number)
         finally:
             self.close()
 
@@ -176,7 +182,7 @@ class Source:
         try:
             live = reader.take(timeout_s=timeout_s)
         except SourceError as error:
-            self._readers = [pair for pair in self._readers if pair[1] is not reader]
+            self._readers = [entry for entry in self._readers if entry[2] is not reader]
             if self._on_error == "raise" or not self._readers:
                 raise
             log.info("Skipped %s: %s", path, error.message)
@@ -198,10 +204,11 @@ class Source:
     def close(self) -> None:
         """Stop the threads of live streams, which ends the iteration. It can be called repeatedly."""
         readers, self._readers = self._readers, []
-        for _, reader in readers:
+        for _, _, reader in readers:
             reader.stop()
-        for _, reader in readers:
-            reader.close()
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for _, _, reader in readers:
+            reader.close(timeout_s=max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Source:
         return self

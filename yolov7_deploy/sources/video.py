@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import PartialFile
+from yolov7_deploy._download import download
 from yolov7_deploy._text import hide_credentials
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
@@ -24,8 +24,9 @@ from yolov7_deploy.image import Image, decode_image
 log = logging.getLogger(__name__)
 
 NETWORK_TIMEOUT_MS = 10_000  # FFmpeg's default of 30 s is too long to notice a dead camera
-DOWNLOAD_TIMEOUT_S = 20
-PLAUSIBLE_FPS = (1, 240)  # streams often report 0, or the 90 000 ticks of their clock
+DOWNLOAD_TIMEOUT_S = 60  # of one image, from the name of the server to the last byte
+MAX_DOWNLOAD_BYTES = 2**27  # of one image; the largest photos have about 100 MB
+PLAUSIBLE_FPS = (0.1, 1000.0)
 DEFAULT_FPS = 25.0
 # The highest levels of H.265 and AV1 end at 36 megapixels; decoders hold a dozen frames.
 MAX_FRAME_PIXELS = 2**26
@@ -272,11 +273,12 @@ def download_image(address: str) -> Image:
         ImageError: It cannot be downloaded, or is not an image.
     """
     try:
-        with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            data = np.frombuffer(response.read(), dtype=np.uint8)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        blocks = [block for block, _ in download(address, max_bytes=MAX_DOWNLOAD_BYTES, timeout_s=DOWNLOAD_TIMEOUT_S)]
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(
-            f"{hide_credentials(address)} cannot be downloaded: {hide_credentials(str(error))}.",
+            f"{hide_credentials(address)} cannot be downloaded: {hide_credentials(reason)}.",
             fix="Check the URL and the network.",
         ) from error
+    data = np.frombuffer(b"".join(blocks), dtype=np.uint8)
     return decode_image(data, name=hide_credentials(address))

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from yolov7_deploy._serialization import short_repr
+from yolov7_deploy.datasets.samples import short_reason
+from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.errors import UsageError
 
 PRESET_OF_VARIANT = {"yolov7-tiny": "tiny", "yolov7-tiny-silu": "tiny", "yolov7": "p5", "yolov7x": "p5"}
@@ -152,13 +152,13 @@ def format_hyperparameters(values: Hyperparameters) -> str:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError as error:
         raise UsageError(
             f"--hyp {path} is neither a preset nor a file.", fix=f"Use one of {', '.join(PRESETS)}, or a YAML file."
         ) from error
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"--hyp {path} cannot be read: {str(error)[:200]}.", fix=_SHOW_PRESET) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--hyp {path} cannot be read: {short_reason(error)}.", fix=_SHOW_PRESET) from error
     if not isinstance(values, dict):
         raise UsageError(f"--hyp {path} is not a list of `name: value` lines.", fix=_SHOW_PRESET)
     return values
