@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 MAX_MODEL_BYTES = 2**31  # protobuf cannot be larger; the largest network has 0.8 GB in float32
+MAX_CHECKPOINT_BYTES = 2**33  # E6E in float32 with moving average and optimizer state has 2.5 GB
 MAX_IMAGE_BYTES = 2**30
 MAX_DOCUMENT_BYTES = 2**26  # JSON, YAML and text, except annotation files
 

@@ -8,8 +8,9 @@ import math
 import queue
 import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 
 _BLOCK_BYTES = 2**18
 _QUEUED_BLOCKS = 8
@@ -20,7 +21,7 @@ _Message = tuple[bytes, int] | Exception | None
 
 def download(
     address: str, *, max_bytes: int, timeout_s: float, min_bytes_per_s: float = math.inf
-) -> Iterator[tuple[bytes, int]]:
+) -> Generator[tuple[bytes, int]]:
     """Yield the blocks of a download, each with the size that the server announced (0 without one).
 
     A thread reads, because a server that sends one byte every few seconds can delay every step (name, TLS, headers,
@@ -51,7 +52,7 @@ def download(
                 message = messages.get(timeout=max(0.0, start + allowed_s - time.monotonic()))
             except queue.Empty:
                 raise TimeoutError(
-                    errno.ETIMEDOUT, f"timed out: {done} bytes came in {allowed_s:.0f} seconds"
+                    errno.ETIMEDOUT, f"timed out: {done} bytes came in {allowed_s:.3g} seconds"
                 ) from None
             if isinstance(message, Exception):
                 raise message
@@ -80,6 +81,8 @@ def _read(address: str, timeout_s: float, messages: queue.Queue[_Message], stopp
             while not stopped.is_set() and (block := response.read1(_BLOCK_BYTES)):
                 send((block, total))
     except Exception as error:  # noqa: BLE001 - the caller's thread raises it
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the open response, too
         send(error)
     else:
         send(None)

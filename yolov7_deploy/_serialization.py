@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, open_file
+
 MAX_REPR = 80  # characters of a wrong value in a message
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ def sha256_hex(data: bytes | Path) -> str:
     if isinstance(data, bytes):
         return hashlib.sha256(data).hexdigest()
     digest = hashlib.sha256()
-    with data.open("rb") as file:
+    with open_file(data, max_bytes=MAX_CHECKPOINT_BYTES) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -5,17 +5,18 @@ Only official names are ever downloaded, and only if no local folder has them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
 import os
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._download import download
 from yolov7_deploy.errors import LoadError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ SHAPES_WEIGHTS = "yolov7-tiny-shapes"
 SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e0c71d"}
 
 TIMEOUT_S = 30.0
-_BLOCK_BYTES = 2**18
+_MIN_BYTES_PER_S = 10_000  # mean; slower than a modem, so the server or the network does not work
 # The largest official file (E6E, training) is about 0.35 GB.
 _MAX_BYTES = 2**31
 
@@ -140,6 +141,8 @@ def _file_names(name: str) -> tuple[str, ...]:
 def _not_found(path: Path) -> LoadError:
     if os.path.isdir(path):  # noqa: PTH112 - as in `find_weights`
         return LoadError(f"{path} is a folder, not a weights file.", fix=f"Pass the file inside it:  {path}/NAME.pt")
+    if os.path.exists(path):  # noqa: PTH110 - as in `find_weights`
+        return LoadError(f"{path} is not a file but a named pipe, a device or a socket.", fix="Pass a file.")
     names = ", ".join(name for name in OFFICIAL_NAMES if not name.endswith("_training"))
     if path.suffix or path.parent != Path():
         return LoadError(f"{path} does not exist.", fix=f"Check the path, or use an official name: {names}")
@@ -154,14 +157,12 @@ def _download(url: str, target: Path, *, name: str, progress: Progress | None, t
         OSError: Network or disk; also `http.client.HTTPException` and `ValueError` for a malformed response.
     """
     digest = hashlib.sha256()
-    done = 0
+    done = total = 0
     with atomic_write(target) as temporary:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response, temporary.open("wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            while block := response.read(_BLOCK_BYTES):
+        blocks = download(url, max_bytes=_MAX_BYTES, timeout_s=timeout_s, min_bytes_per_s=_MIN_BYTES_PER_S)
+        with temporary.open("wb") as file, contextlib.closing(blocks):
+            for block, total in blocks:
                 done += len(block)
-                if done > _MAX_BYTES:
-                    raise ValueError(f"more than {_MAX_BYTES} bytes")
                 file.write(block)
                 digest.update(block)
                 if progress is not None:
@@ -187,4 +188,4 @@ def _reason(error: Exception) -> str:
         return f"the server answered {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return f"no connection: {error.reason}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"

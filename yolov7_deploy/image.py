@@ -6,6 +6,7 @@ Images are uint8 BGR arrays [H, W, 3] everywhere, as in OpenCV.
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from yolov7_deploy._bounded_read import MAX_IMAGE_BYTES, read_bytes
 from yolov7_deploy.errors import ImageError
 
 Image = npt.NDArray[np.uint8]
@@ -60,7 +62,7 @@ _ROTATIONS: dict[int, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
 }
 
 
-def read_image(path: str | Path, *, reduced: int = 1) -> Image:
+def read_image(path: str | os.PathLike[str], *, reduced: int = 1) -> Image:
     """Read an image file as uint8 BGR [H, W, 3]; grey, RGBA and 16-bit files are converted.
 
     Args:
@@ -73,9 +75,9 @@ def read_image(path: str | Path, *, reduced: int = 1) -> Image:
     """
     path = Path(path)
     try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        data = np.frombuffer(read_bytes(path, max_bytes=MAX_IMAGE_BYTES), dtype=np.uint8)
+    except OSError as error:
+        reason = error.strerror or error
         raise ImageError(f"{path} cannot be read: {reason}.", fix="Check the path.") from error
     return decode_image(data, name=str(path), reduced=reduced)
 

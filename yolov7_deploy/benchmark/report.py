@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from yolov7_deploy._bounded_read import read_text
 from yolov7_deploy._serialization import from_dict, short_repr
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hardware.clocks import Clocks
@@ -191,7 +192,7 @@ class SpeedReport:
             UsageError: The file is missing or is not a report of this schema; the message names the field.
         """
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path))
             if not isinstance(raw, dict) or raw.get("kind") != "y7 bench":
                 raise ValueError("it is not a report of y7 bench")
             if raw.get("schema") != SCHEMA:
@@ -247,7 +248,7 @@ def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, str]:
         UsageError: The report cannot be read, does not have an AP, or is about another file.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path))
         if not isinstance(raw, dict):
             raise ValueError(f"it contains {short_repr(raw)}")
         report = from_dict(_ValReport, raw)

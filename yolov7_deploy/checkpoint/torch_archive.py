@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file, open_file
+from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, check_file, open_file
 from yolov7_deploy.checkpoint.pickle_allowlist import Storage, TensorEntry
 from yolov7_deploy.checkpoint.safe_pickle import MAX_BYTES, read_pickle
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
@@ -42,8 +42,8 @@ _DTYPES = {
 # Errors of `zipfile` for damaged, encrypted or unusual archives.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OverflowError)
 
-MAX_FILE_BYTES = 2**33  # E6E in float32 with moving average and optimizer state has 2.5 GB
-MAX_DIRECTORY_BYTES = 4 * 2**20  # of the table of contents; that of E6E with all of these has 0.7 MB
+# Of the table of contents; that of E6E with moving average and optimizer state has 0.7 MB.
+MAX_DIRECTORY_BYTES = 4 * 2**20
 
 # Expanded or shared tensors may repeat numbers of the file, within reason.
 _REPEATED_BYTES = 16 * 2**20
@@ -210,7 +210,7 @@ def require_file(path: str | Path) -> None:
     if file.is_dir():
         raise LoadError(f"{file} is a folder, not a weights file.", fix=f"Name the file inside it:  {file}/NAME.pt")
     try:
-        size = check_file(file, max_bytes=MAX_FILE_BYTES)
+        size = check_file(file, max_bytes=MAX_CHECKPOINT_BYTES)
     except FileNotFoundError as error:
         raise LoadError(
             f"{file} does not exist.", fix="Check the path, or use an official name such as yolov7."
@@ -223,7 +223,7 @@ def require_file(path: str | Path) -> None:
 
 def _head(path: Path) -> bytes:
     try:
-        with open_file(path, max_bytes=MAX_FILE_BYTES) as stream:
+        with open_file(path, max_bytes=MAX_CHECKPOINT_BYTES) as stream:
             return stream.read(_HEAD_BYTES)
     except OSError as error:
         raise LoadError(
@@ -293,7 +293,7 @@ class _ZipReader(io.BufferedReader):
 
 def _open_zip(path: Path) -> tuple[_ZipReader, zipfile.ZipFile]:
     try:
-        file = _ZipReader(open_file(path, max_bytes=MAX_FILE_BYTES).detach())
+        file = _ZipReader(open_file(path, max_bytes=MAX_CHECKPOINT_BYTES).detach())
         try:
             archive = zipfile.ZipFile(file)
         except BaseException:

@@ -9,6 +9,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
 from yolov7_deploy.errors import ExportError, LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
@@ -42,7 +43,7 @@ class OnnxModel:
         """
         path = Path(path)
         try:
-            proto = onnx.load_model_from_string(path.read_bytes())
+            proto = onnx.load_model_from_string(read_bytes(path, max_bytes=MAX_MODEL_BYTES))
         except OSError as error:
             raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
         except DecodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file
 from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord
@@ -109,7 +110,7 @@ def _summary(table: LayerTable) -> LayerSummary:
 def _refuse_wrapped(path: Path) -> None:
     """Raise an error for a plan that follows JSON of another program; the fix extracts the plan."""
     try:
-        with path.open("rb") as stream:
+        with open_file(path, max_bytes=MAX_MODEL_BYTES) as stream:
             length = int.from_bytes(stream.read(4), "little")
             if not 0 < length < _MAX_JSON or not stream.read(length).startswith(b"{"):
                 return

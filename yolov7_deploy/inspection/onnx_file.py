@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
@@ -106,7 +107,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, max_bytes=MAX_MODEL_BYTES)
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
     try:

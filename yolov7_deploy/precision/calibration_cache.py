@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import from_dict, short_repr
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.hub import cache_dir
@@ -112,16 +113,10 @@ def load_calibration(path: Path) -> Calibration:
             raise LoadError(
                 f"{path} does not exist.", fix=f"A calibration writes it:  --calib FOLDER --calib-cache {path}"
             )
-        if not path.is_file():  # reading a pipe or a device would never end
-            raise LoadError(f"{path} is not a file.", fix=_OTHER_FILE)
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise LoadError(
-                f"{path} is not a calibration: it is larger than {MAX_FILE_BYTES >> 20} MB.", fix=_OTHER_FILE
-            )
-        data = path.read_bytes()
+        data = read_bytes(path, max_bytes=MAX_FILE_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise LoadError(f"{path} cannot be read: {reason}.", fix="Check the path.") from error
+        raise LoadError(f"{path} cannot be read: {reason}.", fix=_OTHER_FILE) from error
     try:
         return _parse(data)
     except _DAMAGE as error:

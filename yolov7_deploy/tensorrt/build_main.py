@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.hardware.gpu import driver_version, list_cuda_gpus, supported_cuda_version
@@ -40,6 +41,7 @@ from yolov7_deploy.tensorrt.plugin_library import BUILD_COMMAND, PLUGIN_NAME, PL
 SendEvent = Callable[[str, object], None]
 
 PLUGIN_KEY = (PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE)
+MAX_CACHE_BYTES = 2**30  # of a timing cache
 PROGRESS_STEPS = 100  # total of the progress events
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
@@ -343,7 +345,7 @@ class TimingCache:
 
     def _read(self) -> bytes:
         try:
-            return self._path.read_bytes() if self._path else b""
+            return read_bytes(self._path, max_bytes=MAX_CACHE_BYTES) if self._path else b""
         except FileNotFoundError:
             return b""
         except OSError as error:

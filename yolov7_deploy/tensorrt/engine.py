@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes, read_text
 from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord
@@ -74,11 +75,12 @@ class Engine:
         path = Path(path)
         plan = _read(path)
         try:
-            text = record_path(path).read_text(encoding="utf-8")
+            text = read_text(record_path(path))
         except FileNotFoundError:
             return _without_record(path, plan)
         except (OSError, UnicodeDecodeError) as error:
-            raise LoadError(f"{record_path(path)} cannot be read: {error}.", fix=_rebuild(path)) from error
+            reason = getattr(error, "strerror", None) or error
+            raise LoadError(f"{record_path(path)} cannot be read: {reason}.", fix=_rebuild(path)) from error
         record = EngineRecord.from_json(text, name=record_path(path).name)
         _check(path, plan, record)
         return cls(plan=plan, record=record)
@@ -110,7 +112,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, max_bytes=MAX_MODEL_BYTES)
     except FileNotFoundError as error:
         raise LoadError(
             f"{path} does not exist.", fix="Check the path, or build it:  y7 build --weights NAME.onnx"

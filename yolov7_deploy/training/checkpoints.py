@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, check_file
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import save_checkpoint
@@ -191,6 +192,7 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
             fix="Name the folder of the run:  y7 train --resume --save-dir runs/train/exp",
         )
     try:
+        check_file(path, max_bytes=MAX_CHECKPOINT_BYTES)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

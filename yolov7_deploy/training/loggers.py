@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._bounded_read import MAX_DOCUMENT_BYTES, read_bytes
 from yolov7_deploy._console import write_json
 from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import UsageError, missing_library
@@ -226,7 +227,7 @@ def _line(record: EpochRecord) -> str:
 def _read(path: Path) -> dict[str, EpochRecord]:
     """Return the records of a table by their lines."""
     try:
-        *lines, rest = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        *lines, rest = read_bytes(path, max_bytes=MAX_DOCUMENT_BYTES).decode("utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror or error}.", fix=f"Name the {RESULTS_NAME} of a training run."
