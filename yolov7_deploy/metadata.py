@@ -18,7 +18,10 @@ METADATA_KEY = "yolov7_deploy"
 SCHEMA = 1
 
 # Tensor names of exported graphs and engines; those of NMS are the names that EfficientNMS_TRT made customary.
-CONF_INPUT, IOU_INPUT = "conf_threshold", "iou_threshold"  # optional inputs, float32 [1]
+# Optional inputs, float32 [1]; the last two are 0 or 1.
+CONF_INPUT, IOU_INPUT = "conf_threshold", "iou_threshold"
+MULTI_LABEL_INPUT, CLASS_AGNOSTIC_INPUT = "multi_label", "class_agnostic"
+THRESHOLD_INPUTS = (CONF_INPUT, IOU_INPUT, MULTI_LABEL_INPUT, CLASS_AGNOSTIC_INPUT)
 RAW_OUTPUT = "output"  # decoded boxes, of files without NMS
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
 OVERFLOW_OUTPUT = "overflow"  # int32 [B, 1], of engines with our plugin: more candidates than NMS takes
@@ -83,6 +86,8 @@ class ModelMetadata:
         strides: Stride of each head level in input pixels, fine to coarse.
         anchors: Three (width, height) in input pixels for each level.
         input_hw: Fixed height and width of the network input; `None` for any multiples of the largest stride.
+        training_size: Side in pixels of the square images of the training (the nominal one if it varied); `None` if
+            unknown, as for official files.
         batch: Fixed batch size; `None` for any.
         input_kind: `float32` is NCHW RGB 0..1; `uint8` is NHWC BGR 0..255.
         precision: `fp32`, `fp16` or `int8`.
@@ -101,6 +106,7 @@ class ModelMetadata:
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
     input_hw: tuple[int, int] | None = None
+    training_size: int | None = None
     batch: int | None = None
     input_kind: InputKind = "float32"
     precision: str = "fp32"
@@ -124,8 +130,8 @@ class ModelMetadata:
 
     @property
     def default_hw(self) -> tuple[int, int]:
-        """The fixed input size, else the size of this kind of model in the paper (Table 1: 640, P6 models 1280)."""
-        side = 1280 if self.stride > 32 else 640
+        """The fixed input size, else the training size, else the paper's (Table 1: 640, P6 models 1280)."""
+        side = self.training_size or (1280 if self.stride > 32 else 640)
         return self.input_hw or (side, side)
 
     def to_json(self) -> str:
@@ -164,6 +170,9 @@ def _check(metadata: ModelMetadata) -> None:
     for name, values in sides.items():
         if not all(1 <= value <= MAX_SIDE for value in values):
             raise ValueError(f"{name} is {short_repr(values)}; sides go from 1 to {MAX_SIDE} pixels")
+    size = metadata.training_size
+    if size is not None and (not metadata.stride <= size <= MAX_SIDE or size % metadata.stride):
+        raise ValueError(f"training_size is {short_repr(size)}, not a multiple of the stride {metadata.stride}")
     if metadata.batch is not None and not 1 <= metadata.batch <= MAX_COUNT:
         raise ValueError(f"batch is {metadata.batch}")
     pairs = [len(level) for level in metadata.anchors]
@@ -184,17 +193,24 @@ def _check_nms(nms: NmsMetadata) -> None:
 
 
 def assumed_metadata(
-    *, classes: int, input_hw: tuple[int, int] | None, batch: int | None, input_kind: InputKind, nms: NmsMetadata | None
+    *,
+    classes: int,
+    input_hw: tuple[int, int] | None,
+    batch: int | None,
+    input_kind: InputKind,
+    nms: NmsMetadata | None,
+    class_names: tuple[str, ...] = (),
 ) -> ModelMetadata:
     """Return the metadata that is assumed for a file without any: classes are called `class_0`, `class_1`, ..."""
+    unknown = "letterbox and RGB order" if class_names else "class names, letterbox and RGB order"
     return ModelMetadata(
         variant="custom",
-        class_names=tuple(f"class_{i}" for i in range(classes)),
+        class_names=class_names or tuple(f"class_{i}" for i in range(classes)),
         strides=(),
         anchors=(),
         input_hw=input_hw,
         batch=batch,
         input_kind=input_kind,
         nms=nms,
-        notes=("no metadata in the file: class names, letterbox and RGB order are assumed",),
+        notes=(f"no metadata in the file: {unknown} are assumed",),
     )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch import nn
 
 from tests.support.official_modules import ANCHORS, Model, save_official
 from tests.support.torch_archives import PROTO, name, text, write_archive
+from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from yolov7_deploy.checkpoint.architecture import FINGERPRINTS, identify_architecture
 from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
-from yolov7_deploy.metadata import METADATA_KEY
+from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import build_model, new_model
 
@@ -289,6 +291,60 @@ def test_saved_checkpoints_load_equal(path, tmp_path, half):
     assert again.variant == "yolov7-tiny-silu"
     assert (again.training, again.class_names, again.anchors) == (first.training, first.class_names, first.anchors)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_saved_checkpoints_keep_training_size_source_and_version(path, tmp_path):
+    official = load_checkpoint(save_official({"model": Model()}, path))
+    assert (official.training_size, official.version, official.origin) == (None, "", "")
+    assert official.metadata.default_hw == (640, 640)
+    ours = tmp_path / "ours.safetensors"
+    save_checkpoint(replace(official, training_size=160), ours)
+    again = load_checkpoint(ours)
+    assert (again.training_size, again.metadata.training_size, again.metadata.default_hw) == (160, 160, (160, 160))
+    assert (again.version, again.metadata.version) == (__version__, __version__)
+    assert (again.origin, again.origin_sha256) == (path.name, official.source_sha256)
+    assert (again.source, again.metadata.source) == (ours.name, ours.name)
+
+
+def write_with_metadata(file, checkpoint, **changes):
+    """Save a checkpoint, with changed fields in its metadata; `None` removes a field."""
+    document = json.loads(checkpoint.metadata.to_json()) | changes
+    text = json.dumps({key: value for key, value in document.items() if value is not None})
+    safetensors.torch.save_file(dict(checkpoint.tensors), file, {METADATA_KEY: text})
+    return file
+
+
+def test_files_from_before_the_training_size_was_stored_have_the_size_of_the_paper(path, tmp_path):
+    checkpoint = load_checkpoint(save_official({"model": Model()}, path))
+    file = write_with_metadata(tmp_path / "old.safetensors", checkpoint, training_size=None)
+    assert load_checkpoint(file).training_size is None
+    assert load_checkpoint(file).metadata.default_hw == (640, 640)
+
+
+@pytest.mark.parametrize("size", [0, -32, 100, 2**20, "640", 640.0, True])
+def test_an_impossible_training_size_is_refused(path, tmp_path, size):
+    checkpoint = load_checkpoint(save_official({"model": Model()}, path))
+    file = write_with_metadata(tmp_path / "wrong.safetensors", checkpoint, training_size=size)
+    with pytest.raises(LoadError, match="training_size"):
+        load_checkpoint(file)
+
+
+def test_a_training_size_that_does_not_suit_the_network_is_refused(path, tmp_path):
+    checkpoint = load_checkpoint(save_official({"model": Model()}, path))
+    changes = {"strides": [8], "anchors": [[[1.0, 1.0]]], "training_size": 104}
+    file = write_with_metadata(tmp_path / "wrong.safetensors", checkpoint, **changes)
+    assert "training size 104, not a multiple of this network's stride 32" in refusal(file)
+
+
+@pytest.mark.parametrize(("strides", "size"), [((8, 16, 32), 640), ((8, 16, 32, 64), 1280)])
+def test_the_default_input_is_the_fixed_one_else_the_training_size_else_that_of_the_paper(strides, size):
+    anchors = (((1.0, 1.0),),) * len(strides)
+    plain = ModelMetadata(variant="custom", class_names=("a",), strides=strides, anchors=anchors)
+    assert plain.default_hw == (size, size)
+    trained = replace(plain, training_size=320)
+    assert trained.default_hw == (320, 320)
+    assert replace(trained, input_hw=(128, 256)).default_hw == (128, 256)
+    assert ModelMetadata.from_json(trained.to_json()) == trained
 
 
 def test_the_same_checkpoint_gives_the_same_bytes_under_any_suffix(path, tmp_path):

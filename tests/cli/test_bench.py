@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.support.small_models import HW
 from tests.support.speed_reports import speed_report, speed_row
 from yolov7_deploy._console import write_json
 from yolov7_deploy.benchmark.report import SpeedReport
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.cli.bench import find_variant_name, parse_frame, parse_numbers, report_complete_rows
+from yolov7_deploy.cli.bench import find_network, parse_frame, parse_numbers, report_complete_rows
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.visualize import write_image
@@ -179,11 +180,11 @@ def test_an_estimate_rejects_options_of_a_measurement(bench):
 
 
 def test_a_file_names_its_network(files, tmp_path):
-    assert find_variant_name(str(files("plugin"))) == "yolov7-tiny"
-    assert find_variant_name(str(files("torch"))) == "yolov7-tiny"
-    assert find_variant_name("yolov7-w6_training.pt") == "yolov7-w6"
+    assert find_network(str(files("plugin"))) == ("yolov7-tiny", HW)
+    assert find_network(str(files("torch"))) == ("yolov7-tiny", None)
+    assert find_network("yolov7-w6_training.pt") == ("yolov7-w6", None)
     with pytest.raises(LoadError):
-        find_variant_name(str(tmp_path / "absent.onnx"))
+        find_network(str(tmp_path / "absent.onnx"))
 
 
 # --- rejected input ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 
 from tests.support.deterministic import fill_model
 from tests.support.small_models import HW, exported_tiny
+from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import CheckpointError, LoadError, UsageError
+from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.inspection.network import inspect_variant, inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.model.configs import VARIANTS
@@ -41,7 +44,7 @@ def run():
     return lambda *arguments: CliRunner().invoke(app, [str(text) for text in arguments], catch_exceptions=False)
 
 
-def write_weights(path: Path, *, anchors=None, training=True) -> Path:
+def write_weights(path: Path, *, anchors=None, training=True, **fields) -> Path:
     model = fill_model(new_model("yolov7-tiny", classes=2, training_form=training, anchors=anchors))
     checkpoint = Checkpoint(
         tensors=dict(model.state_dict()),
@@ -49,6 +52,7 @@ def write_weights(path: Path, *, anchors=None, training=True) -> Path:
         training=training,
         class_names=NAMES,
         anchors=model.anchors,
+        **fields,
     )
     save_checkpoint(checkpoint, path)
     return path
@@ -129,6 +133,26 @@ def test_weights_are_described_with_variant_classes_and_digest(run, tmp_path):
     assert "anchors of the variant" in text
     assert record.parameters == record.cost.parameters_training
     assert record.size_bytes == path.stat().st_size
+
+
+def test_weights_show_their_training_size_source_and_writer(run, tmp_path):
+    path = write_weights(tmp_path / "mine.safetensors", training_size=160, source="first.pt", source_sha256="1a" * 32)
+    text = run(path, "--json", tmp_path / "r.json").stdout
+    for part in (
+        "trained at  160x160",
+        f"source      first.pt {'1a' * 32}",
+        f"written by  yolov7-deploy {__version__}",
+    ):
+        assert part in text
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["training_size"], record["origin"], record["version"]) == (160, "first.pt", __version__)
+    assert "trained at" not in run(write_weights(tmp_path / "unknown.safetensors")).stdout
+
+
+def test_an_onnx_file_shows_the_training_size_of_its_weights(run, tmp_path):
+    model = exported_tiny(80)
+    OnnxModel.of(model.proto, replace(model.metadata, training_size=320)).save(tmp_path / "m.onnx")
+    assert "trained at  320x320" in run(tmp_path / "m.onnx").stdout
 
 
 def test_weights_in_deploy_form_have_the_parameters_of_that_form(tmp_path):

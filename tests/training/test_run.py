@@ -19,6 +19,8 @@ from tests.support.training_runs import (
     small_request,
     train_small,
 )
+from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.samples import Labels
@@ -104,6 +106,34 @@ def test_the_weights_are_a_training_checkpoint_with_class_names_and_anchors(done
         assert detector.metadata.class_names == checkpoint.class_names
 
 
+def test_the_weights_carry_their_training_size_classes_version_and_source(done, data):
+    report, _ = done
+    for name in ("last.safetensors", "best.safetensors"):
+        checkpoint = load_checkpoint(report.folder / name)
+        assert (checkpoint.training_size, checkpoint.version) == (IMAGE_SIZE, __version__)
+        assert checkpoint.class_names == open_dataset(data, split="train").class_names
+        assert checkpoint.origin == ""  # trained from random weights
+
+
+def test_detection_and_export_use_the_training_size_by_default(done, tmp_path):
+    best = done[0].weights
+    with Detector(best, device="cpu") as detector:
+        assert detector.input_hw == (IMAGE_SIZE, IMAGE_SIZE)
+    exported = export_weights(best, tmp_path / "best.onnx", options=ExportOptions()).metadata
+    assert (exported.input_hw, exported.training_size) == ((IMAGE_SIZE, IMAGE_SIZE), IMAGE_SIZE)
+    with Detector(tmp_path / "best.onnx", device="cpu") as detector:
+        assert detector.input_hw == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("option", ["rect", "multi_scale"])
+def test_a_training_at_several_sizes_stores_the_nominal_one(done, data, tmp_path, no_charts, option):
+    weights = done[0].weights
+    report = train_small(data, tmp_path / "run", weights=str(weights), img=96, val_every=0, **{option: True})
+    checkpoint = load_checkpoint(report.folder / "last.safetensors")
+    assert checkpoint.training_size == 96
+    assert (checkpoint.origin, checkpoint.origin_sha256) == (weights.name, sha256_hex(weights))
+
+
 def test_the_state_of_a_finished_run_is_at_the_end_of_its_last_epoch(done):
     report, _ = done
     state, tensors = load_run_state(report.folder)
@@ -127,6 +157,8 @@ def test_the_callback_gets_messages_about_dataset_anchors_and_weights(done):
     assert f"{TRAIN_IMAGES} training images, {VAL_IMAGES} validation images" in callback.text
     assert "yolov7-tiny from random weights of seed 0, on cpu" in callback.text
     assert "best possible recall" in callback.text
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        assert f"\n{split}: 0 of {count} images have no label file" in callback.text
 
 
 def test_the_exported_weights_find_the_same_objects(done, data, tmp_path):

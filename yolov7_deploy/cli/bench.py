@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.benchmark.benchmark import Frames
     from yolov7_deploy.benchmark.comparison import Comparison
     from yolov7_deploy.benchmark.report import SpeedReport, SpeedRow
+    from yolov7_deploy.metadata import ModelMetadata
 
 DEFAULTS = BenchOptions()
 RUNS = Path("runs/bench")
@@ -193,9 +194,9 @@ class OutputFiles:
         wants_chart = chart is not None or (paper and not no_chart)
         folder = save_dir
         if folder is None and paper and (json_path is None or (wants_chart and chart is None)):
-            from yolov7_deploy.workflows.predict import next_run_folder
+            from yolov7_deploy.workflows.output_folder import create_run_folder
 
-            folder = next_run_folder(RUNS)
+            folder = create_run_folder(RUNS)
         if folder is not None:
             json_path = json_path or str(folder / "bench.json")
             chart = chart or (folder / "chart.png" if wants_chart else None)
@@ -390,17 +391,21 @@ def _estimate(
     from yolov7_deploy._console import write_json
     from yolov7_deploy.estimation.estimate import describe_estimate, estimate
 
-    variant = find_variant_name(weights)
+    variant, input_hw = find_network(weights)
     precision = "fp32" if half is False else "fp16"
-    estimates = [estimate(variant, device=device, batch=batch, size=img, precision=precision) for batch in batches]
+    estimates = [
+        estimate(variant, device=device, batch=batch, size=img or input_hw, precision=precision) for batch in batches
+    ]
     typer.echo("\n".join(map(describe_estimate, estimates)), err=json_path == "-")
     if json_path is not None:
         documents = [one.to_dict() for one in estimates]
         write_json(documents[0] if len(documents) == 1 else documents, json_path)
 
 
-def find_variant_name(weights: str) -> str:
-    """Return the official name of a network: from a name without looking for its file, or from the file.
+def find_network(weights: str) -> tuple[str, tuple[int, int] | None]:
+    """Return the official name of a network, and the input size of its file or its training.
+
+    The size is `None` if the file has none, and for an official name, whose file is not looked for.
 
     Raises:
         LoadError: The file does not exist or cannot be read.
@@ -410,24 +415,24 @@ def find_variant_name(weights: str) -> str:
 
     name = weights.removesuffix(".pt").removesuffix("_training")
     if name in VARIANTS and not Path(weights).is_file():
-        return name
+        return name, None
     suffix = Path(weights).suffix.lower()
-    variant = ""
+    metadata: ModelMetadata | None
     if suffix == ".onnx":
         from yolov7_deploy.inspection.onnx_file import read_onnx
 
         metadata = read_onnx(weights).metadata
-        variant = metadata.variant if metadata else ""
     elif suffix in (".engine", ".plan", ".trt"):
         from yolov7_deploy.inspection.engine_file import read_engine_file
 
         record = read_engine_file(weights).record
-        variant = record.metadata.variant if record else ""
+        metadata = record.metadata if record else None
     else:
+        from yolov7_deploy.checkpoint import load_checkpoint
         from yolov7_deploy.hub import find_weights
-        from yolov7_deploy.inspection.network import inspect_weights
 
-        variant = inspect_weights(find_weights(weights)).variant
-    if variant not in VARIANTS:
+        metadata = load_checkpoint(find_weights(weights)).metadata
+    if metadata is None or metadata.variant not in VARIANTS:
         raise UsageError(f"{weights} does not name its network.", fix=f"Use the name: --weights {next(iter(VARIANTS))}")
-    return variant
+    has_size = metadata.input_hw or metadata.training_size
+    return metadata.variant, metadata.default_hw if has_size else None

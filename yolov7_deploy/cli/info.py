@@ -146,6 +146,7 @@ def _weights_text(record: WeightsRecord, *, layers: bool) -> str:
                 _field("file", f"{_megabytes(record.size_bytes)}, sha256 {record.sha256}"),
                 _field("network", f"{_layer_count(cost)}, {record.parameters:,} parameters in the file"),
                 _field("strides", _listed(record.strides)),
+                *_origin_fields(record.training_size, record.origin, record.origin_sha256, record.version),
             ]
         ),
         _anchors_text(record.anchors, record.strides, title=title),
@@ -153,6 +154,16 @@ def _weights_text(record: WeightsRecord, *, layers: bool) -> str:
         _names_text(record.class_names),
     ]
     return "\n\n".join([*parts, *([_layer_table(record.layers)] if layers else [])])
+
+
+def _origin_fields(training_size: int | None, source: str, sha256: str, version: str) -> list[str]:
+    """Return lines with the training size, the source and the writer of a file, as far as they are known."""
+    origin = f"{source} {sha256}".strip()
+    return [
+        *([_field("trained at", f"{training_size}x{training_size}")] if training_size else []),
+        *([_field("source", origin)] if origin else []),
+        *([_field("written by", f"yolov7-deploy {version}")] if version else []),
+    ]
 
 
 def _layer_count(cost: Complexity) -> str:
@@ -251,14 +262,12 @@ def _metadata_text(metadata: ModelMetadata) -> str:
             f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({thresholds}), max-det {nms.max_det}, "
             f"{label_rule(nms.multi_label)}"
         )
-    source = f"{metadata.source} {metadata.source_sha256}".strip()
     lines = [
         _field("metadata", f"{metadata.variant}, {metadata.precision}, {len(metadata.class_names)} classes"),
         _field("accepts", f"{size} (height x width), {batch}, {metadata.input_kind}"),
         _field("NMS", nms_text),
         _field("strides", _listed(metadata.strides)),
-        *([_field("source", source)] if source else []),
-        *([_field("written by", f"yolov7-deploy {metadata.version}")] if metadata.version else []),
+        *_origin_fields(metadata.training_size, metadata.source, metadata.source_sha256, metadata.version),
         *(_field("note", note) for note in metadata.notes),
         _names_text(metadata.class_names),
     ]

@@ -63,6 +63,9 @@ class WeightsRecord:
         strides: Stride of each head level in input pixels.
         anchors: Anchors of the file.
         custom_anchors: True if they differ from those of the variant.
+        training_size: Side in pixels of the square images of the training; `None` if unknown.
+        origin, origin_sha256: Name and digest of the file from which this one was made; empty if unknown.
+        version: Version of this package that wrote the file; empty for other files.
         parameters: Number of parameters in the file.
         cost: Cost of this variant with this number of classes.
         layers: Cost of each layer with this number of classes.
@@ -77,6 +80,10 @@ class WeightsRecord:
     strides: tuple[int, ...]
     anchors: Anchors
     custom_anchors: bool
+    training_size: int | None
+    origin: str
+    origin_sha256: str
+    version: str
     parameters: int
     cost: Complexity
     layers: tuple[LayerCost, ...]
@@ -123,6 +130,10 @@ def inspect_weights(path: str | Path) -> WeightsRecord:
         strides=checkpoint.strides,
         anchors=checkpoint.anchors,
         custom_anchors=checkpoint.anchors != find_variant(checkpoint.variant).anchors,
+        training_size=checkpoint.training_size,
+        origin=checkpoint.origin,
+        origin_sha256=checkpoint.origin_sha256,
+        version=checkpoint.version,
         parameters=parameter_count(build_model(checkpoint)),
         cost=complexity(checkpoint.variant, classes=classes),
         layers=layer_costs(checkpoint.variant, classes=classes),
