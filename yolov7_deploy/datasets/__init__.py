@@ -27,7 +27,12 @@ def open_dataset(
 
     A YAML has `train`, `val`, `test` (text list, folder, or several of them), `nc`, `names` and optionally `path` and
     `annotations` (a COCO file per split, whose boxes are then used). Its paths are relative to the YAML file or, as in
-    the official program, to the working directory.
+    the official program, to the working directory; `../train/images`, as Roboflow writes it, also means a folder next
+    to the YAML file.
+
+    The files of a folder and the entries of a list are found by the rules of `open_source`, in all subfolders. The
+    label file of `images/val/a.jpg` is `labels/val/a.txt` or `images/val/a.txt`; links are followed. `Dataset.notes`
+    says how many images have no label file, and what was left out.
 
     Args:
         data: The JSON or YAML file.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from yolov7_deploy.datasets.samples import short_text
 from yolov7_deploy.sources.files import read_text
 
-MAX_BYTES = 2**20  # PyYAML parses about 100 kB per second
-MAX_NODES = 1_000_000  # of a document with its aliases expanded
+MAX_BYTES = 2**20
+MAX_NODES = 50_000  # values in the file: PyYAML takes 0.1 ms and more for each
+MAX_EXPANDED_NODES = 1_000_000  # with all aliases expanded; 16 characters of a text count as one more
+MAX_NUMBER_CHARACTERS = 1_000  # reading `1:59:59...` takes quadratic time
+_CHARACTERS_PER_NODE = 16
 # Raised by PyYAML for a value that its tag does not fit, such as `!!float` without a number or `!!timestamp x`.
 _CONSTRUCTION = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -19,42 +23,68 @@ def read_yaml(path: Path) -> object:
     """Return the document of a YAML file; only plain values, no Python objects.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not text, too large, too deep, or not valid YAML; the message says where.
+        OSError: The file cannot be read, or is too large.
+        ValueError: It is not text, not valid YAML, or has too many or too long values; the message says where.
     """
     text = read_text(path, max_bytes=MAX_BYTES)
     try:
-        _count_nodes(yaml.compose(text, yaml.SafeLoader))
-        document: object = yaml.safe_load(text)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_size(root)
+        document: object = loader.construct_document(root)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except yaml.YAMLError as error:
         raise ValueError(short_text(error)) from error
+    except _TooLargeError:
+        raise
     except _CONSTRUCTION as error:
         raise ValueError(f"a value does not fit its type ({type(error).__name__}: {short_text(error)})") from error
     return document
 
 
-def _count_nodes(root: yaml.Node | None) -> int:
-    """Return the size of a document with all aliases expanded, so that a few lines cannot become gigabytes.
+class _TooLargeError(ValueError):
+    """A document has too many or too long values."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader of plain values, with a limit for their number."""
+
+    _count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as in PyYAML
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise _TooLargeError(f"it has more than {MAX_NODES} values")
+        return super().compose_node(parent, index)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Check the size of a document with all aliases expanded, so that a few lines cannot become gigabytes.
 
     Raises:
-        ValueError: The document is too large for a dataset YAML, or contains itself.
+        _TooLargeError: The document or a number in it is too large, or an alias contains itself.
     """
     counts: dict[int, int] = {}
     being_counted: set[int] = set()
 
     def count(node: yaml.Node) -> int:
         if id(node) in being_counted:
-            raise ValueError("an alias contains itself")
+            raise _TooLargeError("an alias contains itself")
         if id(node) not in counts:
             being_counted.add(id(node))
             children = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
-            counts[id(node)] = 1 + sum(map(count, parts))
+            characters = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+            counts[id(node)] = 1 + characters // _CHARACTERS_PER_NODE + sum(map(count, parts))
             being_counted.remove(id(node))
-        if counts[id(node)] > MAX_NODES:
-            raise ValueError(f"its aliases expand to more than {MAX_NODES} entries")
+        if counts[id(node)] > MAX_EXPANDED_NODES:
+            raise _TooLargeError(f"its aliases expand to more than {MAX_EXPANDED_NODES} values")
+        is_text = node.tag.endswith((":str", ":binary"))
+        if isinstance(node, yaml.ScalarNode) and not is_text and len(node.value) > MAX_NUMBER_CHARACTERS:
+            raise _TooLargeError(f"it has a number of {len(node.value)} characters")
         return counts[id(node)]
 
-    return count(root) if root is not None else 0
+    count(root)

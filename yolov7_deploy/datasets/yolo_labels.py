@@ -166,6 +166,13 @@ def collect_labels(files: Sequence[LabelFile], paths: Sequence[Path], images: Se
         )
     problems = [f"{path}: {repair}" for file, path in zip(files, paths, strict=True) for repair in file.repairs]
     missing = [i for i, file in enumerate(files) if file.is_missing]
+    first_image: dict[Path, int] = {}
+    shared = [i for i, file in enumerate(files) if not file.is_missing and first_image.setdefault(paths[i], i) != i]
+    if shared:
+        example = (
+            f"{short_text(images[shared[0]])} has that of {short_text(images[first_image[paths[shared[0]]]].name)}"
+        )
+        problems.insert(0, f"{len(shared)} images have the label file of another image; {example}")
     found = LabelSet(labels=tuple(file.labels for file in files), missing=len(missing), problems=tuple(problems))
     if not missing:
         return found

@@ -229,6 +229,10 @@ def open_source(
 ) -> Source:
     """Open anything that has images, as an iterable of frames.
 
+    The suffix decides what is an image or a video. Names with a leading dot are not used unless they are given, and
+    `Source.left_out` lists what else is in folders. A list has one path per line, relative to the list or to the
+    working directory; lines that start with # are ignored.
+
     Args:
         source: An image or video file, a folder (without its subfolders), a glob pattern (`shots/**/*.jpg`), a camera
             number, the URL of a stream or image, a `.txt` file that lists any of these, an array [H, W, 3], or a
