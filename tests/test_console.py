@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy._console import echo, plural, progress, table, write_json, write_text
+from yolov7_deploy._console import plural, progress, table, write_json, write_text
+from yolov7_deploy._output import echo
 from yolov7_deploy.errors import UsageError
 
 

@@ -20,43 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._text import json_escape, printable, printable_line
+from yolov7_deploy._output import write_stdout
+from yolov7_deploy._text import json_escape, printable_line
 from yolov7_deploy.errors import UsageError
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
-OTHER_OUTPUT = "Redirect it to a file on a disk with free space, or write the result with --json FILE."
-
-
-def echo(text: str = "", *, err: bool = False) -> None:
-    """Print a text and a line break; control characters and other unprintable ones are shown as escapes.
-
-    Args:
-        text: One or more lines.
-        err: Print to standard error. If nobody reads it any more, as after the terminal was closed, the text is lost.
-
-    Raises:
-        UsageError: Standard output is closed, or the disk it is redirected to is full.
-        BrokenPipeError: The program that reads standard output has ended.
-    """
-    line = printable(text) + "\n"
-    if not err:
-        _write_stdout(line)
-    elif sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(line)
-            sys.stderr.flush()
-
-
-def _write_stdout(text: str) -> None:
-    if sys.stdout is None:
-        raise UsageError("Standard output is closed, so the result cannot be printed.", fix=OTHER_OUTPUT)
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UsageError(f"Standard output cannot be written: {error.strerror or error}.", fix=OTHER_OUTPUT) from error
 
 
 def table(
@@ -135,7 +103,7 @@ def write_json(document: object, path: str | Path) -> None:
         write_text(Path(path), text)
         return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    _write_stdout(text if encoding.lower().startswith("utf") else json.dumps(json.loads(text), indent=1) + "\n")
+    write_stdout(text if encoding.lower().startswith("utf") else json.dumps(json.loads(text), indent=1) + "\n")
 
 
 def json_text(document: object, *, indent: int | None = None) -> str:

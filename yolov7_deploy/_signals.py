@@ -69,3 +69,17 @@ def raise_interrupted() -> Iterator[None]:
 
     with handle_signals(interrupt):
         yield
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Defer signals that end a program to the end of the block, so that a result can be finished.
+
+    Raises:
+        Interrupted: A signal arrived in the block.
+    """
+    received: list[int] = []
+    with handle_signals(lambda number, _: received.append(number)):
+        yield
+    if received:
+        raise Interrupted(received[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -12,12 +14,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from yolov7_deploy._signals import Interrupted
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.options import parse_classes, parse_img
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.visualize import write_image
+from yolov7_deploy.workflows.output_folder import MARKER
 
 NAMES = ("person", "dog")
 HW = (48, 64)
@@ -48,7 +52,9 @@ def inputs(tmp_path) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Return the results in a folder, without the files that mark it as a folder of results."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +163,14 @@ def test_unreadable_images_are_skipped_and_reported(run, inputs, tmp_path):
     assert len(json.loads((tmp_path / "new" / "r.json").read_text())["skipped"]) == 1
 
 
+def test_what_is_left_out_of_a_folder_is_printed(run, inputs):
+    assert "Left out" not in run("--source", inputs, "--nosave").stderr
+    (inputs / "._a.png").write_bytes(b"x")
+    (inputs / "deep").mkdir()
+    result = run("--source", inputs, "--nosave")
+    assert result.stderr.splitlines()[0] == f"Left out: 1 x hidden ({inputs}/._a.png), 1 x subfolder ({inputs}/deep)"
+
+
 def test_no_run_folder_is_created_if_detect_fails(run, tmp_path):
     assert isinstance(run("--source", "absent.jpg").exception, SourceError)
     assert isinstance(run("--source", tmp_path, "--classes", "dgo").exception, SourceError)
@@ -186,3 +200,37 @@ def test_an_unknown_class_is_refused_with_a_suggestion(run, inputs):
     error = run("--source", inputs, "--classes", "dgo").exception
     assert isinstance(error, UsageError)
     assert "dog" in error.fix
+
+
+def nan_detections(image):
+    return replace(find_two(image), boxes=np.full((2, 4), np.nan))
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (Interrupted(signal.SIGTERM), Interrupted),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (nan_detections, UsageError),
+        (BrokenPipeError(), BrokenPipeError),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "NaN", "closed pipe"],
+)
+def test_a_run_that_ends_early_keeps_the_results_until_then(run, inputs, tmp_path, monkeypatch, failure, error):
+    seen = []
+
+    def second_image_fails(self, image, *, classes=None):
+        seen.append(1)
+        if len(seen) == 1:
+            return find_two(image)
+        if callable(failure):
+            return failure(image)
+        raise failure
+
+    monkeypatch.setattr(FakeDetector, "__call__", second_image_fails)
+    with pytest.raises(error):  # called without typer, which would turn an interruption into its exit code
+        detect(source=str(inputs), save_dir=tmp_path / "out", json_path=str(tmp_path / "r.json"))
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["frames"], len(record["images"])) == (1, 1)
+    assert record["stopped"] is (error is KeyboardInterrupt or error is Interrupted)
+    assert files(tmp_path / "out") == ["a.png"]

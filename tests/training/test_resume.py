@@ -7,7 +7,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import safetensors.torch
 import torch
 
 from tests.support.training_runs import (
@@ -22,9 +21,10 @@ from tests.support.training_runs import (
     wait_for,
     y7,
 )
+from yolov7_deploy._signals import Interrupted
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.errors import LoadError, TrainingError, UsageError
-from yolov7_deploy.training import trainer
+from yolov7_deploy.training import checkpoints, trainer
 from yolov7_deploy.training.checkpoints import load_run_state, save_run_state
 from yolov7_deploy.training.loggers import read_results
 
@@ -78,11 +78,24 @@ def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(data, uninterrup
     assert_as_if_never_interrupted(folder, uninterrupted_run)
 
 
-def test_sigterm_stops_training_like_ctrl_c(data, tmp_path):
-    callback = train_until(data, tmp_path / "run", at=(1, 2), number=signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_stop_training_like_ctrl_c(data, tmp_path, number):
+    callback = RecordingCallback({(1, 1): send(number)})
+    with pytest.raises(Interrupted) as caught:
+        train_small(data, tmp_path / "run", callback, epochs=EPOCHS)
+    assert (caught.value.number, caught.value.exit_code) == (number, 128 + number)
     assert STOPPING in callback.messages and "stopped after step 2 of epoch 1" in callback.messages[-1]
     state, _ = load_run_state(tmp_path / "run")
     assert (state.epoch, state.step) == (0, 2)
+
+
+def test_sighup_that_is_ignored_does_not_stop_training(data, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        report = train_small(data, tmp_path / "run", RecordingCallback({(1, 1): send(signal.SIGHUP)}))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert report.epochs == 1
 
 
 @pytest.mark.slow
@@ -168,6 +181,16 @@ def run_signalled(name, data, folder, *more, step):
     return wait_for(start_process(["-c", script, *train_arguments(data, folder, "--epochs", str(EPOCHS), *more)]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_signals_end_the_command_with_their_exit_code(data, tmp_path, name, exit_code):
+    code, _, err = run_signalled(name, data, tmp_path / "run", step=1)
+    assert (code, "Traceback" in err) == (exit_code, False), err
+    assert "resume with:  y7 train --resume" in err
+    state, _ = load_run_state(tmp_path / "run")
+    assert (state.epoch, state.step) == (1, 2)
+
+
 def test_ctrl_c_in_the_command_is_exit_code_130_and_the_run_can_be_resumed(data, uninterrupted_run, tmp_path):
     folder = tmp_path / "run"
     code, out, err = run_signalled("SIGINT", data, folder, step=1)
@@ -187,7 +210,7 @@ def test_a_killed_run_resumes_from_its_last_saved_step(data, uninterrupted_run, 
     assert len(list(folder.glob(".*"))) == 0
     state, _ = load_run_state(folder)
     assert (state.epoch, state.step, len(read_results(folder / "results.csv"))) == (1, 1, 1)
-    (folder / ".state.123456.partial.safetensors").write_bytes(b"half of it")  # as if killed during a write
+    (folder / f".state.{'0' * 16}.partial.safetensors").write_bytes(b"half of it")  # as if killed during a write
     code, out, err = y7("train", "--resume", "--save-dir", str(folder))
     assert code == 0 and "best epoch" in out, err
     assert "resuming in epoch 2 of 2, after 1 of its steps" in err
@@ -342,11 +365,11 @@ def test_a_state_is_written_completely_or_not_at_all(interrupted_copy, monkeypat
     state, tensors = load_run_state(interrupted_copy)
     before = (interrupted_copy / "state.safetensors").read_bytes()
 
-    def fail_halfway(_, path, metadata):
+    def fail_halfway(path, tensors, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail_halfway)
+    monkeypatch.setattr(checkpoints, "_write_tensors", fail_halfway)
     with pytest.raises(LoadError, match=r"cannot be written .*No space left.* The previous file is unchanged"):
         save_run_state(interrupted_copy, state, tensors)
     assert (interrupted_copy / "state.safetensors").read_bytes() == before

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
 import typer
 
+from yolov7_deploy._output import echo, finish_output, is_output_failure, prepare_streams
+from yolov7_deploy._signals import Interrupted, raise_interrupted
 from yolov7_deploy.cli.bench import bench
 from yolov7_deploy.cli.build import build
 from yolov7_deploy.cli.demo import demo
@@ -21,8 +25,6 @@ from yolov7_deploy.cli.train import train
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library
-
-INTERRUPTED = 130  # exit code after Ctrl-C, as in shells: 128 + SIGINT
 
 app = typer.Typer(
     name="y7",
@@ -57,15 +59,45 @@ for _command, _aliases in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; print errors of this package without a traceback."""
+    """Run the command line and exit; errors of this package are printed without a traceback.
+
+    The exit code is 0 for success, 1 for an error, 2 for wrong options, and 128 plus the number of the signal that
+    ended the program, as in shells: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    prepare_streams()
+    # Messages that OpenCV and FFmpeg print have file names and addresses; errors are reported by this package.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    sys.exit(finish_output(_run()))
+
+
+def _run() -> int:
     try:
-        try:
-            app(prog_name="y7")
-        except ModuleNotFoundError as error:
-            raise missing_library(error, f"for y7 {' '.join(sys.argv[1:2])}") from error
+        with raise_interrupted():
+            try:
+                app(prog_name="y7")
+            except ModuleNotFoundError as error:
+                raise missing_library(error, f"for y7 {' '.join(sys.argv[1:2])}") from error
     except Y7Error as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - the command line prints
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)  # noqa: T201
-        sys.exit(INTERRUPTED)
+        echo(f"{type(error).__name__}: {error}", err=True)
+        return 1
+    except OSError as error:
+        if not is_output_failure(error):
+            raise
+        echo(f"Standard output cannot be written: {error.strerror}.", err=True)
+        return 1
+    except (KeyboardInterrupt, SystemExit) as error:
+        return _exit_code(error)
+    return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    """Return the exit code of a program that ends by an exception; typer turns every interruption into `Exit(130)`."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Interrupted):
+            return cause.exit_code
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return Interrupted(signal.SIGINT).exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from yolov7_deploy._output import echo
+from yolov7_deploy._signals import Interrupted, deferred_signals
+from yolov7_deploy._text import printable
 from yolov7_deploy.cli.options import (
     DEFAULT_FROM_MODEL,
     Conf,
@@ -25,7 +29,7 @@ from yolov7_deploy.cli.options import (
     parse_classes,
     parse_img,
 )
-from yolov7_deploy.errors import SourceError
+from yolov7_deploy.errors import Y7Error
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -99,30 +103,33 @@ def detect(
 
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import open_source
-    from yolov7_deploy.workflows.predict import AnnotateOptions, next_run_folder
+    from yolov7_deploy.workflows.output_folder import new_run_folder
+    from yolov7_deploy.workflows.predict import AnnotateOptions
 
-    if save_dir is None and (save_txt or not nosave):
-        save_dir = next_run_folder(RUNS)
-    options = AnnotateOptions(
-        save_dir=save_dir,
-        save_drawn=not nosave,
-        save_txt=save_txt,
-        save_conf=save_conf,
-        keep_records=json_path is not None,
-        view=view,
-    )
     opened = open_source(source, on_error="skip")
-    with Detector(
-        locate_weights(weights),
-        device=device,
-        img=input_size,
-        half=half,
-        conf=conf,
-        iou=iou,
-        max_det=max_det,
-        multi_label=multi_label,
-        class_agnostic=agnostic_nms,
-    ) as detector:
+    with contextlib.ExitStack() as stack:
+        if save_dir is None and (save_txt or not nosave):
+            save_dir = stack.enter_context(new_run_folder(RUNS))
+        options = AnnotateOptions(
+            save_dir=save_dir,
+            save_drawn=not nosave,
+            save_txt=save_txt,
+            save_conf=save_conf,
+            keep_records=json_path is not None,
+            view=view,
+        )
+        detector = Detector(
+            locate_weights(weights),
+            device=device,
+            img=input_size,
+            half=half,
+            conf=conf,
+            iou=iou,
+            max_det=max_det,
+            multi_label=multi_label,
+            class_agnostic=agnostic_nms,
+        )
+        stack.enter_context(detector)
         _run(detector, opened, classes=class_filter, options=options, json_path=json_path)
 
 
@@ -135,6 +142,7 @@ def _run(
     json_path: str | None,
 ) -> None:
     from yolov7_deploy.detections import find_classes
+    from yolov7_deploy.sources.files import summarize_left_out
     from yolov7_deploy.workflows.predict import PredictionReport
 
     class_ids = None if classes is None else find_classes(classes, detector.metadata.class_names)
@@ -147,15 +155,22 @@ def _run(
     }
     console = DetectConsole(source, to_stderr=json_path == "-")
     console.print(_headline(settings))
+    if source.left_out:
+        echo(f"Left out: {summarize_left_out(source.left_out)}", err=True)
     report = PredictionReport()
+    finish = functools.partial(
+        _finish, report, console, settings=settings, save_dir=options.save_dir, json_path=json_path
+    )
     try:
         console.annotate(functools.partial(detector, classes=class_ids), options=options, report=report)
-    except SourceError:
+    except (Y7Error, KeyboardInterrupt, OSError):
         # A camera may disconnect after hours: keep what was detected until then.
         if report.frames:
-            _finish(report, console, settings=settings, save_dir=options.save_dir, json_path=json_path)
+            finish()
         raise
-    _finish(report, console, settings=settings, save_dir=options.save_dir, json_path=json_path)
+    finish()
+    if report.stopped_by:
+        raise Interrupted(report.stopped_by)  # all results are written; the exit code says why it ended
 
 
 class DetectConsole:
@@ -172,9 +187,9 @@ class DetectConsole:
     def print(self, line: str) -> None:
         """Print one line, above the progress bar if there is one."""
         if self._progress is None:
-            typer.echo(line, err=self._to_stderr)
+            echo(line, err=self._to_stderr)
         else:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def annotate(self, detector: Detect, *, options: AnnotateOptions, report: PredictionReport) -> None:
         """Run the detector over the source and fill the report, with a bar for several frames on a terminal."""
@@ -222,17 +237,20 @@ def _finish(
     save_dir: Path | None,
     json_path: str | None,
 ) -> None:
-    """Print the summary and write the JSON result."""
+    """Write the JSON result and print the summary."""
     from yolov7_deploy._console import write_json
 
-    for item in report.skipped:
-        typer.echo(f"Skipped: {item.reason}", err=True)
-    speed = report.speed
-    console.print(
-        f"Speed: {speed.preprocess_ms:.1f}ms preprocess, {speed.inference_ms:.1f}ms inference, "
-        f"{speed.postprocess_ms:.1f}ms postprocess per image"
-    )
-    if save_dir is not None and save_dir.is_dir():
-        console.print(f"Results saved to {save_dir}")
-    if json_path is not None:
-        write_json({**report.to_dict(), **settings}, json_path)
+    with deferred_signals():
+        if json_path is not None and json_path != "-":
+            write_json({**report.to_dict(), **settings}, json_path)
+        for item in report.skipped:
+            echo(f"Skipped: {item.reason}", err=True)
+        speed = report.speed
+        console.print(
+            f"Speed: {speed.preprocess_ms:.1f}ms preprocess, {speed.inference_ms:.1f}ms inference, "
+            f"{speed.postprocess_ms:.1f}ms postprocess per image"
+        )
+        if save_dir is not None and save_dir.is_dir():
+            console.print(f"Results saved to {save_dir}")
+        if json_path == "-":
+            write_json({**report.to_dict(), **settings}, json_path)

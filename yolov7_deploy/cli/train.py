@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import JsonPath, locate_weights, parse_classes, parse_img, was_given
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
@@ -189,25 +190,28 @@ def _start(
 ) -> None:
     from yolov7_deploy.training.checkpoints import TrainRequest
     from yolov7_deploy.training.run import train as start_training
-    from yolov7_deploy.workflows.predict import next_run_folder
+    from yolov7_deploy.workflows.output_folder import new_run_folder
 
     if data is None:
         raise UsageError(
             "y7 train needs --data.", fix="y7 train --data D.yaml, or a generated dataset:  y7 shapes --output shapes"
         )
-    request = TrainRequest(
-        data=str(data),
-        folder=str(save_dir or next_run_folder(RUNS)),
-        variant=variant,
-        weights=str(weights or ""),
-        device=device,
-        classes=tuple(map(str, parse_classes([classes or ""]) or ())),
-        single_class=single_class,
-        tensorboard=tensorboard,
-        hyp=hyp,
-        options=options,
-    )
-    _print_report(start_training(request, callback=ConsoleCallback(json_path)), json_path)
+    with contextlib.ExitStack() as stack:
+        if save_dir is None:  # the main process sends its folder to the others
+            save_dir = stack.enter_context(new_run_folder(RUNS)) if _is_main_process() else RUNS
+        request = TrainRequest(
+            data=str(data),
+            folder=str(save_dir),
+            variant=variant,
+            weights=str(weights or ""),
+            device=device,
+            classes=tuple(map(str, parse_classes([classes or ""]) or ())),
+            single_class=single_class,
+            tensorboard=tensorboard,
+            hyp=hyp,
+            options=options,
+        )
+        _print_report(start_training(request, callback=ConsoleCallback(json_path)), json_path)
 
 
 def _resume(
@@ -234,7 +238,7 @@ def _print_report(report: TrainReport, json_path: str | None) -> None:
     from yolov7_deploy._console import write_json
 
     if _is_main_process():
-        typer.echo(report.summary(), err=json_path == "-")
+        echo(report.summary(), err=json_path == "-")
         if json_path is not None:
             write_json(report.to_dict(), json_path)
 
@@ -258,7 +262,7 @@ def _read_recipe(
     name = hyp or default_preset(variant, pretrained=pretrained)
     recipe = read_hyperparameters(name, changes=_parse_values(set_values or []))
     if show:
-        typer.echo(format_hyperparameters(recipe), nl=False)
+        echo(format_hyperparameters(recipe).rstrip("\n"))
         raise typer.Exit
     return recipe
 
@@ -315,16 +319,16 @@ class ConsoleCallback:
     def on_message(self, text: str) -> None:
         """Print a message."""
         if _is_main_process():
-            typer.echo(text, err=True)
+            echo(text, err=True)
 
     def on_epoch_end(self, record: EpochRecord) -> None:
         """Print a line of the table."""
         if not self._has_heading:
-            typer.echo(HEADING, err=self._to_stderr)
+            echo(HEADING, err=self._to_stderr)
             self._has_heading = True
         ap, ap50 = ("      -" if value is None else f"{value:7.4f}" for value in (record.ap, record.ap50))
         memory_gb = (record.memory_bytes or 0) / 1e9
-        typer.echo(
+        echo(
             f"{record.epoch:6d} {record.box:7.4f} {record.obj:7.4f} {record.cls:7.4f} {ap} {ap50} "
             f"{record.images_per_s:7.1f} {memory_gb:7.2f} {record.seconds:7.1f}",
             err=self._to_stderr,

@@ -188,7 +188,7 @@ class VideoWriter:
         if not self._writer.isOpened():
             self.discard()
             raise SourceError(
-                f"{path} cannot be written: this OpenCV has no mp4v encoder, or the folder is read-only.",
+                f"{path} cannot be written: the disk is full, or this OpenCV has no mp4v encoder.",
                 fix="Use --nosave with --save-txt or --json, or install opencv-python-headless from PyPI.",
             )
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from yolov7_deploy._signals import ENDING_SIGNALS
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import DeviceError, UsageError, Y7Error
 from yolov7_deploy.training.augment import Augmentation, make_sample
@@ -204,7 +205,7 @@ def _identity(batch: list[Batch]) -> list[Batch]:
 def _start_worker(worker_id: int) -> None:
     _keep_freed_memory()
     cv2.setNumThreads(0)  # workers already run in parallel
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process stops the workers
+    for number in ENDING_SIGNALS:  # the main process stops the workers
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -17,7 +17,7 @@ from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.class_filter import as_single_class, select_classes
 from yolov7_deploy.datasets.statistics import describe_labels
-from yolov7_deploy.errors import DatasetError, ImageError, TrainingError, UsageError
+from yolov7_deploy.errors import DatasetError, ImageError, UsageError
 from yolov7_deploy.model.configs import Anchors, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.tensorrt.memory_estimate import free_host_memory
@@ -38,6 +38,7 @@ from yolov7_deploy.training.initialization import initialize_model, require_vari
 from yolov7_deploy.training.loggers import RunLog, TrainCallback, read_results, write_run
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.plots import draw_labels, draw_precision_recall, draw_results
+from yolov7_deploy.training.run_lock import lock_run_folder
 from yolov7_deploy.training.train_step import TrainStep, frozen_layers, multi_scale_sizes
 from yolov7_deploy.training.trainer import Trainer, TrainReport
 
@@ -64,19 +65,15 @@ def train(request: TrainRequest, *, callback: TrainCallback) -> TrainReport:
         callback: Receives messages, progress and metrics.
 
     Raises:
-        UsageError: The options contradict each other, or the folder already has a training run.
+        UsageError: The options contradict each other, the folder already has a training run, or another process trains
+            in it.
         DatasetError: Images or labels are missing or malformed.
         LoadError: The weights cannot be read.
         DeviceError: The device does not exist, or is out of memory; the message names the batch size that fits.
         TrainingError: The loss is not finite.
-        KeyboardInterrupt: Ctrl-C, after the state was saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the state was saved; see `Interrupted`.
     """
-    folder = Path(request.folder)
-    if (folder / STATE).exists():
-        raise UsageError(
-            f"{folder} already has a training run.",
-            fix=f"Resume it:  y7 train --resume --save-dir {folder}  or choose another folder",
-        )
+    _refuse_existing_run(Path(request.folder))
     with init_distributed(request.device) as distributed:
         request = distributed.broadcast(_resolve_cache(request))
         folder = Path(request.folder)
@@ -104,10 +101,12 @@ def train(request: TrainRequest, *, callback: TrainCallback) -> TrainReport:
             world_size=distributed.world_size,
             weights_sha256=checkpoint.source_sha256 if checkpoint else "",
         )
-        if distributed.is_main_process:
-            _create_folder(folder, request, datasets, checkpoint)
-        distributed.barrier()
-        return _run(initialized.model, datasets, state, distributed, callback, resuming=False)
+        with _lock(folder, distributed):
+            if distributed.is_main_process:
+                _refuse_existing_run(folder)
+                _create_folder(folder, request, datasets, checkpoint)
+            distributed.barrier()
+            return _run(initialized.model, datasets, state, distributed, callback, resuming=False)
 
 
 def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, data: str | None = None) -> TrainReport:
@@ -121,12 +120,14 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
 
     Raises:
         LoadError: The folder does not have a state, or it is damaged.
-        UsageError: The dataset has changed, or the number of processes is different.
+        UsageError: The run is still running, the dataset has changed, or the number of processes is different.
         Y7Error: All errors of `train`.
     """
     state, _ = load_run_state(folder)
-    request = replace(state.request, folder=str(folder), data=data or state.request.data)  # they may have been moved
-    with init_distributed(device or request.device) as distributed:
+    with init_distributed(device or state.request.device) as distributed, _lock(folder, distributed):
+        state, _ = load_run_state(folder)  # again: the run may have gone on until the lock was free
+        # Both may have been moved.
+        request = replace(state.request, folder=str(folder), data=data or state.request.data)
         datasets = _open_datasets(request)
         if datasets.sha256 != state.data_sha256:
             raise UsageError(
@@ -147,6 +148,19 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
             f"resuming in epoch {state.epoch + 1} of {request.options.epochs}, after {state.step} of its steps"
         )
         return _run(model, datasets, replace(state, request=request), distributed, callback, resuming=True)
+
+
+def _refuse_existing_run(folder: Path) -> None:
+    if (folder / STATE).exists():
+        raise UsageError(
+            f"{folder} already has a training run.",
+            fix=f"Resume it:  y7 train --resume --save-dir {folder}  or choose another folder",
+        )
+
+
+def _lock(folder: Path, distributed: DistributedContext) -> contextlib.AbstractContextManager[None]:
+    """Lock the folder in the main process; the others wait for it in their first collective."""
+    return lock_run_folder(folder) if distributed.is_main_process else contextlib.nullcontext()
 
 
 def _run(
@@ -336,10 +350,6 @@ def _select_anchors(request: TrainRequest, datasets: _Datasets, anchors: Anchors
 
 
 def _create_folder(folder: Path, request: TrainRequest, datasets: _Datasets, checkpoint: Checkpoint | None) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{folder} cannot be created ({error.strerror}).", fix="--save-dir ANOTHER") from error
     document = {
         "request": asdict(request),
         "command": sys.argv[1:],

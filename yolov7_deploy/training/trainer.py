@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -15,6 +14,7 @@ from types import FrameType
 import numpy as np
 import torch
 
+from yolov7_deploy._signals import Interrupted, handle_signals
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detector import Detector
@@ -43,6 +43,7 @@ from yolov7_deploy.training.sampler import compute_image_weights
 from yolov7_deploy.training.train_step import StepMetrics, TrainStep
 
 MAX_VAL_BATCH = 16
+SAVE_BEFORE_VALIDATION_S = 60.0  # seconds of training since the last saved state
 AP50_WEIGHT, AP_WEIGHT = 0.1, 0.9  # of the fitness that selects the best epoch, as in the official program
 
 
@@ -124,7 +125,7 @@ class Trainer:
         # Save after the first step, too: a full disk is noticed at once, and the first epoch can be long.
         self._saved_at = time.monotonic() if state.epoch or state.step else -math.inf
         self._started_at = time.monotonic() - state.seconds
-        self._interrupted = threading.Event()
+        self._signal = 0  # number of the signal that asks the training to end
 
     @property
     def state(self) -> RunState:
@@ -154,11 +155,11 @@ class Trainer:
         """Train all remaining epochs.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, after the state was saved.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP, after the state was saved.
             TrainingError: The loss is not finite, or the disk is full.
             DeviceError: Out of memory; the message names the batch size that fits.
         """
-        with self._handle_signals():
+        with handle_signals(self._handle_signal):
             while not self._is_finished():
                 self._train_epoch()
                 self._end_epoch()
@@ -207,7 +208,7 @@ class Trainer:
     def _run_step(self, batch: Batch) -> StepMetrics:
         state = self._state
         step = state.epoch * self._loader.steps + state.step
-        stop = self._interrupted.is_set()
+        stop = self._signal != 0
         try:
             return self._train_step.run(batch, epoch=state.epoch, step=step, epoch_step=state.step, stop=stop)
         except (RuntimeError, MemoryError) as error:
@@ -229,7 +230,7 @@ class Trainer:
             f"stopped after step {state.step} of epoch {state.epoch + 1}; resume with:  "
             f"{self._distributed.command} train --resume --save-dir {self._folder}"
         )
-        raise KeyboardInterrupt
+        raise Interrupted(self._signal or signal.SIGINT)  # another process may have received the signal
 
     def _draw_first_batch(self, batch: Batch) -> None:
         if self._distributed.is_main_process and self._state.epoch == 0 and self._state.step == 0:
@@ -280,6 +281,9 @@ class Trainer:
         report = None
         for problems in self._distributed.all_gather(tuple(self._unreadable)):
             self._report_unreadable(problems)
+        if is_due and time.monotonic() - self._saved_at > SAVE_BEFORE_VALIDATION_S:
+            self._save_state()  # a process that is asked to end during the validation may be killed before its end
+            state = self._state
         if self._distributed.is_main_process:
             save_last(self._folder, state, self._train_step.ema.tensors)
             if is_due:
@@ -297,12 +301,14 @@ class Trainer:
             step=0,
             sums=LossSums(),
         )
+        record = None
         if self._distributed.is_main_process:
             record = self._record(epoch, state.sums.mean(), report, images_per_s=images_per_s)
             assert self._log is not None, "the main process has the log"
             self._log.write(record)
-            self._callback.on_epoch_end(record)
         self._save_state()
+        if record is not None:
+            self._callback.on_epoch_end(record)  # after saving, because standard output may be closed
 
     def _validate(self, name: str) -> AccuracyReport:
         """Return the accuracy of a weights file of the run, as `y7 val` measures it."""
@@ -367,26 +373,13 @@ class Trainer:
             self._state = replace(self._state, grad_scale=self._train_step.grad_scale)
             save_run_state(self._folder, self._state, self._train_step.state_tensors())
 
-    @contextlib.contextmanager
-    def _handle_signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the training after the current step, and a second Ctrl-C at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
+    def _handle_signal(self, number: int, _: FrameType | None) -> None:
+        """End the training after the current step, and at once at a second Ctrl-C."""
+        if self._signal:
+            # Not for SIGTERM: torchrun sends it to all processes when the first one has ended.
+            if number == signal.SIGINT:
+                raise Interrupted(number)
             return
-
-        def stop(number: int, _: FrameType | None) -> None:
-            if self._interrupted.is_set():
-                # Not for SIGTERM: torchrun sends it to all processes when the first one has ended.
-                if number == signal.SIGINT:
-                    raise KeyboardInterrupt
-                return
-            self._interrupted.set()
-            with contextlib.suppress(RuntimeError):  # the signal interrupted a write to the same stream
-                self._callback.on_message("stopping after this step; press Ctrl-C again to stop at once")
-
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        self._signal = number
+        with contextlib.suppress(RuntimeError):  # the signal interrupted a write to the same stream
+            self._callback.on_message("stopping after this step; press Ctrl-C again to stop at once")

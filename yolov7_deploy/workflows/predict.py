@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+import signal
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from yolov7_deploy._console import write_text
+from yolov7_deploy._signals import Interrupted, deferred_signals
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image
@@ -20,9 +23,13 @@ from yolov7_deploy.sources import VIDEO_SUFFIXES, Frame, Skipped, Source
 from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoWriter
 from yolov7_deploy.visualize import write_image
+from yolov7_deploy.workflows.output_folder import ResultFolder
 
 LABELS_FOLDER = "labels"
+SAVED_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # annotated images of others are .jpg
 SCHEMA = 1
+MAX_LIVE_FPS = 240  # streams often report 0, or the 90 000 ticks of their clock
+MAX_PAUSE_S = 60.0  # a longer pause of a live stream is not filled with its last frame
 
 Detect = Callable[[Image], Detections]
 
@@ -66,7 +73,8 @@ class PredictionReport:
         skipped: Images and videos that could not be read, with reasons.
         dropped: Number of dropped frames of live streams.
         files: Annotated images and videos that were written; label files are not listed.
-        stopped: The user ended the run, in the window or with Ctrl-C on a live stream.
+        stopped: The user ended the run, in the window or with a signal such as Ctrl-C.
+        stopped_by: Number of that signal, 0 for none.
     """
 
     frames: int = 0
@@ -77,6 +85,7 @@ class PredictionReport:
     dropped: int = 0
     files: list[Path] = field(default_factory=list)
     stopped: bool = False
+    stopped_by: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -87,6 +96,7 @@ class PredictionReport:
             "images": self.records,
             "skipped": [{"path": item.path, "reason": item.reason} for item in self.skipped],
             "dropped": self.dropped,
+            "stopped": self.stopped,
             "speed_ms": {
                 "preprocess": round(self.speed.preprocess_ms, 3),
                 "inference": round(self.speed.inference_ms, 3),
@@ -105,8 +115,9 @@ def annotate(
 ) -> PredictionReport:
     """Run a detector on every frame of a source, write the results, and close the source.
 
-    Ctrl-C on a live stream ends the run normally. On files it is an interruption: the unfinished video is removed and
-    `KeyboardInterrupt` is raised. The recording of a live stream is always kept.
+    Ctrl-C, and in `y7` every signal that ends a program, ends the run of a live stream normally. On files it is an
+    interruption: `KeyboardInterrupt` is raised, and the unfinished video ends at that frame. After an error the
+    unfinished video of a file is removed; the recording of a live stream is always kept.
 
     Args:
         detector: Called with each image, uint8 BGR [H, W, 3].
@@ -118,7 +129,8 @@ def annotate(
     Raises:
         SourceError: Nothing could be read, or a video cannot be written.
         ImageError: An image cannot be read (depending on the source's `on_error`) or written.
-        UsageError: A result would overwrite its own input, or there is no display to show it on.
+        UsageError: A result would overwrite its own input, or a file that y7 detect did not write, such as the labels
+            of a dataset; there is no display to show images on; the detector returned NaN or infinity.
     """
     _refuse_overwriting(options, source)
     report = PredictionReport() if report is None else report
@@ -129,10 +141,11 @@ def annotate(
         writer = stack.enter_context(_ResultWriter(options, report))
         try:
             _run(detector, source, options=options, report=report, writer=writer, window=window, on_frame=on_frame)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            report.stopped = True
+            report.stopped_by = error.number if isinstance(error, Interrupted) else signal.SIGINT
             if not source.is_live:
                 raise
-            report.stopped = True
     return report
 
 
@@ -151,11 +164,11 @@ def _run(
     on_frame: Callable[[Frame, Detections], None] | None,
 ) -> None:
     draws = options.view or (options.save_dir is not None and options.save_drawn)
-    dropped: dict[str, int] = {}
+    dropped: dict[int, int] = {}
     for frame in source:
         detections = replace(detector(frame.image), path=frame.path)
         _record(report, frame, detections, keep_record=options.keep_records)
-        dropped[frame.path] = frame.dropped
+        dropped[frame.item] = frame.dropped
         report.dropped = sum(dropped.values())
         drawn = detections.plot(frame.image) if draws else None
         writer.write(frame, detections, drawn)
@@ -167,8 +180,16 @@ def _run(
 
 
 def _refuse_overwriting(options: AnnotateOptions, source: Source) -> None:
-    """Reject an output folder that has input images, since annotated images keep their names."""
-    if options.save_dir is None or not options.save_drawn:
+    """Reject output folders in which results would replace the input images or the labels of a dataset."""
+    if options.save_dir is None:
+        return
+    if options.save_txt and _labels_folder(options.save_dir).has_foreign_files:
+        raise UsageError(
+            f"{options.save_dir / LABELS_FOLDER} has label files that y7 detect did not write, such as the labels of a "
+            "dataset. They are not replaced.",
+            fix="Choose another folder:  --save-dir results",
+        )
+    if not options.save_drawn:
         return
     target = options.save_dir.resolve()
     folders = {Path(path).parent for path in source.paths if path and "://" not in path}
@@ -177,6 +198,10 @@ def _refuse_overwriting(options: AnnotateOptions, source: Source) -> None:
             f"{options.save_dir} is the folder of the input images; annotated images would overwrite them.",
             fix="Choose another folder:  --save-dir results",
         )
+
+
+def _labels_folder(save_dir: Path) -> ResultFolder:
+    return ResultFolder(save_dir / LABELS_FOLDER, (".txt", ""))  # names without a suffix are folders such as `train`
 
 
 def _record(report: PredictionReport, frame: Frame, detections: Detections, *, keep_record: bool) -> None:
@@ -200,48 +225,57 @@ class _ResultWriter:
         self._options = options
         self._report = report
         self._names = _UniqueNames(pair_with_labels=options.save_txt)
-        self._stems: dict[str, str] = {}
-        self._videos: dict[str, VideoWriter] = {}
-        self._live: set[str] = set()
+        self._stems: dict[int, str] = {}  # of videos and streams, by their number in the source
+        self._videos: dict[int, VideoWriter] = {}
+        self._live: set[int] = set()
+        folder = options.save_dir or Path()
+        self._folder, self._labels = ResultFolder(folder, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)), _labels_folder(folder)
 
     def write(self, frame: Frame, detections: Detections, drawn: Image | None) -> None:
-        folder = self._options.save_dir
-        if folder is None:
+        if self._options.save_dir is None:
             return
+        saved = drawn if self._options.save_drawn else None
         if frame.number is None:
-            name = self._names.reserve(*_image_name(frame))
+            name = self._names.reserve_image(*_image_name(frame))
             stem = Path(name).stem
-            if self._options.save_drawn and drawn is not None:
-                write_image(folder / name, drawn)
-                self._report.files.append(folder / name)
+            if saved is not None:
+                path = self._folder.result(name)
+                write_image(path, saved)
+                self._report.files.append(path)
         else:
             stem = f"{self._video_stem(frame)}_{frame.number + 1}"  # the official program counts frames from 1
-            if self._options.save_drawn and drawn is not None:
-                self._write_video(folder, frame, drawn)
+            if saved is not None:
+                self._write_video(frame, saved)
         if self._options.save_txt:
-            write_text(folder / LABELS_FOLDER / f"{stem}.txt", detections.to_yolo(save_conf=self._options.save_conf))
+            write_text(self._labels.result(f"{stem}.txt"), detections.to_yolo(save_conf=self._options.save_conf))
 
     def _video_stem(self, frame: Frame) -> str:
-        if frame.path not in self._stems:
-            self._stems[frame.path] = Path(self._names.reserve(_slug(frame.path), ".mp4")).stem
-        return self._stems[frame.path]
+        if frame.item not in self._stems:
+            self._stems[frame.item] = self._names.reserve_video(_slug(frame.path))
+        return self._stems[frame.item]
 
-    def _write_video(self, folder: Path, frame: Frame, drawn: Image) -> None:
-        """Append a frame to the video of its source; a changed frame size (after a reconnection) starts a new file."""
-        if not frame.is_live and frame.path not in self._videos:
+    def _write_video(self, frame: Frame, drawn: Image) -> None:
+        """Append a frame to the video of its source.
+
+        A changed frame size (after a reconnection) or a long pause of a stream starts a new file.
+        """
+        if not frame.is_live and frame.item not in self._videos:
             self._finish()
-        video_writer = self._videos.get(frame.path)
-        if video_writer is not None and video_writer.hw != drawn.shape[:2]:
-            self._report.files.append(video_writer.finish())
-            del self._stems[frame.path], self._videos[frame.path]
-            video_writer = None
-        if video_writer is None:
-            path = folder / f"{self._video_stem(frame)}.mp4"
-            video_writer = VideoWriter(path, fps=frame.fps, hw=(drawn.shape[0], drawn.shape[1]))
-            self._videos[frame.path] = video_writer
-            if frame.is_live:
-                self._live.add(frame.path)
-        video_writer.write(drawn)
+        video = self._videos.get(frame.item)
+        if video is not None and (video.hw != drawn.shape[:2] or _is_after_pause(frame, video)):
+            self._report.files.append(self._videos.pop(frame.item).finish())
+            del self._stems[frame.item]
+            video = None
+        if video is None:
+            path = self._folder.result(f"{self._video_stem(frame)}.mp4")
+            fps = 0.0 if frame.is_live and not 1 <= frame.fps <= MAX_LIVE_FPS else frame.fps
+            video = VideoWriter(path, fps=fps, hw=(drawn.shape[0], drawn.shape[1]))
+            self._videos[frame.item] = video
+        if frame.is_live:
+            self._live.add(frame.item)
+            video.write_at(drawn, frame.timestamp_s)
+        else:
+            video.write(drawn)
 
     def _finish(self) -> None:
         while self._videos:
@@ -253,41 +287,74 @@ class _ResultWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            for path in [path for path in self._videos if path not in self._live]:
-                self._videos.pop(path).discard()
-        try:
-            self._finish()
-        finally:
-            for video_writer in self._videos.values():
-                video_writer.discard()
+        with deferred_signals():
+            if error is not None and not isinstance(error, KeyboardInterrupt):
+                for item in [item for item in self._videos if item not in self._live]:
+                    self._videos.pop(item).discard()
+            try:
+                self._finish()
+            finally:
+                for video in self._videos.values():
+                    video.discard()
+
+
+def _is_after_pause(frame: Frame, video: VideoWriter) -> bool:
+    return frame.is_live and frame.timestamp_s - video.end_s > MAX_PAUSE_S
 
 
 class _UniqueNames:
-    """File names that are unique within a run, ignoring case.
+    """File names that are unique within a run, ignoring case and the two ways of writing accents.
 
-    With labels the stem must be unique: `a.jpg` and `a.png` would share `a.txt`.
+    With labels the stem of an image must be unique: `a.jpg` and `a.png` would share `a.txt`, and an image `clip_7.jpg`
+    would share `clip_7.txt` with the seventh frame of `clip.mp4`.
     """
 
     def __init__(self, *, pair_with_labels: bool) -> None:
         self._pair = pair_with_labels
-        self._taken: set[str] = set()
+        self._taken: set[str] = set()  # names, and with labels the stems of images
+        self._videos: set[str] = set()  # stems
 
-    def reserve(self, stem: str, suffix: str) -> str:
-        for number in itertools.count(1):
-            candidate = stem if number == 1 else f"{stem}_{number}"
-            key = (candidate if self._pair else candidate + suffix).casefold()
-            if key not in self._taken:
+    def reserve_image(self, stem: str, suffix: str) -> str:
+        """Return the name, or one with `_2`, `_3`, ... if another result would have the same name or label file."""
+        # After the stem of a video, these would look like its frames.
+        separator = "-" if self._pair and _name_key(stem) in self._videos else "_"
+        for candidate in _candidates(stem, separator):
+            key = _name_key(candidate if self._pair else candidate + suffix)
+            if key not in self._taken and not (self._pair and _is_frame_of(key, self._videos)):
                 self._taken.add(key)
                 return candidate + suffix
         raise AssertionError("unreachable")
+
+    def reserve_video(self, stem: str) -> str:
+        """Return the stem of a video whose label files have `_1`, `_2`, ... after it; see `reserve_image`."""
+        for candidate in _candidates(stem, "_"):
+            key = _name_key(candidate)
+            shares_labels = self._pair and any(_is_frame_of(image, {key}) for image in self._taken)
+            if key not in self._videos and not shares_labels:
+                self._videos.add(key)
+                return candidate
+        raise AssertionError("unreachable")
+
+
+def _candidates(stem: str, separator: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}{separator}{number}" for number in itertools.count(2))
+
+
+def _is_frame_of(key: str, videos: set[str]) -> bool:
+    stem, _, number = key.rpartition("_")
+    return stem in videos and number.isdecimal()
+
+
+def _name_key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _image_name(frame: Frame) -> tuple[str, str]:
     if not frame.path:
         return f"image_{frame.index:06d}", ".jpg"
     suffix = Path(urlsplit(frame.path).path if "://" in frame.path else frame.path).suffix
-    return _slug(frame.path), suffix if suffix.lower() in IMAGE_SUFFIXES else ".jpg"
+    return _slug(frame.path), suffix if suffix.lower() in SAVED_SUFFIXES else ".jpg"
 
 
 def _slug(path: str) -> str:
@@ -299,11 +366,3 @@ def _slug(path: str) -> str:
         return Path(parts.path).stem
     location = f"{parts.netloc.rpartition('@')[2]}{parts.path}"
     return re.sub(r"[^\w.-]+", "_", location).strip("_") or "stream"
-
-
-def next_run_folder(parent: Path) -> Path:
-    """Return the next of `exp`, `exp2`, `exp3`, ... after the highest that exists, as the official programs do."""
-    taken = [re.fullmatch(r"exp(\d*)", path.name) for path in parent.iterdir()] if parent.is_dir() else []
-    numbers = [int(match[1] or 1) for match in taken if match]
-    number = max(numbers, default=0) + 1
-    return parent / ("exp" if number == 1 else f"exp{number}")

@@ -1,0 +1,47 @@
+"""Run folders are numbered and never shared."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.workflows.output_folder import create_run_folder, new_run_folder
+
+
+def test_run_folders_are_numbered_after_the_highest(tmp_path):
+    assert create_run_folder(tmp_path / "runs").name == "exp"
+    for name in ("exp", "exp2", "exp9", "export", "exp_old"):
+        (tmp_path / name).mkdir()
+    assert create_run_folder(tmp_path) == tmp_path / "exp10" and (tmp_path / "exp10").is_dir()
+
+
+def test_runs_that_start_together_get_different_folders(tmp_path):
+    folders, barrier = [], threading.Barrier(8)
+
+    def start():
+        barrier.wait()
+        folders.extend(create_run_folder(tmp_path / "runs") for _ in range(10))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(folders)) == 80 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_without_results_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyError), new_run_folder(Path("runs/detect")):
+        raise KeyError
+    assert not (tmp_path / "runs").exists()
+    with new_run_folder(Path("runs/detect")) as folder:
+        (folder / "a.txt").write_text("")
+    assert (tmp_path / "runs/detect/exp/a.txt").exists()
+
+
+def test_a_parent_that_is_a_file_is_a_usage_error(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UsageError, match="not a folder"):
+        create_run_folder(tmp_path / "runs")
