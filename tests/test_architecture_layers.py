@@ -303,13 +303,26 @@ def test_no_except_clause_is_bare():
     assert wrong == []
 
 
-def test_the_library_does_not_print():
+def test_texts_are_printed_and_logged_only_by_the_functions_that_make_them_printable():
+    """`echo` prints and `get_logger` logs; both show control characters of foreign texts as escapes."""
+    others = {"print", "pprint", "pprint.pprint", "typer.echo", "typer.secho", "logging.getLogger"}
     wrong = [
         f"{relative(path)}:{node.lineno}"
         for path in files()
-        if layer_of(module_name(path)) != "cli"
+        if relative(path) != "_text.py"
         for node in ast.walk(tree(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "pprint", "pprint.pprint"}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in others
+    ]
+    assert wrong == []
+
+
+def test_the_library_does_not_print():
+    wrong = [
+        f"{relative(path)}:{line}"
+        for path in files()
+        if layer_of(module_name(path)) not in {"cli", "_console"}
+        for module, name, line in all_imports(path)
+        if (module, name) in {(f"{NAME}._output", "echo"), (f"{NAME}._output", "write_stdout")}
     ]
     assert wrong == []
 

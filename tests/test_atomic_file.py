@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from yolov7_deploy._atomic_file import PartialFile, atomic_write, remove_partial_files
+from yolov7_deploy._atomic_file import PartialFile, atomic_folder, atomic_write, remove_partial_files
 
 _WRITE_AND_WAIT = """
 import sys
@@ -171,6 +171,17 @@ def test_a_write_inside_a_write_of_the_same_file_needs_no_second_temporary_file(
     assert (tmp_path / "a").read_text() == "a" and names(tmp_path) == ["a"]
 
 
+def test_a_folder_is_complete_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a" / "data") as temporary:
+        (temporary / "half").write_text("")
+        raise KeyboardInterrupt
+    assert names(tmp_path / "a") == []
+    with atomic_folder(tmp_path / "a" / "data") as temporary:
+        (temporary / "all").write_text("")
+        remove_partial_files(tmp_path / "a")  # another run may start
+    assert names(tmp_path / "a" / "data") == ["all"] and names(tmp_path / "a") == ["data"]
+
+
 # --- what killed processes leave --------------------------------------------------------------------------------------
 
 
@@ -197,10 +208,11 @@ def test_only_files_with_names_of_this_package_are_removed(tmp_path):
     others = [f"a.{token}.partial.json", ".a.1234.partial.json", f".a.{token}.part.json", ".a.partial.json", "a.json"]
     for name in (ours, *others):
         (tmp_path / name).write_text("")
-    (tmp_path / f".b.{token}.partial").mkdir()
+    (tmp_path / f".b.{token}.partial" / "inside").mkdir(parents=True)
+    (tmp_path / f".b.{token}").mkdir()
     (tmp_path / f".c.{token}.partial").symlink_to("a.json")
     remove_partial_files(tmp_path)
-    assert names(tmp_path) == sorted([*others, f".b.{token}.partial", f".c.{token}.partial"])
+    assert names(tmp_path) == sorted([*others, f".b.{token}", f".c.{token}.partial"])
     remove_partial_files(tmp_path / "absent")
 
 

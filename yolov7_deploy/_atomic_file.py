@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import time
@@ -43,9 +44,7 @@ class PartialFile:
         if self._target in _own_files or _is_special(self._target):
             return
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        if self._target.parent not in _cleaned_folders:
-            _cleaned_folders.add(self._target.parent)
-            remove_partial_files(self._target.parent)
+        _clean_once(self._target.parent)
         self.temporary, self._descriptor = _create(self._target)
         _own_files.add(self.temporary)
 
@@ -99,38 +98,75 @@ def atomic_write(path: Path) -> Iterator[Path]:
         file.discard()
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; it is renamed to `path` at the end, or removed if an exception is raised.
+
+    See `PartialFile`. A folder at `path` must be empty.
+
+    Raises:
+        OSError: The folder cannot be created or renamed.
+    """
+    target = _follow_links(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_once(target.parent)
+    temporary, descriptor = _create(target, is_folder=True)
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 def remove_partial_files(folder: Path) -> None:
-    """Remove temporary files that killed processes left in a folder; files that are being written stay."""
+    """Remove temporary files and folders that killed processes left; those that are being written stay."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if _TEMPORARY_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            if _TEMPORARY_NAME.fullmatch(entry.name) and not entry.is_symlink():
                 with contextlib.suppress(OSError):
                     _remove_if_abandoned(Path(entry.path))
 
 
+def _clean_once(folder: Path) -> None:
+    if folder not in _cleaned_folders:
+        _cleaned_folders.add(folder)
+        remove_partial_files(folder)
+
+
 def _remove_if_abandoned(path: Path) -> None:
-    if sys.platform == "win32":
-        if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-            path.unlink()
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = -1
     try:
-        locked = _lock(descriptor)  # the lock of a process that ended is released
-        is_old = time.time() - os.fstat(descriptor).st_mtime > ABANDONED_AFTER_S
+        locked = None
+        if sys.platform != "win32":
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            locked = _lock(descriptor)  # the lock of a process that ended is released
+        is_old = time.time() - path.lstat().st_mtime > ABANDONED_AFTER_S
         if locked or (locked is None and is_old):
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     finally:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
-def _create(target: Path) -> tuple[Path, int]:
-    """Create a temporary file of a target, and return it and its descriptor, which is locked where locks exist."""
+def _create(target: Path, *, is_folder: bool = False) -> tuple[Path, int]:
+    """Create a temporary file or folder of a target; return it and its descriptor, locked where locks exist, or -1."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     while True:
         name = f".{target.stem[:_MAX_STEM]}.{secrets.token_hex(8)}.partial{target.suffix}"
         temporary = target.with_name(name)
         try:
-            descriptor = os.open(temporary, flags, 0o666)
+            if not is_folder:
+                descriptor = os.open(temporary, flags, 0o666)
+            else:
+                temporary.mkdir()
+                if sys.platform == "win32":  # a folder cannot be opened
+                    return temporary, -1
+                descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         except FileExistsError:
             continue
         # Another process may have removed the file as abandoned before it was locked.

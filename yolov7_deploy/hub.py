@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import logging
 import os
 import time
 import urllib.error
@@ -17,9 +16,10 @@ from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._download import download
+from yolov7_deploy._text import get_logger, hide_credentials
 from yolov7_deploy.errors import LoadError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -98,7 +98,7 @@ def find_weights(
         folders = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in weights_folders().items())
         raise LoadError(
             f"{name} ({' / '.join(_file_names(name))}) was not found in any of these locations:{folders}"
-            f"\n  the authors' release: {url} ({_reason(error)})",
+            f"\n  the authors' release: {url} ({hide_credentials(_reason(error))})",
             fix=f"Download this URL on a machine with network access, and pass the file:  --weights {name}.pt",
         ) from error
     logger.info("weights: %s -> %s in %.1f s", url, target, time.perf_counter() - start)

@@ -195,8 +195,9 @@ def test_a_preset_is_written_and_read_back(tmp_path, name):
 
 
 def test_a_file_that_cannot_be_written_is_a_usage_error(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"):
-        write_hyperparameters(PRESETS["p5"], tmp_path / "missing" / "hyp.yaml")
+        write_hyperparameters(PRESETS["p5"], tmp_path / "file" / "h.yaml")
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), st.floats(0, 0.999), max_size=len(KEYS)))
@@ -211,3 +212,10 @@ def test_a_preset_is_not_changed_by_reading_it_with_changes():
     before = dataclasses.asdict(PRESETS["p5"])
     read_hyperparameters("p5", changes={"box": 1.0})
     assert dataclasses.asdict(PRESETS["p5"]) == before
+
+
+def test_aliases_that_expand_are_refused(tmp_path):
+    levels = "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12))
+    (tmp_path / "hyp.yaml").write_text(f"a0: &a0 {{lr0: 0.1}}\n{levels}\n")
+    with pytest.raises(UsageError, match="aliases expand to more than"):
+        read_hyperparameters(str(tmp_path / "hyp.yaml"))

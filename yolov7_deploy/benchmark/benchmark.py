@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.benchmark.devices import DeviceProfile
 from yolov7_deploy.benchmark.report import BUSY, STAGES, SpeedReport, SpeedRow, StageTime
@@ -54,7 +54,7 @@ _LIBRARIES = {
 }
 _STEPS = 100  # progress steps per part of a row
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 Progress = Callable[[int, int], None]
 
 

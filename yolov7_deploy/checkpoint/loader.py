@@ -7,7 +7,6 @@ state dicts, and files written by `save_checkpoint`. The kind is recognised by c
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import torch
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file
 from yolov7_deploy._serialization import sha256_hex, short_repr
+from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, identify_architecture
 from yolov7_deploy.checkpoint.module_tree import MAX_TENSORS, read_modules
@@ -30,7 +30,7 @@ from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Anchors = tuple[tuple[tuple[float, float], ...], ...]
 

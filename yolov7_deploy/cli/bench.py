@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import (
     Conf,
     Half,
@@ -348,7 +349,7 @@ def report_complete_rows() -> Iterator[Callable[[SpeedRow], None]]:
         yield rows.append
     except (KeyboardInterrupt, Y7Error):
         if rows:
-            typer.echo(f"Complete rows: {len(rows)}; nothing is written.", err=True)
+            echo(f"Complete rows: {len(rows)}; nothing is written.", err=True)
         raise
 
 
@@ -358,12 +359,12 @@ def _print_and_write(report: SpeedReport, outputs: OutputFiles, *, earlier: Spee
     from yolov7_deploy.benchmark.report_text import describe_comparison, describe_speed
 
     to_stderr = outputs.json == "-"
-    typer.echo(describe_speed(report), err=to_stderr)
+    echo(describe_speed(report), err=to_stderr)
     comparison = None if earlier is None else compare_reports(earlier, report, name=name)
     if comparison is not None:
-        typer.echo(describe_comparison(comparison), err=to_stderr)
+        echo(describe_comparison(comparison), err=to_stderr)
     for line in outputs.write(report, comparison):
-        typer.echo(line, err=to_stderr)
+        echo(line, err=to_stderr)
 
 
 # --- estimate ---------------------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def _estimate(
     estimates = [
         estimate(variant, device=device, batch=batch, size=img or input_hw, precision=precision) for batch in batches
     ]
-    typer.echo("\n".join(map(describe_estimate, estimates)), err=json_path == "-")
+    echo("\n".join(map(describe_estimate, estimates)), err=json_path == "-")
     if json_path is not None:
         documents = [one.to_dict() for one in estimates]
         write_json(documents[0] if len(documents) == 1 else documents, json_path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import JsonPath
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import EngineOptions
@@ -113,7 +114,7 @@ def build(
         dla=dla,
     )
     report = _run(weights, output, options, verbose=verbose, to_stderr=json_path == "-")
-    typer.echo(describe(report), err=json_path == "-")
+    echo(describe(report), err=json_path == "-")
     if json_path is not None:
         from yolov7_deploy._console import write_json
 
@@ -154,9 +155,9 @@ def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[BuildCallbacks
 
     with progress("building, in percent") as show:
         yield BuildCallbacks(
-            on_step=lambda description, seconds: typer.echo(f"{seconds:6.1f} s  {description}", err=to_stderr),
+            on_step=lambda description, seconds: echo(f"{seconds:6.1f} s  {description}", err=to_stderr),
             on_progress=show,
-            on_log=(lambda message: typer.echo(f"TensorRT {message}", err=True)) if verbose else None,
+            on_log=(lambda message: echo(f"TensorRT {message}", err=True)) if verbose else None,
         )
 
 
@@ -183,7 +184,7 @@ def describe(report: EngineReport) -> str:
         for shape in record.shapes
         if shape.min != shape.max
     ]
-    changeable = "; conf and iou can be changed at run time" if record.runtime_thresholds else ""
+    changeable = "; the thresholds of NMS can be changed at run time" if record.runtime_thresholds else ""
     lines.append(f"NMS: {nms_run_by}{changeable}")
     if record.dla:
         lines.append(f"DLA core {record.dla.core}: {len(record.dla.fallback)} layers run on the GPU")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import locate_weights
 from yolov7_deploy.errors import UsageError
 
@@ -39,6 +40,6 @@ def demo(
     from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
 
     if weights is None:
-        run_shapes_demo(save_dir=save_dir, log=typer.echo)
+        run_shapes_demo(save_dir=save_dir, log=echo)
         return
-    run_demo(weights=locate_weights(weights), source=source, save_dir=save_dir, log=typer.echo)
+    run_demo(weights=locate_weights(weights), source=source, save_dir=save_dir, log=echo)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import typer
-
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import JsonPath
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def doctor(json_path: JsonPath = None) -> None:
     from yolov7_deploy.doctor import diagnose
 
     diagnosis = diagnose()
-    typer.echo(describe(diagnosis), err=json_path == "-")
+    echo(describe(diagnosis), err=json_path == "-")
     if json_path is not None:
         write_json(diagnosis, json_path)
 

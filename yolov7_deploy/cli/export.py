@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_dict as engine_to_dict
@@ -279,9 +280,9 @@ def _export(job: ExportJob, *, verify: bool, image: Path | None, to_stderr: bool
         int8=job.int8,
         verify=verify,
         images=images,
-        log=lambda step, seconds: typer.echo(f"{seconds:6.1f} s  {step}", err=to_stderr),
+        log=lambda step, seconds: echo(f"{seconds:6.1f} s  {step}", err=to_stderr),
     )
-    typer.echo(describe(report), err=to_stderr)
+    echo(describe(report), err=to_stderr)
     return report
 
 
@@ -297,7 +298,7 @@ def _build(path: Path, options: EngineOptions, installation: Installation | None
         report = build_file(
             path, path.with_suffix(".engine"), options=options, installation=installation, callbacks=callbacks
         )
-    typer.echo(describe_engine(report), err=to_stderr)
+    echo(describe_engine(report), err=to_stderr)
     return report
 
 
@@ -319,7 +320,7 @@ def describe(report: ExportReport) -> str:
         parts.append(
             f"NMS in the graph ({nms.kind}): conf {nms.conf:g}, iou {nms.iou:g}, max-det {nms.max_det}, "
             + label_rule(nms.multi_label)
-            + ("; conf and iou can be changed at run time" if nms.runtime_thresholds else "")
+            + ("; all but max-det can be changed at run time" if nms.runtime_thresholds else "")
         )
     parts.append(f"Try it:  y7 detect --weights {report.path} --source IMAGE")
     return "\n".join(parts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import JsonPath, label_rule, locate_weights
 from yolov7_deploy.errors import UsageError, missing_library
 
@@ -57,7 +58,7 @@ def info(
         kind, (record, text) = "engine", _engine(target, layers=layers)
     else:
         kind, (record, text) = "weights", _weights(target, layers=layers)
-    typer.echo(text, err=json_path == "-")
+    echo(text, err=json_path == "-")
     if json_path is not None:
         write_json({"kind": kind, **asdict(record), **extra}, json_path)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
+
 if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.plugin_library import PluginLibrary
 
@@ -47,9 +49,9 @@ def plugin(
         output=output,
         jobs=jobs,
         kernels_only=kernels_only,
-        log=typer.echo,
+        log=echo,
     )
-    typer.echo(describe(library, is_installed=output is None))
+    echo(describe(library, is_installed=output is None))
 
 
 def describe(library: PluginLibrary, *, is_installed: bool) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import JsonPath
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.options import Int8Options, QuantizeOptions
@@ -96,7 +97,7 @@ def quantize(
     model = open_onnx(path)
     result = run(model, calib, options, data=open_data(data, limit), limit=calib_limit, to_stderr=json_path == "-")
     result.model.save(target)
-    typer.echo(_summary(result, target), err=json_path == "-")
+    echo(_summary(result, target), err=json_path == "-")
     if trt_cache is not None:
         _write_trt_cache(model, result, options, trt_cache)
     if chart is not None:
@@ -160,7 +161,7 @@ def run(
         images,
         options,
         data=data,
-        log=lambda text: typer.echo(text, err=to_stderr),
+        log=lambda text: echo(text, err=to_stderr),
         show=progress,
     ).run()
 
@@ -177,11 +178,7 @@ def _summary(result: Quantized, path: Path) -> str:
 
 
 def _write_trt_cache(model: OnnxModel, result: Quantized, options: QuantizeOptions, path: Path) -> None:
+    from yolov7_deploy._console import write_text
     from yolov7_deploy.precision.trt_cache import trt_calibration_cache
 
-    text = trt_calibration_cache(model, result.calibration, options.int8.method)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"{path} cannot be written: {reason}.", fix="Choose another path.") from error
+    write_text(path, trt_calibration_cache(model, result.calibration, options.int8.method))

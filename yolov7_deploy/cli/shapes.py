@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
+
 
 def shapes(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for images, labels and the dataset YAML.")],
@@ -24,5 +26,5 @@ def shapes(
 
     with progress("shapes") as show_progress:
         path = write_shapes(output, train=train, val=val, size=img, seed=seed, progress=show_progress)
-    typer.echo(f"{path}: {train} training images, {val} validation images; classes: {', '.join(CLASS_NAMES)}")
-    typer.echo(f"Train on it:  y7 train --data {path} --img {img}")
+    echo(f"{path}: {train} training images, {val} validation images; classes: {', '.join(CLASS_NAMES)}")
+    echo(f"Train on it:  y7 train --data {path} --img {img}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import (
     Device,
     Half,
@@ -95,7 +96,7 @@ def val(
     ):
         report = evaluate(detector, dataset, options=options, progress=show_progress)
     report = replace(report, weights=str(path), weights_sha256=sha256_hex(path), runtime=runtime_entry(path).name)
-    typer.echo(describe(report, per_class=per_class), err="-" in (json_path, predictions))
+    echo(describe(report, per_class=per_class), err="-" in (json_path, predictions))
     if predictions is not None:
         write_json(report.predictions, predictions)
     if json_path is not None:

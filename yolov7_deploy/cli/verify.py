@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import Device, JsonPath
 from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
     from yolov7_deploy.evaluation.parity import ParityReport
     from yolov7_deploy.evaluation.verification import Verification
+
+
+OTHER_IMAGES = "Compare on images with objects of these classes:  --images DIR  or  --data DATA.yaml"
 
 
 def verify(
@@ -38,7 +42,7 @@ def verify(
 ) -> None:
     """Compare model files with a reference, stage by stage.
 
-    The exit code is 1 if a difference exceeds its limit.
+    The exit code is 1 if a difference exceeds its limit, or if there was no detection to compare.
 
     Example:  y7 verify --weights yolov7.pt --against yolov7-fp16.onnx
     """
@@ -57,13 +61,15 @@ def verify(
             device=device,
             progress=show_progress,
         )
-    typer.echo(describe(result), err=json_path == "-")
+    echo(describe(result), err=json_path == "-")
     if json_path is not None:
         write_json(result.to_dict(), json_path)
     if result.failures:
-        raise ParityError(
-            "\n".join(result.failures), fix="See the first stage over its limit: the difference begins there."
-        )
+        differs = any(report.first_failure for report in result.reports)
+        fix = "See the first stage over its limit: the difference begins there."
+        if not (differs or result.verified):
+            fix = OTHER_IMAGES
+        raise ParityError("\n".join(result.failures), fix=fix)
 
 
 def describe(result: Verification) -> str:
@@ -93,5 +99,7 @@ def stage_table(report: ParityReport) -> str:
             limit_text = None if limit is None else f"{limit:g}"
             stage_name, note = (stage.stage, stage.note) if number == 0 else ("", "")
             rows.append([stage_name, name, f"{difference:.2g}", limit_text, result, note])
-    title = f"{report.against} against {report.reference}, {report.images} image{'s' * (report.images > 1)}"
-    return table(rows, ["stage", "quantity", "difference", "limit", "result", "note"], title)
+    images = f"{report.images} image{'s' * (report.images > 1)}"
+    title = f"{report.against} against {report.reference}, {images}, conf {report.conf:g}"
+    text = table(rows, ["stage", "quantity", "difference", "limit", "result", "note"], title)
+    return text if report.verified else f"{text}\n{report.not_verified_reason}"

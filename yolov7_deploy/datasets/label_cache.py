@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import struct
 import time
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import open_file
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.samples import BoolArray, IntArray, Labels
 from yolov7_deploy.datasets.yolo_labels import LabelFile, LabelFinder, LabelSet, collect_labels, read_label_file
@@ -53,7 +53,7 @@ DTYPES: Mapping[str, type[np.generic]] = {
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError)
 _DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, struct.error)
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Arrays = dict[str, npt.NDArray[Any]]
 Hw = tuple[int, int]

@@ -7,13 +7,12 @@ same seed gives the same pixels on every machine.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from yolov7_deploy._atomic_file import atomic_folder
 from yolov7_deploy._bounded_read import read_text
 from yolov7_deploy.datasets.samples import DoubleArray, Labels
 from yolov7_deploy.datasets.synthetic_render import SHAPES, ShapeCanvas
@@ -89,17 +88,13 @@ def write_shapes(folder: Path, *, train: int, val: int, size: int, seed: int, pr
     numbers = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed}
     if _is_complete(folder, numbers):
         return folder / "shapes.yaml"
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        _write_all(partial, numbers, progress)
-        partial.replace(folder)  # also replaces an empty folder
+        with atomic_folder(folder) as partial:
+            _write_all(partial, numbers, progress)
     except OSError as error:
         raise DatasetError(
             f"{folder} cannot be written: {error.strerror or error}.", fix="Choose another folder:  --output DIR"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder / "shapes.yaml"
 
 

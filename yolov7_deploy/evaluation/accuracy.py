@@ -6,7 +6,6 @@ numbers to 1e-15, takes a sixth of the time, and logs instead of printing.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detections import Detections
@@ -38,7 +38,7 @@ PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 RECALLS = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
 METRICS = PRECISIONS + RECALLS  # in the order of the metric library
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 Progress = Callable[[int, int], None]
 
 

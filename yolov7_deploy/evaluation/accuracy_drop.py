@@ -9,7 +9,6 @@ Statistics 9, 1981, 586-596), by a fifth and more if there are only one or two b
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from yolov7_deploy._console import plural
 from yolov7_deploy._statistics import student_t_quantile
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import DatasetError, UsageError
@@ -30,7 +30,7 @@ from yolov7_deploy.evaluation.accuracy import MetricIds
 GROUPS = 20
 MAX_IMAGES_NEEDED = 100_000  # about the size of COCO's training set (118,287); more is not realistic
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 Verdict = Literal["within", "above", "inconclusive"]
 
 

@@ -6,7 +6,6 @@ All calibration methods start from the same `Calibration`, so trying another one
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import helper
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
@@ -24,7 +24,7 @@ from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.qdq_placement import calibrated_tensors
 from yolov7_deploy.precision.subgraph import Network
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 DoubleArray = npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ def calibrate(
     """
     start = time.perf_counter()
     network = Network(model)
-    collector = _StatisticsCollector(model, network)
+    collector = _StatisticsCollector(network)
     digests = []
     for done, image in enumerate(images, 1):
         array = network_input(image, model.metadata)
@@ -106,7 +106,7 @@ class _StatisticsCollector:
     for each tensor.
     """
 
-    def __init__(self, model: OnnxModel, network: Network) -> None:
+    def __init__(self, network: Network) -> None:
         self._counted = calibrated_tensors(network)
         self._constants = {name: network.weights[name] for name in self._counted if name in network.weights}
         self._conv_inputs = list(dict.fromkeys(node.input[0] for node in network.convolutions))
@@ -117,7 +117,7 @@ class _StatisticsCollector:
                 extra.append(helper.make_node(op, [name], [prefix + name], keepdims=0))
         counted = [name for name in self._counted if name not in self._constants]
         names = [*counted, *(name for node in extra for name in node.output)]
-        self._runner = NetworkRunner(model.proto, [*network.nodes, *extra], names)
+        self._runner = NetworkRunner(network.proto, [*network.nodes, *extra], names)
         self._images = 0
         self.histograms: dict[str, Histogram] = {}
         self.input_sums: dict[str, DoubleArray] = {}

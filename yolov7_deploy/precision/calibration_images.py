@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.errors import DatasetError, ImageError, SourceError, UsageError, missing_library
 from yolov7_deploy.image import Image, read_image
@@ -17,7 +17,7 @@ from yolov7_deploy.sources import VIDEO_SUFFIXES, Skipped, open_source
 from yolov7_deploy.sources.files import summarize_left_out
 from yolov7_deploy.sources.video import VideoFile
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LIMIT = 512
 ENOUGH = "100 to 500 images"

@@ -6,7 +6,6 @@ The types are written into the file, cast by cast: TensorRT 11 and TensorRT-RTX 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
@@ -21,7 +21,7 @@ from yolov7_deploy.precision.fp16_casts import Fp16Rewriter, check_valid, fixed_
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.subgraph import Network, Weight, data_inputs, find_fp16_weight
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FP16_MAX = 65504.0
 FP16_MIN_NORMAL = 2.0**-14  # smaller values lose bits; below 2**-25 they become 0
@@ -61,10 +61,10 @@ def to_fp16(model: OnnxModel, images: Sequence[Image]) -> OnnxModel:
     _check_convertible(model)
     network = Network(model)
     produced = [name for node in network.nodes for name in node.output if name in network.floats]
-    ranges = activation_ranges(model, network.nodes, produced, images)
+    ranges = activation_ranges(OnnxModel(network.proto, model.metadata), network.nodes, produced, images)
     reasons = find_float32_nodes(network, ranges)
     fp16 = {name for name in produced if network.producers[name].output[0] not in reasons}
-    rewriter = Fp16Rewriter(model.proto, floats=network.floats, fp16=fp16, heads=model.metadata.heads)
+    rewriter = Fp16Rewriter(network.proto, floats=network.floats, fp16=fp16, heads=model.metadata.heads)
     proto = rewriter.rewrite()
     check_valid(proto)
     notes = (

@@ -9,7 +9,6 @@ they do not change the layers that it builds.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import Int8Metadata, ModelMetadata
@@ -28,9 +28,9 @@ from yolov7_deploy.precision.fp16_casts import Fp16Rewriter, check_valid
 from yolov7_deploy.precision.histogram import LEVELS, Histogram, choose_range
 from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.qdq_placement import QdqPlacement, float_nodes, place_qdq
-from yolov7_deploy.precision.subgraph import Network, find_fp16_weight, node_inputs
+from yolov7_deploy.precision.subgraph import Network, find_fp16_weight, node_inputs, with_initializers
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
@@ -86,7 +86,7 @@ def check_quantizable(model: OnnxModel) -> None:
     found = next((node for node in model.proto.graph.node if node.op_type in _QUANTIZED_OPS), None)
     if found is not None:
         raise ExportError(f"The graph is quantized already: it has a {found.op_type} ({found.name}).", fix=fix)
-    weight = find_fp16_weight(model.proto.graph)
+    weight = find_fp16_weight(with_initializers(model.proto).graph)
     if model.metadata.precision != "fp32" or weight:
         precision = f"FP16 (weight {weight})" if weight else model.metadata.precision
         raise ExportError(
@@ -278,9 +278,10 @@ class _QdqWriter:
             self._nodes.append(helper.make_node("DequantizeLinear", inputs, [back], name=back, axis=0))
         node.input[1] = weight + _BACK
         means = self._input_means.get(data)
-        if means is not None and (len(node.input) < 3 or node.input[2] in self._network.weights):
+        has_bias = len(node.input) > 2 and bool(node.input[2])
+        if means is not None and (not has_bias or node.input[2] in self._network.weights):
             shift = bias_correction(self._network.weights[weight], self._weights[weight], means)
-            bias = self._network.weights[node.input[2]] if len(node.input) > 2 else np.float32(0)
+            bias = self._network.weights[node.input[2]] if has_bias else np.float32(0)
             corrected = self._add_initializer(f"{node.output[0]}__bias", (bias + shift).astype(np.float32))
             node.input[:] = [*node.input[:2], corrected]
 

@@ -7,7 +7,6 @@ therefore overlap, and the host launches the whole network with one call.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import is_out_of_memory
 from yolov7_deploy.image import FloatArray, Image
 from yolov7_deploy.model.yolov7 import Yolov7
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Size = tuple[int, int, int]  # batch size, height and width of the canvas
 Forward = Callable[[], Tensor]

@@ -7,14 +7,14 @@ memory and gain nothing. The lock is held only to acquire and release executors,
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, ImageError, UsageError
 from yolov7_deploy.runtimes.tensorrt_executor import TrtExecutor
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_EXECUTORS = 4
 

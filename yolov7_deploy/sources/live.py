@@ -5,7 +5,6 @@ Otherwise a slow consumer would read from a growing buffer, with a delay that in
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from yolov7_deploy._text import hide_credentials
+from yolov7_deploy._text import get_logger, hide_credentials
 from yolov7_deploy.errors import SourceError
 from yolov7_deploy.image import Image
 from yolov7_deploy.sources.video import OpenCapture, open_capture
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 POLL_S = 0.2  # longest single wait, so that Ctrl-C works on every platform
 # `docker stop` waits ten seconds for everything; a thread that waits for the network ends with the process.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from yolov7_deploy._text import hide_credentials
+from yolov7_deploy._text import get_logger, hide_credentials
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES
 from yolov7_deploy.sources.files import (
@@ -28,7 +27,7 @@ from yolov7_deploy.sources.files import (
     summarize_left_out,
 )
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv"),
@@ -118,8 +117,9 @@ def _resolve_path_or_url(text: str, *, folder: Path | None, left_out: list[Skipp
         path = locate(text, (folder, Path())) or folder / path
     if not path_exists(path):
         if not any(character in text for character in GLOB_CHARACTERS):
-            looked = _printable(str(path.absolute()))
-            raise SourceError(f"{_printable(text)} does not exist (looked for {looked}).", fix="Check the path.")
+            shown = hide_credentials(text)
+            looked = f" (looked for {_printable(str(path.absolute()))})" if shown == text else ""
+            raise SourceError(f"{_printable(shown)} does not exist{looked}.", fix="Check the path.")
         yield from _resolve_pattern(path, left_out)
     elif path.is_dir():
         yield from _resolve_folder(path, left_out)
@@ -143,7 +143,8 @@ def _url(text: str, scheme: str) -> Item:
         suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
     except ValueError as error:
         raise SourceError(
-            f"{_printable(hide_credentials(text))} is not a valid URL: {error}.", fix="Correct it."
+            f"{_printable(hide_credentials(text))} is not a valid URL: {hide_credentials(str(error))}.",
+            fix="Correct it.",
         ) from error
     kind: Kind = "live"
     if scheme in ("http", "https"):
@@ -223,4 +224,4 @@ def _resolve_list(path: Path, *, on_error: OnError, skipped: list[Skipped], left
             if on_error == "raise":
                 raise SourceError(message, fix="Correct the list, or skip missing entries.") from error
             log.info("Skipped %s", message)
-            skipped.append(Skipped(path=entry, reason=message))
+            skipped.append(Skipped(path=hide_credentials(entry), reason=message))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, as_bgr, read_image
 from yolov7_deploy.sources.files import Skipped
@@ -20,7 +20,7 @@ from yolov7_deploy.sources.live import CLOSE_TIMEOUT_S, LiveReader
 from yolov7_deploy.sources.resolve import Item, OnError, resolve
 from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_image, open_capture
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 LIVE_POLL_S = 0.01  # timeout for each of several streams, which are polled in turn
 

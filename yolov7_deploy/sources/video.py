@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import PartialFile
 from yolov7_deploy._download import download
-from yolov7_deploy._text import hide_credentials
+from yolov7_deploy._text import get_logger, hide_credentials
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 NETWORK_TIMEOUT_MS = 10_000  # FFmpeg's default of 30 s is too long to notice a dead camera
 DOWNLOAD_TIMEOUT_S = 60  # of one image, from the name of the server to the last byte

@@ -22,6 +22,7 @@ from typing import Any
 
 from yolov7_deploy._child_python import python_command
 from yolov7_deploy._serialization import from_dict
+from yolov7_deploy._signals import deferred_signals
 from yolov7_deploy.errors import EngineError, is_out_of_memory
 from yolov7_deploy.tensorrt.build_messages import (
     LOG_FILE,
@@ -107,7 +108,7 @@ def run_process(arguments: list[str], folder: Path, on_event: OnEvent) -> Proces
     peak = 0
     process = None
     try:
-        with _deferred_interrupt():
+        with deferred_signals():
             process = _start(arguments, folder)
         assert process.stdout is not None, "stdout is a pipe"
         for text in process.stdout:
@@ -142,23 +143,6 @@ def _start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
             errors="replace",
             start_new_session=True,  # Ctrl-C is sent to the calling process only, which then ends this one
         )
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[None]:
-    """Defer Ctrl-C to the end of the block, so that what the block creates is assigned and can be cleaned up."""
-    received: list[int] = []
-    try:
-        previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    except ValueError:  # only the main thread is interrupted, and only it can set handlers
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
-        if received:
-            signal.raise_signal(signal.SIGINT)
 
 
 def peak_memory_bytes(pid: int | str = "self") -> int:
@@ -225,12 +209,12 @@ def _temporary_folder() -> Iterator[Path]:
     """Yield a folder for one process, which is removed afterwards."""
     folder = None
     try:
-        with _deferred_interrupt():
+        with deferred_signals():
             folder = _create_folder()
         yield Path(folder.name)
     finally:
         if folder is not None:
-            with _deferred_interrupt():
+            with deferred_signals():
                 folder.cleanup()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import onnx
 
 from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import EngineError, missing_library
 from yolov7_deploy.export.nms import OP
@@ -38,7 +38,7 @@ from yolov7_deploy.tensorrt.onnx_rewrite import PreparedGraph, has_nms_node, ope
 from yolov7_deploy.tensorrt.plugin_library import BUILD_COMMAND, PluginLibrary, find_plugin
 from yolov7_deploy.tensorrt.preflight import PlannedBuild, preflight
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 DEFAULT_MAX_BATCH = 8  # for a dynamic batch

@@ -7,7 +7,6 @@ needs neither TensorRT nor onnx, so a deployment image can check an engine befor
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from pathlib import Path
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes, read_text
 from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord
 
 __all__ = ["Engine", "EngineRecord", "plan_version", "record_path"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Bytes 1 to 3 of every plan. The first four are "ftrt" for TensorRT and "vtrt" for TensorRT-RTX.
 _TAG_SUFFIX = b"trt"

@@ -6,7 +6,6 @@ Nothing is downloaded: a missing tool is an error that states how to install it.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import re
 import shutil
@@ -19,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import PluginError, UsageError
 from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, describe_plugin
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CMAKE_MINIMUM = (3, 18)
 HEADER = "NvInferRuntime.h"

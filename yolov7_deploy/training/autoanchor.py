@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 
 import numpy as np
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.datasets.statistics import box_sizes
@@ -26,7 +26,7 @@ MIN_MUTATION, MAX_MUTATION = 0.3, 3.0  # factors
 MAX_ITERATIONS = 100  # of one k-means, which converges much earlier
 MAX_BOXES = 30_000  # random sample of larger datasets; recall is then accurate to 0.1 %
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import IntArray, Labels
 from yolov7_deploy.errors import DatasetError, DeviceError, ImageError
@@ -89,7 +89,7 @@ NO_LABELS = Labels(
 )
 REDUCTION_FACTORS = (8, 4, 2)  # by which a JPEG decoder can reduce an image while decoding
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ImageStore:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from yolov7_deploy._console import write_text
 from yolov7_deploy._serialization import short_repr
 from yolov7_deploy.datasets.samples import short_reason
 from yolov7_deploy.datasets.yaml_file import read_yaml
@@ -139,10 +140,7 @@ def write_hyperparameters(values: Hyperparameters, path: Path) -> None:
     Raises:
         UsageError: The file cannot be written.
     """
-    try:
-        path.write_text(format_hyperparameters(values), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+    write_text(path, format_hyperparameters(values))
 
 
 def format_hyperparameters(values: Hyperparameters) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import MAX_DOCUMENT_BYTES, read_bytes
 from yolov7_deploy._console import write_json
+from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import UsageError, missing_library
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RESULTS_NAME, RUN_NAME = "results.csv", "run.json"
 INTEGER_COLUMNS = {"epoch", "size", "memory_bytes"}
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yolov7_deploy._console import table
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.evaluation.accuracy import AccuracyReport
     from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 Show = Callable[[str], AbstractContextManager[Progress]]
