@@ -1,10 +1,22 @@
-"""Session options that every ONNX Runtime session of this package shares."""
+"""ONNX Runtime in this package: the session options of all its users, and the end of forked child processes."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 _ERRORS_ONLY = 3
+_MAX_REASON = 500  # characters
+# ONNX Runtime's own exceptions, and what its Python binding raises for names that are not UTF-8 and for unknown errors.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),
+    UnicodeDecodeError,
+    RuntimeError,
+)
 
 
 def base_session_options() -> onnxruntime.SessionOptions:
@@ -18,3 +30,26 @@ def base_session_options() -> onnxruntime.SessionOptions:
     options.log_severity_level = _ERRORS_ONLY  # it warns about every input with a default, such as our thresholds
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+def _end_without_destructors() -> None:
+    """Let a child process of `os.fork` end without the C++ destructors of ONNX Runtime.
+
+    They wait for threads of the parent, for ever: since version 1.29 a thread exists as soon as ONNX Runtime is
+    imported. Python's own exit handlers run before this, and the exit status is kept. `on_exit` is part of glibc.
+    """
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)
+    libc.__cxa_atexit(libc.fflush, None, None)  # the last registered function runs first
+
+
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "on_exit"):
+    os.register_at_fork(after_in_child=_end_without_destructors)
+
+
+def ort_reason(error: Exception) -> str:
+    """Return the first line of an error, shortened: ONNX Runtime quotes names of the file."""
+    if isinstance(error, UnicodeDecodeError):
+        return "a name or text in it is not UTF-8."
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= _MAX_REASON else f"{lines[0][:_MAX_REASON]}..."

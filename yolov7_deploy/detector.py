@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-import threading
+import functools
+import itertools
+import operator
+import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy.detections import Detections, Speed
+from yolov7_deploy._text import get_logger
+from yolov7_deploy.detections import Detections, Speed, find_classes
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hub import find_weights
-from yolov7_deploy.image import PAD_GREY, Image, Letterbox, as_bgr, fit_letterbox, read_image
-from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.image import PAD_GREY, Image, Letterbox, PilImage, as_bgr, fit_letterbox, is_pil_image, read_image
+from yolov7_deploy.metadata import MAX_SIDE, ModelMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime, split_batches
+from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime
+from yolov7_deploy.runtimes.calls import CallTracker
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, SourceLike, open_source
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-ImageLike = npt.NDArray[Any] | GpuArray | str | Path
+ImageLike = npt.NDArray[Any] | PilImage | GpuArray | str | os.PathLike[str]
+ClassesLike = int | str | Iterable[int | str]
 MAX_BATCH_SIZE = 32  # images that enter a network of dynamic batch size together, as in the paper's batch timings
 EMPTY_RESULT = RuntimeResult(
     detections=[],
@@ -47,20 +53,25 @@ class Detector:
     A Detector may be used from several threads at the same time. Thresholds that are omitted come from the file if NMS
     is inside it, and are the official ones (`Thresholds`) otherwise. Each call may override them.
 
+    It can be sent to other processes: its pickle has the path of the file and the options, and the receiver opens the
+    file again. A child process of `os.fork` may use a Detector of its parent on a CPU, where ONNX files are opened
+    again at the first call and checkpoints use one thread; on a GPU, every call is refused.
+
     Args:
         weights: A file, or an official name such as `yolov7-tiny`.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or the number of a GPU.
         img: Image size (one number for a square) or (height, width). The default is the fixed size of the file, else
             the paper's size.
         half: FP16 for checkpoints: by default on a GPU, as in the official program, and not on a CPU. Files with a
             fixed precision refuse any other.
-        conf, iou, max_det, classes, multi_label, class_agnostic: See `Thresholds`.
+        conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`.
+        classes: Keep only these classes: ids, names, or a mix.
 
     Raises:
         LoadError: The file is missing, broken or of an unknown kind.
         MissingLibraryError: The library that runs this kind of file is not installed.
         DeviceError: There is no such device.
-        UsageError: An option contradicts the file.
+        UsageError: An option is invalid, or contradicts the file.
 
     Example:
         >>> with Detector("yolov7.onnx") as detector:
@@ -69,37 +80,50 @@ class Detector:
 
     def __init__(
         self,
-        weights: str | Path,
+        weights: str | os.PathLike[str],
         *,
-        device: str = "auto",
+        device: str | int = "auto",
         img: int | tuple[int, int] | None = None,
         half: bool | None = None,
         conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
-        classes: Sequence[int] | None = None,
+        classes: ClassesLike | None = None,
         multi_label: bool | None = None,
         class_agnostic: bool | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.path = find_weights(weights)
-        requested_hw = (img, img) if isinstance(img, int) else img
+        thresholds: dict[str, Any] = {
+            "conf": conf,
+            "iou": iou,
+            "max_det": max_det,
+            "multi_label": multi_label,
+            "class_agnostic": class_agnostic,
+        }
+        requested_hw, device = _input_hw(img), _device_name(device)
+        if half is not None and not isinstance(half, bool):
+            raise UsageError(f"half must be True, False or None, not {half!r}.", fix="half=True is FP16.")
+        Thresholds(**{name: value for name, value in thresholds.items() if value is not None})  # checks them
+        self.path = find_weights(_weights_path(weights))
+        self._calls = CallTracker(SUBMIT_THREADS)
         self._runtime = open_runtime(self.path, device=device, input_hw=requested_hw, half=half)
         self.metadata: ModelMetadata = self._runtime.metadata
         self.input_hw: tuple[int, int] = requested_hw or self.metadata.default_hw
-        self.thresholds = self._override(
-            _default_thresholds(self.metadata),
-            conf=conf,
-            iou=iou,
-            max_det=max_det,
-            classes=classes,
-            multi_label=multi_label,
-            class_agnostic=class_agnostic,
+        # For copies in other processes, which may work in other folders.
+        self._open_again = functools.partial(
+            type(self), self.path.absolute(), device=device, img=requested_hw, half=half
         )
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_lock = threading.Lock()
-        self._closed = False
+        self._warned_max_det = False
+        try:
+            self.thresholds = self._override(_default_thresholds(self.metadata), classes=classes, **thresholds)
+        except BaseException:
+            self._runtime.close()
+            raise
         logger.info("%s opened on %s in %.2f s", self.path, self.device, time.perf_counter() - started)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._calls.check_open()
+        return functools.partial(self._open_again, **asdict(self.thresholds)), ()
 
     @property
     def device(self) -> str:
@@ -127,42 +151,58 @@ class Detector:
         *,
         conf: float | None = None,
         iou: float | None = None,
-        classes: Sequence[int] | None = None,
+        classes: ClassesLike | None = None,
         max_det: int | None = None,
     ) -> Detections:
-        """Detect the objects in one image: an array uint8 BGR [H, W, 3] (also grey, BGRA, uint16), or a path.
+        """Detect the objects in one image: an array uint8 BGR [H, W, 3] (also grey, BGRA, uint16), PIL image or path.
 
         An engine also accepts uint8 BGR [H, W, 3] arrays on its GPU (torch, cupy, pycuda, ...), without a copy, by
         DLPack or `__cuda_array_interface__`. It waits for the pending work of the stream that produces the array.
+
+        Raises:
+            ImageError: The image cannot be read, or its type, layout or order of channels is unknown; see `as_bgr`.
+            UsageError: A threshold is invalid, or the Detector is closed.
         """
         thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
-        return self._detect([image], thresholds, paths=[_path(image)])[0][0]
+        with self._calls.running():
+            return self._detect([image], thresholds)[0][0]
 
     def batch(
         self,
-        images: Sequence[ImageLike],
+        images: Iterable[ImageLike],
         *,
         conf: float | None = None,
         iou: float | None = None,
-        classes: Sequence[int] | None = None,
+        classes: ClassesLike | None = None,
         max_det: int | None = None,
     ) -> list[Detections]:
-        """Detect the objects in several images of any sizes; results are in the order of the images."""
+        """Detect the objects in several images of any sizes; results are in the order of the images.
+
+        Args:
+            images: Any iterable of images, or an array [N, H, W, 3]. A generator is read while the network runs, so its
+                images need not fit into memory together.
+            conf, iou, classes, max_det: See `Detector`.
+
+        Raises:
+            ImageError, UsageError: See `__call__`; also if `images` is a single image.
+        """
         thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
+        iterator = _several(images)
         detections: list[Detections] = []
-        for part in split_batches(images, self.max_batch_size or MAX_BATCH_SIZE):
-            detections += self._detect(part, thresholds, paths=[_path(image) for image in part])[0]
+        with self._calls.running():
+            while part := list(itertools.islice(iterator, self.max_batch_size or MAX_BATCH_SIZE)):
+                detections += self._detect(part, thresholds)[0]
         return detections
 
-    def profile(self, images: Sequence[ImageLike]) -> tuple[list[Detections], TimingBreakdown]:
+    def profile(self, images: Iterable[ImageLike]) -> tuple[list[Detections], TimingBreakdown]:
         """Run `batch` with all images in one batch, and measure its stages.
 
         On a GPU, measuring each stage separately takes longer than the same work without it: for benchmarks.
         """
-        self._check_open()
+        batch = list(_several(images))
         started = time.perf_counter()
-        paths = [_path(image) for image in images]
-        detections, result = self._detect(images, self.thresholds, paths=paths, timed=True)
+        with self._calls.running():
+            detections, result = self._detect(batch, self.thresholds, timed=True)
         total_ms = (time.perf_counter() - started) * 1e3
         timing = result.timing
         assert timing is not None, "a timed call measures its stages"
@@ -171,16 +211,17 @@ class Detector:
         return detections, replace(timing, preprocess_ms=max(timing.preprocess_ms, total_ms - other_ms))
 
     def _detect(
-        self, items: Sequence[ImageLike], thresholds: Thresholds, *, paths: Sequence[str], timed: bool = False
+        self, items: Sequence[ImageLike], thresholds: Thresholds, *, path: str = "", timed: bool = False
     ) -> tuple[list[Detections], RuntimeResult]:
-        """Detect the objects in one batch."""
+        """Detect the objects in one batch; `path` is the origin of arrays."""
         images = [self._load(item) for item in items]
         letterboxes = [fit_letterbox(_hw(image), self.input_hw) for image in images]
         result = self._run(images, letterboxes, thresholds, timed=timed)
+        paths = [os.fspath(item) if _is_path(item) else path for item in items]
         return self._to_detections(result, letterboxes, paths), result
 
     def _load(self, item: ImageLike) -> Image:
-        if isinstance(item, str | Path):
+        if _is_path(item):
             return read_image(item)
         if not is_gpu_array(item):
             return as_bgr(item)
@@ -197,7 +238,7 @@ class Detector:
         *,
         conf: float | None = None,
         iou: float | None = None,
-        classes: Sequence[int] | None = None,
+        classes: ClassesLike | None = None,
         max_det: int | None = None,
     ) -> Iterator[tuple[Frame, Detections]]:
         """Yield the frames of a folder, glob, list, video, camera or URL with their detections.
@@ -208,9 +249,11 @@ class Detector:
             SourceError: There is nothing to read, or the stream ended and could not be reopened.
         """
         thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
+        self._calls.check_open()
         with open_source(source) as frames:
             for frame in frames:
-                detections, _ = self._detect([frame.image], thresholds, paths=[frame.path])
+                with self._calls.running():
+                    detections, _ = self._detect([frame.image], thresholds, path=frame.path)
                 yield frame, detections[0]
 
     def submit(
@@ -219,27 +262,30 @@ class Detector:
         *,
         conf: float | None = None,
         iou: float | None = None,
-        classes: Sequence[int] | None = None,
+        classes: ClassesLike | None = None,
         max_det: int | None = None,
     ) -> Future[Detections]:
-        """Detect in a background thread; the future holds the Detections or the error."""
-        self._check_open()
-        with self._pool_lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="yolov7-deploy")
-            return self._pool.submit(self, image, conf=conf, iou=iou, classes=classes, max_det=max_det)
+        """Detect in a background thread; the future holds the Detections or the error.
+
+        Raises:
+            UsageError: The Detector is closed, or Python exits.
+        """
+        return self._calls.submit(self._detect_one, image, conf=conf, iou=iou, classes=classes, max_det=max_det)
+
+    def _detect_one(self, image: ImageLike, **changes: Any) -> Detections:  # noqa: ANN401 - fields of Thresholds
+        return self._detect([image], self._override(self.thresholds, **changes))[0][0]
 
     def infer(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds
     ) -> list[Detections]:
         """Detect with given letterboxes, all of one canvas size; images are contiguous uint8 BGR [H, W, 3]."""
-        result = self._run(images, letterboxes, thresholds, timed=False)
+        with self._calls.running():
+            result = self._run(images, letterboxes, thresholds, timed=False)
         return self._to_detections(result, letterboxes, paths=[""] * len(images))
 
     def _run(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
     ) -> RuntimeResult:
-        self._check_open()
         return self._runtime.infer(images, letterboxes, thresholds, timed=timed) if images else EMPTY_RESULT
 
     def _to_detections(
@@ -271,12 +317,12 @@ class Detector:
             self(grey)
 
     def close(self) -> None:
-        """Wait for the running calls, cancel pending `submit` calls, and free the model; calling it twice is fine."""
-        self._closed = True
-        with self._pool_lock:
-            if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
-        self._runtime.close()
+        """Refuse further calls, cancel `submit` calls that have not started, wait for the others, and free the model.
+
+        Calling it twice is fine, also in a callback of a future: a call never waits for itself.
+        """
+        if self._calls.close():
+            self._runtime.close()
 
     def __enter__(self) -> Detector:
         return self
@@ -289,18 +335,20 @@ class Detector:
     def _override(self, thresholds: Thresholds, **changes: Any) -> Thresholds:  # noqa: ANN401 - fields of Thresholds
         given = {name: value for name, value in changes.items() if value is not None}
         if "classes" in given:
-            given["classes"] = tuple(given["classes"])
-        unknown = [c for c in given.get("classes", ()) if not 0 <= c < len(self.metadata.class_names)]
-        if unknown:
-            raise UsageError(
-                f"Class id {unknown[0]} does not exist; the model has {len(self.metadata.class_names)} classes.",
-                fix=f"Use ids from 0 to {len(self.metadata.class_names) - 1}.",
-            )
-        return replace(thresholds, **given) if given else thresholds
+            given["classes"] = find_classes(given["classes"], self.metadata.class_names)
+        changed = replace(thresholds, **given) if given else thresholds
+        return replace(changed, max_det=self._limit_max_det(changed.max_det)) if "max_det" in given else changed
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError("This Detector is closed.", fix="Open a new one, or keep it open longer.")
+    def _limit_max_det(self, max_det: int) -> int:
+        """Return the number of detections that a file with NMS inside can give; a lower one is logged once."""
+        limit = max_det if self.metadata.nms is None else self.metadata.nms.max_det
+        if max_det > limit and not self._warned_max_det:
+            self._warned_max_det = True
+            logger.warning(
+                "%s gives at most %d detections per image, not %d. For more, export it again:  y7 export --max-det %d",
+                *(self.path.name, limit, max_det, max_det),
+            )
+        return min(max_det, limit)
 
 
 def _default_thresholds(metadata: ModelMetadata) -> Thresholds:
@@ -308,8 +356,9 @@ def _default_thresholds(metadata: ModelMetadata) -> Thresholds:
     if metadata.nms is None:
         return Thresholds()
     nms = metadata.nms
+    is_foreign = not metadata.strides  # it may return rows down to a score of 0
     return Thresholds(
-        conf=nms.conf,
+        conf=max(nms.conf, Thresholds().conf) if is_foreign else nms.conf,
         iou=nms.iou,
         max_det=nms.max_det,
         multi_label=nms.multi_label,
@@ -321,5 +370,61 @@ def _hw(image: Image) -> tuple[int, int]:
     return gpu_hw(image) if is_gpu_array(image) else (image.shape[0], image.shape[1])
 
 
-def _path(item: ImageLike) -> str:
-    return str(item) if isinstance(item, str | Path) else ""
+def _is_path(item: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(item, str | os.PathLike)
+
+
+def _several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
+    """Return an iterator over images.
+
+    Raises:
+        UsageError: It is a single image or path, whose rows or characters would be taken for images.
+    """
+    shape: Sequence[int] | None = getattr(images, "shape", None)
+    is_one = _is_path(images) or is_pil_image(images) or isinstance(images, bytes | Mapping)
+    if not is_one and isinstance(images, Iterable) and (shape is None or len(shape) not in (0, 2, 3)):
+        return iter(images)
+    described = type(images).__name__ + (f" {tuple(shape)}" if shape is not None else "")
+    raise UsageError(
+        f"batch needs several images, such as a list; this is a single {described}.",
+        fix="For one image call detector(image), or detector.batch([image]).",
+    )
+
+
+def _weights_path(weights: object) -> str | Path:
+    if isinstance(weights, str):
+        return weights
+    if isinstance(weights, os.PathLike) and isinstance(weights.__fspath__(), str):
+        return Path(weights)
+    raise UsageError(
+        f"weights must be a path or an official name, not a {type(weights).__name__}.",
+        fix="For example: Detector('yolov7.onnx')",
+    )
+
+
+def _device_name(device: object) -> str:
+    """Return the name of a device given by name, by number, or as a torch.device."""
+    if isinstance(device, Integral) and not isinstance(device, bool):
+        return str(int(device))
+    if isinstance(device, str) or type(device).__module__ == "torch":
+        return str(device)
+    raise UsageError(
+        f"device must be a name or the number of a GPU, not {device!r}.",
+        fix="For example: device='cuda:0', device=0 or device='cpu'",
+    )
+
+
+def _input_hw(img: object) -> tuple[int, int] | None:
+    if img is None:
+        return None
+    try:
+        sides = tuple(img) if isinstance(img, Iterable) else (img, img)
+        height, width = (0 if isinstance(side, bool) else operator.index(side) for side in sides)
+    except (TypeError, ValueError):
+        height = width = 0
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise UsageError(
+            f"img must be a number of pixels or (height, width), from 1 to {MAX_SIDE}, not {img!r}.",
+            fix="For example: img=640 or img=(384, 640)",
+        )
+    return height, width

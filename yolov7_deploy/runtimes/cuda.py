@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,7 @@ class Cuda:
     def __init__(self, binding: CudaBinding) -> None:
         self.binding = binding
         self.fault: DeviceError | None = None
+        self._pid = os.getpid()
         self._thread = threading.local()
 
     def __repr__(self) -> str:
@@ -103,6 +105,14 @@ class Cuda:
         if status in STICKY or status in CONTEXT_GONE:
             self.fault = DeviceError(error.message, fix=error.fix)  # without a traceback, which would keep memory alive
         return error
+
+    def release(self, function: str, handle: int) -> None:
+        """Free a handle. A child process of `os.fork` does nothing: its handles belong to the parent.
+
+        The status is ignored: at the end of a process the driver may already be unloaded.
+        """
+        if os.getpid() == self._pid:
+            self.binding.call(function, handle)
 
     def device_count(self) -> int:
         """Return the number of GPUs.
@@ -209,8 +219,7 @@ class _Handle:
     def __init__(self, cuda: Cuda, handle: int, release: str) -> None:
         self.cuda = cuda
         self.handle = handle
-        # The status is ignored: at the end of a process the driver may already be unloaded.
-        self._finalizer = weakref.finalize(self, cuda.binding.call, release, handle)
+        self._finalizer = weakref.finalize(self, cuda.release, release, handle)
 
     def close(self) -> None:
         """Free it; calling it twice is fine."""
@@ -265,7 +274,7 @@ class PinnedBuffer:
         pointer = cuda.allocate("cudaHostAlloc", self.nbytes, 0)
         memory = (ctypes.c_uint8 * self.nbytes).from_address(pointer)
         # Tied to the object that every view references in the end, not to this one.
-        weakref.finalize(memory, cuda.binding.call, "cudaFreeHost", pointer)
+        weakref.finalize(memory, cuda.release, "cudaFreeHost", pointer)
         self._array: Array | None = np.ndarray(shape, self.dtype, buffer=memoryview(memory))
 
     @property

@@ -62,7 +62,10 @@ class GpuImage:
 def is_gpu_array(x: object) -> bool:
     """Return whether an object is an array on a GPU; arrays in host memory, paths and anything else are not."""
     if hasattr(x, "__dlpack_device__"):
-        return int(x.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
+        try:
+            return int(x.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
+        except (BufferError, RuntimeError, TypeError, ValueError):  # on a device that DLPack does not know
+            return False
     return hasattr(x, "__cuda_array_interface__")
 
 

@@ -5,6 +5,8 @@ The time that the paper reports, PyTorch in FP16 on a GPU without NMS, is `engin
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError, is_out_of_memory
 from yolov7_deploy.hardware.device import parse_device
@@ -23,6 +26,7 @@ from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
 from yolov7_deploy.runtimes.base import IntermediateOutputs, RuntimeResult, TimingBreakdown
+from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy.runtimes.pytorch_network import (
     Capture,
     CapturedGraph,
@@ -33,6 +37,8 @@ from yolov7_deploy.runtimes.pytorch_network import (
     capture_graph,
     first_line,
 )
+
+logger = get_logger(__name__)
 
 # Captured graphs at the same time, for different input sizes or threads. Each holds its activations in GPU memory.
 MAX_GRAPHS = 8
@@ -79,6 +85,9 @@ class PytorchRuntime:
         self._capturer = GraphCapturer(capture or capture_graph)
         uses_graphs = self._on_gpu or capture is not None
         self._graphs = CapturedGraphPool(self._new_graph, limit=MAX_GRAPHS) if uses_graphs else None
+        self._is_inherited = False
+        self._threads = torch.get_num_threads()
+        call_after_fork(self)
 
     @classmethod
     def open(
@@ -127,8 +136,10 @@ class PytorchRuntime:
         anchors that can become detections are downloaded; selecting them is part of `download_ms`.
 
         Raises:
-            DeviceError: Out of memory, or the GPU failed.
+            DeviceError: Out of memory, the GPU failed, or the parent process opened the model on a GPU.
         """
+        if self._is_inherited:
+            self._check_inherited()
         while True:
             try:
                 return self._infer(images, letterboxes, thresholds, timed=timed)
@@ -224,9 +235,30 @@ class PytorchRuntime:
 
     def close(self) -> None:
         """Free graphs and buffers; the weights are freed with the object."""
+        if self._is_inherited and self._on_gpu:
+            return
         if self._graphs is not None:
             self._graphs.close()
         self._free_idle_graphs()
+
+    def after_fork(self) -> None:
+        """Give up the GPU in this child process. On a CPU the model is usable, with one thread."""
+        self._is_inherited = True
+        if self._on_gpu:
+            never_free(self)
+        elif self._graphs is not None:
+            self._graphs = CapturedGraphPool(self._new_graph, limit=MAX_GRAPHS)
+
+    def _check_inherited(self) -> None:
+        if self._on_gpu:
+            raise gpu_fork_error(self.device)
+        self._is_inherited = False
+        if torch.get_num_threads() < self._threads:
+            logger.warning(
+                "PyTorch uses one thread in this process, because it was forked from one that uses %d. For more, start "
+                "processes with multiprocessing.get_context('spawn').",
+                self._threads,
+            )
 
     def _free_idle_graphs(self) -> int:
         freed = self._graphs.free_idle() if self._graphs else 0
@@ -240,6 +272,18 @@ class PytorchRuntime:
 
     def _new_graph(self, size: Size) -> CapturedGraph:
         return CapturedGraph(self._network, size, capture=self._capturer)
+
+
+def _use_one_thread() -> None:
+    """Keep PyTorch in a child process of `os.fork` from waiting for the OpenMP threads of its parent for ever.
+
+    PyTorch does the same in the workers of its DataLoader.
+    """
+    torch.set_num_threads(1)
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def _torch_device(name: str) -> torch.device:
