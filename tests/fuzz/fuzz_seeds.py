@@ -191,13 +191,22 @@ def coco_documents() -> list[bytes]:
 
 
 def yamls() -> list[bytes]:
-    """Return YAMLs with a folder, a list, an annotation file, and names as a list, dict and number."""
+    """Return YAMLs with a folder, a list, an annotation file, names as a list, dict and number, and all tags."""
     return [
         b"path: .\ntrain: images\nval: images\nnc: 2\nnames: [cat, dog]\n",
         b"# a comment\nval:\n  - images\n  - list.txt\nnames:\n  0: cat\n  1: dog\n",
         b"path: ''\nval: images\nannotations: {val: coco.json}\nnames: ['cat', \"dog\"]\n",
         b"a: &a [images]\nval: *a\nnc: 2\nbase: &b {x: 1}\nmore:\n  <<: *b\n",
+        b"val: !!str images\nnc: !!int 2\nnames: !!seq [cat, dog]\na: !!float 1.5\nb: !!timestamp 2001-12-14 21:59:43\n"
+        b"c: !!bool yes\nd: !!null ~\ne: !!binary aGk=\nf: !!omap [x: 1]\ng: !!set {x}\nh: !!pairs [x: 1]\ni: 1:30\n",
     ]
+
+
+def hyperparameters() -> list[bytes]:
+    """Return hyperparameters: all of a preset, a few, and in the notation that YAML 1.1 reads as text."""
+    from yolov7_deploy.training.hyperparameters import PRESETS, format_hyperparameters
+
+    return [format_hyperparameters(PRESETS["p5"]).encode(), b"lr0: 0.02\nmosaic: 0.5\n", b"lr0: 1e-3\nanchors: 3\n"]
 
 
 def labels() -> list[bytes]:
@@ -212,6 +221,7 @@ def source_lists() -> list[bytes]:
     """Return source lists with images, a folder, a pattern, URLs, a camera and comments."""
     return [
         b"# images\nimages/1.png\nimages\nimages/*.png\n\n./images/2.png\n",
+        b"\xff\xfei\0m\0a\0g\0e\0s\0\\\0*\0",
         b"\xef\xbb\xbfimages/1.png\r\nrtsp://user:secret@host/stream\r\n0\r\nhttp://host/a.jpg\r\n",
     ]
 

@@ -29,49 +29,50 @@ class LabelFinder:
     """
 
     def __init__(self) -> None:
-        self._label_folders: dict[Path, tuple[Path, ...]] = {}
-        self._real_folders: dict[Path, Path] = {}
-        self._names: dict[Path, dict[str, str]] = {}
+        # Keys are strings, because hashing a Path takes ten times as long, and there are hundreds of thousands.
+        self._label_folders: dict[str, tuple[str, ...]] = {}
+        self._real_folders: dict[str, str] = {}
+        self._names: dict[str, dict[str, str]] = {}
 
     def find(self, image: Path) -> Path:
         """Return the label file of an image, or the first path that was tried if there is none."""
-        for folder, stem in self._places(image):
+        for folder, stem in self._places(os.path.dirname(image), image):  # noqa: PTH120
             name = self._list(folder).get(_label_key(stem))
             if name is not None:
-                return folder / name
-        return self._folders_for(image.parent)[0] / f"{image.stem}{LABEL_SUFFIX}"
+                return Path(folder, name)
+        return Path(self._folders_for(os.path.dirname(image))[0], f"{image.stem}{LABEL_SUFFIX}")  # noqa: PTH120
 
-    def _places(self, image: Path) -> Iterator[tuple[Path, str]]:
+    def _places(self, image_folder: str, image: Path) -> Iterator[tuple[str, str]]:
         """Yield the folders to look in, and the stem to look for."""
-        for folder in self._folders_for(image.parent):
+        for folder in self._folders_for(image_folder):
             yield folder, image.stem
-        target = self._follow_links(image)
-        for folder in self._folders_for(target.parent):
-            yield folder, target.stem
+        if os.path.islink(image):  # noqa: PTH114 - unlike Path.is_symlink, it accepts every name
+            image = Path(os.path.realpath(image))
+            image_folder = str(image.parent)
+        for folder in self._folders_for(self._real_folder(image_folder)):
+            yield folder, image.stem
 
-    def _folders_for(self, image_folder: Path) -> tuple[Path, ...]:
+    def _folders_for(self, image_folder: str) -> tuple[str, ...]:
         if image_folder not in self._label_folders:
-            parts = image_folder.absolute().parts
+            parts = Path(image_folder).absolute().parts
             positions = [i for i, part in enumerate(parts) if part == IMAGES_FOLDER]
-            replaced = (Path(*parts[:i], LABELS_FOLDER, *parts[i + 1 :]) for i in positions)
+            replaced = (str(Path(*parts[:i], LABELS_FOLDER, *parts[i + 1 :])) for i in positions)
             self._label_folders[image_folder] = (*replaced, image_folder)
         return self._label_folders[image_folder]
 
-    def _follow_links(self, image: Path) -> Path:
-        if os.path.islink(image):  # noqa: PTH114 - unlike Path.is_symlink, it accepts every name
-            return Path(os.path.realpath(image))
-        if image.parent not in self._real_folders:
+    def _real_folder(self, folder: str) -> str:
+        if folder not in self._real_folders:
             try:
-                self._real_folders[image.parent] = Path(os.path.realpath(image.parent))
-            except (OSError, ValueError):
-                self._real_folders[image.parent] = image.parent
-        return self._real_folders[image.parent] / image.name
+                self._real_folders[folder] = os.path.realpath(folder)
+            except (OSError, ValueError):  # a name that no folder can have
+                self._real_folders[folder] = folder
+        return self._real_folders[folder]
 
-    def _list(self, folder: Path) -> dict[str, str]:
+    def _list(self, folder: str) -> dict[str, str]:
         """Return the names of the label files in a folder."""
         if folder not in self._names:
             try:
-                names = os.listdir(folder)  # noqa: PTH208 - names are enough, and ten times as fast
+                names = os.listdir(folder or os.curdir)  # noqa: PTH208 - names are enough, and ten times as fast
             except (OSError, ValueError):
                 names = []
             pairs = (os.path.splitext(name) for name in sorted(names, reverse=True))  # noqa: PTH122
