@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -234,3 +235,18 @@ def test_a_run_that_ends_early_keeps_the_results_until_then(run, inputs, tmp_pat
     assert (record["frames"], len(record["images"])) == (1, 1)
     assert record["stopped"] is (error is KeyboardInterrupt or error is Interrupted)
     assert files(tmp_path / "out") == ["a.png"]
+
+
+def test_a_name_that_is_not_unicode_is_detected_printed_and_written_as_json(run, tmp_path):
+    folder = tmp_path / "in"
+    write_image(folder / "photo.png", grey())
+    name = os.fsdecode(b"photo-\xff\x1b[2J.png")
+    (folder / "photo.png").rename(folder / name)
+    for target in ("-", tmp_path / "r.json"):
+        result = run("--source", folder, "--save-dir", tmp_path / "out", "--save-txt", "--json", target)
+        assert result.exception is None
+        assert "\x1b" not in result.stdout + result.stderr
+        assert r"photo-\udcff\x1b[2J.png 64x48: person: 1, dog: 1" in result.stdout + result.stderr
+        text = result.stdout if target == "-" else target.read_text(encoding="utf-8")
+        assert Path(json.loads(text)["images"][0]["path"]).name == name
+    assert files(tmp_path / "out") == ["labels/" + name.replace(".png", ".txt"), name]

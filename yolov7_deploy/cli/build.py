@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import JsonPath
+from yolov7_deploy.cli.options import JsonPath, announce_replacement
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import EngineOptions
 
@@ -143,8 +143,12 @@ def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: 
         )
     from yolov7_deploy.tensorrt.builder import build_file
 
-    with shown_progress(verbose=verbose, to_stderr=to_stderr) as callbacks:
-        return build_file(path, output or path.with_suffix(".engine"), options=options, callbacks=callbacks)
+    engine = output or path.with_suffix(".engine")
+    with (
+        announce_replacement(engine, to_stderr=to_stderr),
+        shown_progress(verbose=verbose, to_stderr=to_stderr) as callbacks,
+    ):
+        return build_file(path, engine, options=options, callbacks=callbacks)
 
 
 @contextmanager

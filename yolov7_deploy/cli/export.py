@@ -12,7 +12,15 @@ from yolov7_deploy._output import echo
 from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_dict as engine_to_dict
-from yolov7_deploy.cli.options import Img, JsonPath, label_rule, locate_weights, parse_img, was_given
+from yolov7_deploy.cli.options import (
+    Img,
+    JsonPath,
+    announce_replacement,
+    label_rule,
+    locate_weights,
+    parse_img,
+    was_given,
+)
 from yolov7_deploy.cli.quantize import NO_IMAGES, Calib, Data, MaxDrop, open_data
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions, QuantizeOptions
@@ -272,16 +280,18 @@ def _export(job: ExportJob, *, verify: bool, image: Path | None, to_stderr: bool
     images = [read_image(image)] if image else []
     path = locate_weights(job.weights)
     suffix = "" if job.precision == "fp32" else f"-{job.precision}"
-    report = export_weights(
-        path,
-        job.output or Path(f"{_stem(job.weights, path)}{suffix}.onnx"),
-        options=job.options,
-        precision=job.precision,
-        int8=job.int8,
-        verify=verify,
-        images=images,
-        log=lambda step, seconds: echo(f"{seconds:6.1f} s  {step}", err=to_stderr),
-    )
+    output = job.output or Path(f"{_stem(job.weights, path)}{suffix}.onnx")
+    with announce_replacement(output, to_stderr=to_stderr):
+        report = export_weights(
+            path,
+            output,
+            options=job.options,
+            precision=job.precision,
+            int8=job.int8,
+            verify=verify,
+            images=images,
+            log=lambda step, seconds: echo(f"{seconds:6.1f} s  {step}", err=to_stderr),
+        )
     echo(describe(report), err=to_stderr)
     return report
 
@@ -294,10 +304,12 @@ def _stem(weights: str, path: Path) -> str:
 def _build(path: Path, options: EngineOptions, installation: Installation | None, *, to_stderr: bool) -> EngineReport:
     from yolov7_deploy.tensorrt.builder import build_file
 
-    with shown_progress(verbose=False, to_stderr=to_stderr) as callbacks:
-        report = build_file(
-            path, path.with_suffix(".engine"), options=options, installation=installation, callbacks=callbacks
-        )
+    engine = path.with_suffix(".engine")
+    with (
+        announce_replacement(engine, to_stderr=to_stderr),
+        shown_progress(verbose=False, to_stderr=to_stderr) as callbacks,
+    ):
+        report = build_file(path, engine, options=options, installation=installation, callbacks=callbacks)
     echo(describe_engine(report), err=to_stderr)
     return report
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from yolov7_deploy._output import echo
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import Thresholds
 
@@ -115,3 +118,12 @@ def locate_weights(weights: str) -> Path:
 
     with progress("download") as show:
         return find_weights(weights, progress=show)
+
+
+@contextlib.contextmanager
+def announce_replacement(path: Path, *, to_stderr: bool) -> Iterator[None]:
+    """Print that a file was replaced, if the block writes to a path where one existed."""
+    existed = path.is_file()
+    yield
+    if existed:
+        echo(f"{path} existed and was replaced.", err=to_stderr)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import JsonPath
+from yolov7_deploy.cli.options import JsonPath, announce_replacement
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.options import Int8Options, QuantizeOptions
 
@@ -96,7 +96,8 @@ def quantize(
 
     model = open_onnx(path)
     result = run(model, calib, options, data=open_data(data, limit), limit=calib_limit, to_stderr=json_path == "-")
-    result.model.save(target)
+    with announce_replacement(target, to_stderr=json_path == "-"):
+        result.model.save(target)
     echo(_summary(result, target), err=json_path == "-")
     if trt_cache is not None:
         _write_trt_cache(model, result, options, trt_cache)
