@@ -11,12 +11,16 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from yolov7_deploy._ort_options import base_session_options
+from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, ort_reason
+from yolov7_deploy.errors import ExportError
 from yolov7_deploy.image import Image, fit_letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.precision.subgraph import is_custom, node_inputs
 
 FloatArray = npt.NDArray[np.float32]
 AnyArray = npt.NDArray[np.generic]
+
+_MAX_LISTED = 200  # characters
 
 
 def network_input(image: Image, metadata: ModelMetadata) -> AnyArray:
@@ -35,6 +39,9 @@ class NetworkRunner:
         names: Tensors to return: outputs or inputs of these nodes.
         inputs: Tensors that the nodes read and that are fed; the inputs of the graph by default.
         weights: Constants to add to those of the graph.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the nodes; the message names the custom operators among them.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class NetworkRunner:
         inputs: Sequence[onnx.ValueInfoProto] | None = None,
         weights: Mapping[str, AnyArray] | None = None,
     ) -> None:
-        needed = {name for node in nodes for name in node.input}
+        needed = {name for node in nodes for name in node_inputs(node)}
         initializers = [tensor for tensor in proto.graph.initializer if tensor.name in needed]
         initializers += [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights or {}).items()]
         constant = {tensor.name for tensor in initializers}
@@ -57,12 +64,20 @@ class NetworkRunner:
         self._output_names = [name for name in names if name in produced]
         outputs = [onnx.ValueInfoProto(name=name) for name in self._output_names]
         graph = helper.make_graph(nodes, "network", fed, outputs, initializer=initializers)
-        opsets = [entry for entry in proto.opset_import if not entry.domain]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=proto.ir_version)
-        options = base_session_options()
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._custom = sorted({f"{node.op_type} of {node.domain!r}" for node in nodes if is_custom(node)})
+        # Names of domains as in the graph; ONNX Runtime refuses a domain of which it knows nothing.
+        domains = {node.domain for node in nodes} | {""}
+        opsets = [entry for entry in proto.opset_import if entry.domain in domains]
+        functions = proto.functions if self._custom else []
+        if functions:
+            opsets = list(proto.opset_import)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=proto.ir_version, functions=functions)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), base_session_options(), providers=["CPUExecutionProvider"]
+            )
+        except ORT_ERRORS as error:
+            raise self._error(error) from error
 
     def run(self, feeds: Mapping[str, AnyArray] | AnyArray) -> dict[str, FloatArray]:
         """Return the tensors by name.
@@ -73,6 +88,16 @@ class NetworkRunner:
         feeds = feeds if isinstance(feeds, Mapping) else {self.inputs[0]: feeds}
         found: dict[str, Any] = {name: feeds[name] for name in self._fed_names}
         if self._output_names:  # ONNX Runtime raises an error for an empty list
-            values = self._session.run(self._output_names, {name: feeds[name] for name in self.inputs})
+            try:
+                values = self._session.run(self._output_names, {name: feeds[name] for name in self.inputs})
+            except ORT_ERRORS as error:
+                raise self._error(error) from error
             found.update(zip(self._output_names, values, strict=True))
         return found
+
+    def _error(self, error: Exception) -> ExportError:
+        custom = f", which has custom operators ({', '.join(self._custom)[:_MAX_LISTED]})" if self._custom else ""
+        return ExportError(
+            f"ONNX Runtime cannot run the network before its last convolutions{custom}: {ort_reason(error)}",
+            fix="Activation ranges are measured in ONNX Runtime: export the network with standard ONNX operators.",
+        )

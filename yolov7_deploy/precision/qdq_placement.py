@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from yolov7_deploy.precision.subgraph import Network
+from yolov7_deploy.precision.subgraph import Network, is_custom
 
 HEAD_REASON = "head: decoding needs float"
 # Operations that a runtime may fuse into the kernel of the preceding convolution.
@@ -120,7 +120,7 @@ def source_tensors(network: Network, name: str) -> Iterator[str]:
 
 def is_pass_through(node: onnx.NodeProto) -> bool:
     """Return True if the outputs hold only values of the inputs, so the node commutes with quantization."""
-    if node.op_type not in PASS_THROUGH_OPS or node.domain:
+    if node.op_type not in PASS_THROUGH_OPS or is_custom(node):
         return False
     return node.op_type != "Resize" or _attribute(node, "mode") in (None, b"nearest")
 
@@ -148,7 +148,7 @@ def _float_reason(network: Network, node: onnx.NodeProto, excluded: Mapping[str,
 
 def _is_residual(network: Network, node: onnx.NodeProto) -> bool:
     """Return True for a sum of two tensors that the network computes; a constant term is not residual."""
-    return node.op_type == "Add" and not node.domain and all(name in network.producers for name in node.input)
+    return node.op_type == "Add" and not is_custom(node) and all(name in network.producers for name in node.input)
 
 
 def _quantized_tensors(network: Network, read: set[str]) -> set[str]:

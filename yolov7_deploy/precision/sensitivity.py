@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
@@ -21,9 +21,9 @@ from yolov7_deploy.precision.int8 import bias_correction, excluded_outputs, quan
 from yolov7_deploy.precision.int8_summary import summarize_int8
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.qdq_placement import place_qdq
-from yolov7_deploy.precision.subgraph import Network
+from yolov7_deploy.precision.subgraph import Network, node_inputs
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 FloatArray = npt.NDArray[np.float32]
@@ -74,11 +74,11 @@ def layer_sensitivities(
     placement = place_qdq(network, excluded_outputs(network, options.exclude))
     scales = tensor_scales(placement, calibration, options.method)
     layers = [_QuantizedLayer(network, output, scales, calibration, options) for output in placement.convolutions]
-    references = _run_float32(model, network, layers, images)
+    references = _run_float32(model.metadata, network, layers, images)
     shares = _shares(model.proto)
     sensitivities = []
     for done, layer in enumerate(layers, 1):
-        runner = layer.runner()
+        runner = layer.runner(references[0])
         errors = [
             head_error(tensors, {**tensors, **runner.run(tensors)}, network.heads, model.metadata)
             for tensors in references
@@ -93,14 +93,14 @@ def layer_sensitivities(
 
 
 def _run_float32(
-    model: OnnxModel, network: Network, layers: Sequence[_QuantizedLayer], images: Sequence[Image]
+    metadata: ModelMetadata, network: Network, layers: Sequence[_QuantizedLayer], images: Sequence[Image]
 ) -> list[dict[str, FloatArray]]:
     """Return for each image the float32 head maps, and the tensors that the runners of the layers read."""
     names = list(dict.fromkeys([*network.heads, *(name for layer in layers for name in layer.inputs)]))
-    runner = NetworkRunner(model.proto, network.nodes, names)
+    runner = NetworkRunner(network.proto, network.nodes, names)
     references: list[dict[str, FloatArray]] = []
     for image in images:
-        references.append(runner.run(network_input(image, model.metadata)))
+        references.append(runner.run(network_input(image, metadata)))
         if (len(references) + 1) * sum(values.nbytes for values in references[0].values()) > MEMORY_BYTES:
             break
     return references
@@ -131,7 +131,7 @@ class _QuantizedLayer:
 
     Attributes:
         name: Name of the convolution.
-        inputs: float32 tensors that these nodes read and do not compute.
+        inputs: Tensors that these nodes read and do not compute; constants are not among them.
     """
 
     def __init__(
@@ -148,44 +148,54 @@ class _QuantizedLayer:
         self._input_means = calibration.input_means.get(data) if options.correct_bias else None
         self._affected = list(self._affected_nodes())
         computed = {name for node in (self._node, *self._affected) for name in node.output}
-        read = {name for node in self._affected for name in node.input} | {data}
+        read = {name for node in (self._node, *self._affected) for name in node_inputs(node)} - {self._node.input[1]}
         self._heads = [head for head in network.heads if head in computed]
         self.name = self._node.name or output
-        self.inputs = tuple(sorted((read - computed - set(network.weights)) & network.floats))
+        given = {entry.name for entry in network.proto.graph.input} - network.initializers
+        self.inputs = tuple(sorted((read - computed) & (given | set(network.producers))))
 
     def _affected_nodes(self) -> Iterator[onnx.NodeProto]:
         affected = set(self._node.output)
         for node in self._network.nodes:
-            if affected.intersection(node.input):
+            if affected.intersection(node_inputs(node)):
                 affected.update(node.output)
                 yield node
 
-    def runner(self) -> NetworkRunner:
-        """Return a runner that computes the affected head maps."""
-        weights, node = self._network.weights, onnx.NodeProto()
+    def runner(self, tensors: Mapping[str, npt.NDArray[np.generic]]) -> NetworkRunner:
+        """Return a runner that computes the affected head maps; `tensors` has arrays of the types of the inputs."""
+        node = onnx.NodeProto()
         node.CopyFrom(self._node)
-        quantized = quantize_weight(weights[node.input[1]])
-        bias = weights[node.input[2]] if len(node.input) > 2 else np.zeros(len(quantized.scales), np.float32)
-        if self._input_means is not None:
-            bias = bias + bias_correction(weights[node.input[1]], quantized, self._input_means)
+        weight = self._network.weights[node.input[1]]
+        quantized = quantize_weight(weight)
         constants = {
             "own__weight": quantized.dequantized,
-            "own__bias": bias,
             "own__scale": np.array(self._scale),
             "own__zero": np.zeros((), np.int8),
         }
+        bias = self._bias(node)
+        if bias is not None:
+            if self._input_means is not None:
+                bias = bias + bias_correction(weight, quantized, self._input_means)
+            constants["own__bias"] = bias
         pair = [
             helper.make_node("QuantizeLinear", [node.input[0], "own__scale", "own__zero"], ["own__int8"]),
             helper.make_node("DequantizeLinear", ["own__int8", "own__scale", "own__zero"], ["own__data"]),
         ]
-        node.input[:] = ["own__data", "own__weight", "own__bias"]
+        node.input[:] = ["own__data", "own__weight", node.input[2] if bias is None else "own__bias"]
+        types = {name: helper.np_dtype_to_tensor_dtype(tensors[name].dtype) for name in self.inputs}
         return NetworkRunner(
             self._network.proto,
             [*pair, node, *self._affected],
             self._heads,
-            inputs=[helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self.inputs],
+            inputs=[helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()],
             weights=constants,
         )
+
+    def _bias(self, node: onnx.NodeProto) -> FloatArray | None:
+        """Return the bias of the convolution, zeros without one; `None` if the network computes it."""
+        if len(node.input) < 3 or not node.input[2]:
+            return np.zeros(len(self._network.weights[node.input[1]]), np.float32)
+        return self._network.weights.get(node.input[2])
 
 
 def _shares(proto: onnx.ModelProto) -> dict[str, float]:

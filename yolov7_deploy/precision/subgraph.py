@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
@@ -19,19 +19,31 @@ Weight: TypeAlias = npt.NDArray[np.float32]
 # Number of leading inputs that are data. The others (roi and scales of Resize) are float32 by definition.
 _DATA_INPUTS = {"Resize": 1}
 _MAX_SIZE_ELEMENTS = 16
+_LONG_DOMAIN = "ai.onnx"  # the same as ""
+_ONNX_DOMAINS = ("", _LONG_DOMAIN)
+_SEPARATE_INITIALIZERS = 4  # the first IR version in which an initializer need not be an input
+# Attributes of `Constant` and their types; the value of `value` is a tensor.
+_CONSTANT_TYPES: dict[str, type[np.generic] | None] = {
+    "value": None,
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
 
 
 class Network:
     """The nodes before decoding, with the producer and the consumers of each tensor.
 
     In a graph of this package, they end at the raw head maps that the metadata names. In a third-party graph, all
-    nodes belong to the network, and the heads are the outputs of the last convolutions.
+    nodes belong to the network except custom operators after the last convolutions (such as NMS), and the heads are
+    the outputs of the last convolutions.
 
     Args:
         model: A float32 graph; it is not modified.
 
     Attributes:
-        proto: The whole graph.
+        proto: The whole graph. Constants of third-party graphs are initializers in it; see `with_initializers`.
         nodes: In execution order.
         floats: Names of all float32 tensors of the whole graph.
         heads: Names of the raw head maps.
@@ -40,10 +52,10 @@ class Network:
     """
 
     def __init__(self, model: OnnxModel) -> None:
-        self.proto = model.proto
-        graph = model.proto.graph
-        self.nodes = [node for node in graph.node if not is_after_head(node)]
-        self.floats = float_tensors(model.proto)
+        self.proto = with_initializers(model.proto)
+        graph = self.proto.graph
+        self.nodes = _network_nodes(graph.node, is_ours=bool(model.metadata.heads))
+        self.floats = float_tensors(self.proto)
         self.producers = {name: node for node in self.nodes for name in node.output if name}
         self.consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
@@ -57,10 +69,15 @@ class Network:
         """float32 initializers by name."""
         return {name: numpy_helper.to_array(tensor) for name, tensor in self._initializers.items()}
 
+    @cached_property
+    def initializers(self) -> set[str]:
+        """Names of all initializers, of any type."""
+        return {tensor.name for tensor in self.proto.graph.initializer}
+
     @property
     def convolutions(self) -> list[onnx.NodeProto]:
         """All `Conv` nodes in execution order."""
-        return [node for node in self.nodes if node.op_type == "Conv" and not node.domain]
+        return [node for node in self.nodes if is_convolution(node)]
 
     def _last_convolutions(self) -> Iterator[str]:
         """Yield the outputs of the convolutions whose result reaches no other convolution."""
@@ -68,15 +85,92 @@ class Network:
         for node in reversed(self.nodes):
             if any(name in reaches_conv for name in node.output):
                 reaches_conv.update(node.input)
-            elif node.op_type == "Conv":
+            elif is_convolution(node):
                 yield node.output[0]
-            if node.op_type == "Conv":
+            if is_convolution(node):
                 reaches_conv.update(node.input)
 
 
-def is_after_head(node: onnx.NodeProto) -> bool:
-    """Return True for the nodes of decoding and NMS."""
-    return bool(node.domain) or node.name.startswith(END_PREFIX)
+def is_custom(node: onnx.NodeProto) -> bool:
+    """Return True for an operator outside ONNX's own domain."""
+    return node.domain not in _ONNX_DOMAINS
+
+
+def is_convolution(node: onnx.NodeProto) -> bool:
+    """Return True for ONNX's own convolution."""
+    return node.op_type == "Conv" and not is_custom(node)
+
+
+def _network_nodes(nodes: Sequence[onnx.NodeProto], *, is_ours: bool) -> list[onnx.NodeProto]:
+    """Return the nodes before decoding and NMS, in execution order."""
+    if is_ours:
+        return [node for node in nodes if not is_custom(node) and not node.name.startswith(END_PREFIX)]
+    reaches_conv: set[str] = set()
+    before = set()
+    for number, node in reversed(list(enumerate(nodes))):
+        if is_convolution(node) or reaches_conv.intersection(node.output):
+            before.add(number)
+            reaches_conv.update(node_inputs(node))
+    left_out: set[str] = set()
+    kept = []
+    for number, node in enumerate(nodes):
+        if number in before or not (is_custom(node) or left_out.intersection(node_inputs(node))):
+            kept.append(node)
+        else:
+            left_out.update(node.output)
+    return kept
+
+
+def with_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph in which constants are initializers; other exporters write some of them as nodes.
+
+    These are `Constant` nodes, and `Identity` nodes of initializers, with which PyTorch shares a weight. ONNX's own
+    domain gets its usual, empty name. A graph with nothing to change is returned as it is.
+    """
+    outputs = {output.name for output in proto.graph.output}
+    known = {tensor.name: tensor for tensor in proto.graph.initializer}
+    constants: dict[int, onnx.TensorProto] = {}
+    for number, node in enumerate(proto.graph.node):
+        if is_custom(node) or node.name.startswith(END_PREFIX) or outputs.intersection(node.output):
+            continue
+        value = _constant(node, known)
+        if value is not None:
+            constants[number] = known[value.name] = value
+    has_long_domain = any(node.domain == _LONG_DOMAIN for node in proto.graph.node)
+    if not constants and not has_long_domain:
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    copy.ir_version = max(copy.ir_version, _SEPARATE_INITIALIZERS)
+    kept = [node for number, node in enumerate(copy.graph.node) if number not in constants]
+    versions: dict[str, int] = {}
+    for entry in copy.opset_import:
+        domain = "" if entry.domain == _LONG_DOMAIN else entry.domain
+        versions[domain] = max(entry.version, versions.get(domain, 0))
+    del copy.opset_import[:]
+    copy.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in versions.items())
+    for node in kept:
+        node.domain = "" if node.domain == _LONG_DOMAIN else node.domain
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    copy.graph.initializer.extend(constants.values())
+    return copy
+
+
+def _constant(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> onnx.TensorProto | None:
+    """Return the numeric constant that a node produces, with the name of its output; `None` for other nodes."""
+    if node.op_type == "Identity" and node.input[0] in known:
+        tensor = known[node.input[0]]
+    elif node.op_type == "Constant" and node.attribute and node.attribute[0].name in _CONSTANT_TYPES:
+        dtype, value = _CONSTANT_TYPES[node.attribute[0].name], helper.get_attribute_value(node.attribute[0])
+        tensor = value if dtype is None else numpy_helper.from_array(np.array(value, dtype))
+    else:
+        return None
+    named = onnx.TensorProto()
+    named.CopyFrom(tensor)
+    named.name = node.output[0]
+    return named
 
 
 def data_inputs(node: onnx.NodeProto) -> Sequence[str]:
