@@ -14,7 +14,7 @@ import numpy as np
 
 from yolov7_deploy._text import get_logger, hide_credentials
 from yolov7_deploy.errors import SourceError, UsageError
-from yolov7_deploy.image import IMAGE_SUFFIXES
+from yolov7_deploy.image import IMAGE_SUFFIXES, is_pil_image
 from yolov7_deploy.sources.files import (
     GLOB_CHARACTERS,
     Skipped,
@@ -49,7 +49,7 @@ class Item:
     """One item of a source.
 
     Attributes:
-        kind: `image`, `video` (a file), `live` (a camera or stream) or `array`.
+        kind: `image`, `video` (a file), `live` (a camera or stream) or `array` (also a PIL image).
         address: Path, URL, camera number or array, depending on `kind`.
         label: The address for messages and `Frame.path`, without password; empty for arrays.
     """
@@ -78,6 +78,8 @@ def resolve(
     if isinstance(source, np.ndarray):
         arrays = source if source.ndim == 4 else [source]
         yield from (Item(kind="array", address=array, label="") for array in arrays)
+    elif is_pil_image(source):
+        yield Item(kind="array", address=source, label="")
     elif isinstance(source, int) and not isinstance(source, bool):
         yield _camera(source)
     elif isinstance(source, str | Path):
@@ -92,7 +94,7 @@ def resolve(
     else:
         raise UsageError(
             f"A source cannot be of type {type(source).__name__}.",
-            fix="Pass a path, a camera number, a URL, or uint8 arrays.",
+            fix="Pass a path, a camera number, a URL, a PIL image, or uint8 arrays.",
         )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ImageError, SourceError
-from yolov7_deploy.image import Image, as_bgr, read_image
+from yolov7_deploy.image import Image, PilImage, as_bgr, read_image
 from yolov7_deploy.sources.files import Skipped
 from yolov7_deploy.sources.live import CLOSE_TIMEOUT_S, LiveReader
 from yolov7_deploy.sources.resolve import Item, OnError, resolve
@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 LIVE_POLL_S = 0.01  # timeout for each of several streams, which are polled in turn
 
-SourceLike = str | Path | int | npt.NDArray[Any] | Sequence[str | Path | npt.NDArray[Any]]
+SourceLike = str | Path | int | npt.NDArray[Any] | PilImage | Sequence[str | Path | npt.NDArray[Any] | PilImage]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -235,8 +235,8 @@ def open_source(
 
     Args:
         source: An image or video file, a folder (without its subfolders), a glob pattern (`shots/**/*.jpg`), a camera
-            number, the URL of a stream or image, a `.txt` file that lists any of these, an array [H, W, 3], or a
-            sequence of any of these.
+            number, the URL of a stream or image, a `.txt` file that lists any of these, an array [H, W, 3], a PIL
+            image, or a sequence of any of these.
         on_error: `raise` or `skip` unreadable images and videos; skipped ones are listed in `Source.skipped`.
         reconnects: Number of consecutive attempts to reopen a lost stream.
         reconnect_wait_s: Seconds before the first attempt; doubled for each further one.
