@@ -127,3 +127,11 @@ def test_an_image_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ImageError, match="cannot be written"):
         write_image(tmp_path / "file" / "a.png", np.zeros((5, 5, 3), np.uint8))
+
+
+def test_labels_that_are_not_unicode_are_drawn_and_such_suffixes_refused(tmp_path):
+    image = np.zeros((60, 200, 3), dtype=np.uint8)
+    drawn = draw_boxes(image, np.array([[5, 30, 50, 50]]), labels=["\udcff\x1b\x00"], class_ids=[0])
+    assert drawn.any()
+    with pytest.raises(ImageError, match="cannot write"):
+        write_image(tmp_path / "a.\udcff", image)

@@ -50,6 +50,15 @@ def json_escape(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text is valid Unicode; names of files that are not UTF-8 have lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module; its messages are printable, whatever names and texts they contain."""
     logger = logging.getLogger(name)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._text import printable_line
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import FloatArray, Image, as_bgr
 
@@ -90,7 +91,8 @@ def draw_boxes(image_bgr: Image, boxes_xyxy: FloatArray, *, labels: Sequence[str
     for rect, class_id in reversed(list(zip(rects, class_ids, strict=True))):
         _draw_outline(canvas, rect, class_colour(class_id), line=style.line)
     placed: list[tuple[Rect, str, int]] = []
-    for rect, label, class_id in zip(rects, labels, class_ids, strict=True):
+    # OpenCV crashes for texts that are not valid Unicode.
+    for rect, label, class_id in zip(rects, map(printable_line, labels), class_ids, strict=True):
         label_rect = _find_label_rect(label, rect, taken=[item[0] for item in placed], hw=hw, style=style)
         if label_rect is not None:
             placed.append((label_rect, label, class_id))
@@ -168,8 +170,9 @@ def write_image(path: str | Path, image_bgr: Image) -> None:
         ImageError: OpenCV cannot write this format, or the file cannot be written.
     """
     path = Path(path)
+    suffix = path.suffix if path.suffix.isascii() else ""  # OpenCV crashes for texts that are not valid Unicode
     try:
-        _, data = cv2.imencode(path.suffix, image_bgr)
+        _, data = cv2.imencode(suffix, image_bgr)
     except cv2.error as error:
         raise ImageError(
             f"{path}: OpenCV cannot write {path.suffix or 'a file without suffix'}.",

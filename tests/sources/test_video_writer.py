@@ -1,5 +1,6 @@
 """Videos are written completely, or the error says how many frames there are."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from yolov7_deploy.errors import SourceError
+from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
 
 HW = (96, 128)
@@ -79,3 +81,20 @@ def test_a_file_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match="cannot be created"):
         VideoWriter(tmp_path / "file" / "clip.mp4", fps=RATE, hw=HW)
+
+
+def test_names_that_are_not_unicode_can_be_written_and_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"clip-\xff.mp4")
+    writer = VideoWriter(path, fps=RATE, hw=HW)
+    writer.write(grey(50))
+    assert writer.finish() == path and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    frames = list(open_source(tmp_path))
+    assert len(frames) == 1 and frames[0].path == str(path)
+    unknown = path.rename(path.with_suffix(os.fsdecode(b".\xfe")))
+    with pytest.raises(SourceError, match=r"clip-\\udcff.\\udcfe is neither an image nor a video"):
+        open_source(unknown)
+
+
+def test_an_address_that_is_not_unicode_is_an_error():
+    with pytest.raises(SourceError, match=r"rtsp://\*\*\*@cam/.* is not a valid URL"):
+        open_source("rtsp://user:pass@cam/\udcff")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from yolov7_deploy._text import get_logger, hide_credentials
+from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, is_pil_image
 from yolov7_deploy.sources.files import (
@@ -26,6 +26,7 @@ from yolov7_deploy.sources.files import (
     read_list,
     summarize_left_out,
 )
+from yolov7_deploy.sources.video import opencv_name
 
 log = get_logger(__name__)
 
@@ -141,6 +142,8 @@ def _url(text: str, scheme: str) -> Item:
             f"{_printable(hide_credentials(text))} is not a URL of a supported scheme.",
             fix=f"One of: {', '.join(STREAM_SCHEMES)}",
         )
+    if not is_unicode(text):
+        raise SourceError(f"{_printable(hide_credentials(text))} is not a valid URL.", fix="Encode it with %XX.")
     try:
         suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
     except ValueError as error:
@@ -164,7 +167,9 @@ def _file(path: Path) -> Item:
         raise SourceError(f"{path} is not a file.", fix="Pass an image, video, folder, camera number or URL.")
     if _is_video(path.suffix):
         return Item(kind="video", address=str(path), label=str(path))
-    if path.suffix.lower() not in IMAGE_SUFFIXES and not cv2.haveImageReader(str(path)):
+    with opencv_name(str(path)) as name:
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES or cv2.haveImageReader(name)
+    if not is_image:
         raise SourceError(
             f"{path} is neither an image nor a video by its suffix.",
             fix=f"Images: {' '.join(IMAGE_SUFFIXES)}   videos: {' '.join(VIDEO_SUFFIXES)}   lists: {LIST_SUFFIX}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import PartialFile
 from yolov7_deploy._download import download
-from yolov7_deploy._text import get_logger, hide_credentials
+from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image
 
@@ -70,8 +72,25 @@ def open_capture(address: str | int) -> Capture:
         camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # so that the driver does not queue old frames
         capture = camera
     else:
-        capture = cv2.VideoCapture(address)
+        with opencv_name(address) as name:
+            capture = cv2.VideoCapture(name)
     return capture
+
+
+@contextlib.contextmanager
+def opencv_name(path: str) -> Iterator[str]:
+    """Yield a name for a file until OpenCV has opened it: a link if the path is not valid Unicode.
+
+    OpenCV crashes for such names, which files from other systems have.
+    """
+    if is_unicode(path):
+        yield path
+        return
+    suffix = Path(path).suffix
+    with tempfile.TemporaryDirectory(prefix="y7-link-") as folder:
+        link = Path(folder) / f"file{suffix if is_unicode(suffix) else ''}"
+        link.symlink_to(Path(path).absolute())
+        yield str(link)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +201,9 @@ class VideoWriter:
         except OSError as error:
             reason = error.strerror or error
             raise SourceError(f"{path} cannot be created: {reason}.", fix="Choose another folder.") from error
-        name = str(self._file.temporary)
-        self._writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), self._rate, (hw[1], hw[0]))
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
+        with opencv_name(str(self._file.temporary)) as name:
+            self._writer = cv2.VideoWriter(name, codec, self._rate, (hw[1], hw[0]))
         if not self._writer.isOpened():
             self.discard()
             raise SourceError(
@@ -248,7 +268,8 @@ class VideoWriter:
 
 def count_readable_frames(path: Path, *, expected: int) -> int:
     """Return how many frames of a video can be read; decodes only the last one if there are as many as expected."""
-    capture = cv2.VideoCapture(str(path))
+    with opencv_name(str(path)) as name:
+        capture = cv2.VideoCapture(name)
     try:
         if expected > 0 and round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == expected:
             capture.set(cv2.CAP_PROP_POS_FRAMES, expected - 1)
