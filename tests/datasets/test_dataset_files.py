@@ -123,6 +123,18 @@ def test_missing_label_files_are_counted_and_the_first_is_named(labelled):
     assert dataset.notes == dataset.problems
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_label_files_without_image_are_reported(labelled, monkeypatch, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(labelled.parent / "cache"))
+    for name in ("8", "9", "classes"):
+        write_label(labelled / f"labels/val/{name}.txt")
+    problem = f"2 label files have no image; the first is {labelled}/labels/val/8.txt"
+    assert open_dataset(labelled / "data.yaml", cache=cache).problems == (problem,)
+    assert open_dataset(labelled / "data.yaml", cache=cache, limit=1).problems == ()
+    (labelled / "val.txt").write_text("images/val/1.png\n")
+    assert open_dataset(write_yaml(labelled, "val.txt"), cache=cache).problems == ()
+
+
 def test_images_with_one_label_file_are_reported(labelled):
     write_image(labelled / "images/val/1.jpg")
     (problem,) = open_dataset(labelled / "data.yaml").problems

@@ -68,7 +68,7 @@ class Entry:
 
 
 def read_labels_cached(
-    images: Sequence[Path], *, classes: int, folder: Path | None = None
+    images: Sequence[Path], *, classes: int, are_complete: bool = False, folder: Path | None = None
 ) -> tuple[LabelSet, list[Hw | None]]:
     """Return what `read_label_files` returns, and the size of each image; unchanged files are not read again.
 
@@ -77,6 +77,7 @@ def read_labels_cached(
     Args:
         images: The image files.
         classes: Number of classes.
+        are_complete: See `read_label_files`.
         folder: Folder of the cache files; `$XDG_CACHE_HOME/yolov7_deploy/labels` by default.
 
     Raises:
@@ -98,7 +99,8 @@ def read_labels_cached(
     ]
     if not fresh.all():
         _write(cache_path, _pack(entries, _settled_stamps(stamps, entries, now_ns)))
-    found = collect_labels([entry.file for entry in entries], paths, images)
+    unused = finder.without_image() if are_complete else []
+    found = collect_labels([entry.file for entry in entries], paths, images, unused)
     seconds = time.perf_counter() - start
     logger.info("%d label files, %d of them from %s, in %.1f s", len(paths), fresh.sum(), cache_path, seconds)
     return found, [entry.image_hw for entry in entries]

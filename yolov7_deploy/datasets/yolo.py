@@ -39,10 +39,12 @@ class SplitImages:
     Attributes:
         paths: Sorted, each once.
         problems: What was left out or does not exist, one message each.
+        are_complete: These are all images of their folders; a text list may name only some.
     """
 
     paths: tuple[Path, ...]
     problems: tuple[str, ...]
+    are_complete: bool = False
 
 
 def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False) -> Dataset:
@@ -128,11 +130,13 @@ def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) 
         )
     found: list[Path] = []
     problems: list[str] = []
+    are_complete = True
     for entry in entries if isinstance(entries, list) else [entries]:
         location = _locate(_as_path_text(entry, path), root, path)
         part = _images_in_folder(location) if location.is_dir() else _images_in_list(location, root)
         found += part.paths
         problems += part.problems
+        are_complete &= part.are_complete
     images = _without_repetitions(found)
     if not any(is_file(image) for image in images):
         example = f" (the first is {short_text(str(images[0]))})" if images else ""
@@ -140,7 +144,7 @@ def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) 
         raise DatasetError("\n".join((message, *problems)), fix="Correct the list, or `path` in the YAML.")
     if len(images) < len(found):
         problems.append(f"{len(found) - len(images)} images of {split} are named more than once; each is used once")
-    return SplitImages(paths=images, problems=tuple(problems))
+    return SplitImages(paths=images, problems=tuple(problems), are_complete=are_complete)
 
 
 def _without_repetitions(images: Sequence[Path]) -> tuple[Path, ...]:
@@ -186,9 +190,9 @@ def _locate(entry: str, root: Path, path: Path) -> Path:
 def _images_in_folder(folder: Path) -> SplitImages:
     found = list_folder(folder, suffixes=IMAGE_SUFFIXES, recursive=True)
     if not found.left_out:
-        return SplitImages(paths=found.files, problems=())
+        return SplitImages(paths=found.files, problems=(), are_complete=True)
     left_out = f"left out of {short_text(folder)}: {summarize_left_out(found.left_out, folder=folder)}"
-    return SplitImages(paths=found.files, problems=(left_out,))
+    return SplitImages(paths=found.files, problems=(left_out,), are_complete=True)
 
 
 def _images_in_list(listing: Path, root: Path) -> SplitImages:
@@ -238,10 +242,12 @@ def _open_labels(
     ids_in_names = min(numbers) >= 0 and len(set(numbers)) == len(numbers)
     selected = images.paths[:limit]
     sizes: Sequence[tuple[int, int] | None]
+    are_complete = images.are_complete and len(selected) == len(images.paths)
     if cache:
-        found, sizes = read_labels_cached(selected, classes=len(names))
+        found, sizes = read_labels_cached(selected, classes=len(names), are_complete=are_complete)
     else:
-        found, sizes = read_label_files(selected, classes=len(names)), [None] * len(selected)
+        found = read_label_files(selected, classes=len(names), are_complete=are_complete)
+        sizes = [None] * len(selected)
     records = [
         Record(path=selected[i], image_id=numbers[i] if ids_in_names else i, image_hw=sizes[i], labels=labels)
         for i, labels in enumerate(found.labels)

@@ -17,6 +17,7 @@ BOX_COLUMNS = 5
 MIN_POLYGON_COLUMNS = 7  # class and three points
 MAX_LABEL_BYTES = 2**24  # of a label file: several hundred thousand boxes
 IMAGES_FOLDER, LABELS_FOLDER = "images", "labels"
+NOT_LABELS = ("classes.txt",)  # labelImg writes the class names beside the labels
 TOLERANCE = 1e-4  # labelling tools round to 4..6 digits: up to this far outside 0..1 is clipped, not an error
 
 
@@ -33,14 +34,29 @@ class LabelFinder:
         self._label_folders: dict[str, tuple[str, ...]] = {}
         self._real_folders: dict[str, str] = {}
         self._names: dict[str, dict[str, str]] = {}
+        self._found: dict[str, set[str]] = {}
 
     def find(self, image: Path) -> Path:
         """Return the label file of an image, or the first path that was tried if there is none."""
         for folder, stem in self._places(os.path.dirname(image), image):  # noqa: PTH120
             name = self._list(folder).get(_label_key(stem))
             if name is not None:
+                self._found.setdefault(folder, set()).add(name)
                 return Path(folder, name)
         return Path(self._folders_for(os.path.dirname(image))[0], f"{image.stem}{LABEL_SUFFIX}")  # noqa: PTH120
+
+    def without_image(self) -> list[Path]:
+        """Return the label files beside those that were found which belong to none of the images.
+
+        Folders that also have images are left out, since a text file there may be anything.
+        """
+        folders = {folder: found for folder, found in self._found.items() if folder not in self._label_folders}
+        return [
+            Path(folder, name)
+            for folder, found in folders.items()
+            for name in sorted(self._list(folder).values())
+            if name not in found and name not in NOT_LABELS
+        ]
 
     def _places(self, image_folder: str, image: Path) -> Iterator[tuple[str, str]]:
         """Yield the folders to look in, and the stem to look for."""
@@ -123,17 +139,23 @@ class LabelSet:
         return f"{self.missing} of {len(self.labels)} images have no label file"
 
 
-def read_label_files(images: Sequence[Path], *, classes: int) -> LabelSet:
+def read_label_files(images: Sequence[Path], *, classes: int, are_complete: bool = False) -> LabelSet:
     """Return the labels of each image, and what was missing or repaired (duplicates and empty boxes are dropped).
 
     A missing or empty label file means an image without objects.
+
+    Args:
+        images: The image files.
+        classes: Number of classes.
+        are_complete: These are all images of their folders, so a label file of no image is worth a message.
 
     Raises:
         DatasetError: Lines are invalid; all files are read first, and the message lists the first ten lines.
     """
     finder = LabelFinder()
     paths = [finder.find(image) for image in images]
-    return collect_labels([read_label_file(path, classes=classes) for path in paths], paths, images)
+    unused = finder.without_image() if are_complete else []
+    return collect_labels([read_label_file(path, classes=classes) for path in paths], paths, images, unused)
 
 
 def read_label_file(path: Path, *, classes: int) -> LabelFile:
@@ -152,8 +174,10 @@ def read_label_file(path: Path, *, classes: int) -> LabelFile:
     return LabelFile(labels=labels, repairs=tuple(repairs), errors=tuple(errors))
 
 
-def collect_labels(files: Sequence[LabelFile], paths: Sequence[Path], images: Sequence[Path]) -> LabelSet:
-    """Return the labels of all images from their label files, which are at `paths`.
+def collect_labels(
+    files: Sequence[LabelFile], paths: Sequence[Path], images: Sequence[Path], unused: Sequence[Path]
+) -> LabelSet:
+    """Return the labels of all images from their label files, which are at `paths`; those at `unused` have no image.
 
     Raises:
         DatasetError: See `read_label_files`.
@@ -174,6 +198,8 @@ def collect_labels(files: Sequence[LabelFile], paths: Sequence[Path], images: Se
             f"{short_text(images[shared[0]])} has that of {short_text(images[first_image[paths[shared[0]]]].name)}"
         )
         problems.insert(0, f"{len(shared)} images have the label file of another image; {example}")
+    if unused:
+        problems.insert(0, f"{len(unused)} label files have no image; the first is {short_text(unused[0])}")
     found = LabelSet(labels=tuple(file.labels for file in files), missing=len(missing), problems=tuple(problems))
     if not missing:
         return found
