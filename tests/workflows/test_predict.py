@@ -69,6 +69,14 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in paths)
 
 
+def test_annotated_images_of_formats_that_few_programs_write_are_jpeg(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jfif", "b.mpo", "c.PNG", "d.pgm"):
+        cv2.imencode(".jpg", grey())[1].tofile(tmp_path / "in" / name)
+    annotate(find_two, open_source(tmp_path / "in"), options=AnnotateOptions(save_dir=tmp_path / "out"))
+    assert files(tmp_path / "out") == ["a.jpg", "b.jpg", "c.PNG", "d.jpg"]
+
+
 def test_images_keep_their_names_and_never_overwrite_each_other(inputs, tmp_path):
     out = tmp_path / "out"
     report = annotate(find_two, open_source(f"{inputs}/**/*"), options=AnnotateOptions(save_dir=out))
