@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from tests.support.engines import HAS_RTX, NO_RTX, exported, files, foreign, left_behind, rtx
-from yolov7_deploy.cli.app import INTERRUPTED
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
@@ -145,7 +144,8 @@ def test_an_interrupt_ends_the_build_process_and_removes_its_files(tiny_onnx):
 
 
 @needs_rtx
-def test_ctrl_c_in_the_command_removes_all_files(tiny_onnx, tmp_path_factory):
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_removes_all_files(tiny_onnx, tmp_path_factory, number, exit_code):
     temporary = tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "yolov7_deploy", "build", "--weights", str(tiny_onnx)]
     with subprocess.Popen(
@@ -157,9 +157,9 @@ def test_ctrl_c_in_the_command_removes_all_files(tiny_onnx, tmp_path_factory):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore SIGINT
     ) as process:
         assert any("prepared" in line for line in process.stdout)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == INTERRUPTED, stderr
+    assert process.returncode == exit_code, stderr
     assert "Traceback" not in stderr
     assert (files(tiny_onnx.parent), files(temporary)) == (["tiny.onnx"], [])
 
