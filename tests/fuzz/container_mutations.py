@@ -86,14 +86,60 @@ _OPCODES = (
 )
 
 
+def _text(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+# Long names, and names that reprogram a terminal.
+_NAMES = (
+    b"x" * 200_000,
+    b"\x1b]0;title\x07",
+    b"\x1b[2J",
+    "\u202e".encode(),
+    b"\xed\xa0\x80",
+    b"",
+    b"model.0.conv.weight",
+)
+# A function, and a list that it copies.
+_COPIES = tuple(
+    (b"c" + function + b"\n", entry)
+    for function, entry in (
+        (b"torch\nSize", b"K\1"),
+        (b"builtins\nset", b"K\1"),
+        (b"__builtin__\nfrozenset", b"N"),
+        (b"collections\nOrderedDict", b"K\1K\2\x86"),
+        (b"torch._utils\n_rebuild_parameter", b"K\1"),
+        (b"numpy\nndarray", b"K\1"),
+    )
+)
+
+
+def copy_bomb(rng: random.Random) -> bytes:
+    """Return opcodes that push a tuple of many copies of one long list, or of many references to it."""
+    function, entry = rng.choice(_COPIES)
+    entries, copies = rng.choice((10, 1000, 100_000)), rng.choice((2, 1000, 100_000))
+    made = b"](" + entry * entries + b"er\xf0\0\0\0"
+    if rng.random() < 0.2:
+        return made + b"(" + b"j\xf0\0\0\0" * copies + b"t"
+    arguments = b"\x85r\xf2\0\0\0"
+    call = b"j\xf1\0\0\0j\xf2\0\0\0R" + rng.choice((b"", b"0"))
+    return made + arguments + function + b"r\xf1\0\0\0(" + call * copies + b"t"
+
+
 def mutate_pickle(rng: random.Random, data: bytes) -> bytes:
     """Return a pickle with inserted, replaced or copied opcodes, or with numbers set to edge values."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
         at = rng.randrange(len(changed) + 1)
-        kind = rng.randrange(4)
+        kind = rng.randrange(6)
         if kind == 0:
             changed[at:at] = rng.choice(_OPCODES)
+        elif kind == 4:
+            changed[at:at] = copy_bomb(rng) + rng.choice((b"0", b""))
+        elif kind == 5:
+            texts = [found.span() for found in re.finditer(rb"X(?s:.){4}[\w.]+", bytes(changed))]
+            start, stop = rng.choice(texts or [(at, at)])
+            changed[start:stop] = _text(rng.choice(_NAMES))
         elif kind == 1:
             opcode = rng.choice(_OPCODES)
             changed[at : at + len(opcode)] = opcode

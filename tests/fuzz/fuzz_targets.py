@@ -6,7 +6,9 @@ Run one case:  python -m tests.fuzz.fuzz_targets LOADER --first 17 --count 1 --k
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import io
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ import random
 import resource
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,9 +27,11 @@ from typing import Any
 import numpy as np
 
 from tests.fuzz import container_mutations, fuzz_seeds, mutations
+from yolov7_deploy._text import printable
 from yolov7_deploy.errors import Y7Error
 
-HANG_S = 30  # far more than any loader needs for these small files, even on a busy machine
+HANG_S = 60  # the process is stopped
+MAX_CPU_S = 10  # of one case; far more than any loader needs for these small files
 EXTRA_BYTES = 2**30  # address space that all cases of one loader may use beyond that of the valid files
 OUT_OF_MEMORY = ("bad_alloc", "nsufficient memory", "failed to allocate", "not enough memory")
 FRAMES = 12
@@ -90,10 +95,12 @@ def _onnx_model(path: Path) -> None:
     _check_metadata(model.metadata)
 
 
-def _info(path: Path) -> None:
+def _info(path: Path, *, layers: bool = False) -> None:
     from yolov7_deploy.cli.info import info
 
-    info(str(path), json_path=os.devnull)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        info(str(path), json_path=os.devnull, layers=layers)
+    assert printable(printed.getvalue()) == printed.getvalue(), "the text would change the terminal"
 
 
 def _detector(path: Path) -> None:
@@ -161,6 +168,12 @@ def _dataset(path: Path) -> None:
     "".join((*dataset.class_names, *dataset.problems)).encode()
 
 
+def _hyperparameters(path: Path) -> None:
+    from yolov7_deploy.training.hyperparameters import format_hyperparameters, read_hyperparameters
+
+    format_hyperparameters(read_hyperparameters(str(path))).encode()
+
+
 def _with_images(folder: Path) -> None:
     """Write two images, their labels, a list of them, an annotation file and a YAML."""
     for name in ("images", "labels"):
@@ -175,7 +188,6 @@ def _with_images(folder: Path) -> None:
 
 def _engine(path: Path) -> None:
     """Load an engine whose plan or build record is damaged."""
-    from yolov7_deploy.cli.info import info
     from yolov7_deploy.tensorrt.engine import Engine
 
     engine = path.with_suffix("") if path.suffix == ".json" else path
@@ -184,7 +196,7 @@ def _engine(path: Path) -> None:
         _check_metadata(loaded.record.metadata)
         assert type(loaded.record).from_json(loaded.record.to_json()) == loaded.record
     for layers in (False, True):
-        info(str(engine), json_path=os.devnull, layers=layers)
+        _info(engine, layers=layers)
 
 
 def _plugin(path: Path) -> None:
@@ -264,11 +276,18 @@ TARGETS = {
     ),
     "yaml": Target(
         seeds=lambda _: fuzz_seeds.yamls(),
-        mutate=mutations.mutate_text,
+        mutate=mutations.mutate_yaml,
         load=_dataset,
         weight=40,
         suffix=".yaml",
         prepare=_with_images,
+    ),
+    "hyperparameters": Target(
+        seeds=lambda _: fuzz_seeds.hyperparameters(),
+        mutate=mutations.mutate_yaml,
+        load=_hyperparameters,
+        weight=40,
+        suffix=".yaml",
     ),
     "coco": Target(
         seeds=lambda _: fuzz_seeds.coco_documents(),
@@ -313,11 +332,8 @@ def find_fault(error: Exception) -> str:
         return "".join(traceback.format_exception(error))[-3000:]
     if not error.message or not error.fix:
         return f"{type(error).__name__} without a message or without a fix: {error}"
-    if not str(error).isascii():
-        try:
-            str(error).encode()
-        except UnicodeEncodeError:
-            return f"{type(error).__name__} that cannot be printed: {str(error)!r:.500}"
+    if printable(str(error)) != str(error):
+        return f"{type(error).__name__} that would change the terminal: {str(error)!r:.500}"
     if len(str(error)) > 5000:
         text = str(error)
         return f"{type(error).__name__} of {len(text)} characters: {text[:200]}...{text[-200:]}"
@@ -360,12 +376,16 @@ def campaign(name: str, *, first: int, count: int, folder: Path, keep: Path | No
                 keep.write_bytes(content)
             path.write_bytes(content)
             faulthandler.dump_traceback_later(HANG_S, exit=True)
+            start = time.process_time()
             try:
                 target.load(path)
                 fault = ""
             except Exception as error:  # noqa: BLE001 - every error is a result
                 fault = find_fault(error)
             faulthandler.cancel_dump_traceback_later()
+            seconds = time.process_time() - start
+            if not fault and seconds > MAX_CPU_S:
+                fault = f"it took {seconds:.1f} s"
             if fault:
                 findings.write(json.dumps([case, fault]) + "\n")
                 findings.flush()

@@ -31,6 +31,7 @@ TEXTS = (
     "~no-such-user",
     "nan",
     "1e999",
+    *("\x1b]0;title\x07", "\x1b[2J", "\u202egpj.exe", "\u2028", "a\nb", "\x9b1m", "\ufeff", "x" * 2_000_000),
 )
 WORDS = (
     *(b"null", b"true", b"[]", b"{}", b'""', b"NaN", b"Infinity", b"1e999", b"-1", b"9" * 25, b"9" * 5000, b"**", b"*"),
@@ -158,6 +159,66 @@ def mutate_text(rng: random.Random, data: bytes, others: Bytes) -> bytes:
             data = _replaced(rng, data, rb"[^\s:]+", rng.choice((b"[", b"{a: ", b'{"a":', b"- ")) * depth)
         data = data[:LARGEST]
     return data
+
+
+# Tags that do not fit most values, and the values that they fit least.
+YAML_TAGS = (
+    *(
+        b"!!float",
+        b"!!int",
+        b"!!bool",
+        b"!!null",
+        b"!!timestamp",
+        b"!!binary",
+        b"!!omap",
+        b"!!pairs",
+        b"!!set",
+        b"!!str",
+    ),
+    *(b"!!seq", b"!!map", b"!!merge", b"!!value", b"!!python/tuple", b"!!python/object/apply:os.system", b"!own", b"!"),
+)
+YAML_VALUES = (
+    *(
+        b"",
+        b"''",
+        b"-",
+        b"0x",
+        b"0b",
+        b"1:x",
+        b"_",
+        b".",
+        b"[]",
+        b"{}",
+        b"[[a, b]]",
+        b"1:1" + b":59" * 400,
+        b"2001-1-1",
+    ),
+    *(b"9" * 5000, b"1" + b":59" * 100_000, b"&a [*a]", b"0o" + b"7" * 500, b"'" + b"x" * 100_000 + b"'"),
+)
+
+
+def mutate_yaml(rng: random.Random, data: bytes, others: Bytes) -> bytes:
+    """Return YAML with other tags, or with anchors that aliases and merges repeat; half of the time `mutate_text`."""
+    kind = rng.randrange(6)
+    if kind < 3:
+        return mutate_text(rng, data, others)
+    if kind == 3:
+        tagged = rng.choice(YAML_TAGS) + b" " + rng.choice((*YAML_VALUES, b"", b""))
+        return _replaced(rng, data, rb"(?<=[\s\[{,])[^\s,:\[\]{}]+", tagged)[:LARGEST]
+    return (_aliases(rng) + data)[:LARGEST] if rng.random() < 0.5 else (data + _aliases(rng))[:LARGEST]
+
+
+def _aliases(rng: random.Random) -> bytes:
+    """Return lines in which a few anchors are repeated, often exponentially, under keys that are read or not."""
+    depth, width = rng.choice((1, 2, 5, 12)), rng.choice((2, 2, 2, 10, 10, 10, 1000))
+    first = rng.choice((b"x", b"'" + b"x" * rng.choice((10, 10, 10, 100_000)) + b"'", b"[]", b"{k: 1}", b"1", b"!!set {a, b}"))
+    last = rng.choice((b"names", b"val", b"train", b"path", b"nc", b"lr0", b"unused"))
+    lines = [b"a0: &a0 " + first]
+    for level in range(1, depth + 1):
+        repeated = b", ".join([b"*a%d" % (level - 1)] * width)
+        value = rng.choice((b"[%s]", b"{<<: [%s]}", b"[%s]")) % repeated
+        lines.append(b"%s: &a%d %s" % (last if level == depth else b"a%d" % level, level, value))
+    return b"\n" + b"\n".join(lines) + b"\n"
 
 
 def _replaced(rng: random.Random, data: bytes, pattern: bytes, by: bytes) -> bytes:

@@ -188,11 +188,18 @@ LAUGHS = "\n".join(
     ["a0: &a0 x", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)), "names: *a11", "val: ."]
 )
 
+# Every mapping merges ten times the previous one; PyYAML repeats the pairs of a merged mapping, equal or not.
+MERGES = "\n".join(
+    ["a0: &a0 {k: x}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)), "val: ."]
+)
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (LAUGHS, "aliases expand to more than"),
+        (f"a: &a {'x' * 100_000}\nval: .\nnames: [{'*a, ' * 1000}]\n", "aliases expand to more than"),
+        (MERGES, "aliases expand to more than"),
         ("val: .\nnames: &a [*a]\n", "contains itself"),
         ("val: .\nnc: 9999999999999\n", "has nc: 9999999999999"),
         ("val: .\nnames: " + "[" * 20_000, "nested too deeply"),
@@ -201,7 +208,7 @@ LAUGHS = "\n".join(
         ("val: " + "x" * 70_000 + "\nnames: [cat]\n", "does not exist"),
         ("val: /dev/zero\nnames: [cat]\n", "it is a device, not a file"),
     ],
-    ids=["laughs", "itself", "classes", "deep", "names", "mapping", "long", "device"],
+    ids=["laughs", "text", "merges", "itself", "classes", "deep", "names", "mapping", "long", "device"],
 )
 def test_a_hostile_yaml_is_refused_with_a_short_message(tmp_path, text, message):
     path = tmp_path / "data.yaml"
