@@ -28,7 +28,7 @@ from yolov7_deploy.inspection.network import inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.precision.calibration_cache import load_calibration
 from yolov7_deploy.precision.calibration_images import open_calibration
-from yolov7_deploy.sources import open_source
+from yolov7_deploy.sources import open_source, video
 from yolov7_deploy.tensorrt.build_main import TimingCache
 from yolov7_deploy.tensorrt.engine import Engine
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
@@ -188,6 +188,16 @@ def test_a_video_source_refuses_what_is_not_a_file(tmp_path, kind):
     KINDS[kind](path)
     with pytest.raises(Y7Error):
         open_first(path)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".ts", ".gif", ".mjpeg"])
+def test_a_video_without_frames_is_not_searched_to_its_end(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(video, "FILE_TIMEOUT_MS", 500)
+    path = tmp_path / f"x{suffix}"
+    make_huge(path)
+    with pytest.raises(Y7Error) as caught:
+        open_first(path)
+    assert caught.value.fix
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,7 @@ from yolov7_deploy.datasets.samples import (
     is_file,
     join_names,
     printable,
+    short_reason,
     short_text,
 )
 from yolov7_deploy.errors import DatasetError
@@ -107,7 +108,7 @@ def read_coco(path: Path) -> dict[str, Any]:
         document = json.loads(read_bytes(path, max_bytes=MAX_BYTES))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise DatasetError(
-            f"{path} cannot be read as JSON: {short_text(error)}.", fix="Copy or download it again."
+            f"{path} cannot be read as JSON: {short_reason(error)}.", fix="Copy or download it again."
         ) from error
     for section, keys in SECTIONS.items():
         rows = document.get(section) if isinstance(document, dict) else None

@@ -25,6 +25,7 @@ from yolov7_deploy.image import Image, decode_image
 log = get_logger(__name__)
 
 NETWORK_TIMEOUT_MS = 10_000  # FFmpeg's default of 30 s is too long to notice a dead camera
+FILE_TIMEOUT_MS = 10_000  # FFmpeg searches the whole file for a frame, and a sparse one can have terabytes
 DOWNLOAD_TIMEOUT_S = 60  # of one image, from the name of the server to the last byte
 MAX_DOWNLOAD_BYTES = 2**27  # of one image; the largest photos have about 100 MB
 PLAUSIBLE_FPS = (0.1, 1000.0)
@@ -57,24 +58,22 @@ OpenCapture = Callable[[str | int], Capture]
 
 
 def open_capture(address: str | int) -> Capture:
-    """Open a camera number, stream URL or video file with OpenCV; network access has a timeout."""
+    """Open a camera number, stream URL or video file with OpenCV; the network and files have a timeout."""
     capture: Capture
     if isinstance(address, str) and "://" in address:
-        limits = [
-            cv2.CAP_PROP_OPEN_TIMEOUT_MSEC,
-            NETWORK_TIMEOUT_MS,
-            cv2.CAP_PROP_READ_TIMEOUT_MSEC,
-            NETWORK_TIMEOUT_MS,
-        ]
-        capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
+        capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, _timeouts(NETWORK_TIMEOUT_MS))
     elif isinstance(address, int):
         camera = cv2.VideoCapture(address)
         camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # so that the driver does not queue old frames
         capture = camera
     else:
         with opencv_name(address) as name:
-            capture = cv2.VideoCapture(name)
+            capture = cv2.VideoCapture(name, cv2.CAP_ANY, _timeouts(FILE_TIMEOUT_MS))
     return capture
+
+
+def _timeouts(milliseconds: int) -> list[int]:
+    return [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, milliseconds, cv2.CAP_PROP_READ_TIMEOUT_MSEC, milliseconds]
 
 
 @contextlib.contextmanager
