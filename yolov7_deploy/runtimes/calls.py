@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import ParamSpec, TypeVar
@@ -33,7 +32,7 @@ class CallTracker:
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        self._running: Counter[int] = Counter()  # calls by thread
+        self._running: dict[int, int] = {}  # number of calls by thread
         self._closing: set[int] = set()  # threads that wait in `close`; others do not wait for their calls
         self._submitted: set[Future[object]] = set()
         self._pool: ThreadPoolExecutor | None = None
@@ -58,13 +57,16 @@ class CallTracker:
         thread = threading.get_ident()
         with self._changed:
             self.check_open()
-            self._running[thread] += 1
+            self._running[thread] = self._running.get(thread, 0) + 1
         try:
             yield
         finally:
             with self._changed:
-                self._running -= Counter({thread: 1})
-                self._changed.notify_all()
+                count = self._running.pop(thread, 1)
+                if count > 1:
+                    self._running[thread] = count - 1
+                elif self._is_closed:
+                    self._changed.notify_all()
 
     def submit(
         self, function: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
