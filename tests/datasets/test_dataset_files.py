@@ -287,6 +287,13 @@ def test_images_of_a_list_that_do_not_exist_are_reported(labelled):
     assert dataset.problems[0] == "2 images of val.txt do not exist; the first is images/val/7.png"
 
 
+def test_a_list_may_have_folders(labelled):
+    write_image(labelled / "more/3.png")
+    write_label(labelled / "more/3.txt")
+    dataset = open_dataset(write_list(labelled, "images\nmore/3.png\n"))
+    assert (file_names(dataset), boxes(dataset), dataset.problems) == (["1.png", "2.png", "3.png"], 3, ())
+
+
 def test_entries_of_a_list_may_be_relative_to_the_working_folder(labelled, monkeypatch, tmp_path):
     (tmp_path / "lists").mkdir()
     path = write_list(tmp_path / "lists", "d/images/val/1.png\n")

@@ -196,7 +196,10 @@ def _images_in_folder(folder: Path) -> SplitImages:
 
 
 def _images_in_list(listing: Path, root: Path) -> SplitImages:
-    """Return the images of a text list; entries are relative to the list, the dataset root or the working directory."""
+    """Return the images of a text list and of folders in it.
+
+    Entries are relative to the list, the dataset root or the working directory.
+    """
     try:
         entries = read_list(listing)
     except (OSError, ValueError) as error:
@@ -204,13 +207,22 @@ def _images_in_list(listing: Path, root: Path) -> SplitImages:
             f"{listing} is not a text list of images: {short_reason(error)}.", fix="Write one path per line."
         ) from error
     folders = (listing.parent, root, Path.cwd())
-    located = [(entry, locate(entry, folders)) for _, entry in entries]
-    absent = [entry for entry, path in located if path is None]
-    paths = tuple(path or root / entry for entry, path in located)
-    if not absent:
-        return SplitImages(paths=paths, problems=())
-    problem = f"{len(absent)} images of {listing.name} do not exist; the first is {short_text(absent[0])}"
-    return SplitImages(paths=paths, problems=(problem,))
+    paths: list[Path] = []
+    absent: list[str] = []
+    problems: list[str] = []
+    for _, entry in entries:
+        path = locate(entry, folders)
+        if path is None:
+            absent.append(entry)
+        if path is not None and path.is_dir():
+            part = _images_in_folder(path)
+            paths += part.paths
+            problems += part.problems
+        else:
+            paths.append(path or root / entry)
+    if absent:
+        problems.insert(0, f"{len(absent)} images of {listing.name} do not exist; the first is {short_text(absent[0])}")
+    return SplitImages(paths=tuple(paths), problems=tuple(problems))
 
 
 def _match_entries(
