@@ -36,7 +36,7 @@ def files(tmp_path_factory):
             save_checkpoint(checkpoint, path)
         elif not path.exists():
             inside = {} if kind == "none" else NMS_OPTIONS
-            exported_tiny(nms=kind, **{**inside, "multi_label": False, **options}).save(path)
+            exported_tiny(nms=kind, **{**inside, **options}).save(path)
         return path
 
     return get

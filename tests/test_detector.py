@@ -239,7 +239,7 @@ def test_thresholds_out_of_range_are_refused(detector, options):
 
 @pytest.mark.parametrize("option", [{"multi_label": True}, {"class_agnostic": True}])
 def test_options_that_nms_inside_the_file_cannot_apply_are_refused(files, option):
-    with Detector(files("plugin"), device="cpu", **option) as detector:
+    with Detector(files("efficient"), device="cpu", **option) as detector:
         with pytest.raises(UsageError, match=next(iter(option))) as caught:
             detector(IMAGES[0])
         assert caught.value.fix

@@ -55,6 +55,11 @@ class Thresholds:
             raise UsageError(f"max_det must be at least 1, not {self.max_det}.", fix="For example: --max-det 100")
 
 
+def threshold_values(thresholds: Thresholds) -> tuple[float, float, float, float]:
+    """Return the values of the inputs `THRESHOLD_INPUTS` of a model file, in their order."""
+    return thresholds.conf, thresholds.iou, float(thresholds.multi_label), float(thresholds.class_agnostic)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
     """Options of the export from a fused model to an ONNX file.
@@ -65,8 +70,8 @@ class ExportOptions:
         batch: Fixed batch size; `None` makes the batch dynamic.
         nms: `plugin` (our op with a function body of standard operators), `standard` (that body inlined),
             `efficient` (EfficientNMS_TRT, with a body for other runtimes) or `none` (decoded output).
-        conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`; `conf` and `iou` can be changed at run
-            time except with `efficient`.
+        conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`. They are defaults of the file; all but
+            `max_det` can be changed at run time, except with `efficient`.
         max_candidates: Number of best-scoring candidates that enter NMS.
         input_kind: `float32` (NCHW RGB 0..1) or `uint8` (NHWC BGR, scaling and layout inside the graph).
         opset: ONNX operator set, 13 to 21.
@@ -78,8 +83,8 @@ class ExportOptions:
     nms: str = "plugin"
     conf: float = 0.25
     iou: float = 0.45
-    max_det: int = 100
-    multi_label: bool = True
+    max_det: int = 300
+    multi_label: bool = False
     class_agnostic: bool = False
     max_candidates: int = TOPK_LIMIT
     input_kind: InputKind = "float32"

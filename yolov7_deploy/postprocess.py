@@ -124,14 +124,15 @@ def check_nms_compatible(nms: NmsMetadata, thresholds: Thresholds) -> None:
     Raises:
         UsageError: The message names the threshold and both values.
     """
+    if nms.runtime_thresholds:
+        return
     fixed: list[tuple[str, object, object]] = [
         ("multi_label", nms.multi_label, thresholds.multi_label),
         ("class_agnostic", nms.class_agnostic, thresholds.class_agnostic),
+        ("iou", nms.iou, thresholds.iou),
     ]
-    if not nms.runtime_thresholds:
-        fixed.append(("iou", nms.iou, thresholds.iou))
-        if thresholds.conf < nms.conf:
-            fixed.append(("conf", nms.conf, thresholds.conf))
+    if thresholds.conf < nms.conf:
+        fixed.append(("conf", nms.conf, thresholds.conf))
     for name, exported, requested in fixed:
         if exported != requested:
             raise UsageError(

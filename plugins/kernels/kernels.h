@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define Y7_KERNELS_ABI 2  // incremented with every change of a struct or a signature
+#define Y7_KERNELS_ABI 3  // incremented with every change of a struct or a signature
 #define Y7_MAX_BATCH 1024
 #define Y7_MAX_LEVELS 8
 #define Y7_ANCHORS 3  // per cell
@@ -41,10 +41,16 @@ typedef struct Y7NmsParams {
   int32_t classes;         // C, at least 1
   int32_t max_det;         // maximum detections, K below
   int32_t max_candidates;  // highest-scoring (anchor, class) pairs that enter NMS
-  int32_t multi_label;     // 1: every class of an anchor above the threshold; 0: only its best class
-  int32_t class_agnostic;  // 1: boxes also suppress boxes of other classes
   int32_t type;            // data type of the head maps: Y7_FLOAT32 or Y7_FLOAT16
 } Y7NmsParams;
+
+// Device pointers to one float each, so a captured CUDA graph uses their current values.
+typedef struct Y7NmsThresholds {
+  const float* conf;
+  const float* iou;
+  const float* multi_label;     // above 0.5: every class of an anchor above conf; otherwise only its best class
+  const float* class_agnostic;  // above 0.5: boxes also suppress boxes of other classes
+} Y7NmsThresholds;
 
 typedef struct Y7NmsOutputs {
   int32_t* num_dets;  // [B, 1]
@@ -57,11 +63,11 @@ typedef struct Y7NmsOutputs {
 // Returns the workspace size of y7_nms in bytes, for the whole batch; 0 for invalid parameters.
 size_t y7_nms_workspace(const Y7NmsParams* params);
 
-// Decodes the head maps and runs NMS. params, heads and outputs are host pointers and are read before the call returns;
-// conf and iou point to one float each on the device, so a captured CUDA graph uses their current values. The workspace
-// is aligned to 8 bytes; its content does not matter. All levels together have fewer than 2^32 (anchor, class) pairs.
-// Output rows after num_dets are set to zero. Deterministic: the same input gives the same bytes.
-int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const float* conf, const float* iou,
+// Decodes the head maps and runs NMS. params, heads, thresholds and outputs are host pointers and are read before the
+// call returns. The workspace is aligned to 8 bytes; its content does not matter. All levels together have fewer than
+// 2^32 (anchor, class) pairs. Output rows after num_dets are set to zero. Deterministic: the same input gives the same
+// bytes.
+int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const Y7NmsThresholds* thresholds,
                const Y7NmsOutputs* outputs, void* workspace, size_t workspace_bytes, void* stream);
 
 // One frame of a batch: uint8 BGR rows of `pitch` bytes, and its position on the canvas.

@@ -93,10 +93,14 @@ extern "C" size_t y7_nms_workspace(const Y7NmsParams* params) {
   return y7::counter_bytes(*params) + size_t(params->batch) * y7::kCapacity * sizeof(y7::Key);
 }
 
-extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const float* conf, const float* iou,
+extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const Y7NmsThresholds* thresholds,
                           const Y7NmsOutputs* outputs, void* workspace, size_t workspace_bytes, void* stream) {
   using y7::is_aligned;
-  if (!y7::is_valid(params) || !heads || !outputs || !is_aligned(conf, 4) || !is_aligned(iou, 4)) {
+  if (!y7::is_valid(params) || !heads || !thresholds || !outputs) {
+    return Y7_BAD_ARGUMENT;
+  }
+  if (!is_aligned(thresholds->conf, 4) || !is_aligned(thresholds->iou, 4) || !is_aligned(thresholds->multi_label, 4) ||
+      !is_aligned(thresholds->class_agnostic, 4)) {
     return Y7_BAD_ARGUMENT;
   }
   if (!is_aligned(outputs->num_dets, 4) || !is_aligned(outputs->boxes, 16) || !is_aligned(outputs->scores, 4) ||
@@ -115,10 +119,7 @@ extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, con
   plan.classes = uint32_t(params->classes);
   plan.max_det = uint32_t(params->max_det);
   plan.max_candidates = uint32_t(params->max_candidates);
-  plan.multi_label = params->multi_label != 0;
-  plan.class_agnostic = params->class_agnostic != 0;
-  plan.conf = conf;
-  plan.iou = iou;
+  plan.thresholds = *thresholds;
   plan.outputs = *outputs;
   plan.passed = static_cast<uint32_t*>(workspace);
   plan.keys = reinterpret_cast<y7::Key*>(static_cast<char*>(workspace) + y7::counter_bytes(*params));

@@ -52,13 +52,22 @@ struct Level {
 struct Plan {
   Level level[Y7_MAX_LEVELS];
   uint32_t levels, anchors, classes, max_det, max_candidates;
-  bool multi_label, class_agnostic;
-  const float* conf;
-  const float* iou;
+  Y7NmsThresholds thresholds;
   Y7NmsOutputs outputs;
   uint32_t* passed;  // [B], number of pairs above the threshold, which may exceed kCapacity
   Key* keys;         // [B, kCapacity], the candidate list of each image
 };
+
+// The values behind the pointers of Y7NmsThresholds.
+struct Thresholds {
+  float conf, iou;
+  bool multi_label, class_agnostic;
+};
+
+__device__ __forceinline__ Thresholds load_thresholds(const Plan& plan) {
+  const Y7NmsThresholds& t = plan.thresholds;
+  return {__ldg(t.conf), __ldg(t.iou), __ldg(t.multi_label) > 0.5f, __ldg(t.class_agnostic) > 0.5f};
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

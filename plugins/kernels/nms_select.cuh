@@ -47,7 +47,8 @@ __device__ __forceinline__ void stage_keys(const Plan& plan, SelectScratch& s, u
 // One warp scores the classes of one anchor. Every score is computed in full: the load costs more than the exponential,
 // and a comparison of the logit alone would be inexact at both ends of the float32 range.
 template <class T>
-__device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t image, uint32_t survivor, float conf) {
+__device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t image, uint32_t survivor,
+                               const Thresholds& thresholds) {
   const uint32_t anchor = s.anchor[survivor];
   const float objectness = s.objectness[survivor];
   const AnchorRow<T> row = anchor_row<T>(plan, image, anchor);
@@ -67,20 +68,20 @@ __device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t imag
       const uint32_t class_id = begin + 32 * i + lane();
       const float score = objectness * sigmoid(logit[i]);
       const Key key = key_of(score, anchor * plan.classes + class_id);
-      if (plan.multi_label) {
-        stage_keys(plan, s, image, class_id < plan.classes && score > conf, key);
+      if (thresholds.multi_label) {
+        stage_keys(plan, s, image, class_id < plan.classes && score > thresholds.conf, key);
       } else if (class_id < plan.classes) {
         best = max(best, key);
       }
     }
   }
-  if (plan.multi_label) {
+  if (thresholds.multi_label) {
     return;
   }
   for (int step = 16; step; step /= 2) {
     best = max(best, __shfl_xor_sync(kFullWarp, best, step));
   }
-  stage_keys(plan, s, image, lane() == 0 && score_of(best) > conf, best);
+  stage_keys(plan, s, image, lane() == 0 && score_of(best) > thresholds.conf, best);
 }
 
 // Grid (anchors / kSelectThreads, B), block kSelectThreads, 6 KiB of shared memory. Reads A objectness values and
@@ -90,12 +91,12 @@ template <class T>
 __global__ void __launch_bounds__(kSelectThreads, 4) select(const Y7_GRID_CONSTANT Plan plan) {
   Y7_SHARED(SelectScratch, s);
   const uint32_t image = blockIdx.y, anchor = blockIdx.x * kSelectThreads + threadIdx.x;
-  const float conf = __ldg(plan.conf);
+  const Thresholds thresholds = load_thresholds(plan);
   if (threadIdx.x == 0) {
     s.survivors = s.staged = 0;
   }
   const float objectness = anchor < plan.anchors ? sigmoid(anchor_row<T>(plan, image, anchor)[4]) : 0.0f;
-  const bool passes = anchor < plan.anchors && objectness > conf;
+  const bool passes = anchor < plan.anchors && objectness > thresholds.conf;
   if (!__syncthreads_or(passes)) {
     return;
   }
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) select(const Y7_GRID_CONSTA
     }
     __syncthreads();
     for (uint32_t i = warp(); i < s.survivors; i += kSelectThreads / 32) {
-      select_classes<T>(plan, s, image, i, conf);
+      select_classes<T>(plan, s, image, i, thresholds);
     }
   }
   __syncthreads();

@@ -69,8 +69,8 @@ __device__ void resolve(SuppressScratch& s, uint32_t size) {
 
 // Computes the overlap matrix of a group of `size` candidates and fills s.kept. If `is_member`, the thread's own
 // candidate is number `rank` of the group.
-__device__ void resolve_group(const Plan& plan, SuppressScratch& s, const Candidate& mine, bool is_member,
-                              uint32_t rank, uint32_t size, float iou) {
+__device__ void resolve_group(SuppressScratch& s, const Candidate& mine, bool is_member, uint32_t rank, uint32_t size,
+                              const Thresholds& thresholds) {
   if (is_member) {
     s.box[rank] = mine.box;
     s.area[rank] = mine.area;
@@ -83,8 +83,8 @@ __device__ void resolve_group(const Plan& plan, SuppressScratch& s, const Candid
     uint32_t bits = 0;
 #pragma unroll 4
     for (uint32_t i = first; i < min(first + kRowsPerThread, j); ++i) {
-      const bool competes = plan.class_agnostic || s.class_id[i] == worse.class_id;
-      if (competes && overlap(s.box[i], s.area[i], worse, iou)) {
+      const bool competes = thresholds.class_agnostic || s.class_id[i] == worse.class_id;
+      if (competes && overlap(s.box[i], s.area[i], worse, thresholds.iou)) {
         bits |= 1u << i % 32;
       }
     }
@@ -104,11 +104,12 @@ __device__ void resolve_group(const Plan& plan, SuppressScratch& s, const Candid
 // The first kGroupSize candidates that are still alive are resolved among themselves; their survivors then suppress the
 // candidates after them, until none is left. So every candidate is compared with each better survivor once.
 __device__ uint32_t append_survivors(const Plan& plan, SuppressScratch& s, uint32_t image, const Candidate& mine,
-                                     float score, bool alive, uint32_t kept, float iou) {
+                                     float score, bool alive, uint32_t kept, const Thresholds& thresholds) {
+  const float iou = thresholds.iou;
   const size_t row = size_t(image) * plan.max_det;
   float4* boxes = reinterpret_cast<float4*>(plan.outputs.boxes) + row;
   for (uint32_t i = 0; alive && i < kept; ++i) {
-    if (!plan.class_agnostic && uint32_t(plan.outputs.classes[row + i]) != mine.class_id) {
+    if (!thresholds.class_agnostic && uint32_t(plan.outputs.classes[row + i]) != mine.class_id) {
       continue;
     }
     const float4 box = boxes[i];
@@ -134,7 +135,7 @@ __device__ uint32_t append_survivors(const Plan& plan, SuppressScratch& s, uint3
       break;
     }
     const bool is_member = alive && rank < kGroupSize;
-    resolve_group(plan, s, mine, is_member, rank, min(alive_count, kGroupSize), iou);
+    resolve_group(s, mine, is_member, rank, min(alive_count, kGroupSize), thresholds);
     alive = alive && !is_member;
     uint32_t row_index = kept;  // output row of the thread's own candidate, if it survived
     for (uint32_t word = 0; word < kGroupWords; ++word) {
@@ -149,7 +150,7 @@ __device__ uint32_t append_survivors(const Plan& plan, SuppressScratch& s, uint3
       }
       for (uint32_t bits = survivors; alive && bits; bits &= bits - 1) {
         const uint32_t i = 32 * word + __ffs(int(bits)) - 1;
-        const bool competes = plan.class_agnostic || s.class_id[i] == mine.class_id;
+        const bool competes = thresholds.class_agnostic || s.class_id[i] == mine.class_id;
         alive = !(competes && overlap(s.box[i], s.area[i], mine, iou));
       }
       kept += __popc(survivors);
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(kThreads) suppress(const Y7_GRID_CONSTANT Plan
   Y7_SHARED(SuppressScratch, s);
   const uint32_t image = blockIdx.x;
   const uint32_t passed = plan.passed[image], limit = min(passed, plan.max_candidates);
-  const float conf = __ldg(plan.conf), iou = __ldg(plan.iou);
+  const Thresholds thresholds = load_thresholds(plan);
+  const float conf = thresholds.conf;
   const Key min_key = conf > 0 ? Key(__float_as_uint(conf)) << 32 : 0;  // lower bound of all keys
   const bool is_complete = passed <= kCapacity;
   Window window = {is_complete ? min_key : kKeyAboveOne, kKeyAboveOne, is_complete ? passed : 0,
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) suppress(const Y7_GRID_CONSTANT Plan
   uint32_t kept = 0, selected = 0;
   while (kept < plan.max_det && selected < limit) {
     if (!window.left) {
-      refill<T>(plan, s, image, conf, min_key, window);
+      refill<T>(plan, s, image, thresholds, min_key, window);
     }
     Key key;
     const uint32_t count = select_tile(plan, s, image, min_key, window, key);
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) suppress(const Y7_GRID_CONSTANT Plan
     if (alive) {
       mine = decode<T>(plan, image, key);
     }
-    kept = append_survivors(plan, s, image, mine, score_of(key), alive, kept, iou);
+    kept = append_survivors(plan, s, image, mine, score_of(key), alive, kept, thresholds);
     selected += count;
   }
   const size_t row = size_t(image) * plan.max_det;

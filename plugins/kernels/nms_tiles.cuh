@@ -49,7 +49,8 @@ __device__ uint32_t inclusive_sum(SuppressScratch& s, uint32_t value) {
 
 // Calls visit(key) for every pair of the image above the threshold; the anchors are distributed over the threads.
 template <class T, class Visit>
-__device__ void visit_passing_pairs(const Plan& plan, uint32_t image, float conf, Visit visit) {
+__device__ void visit_passing_pairs(const Plan& plan, uint32_t image, const Thresholds& thresholds, Visit visit) {
+  const float conf = thresholds.conf;
   for (uint32_t anchor = threadIdx.x; anchor < plan.anchors; anchor += kThreads) {
     const AnchorRow<T> row = anchor_row<T>(plan, image, anchor);
     const float objectness = sigmoid(row[4]);
@@ -70,15 +71,15 @@ __device__ void visit_passing_pairs(const Plan& plan, uint32_t image, float conf
           break;
         }
         const Key key = key_of(objectness * sigmoid(logit[i]), anchor * classes + begin + i);
-        if (!plan.multi_label) {
+        if (!thresholds.multi_label) {
           best = max(best, key);
         }
-        if (plan.multi_label && score_of(key) > conf) {
+        if (thresholds.multi_label && score_of(key) > conf) {
           visit(key);
         }
       }
     }
-    if (!(classes && plan.multi_label) && score_of(best) > conf) {
+    if (!(classes && thresholds.multi_label) && score_of(best) > conf) {
       visit(best);
     }
   }
@@ -125,16 +126,17 @@ __device__ Key lower_bound_key(SuppressScratch& s, Key min_key, Key high, uint32
 
 // Refills the list with the best keys below window.high, as many as it can hold.
 template <class T>
-__device__ void refill(const Plan& plan, SuppressScratch& s, uint32_t image, float conf, Key min_key, Window& window) {
+__device__ void refill(const Plan& plan, SuppressScratch& s, uint32_t image, const Thresholds& thresholds, Key min_key,
+                       Window& window) {
   Key* keys = plan.keys + size_t(image) * kCapacity;
   const Key high = window.high;
   const Key low = lower_bound_key(s, min_key, high, kCapacity,
-                                  [&](auto visit) { visit_passing_pairs<T>(plan, image, conf, visit); });
+                                  [&](auto visit) { visit_passing_pairs<T>(plan, image, thresholds, visit); });
   if (threadIdx.x == 0) {
     s.filled = 0;
   }
   __syncthreads();
-  visit_passing_pairs<T>(plan, image, conf, [&](Key key) {
+  visit_passing_pairs<T>(plan, image, thresholds, [&](Key key) {
     if (key < low || key >= high) {
       return;
     }

@@ -15,6 +15,8 @@ using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 
+constexpr const char* kThresholdNames[kThresholds] = {"conf_threshold", "iou_threshold", "multi_label",
+                                                      "class_agnostic"};
 constexpr int32_t kHwc8Channels = 8;  // kHWC8 pads the channels to a multiple of this
 // Head maps after these have the format of the first: TensorRT tries at most 100 combinations, and 2^4 * 2 are enough.
 constexpr int32_t kFreeFormatLevels = 4;
@@ -26,9 +28,11 @@ bool is_parser_attribute(const char* name) {
 
 void check_input_count(const NodeParams& params, int32_t count) {
   if (count != params.levels() + kThresholds) {
-    throw_plugin_error("the node has ", count, " inputs; attribute strides has ", params.levels(),
-                       " levels, so it must have as many head maps, then conf_threshold and iou_threshold: ",
-                       params.levels() + kThresholds, ".");
+    throw_plugin_error(
+        "the node has ", count, " inputs; attribute strides has ", params.levels(),
+        " levels, so it must have as many head maps, then conf_threshold, iou_threshold, multi_label and "
+        "class_agnostic: ",
+        params.levels() + kThresholds, ".");
   }
 }
 
@@ -50,7 +54,7 @@ void check_threshold(int32_t index, const int64_t* dims, int32_t rank) {
     volume *= dims[i];
   }
   if (rank < 0 || (volume >= 0 && volume != 1)) {
-    throw_plugin_error(index == 0 ? "conf_threshold" : "iou_threshold", " has ", volume, " values; it must have one.");
+    throw_plugin_error(kThresholdNames[index], " has ", volume, " values; it must have one.");
   }
 }
 
@@ -236,8 +240,9 @@ void enqueue(const NodeParams& params, const PluginTensorDesc* desc, const void*
   const Y7NmsOutputs results{static_cast<int32_t*>(outputs[0]), static_cast<float*>(outputs[1]),
                              static_cast<float*>(outputs[2]), static_cast<int32_t*>(outputs[3]),
                              static_cast<int32_t*>(outputs[4])};
-  const int32_t status = y7_nms(&kernel, heads.data(), static_cast<const float*>(inputs[levels]),
-                                static_cast<const float*>(inputs[levels + 1]), &results, workspace,
+  const auto threshold = [&](int32_t index) { return static_cast<const float*>(inputs[levels + index]); };
+  const Y7NmsThresholds thresholds{threshold(0), threshold(1), threshold(2), threshold(3)};
+  const int32_t status = y7_nms(&kernel, heads.data(), &thresholds, &results, workspace,
                                 workspace_bytes(params, batch, desc[0].type), stream);
   if (status != Y7_OK) {
     throw_plugin_error(y7_status_text(status), " (batch ", batch, ", ", params.to_string(), ")");

@@ -14,7 +14,7 @@ namespace y7 {
 constexpr int32_t kSuccess = 0;
 constexpr int32_t kFailure = 1;
 
-constexpr int32_t kThresholds = 2;  // inputs after the head maps: conf_threshold, iou_threshold
+constexpr int32_t kThresholds = 4;  // inputs after the head maps, see kThresholdNames
 constexpr int32_t kOutputs = 5;     // num_dets, det_boxes, det_scores, det_classes, overflow
 
 // The attributes as a PluginFieldCollection, which points into the NodeParams it was made from.

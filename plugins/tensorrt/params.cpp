@@ -8,9 +8,9 @@ namespace y7 {
 namespace {
 
 constexpr uint32_t kMagic = 0x534D4E59;  // "YNMS" in a hex dump
-constexpr uint32_t kFormat = 1;          // version of the serialized bytes
+constexpr uint32_t kFormat = 2;          // version of the serialized bytes
 constexpr size_t kWordBytes = 4;
-constexpr size_t kFixedWords = 9;     // magic, format, length, levels, five integers
+constexpr size_t kFixedWords = 7;     // magic, format, length, levels, three integers
 constexpr size_t kChecksumWords = 1;  // at the end
 constexpr size_t kLevelFloats = Y7_ANCHORS * 2;
 
@@ -75,15 +75,13 @@ class Reader {
 
 }  // namespace
 
-std::array<Field, 7> NodeParams::fields() {
+std::array<Field, 5> NodeParams::fields() {
   return {{
       {"anchors", true, anchors.data(), static_cast<int32_t>(anchors.size())},
       {"strides", false, strides.data(), static_cast<int32_t>(strides.size())},
       {"classes", false, &classes, 1},
       {"max_det", false, &max_det, 1},
       {"max_candidates", false, &max_candidates, 1},
-      {"multi_label", false, &multi_label, 1},
-      {"class_agnostic", false, &class_agnostic, 1},
   }};
 }
 
@@ -137,8 +135,6 @@ void NodeParams::check() const {
   check_range("classes", classes, 1, kMaxClasses);
   check_range("max_det", max_det, 1, INT32_MAX);
   check_range("max_candidates", max_candidates, 1, INT32_MAX);
-  check_range("multi_label", multi_label, 0, 1);
-  check_range("class_agnostic", class_agnostic, 0, 1);
   const Y7NmsParams one = kernel_params(1, Y7_FLOAT32);
   if (y7_nms_workspace(&one) == 0) {
     throw_plugin_error("the kernels reject these attributes: ", to_string(), ".");
@@ -152,16 +148,13 @@ Y7NmsParams NodeParams::kernel_params(int32_t batch, int32_t type) const {
   params.classes = classes;
   params.max_det = max_det;
   params.max_candidates = max_candidates;
-  params.multi_label = multi_label;
-  params.class_agnostic = class_agnostic;
   params.type = type;
   return params;
 }
 
 std::string NodeParams::to_string() const {
   std::ostringstream out;
-  out << "classes=" << classes << " max_det=" << max_det << " max_candidates=" << max_candidates
-      << " multi_label=" << multi_label << " class_agnostic=" << class_agnostic << " strides=";
+  out << "classes=" << classes << " max_det=" << max_det << " max_candidates=" << max_candidates << " strides=";
   const char* comma = "";
   for (const int32_t stride : strides) {
     out << comma << stride;
@@ -187,8 +180,6 @@ std::vector<uint8_t> NodeParams::serialize() const {
   append(bytes, classes);
   append(bytes, max_det);
   append(bytes, max_candidates);
-  append(bytes, multi_label);
-  append(bytes, class_agnostic);
   for (const int32_t stride : strides) {
     append(bytes, stride);
   }
@@ -229,8 +220,6 @@ NodeParams NodeParams::deserialize(const void* data, size_t length) {
   params.classes = reader.read_int32();
   params.max_det = reader.read_int32();
   params.max_candidates = reader.read_int32();
-  params.multi_label = reader.read_int32();
-  params.class_agnostic = reader.read_int32();
   params.strides.clear();
   params.anchors.clear();
   for (uint32_t i = 0; i < levels; ++i) {

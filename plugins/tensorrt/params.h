@@ -45,16 +45,14 @@ struct NodeParams {
   std::vector<float> anchors = {12, 16, 19, 36, 40, 28, 36, 75, 76, 55, 72, 146, 142, 110, 192, 243, 459, 401};
   std::vector<int32_t> strides = {8, 16, 32};  // one per level, in pixels
   int32_t classes = 80;
-  int32_t max_det = 100;
+  int32_t max_det = 300;
   int32_t max_candidates = 3840;
-  int32_t multi_label = 1;
-  int32_t class_agnostic = 0;
 
   int32_t levels() const { return static_cast<int32_t>(strides.size()); }
   int32_t channels() const { return Y7_ANCHORS * (5 + classes); }  // of every head map
 
   // Returns every attribute by name. The pointers point into this object and are valid until it is modified.
-  std::array<Field, 7> fields();
+  std::array<Field, 5> fields();
 
   // Sets one attribute. Throws PluginError for an unknown name, a wrong type or a wrong count; `check` validates
   // values.

@@ -23,7 +23,7 @@ from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.export.nms import OVERFLOW
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
-from yolov7_deploy.metadata import NMS_OUTPUTS, ModelMetadata
+from yolov7_deploy.metadata import NMS_OUTPUTS, THRESHOLD_INPUTS, ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import ExportOptions
@@ -48,7 +48,9 @@ def test_export_does_not_modify_the_model():
 
 @pytest.mark.parametrize("nms", NMS_CHOICES)
 def test_the_file_contains_the_metadata(nms, tmp_path):
-    model = exported_tiny(nms=nms, batch=None, conf=CONF, iou=IOU, opset=15, max_det=70, class_agnostic=True)
+    model = exported_tiny(
+        nms=nms, batch=None, conf=CONF, iou=IOU, opset=15, max_det=70, multi_label=True, class_agnostic=True
+    )
     model.save(tmp_path / "m.onnx")
     loaded = OnnxModel.load(tmp_path / "m.onnx")
     metadata = loaded.metadata
@@ -146,8 +148,7 @@ def test_the_plugin_node_has_all_parameters_as_attributes():
         "max_det": 70,
         "max_candidates": 1024,
     }
-    assert (attributes["multi_label"], attributes["class_agnostic"]) == (1, 1)
-    assert list(node.input[3:]) == ["conf_threshold", "iou_threshold"]
+    assert list(node.input[3:]) == list(THRESHOLD_INPUTS)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

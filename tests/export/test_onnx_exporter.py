@@ -26,6 +26,7 @@ from tests.support.detecting import (
 from tests.support.deterministic import fill_model, make_image
 from tests.support.small_models import HW, decoded_by_torch, exported_tiny, images, metadata_of, session, tiny_session
 from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
@@ -122,7 +123,7 @@ def test_uint8_input_equals_float32_input(nms):
 @pytest.mark.parametrize("conf, iou", [(0.6, 0.45), (0.8, 0.45), (0.5, 0.05), (0.5, 0.9), (0.0, 0.5), (1.0, 0.5)])
 def test_thresholds_can_be_changed_at_run_time(nms, conf, iou):
     opened = tiny_session(nms=nms, batch=None, **NMS_OPTIONS)
-    assert {entry.name for entry in opened.get_overridable_initializers()} == {"conf_threshold", "iou_threshold"}
+    assert {entry.name for entry in opened.get_overridable_initializers()} == set(THRESHOLD_INPUTS)
     result = run(opened, images(), conf=conf, iou=iou)
     assert_same_detections(image_result(result), reference(decoded_by_torch()[0], conf=conf, iou=iou))
 

@@ -42,12 +42,11 @@ class HeadMap(ctypes.Structure):
 
 
 class NmsParams(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _int)
-        for name in (
-            *("batch", "levels", "classes", "max_det", "max_candidates", "multi_label", "class_agnostic", "type"),
-        )
-    )
+    _fields_ = tuple((name, _int) for name in (*("batch", "levels", "classes", "max_det", "max_candidates", "type"),))
+
+
+class NmsThresholds(ctypes.Structure):
+    _fields_ = tuple((name, _address) for name in ("conf", "iou", "multi_label", "class_agnostic"))
 
 
 class NmsOutputs(ctypes.Structure):
@@ -77,8 +76,7 @@ class Kernels:
             [
                 ctypes.POINTER(NmsParams),
                 ctypes.POINTER(HeadMap),
-                _address,
-                _address,
+                ctypes.POINTER(NmsThresholds),
                 ctypes.POINTER(NmsOutputs),
                 _address,
                 ctypes.c_size_t,
@@ -269,9 +267,7 @@ def run_nms(
     structs, kept_alive = heads.structs(memory)
     batch = len(heads.maps[0])
     kind = {"float32": FLOAT32, "float16": FLOAT16}[heads.maps[0].dtype.name]
-    params = NmsParams(
-        batch, len(structs), heads.classes, max_det, max_candidates, int(multi_label), int(class_agnostic), kind
-    )
+    params = NmsParams(batch, len(structs), heads.classes, max_det, max_candidates, kind)
     buffers = {
         "num_dets": memory.garbage((batch, 1), np.int32),
         "boxes": memory.garbage((batch, max_det, 4), np.float32),
@@ -282,9 +278,9 @@ def run_nms(
     outputs = NmsOutputs(**{name: buffer.address for name, buffer in buffers.items()})
     size = kernels.y7_nms_workspace(params)
     workspace = memory.garbage((size,), np.uint8)
-    thresholds = [memory.upload(np.array([value], np.float32)) for value in (conf, iou)]
-    addresses = [threshold.address for threshold in thresholds]
-    status = kernels.y7_nms(params, structs, *addresses, outputs, workspace.address, size, stream)
+    thresholds = [memory.upload(np.array([value], np.float32)) for value in (conf, iou, multi_label, class_agnostic)]
+    pointers = NmsThresholds(*(threshold.address for threshold in thresholds))
+    status = kernels.y7_nms(params, structs, pointers, outputs, workspace.address, size, stream)
     assert status == OK, kernels.status_text(status)
     memory.download(workspace)
     for buffer in (*kept_alive, *thresholds):

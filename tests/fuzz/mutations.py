@@ -211,7 +211,9 @@ def mutate_yaml(rng: random.Random, data: bytes, others: Bytes) -> bytes:
 def _aliases(rng: random.Random) -> bytes:
     """Return lines in which a few anchors are repeated, often exponentially, under keys that are read or not."""
     depth, width = rng.choice((1, 2, 5, 12)), rng.choice((2, 2, 2, 10, 10, 10, 1000))
-    first = rng.choice((b"x", b"'" + b"x" * rng.choice((10, 10, 10, 100_000)) + b"'", b"[]", b"{k: 1}", b"1", b"!!set {a, b}"))
+    first = rng.choice(
+        (b"x", b"'" + b"x" * rng.choice((10, 10, 10, 100_000)) + b"'", b"[]", b"{k: 1}", b"1", b"!!set {a, b}")
+    )
     last = rng.choice((b"names", b"val", b"train", b"path", b"nc", b"lr0", b"unused"))
     lines = [b"a0: &a0 " + first]
     for level in range(1, depth + 1):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.fakes.emulated_kernels import FLOAT16, FLOAT32, OK, Heads, NmsOutputs, NmsParams, run_nms
+from tests.fakes.emulated_kernels import FLOAT16, FLOAT32, OK, Heads, NmsOutputs, NmsParams, NmsThresholds, run_nms
 from tests.gpu.environment import Array, CudaMemory, Environment, Stream, times_us
 from tests.support.nms_cases import assert_equals_the_reference, random_heads, random_options
 
@@ -157,12 +157,12 @@ class NmsCall:
         for struct, buffer in zip(self.structs, self.heads, strict=True):
             struct.data = buffer.address
         kind = {"float32": FLOAT32, "float16": FLOAT16}[heads.maps[0].dtype.name]
-        self.params = NmsParams(batch, len(self.structs), heads.classes, MAX_DET, MAX_CANDIDATES, 1, 0, kind)
+        self.params = NmsParams(batch, len(self.structs), heads.classes, MAX_DET, MAX_CANDIDATES, kind)
         shapes = {"num_dets": (batch, 1), "boxes": (batch, MAX_DET, 4), "scores": (batch, MAX_DET)}
         shapes |= {"classes": (batch, MAX_DET), "overflow": (batch, 1)}
         self.buffers = {name: memory.garbage(shape, np.float32) for name, shape in shapes.items()}
         self.outputs = NmsOutputs(**{name: buffer.address for name, buffer in self.buffers.items()})
-        self.thresholds = [memory.upload(np.array([value], np.float32)) for value in (CONF, IOU)]
+        self.thresholds = [memory.upload(np.array([value], np.float32)) for value in (CONF, IOU, 1, 0)]
         self.workspace_bytes = kernels.y7_nms_workspace(self.params)
         self.workspace = memory.garbage((self.workspace_bytes,), np.uint8)
 
@@ -177,12 +177,11 @@ class NmsCall:
 
     def __call__(self) -> None:
         """Enqueue the call."""
-        conf, iou = (threshold.address for threshold in self.thresholds)
+        thresholds = NmsThresholds(*(threshold.address for threshold in self.thresholds))
         status = self.kernels.y7_nms(
             self.params,
             self.structs,
-            conf,
-            iou,
+            thresholds,
             self.outputs,
             self.workspace.address,
             self.workspace_bytes,

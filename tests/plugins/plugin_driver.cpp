@@ -86,7 +86,7 @@ std::vector<PluginTensorDesc> described(int batch, int channels, DataType type, 
     made.push_back(desc);
     side /= 2;
   }
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < y7::kThresholds; ++i) {
     PluginTensorDesc desc{};
     desc.dims = dims({1});
     made.push_back(desc);
@@ -120,7 +120,7 @@ std::string combinations(int levels) {
   params.strides.resize(levels, 8);
   std::vector<PluginTensorDesc> none;
   int found = 0;
-  count_formats(params, none, levels + 2, found);
+  count_formats(params, none, levels + y7::kThresholds, found);
   return std::to_string(found);
 }
 
@@ -213,7 +213,7 @@ extern "C" size_t y7_nms_workspace(const Y7NmsParams* params) {
   return static_cast<size_t>(params->batch) * (params->type == Y7_FLOAT16 ? 100 : 1000);
 }
 
-extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const float* conf, const float* iou,
+extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, const Y7NmsThresholds* thresholds,
                           const Y7NmsOutputs* outputs, void* workspace, size_t bytes, void*) {
   std::ostringstream out;
   out << "{\"batch\": " << params->batch << ", \"type\": " << params->type << ", \"heads\": [";
@@ -223,11 +223,12 @@ extern "C" int32_t y7_nms(const Y7NmsParams* params, const Y7HeadMap* heads, con
         << ", " << head.height << ", " << head.width << ", " << head.stride << ", " << head.anchors[2][1] << ", "
         << reinterpret_cast<size_t>(head.data) << "]";
   }
-  out << "], \"pointers\": [" << reinterpret_cast<size_t>(conf) << ", " << reinterpret_cast<size_t>(iou) << ", "
-      << reinterpret_cast<size_t>(outputs->num_dets) << ", " << reinterpret_cast<size_t>(outputs->boxes) << ", "
-      << reinterpret_cast<size_t>(outputs->scores) << ", " << reinterpret_cast<size_t>(outputs->classes) << ", "
-      << reinterpret_cast<size_t>(outputs->overflow) << ", " << reinterpret_cast<size_t>(workspace)
-      << "], \"bytes\": " << bytes << "}";
+  out << "], \"pointers\": [" << reinterpret_cast<size_t>(thresholds->conf) << ", "
+      << reinterpret_cast<size_t>(thresholds->iou) << ", " << reinterpret_cast<size_t>(thresholds->multi_label) << ", "
+      << reinterpret_cast<size_t>(thresholds->class_agnostic) << ", " << reinterpret_cast<size_t>(outputs->num_dets)
+      << ", " << reinterpret_cast<size_t>(outputs->boxes) << ", " << reinterpret_cast<size_t>(outputs->scores) << ", "
+      << reinterpret_cast<size_t>(outputs->classes) << ", " << reinterpret_cast<size_t>(outputs->overflow) << ", "
+      << reinterpret_cast<size_t>(workspace) << "], \"bytes\": " << bytes << "}";
   last_call = out.str();
   return params->classes == 7 ? Y7_CUDA_ERROR : Y7_OK;
 }
@@ -242,8 +243,8 @@ int main() {
   std::ostringstream out;
   out << "{\"v3\": " << Y7_PLUGIN_V3 << ", \"combinations\": {\"1\": " << combinations(1)
       << ", \"3\": " << combinations(3) << ", \"4\": " << combinations(4) << ", \"8\": " << combinations(8) << "}";
-  out << ", \"open\": " << shapes(params, {{-1, 255, -1, -1}, {-1, 255, 4, 4}, {-1, 255, 2, 2}, {1}, {1}});
-  out << ", \"fixed\": " << shapes(params, {{3, 255, 8, 8}, {3, 255, 4, 4}, {3, 255, 2, 2}, {1}, {1}});
+  out << ", \"open\": " << shapes(params, {{-1, 255, -1, -1}, {-1, 255, 4, 4}, {-1, 255, 2, 2}, {1}, {1}, {1}, {1}});
+  out << ", \"fixed\": " << shapes(params, {{3, 255, 8, 8}, {3, 255, 4, 4}, {3, 255, 2, 2}, {1}, {1}, {1}, {1}});
   out << ", \"linear\": " << enqueued(params, DataType::kFLOAT, {linear, linear, linear});
   out << ", \"mixed32\": " << enqueued(params, DataType::kFLOAT, {hwc, linear, hwc});
   out << ", \"mixed16\": " << enqueued(params, DataType::kHALF, {hwc8, linear, hwc8});
@@ -253,9 +254,9 @@ int main() {
   out << ", \"round_trip\": " << round_trip();
   params.classes = 7;
   y7::guarded("enqueue", 1, [&] { return enqueued(params, DataType::kFLOAT, {3, linear}).empty() ? 1 : 0; });
-  y7::guarded("shapes", 1, [&] { return shapes(params, {{1, 255, 8, 8}, {1}, {1}}).empty() ? 1 : 0; });
+  y7::guarded("shapes", 1, [&] { return shapes(params, {{1, 255, 8, 8}, {1}, {1}, {1}, {1}}).empty() ? 1 : 0; });
   y7::guarded("shapes", 1, [&] {
-    return shapes(params, {{1, 255, 8, 8}, {1, 255, 4, 4}, {1, 255, 2, 2}, {1}, {1}}).empty() ? 1 : 0;
+    return shapes(params, {{1, 255, 8, 8}, {1, 255, 4, 4}, {1, 255, 2, 2}, {1}, {1}, {1}, {1}}).empty() ? 1 : 0;
   });
   params.classes = 80;
   y7::guarded("shapes", 1, [&] {

@@ -28,10 +28,19 @@ def test_a_call_needs_no_overflow_output():
     assert (call.outputs["overflow"].array.view(np.uint8) == 0xAB).all()
 
 
-@pytest.mark.parametrize("name", ["params", "heads", "conf", "iou", "outputs", "workspace"])
+@pytest.mark.parametrize("name", ["params", "heads", "thresholds", "outputs", "workspace"])
 def test_a_null_argument_is_rejected(name):
     call = Call()
     assert call.status(**{name: None}) == BAD_ARGUMENT
+    assert call.is_untouched()
+
+
+@pytest.mark.parametrize("name", ["conf", "iou", "multi_label", "class_agnostic"])
+@pytest.mark.parametrize("change", [lambda address: None, lambda address: address + 2])
+def test_a_null_or_misaligned_threshold_is_rejected(name, change):
+    call = Call()
+    setattr(call.thresholds, name, change(getattr(call.thresholds, name)))
+    assert call.status() == BAD_ARGUMENT
     assert call.is_untouched()
 
 
@@ -86,7 +95,7 @@ def test_a_workspace_that_is_too_small_is_reported():
 def test_the_workspace_is_256_kib_per_image():
     kernels = kernels_of("shipped")
     for batch in (1, 64, 1024):
-        size = kernels.y7_nms_workspace(NmsParams(batch, 3, 80, 300, 30_000, 1, 0, FLOAT16))
+        size = kernels.y7_nms_workspace(NmsParams(batch, 3, 80, 300, 30_000, FLOAT16))
         assert batch * 2**18 < size <= batch * 2**18 + 4096 + 256
 
 

@@ -48,8 +48,8 @@ def test_tensorrt_can_choose_the_format_of_every_head_independently(driven):
 
 
 def test_output_shapes_follow_the_batch(driven):
-    assert driven["open"] == [[-1, 1], [-1, 100, 4], [-1, 100], [-1, 100], [-1, 1]]
-    assert driven["fixed"] == [[3, 1], [3, 100, 4], [3, 100], [3, 100], [3, 1]]
+    assert driven["open"] == [[-1, 1], [-1, 300, 4], [-1, 300], [-1, 300], [-1, 1]]
+    assert driven["fixed"] == [[3, 1], [3, 300, 4], [3, 300], [3, 300], [3, 1]]
 
 
 def test_the_kernels_get_every_tensor_and_the_strides_of_its_format(driven):
@@ -66,7 +66,14 @@ def test_the_kernels_get_every_tensor_and_the_strides_of_its_format(driven):
             [4, 6, 16, 146, 0x2000],
             [2, 4, 32, 401, 0x3000],
         ]
-        assert call["pointers"] == [0x4000, 0x5000, *(0x100000 * number for number in range(1, 6)), 0x77]
+        assert call["pointers"] == [
+            0x4000,
+            0x5000,
+            0x6000,
+            0x7000,
+            *(0x100000 * number for number in range(1, 6)),
+            0x77,
+        ]
         assert (call["batch"], call["bytes"]) == (2, 200 if call["type"] else 2000)
 
 
@@ -83,8 +90,8 @@ def test_profiles_are_validated_and_every_error_is_logged(driven):
     expected = [
         "the batch is up to 1025 images; the kernels support at most 1024.",
         "head map 2 has 3x3 cells; attribute strides says 32 pixels a cell, but head map 0 covers 64x64 pixels.",
-        "enqueue: a kernel failed (batch 2, classes=7 max_det=100",
-        "the node has 3 inputs; attribute strides has 3 levels",
+        "enqueue: a kernel failed (batch 2, classes=7 max_det=300",
+        "the node has 5 inputs; attribute strides has 3 levels",
         "head map 0 has 255 channels; attribute classes is 7, which requires 36 (3 * (5 + classes)).",
         "iou_threshold has 2 values; it must have one.",
     ]

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from tests.support.plugin_kit import headers_or_skip, tensorrt86_or_skip
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.export.nms import DOMAIN, OP
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.tensorrt.plugin_build import build_plugin, find_tools
 from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI, PLUGIN_NAME, PLUGIN_VERSION, PluginLibrary
 
@@ -108,10 +109,8 @@ refused = {
     "classes": create(classes=int32(0)),
     "max_dets": create(max_dets=int32(5)),
     "max_det": create(max_det=float32(5)),
-    "multi_label": create(multi_label=int32([1, 1])),
     "strides": create(strides=int32([8, -1, 32])),
     "anchors": create(anchors=float32([0] * 18)),
-    "class_agnostic": create(class_agnostic=int32(2)),
     "max_candidates": create(max_candidates=np.float64([1.0])),
 }
 survived = 0
@@ -230,21 +229,19 @@ def heads_only(*, batch: int | str = 1, fp16: bool = False, strides=(8, 16, 32),
         helper.make_tensor_value_info(name, kind, [batch, 24, max(1, 64 // stride), max(1, 128 // stride)])
         for name, stride in zip(maps, strides, strict=True)
     ]
-    thresholds = [helper.make_tensor(name, TensorProto.FLOAT, [1], [0.25]) for name in ("conf", "iou")]
+    thresholds = [helper.make_tensor(name, TensorProto.FLOAT, [1], [0.25]) for name in THRESHOLD_INPUTS]
     values = {
         "anchors": [float(side) for side in range(1, 6 * len(strides) + 1)],
         "strides": list(strides),
         "classes": 3,
         "max_det": 50,
         "max_candidates": 200,
-        "multi_label": 1,
-        "class_agnostic": 0,
         "plugin_version": "1",
         "plugin_namespace": "",
     }
     # A node before it, as in a real network.
     relus = [helper.make_node("Relu", [name], [f"{name}_in"]) for name in maps]
-    names = [*(f"{name}_in" for name in maps), "conf", "iou"]
+    names = [*(f"{name}_in" for name in maps), *THRESHOLD_INPUTS]
     node = helper.make_node(OP, names, list(OUTPUTS), name="nms", domain=DOMAIN, **{**values, **attributes})
     outputs = [
         helper.make_tensor_value_info(name, getattr(TensorProto, dtype), [batch, *rest])
@@ -310,8 +307,6 @@ def test_rtx_uses_the_plugin_for_the_exported_file(rtx, fp16):
         ({"classes": 4}, "attribute classes is 4, which requires 27"),
         ({"max_det": 0}, "attribute max_det is 0"),
         ({"max_candidates": -1}, "attribute max_candidates is -1"),
-        ({"multi_label": 2}, "attribute multi_label is 2; it must be from 0 to 1"),
-        ({"class_agnostic": -1}, "attribute class_agnostic is -1"),
         ({"anchors": [1.0] * 12}, "attribute anchors has 12 values; 3 strides need 18"),
         ({"anchors": [1.0] * 17 + [float("nan")]}, "attribute anchors has the value nan"),
         ({"anchors": 1.0}, "attribute anchors has 1 values"),
@@ -369,7 +364,7 @@ def test_the_registry_of_8_6_lists_the_plugin_and_damaged_bytes_are_rejected(old
     )
     assert done.returncode == 0, f"TensorRT ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}"
     record = json.loads(done.stdout.splitlines()[-1])
-    names = ["anchors", "strides", "classes", "max_det", "max_candidates", "multi_label", "class_agnostic"]
+    names = ["anchors", "strides", "classes", "max_det", "max_candidates"]
     assert record == {
         "handle": True,
         "listed": [[PLUGIN_NAME, PLUGIN_VERSION, ""]],
@@ -378,8 +373,7 @@ def test_the_registry_of_8_6_lists_the_plugin_and_damaged_bytes_are_rejected(old
         "named": [PLUGIN_NAME, PLUGIN_VERSION, ""],
         "again": True,
         "clone": True,
-        "refused": ["classes", "max_dets", "max_det", "multi_label", "strides", "anchors", "class_agnostic",
-                    "max_candidates"],
+        "refused": ["classes", "max_dets", "max_det", "strides", "anchors", "max_candidates"],
         "survived": 0,
     }  # fmt: skip
     for name in record["refused"]:

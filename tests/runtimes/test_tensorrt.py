@@ -16,6 +16,7 @@ from tests.support.trt_kit import HW, INFO, NMS, assert_detected, environment, e
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.image import fit_evaluation_letterbox, fit_letterbox
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.letterbox_kernel import FRAME
 from yolov7_deploy.runtimes.staging import Staging
@@ -87,8 +88,8 @@ def test_each_call_has_its_own_thresholds_classes_and_max_det(environment):
     (found,) = infer(runtime, [image], classes=(1, 2)).detections
     assert found.class_ids.tolist() == [1, 2]
     assert found.class_ids.dtype == np.int64
-    with pytest.raises(UsageError, match="class_agnostic=False"):
-        infer(runtime, [image], class_agnostic=True)
+    # The label rules are inputs, too, which the toy graph ignores.
+    assert_detected(infer(runtime, [image], multi_label=False, class_agnostic=True).detections[0], image)
 
 
 def test_nms_after_the_engine_accepts_every_threshold(environment):
@@ -121,7 +122,7 @@ def test_a_batch_that_is_not_full_repeats_its_last_frame(environment):
     with contextlib.closing(Staging(environment.cuda, 4)) as staging:
         boxes = [fit_letterbox(image.shape[:2], HW) for image in images]
         staging.layout(images, boxes, batch=4)
-        table = staging.addresses[2] - staging.device.pointer
+        table = staging.frames_address - staging.device.pointer
         frames = staging.host[table : table + 4 * FRAME.itemsize].view(FRAME)
         assert frames[0] != frames[1] == frames[2] == frames[3], "an old record would contain an invalid address"
 
@@ -218,12 +219,12 @@ def test_an_opened_engine_does_not_depend_on_its_file(environment):
 def test_thresholds_that_are_fixed_in_the_engine_cannot_be_changed(environment):
     graph = toy()
     del graph.graph.input[1:]
-    for name, value in (("conf_threshold", NMS.conf), ("iou_threshold", NMS.iou)):
+    for name, value in zip(THRESHOLD_INPUTS, (NMS.conf, NMS.iou, 1.0, 0.0), strict=True):
         graph.graph.initializer.append(numpy_helper.from_array(np.array([value], np.float32), name))
     runtime = environment.open(graph)
     assert runtime.metadata.nms == FIXED
     assert_detected(infer(runtime, [make_image(1)], conf=0.5).detections[0], make_image(1), rows=2)
-    for change in ({"conf": 0.1}, {"iou": 0.6}):
+    for change in ({"conf": 0.1}, {"iou": 0.6}, {"multi_label": False}, {"class_agnostic": True}):
         with pytest.raises(UsageError, match=next(iter(change))):
             infer(runtime, [make_image(1)], **change)
 

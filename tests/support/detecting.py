@@ -55,7 +55,7 @@ def assert_same_detections(ours, expected):
 
 
 def reference(decoded, *, max_candidates=MAX_CANDIDATES, **thresholds):
-    chosen = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, "multi_label": True, **thresholds}
+    chosen = {"conf": CONF, "iou": IOU, "max_det": MAX_DET, **thresholds}
     return postprocess(decoded, Thresholds(**chosen), max_candidates=max_candidates)
 
 

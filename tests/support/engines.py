@@ -16,6 +16,7 @@ from tests.support.sample_images import noise
 from tests.support.small_models import metadata_of
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options
@@ -40,7 +41,7 @@ OUTPUTS = {
     "det_classes": ("int32", (1, 100)),
     "overflow": ("int32", (1, 1)),
 }
-THRESHOLDS = {"conf_threshold": ("float32", (1,)), "iou_threshold": ("float32", (1,))}
+THRESHOLDS = dict.fromkeys(THRESHOLD_INPUTS, ("float32", (1,)))
 
 
 @lru_cache(maxsize=1)

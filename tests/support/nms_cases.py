@@ -17,6 +17,7 @@ from tests.fakes.emulated_kernels import (
     HostMemory,
     NmsOutputs,
     NmsParams,
+    NmsThresholds,
     decoded,
     emulated,
     run_nms,
@@ -135,19 +136,19 @@ class Call:
     def __init__(self, batch=2, classes=3, max_det=4):
         self.kernels = kernels_of("64 threads")
         self.heads, self.buffers = grid(classes, 2, 2, -9, batch=batch).structs(HostMemory())
-        self.params = NmsParams(batch, 1, classes, max_det, 100, 1, 0, FLOAT32)
+        self.params = NmsParams(batch, 1, classes, max_det, 100, FLOAT32)
         shapes = {"num_dets": (batch,), "boxes": (batch, max_det, 4), "scores": (batch, max_det)}
         shapes |= {"classes": (batch, max_det), "overflow": (batch,)}
         self.outputs = {name: Guarded(shape, np.float32) for name, shape in shapes.items()}
         self.structs = NmsOutputs(**{name: buffer.address for name, buffer in self.outputs.items()})
-        self.thresholds = Guarded.of(np.array([0.25, 0.45], np.float32))
+        self.values = Guarded.of(np.array([0.25, 0.45, 1, 0], np.float32))
+        self.thresholds = NmsThresholds(*(self.values.address + 4 * index for index in range(4)))
         self.size = self.kernels.y7_nms_workspace(self.params)
         self.workspace = Guarded((self.size,), np.uint8)
         self.arguments = {
             "params": self.params,
             "heads": self.heads,
-            "conf": self.thresholds.address,
-            "iou": self.thresholds.address + 4,
+            "thresholds": self.thresholds,
             "outputs": self.structs,
             "workspace": self.workspace.address,
             "workspace_bytes": self.size,

@@ -63,7 +63,7 @@ _CONSTANTS = """
 """
 _WITH_NMS = """
 <ir_version: 8, opset_import: ["": 18]>
-toy (%s images, float[1] conf_threshold, float[1] iou_threshold)
+toy (%s images, float[1] conf_threshold, float[1] iou_threshold, float[1] multi_label, float[1] class_agnostic)
  => (float[%s,3] unread, int32[%s,1] num_dets, float[%s,3,4] det_boxes, float[%s,3] det_scores,
      int32[%s,3] det_classes, int32[%s,1] overflow)
 <%s, int32[1,3] classes = {0, 1, 2}, int32[1,1] overflowed = {%s}>
@@ -73,7 +73,9 @@ toy (%s images, float[1] conf_threshold, float[1] iou_threshold)
     count = ReduceSum (above, one)
     num_dets = Cast <to = 6> (count)
     det_boxes = Identity (boxes)
-    no_iou = Mul (iou_threshold, zero)
+    flags = Add (multi_label, class_agnostic)
+    unused = Add (iou_threshold, flags)
+    no_iou = Mul (unused, zero)
     det_scores = Add (scored, no_iou)
     nought_i = Cast <to = 6> (nought)
     det_classes = Add (classes, nought_i)

@@ -89,14 +89,15 @@ def effective_thresholds(requested: Thresholds, metadata: ModelMetadata) -> tupl
     nms = metadata.nms
     if nms is None:
         return requested, ()
-    effective = replace(
-        requested,
-        conf=requested.conf if nms.runtime_thresholds else max(requested.conf, nms.conf),
-        iou=requested.iou if nms.runtime_thresholds else nms.iou,
-        max_det=min(requested.max_det, nms.max_det),
-        multi_label=nms.multi_label,
-        class_agnostic=nms.class_agnostic,
-    )
+    effective = replace(requested, max_det=min(requested.max_det, nms.max_det))
+    if not nms.runtime_thresholds:
+        effective = replace(
+            effective,
+            conf=max(requested.conf, nms.conf),
+            iou=nms.iou,
+            multi_label=nms.multi_label,
+            class_agnostic=nms.class_agnostic,
+        )
     if effective == requested:
         return requested, ()
     note = (

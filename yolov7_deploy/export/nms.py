@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from yolov7_deploy.export.graph_builder import GraphBuilder
 from yolov7_deploy.export.nms_subgraph import (
+    NmsInputs,
     NmsPlan,
     concat_heads,
     corners,
@@ -27,7 +28,7 @@ from yolov7_deploy.export.nms_subgraph import (
     top_anchors,
     top_pairs,
 )
-from yolov7_deploy.metadata import CONF_INPUT, IOU_INPUT, NMS_OUTPUTS, RAW_OUTPUT
+from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
 
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
@@ -51,8 +52,9 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
             _rename(writer, {RAW_OUTPUT: _decoded(writer, heads, plan)})
             graph.output.append(_value(RAW_OUTPUT, TensorProto.FLOAT, plan, len(plan.cells), plan.columns))
         case "standard":
-            candidates = select_candidates(writer, heads, plan)
-            results = greedy_nms(writer, *candidates, CONF_INPUT, IOU_INPUT, plan, inclusive=False)
+            inputs = NmsInputs(*THRESHOLD_INPUTS)
+            candidates = select_candidates(writer, heads, inputs.multi_label, plan)
+            results = greedy_nms(writer, *candidates, inputs, plan, inclusive=False)
             _rename(writer, dict(zip(NMS_OUTPUTS, results, strict=True)))
         case "plugin":
             writer.nodes.append(_plugin_node(heads, plan))
@@ -66,8 +68,10 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
     if plan.options.nms != "none":
         graph.output.extend(_nms_outputs(plan))
     if plan.options.nms in ("plugin", "standard"):
-        _add_threshold(graph, CONF_INPUT, plan.options.conf)
-        _add_threshold(graph, IOU_INPUT, plan.options.iou)
+        options = plan.options
+        defaults = (options.conf, options.iou, float(options.multi_label), float(options.class_agnostic))
+        for name, value in zip(THRESHOLD_INPUTS, defaults, strict=True):
+            _add_threshold(graph, name, value)
     return model
 
 
@@ -103,7 +107,7 @@ def _nms_outputs(plan: NmsPlan) -> list[onnx.ValueInfoProto]:
 def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
     return helper.make_node(
         OP,
-        [*heads, CONF_INPUT, IOU_INPUT],
+        [*heads, *THRESHOLD_INPUTS],
         [*NMS_OUTPUTS, OVERFLOW],
         name="nms",
         domain=DOMAIN,
@@ -112,8 +116,6 @@ def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
         classes=plan.columns - 5,
         max_det=plan.options.max_det,
         max_candidates=plan.candidates,
-        multi_label=int(plan.options.multi_label),
-        class_agnostic=int(plan.options.class_agnostic),
         **_PLUGIN_KEY,
     )
 
@@ -121,12 +123,12 @@ def _plugin_node(heads: Sequence[str], plan: NmsPlan) -> onnx.NodeProto:
 def _plugin_body(heads: Sequence[str], plan: NmsPlan) -> onnx.FunctionProto:
     inputs = [f"{BODY_PREFIX}head_{level}" for level in range(len(heads))]
     writer = GraphBuilder(prefix=BODY_PREFIX, constants_as_nodes=True)
-    conf, iou = (BODY_PREFIX + name for name in (CONF_INPUT, IOU_INPUT))
-    candidates = select_candidates(writer, inputs, plan)
-    results = greedy_nms(writer, *candidates, conf, iou, plan, inclusive=False)
-    outputs = [*results, overflow_flag(writer, candidates[1], conf, plan)]
+    thresholds = NmsInputs(*(BODY_PREFIX + name for name in THRESHOLD_INPUTS))
+    candidates = select_candidates(writer, inputs, thresholds.multi_label, plan)
+    results = greedy_nms(writer, *candidates, thresholds, plan, inclusive=False)
+    outputs = [*results, overflow_flag(writer, candidates[1], thresholds.conf, plan)]
     attributes = [a.name for a in _plugin_node(heads, plan).attribute]
-    return helper.make_function(DOMAIN, OP, [*inputs, conf, iou], outputs, writer.nodes, _opsets(plan), attributes)
+    return helper.make_function(DOMAIN, OP, [*inputs, *thresholds], outputs, writer.nodes, _opsets(plan), attributes)
 
 
 def _opsets(plan: NmsPlan) -> list[onnx.OperatorSetIdProto]:
@@ -195,14 +197,16 @@ def _efficient_body(plan: NmsPlan) -> onnx.FunctionProto:
     writer = GraphBuilder(prefix=BODY_PREFIX, constants_as_nodes=True)
     boxes, scores = BODY_PREFIX + "boxes", BODY_PREFIX + "scores"
     conf, iou = (_attribute(writer, name) for name in ("score_threshold", "iou_threshold"))
+    agnostic = writer.constant(np.array([plan.options.class_agnostic], np.float32), "class_agnostic")
     best = writer.reduce_max(scores, 2, opset=plan.options.opset)
     anchor = top_anchors(writer, best, plan)
     rows = writer.node("Expand", writer.unsqueeze(anchor, 2), writer.constant([1, 1, plan.columns - 5], "shape"))
     chosen = gather_rows(writer, boxes, anchor, 4)
     chosen_boxes = corners(writer, writer.slice(chosen, 2, 0, 2), writer.slice(chosen, 2, 2, 4), axis=2)
     chosen_scores = writer.node("GatherElements", scores, rows, axis=1)
-    pairs = top_pairs(writer, chosen_boxes, chosen_scores, plan, multi_label=True)
-    results = greedy_nms(writer, *pairs, conf, iou, plan, inclusive=True)
+    pairs = top_pairs(writer, chosen_boxes, chosen_scores, plan)
+    inputs = NmsInputs(conf=conf, iou=iou, multi_label="", class_agnostic=agnostic)
+    results = greedy_nms(writer, *pairs, inputs, plan, inclusive=True)
     attributes = [a.name for a in _efficient_node(boxes, scores, plan).attribute]
     return helper.make_function(
         EFFICIENT_DOMAIN, EFFICIENT_OP, [boxes, scores], list(results), writer.nodes, _opsets(plan), attributes

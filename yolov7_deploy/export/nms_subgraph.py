@@ -9,8 +9,9 @@ candidate of its class with a higher score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from yolov7_deploy.model.configs import Anchors
 from yolov7_deploy.options import ExportOptions
 
 TILE = 256  # candidates that are processed at once
+_COLUMNS, _GROUP = 7, 6  # of a candidate: xyxy, score, class, group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +91,18 @@ def _cells(input_hw: tuple[int, int], strides: Sequence[int], anchors: Anchors) 
     return np.concatenate(levels).astype(np.float32)
 
 
-def select_candidates(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
+class NmsInputs(NamedTuple):
+    """Names of the tensors float32 [1] with the thresholds of NMS; see `Thresholds`."""
+
+    conf: str
+    iou: str
+    multi_label: str
+    class_agnostic: str
+
+
+def select_candidates(
+    writer: GraphBuilder, heads: Sequence[str], multi_label: str, plan: NmsPlan
+) -> tuple[str, str, str]:
     """Add the K best (box, class) pairs of the head maps; returns what `top_pairs` returns. Decodes only K anchors."""
     opset = plan.options.opset
     raw = concat_heads(writer, heads, plan)  # [B, 5 + C, A]
@@ -107,8 +120,22 @@ def select_candidates(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan)
     scores = writer.slice(y, 2, 4, 5)
     if plan.columns > 6:
         scores = writer.node("Mul", scores, writer.slice(y, 2, 5, plan.columns))
+        scores = _mask_labels(writer, scores, multi_label, plan)
     boxes = corners(writer, center, size, axis=2)
-    return top_pairs(writer, boxes, scores, plan, multi_label=plan.options.multi_label)
+    return top_pairs(writer, boxes, scores, plan)
+
+
+def _mask_labels(writer: GraphBuilder, scores: str, multi_label: str, plan: NmsPlan) -> str:
+    """Add scores [B, K, C] with 0 for all but the best class of each box, unless the tensor `multi_label` is 1.
+
+    Of equal scores the first class is the best. Compared with a TopK of the best classes alone, this costs 1 ms on two
+    CPU cores (0.3 % of yolov7 at 640).
+    """
+    best = writer.node("ArgMax", scores, axis=2, keepdims=1)
+    classes = np.arange(plan.columns - 5, dtype=np.int64)[None, None]
+    is_best = writer.node("Equal", best, writer.constant(classes, "class_ids"))
+    counts = writer.node("Or", is_best, writer.node("Greater", multi_label, writer.constant(0.5, "half")))
+    return writer.node("Where", counts, scores, writer.constant(0.0, "zero"))
 
 
 def overflow_flag(writer: GraphBuilder, score: str, conf: str, plan: NmsPlan) -> str:
@@ -157,25 +184,16 @@ def corners(writer: GraphBuilder, center: str, size: str, *, axis: int) -> str:
     )
 
 
-def top_pairs(
-    writer: GraphBuilder, boxes: str, scores: str, plan: NmsPlan, *, multi_label: bool
-) -> tuple[str, str, str]:
+def top_pairs(writer: GraphBuilder, boxes: str, scores: str, plan: NmsPlan) -> tuple[str, str, str]:
     """Add the K best (box, class) pairs of boxes [B, K, 4] with scores [B, K, C], ties by box and class.
 
     Returns:
         Boxes [B, K, 4], scores [B, K] and class ids int64 [B, K], the best first.
     """
-    count, classes = plan.candidates, plan.columns - 5
-    if not multi_label or classes == 1:
-        of_box, class_of_box = writer.top_k(scores, 1)
-        last = writer.constant([2], "axis")
-        score, row = writer.top_k(writer.node("Squeeze", of_box, last), count)
-        class_id = writer.node("GatherElements", writer.node("Squeeze", class_of_box, last), row, axis=1)
-    else:
-        score, pair = writer.top_k(writer.reshape(scores, [0, -1]), count)
-        width = writer.constant(classes, "classes")
-        row = writer.node("Div", pair, width)
-        class_id = writer.node("Sub", pair, writer.node("Mul", row, width))
+    score, pair = writer.top_k(writer.reshape(scores, [0, -1]), plan.candidates)
+    classes = writer.constant(plan.columns - 5, "classes")
+    row = writer.node("Div", pair, classes)
+    class_id = writer.node("Sub", pair, writer.node("Mul", row, classes))
     return gather_rows(writer, boxes, row, 4), score, class_id
 
 
@@ -184,8 +202,7 @@ def greedy_nms(
     boxes: str,
     score: str,
     class_id: str,
-    conf: str,
-    iou: str,
+    inputs: NmsInputs,
     plan: NmsPlan,
     *,
     inclusive: bool,
@@ -199,22 +216,24 @@ def greedy_nms(
     Args:
         writer: Receives the nodes.
         boxes, score, class_id: xyxy [B, K, 4], float32 [B, K], int64 [B, K].
-        conf, iou: Tensors [1].
+        inputs: Thresholds; `multi_label` is not used.
         plan: Parameters of NMS.
         inclusive: Thresholds include equality (EfficientNMS_TRT) or not (official YOLOv7).
     """
-    rules = _Rules(conf=conf, iou=iou, inclusive=inclusive, class_agnostic=plan.options.class_agnostic)
+    rules = _Rules(conf=inputs.conf, iou=inputs.iou, inclusive=inclusive)
     tile = min(TILE, plan.candidates)
     tiles = -(-plan.candidates // tile)
     padding = tiles * tile - plan.candidates
     class_number = writer.node("Cast", class_id, name="class_number", to=TensorProto.FLOAT)
-    columns = [boxes, writer.unsqueeze(score, 2), writer.unsqueeze(class_number, 2)]
-    rows = writer.node(
-        "Concat", *columns, name="candidates", axis=2
-    )  # [B, K, 6]; rows of zeros are never above a threshold
+    by_class = writer.node("Less", inputs.class_agnostic, writer.constant(0.5, "half"))
+    group = writer.node("Mul", class_number, writer.node("Cast", by_class, to=TensorProto.FLOAT))
+    columns = [boxes, *(writer.unsqueeze(column, 2) for column in (score, class_number, group))]
+    # [B, K, 7]: xyxy, score, class, and the group within which boxes remove each other: the class, or 0 for all.
+    # Rows of zeros are never above a threshold.
+    rows = writer.node("Concat", *columns, name="candidates", axis=2)
     rows = writer.node("Pad", rows, writer.constant([0, 0, 0, 0, padding + tile, 0], "spare"))
-    rows = writer.reshape(rows, [0, tiles + 1, tile, 6])
-    no_survivors = writer.slice(writer.reshape(rows, [0, -1, 6]), 1, 0, 1)
+    rows = writer.reshape(rows, [0, tiles + 1, tile, _COLUMNS])
+    no_survivors = writer.slice(writer.reshape(rows, [0, -1, _COLUMNS]), 1, 0, 1)
     no_survivors = writer.node("Mul", no_survivors, writer.constant(0.0, "zero"))
     no_survivors = writer.node("Tile", no_survivors, writer.constant([1, plan.options.max_det, 1], "repeats"))
     survivors = writer.node(
@@ -235,7 +254,6 @@ class _Rules:
     conf: str
     iou: str
     inclusive: bool
-    class_agnostic: bool
 
     @property
     def above(self) -> str:
@@ -244,13 +262,13 @@ class _Rules:
 
 
 def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.GraphProto:
-    """Return the loop body for one tile of `rows` [B, T + 1, tile, 6], whose last tile is empty.
+    """Return the loop body for one tile of `rows` [B, T + 1, tile, 7], whose last tile is empty.
 
-    The state of the loop is the survivors so far, [B, max_det, 6].
+    The state of the loop is the survivors so far, [B, max_det, 7].
     """
     body = GraphBuilder(prefix=f"{rows}_tile__", constants_as_nodes=True)
     number, continue_in, survivors_in = (body.unique(name) for name in ("number", "go", "kept"))
-    candidates = body.node("Gather", rows, number, name="waiting", axis=1)  # [B, tile, 6]
+    candidates = body.node("Gather", rows, number, name="waiting", axis=1)  # [B, tile, 7]
     score = body.node("Squeeze", body.slice(candidates, 2, 4, 5), body.constant([2], "axis"))
     valid = body.node("Cast", body.node(rules.above, score, rules.conf), name="valid", to=TensorProto.FLOAT)
     hit = body.node("Cast", _overlaps(body, survivors_in, candidates, rules), name="hit", to=TensorProto.FLOAT)
@@ -268,7 +286,7 @@ def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.Graph
     joined = body.node("Concat", survivors_in, body.node("Mul", candidates, body.unsqueeze(survives, 2)), axis=1)
     joined_score = body.node("Squeeze", body.slice(joined, 2, 4, 5), body.constant([2], "axis"))
     best, row = body.top_k(joined_score, plan.options.max_det)
-    survivors_out = gather_rows(body, joined, row, 6)
+    survivors_out = gather_rows(body, joined, row, _COLUMNS)
     continue_out = _has_work_left(body, rows, number, best, rules)
     return _loop_body(body, f"{rows}_tile", (number, continue_in, survivors_in), (continue_out, survivors_out))
 
@@ -286,28 +304,27 @@ def _has_work_left(body: GraphBuilder, rows: str, number: str, best: str, rules:
 
 
 def _overlaps(writer: GraphBuilder, first: str, second: str, rules: _Rules) -> str:
-    """Add a bool [B, N, M] for rows [B, N, 6] and [B, M, 6]: of the same class, and intersection above iou * union.
+    """Add a bool [B, N, M] for rows [B, N, 7] and [B, M, 7]: of one group, and intersection above iou * union.
 
     The comparison needs no division, so two empty boxes are not a special case.
     """
-    a = [writer.slice(first, 2, side, side + 1) for side in range(6)]  # [B, N, 1] each
+    used = (0, 1, 2, 3, _GROUP)
+    a = {column: writer.slice(first, 2, column, column + 1) for column in used}  # [B, N, 1] each
     transposed = writer.node("Transpose", second, perm=[0, 2, 1])
-    b = [writer.slice(transposed, 1, side, side + 1) for side in range(6)]  # [B, 1, M] each
+    b = {column: writer.slice(transposed, 1, column, column + 1) for column in used}  # [B, 1, M] each
     zero = writer.constant(0.0, "zero")
 
     def shared(low: int, high: int) -> str:
         length = writer.node("Sub", writer.node("Min", a[high], b[high]), writer.node("Max", a[low], b[low]))
         return writer.node("Max", length, zero)
 
-    def area(sides: list[str]) -> str:
+    def area(sides: Mapping[int, str]) -> str:
         return writer.node("Mul", writer.node("Sub", sides[2], sides[0]), writer.node("Sub", sides[3], sides[1]))
 
     intersection = writer.node("Mul", shared(0, 2), shared(1, 3))
     union = writer.node("Sub", writer.node("Add", area(a), area(b)), intersection)
     overlaps = writer.node(rules.above, intersection, writer.node("Mul", union, rules.iou))
-    if rules.class_agnostic:
-        return overlaps
-    return writer.node("And", overlaps, writer.node("Equal", a[5], b[5]))
+    return writer.node("And", overlaps, writer.node("Equal", a[_GROUP], b[_GROUP]))
 
 
 def _not_hit(writer: GraphBuilder, active: str, hits: str) -> str:
@@ -358,7 +375,7 @@ def _loop_body(
 
 
 def _outputs(writer: GraphBuilder, survivors: str) -> tuple[str, str, str, str]:
-    """Add the four outputs from rows [B, max_det, 6]: the survivors, then zeros."""
+    """Add the four outputs from rows [B, max_det, 7]: the survivors, then zeros."""
     scores = writer.node("Squeeze", writer.slice(survivors, 2, 4, 5), writer.constant([2], "axis"))
     present = writer.node("Cast", writer.node("Greater", scores, writer.constant(0.0, "zero")), to=TensorProto.INT32)
     number = writer.node("ReduceSum", present, writer.constant([1], "axis"), name="number", keepdims=1)

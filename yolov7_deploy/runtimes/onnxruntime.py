@@ -27,16 +27,15 @@ from yolov7_deploy.hardware.cpu import usable_cores
 from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.image import Image, Letterbox, to_network_input
 from yolov7_deploy.metadata import (
-    CONF_INPUT,
-    IOU_INPUT,
     MAX_SIDE,
     METADATA_KEY,
     NMS_OUTPUTS,
+    THRESHOLD_INPUTS,
     InputKind,
     ModelMetadata,
     assumed_metadata,
 )
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, threshold_values
 from yolov7_deploy.postprocess import RawDetections, check_nms_compatible, filter_outputs, postprocess
 from yolov7_deploy.runtimes.base import (
     RuntimeResult,
@@ -235,9 +234,10 @@ class OrtRuntime:
         if nms is None:
             return {}
         check_nms_compatible(nms, thresholds)
-        values = {CONF_INPUT: thresholds.conf, IOU_INPUT: thresholds.iou}
         return {
-            name: np.array([value], dtype=np.float32) for name, value in values.items() if name in self._overridable
+            name: np.array([value], dtype=np.float32)
+            for name, value in zip(THRESHOLD_INPUTS, threshold_values(thresholds), strict=True)
+            if name in self._overridable
         }
 
     def _postprocess(self, arrays: Sequence[npt.NDArray[Any]], thresholds: Thresholds) -> list[RawDetections]:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy.image import Image, Letterbox
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
+from yolov7_deploy.options import Thresholds, threshold_values
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, PinnedBuffer
 from yolov7_deploy.runtimes.device_arrays import GpuImage
 from yolov7_deploy.runtimes.letterbox_kernel import FRAME, RowPlan, frame_of, row_plan
@@ -23,7 +24,8 @@ Bytes = npt.NDArray[np.uint8]
 
 PIECE_BYTES = 2**20  # 0.1 ms on the host and on the GPU; queueing a copy takes a few microseconds
 _ALIGNMENT = 256  # bytes, which TensorRT requires for every tensor
-_CONF_START, _IOU_START, _FRAMES_START = 0, _ALIGNMENT, 2 * _ALIGNMENT
+# Each threshold has its own aligned address, because each is an input of the engine.
+_FRAMES_START = len(THRESHOLD_INPUTS) * _ALIGNMENT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +76,19 @@ class Staging:
         self.host: Bytes = self._pinned.array
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """GPU addresses of the score and the IoU threshold, float32 [1] each, and of the table of `FRAME` records."""
-        base = self.device.pointer
-        return base + _CONF_START, base + _IOU_START, base + _FRAMES_START
+    def threshold_addresses(self) -> tuple[int, ...]:
+        """GPU addresses of the `THRESHOLD_INPUTS`, float32 [1] each."""
+        return tuple(self.device.pointer + index * _ALIGNMENT for index in range(len(THRESHOLD_INPUTS)))
+
+    @property
+    def frames_address(self) -> int:
+        """GPU address of the table of `FRAME` records."""
+        return self.device.pointer + _FRAMES_START
 
     def set_thresholds(self, thresholds: Thresholds) -> None:
         """Write the thresholds of the next run."""
-        for start, value in ((_CONF_START, thresholds.conf), (_IOU_START, thresholds.iou)):
+        for index, value in enumerate(threshold_values(thresholds)):
+            start = index * _ALIGNMENT
             self.host[start : start + 4].view(np.float32)[0] = value
 
     def layout(self, images: Sequence[Image | GpuImage], letterboxes: Sequence[Letterbox], *, batch: int) -> bool:

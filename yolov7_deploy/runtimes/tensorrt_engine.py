@@ -12,11 +12,10 @@ import numpy as np
 
 from yolov7_deploy.errors import DeviceError, LoadError
 from yolov7_deploy.metadata import (
-    CONF_INPUT,
-    IOU_INPUT,
     NMS_OUTPUTS,
     OVERFLOW_OUTPUT,
     RAW_OUTPUT,
+    THRESHOLD_INPUTS,
     InputKind,
     ModelMetadata,
     assumed_metadata,
@@ -108,7 +107,7 @@ class TrtEngine:
             raise self._refusal
 
     def _find_images(self) -> EngineTensor:
-        thresholds = {CONF_INPUT, IOU_INPUT}
+        thresholds = set(THRESHOLD_INPUTS)
         others = set(self.inputs) - thresholds
         images = self.inputs[others.pop()] if len(others) == 1 else None
         if images is None or images.dtype not in _INPUT_DTYPES or len(images.shape) != 4:
@@ -138,7 +137,7 @@ class TrtEngine:
     @property
     def has_threshold_inputs(self) -> bool:
         """True if the NMS thresholds are inputs."""
-        return {CONF_INPUT, IOU_INPUT} <= set(self.inputs)
+        return set(THRESHOLD_INPUTS) <= set(self.inputs)
 
     @property
     def batch_limits(self) -> tuple[int, int]:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.image import Image, Letterbox, to_network_input
-from yolov7_deploy.metadata import CONF_INPUT, IOU_INPUT
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.base import TimingBreakdown
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
@@ -276,7 +276,7 @@ class TrtExecutor:
             batch=shape[0],
             canvas_hw=self._engine.canvas_hw(shape),
             dtype=self._engine.canvas_dtype,
-            frames=self._staging.addresses[2],
+            frames=self._staging.frames_address,
             canvas=self._canvas.pointer,
             stream=self.stream.handle,
         )
@@ -345,10 +345,10 @@ class TrtExecutor:
         return _ShapeState(shape=shape, context=context, outputs=outputs, download_bytes=download_bytes)
 
     def _bind(self, state: _ShapeState) -> None:
-        conf, iou, _ = self._staging.addresses
+        thresholds = dict(zip(THRESHOLD_INPUTS, self._staging.threshold_addresses, strict=True))
         addresses = {name: self._outputs.pointer + output.start for name, output in state.outputs.items()}
         for name in self._engine.inputs:
-            addresses[name] = {CONF_INPUT: conf, IOU_INPUT: iou}.get(name, self._canvas.pointer)
+            addresses[name] = thresholds.get(name, self._canvas.pointer)
         for name, address in addresses.items():
             if not state.context.set_tensor_address(name, address):
                 raise DeviceError(f"TensorRT refuses the address of {name}: {self._engine.log.tail}", fix="y7 doctor")

@@ -361,4 +361,3 @@ def _timing_cache(capabilities: TrtCapabilities, request: BuildRequest, installa
     location = "" if capabilities.ahead_of_time else request.timing_cache
     gpu = (installation.gpu or "gpu", installation.compute_capability)
     return TimingCache(location, device="-".join((capabilities.product, capabilities.version, *gpu)))
-

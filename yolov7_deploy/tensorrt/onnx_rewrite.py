@@ -25,11 +25,10 @@ from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.export.nms import EFFICIENT_OP, OP, OVERFLOW
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import (
-    CONF_INPUT,
-    IOU_INPUT,
     METADATA_KEY,
     NMS_OUTPUTS,
     OVERFLOW_OUTPUT,
+    THRESHOLD_INPUTS,
     InputKind,
     ModelMetadata,
     NmsMetadata,
@@ -185,7 +184,7 @@ def _remove_threshold_defaults(graph: onnx.GraphProto) -> bool:
     Returns:
         Whether the graph has threshold inputs.
     """
-    names = {CONF_INPUT, IOU_INPUT}
+    names = set(THRESHOLD_INPUTS)
     if not names <= {entry.name for entry in graph.input}:
         return False
     weights = [weight for weight in graph.initializer if weight.name not in names]

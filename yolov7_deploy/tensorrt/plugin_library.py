@@ -21,7 +21,7 @@ from yolov7_deploy.hub import cache_dir
 
 PLUGIN_VARIABLE = "Y7_PLUGIN"  # environment variable with the path of a library
 PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "Y7NMS", "1", ""
-KERNELS_ABI = 2  # Y7_KERNELS_ABI in kernels.h
+KERNELS_ABI = 3  # Y7_KERNELS_ABI in kernels.h
 BUILD_COMMAND = "y7 plugin"
 SYSTEM_FOLDERS = (Path("/usr/local/lib"), Path("/usr/lib"))
 DESCRIBE_TIMEOUT_S = 30.0
