@@ -15,8 +15,7 @@ from tests.support.small_models import HW
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.export import parse_precision
 from yolov7_deploy.errors import ParityError, UsageError
-from yolov7_deploy.evaluation import parity
-from yolov7_deploy.evaluation.parity import TOLERANCES, StageResult
+from yolov7_deploy.evaluation.parity_stages import TOLERANCES, StageResult, compare_heads, merge_worst
 from yolov7_deploy.evaluation.verification import verify_artifacts
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
@@ -180,7 +179,7 @@ def test_a_broken_fp16_file_fails_before_nms(pair, tmp_path, breakage):
         tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
     onnx.save(proto, tmp_path / "broken.onnx")
     result = verify_artifacts(fp32, [tmp_path / "broken.onnx"])
-    assert result.reports[0].first_failure.stage in ("head", "candidates")
+    assert result.reports[0].first_failure.stage == "head"
     assert result.failures
 
 
@@ -201,10 +200,10 @@ def test_an_export_of_a_broken_fp16_file_leaves_no_file(files, here, monkeypatch
 def test_a_head_map_with_nan_exceeds_every_limit_in_any_order():
     good, bad = np.arange(4, dtype=np.float32), np.full(4, np.nan, np.float32)
     for maps in ([good, bad], [bad, good]):
-        assert not parity._compare_heads([good, good], maps, TOLERANCES["fp16"]).ok
+        assert not compare_heads([good, good], maps, TOLERANCES["fp16"]).ok
 
 
 @pytest.mark.parametrize("values", [(0.0, float("nan")), (float("nan"), 0.0)])
 def test_the_worst_image_is_the_one_with_nan(values):
     old, new = (StageResult(stage="head", differences={"x": value}, limits={"x": 1.0}) for value in values)
-    assert not parity._merge_worst(old, new).ok
+    assert not merge_worst(old, new).ok

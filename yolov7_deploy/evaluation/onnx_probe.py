@@ -1,4 +1,4 @@
-"""Intermediate outputs of an ONNX file: its raw head maps and decoded output for one canvas."""
+"""Intermediate outputs of an ONNX file: its raw head maps, decoded output and NMS results for one canvas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from yolov7_deploy._ort_options import base_session_options
 from yolov7_deploy.export.nms import EFFICIENT_OP
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import FloatArray, Image, to_network_input
-from yolov7_deploy.metadata import RAW_OUTPUT
+from yolov7_deploy.metadata import CONF_INPUT, NMS_OUTPUTS, RAW_OUTPUT
+from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs
 
 
@@ -35,24 +36,37 @@ class OnnxProbe:
         known = {output.name for output in graph.output}
         # Without a type, because maps are FP16 in some files.
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in added if name not in known)
-        self._outputs = [*added, *([RAW_OUTPUT] if RAW_OUTPUT in known else [])]
+        self._outputs = [*added, *(name for name in (RAW_OUTPUT, *NMS_OUTPUTS) if name in known)]
         options = base_session_options()
         self._session = onnxruntime.InferenceSession(
             model.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._input = self._session.get_inputs()[0].name
+        nms = self._metadata.nms
+        self._thresholds = {CONF_INPUT: np.zeros(1, np.float32)} if nms and nms.runtime_thresholds else {}
 
     def stages(self, canvas: Image) -> IntermediateOutputs:
         """Return the intermediate outputs for one canvas; decoding that is part of an NMS op has none."""
         batch = [canvas] * (self._metadata.batch or 1)
         array = np.stack(batch) if self._metadata.input_kind == "uint8" else to_network_input(batch)
-        results = dict(zip(self._outputs, self._session.run(self._outputs, {self._input: array}), strict=True))
+        inputs = {self._input: array, **self._thresholds}
+        results = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         decoded: FloatArray | None = None
         if RAW_OUTPUT in results:
             decoded = results[RAW_OUTPUT][0]
         for boxes, scores in self._nms_inputs:
-            # EfficientNMS reads the product of objectness and class score, so the objectness is 1 here.
-            ones = np.ones((results[boxes].shape[1], 1), dtype=np.float32)
-            decoded = np.concatenate([results[boxes][0], ones, results[scores][0]], axis=1)
+            # EfficientNMS reads final scores. As class probabilities they need an objectness of 1; that of one class
+            # is the objectness itself.
+            columns = [results[boxes][0], results[scores][0]]
+            ones = np.ones((len(columns[0]), 1), dtype=np.float32)
+            columns.insert(1 if columns[1].shape[1] > 1 else 2, ones)
+            decoded = np.concatenate(columns, axis=1)
         heads = [results[name][0].astype(np.float32) for name in self._metadata.heads]
-        return IntermediateOutputs(heads=heads, decoded=decoded)
+        detections = None
+        if self._metadata.nms is not None:
+            count, found_boxes, found_scores, classes = (results[name][0] for name in NMS_OUTPUTS)
+            rows = slice(int(count[0]))
+            detections = RawDetections(
+                boxes=found_boxes[rows], scores=found_scores[rows], class_ids=classes[rows].astype(np.int64)
+            )
+        return IntermediateOutputs(heads=heads, decoded=decoded, detections=detections)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
@@ -21,7 +21,7 @@ from yolov7_deploy.options import ValOptions
 from yolov7_deploy.runtimes.base import Runtime, open_runtime, runtime_entry
 from yolov7_deploy.sources import open_source
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +44,7 @@ class Verification:
         reports: Stage by stage comparison of each artifact with the reference.
         accuracy: AP of each artifact, the reference first; empty without a dataset.
         images: Number of images.
-        failures: One sentence for each artifact that differs too much or loses too much AP.
+        failures: One sentence for each artifact that differs too much, loses too much AP, or could not be verified.
     """
 
     reports: tuple[ParityReport, ...]
@@ -52,10 +52,17 @@ class Verification:
     images: int
     failures: tuple[str, ...]
 
+    @property
+    def verified(self) -> bool:
+        """True if detections of every artifact were compared, and if the reference has an AP to lose."""
+        has_ap = not self.accuracy or self.accuracy[0].ap > 0
+        return has_ap and all(report.verified for report in self.reports)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the results as plain data for JSON."""
         return {
             "ok": not self.failures,
+            "verified": self.verified,
             "failures": list(self.failures),
             "images": self.images,
             "reports": [report.to_dict() for report in self.reports],
@@ -89,8 +96,10 @@ def verify_artifacts(
         progress: Called with the number of finished and of all steps.
 
     Raises:
-        UsageError: The artifacts differ in input size or classes.
+        UsageError: The artifacts differ in input size or classes, or `limit` is below 1.
     """
+    if limit < 1:
+        raise UsageError(f"--limit {limit} leaves no image to compare on.", fix="For example: --limit 16")
     dataset = open_dataset(data, limit=limit) if data else None
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
     frames = _read_images(source, limit)
@@ -107,15 +116,16 @@ def verify_artifacts(
 def _compare_stages(
     reference: Path, path: Path, images: Sequence[Image], device: str, progress: Progress | None
 ) -> ParityReport:
-    other = open_runtime(path, device=device, input_hw=None)
-    hw = other.metadata.default_hw
-    original = open_runtime(
-        reference, device=device, input_hw=None if _is_fixed(reference) else hw, half=_reference_half(reference)
+    original, other = (
+        open_runtime(file, device=device, input_hw=None, half=_reference_half(file)) for file in (reference, path)
     )
     _check_same_classes(reference, original.metadata, path, other.metadata)
+    hw = common_input_hw([original.metadata, other.metadata])
+    for file, metadata in ((reference, original.metadata), (path, other.metadata)):
+        _check_stride(file, metadata, hw)
     return compare(
         make_artifact(str(reference), original, reference, input_hw=original.metadata.input_hw or hw),
-        make_artifact(str(path), other, path, input_hw=hw),
+        make_artifact(str(path), other, path, input_hw=other.metadata.input_hw or hw),
         images or [synthetic_image(hw)],
         thresholds=comparison_thresholds(_metadata_with_nms(original, other)),
         progress=progress,
@@ -125,9 +135,8 @@ def _compare_stages(
 def _measure_accuracy(
     paths: Sequence[Path], dataset: Dataset, device: str, progress: Progress | None
 ) -> list[ArtifactAccuracy]:
-    """Return the AP of each artifact at one input size: that of the first artifact with a fixed size."""
-    fixed = [open_runtime(path, device=device, input_hw=None).metadata.input_hw for path in paths if _is_fixed(path)]
-    size = next((hw for hw in fixed if hw is not None), None)
+    """Return the AP of each artifact at one input size."""
+    size = common_input_hw([_read_metadata(path, device) for path in paths])
     accuracy = []
     for path in paths:
         img = None if _is_fixed(path) else size
@@ -139,6 +148,21 @@ def _measure_accuracy(
             )
         )
     return accuracy
+
+
+def common_input_hw(artifacts: Sequence[ModelMetadata]) -> tuple[int, int]:
+    """Return the input size at which artifacts are compared: a fixed one, else a training size, else the paper's."""
+    fixed = [metadata.input_hw for metadata in artifacts if metadata.input_hw is not None]
+    trained = [metadata.default_hw for metadata in artifacts if metadata.training_size is not None]
+    return next(iter([*fixed, *trained]), artifacts[0].default_hw)
+
+
+def _read_metadata(path: Path, device: str) -> ModelMetadata:
+    runtime = open_runtime(path, device=device, input_hw=None, half=_reference_half(path))
+    try:
+        return runtime.metadata
+    finally:
+        runtime.close()
 
 
 def _read_images(source: Path | list[Path] | None, limit: int) -> list[Image]:
@@ -172,8 +196,16 @@ def _check_same_classes(reference: Path, expected: ModelMetadata, path: Path, ac
         )
 
 
+def _check_stride(path: Path, metadata: ModelMetadata, hw: tuple[int, int]) -> None:
+    if metadata.input_hw is None and any(side % metadata.stride for side in hw):
+        raise UsageError(
+            f"{path} cannot run at {hw[0]}x{hw[1]}, the size of the other file: its stride is {metadata.stride}.",
+            fix="Compare a file with the weights from which it was exported.",
+        )
+
+
 def _stage_failures(reports: Sequence[ParityReport]) -> list[str]:
-    failures = []
+    failures = [report.not_verified_reason for report in reports if not report.verified]
     for report in reports:
         stage = report.first_failure
         if stage is not None:
@@ -184,6 +216,8 @@ def _stage_failures(reports: Sequence[ParityReport]) -> list[str]:
 
 
 def _accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
+    if accuracy and accuracy[0].ap == 0:
+        return [f"NOT VERIFIED: {accuracy[0].weights} has AP 0 on these images, so there is no AP to lose."]
     return [
         f"{row.weights} loses {(accuracy[0].ap - row.ap) * 100:.2f} AP points ({accuracy[0].ap:.4f} to {row.ap:.4f}), "
         f"more than --max-drop {max_drop:g}."

@@ -67,10 +67,13 @@ class IntermediateOutputs:
     Attributes:
         heads: Raw head maps float32 [3 * (5 + C), H, W], fine to coarse; empty if the file does not expose them.
         decoded: float32 [A, 5 + C]: cx, cy, w, h, objectness, classes; `None` if NMS follows directly.
+        detections: Detections of NMS inside the file in the same run, with its default thresholds, but all scores if
+            `conf` is an input; `None` without NMS.
     """
 
     heads: list[FloatArray]
     decoded: FloatArray | None
+    detections: RawDetections | None = None
 
 
 class Runtime(Protocol):

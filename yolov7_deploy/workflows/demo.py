@@ -239,6 +239,8 @@ def _log_export(report: ExportReport, log: Log) -> None:
         for stage in report.parity.stages:
             differences = ", ".join(f"{name} {value:.2g}" for name, value in stage.differences.items())
             log(f"             largest differences of {stage.stage}: {differences}")
+        if not report.parity.verified:
+            log(f"             {report.parity.not_verified_reason}")
     log(f"             file size {report.bytes / 1e6:.1f} MB")
 
 

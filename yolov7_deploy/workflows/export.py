@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
@@ -29,7 +29,7 @@ from yolov7_deploy.runtimes.onnxruntime import OrtRuntime
 from yolov7_deploy.runtimes.pytorch import PytorchRuntime
 from yolov7_deploy.workflows.quantize import Quantized, Quantizer, Show, silent
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Log = Callable[[str, float], None]
 
@@ -44,7 +44,8 @@ class ExportReport:
         path: The ONNX file.
         metadata: Its metadata.
         bytes: Its size.
-        parity: Result of the verification; `None` if it was skipped.
+        parity: Result of the verification; `None` if it was skipped. Without any detection to compare, it is not
+            `verified`.
         quantized: Result of the quantization; `None` unless the file is INT8.
     """
 
@@ -119,12 +120,21 @@ def export_weights(
     steps.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
     model = fuse(build_model(checkpoint))
     steps.done("fused BatchNorm, RepConv and implicit knowledge")
+    options = _limit_detections(options, checkpoint.metadata)
     exported = export_onnx(model, replace(checkpoint.metadata, version=__version__), options)
     steps.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
     exported, quantized, images = _convert(exported, precision, int8, images, steps)
     reference = PytorchRuntime(model, checkpoint.metadata) if verify else None
     size, parity = _write(exported, output, reference, images, steps)
     return ExportReport(path=output, metadata=exported.metadata, bytes=size, parity=parity, quantized=quantized)
+
+
+def _limit_detections(options: ExportOptions, metadata: ModelMetadata) -> ExportOptions:
+    """Return options whose `max_det` is at most the number of anchors: small inputs have fewer than the default."""
+    height, width = options.input_hw or metadata.default_hw
+    levels = zip(metadata.strides, metadata.anchors, strict=True)
+    anchors = sum(len(level) * (height // stride) * (width // stride) for stride, level in levels)
+    return replace(options, max_det=min(options.max_det, max(anchors, 1)))
 
 
 def _write(
@@ -137,7 +147,7 @@ def _write(
             parity = None
             if reference is not None:
                 parity = _verify(reference, partial, exported.metadata, images)
-                steps.done(f"verified against torch on {parity.images} image{'s' * (parity.images > 1)}")
+                steps.done(_verification_text(parity))
             size = partial.stat().st_size
     except OSError as error:
         raise ExportError(
@@ -183,6 +193,11 @@ def _verify(reference: PytorchRuntime, path: Path, metadata: ModelMetadata, imag
             fix=_fix(metadata.precision),
         )
     return parity
+
+
+def _verification_text(parity: ParityReport) -> str:
+    images = f"{parity.images} image{'s' * (parity.images > 1)}"
+    return f"verified against torch on {images}" if parity.verified else parity.not_verified_reason
 
 
 def _fix(precision: str) -> str:
