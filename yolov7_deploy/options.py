@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.metadata import InputKind
@@ -48,11 +50,32 @@ class Thresholds:
     class_agnostic: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("conf", self.conf), ("iou", self.iou)):
+        for name in ("conf", "iou"):
+            value = _checked(name, getattr(self, name), Real, fix=f"For example: --{name} 0.25")
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, not {value}.", fix=f"For example: --{name} 0.25")
-        if self.max_det < 1:
-            raise UsageError(f"max_det must be at least 1, not {self.max_det}.", fix="For example: --max-det 100")
+            object.__setattr__(self, name, float(value))
+        max_det = _checked("max_det", self.max_det, Integral, fix="For example: --max-det 100")
+        if max_det < 1:
+            raise UsageError(f"max_det must be at least 1, not {max_det}.", fix="For example: --max-det 100")
+        object.__setattr__(self, "max_det", int(max_det))
+        for name in ("multi_label", "class_agnostic"):
+            value = getattr(self, name)
+            if type(value).__name__ not in ("bool", "bool_"):  # Python's or NumPy's
+                raise UsageError(f"{name} must be True or False, not {value!r}.", fix=f"For example: {name}=True")
+            object.__setattr__(self, name, bool(value))
+
+
+def _checked(name: str, value: Any, kind: type, *, fix: str) -> Any:  # noqa: ANN401 - a number of any library
+    """Return the value of an option that must be a number; a bool is none.
+
+    Raises:
+        UsageError: It is of another type.
+    """
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    whole = "a whole number" if kind is Integral else "a number"
+    raise UsageError(f"{name} must be {whole}, not {value!r}.", fix=fix)
 
 
 def threshold_values(thresholds: Thresholds) -> tuple[float, float, float, float]:
