@@ -313,7 +313,7 @@ def test_all_convolutions_of_a_third_party_graph_but_the_last_become_int8():
 
 def test_weights_that_are_not_constant_are_the_reason_in_the_error():
     model = foreign_net(constant=False)
-    with pytest.raises(ExportError, match=r"No convolution can be INT8: .*its weights are not a float32 initializer"):
+    with pytest.raises(ExportError, match=r"No convolution can be INT8: .*its weights are not a float32 constant"):
         to_int8(model, replace(calibration(nms="none"), network_sha256=digest_of(model)), Int8Options())
 
 

@@ -246,8 +246,21 @@ def test_convolutions_with_groups_or_without_bias_are_quantized(options):
     assert_near(model, quantized(model, fallback="fp32"))
 
 
+@pytest.mark.parametrize("op", ["Abs", "Relu"])
+def test_a_convolution_whose_weights_are_computed_stays_float_with_a_reason(op):
+    sketch = Sketch()
+    first = sketch.conv("images", "a", c_in=3)
+    weight = sketch.node(op, sketch.weight("stored", np.ones((4, 4, 1, 1), np.float32)), name="made")
+    second = sketch.node("Conv", first, weight, name="b")
+    model = sketch.model(sketch.conv(second, "head"))
+    placement = placement_of(model)
+    assert placement.float_convolutions == {"b": "its weights are not a float32 constant", "head": HEAD_REASON}
+    assert placement.convolutions == ("a",)
+    assert ("b", placement.float_convolutions["b"]) in quantized(model).metadata.int8.float_layers
+
+
 @pytest.mark.parametrize("source", ["Constant", "Identity"])
-def test_a_convolution_whose_weights_are_not_an_initializer_stays_float_with_a_reason(source):
+def test_a_convolution_whose_weights_are_a_constant_node_is_quantized(source):
     sketch = Sketch()
     first = sketch.conv("images", "a", c_in=3)
     values = np.ones((4, 4, 1, 1), np.float32)
@@ -255,12 +268,9 @@ def test_a_convolution_whose_weights_are_not_an_initializer_stays_float_with_a_r
         weight = sketch.node("Constant", name="made", value=numpy_helper.from_array(values))
     else:
         weight = sketch.node("Identity", sketch.weight("stored", values), name="made")
-    second = sketch.node("Conv", first, weight, name="b")
-    model = sketch.model(sketch.conv(second, "head"))
-    placement = placement_of(model)
-    assert placement.float_convolutions == {"b": "its weights are not a float32 initializer", "head": HEAD_REASON}
-    assert placement.convolutions == ("a",)
-    assert ("b", placement.float_convolutions["b"]) in quantized(model).metadata.int8.float_layers
+    model = sketch.model(sketch.conv(sketch.node("Conv", first, weight, name="b"), "head"))
+    assert placement_of(model).convolutions == ("a", "b")
+    assert_near(model, quantized(model, fallback="fp32"))
 
 
 def test_a_graph_without_convolutions_has_an_empty_placement():

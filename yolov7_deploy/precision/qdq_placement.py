@@ -142,7 +142,7 @@ def _float_reason(network: Network, node: onnx.NodeProto, excluded: Mapping[str,
     if output in network.heads:
         return HEAD_REASON
     if node.input[1] not in network.weights:
-        return "its weights are not a float32 initializer"
+        return "its weights are not a float32 constant"
     return ""
 
 
