@@ -44,6 +44,7 @@ from yolov7_deploy.runtimes.base import (
     check_request_supported,
     split_batches,
 )
+from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,13 @@ class FairSemaphore:
     """
 
     def __init__(self, count: int) -> None:
-        self._available = count
+        self._count = count
+        self.after_fork()
+        call_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Forget the threads of the parent process, which hold it or wait for it."""
+        self._available = self._count
         self._lock = threading.Lock()
         self._waiting: deque[threading.Lock] = deque()  # each is released when its thread may continue
 
@@ -116,6 +123,79 @@ class FairSemaphore:
                 self._release_next()
 
 
+class OrtSession:
+    """A session of ONNX Runtime. In a child process of `os.fork`, the file is opened again when it is needed.
+
+    Args:
+        path: The file.
+        providers: ONNX Runtime's providers.
+        device: `cpu` or `cuda:N`.
+
+    Raises:
+        LoadError: ONNX Runtime cannot open it.
+    """
+
+    def __init__(self, path: Path, providers: list[Any], *, device: str) -> None:
+        self._path, self._providers, self._device = path, providers, device
+        self._absolute_path = path.absolute()  # a child may work in another folder
+        self._version = _file_version(path)
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self._session: onnxruntime.InferenceSession | None = self._open(path)
+        call_after_fork(self)
+
+    def _open(self, path: Path) -> onnxruntime.InferenceSession:
+        try:
+            return onnxruntime.InferenceSession(str(path), session_options(), providers=self._providers)
+        except _ORT_ERRORS as error:
+            raise _load_error(self._path, error) from error
+
+    def get(self) -> onnxruntime.InferenceSession:
+        """Return the session.
+
+        Raises:
+            UsageError: It is closed.
+            DeviceError: It was opened on a GPU by the parent process.
+            LoadError: In a child process: the file has changed, or cannot be opened.
+        """
+        session = self._session
+        if session is not None:
+            return session
+        with self._lock:
+            if self._is_closed:
+                raise UsageError("This model is closed.", fix="Open a new Detector, or keep it open longer.")
+            if self._session is None:
+                if self._device != "cpu":
+                    raise gpu_fork_error(self._device)
+                if _file_version(self._absolute_path) != self._version:
+                    raise LoadError(
+                        f"{self._path} has changed or was removed since the parent process opened it.",
+                        fix="Open a new Detector in the child process.",
+                    )
+                self._session = self._open(self._absolute_path)
+            return self._session
+
+    def close(self) -> None:
+        """Drop the session; it is freed after the running calls."""
+        self._is_closed = True
+        self._session = None
+
+    def after_fork(self) -> None:
+        """Leave the session to the parent process."""
+        if self._session is not None:
+            never_free(self._session)
+        self._session, self._lock = None, threading.Lock()
+
+
+def _file_version(path: Path) -> tuple[int, int] | None:
+    """Return size and modification time of a file, `None` if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 class OrtRuntime:
     """An ONNX file in an ONNX Runtime session.
 
@@ -130,30 +210,27 @@ class OrtRuntime:
 
     takes_gpu_arrays = False
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: ModelMetadata, *, device: str) -> None:
+    def __init__(self, session: OrtSession, metadata: ModelMetadata, *, device: str) -> None:
         self.metadata, self.device = metadata, device
         self.max_batch_size = metadata.batch
-        self._session: onnxruntime.InferenceSession | None = session
-        self._threads = session.get_session_options().intra_op_num_threads
+        self._session, opened = session, session.get()
+        self._threads = opened.get_session_options().intra_op_num_threads
         self._max_runs = RUNS_PER_CORE * (self._threads or os.cpu_count() or 1)
         self._semaphore = FairSemaphore(self._max_runs)
-        self._overridable = {entry.name for entry in session.get_overridable_initializers()}
-        self._input = session.get_inputs()[0].name
+        self._overridable = {entry.name for entry in opened.get_overridable_initializers()}
+        self._input = opened.get_inputs()[0].name
         # By name: files of other exporters have them in other orders.
-        self._outputs = [session.get_outputs()[0].name] if metadata.nms is None else list(NMS_OUTPUTS)
+        self._outputs = [opened.get_outputs()[0].name] if metadata.nms is None else list(NMS_OUTPUTS)
 
     @classmethod
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> OrtRuntime:
         """Open a file; see `open_runtime`. A size or precision other than that of the file is refused."""
         providers, device_name = _providers(device)
         try:
-            session = onnxruntime.InferenceSession(str(path), session_options(), providers=providers)
-            metadata = _read_metadata(session, path)
+            session = OrtSession(path, providers, device=device_name)
+            metadata = _read_metadata(session.get(), path)
         except _ORT_ERRORS as error:
-            raise LoadError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
-                fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
-            ) from error
+            raise _load_error(path, error) from error
         check_request_supported(path, metadata, input_hw=input_hw, half=half)
         return cls(session, metadata, device=device_name)
 
@@ -214,12 +291,10 @@ class OrtRuntime:
 
     def close(self) -> None:
         """Free the network after the running calls."""
-        self._session = None
+        self._session.close()
 
     def _run(self, feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        session = self._session  # `close` may remove it at any time
-        if session is None:
-            raise UsageError("This model is closed.", fix="Open a new Detector, or keep it open longer.")
+        session = self._session.get()
         with self._semaphore:
             outputs: list[npt.NDArray[Any]] = session.run(self._outputs, feeds)
         return outputs
@@ -300,6 +375,13 @@ def _check_outputs(outputs: Sequence[Any], batch: int, metadata: ModelMetadata) 
             f"The file returns outputs of shapes {str(shapes)[:200]} for {batch} images, which is not a YOLOv7 layout.",
             fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
         )
+
+
+def _load_error(path: Path, error: Exception) -> LoadError:
+    return LoadError(
+        f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
+        fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
+    )
 
 
 def _reason(error: Exception) -> str:

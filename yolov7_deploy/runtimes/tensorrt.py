@@ -27,6 +27,7 @@ from yolov7_deploy.postprocess import RawDetections, check_nms_compatible, filte
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
 from yolov7_deploy.runtimes.cuda import Cuda, Device, open_cuda
 from yolov7_deploy.runtimes.device_arrays import GpuImage, gpu_image, is_gpu_array
+from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels, find_kernels
 from yolov7_deploy.runtimes.tensorrt_engine import TrtEngine, TrtLog
 from yolov7_deploy.runtimes.tensorrt_executor import Results, TrtExecutor
@@ -69,6 +70,8 @@ class TrtRuntime:
         self._engine, self._cuda, self._kernels, self._index = engine, cuda, kernels, index
         self._overflowed = False
         self._executors = TrtExecutorPool(lambda: TrtExecutor(cuda, engine, kernels))
+        self._is_inherited = False
+        call_after_fork(self)
 
     @classmethod
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> TrtRuntime:
@@ -181,7 +184,14 @@ class TrtRuntime:
                 limit or "its limit",
             )
 
+    def after_fork(self) -> None:
+        """Leave the engine to the parent process: CUDA does not work in this one."""
+        self._is_inherited = True
+        never_free(self)
+
     def _check_usable(self) -> None:
+        if self._is_inherited:
+            raise gpu_fork_error(self.device)
         fault = self._cuda.fault
         if fault is not None:
             raise DeviceError(f"{self._engine.name} cannot run any more: {fault.message}", fix=fault.fix) from fault
@@ -202,6 +212,8 @@ class TrtRuntime:
 
     def close(self) -> None:
         """Wait for the running calls, then free the executors; calling it twice is fine."""
+        if self._is_inherited:
+            return
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(DeviceError):  # the GPU may be lost
                 stack.enter_context(self._cuda.working_on(self._index))
