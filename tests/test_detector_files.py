@@ -3,6 +3,7 @@
 import logging
 import threading
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -155,6 +156,18 @@ def test_a_foreign_file_with_threshold_inputs_uses_the_thresholds_of_the_call(fi
     with Detector(without_metadata(files("plugin"), tmp_path / "m.onnx"), device="cpu") as detector:
         ours, expected = (one(IMAGES[0], conf=0.75) for one in (detector, detectors("plugin")))
         assert_identical(ours, expected)
+
+
+def test_a_file_of_ours_that_another_program_gave_a_float16_input_runs(files, detectors, tmp_path):
+    proto = onnx.load(files("plugin"))
+    images = next(value for value in proto.graph.input if value.name == "images")
+    images.name, images.type.tensor_type.elem_type = "half", TensorProto.FLOAT16
+    proto.graph.node.insert(0, helper.make_node("Cast", ["half"], ["images"], to=TensorProto.FLOAT))
+    onnx.save(proto, tmp_path / "m.onnx")
+    with Detector(tmp_path / "m.onnx", device="cpu") as detector:
+        found, expected = detector(IMAGES[0]), detectors("plugin")(IMAGES[0])
+        assert abs(len(found) - len(expected)) <= 3
+        np.testing.assert_allclose(found.scores[:20], expected.scores[:20], atol=5e-3)
 
 
 def test_a_foreign_file_of_dynamic_size_uses_the_requested_size(files, detectors, tmp_path):

@@ -61,7 +61,7 @@ class Detector:
         weights: A file, or an official name such as `yolov7-tiny`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or the number of a GPU.
         img: Image size (one number for a square) or (height, width). The default is the fixed size of the file, else
-            the paper's size.
+            the training size of the weights, else the paper's size.
         half: FP16 for checkpoints: by default on a GPU, as in the official program, and not on a CPU. Files with a
             fixed precision refuse any other.
         conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`.
@@ -352,15 +352,17 @@ class Detector:
 
 
 def _default_thresholds(metadata: ModelMetadata) -> Thresholds:
-    """Return the thresholds of the NMS inside the file, or the official ones without it."""
-    if metadata.nms is None:
-        return Thresholds()
-    nms = metadata.nms
-    is_foreign = not metadata.strides  # it may return rows down to a score of 0
+    """Return the thresholds of the NMS inside the file, or the official ones without it.
+
+    A file of another exporter (without strides) may return rows down to a score of 0; it gets the official ones, too.
+    """
+    official, nms = Thresholds(), metadata.nms
+    if nms is None:
+        return official
     return Thresholds(
-        conf=max(nms.conf, Thresholds().conf) if is_foreign else nms.conf,
+        conf=nms.conf if metadata.strides else max(nms.conf, official.conf),
         iou=nms.iou,
-        max_det=nms.max_det,
+        max_det=nms.max_det if metadata.strides else min(nms.max_det, official.max_det),
         multi_label=nms.multi_label,
         class_agnostic=nms.class_agnostic,
     )

@@ -96,6 +96,20 @@ def postprocess(output: FloatArray, thresholds: Thresholds, *, max_candidates: i
     scores = output[anchors, 4:5]
     if output.shape[1] > 6:
         scores = scores * output[anchors, 5:]
+    return postprocess_scores(output[anchors, :4], scores, thresholds, max_candidates=max_candidates)
+
+
+def postprocess_scores(
+    boxes: FloatArray, scores: FloatArray, thresholds: Thresholds, *, max_candidates: int = MAX_CANDIDATES
+) -> RawDetections:
+    """Return the detections among boxes with one score for each class; see `postprocess`.
+
+    Args:
+        boxes: float32 [A, 4]: cx, cy, w, h.
+        scores: float32 [A, C].
+        thresholds: Which detections to keep.
+        max_candidates: Only this many of the best boxes enter NMS.
+    """
     if thresholds.multi_label:
         row, class_ids = np.nonzero(scores > thresholds.conf)
     else:
@@ -108,11 +122,11 @@ def postprocess(output: FloatArray, thresholds: Thresholds, *, max_candidates: i
     score = scores[row, class_ids]
     order = np.argsort(-score, kind="stable")[:max_candidates]
     row, class_ids, score = row[order], class_ids[order], score[order]
-    boxes = xywh_to_xyxy(output[anchors[row], :4])
+    corners = xywh_to_xyxy(boxes[row])
     kept = greedy_nms(
-        boxes, class_ids, iou=thresholds.iou, max_det=thresholds.max_det, class_agnostic=thresholds.class_agnostic
+        corners, class_ids, iou=thresholds.iou, max_det=thresholds.max_det, class_agnostic=thresholds.class_agnostic
     )
-    return RawDetections(boxes=boxes[kept], scores=score[kept], class_ids=class_ids[kept].astype(np.int64))
+    return RawDetections(boxes=corners[kept], scores=score[kept], class_ids=class_ids[kept].astype(np.int64))
 
 
 # --- models with NMS inside -----------------------------------------------------------------------------------------

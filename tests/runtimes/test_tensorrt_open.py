@@ -7,16 +7,30 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
 from tests.fakes.fake_trt_runtime import ABSENT, RTX, Context, Engine, Runtime
+from tests.support.foreign_graphs import (
+    BOX,
+    DOG,
+    HW,
+    SCORE,
+    anchors_rows,
+    cells_rows,
+    constant_graph,
+    end_to_end_rows,
+    nms_rows,
+    official_rows,
+)
 from tests.support.trt_kit import INFO, NMS, assert_detected, environment, infer, make_image, toy
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, UsageError
 from yolov7_deploy.runtimes import tensorrt as trt
 from yolov7_deploy.runtimes.base import open_runtime
 from yolov7_deploy.tensorrt.build_record import PluginUse
+from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE, PLUGIN_VERSION, PluginLibrary
 
 __all__ = ["environment"]
@@ -86,9 +100,9 @@ def test_a_plan_without_a_record_opens_with_assumptions(environment, caplog):
 
 
 def test_the_classes_of_a_foreign_plan_without_nms_are_counted(environment):
-    runtime = environment.open(toy(decoded=True), recorded=False)
+    runtime = environment.open(constant_graph(anchors_rows(3), image_shape=(1, 3, *HW)), recorded=False)
     assert runtime.metadata.class_names == ("class_0", "class_1", "class_2")
-    assert len(infer(runtime, [make_image(1)]).detections[0].scores) > 0
+    assert len(infer(runtime, [make_image(1)], hw=HW).detections[0].scores) > 0
 
 
 def test_the_header_of_a_plan_selects_the_tensorrt_that_opens_it(environment):
@@ -111,6 +125,44 @@ def graph_of(*tensors):
 
 
 FLOAT, UINT8, INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8, onnx.TensorProto.INT32
+
+
+FOREIGN = {
+    "yolov7 --grid": anchors_rows(batch=2),
+    "yolov8": cells_rows(batch=2),
+    "yolov8, one class": cells_rows(1, batch=2),
+    "yolov10": end_to_end_rows(batch=2),
+    "yolov7 --end2end": nms_rows(batch=2),
+    "TensorRT-For-YOLO-Series": nms_rows(("num", "boxes", "scores", "classes"), batch=2),
+    "yolov7 --end2end --max-wh, of fixed size": official_rows((1, 0)),
+}
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+@pytest.mark.parametrize("recorded", [False, True], ids=["foreign plan", "our build"])
+@pytest.mark.parametrize("kind", [np.float32, np.float16], ids=["float32", "float16"])
+def test_engines_of_other_exporters_give_the_boxes_that_are_in_their_outputs(environment, layout, recorded, kind):
+    arrays = FOREIGN[layout] if isinstance(FOREIGN[layout], dict) else {"output": FOREIGN[layout]}
+    arrays = {name: array.astype(kind) if array.dtype == np.float32 else array for name, array in arrays.items()}
+    image_type = onnx.TensorProto.FLOAT16 if kind is np.float16 else FLOAT
+    graph = constant_graph(arrays, images=image_type, image_shape=(2, 3, *HW))
+    onnx.save(graph, environment.folder / "toy.onnx")
+    metadata = open_onnx(environment.folder / "toy.onnx").metadata
+    runtime = environment.open(graph, recorded=recorded, metadata=metadata)
+    detected = infer(
+        runtime, [make_image(1)], hw=HW, multi_label=layout in ("yolov7 --end2end", "TensorRT-For-YOLO-Series")
+    ).detections
+    assert len(detected) == 1, "the second image is padding"
+    np.testing.assert_allclose(detected[0].boxes, [BOX], atol=0.1)
+    np.testing.assert_allclose(detected[0].scores, [SCORE], atol=1e-3)
+    assert detected[0].class_ids.tolist() == [0 if "one class" in layout else DOG]
+    assert (runtime.metadata.input_hw, runtime.metadata.batch) == (HW, 2)
+
+
+def test_an_engine_whose_number_of_rows_depends_on_the_image_is_refused_when_it_is_opened(environment):
+    graph = constant_graph(official_rows(), shape=["n", 7])
+    with pytest.raises(LoadError, match="number of rows depends on the image"):
+        environment.open(graph, recorded=False)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
+from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, check_file
 from yolov7_deploy.errors import LoadError, UsageError, missing_library
 from yolov7_deploy.image import FloatArray, Image, Letterbox
-from yolov7_deploy.metadata import InputKind, ModelMetadata, NmsMetadata, assumed_metadata
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import RawDetections
-
-UNKNOWN_CLASSES = 1000  # class names invented for a foreign file with NMS inside, which does not state how many it has
 
 _T = TypeVar("_T")
 
@@ -177,8 +176,13 @@ def open_runtime(path: Path, *, device: str, input_hw: tuple[int, int] | None, h
         UsageError: The file has another fixed size or precision.
     """
     entry = runtime_entry(path)
-    if not path.exists():
-        raise LoadError(f"{path} does not exist.", fix="Check the path, or export it:  y7 export --weights yolov7")
+    try:
+        check_file(path, max_bytes=MAX_CHECKPOINT_BYTES if entry.name == "pytorch" else MAX_MODEL_BYTES)
+    except FileNotFoundError as error:
+        fix = "Check the path, or export it:  y7 export --weights yolov7"
+        raise LoadError(f"{path} does not exist.", fix=fix) from error
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
     try:
         module = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
@@ -220,26 +224,3 @@ def split_batches(items: Sequence[_T], size: int | None) -> list[Sequence[_T]]:
     if size is None:
         return [items]
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def assumed_nms_metadata(
-    *,
-    input_hw: tuple[int, int] | None,
-    batch: int | None,
-    input_kind: InputKind,
-    conf: float,
-    max_det: int,
-    runtime_thresholds: bool,
-) -> ModelMetadata:
-    """Return the metadata assumed for a file without any that has NMS inside, as EfficientNMS_TRT does it."""
-    nms = NmsMetadata(
-        kind="efficient",
-        conf=conf,
-        iou=0.45,
-        max_det=max_det,
-        max_candidates=0,
-        multi_label=True,
-        class_agnostic=False,
-        runtime_thresholds=runtime_thresholds,
-    )
-    return assumed_metadata(classes=UNKNOWN_CLASSES, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=nms)

@@ -1,17 +1,17 @@
 """Runs an ONNX file with ONNX Runtime, on a CPU or a CUDA GPU.
 
-Files exported by this package carry metadata. A file without metadata opens if its inputs and outputs have the usual
-names and shapes of YOLOv7 exports.
+Files exported by this package carry metadata. Other files open if the shapes of their inputs and outputs are those of a
+known layout (`output_layout.py`); if they do not state shapes, a run on a black image shows them.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,34 +19,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from yolov7_deploy._ort_options import base_session_options
+from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, ort_reason
+from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.hardware.cpu import usable_cores
 from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.image import Image, Letterbox, to_network_input
-from yolov7_deploy.metadata import (
-    MAX_SIDE,
-    METADATA_KEY,
-    NMS_OUTPUTS,
-    THRESHOLD_INPUTS,
-    InputKind,
-    ModelMetadata,
-    assumed_metadata,
-)
+from yolov7_deploy.metadata import METADATA_KEY, NMS_OUTPUTS, THRESHOLD_INPUTS, ModelMetadata
 from yolov7_deploy.options import Thresholds, threshold_values
-from yolov7_deploy.postprocess import RawDetections, check_nms_compatible, filter_outputs, postprocess
-from yolov7_deploy.runtimes.base import (
-    RuntimeResult,
-    TimingBreakdown,
-    assumed_nms_metadata,
-    check_request_supported,
-    split_batches,
+from yolov7_deploy.output_layout import (
+    InputLayout,
+    OutputLayout,
+    TensorSpec,
+    find_input,
+    find_layout,
+    layout_metadata,
+    read_detections,
+    unknown_layout,
 )
+from yolov7_deploy.postprocess import RawDetections, check_nms_compatible
+from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
 from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # More concurrent runs gain nothing (four keep two cores busy), and each holds its own activations: 110 MB for YOLOv7 at
 # 640. Fewer would leave cores idle during layers that run on one thread.
@@ -54,14 +50,13 @@ RUNS_PER_CORE = 2
 # How long intra-op threads spin while they wait for the next layer. The default is a million iterations, 16 to 47 ms,
 # which gains nothing for one caller and takes the cores from other callers and other programs.
 SPIN_US = 50
-_MAX_REASON = 500  # characters
-_MAX_FOREIGN_CLASSES = 100_000
-# ONNX Runtime's own exceptions, and what its Python binding raises for names that are not UTF-8 and for unknown errors.
-_ORT_ERRORS: tuple[type[Exception], ...] = (
-    *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),
-    UnicodeDecodeError,
-    RuntimeError,
-)
+DEFAULT_HW = (640, 640)  # of files of dynamic size, as in the official program
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(double)": "float64",
+}
 
 
 class FairSemaphore:
@@ -146,8 +141,10 @@ class OrtSession:
 
     def _open(self, path: Path) -> onnxruntime.InferenceSession:
         try:
-            return onnxruntime.InferenceSession(str(path), session_options(), providers=self._providers)
-        except _ORT_ERRORS as error:
+            # ONNX Runtime refuses names that are not valid Unicode.
+            model = str(path) if is_unicode(str(path)) else path.read_bytes()
+            return onnxruntime.InferenceSession(model, session_options(), providers=self._providers)
+        except ORT_ERRORS as error:
             raise _load_error(self._path, error) from error
 
     def get(self) -> onnxruntime.InferenceSession:
@@ -205,22 +202,29 @@ class OrtRuntime:
     Args:
         session: The opened file.
         metadata: Its metadata.
+        images: Its image input.
+        layout: The layout of its outputs.
         device: `cpu` or `cuda:N`.
     """
 
     takes_gpu_arrays = False
 
-    def __init__(self, session: OrtSession, metadata: ModelMetadata, *, device: str) -> None:
+    def __init__(
+        self,
+        session: OrtSession,
+        metadata: ModelMetadata,
+        images: InputLayout,
+        layout: OutputLayout,
+        *,
+        device: str,
+    ) -> None:
         self.metadata, self.device = metadata, device
         self.max_batch_size = metadata.batch
-        self._session, opened = session, session.get()
-        self._threads = opened.get_session_options().intra_op_num_threads
+        self._session = session
+        self._threads = session.get().get_session_options().intra_op_num_threads
         self._max_runs = RUNS_PER_CORE * (self._threads or os.cpu_count() or 1)
         self._semaphore = FairSemaphore(self._max_runs)
-        self._overridable = {entry.name for entry in opened.get_overridable_initializers()}
-        self._input = opened.get_inputs()[0].name
-        # By name: files of other exporters have them in other orders.
-        self._outputs = [opened.get_outputs()[0].name] if metadata.nms is None else list(NMS_OUTPUTS)
+        self._input, self._layout = images, layout
 
     @classmethod
     def open(cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> OrtRuntime:
@@ -228,11 +232,11 @@ class OrtRuntime:
         providers, device_name = _providers(device)
         try:
             session = OrtSession(path, providers, device=device_name)
-            metadata = _read_metadata(session.get(), path)
-        except _ORT_ERRORS as error:
+            metadata, images, layout = _read_layout(session.get(), path, input_hw)
+        except ORT_ERRORS as error:
             raise _load_error(path, error) from error
         check_request_supported(path, metadata, input_hw=input_hw, half=half)
-        return cls(session, metadata, device=device_name)
+        return cls(session, metadata, images, layout, device=device_name)
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
@@ -262,17 +266,18 @@ class OrtRuntime:
         feeds = self._threshold_feeds(thresholds)
         prepared = time.perf_counter()
         try:
-            outputs = [self._run({self._input: batch, **feeds}) for batch in batches]
-        except _ORT_ERRORS as error:
+            outputs = [self._run({self._input.name: batch, **feeds}) for batch in batches]
+        except ORT_ERRORS as error:
             raise DeviceError(
-                f"ONNX Runtime could not run {len(images)} images: {_reason(error)}",
+                f"ONNX Runtime could not run {len(images)} images: {ort_reason(error)}",
                 fix="Try fewer images at once, or --device cpu",
             ) from error
         inferred = time.perf_counter()
         detections: list[RawDetections] = []
         for batch, arrays in zip(batches, outputs, strict=True):
-            _check_outputs(arrays, len(batch), self.metadata)
-            detections += self._postprocess(arrays, thresholds)
+            detections += read_detections(
+                self._layout, arrays, thresholds, batch=len(batch), canvas_hw=letterboxes[0].canvas_hw
+            )
         done = time.perf_counter()
         timing = TimingBreakdown(
             preprocess_ms=(prepared - started) * 1e3,
@@ -296,32 +301,27 @@ class OrtRuntime:
     def _run(self, feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         session = self._session.get()
         with self._semaphore:
-            outputs: list[npt.NDArray[Any]] = session.run(self._outputs, feeds)
+            outputs: list[npt.NDArray[Any]] = session.run(list(self._layout.outputs), feeds)
         return outputs
 
     def _to_input(self, canvases: Sequence[Image]) -> npt.NDArray[Any]:
         padding = (self.metadata.batch or 0) - len(canvases)
         canvases = [*canvases, *[canvases[-1]] * padding]
-        return np.stack(canvases) if self.metadata.input_kind == "uint8" else to_network_input(canvases)
+        if self._input.kind == "uint8":
+            return np.stack(canvases)
+        return to_network_input(canvases).astype(self._input.dtype, copy=False)
 
     def _threshold_feeds(self, thresholds: Thresholds) -> dict[str, npt.NDArray[np.float32]]:
         nms = self.metadata.nms
         if nms is None:
             return {}
         check_nms_compatible(nms, thresholds)
+        if not nms.runtime_thresholds:
+            return {}
         return {
             name: np.array([value], dtype=np.float32)
             for name, value in zip(THRESHOLD_INPUTS, threshold_values(thresholds), strict=True)
-            if name in self._overridable
         }
-
-    def _postprocess(self, arrays: Sequence[npt.NDArray[Any]], thresholds: Thresholds) -> list[RawDetections]:
-        if self.metadata.nms is None:
-            return [postprocess(decoded, thresholds) for decoded in arrays[0]]
-        return [
-            filter_outputs(int(count.item()), boxes, scores, classes, thresholds)
-            for count, boxes, scores, classes in zip(*arrays, strict=True)
-        ]
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -354,116 +354,97 @@ def _providers(device: str) -> tuple[list[Any], str]:
     return [cuda, "CPUExecutionProvider"], f"cuda:{index}"
 
 
-def _check_outputs(outputs: Sequence[Any], batch: int, metadata: ModelMetadata) -> None:
-    """Check the shapes and types of the outputs: they may be dynamic in the graph, and known only after a run.
-
-    Raises:
-        LoadError: They are not those of a YOLOv7 layout.
-    """
-    shapes: list[tuple[int, ...]] = [getattr(value, "shape", ()) for value in outputs]
-    if metadata.nms is None:
-        fits = [len(shape) == 3 and shape[::2] == (batch, 5 + len(metadata.class_names)) for shape in shapes]
-    else:
-        rows = shapes[2][1] if len(shapes[2]) == 2 else -1
-        expected = [(batch, 1), (batch, rows, 4), (batch, rows), (batch, rows)]
-        fits = [shape == required for shape, required in zip(shapes, expected, strict=True)]
-        # Some exporters omit the dimension of 1 of num_dets.
-        fits[0] = fits[0] or shapes[0] == (batch,)
-    numeric = all(getattr(value, "dtype", np.dtype(object)).kind in "fiu" for value in outputs)
-    if not numeric or not all(fits):
-        raise LoadError(
-            f"The file returns outputs of shapes {str(shapes)[:200]} for {batch} images, which is not a YOLOv7 layout.",
-            fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
-        )
-
-
 def _load_error(path: Path, error: Exception) -> LoadError:
     return LoadError(
-        f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {_reason(error)}",
+        f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {ort_reason(error)}",
         fix="Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
     )
 
 
-def _reason(error: Exception) -> str:
-    """Return the first line of an error, shortened: ONNX Runtime quotes names of the file."""
-    if isinstance(error, UnicodeDecodeError):
-        return "a name or text in it is not UTF-8."
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= _MAX_REASON else f"{lines[0][:_MAX_REASON]}..."
+# --- metadata and layout --------------------------------------------------------------------------------------------
 
 
-# --- metadata ------------------------------------------------------------------------------------------------------
-
-
-def _read_metadata(session: onnxruntime.InferenceSession, path: Path) -> ModelMetadata:
-    """Return the metadata, or what is assumed for a file without any.
+def _read_layout(
+    session: onnxruntime.InferenceSession, path: Path, input_hw: tuple[int, int] | None
+) -> tuple[ModelMetadata, InputLayout, OutputLayout]:
+    """Return the metadata, or what is assumed for a file without any, and the layout of inputs and outputs.
 
     Raises:
-        LoadError: The metadata is damaged or belongs to another graph, or the graph is not a known YOLOv7 layout.
+        LoadError: The metadata is damaged or belongs to another graph, or the graph is not a known layout.
     """
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    names = tuple(output.name for output in outputs)
-    refusal = LoadError(
-        f"{path} takes {_layout(inputs)} to {_layout(outputs)}, which is not a YOLOv7 layout.",
-        fix="Export the weights here:  y7 export --weights WEIGHTS.pt",
-    )
-    if len(inputs) != 1 or not outputs or len(_shape(inputs[0])) != 4:  # inputs with a default are not listed
-        raise refusal
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
-        assumed = _assume_metadata(session, refusal)
+    inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())  # inputs with a default: not listed
+    images = find_input(str(path), inputs, outputs)
+    properties = session.get_modelmeta().custom_metadata_map
+    text = properties.get(METADATA_KEY)
+    metadata = None if text is None else ModelMetadata.from_json(text)
+    with_default = {entry.name for entry in session.get_overridable_initializers()}
+    has_thresholds = set(THRESHOLD_INPUTS) <= with_default
+    if metadata is not None:
+        _check_metadata(metadata, images, path)
+        if metadata.nms is not None:
+            metadata = replace(metadata, nms=replace(metadata.nms, runtime_thresholds=has_thresholds))
+    if metadata is not None and metadata.strides:
+        layout = OutputLayout.of(metadata, output=outputs[0].name)
+        if not set(layout.outputs) <= {output.name for output in outputs}:
+            raise unknown_layout(str(path), inputs, outputs)
+        return metadata, images, layout
+    canvas_hw = images.input_hw or input_hw or DEFAULT_HW
+    if _is_dynamic(images, outputs):
+        outputs = _run_shapes(session, images, outputs, canvas_hw, path)
+    found = find_layout(str(path), inputs, outputs, canvas_hw=canvas_hw, properties=properties)
+    assumed = layout_metadata(found, runtime_thresholds=has_thresholds, recorded=metadata)
+    if metadata is None:
         logger.warning("%s: %s", path, "; ".join(assumed.notes))
-        return assumed
-    metadata = ModelMetadata.from_json(text)
-    if metadata.nms is not None and not set(NMS_OUTPUTS) <= set(names):
-        raise refusal
-    in_graph = _input_signature(inputs[0])
-    in_metadata = (metadata.batch, metadata.input_hw if in_graph[1] else None, metadata.input_kind)
+    return assumed, images, found.output
+
+
+def _check_metadata(metadata: ModelMetadata, images: InputLayout, path: Path) -> None:
+    in_graph = (images.batch, images.input_hw, images.kind)
+    in_metadata = (metadata.batch, metadata.input_hw if images.input_hw else None, metadata.input_kind)
     if in_metadata != in_graph:
         raise LoadError(
             f"The metadata of {path} states batch, size and type {in_metadata}, its graph {in_graph}.",
             fix="They belong to different files: export it again:  y7 export --weights WEIGHTS.pt",
         )
-    return metadata
 
 
-def _shape(node: Any) -> list[Any]:  # noqa: ANN401 - ONNX Runtime's NodeArg
-    """Return sizes and names of dimensions; empty if the value is not a tensor."""
-    return list(node.shape) if isinstance(node.shape, list) else []
-
-
-def _layout(nodes: Sequence[Any]) -> str:
-    return str([(node.name, node.shape) for node in nodes])[:_MAX_REASON]
-
-
-def _input_signature(node: Any) -> tuple[int | None, tuple[int, int] | None, InputKind]:  # noqa: ANN401
-    """Return batch, (height, width) and kind of an input of rank 4; `None` for dynamic dimensions."""
-    shape, is_uint8 = _shape(node), node.type == "tensor(uint8)"
-    sides = shape[1:3] if is_uint8 else shape[2:4]
-    input_hw = (int(sides[0]), int(sides[1])) if all(isinstance(side, int) for side in sides) else None
-    batch = shape[0] if isinstance(shape[0], int) else None
-    return batch, input_hw, "uint8" if is_uint8 else "float32"
-
-
-def _assume_metadata(session: onnxruntime.InferenceSession, refusal: LoadError) -> ModelMetadata:
-    outputs = {output.name: _shape(output) for output in session.get_outputs()}
-    first = next(iter(outputs.values()))
-    batch, input_hw, input_kind = _input_signature(session.get_inputs()[0])
-    if not all(1 <= size <= MAX_SIDE for size in (batch or 1, *(input_hw or ()))):
-        raise refusal
-    if set(NMS_OUTPUTS) <= set(outputs):
-        if len(outputs["det_boxes"]) != 3:
-            raise refusal
-        limit = outputs["det_boxes"][1]
-        return assumed_nms_metadata(
-            input_hw=input_hw,
-            batch=batch,
-            input_kind=input_kind,
-            conf=0.0,
-            max_det=limit if isinstance(limit, int) and limit > 0 else 100,
-            runtime_thresholds=False,
+def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    """Return names, types and shapes of ONNX Runtime's `NodeArg`s; the shape of what is not a tensor is empty."""
+    return tuple(
+        TensorSpec(
+            name=node.name,
+            dtype=_DTYPES.get(node.type, node.type),
+            shape=tuple(size if isinstance(size, int) else None for size in node.shape or ()),
         )
-    columns = first[-1] if len(first) == 3 else None
-    if not isinstance(columns, int) or not 6 <= columns <= 5 + _MAX_FOREIGN_CLASSES:
-        raise refusal
-    return assumed_metadata(classes=columns - 5, input_hw=input_hw, batch=batch, input_kind=input_kind, nms=None)
+        for node in nodes
+    )
+
+
+def _is_dynamic(images: InputLayout, outputs: Sequence[TensorSpec]) -> bool:
+    """Return True if only a run shows the rows and columns of the outputs."""
+    if set(NMS_OUTPUTS) <= {output.name for output in outputs}:
+        return False
+    return images.input_hw is None or any(not output.shape or None in output.shape[1:] for output in outputs)
+
+
+def _run_shapes(
+    session: onnxruntime.InferenceSession,
+    images: InputLayout,
+    outputs: Sequence[TensorSpec],
+    canvas_hw: tuple[int, int],
+    path: Path,
+) -> tuple[TensorSpec, ...]:
+    """Return the outputs with the shapes of a run on black images."""
+    batch = images.batch or 1
+    shape = (batch, *canvas_hw, 3) if images.kind == "uint8" else (batch, 3, *canvas_hw)
+    try:
+        arrays = session.run(None, {images.name: np.zeros(shape, images.dtype)})
+    except ORT_ERRORS as error:
+        raise LoadError(
+            f"{path} does not state the size of its outputs, and does not run on an image of "
+            f"{canvas_hw[0]}x{canvas_hw[1]}: {ort_reason(error)}",
+            fix="Pass the size for which it was exported:  --img HEIGHT,WIDTH",
+        ) from error
+    return tuple(
+        replace(output, shape=tuple(getattr(array, "shape", ()))) for output, array in zip(outputs, arrays, strict=True)
+    )

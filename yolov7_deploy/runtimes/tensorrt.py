@@ -7,7 +7,6 @@ executor (`tensorrt_executor_pool.py`); what they share is read-only. Results ar
 from __future__ import annotations
 
 import contextlib
-import logging
 import platform
 import threading
 import time
@@ -16,21 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, PluginError, UsageError, missing_library
 from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.image import Image, Letterbox
 from yolov7_deploy.metadata import OVERFLOW_OUTPUT, ModelMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import RawDetections, check_nms_compatible, filter_outputs, postprocess
+from yolov7_deploy.output_layout import read_detections
+from yolov7_deploy.postprocess import check_nms_compatible
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
 from yolov7_deploy.runtimes.cuda import Cuda, Device, open_cuda
 from yolov7_deploy.runtimes.device_arrays import GpuImage, gpu_image, is_gpu_array
 from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels, find_kernels
 from yolov7_deploy.runtimes.tensorrt_engine import TrtEngine, TrtLog
-from yolov7_deploy.runtimes.tensorrt_executor import Results, TrtExecutor
+from yolov7_deploy.runtimes.tensorrt_executor import TrtExecutor
 from yolov7_deploy.runtimes.tensorrt_executor_pool import TrtExecutorPool
 from yolov7_deploy.tensorrt.build_record import TITLES, EngineEnvironment, EngineRecord, PluginUse, Product
 from yolov7_deploy.tensorrt.capabilities import Trt, TrtCapabilities, create_logger, load_tensorrt
@@ -43,7 +42,7 @@ from yolov7_deploy.tensorrt.plugin_library import (
     find_plugin,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # TensorRT has one plugin registry per process. It keeps the first logger it was given and calls it until the end.
 _registry_lock = threading.Lock()
@@ -88,7 +87,7 @@ class TrtRuntime:
             gpu = cuda.device()
             _load_plugins(capabilities, path, record, gpu)
             engine = _deserialize(capabilities, path, file)
-            metadata = engine.metadata(record.metadata if record else None)
+            metadata = engine.metadata
             check_request_supported(path, metadata, input_hw=input_hw, half=half, export="--engine")
             kernels = _load_kernels(gpu)
             if record is None:
@@ -150,7 +149,17 @@ class TrtRuntime:
         batch = max(len(images), self._engine.batch_limits[0])
         run = executor.run(inputs, letterboxes, thresholds, batch=batch, timed=timed)
         downloaded = time.perf_counter()
-        detections = self._postprocess(run.arrays, len(images), thresholds)
+        if OVERFLOW_OUTPUT in run.arrays and run.arrays[OVERFLOW_OUTPUT][: len(images)].any():
+            self._warn_of_overflow()
+        layout = self._engine.output_layout
+        detections = read_detections(
+            layout,
+            [run.arrays[name] for name in layout.outputs],
+            thresholds,
+            batch=batch,
+            canvas_hw=letterboxes[0].canvas_hw,
+            count=len(images),
+        )
         postprocess_ms = (time.perf_counter() - downloaded) * 1e3
         return RuntimeResult(
             detections=detections,
@@ -162,16 +171,6 @@ class TrtRuntime:
 
     def _input_image(self, image: Image, executor: TrtExecutor) -> Image | GpuImage:
         return gpu_image(image, executor.stream, device=self._index) if is_gpu_array(image) else image
-
-    def _postprocess(self, arrays: Results, count: int, thresholds: Thresholds) -> list[RawDetections]:
-        if not self._engine.has_nms:
-            decoded = arrays[self._engine.result_names[0]][:count].astype(np.float32, copy=False)
-            return [postprocess(output, thresholds) for output in decoded]
-        boxes, scores = (arrays[name].astype(np.float32, copy=False) for name in ("det_boxes", "det_scores"))
-        counts, classes = arrays["num_dets"].reshape(-1).tolist(), arrays["det_classes"]
-        if OVERFLOW_OUTPUT in arrays and arrays[OVERFLOW_OUTPUT][:count].any():
-            self._warn_of_overflow()
-        return [filter_outputs(counts[i], boxes[i], scores[i], classes[i], thresholds) for i in range(count)]
 
     def _warn_of_overflow(self) -> None:
         if not self._overflowed:
@@ -333,7 +332,8 @@ def _deserialize(capabilities: TrtCapabilities, path: Path, file: Engine) -> Trt
             f"{capabilities.title} cannot deserialize {path}. Its log:\n{log.tail}",
             fix=f"Build it here:  y7 build --weights {path.stem}.onnx",
         )
-    return TrtEngine(capabilities, runtime, engine, log, name=str(path))
+    recorded = file.record.metadata if file.record is not None else None
+    return TrtEngine(capabilities, runtime, engine, log, name=str(path), recorded=recorded)
 
 
 def _log_and_logger(capabilities: TrtCapabilities) -> tuple[TrtLog, Trt]:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-from yolov7_deploy.errors import DeviceError, LoadError
-from yolov7_deploy.metadata import (
-    NMS_OUTPUTS,
-    OVERFLOW_OUTPUT,
-    RAW_OUTPUT,
-    THRESHOLD_INPUTS,
-    InputKind,
-    ModelMetadata,
-    assumed_metadata,
+from yolov7_deploy._text import get_logger
+from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.metadata import NMS_OUTPUTS, OVERFLOW_OUTPUT, THRESHOLD_INPUTS, InputKind, ModelMetadata
+from yolov7_deploy.output_layout import (
+    OutputLayout,
+    TensorSpec,
+    find_input,
+    find_layout,
+    layout_metadata,
+    unknown_layout,
 )
-from yolov7_deploy.runtimes.base import assumed_nms_metadata
 from yolov7_deploy.tensorrt.build_record import EngineTensor
 from yolov7_deploy.tensorrt.capabilities import Trt, TrtCapabilities
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Shape = tuple[int, ...]
 Layout = Literal["nchw", "nhwc"]
 
 LOG_LINES = 6  # lines of TensorRT's log in an error message
-_MAX_LAYOUT_CHARACTERS = 500
-_INPUT_DTYPES = ("float32", "float16", "uint8")
 _OUTPUT_DTYPES = ("float32", "float16", "int32", "int64")
 _INSIDE_RTX = "inside TensorRT-RTX"
 
@@ -63,8 +61,11 @@ class TrtEngine:
         engine: TensorRT's engine.
         log: The log of this TensorRT.
         name: File name, for messages.
+        recorded: Metadata of its build record, if it has one.
 
     Attributes:
+        metadata: The metadata with the engine's own sizes, or what is assumed for an engine without a record.
+        output_layout: The layout of the outputs that are read.
         images: The input tensor for images; dynamic dimensions are -1.
         canvas_dtype, layout: Its type and its order of axes.
         min_shape, max_shape: Limits of its shape.
@@ -77,20 +78,27 @@ class TrtEngine:
         LoadError: Its tensors are not those of a known YOLOv7 layout.
     """
 
-    def __init__(self, capabilities: TrtCapabilities, runtime: Trt, engine: Trt, log: TrtLog, *, name: str) -> None:
+    def __init__(
+        self,
+        capabilities: TrtCapabilities,
+        runtime: Trt,
+        engine: Trt,
+        log: TrtLog,
+        *,
+        name: str,
+        recorded: ModelMetadata | None = None,
+    ) -> None:
         self.capabilities, self.engine, self.log, self.name = capabilities, engine, log, name
         self._runtime = runtime
         self._context_lock = threading.Lock()
         self.scratch_bytes = capabilities.device_memory_bytes(engine)
         self.graph_state = "on"
         inputs, outputs = capabilities.engine_tensors(engine)
-        self._refusal = LoadError(
-            f"{name} takes {_layout(inputs)} to {_layout(outputs)}, which is not a YOLOv7 layout.",
-            fix="Build it from the weights:  y7 export --weights WEIGHTS.pt --engine",
-        )
+        self._specs = _specs(inputs), _specs(outputs)
         self.inputs = {tensor.name: tensor for tensor in inputs}
         known = {tensor.name: tensor for tensor in outputs}
-        self.images = self._find_images()
+        image_input = find_input(name, *self._specs)
+        self.images = self.inputs[image_input.name]
         self.layout: Layout = "nhwc" if self.images.dtype == "uint8" else "nchw"
         self.canvas_dtype = np.dtype(self.images.dtype)
         self.is_dynamic = -1 in self.images.shape
@@ -100,39 +108,45 @@ class TrtEngine:
         limits = capabilities.profile_shapes(engine, self.images.name) if self.is_dynamic else None
         if limits is not None:
             self.min_shape, self.max_shape = limits.min, limits.max
-        self.result_names = self._find_results(known)
+        self.output_layout, self.metadata = self._find_layout(recorded)
+        self.result_names = self.output_layout.outputs
+        if self.output_layout.kind == "nms" and OVERFLOW_OUTPUT in known:
+            self.result_names = (*self.result_names, OVERFLOW_OUTPUT)
         results = tuple(known[name] for name in self.result_names)
         self.outputs = (*results, *(output for output in outputs if output.name not in self.result_names))
         if not all(output.dtype in _OUTPUT_DTYPES for output in results):
-            raise self._refusal
+            raise unknown_layout(name, *self._specs)
 
-    def _find_images(self) -> EngineTensor:
-        thresholds = set(THRESHOLD_INPUTS)
-        others = set(self.inputs) - thresholds
-        images = self.inputs[others.pop()] if len(others) == 1 else None
-        if images is None or images.dtype not in _INPUT_DTYPES or len(images.shape) != 4:
-            raise self._refusal
-        if images.shape[3 if images.dtype == "uint8" else 1] != 3:
-            raise self._refusal
-        if any(self.inputs[name].dtype != "float32" for name in set(self.inputs) & thresholds):
-            raise self._refusal
-        return images
+    def _find_layout(self, recorded: ModelMetadata | None) -> tuple[OutputLayout, ModelMetadata]:
+        """Return the layout of the outputs, and the metadata with the engine's own sizes.
 
-    def _find_results(self, outputs: dict[str, EngineTensor]) -> tuple[str, ...]:
-        if set(NMS_OUTPUTS) <= set(outputs):
-            if len(outputs["det_boxes"].shape) != 3:
-                raise self._refusal
-            return (*NMS_OUTPUTS, OVERFLOW_OUTPUT) if OVERFLOW_OUTPUT in outputs else NMS_OUTPUTS
-        decoded = [output for output in outputs.values() if len(output.shape) == 3 and output.shape[-1] > 5]
-        decoded.sort(key=lambda output: output.name != RAW_OUTPUT)
-        if not decoded:
-            raise self._refusal
-        return (decoded[0].name,)
+        Metadata without strides was assumed for a file of another exporter, so it does not tell the layout.
+        """
+        least, most = self.batch_limits
+        low, high = self.canvas_hw(self.min_shape), self.canvas_hw(self.max_shape)
+        input_hw, batch = low if low == high else None, most if least == most else None
+        known = {output.name for output in self._specs[1]}
+        if recorded is not None and recorded.strides:
+            layout = OutputLayout.of(recorded)
+            contradicts = not set(layout.outputs) <= known or (recorded.nms is None and set(NMS_OUTPUTS) <= known)
+            if contradicts:
+                raise unknown_layout(self.name, *self._specs)
+            metadata = recorded
+        else:
+            found = find_layout(self.name, *self._specs, canvas_hw=input_hw)
+            layout = found.output
+            thresholds = self.has_threshold_inputs
+            metadata = layout_metadata(found, runtime_thresholds=thresholds, recorded=recorded)
+        if layout.kind == "batch_rows" and None in self._output_shape(layout.outputs[0]):
+            raise unknown_layout(
+                self.name, *self._specs, "the number of rows depends on the image, which this runtime does not allocate"
+            )
+        nms = metadata.nms and replace(metadata.nms, runtime_thresholds=self.has_threshold_inputs)
+        kind: InputKind = "uint8" if self.layout == "nhwc" else "float32"
+        return layout, replace(metadata, batch=batch, input_hw=input_hw, input_kind=kind, nms=nms)
 
-    @property
-    def has_nms(self) -> bool:
-        """True if NMS is inside the engine."""
-        return len(self.result_names) > 1
+    def _output_shape(self, name: str) -> tuple[int | None, ...]:
+        return next(output.shape for output in self._specs[1] if output.name == name)
 
     @property
     def has_threshold_inputs(self) -> bool:
@@ -172,37 +186,9 @@ class TrtEngine:
             self.graph_state = f"off: {error.message}"
             logger.warning("%s runs without CUDA graphs, which is slower: %s", self.name, error.message)
 
-    def metadata(self, metadata: ModelMetadata | None) -> ModelMetadata:
-        """Return the metadata with the engine's own sizes, or what is assumed for an engine without metadata."""
-        least, most = self.batch_limits
-        batch = most if least == most else None
-        low, high = self.canvas_hw(self.min_shape), self.canvas_hw(self.max_shape)
-        input_hw = low if low == high else None
-        kind: InputKind = "uint8" if self.layout == "nhwc" else "float32"
-        if metadata is None:
-            return self._assume_metadata(batch, input_hw, kind)
-        nms = metadata.nms
-        if (nms is not None) != self.has_nms:
-            raise self._refusal
-        if nms is not None:
-            nms = replace(nms, runtime_thresholds=self.has_threshold_inputs)
-        return replace(metadata, batch=batch, input_hw=input_hw, input_kind=kind, nms=nms)
 
-    def _assume_metadata(self, batch: int | None, input_hw: tuple[int, int] | None, kind: InputKind) -> ModelMetadata:
-        if not self.has_nms:
-            classes = self.outputs[0].shape[-1] - 5
-            return assumed_metadata(classes=classes, input_hw=input_hw, batch=batch, input_kind=kind, nms=None)
-        boxes = next(output for output in self.outputs if output.name == "det_boxes")
-        return assumed_nms_metadata(
-            input_hw=input_hw,
-            batch=batch,
-            input_kind=kind,
-            conf=0.25 if self.has_threshold_inputs else 0.0,
-            max_det=max(boxes.shape[1], 1),
-            runtime_thresholds=self.has_threshold_inputs,
-        )
-
-
-def _layout(tensors: tuple[EngineTensor, ...]) -> str:
-    layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    return str(layout)[:_MAX_LAYOUT_CHARACTERS]
+def _specs(tensors: Sequence[EngineTensor]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name=one.name, dtype=one.dtype, shape=tuple(size if size >= 0 else None for size in one.shape))
+        for one in tensors
+    )

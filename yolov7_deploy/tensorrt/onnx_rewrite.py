@@ -9,8 +9,7 @@ DequantizeLinear.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,6 +20,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, inliner, numpy_helper
 
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file, read_bytes
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.export.nms import EFFICIENT_OP, OP, OVERFLOW
 from yolov7_deploy.export.onnx_model import OnnxModel
@@ -29,17 +30,18 @@ from yolov7_deploy.metadata import (
     NMS_OUTPUTS,
     OVERFLOW_OUTPUT,
     THRESHOLD_INPUTS,
-    InputKind,
     ModelMetadata,
-    NmsMetadata,
     assumed_metadata,
 )
+from yolov7_deploy.output_layout import TensorSpec, find_layout, layout_metadata
 from yolov7_deploy.tensorrt.build_record import NmsBy
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EXPORT_AGAIN = "Export the weights again:  y7 export --weights WEIGHTS.pt"
 _ONNX_DOMAINS = ("", "ai.onnx")
+_DTYPES = {number: name.lower() for name, number in TensorProto.DataType.items()}
+_DTYPES |= {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,23 +67,41 @@ def open_onnx(path: Path) -> OnnxModel:
     """
     fix = "Export it:  y7 export --weights yolov7"
     try:
-        proto = onnx.load_model_from_string(path.read_bytes())
+        proto = onnx.load_model_from_string(read_bytes(path, max_bytes=MAX_MODEL_BYTES))
         if not proto.graph.node:
             raise LoadError(f"{path} is not an ONNX file or has an empty graph: it has no nodes.", fix=fix)
         if any(weight.data_location == TensorProto.EXTERNAL for weight in proto.graph.initializer):
+            _check_external_data(proto, path.parent)
             onnx.load_external_data_for_model(proto, str(path.parent))
+    except MemoryError as error:
+        raise LoadError(f"{path} has more data than fits into memory.", fix=fix) from error
     except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
+        raise LoadError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}.", fix="Check the path."
+        ) from error
     except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise LoadError(f"{path} is not an ONNX file, or is truncated.", fix=fix) from error
     try:
         text = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
-        metadata = _foreign_metadata(proto) if text is None else ModelMetadata.from_json(text)
+        metadata = _foreign_metadata(path, proto) if text is None else ModelMetadata.from_json(text)
     except UnicodeDecodeError as error:
         raise LoadError(f"{path} is damaged: a name in it is not valid UTF-8.", fix=fix) from error
     if text is None:
         logger.warning("%s: %s", path, "; ".join(metadata.notes))
     return OnnxModel(proto, metadata)
+
+
+def _check_external_data(proto: onnx.ModelProto, folder: Path) -> None:
+    """Check the files with the weights of a graph.
+
+    Raises:
+        OSError: One is missing, not a regular file, or larger than any network.
+    """
+    locations = {
+        entry.value for weight in proto.graph.initializer for entry in weight.external_data if entry.key == "location"
+    }
+    for location in sorted(locations):
+        check_file(folder / location, max_bytes=MAX_MODEL_BYTES)
 
 
 def has_nms_node(proto: onnx.ModelProto) -> bool:
@@ -278,42 +298,46 @@ def _names_read(graph: onnx.GraphProto) -> Iterator[str]:
 # --- files of other exporters -----------------------------------------------------------------------------------------
 
 
-def _foreign_metadata(proto: onnx.ModelProto) -> ModelMetadata:
-    """Return metadata that is inferred from the types and shapes of the inputs and outputs."""
+def _foreign_metadata(path: Path, proto: onnx.ModelProto) -> ModelMetadata:
+    """Return the metadata that is assumed by the shapes of inputs and outputs.
+
+    A network whose outputs are not read here can still be quantized or become an engine for another program; then a
+    note says so.
+    """
     weights = {weight.name for weight in proto.graph.initializer}
-    inputs = [entry for entry in proto.graph.input if entry.name not in weights]
-    outputs = {entry.name: _shape(entry) for entry in proto.graph.output}
-    image = _shape(inputs[0]) if inputs else []
-    is_uint8 = bool(inputs) and inputs[0].type.tensor_type.elem_type == TensorProto.UINT8
-    kind: InputKind = "uint8" if is_uint8 else "float32"
-    hw = (image[1:3] if is_uint8 else image[2:4]) if len(image) == 4 else []
-    nms = None
-    if set(NMS_OUTPUTS) <= set(outputs):
-        boxes = outputs[NMS_OUTPUTS[1]]
-        nms = NmsMetadata(
-            kind="efficient",
-            conf=0.0,
-            iou=0.45,
-            max_det=boxes[1] if len(boxes) == 3 and boxes[1] > 0 else 100,
-            max_candidates=0,
-            multi_label=True,
-            class_agnostic=False,
-            runtime_thresholds=False,
-        )
-    last = next(iter(outputs.values()), [])
-    classes = last[-1] - 5 if nms is None and len(last) == 3 else 0
+    inputs = [_spec(entry) for entry in proto.graph.input if entry.name not in weights]
+    outputs = [_spec(entry) for entry in proto.graph.output]
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
+    try:
+        metadata = layout_metadata(find_layout(str(path), inputs, outputs, properties=properties))
+    except LoadError as error:
+        metadata = _unreadable_metadata(inputs, f"Detector does not read these outputs: {error.message}")
     is_fp16 = any(weight.data_type == TensorProto.FLOAT16 for weight in proto.graph.initializer)
     quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
-    metadata = assumed_metadata(
-        classes=max(0, classes),
-        input_hw=(hw[0], hw[1]) if hw and min(hw) > 0 else None,
-        batch=image[0] if image and image[0] > 0 else None,
-        input_kind=kind,
-        nms=nms,
-    )
     return replace(metadata, precision="int8" if quantized else "fp16" if is_fp16 else "fp32")
 
 
-def _shape(entry: onnx.ValueInfoProto) -> list[int]:
-    """Return the shape; -1 is a dynamic dimension."""
-    return [dim.dim_value if dim.HasField("dim_value") else -1 for dim in entry.type.tensor_type.shape.dim]
+def _unreadable_metadata(inputs: Sequence[TensorSpec], note: str) -> ModelMetadata:
+    """Return metadata without classes; sizes are those of the first input, if it is an image."""
+    shape = inputs[0].shape if inputs and len(inputs[0].shape) == 4 else (None,) * 4
+    is_uint8 = bool(inputs) and inputs[0].dtype == "uint8"
+    height, width = shape[1:3] if is_uint8 else shape[2:4]
+    metadata = assumed_metadata(
+        classes=0,
+        input_hw=(height, width) if height and width else None,
+        batch=shape[0] or None,
+        input_kind="uint8" if is_uint8 else "float32",
+        nms=None,
+    )
+    return replace(metadata, notes=(*metadata.notes, note))
+
+
+def _spec(entry: onnx.ValueInfoProto) -> TensorSpec:
+    """Return name, type and shape of an input or output; `None` is a dynamic dimension."""
+    tensor = entry.type.tensor_type
+    sizes = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+    return TensorSpec(
+        name=entry.name,
+        dtype=_DTYPES.get(tensor.elem_type, f"type {tensor.elem_type}"),
+        shape=tuple(size if size >= 0 else None for size in sizes),
+    )
