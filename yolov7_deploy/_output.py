@@ -22,7 +22,7 @@ def echo(text: str = "", *, err: bool = False) -> None:
 
     Args:
         text: One or more lines.
-        err: Print to standard error. If nobody reads it any more, as after the terminal was closed, the text is lost.
+        err: Print to standard error. If the reader is gone, as after the terminal was closed, the text is lost.
 
     Raises:
         UsageError: Standard output is closed, or the disk it is redirected to is full.

@@ -1,4 +1,4 @@
-"""Two processes never train in one folder, and the lock of a process that ended is no obstacle."""
+"""Two processes never train in one folder; the lock of a process that ended is ignored."""
 
 import os
 import signal
@@ -91,7 +91,7 @@ def test_the_lock_of_a_killed_process_is_ignored_even_if_its_child_lives(tmp_pat
 
 
 @pytest.mark.parametrize("content", ["", "999999999", "not a number", str(os.getpid())])
-def test_a_lock_file_that_nobody_holds_is_ignored(tmp_path, content):
+def test_a_lock_file_that_is_not_locked_is_ignored(tmp_path, content):
     (tmp_path / LOCK_NAME).write_text(content)
     with lock_run_folder(tmp_path):
         assert (tmp_path / LOCK_NAME).read_text() == str(os.getpid())

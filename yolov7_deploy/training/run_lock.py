@@ -19,7 +19,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder, which is created if needed, until the block ends.
 
     The lock file has the process id. The system releases the lock of a process that ended, however it ended, so the
-    file of a killed run is no obstacle. Data loading processes do not inherit the lock.
+    file of a killed run is ignored. Data loading processes do not inherit the lock.
 
     Raises:
         UsageError: Another process trains in this folder.
