@@ -219,8 +219,13 @@ def test_arrays_in_host_memory_are_not_gpu_arrays(environment):
     image = make_image(0)
     for given in (image, torch.from_numpy(image), "path", environment.folder, 3):
         assert not is_gpu_array(given)
-    with Detector(environment.engine()) as detector:
-        np.testing.assert_array_equal(detector(torch.from_numpy(image)).boxes, detector(image).boxes)
+    with Detector(environment.engine()) as detector, pytest.raises(ImageError, match="Tensor") as caught:
+        detector(torch.from_numpy(image))
+    assert "image.numpy()" in caught.value.fix
+
+
+def test_a_tensor_on_a_device_that_dlpack_does_not_know_is_not_a_gpu_array():
+    assert not is_gpu_array(torch.empty(3, 4, device="meta"))
 
 
 def test_without_the_kernels_the_error_states_the_command(environment):
