@@ -88,8 +88,8 @@ class ExportOptions:
     """Options of the export from a fused model to an ONNX file.
 
     Attributes:
-        input_hw: Height and width of the network input, multiples of the model's largest stride; `None` is the size
-            of this kind of model in the paper.
+        input_hw: Height and width of the network input, multiples of the model's largest stride; `None` is the
+            training size of the weights, or if it is unknown, the size of this kind of model in the paper.
         batch: Fixed batch size; `None` makes the batch dynamic.
         nms: `plugin` (our op with a function body of standard operators), `standard` (that body inlined),
             `efficient` (EfficientNMS_TRT, with a body for other runtimes) or `none` (decoded output).

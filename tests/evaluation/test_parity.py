@@ -17,7 +17,12 @@ from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.errors import ParityError, UsageError
 from yolov7_deploy.evaluation.parity import compare, comparison_thresholds, make_artifact
-from yolov7_deploy.evaluation.verification import common_input_hw, verify_artifacts
+from yolov7_deploy.evaluation.verification import (
+    ArtifactAccuracy,
+    _accuracy_failures,
+    common_input_hw,
+    verify_artifacts,
+)
 from yolov7_deploy.export import nms_subgraph
 from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.export.onnx_model import OnnxModel
@@ -236,7 +241,7 @@ def test_an_export_without_any_detection_is_called_not_verified(nothing_found, t
     _, result = nothing_found
     assert result.exception is None and (tmp_path / "w.onnx").exists()
     assert "NOT VERIFIED: torch detects nothing on the image" in result.output
-    assert "verified against torch" not in result.output
+    assert "verified against torch" not in result.output and "--image FILE" in result.output
     parity = json.loads((tmp_path / "record.json").read_text())["parity"]
     assert (parity["verified"], parity["ok"], parity["compared"]) == (False, False, 0)
 
@@ -249,6 +254,13 @@ def test_verify_fails_if_nothing_can_be_compared(nothing_found, tmp_path):
     assert "--images" in result.exception.fix and "--data" in result.exception.fix
     document = json.loads((tmp_path / "verify.json").read_text())
     assert (document["ok"], document["verified"]) == (False, False)
+
+
+def test_an_ap_of_zero_verifies_nothing():
+    rows = [ArtifactAccuracy(weights=name, precision="fp32", ap=0.0, ap50=0.0) for name in ("a.pt", "b.onnx")]
+    assert "NOT VERIFIED: a.pt has AP 0" in _accuracy_failures(rows, 0.3)[0]
+    found = [replace(row, ap=0.5) for row in rows]
+    assert _accuracy_failures(found, 0.3) == []
 
 
 def test_a_limit_without_images_is_refused(files):

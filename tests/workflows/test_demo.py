@@ -21,7 +21,7 @@ from yolov7_deploy.evaluation.synthetic_image import street_scene
 from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, bundled_weights, find_weights
 from yolov7_deploy.image import read_image
-from yolov7_deploy.options import BenchOptions, ExportOptions, ValOptions
+from yolov7_deploy.options import BenchOptions, ValOptions
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import demo as module
 from yolov7_deploy.workflows.demo import run_demo, run_shapes_demo
@@ -54,12 +54,13 @@ def test_the_included_weights_are_small_and_have_metadata():
     assert path.stat().st_size <= 13_000_000
     checkpoint = load_checkpoint(path)
     assert (checkpoint.variant, checkpoint.class_names) == ("yolov7-tiny", CLASS_NAMES)
+    assert checkpoint.training_size == 416
     assert find_weights(SHAPES_WEIGHTS) == path
 
 
 def test_the_included_weights_detect_shapes_in_new_images(tmp_path):
     data = write_shapes(tmp_path / "shapes", train=1, val=40, size=320, seed=7)
-    with Detector(bundled_weights(), device="cpu", img=416) as detector:
+    with Detector(bundled_weights(), device="cpu") as detector:
         report = evaluate(detector, open_dataset(data), options=ValOptions(rect=False))
     assert report.ap >= 0.8
 
@@ -101,8 +102,7 @@ def test_an_image_for_the_shapes_network_is_a_usage_error():
     assert "--weights yolov7" in str(result.exception)
 
 
-def test_the_demo_runs_with_other_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ExportOptions", lambda: ExportOptions(input_hw=(416, 416)))
+def test_the_demo_runs_with_other_weights(tmp_path):
     lines: list[str] = []
     weights = tmp_path / "mine.safetensors"
     weights.write_bytes(bundled_weights().read_bytes())
@@ -111,6 +111,7 @@ def test_the_demo_runs_with_other_weights(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "out"
     report = run_demo(weights=weights, source=tmp_path / "shapes.png", save_dir=folder, log=lines.append)
     assert report.onnx == folder / "mine.onnx"
+    assert OnnxModel.load(report.onnx).metadata.input_hw == (416, 416)
     assert json.loads(report.detections.to_json())["detections"]
     assert read_image(folder / "shapes-detected.png").shape == image.shape
 

@@ -321,6 +321,8 @@ def describe(report: ExportReport) -> str:
     metadata, parts = report.metadata, []
     if report.parity:
         parts.append(stage_table(report.parity))
+        if not report.parity.verified:
+            parts.append("Export it again with an image that has objects of these classes:  --image FILE")
     height, width = metadata.input_hw or (0, 0)
     batch = "dynamic" if metadata.batch is None else str(metadata.batch)
     parts.append(

@@ -45,7 +45,11 @@ MaxDet = Annotated[
 Img = Annotated[
     str | None,
     typer.Option(
-        "--img", "--img-size", "--imgsz", help="Network input size: 640, or height and width such as 384x640."
+        "--img",
+        "--img-size",
+        "--imgsz",
+        help="Network input size: 640, or height and width such as 384x640 "
+        "(default: the size in the file, else the training size, else the paper's).",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, or a GPU: cuda:0 or 0.")]

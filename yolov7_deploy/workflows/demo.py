@@ -26,7 +26,6 @@ Log = Callable[[str], None]
 
 # The images have another seed than the training images.
 SEED, CALIBRATION_IMAGES, EVALUATION_IMAGES, IMAGE_SIZE = 1, 100, 100, 320
-INPUT_HW = (416, 416)  # as in training
 DETECTED_IMAGE = 3  # index of the image with drawn detections
 VERIFIED_IMAGES = 4
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -184,7 +183,7 @@ def _export(weights: Path, precision: str, folder: Path, save_dir: Path, log: Lo
     report = export_weights(
         weights,
         path,
-        options=ExportOptions(input_hw=INPUT_HW),
+        options=ExportOptions(),
         precision=precision,
         int8=int8,
         images=[] if int8 else [read_image(file) for file in sorted(training_images.iterdir())[:VERIFIED_IMAGES]],
@@ -195,7 +194,7 @@ def _export(weights: Path, precision: str, folder: Path, save_dir: Path, log: Lo
 
 
 def _measure_ap(path: Path, dataset: Dataset) -> float:
-    with Detector(path, device="cpu", img=INPUT_HW) as detector:
+    with Detector(path, device="cpu") as detector:
         return evaluate(detector, dataset, options=ValOptions(rect=False)).ap or 0.0
 
 
