@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -160,9 +161,19 @@ def bench(
         paper=paper,
         val_report=val_report,
     )
-    outputs = OutputFiles.choose(paper=paper, save_dir=save_dir, chart=chart, no_chart=no_chart, json_path=json_path)
-    earlier = None if compare is None else _load(compare)
-    _print_and_write(_measure(request), outputs, earlier=earlier, name=str(compare))
+    choose = functools.partial(
+        OutputFiles.choose, paper=paper, save_dir=save_dir, chart=chart, no_chart=no_chart, json_path=json_path
+    )
+    _run(request, choose, compare)
+
+
+def _run(request: BenchRequest, choose: Callable[..., OutputFiles], compare: Path | None) -> None:
+    from yolov7_deploy.workflows.output_folder import new_run_folder
+
+    with ExitStack() as stack:
+        outputs = choose(new_folder=lambda: stack.enter_context(new_run_folder(RUNS)))
+        earlier = None if compare is None else _load(compare)
+        _print_and_write(_measure(request), outputs, earlier=earlier, name=str(compare))
 
 
 def _load(path: Path) -> SpeedReport:
@@ -183,9 +194,16 @@ class OutputFiles:
 
     @classmethod
     def choose(
-        cls, *, paper: bool, save_dir: Path | None, chart: Path | None, no_chart: bool, json_path: str | None
+        cls,
+        *,
+        paper: bool,
+        save_dir: Path | None,
+        chart: Path | None,
+        no_chart: bool,
+        json_path: str | None,
+        new_folder: Callable[[], Path],
     ) -> OutputFiles:
-        """Return the files of the options; files of `--paper` without a path go to a new folder.
+        """Return the files of the options; files of `--paper` without a path go to a folder that `new_folder` creates.
 
         Raises:
             UsageError: The options contradict each other, or a file cannot be written.
@@ -195,9 +213,7 @@ class OutputFiles:
         wants_chart = chart is not None or (paper and not no_chart)
         folder = save_dir
         if folder is None and paper and (json_path is None or (wants_chart and chart is None)):
-            from yolov7_deploy.workflows.output_folder import create_run_folder
-
-            folder = create_run_folder(RUNS)
+            folder = new_folder()
         if folder is not None:
             json_path = json_path or str(folder / "bench.json")
             chart = chart or (folder / "chart.png" if wants_chart else None)
