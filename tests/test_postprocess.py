@@ -33,7 +33,7 @@ def slow_nms(boxes, class_ids, *, iou, max_det, class_agnostic=False):
         is_suppressed = False
         for k in kept:
             intersection, union = areas(boxes[k].tolist(), box)
-            if (class_agnostic or class_ids[i] == class_ids[k]) and intersection > float(np.float32(iou)) * union:
+            if (class_agnostic or class_ids[i] == class_ids[k]) and intersection > np.float32(iou) * np.float32(union):
                 is_suppressed = True
         if not is_suppressed:
             kept.append(i)

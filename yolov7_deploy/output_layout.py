@@ -97,7 +97,7 @@ class InputLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputLayout:
-    """What the outputs contain, and in which order to read them.
+    """Contents and order of the outputs of a model file.
 
     Attributes:
         kind: See `LayoutKind`.

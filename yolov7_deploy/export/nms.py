@@ -168,9 +168,13 @@ def _efficient_inputs(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan)
 
 
 def _best_class_only(writer: GraphBuilder, scores: str, plan: NmsPlan) -> str:
-    """Set the scores [B, C, A] of all but the best class of an anchor to 0: EfficientNMS_TRT is always multi-label."""
-    best = writer.unsqueeze(writer.reduce_max(scores, 1, opset=plan.options.opset), 1)
-    is_best = writer.node("GreaterOrEqual", scores, best)
+    """Add scores [B, C, A] with 0 for all but the best class of an anchor, because EfficientNMS_TRT uses every class.
+
+    Of equal scores the first class is the best.
+    """
+    classes = np.arange(plan.columns - 5, dtype=np.int64)[None, :, None]
+    best = writer.node("ArgMax", scores, axis=1, keepdims=1)
+    is_best = writer.node("Equal", best, writer.constant(classes, "class_ids"))
     return writer.node("Mul", scores, writer.node("Cast", is_best, name="is_best", to=TensorProto.FLOAT))
 
 
