@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -365,6 +366,18 @@ def test_results_of_an_earlier_run_and_other_files_may_stay_in_the_folder(inputs
     for _ in range(2):
         annotate(find_two, open_source(inputs), options=AnnotateOptions(save_dir=out, save_txt=True))
     assert files(out) == ["a.png", "b.jpg", "labels/a.txt", "labels/b.txt", "notes.md"]
+
+
+def test_a_file_system_without_attributes_gets_a_marker_file(inputs, tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    for name in ("setxattr", "getxattr"):
+        monkeypatch.setattr(os, name, unsupported)
+    for _ in range(2):
+        options = AnnotateOptions(save_dir=tmp_path / "out", save_txt=True, save_drawn=False)
+        annotate(find_two, open_source(inputs), options=options)
+    assert (tmp_path / "out" / "labels" / MARKER).exists()
 
 
 def test_values_that_are_not_finite_end_the_run_and_write_no_label(inputs, tmp_path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from yolov7_deploy.errors import UsageError
 
-MARKER = ".y7-detect"  # marks a folder whose files y7 detect has written, and may replace
+# Marks a folder whose files y7 detect has written and may replace: an attribute of the folder, or a file in it where
+# the file system or the platform does not have attributes.
+ATTRIBUTE, MARKER = "user.y7-detect", ".y7-detect"
 _MARKER_TEXT = "The results in this folder were written by y7 detect. Without this file it would not replace them.\n"
 
 
@@ -56,7 +60,7 @@ def new_run_folder(parent: Path) -> Iterator[Path]:
 class ResultFolder:
     """A folder for results; files in it that y7 detect did not write are never replaced.
 
-    A marker file tells them apart. It is written with the first result, if the folder did not have such files before.
+    The folder is marked with the first result, if it did not have such files before.
 
     Args:
         path: The folder; it is created with the first result.
@@ -70,7 +74,7 @@ class ResultFolder:
     @property
     def has_foreign_files(self) -> bool:
         """True if the folder has files with these suffixes that y7 detect did not write."""
-        if not self._path.is_dir() or (self._path / MARKER).exists():
+        if not self._path.is_dir() or _is_marked(self._path):
             return False
         visible = [path for path in self._path.iterdir() if not path.name.startswith(".")]
         return any(path.suffix.lower() in self._suffixes for path in visible)
@@ -84,7 +88,7 @@ class ResultFolder:
         if self._replaces is None:
             self._replaces = not self.has_foreign_files
             if self._replaces:
-                self._write_marker()
+                self._create()
         path = self._path / name
         if not self._replaces and path.exists():
             raise UsageError(
@@ -93,14 +97,28 @@ class ResultFolder:
             )
         return path
 
-    def _write_marker(self) -> None:
-        marker = self._path / MARKER
+    def _create(self) -> None:
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            if not marker.exists():
-                marker.write_text(_MARKER_TEXT, encoding="utf-8")
+            if not _is_marked(self._path):
+                _mark(self._path)
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(
                 f"{self._path} cannot be written: {reason}.", fix="Choose another folder:  --save-dir results"
             ) from error
+
+
+def _is_marked(folder: Path) -> bool:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            return bool(os.getxattr(folder, ATTRIBUTE))
+    return (folder / MARKER).exists()
+
+
+def _mark(folder: Path) -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setxattr(folder, ATTRIBUTE, b"1")
+            return
+    (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
