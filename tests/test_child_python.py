@@ -151,22 +151,25 @@ def test_python_m_executes_nothing_with_pythonsafepath(hostile):
     assert imported(hostile) == ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        "export --weights yolov7-tiny-shapes --img 64 --engine -o model.onnx",
-        "train --data ../shapes/shapes.yaml --weights yolov7-tiny-shapes --img 64 --batch 4 --epochs 1 --workers 2",
-        "demo --epochs 1 --output demo",
-        "val --weights yolov7-tiny-shapes --data ../shapes/shapes.yaml --img 64",
-        "detect --weights yolov7-tiny-shapes --source ../shapes/images/val",
-        "plugin",
-        "bench --weights yolov7-tiny-shapes --img 64 --calls 5 --device cpu --no-chart",
-    ],
+WEIGHTS, DATA = "--weights yolov7-tiny-shapes --img 64", "--data ../shapes/shapes.yaml"
+COMMANDS = (
+    "shapes --output ../shapes --train 8 --val 4 --img 64",
+    f"export {WEIGHTS} -o ../network.onnx",
+    f"train {WEIGHTS} {DATA} --batch 4 --epochs 1 --workers 2 --save-dir ../run",
+    f"val {WEIGHTS} {DATA}",
+    f"detect {WEIGHTS} --source ../shapes/images/val --save-dir ../detect",
+    f"bench {WEIGHTS} --device cpu --duration 0.2 --warmup 0.2 --chart ../chart.png",
+    "verify --weights yolov7-tiny-shapes --against ../network.onnx",
+    "quantize --weights ../network.onnx --calib ../shapes/images/val -o ../int8.onnx",
+    "info ../network.onnx",
 )
-def test_no_command_executes_a_file_of_the_working_directory(hostile, y7, tensorrt, command):
-    run([*y7, "shapes", "--output", "../shapes", "--train", "8", "--val", "4", "--img", "64"], hostile)
-    done = run([*y7, *command.split()], hostile, python_path=(tensorrt,))
-    assert done.returncode in (0, 1), done.stderr
-    assert "Traceback" not in done.stderr
-    assert imported(hostile) == ""
+# These need TensorRT and a compiler; without them they fail, after they have started their processes.
+OPTIONAL_COMMANDS = (f"export {WEIGHTS} --engine -o ../engine.onnx", "plugin")
+
+
+@pytest.mark.slow
+def test_no_command_executes_a_file_of_the_working_directory(hostile, y7, tensorrt):
+    for command in (*COMMANDS, *OPTIONAL_COMMANDS):
+        done = run([*y7, *command.split()], hostile, python_path=(tensorrt,))
+        assert done.returncode == 0 or (command in OPTIONAL_COMMANDS and done.returncode == 1), (command, done.stderr)
+        assert imported(hostile) == "", command
