@@ -90,9 +90,9 @@ def test_the_lock_of_a_killed_process_is_ignored_even_if_its_child_lives(tmp_pat
         process.stdout.close()
 
 
-@pytest.mark.parametrize("content", ["", "999999999", "not a number", str(os.getpid())])
+@pytest.mark.parametrize("content", ["", "999999999", "not a number", "own process"])
 def test_a_lock_file_that_is_not_locked_is_ignored(tmp_path, content):
-    (tmp_path / LOCK_NAME).write_text(content)
+    (tmp_path / LOCK_NAME).write_text(str(os.getpid()) if content == "own process" else content)
     with lock_run_folder(tmp_path):
         assert (tmp_path / LOCK_NAME).read_text() == str(os.getpid())
 
