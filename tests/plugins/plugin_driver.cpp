@@ -260,7 +260,7 @@ int main() {
   });
   params.classes = 80;
   y7::guarded("shapes", 1, [&] {
-    return shapes(params, {{1, 255, 8, 8}, {1, 255, 4, 4}, {1, 255, 2, 2}, {1}, {2}}).empty() ? 1 : 0;
+    return shapes(params, {{1, 255, 8, 8}, {1, 255, 4, 4}, {1, 255, 2, 2}, {1}, {2}, {1}, {1}}).empty() ? 1 : 0;
   });
   out << ", \"messages\": [";
   for (size_t i = 0; i < messages.size(); ++i) {

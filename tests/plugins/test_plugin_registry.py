@@ -290,7 +290,7 @@ def test_rtx_uses_the_plugin_for_the_exported_file(rtx, fp16):
     if fp16:
         (index,) = [i for i, node in enumerate(model.graph.node) if node.op_type == OP]
         node = model.graph.node[index]
-        for i in range(len(node.input) - 2):
+        for i in range(len(node.input) - len(THRESHOLD_INPUTS)):
             cast = helper.make_node("Cast", [node.input[i]], [f"fp16_{i}"], to=TensorProto.FLOAT16)
             node.input[i] = f"fp16_{i}"
             model.graph.node.insert(index, cast)

@@ -36,9 +36,9 @@ NO_RTX = "needs tensorrt_rtx (pip install 'yolov7-deploy[tensorrt-rtx]')"
 WEIGHTS_SHARE = 0.9
 OUTPUTS = {
     "num_dets": ("int32", (1, 1)),
-    "det_boxes": ("float32", (1, 100, 4)),
-    "det_scores": ("float32", (1, 100)),
-    "det_classes": ("int32", (1, 100)),
+    "det_boxes": ("float32", (1, 300, 4)),
+    "det_scores": ("float32", (1, 300)),
+    "det_classes": ("int32", (1, 300)),
     "overflow": ("int32", (1, 1)),
 }
 THRESHOLDS = dict.fromkeys(THRESHOLD_INPUTS, ("float32", (1,)))

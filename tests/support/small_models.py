@@ -58,11 +58,12 @@ def tiny_session(classes: int = 5, **options: object) -> onnxruntime.InferenceSe
     return session(exported_tiny(classes, **options).proto)
 
 
-def session(proto) -> onnxruntime.InferenceSession:
+def session(proto, *, optimize: bool = True) -> onnxruntime.InferenceSession:
     """Return a CPU session of ONNX Runtime, without its warnings about inputs that have a default."""
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), base_session_options(), providers=["CPUExecutionProvider"]
-    )
+    options = base_session_options()
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @lru_cache

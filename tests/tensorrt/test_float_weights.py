@@ -140,7 +140,9 @@ def test_every_form_of_scales_gives_the_same_integers_and_floats(scales, zeros, 
     onnx.checker.check_model(proto)
     (back,) = quantize_weights(proto).values()
     np.testing.assert_array_equal(back, int8_weights(model.proto)["floats"])
-    np.testing.assert_array_equal(session(proto).run(None, {})[0], session(model.proto).run(None, {})[0])
+    # Not optimized: for CPUs without VNNI, ONNX Runtime adds a scalar zero point to scales of an axis, and fails.
+    ours, expected = (session(graph, optimize=False).run(None, {})[0] for graph in (proto, model.proto))
+    np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_a_dynamic_batch_has_the_requested_profile(options, batches):
 
 def test_a_dynamic_batch_builds_with_our_plugin(with_plugin):
     record = build(exported(batch=None), plugin="on").record
-    assert ports(record.outputs)["det_boxes"] == ("float32", (-1, 100, 4))
+    assert ports(record.outputs)["det_boxes"] == ("float32", (-1, 300, 4))
 
 
 def test_the_same_graph_has_the_same_record_except_for_times():

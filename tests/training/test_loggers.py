@@ -357,8 +357,6 @@ def test_run_json_has_the_version_and_the_given_document(tmp_path):
 def test_a_failed_write_of_run_json_keeps_the_previous_file(tmp_path):
     write_run(tmp_path, {"seed": 1})
     before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_run(tmp_path, {"seed": math.nan})
     with pytest.raises(UsageError, match="cannot be written"):
         write_run(tmp_path / "run.json", {"seed": 2})
     assert (tmp_path / "run.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -376,6 +376,6 @@ def test_a_class_that_the_dataset_does_not_have_is_refused(data, tmp_path):
 
 def test_a_folder_that_cannot_be_created_is_named(data, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="cannot be created") as caught:
+    with pytest.raises(TrainingError, match="cannot be written") as caught:
         train_small(data, tmp_path / "file" / "run")
     assert caught.value.fix == "--save-dir ANOTHER"

@@ -212,7 +212,7 @@ def write_run(folder: Path, document: Mapping[str, Any]) -> None:
 
     Raises:
         UsageError: The file cannot be written.
-        ValueError: The document contains a NaN, or a type that is not plain data.
+        ValueError: The document contains a type that is not plain data. NaN and infinity become null.
     """
     write_json({"version": __version__, **document}, folder / RUN_NAME)
 
