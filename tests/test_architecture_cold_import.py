@@ -202,7 +202,7 @@ def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, argu
     assert extra in fix.removeprefix("pip install 'yolov7-deploy[").removesuffix("]'").split(",")
 
 
-def test_export_and_quantize_need_no_library_of_training_or_validation(tmp_path):
+def test_export_quantize_and_verify_need_no_library_of_training_or_validation(tmp_path):
     weights = bundled_weights()
     without = ("faster_coco_eval", "matplotlib", "pycocotools", "yaml")
     (tmp_path / "images").mkdir()
@@ -210,6 +210,8 @@ def test_export_and_quantize_need_no_library_of_training_or_validation(tmp_path)
     done = y7("export", "--weights", str(weights), "--img", "64", "-o", "m.onnx", without=without, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = y7("quantize", "--weights", "m.onnx", "--calib", "images", without=without, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = y7("verify", "--weights", str(weights), "--against", "m.onnx", without=without, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

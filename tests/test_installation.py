@@ -64,7 +64,7 @@ def data(tmp_path_factory) -> Path:
     """A folder with a dataset of 16 small images, and an ONNX file with its classes."""
     folder = tmp_path_factory.mktemp("data")
     write_shapes(folder / "shapes", train=8, val=8, size=SIZE, seed=0)
-    exported_tiny(len(CLASS_NAMES), input_hw=(SIZE, SIZE)).save(folder / "tiny.onnx")
+    exported_tiny(len(CLASS_NAMES), input_hw=(SIZE, SIZE), max_det=100).save(folder / "tiny.onnx")
     return folder
 
 

@@ -12,7 +12,6 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.image import Image
@@ -137,6 +136,9 @@ def _measure_accuracy(
 ) -> list[ArtifactAccuracy]:
     """Return the AP of each artifact at one input size."""
     size = common_input_hw([_read_metadata(path, device) for path in paths])
+    # Imported here because faster-coco-eval is needed only with a dataset.
+    from yolov7_deploy.evaluation.accuracy import evaluate
+
     accuracy = []
     for path in paths:
         img = None if _is_fixed(path) else size
