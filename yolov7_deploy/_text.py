@@ -46,7 +46,7 @@ def printable_line(text: object) -> str:
 
 
 def json_escape(text: str) -> str:
-    r"""Return JSON in which unprintable characters of strings are `\uXXXX`; it parses to the same values."""
+    """Return JSON with unprintable characters of strings as escapes; it parses to the same values."""
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 

@@ -15,10 +15,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.support.sample_images import find_two, grey
 from yolov7_deploy._signals import Interrupted
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.options import parse_classes, parse_img
-from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.visualize import write_image
@@ -26,22 +26,6 @@ from yolov7_deploy.workflows.output_folder import MARKER
 
 NAMES = ("person", "dog")
 HW = (48, 64)
-
-
-def find_two(image: np.ndarray) -> Detections:
-    """Return a person and a dog for every image."""
-    return Detections(
-        boxes=[[5, 5, 40, 40], [10, 10, 30, 30]],
-        scores=[0.9, 0.5],
-        class_ids=[0, 1],
-        class_names=NAMES,
-        image_hw=image.shape[:2],
-        speed=Speed(preprocess_ms=1, inference_ms=2, postprocess_ms=3),
-    )
-
-
-def grey(value: int = 50) -> np.ndarray:
-    return np.full((*HW, 3), value, dtype=np.uint8)
 
 
 @pytest.fixture

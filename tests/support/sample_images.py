@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from yolov7_deploy.detections import Detections
+from yolov7_deploy.detections import Detections, Speed
 
 # Two runtimes sum in different orders; boxes are up to 1500 pixels wide, and boxes of small images are scaled up.
 
@@ -59,3 +59,20 @@ def without_metadata(path, target, change=lambda proto: None):
     change(proto)
     onnx.save(proto, target)
     return target
+
+
+def find_two(image: np.ndarray) -> Detections:
+    """Return a person and a dog for every image, as a detector does."""
+    return Detections(
+        boxes=[[5, 5, 40, 40], [10, 10, 30, 30]],
+        scores=[0.9, 0.5],
+        class_ids=[0, 1],
+        class_names=("person", "dog"),
+        image_hw=image.shape[:2],
+        speed=Speed(preprocess_ms=1, inference_ms=2, postprocess_ms=3),
+    )
+
+
+def grey(value: int = 50) -> np.ndarray:
+    """Return a small image of one colour."""
+    return np.full((48, 64, 3), value, dtype=np.uint8)

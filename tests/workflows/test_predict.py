@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.sample_images import find_two, grey
 from yolov7_deploy._signals import Interrupted, raise_interrupted
-from yolov7_deploy.detections import Detections, Speed
+from yolov7_deploy.detections import Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import read_image
 from yolov7_deploy.sources import open_source
@@ -31,22 +32,6 @@ from yolov7_deploy.workflows.predict import AnnotateOptions, PredictionReport, _
 
 NAMES = ("person", "dog")
 HW = (48, 64)
-
-
-def find_two(image: np.ndarray) -> Detections:
-    """A detector that returns a person and a dog for every image."""
-    return Detections(
-        boxes=[[5, 5, 40, 40], [10, 10, 30, 30]],
-        scores=[0.9, 0.5],
-        class_ids=[0, 1],
-        class_names=NAMES,
-        image_hw=image.shape[:2],
-        speed=Speed(preprocess_ms=1, inference_ms=2, postprocess_ms=3),
-    )
-
-
-def grey(value: int = 50) -> np.ndarray:
-    return np.full((*HW, 3), value, dtype=np.uint8)
 
 
 @pytest.fixture
