@@ -25,7 +25,6 @@ from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.output_folder import MARKER
 
 NAMES = ("person", "dog")
-HW = (48, 64)
 
 
 @pytest.fixture

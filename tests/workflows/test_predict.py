@@ -30,7 +30,6 @@ from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.output_folder import MARKER
 from yolov7_deploy.workflows.predict import AnnotateOptions, PredictionReport, _UniqueNames, annotate
 
-NAMES = ("person", "dog")
 HW = (48, 64)
 
 
