@@ -24,7 +24,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import PAD_GREY, Image, Letterbox, PilImage, as_bgr, fit_letterbox, is_pil_image, read_image
 from yolov7_deploy.metadata import MAX_SIDE, ModelMetadata
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, file_thresholds
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime
 from yolov7_deploy.runtimes.calls import CallTracker
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
@@ -356,16 +356,13 @@ def _default_thresholds(metadata: ModelMetadata) -> Thresholds:
 
     A file of another exporter (without strides) may return rows down to a score of 0; it gets the official ones, too.
     """
-    official, nms = Thresholds(), metadata.nms
-    if nms is None:
+    official = Thresholds()
+    if metadata.nms is None:
         return official
-    return Thresholds(
-        conf=nms.conf if metadata.strides else max(nms.conf, official.conf),
-        iou=nms.iou,
-        max_det=nms.max_det if metadata.strides else min(nms.max_det, official.max_det),
-        multi_label=nms.multi_label,
-        class_agnostic=nms.class_agnostic,
-    )
+    own = file_thresholds(metadata.nms)
+    if metadata.strides:
+        return own
+    return replace(own, conf=max(own.conf, official.conf), max_det=min(own.max_det, official.max_det))
 
 
 def _hw(image: Image) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.metadata import InputKind
+from yolov7_deploy.metadata import InputKind, NmsMetadata
 
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
@@ -76,6 +76,17 @@ def _checked(name: str, value: Any, kind: type, *, fix: str) -> Any:  # noqa: AN
         return value
     whole = "a whole number" if kind is Integral else "a number"
     raise UsageError(f"{name} must be {whole}, not {value!r}.", fix=fix)
+
+
+def file_thresholds(nms: NmsMetadata) -> Thresholds:
+    """Return the default thresholds of NMS inside a file."""
+    return Thresholds(
+        conf=nms.conf,
+        iou=nms.iou,
+        max_det=nms.max_det,
+        multi_label=nms.multi_label,
+        class_agnostic=nms.class_agnostic,
+    )
 
 
 def threshold_values(thresholds: Thresholds) -> tuple[float, float, float, float]:

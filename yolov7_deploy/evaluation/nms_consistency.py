@@ -92,17 +92,6 @@ def class_scores(decoded: FloatArray) -> FloatArray:
     return objectness * decoded[:, 5:] if decoded.shape[1] > 6 else objectness
 
 
-def file_thresholds(nms: NmsMetadata) -> Thresholds:
-    """Return the default thresholds of NMS inside a file."""
-    return Thresholds(
-        conf=nms.conf,
-        iou=nms.iou,
-        max_det=nms.max_det,
-        multi_label=nms.multi_label,
-        class_agnostic=nms.class_agnostic,
-    )
-
-
 def candidate_limit(nms: NmsMetadata | None) -> int:
     """Return how many of the best boxes enter NMS: inside a file, or on the host for `None`."""
     return MAX_CANDIDATES if nms is None else nms.max_candidates or TOPK_LIMIT

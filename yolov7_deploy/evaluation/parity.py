@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.evaluation.nms_consistency import candidate_limit, file_thresholds
+from yolov7_deploy.evaluation.nms_consistency import candidate_limit
 from yolov7_deploy.evaluation.parity_stages import (
     STAGES,
     TOLERANCES,
@@ -30,7 +30,7 @@ from yolov7_deploy.evaluation.parity_stages import (
 )
 from yolov7_deploy.image import Image, Letterbox, fit_letterbox
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, file_thresholds
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs, Runtime
 

@@ -18,11 +18,10 @@ from yolov7_deploy.evaluation.nms_consistency import (
     candidate_limit,
     check_nms,
     class_scores,
-    file_thresholds,
 )
 from yolov7_deploy.image import FloatArray
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, file_thresholds
 from yolov7_deploy.postprocess import RawDetections, iou_matrix, xywh_to_xyxy
 from yolov7_deploy.runtimes.base import IntermediateOutputs
 
