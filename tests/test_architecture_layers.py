@@ -25,10 +25,10 @@ MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "uti
 # From low to high. A file imports from its own package and from rows above this one in the list; packages (or
 # modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_bounded_read", "_child_python", "_download"),
-    ("_atomic_file", "_ort_options", "_serialization", "_signals", "_statistics", "_text", "_version"),
+    ("_bounded_read", "_download"),
+    ("_atomic_file", "_ort_options", "_serialization", "_statistics", "_text", "_version"),
     ("errors",),
-    ("_output", "hardware", "hub", "image", "metadata", "paper"),
+    ("_output", "_output_folder", "_process", "hardware", "hub", "image", "metadata", "paper"),
     ("_charts", "_console", "options", "visualize"),
     ("sources",),
     ("datasets", "detections", "postprocess"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import fuzz_seeds
-from yolov7_deploy._child_python import python_command
+from yolov7_deploy._process import python_command
 
 ROOT = Path(__file__).parents[1]
 # Modules that a command may import without being installed here, and those that Python looks for when it starts.

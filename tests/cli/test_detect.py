@@ -16,13 +16,13 @@ import typer
 from typer.testing import CliRunner
 
 from tests.support.sample_images import find_two, grey
-from yolov7_deploy._signals import Interrupted
+from yolov7_deploy._output_folder import MARKER
+from yolov7_deploy._process import Interrupted
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.options import parse_classes, parse_img
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.visualize import write_image
-from yolov7_deploy.workflows.output_folder import MARKER
 
 NAMES = ("person", "dog")
 

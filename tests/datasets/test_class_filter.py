@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7_deploy.datasets.class_filter import as_single_class, select_classes
-from yolov7_deploy.datasets.samples import Dataset, Labels, Record
+from yolov7_deploy.datasets.samples import Dataset, Labels, Record, as_single_class, select_classes
 from yolov7_deploy.errors import DatasetError
 
 

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.coco import COCO_CATEGORY_IDS
-from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.yolo_labels import read_label_files
 from yolov7_deploy.errors import DatasetError, ImageError
-from yolov7_deploy.image import read_image
+from yolov7_deploy.image import read_image, read_image_hw
 
 ROUNDING_PX = 1e-3  # float32 for coordinates below 1000
 

@@ -127,8 +127,7 @@ def _detector(path: Path) -> None:
 
 
 def _image(path: Path) -> None:
-    from yolov7_deploy.datasets.image_size import read_image_hw
-    from yolov7_deploy.image import read_image
+    from yolov7_deploy.image import read_image, read_image_hw
 
     try:
         read_image_hw(path)

@@ -17,11 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.fuzz import fuzz_seeds
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DatasetError, ImageError, LoadError, SourceError
 from yolov7_deploy.hub import find_weights
-from yolov7_deploy.image import MAX_PIXELS, read_image
+from yolov7_deploy.image import MAX_PIXELS, read_image, read_image_hw
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile

@@ -13,10 +13,10 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import assumed_metadata
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
+from yolov7_deploy.precision.calibration_cache import trt_calibration_cache
 from yolov7_deploy.precision.int8 import check_quantizable, to_int8
 from yolov7_deploy.precision.sensitivity import layer_sensitivities
 from yolov7_deploy.precision.subgraph import Network, with_initializers
-from yolov7_deploy.precision.trt_cache import trt_calibration_cache
 
 IMAGES = [noise(32, 32, seed) for seed in range(2)]
 FLOAT = TensorProto.FLOAT

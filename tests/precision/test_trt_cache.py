@@ -17,9 +17,9 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import assumed_metadata
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
+from yolov7_deploy.precision.calibration_cache import trt_calibration_cache
 from yolov7_deploy.precision.histogram import LEVELS
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.trt_cache import trt_calibration_cache
 
 # Scales are products of float64 that are rounded to float32 at the end.
 FLOAT32_REL = 1e-6

@@ -10,7 +10,7 @@ import pytest
 from tests.support.trt_kit import assert_detected, environment, infer, make_image, toy
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, UsageError
-from yolov7_deploy.runtimes.tensorrt_executor_pool import MAX_EXECUTORS
+from yolov7_deploy.runtimes.tensorrt_executor import MAX_EXECUTORS
 
 __all__ = ["environment"]
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 from onnx import numpy_helper
 
-from yolov7_deploy.precision.fp16_casts import check_valid
+from yolov7_deploy.precision.fp16 import check_valid
 from yolov7_deploy.precision.int8 import insert_qdq
 from yolov7_deploy.precision.qdq_placement import calibrated_tensors, float_nodes
 

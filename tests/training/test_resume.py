@@ -21,7 +21,7 @@ from tests.support.training_runs import (
     wait_for,
     y7,
 )
-from yolov7_deploy._signals import Interrupted
+from yolov7_deploy._process import Interrupted
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.errors import LoadError, TrainingError, UsageError
 from yolov7_deploy.training import checkpoints, trainer

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.sample_images import find_two, grey
-from yolov7_deploy._signals import Interrupted, raise_interrupted
+from yolov7_deploy._output_folder import MARKER
+from yolov7_deploy._process import Interrupted, raise_interrupted
 from yolov7_deploy.detections import Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import read_image
@@ -27,7 +28,6 @@ from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
 from yolov7_deploy.visualize import write_image
-from yolov7_deploy.workflows.output_folder import MARKER
 from yolov7_deploy.workflows.predict import AnnotateOptions, PredictionReport, _UniqueNames, annotate
 
 HW = (48, 64)

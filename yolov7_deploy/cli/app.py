@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from yolov7_deploy._output import echo, finish_output, is_output_failure, prepare_streams
-from yolov7_deploy._signals import Interrupted, raise_interrupted
+from yolov7_deploy._process import Interrupted, raise_interrupted
 from yolov7_deploy.cli.bench import bench
 from yolov7_deploy.cli.build import build
 from yolov7_deploy.cli.demo import demo

@@ -168,7 +168,7 @@ def bench(
 
 
 def _run(request: BenchRequest, choose: Callable[..., OutputFiles], compare: Path | None) -> None:
-    from yolov7_deploy.workflows.output_folder import new_run_folder
+    from yolov7_deploy._output_folder import new_run_folder
 
     with ExitStack() as stack:
         outputs = choose(new_folder=lambda: stack.enter_context(new_run_folder(RUNS)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from yolov7_deploy._output import echo
-from yolov7_deploy._signals import Interrupted, deferred_signals
+from yolov7_deploy._process import Interrupted, deferred_signals
 from yolov7_deploy._text import printable
 from yolov7_deploy.cli.options import (
     DEFAULT_FROM_MODEL,
@@ -101,9 +101,9 @@ def detect(
     check_thresholds(conf=conf, iou=iou, max_det=max_det)
     class_filter, input_size = parse_classes(classes), parse_img(img)
 
+    from yolov7_deploy._output_folder import new_run_folder
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import open_source
-    from yolov7_deploy.workflows.output_folder import new_run_folder
     from yolov7_deploy.workflows.predict import AnnotateOptions
 
     opened = open_source(source, on_error="skip")

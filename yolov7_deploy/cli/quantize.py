@@ -180,6 +180,6 @@ def _summary(result: Quantized, path: Path) -> str:
 
 def _write_trt_cache(model: OnnxModel, result: Quantized, options: QuantizeOptions, path: Path) -> None:
     from yolov7_deploy._console import write_text
-    from yolov7_deploy.precision.trt_cache import trt_calibration_cache
+    from yolov7_deploy.precision.calibration_cache import trt_calibration_cache
 
     write_text(path, trt_calibration_cache(model, result.calibration, options.int8.method))

@@ -188,9 +188,9 @@ def _start(
     options: TrainOptions,
     json_path: str | None,
 ) -> None:
+    from yolov7_deploy._output_folder import new_run_folder
     from yolov7_deploy.training.checkpoints import TrainRequest
     from yolov7_deploy.training.run import train as start_training
-    from yolov7_deploy.workflows.output_folder import new_run_folder
 
     if data is None:
         raise UsageError(

@@ -24,11 +24,11 @@ import numpy.typing as npt
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy._text import get_logger
-from yolov7_deploy.datasets.image_size import read_image_hw
 from yolov7_deploy.datasets.samples import BoolArray, IntArray, Labels
 from yolov7_deploy.datasets.yolo_labels import LabelFile, LabelFinder, LabelSet, collect_labels, read_label_file
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.image import read_image_hw
 
 VERSION = 1  # of the arrays, and of the parser of label lines
 # A file that changed less than this before it was read can change again within the same tick of the file system clock

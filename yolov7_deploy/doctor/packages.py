@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from yolov7_deploy._child_python import python_command
+from yolov7_deploy._process import python_command
 
 PROBE_TIMEOUT_S = 60.0
 

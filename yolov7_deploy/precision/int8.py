@@ -23,8 +23,7 @@ from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import Int8Metadata, ModelMetadata
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration, network_digest
-from yolov7_deploy.precision.fp16 import find_float32_nodes
-from yolov7_deploy.precision.fp16_casts import Fp16Rewriter, check_valid
+from yolov7_deploy.precision.fp16 import Fp16Rewriter, check_valid, find_float32_nodes
 from yolov7_deploy.precision.histogram import LEVELS, Histogram, choose_range
 from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.qdq_placement import QdqPlacement, float_nodes, place_qdq

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import ParamSpec, TypeVar
 
+from yolov7_deploy._process import call_after_fork
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.runtimes.fork import call_after_fork
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")

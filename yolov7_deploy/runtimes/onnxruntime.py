@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, ort_reason
+from yolov7_deploy._process import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.hardware.cpu import usable_cores
@@ -40,7 +41,6 @@ from yolov7_deploy.output_layout import (
 )
 from yolov7_deploy.postprocess import RawDetections, check_nms_compatible
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
-from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 
 logger = get_logger(__name__)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from yolov7_deploy._process import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError, is_out_of_memory
@@ -26,7 +27,6 @@ from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
 from yolov7_deploy.runtimes.base import IntermediateOutputs, RuntimeResult, TimingBreakdown
-from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy.runtimes.pytorch_network import (
     Capture,
     CapturedGraph,

@@ -1,7 +1,7 @@
 """Runs a TensorRT engine: one implementation for TensorRT 8.6 to 11 and TensorRT-RTX, with tensors addressed by name.
 
 Images are uploaded as they are and letterboxed on the GPU. Calls of several threads run concurrently, each with its own
-executor (`tensorrt_executor_pool.py`); what they share is read-only. Results are copies that belong to the caller.
+executor (`TrtExecutorPool`); what they share is read-only. Results are copies that belong to the caller.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from yolov7_deploy._process import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, PluginError, UsageError, missing_library
 from yolov7_deploy.hardware.device import parse_device
@@ -26,11 +27,9 @@ from yolov7_deploy.postprocess import check_nms_compatible
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
 from yolov7_deploy.runtimes.cuda import Cuda, Device, open_cuda
 from yolov7_deploy.runtimes.device_arrays import GpuImage, gpu_image, is_gpu_array
-from yolov7_deploy.runtimes.fork import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels, find_kernels
 from yolov7_deploy.runtimes.tensorrt_engine import TrtEngine, TrtLog
-from yolov7_deploy.runtimes.tensorrt_executor import TrtExecutor
-from yolov7_deploy.runtimes.tensorrt_executor_pool import TrtExecutorPool
+from yolov7_deploy.runtimes.tensorrt_executor import TrtExecutor, TrtExecutorPool
 from yolov7_deploy.tensorrt.build_record import TITLES, EngineEnvironment, EngineRecord, PluginUse, Product
 from yolov7_deploy.tensorrt.capabilities import Trt, TrtCapabilities, create_logger, load_tensorrt
 from yolov7_deploy.tensorrt.engine import Engine, plan_version

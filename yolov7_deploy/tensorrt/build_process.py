@@ -20,9 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy._child_python import python_command
+from yolov7_deploy._process import deferred_signals, python_command
 from yolov7_deploy._serialization import from_dict
-from yolov7_deploy._signals import deferred_signals
 from yolov7_deploy.errors import EngineError, is_out_of_memory
 from yolov7_deploy.tensorrt.build_messages import (
     LOG_FILE,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from yolov7_deploy._signals import ENDING_SIGNALS
+from yolov7_deploy._process import ENDING_SIGNALS
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.errors import DeviceError, UsageError, Y7Error
 from yolov7_deploy.training.augment import Augmentation, make_sample

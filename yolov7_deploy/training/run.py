@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from yolov7_deploy._atomic_file import remove_partial_files
+from yolov7_deploy._output_folder import lock_run_folder
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
-from yolov7_deploy.datasets.class_filter import as_single_class, select_classes
+from yolov7_deploy.datasets.samples import as_single_class, select_classes
 from yolov7_deploy.datasets.statistics import describe_labels
 from yolov7_deploy.errors import DatasetError, ImageError, UsageError
 from yolov7_deploy.model.configs import Anchors, find_variant
@@ -38,7 +39,6 @@ from yolov7_deploy.training.initialization import initialize_model, require_vari
 from yolov7_deploy.training.loggers import RunLog, TrainCallback, read_results, write_run
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.plots import draw_labels, draw_precision_recall, draw_results
-from yolov7_deploy.training.run_lock import lock_run_folder
 from yolov7_deploy.training.train_step import TrainStep, frozen_layers, multi_scale_sizes
 from yolov7_deploy.training.trainer import Trainer, TrainReport
 

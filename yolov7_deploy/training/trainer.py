@@ -14,7 +14,7 @@ from types import FrameType
 import numpy as np
 import torch
 
-from yolov7_deploy._signals import Interrupted, handle_signals
+from yolov7_deploy._process import Interrupted, handle_signals
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detector import Detector

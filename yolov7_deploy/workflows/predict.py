@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from yolov7_deploy._console import write_text
-from yolov7_deploy._signals import Interrupted, deferred_signals
+from yolov7_deploy._output_folder import ResultFolder
+from yolov7_deploy._process import Interrupted, deferred_signals
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image
@@ -23,7 +24,6 @@ from yolov7_deploy.sources import VIDEO_SUFFIXES, Frame, Skipped, Source
 from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoWriter
 from yolov7_deploy.visualize import write_image
-from yolov7_deploy.workflows.output_folder import ResultFolder
 
 LABELS_FOLDER = "labels"
 SAVED_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # annotated images of others are .jpg

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from tests.support.training_runs import RecordingCallback, resume_run, train_small
+from yolov7_deploy._output_folder import LOCK_NAME, lock_run_folder
 from yolov7_deploy.errors import TrainingError, UsageError
-from yolov7_deploy.training.run_lock import LOCK_NAME, lock_run_folder
 
 _HOLD = """
 import os, sys, time
 from pathlib import Path
-from yolov7_deploy.training.run_lock import lock_run_folder
+from yolov7_deploy._output_folder import lock_run_folder
 with lock_run_folder(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2] == "with child" else 1
     if child == 0:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from yolov7_deploy._output_folder import create_run_folder, new_run_folder
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.workflows.output_folder import create_run_folder, new_run_folder
 
 
 def test_run_folders_are_numbered_after_the_highest(tmp_path):

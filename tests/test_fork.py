@@ -10,9 +10,9 @@ import pytest
 
 from tests.support.child_processes import in_forked_child
 from tests.support.trt_kit import assert_detected, environment, infer, make_image, toy
+from yolov7_deploy._process import call_after_fork, never_free
 from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.runtimes.cuda import DeviceBuffer, PinnedBuffer, Stream
-from yolov7_deploy.runtimes.fork import call_after_fork, never_free
 
 __all__ = ["environment"]
 
