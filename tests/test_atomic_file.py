@@ -5,12 +5,13 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
-from yolov7_deploy._atomic_file import PartialFile, atomic_folder, atomic_write, remove_partial_files
+from yolov7_deploy._atomic_file import PartialFile, atomic_folder, atomic_write, remove_partial_files, temporary_folder
 
 _WRITE_AND_WAIT = """
 import sys
@@ -23,9 +24,20 @@ with atomic_write(Path(sys.argv[1])) as temporary:
 """
 
 
-def start_writer(path):
+_USE_FOLDER_AND_WAIT = """
+import sys, tempfile
+from yolov7_deploy._atomic_file import temporary_folder
+tempfile.tempdir = sys.argv[1]
+with temporary_folder("y7-work") as folder:
+    (folder / "inside").mkdir()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_writer(path, code=_WRITE_AND_WAIT):
     """Start a process that is writing a file until its standard input is closed."""
-    command = [sys.executable, "-c", _WRITE_AND_WAIT, str(path)]
+    command = [sys.executable, "-c", code, str(path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
     return process
@@ -200,6 +212,25 @@ def test_a_file_that_another_process_is_writing_stays(tmp_path):
     assert names(tmp_path) == before
     process.communicate("")
     assert process.returncode == 0 and names(tmp_path) == ["model.onnx"]
+
+
+def test_a_temporary_folder_is_private_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), temporary_folder("y7-work") as folder:
+        assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (folder / "inside").mkdir()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_the_next_process_removes_the_temporary_folder_of_a_killed_one_and_no_other(tmp_path):
+    killed, running = (start_writer(tmp_path, _USE_FOLDER_AND_WAIT) for _ in range(2))
+    kill(killed)
+    assert len(names(tmp_path)) == 2
+    start_writer(tmp_path, _USE_FOLDER_AND_WAIT).communicate("")
+    assert len(names(tmp_path)) == 1
+    running.communicate("")
+    assert running.returncode == 0 and names(tmp_path) == []
 
 
 def test_only_files_with_names_of_this_package_are_removed(tmp_path):

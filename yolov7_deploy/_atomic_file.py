@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is complete or absent, whenever the program is stopped."""
+"""Atomic file writes: a file is complete or absent, whenever the program is stopped. And temporary folders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield a new folder in the system's temporary folder, for this user only; it is removed at the end.
+
+    As for other temporary files, the next process that uses one removes those that killed processes left.
+
+    Args:
+        name: First part of its name, after a dot.
+
+    Raises:
+        OSError: It cannot be created.
+    """
+    parent = Path(tempfile.gettempdir())
+    _clean_once(parent)
+    folder, descriptor = _create(parent / name, is_folder=True, mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove temporary files and folders that killed processes left; those that are being written stay."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -153,7 +177,7 @@ def _remove_if_abandoned(path: Path) -> None:
             os.close(descriptor)
 
 
-def _create(target: Path, *, is_folder: bool = False) -> tuple[Path, int]:
+def _create(target: Path, *, is_folder: bool = False, mode: int = 0o777) -> tuple[Path, int]:
     """Create a temporary file or folder of a target; return it and its descriptor, locked where locks exist, or -1."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     while True:
@@ -163,7 +187,7 @@ def _create(target: Path, *, is_folder: bool = False) -> tuple[Path, int]:
             if not is_folder:
                 descriptor = os.open(temporary, flags, 0o666)
             else:
-                temporary.mkdir()
+                temporary.mkdir(mode)
                 if sys.platform == "win32":  # a folder cannot be opened
                     return temporary, -1
                 descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)

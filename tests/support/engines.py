@@ -130,5 +130,5 @@ def files(folder):
 
 
 def left_behind():
-    """Return the temporary folders of builds of this process that still exist."""
-    return sorted(Path(tempfile.gettempdir()).glob(f"y7-engine-{os.getpid()}-*"))
+    """Return the temporary folders of builds that still exist."""
+    return sorted(Path(tempfile.gettempdir()).glob(".y7-engine.*"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._atomic_file import PartialFile
+from yolov7_deploy._atomic_file import PartialFile, temporary_folder
 from yolov7_deploy._download import download
 from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
 from yolov7_deploy.errors import ImageError, SourceError
@@ -86,8 +85,8 @@ def opencv_name(path: str) -> Iterator[str]:
         yield path
         return
     suffix = Path(path).suffix
-    with tempfile.TemporaryDirectory(prefix="y7-link-") as folder:
-        link = Path(folder) / f"file{suffix if is_unicode(suffix) else ''}"
+    with temporary_folder("y7-link") as folder:
+        link = folder / f"file{suffix if is_unicode(suffix) else ''}"
         link.symlink_to(Path(path).absolute())
         yield str(link)
 

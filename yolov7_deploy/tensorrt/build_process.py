@@ -13,13 +13,13 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from yolov7_deploy._atomic_file import temporary_folder
 from yolov7_deploy._process import deferred_signals, python_command
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.errors import EngineError, is_out_of_memory
@@ -206,25 +206,20 @@ def _last_lines(log: Path) -> list[str]:
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
     """Yield a folder for one process, which is removed afterwards."""
-    folder = None
-    try:
-        with deferred_signals():
-            folder = _create_folder()
-        yield Path(folder.name)
-    finally:
-        if folder is not None:
+    with contextlib.ExitStack() as stack:
+        try:
             with deferred_signals():
-                folder.cleanup()
-
-
-def _create_folder() -> tempfile.TemporaryDirectory[str]:
-    try:
-        return tempfile.TemporaryDirectory(prefix=f"y7-engine-{os.getpid()}-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise EngineError(
-            f"The temporary folder of the build cannot be created: {error.strerror or error}.",
-            fix="Set TMPDIR to a folder with free space.",
-        ) from error
+                folder = stack.enter_context(temporary_folder("y7-engine"))
+        except OSError as error:
+            raise EngineError(
+                f"The temporary folder of the build cannot be created: {error.strerror or error}.",
+                fix="Set TMPDIR to a folder with free space.",
+            ) from error
+        try:
+            yield folder
+        finally:
+            with deferred_signals():
+                stack.close()
 
 
 def _environment(folder: Path) -> dict[str, str]:

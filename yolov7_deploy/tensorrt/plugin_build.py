@@ -11,13 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._atomic_file import atomic_write, temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import PluginError, UsageError
 from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, describe_plugin
@@ -88,11 +87,11 @@ def build_plugin(
     if tools.headers is not None:
         log(f"TensorRT: {tools.headers}")
     target = "y7_kernels" if kernels_only else "y7_plugin"
-    with tempfile.TemporaryDirectory(prefix="y7-plugin-") as folder:
-        _run([str(tools.cmake), *_cmake_options(sources, Path(folder), tools, parsed)], tools, log)
+    with temporary_folder("y7-plugin") as folder:
+        _run([str(tools.cmake), *_cmake_options(sources, folder, tools, parsed)], tools, log)
         count = str(jobs or os.cpu_count() or 1)
-        _run([str(tools.cmake), "--build", folder, "--target", target, "--parallel", count], tools, log)
-        built = describe_plugin(Path(folder) / f"lib{target}.so")
+        _run([str(tools.cmake), "--build", str(folder), "--target", target, "--parallel", count], tools, log)
+        built = describe_plugin(folder / f"lib{target}.so")
         library = describe_plugin(_install(built.path, _destination(output, built)))
     logger.info("plugin: %s -> %s in %.1f s", sources, library.path, time.perf_counter() - start)
     return library

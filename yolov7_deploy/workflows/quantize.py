@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yolov7_deploy._atomic_file import temporary_folder
 from yolov7_deploy._console import table
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
@@ -256,8 +256,8 @@ class Quantizer:
         from yolov7_deploy.evaluation.accuracy import evaluate
 
         assert self._data is not None
-        with tempfile.TemporaryDirectory(prefix="y7-int8-") as folder:
-            path = Path(folder) / "model.onnx"
+        with temporary_folder("y7-int8") as folder:
+            path = folder / "model.onnx"
             model.save(path)
             with Detector(path, device="cpu") as detector, self._show(title) as progress:
                 return evaluate(detector, self._data, options=ValOptions(rect=False, batch=1), progress=progress)
