@@ -92,8 +92,9 @@ def deferred_signals() -> Iterator[None]:
         raise Interrupted(received[0])
 
 
-# By default `python -c` puts the working directory first on the module search path, so a file `json.py` in a folder with
-# images would be executed. Only `sys` is imported before the path is set; it is built in, so no file can replace it.
+# By default `python -c` puts the working directory first on the module search path, so a file `json.py` in a folder
+# with images would be executed. Only `sys` is imported before the path is set; it is built in, so no file can replace
+# it.
 _SET_PATH = "import sys; end = 2 + int(sys.argv[1]); sys.path[:] = sys.argv[2:end]; del sys.argv[1:end]\n"
 
 
