@@ -21,8 +21,8 @@ import onnxruntime
 from recording import parser, record
 
 from yolov7_deploy import Detector
-from yolov7_deploy.benchmark.benchmark import synthetic_frames
-from yolov7_deploy.benchmark.sampling import no_garbage_collection, timed_ms
+from yolov7_deploy.benchmarking.benchmark import synthetic_frames
+from yolov7_deploy.benchmarking.sampling import no_garbage_collection, timed_ms
 from yolov7_deploy.image import fit_letterbox, to_network_input
 from yolov7_deploy.runtimes.onnxruntime import session_options
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from recording import parser, record
 
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input

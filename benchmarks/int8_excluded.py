@@ -15,10 +15,10 @@ from recording import parser, record
 
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.workflows.quantize import Quantizer, describe

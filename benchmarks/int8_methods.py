@@ -18,12 +18,12 @@ from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import read_image
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import INT8_METHODS, ExportOptions, Int8Options, ValOptions
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration

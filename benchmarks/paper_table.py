@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from yolov7_deploy.benchmark.report import SpeedReport
+from yolov7_deploy.benchmarking.report import SpeedReport
 from yolov7_deploy.errors import UsageError, Y7Error
 from yolov7_deploy.paper import VARIANTS, PaperRow, paper_row
 

@@ -20,11 +20,11 @@ from tests.support.deterministic import fill_model
 from tests.support.sample_images import noise
 from yolov7_deploy.cli.app import COMMANDS
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.visualize import write_image
 

@@ -13,18 +13,18 @@ import pytest
 
 from tests.fuzz import fuzz_seeds
 from yolov7_deploy._bounded_read import check_file, open_file, read_bytes, read_text
-from yolov7_deploy.benchmark.report import SpeedReport, read_ap
+from yolov7_deploy.benchmarking.report import SpeedReport, read_ap
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.label_cache import _load as load_label_cache
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import Y7Error
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import read_image, read_image_hw
 from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.inspection.network import inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibration_cache import load_calibration
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.sources import open_source, video

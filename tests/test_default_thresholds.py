@@ -13,11 +13,11 @@ from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.image import read_image
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, Thresholds
 from yolov7_deploy.tensorrt.onnx_rewrite import prepare_graph
 

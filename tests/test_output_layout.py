@@ -23,7 +23,7 @@ from tests.support.foreign_graphs import (
 )
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import LoadError
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.output_layout import TensorSpec, find_layout
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 

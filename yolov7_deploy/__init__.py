@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from yolov7_deploy.detections import Detections as Detections
     from yolov7_deploy.detector import Detector as Detector
     from yolov7_deploy.errors import Y7Error as Y7Error
-    from yolov7_deploy.export.onnx_exporter import export_onnx as export_onnx
-    from yolov7_deploy.export.onnx_model import OnnxModel as OnnxModel
     from yolov7_deploy.metadata import ModelMetadata as ModelMetadata
     from yolov7_deploy.model.fusion import fuse as fuse
     from yolov7_deploy.model.yolov7 import Yolov7 as Yolov7
     from yolov7_deploy.model.yolov7 import build_model as build_model
     from yolov7_deploy.model.yolov7 import new_model as new_model
+    from yolov7_deploy.onnx_export.onnx_exporter import export_onnx as export_onnx
+    from yolov7_deploy.onnx_export.onnx_model import OnnxModel as OnnxModel
     from yolov7_deploy.options import EngineOptions as EngineOptions
     from yolov7_deploy.options import ExportOptions as ExportOptions
     from yolov7_deploy.options import Int8Options as Int8Options
@@ -53,14 +53,14 @@ _MODULES = {
     "ExportOptions": "options",
     "Int8Options": "options",
     "ModelMetadata": "metadata",
-    "OnnxModel": "export.onnx_model",
+    "OnnxModel": "onnx_export.onnx_model",
     "Thresholds": "options",
     "Y7Error": "errors",
     "Yolov7": "model.yolov7",
     "build_engine": "tensorrt.builder",
     "build_model": "model.yolov7",
     "calibrate": "precision.calibrate",
-    "export_onnx": "export.onnx_exporter",
+    "export_onnx": "onnx_export.onnx_exporter",
     "fuse": "model.fusion",
     "load_checkpoint": "checkpoint",
     "new_model": "model.yolov7",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.support.small_models import HW
 from tests.support.speed_reports import speed_report, speed_row
 from yolov7_deploy._console import write_json
-from yolov7_deploy.benchmark.report import SpeedReport
+from yolov7_deploy.benchmarking.report import SpeedReport
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.bench import find_network, parse_frame, parse_numbers, report_complete_rows
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError, Y7Error
@@ -31,7 +31,7 @@ TIMEOUT_S = 120
 @pytest.fixture(autouse=True)
 def _short_slices(monkeypatch):
     """Use short slices: long ones stabilise the clocks, which is not tested here."""
-    monkeypatch.setattr("yolov7_deploy.benchmark.benchmark.SLICE_S", 0.005)
+    monkeypatch.setattr("yolov7_deploy.benchmarking.benchmark.SLICE_S", 0.005)
 
 
 @pytest.fixture

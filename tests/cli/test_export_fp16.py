@@ -17,7 +17,7 @@ from yolov7_deploy.cli.export import parse_precision
 from yolov7_deploy.errors import ParityError, UsageError
 from yolov7_deploy.evaluation.parity_stages import TOLERANCES, StageResult, compare_heads, merge_worst
 from yolov7_deploy.evaluation.verification import verify_artifacts
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.visualize import write_image

@@ -13,7 +13,7 @@ from tests.support.sample_images import CONF, noise, without_metadata
 from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.errors import DatasetError, ExportError, LoadError, ParityError, SourceError, UsageError
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.int8 import to_int8

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov7_deploy.benchmark.report import SpeedReport
+from yolov7_deploy.benchmarking.report import SpeedReport
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.estimation import fitting
 from yolov7_deploy.estimation.devices import DEVICES, find_device

@@ -23,12 +23,12 @@ from yolov7_deploy.evaluation.verification import (
     common_input_hw,
     verify_artifacts,
 )
-from yolov7_deploy.export import nms_subgraph
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import CLASS_AGNOSTIC_INPUT, CONF_INPUT, IOU_INPUT, MULTI_LABEL_INPUT
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.onnx_export import nms_subgraph
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.runtimes.onnxruntime import OrtRuntime

@@ -93,9 +93,9 @@ def graphs() -> list[bytes]:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from yolov7_deploy.export.nms import attach_nms
-    from yolov7_deploy.export.nms_subgraph import NmsPlan
-    from yolov7_deploy.export.onnx_model import OnnxModel
+    from yolov7_deploy.onnx_export.nms import attach_nms
+    from yolov7_deploy.onnx_export.nms_subgraph import NmsPlan
+    from yolov7_deploy.onnx_export.onnx_model import OnnxModel
     from yolov7_deploy.options import ExportOptions
 
     infos = [ModelMetadata.from_json(text.decode()) for text in metadata_texts()]

@@ -89,7 +89,7 @@ def _check_metadata(metadata: Any) -> None:
 
 
 def _onnx_model(path: Path) -> None:
-    from yolov7_deploy.export.onnx_model import OnnxModel
+    from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 
     model = OnnxModel.load(path)
     _check_metadata(model.metadata)

@@ -17,7 +17,7 @@ from tests.gpu.int8 import EMULATED_BATCHES, MODELS
 from tests.gpu.int8_files import write_int8
 from tests.gpu.weights import with_weights
 from tests.support import trt_kit
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.int8_summary import summarize_int8
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx, prepare_graph
 

@@ -19,9 +19,9 @@ from tests.gpu.comparison import MATCHED_SHARE, compare_detections
 from tests.gpu.engine_build import cached_engine
 from tests.gpu.environment import KERNELS, PLUGIN, Array, Environment
 from tests.gpu.targets import Targets
-from yolov7_deploy.benchmark.benchmark import measure_speed, synthetic_frames
-from yolov7_deploy.benchmark.comparison import compare_reports
-from yolov7_deploy.benchmark.report import SpeedReport
+from yolov7_deploy.benchmarking.benchmark import measure_speed, synthetic_frames
+from yolov7_deploy.benchmarking.comparison import compare_reports
+from yolov7_deploy.benchmarking.report import SpeedReport
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import PluginError, Y7Error
 from yolov7_deploy.inspection.engine_file import read_engine_file

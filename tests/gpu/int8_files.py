@@ -23,12 +23,12 @@ from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.evaluation.synthetic_image import street_scene, synthetic_image
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import INPUT_NAME, OnnxModel
 from yolov7_deploy.image import Image, fit_letterbox, read_image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import INPUT_NAME, OnnxModel
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions, ValOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.fp16 import to_fp16

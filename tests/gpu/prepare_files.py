@@ -35,12 +35,12 @@ from tests.gpu.nms import (
 )
 from tests.gpu.weights import set_synthetic_weights, without_weights
 from yolov7_deploy.evaluation.synthetic_image import street_scene
-from yolov7_deploy.export.nms import attach_nms
-from yolov7_deploy.export.nms_subgraph import NmsPlan
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import OFFICIAL_NAMES, find_local_weights, find_weights
 from yolov7_deploy.image import fit_letterbox, read_image, to_network_input
+from yolov7_deploy.onnx_export.nms import attach_nms
+from yolov7_deploy.onnx_export.nms_subgraph import NmsPlan
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
 

@@ -13,7 +13,7 @@ import soak as soak_test
 
 from tests.gpu import engine_build
 from tests.gpu.environment import NMS_FILE, PLUGIN, Environment
-from yolov7_deploy.benchmark.benchmark import Frames, measure_speed, synthetic_frames
+from yolov7_deploy.benchmarking.benchmark import Frames, measure_speed, synthetic_frames
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import Y7Error

@@ -20,8 +20,8 @@ from tests.gpu.environment import PLUGIN, Environment
 from tests.support.engines import HAS_RTX, NO_RTX
 from tests.support.sample_images import noise
 from tests.support.small_models import exported_tiny, metadata_of, tiny
-from yolov7_deploy.benchmark import benchmark as speed
-from yolov7_deploy.benchmark import sampling
+from yolov7_deploy.benchmarking import benchmark as speed
+from yolov7_deploy.benchmarking import sampling
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.evaluation.synthetic_image import street_scene

@@ -10,7 +10,7 @@ pytest.importorskip("psutil")
 from tests.gpu import engine_build, runtime, torch_speed
 from tests.gpu.environment import Environment
 from tests.support.trt_kit import environment, make_image, toy
-from yolov7_deploy.benchmark.benchmark import Frames
+from yolov7_deploy.benchmarking.benchmark import Frames
 
 __all__ = ["environment"]
 

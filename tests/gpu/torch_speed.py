@@ -8,7 +8,7 @@ import torch
 
 from tests.gpu.environment import Environment
 from tests.gpu.networks import untrained
-from yolov7_deploy.benchmark.sampling import interleave, warm_up
+from yolov7_deploy.benchmarking.sampling import interleave, warm_up
 from yolov7_deploy.evaluation.synthetic_image import street_scene
 from yolov7_deploy.hardware.power import open_power_meter
 from yolov7_deploy.image import fit_letterbox

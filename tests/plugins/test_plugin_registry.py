@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 
 from tests.support.plugin_kit import headers_or_skip, tensorrt86_or_skip
 from yolov7_deploy.errors import PluginError
-from yolov7_deploy.export.nms import DOMAIN, OP
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
+from yolov7_deploy.onnx_export.nms import DOMAIN, OP
 from yolov7_deploy.tensorrt.plugin_build import build_plugin, find_tools
 from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI, PLUGIN_NAME, PLUGIN_VERSION, PluginLibrary
 

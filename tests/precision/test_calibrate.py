@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny, session
 from yolov7_deploy.errors import ExportError, UsageError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import fit_letterbox
 from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_digest
 from yolov7_deploy.precision.histogram import Histogram
 from yolov7_deploy.precision.subgraph import Network

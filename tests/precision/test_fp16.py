@@ -29,11 +29,11 @@ from tests.support.deterministic import fill_model, make_image
 from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, UsageError
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision import fp16
 from yolov7_deploy.precision.fp16 import FP16_OPS, MAX_ACTIVATION, activation_ranges, to_fp16

@@ -23,8 +23,8 @@ from tests.support.detecting import (
 from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, session
 from yolov7_deploy.errors import ExportError, UsageError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import ModelMetadata, assumed_metadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate, network_digest
 from yolov7_deploy.precision.fp16 import to_fp16

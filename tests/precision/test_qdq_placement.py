@@ -17,9 +17,9 @@ from tests.support.sample_images import noise
 from tests.support.small_models import session
 from tests.support.thin_variants import random_model, thin_model
 from yolov7_deploy.errors import ExportError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import assumed_metadata
 from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import to_int8

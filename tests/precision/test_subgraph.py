@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.support.sample_images import noise
 from tests.support.small_models import exported_tiny
 from yolov7_deploy.errors import ExportError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import assumed_metadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_cache import trt_calibration_cache

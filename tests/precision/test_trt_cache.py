@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny
 from tests.support.thin_variants import SIDE, thin_model
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import assumed_metadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import INT8_METHODS, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_cache import trt_calibration_cache

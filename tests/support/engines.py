@@ -15,10 +15,10 @@ from tests.support.plugin_kit import HEADERS_VARIABLE
 from tests.support.sample_images import noise
 from tests.support.small_models import metadata_of
 from yolov7_deploy.errors import PluginError
-from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import EngineOptions, ExportOptions, Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.fp16 import to_fp16

@@ -8,11 +8,11 @@ import torch
 
 from tests.support.deterministic import fill_model, make_image
 from yolov7_deploy._ort_options import base_session_options
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 
 HW = (128, 192)  # not square, so that swapped sides are noticed; 1512 anchors, more than enter NMS in the tests

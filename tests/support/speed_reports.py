@@ -6,8 +6,8 @@ from functools import cache
 
 import numpy as np
 
-from yolov7_deploy.benchmark.report import STAGES, Energy, SpeedReport, SpeedRow, StageTime, paper_speed
-from yolov7_deploy.benchmark.sampling import stage_time
+from yolov7_deploy.benchmarking.report import STAGES, Energy, SpeedReport, SpeedRow, StageTime, paper_speed
+from yolov7_deploy.benchmarking.sampling import stage_time
 from yolov7_deploy.hardware.clocks import Clocks
 
 CALLS = 61  # odd, so that the median is one of the samples

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 
 from tests.support.small_models import metadata_of
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.model.configs import VARIANTS, Variant
 from yolov7_deploy.model.yolov7 import Yolov7
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 
 SIDE = 128

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.engines import HAS_RTX, NO_RTX, exported, files, foreign, left_behind, rtx
 from yolov7_deploy.errors import EngineError
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
 from yolov7_deploy.tensorrt import builder as build_module
 from yolov7_deploy.tensorrt.build_messages import Failure, ParserError

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.support.engines import exported, quantized
 from tests.support.small_models import session
 from yolov7_deploy.errors import EngineError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
 from yolov7_deploy.precision.int8_summary import summarize_int8
 from yolov7_deploy.tensorrt.builder import build_engine, find_tensorrt

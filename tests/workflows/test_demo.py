@@ -18,9 +18,9 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.evaluation.synthetic_image import street_scene
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import SHAPES_WEIGHTS, WEIGHTS_DIR_VARIABLE, bundled_weights, find_weights
 from yolov7_deploy.image import read_image
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import BenchOptions, ValOptions
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import demo as module

@@ -14,7 +14,7 @@ from tests.support.small_models import HW, exported_tiny, fused_tiny, metadata_o
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
-from yolov7_deploy.export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.visualize import write_image

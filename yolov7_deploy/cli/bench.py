@@ -30,9 +30,9 @@ from yolov7_deploy.errors import UsageError, Y7Error, missing_library
 from yolov7_deploy.options import MAX_FRAME_SIDE, BenchOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.benchmark.benchmark import Frames
-    from yolov7_deploy.benchmark.comparison import Comparison
-    from yolov7_deploy.benchmark.report import SpeedReport, SpeedRow
+    from yolov7_deploy.benchmarking.benchmark import Frames
+    from yolov7_deploy.benchmarking.comparison import Comparison
+    from yolov7_deploy.benchmarking.report import SpeedReport, SpeedRow
     from yolov7_deploy.metadata import ModelMetadata
 
 DEFAULTS = BenchOptions()
@@ -177,7 +177,7 @@ def _run(request: BenchRequest, choose: Callable[..., OutputFiles], compare: Pat
 
 
 def _load(path: Path) -> SpeedReport:
-    from yolov7_deploy.benchmark.report import SpeedReport
+    from yolov7_deploy.benchmarking.report import SpeedReport
 
     return SpeedReport.load(path)
 
@@ -235,7 +235,7 @@ class OutputFiles:
             write_json(document if comparison is None else {**document, "comparison": asdict(comparison)}, self.json)
             yield f"report: {self.json}"
         if self.chart is not None:
-            from yolov7_deploy.benchmark.chart import speed_accuracy_chart
+            from yolov7_deploy.benchmarking.chart import speed_accuracy_chart
 
             speed_accuracy_chart([report], self.chart)
             yield f"chart: {self.chart}"
@@ -244,7 +244,7 @@ class OutputFiles:
 def _check_matplotlib() -> None:
     """Check before the measurement that the chart can be drawn after it."""
     try:
-        import yolov7_deploy.benchmark.chart  # noqa: F401
+        import yolov7_deploy.benchmarking.chart  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_library(error, "for the chart (or use --no-chart)") from error
 
@@ -303,7 +303,7 @@ def parse_frame(text: str | None) -> tuple[int, int] | None:
 
 
 def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
-    from yolov7_deploy.benchmark.benchmark import SYNTHETIC_HW, read_frames, synthetic_frames
+    from yolov7_deploy.benchmarking.benchmark import SYNTHETIC_HW, read_frames, synthetic_frames
 
     if source is None:
         return synthetic_frames(hw or SYNTHETIC_HW)
@@ -316,9 +316,9 @@ def _measure(request: BenchRequest) -> SpeedReport:
     """Return the report, with the paper's row and AP; everything is checked before the measurement."""
     from yolov7_deploy._console import progress
     from yolov7_deploy._serialization import sha256_hex
-    from yolov7_deploy.benchmark.benchmark import measure_speed
-    from yolov7_deploy.benchmark.devices import resolve_device
-    from yolov7_deploy.benchmark.report import paper_speed, read_ap
+    from yolov7_deploy.benchmarking.benchmark import measure_speed
+    from yolov7_deploy.benchmarking.devices import resolve_device
+    from yolov7_deploy.benchmarking.report import paper_speed, read_ap
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.hardware.machine import gpu_memory_used
     from yolov7_deploy.hub import find_weights
@@ -371,8 +371,8 @@ def report_complete_rows() -> Iterator[Callable[[SpeedRow], None]]:
 
 def _print_and_write(report: SpeedReport, outputs: OutputFiles, *, earlier: SpeedReport | None, name: str) -> None:
     """Print everything before anything is written, so that a full disk does not lose the result."""
-    from yolov7_deploy.benchmark.comparison import compare_reports
-    from yolov7_deploy.benchmark.report_text import describe_comparison, describe_speed
+    from yolov7_deploy.benchmarking.comparison import compare_reports
+    from yolov7_deploy.benchmarking.report_text import describe_comparison, describe_speed
 
     to_stderr = outputs.json == "-"
     echo(describe_speed(report), err=to_stderr)

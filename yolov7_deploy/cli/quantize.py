@@ -15,7 +15,7 @@ from yolov7_deploy.options import Int8Options, QuantizeOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.datasets import Dataset
-    from yolov7_deploy.export.onnx_model import OnnxModel
+    from yolov7_deploy.onnx_export.onnx_model import OnnxModel
     from yolov7_deploy.workflows.quantize import Quantized
 
 DEFAULTS = Int8Options()

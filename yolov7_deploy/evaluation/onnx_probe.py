@@ -9,10 +9,10 @@ import onnx
 import onnxruntime
 
 from yolov7_deploy._ort_options import base_session_options
-from yolov7_deploy.export.nms import EFFICIENT_OP
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import FloatArray, Image, to_network_input
 from yolov7_deploy.metadata import CONF_INPUT, NMS_OUTPUTS, RAW_OUTPUT
+from yolov7_deploy.onnx_export.nms import EFFICIENT_OP
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs
 

@@ -17,8 +17,8 @@ from onnx import helper
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError, UsageError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.histogram import Histogram
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.qdq_placement import calibrated_tensors

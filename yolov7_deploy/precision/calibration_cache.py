@@ -27,8 +27,8 @@ from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import from_dict, short_repr
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.histogram import BINS, LEVELS, Histogram, choose_range
 from yolov7_deploy.precision.int8 import tensor_scales

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError, UsageError
-from yolov7_deploy.export.nms import OP
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
+from yolov7_deploy.onnx_export.nms import OP
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.subgraph import Network, Weight, captured_inputs, data_inputs, find_fp16_weight
 

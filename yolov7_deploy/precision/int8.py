@@ -19,8 +19,8 @@ from onnx import helper, numpy_helper
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import Int8Metadata, ModelMetadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration, network_digest
 from yolov7_deploy.precision.fp16 import Fp16Rewriter, check_valid, find_float32_nodes

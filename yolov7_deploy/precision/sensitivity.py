@@ -12,9 +12,9 @@ import onnx
 from onnx import helper
 
 from yolov7_deploy._text import get_logger
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.int8 import bias_correction, excluded_outputs, quantize_weight, tensor_scales

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from yolov7_deploy.export.nms import END_PREFIX
-from yolov7_deploy.export.onnx_model import OnnxModel
+from yolov7_deploy.onnx_export.nms import END_PREFIX
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 
 Weight: TypeAlias = npt.NDArray[np.float32]
 

@@ -17,10 +17,10 @@ from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import EngineError, missing_library
-from yolov7_deploy.export.nms import OP
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.hardware.jetson import version_numbers
 from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.onnx_export.nms import OP
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
 from yolov7_deploy.tensorrt.build_messages import BuildReport, BuildRequest, Failure, Installation, ParserError
 from yolov7_deploy.tensorrt.build_process import is_installed, out_of_memory, probe, run_build

@@ -23,8 +23,6 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file, read_bytes
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import EngineError, LoadError
-from yolov7_deploy.export.nms import EFFICIENT_OP, OP, OVERFLOW
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import (
     METADATA_KEY,
     NMS_OUTPUTS,
@@ -33,6 +31,8 @@ from yolov7_deploy.metadata import (
     ModelMetadata,
     assumed_metadata,
 )
+from yolov7_deploy.onnx_export.nms import EFFICIENT_OP, OP, OVERFLOW
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.output_layout import TensorSpec, find_layout, layout_metadata
 from yolov7_deploy.tensorrt.build_record import NmsBy
 

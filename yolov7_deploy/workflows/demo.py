@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolov7_deploy._console import table
-from yolov7_deploy.benchmark.benchmark import measure_speed, read_frames
+from yolov7_deploy.benchmarking.benchmark import measure_speed, read_frames
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detections import Detections

@@ -16,12 +16,12 @@ from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import CalibrationImages
 from yolov7_deploy.precision.fp16 import to_fp16

@@ -15,8 +15,8 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.inspection.onnx_file import int8_lines, int8_to_dict
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options, QuantizeOptions, ValOptions
 from yolov7_deploy.precision.calibrate import Calibration, calibrate, image_digest, images_digest, network_digest
 from yolov7_deploy.precision.calibration_cache import (

@@ -25,11 +25,11 @@ from tests.support.detecting import (
 )
 from tests.support.deterministic import fill_model, make_image
 from tests.support.small_models import HW, decoded_by_torch, exported_tiny, images, metadata_of, session, tiny_session
-from yolov7_deploy.export.onnx_exporter import export_onnx
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions
 
 # --- every NMS, opset and batch ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import IdentityTransform
 
 from yolov7_deploy._charts import GREY, chart_style, replace_missing_glyphs, write_chart
-from yolov7_deploy.benchmark.report import SpeedReport
+from yolov7_deploy.benchmarking.report import SpeedReport
 from yolov7_deploy.paper import PAPER, TABLE_2, VARIANTS, PaperRow
 
 DPI = 160

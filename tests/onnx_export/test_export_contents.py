@@ -20,12 +20,12 @@ from tests.support.detecting import (
 from tests.support.deterministic import fill_model
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
-from yolov7_deploy.export.nms import OVERFLOW
-from yolov7_deploy.export.onnx_exporter import export_onnx
-from yolov7_deploy.export.onnx_model import OnnxModel
 from yolov7_deploy.metadata import NMS_OUTPUTS, THRESHOLD_INPUTS, ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
+from yolov7_deploy.onnx_export.nms import OVERFLOW
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 
 # --- contents of the file ---------------------------------------------------------------------------------------------

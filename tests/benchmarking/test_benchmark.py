@@ -13,7 +13,7 @@ from tests.support.small_models import HW
 from tests.support.speed_reports import speed_report, speed_row
 from yolov7_deploy._console import write_json
 from yolov7_deploy._serialization import sha256_hex
-from yolov7_deploy.benchmark.benchmark import (
+from yolov7_deploy.benchmarking.benchmark import (
     ConsistencyChecker,
     Frames,
     measure_speed,
@@ -21,9 +21,9 @@ from yolov7_deploy.benchmark.benchmark import (
     same_detections,
     synthetic_frames,
 )
-from yolov7_deploy.benchmark.report import STAGES, SpeedReport, paper_speed, read_ap
-from yolov7_deploy.benchmark.report_text import describe_speed
-from yolov7_deploy.benchmark.sampling import stage_time
+from yolov7_deploy.benchmarking.report import STAGES, SpeedReport, paper_speed, read_ap
+from yolov7_deploy.benchmarking.report_text import describe_speed
+from yolov7_deploy.benchmarking.sampling import stage_time
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
 from yolov7_deploy.image import Image

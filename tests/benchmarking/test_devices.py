@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.faked_cuda import install_fake_nvml
 from tests.support.boards import BOARDS, laid_out, recorded, silent, write
-from yolov7_deploy.benchmark.devices import resolve_device
+from yolov7_deploy.benchmarking.devices import resolve_device
 from yolov7_deploy.errors import DeviceError
 
 V100 = "0000:3b:00.0 Tesla V100-SXM2-16GB"

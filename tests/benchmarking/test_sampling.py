@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from yolov7_deploy.benchmark.sampling import (
+from yolov7_deploy.benchmarking.sampling import (
     BLOCKS,
     STABLE_BLOCK_S,
     interleave,

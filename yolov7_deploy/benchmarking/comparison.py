@@ -24,7 +24,7 @@ from statistics import median
 import numpy as np
 
 from yolov7_deploy._statistics import student_t_quantile, student_t_tail
-from yolov7_deploy.benchmark.report import BUSY, SpeedReport, SpeedRow, StageTime
+from yolov7_deploy.benchmarking.report import BUSY, SpeedReport, SpeedRow, StageTime
 
 MIN_CHANGE = 0.02  # smaller changes are ignored: memory placement differs from run to run and causes one percent
 LEVEL = 0.05

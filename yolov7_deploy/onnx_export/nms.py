@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from yolov7_deploy.export.graph_builder import GraphBuilder
-from yolov7_deploy.export.nms_subgraph import (
+from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
+from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
+from yolov7_deploy.onnx_export.nms_subgraph import (
     NmsInputs,
     NmsPlan,
     concat_heads,
@@ -28,7 +29,6 @@ from yolov7_deploy.export.nms_subgraph import (
     top_anchors,
     top_pairs,
 )
-from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
 
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"

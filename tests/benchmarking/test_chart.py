@@ -12,7 +12,7 @@ import matplotlib
 import pytest
 
 from tests.support import speed_reports
-from yolov7_deploy.benchmark.chart import (
+from yolov7_deploy.benchmarking.chart import (
     COLOURS,
     DPI,
     MIN_AXES_HEIGHT,
@@ -217,7 +217,7 @@ import sys
 sys.modules["matplotlib"] = None
 from yolov7_deploy.errors import missing_library
 try:
-    import yolov7_deploy.benchmark.chart
+    import yolov7_deploy.benchmarking.chart
 except ModuleNotFoundError as error:
     print(missing_library(error, "for y7 bench"))
 """
@@ -228,7 +228,7 @@ except ModuleNotFoundError as error:
 def test_drawing_does_not_load_pyplot():
     code = """
 import sys
-from yolov7_deploy.benchmark.chart import draw_chart
+from yolov7_deploy.benchmarking.chart import draw_chart
 draw_chart([])
 print("matplotlib.pyplot" in sys.modules)
 """

@@ -19,8 +19,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.export.graph_builder import GraphBuilder
 from yolov7_deploy.model.configs import Anchors
+from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
 from yolov7_deploy.options import ExportOptions
 
 TILE = 256  # candidates that are processed at once

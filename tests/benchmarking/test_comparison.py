@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from tests.support.speed_reports import speed_report, speed_row
-from yolov7_deploy.benchmark.comparison import (
+from yolov7_deploy.benchmarking.comparison import (
     LEVEL,
     MIN_CHANGE,
     UNDER_LOAD,
     compare_reports,
 )
-from yolov7_deploy.benchmark.report_text import describe_comparison
-from yolov7_deploy.benchmark.sampling import BLOCKS, stage_time
+from yolov7_deploy.benchmarking.report_text import describe_comparison
+from yolov7_deploy.benchmarking.sampling import BLOCKS, stage_time
 
 TRIALS = 400
 # Three standard errors of a share of 5 % in this many trials.

@@ -15,8 +15,8 @@ from tests.support.detecting import (
     image_result,
 )
 from tests.support.small_models import session
-from yolov7_deploy.export.nms import OVERFLOW, attach_nms
-from yolov7_deploy.export.nms_subgraph import NmsPlan
+from yolov7_deploy.onnx_export.nms import OVERFLOW, attach_nms
+from yolov7_deploy.onnx_export.nms_subgraph import NmsPlan
 from yolov7_deploy.options import ExportOptions, Thresholds
 from yolov7_deploy.postprocess import postprocess
 

@@ -16,9 +16,9 @@ import numpy as np
 from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
-from yolov7_deploy.benchmark.devices import DeviceProfile
-from yolov7_deploy.benchmark.report import BUSY, STAGES, SpeedReport, SpeedRow, StageTime
-from yolov7_deploy.benchmark.sampling import (
+from yolov7_deploy.benchmarking.devices import DeviceProfile
+from yolov7_deploy.benchmarking.report import BUSY, STAGES, SpeedReport, SpeedRow, StageTime
+from yolov7_deploy.benchmarking.sampling import (
     Monitors,
     Throughput,
     Warmup,

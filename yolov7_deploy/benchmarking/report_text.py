@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from yolov7_deploy._console import table
-from yolov7_deploy.benchmark.comparison import Comparison, Difference
-from yolov7_deploy.benchmark.report import STAGES, PaperSpeed, SpeedReport, SpeedRow
+from yolov7_deploy.benchmarking.comparison import Comparison, Difference
+from yolov7_deploy.benchmarking.report import STAGES, PaperSpeed, SpeedReport, SpeedRow
 from yolov7_deploy.hardware.clocks import Clocks
 
 MAX_SPREAD = 1.1  # an interval that is wider in both directions cannot exclude a change of ten percent

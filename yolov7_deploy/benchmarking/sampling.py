@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from yolov7_deploy.benchmark.report import Energy, StageTime
+from yolov7_deploy.benchmarking.report import Energy, StageTime
 from yolov7_deploy.hardware.clocks import Clocks, open_clock_monitor
 from yolov7_deploy.hardware.machine import gpu_memory_used, host_peak_bytes
 from yolov7_deploy.hardware.power import PowerMeter, open_power_meter
