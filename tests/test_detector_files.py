@@ -1,12 +1,15 @@
 """Opening and closing Detectors, and files of other exporters."""
 
 import logging
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.sample_images import (
     CONF,
@@ -17,6 +20,7 @@ from tests.support.sample_images import (
     without_metadata,
 )
 from tests.support.small_models import HW
+from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 
@@ -108,6 +112,20 @@ def test_a_text_file_with_the_suffix_onnx_is_refused(tmp_path):
         Detector(tmp_path / "m.onnx", device="cpu")
 
 
+_RECORD_TELEMETRY = """
+import onnxruntime
+calls = []
+onnxruntime.disable_telemetry_events = lambda: calls.append("disabled")
+import yolov7_deploy.runtimes.onnxruntime
+print(*calls)
+"""
+
+
+def test_the_telemetry_of_onnx_runtime_is_disabled():
+    done = subprocess.run([sys.executable, "-c", _RECORD_TELEMETRY], capture_output=True, text=True, check=True)
+    assert done.stdout == "disabled\n"
+
+
 # --- files of other exporters ---------------------------------------------------------------------------------------
 
 
@@ -179,6 +197,47 @@ def test_a_foreign_file_of_dynamic_size_uses_the_requested_size(files, detectors
     onnx.save(proto, tmp_path / "m.onnx")
     with Detector(tmp_path / "m.onnx", img=HW, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
         assert_identical(detector(IMAGES[0]), detectors("none")(IMAGES[0]))
+
+
+def without_zero_points(proto):
+    """Make the second convolution INT8, with a weight scale per channel and without zero points of the weights."""
+    graph = proto.graph
+    index, conv = [(index, node) for index, node in enumerate(graph.node) if node.op_type == "Conv"][1]
+    weight = next(tensor for tensor in graph.initializer if tensor.name == conv.input[1])
+    floats = numpy_helper.to_array(weight)
+    scales = np.abs(floats).max(axis=(1, 2, 3)) / 127
+    int8 = np.round(floats / scales[:, None, None, None]).astype(np.int8)
+    weight.CopyFrom(numpy_helper.from_array(int8, weight.name))
+    constants = {"w_scale": scales, "x_scale": np.float32(0.05), "x_zero": np.uint8(128)}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    added = [
+        helper.make_node("QuantizeLinear", [conv.input[0], "x_scale", "x_zero"], ["x_int8"]),
+        helper.make_node("DequantizeLinear", ["x_int8", "x_scale", "x_zero"], ["x"]),
+        helper.make_node("DequantizeLinear", [weight.name, "w_scale"], ["w"], axis=0),
+    ]
+    conv.input[0], conv.input[1] = "x", "w"
+    for node in reversed(added):
+        graph.node.insert(index, node)
+
+
+def fails_with_exact_int8(path):
+    session = onnxruntime.InferenceSession(path, base_session_options(), providers=["CPUExecutionProvider"])
+    try:
+        session.run(None, {"images": np.zeros((1, 3, *HW), np.float32)})
+    except ORT_ERRORS:
+        return True
+    return False
+
+
+def test_a_foreign_int8_file_without_zero_points_runs(files, detectors, tmp_path, caplog):
+    path = without_metadata(files("none"), tmp_path / "m.onnx", without_zero_points)
+    with Detector(path, conf=CONF, max_det=MAX_DET, device="cpu") as detector:
+        with caplog.at_level(logging.WARNING):
+            found, _, _ = (detector(IMAGES[0]) for _ in range(3))
+        expected = detectors("none")(IMAGES[0])
+    np.testing.assert_allclose(found.scores[:10], expected.scores[:10], atol=0.05)
+    reports = [record for record in caplog.records if "zero points" in record.getMessage()]
+    assert len(reports) == fails_with_exact_int8(path)
 
 
 @pytest.mark.parametrize(

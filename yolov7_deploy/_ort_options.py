@@ -19,8 +19,11 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def base_session_options() -> onnxruntime.SessionOptions:
-    """Return session options that log errors only and compute INT8 without saturation.
+onnxruntime.disable_telemetry_events()
+
+
+def base_session_options(*, exact_int8: bool = True) -> onnxruntime.SessionOptions:
+    """Return session options that log errors only and compute INT8 without saturation, unless `exact_int8` is False.
 
     On x86 CPUs without VNNI, the INT8 kernels of ONNX Runtime add pairs of products in 16 bits, which saturates: an
     output can be off by more than a tenth of its standard deviation. `session.x64quantprecision` selects kernels that
@@ -28,7 +31,8 @@ def base_session_options() -> onnxruntime.SessionOptions:
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY  # it warns about every input with a default, such as our thresholds
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if exact_int8:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

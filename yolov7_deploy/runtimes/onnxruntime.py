@@ -135,6 +135,7 @@ class OrtSession:
         self._absolute_path = path.absolute()  # a child may work in another folder
         self._version = _file_version(path)
         self._is_closed = False
+        self._exact_int8 = True
         self._lock = threading.Lock()
         self._session: onnxruntime.InferenceSession | None = self._open(path)
         call_after_fork(self)
@@ -143,7 +144,9 @@ class OrtSession:
         try:
             # ONNX Runtime refuses names that are not valid Unicode.
             model = str(path) if is_unicode(str(path)) else path.read_bytes()
-            return onnxruntime.InferenceSession(model, session_options(), providers=self._providers)
+            return onnxruntime.InferenceSession(
+                model, session_options(exact_int8=self._exact_int8), providers=self._providers
+            )
         except ORT_ERRORS as error:
             raise _load_error(self._path, error) from error
 
@@ -171,6 +174,40 @@ class OrtSession:
                     )
                 self._session = self._open(self._absolute_path)
             return self._session
+
+    def run(
+        self,
+        session: onnxruntime.InferenceSession,
+        outputs: list[str] | None,
+        feeds: dict[str, npt.NDArray[Any]],
+    ) -> list[npt.NDArray[Any]]:
+        """Return the outputs of a session that `get` returned.
+
+        The setting for exact INT8 breaks graphs of other programs whose weights have a scale per channel and no zero
+        point: it adds a zero point of wrong shape, which only a run shows. They run without it.
+
+        Raises:
+            ORT_ERRORS: ONNX Runtime cannot run it.
+        """
+        try:
+            return list(session.run(outputs, feeds))
+        except ORT_ERRORS as error:
+            if "zero_point" not in str(error) or not self._exact_int8:
+                raise
+        self._reopen_without_exact_int8(session)
+        return list(self.get().run(outputs, feeds))
+
+    def _reopen_without_exact_int8(self, failed: onnxruntime.InferenceSession) -> None:
+        with self._lock:
+            if self._session is not failed:
+                return  # closed, or another thread was faster
+            self._exact_int8 = False
+            self._session = self._open(self._absolute_path)
+        logger.warning(
+            "%s: its INT8 weights have no zero points, so ONNX Runtime uses its default INT8 kernels, which are less "
+            "exact on CPUs without VNNI.",
+            self._path,
+        )
 
     def close(self) -> None:
         """Drop the session; it is freed after the running calls."""
@@ -232,7 +269,7 @@ class OrtRuntime:
         providers, device_name = _providers(device)
         try:
             session = OrtSession(path, providers, device=device_name)
-            metadata, images, layout = _read_layout(session.get(), path, input_hw)
+            metadata, images, layout = _read_layout(session, path, input_hw)
         except ORT_ERRORS as error:
             raise _load_error(path, error) from error
         check_request_supported(path, metadata, input_hw=input_hw, half=half)
@@ -301,8 +338,7 @@ class OrtRuntime:
     def _run(self, feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         session = self._session.get()
         with self._semaphore:
-            outputs: list[npt.NDArray[Any]] = session.run(list(self._layout.outputs), feeds)
-        return outputs
+            return self._session.run(session, list(self._layout.outputs), feeds)
 
     def _to_input(self, canvases: Sequence[Image]) -> npt.NDArray[Any]:
         padding = (self.metadata.batch or 0) - len(canvases)
@@ -324,9 +360,9 @@ class OrtRuntime:
         }
 
 
-def session_options() -> onnxruntime.SessionOptions:
+def session_options(*, exact_int8: bool = True) -> onnxruntime.SessionOptions:
     """Return the session options of the Detector, also for benchmarks that compare it with a bare session."""
-    options = base_session_options()
+    options = base_session_options(exact_int8=exact_int8)
     # The default counts the cores of the whole machine, even in a container with fewer. It also pins the threads to
     # cores, those of two sessions to the same ones.
     options.intra_op_num_threads = usable_cores() or 0
@@ -365,13 +401,14 @@ def _load_error(path: Path, error: Exception) -> LoadError:
 
 
 def _read_layout(
-    session: onnxruntime.InferenceSession, path: Path, input_hw: tuple[int, int] | None
+    opened: OrtSession, path: Path, input_hw: tuple[int, int] | None
 ) -> tuple[ModelMetadata, InputLayout, OutputLayout]:
     """Return the metadata, or what is assumed for a file without any, and the layout of inputs and outputs.
 
     Raises:
         LoadError: The metadata is damaged or belongs to another graph, or the graph is not a known layout.
     """
+    session = opened.get()
     inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())  # inputs with a default: not listed
     images = find_input(str(path), inputs, outputs)
     properties = session.get_modelmeta().custom_metadata_map
@@ -390,7 +427,7 @@ def _read_layout(
         return metadata, images, layout
     canvas_hw = images.input_hw or input_hw or DEFAULT_HW
     if _is_dynamic(images, outputs):
-        outputs = _run_shapes(session, images, outputs, canvas_hw, path)
+        outputs = _run_shapes(opened, images, outputs, canvas_hw, path)
     found = find_layout(str(path), inputs, outputs, canvas_hw=canvas_hw, properties=properties)
     assumed = layout_metadata(found, runtime_thresholds=has_thresholds, recorded=metadata)
     if metadata is None:
@@ -428,7 +465,7 @@ def _is_dynamic(images: InputLayout, outputs: Sequence[TensorSpec]) -> bool:
 
 
 def _run_shapes(
-    session: onnxruntime.InferenceSession,
+    session: OrtSession,
     images: InputLayout,
     outputs: Sequence[TensorSpec],
     canvas_hw: tuple[int, int],
@@ -438,7 +475,7 @@ def _run_shapes(
     batch = images.batch or 1
     shape = (batch, *canvas_hw, 3) if images.kind == "uint8" else (batch, 3, *canvas_hw)
     try:
-        arrays = session.run(None, {images.name: np.zeros(shape, images.dtype)})
+        arrays = session.run(session.get(), None, {images.name: np.zeros(shape, images.dtype)})
     except ORT_ERRORS as error:
         raise LoadError(
             f"{path} does not state the size of its outputs, and does not run on an image of "
