@@ -388,6 +388,15 @@ def test_a_safetensors_file_without_metadata_is_read(tmp_path, dtype):
     assert {t.dtype for t in checkpoint.tensors.values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Names are Unicode there.")
+def test_a_safetensors_file_whose_name_is_not_unicode_is_read(path, tmp_path):
+    model = Model()
+    save_official({"model": model}, path)
+    target = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
+    save_checkpoint(load_checkpoint(path), target)
+    assert_holds(load_checkpoint(target), model)
+
+
 def test_a_truncated_safetensors_file_is_reported_as_truncated(tmp_path):
     file = tmp_path / "x.safetensors"
     safetensors.torch.save_file(copy.deepcopy(Model().state_dict()), file)

@@ -101,6 +101,19 @@ def test_a_yaml_gives_train_images_or_else_val_images_and_notes_which(yolo):
     assert images.notes[0] == f"Calibrated on val of data.yaml, {why}."
 
 
+def test_what_a_yaml_names_and_is_not_used_is_noted(yolo):
+    (yolo.parent / "images/val/._0100.png").write_bytes(b"x")
+    (yolo.parent / "train.txt").write_text("images/train/0000.png\ngone.png\n")
+    yolo.write_text("train: [train.txt, images/val]\nnc: 1\nnames: [thing]\n")
+    images = open_calibration(yolo)
+    assert corners(images) == [0, 100, 101]
+    assert images.notes[1:4] == (
+        "1 images of train.txt do not exist; the first is gone.png.",
+        f"Left out of {yolo.parent}/images/val: 1 x hidden (._0100.png).",
+        "Skipped, because they cannot be read: gone.png.",
+    )
+
+
 def test_a_yaml_whose_train_list_is_missing_is_refused_and_not_replaced_by_val(yolo):
     yolo.write_text("train: train.txt\nval: images/val\nnc: 1\nnames: [thing]\n")
     with pytest.raises(DatasetError, match=r"train\.txt, which does not exist") as caught:

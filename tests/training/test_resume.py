@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import threading
 from dataclasses import replace
 
@@ -328,6 +329,12 @@ def test_another_number_of_processes_is_refused(interrupted_copy):
 def test_a_folder_without_state_cannot_be_resumed(tmp_path):
     with pytest.raises(LoadError, match="there is no training to resume"):
         resume_run(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Names are Unicode there.")
+def test_a_state_in_a_folder_whose_name_is_not_unicode_is_read(interrupted_copy):
+    folder = interrupted_copy.rename(os.fsdecode(os.fsencode(interrupted_copy) + b"\xff"))
+    assert load_run_state(folder)[0].epoch == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle", "schema", "field"])

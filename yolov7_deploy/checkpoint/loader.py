@@ -6,11 +6,13 @@ state dicts, and files written by `save_checkpoint`. The kind is recognised by c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -18,9 +20,9 @@ import safetensors.torch
 import torch
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, check_file
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file
 from yolov7_deploy._serialization import sha256_hex, short_repr
-from yolov7_deploy._text import get_logger
+from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, identify_architecture
 from yolov7_deploy.checkpoint.module_tree import MAX_TENSORS, read_modules
@@ -197,11 +199,24 @@ def _with_sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
+@contextlib.contextmanager
+def open_safetensors(path: Path, *, max_bytes: int) -> Iterator[Any]:
+    """Open a safetensors file for PyTorch; unlike for `safetensors.safe_open`, its name need not be valid Unicode.
+
+    Raises:
+        OSError: It does not exist, is not a regular file, or is larger than `max_bytes`.
+        safetensors.SafetensorError: It is damaged.
+    """
+    with open_file(path, max_bytes=max_bytes) as opened:
+        name = str(path) if is_unicode(str(path)) else f"/dev/fd/{opened.fileno()}"
+        with safetensors.safe_open(name, framework="pt") as file:
+            yield file
+
+
 def _read_safetensors(path: Path) -> _Contents:
     """Read a file of `save_checkpoint`, or any safetensors file with official tensor names."""
     try:
-        check_file(path, max_bytes=MAX_MODEL_BYTES)
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_safetensors(path, max_bytes=MAX_MODEL_BYTES) as file:
             header: dict[str, str] = file.metadata() or {}
             _check_count(len(file.keys()), path.name)
             arrays = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)

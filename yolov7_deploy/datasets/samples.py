@@ -105,6 +105,7 @@ class Dataset(Sequence[Sample]):
         class_names: One name per class, in class-id order.
         category_ids: The COCO category id of each class, for ground truth and prediction files.
         problems: What is missing, left out or repaired (labels not found, hidden files, duplicates), one line each.
+        left_out: Those of the problems that are about images: hidden files, names that do not exist or are repeated.
         coverage: How many images have no label file, or no annotation.
     """
 
@@ -116,6 +117,7 @@ class Dataset(Sequence[Sample]):
         class_names: tuple[str, ...],
         category_ids: tuple[int, ...],
         problems: tuple[str, ...] = (),
+        left_out: tuple[str, ...] = (),
         coverage: str = "",
     ) -> None:
         self._records = list(records)
@@ -123,6 +125,7 @@ class Dataset(Sequence[Sample]):
         self.class_names = class_names
         self.category_ids = category_ids
         self.problems = problems
+        self.left_out = left_out
         self.coverage = coverage
 
     def __len__(self) -> int:

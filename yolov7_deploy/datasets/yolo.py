@@ -77,6 +77,7 @@ def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False)
         class_names=class_names,
         category_ids=category_ids,
         problems=(*(not_used if unused else ()), *images.problems, *annotated.problems),
+        left_out=images.problems,
         coverage=annotated.coverage(),
     )
 
@@ -270,5 +271,6 @@ def _open_labels(
         class_names=names,
         category_ids=tuple(range(len(names))),
         problems=(*images.problems, *found.problems),
+        left_out=images.problems,
         coverage=found.coverage(),
     )

@@ -182,7 +182,7 @@ def _open_as_source(text: str) -> tuple[list[Path], list[Skipped], list[str]]:
 
 
 def _open_as_dataset(path: Path) -> tuple[list[Path], list[str]]:
-    """Return the images of a YAML or JSON, and a note about the split."""
+    """Return the images of a YAML or JSON, and notes about the split and what is left out of it."""
     is_json = path.suffix.lower() == ".json"
     split, why = "val" if is_json else "train", ""
     try:
@@ -200,7 +200,8 @@ def _open_as_dataset(path: Path) -> tuple[list[Path], list[str]]:
             error.message, fix="Correct it, or use the folder of the images instead:  --calib FOLDER"
         ) from error
     split_of = "" if is_json else f"{split} of "
-    return [dataset.path(i) for i in range(len(dataset))], [f"Calibrated on {split_of}{_printable(path.name)}{why}."]
+    notes = [f"Calibrated on {split_of}{_printable(path.name)}{why}.", *map(_sentence, dataset.left_out)]
+    return [dataset.path(i) for i in range(len(dataset))], notes
 
 
 def _count_frames(path: Path) -> int:
@@ -285,6 +286,10 @@ def _skip_notes(skipped: Sequence[Skipped]) -> Iterator[str]:
 def _some(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
     return ", ".join(_printable(Path(path).name) for path in paths[:_LISTED]) + more
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _printable(name: str) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, check_file
+from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
-from yolov7_deploy.checkpoint.loader import save_checkpoint
+from yolov7_deploy.checkpoint.loader import open_safetensors, save_checkpoint
 from yolov7_deploy.errors import CheckpointError, LoadError, TrainingError
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.hyperparameters import Hyperparameters
@@ -188,12 +188,11 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
     path = folder / STATE
     if not path.is_file():
         raise LoadError(
-            f"{path} does not exist, so there is no training to resume.",
-            fix="Name the folder of the run:  y7 train --resume --save-dir runs/train/exp",
+            f"{path}, which is written after the first step, does not exist, so there is no training to resume.",
+            fix="Start it again, or name the folder of another run:  y7 train --resume --save-dir runs/train/exp",
         )
     try:
-        check_file(path, max_bytes=MAX_CHECKPOINT_BYTES)
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_safetensors(path, max_bytes=MAX_CHECKPOINT_BYTES) as file:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         raw = json.loads(metadata[_METADATA_KEY])

@@ -23,7 +23,9 @@ class TensorboardLog:
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step)
         except OSError as error:
-            raise self._write_error(error) from error
+            raise self._write_error(error.strerror or str(error)) from error
+        except UnicodeEncodeError as error:
+            raise self._write_error("TensorBoard refuses names that are not valid Unicode") from error
 
     def add(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Write values by tag, and flush the file.
@@ -36,7 +38,7 @@ class TensorboardLog:
                 self._writer.add_scalar(tag, value, step)
             self._writer.flush()
         except OSError as error:
-            raise self._write_error(error) from error
+            raise self._write_error(error.strerror or str(error)) from error
 
     def close(self) -> None:
         """Close the file.
@@ -47,10 +49,10 @@ class TensorboardLog:
         try:
             self._writer.close()
         except OSError as error:
-            raise self._write_error(error) from error
+            raise self._write_error(error.strerror or str(error)) from error
 
-    def _write_error(self, error: OSError) -> UsageError:
+    def _write_error(self, reason: str) -> UsageError:
         return UsageError(
-            f"The TensorBoard file in {self._folder} cannot be written: {error.strerror or error}.",
+            f"The TensorBoard file in {self._folder} cannot be written: {reason}.",
             fix="Free some space, choose another folder, or train with --no-tensorboard.",
         )
