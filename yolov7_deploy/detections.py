@@ -193,7 +193,7 @@ class Detections:
         """Return `to_dict` as one line of JSON with sorted keys: same detections, same bytes."""
         return json_escape(json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False))
 
-    def to_coco(self, image_id: int, *, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str, *, category_ids: Sequence[int | str] | None = None) -> list[dict[str, Any]]:
         """Return COCO results: xywh rounded to 3 decimals and scores to 5, as the official test program writes them.
 
         Args:

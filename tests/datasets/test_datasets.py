@@ -15,6 +15,7 @@ from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.coco import COCO_CATEGORY_IDS
 from yolov7_deploy.datasets.yolo_labels import read_label_files
 from yolov7_deploy.errors import DatasetError, ImageError
+from yolov7_deploy.evaluation.accuracy import compute_coco_metrics
 from yolov7_deploy.image import read_image, read_image_hw
 
 ROUNDING_PX = 1e-3  # float32 for coordinates below 1000
@@ -153,7 +154,7 @@ def test_yaml_entries_may_be_relative_to_the_working_folder(yolo, monkeypatch):
     [
         ("val: images/val\nnames: [cat]\nnc: 2", "nc: 2 but 1 names"),
         ("val: images/val", "no names"),
-        ("val: images/val\nnames: {0: cat, 2: dog}", "keys of names"),
+        ("val: images/val\nnames: {0: cat, 2: dog}", "names are numbered '0', '2', and not from 0 to 1"),
         ("val: images/val\nnames: [cat, dog, cat]", "names has 'cat' more than once"),
         ("val: images/val\nnames: {0: 1, 1: '1'}", "names has '1' more than once"),
         ("path: elsewhere\nval: photos\nnames: [cat]", "looked for .*elsewhere/photos"),
@@ -161,6 +162,15 @@ def test_yaml_entries_may_be_relative_to_the_working_folder(yolo, monkeypatch):
         ("train: images/val\nnames: [cat]", r"it has train"),
         ("val: nowhere\nnames: [cat]", "nowhere, which does not exist"),
         ("val: [", "cannot be read as YAML"),
+        ("val: images/val\nnames: [cat, '']", "'' in names is not a name"),
+        ("val: images/val\nnames: [cat, [dog]]", "is not a name"),
+        ("val: images/val\nnames: missing.txt", "names missing.txt, which does not exist"),
+        ("val: images/val\nnames: {1: cat, 2: dog}", "names are numbered '1', '2', and not from 0 to 1"),
+        ("val: images/val\nnc: many\nnames: [cat]", "has nc: 'many'"),
+        ("val: images/val\nnc: true\nnames: [cat]", "has nc: True"),
+        ("valid: images/val\nnames: [cat]", "no val images(.|\n)*Rename `valid` to `val`"),
+        ('val: "..\\images\\val"\nnames: [cat]', "(.|\n)*Write paths with / or in single quotes"),
+        ('val: "images\\val"\nnames: [cat]', "(.|\n)*Write paths with / or in single quotes"),
         ("- 1", "not a dataset YAML"),
         ("val: labels\nnames: [cat]", "none of the 0 images"),
     ],
@@ -169,6 +179,69 @@ def test_an_invalid_yaml_names_the_problem(yolo, text, message):
     (yolo / "data.yaml").write_text(text)
     with pytest.raises(DatasetError, match=message):
         open_dataset(yolo / "data.yaml")
+
+
+NAMES = ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: [cat, dog]",
+        "nc: 2\nnames:\n- cat\n- dog",
+        "nc: '2'\nnames: {0: cat, 1: dog}",
+        "nc: 2.0\nnames: {'1': dog, '0': cat}",
+        "names: {dog: 1, cat: 0}",
+        "names: cat, dog",
+        "names: |\n  cat\n  dog",
+        "names: [' cat', 'dog ']",
+        "names: classes.txt",
+        "path: .\nnames: classes.txt",
+    ],
+)
+def test_class_names_may_have_every_usual_form(yolo, text):
+    (yolo / "classes.txt").write_text("\ufeffcat\n\ndog\n")
+    (yolo / "data.yaml").write_text(f"val: images/val\n{text}\n")
+    assert open_dataset(yolo / "data.yaml").class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    "names", [("yes", "no"), ("on", "off"), ("007", "7"), ("1_000", "1e3"), ("null", "~"), ("12:30", "2024-01-01")]
+)
+@pytest.mark.parametrize("form", ["names: [{}, {}]", "names: {{0: {}, 1: {}}}"])
+def test_class_names_are_texts_as_they_are_written(yolo, form, names):
+    (yolo / "data.yaml").write_text(f"val: images/val\n{form.format(*names)}\n")
+    assert open_dataset(yolo / "data.yaml").class_names == names
+
+
+def test_a_single_class_may_have_commas_in_its_name(yolo):
+    (yolo / "labels/val/7.txt").write_text("")
+    (yolo / "data.yaml").write_text("val: images/val\nnc: 1\nnames: cat, small\n")
+    assert open_dataset(yolo / "data.yaml").class_names == ("cat, small",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "fix"),
+    [
+        ("/content/project-1/images/val", "images/val exists: write  images/val  in the YAML."),
+        ("C:\\photos\\images\\val", "images/val exists: write  images/val  in the YAML."),
+        ("../../images/val", "images/val exists: write  images/val  in the YAML."),
+        ("nowhere", "Correct the entry, or `path` in the YAML."),
+    ],
+)
+def test_the_fix_for_a_moved_dataset_is_the_path_beside_the_yaml(yolo, entry, fix):
+    (yolo / "data.yaml").write_text(f"val: {entry}\nnames: [cat, dog]\n")
+    with pytest.raises(DatasetError, match="does not exist") as caught:
+        open_dataset(yolo / "data.yaml")
+    assert caught.value.fix.endswith(fix)
+    if "exists" in fix:
+        (yolo / "data.yaml").write_text("val: images/val\nnames: [cat, dog]\n")
+        assert len(open_dataset(yolo / "data.yaml")) == 2
+
+
+def test_paths_of_roboflow_that_begin_with_the_name_of_the_folder_are_found(yolo):
+    (yolo / "data.yaml").write_text(f"val: {yolo.name}/images/val\nnames: [cat, dog]\n")
+    assert len(open_dataset(yolo / "data.yaml")) == 2
 
 
 def test_limit_takes_the_first_images(yolo):
@@ -201,7 +274,7 @@ def test_the_error_for_missing_images_lists_the_folders_tried(coco):
 
 
 def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
-    with pytest.raises(DatasetError, match=r"None of the 1 images"):
+    with pytest.raises(DatasetError, match=r"None of the 1 images of .* was found; looked in"):
         open_dataset(coco, images=tmp_path)
 
 
@@ -209,7 +282,9 @@ def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
     ("change", "message"),
     [
         (lambda d: d.pop("categories"), "no list of categories"),
-        (lambda d: d["images"][0].pop("width"), "has no width"),
+        (lambda d: d["images"][0].update(width=-1), "width and height must be"),
+        (lambda d: d["annotations"].append(None), "it is not an object"),
+        (lambda d: d["annotations"][0].update(bbox="1234"), "bbox and area must be numbers"),
         (lambda d: d["annotations"][0].update(category_id=4), "category_id 4"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "malformed"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2, -3, 4]), "bbox is not"),
@@ -226,9 +301,9 @@ def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
         ),
         (lambda d: d["images"].append(d["images"][0] | {"id": 10}), "has 'a.png' twice, with the ids 9 and 10"),
         (lambda d: d["images"].append(d["images"][0] | {"id": 10, "file_name": "./a.png"}), "has 'a.png' twice"),
-        (lambda d: d["images"][0].update(id=9.5), "id 9.5 is not a whole number"),
-        (lambda d: d["images"][0].update(id=True), "id True is not a whole number"),
-        (lambda d: d["annotations"][0].update(image_id=[9]), "is not a whole number"),
+        (lambda d: d["images"][0].update(id=9.5), "id 9.5 is neither a whole number nor text"),
+        (lambda d: d["images"][0].update(id=True), "id True is neither a whole number nor text"),
+        (lambda d: d["annotations"][0].update(image_id=[9]), "is neither a whole number nor text"),
     ],
 )
 def test_a_malformed_coco_file_names_the_problem(coco, change, message):
@@ -251,6 +326,113 @@ def test_coco_ids_may_be_text(coco, key):
     rows = "images" if key == "id" else "annotations"
     dataset = changed(coco, lambda d: [row.update({key: "9"}) for row in d[rows]])
     assert dataset.image_id(0) == 9 and len(dataset[0].boxes) == 2 and dataset.problems == ()
+
+
+def test_ids_of_images_and_categories_may_be_names(coco):
+    def rename(document):
+        for row in document["images"] + document["categories"]:
+            row["id"] = f"id-{row['id']}"
+        for row in document["annotations"]:
+            row.update(image_id=f"id-{row['image_id']}", category_id=f"id-{row['category_id']}")
+
+    dataset = changed(coco, rename)
+    assert dataset.image_id(0) == "id-9" and dataset.category_ids == ("id-3", "id-5")
+    assert dataset[0].class_ids.tolist() == [1, 0]
+    predictions = [{"image_id": "id-9", "category_id": "id-5", "bbox": [10, 5, 20, 10], "score": 0.9}]
+    summary, classes, _ = compute_coco_metrics(dataset, [0], predictions)
+    assert summary["ap"] == 1 and [row.ap for row in classes] == [None, 1]
+
+
+@pytest.mark.parametrize("size", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}, {"width": 60}])
+def test_a_size_that_the_coco_file_does_not_have_is_read_from_the_image(coco, size):
+    def change(document):
+        del document["images"][0]["width"], document["images"][0]["height"]
+        document["images"][0].update(size)
+
+    sample = changed(coco, change)[0]
+    assert sample.image_hw == (40, 60)
+    np.testing.assert_allclose(sample.boxes, [[10, 5, 30, 15], [0, 0, 60, 40]], atol=ROUNDING_PX)
+
+
+def test_an_image_without_size_that_cannot_be_read_is_an_image_error_when_it_is_used(coco):
+    def change(document):
+        document["images"].append({"id": 10, "file_name": "b.png"})
+        document["annotations"].append({"image_id": 10, "category_id": 3, "bbox": [1, 2, 3, 4]})
+
+    dataset = changed(coco, change)
+    assert len(dataset[0].boxes) == 2
+    with pytest.raises(ImageError, match=r"b\.png"):
+        _ = dataset[1]
+
+
+@pytest.mark.parametrize("field", ["area", "iscrowd", "segmentation", "id", "attributes"])
+def test_optional_fields_of_an_annotation_may_be_null(coco, field):
+    dataset = changed(coco, lambda d: d["annotations"][0].update({field: None}))
+    areas = dataset.record(0).areas
+    assert areas is not None and areas[0] == (200 if field == "area" else 150)
+    assert len(dataset[0].boxes) == 2 and dataset.problems == ()
+
+
+@pytest.mark.parametrize("value", [None, []])
+@pytest.mark.parametrize("field", ["bbox", "category_id"])
+def test_an_annotation_without_box_or_category_is_dropped_and_reported(coco, field, value):
+    if (field, value) == ("category_id", []):
+        value = ""
+    dataset = changed(coco, lambda d: d["annotations"][0].update({field: value}))
+    assert len(dataset[0].boxes) == 1
+    assert dataset.problems == ("1 annotations of instances_val.json have no bbox or no category; dropped",)
+
+
+def test_numbers_of_an_annotation_may_be_text(coco):
+    dataset = changed(coco, lambda d: d["annotations"][1].update(bbox=["0", "0", "60", "40.0"], area="9", iscrowd="1"))
+    np.testing.assert_allclose(dataset[0].boxes[1], [0, 0, 60, 40])
+    assert dataset[0].crowd.tolist() == [False, True]
+    dataset = changed(coco, lambda d: d["annotations"][1].update(iscrowd="0"))
+    assert dataset[0].crowd.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("name", ["val\\a.png", "C:\\photos\\a.png", "/home/me/a.png", "photos/2024/a.png"])
+def test_images_of_a_coco_file_from_another_machine_are_found(coco, name):
+    dataset = changed(coco, lambda d: d["images"][0].update(file_name=name))
+    assert dataset.path(0).is_file() and len(dataset[0].boxes) == 2
+    root = coco.parent.parent
+    (root / "data.yaml").write_text("val: images/val\nnames: [dog, cat]\nannotations: annotations/instances_val.json\n")
+    assert len(open_dataset(root / "data.yaml")[0].boxes) == 2
+
+
+def test_files_are_not_looked_for_by_name_alone_if_two_have_the_same(coco):
+    def change(document):
+        document["images"] = [
+            {"id": number, "file_name": f"{folder}/a.png", "width": 60, "height": 40}
+            for number, folder in enumerate(("one", "two"))
+        ]
+
+    with pytest.raises(DatasetError, match="was found; looked in"):
+        changed(coco, change)
+
+
+def test_a_category_that_only_groups_others_is_not_a_class(coco):
+    def change(document):
+        document["categories"] = [{**row, "supercategory": "animals"} for row in document["categories"]]
+        document["categories"].insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+
+    dataset = changed(coco, change)
+    assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (3, 5)
+    assert dataset.problems == ("category 'animals' has no boxes, only other categories; not a class",)
+
+
+def test_a_category_with_boxes_is_a_class_even_if_it_groups_others(coco):
+    def change(document):
+        document["categories"][0].update(name="animal", supercategory="none")
+        document["categories"][1].update(supercategory="animal")
+
+    assert changed(coco, change).class_names == ("cat", "animal")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_coco_file_may_have_a_byte_order_mark(coco, encoding):
+    coco.write_text(json.dumps(coco_document()), encoding=encoding)
+    assert len(open_dataset(coco)[0].boxes) == 2
 
 
 def test_an_annotation_that_repeats_another_one_with_its_id_is_dropped_and_reported(coco):

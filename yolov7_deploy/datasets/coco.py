@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,20 @@ from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import short_repr
 from yolov7_deploy.datasets.samples import (
     MAX_LISTED,
+    CocoId,
     Dataset,
     DoubleArray,
     Labels,
     Record,
+    id_order,
     is_file,
     join_names,
     printable,
     short_reason,
     short_text,
 )
-from yolov7_deploy.errors import DatasetError
+from yolov7_deploy.errors import DatasetError, ImageError
+from yolov7_deploy.image import read_image_hw
 
 # The 80 class names in the order of the official YOLOv7 weights.
 # fmt: off
@@ -43,12 +47,18 @@ COCO_NAMES: tuple[str, ...] = (
 # fmt: on
 # The category id of each class, 80 numbers from 1..90 (the official 80-to-91 map).
 COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
-SECTIONS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"), "annotations": ()}
+SECTIONS = {"images": ("id", "file_name"), "categories": ("id", "name"), "annotations": ()}
 MAX_BYTES = 2**31  # the annotations of LVIS have 1.1 GB
 MAX_SIDE = 2**20
 MAX_NUMBER = 1e9  # pixels, of a box or area: sums and products of these are far from the limits of float64
 # Raised by int(), float(), numpy and dict for values of a wrong type.
 _MALFORMED = (ArithmeticError, KeyError, TypeError, ValueError, RecursionError)
+# Forms in which file names are looked for: as written, with / for \, and without the folders of another machine.
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: name.replace("\\", "/"),
+    lambda name: PureWindowsPath(name).name,
+)
 
 
 def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None) -> Dataset:
@@ -61,17 +71,15 @@ def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None)
     names = [image["file_name"] for image in document["images"]]
     if not names:
         raise DatasetError(f"{path} lists no images.", fix="Check that it is an instances file with annotations.")
-    folder = images or _guess_folder(path, names, split)
-    if not any(is_file(folder / name) for name in names):
-        raise DatasetError(
-            f"None of the {len(names)} images of {path} is in {folder} (the first is {short_text(names[0])}).",
-            fix="Name the folder:  --images DIR",
-        )
-    pairs = sorted(zip((folder / name for name in names), document["images"], strict=True), key=lambda pair: pair[0])
+    files = _find_files(path, names, [images] if images else _usual_folders(path, split))
+    pairs = sorted(zip(files, document["images"], strict=True), key=lambda pair: pair[0])
+    roots = _root_categories(document)
+    document["categories"] = [category for category in document["categories"] if category not in roots]
     class_names, category_ids = match_classes(document, None, source=path)
     annotated = annotate_images(pairs[:limit], document, category_ids, source=path)
     absent = [image for image, _ in pairs[:limit] if not is_file(image)]
     gone = [f"{len(absent)} images of {path.name} do not exist; the first is {short_text(absent[0])}"] if absent else []
+    gone += [f"category {short_repr(root['name'])} has no boxes, only other categories; not a class" for root in roots]
     return Dataset(
         annotated.records,
         source=path.name,
@@ -82,20 +90,40 @@ def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None)
     )
 
 
-def _guess_folder(path: Path, names: Sequence[str], split: str) -> Path:
-    """Find the image folder in the layouts of COCO, of this package and of labelling tools."""
-    root = path.resolve().parent
-    parts = dict.fromkeys((path.stem.split("_")[-1], split, f"{split}2017"))
-    tried = [base / part for base in (root.parent / "images", root.parent, root) for part in parts]
-    tried += [root, root / "images", root.parent / "images"]
-    for folder in tried:
-        if any(is_file(folder / name) for name in names[:MAX_LISTED]):
-            return folder
-    listing = "\n  ".join(str(folder) for folder in dict.fromkeys(tried))
+def _find_files(path: Path, names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
+    """Return the image files, which are in the first of the folders that has one of the first names."""
+    for spelling in _SPELLINGS:
+        spelled = [spelling(name) for name in names]
+        if len(set(spelled)) < len(names):
+            continue
+        for folder in folders:
+            if any(is_file(folder / name) for name in (spelled if len(folders) == 1 else spelled[:MAX_LISTED])):
+                return [folder / name for name in spelled]
+    listing = "\n  ".join(map(str, folders))
     raise DatasetError(
-        f"The images of {path} (the first is {short_text(names[0])}) were not found; looked in:\n  {listing}",
+        f"None of the {len(names)} images of {path} (the first is {short_text(names[0])}) was found; looked in:"
+        f"\n  {listing}",
         fix="Name the folder:  --images DIR",
     )
+
+
+def _usual_folders(path: Path, split: str) -> list[Path]:
+    """Return the image folders in the layouts of COCO, of this package and of labelling tools."""
+    root = path.resolve().parent
+    parts = dict.fromkeys((path.stem.split("_")[-1], split, f"{split}2017"))
+    folders = [base / part for base in (root.parent / "images", root.parent, root) for part in parts]
+    return list(dict.fromkeys([*folders, root, root / "images", root.parent / "images"]))
+
+
+def _root_categories(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the categories that only group others; the exports of Roboflow begin with one."""
+    categories = document["categories"]
+    groups = {str(category.get("supercategory")) for category in categories}
+    roots = [c for c in categories if str(c["name"]) in groups and c.get("supercategory") in (None, "", "none")]
+    if not roots:
+        return []
+    used = {_as_text(row.get("category_id")) for row in document["annotations"] if isinstance(row, dict)}
+    return [root for root in roots if _as_text(root["id"]) not in used]
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -137,8 +165,8 @@ def read_coco(path: Path) -> dict[str, Any]:
 
 def _check_unique(images: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Check that every id is one file and every file one id: else images share or divide their annotations."""
-    files: dict[int, str] = {}
-    ids: dict[str, int] = {}
+    files: dict[CocoId, str] = {}
+    ids: dict[str, CocoId] = {}
     for image in images:
         image_id, file = _as_id(image["id"]), PurePath(image["file_name"]).as_posix()
         if image_id in files:
@@ -155,17 +183,27 @@ def _check_unique(images: Sequence[Mapping[str, Any]], path: Path) -> None:
         files[image_id], ids[file] = file, image_id
 
 
-def _as_id(value: object) -> int:
-    """Return an id as an int: 5, 5.0 and "5" are the same id.
+def _as_id(value: object) -> CocoId:
+    """Return an id: 5, 5.0 and "5" are the same id, and other texts are ids, too.
 
     Raises:
-        ValueError, OverflowError: It is not a whole number.
+        ValueError, OverflowError: It is neither a whole number nor text.
     """
     if type(value) is int:
         return value
-    if not isinstance(value, (float, str)) or (isinstance(value, float) and value != int(value)):
-        raise ValueError(f"the id {short_repr(value)} is not a whole number")
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\s*-?[0-9]{1,400}\s*", value) else value
+    if not isinstance(value, float) or value != int(value):
+        raise ValueError(f"the id {short_repr(value)} is neither a whole number nor text")
     return int(value)
+
+
+def _as_text(value: object) -> str:
+    """Return an id as text; values that are not an id have a text of no id."""
+    try:
+        return str(_as_id(value))
+    except (ValueError, OverflowError):
+        return ""
 
 
 def _cause(error: Exception) -> str:
@@ -177,8 +215,14 @@ def _check_image(image: Mapping[str, Any]) -> None:
     _as_id(image["id"])
     if not isinstance(image["file_name"], str) or "\0" in image["file_name"]:
         raise ValueError("file_name is not a string")
-    if not all(1 <= int(image[side]) <= MAX_SIDE for side in ("width", "height")):
+    if not all(1 <= side <= MAX_SIDE for side in _image_hw(image) or ()):
         raise ValueError(f"width and height must be 1 to {MAX_SIDE} pixels")
+
+
+def _image_hw(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return height and width in the file; `None` if one is missing, null or 0."""
+    height, width = (int(image.get(side) or 0) for side in ("height", "width"))
+    return (height, width) if height and width else None
 
 
 def _check_category(category: Mapping[str, Any]) -> None:
@@ -189,7 +233,7 @@ def _check_category(category: Mapping[str, Any]) -> None:
 
 def match_classes(
     document: Mapping[str, Any], names: Sequence[str] | None, *, source: Path
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+) -> tuple[tuple[str, ...], tuple[CocoId, ...]]:
     """Return the class names in class order, and the category id of each class.
 
     Without `names`, classes are ordered by category id. With `names`, a class is the category with the same name. With
@@ -199,7 +243,7 @@ def match_classes(
         DatasetError: A name is not a category, or two categories have the same id or name.
     """
     by_id = {_as_id(category["id"]): printable(str(category["name"])) for category in document["categories"]}
-    ids, by_name = tuple(sorted(by_id)), {name: i for i, name in by_id.items()}
+    ids, by_name = tuple(sorted(by_id, key=id_order)), {name: i for i, name in by_id.items()}
     if len(by_name) != len(document["categories"]):
         raise DatasetError(f"{source} has two categories with the same id or name.", fix="Make ids and names unique.")
     if names is None:
@@ -236,22 +280,26 @@ class AnnotatedImages:
 def annotate_images(
     pairs: Sequence[tuple[Path, Mapping[str, Any]]],
     document: Mapping[str, Any],
-    category_ids: Sequence[int],
+    category_ids: Sequence[CocoId],
     *,
     source: Path,
 ) -> AnnotatedImages:
     """Return one record per pair (image file, entry of `images`), with the boxes of the document.
 
-    An annotation that repeats another one with its id is dropped.
+    An annotation that repeats another one with its id is dropped, and so is one without a box or category. The size of
+    an image that the document does not have is read from the header of the file.
 
     Raises:
         DatasetError: An annotation is malformed, or its category is not a class.
     """
     class_of = {category: index for index, category in enumerate(category_ids)}
-    by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    by_image: dict[CocoId, list[Mapping[str, Any]]] = defaultdict(list)
     by_own_id: dict[int | str, Mapping[str, Any]] = {}
-    repeated = 0
+    repeated = incomplete = 0
     for annotation in document["annotations"]:
+        if isinstance(annotation, dict) and _is_incomplete(annotation):
+            incomplete += 1
+            continue
         try:
             _check_annotation(annotation, class_of)
             image_id, own_id = _as_id(annotation["image_id"]), annotation.get("id")
@@ -268,13 +316,15 @@ def annotate_images(
     known = {_as_id(image["id"]) for image in document["images"]}
     return AnnotatedImages(
         records=tuple(_coco_record(path, image, by_image[_as_id(image["id"])], class_of) for path, image in pairs),
-        problems=tuple(_annotation_problems(by_image, known, repeated, source)),
+        problems=tuple(_annotation_problems(by_image, known, repeated, incomplete, source)),
     )
 
 
 def _annotation_problems(
-    by_image: Mapping[int, Sequence[object]], known: set[int], repeated: int, source: Path
+    by_image: Mapping[CocoId, Sequence[object]], known: set[CocoId], repeated: int, incomplete: int, source: Path
 ) -> Iterator[str]:
+    if incomplete:
+        yield f"{incomplete} annotations of {source.name} have no bbox or no category; dropped"
     if repeated:
         yield f"{repeated} annotations of {source.name} repeat another one with the same id; dropped"
     unknown = {image_id: len(found) for image_id, found in by_image.items() if image_id not in known}
@@ -285,27 +335,51 @@ def _annotation_problems(
         )
 
 
-def _check_annotation(annotation: Mapping[str, Any], class_of: Mapping[int, int]) -> None:
+def _is_incomplete(annotation: Mapping[str, Any]) -> bool:
+    return annotation.get("bbox") in (None, []) or annotation.get("category_id") in (None, "")
+
+
+def _check_annotation(annotation: object, class_of: Mapping[CocoId, int]) -> None:
+    if not isinstance(annotation, dict):
+        raise TypeError("it is not an object")
     if _as_id(annotation["category_id"]) not in class_of:
         raise ValueError(f"category_id {short_repr(annotation['category_id'])} is not one of the classes")
-    numbers = [*annotation["bbox"], annotation.get("area", 0)]
-    if not all(isinstance(number, (int, float)) and abs(number) <= MAX_NUMBER for number in numbers):
+    box = annotation["bbox"] if isinstance(annotation["bbox"], list) else ()
+    numbers = [float(number) for number in (*box, _area(annotation) or 0)]
+    if len(numbers) != 5 or not all(abs(number) <= MAX_NUMBER for number in numbers):
         raise ValueError("bbox and area must be numbers, in pixels")
-    _, _, width, height, _ = numbers
-    if width < 0 or height < 0:
+    if numbers[2] < 0 or numbers[3] < 0:
         raise ValueError("bbox is not x, y, width, height")
-    if not isinstance(annotation.get("iscrowd") or 0, (int, float)):
-        raise ValueError("iscrowd is not 0 or 1")
+    _is_crowd(annotation)
     _polygon(annotation.get("segmentation"))
 
 
+def _area(annotation: Mapping[str, Any]) -> float | None:
+    area = annotation.get("area")
+    return None if area in (None, "") else float(area)
+
+
+def _is_crowd(annotation: Mapping[str, Any]) -> bool:
+    value = annotation.get("iscrowd")
+    if value not in (None, "", 0, 1, "0", "1"):
+        raise ValueError("iscrowd is not 0 or 1")
+    return value in (1, "1")
+
+
 def _coco_record(
-    path: Path, image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], class_of: Mapping[int, int]
+    path: Path, image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], class_of: Mapping[CocoId, int]
 ) -> Record:
-    image_hw = (int(image["height"]), int(image["width"]))
-    size = np.array([image_hw[1], image_hw[0]], dtype=np.float64)
-    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    areas = [float(a.get("area", w * h)) for a, (w, h) in zip(annotations, boxes[:, 2:], strict=True)]
+    image_hw = _image_hw(image)
+    if image_hw is None:
+        try:
+            image_hw = read_image_hw(path)
+        except ImageError:
+            annotations = ()  # of an image that cannot be used: reading its size fails again then
+    height, width = image_hw or (1, 1)
+    size = np.array([width, height], dtype=np.float64)
+    boxes = np.array([list(map(float, annotation["bbox"])) for annotation in annotations]).reshape(-1, 4)
+    given = map(_area, annotations)
+    areas = [w * h if area is None else area for area, (w, h) in zip(given, boxes[:, 2:], strict=True)]
     boxes[:, 2:] += boxes[:, :2]
     return Record(
         path=path,
@@ -315,7 +389,7 @@ def _coco_record(
         labels=Labels(
             boxes=boxes / np.tile(size, 2),
             class_ids=np.array([class_of[_as_id(a["category_id"])] for a in annotations], dtype=np.int64),
-            crowd=np.array([bool(a.get("iscrowd")) for a in annotations], dtype=np.bool_),
+            crowd=np.array([_is_crowd(a) for a in annotations], dtype=np.bool_),
             polygons=tuple(_polygon(a.get("segmentation")) / size for a in annotations),
         ),
     )

@@ -18,6 +18,7 @@ from yolov7_deploy.image import FloatArray, read_image_hw
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 DoubleArray = npt.NDArray[np.float64]
+CocoId = int | str  # of an image or category; whole numbers are ints
 
 MAX_LISTED = 10  # names or lines that a message lists
 MAX_TEXT = 200  # characters of a file's text that a message quotes
@@ -70,7 +71,7 @@ class Sample:
     """
 
     path: Path
-    image_id: int
+    image_id: CocoId
     image_hw: tuple[int, int]
     boxes: FloatArray
     class_ids: IntArray
@@ -91,7 +92,7 @@ class Record:
     """
 
     path: Path
-    image_id: int
+    image_id: CocoId
     image_hw: tuple[int, int] | None
     labels: Labels
     areas: DoubleArray | None = None
@@ -115,7 +116,7 @@ class Dataset(Sequence[Sample]):
         *,
         source: str,
         class_names: tuple[str, ...],
-        category_ids: tuple[int, ...],
+        category_ids: tuple[CocoId, ...],
         problems: tuple[str, ...] = (),
         left_out: tuple[str, ...] = (),
         coverage: str = "",
@@ -169,7 +170,7 @@ class Dataset(Sequence[Sample]):
         """Return the image file of a sample without opening it."""
         return self._records[index].path
 
-    def image_id(self, index: int) -> int:
+    def image_id(self, index: int) -> CocoId:
         """Return the COCO image id of a sample."""
         return self._records[index].image_id
 
@@ -234,6 +235,11 @@ class Dataset(Sequence[Sample]):
                 )
         categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names, strict=True)]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def id_order(coco_id: CocoId) -> tuple[bool, CocoId]:
+    """Return the key by which ids are sorted: numbers come before texts."""
+    return isinstance(coco_id, str), coco_id
 
 
 def join_names(names: Iterable[str]) -> str:
@@ -320,7 +326,7 @@ def _class_id(dataset: Dataset, name_or_id: str | int) -> int:
 
 
 def _renumber(
-    dataset: Dataset, new_ids: IntArray, *, class_names: tuple[str, ...], category_ids: tuple[int, ...]
+    dataset: Dataset, new_ids: IntArray, *, class_names: tuple[str, ...], category_ids: tuple[CocoId, ...]
 ) -> Dataset:
     """Return the dataset with class ids mapped by `new_ids`, int64 [C]; boxes that become `REMOVED` are dropped."""
     return Dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ MAX_NODES = 50_000  # values in the file: PyYAML takes 0.1 ms and more for each
 MAX_EXPANDED_NODES = 1_000_000  # with all aliases expanded; 16 characters of a text count as one more
 MAX_NUMBER_CHARACTERS = 1_000  # reading `1:59:59...` takes quadratic time
 _CHARACTERS_PER_NODE = 16
+_TEXT = "tag:yaml.org,2002:str"
 # Raised by PyYAML for a value that its tag does not fit, such as `!!float` without a number or `!!timestamp x`.
 _CONSTRUCTION = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
-def read_yaml(path: Path) -> object:
+def read_yaml(path: Path, *, texts: Collection[str] = ()) -> object:
     """Return the document of a YAML file; only plain values, no Python objects.
+
+    Args:
+        path: The file.
+        texts: Keys of the document below which everything is text: YAML reads `no` as False, and `007` as 7.
 
     Raises:
         OSError: The file cannot be read, or is too large.
@@ -33,6 +39,7 @@ def read_yaml(path: Path) -> object:
         if root is None:
             return None
         _check_size(root)
+        _keep_texts(loader, root, texts)
         document: object = loader.construct_document(root)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -59,6 +66,18 @@ class _Loader(yaml.SafeLoader):
         if self._count > MAX_NODES:
             raise _TooLargeError(f"it has more than {MAX_NODES} values")
         return super().compose_node(parent, index)
+
+
+def _keep_texts(loader: _Loader, root: yaml.Node, keys: Collection[str]) -> None:
+    """Make all values below these keys of a mapping texts, as they are written; values with a tag keep it."""
+    found = [value for key, value in root.value if key.value in keys] if isinstance(root, yaml.MappingNode) else []
+    while found:
+        node = found.pop()
+        if isinstance(node, yaml.ScalarNode):
+            untagged: str = loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+            node.tag = _TEXT if node.tag == untagged else node.tag
+        else:
+            found += [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
 
 
 def _check_size(root: yaml.Node) -> None:

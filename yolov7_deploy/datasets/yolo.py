@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from yolov7_deploy._serialization import short_repr
@@ -26,9 +25,12 @@ from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.datasets.yolo_labels import read_label_files
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import IMAGE_SUFFIXES
-from yolov7_deploy.sources.files import list_folder, locate, read_list, summarize_left_out
+from yolov7_deploy.sources.files import list_folder, locate, path_exists, read_list, summarize_left_out
 
 SPLITS = ("train", "val", "test")
+OTHER_KEYS = {"val": ("valid", "validation", "dev")}  # by which other programs call a split
+NAME_FILES = (".txt", ".names")
+PATH_FIX = "Write paths with / or in single quotes."
 MAX_CLASSES = 100_000
 
 
@@ -56,8 +58,8 @@ def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False)
         DatasetError: The YAML, its lists or its labels are malformed, or images are missing.
     """
     config = _read_yaml(path)
-    names = _names(config, path)
     root = path.parent / _as_path_text(config.get("path") or ".", path)
+    names = _names(config, root, path)
     images = _find_images(config, split, root, path)
     annotations = config.get("annotations")
     # A single annotation file belongs to val; files for several splits are a mapping.
@@ -84,36 +86,34 @@ def open_yaml(path: Path, *, split: str, limit: int | None, cache: bool = False)
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        config = read_yaml(path)
+        config = read_yaml(path, texts=("names",))
+    except UnicodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text: {short_reason(error)}.", fix="Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read as YAML: {short_reason(error)}.", fix="Correct the file.") from error
+        fix = PATH_FIX if "escape character" in str(error) else "Correct the file."
+        raise DatasetError(f"{path} cannot be read as YAML: {short_reason(error)}.", fix=fix) from error
     if not isinstance(config, dict):
         raise DatasetError(f"{path} is not a dataset YAML.", fix="A dataset YAML has `names`, and `val` or `train`.")
     return config
 
 
-def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    names, count = config.get("names"), config.get("nc")
+def _names(config: Mapping[str, Any], root: Path, path: Path) -> tuple[str, ...]:
+    """Return the class names of any form: a list, `0: cat` lines, `cat, dog`, or a file with a name per line."""
+    count, names = _class_count(config, path), config.get("names")
+    if isinstance(names, str):
+        names = _split_names(names.strip(), count, root, path)
     if isinstance(names, dict):
-        if set(names) != set(range(len(names))):
-            raise DatasetError(f"{path}: the keys of names are not 0..{len(names) - 1}.", fix="Number classes from 0.")
-        names = [names[i] for i in range(len(names))]
-    if isinstance(count, int) and not 1 <= count <= MAX_CLASSES:
-        raise DatasetError(
-            f"{path} has nc: {short_repr(count)}.", fix=f"nc is the number of classes, 1 to {MAX_CLASSES}."
-        )
-    if names is None and isinstance(count, int):
+        names = _in_class_order(names, path)
+    if names is None and count is not None:
         names = [f"class_{i}" for i in range(count)]
     if not isinstance(names, list) or not names:
         raise DatasetError(f"{path} has no names.", fix='Add for example:  names: ["cat", "dog"]')
-    if count is not None and count != len(names):
-        raise DatasetError(f"{path} has nc: {short_repr(count)} but {len(names)} names.", fix="Make them match.")
-    wrong = [name for name in names if not isinstance(name, (str, int, float, datetime.date))]
+    if count not in (None, len(names)):
+        raise DatasetError(f"{path} has nc: {count} but {len(names)} names.", fix="Make them match.")
+    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
     if wrong:
-        raise DatasetError(
-            f"{path}: {short_repr(wrong[0])} in names is not a string.", fix='Quote it:  names: ["cat", "yes"]'
-        )
-    texts = tuple(printable(str(name)) for name in names)
+        raise DatasetError(f"{path}: {short_repr(wrong[0])} in names is not a name.", fix='names: ["cat", "dog"]')
+    texts = tuple(printable(name.strip()) for name in names)
     repeated = [name for name, count in Counter(texts).items() if count > 1]
     if repeated:
         raise DatasetError(
@@ -122,12 +122,52 @@ def _names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return texts
 
 
+def _class_count(config: Mapping[str, Any], path: Path) -> int | None:
+    value = config.get("nc")
+    if value is None:
+        return None
+    text = str(value).strip().removesuffix(".0")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_CLASSES):
+        raise DatasetError(
+            f"{path} has nc: {short_repr(value)}.", fix=f"nc is the number of classes, 1 to {MAX_CLASSES}."
+        )
+    return int(text)
+
+
+def _split_names(text: str, count: int | None, root: Path, path: Path) -> list[str]:
+    if text.lower().endswith(NAME_FILES):
+        try:
+            return [name for _, name in read_list(_locate(text, root, path))]
+        except (OSError, ValueError) as error:
+            raise DatasetError(
+                f"{short_text(text)}, the names of {path}, cannot be read: {short_reason(error)}.",
+                fix="Write one name per line.",
+            ) from error
+    if count == 1:
+        return [text]
+    return [part for part in text.replace(",", "\n").splitlines() if part.strip()]
+
+
+def _in_class_order(names: Mapping[str, str], path: Path) -> list[str]:
+    """Return the names of a mapping by class id, `0: cat`, or from the names, `cat: 0`."""
+    numbers = {str(number) for number in range(len(names))}
+    for by_id in (names, {name: key for key, name in names.items() if isinstance(name, str)}):
+        if set(by_id) == numbers:
+            return [by_id[str(number)] for number in range(len(names))]
+    raise DatasetError(
+        f"{path}: names are numbered {join_names(names)}, and not from 0 to {len(names) - 1}.",
+        fix=f"Number them from 0 to {len(names) - 1}, as the label files do.",
+    )
+
+
 def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) -> SplitImages:
     entries = config.get(split)
     if not entries:
         available = ", ".join(key for key in SPLITS if config.get(key)) or f"none of {', '.join(SPLITS)}"
+        other = next((key for key in OTHER_KEYS.get(split, ()) if config.get(key)), None)
         raise DatasetError(
-            f"{path} has no {split} images (it has {available}).", fix=f"Add for example:  {split}: images"
+            f"{path} has no {split} images (it has {available}).",
+            fix=f"Rename `{other}` to `{split}`." if other else f"Add for example:  {split}: images",
         )
     found: list[Path] = []
     problems: list[str] = []
@@ -174,18 +214,32 @@ def _as_path_text(value: object, path: Path) -> str:
 def _locate(entry: str, root: Path, path: Path) -> Path:
     """Find an entry of the YAML: under `path`, next to the YAML or, as officially, in the working directory.
 
-    Roboflow writes `../train/images` for the folder `train` next to the YAML.
+    Roboflow writes `../train/images` for the folder `train` next to the YAML, and `NAME-1/train/images` for that of a
+    YAML in the folder `NAME-1`.
     """
-    inside = entry.replace("\\", "/").removeprefix("../")
-    for folder, text in ((root, entry), (path.parent, entry), (path.parent, inside), (Path.cwd(), entry)):
-        found = locate(text, [folder])
+    inside, folder = entry.replace("\\", "/").removeprefix("../"), path.absolute().parent
+    places = ((root, entry), (folder, entry), (folder, inside), (folder.parent, entry), (Path.cwd(), entry))
+    for place, text in places:
+        found = locate(text, [place])
         if found is not None:
             return found
     tried = dict.fromkeys((root / entry, path.parent / entry, Path.cwd() / entry))
     raise DatasetError(
         f"{path} names {short_text(entry)}, which does not exist; looked for {', '.join(map(short_text, tried))}.",
-        fix="Correct the entry, or `path` in the YAML.",
+        fix=_suggest_path(entry, folder),
     )
+
+
+def _suggest_path(entry: str, folder: Path) -> str:
+    """Return what to write instead: the end of the entry if it exists next to the YAML, as after a move."""
+    if not entry.isprintable():  # YAML reads "images\\val" as a vertical tab
+        return PATH_FIX
+    parts = [part for part in entry.replace("\\", "/").split("/") if part.strip(".")]
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    end = next((end for end in ends if path_exists(folder / end)), None)
+    if end is None:
+        return "Correct the entry, or `path` in the YAML."
+    return f"{short_text(folder / end)} exists: write  {short_text(end)}  in the YAML."
 
 
 def _images_in_folder(folder: Path) -> SplitImages:
@@ -232,12 +286,13 @@ def _match_entries(
     """Pair each image with its entry by file name; folders decide between files with the same name."""
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries:
-        by_name.setdefault(Path(entry["file_name"]).name, []).append(entry)
+        by_name.setdefault(PureWindowsPath(entry["file_name"]).name, []).append(entry)
     pairs = []
     for image in images:
         candidates = by_name.get(image.name, [])
         if len(candidates) > 1:
-            candidates = [entry for entry in candidates if image.as_posix().endswith(f"/{entry['file_name']}")]
+            ends = [f"/{PureWindowsPath(entry['file_name']).as_posix()}" for entry in candidates]
+            candidates = [e for e, end in zip(candidates, ends, strict=True) if image.as_posix().endswith(end)]
         if len(candidates) != 1:
             raise DatasetError(
                 f"{short_text(str(image))} is {'not' if not candidates else 'more than once'} in {source}.",

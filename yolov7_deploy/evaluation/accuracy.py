@@ -21,7 +21,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
-from yolov7_deploy.datasets.samples import DoubleArray
+from yolov7_deploy.datasets.samples import CocoId, DoubleArray, id_order
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.evaluation.precision_recall import PrecisionRecall, precision_recall
@@ -166,7 +166,7 @@ def evaluate(
     )
 
 
-def _map_categories(names: Sequence[str], dataset: Dataset) -> dict[int, int]:
+def _map_categories(names: Sequence[str], dataset: Dataset) -> dict[int, CocoId]:
     """Return the category id of the dataset for each class id of the detector; classes missing there are left out.
 
     Classes are matched by name, or by position if the detector has no names or most names are equal.
@@ -193,7 +193,7 @@ def _map_categories(names: Sequence[str], dataset: Dataset) -> dict[int, int]:
     }
 
 
-def _category_table(category_of: Mapping[int, int]) -> list[int]:
+def _category_table(category_of: Mapping[int, CocoId]) -> list[CocoId]:
     return [category_of.get(i, -1) for i in range(max(category_of, default=-1) + 1)]
 
 
@@ -287,13 +287,15 @@ class MetricIds:
         categories: The number of each category id.
     """
 
-    images: Mapping[int, int]
-    categories: Mapping[int, int]
+    images: Mapping[CocoId, int]
+    categories: Mapping[CocoId, int]
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> MetricIds:
         """Return the numbers for the images and categories of a COCO document."""
-        images, categories = (sorted(row["id"] for row in document[section]) for section in ("images", "categories"))
+        images, categories = (
+            sorted((row["id"] for row in document[section]), key=id_order) for section in ("images", "categories")
+        )
         return cls(
             images={image_id: number for number, image_id in enumerate(images, start=1)},
             categories={category_id: number for number, category_id in enumerate(categories, start=1)},
