@@ -107,16 +107,98 @@ def test_sync_batch_norm_is_batch_norm(path):
     assert_holds(load_checkpoint(save_official({"model": nn.SyncBatchNorm.convert_sync_batchnorm(model)}, path)), model)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("key", [None, "model", "ema", "state_dict"])
-def test_plain_state_dicts_are_read(path, key, prefix):
+def save_plain(tensors: dict[str, torch.Tensor], folder: Path, form: str) -> Path:
+    """Write a state dict in one of the forms in which weights are passed on."""
+    if form == "safetensors":
+        path = folder / "weights.safetensors"
+        safetensors.torch.save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+        return path
+    path = folder / "weights.pt"
+    content: dict[str, object] = tensors  # type: ignore[assignment]
+    for key in reversed(form.split("/")) if form != "bare" else ():
+        content = {key: content, "epoch": 1, "loss": torch.tensor(0.5)}
+    torch.save(content, path)
+    return path
+
+
+FORMS = (
+    *("bare", "model", "ema", "state_dict", "model_state_dict", "ema_state_dict", "net", "module"),
+    *("model/state_dict", "state_dict/model/net", "safetensors"),
+)
+PREFIXES = (
+    *("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module.", "model.", "net.module."),
+    *("_fsdp_wrapped_module.", "_forward_module.module."),
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "prefix"),
+    [*((form, "module.") for form in FORMS), *((form, p) for p in PREFIXES for form in ("bare", "safetensors"))],
+)
+def test_state_dicts_are_read_in_every_form_and_below_every_wrapper(tmp_path, form, prefix):
     model = Model()
     weights = {prefix + name: value for name, value in model.state_dict().items()}
-    torch.save(weights if key is None else {key: weights, "epoch": 1}, path)
-    checkpoint = load_checkpoint(path)
-    assert_holds(checkpoint, model)
+    checkpoint = load_checkpoint(save_plain(weights, tmp_path, form))
+    assert set(checkpoint.tensors) == set(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(checkpoint.tensors[key], value.float() if value.is_floating_point() else value)
     assert checkpoint.class_names == ("class_0", "class_1")
     assert checkpoint.variant == "yolov7-tiny"
+
+
+def wrapped_inside() -> nn.Module:
+    model = Model()
+    model.model[0] = nn.DataParallel(model.model[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.compile
+@pytest.mark.parametrize("form", ["bare", "safetensors"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.model,
+        lambda model: torch.compile(model),
+        lambda model: torch.compile(nn.DataParallel(torch.compile(model))),
+        lambda model: torch.optim.swa_utils.AveragedModel(model),
+        lambda _: wrapped_inside(),
+    ],
+    ids=["layers", "compiled", "compiled-parallel-compiled", "averaged", "inside"],
+)
+def test_state_dicts_of_real_wrappers_are_read(tmp_path, form, wrap):
+    path = save_plain(wrap(Model()).state_dict(), tmp_path, form)
+    checkpoint = load_checkpoint(path)
+    assert set(checkpoint.tensors) == set(Model().state_dict())
+
+
+@pytest.mark.parametrize("form", ["bare", "safetensors"])
+def test_missing_counters_of_batch_norm_are_zero(tmp_path, form):
+    model = Model()
+    path = save_plain({k: v for k, v in model.state_dict().items() if "num_batches" not in k}, tmp_path, form)
+    tensors = load_checkpoint(path).tensors
+    assert set(tensors) == set(model.state_dict())
+    counters = [value for key, value in tensors.items() if "num_batches" in key]
+    assert counters and all(value.dtype == torch.int64 and value == 0 for value in counters)
+    if form == "bare":
+        assert list(tensors) == list(model.state_dict())
+
+
+def test_a_file_without_counters_gives_the_same_network(tmp_path):
+    model = new_model("yolov7-tiny", classes=2)
+    weights = {f"module.{k}": v for k, v in model.state_dict().items() if "num_batches" not in k}
+    built = build_model(load_checkpoint(save_plain(weights, tmp_path, "safetensors")))
+    image = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        for a, b in zip(built(image), model.eval()(image), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nested_wrappers_of_a_module_lose_their_prefixes(path):
+    model = Model()
+    assert_holds(load_checkpoint(save_official({"model": nn.DataParallel(nn.DataParallel(model))}, path)), model)
+    inside = wrapped_inside()
+    checkpoint = load_checkpoint(save_official({"model": inside}, path))
+    assert list(checkpoint.tensors) == list(model.state_dict())
 
 
 def test_eighty_classes_without_names_get_the_names_of_coco(path):

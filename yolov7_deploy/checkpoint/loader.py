@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -34,13 +35,22 @@ from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
 logger = get_logger(__name__)
 
+_T = TypeVar("_T")
 Anchors = tuple[tuple[tuple[float, float], ...], ...]
 
 MAX_CLASS_NAME = 1000  # characters
 
 _KEY_ORDER = "key_order"
 _TINY_SILU = "yolov7-tiny-silu"
-_COUNTER = "num_batches_tracked"
+_COUNTER, _VARIANCE = "num_batches_tracked", "running_var"
+# Where weights are in a file, most important first: the official program uses the moving average if there is one.
+_WEIGHT_KEYS = ("ema", "ema_state_dict", "model_ema", "model", "state_dict", "model_state_dict", "net", "module")
+_MAX_NESTING = 4
+# Attributes that hold the network in the modules of DataParallel, torch.compile, FSDP, checkpointing and DeepSpeed.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_NOT_WEIGHTS = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel
+_LAYER = re.compile(r"[0-9]{1,6}\.")
+_OFFICIAL = re.compile(r"(?:^|\.)(?P<name>model\.[0-9]{1,6}\.)")
 _SAVE_AGAIN = (
     "Save it again:  torch.save({'model': model}, 'weights.pt')  or  torch.save(model.state_dict(), 'weights.pt')"
 )
@@ -226,7 +236,7 @@ def _read_safetensors(path: Path) -> _Contents:
             fix="Copy or download the file again, and compare its size with the original.",
         ) from error
     if METADATA_KEY not in header:
-        return _Contents(arrays=arrays)
+        return _Contents(arrays=_with_counters(_official_names(arrays)))
     try:
         metadata = ModelMetadata.from_json(header[METADATA_KEY])
     except RecursionError as error:
@@ -261,8 +271,8 @@ def _read_torch(path: Path) -> _Contents:
             entries, names, activations = _plain_entries(weights, path.name), None, frozenset[str]()
         if names is None and isinstance(file.root, dict):
             names = file.root.get("names")
-        arrays = {key: file.array(entry) for key, entry in _without_prefix(entries).items()}
-    return _Contents(arrays=arrays, names=names, activations=activations)
+        arrays = {key: file.array(entry) for key, entry in _official_names(entries).items()}
+    return _Contents(arrays=_with_counters(arrays), names=names, activations=activations)
 
 
 def _weights(root: object, source: str) -> Module | dict[object, object]:
@@ -270,15 +280,23 @@ def _weights(root: object, source: str) -> Module | dict[object, object]:
     if isinstance(root, Module):
         return root
     if isinstance(root, dict):
-        for key in ("ema", "model", "state_dict"):
-            found = root.get(key)
-            if isinstance(found, Module) or (isinstance(found, dict) and found):
-                return found
-        if any(isinstance(value, TensorEntry) for value in root.values()):
-            return root
+        found = _find_weights(root)
+        if found is not None:
+            return found
         keys = ", ".join(ascii(key[:40])[:40] for key in list(root)[:8] if isinstance(key, str))
         raise CheckpointError(f"{source} contains no weights: neither ema nor model among [{keys}].", fix=_SAVE_AGAIN)
     raise CheckpointError(f"{source} contains a {type(root).__name__} instead of weights.", fix=_SAVE_AGAIN)
+
+
+def _find_weights(root: dict[object, object], depth: int = 0) -> Module | dict[object, object] | None:
+    """Return a module or state dict at one of the usual keys, which may be nested, or the dict itself."""
+    for key in _WEIGHT_KEYS:
+        value = root.get(key)
+        if isinstance(value, Module):
+            return value
+        if isinstance(value, dict) and value:
+            return (_find_weights(value, depth + 1) if depth < _MAX_NESTING else None) or value
+    return root if any(isinstance(value, TensorEntry) for value in root.values()) else None
 
 
 def _plain_entries(weights: dict[object, object], source: str) -> dict[str, TensorEntry]:
@@ -301,11 +319,36 @@ def _check_count(tensors: int, source: str) -> None:
         )
 
 
-def _without_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Remove the prefix `module.` that DataParallel adds to every name."""
-    if entries and all(key.startswith("module.") for key in entries):
-        return {key.removeprefix("module."): entry for key, entry in entries.items()}
-    return entries
+def _official_names(entries: Mapping[str, _T]) -> dict[str, _T]:
+    """Return the entries under official names, `model.0.conv.weight`.
+
+    Names of wrapper modules are removed at every level, and so is any other common prefix before `model.N.`. The
+    layers alone, saved as `0.conv.weight`, get the prefix `model.`.
+    """
+    named = {_without_wrappers(key): entry for key, entry in entries.items() if key not in _NOT_WEIGHTS}
+    if len(named) < len(entries) - sum(key in _NOT_WEIGHTS for key in entries):
+        return dict(entries)
+    if named and all(_LAYER.match(key) for key in named):
+        return {f"model.{key}": entry for key, entry in named.items()}
+    starts = {key: found.start("name") if (found := _OFFICIAL.search(key)) else 0 for key in named}
+    if len({key[:start] for key, start in starts.items()}) == 1:
+        return {key[starts[key] :]: entry for key, entry in named.items()}
+    return named
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _with_counters(arrays: Mapping[str, NumberArray]) -> dict[str, NumberArray]:
+    """Add `num_batches_tracked` where a BatchNorm layer lacks it: no variant uses it, and some programs drop it."""
+    complete: dict[str, NumberArray] = {}
+    for key, array in arrays.items():
+        complete[key] = array
+        counter = f"{key.removesuffix(_VARIANCE)}{_COUNTER}"
+        if key.endswith(_VARIANCE) and counter not in arrays:
+            complete[counter] = np.zeros((), dtype=np.int64)
+    return complete
 
 
 def _tensor(key: str, array: NumberArray, source: str) -> torch.Tensor:

@@ -59,10 +59,12 @@ def read_modules(network: Module, *, source: str) -> ModuleContents:
 
 
 def _unwrapped(network: Module) -> Module:
-    children = network.state.get("_modules")
-    if network.class_name in _WRAPPERS and isinstance(children, dict):
-        inner = children.get("module")
-        return inner if isinstance(inner, Module) else network
+    for _ in range(MAX_DEPTH):
+        children = network.state.get("_modules")
+        inner = children.get("module") if isinstance(children, dict) else None
+        if network.class_name not in _WRAPPERS or not isinstance(inner, Module):
+            break
+        network = inner
     return network
 
 
