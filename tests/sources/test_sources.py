@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 import time
 from pathlib import Path
@@ -289,6 +290,14 @@ def test_a_broken_video_is_an_error_that_can_be_skipped(tmp_path, content):
     assert names(source) == ["b.png"]
     assert source.total is None
     assert len(source.skipped) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_playlist_that_names_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile pipe.mp4\n")
+    with pytest.raises(SourceError, match=r"a\.mp4 is not a video but a playlist"):
+        list(open_source(tmp_path / "a.mp4"))
 
 
 def test_a_truncated_video_yields_its_frames_and_warns(tmp_path, caplog):

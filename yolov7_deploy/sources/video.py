@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import PartialFile, temporary_folder
+from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy._download import download
 from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
 from yolov7_deploy.errors import ImageError, SourceError
@@ -31,6 +33,7 @@ PLAUSIBLE_FPS = (0.1, 1000.0)
 DEFAULT_FPS = 25.0
 # The highest levels of H.265 and AV1 end at 36 megapixels; decoders hold a dozen frames.
 MAX_FRAME_PIXELS = 2**26
+_PLAYLIST_START = b"ffconcat version"
 
 
 class Capture(Protocol):
@@ -57,7 +60,11 @@ OpenCapture = Callable[[str | int], Capture]
 
 
 def open_capture(address: str | int) -> Capture:
-    """Open a camera number, stream URL or video file with OpenCV; the network and files have a timeout."""
+    """Open a camera number, stream URL or video file with OpenCV; the network and files have a timeout.
+
+    Raises:
+        SourceError: It is a playlist of FFmpeg, which opens the files that it names: a named pipe blocks for ever.
+    """
     capture: Capture
     if isinstance(address, str) and "://" in address:
         capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, _timeouts(NETWORK_TIMEOUT_MS))
@@ -66,9 +73,19 @@ def open_capture(address: str | int) -> Capture:
         camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # so that the driver does not queue old frames
         capture = camera
     else:
+        _refuse_playlist(address)
         with opencv_name(address) as name:
             capture = cv2.VideoCapture(name, cv2.CAP_ANY, _timeouts(FILE_TIMEOUT_MS))
     return capture
+
+
+def _refuse_playlist(path: str) -> None:
+    with contextlib.suppress(OSError), open_file(path, max_bytes=sys.maxsize) as file:
+        if file.read(len(_PLAYLIST_START)) == _PLAYLIST_START:
+            raise SourceError(
+                f"{path} is not a video but a playlist for FFmpeg's concat.",
+                fix="List the videos in a text file, one path per line:  --source list.txt",
+            )
 
 
 def _timeouts(milliseconds: int) -> list[int]:
