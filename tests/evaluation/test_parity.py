@@ -1,6 +1,7 @@
 """Verification passes right exports of any network, also dense and untrained ones, and fails wrong ones."""
 
 import json
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -228,12 +229,26 @@ def test_conf_is_lowered_until_there_are_detections(untrained, tmp_path):
     assert 0 < report.conf < 0.01
 
 
-@pytest.fixture
-def nothing_found(untrained, tmp_path, monkeypatch):
-    """Weights that detect nothing, and their export with fixed thresholds."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_fixed_conf_is_lowered_in_a_copy_of_the_file(untrained, tmp_path, monkeypatch, multi_label):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     weights = save(untrained, tmp_path / "w.safetensors")
-    arguments = ["export", "--weights", str(weights), "--img", f"{HW[0]}x{HW[1]}", "--nms", "efficient"]
+    options = ExportOptions(input_hw=HW, nms="efficient", multi_label=multi_label)
+    report = export_weights(weights, tmp_path / "m.onnx", options=options).parity
+    assert report.ok and report.compared > 0 and 0 < report.conf < 0.01
+    assert OnnxModel.load(tmp_path / "m.onnx").metadata.nms.conf == 0.25
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "w.safetensors"]
+
+
+@pytest.fixture
+def nothing_found(tmp_path, monkeypatch):
+    """Weights whose scores are all 0, and their export."""
+    monkeypatch.chdir(tmp_path)
+    model = new_model("yolov7-tiny", classes=3)
+    for layer in model.head.m:
+        torch.nn.init.constant_(layer.bias, -1e4)
+    weights = save(model, tmp_path / "w.safetensors")
+    arguments = ["export", "--weights", str(weights), "--img", f"{HW[0]}x{HW[1]}"]
     return weights, CliRunner().invoke(app, [*arguments, "--json", "record.json"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,23 @@ from yolov7_deploy.onnx_export.nms import EFFICIENT_OP
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs
+
+
+def copy_with_conf(path: Path, copy: Path, *, conf: float) -> None:
+    """Write a copy of an exported file in which the confidence threshold of EfficientNMS_TRT is `conf`.
+
+    Raises:
+        LoadError: The file is not ONNX, or was not written by this package.
+        ExportError: The copy cannot be written.
+    """
+    model = OnnxModel.load(path)
+    for node in model.proto.graph.node:
+        for attribute in node.attribute if node.op_type == EFFICIENT_OP else ():
+            if attribute.name == "score_threshold":
+                attribute.f = conf
+    assert model.metadata.nms is not None, "the file has NMS inside"
+    nms = replace(model.metadata.nms, conf=conf)
+    OnnxModel.of(model.proto, replace(model.metadata, nms=nms)).save(copy)
 
 
 class OnnxProbe:

@@ -6,11 +6,13 @@ with the boxes before NMS, because NMS turns the smallest differences into other
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from yolov7_deploy._atomic_file import temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.evaluation.nms_consistency import candidate_limit
@@ -102,10 +104,11 @@ class StageProbe(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """One model to compare, with its runtime; `probe` is `None` if it has no intermediate outputs."""
+    """One model to compare, with its runtime and file; `probe` is `None` if it has no intermediate outputs."""
 
     name: str
     runtime: Runtime
+    path: Path | None
     probe: StageProbe | None
     input_hw: tuple[int, int]
 
@@ -123,6 +126,37 @@ class Artifact:
         """Return the detections in one image."""
         return self.runtime.infer([image], [letterbox], thresholds).detections[0]
 
+    @property
+    def lowest_conf(self) -> float:
+        """The lowest confidence threshold that `with_conf` can set; the graph of an ONNX file can be changed."""
+        nms = self.metadata.nms
+        return 0.0 if nms is None or nms.runtime_thresholds or self._efficient_file() else nms.conf
+
+    def _efficient_file(self) -> Path | None:
+        """Return the file, if it is an ONNX file of this package with EfficientNMS_TRT."""
+        nms = self.metadata.nms
+        is_onnx = self.path is not None and self.path.suffix == ".onnx" and bool(self.metadata.heads)
+        return self.path if is_onnx and nms is not None and nms.kind == "efficient" else None
+
+    @contextlib.contextmanager
+    def with_conf(self, conf: float) -> Iterator[Artifact]:
+        """Yield this artifact, or a copy that has the confidence threshold if its own is higher and fixed."""
+        nms, path = self.metadata.nms, self._efficient_file()
+        if path is None or nms is None or nms.conf <= conf:
+            yield self
+            return
+        from yolov7_deploy.evaluation.onnx_probe import copy_with_conf
+        from yolov7_deploy.runtimes.onnxruntime import OrtRuntime
+
+        with temporary_folder("y7-verify") as folder:
+            copy = folder / "copy.onnx"
+            copy_with_conf(path, copy, conf=conf)
+            runtime = OrtRuntime.open(copy, device=self.runtime.device, input_hw=None)
+            try:
+                yield make_artifact(self.name, runtime, copy, input_hw=self.input_hw)
+            finally:
+                runtime.close()
+
 
 def compare(
     reference: Artifact,
@@ -134,7 +168,8 @@ def compare(
 ) -> ParityReport:
     """Compare two artifacts on the same images (uint8 BGR), stage by stage.
 
-    If no detection is above `thresholds.conf`, the images are compared again with half of the best score.
+    If no detection is above `thresholds.conf`, the images are compared again with half of the best score; if it is
+    fixed in an ONNX file, with a copy of the file.
 
     If the thresholds are fixed in a file, `thresholds` must be the same.
 
@@ -152,7 +187,8 @@ def compare(
     report = _compare_images(reference, against, images, thresholds, progress)
     lower = None if report.verified else _lower_conf(reference, against, images, thresholds)
     if lower is not None:
-        report = _compare_images(reference, against, images, lower, progress)
+        with reference.with_conf(lower.conf) as first, against.with_conf(lower.conf) as second:
+            report = _compare_images(first, second, images, lower, progress)
     logger.info("%s against %s on %d images: %s", against.name, reference.name, len(images), report.ok)
     return report
 
@@ -179,12 +215,11 @@ def _lower_conf(
     reference: Artifact, against: Artifact, images: Sequence[Image], thresholds: Thresholds
 ) -> Thresholds | None:
     """Return the thresholds with half of the reference's best score as `conf`; `None` if it is fixed above that."""
-    inside = [nms for nms in (reference.metadata.nms, against.metadata.nms) if nms is not None]
-    lowest = max((nms.conf for nms in inside if not nms.runtime_thresholds), default=0.0)
-    best = 0.0
-    for image in images:
-        found = reference.detect(image, _letterbox(reference, image), replace(thresholds, conf=lowest, max_det=1))
-        best = max(best, float(found.scores.max(initial=0)))
+    lowest, best = max(reference.lowest_conf, against.lowest_conf), 0.0
+    with reference.with_conf(lowest) as artifact:
+        for image in images:
+            found = artifact.detect(image, _letterbox(artifact, image), replace(thresholds, conf=lowest, max_det=1))
+            best = max(best, float(found.scores.max(initial=0)))
     conf = max(float(f"{best / 2:.2g}"), lowest)
     return replace(thresholds, conf=conf) if conf < min(best, thresholds.conf) else None
 
@@ -239,7 +274,7 @@ def make_artifact(name: str, runtime: Runtime, path: Path | None, *, input_hw: t
         from yolov7_deploy.evaluation.onnx_probe import OnnxProbe
 
         probe = OnnxProbe(path)
-    return Artifact(name=name, runtime=runtime, probe=probe, input_hw=input_hw)
+    return Artifact(name=name, runtime=runtime, path=path, probe=probe, input_hw=input_hw)
 
 
 def comparison_thresholds(metadata: ModelMetadata) -> Thresholds:
