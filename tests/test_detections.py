@@ -163,6 +163,29 @@ def test_filter_refuses_a_score_outside_of_0_to_1(conf):
         make(3).filter(conf=conf)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "ids"),
+    [
+        ("person, traffic light", (0, 2)),
+        (["person,dog", "1"], (0, 1, 3)),
+        ("0 2", (0, 2)),
+        ("0, 2 ,dog", (0, 2, 3)),
+        (["0", "2"], (0, 2)),
+        ("DOG,", (3,)),
+    ],
+)
+def test_a_text_may_have_several_classes(wanted, ids):
+    assert find_classes(wanted, ("person", "bicycle", "traffic light", "dog")) == ids
+
+
+def test_a_class_may_have_commas_or_digits_in_its_name():
+    names = ("car", "car, red", "car, red, old", "7", "red")
+    assert find_classes("car, red", names) == (1,)
+    assert find_classes("car, red, old,car", names) == (0, 2)
+    assert find_classes("car,7", names) == (0, 3)
+    assert find_classes("red,car", names) == (0, 4)
+
+
 def test_a_name_shared_by_two_classes_selects_both():
     assert find_classes("cell", ("cell", "dog", "cell")) == (0, 2)
 

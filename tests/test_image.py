@@ -12,9 +12,11 @@ from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import (
     PAD_GREY,
     as_bgr,
+    decode_image,
     fit_evaluation_letterbox,
     fit_letterbox,
     read_image,
+    read_image_hw,
     to_network_input,
 )
 
@@ -357,6 +359,45 @@ def test_a_jpeg_truncated_in_its_header_is_refused(tmp_path):
     data = cv2.imencode(".jpg", noise(200, 200))[1].tobytes()
     (tmp_path / "a.jpg").write_bytes(data[:100])
     assert "not an image" in refusal(tmp_path / "a.jpg")
+
+
+JPEG_FORMS = {
+    "baseline": [],
+    "progressive": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+    "restarts": [cv2.IMWRITE_JPEG_RST_INTERVAL, 5],
+    "optimized": [cv2.IMWRITE_JPEG_OPTIMIZE, 1],
+}
+
+
+@pytest.mark.parametrize("form", JPEG_FORMS)
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_jpeg_without_its_last_bytes_is_read_as_opencv_reads_the_file(tmp_path, caplog, form, grey):
+    image = noise(60, 80)[..., 0] if grey else noise(60, 80)
+    data = cv2.imencode(".jpg", image, JPEG_FORMS[form])[1].tobytes()
+    path = tmp_path / "a.jpg"
+    for missing in (0, 1, 2, 3, 10, 100, len(data) // 2):
+        caplog.clear()
+        path.write_bytes(data[: len(data) - missing])
+        np.testing.assert_array_equal(read_image(path), cv2.imread(str(path)))
+        np.testing.assert_array_equal(decode_image(path.read_bytes()), cv2.imread(str(path)))
+        assert read_image_hw(path) == (60, 80)
+        assert ("last bytes" in caplog.text) or missing < 3
+    assert str(path) in caplog.text
+
+
+@pytest.mark.parametrize("form", [bytes, bytearray, memoryview, lambda data: np.frombuffer(data, dtype=np.uint8)])
+def test_the_bytes_of_a_file_are_an_image(tmp_path, form):
+    data = cv2.imencode(".png", noise(6, 8))[1].tobytes()
+    np.testing.assert_array_equal(decode_image(form(data)), noise(6, 8))
+    if form(data).__class__ is not np.ndarray:
+        np.testing.assert_array_equal(as_bgr(form(data)), noise(6, 8))
+
+
+def test_bytes_that_are_not_an_image_are_refused_with_their_name():
+    with pytest.raises(ImageError, match=r"^upload is not an image OpenCV can decode \(5 bytes\)"):
+        decode_image(b"hello", name="upload")
+    with pytest.raises(ImageError, match=r"^The image is empty"):
+        decode_image(b"")
 
 
 def test_a_missing_file_is_reported(tmp_path):

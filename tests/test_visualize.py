@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yolov7_deploy import visualize
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import read_image
 from yolov7_deploy.visualize import (
@@ -135,3 +136,31 @@ def test_labels_that_are_not_unicode_are_drawn_and_such_suffixes_refused(tmp_pat
     assert drawn.any()
     with pytest.raises(ImageError, match="cannot write"):
         write_image(tmp_path / "a.\udcff", image)
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"),
+    [
+        ("cat 0.50", "cat 0.50"),
+        ("Löwe naïve", "Lowe naive"),
+        ("кошка 0.85", "????? 0.85"),
+        ("猫 ½ ²", "? ? 2"),
+        ("고양이", "???"),
+        ("bad \ud800", r"bad \ud800"),
+    ],
+)
+def test_opencv_4_draws_one_ascii_character_for_each_letter_and_warns_once(monkeypatch, caplog, text, drawn):
+    monkeypatch.setattr(visualize, "DRAWS_UNICODE", False)
+    visualize._warn_ascii_only.cache_clear()
+    assert [visualize.drawable_text(text) for _ in range(3)] == [drawn] * 3
+    assert len(caplog.records) == (0 if text.isascii() or text[-1] == "\ud800" else 1)
+
+
+@pytest.mark.skipif(not visualize.DRAWS_UNICODE, reason="this OpenCV draws ASCII only")
+def test_opencv_5_draws_every_letter(caplog):
+    assert visualize.drawable_text("кошка 猫") == "кошка 猫"
+    image = np.full((60, 200, 3), 255, dtype=np.uint8)
+    boxes = np.array([[5, 30, 150, 55]], dtype=np.float32)
+    drawn_images = [draw_boxes(image, boxes, labels=[label], class_ids=[0]) for label in ("кошка", "собак", "?????")]
+    assert all((a != b).any() for a, b in itertools.combinations(drawn_images, 2))
+    assert caplog.records == []

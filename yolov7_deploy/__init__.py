@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.detections import Detections as Detections
     from yolov7_deploy.detector import Detector as Detector
     from yolov7_deploy.errors import Y7Error as Y7Error
+    from yolov7_deploy.image import decode_image as decode_image
     from yolov7_deploy.metadata import ModelMetadata as ModelMetadata
     from yolov7_deploy.model.fusion import fuse as fuse
     from yolov7_deploy.model.yolov7 import Yolov7 as Yolov7
@@ -60,6 +61,7 @@ _MODULES = {
     "build_engine": "tensorrt.builder",
     "build_model": "model.yolov7",
     "calibrate": "precision.calibrate",
+    "decode_image": "image",
     "export_onnx": "onnx_export.onnx_exporter",
     "fuse": "model.fusion",
     "load_checkpoint": "checkpoint",

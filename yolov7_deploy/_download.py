@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import math
@@ -9,14 +10,27 @@ import queue
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Generator
+from typing import Any, NamedTuple
 
 _BLOCK_BYTES = 2**18
 _QUEUED_BLOCKS = 8
 
+_HEAD_BYTES = 64
+_URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # that are not encoded
+
 # A block and the size that the server announced (0 without one), an error, or the end.
 _Message = tuple[bytes, int] | Exception | None
+
+
+class Answer(NamedTuple):
+    """What a server sends first: media type (`image/jpeg`), size in bytes if it is known, and the first bytes."""
+
+    media_type: str
+    length: int | None
+    head: bytes
 
 
 def download(
@@ -69,6 +83,63 @@ def download(
         raise OSError(errno.EIO, f"the connection stopped after {done} of {total} bytes")
 
 
+def probe(address: str, *, timeout_s: float) -> Answer:
+    """Return what a server sends for an address, without downloading it.
+
+    Raises:
+        TimeoutError: The answer takes too long.
+        OSError: See `download`.
+    """
+    answers: queue.Queue[Answer | Exception] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            with _open(address, timeout_s) as response:
+                media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+                answers.put(Answer(media_type, response.length, response.read1(_HEAD_BYTES)))
+        except Exception as error:  # noqa: BLE001 - the caller's thread raises it
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            answers.put(error)
+
+    threading.Thread(target=ask, name="y7-probe", daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer in {timeout_s:.3g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def ascii_address(address: str) -> str:
+    """Return an HTTP address with spaces and other characters than ASCII encoded, as browsers send it.
+
+    Raises:
+        ValueError: The address is malformed, or no host can have this name.
+    """
+    if address.isascii() and " " not in address:
+        return address
+    parts = urllib.parse.urlsplit(address)
+    login, at, host = parts.netloc.rpartition("@")
+    encoded = (urllib.parse.quote(part, safe=_URL_CHARACTERS) for part in (login, *parts[2:]))
+    login, path, query, fragment = encoded
+    netloc = f"{login}{at}{host.encode('idna').decode()}"
+    return urllib.parse.urlunsplit((parts.scheme, netloc, path, query, fragment))
+
+
+def _open(address: str, timeout_s: float) -> Any:  # noqa: ANN401 - an HTTPResponse
+    """Open an address; a login in it is sent as Basic authentication, but not to another host after a redirect."""
+    address = ascii_address(address)
+    parts = urllib.parse.urlsplit(address)
+    login, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(urllib.parse.urlunsplit(parts._replace(netloc=host)) if at else address)
+    if at:
+        code = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {code}")
+    return _opener().open(request, timeout=timeout_s)
+
+
 def _read(address: str, timeout_s: float, messages: queue.Queue[_Message], stopped: threading.Event) -> None:
     def send(message: _Message) -> None:
         while not stopped.is_set():
@@ -76,7 +147,7 @@ def _read(address: str, timeout_s: float, messages: queue.Queue[_Message], stopp
                 return messages.put(message, timeout=0.1)
 
     try:
-        with _opener().open(address, timeout=timeout_s) as response:
+        with _open(address, timeout_s) as response:
             total = response.length or 0  # `None` without a valid Content-Length
             while not stopped.is_set() and (block := response.read1(_BLOCK_BYTES)):
                 send((block, total))

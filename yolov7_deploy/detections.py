@@ -21,7 +21,7 @@ import numpy.typing as npt
 from yolov7_deploy._text import json_escape, printable_line
 from yolov7_deploy.errors import MissingLibraryError, UsageError
 from yolov7_deploy.image import FloatArray, Image, IntArray, PilImage, as_bgr
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, split_classes
 from yolov7_deploy.visualize import draw_boxes, write_image
 
 _INDEX_FIX = "Pass an int, a slice, a list of ints, or a mask of one bool per detection."
@@ -316,11 +316,13 @@ class UltralyticsView:
 def find_classes(classes: int | str | Iterable[int | str], class_names: Sequence[str]) -> tuple[int, ...]:
     """Return the sorted class ids for a mix of ids and names; a name shared by several classes selects all of them.
 
+    A text may have several, as in `person,dog` or `0 16`.
+
     Raises:
         UsageError: The model does not have one of the ids or names, or it is neither an int nor text.
     """
     ids: set[int] = set()
-    for item in _class_items(classes):
+    for item in _class_items(classes, class_names):
         matches = _matches(item, class_names)
         if not matches:
             raise _unknown_class(item, class_names)
@@ -328,8 +330,8 @@ def find_classes(classes: int | str | Iterable[int | str], class_names: Sequence
     return tuple(sorted(ids))
 
 
-def _class_items(classes: object) -> list[int | str]:
-    """Return ids as ints of Python and names as they are.
+def _class_items(classes: object, class_names: Sequence[str]) -> list[int | str]:
+    """Return ids as ints of Python, and single names.
 
     Raises:
         UsageError: One of them is something else, such as a float or a bool.
@@ -344,7 +346,10 @@ def _class_items(classes: object) -> list[int | str]:
         try:
             if isinstance(item, bool | np.bool_):
                 raise TypeError("a bool is not a class")
-            found.append(item if isinstance(item, str) else operator.index(cast(SupportsIndex, item)))
+            if isinstance(item, str):
+                found += split_classes(item, class_names)
+            else:
+                found.append(operator.index(cast(SupportsIndex, item)))
         except TypeError as error:
             raise UsageError(
                 f"A class is an id or a name, not {item!r} ({type(item).__name__}).",

@@ -19,9 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._bounded_read import MAX_IMAGE_BYTES, open_file, read_bytes
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ImageError
 
+logger = get_logger(__name__)
+
 Image = npt.NDArray[np.uint8]
+ImageBytes = bytes | bytearray | memoryview
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
@@ -37,6 +41,7 @@ MAX_PIXELS = 180_000_000
 # with more pixels per byte is truncated, and decoding it to a grey image would take minutes and gigabytes.
 _PIXELS_PER_BYTE = {"JPEG": 1024, "GIF": 4096}
 _HEAD_BYTES = 2**16
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that do not start a frame
 _TIFF_WIDTH, _TIFF_HEIGHT, _MAX_TIFF_ENTRIES = 256, 257, 4096
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -75,32 +80,57 @@ def read_image(path: str | os.PathLike[str], *, reduced: int = 1) -> Image:
     """
     path = Path(path)
     try:
-        data = np.frombuffer(read_bytes(path, max_bytes=MAX_IMAGE_BYTES), dtype=np.uint8)
+        data = read_bytes(path, max_bytes=MAX_IMAGE_BYTES)
     except OSError as error:
         reason = error.strerror or error
         raise ImageError(f"{path} cannot be read: {reason}.", fix="Check the path.") from error
     return decode_image(data, name=str(path), reduced=reduced)
 
 
-def decode_image(data: npt.NDArray[np.uint8], *, name: str, reduced: int = 1) -> Image:
-    """Decode the bytes of an image file, uint8 [N], to uint8 BGR [H, W, 3]; `reduced` as in `read_image`.
+def decode_image(
+    data: bytes | bytearray | memoryview | npt.NDArray[np.uint8], *, name: str = "The image", reduced: int = 1
+) -> Image:
+    """Decode the content of an image file to uint8 BGR [H, W, 3], as `cv2.imread` reads the file.
+
+    A JPEG without its last bytes is decoded with a warning; its missing pixels are grey.
+
+    Args:
+        data: The bytes, such as those of an upload; also as an array uint8 [N].
+        name: What messages call the image.
+        reduced: See `read_image`.
 
     Raises:
-        ImageError: See `read_image`; the message calls the image `name`.
+        ImageError: See `read_image`.
+
+    Example:
+        >>> image = decode_image(Path("street.jpg").read_bytes())
+        >>> image.dtype, image.shape[2]
+        (dtype('uint8'), 3)
     """
-    if data.size == 0:
+    array = data if isinstance(data, np.ndarray) else np.frombuffer(data, dtype=np.uint8)
+    if array.size == 0:
         raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the image again.")
-    _refuse_huge(data, name)
+    _refuse_huge(array, name)
+    image = _decode(array, reduced)
+    if image is None and array[:2].tobytes() == _JPEG_START:
+        # Decoding from memory stops at a missing end; reading a file, OpenCV adds it.
+        image = _decode(np.append(array, np.frombuffer(_JPEG_END, dtype=np.uint8)), reduced)
+        if image is not None:
+            logger.warning("%s is a JPEG without its last bytes; missing pixels are grey.", name)
+    if image is None:
+        raise ImageError(
+            f"{name} is not an image OpenCV can decode ({array.size} bytes).",
+            fix=f"Convert it to one of: {' '.join(IMAGE_SUFFIXES)}",
+        )
+    return as_bgr(image)
+
+
+def _decode(data: npt.NDArray[np.uint8], reduced: int) -> npt.NDArray[Any] | None:
     try:
         image = cv2.imdecode(data, _DECODING[reduced])
     except cv2.error:
-        image = None
-    if image is None or image.size == 0:
-        raise ImageError(
-            f"{name} is not an image OpenCV can decode ({data.size} bytes).",
-            fix=f"Convert it to one of: {' '.join(IMAGE_SUFFIXES)}",
-        )
-    return as_bgr(image.astype(np.uint8, copy=False))  # OpenCV 5 keeps a grey PFM grey
+        return None
+    return None if image is None or image.size == 0 else image.astype(np.uint8, copy=False)
 
 
 def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
@@ -125,7 +155,7 @@ def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
 def _sizes(data: memoryview) -> tuple[str, list[tuple[int, int]]]:
     """Return the format and every (height, width) in the header; none for formats with little or no compression."""
     head = bytes(data[:_HEAD_BYTES])
-    if head.startswith(b"\xff\xd8"):
+    if head.startswith(_JPEG_START):
         return "JPEG", _jpeg_sizes(data)
     if head.startswith(b"\x89PNG"):
         return "PNG", [_two(head, ">II", 16)[::-1]]
@@ -219,7 +249,7 @@ def is_pil_image(image: object) -> TypeGuard[PilImage]:
 
 
 def as_bgr(image: object) -> Image:
-    """Convert an array or a PIL image to contiguous uint8 BGR [H, W, 3], without a copy if it already is.
+    """Convert an array, a PIL image or the bytes of a file to contiguous uint8 BGR [H, W, 3]; BGR without a copy.
 
     Arrays are BGR, as in OpenCV. Grey [H, W] or [H, W, 1] is repeated, the alpha channel of BGRA [H, W, 4] is dropped,
     uint16 is scaled by 1/257. PIL images are converted from their mode and rotated by their EXIF orientation, as
@@ -229,6 +259,8 @@ def as_bgr(image: object) -> Image:
         ImageError: The shape or type is ambiguous (floats could be 0..1 or 0..255), or the object is not an image. The
             fix for floats, channels first and torch tensors is the expression that converts them.
     """
+    if isinstance(image, ImageBytes):
+        return decode_image(image)
     if is_pil_image(image):
         array = _pil_to_array(image)
     elif isinstance(image, np.ndarray):
@@ -323,8 +355,8 @@ def _not_an_array(image: object) -> ImageError:
             f"{message} {tuple(tensor.shape)} of {_type_name(tensor)}.",
             fix=_conversion(tensor) or "Convert it to a NumPy array, uint8 BGR [H, W, 3].",
         )
-    if isinstance(image, bytes | bytearray | memoryview):
-        fix = "Decode the bytes of a file:  cv2.imdecode(numpy.frombuffer(image, numpy.uint8), cv2.IMREAD_COLOR)"
+    if hasattr(image, "read"):
+        fix = "Pass the content of the file:  image.read()"
     elif hasattr(image, "__array__") or hasattr(image, "__array_interface__"):
         # Most libraries use RGB. A silent guess would swap red and blue.
         fix = "Use  numpy.asarray(image)  if it is BGR, or  numpy.asarray(image)[..., ::-1]  if it is RGB."
@@ -512,7 +544,7 @@ def read_image_hw(path: Path) -> tuple[int, int]:
 
 def _header_hw(file: BinaryIO) -> tuple[int, int] | None:
     start = file.read(8)
-    if start[:2] == b"\xff\xd8":
+    if start[:2] == _JPEG_START:
         file.seek(2)
         return _jpeg_hw(file)
     head = file.read(PNG_HEAD_BYTES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -76,6 +76,25 @@ def _checked(name: str, value: Any, kind: type, *, fix: str) -> Any:  # noqa: AN
         return value
     whole = "a whole number" if kind is Integral else "a number"
     raise UsageError(f"{name} must be {whole}, not {value!r}.", fix=fix)
+
+
+def split_classes(text: str, class_names: Sequence[str]) -> list[int | str]:
+    """Return the names and ids in a text such as `person,dog` or `0 16`; a name may have commas itself.
+
+    Args:
+        text: Names or ids with commas between them, or ids with spaces.
+        class_names: All names of the model or dataset, compared without case. A number that is a name is that name.
+    """
+    known = {name.strip().casefold() for name in class_names}
+    parts, found = text.split(","), list[int | str]()
+    while parts:
+        counts = range(len(parts), 1, -1)
+        count = next((n for n in counts if ",".join(parts[:n]).strip().casefold() in known), 1)
+        item, parts = ",".join(parts[:count]).strip(), parts[count:]
+        numbers = item.split()
+        is_ids = item.casefold() not in known and all(n.isascii() and n.isdigit() and len(n) < 10 for n in numbers)
+        found += [int(number) for number in numbers] if is_ids else [item]
+    return found
 
 
 def file_thresholds(nms: NmsMetadata) -> Thresholds:

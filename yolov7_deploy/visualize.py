@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._text import printable_line
+from yolov7_deploy._text import get_logger, printable_line
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import FloatArray, Image, as_bgr
+
+logger = get_logger(__name__)
 
 Colour = tuple[int, int, int]  # blue, green, red
 Rect = tuple[int, int, int, int]  # x1, y1, x2, y2; the far edges are outside
 
+DRAWS_UNICODE = hasattr(cv2, "FontFace")  # OpenCV 5 draws with TrueType fonts
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # successive multiples stay far apart
 LIGHTNESS = (0.72, 0.56, 0.82, 0.64)  # four of them: hues become similar again after 8, 13, 21, 34 and 55 classes
@@ -91,14 +95,39 @@ def draw_boxes(image_bgr: Image, boxes_xyxy: FloatArray, *, labels: Sequence[str
     for rect, class_id in reversed(list(zip(rects, class_ids, strict=True))):
         _draw_outline(canvas, rect, class_colour(class_id), line=style.line)
     placed: list[tuple[Rect, str, int]] = []
-    # OpenCV crashes for texts that are not valid Unicode.
-    for rect, label, class_id in zip(rects, map(printable_line, labels), class_ids, strict=True):
+    for rect, label, class_id in zip(rects, map(drawable_text, labels), class_ids, strict=True):
         label_rect = _find_label_rect(label, rect, taken=[item[0] for item in placed], hw=hw, style=style)
         if label_rect is not None:
             placed.append((label_rect, label, class_id))
     for label_rect, label, class_id in reversed(placed):
         _draw_label(canvas, label_rect, label, class_colour(class_id), style=style)
     return canvas
+
+
+def drawable_text(text: str) -> str:
+    """Return a text that OpenCV can draw; it crashes for texts that are not valid Unicode.
+
+    OpenCV 4 draws ASCII only: accents are removed, other characters become question marks, with one warning.
+    """
+    line = printable_line(text)
+    if DRAWS_UNICODE or line.isascii():
+        return line
+    _warn_ascii_only(cv2.__version__)
+    return "".join(map(_ascii_letter, line))
+
+
+def _ascii_letter(letter: str) -> str:
+    plain = "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
+    return plain if plain.isascii() else "?"
+
+
+@functools.cache
+def _warn_ascii_only(version: str) -> None:
+    logger.warning(
+        "OpenCV %s draws ASCII only: labels lose accents, and other letters become '?'. "
+        "pip install -U 'opencv-python-headless>=5'",
+        version,
+    )
 
 
 def _pixel_rects(boxes_xyxy: FloatArray, hw: tuple[int, int]) -> list[Rect]:

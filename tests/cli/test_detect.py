@@ -19,7 +19,7 @@ from tests.support.sample_images import find_two, grey
 from yolov7_deploy._output_folder import MARKER
 from yolov7_deploy._process import Interrupted
 from yolov7_deploy.cli.detect import detect
-from yolov7_deploy.cli.options import parse_classes, parse_img
+from yolov7_deploy.cli.options import parse_img
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.visualize import write_image
@@ -53,21 +53,6 @@ def test_image_sizes_are_parsed_in_all_spellings(text, size):
 def test_invalid_image_sizes_are_refused(text):
     with pytest.raises(UsageError, match="not a size"):
         parse_img(text)
-
-
-@pytest.mark.parametrize(
-    "texts,classes",
-    [
-        (None, None),
-        (["0"], [0]),
-        (["0 16"], [0, 16]),
-        (["0", "16"], [0, 16]),
-        (["person, traffic light"], ["person", "traffic light"]),
-        (["dog,0"], ["dog", 0]),
-    ],
-)
-def test_classes_are_parsed_in_all_spellings(texts, classes):
-    assert parse_classes(texts) == classes
 
 
 class FakeDetector:

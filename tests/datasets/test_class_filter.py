@@ -57,6 +57,21 @@ def test_a_class_is_selected_by_name_or_number(dataset, selection, name):
     assert select_classes(dataset, [selection]).class_names == (name,)
 
 
+@pytest.mark.parametrize("selection", [["dog,7"], ["1 7"], ["dog", " 7"], ["Dog, 7"]])
+def test_a_text_may_name_several_classes(dataset, selection):
+    assert select_classes(dataset, selection).class_names == ("dog", "7")
+
+
+def test_a_class_with_a_comma_in_its_name_can_be_selected(dataset):
+    renamed = Dataset(
+        [dataset.record(i) for i in range(len(dataset))],
+        source="data.yaml",
+        class_names=("cat, small", "dog", "7"),
+        category_ids=dataset.category_ids,
+    )
+    assert select_classes(renamed, ["cat, small,dog"]).class_names == ("cat, small", "dog")
+
+
 @pytest.mark.parametrize(
     ("selection", "message"),
     [

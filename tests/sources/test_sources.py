@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import os
+import shutil
 import threading
 import time
+import urllib.parse
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -98,6 +102,28 @@ def test_patterns_are_relative_to_the_working_directory(folder, monkeypatch):
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
     write_image(tmp_path / "a[1].png", make_image())
     assert names(open_source(tmp_path / "a[1].png")) == ["a[1].png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("cam[1]/*.png", ["1.png", "2.png"]),
+        ("cam[1]/**/*.png", ["1.png", "2.png"]),
+        ("cam[2]/*.png", ["x.png"]),
+        ("cam[[]1]/1.png", ["1.png"]),
+        ("cam*/[12].png", ["1.png", "2.png"]),
+        ("cam[0-9]/*.png", ["x.png"]),
+        ("shot[a]*.png", ["shot[a]1.png", "shot[a]2.png"]),
+    ],
+)
+def test_folders_of_a_pattern_may_have_brackets_in_their_names(tmp_path, monkeypatch, pattern, found):
+    for name in ("cam[1]/1.png", "cam[1]/2.png", "cam2/x.png", "shot[a]1.png", "shot[a]2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_image(tmp_path / name, make_image())
+    monkeypatch.chdir(tmp_path)
+    assert names(open_source(pattern)) == found
+    (tmp_path / "list.txt").write_text(pattern)
+    assert names(open_source("list.txt")) == found
 
 
 def test_an_empty_folder_is_an_error_that_lists_the_suffixes(tmp_path):
@@ -300,6 +326,20 @@ def test_a_playlist_that_names_a_pipe_does_not_block(tmp_path):
         list(open_source(tmp_path / "a.mp4"))
 
 
+@pytest.mark.parametrize("suffix", [".h264", ".h265"])
+def test_raw_streams_are_videos(tmp_path, suffix):
+    if "FFMPEG:                      YES" not in cv2.getBuildInformation():
+        pytest.skip("this OpenCV was built without FFmpeg")
+    path = Path(__file__).parent.parent / "fixtures" / f"stream{suffix}"
+    with open_source(path) as source:
+        assert source.total is None  # these files do not have a header with the number
+        frames = list(source)
+    assert [frame.number for frame in frames] == [0, 1, 2, 3, 4]
+    assert {frame.image.shape for frame in frames} == {(48, 64, 3)}
+    shutil.copy(path, tmp_path / f"a{suffix.upper()}")
+    assert len(list(open_source(tmp_path))) == 5
+
+
 def test_a_truncated_video_yields_its_frames_and_warns(tmp_path, caplog):
     path = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), VIDEO_FPS, VIDEO_HW[::-1])
@@ -314,15 +354,16 @@ def test_a_truncated_video_yields_its_frames_and_warns(tmp_path, caplog):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A camera server: /shot.jpg is an image, /live is a motion JPEG stream."""
+    """A camera server; most paths are an image, with a media type that the query may replace."""
+
+    requests: ClassVar[list[tuple[str, str | None]]] = []  # paths with their logins
+    video = Path()
 
     def do_GET(self):
+        self.requests.append((self.path, self.headers.get("Authorization")))
+        path, _, media_type = urllib.parse.unquote(self.path).partition("?type=")
         data = cv2.imencode(".jpg", np.full((*VIDEO_HW, 3), 77, dtype=np.uint8))[1].tobytes()
-        if self.path.startswith("/shot.jpg"):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(data)
-        elif self.path == "/live":
+        if path == "/live":
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
             self.end_headers()
@@ -333,8 +374,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     time.sleep(0.01)
             except OSError:
                 pass  # the reader has closed the connection
-        else:
+        elif path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/snapshot")
+            self.end_headers()
+        elif path.startswith("/absent"):
             self.send_error(404)
+        elif path == "/clip":
+            self.send_file("video/mp4", self.video.read_bytes())
+        else:
+            self.send_file(media_type, data)
+
+    def send_file(self, media_type, data):
+        self.send_response(200)
+        if media_type:
+            self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *args):
         pass
@@ -344,11 +401,56 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
+        Handler.requests = []
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("snapshot", "shot.cgi?user=1", "ISAPI/channels/101/picture", "?type=image/png", "?type=image/jpeg; q=1"),
+        *("?type=application/octet-stream", "moved"),
+    ],
+)
+def test_an_address_without_a_known_suffix_is_an_image_if_the_server_sends_one(server, path):
+    with open_source(f"{server}/{path}") as source:
+        assert not source.is_live and source.total == 1
+        (frame,) = source
+    assert frame.image.shape == (*VIDEO_HW, 3) and frame.number is None
+
+
+def test_an_address_without_a_suffix_is_a_video_if_the_server_sends_one_with_its_size(server, tmp_path, monkeypatch):
+    if "FFMPEG:                      YES" not in cv2.getBuildInformation():
+        pytest.skip("this OpenCV was built without FFmpeg")
+    monkeypatch.setattr(Handler, "video", make_video(tmp_path / "a.mp4", 5))
+    with open_source(f"{server}/clip") as source:
+        assert not source.is_live
+        assert [frame.number for frame in source] == [0, 1, 2, 3, 4]
+
+
+def test_a_web_page_is_refused(server):
+    with pytest.raises(SourceError, match="is a web page"):
+        open_source(f"{server}/camera?type=text/html")
+
+
+@pytest.mark.parametrize("path", ["bücher/straße.jpg", "猫 1.jpg", "a b.jpg", "ä", "b%20c.jpg"])
+def test_addresses_may_have_spaces_and_other_letters(server, path):
+    (frame,) = open_source(f"{server}/{path}")
+    assert frame.image.shape == (*VIDEO_HW, 3)
+    assert frame.path == f"{server}/{path}"
+    assert {urllib.parse.unquote(asked) for asked, _ in Handler.requests} == {f"/{urllib.parse.unquote(path)}"}
+
+
+@pytest.mark.parametrize("path", ["shot.jpg", "snapshot", "moved"])
+def test_a_login_in_an_address_is_sent_to_its_own_host_only(server, path):
+    list(open_source(server.replace("http://", "http://me:p%40ss@") + f"/{path}"))
+    by_path = dict(Handler.requests)
+    assert base64.b64decode(by_path.pop(f"/{path}").removeprefix("Basic ")) == b"me:p@ss"
+    assert set(by_path.values()) <= {None}
 
 
 def test_an_image_url_is_downloaded(server):

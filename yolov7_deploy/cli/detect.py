@@ -137,7 +137,7 @@ def _run(
     detector: Detector,
     source: Source,
     *,
-    classes: list[int | str] | None,
+    classes: list[str] | None,
     options: AnnotateOptions,
     json_path: str | None,
 ) -> None:

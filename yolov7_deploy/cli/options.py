@@ -101,13 +101,9 @@ def parse_img(text: str | None) -> int | tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match[2] else int(match[1])
 
 
-def parse_classes(texts: list[str] | None) -> list[int | str] | None:
-    """Parse `["person,dog"]`, `["0 16"]` or `["0", "16"]` into single names and numbers; names may contain spaces."""
-    if not texts:
-        return None
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    items = [item for part in parts for item in (part.split() if part.replace(" ", "").isdigit() else [part])]
-    return [int(item) if item.isascii() and item.isdigit() else item for item in items if item]
+def parse_classes(texts: list[str] | None) -> list[str] | None:
+    """Return the texts that name classes, such as `person,dog` or `0 16`; `split_classes` divides them."""
+    return [text for text in texts or () if text.strip()] or None
 
 
 def label_rule(multi_label: bool) -> str:

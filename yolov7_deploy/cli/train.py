@@ -205,7 +205,7 @@ def _start(
             variant=variant,
             weights=str(weights or ""),
             device=device,
-            classes=tuple(map(str, parse_classes([classes or ""]) or ())),
+            classes=tuple(parse_classes([classes or ""]) or ()),
             single_class=single_class,
             tensorboard=tensorboard,
             hyp=hyp,

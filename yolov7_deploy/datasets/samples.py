@@ -14,6 +14,7 @@ import numpy.typing as npt
 from yolov7_deploy._serialization import short_repr
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import FloatArray, read_image_hw
+from yolov7_deploy.options import split_classes
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -281,12 +282,14 @@ def select_classes(dataset: Dataset, names_or_ids: Sequence[str | int]) -> Datas
 
     Args:
         dataset: The dataset, which is not changed.
-        names_or_ids: Class names, or class ids (also as text, unless a class has that name).
+        names_or_ids: Class names, or class ids (also as text, unless a class has that name); a text may have several,
+            as in `person,dog` or `0 16`.
 
     Raises:
         DatasetError: No class is given, one is given twice, or one is not in the dataset.
     """
-    ids = [_class_id(dataset, name_or_id) for name_or_id in names_or_ids]
+    parts = [split_classes(p, dataset.class_names) if isinstance(p, str) else [p] for p in names_or_ids]
+    ids = [_class_id(dataset, name_or_id) for part in parts for name_or_id in part]
     if not ids or len(set(ids)) < len(ids):
         repeated = join_names(dataset.class_names[i] for i in dict.fromkeys(ids) if ids.count(i) > 1)
         raise DatasetError(
@@ -314,11 +317,11 @@ def as_single_class(dataset: Dataset) -> Dataset:
 
 
 def _class_id(dataset: Dataset, name_or_id: str | int) -> int:
-    if name_or_id in dataset.class_names:
-        return dataset.class_names.index(str(name_or_id))
-    text = str(name_or_id).strip()
-    if text.isdecimal() and int(text) < len(dataset.class_names):
-        return int(text)
+    if isinstance(name_or_id, int) and 0 <= name_or_id < len(dataset.class_names):
+        return name_or_id
+    folded = [name.casefold() for name in dataset.class_names]
+    if str(name_or_id).casefold() in folded:
+        return folded.index(str(name_or_id).casefold())
     raise DatasetError(
         f"{dataset.source} does not have class {name_or_id!r:.100}; it has {join_names(dataset.class_names)}.",
         fix=f"Use a name, or a number from 0 to {len(dataset.class_names) - 1}.",

@@ -76,7 +76,8 @@ def expand_pattern(folder: Path, parts: Sequence[str], *, suffixes: Collection[s
     """Return the files with one of the suffixes that match a pattern, given as its parts below a folder.
 
     `*`, `?` and `[...]` match as in a shell, and `**` any number of folders; names with a leading dot only match a part
-    that has it, too. A pattern that ends in `**` means all files below.
+    that has it, too. A pattern that ends in `**` means all files below. A part that exists as it is, such as `cam[1]`,
+    is that file or folder.
 
     Raises:
         re.error, RecursionError: The pattern is invalid.
@@ -213,6 +214,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _matching_names(folder: Path, pattern: str, left_out: list[Skipped]) -> list[str]:
+    """Return the entries that match a part of a pattern; brackets may also be part of a name, as in `cam[1]`."""
+    if path_exists(folder / pattern):
+        return [pattern]
+    names = [entry.name for entry in _scan(folder, left_out)]
+    found = [name for name in names if fnmatch.fnmatch(name, pattern)]
+    return found or [name for name in names if fnmatch.fnmatch(name, pattern.replace("[", "[[]"))]
+
+
 def _match(folder: Path, parts: Sequence[str], left_out: list[Skipped]) -> Iterator[Path]:
     """Yield what matches the parts of a pattern and is not a folder."""
     first, rest = parts[0], parts[1:]
@@ -222,7 +232,7 @@ def _match(folder: Path, parts: Sequence[str], left_out: list[Skipped]) -> Itera
         return
     names = [first]
     if any(character in first for character in GLOB_CHARACTERS):
-        names = [entry.name for entry in _scan(folder, left_out) if fnmatch.fnmatch(entry.name, first)]
+        names = _matching_names(folder, first, left_out)
     for name in names:
         path = folder / name
         if bool(rest) != path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,10 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from yolov7_deploy._download import ascii_address, probe
 from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
 from yolov7_deploy.errors import SourceError, UsageError
-from yolov7_deploy.image import IMAGE_SUFFIXES, is_pil_image
+from yolov7_deploy.image import IMAGE_SUFFIXES, ImageBytes, is_pil_image
 from yolov7_deploy.sources.files import (
     GLOB_CHARACTERS,
     Skipped,
@@ -31,9 +33,13 @@ from yolov7_deploy.sources.video import opencv_name
 log = get_logger(__name__)
 
 VIDEO_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv"),
-    *(".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
+    *(".264", ".265", ".3gp", ".asf", ".avi", ".flv", ".gif", ".h264", ".h265", ".hevc", ".m2ts", ".m4v", ".mjpeg"),
+    *(".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
+MOTION_JPEG_SUFFIXES = (".mjpg", ".mjpeg")
+# Of JPEG, PNG, GIF, TIFF and AVIF, for servers that do not know media types.
+IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x20ftypavif")
+PROBE_TIMEOUT_S = 10.0
 STREAM_SCHEMES = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "tcp", "udp", "srt")
 MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
 LIST_SUFFIX = ".txt"
@@ -50,7 +56,7 @@ class Item:
     """One item of a source.
 
     Attributes:
-        kind: `image`, `video` (a file), `live` (a camera or stream) or `array` (also a PIL image).
+        kind: `image`, `video` (a file), `live` (a camera or stream) or `array` (also a PIL image, or bytes of a file).
         address: Path, URL, camera number or array, depending on `kind`.
         label: The address for messages and `Frame.path`, without password; empty for arrays.
     """
@@ -79,7 +85,7 @@ def resolve(
     if isinstance(source, np.ndarray):
         arrays = source if source.ndim == 4 else [source]
         yield from (Item(kind="array", address=array, label="") for array in arrays)
-    elif is_pil_image(source):
+    elif is_pil_image(source) or isinstance(source, ImageBytes):
         yield Item(kind="array", address=source, label="")
     elif isinstance(source, int) and not isinstance(source, bool):
         yield _camera(source)
@@ -95,7 +101,7 @@ def resolve(
     else:
         raise UsageError(
             f"A source cannot be of type {type(source).__name__}.",
-            fix="Pass a path, a camera number, a URL, a PIL image, or uint8 arrays.",
+            fix="Pass a path, a camera number, a URL, a PIL image, the bytes of a file, or uint8 arrays.",
         )
 
 
@@ -145,17 +151,38 @@ def _url(text: str, scheme: str) -> Item:
     if not is_unicode(text):
         raise SourceError(f"{_printable(hide_credentials(text))} is not a valid URL.", fix="Encode it with %XX.")
     try:
-        suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
+        suffix = Path(urllib.parse.urlsplit(ascii_address(text)).path).suffix.lower()
     except ValueError as error:
         raise SourceError(
             f"{_printable(hide_credentials(text))} is not a valid URL: {hide_credentials(str(error))}.",
             fix="Correct it.",
         ) from error
-    kind: Kind = "live"
     if scheme in ("http", "https"):
-        is_motion_jpeg = suffix in (".mjpg", ".mjpeg")
-        kind = "image" if suffix in IMAGE_SUFFIXES else "video" if _is_video(suffix) and not is_motion_jpeg else kind
-    return Item(kind=kind, address=text, label=hide_credentials(text))
+        kind, address = _http_kind(text, suffix), ascii_address(text)
+        return Item(kind=kind, address=address, label=hide_credentials(text))
+    return Item(kind="live", address=text, label=hide_credentials(text))
+
+
+def _http_kind(text: str, suffix: str) -> Kind:
+    """Return what an address leads to: by its suffix, else by what the server sends."""
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in MOTION_JPEG_SUFFIXES:
+        return "live"
+    if _is_video(suffix):
+        return "video"
+    try:
+        answer = probe(text, timeout_s=PROBE_TIMEOUT_S)
+    except (OSError, http.client.HTTPException, ValueError):
+        return "live"  # the reader of the stream tries again, and reports the error
+    if answer.media_type == "text/html":
+        raise SourceError(
+            f"{_printable(hide_credentials(text))} is a web page, not an image, video or stream.",
+            fix="Pass the address of the image or stream that the page shows.",
+        )
+    if answer.media_type.startswith("image/") or answer.head.startswith(IMAGE_SIGNATURES):
+        return "image"
+    return "video" if answer.media_type.startswith("video/") and answer.length else "live"
 
 
 def _is_video(suffix: str) -> bool:

@@ -152,7 +152,7 @@ class Source:
                     )
         elif item.kind == "array":
             yield Frame(image=as_bgr(item.address), path="", index=index)
-        elif item.label.startswith(("http://", "https://")):
+        elif "://" in item.label:
             yield Frame(image=download_image(item.address), path=item.label, index=index)
         else:
             yield Frame(image=read_image(item.address), path=item.label, index=index)
