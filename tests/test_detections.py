@@ -252,7 +252,7 @@ def test_plot_does_not_modify_the_image_and_save_writes_the_plot(tmp_path):
 
 
 def test_plot_on_an_image_of_another_size_is_refused():
-    with pytest.raises(UsageError, match="640x480"):
+    with pytest.raises(UsageError, match="480x640"):
         make().plot(np.zeros((240, 320, 3), dtype=np.uint8))
 
 

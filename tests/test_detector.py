@@ -121,11 +121,12 @@ def test_a_float_array_and_a_missing_file_are_refused(detector, tmp_path):
         detector(tmp_path / "absent.jpg")
 
 
-def test_a_list_passed_to_a_call_is_refused_with_a_hint_at_batch(detector):
-    for images in (IMAGES[:2], [IMAGES[0], IMAGES[4]]):
-        with pytest.raises(ImageError) as caught:
-            detector(images)
-        assert "batch" in caught.value.fix
+@pytest.mark.parametrize("several", [list, tuple, iter, lambda images: (image for image in images)])
+def test_a_call_with_several_images_gives_a_list(detector, several):
+    found = detector(several(IMAGES[:2]), conf=0.7)
+    assert isinstance(found, list) and len(found) == 2
+    for ours, expected in zip(found, detector.batch(IMAGES[:2], conf=0.7), strict=True):
+        assert_identical(ours, expected)
 
 
 def test_results_of_a_list_longer_than_the_largest_batch_are_in_order(detector):

@@ -4,19 +4,24 @@ import collections
 import contextlib
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.sample_images import CONF, IMAGES, MAX_DET, assert_identical
+from tests.support.sample_images import CONF, IMAGES, MAX_DET, assert_identical, assert_same
 from tests.support.small_models import HW
 from yolov7_deploy import detector as detector_module
+from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, ImageError, UsageError
-from yolov7_deploy.image import as_bgr
+from yolov7_deploy.image import as_bgr, read_image
 from yolov7_deploy.options import Thresholds
+from yolov7_deploy.sources import open_source
+from yolov7_deploy.sources.video import VideoWriter
+from yolov7_deploy.visualize import write_image
 
 SAME_SIZE = [IMAGES[0], IMAGES[4]]
 
@@ -163,6 +168,120 @@ def test_a_single_image_is_not_a_batch(detector, images):
         with pytest.raises(UsageError, match="batch needs several images") as caught:
             call(images)
         assert "detector(image)" in caught.value.fix
+
+
+@pytest.mark.parametrize("form", [bytes, bytearray, memoryview])
+def test_the_bytes_of_a_file_are_an_image(detector, tmp_path, form):
+    write_image(tmp_path / "a.png", IMAGES[0])
+    data = form((tmp_path / "a.png").read_bytes())
+    expected = detector(IMAGES[0])
+    assert_identical(detector(data), expected)
+    assert_same(detector([data, IMAGES[0]])[0], expected)
+    assert_identical(detector.submit(data).result(timeout=60), expected)
+    (streamed,) = detector.stream(data)
+    assert_identical(streamed[1], expected)
+    np.testing.assert_array_equal(expected.plot(data), expected.plot(IMAGES[0]))
+
+
+def test_an_open_file_is_refused_with_the_expression_that_reads_it(detector, tmp_path):
+    write_image(tmp_path / "a.png", IMAGES[0])
+    with (tmp_path / "a.png").open("rb") as file, pytest.raises(ImageError, match="BufferedReader") as caught:
+        detector(file)
+    assert "image.read()" in caught.value.fix
+
+
+def test_a_batch_can_skip_images_that_cannot_be_read(detector, tmp_path, caplog):
+    write_image(tmp_path / "a.png", IMAGES[0])
+    (tmp_path / "b.png").write_text("not an image")
+    images = [str(tmp_path / "a.png"), tmp_path / "b.png", b"nor this", IMAGES[0], tmp_path / "absent.png"]
+    with pytest.raises(ImageError, match=r"b\.png"):
+        detector.batch(images)
+    found = detector.batch(images, on_error="skip")
+    assert [bool(one.error) for one in found] == [False, True, True, False, True]
+    assert_same(found[0], detector(images[0]))
+    assert_same(found[3], detector(IMAGES[0]))
+    assert found[1].path == str(images[1]) and len(found[1]) == 0 and found[1].image_hw == (0, 0)
+    assert "b.png is not an image" in found[1].error and "error='" in repr(found[1])
+    assert found[1].to_dict()["error"] == found[1].error and "error" not in found[0].to_dict()
+    assert len([record for record in caplog.records if "skipped" in record.message]) == 3
+    assert detector.batch([tmp_path / "b.png"], on_error="skip")[0].error
+
+
+def test_a_stream_can_skip_images_that_cannot_be_read(detector, tmp_path, caplog):
+    for name in ("a.png", "c.png"):
+        write_image(tmp_path / name, IMAGES[0])
+    (tmp_path / "b.png").write_text("not an image")
+    with pytest.raises(ImageError, match=r"b\.png"):
+        list(detector.stream(tmp_path))
+    sources = (tmp_path, [tmp_path / name for name in ("a.png", "b.png", "c.png")], iter(sorted(tmp_path.iterdir())))
+    for source in sources:
+        caplog.clear()
+        found = list(detector.stream(source, on_error="skip"))
+        assert [Path(frame.path).name for frame, _ in found] == ["a.png", "c.png"]
+        assert [frame.index for frame, _ in found] == [0, 1]
+        assert len([record for record in caplog.records if "skipped" in record.message]) == 1
+
+
+def test_a_stream_of_a_generator_takes_one_image_after_the_other(detector):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield IMAGES[0]
+
+    frames = detector.stream(endless())
+    for number in range(3):
+        frame, found = next(frames)
+        assert frame.index == frame.item == number and len(taken) == number + 1
+        assert_identical(found, detector(IMAGES[0]))
+
+
+@pytest.mark.parametrize("on_error", ["ignore", None, True, 0])
+def test_an_unknown_way_to_handle_errors_is_refused(detector, on_error, tmp_path):
+    for call in (
+        lambda: detector.batch([IMAGES[0]], on_error=on_error),
+        lambda: next(detector.stream(IMAGES[0], on_error=on_error)),
+        lambda: open_source(IMAGES[0], on_error=on_error),
+    ):
+        with pytest.raises(UsageError, match="on_error must be 'raise' or 'skip'"):
+            call()
+
+
+def test_detections_of_a_file_are_drawn_without_the_image(detector, tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png", IMAGES[0])
+    for found in (detector(tmp_path / "a.png"), *(found for _, found in detector.stream(tmp_path))):
+        np.testing.assert_array_equal(found.plot(), found.plot(IMAGES[0]))
+        found.save(tmp_path / "out" / "drawn.png")
+        np.testing.assert_array_equal(read_image(tmp_path / "out" / "drawn.png"), found.plot())
+    write_image(tmp_path / "a.png", IMAGES[1])
+    with pytest.raises(UsageError, match=r"image is 90x60; .* of 128x192 \(height x width\)"):
+        found.plot()
+
+
+def test_detections_of_an_array_or_a_video_are_not_drawn_without_the_image(detector, tmp_path):
+    writer = VideoWriter(tmp_path / "a.mp4", fps=5, hw=(48, 64))
+    writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.finish()
+    _, of_video = next(detector.stream(tmp_path / "a.mp4"))
+    for found, reason in ((detector(IMAGES[0]), "of an array"), (of_video, "not of an image file")):
+        with pytest.raises(UsageError, match=reason) as caught:
+            found.plot()
+        assert "detections.plot(image)" in caught.value.fix
+
+
+def test_objects_have_a_short_repr(detector, tmp_path):
+    write_image(tmp_path / "a.png", IMAGES[0])
+    frame, found = next(detector.stream(tmp_path))
+    path = str(tmp_path / "a.png")
+    assert repr(found) == f"Detections({found.describe()}, image_hw=(128, 192), path={path!r})"
+    assert repr(frame) == f"Frame({path!r}, index=0, image 128x192)"
+    assert repr(detector) == f"Detector({str(detector.path)!r}: yolov7-tiny fp32, 5 classes, 128x192, cpu)"
+    source = detector.path.name
+    checkpoint = load_checkpoint(detector.path)
+    assert repr(checkpoint) == f"Checkpoint({source!r}: yolov7-tiny, deploy form, 5 classes, 338 tensors)"
+    many = replace(checkpoint.metadata, class_names=tuple(f"a long name of class {i}" for i in range(1000)))
+    assert len(repr(many)) < 150 and "1000 classes" in repr(many)
 
 
 def test_a_list_inside_a_batch_is_refused(detector):

@@ -26,7 +26,7 @@ _Message = tuple[bytes, int] | Exception | None
 
 
 class Answer(NamedTuple):
-    """What a server sends first: media type (`image/jpeg`), size in bytes if it is known, and the first bytes."""
+    """The first part of an answer: media type (`image/jpeg`), size in bytes if it is known, and the first bytes."""
 
     media_type: str
     length: int | None

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._text import json_escape, printable_line
-from yolov7_deploy.errors import MissingLibraryError, UsageError
-from yolov7_deploy.image import FloatArray, Image, IntArray, PilImage, as_bgr
+from yolov7_deploy.errors import ImageError, MissingLibraryError, UsageError
+from yolov7_deploy.image import FloatArray, Image, ImageBytes, IntArray, PilImage, as_bgr, read_image
 from yolov7_deploy.options import Thresholds, split_classes
 from yolov7_deploy.visualize import draw_boxes, write_image
 
@@ -52,7 +52,7 @@ class Detection:
     class_name: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Detections:
     """The objects detected in one image, best score first; empty if there are none.
 
@@ -64,6 +64,7 @@ class Detections:
         image_hw: Height and width of the source image.
         path: File or source of the image, empty for arrays.
         speed: Time spent on the image.
+        error: Why the image could not be read, with `on_error="skip"`; there are no detections and no size then.
 
     Raises:
         UsageError: The arrays differ in length or shape, a value is NaN or infinite, or a class id has no name.
@@ -76,6 +77,7 @@ class Detections:
     image_hw: tuple[int, int]
     path: str = ""
     speed: Speed = Speed()
+    error: str = ""
 
     def __post_init__(self) -> None:
         for name, kind in (("boxes", np.float32), ("scores", np.float32), ("class_ids", np.int64)):
@@ -98,6 +100,11 @@ class Detections:
                 f"but there are {len(self.class_names)} class names.",
                 fix="Pass one name per class in class_names.",
             )
+
+    def __repr__(self) -> str:
+        parts = [self.describe(), f"image_hw={self.image_hw}"]
+        parts += [f"{name}={getattr(self, name)!r}" for name in ("path", "error") if getattr(self, name)]
+        return f"Detections({', '.join(parts)})"
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -147,28 +154,29 @@ class Detections:
         parts = [f"{printable_line(self.class_names[i])}: {count}" for i, count in zip(ids, counts, strict=True)]
         return ", ".join(parts) or "no detections"
 
-    def plot(self, image: Image | PilImage) -> Image:
+    def plot(self, image: Image | PilImage | ImageBytes | None = None) -> Image:
         """Return a copy of the image, uint8 BGR [H, W, 3], with boxes and labels.
 
         Args:
-            image: The image that was detected: an array, BGR, or a PIL image.
+            image: The image that was detected: an array, BGR, a PIL image, or the bytes of a file. It may be omitted
+                if the detections are of a file, which is read again.
 
         Raises:
             ImageError: It is not an image; see `as_bgr`.
-            UsageError: It does not have the size of `image_hw`.
+            UsageError: It does not have the size of `image_hw`, or it is omitted and `path` is not an image file.
         """
-        image_bgr = as_bgr(image)
+        image_bgr = self._read_own_image() if image is None else as_bgr(image)
         if image_bgr.shape[:2] != self.image_hw:
             raise UsageError(
-                f"The image is {image_bgr.shape[1]}x{image_bgr.shape[0]}; the detections belong to an image of "
-                f"{self.image_hw[1]}x{self.image_hw[0]}.",
+                f"The image is {image_bgr.shape[0]}x{image_bgr.shape[1]}; the detections belong to an image of "
+                f"{self.image_hw[0]}x{self.image_hw[1]} (height x width).",
                 fix="Pass the image that was given to the Detector, before any resizing.",
             )
         labels = [f"{item.class_name} {item.score:.2f}" for item in self]
         return draw_boxes(image_bgr, self.boxes, labels=labels, class_ids=self.class_ids.tolist())
 
-    def save(self, path: str | Path, image: Image | PilImage) -> None:
-        """Write the image with boxes and labels; the suffix selects the format.
+    def save(self, path: str | Path, image: Image | PilImage | ImageBytes | None = None) -> None:
+        """Write the image with boxes and labels; the suffix selects the format. The image may be omitted as in `plot`.
 
         Raises:
             ImageError: The format is unknown or the file cannot be written; see also `plot`.
@@ -176,10 +184,20 @@ class Detections:
         """
         write_image(path, self.plot(image))
 
+    def _read_own_image(self) -> Image:
+        fix = "Pass the image:  detections.plot(image)  or  detections.save('result.jpg', image)"
+        if not self.path:
+            raise UsageError("These detections are of an array, which they do not keep.", fix=fix)
+        try:
+            return read_image(self.path)
+        except ImageError as error:
+            raise UsageError(f"These detections are not of an image file: {error.message}", fix=fix) from error
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that converts back to the same float32 values. Timings are omitted: they never repeat."""
         return {
             "path": self.path,
+            **({"error": self.error} if self.error else {}),
             "image_hw": list(self.image_hw),
             "detections": [
                 {"box": _shortest(box), "score": _shortest([score])[0], "class_id": class_id, "class_name": name}

@@ -13,26 +13,38 @@ from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.detections import Detections, Speed, find_classes
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.hub import find_weights
-from yolov7_deploy.image import PAD_GREY, Image, Letterbox, PilImage, as_bgr, fit_letterbox, is_pil_image, read_image
+from yolov7_deploy.image import (
+    PAD_GREY,
+    Image,
+    ImageBytes,
+    Letterbox,
+    PilImage,
+    as_bgr,
+    fit_letterbox,
+    is_pil_image,
+    read_image,
+)
 from yolov7_deploy.metadata import MAX_SIDE, ModelMetadata
 from yolov7_deploy.options import Thresholds, file_thresholds
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime
 from yolov7_deploy.runtimes.calls import CallTracker
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
-from yolov7_deploy.sources import Frame, SourceLike, open_source
+from yolov7_deploy.sources import Frame, OnError, OneSource, SourceLike, check_on_error, open_source, read_each
 
 logger = get_logger(__name__)
 
-ImageLike = npt.NDArray[Any] | PilImage | GpuArray | str | os.PathLike[str]
+ImageLike = npt.NDArray[Any] | PilImage | GpuArray | ImageBytes | str | os.PathLike[str]
+# `list` is invariant: list[str] would not be a list[ImageLike].
+ImageList = list[Any] | tuple[ImageLike, ...] | Iterator[ImageLike]
 ClassesLike = int | str | Iterable[int | str]
 MAX_BATCH_SIZE = 32  # images that enter a network of dynamic batch size together, as in the paper's batch timings
 EMPTY_RESULT = RuntimeResult(
@@ -121,6 +133,11 @@ class Detector:
             raise
         logger.info("%s opened on %s in %.2f s", self.path, self.device, time.perf_counter() - started)
 
+    def __repr__(self) -> str:
+        height, width = self.input_hw
+        what = f"{self.metadata.variant} {self.metadata.precision}, {len(self.class_names)} classes, {height}x{width}"
+        return f"Detector({str(self.path)!r}: {what}, {self.device})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         self._calls.check_open()
         return functools.partial(self._open_again, **asdict(self.thresholds)), ()
@@ -145,6 +162,7 @@ class Detector:
         """One name per class id."""
         return self.metadata.class_names
 
+    @overload
     def __call__(
         self,
         image: ImageLike,
@@ -153,19 +171,46 @@ class Detector:
         iou: float | None = None,
         classes: ClassesLike | None = None,
         max_det: int | None = None,
-    ) -> Detections:
-        """Detect the objects in one image: an array uint8 BGR [H, W, 3] (also grey, BGRA, uint16), PIL image or path.
+    ) -> Detections: ...
+    @overload
+    def __call__(
+        self,
+        image: ImageList,
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: ClassesLike | None = None,
+        max_det: int | None = None,
+    ) -> list[Detections]: ...
+    def __call__(
+        self,
+        image: ImageLike | ImageList,
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: ClassesLike | None = None,
+        max_det: int | None = None,
+    ) -> Detections | list[Detections]:
+        """Detect the objects in one image, or in each image of a list, tuple or generator; see `batch`.
 
+        An image is an array uint8 BGR [H, W, 3] (also grey, BGRA, uint16), a PIL image, a path, or the bytes of a file.
         An engine also accepts uint8 BGR [H, W, 3] arrays on its GPU (torch, cupy, pycuda, ...), without a copy, by
         DLPack or `__cuda_array_interface__`. It waits for the pending work of the stream that produces the array.
+
+        Args:
+            image: One image, or several.
+            conf, iou, max_det: See `Thresholds`; for this call only.
+            classes: Keep only these classes: ids, names, or a mix.
 
         Raises:
             ImageError: The image cannot be read, or its type, layout or order of channels is unknown; see `as_bgr`.
             UsageError: A threshold is invalid, or the Detector is closed.
         """
+        if isinstance(image, list | tuple) or (isinstance(image, Iterator) and not hasattr(image, "read")):
+            return self.batch(image, conf=conf, iou=iou, classes=classes, max_det=max_det)
         thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
         with self._calls.running():
-            return self._detect([image], thresholds)[0][0]
+            return self._detect([cast(ImageLike, image)], thresholds)[0][0]
 
     def batch(
         self,
@@ -175,6 +220,7 @@ class Detector:
         iou: float | None = None,
         classes: ClassesLike | None = None,
         max_det: int | None = None,
+        on_error: OnError = "raise",
     ) -> list[Detections]:
         """Detect the objects in several images of any sizes; results are in the order of the images.
 
@@ -182,16 +228,22 @@ class Detector:
             images: Any iterable of images, or an array [N, H, W, 3]. A generator is read while the network runs, so its
                 images need not fit into memory together.
             conf, iou, classes, max_det: See `Detector`.
+            on_error: `skip` gives an image that cannot be read empty Detections with the reason in `error`, and logs
+                a warning; `raise` raises the error.
 
         Raises:
             ImageError, UsageError: See `__call__`; also if `images` is a single image.
         """
+        check_on_error(on_error)
         thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
         iterator = _several(images)
         detections: list[Detections] = []
         with self._calls.running():
             while part := list(itertools.islice(iterator, self.max_batch_size or MAX_BATCH_SIZE)):
-                detections += self._detect(part, thresholds)[0]
+                if on_error == "skip":
+                    detections += self._detect_readable(part, thresholds)
+                else:
+                    detections += self._detect(part, thresholds)[0]
         return detections
 
     def profile(self, images: Iterable[ImageLike]) -> tuple[list[Detections], TimingBreakdown]:
@@ -220,6 +272,34 @@ class Detector:
         paths = [os.fspath(item) if _is_path(item) else path for item in items]
         return self._to_detections(result, letterboxes, paths), result
 
+    def _detect_readable(self, items: Sequence[ImageLike], thresholds: Thresholds) -> list[Detections]:
+        """Detect the objects in a batch; images that cannot be read get empty Detections."""
+        found: dict[int, Detections] = {}
+        loaded: dict[int, Image] = {}
+        for index, item in enumerate(items):
+            try:
+                loaded[index] = self._load(item)
+            except ImageError as error:
+                logger.warning("skipped: %s", error.message)
+                found[index] = self._without_image(os.fspath(item) if _is_path(item) else "", error.message)
+        paths = [os.fspath(item) if _is_path(item) else "" for item in map(items.__getitem__, loaded)]
+        detections, _ = self._detect(list(loaded.values()), thresholds)
+        for index, path, result in zip(loaded, paths, detections, strict=True):
+            found[index] = replace(result, path=path)
+        return [found[index] for index in range(len(items))]
+
+    def _without_image(self, path: str, error: str) -> Detections:
+        boxes, scores = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.float32)
+        return Detections(
+            boxes=boxes,
+            scores=scores,
+            class_ids=scores.astype(np.int64),
+            class_names=self.class_names,
+            image_hw=(0, 0),
+            path=path,
+            error=error,
+        )
+
     def _load(self, item: ImageLike) -> Image:
         if _is_path(item):
             return read_image(item)
@@ -234,27 +314,34 @@ class Detector:
 
     def stream(
         self,
-        source: SourceLike,
+        source: SourceLike | Iterator[OneSource],
         *,
         conf: float | None = None,
         iou: float | None = None,
         classes: ClassesLike | None = None,
         max_det: int | None = None,
+        on_error: OnError = "raise",
     ) -> Iterator[tuple[Frame, Detections]]:
-        """Yield the frames of a folder, glob, list, video, camera or URL with their detections.
+        """Yield the frames of a folder, glob, list, generator, video, camera or URL with their detections.
 
         A live stream yields its newest frame each time; `frame.dropped` counts the skipped ones.
 
+        Args:
+            source: See `yolov7_deploy.sources.open_source`; also an iterator of sources, which may be infinite.
+            conf, iou, classes, max_det: See `Detector`.
+            on_error: `skip` leaves out images and videos that cannot be read, and logs a warning for each.
+
         Raises:
             SourceError: There is nothing to read, or the stream ended and could not be reopened.
+            ImageError: An image cannot be read.
         """
+        check_on_error(on_error)
         thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
         self._calls.check_open()
-        with open_source(source) as frames:
-            for frame in frames:
-                with self._calls.running():
-                    detections, _ = self._detect([frame.image], thresholds, path=frame.path)
-                yield frame, detections[0]
+        for frame in _read_frames(source, on_error):
+            with self._calls.running():
+                detections, _ = self._detect([frame.image], thresholds, path=frame.path)
+            yield frame, detections[0]
 
     def submit(
         self,
@@ -365,6 +452,18 @@ def _default_thresholds(metadata: ModelMetadata) -> Thresholds:
     return replace(own, conf=max(own.conf, official.conf), max_det=min(own.max_det, official.max_det))
 
 
+def _read_frames(source: SourceLike | Iterator[OneSource], on_error: OnError) -> Iterator[Frame]:
+    if isinstance(source, Iterator) and not hasattr(source, "read"):
+        yield from read_each(source, on_error=on_error)
+        return
+    with open_source(cast(SourceLike, source), on_error=on_error) as frames:
+        try:
+            yield from frames
+        finally:
+            for item in frames.skipped:
+                logger.warning("skipped %s: %s", item.path, item.reason)
+
+
 def _hw(image: Image) -> tuple[int, int]:
     return gpu_hw(image) if is_gpu_array(image) else (image.shape[0], image.shape[1])
 
@@ -380,7 +479,7 @@ def _several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
         UsageError: It is a single image or path, whose rows or characters would be taken for images.
     """
     shape: Sequence[int] | None = getattr(images, "shape", None)
-    is_one = _is_path(images) or is_pil_image(images) or isinstance(images, bytes | Mapping)
+    is_one = _is_path(images) or is_pil_image(images) or isinstance(images, ImageBytes | Mapping)
     if not is_one and isinstance(images, Iterable) and (shape is None or len(shape) not in (0, 2, 3)):
         return iter(images)
     described = type(images).__name__ + (f" {tuple(shape)}" if shape is not None else "")

@@ -76,7 +76,7 @@ class Int8Metadata:
     float_layers: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class ModelMetadata:
     """Metadata of a model: what a runtime needs and the tensors do not contain.
 
@@ -122,6 +122,12 @@ class ModelMetadata:
     def __post_init__(self) -> None:
         if len(self.strides) != len(self.anchors):
             raise ValueError(f"{len(self.strides)} strides for {len(self.anchors)} anchor levels")
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.input_hw)) if self.input_hw else f"any size, by default {self.default_hw[0]}"
+        nms = f", nms {self.nms.kind}" if self.nms else ""
+        classes = len(self.class_names)
+        return f"ModelMetadata({self.variant} {self.precision}, {classes} classes, {size}{nms}, from {self.source!r})"
 
     @property
     def stride(self) -> int:

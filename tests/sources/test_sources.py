@@ -412,7 +412,7 @@ def server():
 @pytest.mark.parametrize(
     "path",
     [
-        *("snapshot", "shot.cgi?user=1", "ISAPI/channels/101/picture", "?type=image/png", "?type=image/jpeg; q=1"),
+        *("snapshot", "shot.cgi?user=1", "ISAPI/channels/101/image", "?type=image/png", "?type=image/jpeg; q=1"),
         *("?type=application/octet-stream", "moved"),
     ],
 )

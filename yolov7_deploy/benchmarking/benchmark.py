@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,11 +111,12 @@ def read_frames(source: SourceLike) -> Frames:
     """
     with open_source(source) as opened:
         images = tuple(frame.image for frame in islice(opened, MAX_FRAMES))
+        name = str(source) if isinstance(source, str | Path | int) else f"a {type(source).__name__}"
         if not images:
-            raise SourceError(f"{source} has no image.", fix="Check --source.")
+            raise SourceError(f"{name} has no image.", fix="Check --source.")
         complete = opened.total == len(images)
     count = f"{len(images)} image{'s' * (len(images) > 1)}"
-    return Frames(images=images, description=f"{count} of {source}" if complete else f"the first {count} of {source}")
+    return Frames(images=images, description=f"{count} of {name}" if complete else f"the first {count} of {name}")
 
 
 # --- measurement ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ _SAVE_AGAIN = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Checkpoint:
     """Weights and their description.
 
@@ -87,6 +87,14 @@ class Checkpoint:
     origin: str = ""
     origin_sha256: str = ""
     version: str = ""
+
+    def __repr__(self) -> str:
+        form = "training" if self.training else "deploy"
+        size = f", trained at {self.training_size}" if self.training_size else ""
+        return (
+            f"Checkpoint({self.source!r}: {self.variant}, {form} form, {len(self.class_names)} classes{size}, "
+            f"{len(self.tensors)} tensors)"
+        )
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -130,6 +130,10 @@ class Dataset(Sequence[Sample]):
         self.left_out = left_out
         self.coverage = coverage
 
+    def __repr__(self) -> str:
+        boxes = int(self.box_counts().sum())
+        return f"Dataset({self.source!r}: {len(self)} images, {boxes} boxes, {len(self.class_names)} classes)"
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -16,7 +16,7 @@ from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 INPUT_NAME = "images"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class OnnxModel:
     """An ONNX graph and its metadata.
 
@@ -27,6 +27,9 @@ class OnnxModel:
 
     proto: onnx.ModelProto
     metadata: ModelMetadata
+
+    def __repr__(self) -> str:
+        return f"OnnxModel({self.metadata}, {len(self.proto.graph.node)} nodes)"
 
     @classmethod
     def of(cls, proto: onnx.ModelProto, metadata: ModelMetadata) -> OnnxModel:

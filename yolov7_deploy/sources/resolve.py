@@ -8,7 +8,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -66,6 +66,16 @@ class Item:
     label: str
 
 
+def check_on_error(on_error: object) -> None:
+    """Check the value of an argument `on_error`.
+
+    Raises:
+        UsageError: It is neither `raise` nor `skip`.
+    """
+    if on_error not in get_args(OnError):
+        raise UsageError(f"on_error must be 'raise' or 'skip', not {on_error!r}.", fix="on_error='skip'")
+
+
 def resolve(
     source: object, *, folder: Path | None, on_error: OnError, skipped: list[Skipped], left_out: list[Skipped]
 ) -> Iterator[Item]:
@@ -98,6 +108,11 @@ def resolve(
     elif isinstance(source, Sequence):
         for one in source:
             yield from resolve(one, folder=folder, on_error=on_error, skipped=skipped, left_out=left_out)
+    elif isinstance(source, Iterator) and not hasattr(source, "read"):
+        raise UsageError(
+            f"A source cannot be a {type(source).__name__}, which has no length.",
+            fix="Pass a list, or use detector.stream(...), which reads one item after the other.",
+        )
     else:
         raise UsageError(
             f"A source cannot be of type {type(source).__name__}.",

@@ -14,20 +14,21 @@ import numpy.typing as npt
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ImageError, SourceError
-from yolov7_deploy.image import Image, PilImage, as_bgr, read_image
+from yolov7_deploy.image import Image, ImageBytes, PilImage, as_bgr, read_image
 from yolov7_deploy.sources.files import Skipped
 from yolov7_deploy.sources.live import CLOSE_TIMEOUT_S, LiveReader
-from yolov7_deploy.sources.resolve import Item, OnError, resolve
+from yolov7_deploy.sources.resolve import Item, OnError, check_on_error, resolve
 from yolov7_deploy.sources.video import OpenCapture, VideoFile, download_image, open_capture
 
 log = get_logger(__name__)
 
 LIVE_POLL_S = 0.01  # timeout for each of several streams, which are polled in turn
 
-SourceLike = str | Path | int | npt.NDArray[Any] | PilImage | Sequence[str | Path | npt.NDArray[Any] | PilImage]
+OneSource = str | Path | int | npt.NDArray[Any] | PilImage | ImageBytes
+SourceLike = OneSource | Sequence[OneSource]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Frame:
     """One image and its origin.
 
@@ -53,6 +54,11 @@ class Frame:
     fps: float = 0.0
     dropped: int = 0
     item: int = 0
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        number = "" if self.number is None else f", number={self.number}, timestamp_s={self.timestamp_s:g}"
+        return f"Frame({self.path!r}, index={self.index}{number}, image {height}x{width})"
 
 
 class Source:
@@ -236,7 +242,7 @@ def open_source(
     Args:
         source: An image or video file, a folder (without its subfolders), a glob pattern (`shots/**/*.jpg`), a camera
             number, the URL of a stream or image, a `.txt` file that lists any of these, an array [H, W, 3], a PIL
-            image, or a sequence of any of these.
+            image, the bytes of an image file, or a sequence of any of these.
         on_error: `raise` or `skip` unreadable images and videos; skipped ones are listed in `Source.skipped`.
         reconnects: Number of consecutive attempts to reopen a lost stream.
         reconnect_wait_s: Seconds before the first attempt; doubled for each further one.
@@ -247,6 +253,7 @@ def open_source(
         ImageError: While iterating, if an image cannot be read.
         UsageError: The type of `source` is not supported.
     """
+    check_on_error(on_error)
     skipped: list[Skipped] = []
     left_out: list[Skipped] = []
     items = list(resolve(source, folder=None, on_error=on_error, skipped=skipped, left_out=left_out))
@@ -257,6 +264,27 @@ def open_source(
         return LiveReader(address, open_capture=opener, reconnects=reconnects, wait_s=reconnect_wait_s)
 
     return Source(items, on_error=on_error, skipped=skipped, left_out=left_out, reader=reader, opener=opener)
+
+
+def read_each(sources: Iterator[OneSource], *, on_error: OnError) -> Iterator[Frame]:
+    """Yield the frames of each source that an iterator gives, which is asked for the next one after the last frame.
+
+    Unlike a list, the iterator may be infinite, such as one that waits for images. Skipped sources are logged.
+
+    Raises:
+        SourceError, ImageError, UsageError: See `open_source`.
+    """
+    index = 0
+    for number, source in enumerate(sources):
+        try:
+            with open_source(source, on_error=on_error) as frames:
+                for frame in frames:
+                    yield replace(frame, index=index, item=number)
+                    index += 1
+        except (ImageError, SourceError) as error:
+            if on_error == "raise":
+                raise
+            log.warning("skipped: %s", error.message)
 
 
 def _no_frames_error(skipped: Sequence[Skipped]) -> SourceError:
