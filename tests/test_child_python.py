@@ -19,7 +19,7 @@ OPTIONAL = (
     *("tensorrt", "tensorrt_rtx", "tensorrt_bindings", "tensorrt_libs", "cuda", "pycuda", "pynvml", "supervision"),
     *("pandas", "torchvision", "triton", "cupy", "wandb", "comet_ml", "sitecustomize", "usercustomize", "antigravity"),
 )
-LIMIT_S = 300
+LIMIT_S = 600  # the demo takes two minutes of two cores
 
 
 def module_names() -> set[str]:
@@ -162,6 +162,7 @@ COMMANDS = (
     "verify --weights yolov7-tiny-shapes --against ../network.onnx",
     "quantize --weights ../network.onnx --calib ../shapes/images/val -o ../int8.onnx",
     "info ../network.onnx",
+    "demo --save-dir ../demo",
 )
 # These need TensorRT and a compiler; without them they fail, after they have started their processes.
 OPTIONAL_COMMANDS = (f"export {WEIGHTS} --engine -o ../engine.onnx", "plugin")
