@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from yolov7_deploy._atomic_file import PartialFile, atomic_folder, atomic_write, remove_partial_files, temporary_folder
+from yolov7_deploy._atomic_file import PartialFile, atomic_folder, atomic_write, remove_partial_files
+from yolov7_deploy._process import temporary_folder
 
 _WRITE_AND_WAIT = """
 import sys
@@ -26,7 +27,7 @@ with atomic_write(Path(sys.argv[1])) as temporary:
 
 _USE_FOLDER_AND_WAIT = """
 import sys, tempfile
-from yolov7_deploy._atomic_file import temporary_folder
+from yolov7_deploy._process import temporary_folder
 tempfile.tempdir = sys.argv[1]
 with temporary_folder("y7-work") as folder:
     (folder / "inside").mkdir()

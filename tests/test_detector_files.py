@@ -1,6 +1,7 @@
 """Opening and closing Detectors, and files of other exporters."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -121,9 +122,17 @@ print(*calls)
 """
 
 
-def test_the_telemetry_of_onnx_runtime_is_disabled():
+def test_the_telemetry_of_an_onnx_runtime_that_is_already_imported_is_disabled():
     done = subprocess.run([sys.executable, "-c", _RECORD_TELEMETRY], capture_output=True, text=True, check=True)
     assert done.stdout == "disabled\n"
+
+
+def test_onnx_runtime_writes_no_files_of_telemetry(files, tmp_path):
+    code = f"from yolov7_deploy import Detector; Detector({str(files('plugin'))!r}, device='cpu').warmup()"
+    variables = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(tmp_path))
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], env={**environment, **variables}, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- files of other exporters ---------------------------------------------------------------------------------------

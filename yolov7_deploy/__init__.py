@@ -13,9 +13,14 @@ Names are imported when they are first used, so `import yolov7_deploy` needs nei
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from yolov7_deploy._version import __version__ as __version__
+
+# Importing a new ONNX Runtime (1.32) starts telemetry: a thread, a device id and a database in the cache folder,
+# and a file in the temporary folder. It reads this variable when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The same names for type checkers; a test compares them with the table below.
 if TYPE_CHECKING:

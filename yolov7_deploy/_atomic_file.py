@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is complete or absent, whenever the program is stopped. And temporary folders."""
+"""Atomic file writes: a file is complete or absent, whenever the program is stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import secrets
 import shutil
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,18 +121,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def temporary_folder(name: str) -> Iterator[Path]:
-    """Yield a new folder in the system's temporary folder, for this user only; it is removed at the end.
+def private_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder in an existing one, for this user only; it is removed at the end.
 
-    As for other temporary files, the next process that uses one removes those that killed processes left.
+    As for other temporary files, the next process that creates one there removes those that killed processes left.
 
     Args:
+        parent: The existing folder.
         name: First part of its name, after a dot.
 
     Raises:
         OSError: It cannot be created.
     """
-    parent = Path(tempfile.gettempdir())
     _clean_once(parent)
     folder, descriptor = _create(parent / name, is_folder=True, mode=0o700)
     try:

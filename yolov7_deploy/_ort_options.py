@@ -19,7 +19,7 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-onnxruntime.disable_telemetry_events()
+onnxruntime.disable_telemetry_events()  # if it was imported before this package, which otherwise prevents telemetry
 
 
 def base_session_options(*, exact_int8: bool = True) -> onnxruntime.SessionOptions:

@@ -1,4 +1,4 @@
-"""Processes: how they end by a signal, how Python children start, and what is inherited over `os.fork`."""
+"""Processes: how they end by a signal, how Python children start, temporary folders, and what `os.fork` inherits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from yolov7_deploy.errors import DeviceError
+from yolov7_deploy._atomic_file import private_folder
+from yolov7_deploy.errors import DeviceError, UsageError
 
 # SIGHUP does not exist on Windows.
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -90,6 +93,29 @@ def deferred_signals() -> Iterator[None]:
         yield
     if received:
         raise Interrupted(received[0])
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield a new folder in the system's temporary folder, see `private_folder`; signals do not prevent its removal.
+
+    Raises:
+        UsageError: It cannot be created.
+    """
+    stack = contextlib.ExitStack()
+    try:
+        with deferred_signals():
+            folder = stack.enter_context(private_folder(Path(tempfile.gettempdir()), name))
+    except OSError as error:
+        raise UsageError(
+            f"A temporary folder cannot be created: {error.strerror or error}.",
+            fix="Set TMPDIR to a folder with free space.",
+        ) from error
+    try:
+        yield folder
+    finally:
+        with deferred_signals():
+            stack.close()
 
 
 # By default `python -c` puts the working directory first on the module search path, so a file `json.py` in a folder

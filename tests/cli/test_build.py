@@ -246,9 +246,9 @@ def test_an_output_path_that_cannot_be_written_is_an_error_before_the_build(fore
     assert time.perf_counter() - started < 5
 
 
-def test_a_missing_temporary_folder_is_an_engine_error(monkeypatch, foreign_onnx, tmp_path):
+def test_a_missing_temporary_folder_is_a_usage_error(monkeypatch, foreign_onnx, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    with pytest.raises(EngineError, match="No such file or directory") as caught:
+    with pytest.raises(UsageError, match="No such file or directory") as caught:
         build_engine(
             open_onnx(foreign_onnx), installation=Installation(product="tensorrt_rtx", version="1.7", targets=("8.6",))
         )

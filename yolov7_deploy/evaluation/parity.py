@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from yolov7_deploy._atomic_file import temporary_folder
+from yolov7_deploy._process import temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.evaluation.nms_consistency import candidate_limit

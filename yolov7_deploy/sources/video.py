@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._atomic_file import PartialFile, temporary_folder
+from yolov7_deploy._atomic_file import PartialFile
 from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy._download import download
+from yolov7_deploy._process import temporary_folder
 from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
 from yolov7_deploy.errors import ImageError, SourceError
 from yolov7_deploy.image import Image, decode_image

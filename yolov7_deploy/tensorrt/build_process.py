@@ -14,13 +14,12 @@ import re
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy._atomic_file import temporary_folder
-from yolov7_deploy._process import deferred_signals, python_command
+from yolov7_deploy._process import deferred_signals, python_command, temporary_folder
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.errors import EngineError, is_out_of_memory
 from yolov7_deploy.tensorrt.build_messages import (
@@ -71,7 +70,7 @@ def probe(product: Product) -> Installation:
         if kind == "installation":
             found.append(from_dict(Installation, value))
 
-    with _temporary_folder() as folder:
+    with temporary_folder("y7-engine") as folder:
         result = run_process(["probe", product], folder, on_event)
     if found and result.returncode == 0:
         return found[0]
@@ -90,7 +89,7 @@ def run_build(request: BuildRequest, graph: bytes, on_event: OnEvent) -> tuple[b
     Raises:
         EngineError: The process ended before its report: it crashed, was killed or ran out of memory.
     """
-    with _temporary_folder() as folder:
+    with temporary_folder("y7-engine") as folder:
         (folder / MODEL_FILE).write_bytes(graph)
         (folder / REQUEST_FILE).write_text(json.dumps(asdict(request)), encoding="utf-8")
         result = run_process(["build", str(folder)], folder, on_event)
@@ -201,25 +200,6 @@ def _crash_error(result: ProcessResult) -> EngineError:
 def _last_lines(log: Path) -> list[str]:
     text = log.read_text(encoding="utf-8", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """Yield a folder for one process, which is removed afterwards."""
-    with contextlib.ExitStack() as stack:
-        try:
-            with deferred_signals():
-                folder = stack.enter_context(temporary_folder("y7-engine"))
-        except OSError as error:
-            raise EngineError(
-                f"The temporary folder of the build cannot be created: {error.strerror or error}.",
-                fix="Set TMPDIR to a folder with free space.",
-            ) from error
-        try:
-            yield folder
-        finally:
-            with deferred_signals():
-                stack.close()
 
 
 def _environment(folder: Path) -> dict[str, str]:

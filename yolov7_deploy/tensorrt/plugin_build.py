@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy._atomic_file import atomic_write, temporary_folder
+from yolov7_deploy._atomic_file import atomic_write
+from yolov7_deploy._process import temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import PluginError, UsageError
 from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, describe_plugin

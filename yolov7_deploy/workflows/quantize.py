@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolov7_deploy._atomic_file import temporary_folder
 from yolov7_deploy._console import table
+from yolov7_deploy._process import temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
