@@ -10,8 +10,11 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
-from yolov7_deploy.cli.options import announce_replacement
+from yolov7_deploy.cli.app import app
+from yolov7_deploy.cli.options import announce_replacement, check_json_path
+from yolov7_deploy.errors import UsageError
 
 SHORT = ["train", "--show-hyp"]  # prints a few lines and imports no heavy library
 TIMEOUT_S = 120.0
@@ -98,3 +101,28 @@ def test_a_replaced_file_is_announced(tmp_path, capsys):
         with announce_replacement(path, to_stderr=False):
             path.write_text("new")
     assert capsys.readouterr().out == f"{path} existed and was replaced.\n"
+
+
+@pytest.mark.parametrize("option", ["--json", "--predictions"])
+def test_a_json_result_replaces_no_file_of_another_kind(tmp_path, option):
+    path = tmp_path / "shapes.yaml"
+    path.write_text("names: [a]\n")
+    result = CliRunner().invoke(app, ["val", "--data", str(path), option, str(path)])
+    assert isinstance(result.exception, UsageError) and "exists and is not JSON" in result.exception.message
+    assert path.read_text() == "names: [a]\n"
+
+
+@pytest.mark.parametrize("content", ["", " \n[1]", '{"a": 1}'])
+def test_an_existing_json_file_and_a_device_can_be_results(tmp_path, content):
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    assert [check_json_path(text) for text in (str(path), os.devnull, "-", None)] == [str(path), os.devnull, "-", None]
+
+
+@pytest.mark.parametrize("path", [".", "file/result.json"])
+def test_a_json_path_that_cannot_be_written_is_an_error_before_the_work(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["doctor", "--json", path])
+    assert isinstance(result.exception, UsageError) and "cannot be written" in result.exception.message
+    assert result.output == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from yolov7_deploy.cli.options import (
     MaxDet,
     Weights,
     check_thresholds,
+    check_writable,
     parse_img,
     was_given,
 )
@@ -247,24 +247,6 @@ def _check_matplotlib() -> None:
         import yolov7_deploy.benchmarking.chart  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_library(error, "for the chart (or use --no-chart)") from error
-
-
-def check_writable(path: Path) -> None:
-    """Check before the measurement that a file can be written after it; creates nothing.
-
-    Raises:
-        UsageError: Its folder cannot be created or written to.
-    """
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        reason = "it is a folder"
-    elif not existing.is_dir():
-        reason = f"{existing} is not a folder"
-    elif not os.access(existing, os.W_OK):
-        reason = f"{existing} is read-only"
-    else:
-        return
-    raise UsageError(f"{path} cannot be written: {reason}.", fix="Choose another path.")
 
 
 # --- parsing ----------------------------------------------------------------------------------------------------------

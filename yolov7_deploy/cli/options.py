@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -12,12 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
+from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy._output import echo
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import Thresholds
 
 DEFAULTS = Thresholds()
 DEFAULT_FROM_MODEL = "(default: the value in the model file, else {})"
+_JSON_START_BYTES = 64  # spaces and line breaks may come first
 
 Weights = Annotated[
     str, typer.Option("--weights", "-w", help="A .pt, .safetensors, .onnx or .engine file, or an official name.")
@@ -57,7 +61,59 @@ Half = Annotated[
     bool | None,
     typer.Option("--half/--no-half", help="Run a checkpoint in FP16 (default: on a GPU only)."),
 ]
-JsonPath = Annotated[str | None, typer.Option("--json", help="Write the full result as JSON; - is standard output.")]
+
+
+def check_json_path(path: str | None) -> str | None:
+    """Check before the work begins that a JSON result can be written after it, and replaces no file of another kind.
+
+    Raises:
+        UsageError: It cannot be written, or there is a file that is not JSON.
+    """
+    if path is not None and path != "-":
+        check_writable(Path(path))
+        if _has_other_content(Path(path)):
+            raise UsageError(
+                f"{path} exists and is not JSON. It is not replaced.", fix="Choose another path, such as result.json"
+            )
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written later; creates nothing.
+
+    Raises:
+        UsageError: Its folder cannot be created or written to.
+    """
+    # `os.path` does not raise for folders that must not be searched.
+    is_folder, is_file = os.path.isdir(path), os.path.isfile(path)  # noqa: PTH112, PTH113
+    if os.path.exists(path) and not is_folder and not is_file:  # noqa: PTH110
+        return  # a device such as /dev/stdout
+    existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
+    if is_folder:
+        reason = "it is a folder"
+    elif not os.path.isdir(existing):  # noqa: PTH112
+        reason = f"{existing} is not a folder"
+    elif not os.access(existing, os.W_OK):
+        reason = f"{existing} is read-only"
+    else:
+        return
+    raise UsageError(f"{path} cannot be written: {reason}.", fix="Choose another path.")
+
+
+def _has_other_content(path: Path) -> bool:
+    """Return whether a path is a file whose text does not begin as JSON does."""
+    try:
+        with open_file(path, max_bytes=sys.maxsize) as file:
+            start = file.read(_JSON_START_BYTES).lstrip()
+    except OSError:  # it does not exist, or is not a regular file
+        return False
+    return start[:1] not in (b"", b"{", b"[")
+
+
+JsonPath = Annotated[
+    str | None,
+    typer.Option("--json", help="Write the full result as JSON; - is standard output.", callback=check_json_path),
+]
 
 
 def was_given(name: str) -> bool:

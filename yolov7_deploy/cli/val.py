@@ -15,6 +15,7 @@ from yolov7_deploy.cli.options import (
     Img,
     JsonPath,
     Weights,
+    check_json_path,
     label_rule,
     locate_weights,
     parse_img,
@@ -71,7 +72,13 @@ def val(
     half: Half = None,
     json_path: JsonPath = None,
     predictions: Annotated[
-        str | None, typer.Option("--predictions", "--save-json", help="Write the detections as a COCO results JSON.")
+        str | None,
+        typer.Option(
+            "--predictions",
+            "--save-json",
+            help="Write the detections as a COCO results JSON.",
+            callback=check_json_path,
+        ),
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", "--verbose", help="Print the AP of every class.")] = False,
 ) -> None:
