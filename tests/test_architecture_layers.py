@@ -66,7 +66,13 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "faster_coco_eval": {"evaluation/accuracy.py", "evaluation/accuracy_drop.py"},
     "google.protobuf": {"tensorrt/onnx_rewrite.py", "onnx_export/onnx_model.py"},
-    "matplotlib": {"_charts.py", "benchmarking/chart.py", "workflows/sensitivity_chart.py", "training/plots.py"},
+    "matplotlib": {
+        "_charts.py",
+        "benchmarking/chart.py",
+        "evaluation/plots.py",
+        "training/plots.py",
+        "workflows/sensitivity_chart.py",
+    },
     "onnx": {
         "tensorrt/builder.py",
         "tensorrt/onnx_rewrite.py",

@@ -72,6 +72,13 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """Return a duration as `4:05` (minutes and seconds) or `1:02:03`."""
+    hours, rest = divmod(round(max(seconds, 0)), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _pretty_table(cells: Sequence[Sequence[str]], columns: Sequence[str], numeric: Sequence[bool], title: str) -> str:
     drawn = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for name, right in zip(columns, numeric, strict=True):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import cv2
@@ -51,6 +52,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "labels/3.txt").write_text("0 0.5 0.5 0.5 0.5")
     (tmp_path / "data.yaml").write_text("val: images\nnames: [cat, dog]\n")
     (tmp_path / "m.onnx").touch()
+    monkeypatch.chdir(tmp_path)
     module = ModuleType("yolov7_deploy.detector")
     module.Detector = FakeDetector
     monkeypatch.setitem(sys.modules, "yolov7_deploy.detector", module)
@@ -83,7 +85,33 @@ def test_val_accepts_the_official_spellings(run):
     spellings = ["--img-size", "96", "--batch-size", "2", "--conf-thres", "0.01", "--iou-thres", "0.5", "--verbose"]
     result = run(*spellings)
     assert "rect 96 (pad 0.5, batch 2" in result.stdout and "conf 0.01, iou 0.5" in result.stdout
-    assert "class  images  instances      AP    AP50\ncat         1          1  1.0000  1.0000" in result.stdout
+    table = result.stdout.partition("class")[2].splitlines()[:3]
+    assert [line.split() for line in table] == [
+        ["images", "objects", "P", "R", "AP50", "AP"],
+        ["all", "1", "1", *["1.0000"] * 4],
+        ["cat", "1", "1", *["1.0000"] * 4],
+    ]
+
+
+def test_val_writes_charts_into_a_new_folder(run, tmp_path):
+    names = {"confusion_matrix.png", "precision_recall.png", "val_examples.jpg"}
+    for folder in ("runs/val/exp", "runs/val/exp2"):
+        assert f"confusion matrix, curves and examples in {folder}\n" in run().stdout
+        assert {path.name for path in Path(folder).iterdir()} == names
+    assert f"examples in {tmp_path / 'here'}\n" in run("--save-dir", str(tmp_path / "here")).stdout
+    assert {path.name for path in (tmp_path / "here").iterdir()} == names
+    assert "confusion matrix" not in run("--nosave").stdout and not Path("runs/val/exp3").exists()
+    assert "confusion matrix, curves" in run("--json", "-").stderr
+
+
+def test_val_without_matplotlib_prints_how_to_get_charts(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "yolov7_deploy.evaluation.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "yolov7_deploy._charts", raising=False)
+    result = run()
+    assert result.exit_code == 0 and "AP  IoU 0.50:0.95   1.0000" in result.stdout
+    assert "no charts: matplotlib is needed for charts.\npip install 'yolov7-deploy[bench]'" in result.stderr
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("option,half", [([], None), (["--half"], True), (["--no-half"], False)])

@@ -130,7 +130,7 @@ def single_thread():
 
 def disable_charts(monkeypatch) -> None:
     """Do not draw charts, which saves a second per run."""
-    for name in ("draw_labels", "draw_results", "draw_precision_recall"):
+    for name in ("draw_labels", "draw_results", "draw_evaluation"):
         monkeypatch.setattr(training, name, lambda *_: None)
 
 

@@ -9,19 +9,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
 
-from yolov7_deploy._charts import chart_style
+from tests.support.figures import figure_of, is_all_inside, line_of
 from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import ImageError, UsageError
-from yolov7_deploy.evaluation.precision_recall import RECALL, OperatingPoint, PrecisionRecall
+from yolov7_deploy.evaluation.plots import GAP, MAX_PIXELS
 from yolov7_deploy.training import plots
 from yolov7_deploy.training.loggers import EpochRecord
-from yolov7_deploy.training.plots import draw_batch, draw_labels, draw_precision_recall, draw_results
+from yolov7_deploy.training.plots import draw_batch, draw_labels, draw_results
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.visualize import class_colour
 
-ROUNDED = 0.01  # inches
 HALF_PIXEL = 0.51  # lines are at integer pixels
 
 
@@ -36,6 +34,8 @@ def record(epoch, ap=None, **changes):
         "size": 640,
         "ap": ap,
         "ap50": None if ap is None else 1.3 * ap,
+        "precision": None if ap is None else 0.9 * ap,
+        "recall": None if ap is None else 0.6 * ap,
         "lr_norm": 0.01,
         "lr_weight": 0.01,
         "lr_bias": 0.1 - 0.01 * min(epoch, 9),
@@ -46,36 +46,10 @@ def record(epoch, ap=None, **changes):
     return EpochRecord(**(values | changes))
 
 
-def curves_of(classes, missing=(), best=None):
-    precision = np.clip(1.2 - RECALL ** np.linspace(1, 5, classes)[:, None], 0, 1)
-    precision[list(missing)] = np.nan
-    return PrecisionRecall(recall=RECALL, precision=precision, best=best)
-
-
 def some_labels(classes, count=200, seed=0):
     rng = np.random.default_rng(seed)
     sizes = rng.uniform(0.01, 0.9, (count, 2))
     return rng.integers(0, classes, count), np.concatenate([rng.uniform(0.1, 0.9, (count, 2)), sizes], axis=1)
-
-
-@chart_style()
-def figure_of(make, *arguments):
-    """Return the figure with its final layout."""
-    figure = make(*arguments)
-    figure.draw_without_rendering()
-    return figure
-
-
-def is_all_inside(figure):
-    """Return whether all texts and lines are inside the figure."""
-    with chart_style():
-        corners = figure.get_tightbbox().get_points()
-    return bool((corners[0] > -ROUNDED).all() and (corners[1] < figure.get_size_inches() + ROUNDED).all())
-
-
-def line_of(axes, label):
-    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
-    return line
 
 
 RUNS = {
@@ -101,80 +75,32 @@ def test_every_run_has_a_chart_with_integer_epochs_and_nothing_is_clipped(name):
 def test_a_chart_is_an_image_in_a_new_folder(tmp_path):
     draw_results(RUNS["resumed"], tmp_path / "new" / "results.png")
     image = cv2.imread(str(tmp_path / "new" / "results.png"))
-    assert image.shape[1] == 13 * plots.DPI and image.std() > 5
+    assert image.shape[1] == 16.5 * plots.DPI and image.std() > 5
 
 
 def test_a_line_shows_the_values_of_its_column():
     figure = figure_of(plots._results_figure, RUNS["validated sometimes"])
-    box, _, _, ap, _, rates = figure.axes
+    box, _, _, rates, ap, _, best, speed = figure.axes
     assert box.get_lines()[0].get_ydata().tolist() == [0.07 / (1 + e) for e in range(12)]
     assert line_of(ap, "IoU 0.50:0.95").get_xdata().tolist() == [4, 9]
     assert line_of(ap, "IoU 0.50").get_ydata().tolist() == pytest.approx([0.052, 0.117])
+    assert line_of(best, "recall").get_ydata().tolist() == pytest.approx([0.024, 0.054])
+    assert line_of(best, "precision").get_ydata().tolist() == pytest.approx([0.036, 0.081])
+    assert speed.get_lines()[0].get_ydata().tolist() == [140.0] * 12
     assert line_of(rates, "biases").get_ydata()[0] == 0.1 and rates.get_yscale() == "log"
 
 
 def test_the_highest_ap_is_marked_at_its_first_epoch():
-    ap = figure_of(plots._results_figure, [record(e, v) for e, v in enumerate([0.1, 0.4, 0.4, 0.2])]).axes[3]
+    ap = figure_of(plots._results_figure, [record(e, v) for e, v in enumerate([0.1, 0.4, 0.4, 0.2])]).axes[4]
     assert [text.get_text() for text in ap.texts] == ["best 0.400\nepoch 1"]
 
 
 def test_nan_is_a_gap_and_missing_values_are_labelled():
     figure = figure_of(plots._results_figure, RUNS["diverged"])
-    box, objectness, classes, ap, *_ = figure.axes
+    box, objectness, classes, _, ap, *_ = figure.axes
     assert [text.get_text() for text in box.texts + ap.texts] == ["not measured"] * 2
     assert np.isnan(classes.get_lines()[0].get_ydata()).tolist() == [False] * 3 + [True] * 3
     assert not objectness.texts
-
-
-BEST = OperatingPoint(confidence=0.342, precision=0.81, recall=0.72, f1=0.761)
-CURVES = {
-    "one": curves_of(1, best=BEST),
-    "twenty": curves_of(20, best=BEST),
-    "eighty": curves_of(80, missing=range(5), best=BEST),
-    "nothing found": PrecisionRecall(recall=RECALL, precision=np.zeros((3, 101)), best=None),
-    "nothing to find": curves_of(2, missing=(0, 1)),
-}
-
-
-@pytest.mark.parametrize("name", CURVES)
-def test_all_curves_have_a_chart_and_nothing_is_clipped(name):
-    names = (*COCO_NAMES[:18], "a class with a very very long name", "猫 $x$", *COCO_NAMES[20:])
-    assert is_all_inside(figure_of(plots._curves_figure, CURVES[name], names))
-
-
-def legend_of(figure):
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-
-
-def test_up_to_twenty_classes_have_a_curve_in_the_colour_of_their_boxes():
-    curves = curves_of(20, missing=(0,), best=BEST)
-    figure = figure_of(plots._curves_figure, curves, COCO_NAMES[:20])
-    texts = legend_of(figure)
-    assert texts[0] == f"mean of 19 classes: AP50 {curves.mean_precision.mean():.3f}"
-    assert texts[1] == "best F1 0.761, at confidence 0.342:\nprecision 0.810, recall 0.720"
-    assert texts[2] == f"bicycle {curves.ap50[1]:.3f}" and len(texts) == 2 + 19
-    line = line_of(figure.axes[0], texts[2])
-    assert to_hex(line.get_color()) == "#{2:02x}{1:02x}{0:02x}".format(*class_colour(1))
-    np.testing.assert_array_equal(line.get_ydata(), curves.precision[1])
-
-
-def test_more_classes_are_shown_as_a_band():
-    figure = figure_of(plots._curves_figure, CURVES["eighty"], COCO_NAMES)
-    assert legend_of(figure)[2:] == ["classes between the quartiles"]
-    assert legend_of(figure)[0].startswith("mean of 75 classes")
-
-
-def test_a_single_class_is_shown_as_the_mean():
-    assert [text.partition(":")[0] for text in legend_of(figure_of(plots._curves_figure, CURVES["one"], ["cat"]))] == [
-        "cat",
-        "best F1 0.761, at confidence 0.342",
-    ]
-
-
-def test_curves_of_equal_f1_have_that_f1():
-    (line, *_) = figure_of(plots._curves_figure, CURVES["one"], ["cat"]).axes[0].get_lines()
-    recall, precision = line.get_data()
-    np.testing.assert_allclose(2 * precision * recall / (precision + recall), plots.EQUAL_F1[0])
 
 
 DATASETS = {
@@ -236,13 +162,11 @@ def test_a_sample_of_many_boxes_is_overlaid():
     np.testing.assert_allclose(sizes[[0, -1]], [[0.1, 0.1], [0.9, 0.5]])
 
 
-@pytest.mark.parametrize("draw", ["results", "curves", "labels"])
+@pytest.mark.parametrize("draw", ["results", "labels"])
 def test_charts_are_deterministic(tmp_path, draw):
     def write(path):
         if draw == "results":
             draw_results(RUNS["one epoch"], path)
-        elif draw == "curves":
-            draw_precision_recall(CURVES["one"], COCO_NAMES, path)
         else:
             class_ids, boxes, names = DATASETS["three"]
             draw_labels(class_ids, boxes.astype(np.float32), names, path)
@@ -277,8 +201,8 @@ def drawn(tmp_path, batch, names=("cat", "dog"), **options):
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (3, 2, 2), (5, 3, 2), (16, 4, 4)])
 def test_images_of_a_batch_are_in_a_grid_with_their_colours(tmp_path, count, columns, rows):
     grid = drawn(tmp_path, batch_of(shades(count)))
-    step_y, step_x = 100 + plots.GAP, 80 + plots.GAP
-    assert grid.shape == (rows * step_y - plots.GAP, columns * step_x - plots.GAP, 3)
+    step_y, step_x = 100 + GAP, 80 + GAP
+    assert grid.shape == (rows * step_y - GAP, columns * step_x - GAP, 3)
     for index in range(columns * rows):
         top, left = index // columns * step_y, index % columns * step_x
         expected = (200, 40, 10 * index) if index < count else (255, 255, 255)
@@ -287,13 +211,13 @@ def test_images_of_a_batch_are_in_a_grid_with_their_colours(tmp_path, count, col
 
 def test_at_most_max_images_are_drawn(tmp_path):
     batch = batch_of(shades(9), [[8, 0, 0.5, 0.5, 0.5, 0.5]])
-    assert drawn(tmp_path, batch, max_images=4).shape == (2 * 100 + plots.GAP, 2 * 80 + plots.GAP, 3)
-    assert drawn(tmp_path, batch).shape == (3 * 104 - plots.GAP, 3 * 84 - plots.GAP, 3)
+    assert drawn(tmp_path, batch, max_images=4).shape == (2 * 100 + GAP, 2 * 80 + GAP, 3)
+    assert drawn(tmp_path, batch).shape == (3 * 104 - GAP, 3 * 84 - GAP, 3)
 
 
 def test_large_images_are_reduced_and_keep_their_aspect_ratio(tmp_path):
     grid = drawn(tmp_path, batch_of(shades(9, hw=(1280, 640))))
-    assert plots.MAX_PIXELS - 20 < grid.shape[0] <= plots.MAX_PIXELS
+    assert MAX_PIXELS - 20 < grid.shape[0] <= MAX_PIXELS
     assert grid.shape[1] == pytest.approx(grid.shape[0] / 2, abs=8)
     assert (grid[:600, :310] == (200, 40, 0)).all(), "no border is added"
 
@@ -301,7 +225,7 @@ def test_large_images_are_reduced_and_keep_their_aspect_ratio(tmp_path):
 def test_boxes_are_drawn_at_their_targets_and_on_their_image_only(tmp_path):
     images = [np.zeros((200, 400, 3), np.uint8)] * 2
     grid = drawn(tmp_path, batch_of(images, [[1, 1, 0.5, 0.5, 0.25, 0.6]]), names=("cat", ""))
-    first, second = grid[:, :400], grid[:, 400 + plots.GAP :]
+    first, second = grid[:, :400], grid[:, 400 + GAP :]
     assert not first.any()
     ys, xs = np.nonzero((second == class_colour(1)).all(-1))
     corners = np.array([xs.min(), ys.min(), xs.max(), ys.max()])

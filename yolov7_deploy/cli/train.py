@@ -25,7 +25,7 @@ RUNS = Path("runs/train")
 DEFAULTS = TrainOptions()
 DEFAULT_WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
 RESUME_OPTIONS = {"resume", "save_dir", "data", "device", "json_path"}  # allowed together with --resume
-HEADING = " epoch     box     obj     cls      AP    AP50   img/s      GB       s"
+HEADING = " epoch     box     obj     cls       P       R    AP50      AP   img/s      GB       s     left"
 
 Data = Annotated[Path | None, typer.Option("--data", help="Dataset YAML with train and val; see also `y7 shapes`.")]
 Weights = Annotated[
@@ -315,6 +315,7 @@ class ConsoleCallback:
 
     def __init__(self, json_path: str | None) -> None:
         self._has_heading, self._to_stderr = False, json_path == "-"
+        self._epochs, self._seconds = 0, list[float]()
 
     def on_message(self, text: str) -> None:
         """Print a message."""
@@ -322,22 +323,25 @@ class ConsoleCallback:
             echo(text, err=True)
 
     def on_epoch_end(self, record: EpochRecord) -> None:
-        """Print a line of the table."""
+        """Print a line of the table, with the time that is left at the mean speed of the epochs so far."""
+        from yolov7_deploy._console import duration
+
         if not self._has_heading:
             echo(HEADING, err=self._to_stderr)
             self._has_heading = True
-        ap, ap50 = ("      -" if value is None else f"{value:7.4f}" for value in (record.ap, record.ap50))
-        memory_gb = (record.memory_bytes or 0) / 1e9
-        echo(
-            f"{record.epoch:6d} {record.box:7.4f} {record.obj:7.4f} {record.cls:7.4f} {ap} {ap50} "
-            f"{record.images_per_s:7.1f} {memory_gb:7.2f} {record.seconds:7.1f}",
-            err=self._to_stderr,
-        )
+        self._seconds.append(record.seconds)
+        left_s = (self._epochs - record.epoch) * sum(self._seconds) / len(self._seconds)
+        metrics = (record.precision, record.recall, record.ap50, record.ap)
+        columns = [f"{record.epoch:6d}", *(f"{loss:7.4f}" for loss in (record.box, record.obj, record.cls))]
+        columns += ["      -" if value is None else f"{value:7.4f}" for value in metrics]
+        columns += [f"{record.images_per_s:7.1f}", f"{(record.memory_bytes or 0) / 1e9:7.2f}", f"{record.seconds:7.1f}"]
+        echo(" ".join([*columns, f"{duration(left_s):>8}"]), err=self._to_stderr)
 
     def epoch_progress(self, epoch: int, epochs: int) -> AbstractContextManager[Callable[[int, int, str], None]]:
         """Show the progress of an epoch."""
         from yolov7_deploy._console import progress_with_note
 
+        self._epochs = epochs
         return progress_with_note(f"epoch {epoch + 1}/{epochs}") if _is_main_process() else _no_progress()
 
     def progress(self, description: str) -> AbstractContextManager[Callable[[int, int], None]]:

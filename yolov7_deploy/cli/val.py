@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,31 +17,18 @@ from yolov7_deploy.cli.options import (
     JsonPath,
     Weights,
     check_json_path,
-    label_rule,
     locate_weights,
     parse_img,
 )
+from yolov7_deploy.errors import missing_library
 from yolov7_deploy.options import ValOptions
 
 if TYPE_CHECKING:
+    from yolov7_deploy.datasets import Dataset
     from yolov7_deploy.evaluation.accuracy import AccuracyReport
 
 DEFAULTS = ValOptions()
-MAX_NOTES = 20
-METRICS = {
-    "ap": "AP  IoU 0.50:0.95",
-    "ap50": "AP  IoU 0.50",
-    "ap75": "AP  IoU 0.75",
-    "ap_small": "AP  small",
-    "ap_medium": "AP  medium",
-    "ap_large": "AP  large",
-    "ar1": "AR  1 detection",
-    "ar10": "AR  10 detections",
-    "ar100": "AR  100 detections",
-    "ar_small": "AR  small",
-    "ar_medium": "AR  medium",
-    "ar_large": "AR  large",
-}
+RUNS = Path("runs/val")
 
 
 def val(
@@ -80,7 +68,13 @@ def val(
             callback=check_json_path,
         ),
     ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", "--verbose", help="Print the AP of every class.")] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", "--verbose", help="Print a table of all classes (default: of up to 50).")
+    ] = False,
+    save_dir: Annotated[
+        Path | None, typer.Option("--save-dir", help="Folder of the charts (default: runs/val/expN).")
+    ] = None,
+    nosave: Annotated[bool, typer.Option("--nosave", help="Do not write charts.")] = False,
 ) -> None:
     """Measure COCO average precision (AP) on a dataset.
 
@@ -103,39 +97,25 @@ def val(
     ):
         report = evaluate(detector, dataset, options=options, progress=show_progress)
     report = replace(report, weights=str(path), weights_sha256=sha256_hex(path), runtime=runtime_entry(path).name)
-    echo(describe(report, per_class=per_class), err="-" in (json_path, predictions))
+    to_stderr = "-" in (json_path, predictions)
+    echo(report.summary(per_class=per_class or None), err=to_stderr)
     if predictions is not None:
         write_json(report.predictions, predictions)
     if json_path is not None:
         write_json(report.to_dict(), json_path)
+    if not nosave:
+        _draw_charts(report, dataset, save_dir, to_stderr=to_stderr)
 
 
-def describe(report: AccuracyReport, *, per_class: bool) -> str:
-    """Return the report as text: protocol, the twelve COCO metrics, classes if requested, speed and notes."""
-    from yolov7_deploy._console import table
+def _draw_charts(report: AccuracyReport, dataset: Dataset, save_dir: Path | None, *, to_stderr: bool) -> None:
+    """Write the charts of the report; without matplotlib, say how to get them."""
+    from yolov7_deploy._output_folder import new_run_folder
 
-    thresholds, speed = report.thresholds, report.speed_ms
-    parts = [
-        f"{report.weights} ({report.runtime}, {report.precision}) on {report.images} images",
-        f"protocol: {report.protocol}; conf {thresholds.conf:g}, iou {thresholds.iou:g}, "
-        f"max-det {thresholds.max_det}, {label_rule(thresholds.multi_label)}",
-    ]
-    if per_class:
-        rows = [[c.name, c.images, c.instances, _number(c.ap), _number(c.ap50)] for c in report.classes if c.instances]
-        parts.append(table(rows, ["class", "images", "instances", "AP", "AP50"]))
-    values = [[label, _number(getattr(report, name))] for name, label in METRICS.items()]
-    parts.append(table(values, ["metric", "value"]))
-    parts.append(
-        f"speed per image: {speed['preprocess']:.1f} ms preprocess, {speed['inference']:.1f} ms inference, "
-        f"{speed['postprocess']:.1f} ms postprocess"
-    )
-    notes = [f"note: {note}" for note in report.notes]
-    notes += [f"skipped {item.path}: {item.reason}" for item in report.skipped]
-    parts += notes[:MAX_NOTES]
-    if len(notes) > MAX_NOTES:
-        parts.append(f"and {len(notes) - MAX_NOTES} more notes and skipped images, all of them in --json")
-    return "\n".join(parts)
-
-
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4f}"
+    try:
+        from yolov7_deploy.evaluation.plots import draw_evaluation
+    except ModuleNotFoundError as error:
+        echo(f"no charts: {missing_library(error, 'for charts')}", err=True)
+        return
+    with contextlib.nullcontext(save_dir) if save_dir else new_run_folder(RUNS) as folder:
+        draw_evaluation(report, dataset, folder)
+    echo(f"confusion matrix, curves and examples in {folder}", err=to_stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -19,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
+from yolov7_deploy._console import table
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import CocoId, DoubleArray, id_order
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DatasetError, ImageError
-from yolov7_deploy.evaluation.precision_recall import PrecisionRecall, precision_recall
+from yolov7_deploy.evaluation.confusion import ConfusionMatrix, confusion_matrix
+from yolov7_deploy.evaluation.precision_recall import OperatingPoint, PrecisionRecall, precision_recall
 from yolov7_deploy.evaluation.protocol import FitLetterbox, ImageBatch, effective_thresholds, plan_batches, uses_rect
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.options import Thresholds, ValOptions
@@ -44,12 +47,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassAccuracy:
-    """Accuracy of one class; `ap` and `ap50` are `None` for a class without ground truth."""
+    """Accuracy of one class; the metrics are `None` for a class without ground truth.
+
+    Attributes:
+        class_id, name: The class.
+        images, instances: Numbers of images and objects of this class.
+        precision, recall: At the confidence of `AccuracyReport.best`, and IoU 0.50.
+        ap, ap50: At IoU 0.50:0.95, and at 0.50.
+    """
 
     class_id: int
     name: str
     images: int
     instances: int
+    precision: float | None
+    recall: float | None
     ap: float | None
     ap50: float | None
 
@@ -67,11 +79,13 @@ class AccuracyReport:
         speed_ms: Milliseconds per image for preprocess, inference and postprocess. Reading files overlaps with
             inference and is not included.
         classes: Accuracy of each class of the dataset.
+        best: Confidence with the highest mean F1 at IoU 0.50, with precision and recall there.
         skipped: Images that could not be used, with reasons.
         weights_sha256: Digest of the model file, empty if unknown.
         notes: Remarks about the measurement.
         predictions: Detections in COCO results format, rounded like those of the official program; not in `to_dict`.
         curves: Precision against recall at IoU 0.50, always set by `evaluate`; not in `to_dict`.
+        confusion: Confusion matrix, always set by `evaluate`; not in `to_dict`.
     """
 
     ap: float | None
@@ -95,16 +109,32 @@ class AccuracyReport:
     speed_ms: Mapping[str, float]
     classes: tuple[ClassAccuracy, ...]
     skipped: tuple[Skipped, ...]
+    best: OperatingPoint | None = None
     weights_sha256: str = ""
     notes: tuple[str, ...] = ()
     predictions: list[dict[str, Any]] = field(default_factory=list, repr=False, compare=False)
     curves: PrecisionRecall | None = field(default=None, repr=False, compare=False)
+    confusion: ConfusionMatrix | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        ap = "None" if self.ap is None else f"{self.ap:.4f}"
+        ap50 = "None" if self.ap50 is None else f"{self.ap50:.4f}"
+        return f"AccuracyReport(ap={ap}, ap50={ap50}, {self.images} images, {self.weights!r}; all: report.summary())"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for one JSON document."""
-        document = asdict(replace(self, predictions=[], curves=None))
-        del document["predictions"], document["curves"]
+        document = asdict(replace(self, predictions=[], curves=None, confusion=None))
+        for name in ("predictions", "curves", "confusion"):
+            del document[name]
         return document
+
+    def summary(self, *, per_class: bool | None = None) -> str:
+        """Return the report as text: protocol, classes, the twelve COCO metrics, confusions, speed and notes.
+
+        Args:
+            per_class: Include the table of classes; by default if there are at most 50.
+        """
+        return summarize_accuracy(self, per_class=per_class)
 
 
 def evaluate(
@@ -159,10 +189,12 @@ def evaluate(
         protocol=protocol,
         speed_ms=dict(zip(("preprocess", "inference", "postprocess"), np.mean(speeds, axis=0).tolist(), strict=True)),
         classes=classes,
+        best=curves.best,
         skipped=tuple(skipped),
         notes=(*notes, *dataset.notes),
         predictions=predictions,
         curves=curves,
+        confusion=confusion_matrix(dataset, used, predictions),
     )
 
 
@@ -272,8 +304,11 @@ def compute_coco_metrics(
     evaluation.accumulate()
     evaluation.summarize()
     summary = {name: _or_none(value) for name, value in zip(METRICS, evaluation.stats[: len(METRICS)], strict=True)}
-    classes = _class_rows(dataset, document["annotations"], ids, evaluation)
-    return summary, classes, _curves(classes, [ids.categories[i] for i in dataset.category_ids], table, evaluation)
+    counted = [a for a in document["annotations"] if not a["iscrowd"]]
+    by_category = Counter(a["category_id"] for a in counted)
+    instances = [by_category[category] for category in dataset.category_ids]
+    curves = _curves(instances, [ids.categories[i] for i in dataset.category_ids], table, evaluation)
+    return summary, _class_rows(dataset, counted, ids, evaluation, curves), curves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,9 +361,13 @@ class MetricIds:
 
 
 def _class_rows(
-    dataset: Dataset, annotations: Sequence[Mapping[str, Any]], ids: MetricIds, evaluation: COCOeval_faster
+    dataset: Dataset,
+    counted: Sequence[Mapping[str, Any]],
+    ids: MetricIds,
+    evaluation: COCOeval_faster,
+    curves: PrecisionRecall,
 ) -> tuple[ClassAccuracy, ...]:
-    counted = [a for a in annotations if not a["iscrowd"]]
+    at_best = curves.at_best if len(curves.at_best) else np.full((len(dataset.class_names), 2), np.nan)
     # [IoU threshold, recall, category, area range, max detections]; area range 0 is all, max detections -1 is 100
     precision: npt.NDArray[np.float64] = evaluation.eval["precision"][:, :, :, 0, -1]
     column = {category: k for k, category in enumerate(evaluation.params.catIds)}
@@ -342,6 +381,8 @@ def _class_rows(
                 name=name,
                 images=len(set(images)),
                 instances=len(images),
+                precision=_or_none(at_best[class_id, 0]),
+                recall=_or_none(at_best[class_id, 1]),
                 ap=_or_none(curve.mean()),
                 ap50=_or_none(curve[0].mean()),
             )
@@ -350,16 +391,87 @@ def _class_rows(
 
 
 def _curves(
-    classes: Sequence[ClassAccuracy], categories: Sequence[int], rows: DoubleArray, evaluation: COCOeval_faster
+    instances: Sequence[int], categories: Sequence[int], rows: DoubleArray, evaluation: COCOeval_faster
 ) -> PrecisionRecall:
     """Return the curves at the first IoU threshold, 0.50, for all object sizes and 100 detections."""
     column = {category: k for k, category in enumerate(evaluation.params.catIds)}
     order = [column[category] for category in categories]
     precision, scores = (evaluation.eval[name][0, :, :, 0, -1][:, order].T for name in ("precision", "scores"))
     found = [rows[rows[:, 6] == category, 5] for category in categories]
-    return precision_recall(precision, scores, found=found, instances=[row.instances for row in classes])
+    return precision_recall(precision, scores, found=found, instances=instances)
 
 
 def _or_none(value: float) -> float | None:
-    """Return `None` for -1, which COCO writes if there is nothing to measure."""
+    """Return `None` for -1, which COCO writes if there is nothing to measure, and for NaN."""
     return float(value) if value >= 0 else None
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+MAX_NOTES = 20
+MAX_LISTED_CLASSES = 50  # up to which the table of classes is part of the summary
+METRIC_TITLES = {
+    "ap": "AP  IoU 0.50:0.95",
+    "ap50": "AP  IoU 0.50",
+    "ap75": "AP  IoU 0.75",
+    "ap_small": "AP  small",
+    "ap_medium": "AP  medium",
+    "ap_large": "AP  large",
+    "ar1": "AR  1 detection",
+    "ar10": "AR  10 detections",
+    "ar100": "AR  100 detections",
+    "ar_small": "AR  small",
+    "ar_medium": "AR  medium",
+    "ar_large": "AR  large",
+}
+
+
+def summarize_accuracy(report: AccuracyReport, *, per_class: bool | None = None) -> str:
+    """Return the text of `AccuracyReport.summary`."""
+    thresholds, speed = report.thresholds, report.speed_ms
+    labels = "multi-label NMS" if thresholds.multi_label else "best class per box"
+    parts = [
+        f"{report.weights} ({report.runtime}, {report.precision}) on {report.images} images",
+        f"protocol: {report.protocol}; conf {thresholds.conf:g}, iou {thresholds.iou:g}, "
+        f"max-det {thresholds.max_det}, {labels}",
+    ]
+    measured = [row for row in report.classes if row.instances]
+    if len(measured) <= MAX_LISTED_CLASSES if per_class is None else per_class:
+        parts.append(class_table(report))
+    values = [[title, _rounded(getattr(report, name))] for name, title in METRIC_TITLES.items()]
+    parts.append(table(values, ["metric", "value"]))
+    if report.best is not None:
+        parts.append(
+            f"best F1 {report.best.f1:.4f} at conf {report.best.confidence:.3f}: precision "
+            f"{report.best.precision:.4f}, recall {report.best.recall:.4f} (IoU 0.50)"
+        )
+    if report.confusion is not None:
+        parts.append(report.confusion.summary())
+    parts.append(
+        f"speed per image: {speed['preprocess']:.1f} ms preprocess, {speed['inference']:.1f} ms inference, "
+        f"{speed['postprocess']:.1f} ms postprocess"
+    )
+    notes = [f"note: {note}" for note in report.notes]
+    notes += [f"skipped {item.path}: {item.reason}" for item in report.skipped]
+    parts += notes[:MAX_NOTES]
+    if len(notes) > MAX_NOTES:
+        parts.append(f"and {len(notes) - MAX_NOTES} more notes and skipped images, all of them in --json")
+    return "\n".join(parts)
+
+
+def class_table(report: AccuracyReport) -> str:
+    """Return the table of the classes with ground truth; the first row has the means."""
+    best = report.best
+    at_best = (best.precision, best.recall) if best else (None, None)
+    objects = sum(row.instances for row in report.classes)
+    means = ["all", report.images, objects, *map(_rounded, (*at_best, report.ap50, report.ap))]
+    rows = [
+        [row.name, row.images, row.instances, *map(_rounded, (row.precision, row.recall, row.ap50, row.ap))]
+        for row in report.classes
+        if row.instances
+    ]
+    return table([means, *rows], ["class", "images", "objects", "P", "R", "AP50", "AP"])
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,11 +37,14 @@ class PrecisionRecall:
         precision: float64 [C, 101], one row per class of the dataset: the highest precision at this recall or a higher
             one, 0 where the recall is not reached. NaN for a class without ground truth.
         best: Operating point with the highest mean F1; `None` without detections or without ground truth.
+        at_best: Precision and recall of each class at that confidence, float64 [C, 2]; NaN for a class without ground
+            truth, empty without `best`.
     """
 
     recall: DoubleArray
     precision: DoubleArray
     best: OperatingPoint | None
+    at_best: DoubleArray = field(default_factory=lambda: np.zeros((0, 2)))
 
     def __post_init__(self) -> None:
         assert self.recall.ndim == 1 and self.precision.shape[1:] == self.recall.shape
@@ -79,33 +82,58 @@ def precision_recall(
         instances: Number of ground truth boxes of each class.
     """
     curves = np.where(precision >= 0, precision, np.nan)
-    best = _best_point(precision > 0, scores, [np.sort(row) for row in found], instances)
-    return PrecisionRecall(recall=RECALL, precision=curves, best=best)
+    classes = [
+        _ClassCounts(boxes=boxes, recalls=RECALL[known], scores=score[known], found=np.sort(row))
+        for known, score, row, boxes in zip(precision > 0, scores, found, instances, strict=True)
+    ]
+    best = _best_point(classes)
+    if best is None:
+        return PrecisionRecall(recall=RECALL, precision=curves, best=None)
+    at_best = np.array([one.rates(np.array([best.confidence]))[:2, 0] for one in classes])
+    return PrecisionRecall(recall=RECALL, precision=curves, best=best, at_best=at_best)
 
 
-def _best_point(
-    reached: BoolArray, scores: DoubleArray, found: Sequence[DoubleArray], instances: Sequence[int]
-) -> OperatingPoint | None:
-    """Return the operating point with the highest mean F1; of several, the one with the highest confidence.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _ClassCounts:
+    """Detections of one class.
 
-    The interpolated precision cannot be used, because it includes detections of lower confidence: on 82 COCO images it
-    gives F1 0.69 at confidence 0.07, while the actual values are 0.60 at 0.36. Therefore true positives are counted
-    from the recall that a confidence reaches (exact for up to 100 boxes in a class, else rounded down by less than a
-    hundredth of them), and positives from the detections (including those on a crowd, which COCO ignores).
+    The interpolated precision of COCO cannot be used, because it includes detections of lower confidence: on 82 COCO
+    images it gives F1 0.69 at confidence 0.07, while the actual values are 0.60 at 0.36. Therefore true positives are
+    counted from the recall that a confidence reaches (exact for up to 100 boxes in a class, else rounded down by less
+    than a hundredth of them), and positives from the detections (including those on a crowd, which COCO ignores).
+
+    Attributes:
+        boxes: Number of ground truth boxes.
+        recalls, scores: The recall points that are reached, and the confidence of each, which decreases.
+        found: Confidences of all detections, sorted.
     """
-    candidates = np.unique(scores[reached])[::-1]
+
+    boxes: int
+    recalls: DoubleArray
+    scores: DoubleArray
+    found: DoubleArray
+
+    def rates(self, confidences: DoubleArray) -> DoubleArray:
+        """Return precision, recall and F1 at each of N confidences, float64 [3, N]; NaN without ground truth."""
+        if not self.boxes:
+            return np.full((3, len(confidences)), np.nan)
+        counts = np.ceil(np.append(0.0, self.recalls) * self.boxes - ROUNDING)
+        true_positives = counts[np.searchsorted(-self.scores, -confidences, side="right")]
+        positives = len(self.found) - np.searchsorted(self.found, confidences)
+        precision, recall = true_positives / np.maximum(positives, 1), true_positives / self.boxes
+        return np.stack([precision, recall, 2 * true_positives / (positives + self.boxes)])
+
+
+def _best_point(classes: Sequence[_ClassCounts]) -> OperatingPoint | None:
+    """Return the operating point with the highest mean F1; of several, the one with the highest confidence."""
+    candidates = np.unique(np.concatenate([np.zeros(0), *(one.scores for one in classes)]))[::-1]
     candidates = candidates[:: 1 + len(candidates) // MAX_CANDIDATES]
     sums = np.zeros((3, len(candidates)))
-    for known, score, confidences, boxes in zip(reached, scores, found, instances, strict=True):
-        if boxes:
-            true_positives = np.ceil(np.append(0.0, RECALL[known]) * boxes - ROUNDING)
-            # Confidence decreases along a curve: count its points with at least the confidence of a candidate.
-            true_positives = true_positives[np.searchsorted(-score[known], -candidates, side="right")]
-            positives = len(confidences) - np.searchsorted(confidences, candidates)
-            precision, recall = true_positives / np.maximum(positives, 1), true_positives / boxes
-            sums += np.stack([precision, recall, 2 * true_positives / (positives + boxes)])
+    measured = [one for one in classes if one.boxes]
+    for one in measured:
+        sums += one.rates(candidates)
     if not sums.any():
         return None
     at = int(sums[2].argmax())
-    p, r, f1 = (sums[:, at] / np.count_nonzero(instances)).tolist()
+    p, r, f1 = (sums[:, at] / len(measured)).tolist()
     return OperatingPoint(confidence=float(candidates[at]), precision=p, recall=r, f1=f1)

@@ -36,6 +36,8 @@ class EpochRecord:
         box, obj, cls, total: Mean losses over the steps of the epoch, multiplied by their gains.
         positives: Mean number of positives of the lead heads per step.
         size: Image size in pixels.
+        precision, recall: Of the validation, at the confidence with the best F1 and IoU 0.50; `None` if this epoch was
+            not validated, or nothing was found.
         ap, ap50, ap75, ap_small, ap_medium, ap_large, ar100: COCO metrics (0..1) of the validation; `None` if this
             epoch was not validated, or if there are no objects of that kind.
         lr_norm, lr_weight, lr_bias: Learning rates at the end of the epoch: of BatchNorm and implicit knowledge, of
@@ -53,6 +55,8 @@ class EpochRecord:
     total: float
     positives: float
     size: int
+    precision: float | None = None
+    recall: float | None = None
     ap: float | None = None
     ap50: float | None = None
     ap75: float | None = None
@@ -83,7 +87,7 @@ COCO_COLUMNS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar10
 # TensorBoard tag of each column; the part before the slash is a section of its page.
 TAGS = {
     **{name: f"train/{name}" for name in ("box", "obj", "cls", "total", "positives", "size")},
-    **{name: f"val/{name}" for name in COCO_COLUMNS},
+    **{name: f"val/{name}" for name in ("precision", "recall", *COCO_COLUMNS)},
     **{name: name.replace("_", "/") for name in ("lr_norm", "lr_weight", "lr_bias")},
     "momentum": "lr/momentum",
     **{name: f"speed/{name}" for name in ("images_per_s", "memory_bytes", "seconds")},

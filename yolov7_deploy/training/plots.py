@@ -1,10 +1,9 @@
-"""Charts of a training run: labels, a batch, losses and AP over the epochs, and the precision-recall curve."""
+"""Charts of a training run: labels, a batch, and losses, AP and speed over the epochs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,34 +15,35 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from yolov7_deploy._charts import GREY, replace_missing_glyphs, write_chart
+from yolov7_deploy._charts import write_chart
 from yolov7_deploy.datasets.samples import DoubleArray, IntArray
-from yolov7_deploy.evaluation.precision_recall import PrecisionRecall
-from yolov7_deploy.image import FloatArray, Image, fit_letterbox
+from yolov7_deploy.evaluation.plots import (
+    BLUE,
+    DPI,
+    GREEN,
+    ORANGE,
+    arrange_grid,
+    draw_cell,
+    grid_cell_hw,
+    shorten,
+    write_in_centre,
+)
+from yolov7_deploy.image import FloatArray, Image
 from yolov7_deploy.training.loggers import EpochRecord
-from yolov7_deploy.visualize import class_colour, draw_boxes, write_image
+from yolov7_deploy.visualize import class_colour, write_image
 
 if TYPE_CHECKING:
     from yolov7_deploy.training.sample import Batch
 
-DPI = 110
-RESULTS_SIZE, CURVES_SIZE, LABELS_SIZE = (13.0, 6.8), (9.5, 6.2), (13.0, 8.2)  # inches
-# Wong's palette (Nature Methods 8, 441, 2011), which is safe for colour-blind readers.
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+RESULTS_SIZE, LABELS_SIZE = (16.5, 6.8), (13.0, 8.2)  # inches
 GRID = "#E6E6E6"
 MAX_MARKERS = 30  # epochs up to which each one has a marker
-MAX_CURVES = 20  # classes up to which each one has a curve
-NAME_LENGTH = 22  # characters of a class name
-DASHES = ("-", "--", ":")  # colours repeat after 8 classes
-EQUAL_F1 = (0.2, 0.4, 0.6, 0.8)
 MAX_NAMED_CLASSES = 100  # classes up to which bars have names
 MAX_COUNTED_CLASSES = 30  # classes up to which bars show their count
 LOG_SCALE_RATIO = 50  # the count axis is logarithmic if the most frequent class has this many times as many boxes
 BINS = 60
 MIN_BOX_SIZE = 1 / 512  # start of the axes for width and height; one or two pixels of the image
 MAX_OVERLAID = 400  # boxes drawn over each other
-MAX_PIXELS = 1920  # longer side of the image of a batch
-GAP = 4  # pixels between the images of a batch
 
 # Panels: title, and lines as (column, name, colour, width).
 Lines = tuple[tuple[str, str, str, float], ...]
@@ -51,6 +51,12 @@ LOSSES: tuple[tuple[str, Lines], ...] = (
     ("box loss", (("box", "", BLUE, 1.6),)),
     ("objectness loss", (("obj", "", BLUE, 1.6),)),
     ("class loss", (("cls", "", BLUE, 1.6),)),
+)
+# Norms and weights usually have the same learning rate: the wider line is visible on both sides of the other.
+RATES: Lines = (
+    ("lr_bias", "biases", ORANGE, 1.6),
+    ("lr_norm", "norms", "#9ECAE1", 4.5),
+    ("lr_weight", "weights", BLUE, 1.6),
 )
 PRECISION: tuple[tuple[str, Lines], ...] = (
     ("AP", (("ap50", "IoU 0.50", ORANGE, 1.6), ("ap", "IoU 0.50:0.95", BLUE, 1.6))),
@@ -62,17 +68,13 @@ PRECISION: tuple[tuple[str, Lines], ...] = (
             ("ap_small", "small", BLUE, 1.6),
         ),
     ),
-)
-# Norms and weights usually have the same learning rate: the wider line is visible on both sides of the other.
-RATES: Lines = (
-    ("lr_bias", "biases", ORANGE, 1.6),
-    ("lr_norm", "norms", "#9ECAE1", 4.5),
-    ("lr_weight", "weights", BLUE, 1.6),
+    ("at the best F1", (("precision", "precision", ORANGE, 1.6), ("recall", "recall", BLUE, 1.6))),
+    ("images per second", (("images_per_s", "", BLUE, 1.6),)),
 )
 
 
 def draw_results(records: Sequence[EpochRecord], path: Path) -> None:
-    """Write a PNG with losses, AP and learning rates over the epochs, one panel each.
+    """Write a PNG with losses, learning rates, AP, precision, recall and speed over the epochs, one panel each.
 
     Values that are `None` or not finite are gaps. The same records give the same bytes. The file is written atomically,
     and missing folders are created.
@@ -81,17 +83,6 @@ def draw_results(records: Sequence[EpochRecord], path: Path) -> None:
         UsageError: The name does not end in .png, or the file cannot be written.
     """
     write_chart(lambda: _results_figure(records), path, dpi=DPI)
-
-
-def draw_precision_recall(curves: PrecisionRecall, class_names: Sequence[str], path: Path) -> None:
-    """Write a PNG of the precision-recall curve at IoU 0.50: the mean, up to 20 classes, and the best F1.
-
-    With more classes it shows the band between the quartiles. Classes without boxes do not have a curve.
-
-    Raises:
-        UsageError: The name does not end in .png, or the file cannot be written.
-    """
-    write_chart(lambda: _curves_figure(curves, class_names), path, dpi=DPI)
 
 
 def draw_labels(class_ids: IntArray, boxes: FloatArray | DoubleArray, class_names: Sequence[str], path: Path) -> None:
@@ -120,37 +111,30 @@ def draw_batch(batch: Batch, class_names: Sequence[str], path: Path, *, max_imag
     """
     images = batch.images[:max_images].cpu().numpy()[..., ::-1]
     targets = batch.targets.cpu().numpy()
-    count, height, width = images.shape[:3]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    max_h, max_w = ((MAX_PIXELS + GAP) / number - GAP for number in (rows, columns))
-    scale = min(1.0, max_h / height, max_w / width)
-    cell_hw = max(1, int(height * scale)), max(1, int(width * scale))
-    step_y, step_x = cell_hw[0] + GAP, cell_hw[1] + GAP
-    sheet: Image = np.full((rows * step_y - GAP, columns * step_x - GAP, 3), 255, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * step_y, index % columns * step_x
-        cell = _batch_cell(image, targets[targets[:, 0] == index], class_names, cell_hw)
-        sheet[top : top + cell_hw[0], left : left + cell_hw[1]] = cell
-    write_image(path, sheet)
+    height, width = images.shape[1:3]
+    cell_hw, columns = grid_cell_hw(len(images), (height, width))
+    cells = [
+        _batch_cell(image, targets[targets[:, 0] == index], class_names, cell_hw) for index, image in enumerate(images)
+    ]
+    write_image(path, arrange_grid(cells, columns=columns))
 
 
 def _results_figure(records: Sequence[EpochRecord]) -> Figure:
     figure = Figure(figsize=RESULTS_SIZE, layout="constrained")
     FigureCanvasAgg(figure)  # attaches itself to the figure
-    panels: list[Axes] = figure.subplots(2, 3).ravel().tolist()
-    for axes, (title, lines) in zip(panels, (*LOSSES, *PRECISION, ("learning rate", RATES)), strict=True):
+    panels: list[Axes] = figure.subplots(2, 4).ravel().tolist()
+    for axes, (title, lines) in zip(panels, (*LOSSES, ("learning rate", RATES), *PRECISION), strict=True):
         _draw_panel(axes, records, title, lines)
-    _mark_best(panels[3], records)
-    for axes in panels[3:5]:
+    rates, below = panels[3], panels[4:]
+    _mark_best(below[0], records)
+    for axes in below:
         axes.set_ylim(bottom=0.0)
-    if any(getattr(record, name) > 0 for record in records for name, *_ in RATES):
-        panels[5].set_yscale("log", nonpositive="mask")  # biases start ten times higher
-        panels[5].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        panels[5].yaxis.set_minor_locator(NullLocator())
-        panels[5].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for axes in panels[3:]:
         axes.set_xlabel("epoch")
+    if any(getattr(record, name) > 0 for record in records for name, *_ in RATES):
+        rates.set_yscale("log", nonpositive="mask")  # biases start ten times higher
+        rates.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        rates.yaxis.set_minor_locator(NullLocator())
+        rates.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return figure
 
 
@@ -189,7 +173,7 @@ def _draw_panel(axes: Axes, records: Sequence[EpochRecord], title: str, lines: L
         axes.plot(epochs, values, color=colour, linewidth=width, marker=marker, markersize=2 + width, label=name)
         drawn = drawn or bool(np.isfinite(values).any())
     if not drawn:
-        _write_in_centre(axes, "not measured")
+        write_in_centre(axes, "not measured")
         axes.set_yticks([])
     elif len(lines) > 1:
         axes.legend(
@@ -202,67 +186,6 @@ def _points(records: Sequence[EpochRecord], column: str) -> tuple[list[int], Dou
     known = [(r.epoch, value) for r in records if (value := getattr(r, column)) is not None]
     values = np.array([value for _, value in known], dtype=np.float64)
     return [epoch for epoch, _ in known], np.where(np.isfinite(values), values, np.nan)
-
-
-def _write_in_centre(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-
-
-def _curves_figure(curves: PrecisionRecall, class_names: Sequence[str]) -> Figure:
-    figure = Figure(figsize=CURVES_SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_equal_f1(axes)
-    measured = np.flatnonzero(curves.measured)
-    if not measured.size:
-        _write_in_centre(axes, "no class has boxes")
-    elif measured.size <= MAX_CURVES:
-        _draw_classes(axes, curves, class_names, measured.tolist())
-    else:
-        low, high = np.quantile(curves.precision[measured], (0.25, 0.75), axis=0)
-        label = "classes between the quartiles"
-        axes.fill_between(curves.recall, low, high, color="#CFE3F0", linewidth=0.0, zorder=0.5, label=label)
-    if measured.size:
-        mean = curves.mean_precision
-        name = f"mean of {measured.size} classes" if measured.size > 1 else _shorten(class_names[measured[0]])
-        label = f"{name}: AP50 {mean.mean():.3f}"
-        axes.plot(curves.recall, mean, color=BLUE, linewidth=3.2, zorder=4, label=label)
-    if curves.best is not None:
-        best = curves.best
-        label = f"best F1 {best.f1:.3f}, at confidence {best.confidence:.3f}:"
-        label += f"\nprecision {best.precision:.3f}, recall {best.recall:.3f}"
-        axes.plot([best.recall], [best.precision], "o", color=ORANGE, markersize=9, zorder=5, label=label)
-    axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02), xlabel="recall", ylabel="precision")
-    axes.set_title("Precision and recall at IoU 0.50", loc="left", fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:  # mean and best point were added last; list them first
-        first = 1 + (curves.best is not None)
-        order = [*handles[-first:], *handles[:-first]], [*labels[-first:], *labels[:-first]]
-        figure.legend(*order, loc="outside right upper", borderaxespad=1.0)
-    return figure
-
-
-def _draw_equal_f1(axes: Axes) -> None:
-    """Draw the curves of equal F1: P = F R / (2 R - F)."""
-    for f1 in EQUAL_F1:
-        recall = np.linspace(f1 / 2 + 1e-3, 1.0, 400)
-        axes.plot(recall, f1 * recall / (2 * recall - f1), color="#C8C8C8", linewidth=0.7, zorder=1)
-        axes.text(1.01, f1 / (2 - f1), f"F1 {f1:g}", fontsize=7, color="#888888", ha="left", va="center")
-
-
-def _draw_classes(axes: Axes, curves: PrecisionRecall, class_names: Sequence[str], measured: Sequence[int]) -> None:
-    for class_id in measured if len(measured) > 1 else ():  # a single class is the mean
-        blue, green, red = class_colour(class_id)
-        name = _shorten(class_names[class_id])
-        axes.plot(
-            curves.recall,
-            curves.precision[class_id],
-            color=(red / 255, green / 255, blue / 255),
-            linewidth=1.2,
-            linestyle=DASHES[class_id // 8 % len(DASHES)],
-            zorder=3,
-            label=f"{name} {curves.ap50[class_id]:.3f}",
-        )
 
 
 def _labels_figure(class_ids: IntArray, boxes: DoubleArray, class_names: Sequence[str]) -> Figure:
@@ -285,7 +208,7 @@ def _draw_counts(axes: Axes, counts: IntArray, class_names: Sequence[str]) -> No
     if is_named:
         bars = axes.bar(positions, counts, color=BLUE, width=min(0.15 + 0.07 * len(counts), 0.8))
         upright = max(map(len, class_names), default=0) * 0.075 > 0.9 * LABELS_SIZE[0] / max(len(counts), 1)  # inches
-        axes.set_xticks(positions, [_shorten(n) for n in class_names], rotation=90 if upright else 0, fontsize=8)
+        axes.set_xticks(positions, [shorten(n) for n in class_names], rotation=90 if upright else 0, fontsize=8)
         for label, count in zip(axes.get_xticklabels(), counts, strict=True):
             label.set_color("black" if count else ORANGE)
         if empty:
@@ -348,16 +271,8 @@ def _draw_overlaid(axes: Axes, class_ids: IntArray, boxes: DoubleArray) -> None:
 
 
 def _batch_cell(image: Image, targets: FloatArray, class_names: Sequence[str], cell_hw: tuple[int, int]) -> Image:
-    """Return one image with its boxes, which are drawn after resizing so that lines and names remain readable."""
-    letterbox = replace(fit_letterbox((image.shape[0], image.shape[1]), cell_hw), shrink_by_area=True)
     centres, sizes = targets[:, 2:4], targets[:, 4:6]
-    boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1) * np.tile(cell_hw[::-1], 2)
+    boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1) * np.tile(image.shape[1::-1], 2)
     class_ids = targets[:, 1].astype(int).tolist()
     names = [class_names[class_id] for class_id in class_ids]
-    return draw_boxes(letterbox.apply(np.ascontiguousarray(image)), boxes, labels=names, class_ids=class_ids)
-
-
-def _shorten(name: str) -> str:
-    """Return a class name that fits next to a chart; the end is kept, because similar names often differ there."""
-    text = replace_missing_glyphs(name)
-    return text if len(text) <= NAME_LENGTH else f"{text[: NAME_LENGTH - 9]}…{text[-8:]}"
+    return draw_cell(np.ascontiguousarray(image), boxes, names, class_ids, cell_hw)

@@ -19,6 +19,7 @@ from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.samples import as_single_class, select_classes
 from yolov7_deploy.datasets.statistics import describe_labels
 from yolov7_deploy.errors import DatasetError, ImageError, UsageError
+from yolov7_deploy.evaluation.plots import draw_evaluation
 from yolov7_deploy.model.configs import Anchors, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.tensorrt.memory_estimate import free_host_memory
@@ -38,7 +39,7 @@ from yolov7_deploy.training.distributed import DistributedContext, init_distribu
 from yolov7_deploy.training.initialization import initialize_model, require_variant
 from yolov7_deploy.training.loggers import RunLog, TrainCallback, read_results, write_run
 from yolov7_deploy.training.optimizer import Schedule
-from yolov7_deploy.training.plots import draw_labels, draw_precision_recall, draw_results
+from yolov7_deploy.training.plots import draw_labels, draw_results
 from yolov7_deploy.training.train_step import TrainStep, frozen_layers, multi_scale_sizes
 from yolov7_deploy.training.trainer import Trainer, TrainReport
 
@@ -373,6 +374,5 @@ def _all_labels(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_charts(folder: Path, report: TrainReport, datasets: _Datasets, log: RunLog) -> None:
     draw_results(read_results(log.path), folder / "results.png")
-    curves = report.accuracy.curves if report.accuracy else None
-    if curves is not None:
-        draw_precision_recall(curves, datasets.val.class_names, folder / "precision_recall.png")
+    if report.accuracy is not None:
+        draw_evaluation(report.accuracy, datasets.val, folder)

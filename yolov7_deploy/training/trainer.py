@@ -14,12 +14,13 @@ from types import FrameType
 import numpy as np
 import torch
 
+from yolov7_deploy._console import duration
 from yolov7_deploy._process import Interrupted, handle_signals
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import LoadError, TrainingError, is_out_of_memory
-from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
+from yolov7_deploy.evaluation.accuracy import MAX_LISTED_CLASSES, AccuracyReport, class_table, evaluate
 from yolov7_deploy.hardware.machine import host_peak_bytes
 from yolov7_deploy.options import ValOptions
 from yolov7_deploy.training.auto_batch import batch_size_error
@@ -84,6 +85,10 @@ class TrainReport:
     def summary(self) -> str:
         """Return the report as a few lines of text."""
         lines = []
+        if self.accuracy is not None and len(self.accuracy.classes) <= MAX_LISTED_CLASSES:
+            lines.append(class_table(self.accuracy))
+        if self.accuracy is not None and self.accuracy.confusion is not None:
+            lines.append(self.accuracy.confusion.summary())
         if self.accuracy is not None and self.accuracy.ap is not None:
             lines.append(
                 f"best epoch {self.best_epoch} of {self.epochs}: AP {self.accuracy.ap:.4f}, "
@@ -125,12 +130,18 @@ class Trainer:
         # Save after the first step, too: a full disk is noticed at once, and the first epoch can be long.
         self._saved_at = time.monotonic() if state.epoch or state.step else -math.inf
         self._started_at = time.monotonic() - state.seconds
+        self._began_at, self._began_step = time.monotonic(), self._total_steps
         self._signal = 0  # number of the signal that asks the training to end
 
     @property
     def state(self) -> RunState:
         """Progress of the run."""
         return self._state
+
+    @property
+    def _total_steps(self) -> int:
+        """Completed steps of the whole run."""
+        return self._state.epoch * self._loader.steps + self._state.step
 
     def resume(self) -> None:
         """Load weights, moving average, optimizer state and accumulated gradients from the folder.
@@ -257,10 +268,17 @@ class Trainer:
 
     def _progress_note(self) -> str:
         means = self._state.sums.mean()
+        memory_gb = self._peak_memory_bytes() / 1e9
         return (
             f"box {means.box:.4f}  obj {means.obj:.4f}  cls {means.cls:.4f}  "
-            f"{self._images_per_s():.1f} img/s  {self._peak_memory_bytes() / 1e9:.1f} GB"
+            f"{self._images_per_s():.1f} img/s  {memory_gb:.1f} GB  {duration(self._left_s())} left"
         )
+
+    def _left_s(self) -> float:
+        """Return the seconds until the last epoch ends, at the mean speed since this process started or resumed."""
+        steps = self._options.epochs * self._loader.steps
+        done = max(self._total_steps - self._began_step, 1)
+        return (time.monotonic() - self._began_at) / done * (steps - self._total_steps)
 
     def _images_per_s(self) -> float:
         seconds = time.monotonic() - self._epoch_started_at
@@ -336,8 +354,11 @@ class Trainer:
         groups = self._train_step.optimizer.param_groups
         rates = {group["name"]: float(group["lr"]) for group in groups}
         coco = {name: getattr(report, name) if report else None for name in COCO_COLUMNS}
+        best = report.best if report else None
         return EpochRecord(
             **coco,
+            precision=best.precision if best else None,
+            recall=best.recall if best else None,
             epoch=epoch,
             box=means.box,
             obj=means.obj,
