@@ -30,6 +30,22 @@ if TYPE_CHECKING:
 DEFAULTS = ValOptions()
 RUNS = Path("runs/val")
 
+Rect = Annotated[
+    bool | None,
+    typer.Option(
+        "--rect/--no-rect",
+        help="Rectangular batches as published, or square letterbox (default: rect if the model accepts it).",
+    ),
+]
+Predictions = Annotated[
+    str | None, typer.Option("--predictions", "--save-json", help="Write the detections as a COCO results JSON.")
+]
+PerClass = Annotated[
+    bool, typer.Option("--per-class", "--verbose", help="Print the table of classes even if there are over 50.")
+]
+SaveDir = Annotated[Path | None, typer.Option("--save-dir", help="Folder of the charts (default: runs/val/expN).")]
+NoSave = Annotated[bool, typer.Option("--nosave", help="Do not write charts.")]
+
 
 def val(
     data: Annotated[Path, typer.Option("--data", help="Dataset YAML, or COCO annotations (instances JSON).")],
@@ -41,13 +57,7 @@ def val(
     split: Annotated[str, typer.Option("--split", help="Split of the dataset: val, test or train.")] = "val",
     img: Img = None,
     batch: Annotated[int, typer.Option("--batch", "--batch-size", help="Batch size.")] = DEFAULTS.batch,
-    rect: Annotated[
-        bool | None,
-        typer.Option(
-            "--rect/--no-rect",
-            help="Rectangular batches as published, or square letterbox (default: rect if the model accepts it).",
-        ),
-    ] = DEFAULTS.rect,
+    rect: Rect = DEFAULTS.rect,
     conf: Annotated[
         float, typer.Option("--conf", "--conf-thres", help="Confidence threshold, 0 to 1.")
     ] = DEFAULTS.conf,
@@ -59,22 +69,10 @@ def val(
     device: Device = "auto",
     half: Half = None,
     json_path: JsonPath = None,
-    predictions: Annotated[
-        str | None,
-        typer.Option(
-            "--predictions",
-            "--save-json",
-            help="Write the detections as a COCO results JSON.",
-            callback=check_json_path,
-        ),
-    ] = None,
-    per_class: Annotated[
-        bool, typer.Option("--per-class", "--verbose", help="Print a table of all classes (default: of up to 50).")
-    ] = False,
-    save_dir: Annotated[
-        Path | None, typer.Option("--save-dir", help="Folder of the charts (default: runs/val/expN).")
-    ] = None,
-    nosave: Annotated[bool, typer.Option("--nosave", help="Do not write charts.")] = False,
+    predictions: Predictions = None,
+    per_class: PerClass = False,
+    save_dir: SaveDir = None,
+    nosave: NoSave = False,
 ) -> None:
     """Measure COCO average precision (AP) on a dataset.
 
