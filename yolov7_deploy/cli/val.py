@@ -38,7 +38,13 @@ Rect = Annotated[
     ),
 ]
 Predictions = Annotated[
-    str | None, typer.Option("--predictions", "--save-json", help="Write the detections as a COCO results JSON.")
+    str | None,
+    typer.Option(
+        "--predictions",
+        "--save-json",
+        help="Write the detections as a COCO results JSON.",
+        callback=check_json_path,
+    ),
 ]
 PerClass = Annotated[
     bool, typer.Option("--per-class", "--verbose", help="Print the table of classes even if there are over 50.")
