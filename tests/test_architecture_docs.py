@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from yolov7_deploy.cli.app import COMMANDS, app
+from yolov7_deploy.cli.official import TABLES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,10 +20,11 @@ SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MU
 
 
 def options() -> dict[str, set[str]]:
-    """Return every option of every command of `y7`."""
+    """Return every option of every command of `y7`, also those of the official program."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {
         name: {spelling for parameter in command.params for spelling in (*parameter.opts, *parameter.secondary_opts)}
+        | {"--help", *TABLES.get(command.callback.__name__, {})}
         for name, command in commands.items()
     }
 
@@ -60,8 +62,8 @@ def test_every_command_line_in_a_document_has_existing_options(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_option_that_a_document_quotes_exists(name):
     known = {option for spellings in options().values() for option in spellings}
-    quoted = set(re.findall(r"`(--[a-z0-9-]+)", (ROOT / name).read_text(encoding="utf-8")))
-    assert quoted - known == set()
+    quoted = set(re.findall(r"`(--[a-z0-9_-]+)", (ROOT / name).read_text(encoding="utf-8")))
+    assert {option.replace("_", "-") for option in quoted} - known == set()
 
 
 def test_the_table_of_commands_in_the_readme_lists_all_commands_with_existing_options():

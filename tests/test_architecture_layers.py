@@ -88,7 +88,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "onnxsim": {"onnx_export/onnx_exporter.py"},
     "pynvml": {"hardware/gpu.py"},
-    "rich": {"cli/", "_console.py"},
+    "rich": {"_console.py"},
     "safetensors": {"checkpoint/loader.py", "training/checkpoints.py"},
     "torch": {
         "runtimes/pytorch.py",

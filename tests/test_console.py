@@ -3,14 +3,20 @@
 import errno
 import io
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.child_processes import in_forked_child
+from tests.support.terminal import run_in_terminal, visible
+from yolov7_deploy import _output
 from yolov7_deploy._console import plural, progress, table, write_json, write_text
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import echo, note, set_verbosity
 from yolov7_deploy.errors import UsageError
 
 
@@ -141,11 +147,100 @@ def test_progress_in_a_pipe_is_a_plain_last_line():
     assert len(lines) == 1 and lines[0].startswith("val: 4/4, ")
 
 
-def test_progress_on_a_terminal_is_a_bar():
+def test_progress_on_a_terminal_is_a_bar_that_disappears():
     stream = Terminal()
     with progress("val", stream=stream) as show:
         show(1, 4)
-    assert "val" in stream.getvalue()
+    assert "━━━━━━──────────────────  1/4" in stream.getvalue()
+    assert visible(stream.getvalue()) == [""]
+
+
+@pytest.mark.parametrize(
+    ("unit", "done", "total", "text"), [("%", 3, 8, "37 %"), ("MB", 2_500_000, 10**7, "2.5/10.0 MB"), ("", 3, 8, "3/8")]
+)
+def test_progress_has_the_unit_of_the_work(unit, done, total, text):
+    stream = Terminal()
+    with progress("work", unit=unit, stream=stream) as show:
+        show(done, total)
+    assert f"  {text}" in stream.getvalue()
+
+
+def test_a_total_that_is_unknown_is_no_error():
+    stream = Terminal()
+    with progress("download", unit="MB", stream=stream) as show:
+        show(10**6, 0)
+    assert "1.0/0.0 MB" in stream.getvalue()
+
+
+def test_a_bar_is_cut_at_the_width_of_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    stream = Terminal()
+    with progress("x" * 50, stream=stream) as show:
+        show(1, 2)
+    assert max(map(len, re.split(r"\r\x1b\[2K", stream.getvalue()))) == 29
+
+
+MESSAGES = """
+import sys, time
+from yolov7_deploy._console import progress
+from yolov7_deploy._output import echo, prepare_streams
+prepare_streams()
+with progress("outer") as outer:
+    outer(1, 4)
+    with progress("inner") as inner:
+        inner(1, 2)
+        echo("a result")
+        echo("a message", err=True)
+    outer(2, 4)
+    echo("another result")
+"""
+
+
+def test_messages_are_whole_lines_above_the_bars():
+    code, output = run_in_terminal([sys.executable, "-c", MESSAGES])
+    assert code == 0
+    assert visible(output) == ["a result", "a message", "another result", ""]
+    assert "inner ━" in output and "outer ━" in output
+
+
+def test_results_in_a_file_do_not_go_to_the_terminal_while_a_bar_is_shown(tmp_path):
+    with (tmp_path / "out.txt").open("wb") as file:
+        code, output = run_in_terminal([sys.executable, "-c", MESSAGES], stdout=file.fileno())
+    assert code == 0
+    assert (tmp_path / "out.txt").read_text() == "a result\nanother result\n"
+    assert visible(output) == ["a message", ""]
+
+
+def test_a_quiet_program_prints_results_only(capsys):
+    set_verbosity(quiet=True)
+    try:
+        note("message")
+        note("message", err=True)
+        echo("result")
+        stream = Terminal()
+        with progress("val", stream=stream) as show:
+            show(1, 4)
+    finally:
+        set_verbosity()
+    assert capsys.readouterr() == ("result\n", "") and stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(("verbose", "levels"), [(0, [30]), (1, [20, 30]), (2, [10, 20, 30])])
+def test_the_log_is_printed_on_request(verbose, levels):
+    script = (
+        "from yolov7_deploy._output import prepare_streams, set_verbosity; prepare_streams();"
+        f"set_verbosity(verbose={verbose}); import logging; log = logging.getLogger('yolov7_deploy.x');"
+        "[log.log(level, str(level)) for level in (10, 20, 30)]"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert [int(line) for line in done.stderr.splitlines()] == levels
+
+
+def test_a_forked_child_leaves_the_bar_to_its_parent():
+    stream = Terminal()
+    with progress("val", stream=stream):
+        assert in_forked_child(lambda: len(_output._status_lines)) == 0
+    assert len(_output._status_lines) == 0
 
 
 @pytest.mark.parametrize("pretty", [True, False])

@@ -10,10 +10,20 @@ from yolov7_deploy.errors import UsageError
 
 
 def test_run_folders_are_numbered_after_the_highest(tmp_path):
-    assert create_run_folder(tmp_path / "runs").name == "exp"
-    for name in ("exp", "exp2", "exp9", "export", "exp_old"):
+    assert create_run_folder(tmp_path / "runs" / "exp").name == "exp"
+    for name in ("exp", "exp2", "exp9", "export", "exp_old", "yolov7-w6"):
         (tmp_path / name).mkdir()
-    assert create_run_folder(tmp_path) == tmp_path / "exp10" and (tmp_path / "exp10").is_dir()
+    assert create_run_folder(tmp_path / "exp") == tmp_path / "exp10" and (tmp_path / "exp10").is_dir()
+    assert [create_run_folder(tmp_path / "yolov7").name for _ in range(2)] == ["yolov7", "yolov72"]
+
+
+def test_an_existing_folder_is_used_only_on_request(tmp_path):
+    for folder in ("exp", "exp"):
+        with new_run_folder(tmp_path / folder, exist_ok=True) as used:
+            (used / "a.txt").touch()
+        assert used == tmp_path / "exp"
+    with new_run_folder(tmp_path / "exp") as other:
+        assert other == tmp_path / "exp2"
 
 
 def test_runs_that_start_together_get_different_folders(tmp_path):
@@ -21,7 +31,7 @@ def test_runs_that_start_together_get_different_folders(tmp_path):
 
     def start():
         barrier.wait()
-        folders.extend(create_run_folder(tmp_path / "runs") for _ in range(10))
+        folders.extend(create_run_folder(tmp_path / "runs" / "exp") for _ in range(10))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -33,10 +43,10 @@ def test_runs_that_start_together_get_different_folders(tmp_path):
 
 def test_a_folder_without_results_is_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(KeyError), new_run_folder(Path("runs/detect")):
+    with pytest.raises(KeyError), new_run_folder(Path("runs/detect/exp")):
         raise KeyError
     assert not (tmp_path / "runs").exists()
-    with new_run_folder(Path("runs/detect")) as folder:
+    with new_run_folder(Path("runs/detect/exp")) as folder:
         (folder / "a.txt").write_text("")
     assert (tmp_path / "runs/detect/exp/a.txt").exists()
 
@@ -44,4 +54,4 @@ def test_a_folder_without_results_is_removed(tmp_path, monkeypatch):
 def test_a_parent_that_is_a_file_is_a_usage_error(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UsageError, match="not a folder"):
-        create_run_folder(tmp_path / "runs")
+        create_run_folder(tmp_path / "runs" / "exp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -15,16 +16,17 @@ from typing import TextIO
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._output import write_stdout
+from yolov7_deploy._output import StatusLine, is_quiet, is_terminal, write_stdout
 from yolov7_deploy._text import json_escape, printable_line
 from yolov7_deploy.errors import UsageError
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines in a pipe
+BAR_INTERVAL_S = 0.1  # between updates of a bar
+BAR_WIDTH = 24
 
 
 def table(
@@ -163,90 +165,79 @@ def _plain(value: object) -> object:
     raise ValueError(f"{type(value).__name__} is not plain data")
 
 
-class _Rate(ProgressColumn):
-    """Progress column with the mean number of items per second."""
-
-    def render(self, task: Task) -> Text:
-        """Return the rate as text, empty before the first item."""
-        return Text(f"{task.completed / task.elapsed:.1f}/s" if task.elapsed and task.completed else "")
-
-
 @contextlib.contextmanager
-def progress(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str, *, unit: str = "", stream: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
     """Yield a function of (done, total) that shows progress: a bar on a terminal, a line every ten seconds in a pipe.
 
     Progress is written to standard error; standard output is for results.
+
+    Args:
+        what: The work, as `validate`.
+        unit: `MB` for bytes, `%` where only the fraction has a meaning; otherwise items are counted.
+        stream: The terminal or pipe.
     """
-    with progress_with_note(what, stream=stream) as show:
+    with progress_with_note(what, unit=unit, stream=stream) as show:
         yield lambda done, total: show(done, total, "")
 
 
 @contextlib.contextmanager
-def progress_with_note(what: str, *, stream: TextIO | None = None) -> Iterator[Callable[[int, int, str], None]]:
+def progress_with_note(
+    what: str, *, unit: str = "", stream: TextIO | None = None
+) -> Iterator[Callable[[int, int, str], None]]:
     """Yield a function of (done, total, note), as `progress` does; the note is shown after the numbers."""
-    output = _IgnoreErrors(stream or sys.stderr)
-    if not output.isatty():
-        yield _plain_progress(what, output)
-        return
-    parts = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*parts, console=Console(file=output), transient=True) as bars:
-        task = bars.add_task(printable_line(what), total=None, note="")
-        yield lambda done, total, note: bars.update(task, completed=done, total=total, note=printable_line(note))
+    output = sys.stderr if stream is None else stream
+    if output is None or is_quiet():
+        yield lambda done, total, note: None
+    elif is_terminal(output):
+        with StatusLine(output) as line:
+            line.show(printable_line(what))
+            show_bar = functools.partial(_bar, what, unit, unicode="utf" in (output.encoding or "utf").lower())
+            yield _limited(lambda *state: line.show(show_bar(*state)), interval_s=BAR_INTERVAL_S)
+    else:
+        yield _limited(lambda *state: _write_line(output, _plain_line(what, unit, *state)), interval_s=PLAIN_INTERVAL_S)
 
 
-class _IgnoreErrors(io.StringIO):
-    """A stream for progress that does not fail: work goes on after the terminal was closed or its reader has ended."""
+def _limited(show: Callable[[int, int, str, float], None], *, interval_s: float) -> Callable[[int, int, str], None]:
+    """Return a function that shows the last update, and others if the last one shown is this many seconds old."""
+    start = time.monotonic()
+    last = start if interval_s >= 1 else -math.inf
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write the text if the stream accepts it."""
-        if self._stream is not None:
-            with contextlib.suppress(OSError):
-                self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream if it accepts that."""
-        if self._stream is not None:
-            with contextlib.suppress(OSError):
-                self._stream.flush()
-
-    def isatty(self) -> bool:
-        """Return whether the stream is a terminal."""
-        return self._stream is not None and self._stream.isatty()
-
-    def fileno(self) -> int:
-        """Return the descriptor, from which the size of the terminal is read."""
-        if self._stream is None:
-            raise OSError("closed")
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override] # a property in the base class, too
-        """Encoding of the stream."""
-        return getattr(self._stream, "encoding", None) or "utf-8"
-
-
-def _plain_progress(what: str, stream: _IgnoreErrors) -> Callable[[int, int, str], None]:
-    start = last = time.monotonic()
-
-    def show(done: int, total: int, note: str) -> None:
+    def update(done: int, total: int, note: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if done < total and now - last < PLAIN_INTERVAL_S:
-            return
-        last = now
-        line = f"{what}: {done}/{total}, {done / max(now - start, 1e-9):.1f}/s  {note}"
-        stream.write(printable_line(line.rstrip()) + "\n")
-        stream.flush()
+        if 0 < total <= done or now - last >= interval_s:
+            last = now
+            show(done, total, note, now - start)
 
-    return show
+    return update
+
+
+def _bar(what: str, unit: str, done: int, total: int, note: str, seconds: float, *, unicode: bool) -> str:
+    filled = round(BAR_WIDTH * min(1.0, done / total)) if total else 0
+    full, empty = "━─" if unicode else "#-"
+    left = f"{duration(seconds * (total - done) / done)} left" if 0 < done < total else ""
+    numbers = [_amount(done, total, unit), _rate(done, unit, seconds), left, note]
+    return printable_line("  ".join([f"{what} {full * filled}{empty * (BAR_WIDTH - filled)}", *filter(None, numbers)]))
+
+
+def _plain_line(what: str, unit: str, done: int, total: int, note: str, seconds: float) -> str:
+    rate = _rate(done, unit, seconds)
+    return printable_line(f"{what}: {_amount(done, total, unit)}{', ' * bool(rate)}{rate}  {note}".rstrip())
+
+
+def _amount(done: int, total: int, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * done // max(total, 1)} %"
+    if unit == "MB":
+        return f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+    return f"{done}/{total}"
+
+
+def _rate(done: int, unit: str, seconds: float) -> str:
+    return f"{done / max(seconds, 1e-9) / (1e6 if unit == 'MB' else 1):.1f}{unit}/s" if done and unit != "%" else ""
+
+
+def _write_line(stream: TextIO, line: str) -> None:
+    with contextlib.suppress(OSError):
+        stream.write(line + "\n")
+        stream.flush()

@@ -1,4 +1,4 @@
-"""Standard output and standard error: printable texts, and defined behaviour if they are closed or full."""
+"""Standard output and standard error: printable texts above a status line, and closed or full streams."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import errno
 import io
 import logging
 import os
+import shutil
 import sys
+import threading
+from collections.abc import Iterator
+from typing import TextIO
 
-from yolov7_deploy._text import printable
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy._text import get_logger, printable
+from yolov7_deploy.errors import UsageError, Y7Error
 
 OTHER_OUTPUT = "Redirect it to a file on a disk with free space, or write the result with --json FILE."
 _FAILURES = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT}
 _STREAMS = 3  # standard input, output and error
+_ERASE_LINE = "\r\x1b[2K"
+_quiet, _verbose = False, 0
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
@@ -31,10 +37,54 @@ def echo(text: str = "", *, err: bool = False) -> None:
     line = printable(text) + "\n"
     if not err:
         write_stdout(line)
-    elif sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+    else:
+        _write_stderr(line)
+
+
+def note(text: str = "", *, err: bool = False) -> None:
+    """Print a text as `echo` does, unless only results, warnings and errors are wanted (`-q`)."""
+    if not _quiet:
+        echo(text, err=err)
+
+
+def set_verbosity(*, quiet: bool = False, verbose: int = 0) -> None:
+    """Choose what a program prints.
+
+    Args:
+        quiet: Print only results, warnings and errors: no messages, no progress.
+        verbose: 1 prints the log of this package and the traceback of errors, 2 also its debug messages.
+    """
+    global _quiet, _verbose
+    _quiet, _verbose = quiet, verbose
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    get_logger("yolov7_deploy").setLevel(level)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(level)
+
+
+def is_quiet() -> bool:
+    """Return whether messages and progress are left out."""
+    return _quiet
+
+
+def is_verbose() -> bool:
+    """Return whether the log is printed."""
+    return _verbose > 0
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal that understands escape sequences."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def print_error(kind: str, error: Y7Error) -> None:
+    """Print an error and its fix to standard error, in colours on a terminal unless `NO_COLOR` is set."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    red, cyan, end = (
+        ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if is_terminal and not os.environ.get("NO_COLOR") else [""] * 3
+    )
+    fix = f"\n{cyan}{error.fix}{end}" if error.fix else ""
+    _write_stderr(f"{red}{kind}:{end} {error.message}{fix}\n")
 
 
 def write_stdout(text: str) -> None:
@@ -47,12 +97,85 @@ def write_stdout(text: str) -> None:
     if sys.stdout is None:
         raise UsageError("Standard output is closed, so the result cannot be printed.", fix=OTHER_OUTPUT)
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        with _above_status_line():
+            sys.stdout.write(text)
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UsageError(f"Standard output cannot be written: {error.strerror or error}.", fix=OTHER_OUTPUT) from error
+
+
+def _write_stderr(text: str) -> None:
+    if sys.stderr is not None:
+        with _above_status_line(), contextlib.suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class StatusLine:
+    """The last line of a terminal, for progress; everything that `echo` prints appears above it.
+
+    Use it as a context manager. Of nested ones, the innermost is shown.
+
+    Args:
+        stream: The terminal; it is never an error if it cannot be written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._text = stream, ""
+
+    def __enter__(self) -> StatusLine:
+        with _above_status_line():
+            _status_lines.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _above_status_line():
+            _status_lines.remove(self)
+
+    def show(self, text: str) -> None:
+        """Replace the text of the line, which is cut at the width of the terminal."""
+        with _above_status_line():
+            self._text = text[: shutil.get_terminal_size().columns - 1]
+
+    def write(self, text: str) -> None:
+        """Write to the terminal."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+
+    def draw(self) -> None:
+        """Write the line."""
+        self.write(self._text)
+
+
+_status_lines: list[StatusLine] = []
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _above_status_line() -> Iterator[None]:
+    """Erase the status line, if there is one, and draw it again after the block."""
+    with _lock:
+        if _status_lines:
+            _status_lines[-1].write(_ERASE_LINE)
+        try:
+            yield
+        finally:
+            if _status_lines:
+                _status_lines[-1].draw()
+
+
+def _forget_status_lines() -> None:
+    """Leave the terminal to the parent process."""
+    global _lock
+    _lock = threading.RLock()
+    _status_lines.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_status_lines)
 
 
 def prepare_streams() -> None:

@@ -17,21 +17,25 @@ ATTRIBUTE, MARKER = "user.y7-detect", ".y7-detect"
 _MARKER_TEXT = "The results in this folder were written by y7 detect. Without this file it would not replace them.\n"
 
 
-def create_run_folder(parent: Path) -> Path:
-    """Create and return the next of `exp`, `exp2`, `exp3`, ... after the highest that exists.
+def create_run_folder(folder: Path) -> Path:
+    """Create and return a new folder: `exp`, or the next of `exp2`, `exp3`, ... after the highest that exists.
 
     Runs that start at the same time get different folders.
+
+    Args:
+        folder: The folder without a number, such as `runs/detect/exp`.
 
     Raises:
         UsageError: It cannot be created.
     """
+    parent, name = folder.parent, folder.name
     while True:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            taken = [re.fullmatch(r"exp(\d*)", path.name) for path in parent.iterdir()]
+            taken = [re.fullmatch(rf"{re.escape(name)}(\d*)", path.name) for path in parent.iterdir()]
             number = max((int(match[1] or 1) for match in taken if match), default=0) + 1
-            folder = parent / ("exp" if number == 1 else f"exp{number}")
-            folder.mkdir()
+            created = parent / (name if number == 1 else f"{name}{number}")
+            created.mkdir()
         except FileExistsError as error:
             if parent.is_dir():
                 continue  # another run was faster
@@ -41,19 +45,30 @@ def create_run_folder(parent: Path) -> Path:
             raise UsageError(
                 f"A folder in {parent} cannot be created: {reason}.", fix="Choose another one:  --save-dir FOLDER"
             ) from error
-        return folder
+        return created
 
 
 @contextlib.contextmanager
-def new_run_folder(parent: Path) -> Iterator[Path]:
-    """Yield a new folder of `create_run_folder`; it is removed afterwards if nothing was written."""
-    missing = [path for path in (parent, *parent.parents) if not path.exists()]
-    folder = create_run_folder(parent)
-    try:
+def new_run_folder(folder: Path, *, exist_ok: bool = False) -> Iterator[Path]:
+    """Yield a new folder of `create_run_folder`; it is removed afterwards if nothing was written.
+
+    Args:
+        folder: The folder without a number.
+        exist_ok: Yield this folder if it exists, instead of a new one.
+
+    Raises:
+        UsageError: It cannot be created.
+    """
+    if exist_ok and folder.is_dir():
         yield folder
+        return
+    missing = [path for path in folder.parents if not path.exists()]
+    created = create_run_folder(folder)
+    try:
+        yield created
     finally:
         with contextlib.suppress(OSError):  # a folder that is not empty cannot be removed
-            for path in (folder, *missing):
+            for path in (created, *missing):
                 path.rmdir()
 
 

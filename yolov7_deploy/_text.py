@@ -6,11 +6,17 @@ overrides that reorder a line, surrogates that no encoding can write, and passwo
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import logging
 import re
 import urllib.parse
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 HIDDEN = "***"
+MAX_FILES = 1000  # that a name is compared with
+ALIKE = 0.75  # ratio of difflib
 MAX_DECODING = 3  # times that a percent-encoded text is decoded
 
 _LINE_BREAKS = "\n\t"
@@ -30,6 +36,28 @@ _LOGIN_WITHOUT_SCHEME = re.compile(r"[^\s/@:]+:[^\s@]*@")
 _FIELDS = re.compile(r"([&;?#\s'\"<>]+)")
 _AT = re.compile(r"@|%40")
 _LOGIN = re.compile(r"[:@]|%3a|%40", re.IGNORECASE)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return what to type instead of a name with a typing error: the known name that is most alike, and all of them."""
+    names = list(known)
+    alike = difflib.get_close_matches(name, names, n=1)
+    return f"{f'Did you mean {alike[0]}? ' if alike else ''}One of: {', '.join(names)}"
+
+
+def similar_file(path: Path, *, suffixes: Collection[str]) -> Path | None:
+    """Return the existing file that was probably meant by a path with a typing error.
+
+    It is one with the same stem, else one with a similar name; in the same folder, else the newest in `runs/*/*`.
+    """
+    with contextlib.suppress(OSError):
+        runs = sorted(Path().glob("runs/*/*/*"), key=lambda file: file.stat().st_mtime, reverse=True)
+        siblings = sorted(path.parent.iterdir())[:MAX_FILES] if path.parent.is_dir() else []
+        files = [file for file in (*siblings, *runs) if file.suffix.lower() in suffixes]
+        same = [file for file in files if file.stem == path.stem]
+        alike = difflib.get_close_matches(path.name, [file.name for file in files], n=1, cutoff=ALIKE)
+        return next((file for file in (*same, *files) if file in same or file.name in alike), None)
+    return None
 
 
 def printable(text: object) -> str:

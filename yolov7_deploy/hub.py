@@ -16,7 +16,7 @@ from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._download import download
-from yolov7_deploy._text import get_logger, hide_credentials
+from yolov7_deploy._text import get_logger, hide_credentials, similar_file, suggest
 from yolov7_deploy.errors import LoadError
 
 logger = get_logger(__name__)
@@ -48,6 +48,8 @@ SHAPES_WEIGHTS = "yolov7-tiny-shapes"
 
 # Publicly known digests; the other downloads are checked by length only.
 SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e0c71d"}
+
+MODEL_SUFFIXES = (".pt", ".pth", ".safetensors", ".onnx", ".engine", ".plan", ".trt")
 
 TIMEOUT_S = 30.0
 _MIN_BYTES_PER_S = 10_000  # mean; slower than a modem, so the server or the network does not work
@@ -143,10 +145,13 @@ def _not_found(path: Path) -> LoadError:
         return LoadError(f"{path} is a folder, not a weights file.", fix=f"Pass the file inside it:  {path}/NAME.pt")
     if os.path.exists(path):  # noqa: PTH110 - as in `find_weights`
         return LoadError(f"{path} is not a file but a named pipe, a device or a socket.", fix="Pass a file.")
-    names = ", ".join(name for name in OFFICIAL_NAMES if not name.endswith("_training"))
-    if path.suffix or path.parent != Path():
-        return LoadError(f"{path} does not exist.", fix=f"Check the path, or use an official name: {names}")
-    return LoadError(f"{path} is neither a file nor an official name.", fix=f"Official names: {names}")
+    names = [name for name in OFFICIAL_NAMES if not name.endswith("_training")]
+    is_path = bool(path.suffix) or path.parent != Path()
+    fix = suggest(path.stem, names) if not is_path else f"Check the path, or use an official name: {', '.join(names)}"
+    similar = similar_file(path, suffixes=MODEL_SUFFIXES)
+    if similar is not None:
+        fix = f"Did you mean {similar}?"
+    return LoadError(f"{path} {'does not exist' if is_path else 'is neither a file nor an official name'}.", fix=fix)
 
 
 def _download(url: str, target: Path, *, name: str, progress: Progress | None, timeout_s: float) -> None:

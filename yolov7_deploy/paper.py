@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from yolov7_deploy._text import suggest
 from yolov7_deploy.errors import UsageError
 
 PAPER = "arXiv 2207.02696"
@@ -252,7 +253,7 @@ def paper_row(variant: str, *, size: int | None = None) -> PaperRow:
     """
     model = VARIANTS.get(variant)
     if model is None:
-        raise UsageError(f"The paper does not have {variant!r}.", fix=f"One of: {', '.join(VARIANTS)}")
+        raise UsageError(f"The paper does not have {variant!r}.", fix=suggest(variant, VARIANTS))
     rows = [row for row in (*TABLE_1, *TABLE_2) if row.model == model and size in (None, row.size)]
     if not rows:
         raise UsageError(f"The paper does not have {variant} at {size}.", fix="Leave the size out.")

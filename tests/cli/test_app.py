@@ -10,11 +10,16 @@ import sys
 import time
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from yolov7_deploy.cli.app import app
+from tests.support.terminal import run_in_terminal
+from yolov7_deploy import __version__
+from yolov7_deploy.cli.app import COMMANDS, app
+from yolov7_deploy.cli.command import PANELS
 from yolov7_deploy.cli.options import announce_replacement, check_json_path
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.paper import VARIANTS
 
 SHORT = ["train", "--show-hyp"]  # prints a few lines and imports no heavy library
 TIMEOUT_S = 120.0
@@ -126,3 +131,124 @@ def test_a_json_path_that_cannot_be_written_is_an_error_before_the_work(tmp_path
     result = CliRunner().invoke(app, ["doctor", "--json", path])
     assert isinstance(result.exception, UsageError) and "cannot be written" in result.exception.message
     assert result.output == ""
+
+
+# --- help and version -------------------------------------------------------------------------------------------------
+
+ALL_COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+NAMES = [command.__name__ for command, _ in COMMANDS]
+
+
+def shown(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version_is_printed(option):
+    assert shown(option) == f"yolov7-deploy {__version__}\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_a_command_has_an_example_and_is_the_same_in_all_spellings(name):
+    text = shown(name, "--help")
+    assert text == shown(name, "-h") and text == shown("help", name)
+    assert f"Example:  y7 {name}" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_fits_a_terminal_of_80_columns(name):
+    assert max(map(len, shown(name, "--help").splitlines())) <= 80
+
+
+def test_help_lists_all_commands():
+    for text in (shown("--help"), shown("help")):
+        assert all(f"\n  {name} " in text for name in NAMES) and "y7 help COMMAND" in text
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_every_option_is_in_one_panel(name):
+    own = {parameter.name for parameter in ALL_COMMANDS[name].params} - {"quiet", "verbose", "json_path"}
+    listed = [parameter for names in PANELS[name].values() for parameter in names.split()]
+    assert len(listed) == len(set(listed))
+    assert own - {"context"} <= set(listed) and set(listed) <= own | {"json_path"}
+    text = shown(name, "--help")
+    assert all(f"\n{panel}:\n" in text for panel in PANELS[name])
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("export", "--nms", "plugin|standard|efficient|none"),
+        ("export", "--precision", "fp32|fp16|int8"),
+        ("train", "--assigner", "independent|lead-guided|coarse-to-fine"),
+        ("val", "--split", "val|test|train"),
+    ],
+)
+def test_help_shows_the_values_of_an_option(command, option, values):
+    assert f"{option} {values}" in shown(command, "--help").replace("--precision, --quantize", "--precision")
+
+
+def test_help_shows_all_variants():
+    text = "".join(shown("train", "--help").split())  # lines break at hyphens
+    assert f"Oneof:{','.join(VARIANTS)}." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("y7 exp", {"export"}),
+        ("y7 export --nms e", {"efficient"}),
+        ("y7 train --variant yolov7-t", {"yolov7-tiny", "yolov7-tiny-silu"}),
+        ("y7 detect --weights yolov7-d", {"yolov7-d6", "yolov7-d6_training"}),
+        ("y7 detect --weights runs/", {"runs/best.onnx", "runs/train/"}),
+        ("y7 detect --max", {"--max-det"}),
+    ],
+)
+def test_the_shell_completes_commands_options_values_and_model_files(tmp_path, words, expected):
+    (tmp_path / "runs" / "train").mkdir(parents=True)
+    for name in ("best.onnx", "notes.txt"):
+        (tmp_path / "runs" / name).touch()
+    environment = {
+        **os.environ,
+        "_Y7_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", "from yolov7_deploy.cli.app import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    assert set(done.stdout.split()) == expected, done.stderr
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_errors_are_coloured_on_a_terminal_unless_the_user_objects(no_colour):
+    environment = {"NO_COLOR": "1"} if no_colour else {}
+    code, output = run_in_terminal([sys.executable, "-m", "yolov7_deploy", "info", "absent.pt"], env=environment)
+    start = "LoadError:" if no_colour else "\x1b[1;31mLoadError:\x1b[0m"
+    assert code == 1 and output.startswith(f"{start} absent.pt does not exist.\n")
+    assert ("\x1b[36mCheck the path" in output) is not no_colour
+
+
+def test_errors_in_a_pipe_have_no_colours():
+    assert y7("info", "absent.pt").stderr.startswith("LoadError: absent.pt does not exist.\nCheck the path")
+
+
+def test_a_verbose_error_has_a_traceback():
+    done = y7("info", "absent.pt", "-v")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "LoadError: absent.pt does not exist." in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-q", "shapes"], ["shapes", "-q"], ["shapes", "--quiet"]], ids=" ".join)
+def test_quiet_commands_print_their_result_only(tmp_path, arguments):
+    done = y7(*arguments, "--output", str(tmp_path / "data"), "--train", "1", "--val", "1")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+
+
+def test_a_command_with_a_typing_error_is_suggested():
+    result = CliRunner().invoke(app, ["exprot"])
+    assert result.exit_code == 2 and "Did you mean 'export'" in result.output

@@ -285,7 +285,7 @@ def test_ctrl_c_leaves_no_partial_files(files, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
-        while "bench, in percent" not in process.stderr.readline():
+        while "bench: " not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=TIMEOUT_S)

@@ -100,8 +100,8 @@ def test_detect_prints_one_line_per_image_and_numbers_its_runs(run, inputs):
         assert result.exception is None
         lines = result.stdout.splitlines()
         assert "conf 0.3, iou 0.5, max-det 10" in lines[0]
-        assert lines[1] == "1/2 a.png 64x48: person: 1, dog: 1, 6.0ms"
-        assert lines[2] == "2/2 b.jpg 64x48: person: 1, dog: 1, 6.0ms"
+        assert lines[1] == "1/2 a.png 48x64: person: 1, dog: 1, 6.0ms"
+        assert lines[2] == "2/2 b.jpg 48x64: person: 1, dog: 1, 6.0ms"
         assert lines[3] == "Speed: 1.0ms preprocess, 2.0ms inference, 3.0ms postprocess per image"
         assert lines[4] == f"Results saved to runs/detect/{name}"
     assert files(Path("runs")) == [f"detect/{run}/{name}" for run in ("exp", "exp2") for name in ("a.png", "b.jpg")]
@@ -214,7 +214,7 @@ def test_a_name_that_is_not_unicode_is_detected_printed_and_written_as_json(run,
         result = run("--source", folder, "--save-dir", tmp_path / "out", "--save-txt", "--json", target)
         assert result.exception is None
         assert "\x1b" not in result.stdout + result.stderr
-        assert r"photo-\udcff\x1b[2J.png 64x48: person: 1, dog: 1" in result.stdout + result.stderr
+        assert r"photo-\udcff\x1b[2J.png 48x64: person: 1, dog: 1" in result.stdout + result.stderr
         text = result.stdout if target == "-" else target.read_text(encoding="utf-8")
         assert Path(json.loads(text)["images"][0]["path"]).name == name
     assert files(tmp_path / "out") == ["labels/" + name.replace(".png", ".txt"), name]

@@ -2,10 +2,11 @@
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training import run as training
+from yolov7_deploy.training.checkpoints import RunState, TrainRequest, save_run_state
 from yolov7_deploy.training.hyperparameters import PRESETS, format_hyperparameters, read_hyperparameters
 from yolov7_deploy.training.loggers import EpochRecord
 from yolov7_deploy.training.trainer import TrainReport
@@ -131,6 +133,8 @@ def test_the_official_spellings_are_accepted(run, fake):
 def test_classes_are_divided_by_the_dataset_which_knows_their_names(run, fake, text):
     run("--data", "D.yaml", "--classes", text)
     assert fake.request.classes == (text,)
+    run("--data", "D.yaml", "--classes", text, "--classes", "dog")
+    assert fake.request.classes == (text, "dog")
 
 
 @pytest.mark.parametrize(("text", "freeze"), [("50", (50,)), ("0,1,2", (0, 1, 2)), ("4 9", (4, 9))])
@@ -204,6 +208,7 @@ def test_show_hyp_prints_a_file_that_can_be_read_again(run, fake, tmp_path):
         ("--data D.yaml --auxiliary some", "--auxiliary some is unknown", "partial, full, none"),
         ("--data D.yaml --rect --multi-scale", "--rect and --multi-scale contradict each other", "Leave one"),
         ("--data D.yaml --rect --image-weights", "--rect and --image-weights contradict each other", "Leave one"),
+        ("--data D.yaml --variant yolov7-tinny", "--variant yolov7-tinny is unknown", "Did you mean yolov7-tiny?"),
         ("--resume", "There is no training run in runs/train to resume", "--save-dir DIR"),
     ],
 )
@@ -229,14 +234,66 @@ def test_resume_uses_the_given_folder(run, fake, tmp_path):
     assert fake.resume_arguments == {"folder": Path("some/run"), "device": "cpu", "data": "elsewhere/D.yaml"}
 
 
-def test_resume_without_a_folder_uses_the_newest_run(run, fake, tmp_path):
-    for age, name in enumerate(("exp2", "exp", "exp3")):
-        state = tmp_path / "runs" / "train" / name / "state.safetensors"
-        state.parent.mkdir(parents=True)
-        state.touch()
-        os.utime(state, (1000 - age, 1000 - age))
+def save_runs(project, **completed_epochs):
+    """Write states of runs of ten epochs, each one newer than the one before."""
+    for age, (name, epoch) in enumerate(completed_epochs.items()):
+        folder = project / name
+        folder.mkdir(parents=True)
+        request = TrainRequest(data="D.yaml", folder=str(folder), options=TrainOptions(epochs=10))
+        state = RunState(request=request, data_sha256="", class_names=("a",), anchors=(), world_size=1, epoch=epoch)
+        save_run_state(folder, state, {"model.w": torch.zeros(2)})
+        os.utime(folder / "state.safetensors", (1000 + age, 1000 + age))
+
+
+def test_resume_without_a_folder_uses_the_newest_run_that_is_not_finished(run, fake):
+    save_runs(Path("runs/train"), exp=3, exp2=5, exp3=10)
     run("--resume")
     assert fake.resume_arguments["folder"] == Path("runs/train/exp2")
+    run("--resume", "--name", "exp")
+    assert fake.resume_arguments["folder"] == Path("runs/train/exp")
+
+
+def test_resume_looks_for_runs_in_the_project(run, fake):
+    save_runs(Path("elsewhere"), cars=3)
+    run("--resume", "--project", "elsewhere")
+    assert fake.resume_arguments["folder"] == Path("elsewhere/cars")
+
+
+def test_resume_with_a_damaged_state_names_it(run, fake):
+    save_runs(Path("runs/train"), exp=3, exp2=5)
+    Path("runs/train/exp2/state.safetensors").write_bytes(b"x")
+    os.utime("runs/train/exp2/state.safetensors", (2000, 2000))
+    run("--resume")
+    assert fake.resume_arguments["folder"] == Path("runs/train/exp2")  # resuming it raises the error
+
+
+def test_resume_without_an_unfinished_run_names_the_weights_to_train_further(run, fake):
+    save_runs(Path("runs/train"), exp=10, exp2=10)
+    with pytest.raises(UsageError, match="All 2 training runs in runs/train are finished") as caught:
+        run("--resume")
+    assert caught.value.fix.endswith("--weights runs/train/exp2/last.safetensors")
+
+
+def test_a_run_that_stopped_early_is_finished():
+    request = TrainRequest(data="", folder="", options=TrainOptions(epochs=10, patience=3))
+    state = RunState(request=request, data_sha256="", class_names=(), anchors=(), world_size=1, best_epoch=2)
+    assert [replace(state, epoch=epoch).is_finished for epoch in (0, 4, 5, 10)] == [False, False, True, True]
+
+
+def test_without_weights_and_variant_a_warning_says_what_is_trained(run):
+    warning = "WARNING: neither --weights nor --variant is given, so yolov7 is trained from RANDOM weights."
+    assert warning in run("--data", "D.yaml").stderr
+    assert warning not in run("--data", "D.yaml", "--variant", "yolov7-tiny").stderr
+    assert warning not in run("--show-hyp").stderr
+
+
+def test_the_folder_of_a_run_has_the_given_name(run, fake):
+    for expected in ("mine/cars", "mine/cars2"):
+        run("--data", "D.yaml", "--project", "mine", "--name", "cars")
+        assert fake.request.folder == expected
+        Path(expected).mkdir(parents=True, exist_ok=True)
+    run("--data", "D.yaml", "--project", "mine", "--name", "cars", "--exist-ok")
+    assert fake.request.folder == "mine/cars"
 
 
 @pytest.mark.parametrize("change", ["--epochs 500", "--batch 8", "--set lr0=1", "--adam", "--no-ota", "--img 320"])

@@ -82,7 +82,7 @@ def test_val_prints_how_many_images_have_no_label_file_and_what_was_left_out(run
 
 
 def test_val_accepts_the_official_spellings(run):
-    spellings = ["--img-size", "96", "--batch-size", "2", "--conf-thres", "0.01", "--iou-thres", "0.5", "--verbose"]
+    spellings = ["--img-size", "96", "--batch-size", "2", "--conf-thres", "0.01", "--iou-thres", "0.5", "--per-class"]
     result = run(*spellings)
     assert "rect 96 (pad 0.5, batch 2" in result.stdout and "conf 0.01, iou 0.5" in result.stdout
     table = result.stdout.partition("class")[2].splitlines()[:3]

@@ -156,21 +156,22 @@ def test_training_in_a_thread_does_not_touch_signal_handlers(data, tmp_path):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 _SIGNAL_AT_STEP = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from yolov7_deploy import _console
 from yolov7_deploy.cli.app import main
 
-plain_progress = _console._plain_progress
+progress = _console.progress_with_note
 
-def signalling_progress(what, stream):
-    show = plain_progress(what, stream)
+@contextlib.contextmanager
+def signalling_progress(what, **options):
     def show_and_signal(done, total, note):
         show(done, total, note)
         if what == "epoch 2/2" and done == {step}:
             os.kill(os.getpid(), signal.{name})
-    return show_and_signal
+    with progress(what, **options) as show:
+        yield show_and_signal
 
-_console._plain_progress = signalling_progress
+_console.progress_with_note = signalling_progress
 sys.argv[0] = "y7"
 main()
 """

@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from yolov7_deploy._output import echo, finish_output, is_output_failure, prepare_streams
+from yolov7_deploy._output import (
+    echo,
+    finish_output,
+    is_output_failure,
+    is_verbose,
+    prepare_streams,
+    print_error,
+    set_verbosity,
+)
 from yolov7_deploy._process import Interrupted, raise_interrupted
+from yolov7_deploy._version import __version__
 from yolov7_deploy.cli.bench import bench
 from yolov7_deploy.cli.build import build
+from yolov7_deploy.cli.command import Quiet, Verbose, Y7Command, Y7Group, with_verbosity
 from yolov7_deploy.cli.demo import demo
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.doctor import doctor
@@ -28,17 +40,17 @@ from yolov7_deploy.errors import Y7Error, missing_library
 
 app = typer.Typer(
     name="y7",
-    help="From an official YOLOv7 checkpoint to the fastest verified detector on your machine.",
+    cls=Y7Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="y7 help COMMAND shows the options of a command.  First steps:  y7 demo",
 )
 
 COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (demo, ()),
-    (train, ()),
+    (train, ("train-aux",)),
     (export, ()),
     (quantize, ()),
     (build, ()),
@@ -53,9 +65,35 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
 )
 
 for _command, _aliases in COMMANDS:
-    app.command()(_command)
+    _function = with_verbosity(_command)
+    app.command(cls=Y7Command)(_function)
     for _alias in _aliases:
-        app.command(_alias, hidden=True)(_command)
+        app.command(_alias, cls=Y7Command, hidden=True)(_function)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        echo(f"yolov7-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """From a YOLOv7 checkpoint to the fastest verified detector on your machine."""
+    set_verbosity(quiet=quiet, verbose=verbose)
+
+
+@app.command("help", hidden=True)
+def show_help(context: typer.Context, command: Annotated[str | None, typer.Argument(metavar="COMMAND")] = None) -> None:
+    """Show the commands, or the options of one."""
+    app(prog_name="y7", args=[*([command] if command else []), "--help"])
 
 
 def main() -> None:
@@ -79,7 +117,9 @@ def _run() -> int:
             except ModuleNotFoundError as error:
                 raise missing_library(error, f"for y7 {' '.join(sys.argv[1:2])}") from error
     except Y7Error as error:
-        echo(f"{type(error).__name__}: {error}", err=True)
+        if is_verbose():
+            echo(traceback.format_exc().rstrip(), err=True)
+        print_error(type(error).__name__, error)
         return 1
     except OSError as error:
         if not is_output_failure(error):

@@ -23,6 +23,7 @@ from yolov7_deploy.cli.options import (
     Weights,
     check_thresholds,
     check_writable,
+    locate_weights,
     parse_img,
     was_given,
 )
@@ -171,7 +172,7 @@ def _run(request: BenchRequest, choose: Callable[..., OutputFiles], compare: Pat
     from yolov7_deploy._output_folder import new_run_folder
 
     with ExitStack() as stack:
-        outputs = choose(new_folder=lambda: stack.enter_context(new_run_folder(RUNS)))
+        outputs = choose(new_folder=lambda: stack.enter_context(new_run_folder(RUNS / "exp")))
         earlier = None if compare is None else _load(compare)
         _print_and_write(_measure(request), outputs, earlier=earlier, name=str(compare))
 
@@ -303,12 +304,10 @@ def _measure(request: BenchRequest) -> SpeedReport:
     from yolov7_deploy.benchmarking.report import paper_speed, read_ap
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.hardware.machine import gpu_memory_used
-    from yolov7_deploy.hub import find_weights
 
     frames = _frames(request.source, request.frame_hw)
     profile = None if request.device == "auto" else resolve_device(request.device)
-    with progress("download") as show:
-        path = find_weights(request.weights, progress=show)
+    path = locate_weights(request.weights)
     val_report = request.val_report
     ap, ap_source = (None, "") if val_report is None else read_ap(val_report, path, sha256=sha256_hex(path))
     device = profile.device if profile else "auto"
@@ -326,14 +325,14 @@ def _measure(request: BenchRequest) -> SpeedReport:
         metadata = detector.metadata
         paper = paper_speed(metadata.variant, detector.input_hw) if request.paper else None
         default_batches = (metadata.batch or 1,)
-        with progress("bench, in percent") as show:
+        with progress("bench", unit="%") as show:
             report = measure_speed(
                 detector,
                 frames,
                 options=replace(request.options, batches=request.batches or default_batches),
                 profile=profile or resolve_device("auto", gpu_usable=detector.device != "cpu"),
                 gpu_baseline_bytes=gpu_baseline,
-                progress=lambda done, total: show(100 * done // total, 100),
+                progress=show,
                 on_row=on_row,
             )
     return replace(report, paper=paper, ap=ap, ap_source=ap_source)

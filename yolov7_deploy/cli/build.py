@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import JsonPath, announce_replacement
+from yolov7_deploy._output import echo, is_verbose, note
+from yolov7_deploy.cli.options import JsonPath, announce_replacement, one_of
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import EngineOptions
+from yolov7_deploy.options import HARDWARE_COMPATIBILITIES, PLUGIN_USES, EngineOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.builder import BuildCallbacks, EngineReport
@@ -20,15 +20,21 @@ if TYPE_CHECKING:
 DEFAULTS = EngineOptions()
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
-Weights = Annotated[str, typer.Option("--weights", "-w", help="ONNX file to build from.")]
+Weights = Annotated[str, typer.Option("--weights", "-w", metavar="FILE", help="ONNX file to build from.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output file (default: NAME.engine next to the ONNX file).")
 ]
 Target = Annotated[
     str | None,
-    typer.Option("--target", help="GPUs for TensorRT-RTX to build for, on this or other machines: sm86,sm89,sm120."),
+    typer.Option(
+        "--target",
+        metavar="GPUS",
+        help="GPUs for TensorRT-RTX to build for, on this or other machines: sm86,sm89,sm120.",
+    ),
 ]
-Plugin = Annotated[str, typer.Option("--plugin", help="Run NMS in our plugin: auto (if it is built), on or off.")]
+Plugin = Annotated[
+    str, one_of(PLUGIN_USES, "--plugin", text="Run NMS in our plugin; auto does so if the plugin is built.")
+]
 Batch = Annotated[
     int | None, typer.Option("--batch", "--batch-size", help="Fixed batch size for a file with a dynamic batch.")
 ]
@@ -61,14 +67,14 @@ VersionCompatible = Annotated[
 ]
 HardwareCompatible = Annotated[
     str,
-    typer.Option(
+    one_of(
+        HARDWARE_COMPATIBILITIES,
         "--hardware-compatible",
-        help="Other GPUs that can run the engine: none, ampere+, or same-cc (same compute capability).",
+        text="Other GPUs that can run the engine: Ampere and later, or those of the same compute capability.",
     ),
 ]
 Sparse = Annotated[bool, typer.Option("--sparse", help="Use sparse kernels for weights pruned 2:4.")]
 Dla = Annotated[int | None, typer.Option("--dla", help="DLA core of a Jetson to build for.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show TensorRT's log.")]
 
 
 def build(
@@ -89,7 +95,6 @@ def build(
     hardware_compatible: HardwareCompatible = DEFAULTS.hardware_compatible,
     sparse: Sparse = False,
     dla: Dla = None,
-    verbose: Verbose = False,
     json_path: JsonPath = None,
 ) -> None:
     """Build a TensorRT engine and its build record from an ONNX file.
@@ -113,7 +118,7 @@ def build(
         sparse=sparse,
         dla=dla,
     )
-    report = _run(weights, output, options, verbose=verbose, to_stderr=json_path == "-")
+    report = _run(weights, output, options, to_stderr=json_path == "-")
     echo(describe(report), err=json_path == "-")
     if json_path is not None:
         from yolov7_deploy._console import write_json
@@ -133,7 +138,7 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
     return parts
 
 
-def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: bool, to_stderr: bool) -> EngineReport:
+def _run(weights: str, output: Path | None, options: EngineOptions, *, to_stderr: bool) -> EngineReport:
     path = Path(weights)
     if path.suffix.lower() != ".onnx":
         what = "is a checkpoint" if path.suffix.lower() in _CHECKPOINTS else "is not an .onnx file"
@@ -146,22 +151,22 @@ def _run(weights: str, output: Path | None, options: EngineOptions, *, verbose: 
     engine = output or path.with_suffix(".engine")
     with (
         announce_replacement(engine, to_stderr=to_stderr),
-        shown_progress(verbose=verbose, to_stderr=to_stderr) as callbacks,
+        shown_progress(to_stderr=to_stderr) as callbacks,
     ):
         return build_file(path, engine, options=options, callbacks=callbacks)
 
 
 @contextmanager
-def shown_progress(*, verbose: bool, to_stderr: bool) -> Iterator[BuildCallbacks]:
-    """Yield callbacks that print steps as lines, the build's progress, and with `verbose` TensorRT's log."""
+def shown_progress(*, to_stderr: bool) -> Iterator[BuildCallbacks]:
+    """Yield callbacks that print steps as lines, the build's progress, and with `-v` TensorRT's log."""
     from yolov7_deploy._console import progress
     from yolov7_deploy.tensorrt.builder import BuildCallbacks
 
-    with progress("building, in percent") as show:
+    with progress("build", unit="%") as show:
         yield BuildCallbacks(
-            on_step=lambda description, seconds: echo(f"{seconds:6.1f} s  {description}", err=to_stderr),
+            on_step=lambda description, seconds: note(f"{seconds:6.1f} s  {description}", err=to_stderr),
             on_progress=show,
-            on_log=(lambda message: echo(f"TensorRT {message}", err=True)) if verbose else None,
+            on_log=(lambda message: echo(f"TensorRT {message}", err=True)) if is_verbose() else None,
         )
 
 

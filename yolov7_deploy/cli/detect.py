@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import echo, is_terminal, note
 from yolov7_deploy._process import Interrupted, deferred_signals
-from yolov7_deploy._text import printable
 from yolov7_deploy.cli.options import (
     DEFAULT_FROM_MODEL,
     Conf,
     Device,
+    ExistOk,
     Half,
     Img,
     Iou,
     JsonPath,
     MaxDet,
+    Name,
+    SaveDir,
     Weights,
     check_thresholds,
     label_rule,
@@ -32,8 +35,6 @@ from yolov7_deploy.cli.options import (
 from yolov7_deploy.errors import Y7Error
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from yolov7_deploy.detections import Detections
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import Frame, Source
@@ -46,12 +47,15 @@ SourceText = Annotated[
     typer.Option(
         "--source",
         "-s",
+        metavar="SOURCE",
         help="Image, folder, 'pattern', video, camera number, rtsp:// or http:// address, or a .txt list of these.",
     ),
 ]
 Classes = Annotated[
     list[str] | None,
-    typer.Option("--classes", help="Detect only these classes: names or numbers, 'person,dog' or '0 16'."),
+    typer.Option(
+        "--classes", metavar="CLASSES", help="Detect only these classes: names or numbers, 'person,dog' or '0 16'."
+    ),
 ]
 MultiLabel = Annotated[
     bool | None,
@@ -63,9 +67,7 @@ MultiLabel = Annotated[
 AgnosticNms = Annotated[
     bool | None, typer.Option("--agnostic-nms", help="Class-agnostic NMS: boxes of different classes compete.")
 ]
-SaveDir = Annotated[
-    Path | None, typer.Option("--save-dir", help="Output folder (default: a new folder runs/detect/expN).")
-]
+Project = Annotated[Path, typer.Option("--project", help="Folder of all runs.")]
 SaveTxt = Annotated[bool, typer.Option("--save-txt", help="Write YOLO label files to labels/.")]
 SaveConf = Annotated[bool, typer.Option("--save-conf", help="With --save-txt: add the score to each line.")]
 View = Annotated[
@@ -87,6 +89,9 @@ def detect(
     half: Half = None,
     multi_label: MultiLabel = None,
     agnostic_nms: AgnosticNms = None,
+    project: Project = RUNS,
+    name: Name = "exp",
+    exist_ok: ExistOk = False,
     save_dir: SaveDir = None,
     save_txt: SaveTxt = False,
     save_conf: SaveConf = False,
@@ -109,7 +114,7 @@ def detect(
     opened = open_source(source, on_error="skip")
     with contextlib.ExitStack() as stack:
         if save_dir is None and (save_txt or not nosave):
-            save_dir = stack.enter_context(new_run_folder(RUNS))
+            save_dir = stack.enter_context(new_run_folder(project / name, exist_ok=exist_ok))
         options = AnnotateOptions(
             save_dir=save_dir,
             save_drawn=not nosave,
@@ -174,38 +179,32 @@ def _run(
 
 
 class DetectConsole:
-    """Terminal output of `y7 detect`: one line per frame, and on a terminal a progress bar below the lines."""
+    """Terminal output of `y7 detect`: one line per frame, and for several frames a progress bar below the lines."""
 
     def __init__(self, source: Source, *, to_stderr: bool) -> None:
-        from rich.console import Console
-
         self._source = source
         self._to_stderr = to_stderr
-        self._console = Console(stderr=to_stderr)
-        self._progress: tuple[Progress, TaskID] | None = None
 
     def print(self, line: str) -> None:
-        """Print one line, above the progress bar if there is one."""
-        if self._progress is None:
-            echo(line, err=self._to_stderr)
-        else:
-            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        """Print one line."""
+        note(line, err=self._to_stderr)
 
     def annotate(self, detector: Detect, *, options: AnnotateOptions, report: PredictionReport) -> None:
-        """Run the detector over the source and fill the report, with a bar for several frames on a terminal."""
-        from rich.progress import Progress
-
+        """Run the detector over the source and fill the report; a pipe gets no progress beside the lines."""
+        from yolov7_deploy._console import progress
         from yolov7_deploy.workflows.predict import annotate
 
-        if not self._console.is_terminal or self._source.total == 1:
-            annotate(detector, self._source, options=options, report=report, on_frame=self._print_frame)
+        run = functools.partial(annotate, detector, self._source, options=options, report=report)
+        if self._source.total == 1 or not is_terminal(sys.stderr):
+            run(on_frame=self._print_frame)
             return
-        with Progress(console=self._console, transient=True) as progress:
-            self._progress = (progress, progress.add_task("detecting", total=self._source.total))
-            try:
-                annotate(detector, self._source, options=options, report=report, on_frame=self._print_frame)
-            finally:
-                self._progress = None
+        with progress("detect") as show:
+
+            def on_frame(frame: Frame, detections: Detections) -> None:
+                self._print_frame(frame, detections)
+                show(frame.index + 1, self._source.total or 0)
+
+            run(on_frame=on_frame)
 
     def _print_frame(self, frame: Frame, detections: Detections) -> None:
         total = self._source.total
@@ -214,9 +213,7 @@ class DetectConsole:
         name = frame.path if frame.is_live else Path(frame.path).name
         dropped = f", {frame.dropped} dropped" if frame.dropped else ""
         time_ms = f"{detections.speed.total_ms:.1f}ms"
-        self.print(f"{number} {name} {width}x{height}: {detections.describe()}, {time_ms}{dropped}")
-        if self._progress is not None:
-            self._progress[0].advance(self._progress[1])
+        self.print(f"{number} {name} {height}x{width}: {detections.describe()}, {time_ms}{dropped}")
 
 
 def _headline(settings: dict[str, Any]) -> str:
@@ -251,6 +248,6 @@ def _finish(
             f"{speed.postprocess_ms:.1f}ms postprocess per image"
         )
         if save_dir is not None and save_dir.is_dir():
-            console.print(f"Results saved to {save_dir}")
+            echo(f"Results saved to {save_dir}", err=json_path == "-")
         if json_path == "-":
             write_json({**report.to_dict(), **settings}, json_path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspace, parse_targets, shown_progress
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_dict as engine_to_dict
@@ -16,14 +16,16 @@ from yolov7_deploy.cli.options import (
     Img,
     JsonPath,
     announce_replacement,
+    complete_weights,
     label_rule,
     locate_weights,
+    one_of,
     parse_img,
     was_given,
 )
 from yolov7_deploy.cli.quantize import NO_IMAGES, Calib, Data, MaxDrop, open_data
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions, QuantizeOptions
+from yolov7_deploy.options import INPUT_KINDS, NMS_KINDS, PRECISIONS, EngineOptions, ExportOptions, QuantizeOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.build_messages import Installation
@@ -42,7 +44,16 @@ _ENGINE_OPTIONS = {
     "max_batch": "--max-batch",
 }
 
-Weights = Annotated[str, typer.Option("--weights", "-w", help="A .pt or .safetensors file, or an official name.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="FILE",
+        autocompletion=complete_weights,
+        help="A .pt or .safetensors file, or an official name.",
+    ),
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output file (default: NAME.onnx or NAME-PRECISION.onnx here).")
 ]
@@ -50,10 +61,11 @@ Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Fixed batch
 DynamicBatch = Annotated[bool, typer.Option("--dynamic-batch", help="Accept any batch size at run time.")]
 Nms = Annotated[
     str,
-    typer.Option(
+    one_of(
+        NMS_KINDS,
         "--nms",
-        help="NMS in the graph: plugin (runs in every runtime), standard (ONNX operators), efficient "
-        "(EfficientNMS_TRT) or none.",
+        text="NMS in the graph: plugin runs in every runtime, standard is ONNX operators, efficient is "
+        "EfficientNMS_TRT.",
     ),
 ]
 Conf = Annotated[float, typer.Option("--conf", "--conf-thres", help="Confidence threshold, 0 to 1.")]
@@ -68,14 +80,18 @@ AgnosticNms = Annotated[
     typer.Option("--agnostic-nms", "--class-agnostic", help="Class-agnostic NMS: boxes of different classes compete."),
 ]
 InputKind = Annotated[
-    str, typer.Option("--input", help="float32 (NCHW RGB, 0 to 1) or uint8 (NHWC BGR, converted inside the graph).")
+    str,
+    one_of(
+        INPUT_KINDS, "--input", text="float32 is NCHW RGB from 0 to 1; uint8 is NHWC BGR, converted inside the graph."
+    ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(
+    one_of(
+        PRECISIONS,
         "--precision",
         "--quantize",
-        help="fp32, fp16 or int8, or in bits: 32, 16 or 8 (input, outputs, decoding and NMS stay in float32).",
+        text="Also in bits: 32, 16 or 8. Input, outputs, decoding and NMS stay in float32.",
     ),
 ]
 Fp16 = Annotated[bool, typer.Option("--fp16", "--half", help="Same as --precision fp16.")]
@@ -87,10 +103,6 @@ Verify = Annotated[
 ]
 Image = Annotated[
     Path | None, typer.Option("--image", help="Image for --verify and for the FP16 range check (default: synthetic).")
-]
-End2end = Annotated[bool, typer.Option("--end2end", help="Same as --nms efficient.", hidden=True)]
-Grid = Annotated[
-    bool, typer.Option("--grid", help="Accepted for compatibility: decoding is always in the graph.", hidden=True)
 ]
 MakeEngine = Annotated[
     bool, typer.Option("--engine", help="Also build a TensorRT engine; y7 build has all options for that.")
@@ -143,8 +155,6 @@ def export(
     simplify: Simplify = DEFAULTS.simplify,
     verify: Verify = True,
     image: Image = None,
-    end2end: End2end = False,
-    grid: Grid = False,
     engine: MakeEngine = False,
     target: Target = None,
     plugin: Plugin = "auto",
@@ -163,7 +173,7 @@ def export(
     options = ExportOptions(
         input_hw=_input_hw(img),
         batch=_fixed_batch(batch, dynamic_batch=dynamic_batch),
-        nms="efficient" if end2end else nms,
+        nms=nms,
         conf=conf,
         iou=iou,
         max_det=max_det,
@@ -290,7 +300,7 @@ def _export(job: ExportJob, *, verify: bool, image: Path | None, to_stderr: bool
             int8=job.int8,
             verify=verify,
             images=images,
-            log=lambda step, seconds: echo(f"{seconds:6.1f} s  {step}", err=to_stderr),
+            log=lambda step, seconds: note(f"{seconds:6.1f} s  {step}", err=to_stderr),
         )
     echo(describe(report), err=to_stderr)
     return report
@@ -307,7 +317,7 @@ def _build(path: Path, options: EngineOptions, installation: Installation | None
     engine = path.with_suffix(".engine")
     with (
         announce_replacement(engine, to_stderr=to_stderr),
-        shown_progress(verbose=False, to_stderr=to_stderr) as callbacks,
+        shown_progress(to_stderr=to_stderr) as callbacks,
     ):
         report = build_file(path, engine, options=options, installation=installation, callbacks=callbacks)
     echo(describe_engine(report), err=to_stderr)
@@ -323,10 +333,10 @@ def describe(report: ExportReport) -> str:
         parts.append(stage_table(report.parity))
         if not report.parity.verified:
             parts.append("Export it again with an image that has objects of these classes:  --image FILE")
-    height, width = metadata.input_hw or (0, 0)
+    size = "x".join(map(str, metadata.input_hw or ()))
     batch = "dynamic" if metadata.batch is None else str(metadata.batch)
     parts.append(
-        f"{report.path}: {report.bytes / 1e6:.1f} MB, {metadata.variant} {width}x{height}, batch {batch}, input "
+        f"{report.path}: {report.bytes / 1e6:.1f} MB, {metadata.variant} {size}, batch {batch}, input "
         f"{metadata.input_kind}, {metadata.precision}, opset {metadata.opset}"
     )
     if metadata.nms:

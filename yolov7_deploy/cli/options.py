@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,16 +16,54 @@ from typing import Annotated, Any
 import typer
 
 from yolov7_deploy._bounded_read import open_file
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import note
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import Thresholds
 
 DEFAULTS = Thresholds()
+MAX_METAVAR = 45  # characters of the values of an option in help; longer lists are in its text
 DEFAULT_FROM_MODEL = "(default: the value in the model file, else {})"
 _JSON_START_BYTES = 64  # spaces and line breaks may come first
 
+
+def one_of(values: Sequence[str], *names: str, text: str) -> Any:  # noqa: ANN401 - typer's options are of any type
+    """Return an option that takes one of some values, which its help and the completion of the shell show."""
+    joined = "|".join(values)
+    if len(joined) > MAX_METAVAR:
+        joined, text = names[0].strip("-").upper(), f"{text} One of: {', '.join(values)}."
+    return typer.Option(
+        *names,
+        metavar=joined,
+        autocompletion=lambda incomplete: [value for value in values if value.startswith(incomplete)],
+        help=text,
+    )
+
+
+def complete_weights(incomplete: str) -> list[str]:
+    """Return official names and model files that begin like this, for the completion of the shell."""
+    from yolov7_deploy.hub import MODEL_SUFFIXES, OFFICIAL_NAMES
+
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete or "x").parent
+    with contextlib.suppress(OSError):
+        prefix = "" if str(folder) == "." and not incomplete.startswith("./") else f"{str(folder).rstrip('/')}/"
+        found = [
+            f"{prefix}{path.name}{'/' * path.is_dir()}"
+            for path in folder.iterdir()
+            if path.is_dir() or path.suffix.lower() in MODEL_SUFFIXES
+        ]
+        return sorted(name for name in (*found, *OFFICIAL_NAMES) if name.startswith(incomplete))
+    return []
+
+
 Weights = Annotated[
-    str, typer.Option("--weights", "-w", help="A .pt, .safetensors, .onnx or .engine file, or an official name.")
+    str,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="FILE",
+        autocompletion=complete_weights,
+        help="A .pt, .safetensors, .onnx or .engine file, or an official name.",
+    ),
 ]
 Conf = Annotated[
     float | None,
@@ -52,11 +91,12 @@ Img = Annotated[
         "--img",
         "--img-size",
         "--imgsz",
+        metavar="SIZE",
         help="Network input size: 640, or height and width such as 384x640 "
         "(default: the size in the file, else the training size, else the paper's).",
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, or a GPU: cuda:0 or 0.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, or a GPU: cuda:0 or 0.")]
 Half = Annotated[
     bool | None,
     typer.Option("--half/--no-half", help="Run a checkpoint in FP16 (default: on a GPU only)."),
@@ -112,8 +152,20 @@ def _has_other_content(path: Path) -> bool:
 
 JsonPath = Annotated[
     str | None,
-    typer.Option("--json", help="Write the full result as JSON; - is standard output.", callback=check_json_path),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=check_json_path,
+        help="Write the full result as JSON; - is standard output.",
+    ),
 ]
+SaveDir = Annotated[
+    Path | None, typer.Option("--save-dir", help="Folder of the results, instead of --project and --name.")
+]
+Name = Annotated[
+    str, typer.Option("--name", metavar="NAME", help="New folder in --project; a number is added if it exists.")
+]
+ExistOk = Annotated[bool, typer.Option("--exist-ok", help="Use the folder --name even if it exists.")]
 
 
 def was_given(name: str) -> bool:
@@ -172,8 +224,13 @@ def locate_weights(weights: str) -> Path:
     from yolov7_deploy._console import progress
     from yolov7_deploy.hub import find_weights
 
-    with progress("download") as show:
-        return find_weights(weights, progress=show)
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def bar() -> Callable[[int, int], None]:  # appears with the first bytes
+            return stack.enter_context(progress("download", unit="MB"))
+
+        return find_weights(weights, progress=lambda done, total: bar()(done, total))
 
 
 @contextlib.contextmanager
@@ -182,4 +239,4 @@ def announce_replacement(path: Path, *, to_stderr: bool) -> Iterator[None]:
     existed = path.is_file()
     yield
     if existed:
-        echo(f"{path} existed and was replaced.", err=to_stderr)
+        note(f"{path} existed and was replaced.", err=to_stderr)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import echo, note
 
 if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.plugin_library import PluginLibrary
@@ -39,6 +39,8 @@ def plugin(
     """Build the TensorRT NMS plugin with the local CUDA toolkit.
 
     The plugin is installed where y7 build searches for it, unless --output is given.
+
+    Example:  y7 plugin --arch native
     """
     from yolov7_deploy.tensorrt.plugin_build import build_plugin
 
@@ -49,7 +51,7 @@ def plugin(
         output=output,
         jobs=jobs,
         kernels_only=kernels_only,
-        log=echo,
+        log=note,
     )
     echo(describe(library, is_installed=output is None))
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import JsonPath, announce_replacement
+from yolov7_deploy._output import echo, note
+from yolov7_deploy.cli.options import JsonPath, announce_replacement, one_of
 from yolov7_deploy.errors import ExportError, UsageError
-from yolov7_deploy.options import Int8Options, QuantizeOptions
+from yolov7_deploy.options import INT8_FALLBACKS, INT8_METHODS, Int8Options, QuantizeOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.datasets import Dataset
@@ -29,18 +29,18 @@ CalibLimit = Annotated[int, typer.Option("--calib-limit", help="Maximum number o
 CalibCache = Annotated[
     Path | None, typer.Option("--calib-cache", help="Calibration file to read or write (default: in the cache folder).")
 ]
-Method = Annotated[
-    str, typer.Option("--method", help="Choice of activation ranges from histograms: mse, percentile, entropy or max.")
-]
+Method = Annotated[str, one_of(INT8_METHODS, "--method", text="How activation ranges are chosen from histograms.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Dataset on which to measure AP: YAML or COCO JSON.")]
 MaxDrop = Annotated[
     float | None,
     typer.Option("--max-drop", help="Exclude layers until INT8 loses at most this many AP points (of 100)."),
 ]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Layer to keep in float; repeatable.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="LAYER", help="Layer to keep in float; repeatable.")
+]
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output file (default: NAME-int8.onnx here).")]
-Fallback = Annotated[str, typer.Option("--fallback", help="Precision of the other layers: fp16 or fp32.")]
+Fallback = Annotated[str, one_of(INT8_FALLBACKS, "--fallback", text="Precision of the other layers.")]
 Sensitivity = Annotated[
     bool, typer.Option("--sensitivity", help="Measure the INT8 sensitivity of each layer (minutes).")
 ]
@@ -55,7 +55,7 @@ NO_IMAGES = UsageError(
 
 
 def quantize(
-    weights: Annotated[str, typer.Option("--weights", "-w", help="An FP32 .onnx file.")],
+    weights: Annotated[str, typer.Option("--weights", "-w", metavar="FILE", help="An FP32 .onnx file.")],
     calib: Calib = None,
     output: Output = None,
     method: Method = DEFAULTS.method,
@@ -162,7 +162,7 @@ def run(
         images,
         options,
         data=data,
-        log=lambda text: echo(text, err=to_stderr),
+        log=lambda text: note(text, err=to_stderr),
         show=progress,
     ).run()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import echo, note
 
 
 def shapes(
@@ -27,4 +27,4 @@ def shapes(
     with progress("shapes") as show_progress:
         path = write_shapes(output, train=train, val=val, size=img, seed=seed, progress=show_progress)
     echo(f"{path}: {train} training images, {val} validation images; classes: {', '.join(CLASS_NAMES)}")
-    echo(f"Train on it:  y7 train --data {path} --img {img}")
+    note(f"Train on it:  y7 train --data {path} --img {img}")

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import JsonPath, locate_weights, parse_classes, parse_img, was_given
+from yolov7_deploy._output import echo, note
+from yolov7_deploy._output_folder import new_run_folder
+from yolov7_deploy._text import suggest
+from yolov7_deploy.cli.options import (
+    ExistOk,
+    JsonPath,
+    Name,
+    SaveDir,
+    complete_weights,
+    locate_weights,
+    one_of,
+    parse_classes,
+    parse_img,
+    was_given,
+)
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
+from yolov7_deploy.paper import VARIANTS
 
 if TYPE_CHECKING:
     from yolov7_deploy.training.hyperparameters import Hyperparameters
@@ -24,42 +40,74 @@ if TYPE_CHECKING:
 RUNS = Path("runs/train")
 DEFAULTS = TrainOptions()
 DEFAULT_WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
-RESUME_OPTIONS = {"resume", "save_dir", "data", "device", "json_path"}  # allowed together with --resume
+# Options that are allowed together with --resume.
+RESUME_OPTIONS = {"resume", "project", "name", "save_dir", "data", "device", "json_path", "quiet", "verbose"}
+NO_DATA = UsageError(
+    "y7 train needs --data.", fix="y7 train --data data.yaml, or a generated dataset:  y7 shapes --output shapes"
+)
+FROM_SCRATCH = """\
+WARNING: neither --weights nor --variant is given, so yolov7 is trained from RANDOM weights. That takes a dataset as
+large as COCO and about 300 epochs. To fine-tune published weights:  --weights yolov7  or  --weights yolov7-tiny"""
 HEADING = " epoch     box     obj     cls       P       R    AP50      AP   img/s      GB       s     left"
 
 Data = Annotated[Path | None, typer.Option("--data", help="Dataset YAML with train and val; see also `y7 shapes`.")]
 Weights = Annotated[
-    str | None, typer.Option("--weights", "-w", help="Initial weights: a file or an official name (default: random).")
+    str | None,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="FILE",
+        autocompletion=complete_weights,
+        help="Initial weights: a file or an official name (default: random).",
+    ),
 ]
 VariantName = Annotated[
     str | None,
-    typer.Option("--variant", help="yolov7, yolov7-tiny, yolov7x, yolov7-w6, ... (default: that of --weights)."),
+    one_of(tuple(VARIANTS), "--variant", text="Network (default: that of --weights, else yolov7)."),
 ]
 Hyp = Annotated[
-    str | None, typer.Option("--hyp", help="tiny, p5, p6, custom, or a YAML file (default: by variant and weights).")
+    str | None,
+    typer.Option(
+        "--hyp", metavar="tiny|p5|p6|custom|FILE", help="Hyperparameters (default: by variant; custom with --weights)."
+    ),
 ]
-SetValues = Annotated[list[str] | None, typer.Option("--set", help="Set a hyperparameter: lr0=0.001. Repeatable.")]
+SetValues = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a hyperparameter: lr0=0.001. Repeatable."),
+]
 ShowHyp = Annotated[bool, typer.Option("--show-hyp", help="Print the hyperparameters as YAML and exit.")]
 Epochs = Annotated[int, typer.Option("--epochs", help="Number of epochs.")]
 BatchSize = Annotated[int, typer.Option("--batch", "--batch-size", help="Images per step, over all processes.")]
 NominalBatch = Annotated[
     int, typer.Option("--nominal-batch", help="Images per weight update, with gradient accumulation.")
 ]
-Img = Annotated[str, typer.Option("--img", "--img-size", "--imgsz", help="Image size in pixels.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda:0, or 0; for several GPUs use torchrun.")]
+Img = Annotated[
+    str, typer.Option("--img", "--img-size", "--imgsz", metavar="SIZE", help="Height and width of images in pixels.")
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda:0, or 0; for several GPUs use torchrun.")
+]
 Workers = Annotated[int, typer.Option("--workers", help="Data loading processes; 0 loads in the training process.")]
 Cache = Annotated[
     float | None,
     typer.Option("--cache", help="GiB of memory for cached images (default: a quarter of the free memory)."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --save-dir, or the newest one.")]
-SaveDir = Annotated[Path | None, typer.Option("--save-dir", help="Folder of the run (default: runs/train/expN).")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Resume the run in --save-dir, or the newest unfinished one in --project.")
+]
+Project = Annotated[Path, typer.Option("--project", help="Folder of all runs.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 Freeze = Annotated[
-    str | None, typer.Option("--freeze", help="Layers to freeze: 50 for the first fifty, or a list such as 0,1,2.")
+    str | None,
+    typer.Option(
+        "--freeze", metavar="LAYERS", help="Layers to freeze: 50 for the first fifty, or a list such as 0,1,2."
+    ),
 ]
 Classes = Annotated[
-    str | None, typer.Option("--classes", help="Train on these classes only: 'person,dog', or numbers '0 16'.")
+    list[str] | None,
+    typer.Option(
+        "--classes", metavar="CLASSES", help="Train on these classes only: names or numbers, 'person,dog' or '0 16'."
+    ),
 ]
 SingleClass = Annotated[bool, typer.Option("--single-cls", help="Merge all classes into one.")]
 MultiScale = Annotated[bool, typer.Option("--multi-scale", help="Random image sizes from 0.5 to 1.5 times --img.")]
@@ -98,15 +146,11 @@ SaveMinutes = Annotated[
 Ota = Annotated[
     bool, typer.Option("--ota/--no-ota", help="Assign positives with SimOTA, or use every candidate as in YOLOv5.")
 ]
-Assigner = Annotated[
-    str, typer.Option("--assigner", help=f"Positives of auxiliary heads (table 6): {', '.join(ASSIGNERS)}.")
-]
+Assigner = Annotated[str, one_of(ASSIGNERS, "--assigner", text="Positives of auxiliary heads (table 6).")]
 Constraint = Annotated[
     bool, typer.Option("--constraint/--no-constraint", help="Limit the centres that auxiliary heads predict (table 7).")
 ]
-Auxiliary = Annotated[
-    str, typer.Option("--auxiliary", help=f"Auxiliary heads (table 8): {', '.join(AUXILIARY_HEADS)}.")
-]
+Auxiliary = Annotated[str, one_of(AUXILIARY_HEADS, "--auxiliary", text="Auxiliary heads (table 8).")]
 TensorBoard = Annotated[
     bool | None,
     typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard events (default: if it is installed)."),
@@ -130,6 +174,9 @@ def train(
     workers: Workers = DEFAULT_WORKERS,
     cache: Cache = DEFAULTS.cache_gib,
     resume: Resume = False,
+    project: Project = RUNS,
+    name: Name = "exp",
+    exist_ok: ExistOk = False,
     save_dir: SaveDir = None,
     seed: Seed = DEFAULTS.seed,
     freeze: Freeze = None,
@@ -155,83 +202,105 @@ def train(
     tensorboard: TensorBoard = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Train a model on a dataset, or resume a training run."""
-    options = TrainOptions(
-        epochs=epochs, batch=batch, nominal_batch=nominal_batch, img=_square_size(img), seed=seed, workers=workers,
-        cache_gib=cache, half=half, adam=adam, linear_lr=linear_lr, sync_bn=sync_bn, recalibrate_bn=recalibrate_bn,
-        freeze=_parse_layers(freeze), multi_scale=multi_scale, rect=rect, close_mosaic=close_mosaic, ota=ota,
-        image_weights=image_weights, autoanchor=autoanchor, patience=patience, val_every=val_every,
-        save_minutes=save_minutes, assigner=assigner, constraint=constraint, auxiliary=auxiliary,
-    )  # fmt: skip
+    """Train a model on a dataset, or resume a training run.
+
+    Example:  y7 train --data data.yaml --weights yolov7-tiny --epochs 100
+    """
+    options = _options(context.params)
     if resume:
-        _resume(context, save_dir, data=data, device=device, json_path=json_path)
+        _resume(context)
         return
-    path, variant = _initial_weights(weights, variant)
-    recipe = _read_recipe(hyp, set_values, variant=variant, pretrained=path is not None, show=show_hyp)
+    _check(data, variant, show_hyp=show_hyp)
     _start(
-        data=data, save_dir=save_dir, variant=variant, weights=path, device=device, classes=classes,
-        single_class=single_class, tensorboard=tensorboard, hyp=recipe, options=options, json_path=json_path,
+        data=data, save_dir=save_dir, new_folder=functools.partial(new_run_folder, project / name, exist_ok=exist_ok),
+        variant=variant, weights=weights, device=device, classes=classes, single_class=single_class, hyp=hyp,
+        set_values=set_values, show_hyp=show_hyp, tensorboard=tensorboard, options=options, json_path=json_path,
     )  # fmt: skip
+
+
+def _check(data: Path | None, variant: str | None, *, show_hyp: bool) -> None:
+    if data is None and not show_hyp:
+        raise NO_DATA
+    if variant is not None and variant not in VARIANTS:
+        raise UsageError(f"--variant {variant} is unknown.", fix=suggest(variant, VARIANTS))
+
+
+def _options(values: Mapping[str, Any]) -> TrainOptions:
+    """Return the options of the values of all parameters."""
+    same = {field.name: values[field.name] for field in fields(TrainOptions) if field.name in values}
+    parsed = {"img": _square_size(values["img"]), "freeze": _parse_layers(values["freeze"])}
+    return TrainOptions(**{**same, **parsed, "cache_gib": values["cache"]})
 
 
 def _start(
     *,
     data: Path | None,
     save_dir: Path | None,
-    variant: str,
-    weights: Path | None,
+    new_folder: Callable[[], AbstractContextManager[Path]],
+    variant: str | None,
+    weights: str | None,
     device: str,
-    classes: str | None,
+    classes: list[str] | None,
     single_class: bool,
+    hyp: str | None,
+    set_values: list[str] | None,
+    show_hyp: bool,
     tensorboard: bool | None,
-    hyp: Hyperparameters,
     options: TrainOptions,
     json_path: str | None,
 ) -> None:
-    from yolov7_deploy._output_folder import new_run_folder
+    path, name = _initial_weights(weights, variant)
+    recipe = _read_recipe(hyp, set_values, variant=name, pretrained=path is not None, show=show_hyp)
     from yolov7_deploy.training.checkpoints import TrainRequest
+    from yolov7_deploy.training.hyperparameters import default_preset
     from yolov7_deploy.training.run import train as start_training
 
-    if data is None:
-        raise UsageError(
-            "y7 train needs --data.", fix="y7 train --data D.yaml, or a generated dataset:  y7 shapes --output shapes"
-        )
+    if weights is variant is None and _is_main_process():
+        echo(FROM_SCRATCH, err=True)
     with contextlib.ExitStack() as stack:
         if save_dir is None:  # the main process sends its folder to the others
-            save_dir = stack.enter_context(new_run_folder(RUNS)) if _is_main_process() else RUNS
+            save_dir = stack.enter_context(new_folder()) if _is_main_process() else RUNS
         request = TrainRequest(
             data=str(data),
             folder=str(save_dir),
-            variant=variant,
-            weights=str(weights or ""),
+            variant=name,
+            weights=str(path or ""),
             device=device,
-            classes=tuple(parse_classes([classes or ""]) or ()),
+            classes=tuple(parse_classes(classes) or ()),
             single_class=single_class,
             tensorboard=tensorboard,
-            hyp=hyp,
+            hyp=recipe,
             options=options,
         )
-        _print_report(start_training(request, callback=ConsoleCallback(json_path)), json_path)
+        callback = ConsoleCallback(json_path)
+        preset = hyp or default_preset(name, pretrained=path is not None)
+        callback.on_message(
+            f"hyperparameters {preset}{' and --set' * bool(set_values)}; {options.epochs} epochs, "
+            f"batch {options.batch}, images {options.img}x{options.img}; results in {save_dir}"
+        )
+        _print_report(start_training(request, callback=callback), json_path)
 
 
-def _resume(
-    context: typer.Context, save_dir: Path | None, *, data: Path | None, device: str, json_path: str | None
-) -> None:
+def _resume(context: typer.Context) -> None:
+    """Resume the run of `--save-dir` or `--name`, or the newest unfinished one."""
+    values = context.params
     for parameter in context.command.params:
         if parameter.name and parameter.name not in RESUME_OPTIONS and was_given(parameter.name):
             raise UsageError(
                 f"{parameter.opts[0]} cannot be changed with --resume: a run keeps the options it was started with.",
                 fix="Leave it out, or start a new run from its weights:  --weights runs/train/exp/last.safetensors",
             )
+    from yolov7_deploy.training.checkpoints import find_unfinished_run
     from yolov7_deploy.training.run import resume
 
+    folder = values["save_dir"] or (values["project"] / values["name"] if was_given("name") else None)
     report = resume(
-        save_dir or _newest_run(),
-        callback=ConsoleCallback(json_path),
-        device=device if was_given("device") else None,
-        data=str(data) if data else None,
+        folder or find_unfinished_run(values["project"]),
+        callback=ConsoleCallback(values["json_path"]),
+        device=values["device"] if was_given("device") else None,
+        data=str(values["data"]) if values["data"] else None,
     )
-    _print_report(report, json_path)
+    _print_report(report, values["json_path"])
 
 
 def _print_report(report: TrainReport, json_path: str | None) -> None:
@@ -265,13 +334,6 @@ def _read_recipe(
         echo(format_hyperparameters(recipe).rstrip("\n"))
         raise typer.Exit
     return recipe
-
-
-def _newest_run() -> Path:
-    states = sorted(RUNS.glob("*/state.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not states:
-        raise UsageError(f"There is no training run in {RUNS} to resume.", fix="Name its folder:  --save-dir DIR")
-    return states[-1].parent
 
 
 def _is_main_process() -> bool:
@@ -320,14 +382,14 @@ class ConsoleCallback:
     def on_message(self, text: str) -> None:
         """Print a message."""
         if _is_main_process():
-            echo(text, err=True)
+            note(text, err=True)
 
     def on_epoch_end(self, record: EpochRecord) -> None:
         """Print a line of the table, with the time that is left at the mean speed of the epochs so far."""
         from yolov7_deploy._console import duration
 
         if not self._has_heading:
-            echo(HEADING, err=self._to_stderr)
+            note(HEADING, err=self._to_stderr)
             self._has_heading = True
         self._seconds.append(record.seconds)
         left_s = (self._epochs - record.epoch) * sum(self._seconds) / len(self._seconds)
@@ -335,7 +397,7 @@ class ConsoleCallback:
         columns = [f"{record.epoch:6d}", *(f"{loss:7.4f}" for loss in (record.box, record.obj, record.cls))]
         columns += ["      -" if value is None else f"{value:7.4f}" for value in metrics]
         columns += [f"{record.images_per_s:7.1f}", f"{(record.memory_bytes or 0) / 1e9:7.2f}", f"{record.seconds:7.1f}"]
-        echo(" ".join([*columns, f"{duration(left_s):>8}"]), err=self._to_stderr)
+        note(" ".join([*columns, f"{duration(left_s):>8}"]), err=self._to_stderr)
 
     def epoch_progress(self, epoch: int, epochs: int) -> AbstractContextManager[Callable[[int, int, str], None]]:
         """Show the progress of an epoch."""

@@ -23,7 +23,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from yolov7_deploy._console import table
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
-from yolov7_deploy.datasets.samples import CocoId, DoubleArray, id_order
+from yolov7_deploy.datasets.samples import SINGLE_CLASS_NAME, CocoId, DoubleArray, id_order
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.evaluation.confusion import ConfusionMatrix, confusion_matrix
@@ -201,14 +201,17 @@ def evaluate(
 def _map_categories(names: Sequence[str], dataset: Dataset) -> dict[int, CocoId]:
     """Return the category id of the dataset for each class id of the detector; classes missing there are left out.
 
-    Classes are matched by name, or by position if the detector has no names or most names are equal.
+    Classes are matched by name; by position if the detector has no names, if most names are equal, or if both have one
+    class and that of the dataset is all of its classes merged.
     """
     dataset_names = [name.strip().casefold() for name in dataset.class_names]
     model_names = [name.strip().casefold() for name in names]
     equal = sum(a == b for a, b in zip(model_names, dataset_names, strict=False))
     unnamed = model_names == [f"class_{i}" for i in range(len(model_names))]
     other_spelling = 2 * equal >= len(model_names) and set(model_names) != set(dataset_names)
-    if model_names == dataset_names or (len(model_names) == len(dataset_names) and (unnamed or other_spelling)):
+    if model_names == dataset_names or (
+        len(model_names) == len(dataset_names) and (unnamed or other_spelling or dataset_names == [SINGLE_CLASS_NAME])
+    ):
         return dict(enumerate(dataset.category_ids))
     index_of = {name: i for i, name in reversed(list(enumerate(model_names)))}
     unknown = [dataset_names[i] for i in np.flatnonzero(dataset.box_counts()) if dataset_names[i] not in index_of]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from yolov7_deploy._text import suggest
 from yolov7_deploy.errors import UsageError
 
 IMAGE = -1  # source index of the network input
@@ -303,5 +304,5 @@ def find_variant(name: str) -> Variant:
         UsageError: There is none.
     """
     if name not in VARIANTS:
-        raise UsageError(f"{name!r} is not a YOLOv7 variant.", fix=f"One of: {', '.join(VARIANTS)}")
+        raise UsageError(f"{name!r} is not a YOLOv7 variant.", fix=suggest(name, VARIANTS))
     return VARIANTS[name]

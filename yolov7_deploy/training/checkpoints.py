@@ -20,7 +20,7 @@ from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import open_safetensors, save_checkpoint
-from yolov7_deploy.errors import CheckpointError, LoadError, TrainingError
+from yolov7_deploy.errors import CheckpointError, LoadError, TrainingError, UsageError
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 
@@ -135,6 +135,13 @@ class RunState:
     class_aps: tuple[float, ...] = ()
     seconds: float = 0.0
 
+    @property
+    def is_finished(self) -> bool:
+        """True if all epochs are completed, or if there was no improvement for `patience` epochs."""
+        patience = self.request.options.patience
+        stopped_early = patience > 0 and self.best_epoch > 0 and self.epoch - self.best_epoch >= patience
+        return self.epoch >= self.request.options.epochs or stopped_early
+
 
 def save_run_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) -> None:
     """Write the state of a run atomically.
@@ -179,8 +186,29 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
-    """Return the state and the tensors that `save_run_state` wrote.
+def find_unfinished_run(project: Path) -> Path:
+    """Return the folder of the run in a folder of runs that was saved last and is not finished.
+
+    Raises:
+        UsageError: There is none.
+    """
+    states = sorted(project.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in states:
+        try:
+            if not load_run_state(path.parent, with_tensors=False)[0].is_finished:
+                return path.parent
+        except LoadError:
+            return path.parent  # resuming it explains what is wrong with the file
+    if states:
+        raise UsageError(
+            f"All {len(states)} training runs in {project} are finished.",
+            fix=f"Train the newest one further:  y7 train --data D.yaml --weights {states[0].parent / LAST}",
+        )
+    raise UsageError(f"There is no training run in {project} to resume.", fix="Name its folder:  --save-dir DIR")
+
+
+def load_run_state(folder: Path, *, with_tensors: bool = True) -> tuple[RunState, dict[str, Tensor]]:
+    """Return the state and the tensors that `save_run_state` wrote; without the tensors, only a header is read.
 
     Raises:
         LoadError: The file does not exist, is damaged, or is from another version.
@@ -194,7 +222,8 @@ def load_run_state(folder: Path) -> tuple[RunState, dict[str, Tensor]]:
     try:
         with open_safetensors(path, max_bytes=MAX_CHECKPOINT_BYTES) as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            keys = file.keys() if with_tensors else ()
+            tensors = {key: file.get_tensor(key) for key in keys}
         raw = json.loads(metadata[_METADATA_KEY])
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             raise ValueError("it has a different version")

@@ -188,13 +188,10 @@ class Trainer:
         )
 
     def _is_finished(self) -> bool:
-        state, options = self._state, self._options
-        if state.epoch >= options.epochs:
-            return True
-        if not options.patience or not state.best_epoch or state.epoch - state.best_epoch < options.patience:
-            return False
-        self._callback.on_message(f"early stopping: no improvement since epoch {state.best_epoch}")
-        return True
+        state = self._state
+        if state.is_finished and state.epoch < self._options.epochs:
+            self._callback.on_message(f"early stopping: no improvement since epoch {state.best_epoch}")
+        return state.is_finished
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,125 @@
+"""The class of all commands: official options, help with options in panels, `-q` and `-v`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from yolov7_deploy._output import set_verbosity
+from yolov7_deploy.cli.official import translate
+
+OTHER = "Other"
+# Options of a command by panel, as names of parameters; commands with few options have one panel.
+PANELS: dict[str, dict[str, str]] = {
+    "train": {
+        "Model and data": "data weights variant classes single_class img seed",
+        "Schedule": "epochs batch nominal_batch patience val_every resume",
+        "Hyperparameters": "hyp set_values show_hyp adam linear_lr freeze",
+        "Images": "multi_scale rect close_mosaic image_weights cache",
+        "Model details": "autoanchor recalibrate_bn sync_bn ota assigner constraint auxiliary",
+        "Hardware": "device workers half",
+        "Output": "project name exist_ok save_dir save_minutes tensorboard json_path",
+    },
+    "export": {
+        "Model": "weights img batch dynamic_batch input_kind output",
+        "NMS": "nms conf iou max_det multi_label agnostic_nms max_candidates",
+        "Precision": "precision fp16 int8 calib data max_drop",
+        "Graph": "opset simplify verify image",
+        "Engine": "engine target plugin workspace opt_level max_batch",
+    },
+    "quantize": {
+        "Model": "weights output",
+        "Calibration": "calib calib_limit calib_cache method",
+        "Accuracy": "data limit max_drop sensitivity exclude fallback chart trt_cache",
+    },
+    "build": {
+        "Model": "weights output batch min_batch opt_batch max_batch",
+        "Target": "target version_compatible hardware_compatible dla",
+        "Builder": "plugin workspace opt_level timing_cache no_timing_cache sparse",
+    },
+    "detect": {
+        "Model and images": "source weights img device half",
+        "Detections": "conf iou max_det classes multi_label agnostic_nms",
+        "Output": "project name exist_ok save_dir save_txt save_conf json_path view nosave",
+    },
+    "val": {
+        "Model and data": "data weights images split limit single_class",
+        "Protocol": "img batch rect conf iou max_det device half",
+        "Output": "per_class predictions project name exist_ok save_dir nosave json_path",
+    },
+    "bench": {
+        "Model": "weights img device half",
+        "Measurement": "batch concurrency duration warmup source frame conf iou max_det",
+        "Comparison": "paper val_report compare estimate",
+        "Output": "save_dir chart no_chart json_path",
+    },
+}
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Print the log, too; -vv for more.")
+]
+
+
+def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that also has the options `-q` and `-v`."""
+    extra = {"quiet": Quiet, "verbose": Verbose}
+
+    @functools.wraps(command)
+    def run(*arguments: Any, quiet: bool = False, verbose: int = 0, **options: Any) -> None:  # noqa: ANN401
+        if quiet or verbose:
+            set_verbosity(quiet=quiet, verbose=verbose)
+        command(*arguments, **options)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = inspect.signature(run, follow_wrapped=False).parameters
+    parameters = [*signature.parameters.values(), *(own[name].replace(annotation=extra[name]) for name in extra)]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()} | extra
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+class Y7Command(TyperCommand):
+    """A command whose help has panels, and which reads the options of the official program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer may have a click of its own
+        """Parse arguments of this or of the official program."""
+        if not ctx.resilient_parsing:  # the shell asks for completions of a line that is not complete
+            known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+            args = translate(self._function, args, known=known)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Write the options, one panel after the other."""
+        panels = {name: list[tuple[str, str]]() for name in ("Arguments", *PANELS.get(self._function, {}), OTHER)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                panels[self._panel(parameter)].append(record)
+        for name, records in panels.items():
+            if records:
+                with formatter.section("Options" if name == OTHER and len(panels) == 2 else name):
+                    formatter.write_dl(records)
+
+    @property
+    def _function(self) -> str:
+        return getattr(self.callback, "__name__", "")
+
+    def _panel(self, parameter: Any) -> str:  # noqa: ANN401
+        if parameter.param_type_name == "argument":
+            return "Arguments"
+        panels = PANELS.get(self._function, {})
+        return next((panel for panel, names in panels.items() if parameter.name in names.split()), OTHER)
+
+
+class Y7Group(TyperGroup):
+    """The group of all commands; `y7 train_aux.py` is `y7 train-aux`."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401
+        """Return the command of a name, also in the spelling of the official scripts."""
+        return super().get_command(ctx, cmd_name.removesuffix(".py").replace("_", "-"))
