@@ -260,5 +260,22 @@ def test_a_file_without_metadata_is_quantized_with_a_note_on_what_was_assumed(mo
 
 def test_an_output_that_cannot_be_written_is_an_error_before_the_calibration(model, here):
     (here / "file").write_text("in the way")
-    error = refused(ExportError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
-    assert "--output" in error.fix  # checked before the images
+    error = refused(UsageError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
+    assert "file/m.onnx cannot be written" in error.message  # checked before the images
+
+
+def test_the_fp32_file_is_not_replaced_by_the_int8_file(model, here):
+    before = model.read_bytes()
+    (here / "link.onnx").symlink_to("m.onnx")
+    for output in ("m.onnx", "link.onnx", "images/../m.onnx"):
+        error = refused(UsageError, "quantize", "-w", model, "--calib", "images", "-o", output)
+        assert f"{output} is the FP32 file" in error.message
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["m.txt", "images"])
+def test_an_output_with_another_suffix_is_refused(model, output):
+    assert (
+        "does not end in .onnx"
+        in refused(UsageError, "quantize", "-w", model, "--calib", "images", "-o", output).message
+    )

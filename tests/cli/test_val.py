@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.detections import Detections
+from yolov7_deploy.errors import UsageError
 from yolov7_deploy.metadata import ModelMetadata
 
 
@@ -127,6 +128,12 @@ def test_val_writes_the_json_and_the_predictions(run, tmp_path):
     assert record["weights"].endswith("m.onnx")
     (prediction,) = json.loads((tmp_path / "p.json").read_text())
     assert prediction == {"image_id": 3, "category_id": 0, "bbox": [15.0, 10.0, 30.0, 20.0], "score": 0.5}
+
+
+def test_predictions_and_json_in_one_file_are_refused(run, tmp_path):
+    path = str(tmp_path / "r.json")
+    with pytest.raises(UsageError, match="both write"):
+        run("--json", path, "--predictions", path)
 
 
 def test_stdout_contains_only_the_json(run):

@@ -273,6 +273,12 @@ def test_the_error_for_missing_images_lists_the_folders_tried(coco):
     assert len(open_dataset(coco, images=coco.parent.parent / "elsewhere")) == 1
 
 
+def test_an_image_folder_for_a_yaml_is_refused(tmp_path):
+    (tmp_path / "d.yaml").write_text("val: images\nnames: [a]\n")
+    with pytest.raises(DatasetError, match="names its image folders"):
+        open_dataset(tmp_path / "d.yaml", images=tmp_path)
+
+
 def test_a_wrong_image_folder_is_an_error(coco, tmp_path):
     with pytest.raises(DatasetError, match=r"None of the 1 images of .* was found; looked in"):
         open_dataset(coco, images=tmp_path)

@@ -106,9 +106,9 @@ def build(
     options = EngineOptions(
         targets=parse_targets(target),
         plugin=plugin,
-        min_batch=batch or min_batch,
-        opt_batch=batch or opt_batch,
-        max_batch=batch or max_batch,
+        min_batch=min_batch if batch is None else batch,
+        opt_batch=opt_batch if batch is None else batch,
+        max_batch=max_batch if batch is None else batch,
         workspace_gib=workspace,
         opt_level=opt_level,
         timing_cache=timing_cache,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from yolov7_deploy._output import echo, note
-from yolov7_deploy.cli.options import JsonPath, announce_replacement, one_of
-from yolov7_deploy.errors import ExportError, UsageError
+from yolov7_deploy.cli.options import JsonPath, announce_replacement, check_writable, one_of
+from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import INT8_FALLBACKS, INT8_METHODS, Int8Options, QuantizeOptions
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def quantize(
     )
     path = _float_file(weights)
     target = output or Path(f"{path.stem}-int8.onnx")
-    _check_output(target)
+    _check_output(target, path)
     if chart is not None:
         from yolov7_deploy._charts import check_chart_path
 
@@ -122,15 +121,15 @@ def _float_file(weights: str) -> Path:
     return path
 
 
-def _check_output(output: Path) -> None:
-    """Check that the output can be written before minutes are spent on it."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(output.parent, os.W_OK) else "the folder is read-only"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason:
-        raise ExportError(f"{output} cannot be written: {reason}.", fix="Choose another path:  --output FILE")
+def _check_output(output: Path, weights: Path) -> None:
+    """Check that the output can be written, and is not the input, before minutes are spent on it."""
+    if output.suffix.lower() != ".onnx":
+        raise UsageError(f"{output} does not end in .onnx.", fix=f"--output {output.with_suffix('.onnx')}")
+    check_writable(output)
+    if output.exists() and weights.exists() and output.samefile(weights):
+        raise UsageError(
+            f"{output} is the FP32 file, which the INT8 file would replace.", fix="Choose another path:  --output FILE"
+        )
 
 
 def open_data(data: Path | None, limit: int | None) -> Dataset | None:

@@ -102,6 +102,10 @@ def val(
 
     Example:  y7 val --weights yolov7.onnx --data coco.yaml
     """
+    if predictions is not None and predictions == json_path:
+        raise UsageError(
+            f"--predictions and --json both write {predictions}.", fix="Give each a path, such as predictions.json"
+        )
     options = ValOptions(rect=rect, batch=batch, conf=conf, iou=iou, max_det=max_det)
     input_size = parse_img(img)
     from yolov7_deploy._console import progress, write_json

@@ -56,6 +56,11 @@ def open_dataset(
         # Imported here because it needs PyYAML, which exporting and generated datasets do without.
         from yolov7_deploy.datasets.yolo import open_yaml
 
+        if images is not None:
+            raise DatasetError(
+                f"{path} names its image folders; an image folder is an option of COCO annotations only.",
+                fix=f"Leave out --images, or name the folder in {path.name}.",
+            )
         return open_yaml(path, split=split, limit=limit, cache=cache)
     raise DatasetError(
         f"{path} is neither .yaml nor .json.", fix="--data takes a dataset YAML or a COCO instances JSON."
