@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from yolov7_deploy.errors import ImageError, SourceError, UsageError
-from yolov7_deploy.sources import open_source
+from yolov7_deploy.sources import open_source, resolve
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
 from yolov7_deploy.visualize import write_image
 
@@ -130,6 +130,29 @@ def test_an_empty_folder_is_an_error_that_lists_the_suffixes(tmp_path):
     with pytest.raises(SourceError, match=r"no image and no video") as caught:
         open_source(tmp_path)
     assert ".jpg" in caught.value.fix
+
+
+def test_the_search_for_images_in_subfolders_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(resolve, "MAX_SUBFOLDERS", 20)
+    for number in range(50):
+        (tmp_path / f"{number:02d}").mkdir()
+    write_image(tmp_path / "49" / "a.png", make_image())
+    with pytest.raises(SourceError, match="no image and no video") as caught:
+        open_source(tmp_path)
+    assert "To include subfolders" not in caught.value.fix
+    write_image(tmp_path / "10" / "a.png", make_image())
+    with pytest.raises(SourceError, match="no image and no video") as caught:
+        open_source(tmp_path)
+    assert "To include subfolders" in caught.value.fix
+
+
+def test_a_line_that_is_too_long_for_a_path_or_url_is_skipped_at_once(tmp_path):
+    write_image(tmp_path / "a.png", make_image())
+    (tmp_path / "list.txt").write_text('{"a":' * 200_000 + "\na.png\n")
+    started = time.process_time()
+    source = open_source(tmp_path / "list.txt", on_error="skip")
+    assert names(source) == ["a.png"] and time.process_time() - started < 1
+    assert source.skipped[0].path == f"{tmp_path}/list.txt, line 1" and "1000000 characters" in source.skipped[0].reason
 
 
 def test_a_folder_with_images_only_in_subfolders_is_an_error_with_the_pattern(folder):

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from yolov7_deploy._bounded_read import read_bytes
@@ -70,6 +71,12 @@ def list_folder(folder: Path, *, suffixes: Collection[str], recursive: bool) -> 
             elif not recursive:
                 left_out.append(Skipped(path=str(path), reason=SUBFOLDER))
     return FoundFiles(files=tuple(sorted(files)), left_out=tuple(left_out))
+
+
+def has_files_below(folder: Path, *, suffixes: Collection[str], max_folders: int) -> bool:
+    """Return whether a folder or a subfolder has a file with one of the suffixes; only so many folders are searched."""
+    names = (entry.name for _, entries in islice(_walk(folder, []), max_folders) for entry in entries)
+    return any(Path(name).suffix.lower() in suffixes and not name.startswith(".") for name in names)
 
 
 def expand_pattern(folder: Path, parts: Sequence[str], *, suffixes: Collection[str]) -> FoundFiles:

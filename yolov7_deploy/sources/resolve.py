@@ -22,6 +22,7 @@ from yolov7_deploy.sources.files import (
     Skipped,
     expand_pattern,
     expand_user,
+    has_files_below,
     list_folder,
     locate,
     path_exists,
@@ -45,6 +46,8 @@ MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
 LIST_SUFFIX = ".txt"
 MAX_CAMERA_DIGITS = 4
 MAX_MESSAGE_CHARACTERS = 200  # characters of a path or address in a message
+MAX_ADDRESS = 2**16  # characters of a path or URL; hiding the credentials of a longer one would take seconds
+MAX_SUBFOLDERS = 1000  # in which images are looked for, to suggest a pattern
 MAX_PATTERN = 4096  # characters, the limit of paths; matching takes quadratic time
 
 OnError = Literal["raise", "skip"]
@@ -129,6 +132,8 @@ def _resolve_path_or_url(text: str, *, folder: Path | None, left_out: list[Skipp
 
     Relative paths of a list in `folder` are looked for there first, then in the working directory.
     """
+    if len(text) > MAX_ADDRESS:
+        raise SourceError(f"A path or URL of {len(text)} characters does not exist.", fix="Check the path.")
     if text.isascii() and text.isdigit() and len(text) <= MAX_CAMERA_DIGITS:
         yield _camera(int(text))
         return
@@ -222,7 +227,7 @@ def _file(path: Path) -> Item:
 def _resolve_folder(folder: Path, left_out: list[Skipped]) -> Iterator[Item]:
     found = list_folder(folder, suffixes=MEDIA_SUFFIXES, recursive=False)
     if not found.files:
-        deeper = list_folder(folder, suffixes=MEDIA_SUFFIXES, recursive=True).files
+        deeper = has_files_below(folder, suffixes=MEDIA_SUFFIXES, max_folders=MAX_SUBFOLDERS)
         others = f", only {summarize_left_out(found.left_out, folder=folder)}" if found.left_out else ""
         raise SourceError(
             f"The folder {folder} has no image and no video in it{others}.",
@@ -273,4 +278,5 @@ def _resolve_list(path: Path, *, on_error: OnError, skipped: list[Skipped], left
             if on_error == "raise":
                 raise SourceError(message, fix="Correct the list, or skip missing entries.") from error
             log.info("Skipped %s", message)
-            skipped.append(Skipped(path=hide_credentials(entry), reason=message))
+            shown = hide_credentials(entry) if len(entry) <= MAX_ADDRESS else f"{path}, line {number}"
+            skipped.append(Skipped(path=shown, reason=message))
