@@ -82,14 +82,15 @@ def duration(seconds: float) -> str:
 
 
 def _pretty_table(cells: Sequence[Sequence[str]], columns: Sequence[str], numeric: Sequence[bool], title: str) -> str:
-    drawn = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name, right in zip(columns, numeric, strict=True):
         drawn.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*map(Text, row))
     stream = io.StringIO()
     Console(file=stream, color_system=None, width=Console().width).print(drawn)
-    return stream.getvalue().rstrip("\n")
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    return "\n".join([*([title] if title else []), *filter(None, lines)])
 
 
 def _is_number(text: str) -> bool:

@@ -142,12 +142,12 @@ def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
     for height, width in sizes:
         if height * width > MAX_PIXELS:
             raise ImageError(
-                f"{name} has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million.",
+                f"{name} has {height}x{width} pixels (height x width), more than {MAX_PIXELS // 10**6} million.",
                 fix="Cut it into tiles, or scale it down.",
             )
         if height * width > _PIXELS_PER_BYTE.get(kind, MAX_PIXELS) * data.size:
             raise ImageError(
-                f"{name} is truncated: {data.size} bytes cannot contain the {width} x {height} pixels of its header.",
+                f"{name} is truncated: {data.size} bytes cannot contain the {height}x{width} pixels of its header.",
                 fix="Copy or download the image again.",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -266,7 +267,7 @@ def test_the_text_shows_what_was_measured_and_what_was_not():
         "models/yolov7.onnx (yolov7, onnxruntime, fp32) at 640x640 on cpu: AMD EPYC",
         "one synthetic image; 4 detections per image",
         "0.62",
-        "600 MB host",
+        "host MB",
         "at concurrency 4 a call took p50 30",
         "settings: threads: 2",
         "50.0 W, 9.5 W idle before (a meter)",
@@ -276,6 +277,37 @@ def test_the_text_shows_what_was_measured_and_what_was_not():
         assert part in text
     without = replace(speed_row(), energy=None, energy_unavailable="no permission: sudo this", clocks=None)
     assert "power: not measured. no permission: sudo this" in describe_speed(speed_report(rows=(without,)))
+
+
+LARGE_MS = {"end_to_end": 12345.6, "engine": 12000.1, "preprocess": 123.4, "upload": 12.34, "download": 1.234}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_tables_fit_100_columns(monkeypatch, is_terminal):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    stages = tuple(stage_time(name, [LARGE_MS.get(name, 1.234)] * 20) for name in STAGES)
+    row = speed_row(batch=32, concurrency=16, stages=stages, gpu_peak_bytes=141_000_000_000, images_per_second=1234.5)
+    paper = paper_speed("yolov7", (640, 640))
+    lines = describe_speed(speed_report(rows=(row,), paper=paper, ap=0.51, ap_source="val.json")).splitlines()
+    (heading,) = (number for number, line in enumerate(lines) if line.strip().startswith("batch  "))
+    cells = "32 16 12346 12346 12346 123.4 12.3 12000 1.23 1.23 1234 0.62 141000"
+    assert lines[heading + 1 + is_terminal].split() == cells.split()
+    tables = [line for line in lines if line.strip().startswith(("batch ", "network,", "end to end,", "AP on"))]
+    assert len(tables) == 4 and max(map(len, tables)) <= 100
+
+
+def test_columns_that_were_not_measured_are_left_out():
+    row = replace(speed_row(), energy=None)
+    (heading,) = (line for line in describe_speed(speed_report(rows=(row,))).splitlines() if line.startswith("batch  "))
+    assert heading.split() == ["batch", "threads", "p50", "p90", "p99", "pre", "engine", "post", "img/s", "host", "MB"]
+
+
+def test_the_accuracy_of_other_classes_is_not_compared_with_the_paper():
+    report = speed_report(paper=paper_speed("yolov7", (640, 640)), is_coco=False, ap=0.71, ap_source="val.json")
+    text = describe_speed(report)
+    assert "points" not in text and "AP on val2017" not in text
+    assert "other classes than COCO; its accuracy, AP 71.0 % (val.json), cannot be compared" in text
 
 
 def test_the_paper_is_compared_with_the_network_time_only():

@@ -49,6 +49,7 @@ SITUATIONS = {
     "nothing": [],
     "one CPU": [speed_report(with_paper=True)],
     "one GPU": [speed_report(engine_ms=1.0, end_to_end_ms=1.13, ap=0.511, **H200)],
+    "other classes": [speed_report(is_coco=False, ap=0.7), speed_report(is_coco=False, machine="B")],
     "no AP": [speed_report(), speed_report("", weights="mine.onnx", engine_ms=290.0)],
     "a GPU's series": series(0.6, **H200),
     "two series and a CPU": [*series(0.2, **H200), *series(0.6), speed_report(ap=0.5365)],
@@ -102,7 +103,7 @@ def test_no_label_lies_on_another_or_leaves_the_axes(situation):
     figure = draw_chart(SITUATIONS[situation])
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) >= 7
+    assert len(boxes) >= (2 if situation == "other classes" else 7)
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert all(axes.bbox.x0 <= b.x0 and b.x1 <= axes.bbox.x1 for b in boxes)
     assert all(axes.bbox.y0 <= b.y0 and b.y1 <= axes.bbox.y1 for b in boxes)
@@ -117,6 +118,18 @@ def test_the_papers_rows_are_drawn_at_their_times_and_ap():
     drawn = sum(len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() != "None")
     assert drawn == len(TABLE_2)
     assert [text.get_text() for text in figure.axes[0].texts] == [row.model.removeprefix("YOLO") for row in rows]
+
+
+@pytest.mark.parametrize(("ap", "label"), [(0.71, "AP on the model's own classes (%)"), (None, None)])
+def test_models_with_other_classes_are_drawn_without_the_paper(ap, label):
+    report = speed_report(engine_ms=4.0, end_to_end_ms=5.0, ap=ap, ap_source="val.json", with_paper=True, is_coco=False)
+    figure = draw_chart([report])
+    axes = figure.axes[0]
+    assert {line.get_color() for line in axes.lines if len(line.get_xdata())} == {COLOURS[0]}
+    assert "Paper" not in text_outside_axes(figure) and "YOLOR" not in text_outside_axes(figure)
+    assert axes.yaxis.get_visible() == (label is not None)
+    assert label is None or axes.get_ylabel() == label
+    assert {marker[0] for marker in markers(figure, COLOURS[0])} == {"o" if ap else "v"}
 
 
 def test_engine_markers_are_filled_and_end_to_end_markers_are_open():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -158,5 +159,15 @@ def test_the_text_names_the_test_and_what_is_too_noisy_to_tell():
     wild = [speed_report(rows=(bare_row(one),)) for one in noisy(9, 2, noise=0.6, calls=BLOCKS)]
     text = describe_comparison(compare_reports(*wild, name="old.json"))
     assert "Welch's t-test" in text and "Holm" in text and "compared with old.json" in text
-    assert "no change detected, too noisy to tell" in text
+    assert "too noisy to tell" in text
     assert "too noisy" not in describe_comparison(compare_reports(speed_report(), speed_report()))
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_comparison_fits_100_columns(monkeypatch, is_terminal):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    slow = [speed_report(engine_ms=ms, end_to_end_ms=1.1 * ms, batch=32) for ms in (12345.0, 13000.0)]
+    lines = describe_comparison(compare_reports(*slow, name="runs/bench/exp12/bench.json")).splitlines()
+    rows = [line for line in lines if line.strip().startswith(("batch ", "32 "))]
+    assert len(rows) > 3 and max(map(len, rows)) <= 100

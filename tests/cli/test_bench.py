@@ -24,7 +24,7 @@ from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.visualize import write_image
 
 ATTEMPTS = 3  # for a comparison that may be too noisy for a verdict
-QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "64x48", "--device", "cpu")
+QUICK = ("--duration", "0.1", "--warmup", "0.3", "--frame", "48x64", "--device", "cpu")
 TIMEOUT_S = 120
 
 
@@ -70,9 +70,9 @@ def test_other_lists_are_rejected(text):
         parse_numbers(text, "batch")
 
 
-def test_a_frame_is_width_x_height():
-    assert parse_frame("1920x1080") == (1080, 1920)
-    for text in ("0x5", "1920", "axb", "99999x1", "1920x1080x3"):
+def test_a_frame_is_height_x_width():
+    assert parse_frame("1080x1920") == (1080, 1920)
+    for text in ("0x5", "1920", "axb", "99999x1", "1080x1920x3"):
         with pytest.raises(UsageError, match="--frame"):
             parse_frame(text)
 
@@ -83,7 +83,7 @@ def test_a_frame_is_width_x_height():
 def test_a_table_is_printed_and_nothing_written(bench, tmp_path):
     result = bench("--batch", "1", "--concurrency", "1,2")
     assert result.exit_code == 0, result.output
-    assert "images/s" in result.stdout and "one synthetic image, 64x48" in result.stdout
+    assert "img/s" in result.stdout and "one synthetic image, 48x64" in result.stdout
     assert "at concurrency 2 a call took" in result.stdout
     assert all_files(tmp_path) == []
 
@@ -98,7 +98,7 @@ def test_spellings_of_the_official_program_are_accepted(bench, files):
 def test_standard_output_contains_only_the_report(bench):
     result = bench("--json", "-")
     assert json.loads(result.stdout)["kind"] == "y7 bench"
-    assert "images/s" in result.stderr
+    assert "img/s" in result.stderr
 
 
 def test_the_option_paper_adds_its_row_a_report_and_a_chart(bench, files, tmp_path):
@@ -261,7 +261,7 @@ def test_another_machine_is_named_and_an_estimate_is_offered(tmp_path, device, o
 def test_a_full_disk_is_reported_after_the_table(files):
     done = run_bench(files("plugin"), "--json", "/dev/full")
     assert done.returncode == 1
-    assert "images/s" in done.stdout
+    assert "img/s" in done.stdout
     assert "UsageError: /dev/full cannot be written: No space left on device" in done.stderr
 
 

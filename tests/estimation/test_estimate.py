@@ -243,7 +243,7 @@ def test_devices_are_found_in_common_spellings(spelling, name):
 def test_the_text_of_an_estimate_is_labelled_and_has_its_error():
     found = estimate("yolov7", device="v100", size=(480, 640))
     text = describe_estimate(found)
-    assert text.startswith("estimated, not measured: yolov7 at 640x480 on NVIDIA Tesla V100 SXM2, PyTorch FP16")
+    assert text.startswith("estimated, not measured: yolov7 at 480x640 on NVIDIA Tesla V100 SXM2, PyTorch FP16")
     for part in ("error: median 1.6%, worst 2.4%", "bound by", "fitted on the V100 speeds of", "data sheet"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 120

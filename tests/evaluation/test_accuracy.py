@@ -152,7 +152,7 @@ def test_models_of_any_input_size_are_evaluated_with_rect_batches(folder):
     report, detector = evaluated(folder)
     # 40/60 of 64 is 42.7 pixels: with half a stride 1.83 strides high and 2.5 wide
     assert detector.calls == [(3, {(64, 96)}, ValOptions().thresholds)]
-    assert report.protocol == "rect 64 (pad 0.5, batch 8, canvases up to 96x64)"
+    assert report.protocol == "rect 64 (pad 0.5, batch 8, canvases up to 64x96)"
 
 
 def test_without_rect_every_image_is_letterboxed_to_one_size(folder):
@@ -163,11 +163,11 @@ def test_without_rect_every_image_is_letterboxed_to_one_size(folder):
 
 def test_models_of_a_fixed_input_size_are_evaluated_with_a_letterbox_of_that_size(folder):
     report, _ = evaluated(folder, metadata=model_metadata(input_hw=(32, 64)), input_hw=(32, 64))
-    assert report.protocol == "letterbox 64x32"
+    assert report.protocol == "letterbox 32x64"
 
 
 def test_rect_of_a_fixed_input_size_is_a_usage_error(folder):
-    with pytest.raises(UsageError, match="takes 64x32 only") as caught:
+    with pytest.raises(UsageError, match="takes 32x64 only") as caught:
         evaluated(folder, metadata=model_metadata(input_hw=(32, 64)), options=ValOptions(rect=True))
     assert "--rect" in caught.value.fix
 
@@ -238,7 +238,7 @@ def test_images_of_another_size_than_annotated_are_skipped(folder):
     (folder / "instances.json").write_text(json.dumps(document))
     report = evaluate(PlannedDetector({}), open_dataset(folder / "instances.json"), options=ValOptions())
     assert report.images == 1
-    assert report.skipped[0].reason == "is 60x40, but the annotations are of 60x41"
+    assert report.skipped[0].reason == "is 40x60, but the annotations are of 41x60 (height x width)"
 
 
 def test_classes_are_matched_by_name(folder):

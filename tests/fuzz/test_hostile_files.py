@@ -69,7 +69,7 @@ def sized(suffix, width, height):
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tiff", ".jp2", ".avif", ".webp"])
 def test_an_image_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffix):
     path = written(tmp_path / f"bomb{suffix}", sized(suffix, HUGE, HUGE - 1))
-    with pytest.raises(ImageError, match=f"has {HUGE} x {HUGE - 1} pixels, more than 180 million") as caught:
+    with pytest.raises(ImageError, match=f"has {HUGE - 1}x{HUGE} pixels .*more than 180 million") as caught:
         read_image(path)
     assert caught.value.fix
 
@@ -78,7 +78,7 @@ def test_an_image_larger_than_the_limit_is_refused_by_its_header(tmp_path, suffi
 def test_an_image_with_fewer_bytes_than_its_pixels_need_is_refused(tmp_path, suffix):
     path = written(tmp_path / f"short{suffix}", sized(suffix, 13_000, 13_001))
     assert MAX_PIXELS > 13_000 * 13_001
-    with pytest.raises(ImageError, match=r"is truncated: .* cannot contain the 13000 x 13001 pixels"):
+    with pytest.raises(ImageError, match=r"is truncated: .* cannot contain the 13001x13000 pixels"):
         read_image(path)
 
 
@@ -133,7 +133,7 @@ class FakeCapture:
 
 def test_a_video_of_huge_frames_is_refused_before_one_is_read():
     capture = FakeCapture(HUGE)
-    with pytest.raises(SourceError, match="frames of 30000 x 30000 pixels") as caught:
+    with pytest.raises(SourceError, match="frames of 30000x30000 pixels") as caught:
         VideoFile("a.mp4", opener=lambda address: capture)
     assert caught.value.fix
     assert capture.released

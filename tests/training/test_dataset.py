@@ -228,7 +228,7 @@ def test_an_image_with_another_size_than_its_annotation_is_refused(tmp_path):
     path = written(tmp_path / "a.jpg", smooth((40, 60), 0))
     store = ImageStore(dataset_of([record(path, (60, 40))]), size=30)
     for read in (store.load_resized, store.load_scaled):
-        with pytest.raises(ImageError, match="does not have the 40x60 pixels of its annotation"):
+        with pytest.raises(ImageError, match="does not have the 60x40 pixels of its annotation"):
             read(0)
 
 

@@ -29,6 +29,7 @@ from yolov7_deploy.benchmarking.sampling import (
     timed_ms,
     warm_up,
 )
+from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import MAX_BATCH_SIZE
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
@@ -99,7 +100,7 @@ def synthetic_frames(hw: tuple[int, int] = SYNTHETIC_HW) -> Frames:
     """Return one synthetic image of this height and width, always the same."""
     height, width = hw
     image = synthetic_image((int(height / _DRAWN_HEIGHT) + 1, width))[:height]
-    return Frames(images=(image,), description=f"one synthetic image, {width}x{height}")
+    return Frames(images=(image,), description=f"one synthetic image, {height}x{width}")
 
 
 def read_frames(source: SourceLike) -> Frames:
@@ -420,9 +421,16 @@ def _empty_report(detector: Detector, frames: Frames, profile: DeviceProfile | N
         frames=frames.description,
         settings=(*_settings(detector), *(profile.settings if profile else ())),
         rows=(),
+        is_coco=_has_coco_classes(metadata.class_names),
         notes=profile.notes if profile else (),
         y7_version=__version__,
     )
+
+
+def _has_coco_classes(names: Sequence[str]) -> bool:
+    """Return whether classes are those of COCO, by their names or, without names, by their number."""
+    unnamed = [f"class_{index}" for index in range(len(COCO_NAMES))]
+    return list(names) == unnamed or [name.casefold() for name in names] == [name.casefold() for name in COCO_NAMES]
 
 
 def _versions(libraries: Sequence[str]) -> Iterator[tuple[str, str]]:

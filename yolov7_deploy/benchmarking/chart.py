@@ -95,6 +95,8 @@ Legend = tuple[str, list[tuple[Line2D, str]]]
 def speed_accuracy_chart(reports: Sequence[SpeedReport], path: Path) -> None:
     """Write a PNG of AP against time at batch 1: the paper's detectors, and engine and end-to-end time of each report.
 
+    The paper is left out if a report is of a model with other classes than COCO, whose AP is not comparable.
+
     The image has 1600 x 1000 pixels, and is higher where many reports need a long legend. AP is the one measured with
     the file of a report; otherwise that of the report's row of the paper if sizes agree, which is drawn differently. A
     report without either shows only its time. A report without a row of batch 1 is named below the chart. The time axis
@@ -111,21 +113,24 @@ def speed_accuracy_chart(reports: Sequence[SpeedReport], path: Path) -> None:
 def draw_chart(reports: Sequence[SpeedReport]) -> Figure:
     """Return the chart as a matplotlib figure."""
     points = [point for report in reports if (point := _point(report))]
+    with_paper = all(report.is_coco for report in reports)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(p.series for p in points))}
-    legends = [_paper_legend(), _measured_legend(colours), _marker_legend(points)]
-    captions = _captions(reports)
+    legends = [*([_paper_legend()] if with_paper else []), _measured_legend(colours), _marker_legend(points)]
+    captions = _captions(reports, with_paper=with_paper)
     lines = max(1 + sum(text.count("\n") + 1 for _, text in entries) for _, entries in legends)
     top = MARGIN + CAPTION_LINE * len(captions) + LEGEND_LINE * lines
     height = max(HEIGHT, top + XLABEL + MIN_AXES_HEIGHT + MARGIN)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     FigureCanvasAgg(figure)  # attaches itself to the figure
     axes = figure.add_axes((LEFT, (top + XLABEL) / height, 0.92, (height - top - XLABEL - MARGIN) / height))
-    _set_axes(axes, points)
+    _set_axes(axes, points, with_paper=with_paper)
     layout = LabelLayout(frame=axes.bbox.extents)
-    labels = [*_draw_measured(axes, points, colours, layout), *_draw_paper(axes, layout)]
+    labels = _draw_measured(axes, points, colours, layout)
+    if with_paper:
+        labels += _draw_paper(axes, layout)
     for label in labels:
         _draw_label(axes, label, layout)
-    for x, (title, entries) in zip(COLUMNS, legends, strict=True):
+    for x, (title, entries) in zip(COLUMNS, legends, strict=False):
         handles, texts = zip(*entries, strict=True)
         corner = (x, top / height)
         legend = figure.legend(handles, texts, title=title, loc="upper left", bbox_to_anchor=corner, alignment="left")
@@ -140,7 +145,8 @@ def _point(report: SpeedReport) -> _Point | None:
     if row is None:
         return None
     # AP that is published for one size does not apply to another.
-    published = report.paper.ap if report.paper and report.paper.size == max(report.input_hw) else None
+    has_size = report.paper is not None and report.paper.size == max(report.input_hw)
+    published = report.paper.ap if report.paper and has_size and report.is_coco else None
     origin = "measured" if report.ap is not None else "unknown" if published is None else "published"
     return _Point(
         label=_shorten(VARIANTS.get(report.variant, Path(report.weights).stem)),
@@ -198,9 +204,9 @@ def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, COLUMN_CHARACTERS))
 
 
-def _captions(reports: Sequence[SpeedReport]) -> list[str]:
+def _captions(reports: Sequence[SpeedReport], *, with_paper: bool) -> list[str]:
     """Return the sources of the numbers, for the bottom of the chart."""
-    parts = [f"Paper: {PAPER}, Table 2."]
+    parts = [f"Paper: {PAPER}, Table 2."] if with_paper else ["Models with other classes than COCO: not in the paper."]
     sources: dict[str, list[str]] = {}
     for report in reports:
         if report.ap is not None and report.ap_source:
@@ -216,13 +222,26 @@ def _file_name(report: SpeedReport) -> str:
     return replace_missing_glyphs(Path(report.weights).name)
 
 
-def _set_axes(axes: Axes, points: Sequence[_Point]) -> None:
+def _set_axes(axes: Axes, points: Sequence[_Point], *, with_paper: bool) -> None:
     """Set scales, limits and titles. Nothing moves after this, so labels can be placed in pixels."""
     rows = [*_paper_rows("YOLOv7"), *(row for start, end, *_ in OTHER_DETECTORS for row in _paper_rows(start, end))]
+    in_paper = [_paper_xy(row) for row in rows] if with_paper else []
     measured_ms = [time for point in points for time in (point.engine_ms, point.end_to_end_ms)]
-    times = [*measured_ms, *(x for x, _ in map(_paper_xy, rows))]
-    aps = [*(point.ap for point in points if point.ap is not None), *(y for _, y in map(_paper_xy, rows))]
-    if all(LINEAR_MS[0] <= time <= LINEAR_MS[1] for time in measured_ms):
+    times = [*measured_ms, *(x for x, _ in in_paper)] or [*LINEAR_MS]
+    aps = [*(point.ap for point in points if point.ap is not None), *(y for _, y in in_paper)]
+    _set_time_axis(axes, times, is_linear=all(LINEAR_MS[0] <= time <= LINEAR_MS[1] for time in measured_ms))
+    low, high = (min(aps), max(aps)) if aps else (0.0, 100.0)
+    margin = 0.05 * (high - low) or 1.0
+    bottom = 2 * margin if any(point.ap is None for point in points) else 0.0
+    axes.set_ylim(low - margin - bottom, high + 1.5 * margin)
+    axes.set_ylabel("AP on COCO val2017 (%)" if with_paper else "AP on the model's own classes (%)")
+    axes.yaxis.set_visible(bool(aps))
+    axes.grid(color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _set_time_axis(axes: Axes, times: Sequence[float], *, is_linear: bool) -> None:
+    if is_linear:
         axes.set_xlim(0.0, 1.06 * max(times))
         axes.set_xlabel("time per image, batch 1 (ms)")
     else:
@@ -232,12 +251,6 @@ def _set_axes(axes: Axes, points: Sequence[_Point]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("time per image, batch 1 (ms, logarithmic)")
-    margin = 0.05 * (max(aps) - min(aps))
-    bottom = 2 * margin if any(point.ap is None for point in points) else 0.0
-    axes.set_ylim(min(aps) - margin - bottom, max(aps) + 1.5 * margin)
-    axes.set_ylabel("AP on COCO val2017 (%)")
-    axes.grid(color="#E6E6E6", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _paper_rows(start: str, end: str = "") -> list[PaperRow]:

@@ -151,6 +151,7 @@ class SpeedReport:
         rows: One for each batch size and concurrency.
         detections_per_image: Mean number; NMS takes longer with more boxes. `None` where unknown.
         paper: The row of the paper, with `--paper`.
+        is_coco: The model has the classes of COCO, so its AP can be compared with the paper's.
         ap: Average precision (0 to 1) measured with this file, and `ap_source`: the report it is from, with the number
             of images unless they are all of val2017.
         notes: Remarks for the reader.
@@ -174,6 +175,7 @@ class SpeedReport:
     rows: tuple[SpeedRow, ...]
     detections_per_image: float | None = None
     paper: PaperSpeed | None = None
+    is_coco: bool = True
     ap: float | None = None
     ap_source: str = ""
     notes: tuple[str, ...] = ()

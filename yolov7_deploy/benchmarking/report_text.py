@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from yolov7_deploy._console import table
 from yolov7_deploy.benchmarking.comparison import Comparison, Difference
-from yolov7_deploy.benchmarking.report import STAGES, PaperSpeed, SpeedReport, SpeedRow
+from yolov7_deploy.benchmarking.report import PaperSpeed, SpeedReport, SpeedRow
 from yolov7_deploy.hardware.clocks import Clocks
 
 MAX_SPREAD = 1.1  # an interval that is wider in both directions cannot exclude a change of ten percent
-_COLUMNS = ("batch", "concurrency", "p50", "p90", "p99", *STAGES[:-1], "images/s", "J/image", "memory")
+# Short, so that all columns fit a line of 100 characters.
+_STAGE_NAMES = {"preprocess": "pre", "upload": "H2D", "engine": "engine", "download": "D2H", "postprocess": "post"}
+_TABLE_TITLE = "ms per call of a whole batch; medians of: letterbox (pre), transfers (H2D, D2H), network, boxes (post)"
 
 
 def describe_speed(report: SpeedReport) -> str:
     """Return the table of rows, the settings, the paper's row, and the notes."""
-    height, width = report.input_hw
+    size = "x".join(map(str, report.input_hw))
     model = ", ".join(part for part in (report.variant, report.runtime, report.precision) if part)
     parts = [
-        f"{report.weights} ({model}) at {width}x{height} on {report.device}: {report.machine}",
+        f"{report.weights} ({model}) at {size} on {report.device}: {report.machine}",
         f"frames: {report.frames}" + _detection_count(report),
-        table([_row_cells(row) for row in report.rows], _COLUMNS, "ms per call of a whole batch; stages are medians"),
+        _speed_table(report.rows),
         *_under_load_lines(report),
         "settings: " + "; ".join(f"{name}: {value}" for name, value in report.settings),
         *_power_and_clock_lines(report),
@@ -49,7 +51,7 @@ def describe_comparison(comparison: Comparison) -> str:
         ]
         for one in comparison.differences
     ]
-    columns = ["batch", "concurrency", "stage", "old ms", "new ms", "new/old", "95 % interval", "p", "verdict"]
+    columns = ["batch", "threads", "stage", "old ms", "new ms", "new/old", "95 % interval", "p", "verdict"]
     parts = [table(rows, columns, f"compared with {comparison.old}")] if rows else []
     parts.append(f"test: {comparison.test}")
     parts += [f"warning: {warning}" for warning in comparison.warnings]
@@ -61,18 +63,25 @@ def _detection_count(report: SpeedReport) -> str:
     return "" if count is None else f"; {count:g} detections per image"
 
 
-def _row_cells(row: SpeedRow) -> list[object]:
+def _speed_table(rows: Sequence[SpeedRow]) -> str:
+    """Return the table of rows without the columns that were not measured."""
+    cells = [_row_cells(row) for row in rows]
+    names = [name for name in cells[0] if any(row[name] is not None for row in cells)] if cells else []
+    return table([[row[name] for name in names] for row in cells], names, _TABLE_TITLE)
+
+
+def _row_cells(row: SpeedRow) -> dict[str, object]:
     end_to_end = row.stage("end_to_end")
-    memory = row.host_peak_bytes if row.gpu_peak_bytes is None else row.gpu_peak_bytes
-    return [
-        row.batch,
-        row.concurrency,
-        *map(_ms, (end_to_end.p50, end_to_end.p90, end_to_end.p99)),
-        *(_ms(row.stage(name).p50) if row.stage(name).p50 else None for name in STAGES[:-1]),
-        f"{row.images_per_second:.4g}",
-        None if row.energy is None else f"{row.energy.joules_per_image:.3g}",
-        f"{memory / 1e6:.0f} MB {'host' if row.gpu_peak_bytes is None else 'GPU'}",
-    ]
+    return {
+        "batch": row.batch,
+        "threads": row.concurrency,
+        **{name: _ms(getattr(end_to_end, name)) for name in ("p50", "p90", "p99")},
+        **{short: _ms(row.stage(name).p50) if row.stage(name).p50 else None for name, short in _STAGE_NAMES.items()},
+        "img/s": f"{row.images_per_second:.4g}",
+        "J/img": None if row.energy is None else f"{row.energy.joules_per_image:.3g}",
+        "GPU MB": None if row.gpu_peak_bytes is None else f"{row.gpu_peak_bytes / 1e6:.0f}",
+        "host MB": f"{row.host_peak_bytes / 1e6:.0f}" if row.gpu_peak_bytes is None else None,
+    }
 
 
 def _under_load_lines(report: SpeedReport) -> Iterator[str]:
@@ -114,23 +123,23 @@ def _clock_facts(clocks: Clocks) -> str:
 
 def _paper_table(report: SpeedReport, paper: PaperSpeed) -> str:
     """Return the measured times beside the paper's row, and what that row includes."""
-    rows = [*_paper_speed_rows(report, paper), _paper_ap_row(report, paper)]
+    rows = [*_paper_speed_rows(report, paper), *([_paper_ap_row(report, paper)] if report.is_coco else [])]
     size = max(report.input_hw)
-    columns = [
-        "",
-        f"here: {report.machine}, {report.precision}, {size}",
-        f"paper: {paper.device}, fp16, {paper.size}",
-        "ratio",
-    ]
+    columns = ["", "here", "paper", "ratio"]
+    here = f"here {report.machine}, {report.precision}, {size}"
+    title = f"{here}; {paper.model} in the paper {paper.device}, fp16, {paper.size} ({paper.source})"
     given = [
         *([f"{paper.fps:g} images/s at batch 1"] if paper.fps else []),
         *([f"{paper.batch32_ms:g} ms per image at batch 32"] if paper.batch32_ms else []),
     ]
     lines = [
-        table(rows, columns, f"{paper.model} in the paper ({paper.source})"),
+        table(rows, columns, title),
         f"the paper gives {' and '.join(given) or 'no speed'}: {paper.scope}. "
         "Only the network time is comparable, machine against machine.",
     ]
+    if not report.is_coco:
+        own = "" if report.ap is None else f", AP {100 * report.ap:.1f} % ({report.ap_source}),"
+        lines.append(f"this model has other classes than COCO; its accuracy{own} cannot be compared with the paper's")
     if size != paper.size:
         lines.append(f"measured at {size}, the paper's row is for {paper.size}: the workloads differ")
     return "\n".join(lines)
@@ -160,7 +169,7 @@ def _paper_ap_row(report: SpeedReport, paper: PaperSpeed) -> list[object]:
 
 def _verdict(one: Difference) -> str:
     wide = one.low is not None and one.high is not None and one.high > MAX_SPREAD**2 * one.low
-    return f"{one.verdict} detected, too noisy to tell" if one.verdict == "no change" and wide else one.verdict
+    return "too noisy to tell" if one.verdict == "no change" and wide else one.verdict
 
 
 def _interval(one: Difference) -> str:
@@ -171,6 +180,8 @@ def _interval(one: Difference) -> str:
 
 
 def _ms(value: float) -> str:
+    if value >= 1000:
+        return f"{value:.0f}"
     return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -59,7 +59,8 @@ SourceText = Annotated[
     typer.Option("--source", "-s", help="Images to measure with, as in y7 detect (default: a synthetic image)."),
 ]
 FrameText = Annotated[
-    str | None, typer.Option("--frame", help="Width x height of the synthetic image (default: 1920x1080).")
+    str | None,
+    typer.Option("--frame", metavar="SIZE", help="Height x width of the synthetic image (default: 1080x1920)."),
 ]
 Duration = Annotated[
     float, typer.Option("--duration", help="Seconds to measure latency, and again to measure throughput.")
@@ -266,7 +267,7 @@ def parse_numbers(text: str, name: str) -> tuple[int, ...]:
 
 
 def parse_frame(text: str | None) -> tuple[int, int] | None:
-    """Parse `1920x1080`, which is width x height, and return height and width.
+    """Parse `1080x1920` and return height and width.
 
     Raises:
         UsageError: The text is not a size.
@@ -277,9 +278,9 @@ def parse_frame(text: str | None) -> tuple[int, int] | None:
     if match is None or max(int(match[1]), int(match[2])) > MAX_FRAME_SIDE:
         raise UsageError(
             f"--frame {text} is not an image size of at most {MAX_FRAME_SIDE} pixels.",
-            fix="Width x height, for example: --frame 1920x1080",
+            fix="Height x width, for example: --frame 1080x1920",
         )
-    return int(match[2]), int(match[1])
+    return int(match[1]), int(match[2])
 
 
 # --- measurement ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ class Y7Command(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                panels[self._panel(parameter)].append(record)
+                name, text = record
+                panels[self._panel(parameter)].append((name, text.replace("\\[", "[")))  # typer 0.16 writes for rich
         for name, records in panels.items():
             if records:
                 with formatter.section("Options" if name == OTHER and len(panels) == 2 else name):

@@ -197,11 +197,11 @@ def _anchors_text(anchors: Anchors, strides: Iterable[int], *, title: str = "anc
     from yolov7_deploy._console import table
 
     rows = [
-        [stride, *(f"{width:g} x {height:g}" for width, height in level)]
+        [stride, *(f"{width:g},{height:g}" for width, height in level)]
         for stride, level in zip(strides, anchors, strict=True)
     ]
     columns = ["stride", *(f"anchor {i + 1}" for i in range(len(anchors[0])))]
-    return table(rows, columns, f"{title} (width x height in pixels)")
+    return table(rows, columns, f"{title} (width,height in pixels, as in the official configurations)")
 
 
 def _layer_table(layers: Iterable[LayerCost]) -> str:

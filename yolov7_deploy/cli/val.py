@@ -102,10 +102,7 @@ def val(
 
     Example:  y7 val --weights yolov7.onnx --data coco.yaml
     """
-    if predictions is not None and predictions == json_path:
-        raise UsageError(
-            f"--predictions and --json both write {predictions}.", fix="Give each a path, such as predictions.json"
-        )
+    _require_two_files(predictions, json_path)
     options = ValOptions(rect=rect, batch=batch, conf=conf, iou=iou, max_det=max_det)
     input_size = parse_img(img)
     from yolov7_deploy._console import progress, write_json
@@ -130,13 +127,19 @@ def val(
     report = replace(report, weights=str(path), weights_sha256=sha256_hex(path), runtime=runtime_entry(path).name)
     to_stderr = "-" in (json_path, predictions)
     echo(report.summary(per_class=per_class or None), err=to_stderr)
-    if predictions is not None:
-        write_json(report.predictions, predictions)
-    if json_path is not None:
-        write_json(report.to_dict(), json_path)
+    for document, file in ((report.predictions, predictions), (report.to_dict(), json_path)):
+        if file is not None:
+            write_json(document, file)
     if not nosave:
         folder = contextlib.nullcontext(save_dir) if save_dir else new_run_folder(project / name, exist_ok=exist_ok)
         _draw_charts(report, dataset, folder, to_stderr=to_stderr)
+
+
+def _require_two_files(predictions: str | None, json_path: str | None) -> None:
+    if predictions is not None and predictions == json_path:
+        raise UsageError(
+            f"--predictions and --json both write {predictions}.", fix="Give each a path, such as predictions.json"
+        )
 
 
 def _require_one_class(detector: Detector) -> None:

@@ -280,8 +280,8 @@ def _notes(device: Device, runtime: str, variant: str, input_hw: tuple[int, int]
         fps, canvas = paper_row(variant).fps, paper_canvas(variant)
         if fps and (device.name, batch) == (PAPER_DEVICE, 1) and canvas != input_hw:
             notes.append(
-                f"the paper's {fps:g} FPS are for letterboxed rectangles, typically {canvas[1]}x{canvas[0]}, and not "
-                f"comparable with this {input_hw[1]}x{input_hw[0]}"
+                f"the paper's {fps:g} FPS are for letterboxed rectangles, typically {canvas[0]}x{canvas[1]}, and not "
+                f"comparable with this {input_hw[0]}x{input_hw[1]}"
             )
     return tuple(notes)
 
@@ -292,7 +292,7 @@ def describe_estimate(found: Estimate) -> str:
     shares = sorted(asdict(found.shares).items(), key=lambda item: -item[1])
     layers = [f"{layer.index} {layer.kind} {layer.ms:.2f} ms ({layer.bound})" for layer in found.layers]
     lines = (
-        f"estimated, not measured: {found.variant} at {width}x{height} on {found.device_title}, "
+        f"estimated, not measured: {found.variant} at {height}x{width} on {found.device_title}, "
         f"{_TITLES[found.runtime]} {found.precision.upper()}, batch {found.batch}",
         f"{found.ms:.2f} ms per pass, {found.images_per_second:.0f} images/s",
         f"bound by {', '.join(f'{part} {share:.0%}' for part, share in shares)} "

@@ -286,7 +286,9 @@ def _read(path: Path, expected_hw: tuple[int, int]) -> Image | Skipped:
     if image.shape[:2] == expected_hw:
         return image
     (height, width), (real_h, real_w) = expected_hw, image.shape[:2]
-    return Skipped(path=str(path), reason=f"is {real_w}x{real_h}, but the annotations are of {width}x{height}")
+    return Skipped(
+        path=str(path), reason=f"is {real_h}x{real_w}, but the annotations are of {height}x{width} (height x width)"
+    )
 
 
 def compute_coco_metrics(

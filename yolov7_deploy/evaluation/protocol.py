@@ -45,11 +45,11 @@ def plan_batches(
     if not rect:
         height, width = detector.input_hw
         batches = _split(list(sizes), batch, lambda _: (height, width))
-        return batches, fit_letterbox, f"letterbox {width}x{height}"
+        return batches, fit_letterbox, f"letterbox {height}x{width}"
     size, stride = max(detector.input_hw), max(detector.metadata.stride, RECT_MIN_STRIDE)
     batches = rect_batches(sizes, size=size, stride=stride, batch=batch)
     tallest, widest = (max((b.canvas_hw[axis] for b in batches), default=0) for axis in (0, 1))
-    description = f"rect {size} (pad {RECT_PAD}, batch {batch}, canvases up to {widest}x{tallest})"
+    description = f"rect {size} (pad {RECT_PAD}, batch {batch}, canvases up to {tallest}x{widest})"
     return batches, lambda hw, canvas_hw: fit_evaluation_letterbox(hw, canvas_hw, size=size), description
 
 
@@ -118,7 +118,7 @@ def uses_rect(metadata: ModelMetadata, options: ValOptions) -> bool:
     if options.rect:
         height, width = metadata.input_hw
         raise UsageError(
-            f"--rect needs a model that takes any input size; this one takes {width}x{height} only.",
+            f"--rect needs a model that takes any input size; this one takes {height}x{width} only.",
             fix="Leave --rect out, or measure the weights from which it was exported.",
         )
     return False

@@ -144,7 +144,7 @@ class VideoFile:
         if height * width > MAX_FRAME_PIXELS:
             self.close()
             raise SourceError(
-                f"{self.path} declares frames of {width} x {height} pixels, more than "
+                f"{self.path} declares frames of {height}x{width} pixels (height x width), more than "
                 f"{MAX_FRAME_PIXELS // 10**6} million.",
                 fix="Copy the video again, or resize it:  ffmpeg -i INPUT -vf scale=1920:-2 OUTPUT.mp4",
             )

@@ -53,7 +53,7 @@ def _largest_size(train_step: TrainStep) -> int | None:
 
 def _size_text(train_step: TrainStep, batch: Batch) -> str:
     largest = _largest_size(train_step)
-    return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[2]}x{batch.images.shape[1]}"
+    return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[1]}x{batch.images.shape[2]}"
 
 
 def _fits(train_step: TrainStep, batch: Batch, images: int) -> bool:

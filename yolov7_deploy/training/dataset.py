@@ -239,7 +239,7 @@ class ImageStore:
             for short, long in zip(image.shape, source, strict=False)
         ):
             raise ImageError(
-                f"{self._paths[index]} does not have the {source[1]}x{source[0]} pixels of its annotation.",
+                f"{self._paths[index]} does not have the {source[0]}x{source[1]} pixels of its annotation.",
                 fix="Use the annotation file of these images.",
             )
         factor_y, factor_x = (
