@@ -25,7 +25,7 @@ MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "uti
 # From low to high. A file imports from its own package and from rows above this one in the list; packages (or
 # modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_bounded_read", "_download"),
+    ("_bounded_read", "_download", "_protobuf"),
     ("_atomic_file", "_ort_options", "_serialization", "_statistics", "_text", "_version"),
     ("errors",),
     ("_output", "_output_folder", "_process", "hardware", "hub", "image", "metadata", "paper"),
@@ -86,6 +86,7 @@ LIBRARIES: dict[str, set[str]] = {
         "evaluation/onnx_probe.py",
         "precision/ort_runner.py",
     },
+    "openvino": {"runtimes/openvino.py"},
     "onnxsim": {"onnx_export/onnx_exporter.py"},
     "pynvml": {"hardware/gpu.py"},
     "rich": {"_console.py"},

@@ -36,6 +36,11 @@ def base_session_options(*, exact_int8: bool = True) -> onnxruntime.SessionOptio
     return options
 
 
+def has_cuda_provider() -> bool:
+    """Return True if this ONNX Runtime can run networks on NVIDIA GPUs."""
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 def _end_without_destructors() -> None:
     """Let a child process of `os.fork` end without the C++ destructors of ONNX Runtime.
 

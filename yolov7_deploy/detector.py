@@ -76,6 +76,8 @@ class Detector:
             the training size of the weights, else the paper's size.
         half: FP16 for checkpoints: by default on a GPU, as in the official program, and not on a CPU. Files with a
             fixed precision refuse any other.
+        runtime: What runs an ONNX file: `onnxruntime`, `openvino` (in float32), `openvino-bf16` or `openvino-f16`.
+            `auto` is OpenVINO for INT8 and FP16 files on a CPU if it is installed, else ONNX Runtime.
         conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`.
         classes: Keep only these classes: ids, names, or a mix.
 
@@ -97,6 +99,7 @@ class Detector:
         device: str | int = "auto",
         img: int | tuple[int, int] | None = None,
         half: bool | None = None,
+        runtime: str = "auto",
         conf: float | None = None,
         iou: float | None = None,
         max_det: int | None = None,
@@ -118,12 +121,12 @@ class Detector:
         Thresholds(**{name: value for name, value in thresholds.items() if value is not None})  # checks them
         self.path = find_weights(_weights_path(weights))
         self._calls = CallTracker(SUBMIT_THREADS)
-        self._runtime = open_runtime(self.path, device=device, input_hw=requested_hw, half=half)
+        self._runtime = open_runtime(self.path, device=device, input_hw=requested_hw, half=half, runtime=runtime)
         self.metadata: ModelMetadata = self._runtime.metadata
         self.input_hw: tuple[int, int] = requested_hw or self.metadata.default_hw
         # For copies in other processes, which may work in other folders.
         self._open_again = functools.partial(
-            type(self), self.path.absolute(), device=device, img=requested_hw, half=half
+            type(self), self.path.absolute(), device=device, img=requested_hw, half=half, runtime=runtime
         )
         self._warned_max_det = False
         try:
@@ -141,6 +144,11 @@ class Detector:
     def __reduce__(self) -> tuple[Any, ...]:
         self._calls.check_open()
         return functools.partial(self._open_again, **asdict(self.thresholds)), ()
+
+    @property
+    def runtime(self) -> str:
+        """Name of the runtime: `pytorch`, `onnxruntime`, `openvino` or `tensorrt`."""
+        return self._runtime.name
 
     @property
     def device(self) -> str:

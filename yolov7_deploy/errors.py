@@ -98,6 +98,7 @@ _EXTRAS = {
     "onnx": "export",
     "onnxruntime": "cpu",
     "onnxsim": "export",
+    "openvino": "openvino",
     "safetensors": "export",
     "tensorboard": "train",
     "tensorrt": "tensorrt",

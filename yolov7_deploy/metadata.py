@@ -24,6 +24,8 @@ MULTI_LABEL_INPUT, CLASS_AGNOSTIC_INPUT = "multi_label", "class_agnostic"
 THRESHOLD_INPUTS = (CONF_INPUT, IOU_INPUT, MULTI_LABEL_INPUT, CLASS_AGNOSTIC_INPUT)
 RAW_OUTPUT = "output"  # decoded boxes, of files without NMS
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
+# Names of Q/DQ pairs between a convolution and its activation, which only ONNX Runtime needs, begin so.
+INNER_PAIR_PREFIX = "inner_pair__"
 OVERFLOW_OUTPUT = "overflow"  # int32 [B, 1], of engines with our plugin: more candidates than NMS takes
 
 # Larger numbers mean a damaged file: no network takes such an image, and no list of detections is that long.
@@ -57,6 +59,8 @@ class Int8Metadata:
     """Record of the quantization of an INT8 graph.
 
     Attributes:
+        target: `tensorrt`, `cpu` or `arm`; see `Int8Options`.
+        reduce_range: The weights have 7 bits; see `Int8Options`.
         method: Calibration method that chose the activation ranges; see `Int8Options`.
         images: Number of calibration images.
         images_sha256: Digest of the calibration images, independent of their order.
@@ -66,6 +70,8 @@ class Int8Metadata:
         float_layers: (layer, reason) of each convolution that stays float.
     """
 
+    target: str
+    reduce_range: bool
     method: str
     images: int
     images_sha256: str

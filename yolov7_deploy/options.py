@@ -17,6 +17,9 @@ INPUT_KINDS = ("float32", "uint8")
 PRECISIONS = ("fp32", "fp16", "int8")
 INT8_METHODS = ("mse", "percentile", "entropy", "max")
 INT8_FALLBACKS = ("fp16", "fp32")
+INT8_TARGETS = ("tensorrt", "cpu", "arm")
+# What runs an ONNX file; `openvino` computes in float32. The others have one runtime each.
+ONNX_RUNTIMES = ("auto", "onnxruntime", "openvino", "openvino-bf16", "openvino-f16")
 OPSETS = range(13, 22)
 PLUGIN_USES = ("auto", "on", "off")
 HARDWARE_COMPATIBILITIES = ("none", "ampere+", "same-cc")
@@ -171,22 +174,45 @@ class Int8Options:
     """Options of the INT8 quantization of a float32 graph.
 
     Attributes:
+        target: What runs the file fastest: `tensorrt` (symmetric int8 activations), `cpu` (asymmetric uint8 ones, for
+            ONNX Runtime and OpenVINO on x86), or `arm` (asymmetric int8 ones, for ONNX Runtime on ARM).
         method: How an activation range is chosen from the histogram: `mse` (least squared error),
             `percentile` (99.99 % of the values), `entropy` (as TensorRT's calibrator) or `max` (no clipping).
         exclude: Convolutions that stay float: the name of each and the reason.
-        fallback: Precision of everything that is not INT8: `fp16`, or `fp32` for graphs whose values overflow FP16.
+        fallback: Precision of everything that is not INT8: `fp16` (the default for TensorRT) or `fp32` (the only one
+            for CPUs, and for graphs whose values overflow FP16).
+        reduce_range: Weights of 7 bits. On x86 CPUs without VNNI, the INT8 kernels of OpenVINO and ONNX Runtime add
+            pairs of products in 16 bits, which saturate with 8 bits.
         correct_bias: Correct each bias by the mean error that rounding the weights causes.
     """
 
+    target: str = "tensorrt"
     method: str = "mse"
     exclude: Mapping[str, str] = field(default_factory=dict)
-    fallback: str = "fp16"
+    fallback: str = ""
+    reduce_range: bool = False
     correct_bias: bool = True
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, INT8_METHODS), ("fallback", self.fallback, INT8_FALLBACKS)):
+        fallback = self.fallback or ("fp16" if self.target == "tensorrt" else "fp32")
+        object.__setattr__(self, "fallback", fallback)
+        for name, value, known in (
+            ("int8-target", self.target, INT8_TARGETS),
+            ("method", self.method, INT8_METHODS),
+            ("fallback", fallback, INT8_FALLBACKS),
+        ):
             if value not in known:
                 raise UsageError(f"--{name} {value} is unknown.", fix=f"One of: {', '.join(known)}")
+        if self.target != "tensorrt" and fallback == "fp16":
+            raise UsageError(
+                f"--fallback fp16 is slower than float32 on a CPU, for which --int8-target {self.target} is.",
+                fix="Leave it out, or use  --int8-target tensorrt",
+            )
+        if self.target != "cpu" and self.reduce_range:
+            raise UsageError(
+                f"--reduce-range is for x86 CPUs without VNNI, not for --int8-target {self.target}.",
+                fix="Leave it out, or use  --int8-target cpu",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,7 +77,7 @@ def test_export_int8_writes_a_verified_file(files, here):
     assert result.exception is None, result.output
     written = here / f"{files().stem}-int8.onnx"
     assert OnnxModel.load(written).metadata.precision == "int8"
-    assert "verified against torch on 2 images" in result.output
+    assert "verified in onnxruntime against torch on 2 images" in result.output
     assert f"{written.name}: " in result.output and ", int8, opset 17" in result.output
     record = json.loads((here / "record.json").read_text())
     assert record["metadata"]["int8"]["method"] == "mse"

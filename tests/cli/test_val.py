@@ -24,7 +24,9 @@ class FakeDetector:
     half = None
     metadata = ModelMetadata(variant="custom", class_names=("cat", "dog"), strides=(), anchors=(), precision="fp16")
 
-    def __init__(self, weights, *, device, img, half):
+    runtime = "onnxruntime"
+
+    def __init__(self, weights, *, device, img, half, runtime):
         type(self).half = half
         self.input_hw = (img or 64, img or 64)
 

@@ -238,8 +238,8 @@ def test_an_array_of_objects_is_not_unpickled(saved, tmp_path):
 
 
 def test_the_error_for_another_schema_names_it(saved):
-    rewritten(saved, header=header(lambda document: document.update(schema=2)))
-    refused(saved, "it has schema 2, and this version reads 1")
+    rewritten(saved, header=header(lambda document: document.update(schema=1)))
+    refused(saved, "it has schema 1, and this version reads 2")
 
 
 @pytest.mark.parametrize(

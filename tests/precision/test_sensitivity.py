@@ -10,7 +10,7 @@ from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision import sensitivity
 from yolov7_deploy.precision.calibrate import calibrate
-from yolov7_deploy.precision.int8 import insert_qdq, tensor_scales
+from yolov7_deploy.precision.int8 import insert_qdq, tensor_ranges
 from yolov7_deploy.precision.int8_summary import summarize_int8
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.qdq_placement import place_qdq
@@ -34,7 +34,7 @@ def slow_error(model, calibration, layer):
     """The error of the whole network with all other layers excluded."""
     network = Network(model)
     others = {node.output[0]: "other" for node in network.convolutions if node.output[0] != layer}
-    scales = tensor_scales(place_qdq(network, {}), calibration, "mse")
+    scales = tensor_ranges(network, place_qdq(network, {}), calibration, Int8Options())
     proto = insert_qdq(network, place_qdq(network, others), scales, calibration.input_means)
     errors = []
     for image in IMAGES:

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import numpy_helper
 
 from yolov7_deploy.precision.fp16 import check_valid
-from yolov7_deploy.precision.int8 import insert_qdq
+from yolov7_deploy.precision.int8 import QuantizedRange, insert_qdq
 from yolov7_deploy.precision.qdq_placement import calibrated_tensors, float_nodes
 
 
@@ -94,7 +94,8 @@ class Walk:
 def scale_by_group(placement):
     """Return a different power of two for each group, so that a scale identifies its group."""
     groups = list(dict.fromkeys(placement.scale_groups.values()))
-    return {name: np.float32(2.0 ** (groups.index(group) - 60)) for name, group in placement.scale_groups.items()}
+    scales = {group: np.float32(2.0 ** (index - 60)) for index, group in enumerate(groups)}
+    return {name: QuantizedRange(scales[group], np.int8(0)) for name, group in placement.scale_groups.items()}
 
 
 def check_placement(network, placement):
@@ -125,7 +126,7 @@ def check_file(network, placement):
     assert len(set(by_group.values())) == len(by_group)  # different groups have different scales,
     for node in quantizers:
         assert node.input[1] == by_group[placement.scale_groups[node.input[0]]]  # and a group has one scale
-        assert stored[node.input[1]] == scales[node.input[0]], node.input[0]
+        assert stored[node.input[1]] == scales[node.input[0]].scale, node.input[0]
 
     def before_pair(name):
         """Return the input of the pair whose output is `name`; `None` if it is not the output of a pair."""

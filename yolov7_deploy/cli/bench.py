@@ -20,6 +20,7 @@ from yolov7_deploy.cli.options import (
     Iou,
     JsonPath,
     MaxDet,
+    RuntimeName,
     Weights,
     check_thresholds,
     check_writable,
@@ -96,6 +97,7 @@ class BenchRequest:
 
     weights: str
     device: str
+    runtime: str
     img: int | tuple[int, int] | None
     half: bool | None
     conf: float | None
@@ -114,6 +116,7 @@ def bench(
     weights: Weights = "yolov7",
     batch: Batch = None,
     device: Device = "auto",
+    runtime: RuntimeName = "auto",
     img: Img = None,
     half: Half = None,
     concurrency: Concurrency = "1",
@@ -146,6 +149,7 @@ def bench(
     request = BenchRequest(
         weights=weights,
         device=device,
+        runtime=runtime,
         img=parse_img(img),
         half=half,
         conf=conf,
@@ -316,6 +320,7 @@ def _measure(request: BenchRequest) -> SpeedReport:
     opened = Detector(
         path,
         device=device,
+        runtime=request.runtime,
         img=request.img,
         half=request.half,
         conf=request.conf,

@@ -28,13 +28,13 @@ PANELS: dict[str, dict[str, str]] = {
     "export": {
         "Model": "weights img batch dynamic_batch input_kind output",
         "NMS": "nms conf iou max_det multi_label agnostic_nms max_candidates",
-        "Precision": "precision fp16 int8 calib data max_drop",
+        "Precision": "precision fp16 int8 calib data max_drop int8_target reduce_range",
         "Graph": "opset simplify verify image",
         "Engine": "engine target plugin workspace opt_level max_batch",
     },
     "quantize": {
         "Model": "weights output",
-        "Calibration": "calib calib_limit calib_cache method",
+        "Calibration": "calib calib_limit calib_cache method int8_target reduce_range",
         "Accuracy": "data limit max_drop sensitivity exclude fallback chart trt_cache",
     },
     "build": {
@@ -43,17 +43,17 @@ PANELS: dict[str, dict[str, str]] = {
         "Builder": "plugin workspace opt_level timing_cache no_timing_cache sparse",
     },
     "detect": {
-        "Model and images": "source weights img device half",
+        "Model and images": "source weights img device runtime half",
         "Detections": "conf iou max_det classes multi_label agnostic_nms",
         "Output": "project name exist_ok save_dir save_txt save_conf json_path view nosave",
     },
     "val": {
         "Model and data": "data weights images split limit single_class",
-        "Protocol": "img batch rect conf iou max_det device half",
+        "Protocol": "img batch rect conf iou max_det device runtime half",
         "Output": "per_class predictions project name exist_ok save_dir nosave json_path",
     },
     "bench": {
-        "Model": "weights img device half",
+        "Model": "weights img device runtime half",
         "Measurement": "batch concurrency duration warmup source frame conf iou max_det",
         "Comparison": "paper val_report compare estimate",
         "Output": "save_dir chart no_chart json_path",

@@ -24,6 +24,7 @@ from yolov7_deploy.cli.options import (
     JsonPath,
     MaxDet,
     Name,
+    RuntimeName,
     SaveDir,
     Weights,
     check_thresholds,
@@ -86,6 +87,7 @@ def detect(
     classes: Classes = None,
     img: Img = None,
     device: Device = "auto",
+    runtime: RuntimeName = "auto",
     half: Half = None,
     multi_label: MultiLabel = None,
     agnostic_nms: AgnosticNms = None,
@@ -105,7 +107,6 @@ def detect(
     """
     check_thresholds(conf=conf, iou=iou, max_det=max_det)
     class_filter, input_size = parse_classes(classes), parse_img(img)
-
     from yolov7_deploy._output_folder import new_run_folder
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.sources import open_source
@@ -126,6 +127,7 @@ def detect(
         detector = Detector(
             locate_weights(weights),
             device=device,
+            runtime=runtime,
             img=input_size,
             half=half,
             conf=conf,
@@ -134,8 +136,7 @@ def detect(
             multi_label=multi_label,
             class_agnostic=agnostic_nms,
         )
-        stack.enter_context(detector)
-        _run(detector, opened, classes=class_filter, options=options, json_path=json_path)
+        _run(stack.enter_context(detector), opened, classes=class_filter, options=options, json_path=json_path)
 
 
 def _run(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,9 +25,17 @@ from yolov7_deploy.cli.options import (
     parse_img,
     was_given,
 )
-from yolov7_deploy.cli.quantize import NO_IMAGES, Calib, Data, MaxDrop, open_data
+from yolov7_deploy.cli.quantize import NO_IMAGES, Calib, Data, Int8Target, MaxDrop, ReduceRange, int8_options, open_data
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import INPUT_KINDS, NMS_KINDS, PRECISIONS, EngineOptions, ExportOptions, QuantizeOptions
+from yolov7_deploy.options import (
+    INPUT_KINDS,
+    NMS_KINDS,
+    PRECISIONS,
+    EngineOptions,
+    ExportOptions,
+    Int8Options,
+    QuantizeOptions,
+)
 
 if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.build_messages import Installation
@@ -35,13 +45,21 @@ if TYPE_CHECKING:
 DEFAULTS = ExportOptions()
 _PRECISION_BY_BITS = {"8": "int8", "16": "fp16", "32": "fp32"}
 # Options that need another option, by their parameter names.
-_INT8_OPTIONS = {"calib": "--calib", "data": "--data", "max_drop": "--max-drop"}
-_ENGINE_OPTIONS = {
-    "target": "--target",
-    "plugin": "--plugin",
-    "workspace": "--workspace",
-    "opt_level": "--opt-level",
-    "max_batch": "--max-batch",
+_DEPENDENT_OPTIONS = {
+    "--int8": {
+        "calib": "--calib",
+        "data": "--data",
+        "max_drop": "--max-drop",
+        "int8_target": "--int8-target",
+        "reduce_range": "--reduce-range",
+    },
+    "--engine": {
+        "target": "--target",
+        "plugin": "--plugin",
+        "workspace": "--workspace",
+        "opt_level": "--opt-level",
+        "max_batch": "--max-batch",
+    },
 }
 
 Weights = Annotated[
@@ -151,6 +169,8 @@ def export(
     calib: Calib = None,
     data: Data = None,
     max_drop: MaxDrop = None,
+    int8_target: Int8Target = "auto",
+    reduce_range: ReduceRange = None,
     opset: Opset = DEFAULTS.opset,
     simplify: Simplify = DEFAULTS.simplify,
     verify: Verify = True,
@@ -168,8 +188,7 @@ def export(
     Example:  y7 export --weights yolov7.pt --fp16
     """
     number_type = parse_precision(precision, fp16=fp16, int8=int8)
-    _check_needed("--int8", given=number_type == "int8", options=_INT8_OPTIONS)
-    _check_needed("--engine", given=engine, options=_ENGINE_OPTIONS)
+    _check_needed({"--int8": number_type == "int8", "--engine": engine})
     options = ExportOptions(
         input_hw=_input_hw(img),
         batch=_fixed_batch(batch, dynamic_batch=dynamic_batch),
@@ -184,7 +203,8 @@ def export(
         opset=opset,
         simplify=simplify,
     )
-    request = _int8_request(calib, data, max_drop) if number_type == "int8" else None
+    choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
+    request = _int8_request(calib, data, max_drop, choose) if number_type == "int8" else None
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
     _run(job, verify=verify, image=image, json_path=json_path)
@@ -214,15 +234,16 @@ def parse_precision(precision: str | None, *, fp16: bool, int8: bool) -> str:
     return next(iter(requested.values()), "fp32")
 
 
-def _check_needed(option: str, *, given: bool, options: dict[str, str]) -> None:
+def _check_needed(given: dict[str, bool]) -> None:
     """Check that no option was typed that has an effect only together with another one.
 
     Raises:
-        UsageError: One of `options` was typed without `option`.
+        UsageError: An option of `_DEPENDENT_OPTIONS` was typed without the one it needs.
     """
-    typed = [spelling for parameter, spelling in options.items() if was_given(parameter)]
-    if typed and not given:
-        raise UsageError(f"{typed[0]} has no effect without {option}.", fix=f"Add  {option}")
+    for option, is_given in given.items():
+        typed = [spelling for parameter, spelling in _DEPENDENT_OPTIONS[option].items() if was_given(parameter)]
+        if typed and not is_given:
+            raise UsageError(f"{typed[0]} has no effect without {option}.", fix=f"Add  {option}")
 
 
 def _input_hw(img: str | None) -> tuple[int, int] | None:
@@ -237,8 +258,10 @@ def _fixed_batch(batch: int, *, dynamic_batch: bool) -> int | None:
     return None if dynamic_batch else batch
 
 
-def _int8_request(calib: Path | None, data: Path | None, max_drop: float | None) -> Int8Request:
-    """Open the images before the export, which takes long."""
+def _int8_request(
+    calib: Path | None, data: Path | None, max_drop: float | None, choose: Callable[[], Int8Options]
+) -> Int8Request:
+    """Open the images before the export, which takes long; `choose` returns the target."""
     if calib is None:
         raise NO_IMAGES
     from yolov7_deploy._console import progress
@@ -247,7 +270,7 @@ def _int8_request(calib: Path | None, data: Path | None, max_drop: float | None)
 
     return Int8Request(
         images=open_calibration(calib),
-        options=QuantizeOptions(max_drop=max_drop),
+        options=QuantizeOptions(int8=choose(), max_drop=max_drop),
         data=open_data(data, None),
         show=progress,
     )

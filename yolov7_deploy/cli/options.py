@@ -18,7 +18,7 @@ import typer
 from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy._output import note
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import ONNX_RUNTIMES, Thresholds
 
 DEFAULTS = Thresholds()
 MAX_METAVAR = 45  # characters of the values of an option in help; longer lists are in its text
@@ -97,6 +97,7 @@ Img = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, or a GPU: cuda:0 or 0.")]
+RuntimeName = Annotated[str, one_of(ONNX_RUNTIMES, "--runtime", text="What runs an ONNX file; openvino: in float32.")]
 Half = Annotated[
     bool | None,
     typer.Option("--half/--no-half", help="Run a checkpoint in FP16 (default: on a GPU only)."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,14 +11,16 @@ import typer
 from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.options import JsonPath, announce_replacement, check_writable, one_of
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import INT8_FALLBACKS, INT8_METHODS, Int8Options, QuantizeOptions
+from yolov7_deploy.options import INT8_FALLBACKS, INT8_METHODS, INT8_TARGETS, Int8Options, QuantizeOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.datasets import Dataset
+    from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.onnx_export.onnx_model import OnnxModel
     from yolov7_deploy.workflows.quantize import Quantized
 
 DEFAULTS = Int8Options()
+_TARGETS = {"cpu": "x86 CPUs", "arm": "ARM CPUs", "tensorrt": "TensorRT"}
 
 Calib = Annotated[
     Path | None,
@@ -38,8 +41,22 @@ Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", metavar="LAYER", help="Layer to keep in float; repeatable.")
 ]
 
+Int8Target = Annotated[
+    str, one_of(("auto", *INT8_TARGETS), "--int8-target", text="What will run an INT8 file; auto: this machine.")
+]
+ReduceRange = Annotated[
+    bool | None,
+    typer.Option(
+        "--reduce-range/--full-range",
+        help="Weights of 7 bits, for x86 CPUs without VNNI (default with auto: if this CPU has none).",
+    ),
+]
+
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Output file (default: NAME-int8.onnx here).")]
-Fallback = Annotated[str, one_of(INT8_FALLBACKS, "--fallback", text="Precision of the other layers.")]
+Fallback = Annotated[
+    str | None,
+    one_of(INT8_FALLBACKS, "--fallback", text="Precision of the other layers (default: fp32 for CPUs, else fp16)."),
+]
 Sensitivity = Annotated[
     bool, typer.Option("--sensitivity", help="Measure the INT8 sensitivity of each layer (minutes).")
 ]
@@ -63,7 +80,9 @@ def quantize(
     max_drop: MaxDrop = None,
     sensitivity: Sensitivity = False,
     exclude: Exclude = None,
-    fallback: Fallback = DEFAULTS.fallback,
+    int8_target: Int8Target = "auto",
+    reduce_range: ReduceRange = None,
+    fallback: Fallback = None,
     calib_limit: CalibLimit = CALIB_LIMIT,
     calib_cache: CalibCache = None,
     trt_cache: TrtCache = None,
@@ -76,14 +95,14 @@ def quantize(
     """
     if calib is None:
         raise NO_IMAGES
-    options = QuantizeOptions(
-        int8=Int8Options(
-            method=method, fallback=fallback, exclude=dict.fromkeys(exclude or (), "excluded with --exclude")
-        ),
-        max_drop=max_drop,
-        sensitivity=sensitivity or chart is not None,
-        cache=calib_cache,
+    int8 = replace(
+        int8_options(int8_target, reduce_range, to_stderr=json_path == "-"),
+        method=method,
+        fallback=fallback or "",
+        exclude=dict.fromkeys(exclude or (), "excluded with --exclude"),
     )
+    sensitivity = sensitivity or chart is not None
+    options = QuantizeOptions(int8=int8, max_drop=max_drop, sensitivity=sensitivity, cache=calib_cache)
     path = _float_file(weights)
     target = output or Path(f"{path.stem}-int8.onnx")
     _check_output(target, path)
@@ -109,6 +128,31 @@ def quantize(
         from yolov7_deploy.workflows.quantize import to_dict
 
         write_json({"path": str(target), **to_dict(result)}, json_path)
+
+
+def int8_options(
+    target: str, reduce_range: bool | None, *, for_engine: bool = False, to_stderr: bool = False
+) -> Int8Options:
+    """Return the target of an INT8 file, by default this machine, which is printed.
+
+    Args:
+        target: Value of `--int8-target`.
+        reduce_range: Value of `--reduce-range/--full-range`.
+        for_engine: A TensorRT engine will be built from the file.
+        to_stderr: Print to standard error.
+    """
+    from yolov7_deploy.hardware.machine import find_int8_target
+
+    if target != "auto":
+        return Int8Options(target=target, reduce_range=bool(reduce_range))
+    found, needs_7_bits = ("cpu", False) if reduce_range else find_int8_target()
+    if for_engine:
+        found, needs_7_bits = "tensorrt", False
+    options = Int8Options(target=found, reduce_range=needs_7_bits if reduce_range is None else reduce_range)
+    bits = ", weights of 7 bits because it has no VNNI" if options.reduce_range else ""
+    others = ", ".join(name for name in INT8_TARGETS if name != found)
+    echo(f"INT8 for {_TARGETS[found]}{bits}; others: --int8-target {others}", err=to_stderr)
+    return options
 
 
 def _float_file(weights: str) -> Path:
@@ -172,8 +216,18 @@ def _summary(result: Quantized, path: Path) -> str:
     return "\n\n".join(
         [
             describe(result),
-            f"{path}: {path.stat().st_size / 1e6:.1f} MB\nBuild it:  y7 build --weights {path}",
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB\n{next_step(result.model.metadata, path)}",
         ]
+    )
+
+
+def next_step(metadata: ModelMetadata, path: Path) -> str:
+    """Return the command that uses an INT8 file."""
+    is_tensorrt = metadata.int8 is not None and metadata.int8.target == "tensorrt"
+    return (
+        f"Build it:  y7 build --weights {path}"
+        if is_tensorrt
+        else f"Try it:  y7 detect --weights {path} --source IMAGE"
     )
 
 

@@ -19,6 +19,7 @@ from yolov7_deploy.cli.options import (
     Img,
     JsonPath,
     Name,
+    RuntimeName,
     SaveDir,
     Weights,
     check_json_path,
@@ -88,6 +89,7 @@ def val(
     iou: Iou = DEFAULTS.iou,
     max_det: MaxDet = DEFAULTS.max_det,
     device: Device = "auto",
+    runtime: RuntimeName = "auto",
     half: Half = None,
     predictions: Predictions = None,
     per_class: PerClass = False,
@@ -111,20 +113,19 @@ def val(
     from yolov7_deploy.datasets.samples import as_single_class
     from yolov7_deploy.detector import Detector
     from yolov7_deploy.evaluation.accuracy import evaluate
-    from yolov7_deploy.runtimes.base import runtime_entry
 
     dataset = open_dataset(data, images=images, split=split, limit=limit)
     if single_class:
         dataset = as_single_class(dataset)
     path = locate_weights(weights)
     with (
-        Detector(path, device=device, img=input_size, half=half) as detector,
+        Detector(path, device=device, img=input_size, half=half, runtime=runtime) as detector,
         progress("val") as show_progress,
     ):
         if single_class:
             _require_one_class(detector)
         report = evaluate(detector, dataset, options=options, progress=show_progress)
-    report = replace(report, weights=str(path), weights_sha256=sha256_hex(path), runtime=runtime_entry(path).name)
+    report = replace(report, weights=str(path), weights_sha256=sha256_hex(path), runtime=detector.runtime)
     to_stderr = "-" in (json_path, predictions)
     echo(report.summary(per_class=per_class or None), err=to_stderr)
     for document, file in ((report.predictions, predictions), (report.to_dict(), json_path)):

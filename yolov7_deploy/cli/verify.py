@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import Device, JsonPath
+from yolov7_deploy.cli.options import Device, JsonPath, RuntimeName
 from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ def verify(
     ] = 0.3,
     limit: Annotated[int, typer.Option("--limit", help="Use at most N images.")] = 16,
     device: Device = "cpu",
+    runtime: RuntimeName = "auto",
     json_path: JsonPath = None,
 ) -> None:
     """Compare model files with a reference, stage by stage.
 
-    The exit code is 1 if a difference exceeds its limit, or if there was no detection to compare.
+    An ONNX file runs in every installed runtime. The exit code is 1 if a difference exceeds its limit, or if there was
+    no detection to compare.
 
     Example:  y7 verify --weights yolov7.pt --against yolov7-fp16.onnx
     """
@@ -59,6 +61,7 @@ def verify(
             limit=limit,
             max_drop=max_drop,
             device=device,
+            runtime=runtime,
             progress=show_progress,
         )
     echo(describe(result), err=json_path == "-")
@@ -84,6 +87,7 @@ def describe(result: Verification) -> str:
             for row in result.accuracy
         ]
         parts.append(table(rows, ["artifact", "precision", "AP", "AP50", "points"], f"AP on {result.images} images"))
+    parts += result.notes
     return "\n".join(parts)
 
 

@@ -56,6 +56,7 @@ KNOWN_PACKAGES = (
     KnownPackage(
         module="onnxruntime", distributions=ONNXRUNTIME, extra="cpu", probe="' '.join(m.get_available_providers())"
     ),
+    KnownPackage(module="openvino", distributions=("openvino",), extra="openvino", probe="''"),
     KnownPackage(module="faster_coco_eval", distributions=("faster-coco-eval",), extra="val"),
     KnownPackage(module="yaml", distributions=("pyyaml",), extra="val"),
     KnownPackage(module="matplotlib", distributions=("matplotlib",), extra="bench"),

@@ -11,13 +11,13 @@ from typing import Any
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy.errors import LoadError, UsageError, Y7Error
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import ValOptions
-from yolov7_deploy.runtimes.base import Runtime, open_runtime, runtime_entry
+from yolov7_deploy.runtimes.base import Runtime, installed_runtimes, open_runtime, runtime_entry
 from yolov7_deploy.sources import open_source
 
 logger = get_logger(__name__)
@@ -44,12 +44,14 @@ class Verification:
         accuracy: AP of each artifact, the reference first; empty without a dataset.
         images: Number of images.
         failures: One sentence for each artifact that differs too much, loses too much AP, or could not be verified.
+        notes: Runtimes that refuse an artifact, and why.
     """
 
     reports: tuple[ParityReport, ...]
     accuracy: tuple[ArtifactAccuracy, ...]
     images: int
     failures: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -63,6 +65,7 @@ class Verification:
             "ok": not self.failures,
             "verified": self.verified,
             "failures": list(self.failures),
+            "notes": list(self.notes),
             "images": self.images,
             "reports": [report.to_dict() for report in self.reports],
             "accuracy": [
@@ -81,9 +84,10 @@ def verify_artifacts(
     limit: int = 16,
     max_drop: float = 0.3,
     device: str = "cpu",
+    runtime: str = "auto",
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare each of `others` with `reference` on the same images.
+    """Compare each of `others` with `reference` on the same images, in every runtime that is installed.
 
     Args:
         reference, others: Model files.
@@ -92,6 +96,7 @@ def verify_artifacts(
         limit: Maximum number of images.
         max_drop: Maximum loss in AP points (of 100).
         device: Device of all runtimes.
+        runtime: The only runtime for ONNX files; `auto` uses all. Only then, one that refuses a file is a note.
         progress: Called with the number of finished and of all steps.
 
     Raises:
@@ -102,21 +107,58 @@ def verify_artifacts(
     dataset = open_dataset(data, limit=limit) if data else None
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
     frames = _read_images(source, limit)
-    reports = [_compare_stages(reference, path, frames, device, progress) for path in others]
-    accuracy = _measure_accuracy([reference, *others], dataset, device, progress) if dataset else []
+    runs, notes = _find_runs(others, device, runtime)
+    reports = [_compare_stages(reference, run, frames, device, progress) for run in runs]
+    accuracy = _measure_accuracy([Run(reference), *runs], dataset, device, progress) if dataset else []
     return Verification(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
         images=len(dataset) if dataset else len(frames) or 1,
         failures=(*_stage_failures(reports), *_accuracy_failures(accuracy, max_drop)),
+        notes=tuple(notes),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An artifact in a runtime; the name has the runtime if there are several."""
+
+    path: Path
+    runtime: str = "auto"
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or str(self.path)
+
+
+def _find_runs(paths: Sequence[Path], device: str, runtime: str) -> tuple[list[Run], list[str]]:
+    """Return every artifact in every runtime, and the reasons of runtimes that refuse one."""
+    runs, notes = [], []
+    for path in paths:
+        names = installed_runtimes(path, device) if runtime == "auto" else (runtime,)
+        accepted = []
+        for name in names:
+            try:
+                open_runtime(path, device=device, input_hw=None, half=_reference_half(path), runtime=name).close()
+            except Y7Error as error:
+                if len(names) == 1:
+                    raise
+                notes.append(f"{path} was not run in {name}: {error.message}")
+                continue
+            accepted.append(name)
+        if not accepted:
+            raise LoadError(f"No runtime opens {path}.", fix="  ".join(notes))
+        runs += [Run(path, name, f"{path} ({name})" if len(names) > 1 else "") for name in accepted]
+    return runs, notes
+
+
 def _compare_stages(
-    reference: Path, path: Path, images: Sequence[Image], device: str, progress: Progress | None
+    reference: Path, run: Run, images: Sequence[Image], device: str, progress: Progress | None
 ) -> ParityReport:
+    path = run.path
     original, other = (
-        open_runtime(file, device=device, input_hw=None, half=_reference_half(file)) for file in (reference, path)
+        open_runtime(each.path, device=device, input_hw=None, half=_reference_half(each.path), runtime=each.runtime)
+        for each in (Run(reference), run)
     )
     _check_same_classes(reference, original.metadata, path, other.metadata)
     hw = common_input_hw([original.metadata, other.metadata])
@@ -124,7 +166,7 @@ def _compare_stages(
         _check_stride(file, metadata, hw)
     return compare(
         make_artifact(str(reference), original, reference, input_hw=original.metadata.input_hw or hw),
-        make_artifact(str(path), other, path, input_hw=other.metadata.input_hw or hw),
+        make_artifact(str(run), other, path, input_hw=other.metadata.input_hw or hw),
         images or [synthetic_image(hw)],
         thresholds=comparison_thresholds(_metadata_with_nms(original, other)),
         progress=progress,
@@ -132,22 +174,20 @@ def _compare_stages(
 
 
 def _measure_accuracy(
-    paths: Sequence[Path], dataset: Dataset, device: str, progress: Progress | None
+    runs: Sequence[Run], dataset: Dataset, device: str, progress: Progress | None
 ) -> list[ArtifactAccuracy]:
     """Return the AP of each artifact at one input size."""
-    size = common_input_hw([_read_metadata(path, device) for path in paths])
+    size = common_input_hw([_read_metadata(run, device) for run in runs])
     # Imported here because faster-coco-eval is needed only with a dataset.
     from yolov7_deploy.evaluation.accuracy import evaluate
 
     accuracy = []
-    for path in paths:
-        img = None if _is_fixed(path) else size
-        with Detector(path, device=device, img=img, half=_reference_half(path)) as detector:
+    for run in runs:
+        img, half = None if _is_fixed(run.path) else size, _reference_half(run.path)
+        with Detector(run.path, device=device, img=img, half=half, runtime=run.runtime) as detector:
             report = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
         accuracy.append(
-            ArtifactAccuracy(
-                weights=str(path), precision=report.precision, ap=report.ap or 0.0, ap50=report.ap50 or 0.0
-            )
+            ArtifactAccuracy(weights=str(run), precision=report.precision, ap=report.ap or 0.0, ap50=report.ap50 or 0.0)
         )
     return accuracy
 
@@ -159,8 +199,9 @@ def common_input_hw(artifacts: Sequence[ModelMetadata]) -> tuple[int, int]:
     return next(iter([*fixed, *trained]), artifacts[0].default_hw)
 
 
-def _read_metadata(path: Path, device: str) -> ModelMetadata:
-    runtime = open_runtime(path, device=device, input_hw=None, half=_reference_half(path))
+def _read_metadata(run: Run, device: str) -> ModelMetadata:
+    half = _reference_half(run.path)
+    runtime = open_runtime(run.path, device=device, input_hw=None, half=half, runtime=run.runtime)
     try:
         return runtime.metadata
     finally:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7_deploy.hardware.cpu import has_vnni
 from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.hardware.gpu import InstalledGpu, list_installed_gpus, open_gpu
 from yolov7_deploy.hardware.jetson import jetpack_name, read_board
@@ -109,6 +110,15 @@ def _cpu(root: Path) -> str:
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def find_int8_target(root: Path = ROOT) -> tuple[str, bool]:
+    """Return the INT8 target of this machine and whether its weights need 7 bits; see `Int8Options`."""
+    if read_board(root=root) is not None or list_installed_gpus():
+        return "tensorrt", False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "arm", False
+    return "cpu", not has_vnni(root)
 
 
 def gpu_memory_used(device: str, *, root: Path = ROOT) -> int | None:

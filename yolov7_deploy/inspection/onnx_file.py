@@ -7,6 +7,7 @@ INT8 operations needs onnx.
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
+from yolov7_deploy import _protobuf as pb
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file, read_bytes
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 
 if TYPE_CHECKING:
     from yolov7_deploy.precision.int8_summary import Int8Summary
-
-Value = int | memoryview
 
 # Message: field of onnx.proto.
 _MODEL_IR, _MODEL_PRODUCER, _MODEL_PRODUCER_VERSION, _MODEL_GRAPH = 1, 2, 3, 7
@@ -34,9 +34,6 @@ _VALUE_NAME, _VALUE_TYPE = 1, 2
 _TYPE_TENSOR, _TENSOR_TYPE_ELEMENT, _TENSOR_TYPE_SHAPE, _SHAPE_DIM, _DIM_VALUE, _DIM_NAME = 1, 1, 2, 1, 1, 2
 _FUNCTION_NAME, _FUNCTION_NODE = 1, 7
 _KEY, _VALUE = 1, 2  # of entries in the metadata and in the list of operator sets
-
-_VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
-_MAX_VARINT_BYTES = 10
 
 _DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
@@ -118,38 +115,52 @@ def read_onnx(path: str | Path) -> OnnxFile:
         ) from error
 
 
+def read_onnx_metadata(path: Path) -> ModelMetadata | None:
+    """Return the metadata of an ONNX file without reading its weights; `None` if it has none or is not a valid file."""
+    try:
+        with open_file(path, max_bytes=MAX_MODEL_BYTES) as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        entries = (
+            _entry(pb.as_bytes(value)) for number, value, _ in pb.iterate_fields(data) if number == _MODEL_METADATA
+        )
+        text = dict(entries).get(METADATA_KEY)
+        return None if text is None else ModelMetadata.from_json(text)
+    except (OSError, ValueError, IndexError, LoadError):
+        return None
+
+
 def _read(data: memoryview, path: Path) -> OnnxFile:
-    model = _parse_message(data)
+    model = pb.parse_message(data)
     if _MODEL_GRAPH not in model or _MODEL_IR not in model:
         raise ValueError("there is no graph in it")
-    graph = _parse_message(_bytes(model[_MODEL_GRAPH][-1]))
-    nodes = [_parse_message(_bytes(node)) for node in graph.get(_GRAPH_NODE, [])]
-    ir_version = _integer(model, _MODEL_IR)
-    tensors = dict(_initializer(_bytes(tensor)) for tensor in graph.get(_GRAPH_INITIALIZER, []))
-    inputs = [_tensor_info(_bytes(value), tensors) for value in graph.get(_GRAPH_INPUT, [])]
-    metadata = dict(_entry(_bytes(entry)) for entry in model.get(_MODEL_METADATA, []))
-    functions = [_parse_message(_bytes(function)) for function in model.get(_MODEL_FUNCTIONS, [])]
+    graph = pb.parse_message(pb.as_bytes(model[_MODEL_GRAPH][-1]))
+    nodes = [pb.parse_message(pb.as_bytes(node)) for node in graph.get(_GRAPH_NODE, [])]
+    ir_version = pb.integer(model, _MODEL_IR)
+    tensors = dict(_initializer(pb.as_bytes(tensor)) for tensor in graph.get(_GRAPH_INITIALIZER, []))
+    inputs = [_tensor_info(pb.as_bytes(value), tensors) for value in graph.get(_GRAPH_INPUT, [])]
+    metadata = dict(_entry(pb.as_bytes(entry)) for entry in model.get(_MODEL_METADATA, []))
+    functions = [pb.parse_message(pb.as_bytes(function)) for function in model.get(_MODEL_FUNCTIONS, [])]
     return OnnxFile(
         path=str(path),
         size_bytes=len(data),
         metadata=ModelMetadata.from_json(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None,
         ir_version=ir_version,
-        opsets=dict(_opset(_bytes(entry)) for entry in model.get(_MODEL_OPSETS, [])),
-        producer=f"{_text(model, _MODEL_PRODUCER)} {_text(model, _MODEL_PRODUCER_VERSION)}".strip(),
+        opsets=dict(_opset(pb.as_bytes(entry)) for entry in model.get(_MODEL_OPSETS, [])),
+        producer=f"{pb.text(model, _MODEL_PRODUCER)} {pb.text(model, _MODEL_PRODUCER_VERSION)}".strip(),
         inputs=tuple(tensor for tensor in inputs if not tensor.has_default or ir_version >= _IR_WITH_DEFAULTS),
-        outputs=tuple(_tensor_info(_bytes(value), {}) for value in graph.get(_GRAPH_OUTPUT, [])),
-        nodes=dict(Counter(_text(node, _NODE_OP) for node in nodes).most_common()),
-        functions={_text(body, _FUNCTION_NAME): len(body.get(_FUNCTION_NODE, [])) for body in functions},
+        outputs=tuple(_tensor_info(pb.as_bytes(value), {}) for value in graph.get(_GRAPH_OUTPUT, [])),
+        nodes=dict(Counter(pb.text(node, _NODE_OP) for node in nodes).most_common()),
+        functions={pb.text(body, _FUNCTION_NAME): len(body.get(_FUNCTION_NODE, [])) for body in functions},
         parameters=_parameters(nodes, tensors),
     )
 
 
-def _parameters(nodes: Iterable[dict[int, list[Value]]], tensors: dict[str, int]) -> int:
+def _parameters(nodes: Iterable[dict[int, list[pb.Value]]], tensors: dict[str, int]) -> int:
     """Return the number of elements of the tensors that weighted nodes take, directly or through conversions."""
     sizes = dict(tensors)
     total = 0
     for node in nodes:
-        op, inputs = _text(node, _NODE_OP), [_decode(name) for name in node.get(_NODE_INPUT, [])]
+        op, inputs = pb.text(node, _NODE_OP), [pb.decode(name) for name in node.get(_NODE_INPUT, [])]
         if op in _WEIGHTED:
             total += sum(sizes.get(name, 0) for name in inputs)
             continue
@@ -159,52 +170,52 @@ def _parameters(nodes: Iterable[dict[int, list[Value]]], tensors: dict[str, int]
         elif op in _PASS_THROUGH and inputs:
             size = sizes.get(inputs[0])
         if size is not None:
-            sizes[_text(node, _NODE_OUTPUT)] = size
+            sizes[pb.text(node, _NODE_OUTPUT)] = size
     return total
 
 
-def _constants(node: dict[int, list[Value]]) -> Iterator[int]:
+def _constants(node: dict[int, list[pb.Value]]) -> Iterator[int]:
     for attribute in node.get(_NODE_ATTRIBUTE, []):
-        for tensor in _parse_message(_bytes(attribute)).get(_ATTRIBUTE_TENSOR, []):
-            yield _initializer(_bytes(tensor))[1]
+        for tensor in pb.parse_message(pb.as_bytes(attribute)).get(_ATTRIBUTE_TENSOR, []):
+            yield _initializer(pb.as_bytes(tensor))[1]
 
 
 def _initializer(data: memoryview) -> tuple[str, int]:
     """Return the name and number of elements."""
-    tensor = _parse_message(data)
+    tensor = pb.parse_message(data)
     dims: list[int] = []
     for value in tensor.get(_TENSOR_DIMS, []):
-        dims += [value] if isinstance(value, int) else _packed(value)
-    return _text(tensor, _TENSOR_NAME), prod(dims)
+        dims += [value] if isinstance(value, int) else pb.packed(value)
+    return pb.text(tensor, _TENSOR_NAME), prod(dims)
 
 
 def _tensor_info(data: memoryview, tensors: dict[str, int]) -> TensorInfo:
-    value = _parse_message(data)
-    name, dtype = _text(value, _VALUE_NAME), "?"
+    value = pb.parse_message(data)
+    name, dtype = pb.text(value, _VALUE_NAME), "?"
     shape: tuple[int | str, ...] = ()
     for kind in value.get(_VALUE_TYPE, []):
-        for tensor in _parse_message(_bytes(kind)).get(_TYPE_TENSOR, []):
-            fields = _parse_message(_bytes(tensor))
-            number = _integer(fields, _TENSOR_TYPE_ELEMENT)
+        for tensor in pb.parse_message(pb.as_bytes(kind)).get(_TYPE_TENSOR, []):
+            fields = pb.parse_message(pb.as_bytes(tensor))
+            number = pb.integer(fields, _TENSOR_TYPE_ELEMENT)
             dtype = _DTYPES.get(number, f"type {number}")
-            dims = [_parse_message(_bytes(s)).get(_SHAPE_DIM, []) for s in fields.get(_TENSOR_TYPE_SHAPE, [])]
-            shape = tuple(_dim(_bytes(dim)) for group in dims for dim in group)
+            dims = [pb.parse_message(pb.as_bytes(s)).get(_SHAPE_DIM, []) for s in fields.get(_TENSOR_TYPE_SHAPE, [])]
+            shape = tuple(_dim(pb.as_bytes(dim)) for group in dims for dim in group)
     return TensorInfo(name=name, dtype=dtype, shape=shape, has_default=name in tensors)
 
 
 def _dim(data: memoryview) -> int | str:
-    dim = _parse_message(data)
-    return _integer(dim, _DIM_VALUE) if _DIM_VALUE in dim else _text(dim, _DIM_NAME) or "?"
+    dim = pb.parse_message(data)
+    return pb.integer(dim, _DIM_VALUE) if _DIM_VALUE in dim else pb.text(dim, _DIM_NAME) or "?"
 
 
 def _entry(data: memoryview) -> tuple[str, str]:
-    entry = _parse_message(data)
-    return _text(entry, _KEY), _text(entry, _VALUE)
+    entry = pb.parse_message(data)
+    return pb.text(entry, _KEY), pb.text(entry, _VALUE)
 
 
 def _opset(data: memoryview) -> tuple[str, int]:
-    entry = _parse_message(data)
-    return _text(entry, _KEY), _integer(entry, _VALUE)
+    entry = pb.parse_message(data)
+    return pb.text(entry, _KEY), pb.integer(entry, _VALUE)
 
 
 # --- INT8 -------------------------------------------------------------------------------------------------------------
@@ -247,72 +258,3 @@ def int8_to_dict(summary: Int8Summary) -> dict[str, Any]:
         "int8_weights": summary.weights,
         "scales": summary.scales,
     }
-
-
-# --- protobuf wire format ---------------------------------------------------------------------------------------------
-
-
-def _parse_message(data: memoryview) -> dict[int, list[Value]]:
-    """Return the values of every field, in order; strings, packed numbers and messages are still bytes."""
-    fields: dict[int, list[Value]] = {}
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind = key & 7
-        if kind == _VARINT:
-            value: Value
-            value, at = _varint(data, at)
-        else:
-            if kind == _LENGTH:
-                size, at = _varint(data, at)
-            elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-                size = 8 if kind == _EIGHT_BYTES else 4
-            else:
-                raise ValueError(f"wire type {kind} at byte {at}")
-            if not 0 <= size <= len(data) - at:
-                raise ValueError(f"{size} bytes announced, {len(data) - at} left")
-            value, at = data[at : at + size], at + size
-        fields.setdefault(key >> 3, []).append(value)
-    return fields
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return a number stored in groups of seven bits, lowest first, and the position after it."""
-    number = 0
-    for index in range(_MAX_VARINT_BYTES):
-        byte = data[at + index]
-        number |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            signed = number - 2**64 if number >= 2**63 else number
-            return signed, at + index + 1
-    raise ValueError(f"a number longer than {_MAX_VARINT_BYTES} bytes")
-
-
-def _packed(data: memoryview) -> list[int]:
-    numbers: list[int] = []
-    at = 0
-    while at < len(data):
-        number, at = _varint(data, at)
-        numbers.append(number)
-    return numbers
-
-
-def _bytes(value: Value) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("a number instead of a message")
-    return value
-
-
-def _decode(value: Value) -> str:
-    return bytes(_bytes(value)).decode("utf-8", "replace")
-
-
-def _text(fields: dict[int, list[Value]], number: int) -> str:
-    return _decode(fields[number][-1]) if number in fields else ""
-
-
-def _integer(fields: dict[int, list[Value]], number: int) -> int:
-    value = fields[number][-1] if number in fields else 0
-    if not isinstance(value, int):
-        raise ValueError("bytes instead of a number")
-    return value

@@ -29,15 +29,16 @@ from yolov7_deploy._serialization import from_dict, short_repr
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.hub import cache_dir
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
+from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration
 from yolov7_deploy.precision.histogram import BINS, LEVELS, Histogram, choose_range
-from yolov7_deploy.precision.int8 import tensor_scales
+from yolov7_deploy.precision.int8 import tensor_ranges
 from yolov7_deploy.precision.qdq_placement import is_pass_through, pass_through_inputs, place_qdq
 from yolov7_deploy.precision.subgraph import Network
 
 Array = npt.NDArray[Any]
 
-KIND, SCHEMA = "yolov7_deploy calibration", 1
+KIND, SCHEMA = "yolov7_deploy calibration", 2
 MAX_TENSORS = 2048  # YOLOv7-E6E has 252; each takes 0.25 MB in memory
 MAX_CHANNELS = 2**22  # input channels of all convolutions; YOLOv7-E6E has 120 700
 MAX_HEADER_BYTES = 2**22
@@ -50,6 +51,7 @@ _TYPES = {
     "bins": "<u2",
     "counts": "<i8",
     "amax": "<f8",
+    "negative_amax": "<f8",
     "mean_offsets": "<i8",
     "input_means": "<f8",
     "output_amax": "<f8",
@@ -184,6 +186,7 @@ def _to_columns(calibration: Calibration) -> tuple[_Header, dict[str, Array]]:
         "bins": _concatenate(bins, "bins"),
         "counts": _concatenate(counts, "counts"),
         "amax": np.array([h.amax for h in calibration.histograms.values()], dtype=_TYPES["amax"]),
+        "negative_amax": np.array([h.negative_amax for h in calibration.histograms.values()], dtype=_TYPES["amax"]),
         "mean_offsets": _offsets(means),
         "input_means": _concatenate(means, "input_means"),
         "output_amax": np.array(list(calibration.output_amax.values()), dtype=_TYPES["output_amax"]),
@@ -200,11 +203,12 @@ def _concatenate(parts: Sequence[Array], name: str) -> Array:
 
 def _from_columns(header: _Header, columns: Mapping[str, Array]) -> Calibration:
     histograms = {}
-    slices, amax = pairwise(columns["offsets"]), columns["amax"].tolist()
-    for name, (start, stop), largest in zip(header.tensors, slices, amax, strict=True):
+    slices = pairwise(columns["offsets"])
+    largest = zip(columns["amax"].tolist(), columns["negative_amax"].tolist(), strict=True)
+    for name, (start, stop), (amax, negative_amax) in zip(header.tensors, slices, largest, strict=True):
         counts = np.zeros(BINS, dtype=np.int64)
         counts[columns["bins"][start:stop]] = columns["counts"][start:stop]
-        histograms[name] = Histogram(counts, largest)
+        histograms[name] = Histogram(counts, amax, negative_amax)
     slices = pairwise(columns["mean_offsets"])
     return Calibration(
         histograms=histograms,
@@ -239,6 +243,8 @@ def _check(columns: Mapping[str, Array]) -> None:
     largest_float32 = float(np.finfo(np.float32).max)
     if not ((amax >= 0) & (amax <= largest_float32)).all():
         raise ValueError("the largest magnitude of a tensor is not finite, or negative")
+    if not ((columns["negative_amax"] >= 0) & (columns["negative_amax"] <= amax)).all():
+        raise ValueError("the largest negative value of a tensor is larger than its largest magnitude")
     filled = offsets[1:] > offsets[:-1]
     if (_bins_of(amax[filled]) != bins[offsets[1:][filled] - 1]).any() or amax[~filled].any():
         raise ValueError("the largest magnitude of a tensor is not in its last bin")
@@ -323,6 +329,7 @@ def _read_columns(archive: zipfile.ZipFile, header: _Header) -> Iterator[tuple[s
     lengths = {
         "offsets": len(header.tensors) + 1,
         "amax": len(header.tensors),
+        "negative_amax": len(header.tensors),
         "mean_offsets": len(header.conv_inputs) + 1,
         "output_amax": len(header.conv_outputs),
     }
@@ -386,7 +393,8 @@ def trt_calibration_cache(model: OnnxModel, calibration: Calibration, method: st
     """
     network = Network(model)
     placement = place_qdq(network, {})
-    scales = {name: float(scale) for name, scale in tensor_scales(placement, calibration, method).items()}
+    ranges = tensor_ranges(network, placement, calibration, Int8Options(method=method))
+    scales = {name: float(values.scale) for name, values in ranges.items()}
     known = scales | {source: scales[name] for name, group in placement.scale_groups.items() for source in group}
     for name, histogram in calibration.histograms.items():
         if name not in known:  # read by heads only

@@ -36,10 +36,12 @@ class Histogram:
     Attributes:
         counts: int64 [BINS].
         amax: The largest absolute value.
+        negative_amax: The largest absolute value of negative values, 0 without any.
     """
 
     counts: Counts
     amax: float
+    negative_amax: float
 
     @classmethod
     def of(cls, values: npt.NDArray[np.float32]) -> Histogram:
@@ -49,17 +51,18 @@ class Histogram:
         signed = np.zeros(2 * BINS, dtype=np.int64)
         for start in range(0, words.size, _CHUNK):
             signed += np.bincount(words[start : start + _CHUNK], minlength=2 * BINS)
-        amax = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-        return cls(signed[:BINS] + signed[BINS:], amax)
+        negative_amax = 0.0 - float(values.min(initial=0))
+        amax = max(float(values.max(initial=0)), negative_amax)
+        return cls(signed[:BINS] + signed[BINS:], amax, negative_amax)
 
     @classmethod
     def sum(cls, parts: Iterable[Histogram]) -> Histogram:
         """Return the histogram of the values of all parts."""
-        counts, amax = np.zeros(BINS, dtype=np.int64), 0.0
+        counts, amax, negative_amax = np.zeros(BINS, dtype=np.int64), 0.0, 0.0
         for part in parts:
             counts += part.counts
-            amax = max(amax, part.amax)
-        return cls(counts, amax)
+            amax, negative_amax = max(amax, part.amax), max(negative_amax, part.negative_amax)
+        return cls(counts, amax, negative_amax)
 
     @property
     def is_finite(self) -> bool:
@@ -85,51 +88,51 @@ def percentile_range(histogram: Histogram, percent: float = PERCENTILE) -> float
     return clip if clip > _EDGES[1] else histogram.amax
 
 
-def mse_range(histogram: Histogram) -> float:
+def mse_range(histogram: Histogram, levels: int = LEVELS) -> float:
     """Return the clip with the least mean squared error between values and INT8 values.
 
-    Values are taken as evenly spread inside a bin. A clip of c has steps of c / 127; the error is that of rounding
+    Values are taken as evenly spread inside a bin. A clip of c has steps of c / levels; the error is that of rounding
     below the clip, and the distance to the clip above it.
     """
     lower, upper, counts = histogram.bins()
     clips = histogram.amax * 2.0 ** (-np.arange(_CANDIDATES) / 32)
-    errors = [_squared_error(lower, upper, counts, clip) for clip in clips]
+    errors = [_squared_error(lower, upper, counts, clip, levels) for clip in clips]
     return float(clips[int(np.argmin(errors))])
 
 
-def _squared_error(lower: Doubles, upper: Doubles, counts: Doubles, clip: float) -> float:
+def _squared_error(lower: Doubles, upper: Doubles, counts: Doubles, clip: float, levels: int) -> float:
     """Return the sum over all values of (x - q(x))**2, integrated over each bin."""
-    step = clip / LEVELS
+    step = clip / levels
     width = upper - lower
-    integral = _error_integral(upper / step) - _error_integral(lower / step)
+    integral = _error_integral(upper / step, levels) - _error_integral(lower / step, levels)
     has_width = width > 0
     # The largest value may lie on the lower edge of its bin.
-    mean = np.where(has_width, integral / np.where(has_width, width / step, 1.0), _error_at(lower / step))
+    mean = np.where(has_width, integral / np.where(has_width, width / step, 1.0), _error_at(lower / step, levels))
     return float((counts * mean).sum()) * step * step
 
 
-def _error_at(x: Doubles) -> Doubles:
-    distance: Doubles = x - np.minimum(np.rint(x), LEVELS)
+def _error_at(x: Doubles, levels: int) -> Doubles:
+    distance: Doubles = x - np.minimum(np.rint(x), levels)
     return distance * distance
 
 
-def _error_integral(x: Doubles) -> Doubles:
-    """Return the integral from 0 to x of the squared distance to the nearest integer up to 127."""
-    nearest = np.minimum(np.rint(x), LEVELS)
+def _error_integral(x: Doubles, levels: int) -> Doubles:
+    """Return the integral from 0 to x of the squared distance to the nearest integer up to `levels`."""
+    nearest = np.minimum(np.rint(x), levels)
     return nearest / 12 + (x - nearest) ** 3 / 3
 
 
-def entropy_range(histogram: Histogram) -> float:
+def entropy_range(histogram: Histogram, levels: int = LEVELS) -> float:
     """Return the clip of TensorRT's entropy calibration (Migacz, "8-bit Inference with TensorRT", GTC 2017).
 
     Of 2048 equal bins up to the largest value, the first i are kept, and everything above is added to the last of them.
-    The best i has the least Kullback-Leibler divergence between that and its quantization to 128 steps.
+    The best i has the least Kullback-Leibler divergence between that and its quantization to 128 steps (`levels` + 1).
     """
     lower, upper, counts = histogram.bins()
     edges = np.linspace(0, histogram.amax, _ENTROPY_BINS + 1)
     linear = np.diff(_cumulative(edges, lower, upper, counts))
     linear[0] = linear[1]  # as NVIDIA's tools do: values near zero would outweigh all others
-    steps = LEVELS + 1
+    steps = levels + 1
     best = min(range(steps, _ENTROPY_BINS + 1), key=lambda kept: _divergence(linear, kept, steps))
     return float(edges[best])
 
@@ -158,20 +161,25 @@ def _divergence(linear: Doubles, kept: int, steps: int) -> float:
     return float((p[in_both] * np.log(p[in_both] / q[in_both])).sum() + missing * np.log(1e9))
 
 
-METHODS: dict[str, Callable[[Histogram], float]] = {
+METHODS: dict[str, Callable[[Histogram, int], float]] = {
     "mse": mse_range,
-    "percentile": percentile_range,
+    "percentile": lambda histogram, _: percentile_range(histogram),
     "entropy": entropy_range,
-    "max": max_range,
+    "max": lambda histogram, _: max_range(histogram),
 }
 
 
-def choose_range(histogram: Histogram, method: str) -> float:
+def choose_range(histogram: Histogram, method: str, levels: int = LEVELS) -> float:
     """Return the largest magnitude that INT8 represents, by one of `METHODS`; 1 if every value is 0.
+
+    Args:
+        histogram: The values.
+        method: One of `METHODS`.
+        levels: Number of steps from 0 to that magnitude.
 
     Raises:
         ExportError: There are infinite values or NaN.
     """
     if not histogram.is_finite:
         raise ExportError("Some values are infinite or NaN.", fix="Check the weights:  y7 info WEIGHTS")
-    return METHODS[method](histogram) if histogram.amax > 0 else 1.0
+    return METHODS[method](histogram, levels) if histogram.amax > 0 else 1.0

@@ -1,10 +1,15 @@
-"""INT8 convolutions as Q/DQ pairs in the file, which every runtime accepts: TensorRT 8.5 to 11, RTX, ONNX Runtime.
+"""INT8 convolutions as Q/DQ pairs in the file, for TensorRT 8.5 to 11, or for ONNX Runtime and OpenVINO on CPUs.
 
-Scales are float32 and zero points are 0, so every opset from 13 and every TensorRT accepts them. Everything that is not
-INT8 computes in FP16, with explicit casts, because TensorRT 11 and TensorRT-RTX take the types from the file. Tensors
-between an INT8 convolution and the next pair (the activation) are float32: TensorRT may fuse the activation into the
-kernel of the convolution, where nothing is stored. FP16 scales, and FP16 in between, were tried with TensorRT-RTX 1.7;
-they do not change the layers that it builds.
+For TensorRT, scales are float32 and zero points are 0, so every opset from 13 and every TensorRT accepts them.
+Everything that is not INT8 computes in FP16, with explicit casts, because TensorRT 11 and TensorRT-RTX take the types
+from the file. Tensors between an INT8 convolution and the next pair (the activation) are float32: TensorRT may fuse
+the activation into the kernel of the convolution, where nothing is stored. FP16 scales, and FP16 in between, were tried
+with TensorRT-RTX 1.7; they do not change the layers that it builds.
+
+For CPUs, activations are asymmetric: the outputs of SiLU and LeakyReLU are hardly negative, so almost all 256 values
+serve the positive side, which halves the rounding error. On x86 they are uint8, because the kernels multiply uint8
+activations with int8 weights; OpenVINO 2026.4 computes convolutions of int8 activations wrongly after a Concat. Biases
+are int32, and everything that is not INT8 is float32.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from onnx import helper, numpy_helper
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError
-from yolov7_deploy.metadata import Int8Metadata, ModelMetadata
+from yolov7_deploy.metadata import INNER_PAIR_PREFIX, Int8Metadata, ModelMetadata
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration, network_digest
@@ -36,6 +41,12 @@ DoubleArray = npt.NDArray[np.float64]
 
 _INT8, _BACK, _SCALE, _ZERO = "__int8", "__from_int8", "__scale", "__zero"  # suffixes of the names of new tensors
 ZERO = "int8_zero"
+STEPS = 255  # of an asymmetric range
+REDUCED_LEVELS = 64  # largest weight of 7 bits: the sum of two products with uint8 fits into 16 bits
+# SiLU of smaller values is at most 0.003 below 0, less than one step of its output.
+_SILU_FLOOR = 8.0
+_BIAS_LIMIT = 2**30  # of int32
+DEFAULT_OPTIONS = Int8Options()
 _LISTED = 8  # layers listed in one note
 _QUANTIZED_OPS = {"ConvInteger", "DequantizeLinear", "QLinearConv", "QuantizeLinear"}
 
@@ -43,7 +54,7 @@ _QUANTIZED_OPS = {"ConvInteger", "DequantizeLinear", "QLinearConv", "QuantizeLin
 def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) -> OnnxModel:
     """Return the model with INT8 convolutions; inputs, outputs, decoding and NMS stay float32.
 
-    Weights have one scale per output channel. Activations have one scale per tensor, and one for all tensors that a
+    Weights have one scale per output channel. Activations have one range per tensor, and one for all tensors that a
     Concat, MaxPool or nearest Resize connects. The metadata lists what stayed float and why.
 
     Args:
@@ -60,15 +71,16 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
         options = replace(options, fallback="fp32")
     network = Network(model)
     _check_calibration(network, calibration)
-    placement = place_qdq(network, excluded_outputs(network, options.exclude))
+    placement = place_qdq(network, excluded_outputs(network, options.exclude), for_cpu=options.target != "tensorrt")
     if not placement.convolutions:
         reasons = "; ".join(dict.fromkeys(placement.float_convolutions.values())) or "the graph has none"
         raise ExportError(
             f"No convolution can be INT8: {reasons}.",
             fix="Only Conv nodes with constant weights are quantized; onnx-simplifier makes weights constant.",
         )
-    scales = tensor_scales(placement, calibration, options.method)
-    proto = insert_qdq(network, placement, scales, calibration.input_means if options.correct_bias else {})
+    ranges = tensor_ranges(network, placement, calibration, options)
+    means = calibration.input_means if options.correct_bias else {}
+    proto = insert_qdq(network, placement, ranges, means, options)
     if options.fallback == "fp16":
         proto = _convert_rest_to_fp16(network, placement, proto, calibration)
     check_valid(proto)
@@ -121,19 +133,88 @@ def excluded_outputs(network: Network, reasons: Mapping[str, str]) -> dict[str, 
     return {known[name]: reason for name, reason in reasons.items()}
 
 
-def tensor_scales(placement: QdqPlacement, calibration: Calibration, method: str) -> dict[str, np.float32]:
-    """Return the scale of each tensor with a pair: its activation range, chosen by `method`, divided by 127.
+@dataclass(frozen=True, slots=True)
+class QuantizedRange:
+    """Integers that represent the values of a tensor: value = scale * (integer - zero).
+
+    Attributes:
+        scale: The step.
+        zero: The integer of 0, with the type of the integers: int8 or uint8.
+    """
+
+    scale: np.float32
+    zero: np.int8 | np.uint8
+
+    @property
+    def low(self) -> float:
+        """The smallest value."""
+        return float(self.scale) * (int(np.iinfo(self.zero.dtype).min) - int(self.zero))
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return float(self.scale) * (int(np.iinfo(self.zero.dtype).max) - int(self.zero))
+
+
+def tensor_ranges(
+    network: Network, placement: QdqPlacement, calibration: Calibration, options: Int8Options
+) -> dict[str, QuantizedRange]:
+    """Return the range of each tensor with a pair, chosen by `options.method`.
 
     The range of tensors that share a scale is chosen from all their values together.
 
     Raises:
         ExportError: There are infinite values or NaN.
     """
-    ranges = {
-        group: choose_range(Histogram.sum(calibration.histograms[name] for name in group), method)
-        for group in dict.fromkeys(placement.scale_groups.values())
-    }
-    return {name: np.float32(ranges[group] / LEVELS) for name, group in placement.scale_groups.items()}
+    ranges = {}
+    for group in dict.fromkeys(placement.scale_groups.values()):
+        histogram = Histogram.sum(calibration.histograms[name] for name in group)
+        ranges[group] = (
+            _symmetric(histogram, options) if options.target == "tensorrt" else _asymmetric(histogram, options)
+        )
+    found = {name: ranges[group] for name, group in placement.scale_groups.items()}
+    for name, output in placement.inner_pairs.items():
+        found[name] = _inner_range(network, name, found[output], calibration, options.target)
+    return found
+
+
+def _symmetric(histogram: Histogram, options: Int8Options) -> QuantizedRange:
+    return QuantizedRange(np.float32(choose_range(histogram, options.method) / LEVELS), np.int8(0))
+
+
+def _asymmetric(histogram: Histogram, options: Int8Options) -> QuantizedRange:
+    """Return a range from the smallest value, or from the mirrored clip if that is larger, to the clip."""
+    share = histogram.negative_amax / histogram.amax if histogram.amax else 0.0
+    clip = choose_range(histogram, options.method, round(STEPS / (1 + share)))
+    return _affine(-min(histogram.negative_amax, clip), clip, options.target)
+
+
+def _affine(low: float, high: float, target: str) -> QuantizedRange:
+    scale = np.float32((high - low) / STEPS)
+    zero = round(-low / float(scale))
+    return QuantizedRange(scale, np.uint8(zero) if target == "cpu" else np.int8(zero - 128))
+
+
+def _inner_range(
+    network: Network, name: str, output: QuantizedRange, calibration: Calibration, target: str
+) -> QuantizedRange:
+    """Return the range of a tensor before the output of its activation, which has the range `output`."""
+    if network.producers[name].op_type == "Sigmoid":
+        return _affine(0.0, 1.0, target)
+    activation, largest = network.consumers[name][0], calibration.output_amax[name]
+    if activation.op_type == "LeakyRelu":
+        slope = next((attribute.f for attribute in activation.attribute if attribute.name == "alpha"), 0.01)
+        return _affine(max(output.low / slope, -largest) if slope > 0 else 0.0, output.high, target)
+    return _affine(-min(_SILU_FLOOR, largest), _inverse_silu(output.high), target)
+
+
+def _inverse_silu(value: float) -> float:
+    """Return the x >= 0 with x * sigmoid(x) = `value` >= 0, by Newton's method from above."""
+    x = value + 1.0
+    for _ in range(50):
+        sigmoid = 1 / (1 + np.exp(-x))
+        x -= (x * sigmoid - value) / (sigmoid * (1 + x * (1 - sigmoid)))
+    return float(x)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -158,19 +239,23 @@ class QuantizedWeight:
         return floats
 
 
-def quantize_weight(weight: FloatArray) -> QuantizedWeight:
-    """Round weights to INT8; the largest one of each output channel becomes 127 or -127.
+def quantize_weight(weight: FloatArray, levels: int = LEVELS, min_scales: FloatArray | None = None) -> QuantizedWeight:
+    """Round weights to INT8; the largest one of each output channel becomes `levels` or -`levels`.
 
     Clipping it for a smaller squared error was tried and gains nothing (`benchmarks/README.md`).
 
     Args:
         weight: [O, I, ...].
+        levels: The largest integer.
+        min_scales: Smallest scale of each output channel [O].
     """
     amax: FloatArray = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    scales: FloatArray = np.where(amax > 0, amax, np.float32(1)) / np.float32(LEVELS)
+    scales: FloatArray = np.where(amax > 0, amax, np.float32(1)) / np.float32(levels)
     scales = np.maximum(scales, np.finfo(np.float32).tiny)
+    if min_scales is not None:
+        scales = np.maximum(scales, min_scales)
     steps = np.rint(weight / _per_channel(scales, weight.ndim))
-    return QuantizedWeight(np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scales)
+    return QuantizedWeight(np.clip(steps, -levels, levels).astype(np.int8), scales)
 
 
 def bias_correction(weight: FloatArray, quantized: QuantizedWeight, input_means: DoubleArray) -> FloatArray:
@@ -202,18 +287,20 @@ def _per_channel(scales: FloatArray, ndim: int) -> FloatArray:
 def insert_qdq(
     network: Network,
     placement: QdqPlacement,
-    scales: Mapping[str, np.float32],
+    ranges: Mapping[str, QuantizedRange],
     input_means: Mapping[str, DoubleArray],
+    options: Int8Options = DEFAULT_OPTIONS,
 ) -> onnx.ModelProto:
     """Return a copy of the graph with Q/DQ pairs and INT8 weights; everything else stays float32.
 
     Args:
         network: The network of the graph.
         placement: Where the pairs go.
-        scales: Scale of each tensor with a pair.
+        ranges: Range of each tensor with a pair.
         input_means: Channel means of the inputs of convolutions, for bias correction; empty for no correction.
+        options: Those with which placement and ranges were made.
     """
-    return _QdqWriter(network, placement, scales, input_means).write()
+    return _QdqWriter(network, placement, ranges, input_means, options).write()
 
 
 class _QdqWriter:
@@ -221,10 +308,12 @@ class _QdqWriter:
         self,
         network: Network,
         placement: QdqPlacement,
-        scales: Mapping[str, np.float32],
+        ranges: Mapping[str, QuantizedRange],
         input_means: Mapping[str, DoubleArray],
+        options: Int8Options,
     ) -> None:
-        self._network, self._placement, self._scales, self._input_means = network, placement, scales, input_means
+        self._network, self._placement, self._ranges, self._input_means = network, placement, ranges, input_means
+        self._options, self._for_cpu = options, options.target != "tensorrt"
         self._quantized_inputs: dict[str, set[str]] = {}
         for name, consumers in placement.pairs.items():
             for consumer in consumers:
@@ -238,7 +327,6 @@ class _QdqWriter:
     def write(self) -> onnx.ModelProto:
         proto = onnx.ModelProto()
         proto.CopyFrom(self._network.proto)
-        self._add_initializer(ZERO, np.zeros((), dtype=np.int8))
         for node in proto.graph.node:
             quantized = self._quantized_inputs.get(node.output[0], set())
             for index, name in enumerate(node.input):
@@ -257,35 +345,67 @@ class _QdqWriter:
         """Return the output of the tensor's pair, which is inserted before the first consumer."""
         if name not in self._has_pair:
             self._has_pair.add(name)
-            group = self._placement.scale_groups[name]
-            scale = self._add_initializer(group[0] + _SCALE, np.array(self._scales[name]))
-            self._add_node("QuantizeLinear", [name, scale, ZERO], name + _INT8)
-            self._add_node("DequantizeLinear", [name + _INT8, scale, ZERO], name + _BACK)
+            inner = name in self._placement.inner_pairs
+            group = name if inner else self._placement.scale_groups[name][0]
+            values = self._ranges[name]
+            scale = self._add_initializer(group + _SCALE, np.array(values.scale))
+            is_symmetric = values.zero.dtype == np.int8 and values.zero == 0
+            zero = self._add_initializer(ZERO if is_symmetric else group + _ZERO, np.array(values.zero))
+            prefix = INNER_PAIR_PREFIX if inner else ""
+            self._add_node("QuantizeLinear", [name, scale, zero], name + _INT8, prefix)
+            self._add_node("DequantizeLinear", [name + _INT8, scale, zero], name + _BACK, prefix)
         return name + _BACK
 
     def _quantize_convolution(self, node: onnx.NodeProto) -> None:
         weight = node.input[1]
         data = self._network.producers[node.output[0]].input[0]  # the name before its pair was inserted
-        if weight not in self._weights:
-            quantized = self._weights[weight] = quantize_weight(self._network.weights[weight])
-            inputs = [
-                self._add_initializer(weight + _INT8, quantized.values),
-                self._add_initializer(weight + _SCALE, quantized.scales),
-                self._add_initializer(weight + _ZERO, np.zeros(len(quantized.scales), dtype=np.int8)),
-            ]
-            back = weight + _BACK
-            self._nodes.append(helper.make_node("DequantizeLinear", inputs, [back], name=back, axis=0))
+        bias, is_constant = np.float32(0), True
+        if len(node.input) > 2 and node.input[2]:
+            is_constant = node.input[2] in self._network.weights
+            bias = self._network.weights.get(node.input[2], bias)
+        quantized = self._weights.get(weight) or self._quantize_weight(weight, data, bias)
         node.input[1] = weight + _BACK
         means = self._input_means.get(data)
-        has_bias = len(node.input) > 2 and bool(node.input[2])
-        if means is not None and (not has_bias or node.input[2] in self._network.weights):
-            shift = bias_correction(self._network.weights[weight], self._weights[weight], means)
-            bias = self._network.weights[node.input[2]] if has_bias else np.float32(0)
-            corrected = self._add_initializer(f"{node.output[0]}__bias", (bias + shift).astype(np.float32))
-            node.input[:] = [*node.input[:2], corrected]
+        if not is_constant or (means is None and not self._for_cpu):
+            return
+        if means is not None:
+            bias = bias + bias_correction(self._network.weights[weight], quantized, means)
+        name = f"{node.output[0]}__bias"
+        bias = np.broadcast_to(bias, quantized.scales.shape).astype(np.float32)
+        if self._for_cpu:
+            self._add_integer_bias(name, bias, quantized.scales * self._ranges[data].scale)
+        else:
+            self._add_initializer(name, bias)
+        node.input[:] = [*node.input[:2], name]
 
-    def _add_node(self, op: str, inputs: Sequence[str], output: str) -> None:
-        self._nodes.append(helper.make_node(op, inputs, [output], name=output))
+    def _quantize_weight(self, weight: str, data: str, bias: FloatArray | np.float32) -> QuantizedWeight:
+        """Add the INT8 weights and their DequantizeLinear; CPUs need scales for which the bias fits into int32."""
+        levels = REDUCED_LEVELS if self._options.reduce_range else LEVELS
+        smallest = np.abs(bias) / (self._ranges[data].scale * np.float32(_BIAS_LIMIT)) if self._for_cpu else None
+        quantized = quantize_weight(self._network.weights[weight], levels, smallest)
+        self._weights[weight] = quantized
+        inputs = [
+            self._add_initializer(weight + _INT8, quantized.values),
+            self._add_initializer(weight + _SCALE, quantized.scales),
+            self._add_initializer(weight + _ZERO, np.zeros(len(quantized.scales), dtype=np.int8)),
+        ]
+        back = weight + _BACK
+        self._nodes.append(helper.make_node("DequantizeLinear", inputs, [back], name=back, axis=0))
+        return quantized
+
+    def _add_integer_bias(self, name: str, bias: FloatArray, scales: FloatArray) -> None:
+        """Add an int32 bias and its DequantizeLinear, whose scales are those of the products of data and weights."""
+        limit = np.iinfo(np.int32).max
+        steps = np.clip(np.rint(bias / scales.astype(np.float64)), -limit, limit)
+        inputs = [
+            self._add_initializer(name + _INT8, steps.astype(np.int32)),
+            self._add_initializer(name + _SCALE, scales.astype(np.float32)),
+            self._add_initializer(name + _ZERO, np.zeros(len(scales), dtype=np.int32)),
+        ]
+        self._nodes.append(helper.make_node("DequantizeLinear", inputs, [name], name=name, axis=0))
+
+    def _add_node(self, op: str, inputs: Sequence[str], output: str, prefix: str = "") -> None:
+        self._nodes.append(helper.make_node(op, inputs, [output], name=prefix + output))
 
     def _add_initializer(self, name: str, value: npt.NDArray[np.generic]) -> str:
         if name not in self._initializers:
@@ -328,6 +448,8 @@ def _metadata(
     summary = summarize_int8(proto)
     names = {node.output[0]: node.name or node.output[0] for node in proto.graph.node if node.op_type == "Conv"}
     int8 = Int8Metadata(
+        target=options.target,
+        reduce_range=options.reduce_range,
         method=options.method,
         images=calibration.images,
         images_sha256=calibration.images_sha256,

@@ -1,5 +1,7 @@
 """Placement of Q/DQ pairs: rules that leave no float operation between two INT8 convolutions.
 
+For TensorRT:
+
 1. A convolution reads its data and its weights through a pair. Its output and its bias stay float, so that the runtime
    can fuse the following activation and quantize once.
 2. A tensor has one pair, which all its quantized consumers share.
@@ -8,12 +10,18 @@
 4. An upsampling Resize reads through a pair, too: quantizing first moves a quarter of the bytes.
 5. A residual Add reads both terms through pairs of one scale.
 6. The last convolutions, decoding and NMS stay float.
+
+For CPUs, every tensor between the first and the last INT8 convolution has a pair that all its consumers read, because
+ONNX Runtime replaces an operation by its INT8 kernel only if pairs surround it: the outputs of convolutions, both
+operations of SiLU (a Sigmoid and a Mul), and the inputs and outputs of operations that pass values through. OpenVINO
+fuses the activation into the convolution if there is no pair between them, so those pairs are kept apart
+(`inner_pairs`), and the OpenVINO runtime removes them when it opens the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx
 
@@ -22,6 +30,8 @@ from yolov7_deploy.precision.subgraph import Network, is_custom
 HEAD_REASON = "head: decoding needs float"
 # Operations that a runtime may fuse into the kernel of the preceding convolution.
 ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid"})
+# Activations that ONNX Runtime replaces by the limits of uint8 in the pair after them.
+_LIMITS = frozenset({"Clip", "Relu"})
 # Operations whose outputs hold only values of their inputs, and the number of leading inputs that are data.
 PASS_THROUGH_OPS = {
     "Concat": None,
@@ -47,6 +57,7 @@ class QdqPlacement:
         float_convolutions: Outputs of the convolutions that stay float, and the reasons.
         float_islands: Outputs and operations of the nodes that compute in float between INT8 convolutions. YOLOv7 has
             none.
+        inner_pairs: For CPUs: tensors between a convolution and the output of its activation, and that output.
     """
 
     convolutions: tuple[str, ...]
@@ -54,14 +65,16 @@ class QdqPlacement:
     scale_groups: Mapping[str, tuple[str, ...]]
     float_convolutions: Mapping[str, str]
     float_islands: Mapping[str, str]
+    inner_pairs: Mapping[str, str] = field(default_factory=dict)
 
 
-def place_qdq(network: Network, excluded: Mapping[str, str]) -> QdqPlacement:
+def place_qdq(network: Network, excluded: Mapping[str, str], *, for_cpu: bool = False) -> QdqPlacement:
     """Apply the rules of this module to a network.
 
     Args:
         network: The network to quantize.
         excluded: Outputs of convolutions to exclude from INT8, and the reasons.
+        for_cpu: Apply the rules for CPUs, not those for TensorRT.
     """
     float_convolutions = {
         node.output[0]: reason for node in network.convolutions if (reason := _float_reason(network, node, excluded))
@@ -84,15 +97,51 @@ def place_qdq(network: Network, excluded: Mapping[str, str]) -> QdqPlacement:
             reads_pairs = node.input
         for name in dict.fromkeys(reads_pairs):
             consumers.setdefault(name, []).append(node.output[0])
+    inner: dict[str, str] = {}
+    if for_cpu:
+        calibrated = set(calibrated_tensors(network))
+        outputs = {
+            name: inner
+            for name, inner in _activation_outputs(network, int8).items()
+            if calibrated.issuperset(source_tensors(network, name))
+        }
+        inner = {name: output for output, names in outputs.items() for name in names}
+        region = {*inner, *outputs, *quantized} & network.floats
+        consumers = {name: [node.output[0] for node in network.consumers.get(name, ())] for name in region}
     order = {name: number for number, name in enumerate(network.producers)}
     pairs = sorted(consumers, key=lambda name: order.get(name, -1))
     return QdqPlacement(
         convolutions=tuple(node.output[0] for node in int8),
         pairs={name: tuple(consumers[name]) for name in pairs},
-        scale_groups={name: _all_sources(network, groups.members(name)) for name in pairs},
+        scale_groups={name: _all_sources(network, groups.members(name)) for name in pairs if name not in inner},
         float_convolutions=float_convolutions,
         float_islands=dict(_float_islands(network, quantized, [node.output[0] for node in int8])),
+        inner_pairs=inner,
     )
+
+
+def _activation_outputs(network: Network, convolutions: Sequence[onnx.NodeProto]) -> dict[str, tuple[str, ...]]:
+    """Return the output of the activation after each convolution, and the tensors before it that need a pair.
+
+    A convolution without a known activation is its own output.
+    """
+    outputs: dict[str, tuple[str, ...]] = {}
+    for node in convolutions:
+        result = node.output[0]
+        readers = network.consumers.get(result, [])
+        ops = sorted(reader.op_type for reader in readers)
+        if ops == ["Mul", "Sigmoid"]:
+            multiply, sigmoid = sorted(readers, key=lambda reader: reader.op_type)
+            if sorted(multiply.input) == sorted([result, sigmoid.output[0]]):
+                outputs[multiply.output[0]] = (result, sigmoid.output[0])
+                continue
+        if ops == ["LeakyRelu"]:
+            outputs[readers[0].output[0]] = (result,)
+        elif len(ops) == 1 and ops[0] in _LIMITS:
+            outputs[readers[0].output[0]] = ()
+        elif not ACTIVATIONS.intersection(ops):
+            outputs[result] = ()
+    return outputs
 
 
 def calibrated_tensors(network: Network) -> tuple[str, ...]:

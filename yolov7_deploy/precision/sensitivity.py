@@ -17,7 +17,15 @@ from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration
-from yolov7_deploy.precision.int8 import bias_correction, excluded_outputs, quantize_weight, tensor_scales
+from yolov7_deploy.precision.histogram import LEVELS
+from yolov7_deploy.precision.int8 import (
+    REDUCED_LEVELS,
+    QuantizedRange,
+    bias_correction,
+    excluded_outputs,
+    quantize_weight,
+    tensor_ranges,
+)
 from yolov7_deploy.precision.int8_summary import summarize_int8
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
 from yolov7_deploy.precision.qdq_placement import place_qdq
@@ -71,9 +79,9 @@ def layer_sensitivities(
     """
     start = time.perf_counter()
     network = Network(model)
-    placement = place_qdq(network, excluded_outputs(network, options.exclude))
-    scales = tensor_scales(placement, calibration, options.method)
-    layers = [_QuantizedLayer(network, output, scales, calibration, options) for output in placement.convolutions]
+    placement = place_qdq(network, excluded_outputs(network, options.exclude), for_cpu=options.target != "tensorrt")
+    ranges = tensor_ranges(network, placement, calibration, options)
+    layers = [_QuantizedLayer(network, output, ranges, calibration, options) for output in placement.convolutions]
     references = _run_float32(model.metadata, network, layers, images)
     shares = _shares(model.proto)
     sensitivities = []
@@ -138,13 +146,14 @@ class _QuantizedLayer:
         self,
         network: Network,
         output: str,
-        scales: Mapping[str, np.float32],
+        ranges: Mapping[str, QuantizedRange],
         calibration: Calibration,
         options: Int8Options,
     ) -> None:
         self._network, self._node = network, network.producers[output]
         data = self._node.input[0]
-        self._scale = scales[data]
+        self._range = ranges[data]
+        self._levels = REDUCED_LEVELS if options.reduce_range else LEVELS
         self._input_means = calibration.input_means.get(data) if options.correct_bias else None
         self._affected = list(self._affected_nodes())
         computed = {name for node in (self._node, *self._affected) for name in node.output}
@@ -166,11 +175,11 @@ class _QuantizedLayer:
         node = onnx.NodeProto()
         node.CopyFrom(self._node)
         weight = self._network.weights[node.input[1]]
-        quantized = quantize_weight(weight)
+        quantized = quantize_weight(weight, self._levels)
         constants = {
             "own__weight": quantized.dequantized,
-            "own__scale": np.array(self._scale),
-            "own__zero": np.zeros((), np.int8),
+            "own__scale": np.array(self._range.scale),
+            "own__zero": np.array(self._range.zero),
         }
         bias = self._bias(node)
         if bias is not None:

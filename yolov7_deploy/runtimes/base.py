@@ -7,6 +7,7 @@ kernel on a GPU.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Protocol, TypeVar, cast
 
 from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, check_file
 from yolov7_deploy.errors import LoadError, UsageError, missing_library
+from yolov7_deploy.hardware.cpu import has_vnni
 from yolov7_deploy.image import FloatArray, Image, Letterbox
+from yolov7_deploy.inspection.onnx_file import read_onnx_metadata
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import ONNX_RUNTIMES, Thresholds
 from yolov7_deploy.postprocess import RawDetections
 
 _T = TypeVar("_T")
@@ -79,12 +82,14 @@ class Runtime(Protocol):
     """A model that is ready to run. `infer` may be called from several threads at the same time.
 
     Attributes:
+        name: Name in `RUNTIMES`.
         metadata: The model's metadata.
         device: `cpu` or `cuda:N`.
         max_batch_size: Maximum number of images per run of the network, `None` if unlimited; longer lists are split.
         takes_gpu_arrays: Images may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
     """
 
+    name: str
     metadata: ModelMetadata
     device: str
     max_batch_size: int | None
@@ -142,6 +147,12 @@ RUNTIMES = (
         attribute="OrtRuntime",
     ),
     RuntimeEntry(
+        name="openvino",
+        suffixes=(".onnx",),
+        module="yolov7_deploy.runtimes.openvino",
+        attribute="OvRuntime",
+    ),
+    RuntimeEntry(
         name="tensorrt",
         suffixes=(".engine", ".plan", ".trt"),
         module="yolov7_deploy.runtimes.tensorrt",
@@ -150,20 +161,69 @@ RUNTIMES = (
 )
 
 
-def runtime_entry(path: Path) -> RuntimeEntry:
-    """Return the runtime that opens files with this suffix.
+def runtime_entry(path: Path, runtime: str = "auto", *, device: str = "cpu") -> RuntimeEntry:
+    """Return the runtime that opens a file.
+
+    Args:
+        path: The file.
+        runtime: One of `ONNX_RUNTIMES`. `auto` is OpenVINO for ONNX files that it runs faster on this CPU, if it is
+            installed: INT8 for CPUs, and FP16; for other ONNX files ONNX Runtime, if it is installed.
+        device: The device on which it will run.
 
     Raises:
-        LoadError: No runtime does.
+        LoadError: No runtime opens files with this suffix.
+        UsageError: The runtime is unknown, or does not open such files.
     """
-    for entry in RUNTIMES:
-        if path.suffix.lower() in entry.suffixes:
-            return entry
+    if runtime not in (*ONNX_RUNTIMES, *(entry.name for entry in RUNTIMES)):
+        raise UsageError(f"--runtime {runtime} is unknown.", fix=f"One of: {', '.join(ONNX_RUNTIMES)}")
+    entries = {entry.name: entry for entry in RUNTIMES if path.suffix.lower() in entry.suffixes}
+    name = runtime.partition("-")[0]
+    if name in entries:
+        return entries[name]
+    if entries and name != "auto":
+        raise UsageError(
+            f"{path} runs with {' or '.join(entries)}, not with {name}.",
+            fix="Leave --runtime out, or export the weights:  y7 export --weights WEIGHTS.pt",
+        )
+    if "openvino" in entries and _prefers_openvino(path, device):
+        return entries["openvino"]
+    for entry in entries.values():
+        return entry
     known = ", ".join(suffix for entry in RUNTIMES for suffix in entry.suffixes)
     raise LoadError(f"No runtime opens {path}; known suffixes: {known}.", fix="Rename the file, or export it again.")
 
 
-def open_runtime(path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None) -> Runtime:
+def installed_runtimes(path: Path, device: str) -> tuple[str, ...]:
+    """Return the runtimes that can be expected to run a file here: all installed ones for ONNX files on a CPU."""
+    if path.suffix.lower() != ".onnx" or device not in ("auto", "cpu") or (device == "auto" and _has_cuda()):
+        return ("auto",)
+    return tuple(name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)) or ("auto",)
+
+
+def _prefers_openvino(path: Path, device: str) -> bool:
+    if importlib.util.find_spec("openvino") is None or device not in ("auto", "cpu"):
+        return device.startswith("intel:")
+    if importlib.util.find_spec("onnxruntime") is None:
+        return True
+    metadata = read_onnx_metadata(path)
+    if metadata is None or metadata.precision == "fp32" or (device == "auto" and _has_cuda()):
+        return False
+    int8 = metadata.int8
+    return int8 is None or (int8.target == "cpu" and (int8.reduce_range or has_vnni()))
+
+
+def _has_cuda() -> bool:
+    """Return True if ONNX Runtime is installed and has a CUDA provider."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return False
+    from yolov7_deploy._ort_options import has_cuda_provider
+
+    return has_cuda_provider()
+
+
+def open_runtime(
+    path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None, runtime: str = "auto"
+) -> Runtime:
     """Load the model in `path` on a device (`auto`, `cpu`, `cuda`, `cuda:0`).
 
     `half` selects FP16 or FP32; `None` leaves the choice to the runtime. Files with a fixed precision (`.onnx`,
@@ -175,7 +235,7 @@ def open_runtime(path: Path, *, device: str, input_hw: tuple[int, int] | None, h
         DeviceError: The machine or the library has no such device.
         UsageError: The file has another fixed size or precision.
     """
-    entry = runtime_entry(path)
+    entry = runtime_entry(path, runtime, device=device)
     try:
         check_file(path, max_bytes=MAX_CHECKPOINT_BYTES if entry.name == "pytorch" else MAX_MODEL_BYTES)
     except FileNotFoundError as error:
@@ -187,8 +247,9 @@ def open_runtime(path: Path, *, device: str, input_hw: tuple[int, int] | None, h
         module = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
         raise missing_library(error, f"to run {path.name}") from error
-    runtime = getattr(module, entry.attribute)
-    return cast(Runtime, runtime.open(path, device=device, input_hw=input_hw, half=half))
+    options = {"precision": runtime.partition("-")[2]} if "-" in runtime else {}
+    opened = getattr(module, entry.attribute).open(path, device=device, input_hw=input_hw, half=half, **options)
+    return cast(Runtime, opened)
 
 
 def check_request_supported(

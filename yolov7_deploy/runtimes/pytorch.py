@@ -58,6 +58,7 @@ class PytorchRuntime:
     """
 
     max_batch_size: int | None = None
+    name = "pytorch"
     takes_gpu_arrays = False
 
     def __init__(

@@ -59,6 +59,8 @@ class TrtRuntime:
         index: Number of the GPU.
     """
 
+    name = "tensorrt"
+
     def __init__(
         self, engine: TrtEngine, metadata: ModelMetadata, cuda: Cuda, kernels: Kernels | None, *, index: int
     ) -> None:

@@ -19,6 +19,7 @@ from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import EngineError, missing_library
 from yolov7_deploy.hardware.jetson import version_numbers
 from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.onnx_export.nms import OP
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
@@ -107,6 +108,7 @@ def build_engine(
         EngineError: TensorRT cannot build the engine here; the message names the node, the option or the memory.
     """
     options = options or EngineOptions()
+    _check_int8_target(model.metadata)
     progress = _Progress(callbacks or BuildCallbacks())
     installation = installation or find_tensorrt(options)
     library, plugin_notes = select_plugin(model, options, installation)
@@ -249,6 +251,15 @@ def _default_targets(installation: Installation) -> tuple[str, ...]:
 
 
 # --- the request to the build process ---------------------------------------------------------------------------------
+
+
+def _check_int8_target(metadata: ModelMetadata) -> None:
+    """Refuse asymmetric activations, which TensorRT does not know."""
+    if metadata.int8 is not None and metadata.int8.target != "tensorrt":
+        raise EngineError(
+            f"The model was quantized for {metadata.int8.target}; TensorRT needs symmetric int8 activations.",
+            fix="Quantize the FP32 file for it:  y7 quantize --weights FILE.onnx --calib FOLDER --int8-target tensorrt",
+        )
 
 
 def _build_request(

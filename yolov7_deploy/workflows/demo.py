@@ -15,9 +15,10 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.evaluation.accuracy import evaluate
 from yolov7_deploy.evaluation.synthetic_image import street_scene
+from yolov7_deploy.hardware.machine import find_int8_target
 from yolov7_deploy.hub import SHAPES_WEIGHTS, bundled_weights
 from yolov7_deploy.image import Image, read_image
-from yolov7_deploy.options import BenchOptions, ExportOptions, QuantizeOptions, ValOptions
+from yolov7_deploy.options import BenchOptions, ExportOptions, Int8Options, QuantizeOptions, ValOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.export import ExportReport, Int8Request, export_weights
@@ -178,7 +179,9 @@ def _export(weights: Path, precision: str, folder: Path, save_dir: Path, log: Lo
     training_images = folder / "images" / "train"
     int8 = None
     if precision == "int8":
-        options = QuantizeOptions(cache=save_dir / "calibration.npz")
+        target, reduce_range = find_int8_target()
+        int8_options = Int8Options(target=target, reduce_range=reduce_range)
+        options = QuantizeOptions(int8=int8_options, cache=save_dir / "calibration.npz")
         int8 = Int8Request(images=open_calibration(training_images), options=options)
     report = export_weights(
         weights,

@@ -13,7 +13,7 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
-from yolov7_deploy.errors import ExportError, ParityError, UsageError
+from yolov7_deploy.errors import ExportError, ParityError, UsageError, Y7Error
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.image import Image
@@ -25,7 +25,7 @@ from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import CalibrationImages
 from yolov7_deploy.precision.fp16 import to_fp16
-from yolov7_deploy.runtimes.onnxruntime import OrtRuntime
+from yolov7_deploy.runtimes.base import installed_runtimes, open_runtime
 from yolov7_deploy.runtimes.pytorch import PytorchRuntime
 from yolov7_deploy.workflows.quantize import Quantized, Quantizer, Show, silent
 
@@ -84,7 +84,7 @@ def export_weights(
     images: Sequence[Image] = (),
     log: Log | None = None,
 ) -> ExportReport:
-    """Export a checkpoint to ONNX and verify the file in ONNX Runtime against PyTorch.
+    """Export a checkpoint to ONNX and verify the file in every installed runtime against PyTorch.
 
     The file gets its name only after the verification: a failed or killed export leaves nothing, and an existing file
     stays.
@@ -146,8 +146,7 @@ def _write(
             exported.save(partial)
             parity = None
             if reference is not None:
-                parity = _verify(reference, partial, exported.metadata, images)
-                steps.done(_verification_text(parity))
+                parity = _verify(reference, partial, exported.metadata, images, steps)
             size = partial.stat().st_size
     except OSError as error:
         raise ExportError(
@@ -176,28 +175,42 @@ def _convert_to_fp16(exported: OnnxModel, images: Sequence[Image], steps: _StepT
     return model
 
 
-def _verify(reference: PytorchRuntime, path: Path, metadata: ModelMetadata, images: Sequence[Image]) -> ParityReport:
+def _verify(
+    reference: PytorchRuntime, path: Path, metadata: ModelMetadata, images: Sequence[Image], steps: _StepTimer
+) -> ParityReport:
+    """Compare the file with the model in every installed runtime; return the report of the first."""
     input_hw = metadata.default_hw
-    runtime = OrtRuntime.open(path, device="cpu", input_hw=None)
-    parity = compare(
-        make_artifact("torch", reference, None, input_hw=input_hw),
-        make_artifact("ONNX Runtime", runtime, path, input_hw=input_hw),
-        images,
-        thresholds=comparison_thresholds(metadata),
-    )
-    if parity.first_failure is not None:
-        failure = parity.first_failure
-        raise ParityError(
-            f"The exported file differs from the model: at stage {failure.stage!r} by {failure.differences} "
-            f"(allowed {failure.limits}). No file was written.",
-            fix=_fix(metadata.precision),
+    reports = []
+    for name in installed_runtimes(path, "cpu"):
+        try:
+            runtime = open_runtime(path, device="cpu", input_hw=None, runtime=name)
+        except Y7Error as error:
+            if name == "onnxruntime":
+                raise
+            steps.done(f"not run in {name}: {error.message}")
+            continue
+        parity = compare(
+            make_artifact("torch", reference, None, input_hw=input_hw),
+            make_artifact(name, runtime, path, input_hw=input_hw),
+            images,
+            thresholds=comparison_thresholds(metadata),
         )
-    return parity
+        runtime.close()
+        if parity.first_failure is not None:
+            failure = parity.first_failure
+            raise ParityError(
+                f"The exported file differs from the model in {name}: at stage {failure.stage!r} by "
+                f"{failure.differences} (allowed {failure.limits}). No file was written.",
+                fix=_fix(metadata.precision),
+            )
+        steps.done(_verification_text(name, parity))
+        reports.append(parity)
+    return reports[0]
 
 
-def _verification_text(parity: ParityReport) -> str:
+def _verification_text(runtime: str, parity: ParityReport) -> str:
     images = f"{parity.images} image{'s' * (parity.images > 1)}"
-    return f"verified against torch on {images}" if parity.verified else parity.not_verified_reason
+    return f"verified in {runtime} against torch on {images}" if parity.verified else parity.not_verified_reason
 
 
 def _fix(precision: str) -> str:

@@ -1,0 +1,429 @@
+"""ONNX files in OpenVINO: the same boxes as in ONNX Runtime and PyTorch, or a refusal that names the command."""
+
+import threading
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tests.support.child_processes import in_forked_child
+from tests.support.sample_images import assert_identical, assert_same, noise
+from tests.support.small_models import exported_tiny
+from yolov7_deploy.checkpoint import load_checkpoint
+from yolov7_deploy.datasets import open_dataset
+from yolov7_deploy.datasets.synthetic import write_shapes
+from yolov7_deploy.detector import Detector
+from yolov7_deploy.errors import DeviceError, EngineError, LoadError, UsageError
+from yolov7_deploy.evaluation.parity import compare, comparison_thresholds, make_artifact
+from yolov7_deploy.hub import bundled_weights
+from yolov7_deploy.image import read_image
+from yolov7_deploy.model.fusion import fuse
+from yolov7_deploy.model.yolov7 import build_model
+from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.options import ExportOptions, Int8Options, Thresholds
+from yolov7_deploy.precision.calibrate import calibrate
+from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.precision.int8 import to_int8
+from yolov7_deploy.runtimes import base
+from yolov7_deploy.runtimes.base import open_runtime, runtime_entry
+from yolov7_deploy.tensorrt.builder import build_engine
+from yolov7_deploy.workflows.export import export_weights
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed")
+from yolov7_deploy.runtimes import openvino as runtime_module
+from yolov7_deploy.runtimes.openvino_graph import rewrite_for_openvino
+
+HW = (192, 192)
+FP32_FILES = [
+    {"nms": nms, "input_kind": kind, "batch": batch}
+    for nms in ("plugin", "standard", "efficient", "none")
+    for kind in ("float32", "uint8")
+    for batch in (1, None)
+]
+# Box corners in pixels and scores by which INT8 may differ, between two libraries and from FP32.
+INT8_BOX, INT8_SCORE = 6.0, 0.12
+
+
+@pytest.fixture(scope="module")
+def fused():
+    checkpoint = load_checkpoint(bundled_weights())
+    return fuse(build_model(checkpoint)), checkpoint.metadata
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    data = open_dataset(write_shapes(tmp_path_factory.mktemp("data"), train=1, val=6, size=HW[0], seed=5))
+    return [read_image(data.path(index)) for index in range(len(data))]
+
+
+@pytest.fixture(scope="module")
+def make_file(fused, images, tmp_path_factory):
+    """Return a function that writes a file of the weights of this package, once per kind."""
+    folder, paths = tmp_path_factory.mktemp("files"), {}
+
+    @lru_cache
+    def exported(key):
+        return export_onnx(*fused, ExportOptions(input_hw=HW, **dict(key)))
+
+    @lru_cache
+    def calibrated(key):
+        return calibrate(exported(key), images)
+
+    def make(precision="fp32", target="tensorrt", *, reduce_range=False, **options):
+        key = (precision, target, reduce_range, tuple(sorted(options.items())))
+        if key not in paths:
+            model = exported(key[3])
+            if precision == "fp16":
+                model = to_fp16(model, images[:1])
+            if precision == "int8":
+                choice = Int8Options(target=target, reduce_range=reduce_range)
+                model = to_int8(model, calibrated(key[3]), choice)
+            paths[key] = folder / f"{len(paths)}.onnx"
+            model.save(paths[key])
+        return paths[key]
+
+    return make
+
+
+def detect(path, images, **options):
+    with Detector(path, device="cpu", **options) as detector:
+        return detector.batch(images)
+
+
+@pytest.fixture(scope="module")
+def expected(images):
+    """Detections of the checkpoint in PyTorch."""
+    found = detect(bundled_weights(), images, img=HW)
+    assert sum(map(len, found)) > 15
+    return found
+
+
+def assert_all_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+def assert_close(found, expected):
+    """Check that INT8 detections agree with others up to some steps; those near the threshold may be missing."""
+    matched = total = 0
+    for ours, theirs in zip(found, expected, strict=True):
+        same = (
+            (ours.class_ids[:, None] == theirs.class_ids[None])
+            & (np.abs(ours.scores[:, None] - theirs.scores[None]) <= INT8_SCORE)
+            & (np.abs(ours.boxes[:, None] - theirs.boxes[None]) <= INT8_BOX).all(-1)
+        )
+        matched += int(same.any(0).sum()) + int(same.any(1).sum())
+        total += len(ours) + len(theirs)
+    assert matched >= 0.95 * total, (matched, total)
+
+
+# --- every kind of file ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", FP32_FILES, ids=lambda options: "-".join(map(str, options.values())))
+def test_fp32_files_find_the_boxes_of_the_checkpoint_in_every_runtime(make_file, images, expected, options):
+    path = make_file(**options)
+    for runtime in ("onnxruntime", "openvino"):
+        assert_all_same(detect(path, images, runtime=runtime), expected)
+
+
+@pytest.mark.parametrize("nms", ["plugin", "none"])
+def test_fp16_files_find_the_same_boxes_in_every_runtime(make_file, images, nms):
+    found = [detect(make_file("fp16", nms=nms), images, runtime=name) for name in ("onnxruntime", "openvino")]
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("options", [{"nms": "plugin"}, {"nms": "none"}, {"input_kind": "uint8"}, {"batch": None}])
+def test_int8_files_for_cpus_find_the_same_boxes_in_every_runtime(make_file, images, expected, options):
+    path = make_file("int8", "cpu", reduce_range=True, **options)
+    found = [detect(path, images, runtime=name) for name in ("onnxruntime", "openvino")]
+    assert_close(*found)
+    for detections in found:
+        assert_close(detections, expected)
+
+
+def test_opencv_runs_files_without_nms(make_file, images):
+    import cv2
+
+    path = make_file(nms="none")
+    array = images[0][:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32) / 255
+    network = cv2.dnn.readNetFromONNX(str(path))
+    network.setInput(array)
+    decoded = network.forward()
+    import onnxruntime
+
+    (expected,) = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(
+        None, {"images": array}
+    )
+    np.testing.assert_allclose(decoded.reshape(expected.shape), expected, rtol=1e-3, atol=1e-2)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_int8_files_for_tensorrt_are_refused(make_file):
+    path = make_file("int8", "tensorrt")
+    with pytest.raises(LoadError, match="OpenVINO computes them wrongly") as caught:
+        Detector(path, runtime="openvino")
+    assert "--int8-target cpu" in caught.value.fix
+
+
+def test_the_parity_test_fails_for_a_refused_file(make_file, fused, images, monkeypatch):
+    """Without the refusal, the comparison with PyTorch finds what OpenVINO computes wrongly."""
+    from yolov7_deploy.runtimes.pytorch import PytorchRuntime
+
+    path = make_file("int8", "tensorrt")
+    monkeypatch.setattr(runtime_module, "_check_int8", lambda *_: None)
+    monkeypatch.setattr(runtime_module, "has_vnni", lambda: True)
+    reports = {}
+    for name in ("onnxruntime", "openvino"):
+        runtime = open_runtime(path, device="cpu", input_hw=None, runtime=name)
+        reports[name] = compare(
+            make_artifact("torch", PytorchRuntime(*fused), None, input_hw=HW),
+            replace(make_artifact(name, runtime, path, input_hw=HW), probe=None),
+            images,
+            thresholds=comparison_thresholds(runtime.metadata),
+        )
+        runtime.close()
+    assert reports["onnxruntime"].ok
+    assert reports["openvino"].first_failure is not None
+
+
+def test_weights_of_8_bits_are_refused_on_a_cpu_without_vnni(make_file, monkeypatch):
+    path = make_file("int8", "cpu")
+    monkeypatch.setattr(runtime_module, "has_vnni", lambda: False)
+    with pytest.raises(UsageError, match="would saturate") as caught:
+        Detector(path, runtime="openvino")
+    assert "--reduce-range" in caught.value.fix
+    monkeypatch.setattr(runtime_module, "has_vnni", lambda: True)
+    Detector(path, runtime="openvino").close()
+
+
+def test_tensorrt_refuses_int8_files_for_cpus(fused, images):
+    model = export_onnx(*fused, ExportOptions(input_hw=HW))
+    quantized = to_int8(model, calibrate(model, images[:1]), Int8Options(target="cpu"))
+    with pytest.raises(EngineError, match="quantized for cpu") as caught:
+        build_engine(quantized)
+    assert "--int8-target tensorrt" in caught.value.fix
+
+
+def test_an_export_is_verified_in_every_runtime(tmp_path):
+    steps = []
+    options = ExportOptions(input_hw=HW)
+    export_weights(bundled_weights(), tmp_path / "a.onnx", options=options, log=lambda step, _: steps.append(step))
+    for name in ("onnxruntime", "openvino"):
+        assert any(step.startswith(f"verified in {name}") for step in steps), steps
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"runtime": "openvino", "device": "cuda:0"}, DeviceError, "no device 'cuda:0'"),
+        ({"runtime": "openvino", "device": "intel:npu"}, DeviceError, "no NPU here"),
+        ({"runtime": "opnvino"}, UsageError, "--runtime opnvino is unknown"),
+        ({"runtime": "tensorrt"}, UsageError, "runs with onnxruntime or openvino, not with tensorrt"),
+        ({"runtime": "openvino", "half": True}, UsageError, "its precision is in the file"),
+        ({"runtime": "openvino", "img": 64}, UsageError, "has a fixed input of 192x192"),
+    ],
+)
+def test_other_requests_are_refused(make_file, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        Detector(make_file(), **options)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx", b"\x08\x07\x3a\xff\xff\xff\xff\x0f"])
+def test_damaged_files_are_refused(tmp_path, content):
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(LoadError) as caught:
+        Detector(tmp_path / "a.onnx", runtime="openvino")
+    assert caught.value.fix
+
+
+def test_bf16_runs_or_is_refused_by_name(make_file, images, expected):
+    try:
+        found = detect(make_file(), images, runtime="openvino-bf16")
+    except DeviceError as error:
+        assert "This CPU does not compute in bf16" in error.message
+    else:
+        assert_close(found, expected)
+
+
+# --- the choice of `auto` -------------------------------------------------------------------------------------------
+
+
+def test_auto_is_openvino_where_it_is_faster(make_file, monkeypatch):
+    monkeypatch.setattr(base, "has_vnni", lambda: False)
+    expected = {
+        make_file(): "onnxruntime",
+        make_file("fp16", nms="plugin"): "openvino",
+        make_file("int8", "cpu", reduce_range=True, nms="plugin"): "openvino",
+        make_file("int8", "cpu"): "onnxruntime",
+        make_file("int8", "tensorrt"): "onnxruntime",
+    }
+    assert {path: runtime_entry(path).name for path in expected} == expected
+    monkeypatch.setattr(base, "has_vnni", lambda: True)
+    assert runtime_entry(make_file("int8", "cpu")).name == "openvino"
+    with Detector(make_file("int8", "cpu", reduce_range=True, nms="plugin"), device="cpu") as detector:
+        assert detector.runtime == "openvino"
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", [{"multi_label": True}, {"class_agnostic": True}, {"conf": 0.6}, {"iou": 0.9}])
+def test_thresholds_can_be_chosen_at_run_time(make_file, images, option):
+    changed = {"conf": 0.01, "iou": 0.3, **option}
+    found = [detect(make_file(), images, runtime=name, **changed) for name in ("onnxruntime", "openvino")]
+    assert_all_same(*found)
+
+
+def test_callers_in_threads_get_their_own_results_and_each_core_runs_an_image(make_file, images):
+    with Detector(make_file(), device="cpu", runtime="openvino") as detector:
+        expected = detector.batch(images)
+        assert dict(detector.runtime_info)["streams"] == "1"
+        failures = []
+
+        def call(number):
+            for turn in range(30):
+                index = (number + turn) % len(images)
+                try:
+                    assert_same(detector(images[index]), expected[index])
+                except Exception as error:  # noqa: BLE001 - raised in the main thread
+                    failures.append(error)
+
+        threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        networks = detector._runtime._session.get()
+        if networks.compiling is not None:  # calls overlapped on several cores
+            networks.compiling.join()
+            assert dict(detector.runtime_info)["streams"] != "1"
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_opens_the_file_again(make_file, images):
+    with Detector(make_file(), device="cpu", runtime="openvino") as detector:
+        expected = detector(images[0])
+
+        def work():
+            assert_identical(detector(images[0]), expected)
+            return True
+
+        assert in_forked_child(work)
+        assert_identical(detector(images[0]), expected)
+
+
+def test_a_closed_detector_refuses_calls(make_file, images):
+    detector = Detector(make_file(), runtime="openvino")
+    detector.close()
+    with pytest.raises(UsageError, match="closed"):
+        detector(images[0])
+
+
+# --- rewriting the file ---------------------------------------------------------------------------------------------
+
+
+def test_files_of_other_programs_open(make_file, images, tmp_path, expected):
+    proto = onnx.load(make_file(nms="none"))
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "foreign.onnx")
+    found = detect(tmp_path / "foreign.onnx", images, runtime="openvino", conf=0.25)
+    assert [len(entry) for entry in found] == [len(entry) for entry in expected]
+
+
+def test_a_file_with_nothing_to_rewrite_is_unchanged(make_file):
+    data = make_file(nms="none").read_bytes()
+    graph = rewrite_for_openvino(data)
+    assert graph.data is data and not graph.is_changed and not graph.is_quantized
+
+
+def test_functions_that_call_functions_are_inlined_with_their_attributes():
+    """Attributes of the call, missing inputs, subgraphs and unused outputs become those of the inlined nodes."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    then = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["doubled"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("doubled", TensorProto.FLOAT, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["same"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("same", TensorProto.FLOAT, None)],
+    )
+    leaky = helper.make_node("LeakyRelu", ["branch"], ["y"])
+    leaky.attribute.append(onnx.AttributeProto(name="alpha", ref_attr_name="slope", type=onnx.AttributeProto.FLOAT))
+    inner = helper.make_function(
+        "own",
+        "Inner",
+        ["x", "flag"],
+        ["y", "unused"],
+        [
+            helper.make_node("If", ["flag"], ["branch"], then_branch=then, else_branch=other),
+            leaky,
+            helper.make_node("Neg", ["x"], ["unused"]),
+        ],
+        opsets,
+        attributes=["slope"],
+    )
+    outer = helper.make_function(
+        "own",
+        "Outer",
+        ["x", "flag"],
+        ["y"],
+        [
+            helper.make_node("Inner", ["x", "flag"], ["first", ""], domain="own", slope=0.5),
+            helper.make_node("Mul", ["first", "first"], ["y"]),
+        ],
+        opsets,
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Outer", ["x", "flag"], ["y"], domain="own")],
+        "graph",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+            helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+    )
+    model = helper.make_model(graph, opset_imports=opsets, functions=[inner, outer], ir_version=9)
+    rewritten = onnx.load_model_from_string(rewrite_for_openvino(model.SerializeToString()).data)
+    assert not rewritten.functions and all(not node.domain for node in rewritten.graph.node)
+    from onnx.reference import ReferenceEvaluator
+
+    x = np.array([-2, -1, 0, 3], np.float32)
+    for flag in (True, False):
+        expected = np.square(np.where(x > 0, x, 0.5 * x) * (2 if flag else 1))
+        (found,) = ReferenceEvaluator(rewritten).run(None, {"x": x, "flag": np.array(flag)})
+        np.testing.assert_allclose(found, expected)
+
+
+def test_inner_pairs_are_removed(make_file):
+    data = make_file("int8", "cpu", reduce_range=True, nms="plugin").read_bytes()
+    before, after = onnx.load_model_from_string(data), onnx.load_model_from_string(rewrite_for_openvino(data).data)
+    onnx.checker.check_model(after)
+    pairs = [sum(node.op_type == "QuantizeLinear" for node in model.graph.node) for model in (before, after)]
+    assert pairs[1] < pairs[0]
+    names = {name for node in after.graph.node for name in node.input if name}
+    produced = {name for node in after.graph.node for name in node.output}
+    known = produced | {tensor.name for tensor in after.graph.initializer} | {entry.name for entry in after.graph.input}
+    assert names <= known
+
+
+def test_the_network_of_another_test_has_the_same_detections(tmp_path):
+    """Rectangular input, five classes, and 300 detections of noise."""
+    path = tmp_path / "tiny.onnx"
+    exported_tiny(nms="plugin", max_det=300).save(path)
+    image = noise(128, 192, seed=3)
+    found = [detect(path, [image], runtime=name, conf=0.2) for name in ("onnxruntime", "openvino")]
+    assert len(found[0][0]) > 20
+    assert_all_same(*found)
+    assert Thresholds().max_det == 300

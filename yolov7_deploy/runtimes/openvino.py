@@ -1,0 +1,245 @@
+"""Runs an ONNX file with OpenVINO, on a CPU or on an Intel GPU or NPU.
+
+One caller gets all cores for each image, which is the shortest time per image. If calls overlap, the network is
+compiled a second time, for throughput: each core then runs an image of its own, without waiting for other cores at
+every layer. Until that is ready, calls wait for each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
+from yolov7_deploy._text import get_logger
+from yolov7_deploy.errors import DeviceError, LoadError, UsageError
+from yolov7_deploy.hardware.cpu import has_vnni, usable_cores
+from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.output_layout import TensorSpec
+from yolov7_deploy.runtimes.onnx_session import Array, OnnxRuntime, OnnxSession
+from yolov7_deploy.runtimes.openvino_graph import OpenvinoGraph, rewrite_for_openvino
+
+logger = get_logger(__name__)
+
+# Names of devices here and in OpenVINO.
+DEVICES = {"auto": "CPU", "cpu": "CPU", "intel:gpu": "GPU", "intel:npu": "NPU"}
+_CPU_CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
+_MAX_REASON = 500  # characters
+# After so many calls without overlap, calls use all cores for each image again.
+_ALONE = 8
+
+
+@dataclass(slots=True, eq=False)
+class _Compiled:
+    """A compiled network, and the requests that no call uses."""
+
+    network: openvino.CompiledModel
+    free: list[openvino.InferRequest] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Networks:
+    """The networks of a session: one for short latency, and one for throughput once calls have overlapped."""
+
+    latency: _Compiled
+    throughput: _Compiled | None = None
+    compiling: threading.Thread | None = None
+    running: int = 0
+    alone: int = _ALONE  # calls since the last overlap
+
+
+class OvSession(OnnxSession[_Networks]):
+    """An ONNX file in OpenVINO.
+
+    Args:
+        path: The file.
+        device: A key of `DEVICES`.
+        precision: Precision of everything that is not INT8: `f32`, `bf16` or `f16`.
+
+    Raises:
+        LoadError: OpenVINO cannot open it, or computes it wrongly.
+        DeviceError: There is no such device, or it does not compute in this precision.
+    """
+
+    library = "OpenVINO"
+    errors = (RuntimeError, openvino.Exception) if hasattr(openvino, "Exception") else (RuntimeError,)
+
+    def __init__(self, path: Path, *, device: str, precision: str) -> None:
+        self._precision, self._cores = precision, usable_cores()
+        super().__init__(path, device="cpu" if DEVICES[device] == "CPU" else device)
+
+    def _open(self, path: Path) -> _Networks:
+        graph = _read(path)
+        _check_int8(self._path, graph)
+        try:
+            core = openvino.Core()
+            _check_device(core, self.device, self._precision)
+            self._graph: bytes | str = graph.data if graph.is_changed else str(path)
+            model = core.read_model(self._graph)
+            self.outputs = tuple(_spec(output) for output in model.outputs)
+            self.inputs = tuple(
+                _spec(entry) for entry in model.inputs if not graph.thresholds.intersection(entry.get_names())
+            )
+            compiled = core.compile_model(model, DEVICES[self.device], self._settings("LATENCY"))
+        except self.errors as error:
+            raise LoadError(
+                f"OpenVINO {openvino.__version__} cannot open {self._path}: {self.reason(error)}",
+                fix="Run it with ONNX Runtime:  --runtime onnxruntime   or export it again:  y7 export --weights FILE",
+            ) from error
+        self.properties, self.thresholds = graph.properties, frozenset(graph.thresholds)
+        return _Networks(_Compiled(compiled))
+
+    def _settings(self, hint: str) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": hint,
+            "INFERENCE_PRECISION_HINT": self._precision,
+            "CACHE_DIR": str(cache_dir() / "openvino"),
+        }
+        if self.device == "cpu":
+            # The default counts the cores of the whole machine, even in a container with fewer.
+            settings["INFERENCE_NUM_THREADS"] = self._cores or 0
+        return settings
+
+    @property
+    def runtime_info(self) -> tuple[tuple[str, str], ...]:
+        """See `Runtime.runtime_info`."""
+        networks = self.get()
+        used = networks.throughput or networks.latency
+        return (
+            ("runtime", f"OpenVINO {openvino.__version__}"),
+            ("execution precision", self._precision),
+            ("threads", str(used.network.get_property("INFERENCE_NUM_THREADS")) if self.device == "cpu" else "device"),
+            ("streams", str(used.network.get_property("NUM_STREAMS"))),
+        )
+
+    def reason(self, error: Exception) -> str:
+        """See `OnnxSession.reason`."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        text = " ".join(line for line in lines if not line.startswith("Exception from"))
+        return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
+
+    def run(self, model: _Networks, outputs: list[str] | None, feeds: dict[str, Array]) -> list[Array]:
+        """See `OnnxSession.run`; inputs without a value get their defaults from the file's metadata."""
+        compiled = self._acquire(model)
+        request = None
+        try:
+            request = compiled.free.pop() if compiled.free else compiled.network.create_infer_request()
+            request.infer(feeds, share_inputs=True)
+            names = outputs if outputs is not None else [spec.name for spec in self.outputs]
+            return [request.get_tensor(name).data.copy() for name in names]
+        finally:
+            with self._lock:
+                model.running -= 1
+                if request is not None:
+                    compiled.free.append(request)
+
+    def _acquire(self, model: _Networks) -> _Compiled:
+        """Return the network for a call, and compile the one for throughput at the first overlap."""
+        with self._lock:
+            model.running += 1
+            model.alone = model.alone + 1 if model.running == 1 else 0
+            if model.alone >= _ALONE or self.device != "cpu" or self._cores == 1:
+                return model.latency
+            if model.throughput is None and model.compiling is None:
+                model.compiling = threading.Thread(target=self._compile_throughput, args=(model,), daemon=True)
+                model.compiling.start()
+            return model.throughput or model.latency
+
+    def _compile_throughput(self, model: _Networks) -> None:
+        try:
+            core = openvino.Core()
+            network = core.compile_model(core.read_model(self._graph), "CPU", self._settings("THROUGHPUT"))
+        except self.errors as error:  # such as no memory: calls go on with the other network
+            logger.warning("OpenVINO could not compile %s for throughput: %s", self._path, self.reason(error))
+            return
+        model.throughput = _Compiled(network)
+
+
+class OvRuntime(OnnxRuntime):
+    """An ONNX file in OpenVINO."""
+
+    name = "openvino"
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        device: str,
+        input_hw: tuple[int, int] | None,
+        half: bool | None = None,
+        precision: str = "f32",
+    ) -> OvRuntime:
+        """Open a file; see `open_runtime`. A size or precision other than that of the file is refused."""
+        if device not in DEVICES:
+            raise DeviceError(
+                f"OpenVINO has no device {device!r}.", fix=f"One of: {', '.join(DEVICES)}; or  --runtime onnxruntime"
+            )
+        runtime = cls(OvSession(path, device=device, precision=precision), path, input_hw=input_hw, half=half)
+        _check_saturation(path, runtime.metadata, runtime.device)
+        return runtime
+
+
+def _read(path: Path) -> OpenvinoGraph:
+    try:
+        graph = rewrite_for_openvino(read_bytes(path, max_bytes=MAX_MODEL_BYTES))
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
+    except (ValueError, IndexError, RecursionError) as error:
+        raise LoadError(
+            f"{path} is not an ONNX file, or is truncated ({error}).", fix="Export it:  y7 export --weights WEIGHTS.pt"
+        ) from error
+    if graph.has_external_data and graph.is_changed:
+        raise LoadError(
+            f"{path} has functions and keeps its weights in other files, which OpenVINO cannot open together.",
+            fix="Run it with ONNX Runtime:  --runtime onnxruntime",
+        )
+    return graph
+
+
+def _check_int8(path: Path, graph: OpenvinoGraph) -> None:
+    """Refuse int8 activations, with which OpenVINO 2026.4 computes convolutions after a Concat wrongly."""
+    if graph.has_int8_activations:
+        raise LoadError(
+            f"{path} has int8 activations, as TensorRT needs them; OpenVINO computes them wrongly on a CPU.",
+            fix="Quantize the FP32 file for CPUs:  y7 quantize --weights FILE.onnx --calib FOLDER --int8-target cpu",
+        )
+
+
+def _check_saturation(path: Path, metadata: ModelMetadata, device: str) -> None:
+    """Refuse INT8 weights of 8 bits on a CPU without VNNI, where the sums of OpenVINO's kernels saturate."""
+    if metadata.int8 is not None and device == "cpu" and not metadata.int8.reduce_range and not has_vnni():
+        raise UsageError(
+            f"{path} has weights of 8 bits, and this CPU has no VNNI: sums in OpenVINO's INT8 kernels would saturate.",
+            fix="Quantize the FP32 file for it:  y7 quantize --weights FILE.onnx --calib FOLDER --reduce-range   "
+            "or use  --runtime onnxruntime",
+        )
+
+
+def _check_device(core: openvino.Core, device: str, precision: str) -> None:
+    name = DEVICES[device]
+    available = {entry.partition(".")[0] for entry in core.available_devices}
+    if name not in available:
+        raise DeviceError(f"OpenVINO has no {name} here (it has {', '.join(sorted(available))}).", fix="--device cpu")
+    needed = _CPU_CAPABILITIES.get(precision)
+    if name == "CPU" and needed and needed not in core.get_property(name, "OPTIMIZATION_CAPABILITIES"):
+        raise DeviceError(f"This CPU does not compute in {precision}.", fix="--runtime openvino  computes in float32.")
+
+
+def _spec(port: Any) -> TensorSpec:  # noqa: ANN401 - an openvino.Output, input or output
+    shape = port.partial_shape
+    dims = [None if dim.is_dynamic else dim.get_length() for dim in shape] if shape.rank.is_static else []
+    return TensorSpec(name=port.any_name, dtype=_dtype(port.element_type), shape=tuple(dims))
+
+
+def _dtype(kind: openvino.Type) -> str:
+    try:
+        return str(np.dtype(kind.to_dtype()).name)
+    except (RuntimeError, TypeError, ValueError):
+        return str(kind)
