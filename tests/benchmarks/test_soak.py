@@ -158,7 +158,11 @@ def _sessions():
 def test_the_runtime_info_contains_the_number_of_concurrent_runs(opened):
     cores = usable_cores()
     runtime_info = dict(opened[0].runtime_info)
-    assert runtime_info == {"intra-op threads": str(cores), "concurrent runs": f"at most {2 * cores}"}
+    assert runtime_info == {
+        "runtime": f"ONNX Runtime {onnxruntime.__version__}",
+        "intra-op threads": str(cores),
+        "concurrent runs": f"at most {2 * cores}",
+    }
 
 
 # --- the fair semaphore -------------------------------------------------------------------------------------------
