@@ -139,7 +139,7 @@ def test_a_child_is_refused_a_gpu_of_its_parent(opened, monkeypatch):
     detector = opened("torch")
     monkeypatch.setattr(detector._runtime, "_on_gpu", True)
     session = opened("plugin")
-    monkeypatch.setattr(session._runtime._session, "_device", "cuda:0")
+    monkeypatch.setattr(session._runtime._session, "device", "cuda:0")
 
     def work():
         for one in (detector, session):

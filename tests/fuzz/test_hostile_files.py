@@ -202,7 +202,7 @@ MERGES = "\n".join(
         ("val: .\nnames: &a [*a]\n", "contains itself"),
         ("val: .\nnc: 9999999999999\n", "has nc: 9999999999999"),
         ("val: .\nnames: " + "[" * 20_000, "nested too deeply"),
-        ("val: .\nnames: [[cat], dog]\n", "is not a string"),
+        ("val: .\nnames: [[cat], dog]\n", "is not a name"),
         ("val: {a: b}\nnames: [cat]\n", "is not a path"),
         ("val: " + "x" * 70_000 + "\nnames: [cat]\n", "does not exist"),
         ("val: /dev/zero\nnames: [cat]\n", "it is a device, not a file"),
@@ -222,7 +222,6 @@ def test_a_hostile_yaml_is_refused_with_a_short_message(tmp_path, text, message)
     ("section", "change"),
     [
         ("images", {"id": {}}),
-        ("images", {"width": 0}),
         ("images", {"height": 10**400}),
         ("images", {"file_name": ["1.png"]}),
         ("categories", {"id": [3]}),

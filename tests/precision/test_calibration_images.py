@@ -133,7 +133,7 @@ def test_a_coco_json_gives_its_images_or_an_error_with_the_folders_that_were_sea
     assert images.notes[0] == "Calibrated on instances_some.json."
     for path in paths:
         path.unlink()
-    with pytest.raises(DatasetError, match="were not found; looked in") as caught:
+    with pytest.raises(DatasetError, match="was found; looked in") as caught:
         open_calibration(target)
     assert "--calib FOLDER" in caught.value.fix
 

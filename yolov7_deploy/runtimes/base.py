@@ -197,13 +197,20 @@ def installed_runtimes(path: Path, device: str) -> tuple[str, ...]:
     """Return the runtimes that can be expected to run a file here: all installed ones for ONNX files on a CPU."""
     if path.suffix.lower() != ".onnx" or device not in ("auto", "cpu") or (device == "auto" and _has_cuda()):
         return ("auto",)
-    return tuple(name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)) or ("auto",)
+    return tuple(name for name in ("onnxruntime", "openvino") if _is_installed(name)) or ("auto",)
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _prefers_openvino(path: Path, device: str) -> bool:
-    if importlib.util.find_spec("openvino") is None or device not in ("auto", "cpu"):
+    if not _is_installed("openvino") or device not in ("auto", "cpu"):
         return device.startswith("intel:")
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not _is_installed("onnxruntime"):
         return True
     metadata = read_onnx_metadata(path)
     if metadata is None or metadata.precision == "fp32" or (device == "auto" and _has_cuda()):
@@ -214,7 +221,7 @@ def _prefers_openvino(path: Path, device: str) -> bool:
 
 def _has_cuda() -> bool:
     """Return True if ONNX Runtime is installed and has a CUDA provider."""
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not _is_installed("onnxruntime"):
         return False
     from yolov7_deploy._ort_options import has_cuda_provider
 
