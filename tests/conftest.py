@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import logging
 
 import onnx
 import pytest
@@ -103,14 +104,45 @@ def plugin(detectors):
     return detectors("plugin")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep compiled networks and downloads out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _trim_memory(request):
-    """Return freed memory to the system after slow tests, whose networks leave gigabytes with the C library."""
+def _default_verbosity():
+    """Undo what a command that ran in this process chose to log."""
+    package, last_resort = logging.getLogger("yolov7_deploy"), logging.lastResort
+    levels = package.level, last_resort.level
+    yield
+    package.setLevel(levels[0])
+    last_resort.setLevel(levels[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_memory(request):
+    """Free what a module cached, and return freed memory to the system: its networks are gigabytes."""
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear") and value.__module__ == request.module.__name__:
+            value.cache_clear()
+    _trim_memory()
+
+
+@pytest.fixture(autouse=True)
+def _free_memory_of_slow_tests(request):
     yield
     if request.node.get_closest_marker("slow"):
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _trim_memory()
+
+
+def _trim_memory():
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,11 @@ def private_folder(parent: Path, name: str) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def is_partial_file(path: Path) -> bool:
+    """Return whether a path is that of a temporary file, which will have another name or be removed."""
+    return _TEMPORARY_NAME.fullmatch(path.name) is not None
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove temporary files and folders that killed processes left; those that are being written stay."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:

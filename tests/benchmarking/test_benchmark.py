@@ -26,6 +26,7 @@ from yolov7_deploy.benchmarking.report import STAGES, SpeedReport, paper_speed, 
 from yolov7_deploy.benchmarking.report_text import describe_speed
 from yolov7_deploy.benchmarking.sampling import stage_time
 from yolov7_deploy.detections import Detections
+from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
 from yolov7_deploy.image import Image
 from yolov7_deploy.options import BenchOptions
@@ -174,6 +175,14 @@ def test_a_checkpoint_is_measured_too(detectors):
     measured = measure_speed(detectors("torch"), Frames(images=FRAMES.images[:1], description="one"), options=QUICK)
     assert (measured.runtime, measured.nms) == ("pytorch", "host")
     assert "torch" in dict(measured.environment)
+
+
+def test_a_report_names_the_runtime_that_ran_and_its_version(files):
+    pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'yolov7-deploy[openvino]'")
+    with Detector(files("plugin"), img=HW, runtime="openvino") as detector:
+        measured = measure_speed(detector, Frames(images=FRAMES.images[:1], description="one"), options=QUICK)
+    assert measured.runtime == "openvino"
+    assert {"openvino"} == {"openvino", "onnxruntime"} & dict(measured.environment).keys()
 
 
 class UnstableDetector:

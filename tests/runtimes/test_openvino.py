@@ -1,5 +1,7 @@
 """ONNX files in OpenVINO: the same boxes as in ONNX Runtime and PyTorch, or a refusal that names the command."""
 
+import os
+import shutil
 import threading
 from dataclasses import replace
 from functools import lru_cache
@@ -427,3 +429,47 @@ def test_the_network_of_another_test_has_the_same_detections(tmp_path):
     assert len(found[0][0]) > 20
     assert_all_same(*found)
     assert Thresholds().max_det == 300
+
+
+# --- compiled networks on disk ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "yolov7_deploy" / "openvino"
+
+
+def open_openvino(path):
+    with Detector(path, runtime="openvino") as detector:
+        return len(detector(noise(128, 192)))
+
+
+def test_a_compiled_network_is_kept_and_used_again(files, cache):
+    found = open_openvino(files("plugin"))
+    (blob,) = cache.iterdir()
+    written = blob.stat().st_mtime_ns
+    assert open_openvino(files("plugin")) == found
+    assert list(cache.iterdir()) == [blob] and blob.stat().st_mtime_ns == written
+
+
+def test_the_networks_that_were_used_longest_ago_are_removed(files, cache, monkeypatch):
+    cache.mkdir(parents=True)
+    for age, name in enumerate(("new", "old", "older")):
+        (cache / name).write_bytes(bytes(1000))
+        os.utime(cache / name, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(runtime_module, "MAX_CACHE_BYTES", 2000)
+    open_openvino(files("plugin"))
+    assert {"new", "old"} <= {path.name for path in cache.iterdir()} and not (cache / "older").exists()
+
+
+def test_a_file_that_an_export_verifies_is_not_kept(files, cache, tmp_path):
+    partial = tmp_path / f".tiny.{'0' * 16}.partial.onnx"
+    shutil.copy(files("plugin"), partial)
+    open_openvino(partial)
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_created_is_no_error(files, cache):
+    cache.parent.parent.write_text("a file in the way")
+    assert open_openvino(files("plugin")) >= 0

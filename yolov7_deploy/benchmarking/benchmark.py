@@ -48,12 +48,6 @@ MIN_CALLS = 20  # per series of a row, so that there are blocks to compare
 MIN_CONCURRENT_CALLS = 3  # per thread
 SLICE_S = 0.1
 P99_CALLS = 100  # the 99th percentile of fewer calls is their maximum
-# Distributions that the speed of a runtime depends on.
-_LIBRARIES = {
-    "pytorch": ("torch",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "cuda-python", "pycuda"),
-}
 _STEPS = 100  # progress steps per part of a row
 
 logger = get_logger(__name__)
@@ -399,12 +393,12 @@ def _inconsistent(before: Detections, now: Detections, where: str) -> DeviceErro
 def _empty_report(detector: Detector, frames: Frames, profile: DeviceProfile | None) -> SpeedReport:
     """Return a report with the model, the machine and the settings, without rows."""
     metadata, machine = detector.metadata, read_machine()
-    runtime = runtime_entry(detector.path).name
+    runtime = runtime_entry(detector.path, detector.runtime)
     return SpeedReport(
         weights=str(detector.path),
         weights_sha256=sha256_hex(detector.path),
         variant="" if metadata.variant == "custom" else metadata.variant,
-        runtime=runtime,
+        runtime=runtime.name,
         precision=metadata.precision,
         nms=metadata.nms.kind if metadata.nms else "host",
         device=detector.device,
@@ -414,7 +408,7 @@ def _empty_report(detector: Detector, frames: Frames, profile: DeviceProfile | N
             ("CPU", f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores"),
             *((f"GPU {number}", f"{gpu.name}, driver {gpu.driver}") for number, gpu in enumerate(machine.gpus)),
             ("python", platform.python_version()),
-            *_versions(("numpy", "opencv-python-headless", *_LIBRARIES[runtime])),
+            *_versions(("numpy", "opencv-python-headless", *runtime.distributions)),
         ),
         input_hw=detector.input_hw,
         frame_hw=frames.hw,

@@ -125,12 +125,21 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeEntry:
-    """A runtime in the table of runtimes: the file suffixes it opens, and its class."""
+    """A runtime in the table of runtimes.
+
+    Attributes:
+        name: Name in messages, options and reports.
+        suffixes: Suffixes of the files that it opens.
+        module: Module of its class, imported when a file is opened.
+        attribute: Name of its class.
+        distributions: Distributions that its speed depends on, as reports name them with their versions.
+    """
 
     name: str
     suffixes: tuple[str, ...]
     module: str
     attribute: str
+    distributions: tuple[str, ...]
 
 
 RUNTIMES = (
@@ -139,24 +148,28 @@ RUNTIMES = (
         suffixes=(".pt", ".pth", ".safetensors"),
         module="yolov7_deploy.runtimes.pytorch",
         attribute="PytorchRuntime",
+        distributions=("torch",),
     ),
     RuntimeEntry(
         name="onnxruntime",
         suffixes=(".onnx",),
         module="yolov7_deploy.runtimes.onnxruntime",
         attribute="OrtRuntime",
+        distributions=("onnxruntime", "onnxruntime-gpu"),
     ),
     RuntimeEntry(
         name="openvino",
         suffixes=(".onnx",),
         module="yolov7_deploy.runtimes.openvino",
         attribute="OvRuntime",
+        distributions=("openvino",),
     ),
     RuntimeEntry(
         name="tensorrt",
         suffixes=(".engine", ".plan", ".trt"),
         module="yolov7_deploy.runtimes.tensorrt",
         attribute="TrtRuntime",
+        distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "cuda-python", "pycuda"),
     ),
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnxruntime
 
+from yolov7_deploy._atomic_file import is_partial_file
 from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, ort_reason
 from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy.errors import DeviceError, LoadError
@@ -140,17 +141,18 @@ class OrtRuntime(OnnxRuntime):
 
 def _prepare_low_precision(session: OrtSession, path: Path, metadata: ModelMetadata) -> None:
     """Log a warning about files that are slow on this CPU, and choose the kernels of INT8 files."""
+    log = logger.debug if is_partial_file(path) else logger.warning  # a file that an export verifies
     if metadata.precision == "fp16":
-        logger.warning(
-            "%s is FP16, which ONNX Runtime computes slower than FP32 on a CPU. Use an FP32 file, or OpenVINO:  "
-            "pip install 'yolov7-deploy[openvino]'",
+        log(
+            "%s is FP16, which ONNX Runtime computes slower than FP32 on a CPU. Use an FP32 file, or OpenVINO "
+            "(pip install 'yolov7-deploy[openvino]'):  --runtime openvino",
             path,
         )
     if metadata.int8 is None:
         return
     fitting = "arm" if platform.machine().lower() in ("aarch64", "arm64") else "cpu"
     if metadata.int8.target != fitting:
-        logger.warning(
+        log(
             "%s was quantized for %s, which is slower than FP32 on this CPU. Quantize the FP32 file for it:  "
             "y7 quantize --weights FILE.onnx --calib FOLDER --int8-target %s",
             path,
@@ -161,7 +163,7 @@ def _prepare_low_precision(session: OrtSession, path: Path, metadata: ModelMetad
         if metadata.int8.reduce_range:
             session.use_default_int8(session.get())  # nothing saturates, and these kernels are faster
         else:
-            logger.warning(
+            log(
                 "%s has weights of 8 bits, and this CPU has no VNNI: ONNX Runtime uses slower kernels to be exact. "
                 "Quantize the FP32 file with  --reduce-range",
                 path,

@@ -7,6 +7,7 @@ every layer. Until that is ready, calls wait for each other.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import openvino
 
+from yolov7_deploy._atomic_file import is_partial_file
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
@@ -31,6 +33,7 @@ logger = get_logger(__name__)
 DEVICES = {"auto": "CPU", "cpu": "CPU", "intel:gpu": "GPU", "intel:npu": "NPU"}
 _CPU_CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
 _MAX_REASON = 500  # characters
+MAX_CACHE_BYTES = 2 << 30  # compiled networks on disk; yolov7 in FP32 has 150 MB
 # After so many calls without overlap, calls use all cores for each image again.
 _ALONE = 8
 
@@ -99,7 +102,7 @@ class OvSession(OnnxSession[_Networks]):
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": hint,
             "INFERENCE_PRECISION_HINT": self._precision,
-            "CACHE_DIR": str(cache_dir() / "openvino"),
+            "CACHE_DIR": _cache_folder(self._path),
         }
         if self.device == "cpu":
             # The default counts the cores of the whole machine, even in a container with fewer.
@@ -159,6 +162,32 @@ class OvSession(OnnxSession[_Networks]):
             logger.warning("OpenVINO could not compile %s for throughput: %s", self._path, self.reason(error))
             return
         model.throughput = _Compiled(network)
+
+
+def _cache_folder(path: Path) -> str:
+    """Return the folder of compiled networks, without the oldest beyond `MAX_CACHE_BYTES`; empty: do not cache."""
+    folder = cache_dir() / "openvino"
+    if is_partial_file(path):  # a file that an export verifies: it is opened once
+        return ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return ""
+        _remove_oldest(folder, MAX_CACHE_BYTES)
+    except OSError:  # such as a read-only home folder of a container
+        return ""
+    return str(folder)
+
+
+def _remove_oldest(folder: Path, max_bytes: int) -> None:
+    """Remove the files of a folder that were read or written longest ago, until the others are small enough."""
+    with os.scandir(folder) as entries:
+        stats = [(entry.path, entry.stat()) for entry in entries if entry.is_file(follow_symlinks=False)]
+    kept = 0
+    for path, stat in sorted(stats, key=lambda item: max(item[1].st_atime, item[1].st_mtime), reverse=True):
+        kept += stat.st_size
+        if kept > max_bytes:
+            Path(path).unlink(missing_ok=True)
 
 
 class OvRuntime(OnnxRuntime):
