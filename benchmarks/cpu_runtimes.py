@@ -36,6 +36,7 @@ from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, Int8Options, ValOptions
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration
+from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
 
 FP32 = "fp32, onnxruntime"
@@ -47,8 +48,10 @@ ROWS = {
     "int8 cpu 7 bits, onnxruntime": ("int8-cpu-7", "onnxruntime"),
     "fp32, openvino": ("fp32", "openvino"),
     "fp32, openvino-bf16": ("fp32", "openvino-bf16"),
+    "fp16, openvino": ("fp16", "openvino"),
     "int8 tensorrt, openvino": ("int8-tensorrt", "openvino"),
     "int8 cpu, openvino": ("int8-cpu", "openvino"),
+    "int8 cpu, openvino-bf16": ("int8-cpu", "openvino-bf16"),
     "int8 cpu 7 bits, openvino": ("int8-cpu-7", "openvino"),
 }
 CALLERS = 4
@@ -103,6 +106,7 @@ def write_files(weights: str, calib: str, folder: Path) -> dict[str, Path]:
     models = {
         "fp32": model,
         "none": export_onnx(fused, checkpoint.metadata, ExportOptions(nms="none")),
+        "fp16": to_fp16(model, [next(iter(images))]),
         "int8-tensorrt": to_int8(model, calibration, Int8Options(target="tensorrt", fallback="fp32")),
         "int8-cpu": to_int8(model, calibration, Int8Options(target="cpu")),
         "int8-cpu-7": to_int8(model, calibration, Int8Options(target="cpu", reduce_range=True)),

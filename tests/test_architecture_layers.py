@@ -26,10 +26,10 @@ MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "uti
 # modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_bounded_read", "_download", "_protobuf"),
-    ("_atomic_file", "_ort_options", "_serialization", "_statistics", "_text", "_version"),
+    ("_atomic_file", "_serialization", "_statistics", "_text", "_version"),
     ("errors",),
     ("_output", "_output_folder", "_process", "hardware", "hub", "image", "metadata", "paper"),
-    ("_charts", "_console", "options", "visualize"),
+    ("_charts", "_console", "_ort_options", "options", "visualize"),
     ("sources",),
     ("datasets", "detections", "postprocess"),
     ("checkpoint", "output_layout"),

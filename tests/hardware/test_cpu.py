@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from yolov7_deploy.hardware.cpu import usable_cores
+from yolov7_deploy.hardware.cpu import has_vnni, usable_cores
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not show CPU affinity")
 
@@ -78,3 +78,13 @@ def test_limits_that_cannot_be_read_are_ignored(machine, text):
 def test_without_cpu_affinity_the_number_of_cores_is_none(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cores() is None
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, expected",
+    [("flags\t\t: fpu avx512_vnni\n", True), ("flags : fpu avx_vnni", True), ("flags : fpu avx2", False), ("", None)],
+)
+def test_vnni_is_known_only_where_the_system_lists_the_flags(tmp_path, cpuinfo, expected):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert has_vnni(tmp_path) is expected

@@ -62,13 +62,13 @@ def usable_cores(root: Path = ROOT) -> int | None:
     return max(1, min([len(cores), *(math.ceil(quota) for quota in _cgroup_quotas(root))]))
 
 
-def has_vnni(root: Path = ROOT) -> bool:
-    """Return True if an x86 CPU multiplies and adds 8-bit integers in 32 bits (VNNI), or if it is not known.
+def has_vnni(root: Path = ROOT) -> bool | None:
+    """Return whether an x86 CPU multiplies and adds 8-bit integers in 32 bits (VNNI); `None` if it is not known.
 
     Only Linux shows it. `root` is the folder that contains `proc`.
     """
     flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
-    return flags is None or bool({"avx512_vnni", "avx_vnni"}.intersection(flags[1].split()))
+    return None if flags is None else bool({"avx512_vnni", "avx_vnni"}.intersection(flags[1].split()))
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:

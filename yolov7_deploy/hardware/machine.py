@@ -118,7 +118,7 @@ def find_int8_target(root: Path = ROOT) -> tuple[str, bool]:
         return "tensorrt", False
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "arm", False
-    return "cpu", not has_vnni(root)
+    return "cpu", has_vnni(root) is False
 
 
 def gpu_memory_used(device: str, *, root: Path = ROOT) -> int | None:

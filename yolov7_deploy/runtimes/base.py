@@ -229,7 +229,7 @@ def _prefers_openvino(path: Path, device: str) -> bool:
     if metadata is None or metadata.precision == "fp32" or (device == "auto" and _has_cuda()):
         return False
     int8 = metadata.int8
-    return int8 is None or (int8.target == "cpu" and (int8.reduce_range or has_vnni()))
+    return int8 is None or (int8.target == "cpu" and (int8.reduce_range or has_vnni() is not False))
 
 
 def _has_cuda() -> bool:

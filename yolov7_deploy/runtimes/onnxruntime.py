@@ -54,7 +54,7 @@ class OrtSession(OnnxSession[onnxruntime.InferenceSession]):
 
     def __init__(self, path: Path, providers: list[Any], *, device: str) -> None:
         self._providers = providers
-        self._exact_int8 = True
+        self._exact_int8 = has_vnni() is not True
         super().__init__(path, device=device)
         model = self.get()
         try:
@@ -116,8 +116,8 @@ class OrtSession(OnnxSession[onnxruntime.InferenceSession]):
     def use_default_int8(self, opened: onnxruntime.InferenceSession) -> bool:
         """Open the file again without the setting for exact INT8; return False if another thread was faster."""
         with self._lock:
-            if self._model is not opened:
-                return False  # closed, or another thread was faster
+            if self._model is not opened or not self._exact_int8:
+                return False  # closed, another thread was faster, or they are in use
             self._exact_int8 = False
             self._model = self._open(self._absolute_path)
         return True
@@ -159,18 +159,17 @@ def _prepare_low_precision(session: OrtSession, path: Path, metadata: ModelMetad
             metadata.int8.target,
             fitting,
         )
-    elif fitting == "cpu" and not has_vnni():
-        if metadata.int8.reduce_range:
-            session.use_default_int8(session.get())  # nothing saturates, and these kernels are faster
-        else:
-            log(
-                "%s has weights of 8 bits, and this CPU has no VNNI: ONNX Runtime uses slower kernels to be exact. "
-                "Quantize the FP32 file with  --reduce-range",
-                path,
-            )
+    elif metadata.int8.reduce_range:
+        session.use_default_int8(session.get())  # nothing saturates, and these kernels are faster
+    elif has_vnni() is False:
+        log(
+            "%s has weights of 8 bits, and this CPU has no VNNI: ONNX Runtime uses slower kernels to be exact. "
+            "Quantize the FP32 file with  --reduce-range",
+            path,
+        )
 
 
-def session_options(*, exact_int8: bool = True) -> onnxruntime.SessionOptions:
+def session_options(*, exact_int8: bool | None = None) -> onnxruntime.SessionOptions:
     """Return the session options of the Detector, also for benchmarks that compare it with a bare session."""
     options = base_session_options(exact_int8=exact_int8)
     # The default counts the cores of the whole machine, even in a container with fewer. It also pins the threads to

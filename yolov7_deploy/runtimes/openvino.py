@@ -243,7 +243,7 @@ def _check_int8(path: Path, graph: OpenvinoGraph) -> None:
 
 def _check_saturation(path: Path, metadata: ModelMetadata, device: str) -> None:
     """Refuse INT8 weights of 8 bits on a CPU without VNNI, where the sums of OpenVINO's kernels saturate."""
-    if metadata.int8 is not None and device == "cpu" and not metadata.int8.reduce_range and not has_vnni():
+    if metadata.int8 is not None and device == "cpu" and not metadata.int8.reduce_range and has_vnni() is False:
         raise UsageError(
             f"{path} has weights of 8 bits, and this CPU has no VNNI: sums in OpenVINO's INT8 kernels would saturate.",
             fix="Quantize the FP32 file for it:  y7 quantize --weights FILE.onnx --calib FOLDER --reduce-range   "
