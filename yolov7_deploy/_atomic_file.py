@@ -144,8 +144,8 @@ def private_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def is_partial_file(path: Path) -> bool:
-    """Return whether a path is that of a temporary file, which will have another name or be removed."""
-    return _TEMPORARY_NAME.fullmatch(path.name) is not None
+    """Return whether a file is temporary, or in a temporary folder: it will have another name or be removed."""
+    return any(_TEMPORARY_NAME.fullmatch(part) for part in path.parts)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -96,7 +96,7 @@ class ModelMetadata:
             unknown, as for official files.
         batch: Fixed batch size; `None` for any.
         input_kind: `float32` is NCHW RGB 0..1; `uint8` is NHWC BGR 0..255.
-        precision: `fp32`, `fp16` or `int8`.
+        precision: `fp32`, `fp16` or `int8`; that of an opened model may be `bf16`, if its runtime computes so.
         int8: Record of the quantization; `None` for other precisions and for third-party files.
         nms: NMS inside the file; `None` if the output is the decoded head.
         heads: Names of the raw head tensors inside an ONNX graph, fine to coarse.

@@ -3,7 +3,6 @@
 import os
 import shutil
 import threading
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -185,13 +184,34 @@ def test_the_parity_test_fails_for_a_refused_file(make_file, fused, images, monk
         runtime = open_runtime(path, device="cpu", input_hw=None, runtime=name)
         reports[name] = compare(
             make_artifact("torch", PytorchRuntime(*fused), None, input_hw=HW),
-            replace(make_artifact(name, runtime, path, input_hw=HW), probe=None),
+            make_artifact(name, runtime, path, input_hw=HW),
             images,
             thresholds=comparison_thresholds(runtime.metadata),
         )
         runtime.close()
     assert reports["onnxruntime"].ok
-    assert reports["openvino"].first_failure is not None
+    assert reports["openvino"].first_failure.stage == "head"
+
+
+def test_bfloat16_is_verified_with_its_own_limits(make_file, fused, images):
+    """The head maps that are compared are those that OpenVINO computes in bfloat16."""
+    import openvino
+
+    from yolov7_deploy.runtimes.pytorch import PytorchRuntime
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU does not compute in bfloat16")
+    path = make_file()
+    runtime = open_runtime(path, device="cpu", input_hw=None, runtime="openvino-bf16")
+    assert runtime.metadata.precision == "bf16"
+    report = compare(
+        make_artifact("torch", PytorchRuntime(*fused), None, input_hw=HW),
+        make_artifact("bf16", runtime, path, input_hw=HW),
+        images,
+        thresholds=comparison_thresholds(runtime.metadata),
+    )
+    head = report.stages[0]
+    assert report.ok and head.stage == "head" and head.differences["rms / std"] > 1e-3
 
 
 def test_weights_of_8_bits_are_refused_on_a_cpu_without_vnni(make_file, monkeypatch):

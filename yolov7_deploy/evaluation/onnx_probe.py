@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
-from yolov7_deploy._ort_options import base_session_options
+from yolov7_deploy._process import temporary_folder
 from yolov7_deploy.image import FloatArray, Image, to_network_input
-from yolov7_deploy.metadata import CONF_INPUT, NMS_OUTPUTS, RAW_OUTPUT
+from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
 from yolov7_deploy.onnx_export.nms import EFFICIENT_OP
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
+from yolov7_deploy.options import file_thresholds, threshold_values
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs
+from yolov7_deploy.runtimes.onnx_session import OnnxRuntime
 
 
 def copy_with_conf(path: Path, copy: Path, *, conf: float) -> None:
@@ -40,12 +41,13 @@ class OnnxProbe:
 
     Args:
         path: The file; it is not changed.
+        runtime: The file in the runtime that runs the copy too, with the same settings.
 
     Raises:
         LoadError: The file is not ONNX, or was not written by this package.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, runtime: OnnxRuntime) -> None:
         model = OnnxModel.load(path)
         self._metadata = model.metadata
         graph = model.proto.graph
@@ -55,20 +57,25 @@ class OnnxProbe:
         # Without a type, because maps are FP16 in some files.
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in added if name not in known)
         self._outputs = [*added, *(name for name in (RAW_OUTPUT, *NMS_OUTPUTS) if name in known)]
-        options = base_session_options()
-        self._session = onnxruntime.InferenceSession(
-            model.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        self._input = self._session.get_inputs()[0].name
+        with temporary_folder("y7-verify") as folder:
+            copy = folder / "probe.onnx"
+            copy.write_bytes(model.proto.SerializeToString())
+            self._session = runtime.open_graph(copy)
+        self._input = self._session.inputs[0].name
         nms = self._metadata.nms
-        self._thresholds = {CONF_INPUT: np.zeros(1, np.float32)} if nms and nms.runtime_thresholds else {}
+        self._thresholds = {}
+        if nms is not None and nms.runtime_thresholds:
+            values = threshold_values(replace(file_thresholds(nms), conf=0.0))
+            self._thresholds = {
+                name: np.full(1, value, np.float32) for name, value in zip(THRESHOLD_INPUTS, values, strict=True)
+            }
 
     def stages(self, canvas: Image) -> IntermediateOutputs:
         """Return the intermediate outputs for one canvas; decoding that is part of an NMS op has none."""
         batch = [canvas] * (self._metadata.batch or 1)
         array = np.stack(batch) if self._metadata.input_kind == "uint8" else to_network_input(batch)
         inputs = {self._input: array, **self._thresholds}
-        results = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+        results = dict(zip(self._outputs, self._session.run(self._session.get(), self._outputs, inputs), strict=True))
         decoded: FloatArray | None = None
         if RAW_OUTPUT in results:
             decoded = results[RAW_OUTPUT][0]

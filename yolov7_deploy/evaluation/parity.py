@@ -35,6 +35,7 @@ from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds, file_thresholds
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs, Runtime
+from yolov7_deploy.runtimes.onnx_session import OnnxRuntime
 
 logger = get_logger(__name__)
 
@@ -142,16 +143,15 @@ class Artifact:
     def with_conf(self, conf: float) -> Iterator[Artifact]:
         """Yield this artifact, or a copy that has the confidence threshold if its own is higher and fixed."""
         nms, path = self.metadata.nms, self._efficient_file()
-        if path is None or nms is None or nms.conf <= conf:
+        if path is None or not isinstance(self.runtime, OnnxRuntime) or nms is None or nms.conf <= conf:
             yield self
             return
         from yolov7_deploy.evaluation.onnx_probe import copy_with_conf
-        from yolov7_deploy.runtimes.onnxruntime import OrtRuntime
 
         with temporary_folder("y7-verify") as folder:
             copy = folder / "copy.onnx"
             copy_with_conf(path, copy, conf=conf)
-            runtime = OrtRuntime.open(copy, device=self.runtime.device, input_hw=None)
+            runtime = self.runtime.open_copy(copy)
             try:
                 yield make_artifact(self.name, runtime, copy, input_hw=self.input_hw)
             finally:
@@ -270,10 +270,10 @@ def make_artifact(name: str, runtime: Runtime, path: Path | None, *, input_hw: t
     probe: StageProbe | None = None
     if hasattr(runtime, "stages"):
         probe = runtime  # type: ignore[assignment]
-    elif path is not None and path.suffix == ".onnx" and runtime.metadata.heads:
+    elif path is not None and isinstance(runtime, OnnxRuntime) and runtime.metadata.heads:
         from yolov7_deploy.evaluation.onnx_probe import OnnxProbe
 
-        probe = OnnxProbe(path)
+        probe = OnnxProbe(path, runtime)
     return Artifact(name=name, runtime=runtime, path=path, probe=probe, input_hw=input_hw)
 
 

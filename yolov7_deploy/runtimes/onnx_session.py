@@ -160,6 +160,10 @@ class OnnxSession(Generic[_Model]):
         """See `Runtime.runtime_info`."""
         raise NotImplementedError
 
+    def open_other(self, path: Path) -> OnnxSession[_Model]:
+        """Return another file, opened with the settings of this one."""
+        raise NotImplementedError
+
     def get(self) -> _Model:
         """Return the opened model.
 
@@ -232,6 +236,22 @@ class OnnxRuntime:
             raise
         self.device = session.device
         self.max_batch_size = self.metadata.batch
+
+    def open_graph(self, path: Path) -> OnnxSession[Any]:
+        """Open another ONNX file with the device and the settings of this one, to read its tensors by name.
+
+        Raises:
+            LoadError: The library cannot open it.
+        """
+        return self._session.open_other(path)
+
+    def open_copy(self, path: Path) -> OnnxRuntime:
+        """Open a changed copy of the file with the device and the settings of this one.
+
+        Raises:
+            LoadError: The library cannot open it.
+        """
+        return type(self)(self._session.open_other(path), path, input_hw=None, half=None)
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:

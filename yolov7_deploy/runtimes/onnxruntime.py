@@ -86,6 +86,10 @@ class OrtSession(OnnxSession[onnxruntime.InferenceSession]):
             ("concurrent runs", f"at most {self._max_runs}"),
         )
 
+    def open_other(self, path: Path) -> OrtSession:
+        """See `OnnxSession.open_other`."""
+        return OrtSession(path, self._providers, device=self.device)
+
     def reason(self, error: Exception) -> str:
         """See `OnnxSession.reason`."""
         return ort_reason(error)

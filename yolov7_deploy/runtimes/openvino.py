@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ logger = get_logger(__name__)
 
 # Names of devices here and in OpenVINO.
 DEVICES = {"auto": "CPU", "cpu": "CPU", "intel:gpu": "GPU", "intel:npu": "NPU"}
+_EXECUTION_PRECISIONS = {"bf16": "bf16", "f16": "fp16"}  # as in ModelMetadata
 _CPU_CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
 _MAX_REASON = 500  # characters
 MAX_CACHE_BYTES = 2 << 30  # compiled networks on disk; yolov7 in FP32 has 150 MB
@@ -74,7 +75,7 @@ class OvSession(OnnxSession[_Networks]):
     errors = (RuntimeError, openvino.Exception) if hasattr(openvino, "Exception") else (RuntimeError,)
 
     def __init__(self, path: Path, *, device: str, precision: str) -> None:
-        self._precision, self._cores = precision, usable_cores()
+        self.precision, self._cores = precision, usable_cores()
         super().__init__(path, device="cpu" if DEVICES[device] == "CPU" else device)
 
     def _open(self, path: Path) -> _Networks:
@@ -82,7 +83,7 @@ class OvSession(OnnxSession[_Networks]):
         _check_int8(self._path, graph)
         try:
             core = openvino.Core()
-            _check_device(core, self.device, self._precision)
+            _check_device(core, self.device, self.precision)
             self._graph: bytes | str = graph.data if graph.is_changed else str(path)
             model = core.read_model(self._graph)
             self.outputs = tuple(_spec(output) for output in model.outputs)
@@ -101,7 +102,7 @@ class OvSession(OnnxSession[_Networks]):
     def _settings(self, hint: str) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": hint,
-            "INFERENCE_PRECISION_HINT": self._precision,
+            "INFERENCE_PRECISION_HINT": self.precision,
             "CACHE_DIR": _cache_folder(self._path),
         }
         if self.device == "cpu":
@@ -116,10 +117,14 @@ class OvSession(OnnxSession[_Networks]):
         used = networks.throughput or networks.latency
         return (
             ("runtime", f"OpenVINO {openvino.__version__}"),
-            ("execution precision", self._precision),
+            ("execution precision", self.precision),
             ("threads", str(used.network.get_property("INFERENCE_NUM_THREADS")) if self.device == "cpu" else "device"),
             ("streams", str(used.network.get_property("NUM_STREAMS"))),
         )
+
+    def open_other(self, path: Path) -> OvSession:
+        """See `OnnxSession.open_other`."""
+        return OvSession(path, device=self.device, precision=self.precision)
 
     def reason(self, error: Exception) -> str:
         """See `OnnxSession.reason`."""
@@ -128,7 +133,8 @@ class OvSession(OnnxSession[_Networks]):
         return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
 
     def run(self, model: _Networks, outputs: list[str] | None, feeds: dict[str, Array]) -> list[Array]:
-        """See `OnnxSession.run`; inputs without a value get their defaults from the file's metadata."""
+        """See `OnnxSession.run`; every threshold needs a value, because they have no defaults in OpenVINO."""
+        assert self.thresholds <= feeds.keys(), "every threshold has a value"
         compiled = self._acquire(model)
         request = None
         try:
@@ -194,6 +200,13 @@ class OvRuntime(OnnxRuntime):
     """An ONNX file in OpenVINO."""
 
     name = "openvino"
+
+    def __init__(
+        self, session: OvSession, path: Path, *, input_hw: tuple[int, int] | None = None, half: bool | None = None
+    ) -> None:
+        super().__init__(session, path, input_hw=input_hw, half=half)
+        if session.precision in _EXECUTION_PRECISIONS and self.metadata.int8 is None:
+            self.metadata = replace(self.metadata, precision=_EXECUTION_PRECISIONS[session.precision])
 
     @classmethod
     def open(
