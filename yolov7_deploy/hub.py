@@ -49,7 +49,8 @@ SHAPES_WEIGHTS = "yolov7-tiny-shapes"
 # Publicly known digests; the other downloads are checked by length only.
 SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e0c71d"}
 
-MODEL_SUFFIXES = (".pt", ".pth", ".safetensors", ".onnx", ".engine", ".plan", ".trt")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
+MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", ".engine", ".plan", ".trt")
 
 TIMEOUT_S = 30.0
 _MIN_BYTES_PER_S = 10_000  # mean; slower than a modem, so the server or the network does not work

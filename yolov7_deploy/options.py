@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,21 +182,27 @@ class Int8Options:
         exclude: Convolutions that stay float: the name of each and the reason.
         fallback: Precision of everything that is not INT8: `fp16` (the default for TensorRT) or `fp32` (the only one
             for CPUs, and for graphs whose values overflow FP16).
-        reduce_range: Weights of 7 bits. On x86 CPUs without VNNI, the INT8 kernels of OpenVINO and ONNX Runtime add
-            pairs of products in 16 bits, which saturate with 8 bits.
+        reduce_range: Weights of 7 bits, the default for `cpu`. On x86 CPUs without VNNI, the INT8 kernels of OpenVINO
+            and ONNX Runtime add pairs of products in 16 bits, which saturate with 8 bits. With 7 bits one file is right
+            on every x86 CPU.
         correct_bias: Correct each bias by the mean error that rounding the weights causes.
+        silu_floor: For CPUs: inputs of SiLU below minus this count as minus this. A small floor leaves smaller steps
+            for all other inputs; a large one lets SiLU reach 0. `choose_silu_floor` measures which is better.
     """
 
     target: str = "tensorrt"
     method: str = "mse"
     exclude: Mapping[str, str] = field(default_factory=dict)
     fallback: str = ""
-    reduce_range: bool = False
+    reduce_range: bool | None = None
     correct_bias: bool = True
+    silu_floor: float = 9.0
 
     def __post_init__(self) -> None:
         fallback = self.fallback or ("fp16" if self.target == "tensorrt" else "fp32")
         object.__setattr__(self, "fallback", fallback)
+        if self.reduce_range is None:
+            object.__setattr__(self, "reduce_range", self.target == "cpu")
         for name, value, known in (
             ("int8-target", self.target, INT8_TARGETS),
             ("method", self.method, INT8_METHODS),
@@ -210,7 +217,7 @@ class Int8Options:
             )
         if self.target != "cpu" and self.reduce_range:
             raise UsageError(
-                f"--reduce-range is for x86 CPUs without VNNI, not for --int8-target {self.target}.",
+                f"--reduce-range is for x86 CPUs, not for --int8-target {self.target}.",
                 fix="Leave it out, or use  --int8-target cpu",
             )
 
@@ -466,3 +473,35 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _by_number(capability: str) -> tuple[int, ...]:
     return tuple(int(number) for number in capability.split("."))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizeOptions:
+    """Options of the search for the fastest detector.
+
+    Attributes:
+        max_drop: Maximum loss in AP points (of 100) against the checkpoint in FP32.
+        batches: Numbers of images per call to try.
+        callers: Number of threads that call at the same time.
+        duration_s: Maximum duration of the final measurement in seconds.
+    """
+
+    max_drop: float = 0.3
+    batches: tuple[int, ...] = (1,)
+    callers: int = 1
+    duration_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(
+                f"--max-drop {self.max_drop:g} is not a number of AP points.", fix="From 0 to 100, for example: 0.3"
+            )
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError(f"--batch {_listed(self.batches)} must be at least 1.", fix="For example: --batch 1,8")
+        if not 1 <= self.callers <= MAX_CONCURRENCY:
+            raise UsageError(
+                f"--concurrency {self.callers} is not between 1 and {MAX_CONCURRENCY}.",
+                fix="For example: --concurrency 4",
+            )
+        if not 0 < self.duration_s < math.inf:
+            raise UsageError(f"--duration {self.duration_s:g} is not a duration in seconds.", fix="For example: 120")

@@ -1,6 +1,7 @@
 """INT8 for CPUs: ONNX Runtime's INT8 kernels run every quantized convolution, and no kernel saturates."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,8 +15,10 @@ from tests.support.small_models import HW, exported_tiny, images
 from tests.support.thin_variants import SIDE, thin_model
 from yolov7_deploy._ort_options import base_session_options
 from yolov7_deploy.errors import ExportError, UsageError
+from yolov7_deploy.image import to_network_input
 from yolov7_deploy.metadata import INNER_PAIR_PREFIX
 from yolov7_deploy.model.configs import VARIANTS
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.int8 import (
@@ -27,7 +30,7 @@ from yolov7_deploy.precision.int8 import (
 )
 from yolov7_deploy.precision.ort_runner import NetworkRunner
 from yolov7_deploy.precision.qdq_placement import place_qdq
-from yolov7_deploy.precision.sensitivity import layer_sensitivities
+from yolov7_deploy.precision.sensitivity import SILU_FLOORS, choose_silu_floor, layer_sensitivities
 from yolov7_deploy.precision.subgraph import Network
 
 IMAGES = [noise(*HW, seed=seed) for seed in range(3)]
@@ -171,8 +174,44 @@ def test_ranges_before_an_activation_give_its_whole_output():
         if network.producers[name].op_type == "Conv":
             x = ranges[name].high
             assert x / (1 + np.exp(-x)) >= ranges[output].high - 1.01 * ranges[name].scale
-            floor = -min(8.0, calibration("yolov7").output_amax[name])
+            floor = -min(Int8Options().silu_floor, calibration("yolov7").output_amax[name])
             assert ranges[name].low == pytest.approx(floor, abs=2 * float(ranges[name].scale))
+
+
+def test_the_floor_of_silu_with_the_smallest_measured_error_is_chosen():
+    model = with_large_activations(network_of("yolov7"))
+    images = [noise(SIDE, SIDE, seed=seed) for seed in range(2)]
+    found, options = calibrate(model, images), Int8Options(target="cpu")
+    chosen = choose_silu_floor(model, found, images[:1], options).silu_floor
+    arrays = [to_network_input(images[:1])]
+    errors = {
+        floor: head_errors(to_int8(model, found, replace(options, silu_floor=floor)), model, arrays)
+        for floor in SILU_FLOORS
+    }
+    assert len(set(errors.values())) > 1
+    assert errors[chosen] <= 1.1 * min(errors.values())
+
+
+def with_large_activations(model):
+    """Return a copy whose first convolution has weights so large that inputs of SiLU are below every floor."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    weight = weights[next(node for node in proto.graph.node if node.op_type == "Conv").input[1]]
+    weight.CopyFrom(numpy_helper.from_array(3e3 * numpy_helper.to_array(weight), weight.name))
+    return OnnxModel.of(proto, model.metadata)
+
+
+def test_networks_without_silu_have_no_floor_to_choose():
+    options = Int8Options(target="cpu")
+    assert choose_silu_floor(network_of("tiny"), calibration("tiny"), IMAGES[:1], options) is options
+    tensorrt = Int8Options()
+    assert choose_silu_floor(network_of("yolov7"), calibration("yolov7"), IMAGES[:1], tensorrt) is tensorrt
+
+
+def test_files_for_cpus_have_weights_of_7_bits_by_default():
+    assert Int8Options(target="cpu").reduce_range and not Int8Options(target="cpu", reduce_range=False).reduce_range
+    assert not Int8Options().reduce_range and not Int8Options(target="arm").reduce_range
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-6, 0.2, 1.0, 12.5, 4000.0])
@@ -240,8 +279,8 @@ def test_the_sensitivity_uses_the_ranges_of_the_target():
     [
         ({"target": "gpu"}, "--int8-target gpu is unknown"),
         ({"target": "cpu", "fallback": "fp16"}, "--fallback fp16 is slower than float32 on a CPU"),
-        ({"target": "tensorrt", "reduce_range": True}, "--reduce-range is for x86 CPUs without VNNI"),
-        ({"target": "arm", "reduce_range": True}, "--reduce-range is for x86 CPUs without VNNI"),
+        ({"target": "tensorrt", "reduce_range": True}, "--reduce-range is for x86 CPUs"),
+        ({"target": "arm", "reduce_range": True}, "--reduce-range is for x86 CPUs"),
     ],
 )
 def test_options_that_do_not_fit_the_target_are_refused(wrong, message):

@@ -7,7 +7,9 @@ a confidence interval from Student's t-distribution. A function that is slower w
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -39,31 +41,35 @@ def race(
     calls: Mapping[str, Call],
     samples: Samples,
     *,
-    max_rounds: int,
+    seconds: float,
     items: Mapping[str, int],
-    on_round: Callable[[int, Sequence[str]], None] = lambda rounds, names: None,
+    on_round: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Time functions against each other until one is left, or `max_rounds` are over.
+    """Time functions against each other until one is left, or the time is over.
 
     Args:
         calls: The functions by name; each was called before, so that it is warm.
         samples: Receives the milliseconds per item of each round, an entry for each function. They stay if the race is
             interrupted.
-        max_rounds: Number of rounds after which functions that are not slower share the first place.
+        seconds: Duration after which functions that are not slower share the first place; `MIN_ROUNDS` are run in any
+            case.
         items: Number of items, such as images, that each function processes in a call.
-        on_round: Called after each round with their number and the names that are left.
+        on_round: Called after each round with the share of the work that is done, 0 to 1.
     """
-    left = list(calls)
+    left, started = list(calls), time.perf_counter()
     samples.update({name: [] for name in calls})
-    for number in range(1, max_rounds + 1):
+    for number in itertools.count(1):
         for name in left if number % 2 else reversed(left):
             with no_garbage_collection():
                 samples[name].append(timed_ms(calls[name]) / items[name])
+        passed = time.perf_counter() - started
         if number >= MIN_ROUNDS:
-            left = [name for name in left if not _is_slower(samples, name, fastest(samples, left))]
-        on_round(number, left)
-        if len(left) < 2 and number >= MIN_ROUNDS:
-            return
+            leader = fastest(samples, left)
+            left = [name for name in left if not _is_slower(samples, name, leader)]
+            if len(left) == 1 or passed >= seconds:
+                break
+        on_round(min(1.0, number / MIN_ROUNDS, passed / seconds))
+    on_round(1.0)
 
 
 def fastest(samples: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.doctor import doctor
 from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
+from yolov7_deploy.cli.optimize import optimize
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
 from yolov7_deploy.cli.shapes import shapes
@@ -53,6 +54,7 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (train, ("train-aux",)),
     (export, ()),
     (quantize, ()),
+    (optimize, ()),
     (build, ()),
     (detect, ("predict",)),
     (val, ("test",)),

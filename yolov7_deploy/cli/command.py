@@ -37,6 +37,11 @@ PANELS: dict[str, dict[str, str]] = {
         "Calibration": "calib calib_limit calib_cache method int8_target reduce_range",
         "Accuracy": "data limit max_drop sensitivity exclude fallback chart trt_cache",
     },
+    "optimize": {
+        "Model and data": "weights data limit calib calib_limit candidate device",
+        "Search": "max_drop batch concurrency duration",
+        "Output": "save_dir json_path",
+    },
     "build": {
         "Model": "weights output batch min_batch opt_batch max_batch",
         "Target": "target version_compatible hardware_compatible dla",

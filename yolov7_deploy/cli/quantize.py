@@ -48,7 +48,7 @@ ReduceRange = Annotated[
     bool | None,
     typer.Option(
         "--reduce-range/--full-range",
-        help="Weights of 7 bits, for x86 CPUs without VNNI (default with auto: if this CPU has none).",
+        help="Weights of 7 bits, right on every x86 CPU, or of 8, for those with VNNI (default: 7 for cpu).",
     ),
 ]
 
@@ -144,14 +144,11 @@ def int8_options(
     from yolov7_deploy.hardware.machine import find_int8_target
 
     if target != "auto":
-        return Int8Options(target=target, reduce_range=bool(reduce_range))
-    found, needs_7_bits = ("cpu", False) if reduce_range else find_int8_target()
-    if for_engine:
-        found, needs_7_bits = "tensorrt", False
-    options = Int8Options(target=found, reduce_range=needs_7_bits if reduce_range is None else reduce_range)
-    bits = ", weights of 7 bits because it has no VNNI" if options.reduce_range else ""
+        return Int8Options(target=target, reduce_range=reduce_range)
+    found = "tensorrt" if for_engine else "cpu" if reduce_range else find_int8_target()
+    options = Int8Options(target=found, reduce_range=reduce_range)
     others = ", ".join(name for name in INT8_TARGETS if name != found)
-    echo(f"INT8 for {_TARGETS[found]}{bits}; others: --int8-target {others}", err=to_stderr)
+    echo(f"INT8 for {_TARGETS[found]}; others: --int8-target {others}", err=to_stderr)
     return options
 
 

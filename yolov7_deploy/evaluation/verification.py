@@ -108,13 +108,13 @@ def verify_artifacts(
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
     frames = _read_images(source, limit)
     runs, notes = _find_runs(others, device, runtime)
-    reports = [_compare_stages(reference, run, frames, device, progress) for run in runs]
+    reports = [compare_stages(reference, run, frames, device, progress) for run in runs]
     accuracy = _measure_accuracy([Run(reference), *runs], dataset, device, progress) if dataset else []
     return Verification(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
         images=len(dataset) if dataset else len(frames) or 1,
-        failures=(*_stage_failures(reports), *_accuracy_failures(accuracy, max_drop)),
+        failures=(*stage_failures(reports), *_accuracy_failures(accuracy, max_drop)),
         notes=tuple(notes),
     )
 
@@ -152,9 +152,18 @@ def _find_runs(paths: Sequence[Path], device: str, runtime: str) -> tuple[list[R
     return runs, notes
 
 
-def _compare_stages(
-    reference: Path, run: Run, images: Sequence[Image], device: str, progress: Progress | None
+def compare_stages(
+    reference: Path, run: Run, images: Sequence[Image], device: str, progress: Progress | None = None
 ) -> ParityReport:
+    """Compare an artifact in one runtime with the reference; see `compare`.
+
+    Args:
+        reference: The file it was exported from.
+        run: The artifact and its runtime.
+        images: uint8 BGR; without any, a synthetic one.
+        device: Device of both.
+        progress: Called with the number of finished and of all images.
+    """
     path = run.path
     original, other = (
         open_runtime(each.path, device=device, input_hw=None, half=_reference_half(each.path), runtime=each.runtime)
@@ -247,7 +256,8 @@ def _check_stride(path: Path, metadata: ModelMetadata, hw: tuple[int, int]) -> N
         )
 
 
-def _stage_failures(reports: Sequence[ParityReport]) -> list[str]:
+def stage_failures(reports: Sequence[ParityReport]) -> list[str]:
+    """Return a sentence for each artifact that differs too much, or of which no detection was compared."""
     failures = [report.not_verified_reason for report in reports if not report.verified]
     for report in reports:
         stage = report.first_failure

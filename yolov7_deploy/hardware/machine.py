@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.hardware.cpu import has_vnni
 from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.hardware.gpu import InstalledGpu, list_installed_gpus, open_gpu
 from yolov7_deploy.hardware.jetson import jetpack_name, read_board
@@ -112,13 +111,13 @@ def _cpu(root: Path) -> str:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def find_int8_target(root: Path = ROOT) -> tuple[str, bool]:
-    """Return the INT8 target of this machine and whether its weights need 7 bits; see `Int8Options`."""
+def find_int8_target(root: Path = ROOT) -> str:
+    """Return the INT8 target of this machine; see `Int8Options`."""
     if read_board(root=root) is not None or list_installed_gpus():
-        return "tensorrt", False
+        return "tensorrt"
     if platform.machine().lower() in ("aarch64", "arm64"):
-        return "arm", False
-    return "cpu", has_vnni(root) is False
+        return "arm"
+    return "cpu"
 
 
 def gpu_memory_used(device: str, *, root: Path = ROOT) -> int | None:

@@ -43,8 +43,6 @@ _INT8, _BACK, _SCALE, _ZERO = "__int8", "__from_int8", "__scale", "__zero"  # su
 ZERO = "int8_zero"
 STEPS = 255  # of an asymmetric range
 REDUCED_LEVELS = 64  # largest weight of 7 bits: the sum of two products with uint8 fits into 16 bits
-# SiLU of smaller values is at most 0.003 below 0, less than one step of its output.
-_SILU_FLOOR = 8.0
 _BIAS_LIMIT = 2**30  # of int32
 DEFAULT_OPTIONS = Int8Options()
 _LISTED = 8  # layers listed in one note
@@ -174,7 +172,7 @@ def tensor_ranges(
         )
     found = {name: ranges[group] for name, group in placement.scale_groups.items()}
     for name, output in placement.inner_pairs.items():
-        found[name] = _inner_range(network, name, found[output], calibration, options.target)
+        found[name] = _inner_range(network, name, found[output], calibration, options)
     return found
 
 
@@ -196,16 +194,17 @@ def _affine(low: float, high: float, target: str) -> QuantizedRange:
 
 
 def _inner_range(
-    network: Network, name: str, output: QuantizedRange, calibration: Calibration, target: str
+    network: Network, name: str, output: QuantizedRange, calibration: Calibration, options: Int8Options
 ) -> QuantizedRange:
     """Return the range of a tensor before the output of its activation, which has the range `output`."""
+    target = options.target
     if network.producers[name].op_type == "Sigmoid":
         return _affine(0.0, 1.0, target)
     activation, largest = network.consumers[name][0], calibration.output_amax[name]
     if activation.op_type == "LeakyRelu":
         slope = next((attribute.f for attribute in activation.attribute if attribute.name == "alpha"), 0.01)
         return _affine(max(output.low / slope, -largest) if slope > 0 else 0.0, output.high, target)
-    return _affine(-min(_SILU_FLOOR, largest), _inverse_silu(output.high), target)
+    return _affine(-min(options.silu_floor, largest), _inverse_silu(output.high), target)
 
 
 def _inverse_silu(value: float) -> float:
@@ -449,7 +448,7 @@ def _metadata(
     names = {node.output[0]: node.name or node.output[0] for node in proto.graph.node if node.op_type == "Conv"}
     int8 = Int8Metadata(
         target=options.target,
-        reduce_range=options.reduce_range,
+        reduce_range=bool(options.reduce_range),
         method=options.method,
         images=calibration.images,
         images_sha256=calibration.images_sha256,

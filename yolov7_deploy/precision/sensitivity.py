@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from yolov7_deploy.precision.int8 import (
     excluded_outputs,
     quantize_weight,
     tensor_ranges,
+    to_int8,
 )
 from yolov7_deploy.precision.int8_summary import summarize_int8
 from yolov7_deploy.precision.ort_runner import NetworkRunner, network_input
@@ -36,6 +37,7 @@ logger = get_logger(__name__)
 Progress = Callable[[int, int], None]
 FloatArray = npt.NDArray[np.float32]
 
+SILU_FLOORS = (4.0, 4.5, 5.5, 9.0)
 MEMORY_BYTES = 1.6e9  # limit for the float32 tensors that stay in memory
 
 
@@ -98,6 +100,41 @@ def layer_sensitivities(
     seconds = time.perf_counter() - start
     logger.info("sensitivity of %d layers on %d images, %.1f s", len(layers), len(references), seconds)
     return tuple(sorted(sensitivities, key=lambda sensitivity: -sensitivity.error))
+
+
+def choose_silu_floor(
+    model: OnnxModel, calibration: Calibration, images: Sequence[Image], options: Int8Options
+) -> Int8Options:
+    """Return the options with the floor of `SILU_FLOORS` that gives the smallest error of the head maps.
+
+    For CPUs, the input of every SiLU has a Q/DQ pair. Which rounding errors it causes, and whether they add up through
+    the network, depends on how its steps meet those of the output, which only a measurement shows: with the official
+    yolov7, neighbouring floors differ by a factor of three (`benchmarks/README.md`).
+
+    Args:
+        model: A float32 graph.
+        calibration: Calibration of this graph.
+        images: uint8 BGR; two are enough.
+        options: Those of the quantization. Returned unchanged if the graph has no such pairs.
+    """
+    network = Network(model)
+    placement = place_qdq(network, excluded_outputs(network, options.exclude), for_cpu=options.target != "tensorrt")
+    if not any(network.producers[name].op_type == "Sigmoid" for name in placement.inner_pairs):
+        return options
+    inputs = [network_input(image, model.metadata) for image in images]
+    float32 = NetworkRunner(network.proto, network.nodes, network.heads)
+    references = [float32.run(array) for array in inputs]
+    errors = {}
+    for floor in SILU_FLOORS:
+        quantized = Network(to_int8(model, calibration, replace(options, silu_floor=floor)))
+        runner = NetworkRunner(quantized.proto, quantized.nodes, network.heads)
+        found = [
+            head_error(reference, runner.run(array), network.heads, model.metadata)
+            for reference, array in zip(references, inputs, strict=True)
+        ]
+        errors[floor] = float(np.sqrt(np.mean(np.square(found))))
+    logger.info("error of the head maps by floor of SiLU: %s", errors)
+    return replace(options, silu_floor=min(errors, key=lambda floor: errors[floor]))
 
 
 def _run_float32(

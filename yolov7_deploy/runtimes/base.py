@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar, cast
 from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, check_file
 from yolov7_deploy.errors import LoadError, UsageError, missing_library
 from yolov7_deploy.hardware.cpu import has_vnni
+from yolov7_deploy.hub import CHECKPOINT_SUFFIXES
 from yolov7_deploy.image import FloatArray, Image, Letterbox
 from yolov7_deploy.inspection.onnx_file import read_onnx_metadata
 from yolov7_deploy.metadata import ModelMetadata
@@ -145,7 +146,7 @@ class RuntimeEntry:
 RUNTIMES = (
     RuntimeEntry(
         name="pytorch",
-        suffixes=(".pt", ".pth", ".safetensors"),
+        suffixes=CHECKPOINT_SUFFIXES,
         module="yolov7_deploy.runtimes.pytorch",
         attribute="PytorchRuntime",
         distributions=("torch",),

@@ -179,9 +179,7 @@ def _export(weights: Path, precision: str, folder: Path, save_dir: Path, log: Lo
     training_images = folder / "images" / "train"
     int8 = None
     if precision == "int8":
-        target, reduce_range = find_int8_target()
-        int8_options = Int8Options(target=target, reduce_range=reduce_range)
-        options = QuantizeOptions(int8=int8_options, cache=save_dir / "calibration.npz")
+        options = QuantizeOptions(int8=Int8Options(target=find_int8_target()), cache=save_dir / "calibration.npz")
         int8 = Int8Request(images=open_calibration(training_images), options=options)
     report = export_weights(
         weights,

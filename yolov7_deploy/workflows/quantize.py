@@ -15,6 +15,7 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
+from yolov7_deploy.image import Image
 from yolov7_deploy.inspection.onnx_file import int8_lines, int8_to_dict
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options, QuantizeOptions, ValOptions
@@ -29,7 +30,7 @@ from yolov7_deploy.precision.calibration_images import CalibrationImages, count_
 from yolov7_deploy.precision.int8 import check_quantizable, to_int8
 from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.ort_runner import network_input
-from yolov7_deploy.precision.sensitivity import LayerSensitivity, layer_sensitivities
+from yolov7_deploy.precision.sensitivity import LayerSensitivity, choose_silu_floor, layer_sensitivities
 from yolov7_deploy.precision.subgraph import Network
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ class Quantizer:
             UsageError: The calibration file belongs to another model or other images.
         """
         calibration = self._calibrate()
-        options, model = self._options.int8, to_int8(self._model, calibration, self._options.int8)
+        options = choose_silu_floor(self._model, calibration, self._few_images(calibration), self._options.int8)
+        self._options = replace(self._options, int8=options)
+        model = to_int8(self._model, calibration, options)
         for note in model.metadata.notes[len(self._model.metadata.notes) :]:
             self._log(note)
         drop = self._measure_drop(model, frozenset())
@@ -265,12 +268,15 @@ class Quantizer:
     # --- excluded layers ----------------------------------------------------------------------------------------------
 
     def _rank_layers(self, calibration: Calibration, options: Int8Options) -> tuple[LayerSensitivity, ...]:
-        step = max(1, calibration.images // RANKING_IMAGES)
-        few = list(islice(self._images, 0, step * RANKING_IMAGES, step))
+        few = self._few_images(calibration)
         with self._show("sensitivity of each layer") as progress:
             ranking = layer_sensitivities(self._model, calibration, few, options, progress=progress)
         self._log(f"ranked {len(ranking)} layers by INT8 sensitivity; the most sensitive is {ranking[0].layer}")
         return ranking
+
+    def _few_images(self, calibration: Calibration) -> list[Image]:
+        step = max(1, calibration.images // RANKING_IMAGES)
+        return list(islice(self._images, 0, step * RANKING_IMAGES, step))
 
     def _search(
         self, calibration: Calibration, ranking: tuple[LayerSensitivity, ...], max_drop: float
