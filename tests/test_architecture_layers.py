@@ -83,7 +83,6 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxruntime": {
         "_ort_options.py",
         "runtimes/onnxruntime.py",
-        "evaluation/onnx_probe.py",
         "precision/ort_runner.py",
     },
     "openvino": {"runtimes/openvino.py"},
