@@ -26,7 +26,7 @@ MEANINGLESS_NAMES = {"common", "core", "helper", "helpers", "misc", "util", "uti
 # modules) of one row do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_bounded_read", "_download", "_protobuf"),
-    ("_atomic_file", "_serialization", "_statistics", "_text", "_version"),
+    ("_atomic_file", "_python_spelling", "_serialization", "_statistics", "_text", "_version"),
     ("errors",),
     ("_output", "_output_folder", "_process", "hardware", "hub", "image", "metadata", "paper"),
     ("_charts", "_console", "_ort_options", "options", "visualize"),
@@ -101,11 +101,12 @@ LIBRARIES: dict[str, set[str]] = {
         "training/",
     },
     "typer": {"cli/"},
+    "typing_extensions": {"workflows/functions.py"},  # for type checkers only
     "yaml": {"datasets/yaml_file.py"},
 }
 EVERYWHERE = {"numpy"}
 # Light, or optional where they are used, so imported inside functions; all others at the top of a file.
-LIGHT = {"rich", "typer"}
+LIGHT = {"rich", "typer", "typing_extensions"}
 # Conversions of Detections to optional libraries import these by name.
 IMPORTS_BY_NAME = {"detections.py"}
 IMPORTERS = {"__import__", "import_module"}
@@ -293,6 +294,12 @@ def test_no_file_is_too_long(folder):
     assert {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 
 
+def docstring_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    if ast.get_docstring(function) is None:
+        return 0
+    return (function.body[0].end_lineno or 0) - function.body[0].lineno + 1
+
+
 @pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks"])
 def test_no_function_is_too_long(folder):
     wrong = [
@@ -300,7 +307,7 @@ def test_no_function_is_too_long(folder):
         for path in files(ROOT / folder)
         for node in ast.walk(tree(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+        and (lines := (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node)) > MAX_FUNCTION_LINES
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -5,7 +5,8 @@ From an official checkpoint to a detector on ONNX Runtime or TensorRT. Every ste
     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (FP16 | INT8) ─▶ Engine
       load_checkpoint  build_model   fuse          export_onnx     to_fp16, to_int8        build_engine
 
-`Detector` runs any of these files: images in, `Detections` out.
+`Detector` runs any of these files: images in, `Detections` out. `export`, `train`, `validate` and `benchmark` are the
+commands as functions.
 
 Names are imported when they are first used, so `import yolov7_deploy` needs neither torch nor onnx.
 """
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
     from yolov7_deploy.precision.int8 import to_int8 as to_int8
     from yolov7_deploy.tensorrt.builder import build_engine as build_engine
     from yolov7_deploy.tensorrt.engine import Engine as Engine
+    from yolov7_deploy.workflows.functions import benchmark as benchmark
+    from yolov7_deploy.workflows.functions import export as export
+    from yolov7_deploy.workflows.functions import train as train
+    from yolov7_deploy.workflows.functions import validate as validate
 
 # Every public name and the module that defines it.
 _MODULES = {
@@ -63,10 +68,12 @@ _MODULES = {
     "Thresholds": "options",
     "Y7Error": "errors",
     "Yolov7": "model.yolov7",
+    "benchmark": "workflows.functions",
     "build_engine": "tensorrt.builder",
     "build_model": "model.yolov7",
     "calibrate": "precision.calibrate",
     "decode_image": "image",
+    "export": "workflows.functions",
     "export_onnx": "onnx_export.onnx_exporter",
     "fuse": "model.fusion",
     "load_checkpoint": "checkpoint",
@@ -75,6 +82,8 @@ _MODULES = {
     "save_checkpoint": "checkpoint",
     "to_fp16": "precision.fp16",
     "to_int8": "precision.int8",
+    "train": "workflows.functions",
+    "validate": "workflows.functions",
 }
 
 __all__ = sorted([*_MODULES, "__version__"])

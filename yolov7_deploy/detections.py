@@ -68,6 +68,13 @@ class Detections:
 
     Raises:
         UsageError: The arrays differ in length or shape, a value is NaN or infinite, or a class id has no name.
+
+    Example:
+        >>> with Detector("yolov7-tiny-shapes") as detector:
+        ...     detections = detector("street.jpg")
+        >>> for detection in detections.filter(conf=0.4):
+        ...     name, score, (x1, y1, x2, y2) = detection.class_name, detection.score, detection.box
+        >>> detections.save("detected.jpg")
     """
 
     boxes: FloatArray

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,8 +32,8 @@ from yolov7_deploy.image import (
     is_pil_image,
     read_image,
 )
-from yolov7_deploy.metadata import MAX_SIDE, ModelMetadata
-from yolov7_deploy.options import Thresholds, file_thresholds
+from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.options import Thresholds, file_thresholds, parse_size
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime
 from yolov7_deploy.runtimes.calls import CallTracker
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
@@ -88,7 +87,7 @@ class Detector:
         UsageError: An option is invalid, or contradicts the file.
 
     Example:
-        >>> with Detector("yolov7.onnx") as detector:
+        >>> with Detector("shapes.onnx") as detector:
         ...     detections = detector("street.jpg", conf=0.4)
     """
 
@@ -115,7 +114,7 @@ class Detector:
             "multi_label": multi_label,
             "class_agnostic": class_agnostic,
         }
-        requested_hw, device = _input_hw(img), _device_name(device)
+        requested_hw, device = parse_size(img), _device_name(device)
         if half is not None and not isinstance(half, bool):
             raise UsageError(f"half must be True, False or None, not {half!r}.", fix="half=True is FP16.")
         Thresholds(**{name: value for name, value in thresholds.items() if value is not None})  # checks them
@@ -518,19 +517,3 @@ def _device_name(device: object) -> str:
         f"device must be a name or the number of a GPU, not {device!r}.",
         fix="For example: device='cuda:0', device=0 or device='cpu'",
     )
-
-
-def _input_hw(img: object) -> tuple[int, int] | None:
-    if img is None:
-        return None
-    try:
-        sides = tuple(img) if isinstance(img, Iterable) else (img, img)
-        height, width = (0 if isinstance(side, bool) else operator.index(side) for side in sides)
-    except (TypeError, ValueError):
-        height = width = 0
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise UsageError(
-            f"img must be a number of pixels or (height, width), from 1 to {MAX_SIDE}, not {img!r}.",
-            fix="For example: img=640 or img=(384, 640)",
-        )
-    return height, width

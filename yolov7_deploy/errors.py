@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from yolov7_deploy._python_spelling import in_python
 from yolov7_deploy._text import printable
 
 
@@ -15,10 +16,20 @@ class Y7Error(Exception):
     """Base class of all exceptions that this package raises on purpose.
 
     Its texts can be printed whatever they contain: control characters and other unprintable ones become escapes.
+    `message` and `fix` name options and commands as the command line prints them; `str(error)`, which Python shows,
+    names arguments and functions (`conf=0.25` for `--conf 0.25`).
 
     Args:
         message: What happened and why, with the actual values.
         fix: What to type or change next; printed on its own line.
+
+    Example:
+        >>> try:
+        ...     Detector("yolov7.pt", conf=40)
+        ... except Y7Error as error:
+        ...     print(error)
+        conf must be between 0 and 1, not 40.
+        For example: conf=0.25
     """
 
     def __init__(self, message: str, *, fix: str = "") -> None:
@@ -27,7 +38,7 @@ class Y7Error(Exception):
         self.fix = printable(fix)
 
     def __str__(self) -> str:
-        return f"{self.message}\n{self.fix}" if self.fix else self.message
+        return in_python(f"{self.message}\n{self.fix}" if self.fix else self.message)
 
 
 class UsageError(Y7Error):

@@ -103,6 +103,7 @@ def decode_image(
         ImageError: See `read_image`.
 
     Example:
+        >>> from pathlib import Path
         >>> image = decode_image(Path("street.jpg").read_bytes())
         >>> image.dtype, image.shape[2]
         (dtype('uint8'), 3)

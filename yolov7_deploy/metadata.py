@@ -105,6 +105,10 @@ class ModelMetadata:
         source_sha256: Digest of that file, empty if unknown.
         version: Version of this package that wrote the file.
         notes: Remarks for users of the model (assumptions, layers that stay in float32).
+
+    Example:
+        >>> Detector("shapes.onnx").metadata.input_hw
+        (96, 96)
     """
 
     variant: str

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.metadata import InputKind, NmsMetadata
+from yolov7_deploy.metadata import MAX_SIDE, InputKind, NmsMetadata
 
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
@@ -44,6 +45,10 @@ class Thresholds:
         multi_label: A box may be a detection of every class with a score above `conf`, as in the evaluation protocol;
             otherwise of its best class only, as in the official detection program.
         class_agnostic: NMS compares boxes of all classes with each other.
+
+    Example:
+        >>> Thresholds(conf=0.4).iou
+        0.45
     """
 
     conf: float = 0.25
@@ -133,6 +138,10 @@ class ExportOptions:
         input_kind: `float32` (NCHW RGB 0..1) or `uint8` (NHWC BGR, scaling and layout inside the graph).
         opset: ONNX operator set, 13 to 21.
         simplify: Run onnx-simplifier on the graph.
+
+    Example:
+        >>> ExportOptions(input_hw=(384, 640), batch=None).max_det
+        300
     """
 
     input_hw: tuple[int, int] | None = None
@@ -156,6 +165,8 @@ class ExportOptions:
             raise UsageError(f"--input {self.input_kind} is unknown.", fix=f"One of: {', '.join(INPUT_KINDS)}")
         if self.opset not in OPSETS:
             raise UsageError(f"--opset {self.opset} is not supported.", fix=f"From {OPSETS[0]} to {OPSETS[-1]}.")
+        if self.batch is not None:
+            _checked("--batch", self.batch, Integral, fix="For example: --batch 8")
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"--batch {self.batch} must be at least 1.", fix="For any size use --dynamic-batch")
         if self.max_candidates > TOPK_LIMIT:
@@ -188,6 +199,10 @@ class Int8Options:
         correct_bias: Correct each bias by the mean error that rounding the weights causes.
         silu_floor: For CPUs: inputs of SiLU below minus this count as minus this. A small floor leaves smaller steps
             for all other inputs; a large one lets SiLU reach 0. `choose_silu_floor` measures which is better.
+
+    Example:
+        >>> Int8Options(target="cpu", reduce_range=True).fallback
+        'fp32'
     """
 
     target: str = "tensorrt"
@@ -266,6 +281,7 @@ class ValOptions:
 
     def __post_init__(self) -> None:
         _ = self.thresholds
+        _checked("batch", self.batch, Integral, fix="For example: --batch 8")
         if self.batch < 1:
             raise UsageError(f"batch must be at least 1, not {self.batch}.", fix="For example: --batch 8")
 
@@ -294,6 +310,8 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         for name, numbers in (("batch", self.batches), ("concurrency", self.concurrency)):
+            for number in numbers:
+                _checked(f"--{name}", number, Integral, fix=f"For example: --{name} 1,8")
             if not numbers or min(numbers) < 1:
                 raise UsageError(f"--{name} {_listed(numbers)} must be at least 1.", fix=f"For example: --{name} 1,8")
         if max(self.concurrency) > MAX_CONCURRENCY:
@@ -327,6 +345,10 @@ class EngineOptions:
         hardware_compatible: `none`, `ampere+` (Ampere and later) or `same-cc` (this compute capability).
         sparse: Allow sparse kernels for weights of the 2:4 pattern.
         dla: DLA core of a Jetson; layers that it cannot run stay on the GPU.
+
+    Example:
+        >>> EngineOptions(targets=("sm86", "8.9"), max_batch=8).targets
+        ('8.6', '8.9')
     """
 
     targets: tuple[str, ...] = ()
@@ -432,9 +454,10 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "nominal_batch", "img"):
-            _at_least(1, name, getattr(self, name))
-        for name in ("seed", "workers", "close_mosaic", "patience", "val_every", "save_minutes"):
-            _at_least(0, name, getattr(self, name))
+            _at_least(1, name, getattr(self, name), Integral)
+        for name in ("seed", "workers", "close_mosaic", "patience", "val_every"):
+            _at_least(0, name, getattr(self, name), Integral)
+        _at_least(0, "save_minutes", self.save_minutes)
         _at_least(0, "cache_gib", self.cache_gib or 0)
         _at_least(0, "freeze", min(self.freeze, default=0))
         for name, value, known in (
@@ -449,10 +472,32 @@ class TrainOptions:
             raise UsageError("--rect and --image-weights contradict each other.", fix="Leave one of them out.")
 
 
-def _at_least(least: int, name: str, value: float) -> None:
+def _at_least(least: int, name: str, value: float, kind: type = Real) -> None:
+    option = name.replace("_", "-")
+    _checked(f"--{option}", value, kind, fix=f"For example: --{option} {least + 1}")
     if not least <= value < float("inf"):
-        option = name.replace("_", "-")
         raise UsageError(f"--{option} {value:g} must be at least {least}.", fix=f"For example: --{option} {least + 1}")
+
+
+def parse_size(img: object) -> tuple[int, int] | None:
+    """Return height and width of an image size: a number of pixels for a square, or a pair; `None` stays `None`.
+
+    Raises:
+        UsageError: It is neither, or outside of 1 to `MAX_SIDE`.
+    """
+    if img is None:
+        return None
+    try:
+        sides = tuple(img) if isinstance(img, Iterable) else (img, img)
+        height, width = (0 if isinstance(side, bool) else operator.index(side) for side in sides)
+    except (TypeError, ValueError):
+        height = width = 0
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise UsageError(
+            f"img must be a number of pixels or (height, width), from 1 to {MAX_SIDE}, not {img!r}.",
+            fix="For example: img=640 or img=(384, 640)",
+        )
+    return height, width
 
 
 def compute_capability(text: str) -> str:

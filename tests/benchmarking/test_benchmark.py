@@ -207,9 +207,9 @@ def test_a_detector_whose_results_change_is_not_measured(plugin):
 
 
 def test_batch_sizes_that_the_file_cannot_run_are_rejected(detectors, plugin):
-    with pytest.raises(UsageError, match=r"takes at most 1 at once\.\ny7 export --weights deterministic --batch 2"):
+    with pytest.raises(UsageError, match=r"takes at most 1 at once\.\nexport\(\"deterministic\", batch=2\)"):
         measure_speed(plugin, FRAMES, options=BenchOptions(batches=(1, 2)))
-    with pytest.raises(UsageError, match=r"fixed batch of 2 and would be padded.*\n--batch 2"):
+    with pytest.raises(UsageError, match=r"fixed batch of 2 and would be padded.*\nbatch=2"):
         measure_speed(detectors("plugin", batch=2), FRAMES, options=BenchOptions(batches=(1,)))
     with pytest.raises(UsageError, match="at most 32 images"):
         measure_speed(detectors("torch"), FRAMES, options=BenchOptions(batches=(33,)))
@@ -220,6 +220,7 @@ def test_batch_sizes_that_the_file_cannot_run_are_rejected(detectors, plugin):
     [
         {"batches": (0,)},
         {"batches": ()},
+        {"batches": ("8",)},
         {"concurrency": (1, 0)},
         {"concurrency": (257,)},
         {"duration_s": -1.0},
@@ -228,8 +229,9 @@ def test_batch_sizes_that_the_file_cannot_run_are_rejected(detectors, plugin):
     ],
 )
 def test_invalid_options_are_rejected(wrong):
-    with pytest.raises(UsageError, match="--"):
+    with pytest.raises(UsageError, match=r"must be|is above|is not a time") as raised:
         BenchOptions(**wrong)
+    assert raised.value.message.startswith("--")
 
 
 # --- references and text output----------------------------------------------------------------------------------------

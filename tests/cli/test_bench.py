@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,14 +67,15 @@ def test_lists_of_numbers_may_have_commas_or_spaces(text, numbers):
 
 @pytest.mark.parametrize("text", ["abc", "", ",", "1.5", "-1", "1;2", "9999999", "²"])
 def test_other_lists_are_rejected(text):
-    with pytest.raises(UsageError, match=r"--batch .* is not a list of numbers"):
+    with pytest.raises(UsageError, match=r"is not a list of numbers") as raised:
         parse_numbers(text, "batch")
+    assert raised.value.message.startswith("--batch ")
 
 
 def test_a_frame_is_height_x_width():
     assert parse_frame("1080x1920") == (1080, 1920)
     for text in ("0x5", "1920", "axb", "99999x1", "1080x1920x3"):
-        with pytest.raises(UsageError, match="--frame"):
+        with pytest.raises(UsageError, match="is not an image size"):
             parse_frame(text)
 
 
@@ -175,8 +177,9 @@ def test_an_estimate_needs_no_weights_and_is_labelled_as_estimate(bench, tmp_pat
 
 
 def test_an_estimate_rejects_options_of_a_measurement(bench):
-    with pytest.raises(UsageError, match="measures nothing, so --concurrency, --paper cannot apply"):
+    with pytest.raises(UsageError, match="measures nothing") as raised:
         bench("--estimate", "v100", "--paper", "--concurrency", "1", weights="yolov7", quick=())
+    assert "--concurrency, --paper cannot apply" in raised.value.message
 
 
 def test_a_file_names_its_network(files, tmp_path):
@@ -216,8 +219,9 @@ def test_invalid_input_is_rejected_and_leaves_nothing(bench, tmp_path, typed, er
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     quick = QUICK[:4] if "--source" in typed else QUICK
-    with pytest.raises(error, match=text):
+    with pytest.raises(error) as raised:
         bench(*typed, quick=quick)
+    assert re.search(text, f"{raised.value.message}\n{raised.value.fix}")
     assert all_files(tmp_path) == ["file"]
 
 

@@ -333,7 +333,7 @@ def test_missing_files_and_unknown_names_are_refused(run, tmp_path, monkeypatch,
 
 
 def test_layers_of_an_onnx_file_are_refused(run, onnx_file):
-    with pytest.raises(UsageError, match="--layers"):
+    with pytest.raises(UsageError, match="layers is for variants"):
         run(onnx_file, "--layers")
 
 

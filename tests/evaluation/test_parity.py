@@ -279,7 +279,7 @@ def test_an_ap_of_zero_verifies_nothing():
 
 
 def test_a_limit_without_images_is_refused(files):
-    with pytest.raises(UsageError, match="--limit 0"):
+    with pytest.raises(UsageError, match="limit=0"):
         verify_artifacts(files(), [files("plugin")], limit=0)
 
 

@@ -137,7 +137,7 @@ def test_progress_is_monitored_where_tensorrt_reports_it(run, version):
 def test_an_unsupported_option_is_an_error_with_the_version_that_supports_it(run, version, fields, message):
     with pytest.raises(EngineError) as caught:
         run(version, **fields)
-    assert re.search(message, str(caught.value), re.DOTALL)
+    assert re.search(message, f"{caught.value.message}\n{caught.value.fix}", re.DOTALL)
 
 
 def test_hardware_compatibility_requires_a_supported_gpu():

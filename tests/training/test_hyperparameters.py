@@ -134,7 +134,7 @@ def test_the_error_for_an_unknown_key_lists_the_known_ones(tmp_path, text):
 
 
 def test_an_unknown_change_is_named():
-    with pytest.raises(UsageError, match="--set: 'momentun' is not a hyperparameter"):
+    with pytest.raises(UsageError, match="hyp: 'momentun' is not a hyperparameter"):
         read_hyperparameters("p5", changes={"momentun": 0.9})
 
 
@@ -162,7 +162,7 @@ def test_an_anchor_ratio_that_matches_nothing_is_refused(value):
 
 
 def test_the_error_for_an_unknown_name_lists_the_presets(tmp_path):
-    with pytest.raises(UsageError, match=r"--hyp p7 is neither a preset nor a file") as caught:
+    with pytest.raises(UsageError, match=r"hyp=\"p7\" is neither a preset nor a file") as caught:
         read_hyperparameters("p7")
     assert "tiny, p5, p6, custom" in caught.value.fix
 

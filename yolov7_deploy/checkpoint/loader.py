@@ -74,6 +74,11 @@ class Checkpoint:
         origin: Name of the file from which the file `source` was made, if it says so.
         origin_sha256: Digest of that file.
         version: Version of this package that wrote the file; empty for other files.
+
+    Example:
+        >>> checkpoint = load_checkpoint("best.safetensors")
+        >>> checkpoint.variant, checkpoint.training_size, len(checkpoint.class_names)
+        ('yolov7-tiny', 416, 6)
     """
 
     tensors: dict[str, torch.Tensor]
@@ -138,6 +143,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         LoadError: The file does not exist, is damaged, or is not a weights file; the message says what it is.
         CheckpointError: Its weights are not of a YOLOv7 variant, fused, not finite, or contradict the class names.
         UnsafeCheckpointError: It refers to code that is not allowed; the message names it.
+
+    Example:
+        >>> load_checkpoint("best.safetensors").class_names[:2]
+        ('circle', 'square')
     """
     start = time.perf_counter()
     file = Path(path)
@@ -182,6 +191,11 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
 
     Raises:
         CheckpointError: The file cannot be written, or a weight does not fit into float16.
+
+    Example:
+        >>> save_checkpoint(load_checkpoint("best.safetensors"), "half.safetensors", half=True)
+        >>> load_checkpoint("half.safetensors").origin
+        'best.safetensors'
     """
     target = Path(path)
     tensors = {key: _stored(key, tensor, half=half) for key, tensor in checkpoint.tensors.items()}

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +32,6 @@ from yolov7_deploy.errors import UsageError, Y7Error, missing_library
 from yolov7_deploy.options import MAX_FRAME_SIDE, BenchOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.benchmarking.benchmark import Frames
     from yolov7_deploy.benchmarking.comparison import Comparison
     from yolov7_deploy.benchmarking.report import SpeedReport, SpeedRow
     from yolov7_deploy.metadata import ModelMetadata
@@ -290,58 +289,36 @@ def parse_frame(text: str | None) -> tuple[int, int] | None:
 # --- measurement ------------------------------------------------------------------------------------------------------
 
 
-def _frames(source: str | None, hw: tuple[int, int] | None) -> Frames:
-    from yolov7_deploy.benchmarking.benchmark import SYNTHETIC_HW, read_frames, synthetic_frames
-
-    if source is None:
-        return synthetic_frames(hw or SYNTHETIC_HW)
-    if hw is not None:
-        raise UsageError("--frame is the size of the synthetic image, which --source replaces.", fix="Leave one out.")
-    return read_frames(source)
-
-
 def _measure(request: BenchRequest) -> SpeedReport:
     """Return the report, with the paper's row and AP; everything is checked before the measurement."""
     from yolov7_deploy._console import progress
-    from yolov7_deploy._serialization import sha256_hex
-    from yolov7_deploy.benchmarking.benchmark import measure_speed
     from yolov7_deploy.benchmarking.devices import resolve_device
-    from yolov7_deploy.benchmarking.report import paper_speed, read_ap
-    from yolov7_deploy.detector import Detector
-    from yolov7_deploy.hardware.machine import gpu_memory_used
+    from yolov7_deploy.workflows.functions import benchmark
 
-    frames = _frames(request.source, request.frame_hw)
-    profile = None if request.device == "auto" else resolve_device(request.device)
+    if request.device != "auto":
+        resolve_device(request.device)  # raises its error before weights are downloaded
     path = locate_weights(request.weights)
-    val_report = request.val_report
-    ap, ap_source = (None, "") if val_report is None else read_ap(val_report, path, sha256=sha256_hex(path))
-    device = profile.device if profile else "auto"
-    gpu_baseline = gpu_memory_used("cuda:0" if device == "auto" else device)
-    opened = Detector(
-        path,
-        device=device,
-        runtime=request.runtime,
-        img=request.img,
-        half=request.half,
-        conf=request.conf,
-        iou=request.iou,
-        max_det=request.max_det,
-    )
-    with opened as detector, report_complete_rows() as on_row:
-        metadata = detector.metadata
-        paper = paper_speed(metadata.variant, detector.input_hw) if request.paper else None
-        default_batches = (metadata.batch or 1,)
-        with progress("bench", unit="%") as show:
-            report = measure_speed(
-                detector,
-                frames,
-                options=replace(request.options, batches=request.batches or default_batches),
-                profile=profile or resolve_device("auto", gpu_usable=detector.device != "cpu"),
-                gpu_baseline_bytes=gpu_baseline,
-                progress=show,
-                on_row=on_row,
-            )
-    return replace(report, paper=paper, ap=ap, ap_source=ap_source)
+    with report_complete_rows() as on_row, progress("bench", unit="%") as show:
+        return benchmark(
+            path,
+            batch=request.batches,
+            device=request.device,
+            runtime=request.runtime,
+            img=request.img,
+            half=request.half,
+            concurrency=request.options.concurrency,
+            source=request.source,
+            frame=request.frame_hw,
+            conf=request.conf,
+            iou=request.iou,
+            max_det=request.max_det,
+            duration_s=request.options.duration_s,
+            warmup_s=request.options.warmup_s,
+            paper=request.paper,
+            val_report=request.val_report,
+            progress=show,
+            on_row=on_row,
+        )
 
 
 @contextmanager

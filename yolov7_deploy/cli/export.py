@@ -308,12 +308,11 @@ def _find_tensorrt(options: EngineOptions) -> Installation:
 
 def _export(job: ExportJob, *, verify: bool, image: Path | None, to_stderr: bool) -> ExportReport:
     from yolov7_deploy.image import read_image
-    from yolov7_deploy.workflows.export import export_weights
+    from yolov7_deploy.workflows.export import default_output, export_weights
 
     images = [read_image(image)] if image else []
     path = locate_weights(job.weights)
-    suffix = "" if job.precision == "fp32" else f"-{job.precision}"
-    output = job.output or Path(f"{_stem(job.weights, path)}{suffix}.onnx")
+    output = job.output or default_output(job.weights, path, job.precision)
     with announce_replacement(output, to_stderr=to_stderr):
         report = export_weights(
             path,
@@ -327,11 +326,6 @@ def _export(job: ExportJob, *, verify: bool, image: Path | None, to_stderr: bool
         )
     echo(describe(report), err=to_stderr)
     return report
-
-
-def _stem(weights: str, path: Path) -> str:
-    """Return the official name if the weights were given by name, else the file's stem."""
-    return path.stem if Path(weights).suffix else weights
 
 
 def _build(path: Path, options: EngineOptions, installation: Installation | None, *, to_stderr: bool) -> EngineReport:

@@ -141,14 +141,13 @@ def int8_options(
         for_engine: A TensorRT engine will be built from the file.
         to_stderr: Print to standard error.
     """
-    from yolov7_deploy.hardware.machine import find_int8_target
+    from yolov7_deploy.workflows.quantize import choose_int8_options
 
+    options = choose_int8_options(target, reduce_range, for_engine=for_engine)
     if target != "auto":
-        return Int8Options(target=target, reduce_range=reduce_range)
-    found = "tensorrt" if for_engine else "cpu" if reduce_range else find_int8_target()
-    options = Int8Options(target=found, reduce_range=reduce_range)
-    others = ", ".join(name for name in INT8_TARGETS if name != found)
-    echo(f"INT8 for {_TARGETS[found]}; others: --int8-target {others}", err=to_stderr)
+        return options
+    others = ", ".join(name for name in INT8_TARGETS if name != options.target)
+    echo(f"INT8 for {_TARGETS[options.target]}; others: --int8-target {others}", err=to_stderr)
     return options
 
 

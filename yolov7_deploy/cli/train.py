@@ -15,7 +15,6 @@ import typer
 
 from yolov7_deploy._output import echo, note
 from yolov7_deploy._output_folder import new_run_folder
-from yolov7_deploy._text import suggest
 from yolov7_deploy.cli.options import (
     ExistOk,
     JsonPath,
@@ -210,19 +209,13 @@ def train(
     if resume:
         _resume(context)
         return
-    _check(data, variant, show_hyp=show_hyp)
+    if data is None and not show_hyp:
+        raise NO_DATA
     _start(
         data=data, save_dir=save_dir, new_folder=functools.partial(new_run_folder, project / name, exist_ok=exist_ok),
         variant=variant, weights=weights, device=device, classes=classes, single_class=single_class, hyp=hyp,
         set_values=set_values, show_hyp=show_hyp, tensorboard=tensorboard, options=options, json_path=json_path,
     )  # fmt: skip
-
-
-def _check(data: Path | None, variant: str | None, *, show_hyp: bool) -> None:
-    if data is None and not show_hyp:
-        raise NO_DATA
-    if variant is not None and variant not in VARIANTS:
-        raise UsageError(f"--variant {variant} is unknown.", fix=suggest(variant, VARIANTS))
 
 
 def _options(values: Mapping[str, Any]) -> TrainOptions:
@@ -249,7 +242,9 @@ def _start(
     options: TrainOptions,
     json_path: str | None,
 ) -> None:
-    path, name = _initial_weights(weights, variant)
+    from yolov7_deploy.workflows.functions import initial_weights
+
+    path, name = initial_weights(weights, variant, find=locate_weights)
     recipe = _read_recipe(hyp, set_values, variant=name, pretrained=path is not None, show=show_hyp)
     from yolov7_deploy.training.checkpoints import TrainRequest
     from yolov7_deploy.training.hyperparameters import default_preset
@@ -310,16 +305,6 @@ def _print_report(report: TrainReport, json_path: str | None) -> None:
         echo(report.summary(), err=json_path == "-")
         if json_path is not None:
             write_json(report.to_dict(), json_path)
-
-
-def _initial_weights(weights: str | None, variant: str | None) -> tuple[Path | None, str]:
-    """Return the file of the initial weights, if any, and the variant."""
-    if weights is None:
-        return None, variant or "yolov7"
-    from yolov7_deploy.checkpoint import load_checkpoint
-
-    path = locate_weights(weights)
-    return path, variant or load_checkpoint(path).variant
 
 
 def _read_recipe(

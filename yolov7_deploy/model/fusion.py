@@ -25,6 +25,11 @@ def fuse(model: Yolov7) -> Yolov7:
 
     Raises:
         FusionError: The model is already fused.
+
+    Example:
+        >>> fused = fuse(build_model(load_checkpoint("best.safetensors")))
+        >>> fused.fused
+        True
     """
     if model.fused:
         raise FusionError(f"This {model.variant.name} is already fused.", fix="Use it without calling fuse().")

@@ -28,6 +28,11 @@ class Yolov7(nn.Module):
         anchors: Per level three (width, height) in input pixels; the variant's own by default.
         auxiliary: Auxiliary heads computed in training mode: `partial` (official), `full` (see `Variant.layers`)
             or `none` (they are not computed).
+
+    Example:
+        >>> import torch
+        >>> network = build_model(load_checkpoint("best.safetensors"))
+        >>> boxes = network(torch.zeros(1, 3, 96, 96))
     """
 
     def __init__(
@@ -132,6 +137,10 @@ def new_model(
 
     Raises:
         UsageError: Unknown variant.
+
+    Example:
+        >>> new_model("yolov7-tiny", classes=3).variant.name
+        'yolov7-tiny'
     """
     return Yolov7(
         find_variant(variant), classes=classes, training_form=training_form, anchors=anchors, auxiliary=auxiliary
@@ -143,6 +152,10 @@ def build_model(checkpoint: Checkpoint) -> Yolov7:
 
     Raises:
         CheckpointError: Keys are missing or left over, or shapes differ from the variant's table.
+
+    Example:
+        >>> build_model(load_checkpoint("best.safetensors")).training
+        False
     """
     # On the meta device, so that no random weights are generated and then overwritten.
     with torch.device("meta"):

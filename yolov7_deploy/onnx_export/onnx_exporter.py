@@ -42,6 +42,11 @@ def export_onnx(model: Yolov7, metadata: ModelMetadata, options: ExportOptions) 
     Raises:
         ExportError: The model is not fused, or has an operation without a translation, which the message names.
         UsageError: The size is not a multiple of the stride, or too small for the requested number of boxes.
+
+    Example:
+        >>> checkpoint = load_checkpoint("best.safetensors")
+        >>> options = ExportOptions(input_hw=(96, 96))
+        >>> export_onnx(fuse(build_model(checkpoint)), checkpoint.metadata, options).save("best.onnx")
     """
     if not model.fused:
         raise ExportError("Only a fused model can be exported.", fix="Call fuse(model) first.")

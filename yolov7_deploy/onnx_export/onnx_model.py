@@ -23,6 +23,10 @@ class OnnxModel:
     Attributes:
         proto: The graph; treat it as read-only and modify copies.
         metadata: The metadata, which `proto.metadata_props` contains as well.
+
+    Example:
+        >>> OnnxModel.load("shapes.onnx").metadata.precision
+        'fp32'
     """
 
     proto: onnx.ModelProto

@@ -74,6 +74,10 @@ def calibrate(
     Raises:
         UsageError: There are no images.
         ExportError: A tensor is infinite or NaN on one of them.
+
+    Example:
+        >>> calibrate(OnnxModel.load("shapes.onnx"), open_calibration("images", limit=2)).images
+        2
     """
     start = time.perf_counter()
     network = Network(model)

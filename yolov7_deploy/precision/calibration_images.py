@@ -122,6 +122,10 @@ def open_calibration(data: str | Path, *, limit: int = LIMIT) -> CalibrationImag
         SourceError: There are no images; at the end of an iteration: none could be used.
         DatasetError: A YAML or JSON cannot be opened.
         MissingLibraryError: PyYAML is not installed, and `data` is a YAML.
+
+    Example:
+        >>> len(open_calibration("images", limit=3))
+        3
     """
     if limit < 1:
         raise UsageError(f"Calibration needs at least 1 image, not {limit}.", fix=f"Use {ENOUGH}.")

@@ -59,6 +59,10 @@ def to_fp16(model: OnnxModel, images: Sequence[Image]) -> OnnxModel:
     Raises:
         UsageError: There are no images.
         ExportError: The model already has a lower precision, or was not exported by this package.
+
+    Example:
+        >>> fp16 = to_fp16(OnnxModel.load("shapes.onnx"), list(open_calibration("images", limit=2)))
+        >>> fp16.save("shapes-fp16.onnx")
     """
     _check_convertible(model)
     network = Network(model)

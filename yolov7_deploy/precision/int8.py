@@ -63,6 +63,12 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
     Raises:
         ExportError: The model already has a lower precision, has no convolution to quantize, or has infinite values;
             the calibration belongs to another network, or an excluded layer does not exist.
+
+    Example:
+        >>> model = OnnxModel.load("shapes.onnx")
+        >>> int8 = to_int8(model, calibrate(model, open_calibration("images")), Int8Options(target="cpu"))
+        >>> int8.metadata.precision
+        'int8'
     """
     check_quantizable(model)
     if not model.metadata.heads:  # it is unknown where decoding begins, and decoding needs float32

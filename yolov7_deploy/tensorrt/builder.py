@@ -106,6 +106,9 @@ def build_engine(
         MissingLibraryError: TensorRT is not installed.
         PluginError: The plugin library exists and cannot be used.
         EngineError: TensorRT cannot build the engine here; the message names the node, the option or the memory.
+
+    Example:
+        >>> build_engine(OnnxModel.load("shapes.onnx"), EngineOptions(targets=("sm86",))).save("shapes.engine")
     """
     options = options or EngineOptions()
     _check_int8_target(model.metadata)

@@ -37,6 +37,12 @@ class Engine:
         plan: The serialized engine.
         record: Record of the build; `None` for a plan without a record.
         notes: Warnings, such as a missing record.
+
+    Example:
+        >>> engine = build_engine(OnnxModel.load("shapes.onnx"))
+        >>> engine.save("shapes.engine")
+        >>> Engine.load("shapes.engine").record == engine.record
+        True
     """
 
     plan: bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
-from yolov7_deploy.options import PRECISIONS, ExportOptions, QuantizeOptions
+from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import CalibrationImages
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.runtimes.base import installed_runtimes, open_runtime
 from yolov7_deploy.runtimes.pytorch import PytorchRuntime
+from yolov7_deploy.tensorrt.builder import BuildCallbacks, EngineReport, build_file, find_tensorrt
 from yolov7_deploy.workflows.quantize import Quantized, Quantizer, Show, silent
 
 logger = get_logger(__name__)
@@ -47,13 +48,15 @@ class ExportReport:
         parity: Result of the verification; `None` if it was skipped. Without any detection to compare, it is not
             `verified`.
         quantized: Result of the quantization; `None` unless the file is INT8.
+        engine: The TensorRT engine that was built from the file, and its record; `None` without one.
     """
 
     path: Path
     metadata: ModelMetadata
     bytes: int
     parity: ParityReport | None
-    quantized: Quantized | None = None
+    quantized: Quantized | None = field(default=None, repr=False)
+    engine: EngineReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +74,31 @@ class Int8Request:
     options: QuantizeOptions
     data: Dataset | None = None
     show: Show = silent
+
+
+def default_output(weights: str, path: Path, precision: str) -> Path:
+    """Return `NAME.onnx` or `NAME-PRECISION.onnx` in the working directory.
+
+    Args:
+        weights: The weights as they were requested; an official name is the file's name.
+        path: The file of the weights.
+        precision: `fp32`, `fp16` or `int8`.
+    """
+    stem = path.stem if Path(weights).suffix else weights
+    return Path(f"{stem}.onnx" if precision == "fp32" else f"{stem}-{precision}.onnx")
+
+
+def engine_builder(options: EngineOptions, callbacks: BuildCallbacks | None = None) -> Callable[[Path], EngineReport]:
+    """Return a function that builds `NAME.engine` from `NAME.onnx`; TensorRT is found now, before the long work.
+
+    Raises:
+        MissingLibraryError: TensorRT is not installed.
+        EngineError: It cannot build on this machine.
+    """
+    installation = find_tensorrt(options)
+    return lambda path: build_file(
+        path, path.with_suffix(".engine"), options=options, installation=installation, callbacks=callbacks
+    )
 
 
 def export_weights(

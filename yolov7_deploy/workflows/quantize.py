@@ -15,6 +15,7 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
+from yolov7_deploy.hardware.machine import find_int8_target
 from yolov7_deploy.image import Image
 from yolov7_deploy.inspection.onnx_file import int8_lines, int8_to_dict
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
@@ -114,6 +115,19 @@ class Quantized:
     drop: AccuracyDrop | None
     sensitivities: tuple[LayerSensitivity, ...]
     measurements: tuple[Measurement, ...]
+
+
+def choose_int8_options(target: str, reduce_range: bool | None, *, for_engine: bool = False) -> Int8Options:
+    """Return the options of an INT8 file for a target.
+
+    Args:
+        target: One of `INT8_TARGETS`, or `auto` for this machine.
+        reduce_range: Weights of 7 bits; `None` is the default of the target.
+        for_engine: A TensorRT engine will be built from the file: `auto` is `tensorrt`.
+    """
+    if target == "auto":
+        target = "tensorrt" if for_engine else "cpu" if reduce_range else find_int8_target()
+    return Int8Options(target=target, reduce_range=reduce_range)
 
 
 @contextmanager
