@@ -405,4 +405,4 @@ def test_a_missing_file_is_reported(tmp_path):
 
 
 def test_a_folder_is_reported_as_a_folder(tmp_path):
-    assert "it is a folder, not a file" in refusal(tmp_path)
+    assert "is a folder, not an image" in refusal(tmp_path)

@@ -80,9 +80,14 @@ class ResultFolder:
     Args:
         path: The folder; it is created with the first result.
         suffixes: Suffixes of the results, in lower case.
+
+    Raises:
+        UsageError: The path is a file.
     """
 
     def __init__(self, path: Path, suffixes: Collection[str]) -> None:
+        if path.is_file():
+            raise UsageError(f"{path} is a file, not a folder.", fix="Choose another folder:  --save-dir results")
         self._path, self._suffixes = path, suffixes
         self._replaces: bool | None = None
 

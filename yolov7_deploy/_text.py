@@ -45,19 +45,38 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"{f'Did you mean {alike[0]}? ' if alike else ''}One of: {', '.join(names)}"
 
 
-def similar_file(path: Path, *, suffixes: Collection[str]) -> Path | None:
+def similar_file(path: Path, *, suffixes: Collection[str] | None = None) -> Path | None:
     """Return the existing file that was probably meant by a path with a typing error.
 
-    It is one with the same stem, else one with a similar name; in the same folder, else the newest in `runs/*/*`.
+    It is one with the same stem, else one with a similar name; in the same folder (or, if that does not exist, the one
+    above), else in the working directory, else the newest in `runs/*/*`. Of several, it is the name that is most
+    alike, so that its suffix decides, too.
+
+    Args:
+        path: The path that does not exist.
+        suffixes: Suffixes of the files to consider; `None` also considers folders.
     """
     with contextlib.suppress(OSError):
         runs = sorted(Path().glob("runs/*/*/*"), key=lambda file: file.stat().st_mtime, reverse=True)
-        siblings = sorted(path.parent.iterdir())[:MAX_FILES] if path.parent.is_dir() else []
-        files = [file for file in (*siblings, *runs) if file.suffix.lower() in suffixes]
-        same = [file for file in files if file.stem == path.stem]
-        alike = difflib.get_close_matches(path.name, [file.name for file in files], n=1, cutoff=ALIKE)
-        return next((file for file in (*same, *files) if file in same or file.name in alike), None)
+        folder = path.parent if path.parent.is_dir() else path.parent.parent
+        for files in (_entries(folder), _entries(Path()), runs):
+            known = [file for file in files if suffixes is None or file.suffix.lower() in suffixes]
+            same = [file for file in known if file.stem.lower() == path.stem.lower()]
+            alike = {file: _likeness(path.name, file.name) for file in same or known}
+            best = max(alike, key=lambda file: alike[file], default=None)
+            if best is not None and (same or alike[best] >= ALIKE):
+                return best
     return None
+
+
+def _entries(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [path for path in sorted(folder.iterdir())[:MAX_FILES] if not path.name.startswith(".")]
+    return []
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
 
 
 def printable(text: object) -> str:

@@ -52,6 +52,16 @@ SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
 MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", ".engine", ".plan", ".trt")
 
+# Files that are taken for weights by mistake: what they are, and the options that are right.
+_IMAGE = ("an image", "Images are the source:  --weights {name} --source {path}")
+_VIDEO = ("a video", "Videos are the source:  --weights {name} --source {path}")
+_DATA = ("the description of a dataset", "Datasets are the data:  --weights {name} --data {path}")
+_OTHER_KINDS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"), _IMAGE),
+    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv"), _VIDEO),
+    **dict.fromkeys((".yaml", ".yml", ".json"), _DATA),
+}
+
 TIMEOUT_S = 30.0
 _MIN_BYTES_PER_S = 10_000  # mean; slower than a modem, so the server or the network does not work
 # The largest official file (E6E, training) is about 0.35 GB.
@@ -83,9 +93,11 @@ def find_weights(
     """
     path = Path(name_or_path)
     if os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long for any file
+        if path.suffix.lower() in _OTHER_KINDS:
+            raise _other_kind(path)
         return path
     name = str(name_or_path).removesuffix(".pt")
-    if name == SHAPES_WEIGHTS:
+    if name.removesuffix(".safetensors") == SHAPES_WEIGHTS:
         return bundled_weights()
     if name not in OFFICIAL_NAMES:
         raise _not_found(path)
@@ -143,7 +155,7 @@ def _file_names(name: str) -> tuple[str, ...]:
 
 def _not_found(path: Path) -> LoadError:
     if os.path.isdir(path):  # noqa: PTH112 - as in `find_weights`
-        return LoadError(f"{path} is a folder, not a weights file.", fix=f"Pass the file inside it:  {path}/NAME.pt")
+        return _folder(path)
     if os.path.exists(path):  # noqa: PTH110 - as in `find_weights`
         return LoadError(f"{path} is not a file but a named pipe, a device or a socket.", fix="Pass a file.")
     names = [name for name in OFFICIAL_NAMES if not name.endswith("_training")]
@@ -153,6 +165,21 @@ def _not_found(path: Path) -> LoadError:
     if similar is not None:
         fix = f"Did you mean {similar}?"
     return LoadError(f"{path} {'does not exist' if is_path else 'is neither a file nor an official name'}.", fix=fix)
+
+
+def _folder(path: Path) -> LoadError:
+    files = similar_file(path / "best.safetensors", suffixes=MODEL_SUFFIXES)
+    if files is not None and files.parent == path:
+        return LoadError(f"{path} is a folder, not a weights file.", fix=f"Pass the file inside it:  --weights {files}")
+    return LoadError(
+        f"{path} is a folder, and has no weights file ({', '.join(MODEL_SUFFIXES)}).",
+        fix=f"Pass a file, or an official name:  --weights {OFFICIAL_NAMES[0]}",
+    )
+
+
+def _other_kind(path: Path) -> LoadError:
+    kind, fix = _OTHER_KINDS[path.suffix.lower()]
+    return LoadError(f"{path} is {kind}, not a model file.", fix=fix.format(name=OFFICIAL_NAMES[0], path=path))
 
 
 def _download(url: str, target: Path, *, name: str, progress: Progress | None, timeout_s: float) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._bounded_read import MAX_IMAGE_BYTES, open_file, read_bytes
-from yolov7_deploy._text import get_logger
+from yolov7_deploy._text import get_logger, similar_file
 from yolov7_deploy.errors import ImageError
 
 logger = get_logger(__name__)
@@ -82,9 +82,19 @@ def read_image(path: str | os.PathLike[str], *, reduced: int = 1) -> Image:
     try:
         data = read_bytes(path, max_bytes=MAX_IMAGE_BYTES)
     except OSError as error:
-        reason = error.strerror or error
-        raise ImageError(f"{path} cannot be read: {reason}.", fix="Check the path.") from error
+        raise _unreadable(path, error) from error
     return decode_image(data, name=str(path), reduced=reduced)
+
+
+def _unreadable(path: Path, error: OSError) -> ImageError:
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a name is too long
+        fix = f"Pass the path of an image; a Detector reads all files of a folder with  detector.stream({str(path)!r})"
+        return ImageError(f"{path} is a folder, not an image.", fix=fix)
+    similar = similar_file(path, suffixes=IMAGE_SUFFIXES) if isinstance(error, FileNotFoundError) else None
+    return ImageError(
+        f"{path} cannot be read: {error.strerror or error}.",
+        fix="Check the path." if similar is None else f"Did you mean {similar}?",
+    )
 
 
 def decode_image(
@@ -356,7 +366,9 @@ def _not_an_array(image: object) -> ImageError:
             f"{message} {tuple(tensor.shape)} of {_type_name(tensor)}.",
             fix=_conversion(tensor) or "Convert it to a NumPy array, uint8 BGR [H, W, 3].",
         )
-    if hasattr(image, "read"):
+    if image is None:
+        fix = "cv2.imread returns None for a file that it cannot read. Pass the path instead, to see the reason."
+    elif hasattr(image, "read"):
         fix = "Pass the content of the file:  image.read()"
     elif hasattr(image, "__array__") or hasattr(image, "__array_interface__"):
         # Most libraries use RGB. A silent guess would swap red and blue.

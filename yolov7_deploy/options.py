@@ -479,6 +479,12 @@ def _at_least(least: int, name: str, value: float, kind: type = Real) -> None:
         raise UsageError(f"--{option} {value:g} must be at least {least}.", fix=f"For example: --{option} {least + 1}")
 
 
+def size_text(hw: tuple[int, int]) -> str:
+    """Return a size as `--img` takes it: `640` for a square, else height x width, such as `384x640`."""
+    height, width = hw
+    return str(height) if height == width else f"{height}x{width}"
+
+
 def parse_size(img: object) -> tuple[int, int] | None:
     """Return height and width of an image size: a number of pixels for a square, or a pair; `None` stays `None`.
 

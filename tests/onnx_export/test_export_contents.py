@@ -161,9 +161,7 @@ def test_an_unfused_model_is_refused():
     assert "fuse" in caught.value.fix
 
 
-@pytest.mark.parametrize(
-    "hw, fix", [((100, 128), "--img 128,128"), ((128, 31), "--img 128,32"), ((0, 64), "--img 32,64")]
-)
+@pytest.mark.parametrize("hw, fix", [((100, 128), "--img 128"), ((128, 31), "--img 128x32"), ((0, 64), "--img 32x64")])
 def test_a_size_that_is_not_a_multiple_of_the_stride_is_refused(hw, fix):
     with pytest.raises(UsageError, match="stride 32") as caught:
         export_onnx(fused_tiny(), metadata_of(fused_tiny()), ExportOptions(input_hw=hw))

@@ -245,7 +245,7 @@ def test_an_export_is_verified_in_every_runtime(tmp_path):
     [
         ({"runtime": "openvino", "device": "cuda:0"}, DeviceError, "no device 'cuda:0'"),
         ({"runtime": "openvino", "device": "intel:npu"}, DeviceError, "no NPU here"),
-        ({"runtime": "opnvino"}, UsageError, "--runtime opnvino is unknown"),
+        ({"runtime": "opnvino"}, UsageError, "runtime=.opnvino. is unknown"),
         ({"runtime": "tensorrt"}, UsageError, "runs with onnxruntime or openvino, not with tensorrt"),
         ({"runtime": "openvino", "half": True}, UsageError, "its precision is in the file"),
         ({"runtime": "openvino", "img": 64}, UsageError, "has a fixed input of 192x192"),

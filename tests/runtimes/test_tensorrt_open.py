@@ -238,7 +238,7 @@ def test_a_size_or_precision_other_than_that_of_the_file_is_refused(environment)
     path = environment.engine()
     with pytest.raises(UsageError, match="fixed input of 64x96, not 640x640") as caught:
         opened(path, input_hw=(640, 640))
-    assert "--img 640,640 --engine" in caught.value.fix
+    assert "--img 640 --engine" in caught.value.fix
     with pytest.raises(UsageError, match="is fp32; its precision is in the file"):
         opened(path, half=True)
     opened(path, input_hw=(64, 96), half=False).close()

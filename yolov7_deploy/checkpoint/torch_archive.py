@@ -250,9 +250,9 @@ def _require_torch(path: Path) -> None:
             fix=f"Rename it:  {path.stem}.safetensors",
         )
     if _looks_like_onnx(head):
-        raise LoadError(f"{name} is an ONNX graph, not a checkpoint.", fix=f"Rename it:  {path.stem}.onnx")
+        raise _exported_file(path, "an ONNX graph", ".onnx")
     if head[:4] in (b"ftrt", b"ptrt"):
-        raise LoadError(f"{name} is a TensorRT engine, not a checkpoint.", fix=f"Rename it:  {path.stem}.engine")
+        raise _exported_file(path, "a TensorRT engine", ".engine")
     if head.startswith(b"version https://git-lfs"):
         raise LoadError(f"{name} is a Git LFS pointer, not the file itself.", fix="Fetch the file:  git lfs pull")
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -267,6 +267,15 @@ def _require_torch(path: Path) -> None:
             fix="A failed download often saves an error page instead of the file: open it to check.",
         )
     raise LoadError(f"{name} is not a torch file (it starts with {head[:8]!r}).", fix=_COPY_AGAIN)
+
+
+def _exported_file(path: Path, kind: str, suffix: str) -> LoadError:
+    message = f"{path.name} is {kind}, not a checkpoint."
+    if path.suffix.lower() != suffix:
+        return LoadError(message, fix=f"Rename it:  {path.stem}{suffix}")
+    beside = (path.with_suffix(other) for other in (".safetensors", ".pt", ".pth"))
+    weights = next((str(other) for other in beside if other.is_file()), "WEIGHTS.pt")
+    return LoadError(message, fix=f"Use the weights from which it was exported:  --weights {weights}")
 
 
 def _looks_like_onnx(head: bytes) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -89,6 +91,16 @@ def with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _option_of(value: str) -> str:
+    """Return the option that a file is probably meant for."""
+    from yolov7_deploy.hub import MODEL_SUFFIXES, OFFICIAL_NAMES
+
+    path = Path(value)
+    if path.suffix.lower() in MODEL_SUFFIXES or value in OFFICIAL_NAMES:
+        return "--weights"
+    return "--data" if path.suffix.lower() in (".yaml", ".yml", ".json") else "--source"
+
+
 class Y7Command(TyperCommand):
     """A command whose help has panels, and which reads the options of the official program."""
 
@@ -97,7 +109,20 @@ class Y7Command(TyperCommand):
         if not ctx.resilient_parsing:  # the shell asks for completions of a line that is not complete
             known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
             args = translate(self._function, args, known=known)
+            if args and not args[0].startswith("-") and not any(p.param_type_name == "argument" for p in self.params):
+                raise typer.BadParameter(self._with_options(args, known))
         return super().parse_args(ctx, args)
+
+    def _with_options(self, args: list[str], known: set[str]) -> str:
+        """Return the message for values without options, such as `y7 detect best.onnx a.jpg` or `source=a.jpg`."""
+        words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+        options = []
+        for word in words:
+            name, separator, value = word.partition("=")
+            option = {"model": "--weights", "imgsz": "--img"}.get(name, f"--{name}") if separator else _option_of(word)
+            options.append(f"{option} {value if separator else word}" if option in known else word)
+        line = " ".join([f"y7 {self._function}", *options, *args[len(words) :]])
+        return f"{words[0]} is given without an option. For example:  {line}"
 
     def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Write the options, one panel after the other."""

@@ -242,8 +242,11 @@ def _start(
     options: TrainOptions,
     json_path: str | None,
 ) -> None:
+    from yolov7_deploy.datasets import check_dataset_file
     from yolov7_deploy.workflows.functions import initial_weights
 
+    if data is not None and not show_hyp:
+        check_dataset_file(data)
     path, name = initial_weights(weights, variant, find=locate_weights)
     recipe = _read_recipe(hyp, set_values, variant=name, pretrained=path is not None, show=show_hyp)
     from yolov7_deploy.training.checkpoints import TrainRequest

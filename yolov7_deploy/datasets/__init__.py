@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from yolov7_deploy._text import similar_file
 from yolov7_deploy.datasets.coco import open_coco
 from yolov7_deploy.datasets.samples import Dataset, Sample
 from yolov7_deploy.errors import DatasetError
+from yolov7_deploy.hub import MODEL_SUFFIXES
 
-__all__ = ["Dataset", "Sample", "open_dataset"]
+__all__ = ["Dataset", "Sample", "check_dataset_file", "open_dataset"]
+
+DATASET_SUFFIXES = (".yaml", ".yml", ".json")
+_TAKES = "--data takes a dataset YAML or a COCO instances JSON."
 
 
 def open_dataset(
@@ -48,8 +53,7 @@ def open_dataset(
     path = Path(data)
     if limit is not None and limit < 1:
         raise DatasetError(f"limit must be at least 1, not {limit}.", fix="For example: --limit 100")
-    if not path.is_file():
-        raise DatasetError(f"{path} is not a file.", fix="--data takes a dataset YAML or a COCO instances JSON.")
+    check_dataset_file(path)
     if path.suffix.lower() == ".json":
         return open_coco(path, images=None if images is None else Path(images), split=split, limit=limit)
     if path.suffix.lower() in (".yaml", ".yml"):
@@ -62,6 +66,25 @@ def open_dataset(
                 fix=f"Leave out --images, or name the folder in {path.name}.",
             )
         return open_yaml(path, split=split, limit=limit, cache=cache)
-    raise DatasetError(
-        f"{path} is neither .yaml nor .json.", fix="--data takes a dataset YAML or a COCO instances JSON."
-    )
+    raise DatasetError(f"{path} is neither .yaml nor .json.", fix=_TAKES)
+
+
+def check_dataset_file(path: Path) -> None:
+    """Check that the YAML or JSON file of a dataset exists.
+
+    Raises:
+        DatasetError: It does not, is a folder, or is weights; the fix names the file that was probably meant.
+    """
+    if path.suffix.lower() in MODEL_SUFFIXES and path.is_file():
+        raise DatasetError(f"{path} is a model file, not a dataset.", fix=f"Pass it as --weights:  --weights {path}")
+    if path.is_file():
+        return
+    if path.is_dir():
+        found = [path / "data.yaml", *sorted(path.glob("*.yaml")), *sorted(path.glob("*.yml")), *path.glob("*.json")]
+        found = [file for file in found if file.is_file()]
+        raise DatasetError(
+            f"{path} is a folder, not a dataset YAML or COCO JSON.",
+            fix=f"Pass the file inside it:  --data {found[0]}" if found else _TAKES,
+        )
+    similar = similar_file(path, suffixes=DATASET_SUFFIXES)
+    raise DatasetError(f"{path} does not exist.", fix=_TAKES if similar is None else f"Did you mean {similar}?")

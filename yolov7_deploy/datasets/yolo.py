@@ -160,14 +160,23 @@ def _in_class_order(names: Mapping[str, str], path: Path) -> list[str]:
     )
 
 
+def _split_fix(config: Mapping[str, Any], split: str) -> str:
+    other = next((key for key in OTHER_KEYS.get(split, ()) if config.get(key)), None)
+    if other is not None:
+        return f"Rename `{other}` to `{split}`."
+    if split in SPLITS:
+        return f"Add for example:  {split}: images"
+    meant = next((name for name, others in OTHER_KEYS.items() if split in others), SPLITS[0])
+    return f"For example:  --split {meant}"
+
+
 def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) -> SplitImages:
     entries = config.get(split)
     if not entries:
         available = ", ".join(key for key in SPLITS if config.get(key)) or f"none of {', '.join(SPLITS)}"
-        other = next((key for key in OTHER_KEYS.get(split, ()) if config.get(key)), None)
         raise DatasetError(
             f"{path} has no {split} images (it has {available}).",
-            fix=f"Rename `{other}` to `{split}`." if other else f"Add for example:  {split}: images",
+            fix=_split_fix(config, split),
         )
     found: list[Path] = []
     problems: list[str] = []

@@ -32,7 +32,7 @@ from yolov7_deploy.evaluation.parity_stages import (
 )
 from yolov7_deploy.image import Image, Letterbox, fit_letterbox
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import Thresholds, file_thresholds
+from yolov7_deploy.options import Thresholds, file_thresholds, size_text
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs, Runtime
 from yolov7_deploy.runtimes.onnx_session import OnnxRuntime
@@ -182,7 +182,7 @@ def compare(
         (h, w), (other_h, other_w) = reference.input_hw, against.input_hw
         raise UsageError(
             f"{reference.name} takes {h}x{w}, {against.name} {other_h}x{other_w}: no stage is comparable.",
-            fix=f"Export both with the same input size:  --img {h},{w}",
+            fix=f"Export both with the same input size:  --img {size_text((h, w))}",
         )
     report = _compare_images(reference, against, images, thresholds, progress)
     lower = None if report.verified else _lower_conf(reference, against, images, thresholds)

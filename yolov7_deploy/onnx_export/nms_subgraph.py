@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.model.configs import Anchors
 from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
-from yolov7_deploy.options import ExportOptions
+from yolov7_deploy.options import ExportOptions, size_text
 
 TILE = 256  # candidates that are processed at once
 _COLUMNS, _GROUP = 7, 6  # of a candidate: xyxy, score, class, group
@@ -59,8 +59,8 @@ class NmsPlan:
         if height % stride or width % stride or height < stride or width < stride:
             larger = [max(1, -(-side // stride)) * stride for side in (height, width)]
             raise UsageError(
-                f"--img {height},{width} is not a multiple of this model's stride {stride}.",
-                fix=f"--img {larger[0]},{larger[1]}",
+                f"--img {size_text((height, width))} is not a multiple of this model's stride {stride}.",
+                fix=f"--img {size_text((larger[0], larger[1]))}",
             )
         cells = _cells((height, width), strides, anchors)
         candidates = min(options.max_candidates, len(cells))

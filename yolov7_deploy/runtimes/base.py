@@ -20,7 +20,7 @@ from yolov7_deploy.hub import CHECKPOINT_SUFFIXES
 from yolov7_deploy.image import FloatArray, Image, Letterbox
 from yolov7_deploy.inspection.onnx_file import read_onnx_metadata
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import ONNX_RUNTIMES, Thresholds
+from yolov7_deploy.options import ONNX_RUNTIMES, Thresholds, size_text
 from yolov7_deploy.postprocess import RawDetections
 
 _T = TypeVar("_T")
@@ -203,8 +203,11 @@ def runtime_entry(path: Path, runtime: str = "auto", *, device: str = "cpu") -> 
         return entries["openvino"]
     for entry in entries.values():
         return entry
-    known = ", ".join(suffix for entry in RUNTIMES for suffix in entry.suffixes)
-    raise LoadError(f"No runtime opens {path}; known suffixes: {known}.", fix="Rename the file, or export it again.")
+    known = ", ".join(dict.fromkeys(suffix for entry in RUNTIMES for suffix in entry.suffixes))
+    raise LoadError(
+        f"{path} is not a model file by its suffix: those end in {known}.",
+        fix="If it is one, rename it; else pass another file with --weights.",
+    )
 
 
 def installed_runtimes(path: Path, device: str) -> tuple[str, ...]:
@@ -288,16 +291,17 @@ def check_request_supported(
     Raises:
         UsageError: The message names both, and the fix is the command that creates the requested file.
     """
+    weights, precision = metadata.source or "WEIGHTS.pt", "fp16" if half else "fp32"
     if input_hw is not None and metadata.input_hw is not None and input_hw != metadata.input_hw:
         fixed, requested = metadata.input_hw, input_hw
         raise UsageError(
             f"{path} has a fixed input of {fixed[0]}x{fixed[1]}, not {requested[0]}x{requested[1]}.",
-            fix=f"y7 export --weights WEIGHTS.pt --img {requested[0]},{requested[1]} {export}".rstrip(),
+            fix=f"Leave --img out, or:  y7 export --weights {weights} --img {size_text(requested)} {export}".rstrip(),
         )
     if half is not None and half != (metadata.precision == "fp16"):
         raise UsageError(
             f"{path} is {metadata.precision}; its precision is in the file.",
-            fix=f"y7 export --weights WEIGHTS.pt --precision {'fp16' if half else 'fp32'} {export}".rstrip(),
+            fix=f"Leave it out, or:  y7 export --weights {weights} --precision {precision} {export}".rstrip(),
         )
 
 

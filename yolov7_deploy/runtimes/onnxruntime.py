@@ -197,7 +197,7 @@ def _providers(device: str) -> tuple[list[Any], str]:
     if not has_cuda:
         raise DeviceError(
             f"This ONNX Runtime has no CUDA provider (it has {', '.join(available)}).",
-            fix="pip uninstall onnxruntime; pip install 'yolov7-deploy[gpu]'   or   --device cpu",
+            fix="Use  --device cpu   or, with a GPU:  pip uninstall onnxruntime; pip install 'yolov7-deploy[gpu]'",
         )
     cuda = ("CUDAExecutionProvider", {"device_id": index})
     return [cuda, "CPUExecutionProvider"], f"cuda:{index}"

@@ -24,7 +24,7 @@ from yolov7_deploy.image import FloatArray, Image, Letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, size_text
 from yolov7_deploy.postprocess import postprocess
 from yolov7_deploy.runtimes.base import IntermediateOutputs, RuntimeResult, TimingBreakdown
 from yolov7_deploy.runtimes.pytorch_network import (
@@ -107,7 +107,7 @@ class PytorchRuntime:
             up = [max(1, -(-side // metadata.stride)) * metadata.stride for side in input_hw]
             raise UsageError(
                 f"An input of {input_hw[0]}x{input_hw[1]} is not a multiple of this model's stride {metadata.stride}.",
-                fix=f"--img {up[0]},{up[1]}",
+                fix=f"--img {size_text((up[0], up[1]))}",
             )
         return cls(fuse(build_model(checkpoint)), metadata, device=str(torch_device), half=half)
 

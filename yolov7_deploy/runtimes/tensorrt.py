@@ -21,7 +21,7 @@ from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, Pl
 from yolov7_deploy.hardware.device import parse_device
 from yolov7_deploy.image import Image, Letterbox
 from yolov7_deploy.metadata import OVERFLOW_OUTPUT, ModelMetadata
-from yolov7_deploy.options import Thresholds
+from yolov7_deploy.options import Thresholds, size_text
 from yolov7_deploy.output_layout import read_detections
 from yolov7_deploy.postprocess import check_nms_compatible
 from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_request_supported, split_batches
@@ -207,7 +207,7 @@ class TrtRuntime:
             accepted = f"{low[0]}x{low[1]}" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]}"
             raise UsageError(
                 f"{engine.name} takes inputs of {accepted}, not {height}x{width}.",
-                fix=f"y7 export --weights WEIGHTS.pt --img {height},{width} --engine",
+                fix=f"y7 export --weights WEIGHTS.pt --img {size_text((height, width))} --engine",
             )
 
     def close(self) -> None:

@@ -93,7 +93,9 @@ class LiveReader:
         if newest is None and not self._stop.is_set():
             raise SourceError(
                 self._failure or f"The reader of {_label(self.address)} stopped unexpectedly.",
-                fix="Check the URL with:  ffplay URL   (a camera may be in use by another program)",
+                fix="Is it connected, and not in use by another program? Cameras of this machine:  ls /dev/video*"
+                if isinstance(self.address, int)
+                else "Check the URL with:  ffplay URL",
             )
         return newest
 

@@ -14,8 +14,9 @@ import cv2
 import numpy as np
 
 from yolov7_deploy._download import ascii_address, probe
-from yolov7_deploy._text import get_logger, hide_credentials, is_unicode
+from yolov7_deploy._text import get_logger, hide_credentials, is_unicode, similar_file
 from yolov7_deploy.errors import SourceError, UsageError
+from yolov7_deploy.hub import MODEL_SUFFIXES
 from yolov7_deploy.image import IMAGE_SUFFIXES, ImageBytes, is_pil_image
 from yolov7_deploy.sources.files import (
     GLOB_CHARACTERS,
@@ -148,7 +149,9 @@ def _resolve_path_or_url(text: str, *, folder: Path | None, left_out: list[Skipp
         if not any(character in text for character in GLOB_CHARACTERS):
             shown = hide_credentials(text)
             looked = f" (looked for {_printable(str(path.absolute()))})" if shown == text else ""
-            raise SourceError(f"{_printable(shown)} does not exist{looked}.", fix="Check the path.")
+            similar = similar_file(path)
+            fix = "Check the path." if similar is None else f"Did you mean {_printable(str(similar))}?"
+            raise SourceError(f"{_printable(shown)} does not exist{looked}.", fix=fix)
         yield from _resolve_pattern(path, left_out)
     elif path.is_dir():
         yield from _resolve_folder(path, left_out)
@@ -216,6 +219,13 @@ def _file(path: Path) -> Item:
         return Item(kind="video", address=str(path), label=str(path))
     with opencv_name(str(path)) as name:
         is_image = path.suffix.lower() in IMAGE_SUFFIXES or cv2.haveImageReader(name)
+    if path.suffix.lower() in MODEL_SUFFIXES:
+        raise SourceError(f"{path} is a model file, not an image.", fix=f"Pass it as --weights:  --weights {path}")
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        raise SourceError(
+            f"{path} describes a dataset; it is not an image.",
+            fix="Pass the folder of its images:  --source FOLDER   To measure AP on it:  --data " + str(path),
+        )
     if not is_image:
         raise SourceError(
             f"{path} is neither an image nor a video by its suffix.",

@@ -120,9 +120,10 @@ def _read(path: Path) -> bytes:
     try:
         return read_bytes(path, max_bytes=MAX_MODEL_BYTES)
     except FileNotFoundError as error:
-        raise LoadError(
-            f"{path} does not exist.", fix="Check the path, or build it:  y7 build --weights NAME.onnx"
-        ) from error
+        onnx_file = path.with_suffix(".onnx")
+        name = onnx_file if onnx_file.is_file() else "NAME.onnx"
+        fix = f"Check the path, or build it:  y7 build --weights {name}"
+        raise LoadError(f"{path} does not exist.", fix=fix) from error
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
 

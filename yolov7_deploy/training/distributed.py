@@ -136,8 +136,8 @@ def _select_device(text: str, local_rank: int | None) -> torch.device:
     index = local_rank if local_rank is not None else device.index or 0
     if index >= gpus:
         raise DeviceError(
-            f"{device}: GPU {index} is needed, but torch sees {gpus} GPUs.",
-            fix="--device cpu, or fewer processes; y7 doctor lists the GPUs.",
+            f"{device}: GPU {index} is needed, but torch sees {gpus or 'no'} GPU{'s' * (gpus != 1)}.",
+            fix=f"Use  --device cpu{', or fewer processes' * (local_rank is not None)}. y7 doctor lists the GPUs.",
         )
     return torch.device("cuda", index)
 

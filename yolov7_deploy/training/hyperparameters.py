@@ -10,6 +10,7 @@ from typing import Any
 
 from yolov7_deploy._console import write_text
 from yolov7_deploy._serialization import short_repr
+from yolov7_deploy._text import similar_file, suggest
 from yolov7_deploy.datasets.samples import short_reason
 from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.errors import UsageError
@@ -152,8 +153,11 @@ def _read(path: Path) -> dict[Any, Any]:
     try:
         values = read_yaml(path)
     except FileNotFoundError as error:
+        similar = similar_file(path, suffixes=(".yaml", ".yml"))
+        meant = "" if similar is None else f"Did you mean {similar}? "
         raise UsageError(
-            f"--hyp {path} is neither a preset nor a file.", fix=f"Use one of {', '.join(PRESETS)}, or a YAML file."
+            f"--hyp {path} is neither a preset nor a file.",
+            fix=f"{meant}Use one of {', '.join(PRESETS)}, or a YAML file.",
         ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"--hyp {path} cannot be read: {short_reason(error)}.", fix=_SHOW_PRESET) from error
@@ -167,7 +171,7 @@ def _replace_values(base: Hyperparameters, values: Mapping[Any, Any], source: st
     unknown = [str(name) for name in values if name not in known | UNUSED]
     if unknown:
         raise UsageError(
-            f"{source}: {unknown[0][:80]!r} is not a hyperparameter.", fix=f"Use one of: {', '.join(sorted(known))}"
+            f"{source}: {unknown[0][:80]!r} is not a hyperparameter.", fix=suggest(unknown[0][:80], sorted(known))
         )
     return replace(base, **{name: _number(value) for name, value in values.items() if name in known})
 
