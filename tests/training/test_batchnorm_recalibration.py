@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.support.deterministic import fill_model
-from yolov7_deploy.model.yolov7 import new_model
+from tests.support.thin_variants import thin
+from yolov7_deploy.model.yolov7 import Yolov7, new_model
 from yolov7_deploy.training.batchnorm_recalibration import recalibrate_batchnorm
 from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.sample import Batch
@@ -40,6 +41,25 @@ def test_recalibration_does_not_change_the_output():
     report = recalibrate_batchnorm(model, batches(3), distributed=DistributedContext())
     assert (report.layers, report.images) == (55, 6)
     for old, new in zip(before, output(model), strict=True):
+        assert (old - new).abs().max() < TOLERANCE * old.std()
+
+
+@pytest.mark.parametrize("auxiliary", ["partial", "none"])
+def test_auxiliary_heads_stay_finite_and_keep_their_outputs(auxiliary):
+    model = fill_model(Yolov7(thin("yolov7-w6"), classes=3, training_form=True, auxiliary=auxiliary))
+
+    def outputs():
+        model.train()
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.eval()
+        return output(model)
+
+    before = outputs()
+    assert len(before) == (8 if auxiliary == "partial" else 4)
+    recalibrate_batchnorm(model, batches(2, size=128), distributed=DistributedContext())
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    for old, new in zip(before, outputs(), strict=True):
         assert (old - new).abs().max() < TOLERANCE * old.std()
 
 

@@ -64,7 +64,10 @@ def recalibrate_batchnorm(
         if isinstance(module, nn.BatchNorm2d) and int(name.split(".")[1]) not in frozen
     }
     images = 0
-    model.eval()
+    model.train()  # computes auxiliary heads, too
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
     try:
         for batch in batches:
             model(batch.images.to(distributed.device).permute(0, 3, 1, 2).float() / 255)
@@ -102,6 +105,8 @@ class _InputMoments:
         norm = self._norm
         assert norm.running_mean is not None and norm.running_var is not None
         count, first, second = distributed.all_reduce_sum(self._sums)
+        if not count.all():  # auxiliary heads that are not trained are not computed
+            return 1.0
         shift = first / count
         variance = (second / count - shift.square()).clamp(min=0)
         running, real = (torch.sqrt(v + norm.eps) for v in (norm.running_var.double(), variance))
