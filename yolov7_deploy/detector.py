@@ -439,7 +439,7 @@ class Detector:
         if max_det > limit and not self._warned_max_det:
             self._warned_max_det = True
             logger.warning(
-                "%s gives at most %d detections per image, not %d. For more, export it again:  y7 export --max-det %d",
+                "%s gives at most %d detections per image, not %d. For more, export it again with max-det %d.",
                 *(self.path.name, limit, max_det, max_det),
             )
         return min(max_det, limit)
