@@ -355,7 +355,7 @@ def test_the_errors_for_a_missing_path_and_an_empty_folder_state_what_was_search
 
 @pytest.mark.parametrize("name", ["gone.yaml", "gone.json"])
 def test_a_missing_dataset_is_an_error(tmp_path, name):
-    with pytest.raises(DatasetError, match=f"{name} is not a file"):
+    with pytest.raises(DatasetError, match=f"{name} does not exist"):
         open_calibration(tmp_path / name)
 
 

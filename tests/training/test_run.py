@@ -366,7 +366,7 @@ def test_weights_of_another_variant_are_refused_before_the_dataset_is_read(done,
 
 
 def test_a_missing_dataset_or_weights_file_is_named(data, tmp_path):
-    with pytest.raises(DatasetError, match=r"absent\.yaml is not a file"):
+    with pytest.raises(DatasetError, match=r"absent\.yaml does not exist"):
         train_small(tmp_path / "absent.yaml", tmp_path / "run")
     with pytest.raises(LoadError, match=r"absent\.pt"):
         train_small(data, tmp_path / "run", weights=str(tmp_path / "absent.pt"))

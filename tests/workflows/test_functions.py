@@ -6,6 +6,7 @@ import inspect
 import json
 from dataclasses import fields
 
+import cv2
 import pytest
 from typer.testing import CliRunner
 
@@ -17,7 +18,9 @@ from yolov7_deploy.cli.train import train as train_command
 from yolov7_deploy.cli.val import val as val_command
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.errors import LoadError, UsageError
+from yolov7_deploy.image import read_image
 from yolov7_deploy.options import TrainOptions
+from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows.functions import TrainKeywords
 
 WEIGHTS = "yolov7-tiny-shapes"
@@ -121,6 +124,16 @@ def test_train_returns_the_best_weights_and_their_ap(tmp_path, data):
         assert detector.input_hw == (64, 64)
     with pytest.raises(UsageError, match=r"already has a training run.\nResume it:  train\(resume=True, save_dir="):
         train(data, WEIGHTS, epochs=1, img=64, save_dir=tmp_path / "run")
+
+
+def test_the_ap_of_a_training_is_that_of_a_validation(tmp_path):
+    """Also for images of several shapes, whose canvas depends on the others of their batch."""
+    data = write_shapes(tmp_path / "shapes", train=4, val=10, size=SIZE, seed=6)
+    for number, path in enumerate(sorted((data.parent / "images" / "val").iterdir())):
+        write_image(path, cv2.resize(read_image(path), (SIZE, 40 + 5 * number)))
+    report = train(data, WEIGHTS, epochs=1, img=64, batch=2, workers=0, save_dir=tmp_path / "run")
+    assert report.accuracy is not None
+    assert validate(report.weights, data).predictions == report.accuracy.predictions
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.sampler import compute_image_weights
 from yolov7_deploy.training.train_step import StepMetrics, TrainStep
 
-MAX_VAL_BATCH = 16
 SAVE_BEFORE_VALIDATION_S = 60.0  # seconds of training since the last saved state
 AP50_WEIGHT, AP_WEIGHT = 0.1, 0.9  # of the fitness that selects the best epoch, as in the official program
 
@@ -326,14 +325,16 @@ class Trainer:
             self._callback.on_epoch_end(record)  # after saving, because standard output may be closed
 
     def _validate(self, name: str) -> AccuracyReport:
-        """Return the accuracy of a weights file of the run, as `y7 val` measures it."""
+        """Return the accuracy of a weights file of the run, with the options of `y7 val`.
+
+        In rect mode, the canvas of an image depends on the batch size, too.
+        """
         path, img = self._folder / name, self._options.img
-        options = ValOptions(batch=min(2 * self._options.batch // self._distributed.world_size, MAX_VAL_BATCH))
         with (
             Detector(path, device=str(self._distributed.device), img=img) as detector,
             self._callback.progress("validate") as show,
         ):
-            report = evaluate(detector, self._val, options=options, progress=show)
+            report = evaluate(detector, self._val, options=ValOptions(), progress=show)
         self._report_unreadable(image.reason for image in report.skipped)
         return report
 
