@@ -198,8 +198,9 @@ def test_arguments_after_two_dashes_are_not_translated():
 
 @pytest.mark.parametrize(("command", "option"), [("train", "--cfg"), ("detect", "--weights"), ("export", "--max_wh")])
 def test_a_missing_value_is_a_usage_error(command, option):
-    with pytest.raises(UsageError, match=f"{option.replace('_', '-')} has no value"):
+    with pytest.raises(UsageError, match=r"has no value") as raised:
         translate(command, [option, "--data", "d.yaml"], known=spellings(command))
+    assert raised.value.message.startswith(option.replace("_", "-"))
 
 
 def test_the_line_with_the_options_of_y7_is_printed_with_the_differences(capsys):

@@ -66,6 +66,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "train", fake.train)
     monkeypatch.setattr(training, "resume", fake.resume)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "D.yaml").touch()  # the fake does not read it
     return fake
 
 
