@@ -113,12 +113,15 @@ def test_export_explains_wrong_options_in_python(options, message, fix, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_returns_the_best_weights_and_their_ap(tmp_path, data):
+def test_train_returns_the_best_weights_and_their_ap(tmp_path, data, caplog):
+    caplog.set_level("INFO")
     report = train(
         data, WEIGHTS, epochs=1, img=64, batch=4, workers=0, save_dir=tmp_path / "run", seed=1, classes=[0, 1]
     )
     assert report.weights == tmp_path / "run" / "best.safetensors"
     assert report.accuracy is not None and report.accuracy.ap is not None
+    assert "8 training images, 4 validation images" in caplog.text
+    assert "epoch 1: box " in caplog.text
     with Detector(report.weights) as detector:
         assert len(detector.class_names) == 2
         assert detector.input_hw == (64, 64)

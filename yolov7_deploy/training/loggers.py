@@ -133,6 +133,19 @@ class NullCallback:
         yield lambda done, total: None
 
 
+class LogCallback(NullCallback):
+    """A callback that logs messages and the metrics of each epoch."""
+
+    def on_message(self, text: str) -> None:
+        """Log the message."""
+        logger.info("%s", text)
+
+    def on_epoch_end(self, record: EpochRecord) -> None:
+        """Log the losses and the AP."""
+        losses = f"box {record.box:.4f}, obj {record.obj:.4f}, cls {record.cls:.4f}"
+        logger.info("epoch %d: %s, AP %s, %.1f s", record.epoch, losses, record.ap, record.seconds)
+
+
 class RunLog:
     """Writer of `results.csv` and of TensorBoard events in the folder of a run; a context manager that closes them.
 

@@ -269,7 +269,7 @@ def train(
         exist_ok: Use the folder `project/name` even if it exists.
         resume: Resume the run in `save_dir`, or the newest unfinished one in `project`.
         tensorboard: Write TensorBoard events; `None` does so if it is installed.
-        callback: Receives messages, progress and the metrics of each epoch.
+        callback: Receives messages, progress and the metrics of each epoch; by default they are logged (`logging`).
         **options: All other fields of `TrainOptions`, such as `patience=20`.
 
     Returns:
@@ -290,9 +290,9 @@ def train(
     """
     from yolov7_deploy.training import run
     from yolov7_deploy.training.checkpoints import TrainRequest, find_unfinished_run
-    from yolov7_deploy.training.loggers import NullCallback
+    from yolov7_deploy.training.loggers import LogCallback
 
-    callback, folder = callback or NullCallback(), Path(save_dir) if save_dir is not None else None
+    callback, folder = callback or LogCallback(), Path(save_dir) if save_dir is not None else None
     if resume:
         moved = None if data is None else os.fspath(data)
         return run.resume(folder or find_unfinished_run(Path(project)), callback=callback, data=moved)
