@@ -144,7 +144,9 @@ def test_more_detections_than_a_file_can_give_are_reported_once(export, images, 
         detector(images[0], max_det=500)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
-    assert "at most 7 detections per image, not 300" in messages[0] and "y7 export --max-det 300" in messages[0]
+    assert (
+        "at most 7 detections per image, not 300" in messages[0] and "export it again with max-det 300" in messages[0]
+    )
 
 
 def test_fewer_detections_are_the_best_ones(export, images):

@@ -30,6 +30,7 @@ TEXTS = [
     ("Try  --no-simplify, or --fp16", 'Try  simplify=False, or precision="fp16"'),
     ("Lower it (--set lr0=0.001)", 'Lower it (hyp={"lr0": 0.001})'),
     ("--min-batch 1 --opt-batch 4 --max-batch 8", "min_batch=1, opt_batch=4, max_batch=8"),
+    ("The file has conf=0.3; conf=0.4 was requested", "The file has conf=0.3; conf=0.4 was requested"),
     ("--target sm86,sm89", 'targets=["sm86", "sm89"]'),
     ("--workspace 4", "workspace_gib=4"),
     ("y7 export --weights yolov7.pt --batch 8 --engine", 'export("yolov7.pt", batch=8, engine=True)'),

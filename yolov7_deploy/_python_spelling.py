@@ -75,7 +75,9 @@ _COMMAND = re.compile(r"(?<![\w./-])y7 (\w+)((?: {1,2}--[a-z][a-z0-9-]*(?: (?!-\
 _OPTION = re.compile(r"(?<![\w./-])(--[a-z][a-z0-9-]*)(?: (?!-\D)([^\s;()]*[^\s;,.:()]))?")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?|nan|inf")
 _LIST = re.compile(r"(?:\d+|[A-Z]+)(?:[x,](?:\d+|[A-Z]+))+")
-_NEIGHBOURS = re.compile(r"(\w=(?:\"[^\"]*\"|[^\s\",]+)) (?=[a-z_]+=)")  # arguments without a comma between them
+_NEIGHBOURS = re.compile(
+    r"(\w=(?:\"[^\"]*\"|[^\s\",]*[^\s\",;:.])) (?=[a-z_]+=)"
+)  # arguments without a comma between them
 _GPUS = re.compile(r"sm\d+(?:,sm\d+)*")
 
 
