@@ -8,11 +8,12 @@ timed against each other on images of the dataset.
 from __future__ import annotations
 
 import itertools
+import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -200,7 +201,7 @@ class Optimizer:
             ParityError: The checkpoint has AP 0, or every candidate was rejected.
         """
         interrupted: BaseException | None = None
-        with temporary_folder("y7-optimize") as self._temporary:
+        with _without_runtime_warnings(), temporary_folder("y7-optimize") as self._temporary:
             try:
                 self._find_candidates()
                 self._measure_accuracy()
@@ -440,6 +441,18 @@ class Optimizer:
             machine=self._machine,
             interrupted=interrupted,
         )
+
+
+@contextmanager
+def _without_runtime_warnings() -> Iterator[None]:
+    """Keep quiet about files that are slow in a runtime: that is measured here."""
+    runtimes = logging.getLogger("yolov7_deploy.runtimes")
+    level = runtimes.level
+    runtimes.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        runtimes.setLevel(level)
 
 
 def _time(candidate: Candidate) -> float:
