@@ -13,6 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -38,23 +40,25 @@ from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
+from yolov7_deploy.precision.sensitivity import choose_silu_floor
 
 FP32 = "fp32, onnxruntime"
 # Name: file and runtime.
 ROWS = {
     FP32: ("fp32", "onnxruntime"),
-    "int8 tensorrt, onnxruntime": ("int8-tensorrt", "onnxruntime"),
-    "int8 cpu, onnxruntime": ("int8-cpu", "onnxruntime"),
-    "int8 cpu 7 bits, onnxruntime": ("int8-cpu-7", "onnxruntime"),
+    "int8 for tensorrt, onnxruntime": ("int8-tensorrt", "onnxruntime"),
+    "int8, onnxruntime": ("int8", "onnxruntime"),
+    "int8 of 8 bits, onnxruntime": ("int8-8", "onnxruntime"),
     "fp32, openvino": ("fp32", "openvino"),
     "fp32, openvino-bf16": ("fp32", "openvino-bf16"),
     "fp16, openvino": ("fp16", "openvino"),
-    "int8 tensorrt, openvino": ("int8-tensorrt", "openvino"),
-    "int8 cpu, openvino": ("int8-cpu", "openvino"),
-    "int8 cpu, openvino-bf16": ("int8-cpu", "openvino-bf16"),
-    "int8 cpu 7 bits, openvino": ("int8-cpu-7", "openvino"),
+    "int8 for tensorrt, openvino": ("int8-tensorrt", "openvino"),
+    "int8, openvino": ("int8", "openvino"),
+    "int8, openvino-bf16": ("int8", "openvino-bf16"),
+    "int8 of 8 bits, openvino": ("int8-8", "openvino"),
 }
 CALLERS = 4
+SIZE = 640
 
 
 def main() -> None:
@@ -75,7 +79,7 @@ def main() -> None:
         calls["plain script, onnxruntime"] = plain_onnxruntime(files["none"])
         calls["plain script, openvino"] = plain_openvino(files["none"])
         latency = measure_latency(calls, images, options.calls)
-        throughput = {name: measure_throughput(rows[name], images) for name in rows if name.endswith("openvino")}
+        throughput = {name: measure_throughput(rows[name], images) for name in ("int8, openvino", "fp32, openvino")}
         for detector in rows.values():
             detector.close()
     base = latency[FP32]
@@ -89,6 +93,7 @@ def main() -> None:
             "median_ms": {name: round(ms, 1) for name, ms in latency.items()},
             "ratio_to_fp32_onnxruntime": {name: round(ms / base, 3) for name, ms in latency.items()},
             "accuracy": accuracy,
+            "limits": {"int8, openvino": 0.33, "int8, onnxruntime": 0.55, "fp32, openvino-bf16": 0.55},
             "throughput_4_callers_over_1": throughput,
             "refused": refused,
             "openvino": openvino.__version__,
@@ -100,16 +105,18 @@ def write_files(weights: str, calib: str, folder: Path) -> dict[str, Path]:
     """Export the weights as FP32 and as INT8 for every target."""
     checkpoint = load_checkpoint(find_weights(weights))
     fused = fuse(build_model(checkpoint))
-    model = export_onnx(fused, checkpoint.metadata, ExportOptions())
+    options = ExportOptions(input_hw=(SIZE, SIZE))
+    model = export_onnx(fused, checkpoint.metadata, options)
     images = open_calibration(calib)
     calibration = calibrate(model, images, count=len(images))
+    cpu = choose_silu_floor(model, calibration, list(islice(images, 2)), Int8Options(target="cpu"))
     models = {
         "fp32": model,
-        "none": export_onnx(fused, checkpoint.metadata, ExportOptions(nms="none")),
+        "none": export_onnx(fused, checkpoint.metadata, replace(options, nms="none")),
         "fp16": to_fp16(model, [next(iter(images))]),
         "int8-tensorrt": to_int8(model, calibration, Int8Options(target="tensorrt", fallback="fp32")),
-        "int8-cpu": to_int8(model, calibration, Int8Options(target="cpu")),
-        "int8-cpu-7": to_int8(model, calibration, Int8Options(target="cpu", reduce_range=True)),
+        "int8": to_int8(model, calibration, cpu),
+        "int8-8": to_int8(model, calibration, replace(cpu, reduce_range=False)),
     }
     for name, entry in models.items():
         entry.save(folder / f"{name}.onnx")
@@ -135,7 +142,12 @@ def measure_accuracy(rows: dict[str, Detector], data: Dataset) -> dict[str, dict
     for name, detector in rows.items():
         report = reports[name] = evaluate(detector, data, options=ValOptions(rect=False, batch=1))
         drop = accuracy_drop(data, range(len(data)), reports[FP32].predictions, report.predictions)
-        result[name] = {"ap": report.ap or 0.0, "ap50": report.ap50 or 0.0, "points_lost": drop.points}
+        result[name] = {
+            "ap": round(report.ap or 0.0, 4),
+            "points_lost": round(drop.points, 2),
+            "low": round(drop.low or 0.0, 2),
+            "high": round(drop.high or 0.0, 2),
+        }
         print(f"{name:32} AP {report.ap:.4f}  points lost {drop.points:+.2f}", flush=True)
     return result
 
@@ -198,7 +210,7 @@ def plain_openvino(path: Path) -> Callable[[Image], object]:
     return lambda image: postprocess(compiled(preprocess(image))[0][0])
 
 
-def preprocess(image: Image, size: int = 640) -> np.ndarray:
+def preprocess(image: Image, size: int = SIZE) -> np.ndarray:
     scale = size / max(image.shape[:2])
     resized = cv2.resize(image, (round(image.shape[1] * scale), round(image.shape[0] * scale)))
     canvas = np.full((size, size, 3), 114, np.uint8)
