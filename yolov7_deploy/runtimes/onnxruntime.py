@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ RUNS_PER_CORE = 2
 # How long intra-op threads spin while they wait for the next layer. The default is a million iterations, 16 to 47 ms,
 # which gains nothing for one caller and takes the cores from other callers and other programs.
 SPIN_US = 50
+_CPU: list[Any] = ["CPUExecutionProvider"]
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -137,6 +140,13 @@ class OrtRuntime(OnnxRuntime):
         """Open a file; see `open_runtime`. A size or precision other than that of the file is refused."""
         providers, device_name = _providers(device)
         session = OrtSession(path, providers, device=device_name)
+        if device_name != "cpu" and not _uses_cuda(session):
+            session.close()
+            if device != "auto":
+                raise _no_cuda(device_name)
+            logger.warning("%s runs on the CPU: %s", path, _no_cuda(device_name))
+            device_name = "cpu"
+            session = OrtSession(path, _CPU, device=device_name)
         runtime = cls(session, path, input_hw=input_hw, half=half)
         if device_name == "cpu":
             _prepare_low_precision(session, path, runtime.metadata)
@@ -190,7 +200,7 @@ def _providers(device: str) -> tuple[list[Any], str]:
     if device == "auto":
         device = "cuda:0" if has_cuda else "cpu"
     if device == "cpu":
-        return ["CPUExecutionProvider"], "cpu"
+        return _CPU, "cpu"
     index = parse_device(device).cuda_index
     if index is None:
         raise DeviceError(f"ONNX Runtime has no device {device!r} here.", fix="--device cpu  or  --device cuda:0")
@@ -199,8 +209,23 @@ def _providers(device: str) -> tuple[list[Any], str]:
             f"This ONNX Runtime has no CUDA provider (it has {', '.join(available)}).",
             fix="Use  --device cpu   or, with a GPU:  pip uninstall onnxruntime; pip install 'yolov7-deploy[gpu]'",
         )
+    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds the libraries that pip installed
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            onnxruntime.preload_dlls()
     cuda = ("CUDAExecutionProvider", {"device_id": index})
     return [cuda, "CPUExecutionProvider"], f"cuda:{index}"
+
+
+def _uses_cuda(session: OrtSession) -> bool:
+    """Return whether a session that asked for CUDA got it: ONNX Runtime falls back to the CPU without an error."""
+    return "CUDAExecutionProvider" in session.get().get_providers()
+
+
+def _no_cuda(device: str) -> DeviceError:
+    return DeviceError(
+        f"ONNX Runtime cannot use {device}: its CUDA libraries (cuBLAS, cuDNN) are missing or of another version.",
+        fix="pip install 'onnxruntime-gpu[cuda,cudnn]'   or use  --device cpu",
+    )
 
 
 def _load_error(path: Path, error: Exception) -> LoadError:
