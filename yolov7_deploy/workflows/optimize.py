@@ -446,7 +446,7 @@ class Optimizer:
 @contextmanager
 def _without_runtime_warnings() -> Iterator[None]:
     """Keep quiet about files that are slow in a runtime: that is measured here."""
-    runtimes = logging.getLogger("yolov7_deploy.runtimes")
+    runtimes = get_logger("yolov7_deploy.runtimes")
     level = runtimes.level
     runtimes.setLevel(logging.ERROR)
     try:
