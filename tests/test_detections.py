@@ -216,6 +216,20 @@ def test_coco_results_are_rounded_as_the_official_program_does():
     assert found.to_coco(42)[0]["category_id"] == 3
 
 
+def test_coco_results_are_the_numbers_of_python_round():
+    rng = np.random.default_rng(5)
+    ties = np.concatenate([np.arange(6000) / 16, (2 * np.arange(6000) + 1) / 2000])
+    corners = np.concatenate([ties, rng.uniform(0, 1300, 12_000)]).astype(np.float32).reshape(-1, 2)
+    boxes = np.hstack([corners, corners + rng.uniform(0, 500, corners.shape).astype(np.float32)])
+    scores = (rng.integers(0, 200_001, len(boxes)) / 2e5).astype(np.float32)
+    found = Detections(
+        boxes=boxes, scores=scores, class_ids=np.zeros(len(boxes), int), class_names=NAMES, image_hw=HW
+    ).to_coco(1)
+    sides = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
+    assert [row["bbox"] for row in found] == [[round(side, 3) for side in box] for box in sides]
+    assert [row["score"] for row in found] == [round(score, 5) for score in scores.tolist()]
+
+
 def test_yolo_lines_convert_back_to_the_boxes():
     found = make(6)
     rows = np.array([[float(value) for value in line.split()] for line in found.to_yolo(save_conf=True).splitlines()])

@@ -1,12 +1,13 @@
-"""Box arithmetic and NMS against a quadratic loop in plain Python."""
+"""Box arithmetic and NMS against a quadratic loop in plain Python, and against the reference NMS."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import reference_nms
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import greedy_nms, iou_matrix, postprocess, xywh_to_xyxy
+from yolov7_deploy.postprocess import greedy_nms, iou_matrix, postprocess, postprocess_scores, xywh_to_xyxy
 
 # float32 against Python's float64: three products and a quotient.
 IOU_TOLERANCE = 1e-6
@@ -276,3 +277,81 @@ def test_the_output_is_not_modified():
     before = output.copy()
     postprocess(output, Thresholds(multi_label=True))
     np.testing.assert_array_equal(output, before)
+
+
+# --- against the reference NMS, with more boxes than the loops above can take ---------------------------------------
+
+
+def random_output(rng):
+    """Return a decoded output of 0 to 4000 anchors around a few objects; often with equal boxes or scores."""
+    classes = int(rng.choice([1, 2, 5, 80, 300]))
+    anchors = int(rng.choice([0, 1, 30, 63, 64, 65, 700, 4000]) * rng.uniform(0.8, 1.2))
+    objects = rng.uniform(0, 640, (int(rng.choice([1, 4, 40])), 4)) * (1, 1, 0.5, 0.5)
+    output = np.empty((anchors, 5 + classes), np.float32)
+    output[:, :4] = objects[rng.integers(0, len(objects), anchors)]
+    output[:, :4] += rng.normal(0, rng.choice([0, 2, 30]), (anchors, 4))
+    output[:, 2:4] = np.abs(output[:, 2:4])
+    output[:, 4:] = rng.random((anchors, 1 + classes)) ** rng.choice([1, 4, 20])
+    if rng.random() < 0.4:
+        output[:, :4] = np.round(output[:, :4] / 8) * 8
+    if rng.random() < 0.4:
+        output[:, 4:] = np.round(output[:, 4:] * 16) / 16
+    if rng.random() < 0.1 and anchors:
+        output[rng.integers(0, anchors, 5), rng.integers(0, 5 + classes, 5)] = rng.choice([np.nan, np.inf, 0], 5)
+    return output
+
+
+def random_thresholds(rng, classes):
+    chosen = tuple(rng.choice(classes, min(3, classes), replace=False).tolist())
+    return Thresholds(
+        conf=float(rng.choice([0, 0.001, 0.001, 0.25, 0.5, 1])),
+        iou=float(rng.choice([0, 0.2, 0.45, 0.65, 0.65, 0.999, 1])),
+        max_det=int(rng.choice([1, 10, 300, 300, 5000])),
+        multi_label=bool(rng.integers(2)),
+        class_agnostic=bool(rng.random() < 0.3),
+        classes=chosen if rng.random() < 0.2 else None,
+    )
+
+
+def assert_bit_equal(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of infinite boxes
+def test_nms_is_bit_equal_to_the_reference(seed):
+    rng = np.random.default_rng([16, seed])
+    for _ in range(25):
+        output = random_output(rng)
+        thresholds = random_thresholds(rng, output.shape[1] - 5)
+        limit = int(rng.choice([1, 40, 1500, 30_000]))
+        found = postprocess(output, thresholds, max_candidates=limit)
+        assert_bit_equal(found, reference_nms.postprocess(output, thresholds, max_candidates=limit))
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 128, 1023, 1024, 1025, 2500])
+@pytest.mark.parametrize("layout", ["equal", "apart", "one class per box"])
+def test_nms_is_bit_equal_where_blocks_and_chunks_end(count, layout):
+    """Boxes that are all equal, all apart, or each of a class of its own, at numbers around 64 and 1024."""
+    boxes = np.tile(head([[0, 0, 10, 10]]), (count, 1))
+    classes = np.zeros(count, np.int64)
+    if layout == "apart":
+        boxes += 20 * np.arange(count, dtype=np.float32)[:, None]
+    elif layout == "one class per box":
+        classes = np.arange(count)[::-1]
+    for max_det in (1, 64, 300, 1024, 5000):
+        options = {"iou": 0.5, "max_det": max_det}
+        kept = greedy_nms(boxes, classes, **options)
+        np.testing.assert_array_equal(kept, reference_nms.greedy_nms(boxes, classes, **options))
+
+
+def test_scores_of_transposed_outputs_are_bit_equal_to_the_reference():
+    """YOLOv8 and later have one column for each box."""
+    rng = np.random.default_rng(3)
+    cells = rng.random((84, 2000), dtype=np.float32)
+    for multi_label in (False, True):
+        thresholds = Thresholds(conf=0.9, multi_label=multi_label)
+        found = postprocess_scores(cells[:4].T, cells[4:].T, thresholds)
+        assert_bit_equal(found, reference_nms.postprocess_scores(cells[:4].T, cells[4:].T, thresholds))

@@ -225,17 +225,17 @@ class Detections:
             image_id: The image's id in the annotation file.
             category_ids: The dataset's category id of each class id; `None` if they are the same.
         """
-        corner, size = self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]
+        boxes_xywh = np.hstack([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]])
+        # A float32 times 1000 is exact in float64, so the array is rounded to the same numbers as by `round`.
+        boxes, scores = boxes_xywh.astype(np.float64).round(3), self.scores.astype(np.float64).round(5)
         return [
             {
                 "image_id": image_id,
                 "category_id": class_id if category_ids is None else category_ids[class_id],
-                "bbox": [round(value, 3) for value in box],
-                "score": round(score, 5),
+                "bbox": box,
+                "score": score,
             }
-            for box, score, class_id in zip(
-                np.hstack([corner, size]).tolist(), self.scores.tolist(), self.class_ids.tolist(), strict=True
-            )
+            for box, score, class_id in zip(boxes.tolist(), scores.tolist(), self.class_ids.tolist(), strict=True)
         ]
 
     def to_yolo(self, *, save_conf: bool = False) -> str:

@@ -14,11 +14,11 @@ from tests.support.detecting import (
     assert_same_detections,
     image_result,
 )
+from tests.support.reference_nms import postprocess
 from tests.support.small_models import session
 from yolov7_deploy.onnx_export.nms import OVERFLOW, attach_nms
 from yolov7_deploy.onnx_export.nms_subgraph import NmsPlan
 from yolov7_deploy.options import ExportOptions, Thresholds
-from yolov7_deploy.postprocess import postprocess
 
 STRIDES = (8, 16)
 ANCHORS = (((10, 14), (20, 16), (24, 40)), ((40, 30), (60, 90), (120, 100)))

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 from onnx import TensorProto, helper
 
+from tests.support.reference_nms import postprocess
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import postprocess
 
 # Pixels and probabilities: two float32 implementations add up the same products in another order. The difference is up
 # to 1e-5 of raw values, and of boxes up to 1500 pixels wide.

@@ -23,8 +23,8 @@ from tests.fakes.emulated_kernels import (
     run_nms,
     sigmoid_of,
 )
+from tests.support.reference_nms import postprocess
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import postprocess
 
 # The shipped sizes, and small ones with which images of a few hundred anchors need several tiles, lists and digits.
 BUILDS = {

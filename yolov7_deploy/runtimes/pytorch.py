@@ -1,4 +1,4 @@
-"""Runs a checkpoint with PyTorch: the fused network, and the reference NMS on the host.
+"""Runs a checkpoint with PyTorch: the fused network, and NMS on the host.
 
 The time that the paper reports, PyTorch in FP16 on a GPU without NMS, is `engine_ms` here.
 """
