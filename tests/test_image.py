@@ -15,6 +15,7 @@ from yolov7_deploy.image import (
     decode_image,
     fit_evaluation_letterbox,
     fit_letterbox,
+    fit_rect_letterbox,
     read_image,
     read_image_hw,
     to_network_input,
@@ -147,6 +148,47 @@ def test_letterboxes_have_known_sizes_and_offsets():
     assert (odd.resized_hw, odd.top, odd.offset_xy) == ((427, 640), 106, (0.0, 106.5))
     up = fit_letterbox((10, 20), (640, 640))
     assert (up.resized_hw, up.gain) == ((320, 640), 32)
+
+
+# --- the rectangular letterbox --------------------------------------------------------------------------------------
+
+
+def official_auto(source, size, stride):
+    """Return what the official detection program computes: (resized, top, left, canvas, gain, pad_x, pad_y)."""
+    ratio = min(size[0] / source[0], size[1] / source[1])
+    resized = [max(1, round(side * ratio)) for side in source]
+    padding = [(limit - side) % stride / 2 for limit, side in zip(size, resized, strict=True)]
+    before, after = ([round(half + sign * 0.1) for half in padding] for sign in (-1, 1))
+    canvas = tuple(first + side + last for first, side, last in zip(before, resized, after, strict=True))
+    gain = min(side / own for side, own in zip(canvas, source, strict=True))
+    pad_y, pad_x = ((side - own * gain) / 2 for side, own in zip(canvas, source, strict=True))
+    return tuple(resized), *before, canvas, gain, pad_x, pad_y
+
+
+@settings(max_examples=1000)
+@given(hws, st.sampled_from([32, 64]), st.tuples(st.integers(1, 21), st.integers(1, 21)))
+@example((1, 3000), 32, (20, 20))
+@example((427, 640), 32, (20, 20))
+@example((333, 500), 32, (20, 20))
+@example((701, 1000), 32, (20, 20))  # 448.64, so the canvas has 480 rows
+def test_the_rect_letterbox_is_the_official_one(source, stride, cells):
+    size = (stride * cells[0], stride * cells[1])
+    ours = fit_rect_letterbox(source, size, stride=stride)
+    resized, top, left, canvas, gain, pad_x, pad_y = official_auto(source, size, stride)
+    assert (ours.resized_hw, ours.top, ours.left, ours.canvas_hw) == (resized, top, left, canvas)
+    assert ours.gain == gain
+    assert ours.offset_xy == (pad_x, pad_y)
+    assert not any(side % stride for side in canvas)
+    square = fit_letterbox(source, size)
+    assert (square.resized_hw, square.shrink_by_area) == (ours.resized_hw, ours.shrink_by_area)
+
+
+def test_rect_letterboxes_have_known_sizes():
+    assert fit_rect_letterbox((480, 640), (640, 640), stride=32).canvas_hw == (480, 640)
+    assert fit_rect_letterbox((427, 640), (640, 640), stride=32).canvas_hw == (448, 640)
+    assert fit_rect_letterbox((1080, 1920), (640, 640), stride=32).canvas_hw == (384, 640)
+    assert fit_rect_letterbox((1920, 1080), (1280, 1280), stride=64).canvas_hw == (1280, 768)
+    assert fit_rect_letterbox((700, 700), (640, 640), stride=32).canvas_hw == (640, 640)
 
 
 # --- the evaluation letterbox ---------------------------------------------------------------------------------------

@@ -29,12 +29,19 @@ from yolov7_deploy.image import (
     PilImage,
     as_bgr,
     fit_letterbox,
+    fit_rect_letterbox,
     is_pil_image,
     read_image,
 )
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds, file_thresholds, parse_size
-from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, open_runtime
+from yolov7_deploy.runtimes.base import (
+    RuntimeResult,
+    TimingBreakdown,
+    check_rect_supported,
+    join_results,
+    open_runtime,
+)
 from yolov7_deploy.runtimes.calls import CallTracker
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, OnError, OneSource, SourceLike, check_on_error, open_source, read_each
@@ -73,6 +80,10 @@ class Detector:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or the number of a GPU.
         img: Image size (one number for a square) or (height, width). The default is the fixed size of the file, else
             the training size of the weights, else the paper's size.
+        rect: Rectangular input, as in the official detection program: pad each image to the smallest multiple of the
+            stride instead of to `img`. It is faster, and boxes differ a little from those of a square. Only for
+            checkpoints and for files that take any height and width (`y7 export --dynamic`). Images of a batch run in
+            groups of equal input size.
         half: FP16 for checkpoints: by default on a GPU, as in the official program, and not on a CPU. Files with a
             fixed precision refuse any other.
         runtime: What runs an ONNX file: `onnxruntime`, `openvino` (in float32), `openvino-bf16` or `openvino-f16`.
@@ -97,6 +108,7 @@ class Detector:
         *,
         device: str | int = "auto",
         img: int | tuple[int, int] | None = None,
+        rect: bool = False,
         half: bool | None = None,
         runtime: str = "auto",
         conf: float | None = None,
@@ -117,18 +129,23 @@ class Detector:
         requested_hw, device = parse_size(img), _device_name(device)
         if half is not None and not isinstance(half, bool):
             raise UsageError(f"half must be True, False or None, not {half!r}.", fix="half=True is FP16.")
+        if not isinstance(rect, bool):
+            raise UsageError(f"rect must be True or False, not {rect!r}.", fix="rect=True pads to a rectangle.")
         Thresholds(**{name: value for name, value in thresholds.items() if value is not None})  # checks them
         self.path = find_weights(_weights_path(weights))
         self._calls = CallTracker(SUBMIT_THREADS)
         self._runtime = open_runtime(self.path, device=device, input_hw=requested_hw, half=half, runtime=runtime)
         self.metadata: ModelMetadata = self._runtime.metadata
         self.input_hw: tuple[int, int] = requested_hw or self.metadata.default_hw
+        self.rect = rect
         # For copies in other processes, which may work in other folders.
         self._open_again = functools.partial(
-            type(self), self.path.absolute(), device=device, img=requested_hw, half=half, runtime=runtime
+            type(self), self.path.absolute(), device=device, img=requested_hw, rect=rect, half=half, runtime=runtime
         )
         self._warned_max_det = False
         try:
+            if rect:
+                check_rect_supported(self.path, self._runtime)
             self.thresholds = self._override(_default_thresholds(self.metadata), classes=classes, **thresholds)
         except BaseException:
             self._runtime.close()
@@ -136,8 +153,8 @@ class Detector:
         logger.info("%s opened on %s in %.2f s", self.path, self.device, time.perf_counter() - started)
 
     def __repr__(self) -> str:
-        height, width = self.input_hw
-        what = f"{self.metadata.variant} {self.metadata.precision}, {len(self.class_names)} classes, {height}x{width}"
+        size = ("rect up to " if self.rect else "") + "x".join(map(str, self.input_hw))
+        what = f"{self.metadata.variant} {self.metadata.precision}, {len(self.class_names)} classes, {size}"
         return f"Detector({str(self.path)!r}: {what}, {self.device})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -274,10 +291,15 @@ class Detector:
     ) -> tuple[list[Detections], RuntimeResult]:
         """Detect the objects in one batch; `path` is the origin of arrays."""
         images = [self._load(item) for item in items]
-        letterboxes = [fit_letterbox(_hw(image), self.input_hw) for image in images]
+        letterboxes = [self._fit(_hw(image)) for image in images]
         result = self._run(images, letterboxes, thresholds, timed=timed)
         paths = [os.fspath(item) if _is_path(item) else path for item in items]
         return self._to_detections(result, letterboxes, paths), result
+
+    def _fit(self, image_hw: tuple[int, int]) -> Letterbox:
+        if self.rect:
+            return fit_rect_letterbox(image_hw, self.input_hw, stride=self.metadata.stride)
+        return fit_letterbox(image_hw, self.input_hw)
 
     def _detect_readable(self, items: Sequence[ImageLike], thresholds: Thresholds) -> list[Detections]:
         """Detect the objects in a batch; images that cannot be read get empty Detections."""
@@ -372,7 +394,7 @@ class Detector:
     def infer(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds
     ) -> list[Detections]:
-        """Detect with given letterboxes, all of one canvas size; images are contiguous uint8 BGR [H, W, 3]."""
+        """Detect with given letterboxes; images are contiguous uint8 BGR [H, W, 3]."""
         with self._calls.running():
             result = self._run(images, letterboxes, thresholds, timed=False)
         return self._to_detections(result, letterboxes, paths=[""] * len(images))
@@ -380,7 +402,17 @@ class Detector:
     def _run(
         self, images: Sequence[Image], letterboxes: Sequence[Letterbox], thresholds: Thresholds, *, timed: bool
     ) -> RuntimeResult:
-        return self._runtime.infer(images, letterboxes, thresholds, timed=timed) if images else EMPTY_RESULT
+        """Run the network on each group of images with one canvas size; results are in the order of the images."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, letterbox in enumerate(letterboxes):
+            groups.setdefault(letterbox.canvas_hw, []).append(index)
+        if len(groups) < 2:
+            return self._runtime.infer(images, letterboxes, thresholds, timed=timed) if images else EMPTY_RESULT
+        parts = [
+            self._runtime.infer([images[i] for i in group], [letterboxes[i] for i in group], thresholds, timed=timed)
+            for group in groups.values()
+        ]
+        return join_results(parts, list(groups.values()))
 
     def _to_detections(
         self, result: RuntimeResult, letterboxes: Sequence[Letterbox], paths: Sequence[str]

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard
 
@@ -486,6 +486,24 @@ def fit_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Let
     ratio = min(canvas_hw[0] / height, canvas_hw[1] / width)
     resized_hw = (max(1, round(height * ratio)), max(1, round(width * ratio)))
     return _centred(source_hw, resized_hw, canvas_hw, gain=ratio, shrink_by_area=False)
+
+
+def fit_rect_letterbox(source_hw: tuple[int, int], size_hw: tuple[int, int], *, stride: int) -> Letterbox:
+    """Return the rectangular letterbox of the official detection program (`auto`): `fit_letterbox` with less padding.
+
+    The image has the same pixels as in a letterbox of `size_hw`; the canvas is the smallest multiple of the stride that
+    holds it. As officially, boxes are scaled back by the smaller ratio of canvas side to image side, which may be a
+    little less than the scale of the image if rounding made its resized side smaller.
+    """
+    ratio = min(size_hw[0] / source_hw[0], size_hw[1] / source_hw[1])
+    resized_hw = (max(1, round(source_hw[0] * ratio)), max(1, round(source_hw[1] * ratio)))
+    height, width = canvas_hw = (-(-resized_hw[0] // stride) * stride, -(-resized_hw[1] // stride) * stride)
+    gain = min(height / source_hw[0], width / source_hw[1])
+    offset_xy = ((width - source_hw[1] * gain) / 2, (height - source_hw[0] * gain) / 2)
+    return replace(
+        _centred(source_hw, resized_hw, canvas_hw, gain=gain, shrink_by_area=False),
+        offset_xy=offset_xy,
+    )
 
 
 def fit_evaluation_letterbox(source_hw: tuple[int, int], canvas_hw: tuple[int, int], *, size: int) -> Letterbox:

@@ -50,7 +50,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Builder": "plugin workspace opt_level timing_cache no_timing_cache sparse",
     },
     "detect": {
-        "Model and images": "source weights img device runtime half",
+        "Model and images": "source weights img rect device runtime half",
         "Detections": "conf iou max_det classes multi_label agnostic_nms",
         "Output": "project name exist_ok save_dir save_txt save_conf json_path view nosave",
     },

@@ -68,6 +68,13 @@ MultiLabel = Annotated[
 AgnosticNms = Annotated[
     bool | None, typer.Option("--agnostic-nms", help="Class-agnostic NMS: boxes of different classes compete.")
 ]
+Rect = Annotated[
+    bool,
+    typer.Option(
+        "--rect",
+        help="Pad to the smallest multiple of the stride, as detect.py does; needs weights or an export --dynamic.",
+    ),
+]
 Project = Annotated[Path, typer.Option("--project", help="Folder of all runs.")]
 SaveTxt = Annotated[bool, typer.Option("--save-txt", help="Write YOLO label files to labels/.")]
 SaveConf = Annotated[bool, typer.Option("--save-conf", help="With --save-txt: add the score to each line.")]
@@ -86,6 +93,7 @@ def detect(
     max_det: MaxDet = None,
     classes: Classes = None,
     img: Img = None,
+    rect: Rect = False,
     device: Device = "auto",
     runtime: RuntimeName = "auto",
     half: Half = None,
@@ -129,6 +137,7 @@ def detect(
             device=device,
             runtime=runtime,
             img=input_size,
+            rect=rect,
             half=half,
             conf=conf,
             iou=iou,
@@ -157,6 +166,7 @@ def _run(
         "precision": detector.metadata.precision,
         "device": detector.device,
         "input_hw": list(detector.input_hw),
+        "rect": detector.rect,
         "thresholds": asdict(replace(detector.thresholds, classes=class_ids)),
     }
     console = DetectConsole(source, to_stderr=json_path == "-")
@@ -221,7 +231,8 @@ def _headline(settings: dict[str, Any]) -> str:
     height, width = settings["input_hw"]
     thresholds = settings["thresholds"]
     return (
-        f"{settings['weights']} ({settings['precision']}, {settings['device']}, {height}x{width}): "
+        f"{settings['weights']} ({settings['precision']}, {settings['device']}, "
+        f"{'rect up to ' if settings['rect'] else ''}{height}x{width}): "
         f"conf {thresholds['conf']}, iou {thresholds['iou']}, max-det {thresholds['max_det']}, "
         f"{label_rule(thresholds['multi_label'])}"
     )

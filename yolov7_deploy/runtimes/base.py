@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
@@ -303,6 +303,49 @@ def check_request_supported(
             f"{path} is {metadata.precision}; its precision is in the file.",
             fix=f"Leave it out, or:  y7 export --weights {weights} --precision {precision} {export}".rstrip(),
         )
+
+
+def join_results(results: Sequence[RuntimeResult], groups: Sequence[Sequence[int]]) -> RuntimeResult:
+    """Return one result for several runs, with the sum of their times.
+
+    Args:
+        results: Result of each run.
+        groups: Positions of the images of each run in the joined result.
+    """
+    by_position = {
+        position: found
+        for result, group in zip(results, groups, strict=True)
+        for position, found in zip(group, result.detections, strict=True)
+    }
+    timings = [result.timing for result in results if result.timing is not None]
+    return RuntimeResult(
+        detections=[by_position[position] for position in range(len(by_position))],
+        preprocess_ms=sum(result.preprocess_ms for result in results),
+        inference_ms=sum(result.inference_ms for result in results),
+        postprocess_ms=sum(result.postprocess_ms for result in results),
+        timing=_sum_timings(timings) if len(timings) == len(results) else None,
+    )
+
+
+def _sum_timings(timings: Sequence[TimingBreakdown]) -> TimingBreakdown:
+    names = [entry.name for entry in fields(TimingBreakdown)]
+    return TimingBreakdown(**{name: sum(getattr(timing, name) for timing in timings) for name in names})
+
+
+def check_rect_supported(path: Path, runtime: Runtime) -> None:
+    """Refuse rectangular input for files of a fixed size, and for engines.
+
+    Raises:
+        UsageError: The fix is the command that creates a file of open size.
+    """
+    fixed = runtime.metadata.input_hw
+    if fixed is None and runtime.name != "tensorrt":
+        return
+    what = "is an engine" if fixed is None else f"has a fixed input of {fixed[0]}x{fixed[1]}"
+    raise UsageError(
+        f"{path} {what}; rectangular input needs a file that takes any height and width.",
+        fix="Leave rect out, use the weights (.pt), or export them:  y7 export --weights WEIGHTS.pt --dynamic",
+    )
 
 
 def split_batches(items: Sequence[_T], size: int | None) -> list[Sequence[_T]]:
