@@ -92,6 +92,7 @@ class ModelMetadata:
         strides: Stride of each head level in input pixels, fine to coarse.
         anchors: Three (width, height) in input pixels for each level.
         input_hw: Fixed height and width of the network input; `None` for any multiples of the largest stride.
+        nominal_hw: Default height and width of a file that takes any size; `None` is the training size.
         training_size: Side in pixels of the square images of the training (the nominal one if it varied); `None` if
             unknown, as for official files.
         batch: Fixed batch size; `None` for any.
@@ -116,6 +117,7 @@ class ModelMetadata:
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
     input_hw: tuple[int, int] | None = None
+    nominal_hw: tuple[int, int] | None = None
     training_size: int | None = None
     batch: int | None = None
     input_kind: InputKind = "float32"
@@ -146,9 +148,9 @@ class ModelMetadata:
 
     @property
     def default_hw(self) -> tuple[int, int]:
-        """The fixed input size, else the training size, else the paper's (Table 1: 640, P6 models 1280)."""
+        """The fixed or nominal size, else the training size, else the paper's (Table 1: 640, P6 models 1280)."""
         side = self.training_size or (1280 if self.stride > 32 else 640)
-        return self.input_hw or (side, side)
+        return self.input_hw or self.nominal_hw or (side, side)
 
     def to_json(self) -> str:
         """Return one line of JSON with sorted keys; the same metadata gives the same bytes."""
@@ -182,7 +184,8 @@ def _current(raw: object) -> dict[str, Any]:
 
 def _check(metadata: ModelMetadata) -> None:
     """Reject impossible numbers before memory is allocated according to them."""
-    sides = {"input_hw": metadata.input_hw or (), "strides": metadata.strides}
+    sizes = (*(metadata.input_hw or ()), *(metadata.nominal_hw or ()))
+    sides = {"input_hw": sizes, "strides": metadata.strides}
     for name, values in sides.items():
         if not all(1 <= value <= MAX_SIDE for value in values):
             raise ValueError(f"{name} is {short_repr(values)}; sides go from 1 to {MAX_SIDE} pixels")

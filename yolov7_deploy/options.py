@@ -130,6 +130,7 @@ class ExportOptions:
         input_hw: Height and width of the network input, multiples of the model's largest stride; `None` is the
             training size of the weights, or if it is unknown, the size of this kind of model in the paper.
         batch: Fixed batch size; `None` makes the batch dynamic.
+        dynamic_size: Accept any height and width that are multiples of the stride; `input_hw` is then the default.
         nms: `plugin` (our op with a function body of standard operators), `standard` (that body inlined),
             `efficient` (EfficientNMS_TRT, with a body for other runtimes) or `none` (decoded output).
         conf, iou, max_det, multi_label, class_agnostic: See `Thresholds`. They are defaults of the file; all but
@@ -146,6 +147,7 @@ class ExportOptions:
 
     input_hw: tuple[int, int] | None = None
     batch: int | None = 1
+    dynamic_size: bool = False
     nms: str = "plugin"
     conf: float = 0.25
     iou: float = 0.45

@@ -131,7 +131,7 @@ EXPORT = [
     ("--weights ./yolov7-tiny.pt", SAME),
     ("--img-size 640 640", "--img '640 640'"),
     ("--batch-size 1", SAME),
-    ("--dynamic", "--dynamic-batch"),
+    ("--dynamic", SAME),
     ("--dynamic-batch", SAME),
     ("--grid", "--nms none"),
     ("--grid --end2end", "--nms efficient"),

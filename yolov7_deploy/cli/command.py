@@ -28,7 +28,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Output": "project name exist_ok save_dir save_minutes tensorboard json_path",
     },
     "export": {
-        "Model": "weights img batch dynamic_batch input_kind output",
+        "Model": "weights img batch dynamic_batch dynamic input_kind output",
         "NMS": "nms conf iou max_det multi_label agnostic_nms max_candidates",
         "Precision": "precision fp16 int8 calib data max_drop int8_target reduce_range",
         "Graph": "opset simplify verify image",

@@ -113,7 +113,8 @@ def detect(
 
     Example:  y7 detect --weights yolov7.onnx --source street.jpg
     """
-    check_thresholds(conf=conf, iou=iou, max_det=max_det)
+    thresholds: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det}
+    check_thresholds(**thresholds)
     class_filter, input_size = parse_classes(classes), parse_img(img)
     from yolov7_deploy._output_folder import new_run_folder
     from yolov7_deploy.detector import Detector
@@ -139,9 +140,7 @@ def detect(
             img=input_size,
             rect=rect,
             half=half,
-            conf=conf,
-            iou=iou,
-            max_det=max_det,
+            **thresholds,
             multi_label=multi_label,
             class_agnostic=agnostic_nms,
         )

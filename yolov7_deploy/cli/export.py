@@ -77,6 +77,10 @@ Output = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Fixed batch size.")]
 DynamicBatch = Annotated[bool, typer.Option("--dynamic-batch", help="Accept any batch size at run time.")]
+Dynamic = Annotated[
+    bool,
+    typer.Option("--dynamic", help="Accept any batch size, height and width at run time; --img is then the default."),
+]
 Nms = Annotated[
     str,
     one_of(
@@ -155,6 +159,7 @@ def export(
     img: Img = None,
     batch: Batch = 1,
     dynamic_batch: DynamicBatch = False,
+    dynamic: Dynamic = False,
     nms: Nms = DEFAULTS.nms,
     conf: Conf = DEFAULTS.conf,
     iou: Iou = DEFAULTS.iou,
@@ -191,7 +196,8 @@ def export(
     _check_needed({"--int8": number_type == "int8", "--engine": engine})
     options = ExportOptions(
         input_hw=_input_hw(img),
-        batch=_fixed_batch(batch, dynamic_batch=dynamic_batch),
+        batch=_fixed_batch(batch, dynamic=dynamic, dynamic_batch=dynamic_batch),
+        dynamic_size=_dynamic_size(dynamic, engine=engine),
         nms=nms,
         conf=conf,
         iou=iou,
@@ -251,11 +257,18 @@ def _input_hw(img: str | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else size
 
 
-def _fixed_batch(batch: int, *, dynamic_batch: bool) -> int | None:
+def _fixed_batch(batch: int, *, dynamic: bool, dynamic_batch: bool) -> int | None:
     """Return the batch size, or `None` if it stays open."""
-    if dynamic_batch and batch != 1:
-        raise UsageError(f"--dynamic-batch and --batch {batch} contradict each other.", fix="Leave one of them out.")
-    return None if dynamic_batch else batch
+    option = "--dynamic" if dynamic else "--dynamic-batch" if dynamic_batch else ""
+    if option and batch != 1:
+        raise UsageError(f"{option} and --batch {batch} contradict each other.", fix="Leave one of them out.")
+    return None if option else batch
+
+
+def _dynamic_size(dynamic: bool, *, engine: bool) -> bool:
+    if dynamic and engine:
+        raise UsageError("--dynamic: an engine has a fixed height and width.", fix="--dynamic-batch --engine")
+    return dynamic
 
 
 def _int8_request(
@@ -350,7 +363,9 @@ def describe(report: ExportReport) -> str:
         parts.append(stage_table(report.parity))
         if not report.parity.verified:
             parts.append("Export it again with an image that has objects of these classes:  --image FILE")
-    size = "x".join(map(str, metadata.input_hw or ()))
+    size = "x".join(map(str, metadata.default_hw))
+    if metadata.input_hw is None:
+        size = f"any multiples of {metadata.stride} (by default {size})"
     batch = "dynamic" if metadata.batch is None else str(metadata.batch)
     parts.append(
         f"{report.path}: {report.bytes / 1e6:.1f} MB, {metadata.variant} {size}, batch {batch}, input "
@@ -363,7 +378,8 @@ def describe(report: ExportReport) -> str:
             + label_rule(nms.multi_label)
             + ("; all but max-det can be changed at run time" if nms.runtime_thresholds else "")
         )
-    parts.append(f"Try it:  y7 detect --weights {report.path} --source IMAGE")
+    rect = " --rect" if metadata.input_hw is None else ""
+    parts.append(f"Try it:  y7 detect --weights {report.path} --source IMAGE{rect}")
     return "\n".join(parts)
 
 

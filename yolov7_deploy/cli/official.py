@@ -195,7 +195,6 @@ TABLES: Mapping[str, Mapping[str, Rule]] = {
     "export": {
         **_COMMON,
         "--device": _ignored(values="1"),
-        "--dynamic": _becomes("--dynamic-batch"),
         "--grid": _ignored(),
         "--end2end": _ignored(),
         "--include-nms": _ignored(),

@@ -119,6 +119,6 @@ def uses_rect(metadata: ModelMetadata, options: ValOptions) -> bool:
         height, width = metadata.input_hw
         raise UsageError(
             f"--rect needs a model that takes any input size; this one takes {height}x{width} only.",
-            fix="Leave --rect out, or measure the weights from which it was exported.",
+            fix="Leave --rect out, measure the weights from which it was exported, or export them with  --dynamic",
         )
     return False

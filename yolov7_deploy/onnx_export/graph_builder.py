@@ -86,11 +86,12 @@ class GraphBuilder:
         """Add a new dimension of size 1."""
         return self.node("Unsqueeze", x, self.constant([axis], "axis"))
 
-    def top_k(self, x: str, count: int) -> tuple[str, str]:
-        """Return the largest values along the last axis, descending, and their indices; ties by lower index."""
-        values, indices = self.multi_output_node(
-            "TopK", x, self.constant([count], "count"), outputs=2, name="topk", axis=-1
-        )
+    def top_k(self, x: str, count: str) -> tuple[str, str]:
+        """Return the `count` (int64 [1]) largest values along the last axis, descending, and their indices.
+
+        Ties are by lower index.
+        """
+        values, indices = self.multi_output_node("TopK", x, count, outputs=2, name="topk", axis=-1)
         return values, indices
 
     def reduce_max(self, x: str, axis: int, *, opset: int) -> str:

@@ -19,6 +19,7 @@ from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
 from yolov7_deploy.onnx_export.nms_subgraph import (
     NmsInputs,
     NmsPlan,
+    add_cells,
     concat_heads,
     corners,
     decode,
@@ -50,7 +51,8 @@ def attach_nms(network: onnx.ModelProto, heads: Sequence[str], plan: NmsPlan) ->
     match plan.options.nms:
         case "none":
             _rename(writer, {RAW_OUTPUT: _decoded(writer, heads, plan)})
-            graph.output.append(_value(RAW_OUTPUT, TensorProto.FLOAT, plan, len(plan.cells), plan.columns))
+            rows = "anchors" if plan.options.dynamic_size else len(plan.cells)
+            graph.output.append(_value(RAW_OUTPUT, TensorProto.FLOAT, plan, rows, plan.columns))
         case "standard":
             inputs = NmsInputs(*THRESHOLD_INPUTS)
             candidates = select_candidates(writer, heads, inputs.multi_label, plan)
@@ -89,7 +91,7 @@ def _add_threshold(graph: onnx.GraphProto, name: str, value: float) -> None:
     graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [1], [value]))
 
 
-def _value(name: str, kind: int, plan: NmsPlan, *dims: int) -> onnx.ValueInfoProto:
+def _value(name: str, kind: int, plan: NmsPlan, *dims: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, [plan.options.batch or "batch", *dims])
 
 
@@ -150,7 +152,10 @@ def _decoded(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> str:
 def _decoded_parts(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> tuple[str, str, str]:
     """Add the sigmoids [B, 5 + C, A], centers and sizes [B, 2, A] of all anchors."""
     y = writer.node("Sigmoid", concat_heads(writer, heads, plan))
-    cell = writer.constant(np.ascontiguousarray(plan.cells.T[None]), "cells")
+    if plan.options.dynamic_size:
+        cell = writer.unsqueeze(writer.node("Transpose", add_cells(writer, heads, plan), perm=[1, 0]), 0)
+    else:
+        cell = writer.constant(np.ascontiguousarray(plan.cells.T[None]), "cells")
     center, size = decode(writer, y, cell, axis=1)
     return y, center, size
 

@@ -1,5 +1,8 @@
 """Decoding and greedy NMS in standard operators with fixed shapes.
 
+With a dynamic input size, only the cells and the number of candidates depend on the shapes of the head maps, so that
+they are constants again once a runtime has fixed the size.
+
 The best class of each anchor gives its score; the `candidates` anchors with the best scores are selected, then the best
 (anchor, class) pairs among them. A pair of another anchor cannot be among the best: its anchor, whose score is not
 lower, would have been selected. Only the selected anchors are decoded. NMS processes the pairs in tiles. Within a tile
@@ -33,9 +36,11 @@ class NmsPlan:
 
     Attributes:
         columns: Channels per anchor, 5 + C.
-        cells: float32 [A, 5]: column and row of the cell, stride, width and height of the anchor.
+        cells: float32 [A, 5]: column and row of the cell, stride, width and height of the anchor; with a dynamic input
+            size, those of the default size.
         anchors, strides: Anchors and strides of the head.
-        candidates: Number of candidates for NMS, at most the number of anchors.
+        candidates: Number of candidates for NMS, at most the number of anchors; with a dynamic input size, smaller
+            inputs have fewer.
         options: The export options.
     """
 
@@ -115,7 +120,7 @@ def select_candidates(
     chosen = writer.node("Expand", writer.unsqueeze(anchor, 1), writer.constant([1, plan.columns, 1], "shape"))
     columns = writer.node("Transpose", writer.node("GatherElements", raw, chosen, axis=2), perm=[0, 2, 1])
     y = writer.node("Sigmoid", columns)  # [B, K, 5 + C]
-    cell = writer.node("Gather", writer.constant(plan.cells, "cells"), anchor, axis=0)  # [B, K, 5]
+    cell = writer.node("Gather", add_cells(writer, heads, plan), anchor, axis=0)  # [B, K, 5]
     center, size = decode(writer, y, cell, axis=2)
     scores = writer.slice(y, 2, 4, 5)
     if plan.columns > 6:
@@ -123,6 +128,46 @@ def select_candidates(
         scores = _mask_labels(writer, scores, multi_label, plan)
     boxes = corners(writer, center, size, axis=2)
     return top_pairs(writer, boxes, scores, plan)
+
+
+def add_cells(writer: GraphBuilder, heads: Sequence[str], plan: NmsPlan) -> str:
+    """Add `NmsPlan.cells`, float32 [A, 5]; with a dynamic input size, from the shapes of the head maps."""
+    if not plan.options.dynamic_size:
+        return writer.constant(plan.cells, "cells")
+    levels = []
+    for head, stride, level in zip(heads, plan.strides, plan.anchors, strict=True):
+        shape = writer.node("Shape", head)
+        height, width = (writer.slice(shape, 0, axis, axis + 1) for axis in (2, 3))
+        grid = writer.node(
+            "Concat", writer.constant([3], "anchors"), height, width, writer.constant([1], "one"), axis=0
+        )
+        column = writer.node("Expand", _count_up(writer, width, [1, 1, -1, 1]), grid)
+        row = writer.node("Expand", _count_up(writer, height, [1, -1, 1, 1]), grid)
+        sides = np.array([[stride, *anchor] for anchor in level], dtype=np.float32)[:, None, None]
+        rest = writer.node("Expand", writer.constant(sides, "anchor"), grid)  # [3, H, W, 3]
+        levels.append(writer.reshape(writer.node("Concat", column, row, rest, axis=3), [-1, 5]))
+    return writer.node("Concat", *levels, name="cells", axis=0)
+
+
+def _count_up(writer: GraphBuilder, count: str, shape: Sequence[int]) -> str:
+    """Add the floats 0 to count - 1 in a shape; `count` is int64 [1]."""
+    scalar = writer.node("Squeeze", count, writer.constant([0], "axis"))
+    numbers = writer.node("Range", writer.constant(0, "start"), scalar, writer.constant(1, "step"))
+    return writer.reshape(writer.node("Cast", numbers, to=TensorProto.FLOAT), shape)
+
+
+def candidate_count(writer: GraphBuilder, score: str, plan: NmsPlan) -> str:
+    """Add the number of candidates, int64 [1]: `plan.candidates`, or all anchors of a smaller dynamic input.
+
+    Args:
+        writer: Receives the nodes.
+        score: A tensor [B, A, ...].
+        plan: Parameters of NMS.
+    """
+    most = writer.constant([plan.candidates], "count")
+    if not plan.options.dynamic_size:
+        return most
+    return writer.node("Min", most, writer.slice(writer.node("Shape", score), 0, 1, 2), name="count")
 
 
 def _mask_labels(writer: GraphBuilder, scores: str, multi_label: str, plan: NmsPlan) -> str:
@@ -140,15 +185,16 @@ def _mask_labels(writer: GraphBuilder, scores: str, multi_label: str, plan: NmsP
 
 def overflow_flag(writer: GraphBuilder, score: str, conf: str, plan: NmsPlan) -> str:
     """Add a flag, int32 [B, 1]: 1 if the last of the candidates [B, K] is above `conf`, so others may be missing."""
-    last = writer.slice(score, 1, plan.candidates - 1, plan.candidates)
+    start = -1 if plan.options.dynamic_size else plan.candidates - 1
+    last = writer.slice(score, 1, start, plan.candidates)
     return writer.node("Cast", writer.node("Greater", last, conf), name="overflow", to=TensorProto.INT32)
 
 
 def top_anchors(writer: GraphBuilder, score: str, plan: NmsPlan) -> str:
     """Add the anchors with the K best scores [B, A], int64 [B, K], ascending, so that ties go to the first anchor."""
-    _, anchor = writer.top_k(score, plan.candidates)
+    count = candidate_count(writer, score, plan)
+    _, anchor = writer.top_k(score, count)
     number = writer.node("Cast", anchor, name="number", to=TensorProto.FLOAT)
-    count = writer.constant([plan.candidates], "count")
     rising, _ = writer.multi_output_node("TopK", number, count, outputs=2, name="rising", axis=-1, largest=0)
     return writer.node("Cast", rising, name="anchor", to=TensorProto.INT64)
 
@@ -190,7 +236,7 @@ def top_pairs(writer: GraphBuilder, boxes: str, scores: str, plan: NmsPlan) -> t
     Returns:
         Boxes [B, K, 4], scores [B, K] and class ids int64 [B, K], the best first.
     """
-    score, pair = writer.top_k(writer.reshape(scores, [0, -1]), plan.candidates)
+    score, pair = writer.top_k(writer.reshape(scores, [0, -1]), candidate_count(writer, scores, plan))
     classes = writer.constant(plan.columns - 5, "classes")
     row = writer.node("Div", pair, classes)
     class_id = writer.node("Sub", pair, writer.node("Mul", row, classes))
@@ -231,7 +277,7 @@ def greedy_nms(
     # [B, K, 7]: xyxy, score, class, and the group within which boxes remove each other: the class, or 0 for all.
     # Rows of zeros are never above a threshold.
     rows = writer.node("Concat", *columns, name="candidates", axis=2)
-    rows = writer.node("Pad", rows, writer.constant([0, 0, 0, 0, padding + tile, 0], "spare"))
+    rows = writer.node("Pad", rows, _spare_rows(writer, rows, padding + tile, plan))
     rows = writer.reshape(rows, [0, tiles + 1, tile, _COLUMNS])
     no_survivors = writer.slice(writer.reshape(rows, [0, -1, _COLUMNS]), 1, 0, 1)
     no_survivors = writer.node("Mul", no_survivors, writer.constant(0.0, "zero"))
@@ -245,6 +291,17 @@ def greedy_nms(
         body=_tile_body(rows, tile, rules, plan),
     )
     return _outputs(writer, survivors)
+
+
+def _spare_rows(writer: GraphBuilder, rows: str, spare: int, plan: NmsPlan) -> str:
+    """Add the pads of rows [B, K, 7]: `spare` more rows, and those of candidates that a small dynamic input lacks."""
+    if not plan.options.dynamic_size:
+        return writer.constant([0, 0, 0, 0, spare, 0], "spare")
+    total = writer.constant([plan.candidates + spare], "total")
+    missing = writer.node("Sub", total, writer.slice(writer.node("Shape", rows), 0, 1, 2))
+    return writer.node(
+        "Concat", writer.constant([0] * 4, "before"), missing, writer.constant([0], "after"), name="spare", axis=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +342,7 @@ def _tile_body(rows: str, tile: int, rules: _Rules, plan: NmsPlan) -> onnx.Graph
     survives = _fixed_point(body, valid, removes, tile)
     joined = body.node("Concat", survivors_in, body.node("Mul", candidates, body.unsqueeze(survives, 2)), axis=1)
     joined_score = body.node("Squeeze", body.slice(joined, 2, 4, 5), body.constant([2], "axis"))
-    best, row = body.top_k(joined_score, plan.options.max_det)
+    best, row = body.top_k(joined_score, body.constant([plan.options.max_det], "count"))
     survivors_out = gather_rows(body, joined, row, _COLUMNS)
     continue_out = _has_work_left(body, rows, number, best, rules)
     return _loop_body(body, f"{rows}_tile", (number, continue_in, survivors_in), (continue_out, survivors_out))

@@ -125,8 +125,8 @@ def _untranslatable(operation: str) -> ExportError:
 
 
 def _model(writer: GraphBuilder, heads: tuple[str, ...], plan: NmsPlan, input_hw: tuple[int, int]) -> onnx.ModelProto:
-    height, width = input_hw
     options = plan.options
+    height, width = ("height", "width") if options.dynamic_size else input_hw
     batch = options.batch or "batch"
     if options.input_kind == "uint8":
         kind, shape = TensorProto.UINT8, [batch, height, width, 3]
@@ -134,7 +134,7 @@ def _model(writer: GraphBuilder, heads: tuple[str, ...], plan: NmsPlan, input_hw
         kind, shape = TensorProto.FLOAT, [batch, 3, height, width]
     outputs = [
         helper.make_tensor_value_info(
-            head, TensorProto.FLOAT, [batch, 3 * plan.columns, height // stride, width // stride]
+            head, TensorProto.FLOAT, [batch, 3 * plan.columns, *_head_hw(input_hw, stride, plan.options)]
         )
         for head, stride in zip(heads, plan.strides, strict=True)
     ]
@@ -151,6 +151,12 @@ def _model(writer: GraphBuilder, heads: tuple[str, ...], plan: NmsPlan, input_hw
         opset_imports=[helper.make_opsetid("", options.opset)],
         ir_version=IR_VERSION,
     )
+
+
+def _head_hw(input_hw: tuple[int, int], stride: int, options: ExportOptions) -> list[int | str]:
+    if options.dynamic_size:
+        return [f"height_{stride}", f"width_{stride}"]
+    return [side // stride for side in input_hw]
 
 
 def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -177,7 +183,8 @@ def _metadata(metadata: ModelMetadata, heads: tuple[str, ...], plan: NmsPlan) ->
         )
     return replace(
         metadata,
-        input_hw=options.input_hw,
+        input_hw=None if options.dynamic_size else options.input_hw,
+        nominal_hw=options.input_hw if options.dynamic_size else None,
         batch=options.batch,
         input_kind=options.input_kind,
         precision="fp32",

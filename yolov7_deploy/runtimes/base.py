@@ -298,11 +298,28 @@ def check_request_supported(
             f"{path} has a fixed input of {fixed[0]}x{fixed[1]}, not {requested[0]}x{requested[1]}.",
             fix=f"Leave --img out, or:  y7 export --weights {weights} --img {size_text(requested)} {export}".rstrip(),
         )
+    check_multiple(input_hw, metadata)
     if half is not None and half != (metadata.precision == "fp16"):
         raise UsageError(
             f"{path} is {metadata.precision}; its precision is in the file.",
             fix=f"Leave it out, or:  y7 export --weights {weights} --precision {precision} {export}".rstrip(),
         )
+
+
+def check_multiple(input_hw: tuple[int, int] | None, metadata: ModelMetadata) -> None:
+    """Refuse a requested size that is not a multiple of the stride; a model without known strides takes any.
+
+    Raises:
+        UsageError: The fix is the next larger size.
+    """
+    stride = metadata.stride
+    if input_hw is None or not metadata.strides or not any(side < 1 or side % stride for side in input_hw):
+        return
+    height, width = (max(1, -(-side // stride)) * stride for side in input_hw)
+    raise UsageError(
+        f"An input of {input_hw[0]}x{input_hw[1]} is not a multiple of this model's stride {stride}.",
+        fix=f"--img {size_text((height, width))}",
+    )
 
 
 def join_results(results: Sequence[RuntimeResult], groups: Sequence[Sequence[int]]) -> RuntimeResult:

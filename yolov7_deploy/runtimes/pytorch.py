@@ -24,9 +24,9 @@ from yolov7_deploy.image import FloatArray, Image, Letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
-from yolov7_deploy.options import Thresholds, size_text
+from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import postprocess
-from yolov7_deploy.runtimes.base import IntermediateOutputs, RuntimeResult, TimingBreakdown
+from yolov7_deploy.runtimes.base import IntermediateOutputs, RuntimeResult, TimingBreakdown, check_multiple
 from yolov7_deploy.runtimes.pytorch_network import (
     Capture,
     CapturedGraph,
@@ -103,12 +103,7 @@ class PytorchRuntime:
             )
         checkpoint = load_checkpoint(path)
         metadata = checkpoint.metadata
-        if input_hw is not None and any(side < 1 or side % metadata.stride for side in input_hw):
-            up = [max(1, -(-side // metadata.stride)) * metadata.stride for side in input_hw]
-            raise UsageError(
-                f"An input of {input_hw[0]}x{input_hw[1]} is not a multiple of this model's stride {metadata.stride}.",
-                fix=f"--img {size_text((up[0], up[1]))}",
-            )
+        check_multiple(input_hw, metadata)
         return cls(fuse(build_model(checkpoint)), metadata, device=str(torch_device), half=half)
 
     @property

@@ -206,8 +206,10 @@ def _convert_to_fp16(exported: OnnxModel, images: Sequence[Image], steps: _StepT
 def _verify(
     reference: PytorchRuntime, path: Path, metadata: ModelMetadata, images: Sequence[Image], steps: _StepTimer
 ) -> ParityReport:
-    """Compare the file with the model in every installed runtime; return the report of the first."""
-    input_hw = metadata.default_hw
+    """Compare the file with the model in every installed runtime; return the report of the first.
+
+    A file that takes any size is also compared at another size than its default.
+    """
     reports = []
     for name in installed_runtimes(path, "cpu"):
         try:
@@ -217,28 +219,42 @@ def _verify(
                 raise
             steps.done(f"not run in {name}: {error.message}")
             continue
-        parity = compare(
-            make_artifact("torch", reference, None, input_hw=input_hw),
-            make_artifact(name, runtime, path, input_hw=input_hw),
-            images,
-            thresholds=comparison_thresholds(metadata),
-        )
-        runtime.close()
-        if parity.first_failure is not None:
-            failure = parity.first_failure
-            raise ParityError(
-                f"The exported file differs from the model in {name}: at stage {failure.stage!r} by "
-                f"{failure.differences} (allowed {failure.limits}). No file was written.",
-                fix=_fix(metadata.precision),
+        for input_hw in _verified_sizes(metadata):
+            parity = compare(
+                make_artifact("torch", reference, None, input_hw=input_hw),
+                make_artifact(name, runtime, path, input_hw=input_hw),
+                images,
+                thresholds=comparison_thresholds(metadata),
             )
-        steps.done(_verification_text(name, parity))
-        reports.append(parity)
+            _check_parity(name, parity, metadata)
+            size = "" if metadata.input_hw else f" at {input_hw[0]}x{input_hw[1]}"
+            steps.done(_verification_text(name, parity, size))
+            reports.append(parity)
+        runtime.close()
     return reports[0]
 
 
-def _verification_text(runtime: str, parity: ParityReport) -> str:
+def _verified_sizes(metadata: ModelMetadata) -> list[tuple[int, int]]:
+    height, width = metadata.default_hw
+    if metadata.input_hw is not None:
+        return [(height, width)]
+    lower = max(1, height * 3 // 4 // metadata.stride) * metadata.stride
+    return [(height, width), (lower, width)]
+
+
+def _check_parity(runtime: str, parity: ParityReport, metadata: ModelMetadata) -> None:
+    failure = parity.first_failure
+    if failure is not None:
+        raise ParityError(
+            f"The exported file differs from the model in {runtime}: at stage {failure.stage!r} by "
+            f"{failure.differences} (allowed {failure.limits}). No file was written.",
+            fix=_fix(metadata.precision),
+        )
+
+
+def _verification_text(runtime: str, parity: ParityReport, size: str) -> str:
     images = f"{parity.images} image{'s' * (parity.images > 1)}"
-    return f"verified in {runtime} against torch on {images}" if parity.verified else parity.not_verified_reason
+    return f"verified in {runtime} against torch on {images}{size}" if parity.verified else parity.not_verified_reason
 
 
 def _fix(precision: str) -> str:
