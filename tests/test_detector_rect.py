@@ -24,7 +24,7 @@ from tests.support.sample_images import (
     assert_same,
     noise,
 )
-from tests.support.small_models import fused_tiny
+from tests.support.small_models import HW, fused_tiny
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import UsageError
@@ -131,6 +131,31 @@ def test_a_copy_in_another_process_is_rectangular(torch_rect):
         assert copy.rect
         assert_identical(copy(IMAGES[1]), torch_rect(IMAGES[1]))
     assert "rect up to 192x192" in repr(torch_rect)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["plugin", "standard", "efficient", "none"])
+def test_onnx_files_of_open_size_give_the_boxes_of_pytorch(files, torch_rect, kind, runtime):
+    pytest.importorskip(runtime)
+    options = {"input_kind": "uint8"} if kind == "none" else {}
+    path = files(kind, batch=None, dynamic_size=True, **options)
+    with Detector(path, device="cpu", runtime=runtime, img=SIZE, rect=True, conf=CONF, max_det=MAX_DET) as detector:
+        assert detector.metadata.input_hw is None
+        images = rect_images()
+        for found, image in zip(detector.batch(images), images, strict=True):
+            assert_same(found, torch_rect(image))
+            assert_same(detector(image), torch_rect(image))
+
+
+def test_a_file_of_open_size_has_the_default_size_of_its_export(files):
+    path = files("plugin", batch=None, dynamic_size=True)
+    with Detector(path, device="cpu", runtime="onnxruntime") as detector, Detector(files("torch"), img=HW) as square:
+        assert detector.input_hw == HW
+        for image in rect_images():
+            assert_same(detector(image, conf=CONF), square(image, conf=CONF))
+    with pytest.raises(UsageError, match="100x192 is not a multiple of this model's stride 32") as error:
+        Detector(path, device="cpu", img=(100, 192))
+    assert error.value.fix == "--img 128,192"
 
 
 def test_files_of_a_fixed_size_are_refused_with_the_export_to_type(files):

@@ -66,6 +66,7 @@ class FakeDetector:
         self.metadata = SimpleNamespace(class_names=NAMES, precision="fp32")
         self.device = "cpu"
         self.input_hw = (640, 640)
+        self.rect = options["rect"]
 
     def __call__(self, image, *, classes=None):
         return find_two(image).filter(classes=classes)
@@ -107,6 +108,15 @@ def test_detect_prints_one_line_per_image_and_numbers_its_runs(run, inputs):
     assert files(Path("runs")) == [f"detect/{run}/{name}" for run in ("exp", "exp2") for name in ("a.png", "b.jpg")]
     assert FakeDetector.options["conf"] == 0.3
     assert FakeDetector.options["max_det"] == 10
+
+
+def test_rect_is_passed_to_the_detector_and_reported(run, inputs):
+    for arguments, rect in (([], False), (["--rect"], True)):
+        result = run("--source", inputs, "--json", "found.json", *arguments)
+        assert result.exception is None
+        assert FakeDetector.options["rect"] is rect
+        assert ("rect up to 640x640" in result.stdout.splitlines()[0]) is rect
+        assert json.loads(Path("found.json").read_text())["rect"] is rect
 
 
 def test_nosave_writes_nothing_and_stdout_contains_only_the_json(run, inputs, tmp_path):
