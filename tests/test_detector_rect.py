@@ -147,6 +147,31 @@ def test_onnx_files_of_open_size_give_the_boxes_of_pytorch(files, torch_rect, ki
             assert_same(detector(image), torch_rect(image))
 
 
+def test_openvino_compiles_the_sizes_that_are_used_often_and_keeps_a_few(files, torch_rect, monkeypatch):
+    module = pytest.importorskip("yolov7_deploy.runtimes.openvino")
+    monkeypatch.setattr(module, "SIZE_CALLS", 2)
+    monkeypatch.setattr(module, "MAX_SIZES", 2)
+    path = files("plugin", batch=None, dynamic_size=True)
+    images = [noise(height, SIZE, height) for height in (30, 60, 90)]
+    with Detector(path, device="cpu", runtime="openvino", img=SIZE, rect=True, conf=CONF, max_det=MAX_DET) as detector:
+        networks = detector._runtime._session.get()
+        for number, image in enumerate(images):
+            expected = torch_rect(image)
+            for compiled in (0, 1, 1):
+                assert_same(detector(image), expected)
+                assert len(networks.sizes) == min(number + compiled, 2)
+        assert [dict(shapes)["images"][2:] for shapes in networks.sizes] == [(64, SIZE), (96, SIZE)]
+        assert_same(detector(images[0]), torch_rect(images[0]))
+
+
+def test_openvino_compiles_a_file_of_fixed_size_once(files, monkeypatch):
+    module = pytest.importorskip("yolov7_deploy.runtimes.openvino")
+    monkeypatch.setattr(module, "SIZE_CALLS", 1)
+    with Detector(files("plugin", batch=None), device="cpu", runtime="openvino") as detector:
+        detector(IMAGES[0])
+        assert not detector._runtime._session.get().sizes
+
+
 def test_a_file_of_open_size_has_the_default_size_of_its_export(files):
     path = files("plugin", batch=None, dynamic_size=True)
     with Detector(path, device="cpu", runtime="onnxruntime") as detector, Detector(files("torch"), img=HW) as square:

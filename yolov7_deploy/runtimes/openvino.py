@@ -3,12 +3,16 @@
 One caller gets all cores for each image, which is the shortest time per image. If calls overlap, the network is
 compiled a second time, for throughput: each core then runs an image of its own, without waiting for other cores at
 every layer. Until that is ready, calls wait for each other.
+
+A file of open height and width is compiled once for all sizes. For a size that is used often it is compiled again, with
+this size fixed: yolov7-tiny is then 7 % faster in FP32 and 11 % in INT8, yolov7 in FP32 not measurably.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,10 @@ _MAX_REASON = 500  # characters
 MAX_CACHE_BYTES = 2 << 30  # compiled networks on disk; yolov7 in FP32 has 150 MB
 # After so many calls without overlap, calls use all cores for each image again.
 _ALONE = 8
+# Calls of one size before the network is compiled for it, and how many sizes are kept, those used last. Each needs the
+# memory of its weights (150 MB for yolov7), and compiling takes as long as a few images.
+SIZE_CALLS, MAX_SIZES = 16, 4
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of all inputs
 
 
 @dataclass(slots=True, eq=False)
@@ -49,13 +57,25 @@ class _Compiled:
 
 @dataclass(slots=True, eq=False)
 class _Networks:
-    """The networks of a session: one for short latency, and one for throughput once calls have overlapped."""
+    """The networks of a session: one for short latency, and one for throughput once calls have overlapped.
+
+    Attributes:
+        latency: The network for short latency, of any size if that of the file is open.
+        sizes: Networks for short latency with fixed shapes, least recently used first.
+        size_calls: How often each size was used.
+        throughput: The network for throughput.
+        compiling: The thread that compiles it.
+        running: Calls that run now.
+        alone: Calls since the last overlap.
+    """
 
     latency: _Compiled
+    sizes: dict[Shapes, _Compiled] = field(default_factory=dict)
+    size_calls: Counter[Shapes] = field(default_factory=Counter)
     throughput: _Compiled | None = None
     compiling: threading.Thread | None = None
     running: int = 0
-    alone: int = _ALONE  # calls since the last overlap
+    alone: int = _ALONE
 
 
 class OvSession(OnnxSession[_Networks]):
@@ -90,6 +110,7 @@ class OvSession(OnnxSession[_Networks]):
             self.inputs = tuple(
                 _spec(entry) for entry in model.inputs if not graph.thresholds.intersection(entry.get_names())
             )
+            self._has_open_size = any(None in spec.shape[1:] for spec in self.inputs)
             compiled = core.compile_model(model, DEVICES[self.device], self._settings("LATENCY"))
         except self.errors as error:
             raise LoadError(
@@ -135,7 +156,10 @@ class OvSession(OnnxSession[_Networks]):
     def run(self, model: _Networks, outputs: list[str] | None, feeds: dict[str, Array]) -> list[Array]:
         """See `OnnxSession.run`; every threshold needs a value, because they have no defaults in OpenVINO."""
         assert self.thresholds <= feeds.keys(), "every threshold has a value"
-        compiled = self._acquire(model)
+        shapes = tuple((name, array.shape) for name, array in feeds.items())
+        if self._has_open_size:
+            self._count_size(model, shapes)
+        compiled = self._acquire(model, shapes)
         request = None
         try:
             request = compiled.free.pop() if compiled.free else compiled.network.create_infer_request()
@@ -148,17 +172,40 @@ class OvSession(OnnxSession[_Networks]):
                 if request is not None:
                     compiled.free.append(request)
 
-    def _acquire(self, model: _Networks) -> _Compiled:
+    def _count_size(self, model: _Networks, shapes: Shapes) -> None:
+        """Compile the network for a size at its `SIZE_CALLS`-th call; other threads do not wait for it."""
+        with self._lock:
+            model.size_calls[shapes] += 1
+            if model.size_calls[shapes] != SIZE_CALLS:
+                return
+        try:
+            core = openvino.Core()
+            network = core.read_model(self._graph)
+            network.reshape({name: list(shape) for name, shape in shapes})
+            compiled = _Compiled(core.compile_model(network, DEVICES[self.device], self._settings("LATENCY")))
+        except self.errors as error:  # such as no memory: calls go on with the network of any size
+            logger.warning("OpenVINO could not compile %s for %s: %s", self._path, shapes, self.reason(error))
+            return
+        with self._lock:
+            model.sizes[shapes] = compiled
+            if len(model.sizes) > MAX_SIZES:
+                oldest = next(iter(model.sizes))
+                del model.sizes[oldest], model.size_calls[oldest]
+
+    def _acquire(self, model: _Networks, shapes: Shapes) -> _Compiled:
         """Return the network for a call, and compile the one for throughput at the first overlap."""
         with self._lock:
             model.running += 1
             model.alone = model.alone + 1 if model.running == 1 else 0
+            if shapes in model.sizes:
+                model.sizes[shapes] = model.sizes.pop(shapes)  # now used last
+            latency = model.sizes.get(shapes, model.latency)
             if model.alone >= _ALONE or self.device != "cpu" or self._cores == 1:
-                return model.latency
+                return latency
             if model.throughput is None and model.compiling is None:
                 model.compiling = threading.Thread(target=self._compile_throughput, args=(model,), daemon=True)
                 model.compiling.start()
-            return model.throughput or model.latency
+            return model.throughput or latency
 
     def _compile_throughput(self, model: _Networks) -> None:
         try:
