@@ -415,5 +415,5 @@ def find_network(weights: str) -> tuple[str, tuple[int, int] | None]:
         metadata = load_checkpoint(find_weights(weights)).metadata
     if metadata is None or metadata.variant not in VARIANTS:
         raise UsageError(f"{weights} does not name its network.", fix=f"Use the name: --weights {next(iter(VARIANTS))}")
-    has_size = metadata.input_hw or metadata.training_size
+    has_size = metadata.input_hw or metadata.nominal_hw or metadata.training_size
     return metadata.variant, metadata.default_hw if has_size else None
