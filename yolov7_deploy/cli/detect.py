@@ -115,6 +115,7 @@ def detect(
     """
     thresholds: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det}
     check_thresholds(**thresholds)
+    thresholds |= {"multi_label": multi_label, "class_agnostic": agnostic_nms}
     class_filter, input_size = parse_classes(classes), parse_img(img)
     from yolov7_deploy._output_folder import new_run_folder
     from yolov7_deploy.detector import Detector
@@ -141,8 +142,6 @@ def detect(
             rect=rect,
             half=half,
             **thresholds,
-            multi_label=multi_label,
-            class_agnostic=agnostic_nms,
         )
         _run(stack.enter_context(detector), opened, classes=class_filter, options=options, json_path=json_path)
 

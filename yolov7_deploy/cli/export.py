@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,15 +194,13 @@ def export(
     """
     number_type = parse_precision(precision, fp16=fp16, int8=int8)
     _check_needed({"--int8": number_type == "int8", "--engine": engine})
+    limits: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "max_candidates": max_candidates}
     options = ExportOptions(
         input_hw=_input_hw(img),
         batch=_fixed_batch(batch, dynamic=dynamic, dynamic_batch=dynamic_batch),
         dynamic_size=_dynamic_size(dynamic, engine=engine),
         nms=nms,
-        conf=conf,
-        iou=iou,
-        max_det=max_det,
-        max_candidates=max_candidates,
+        **limits,
         multi_label=multi_label,
         class_agnostic=agnostic_nms,
         input_kind=input_kind,  # type: ignore[arg-type]
