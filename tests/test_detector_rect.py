@@ -180,7 +180,7 @@ def test_a_file_of_open_size_has_the_default_size_of_its_export(files):
             assert_same(detector(image, conf=CONF), square(image, conf=CONF))
     with pytest.raises(UsageError, match="100x192 is not a multiple of this model's stride 32") as error:
         Detector(path, device="cpu", img=(100, 192))
-    assert error.value.fix == "--img 128,192"
+    assert error.value.fix == "--img 128x192"
 
 
 def test_files_of_a_fixed_size_are_refused_with_the_export_to_type(files):
