@@ -98,7 +98,7 @@ def test_export_to_int8_calibrates_and_measures(tmp_path, data):
         ({"precision": "fp8"}, "precision 'fp8' is unknown", "fp32, fp16, int8"),
         ({"nms": "soft"}, 'nms="soft" is unknown', "plugin, standard"),
         ({"batch": 0}, "batch=0 must be at least 1", "batch=None"),
-        ({"img": 100}, "stride 32", "img=(128, 128)"),
+        ({"img": 100}, "stride 32", "img=128"),
         ({"output": "a.pt"}, "does not end in .onnx", 'output="a.onnx"'),
         ({"img": "640"}, "img must be", "img=640"),
     ],
