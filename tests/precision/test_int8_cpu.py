@@ -284,8 +284,9 @@ def test_the_sensitivity_uses_the_ranges_of_the_target():
     ],
 )
 def test_options_that_do_not_fit_the_target_are_refused(wrong, message):
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError) as caught:
         Int8Options(**wrong)
+    assert message in caught.value.message
     assert caught.value.fix
 
 

@@ -120,8 +120,9 @@ def test_a_checkpoint_without_ap_cannot_be_optimized(tmp_path, monkeypatch):
     ],
 )
 def test_invalid_options_are_refused(options, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError) as raised:
         OptimizeOptions(**options)
+    assert message in raised.value.message
 
 
 def test_an_onnx_file_is_a_candidate_and_not_the_reference(folder, monkeypatch):
