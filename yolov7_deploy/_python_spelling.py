@@ -18,6 +18,7 @@ def _words(text: str) -> frozenset[str]:
 _FLAGS = {
     "--agnostic-nms": "class_agnostic=True",
     "--best-class": "multi_label=False",
+    "--dynamic": "batch=None, dynamic_size=True",
     "--dynamic-batch": "batch=None",
     "--fp16": 'precision="fp16"',
     "--full-range": "reduce_range=False",

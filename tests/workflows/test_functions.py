@@ -101,6 +101,7 @@ def test_export_to_int8_calibrates_and_measures(tmp_path, data):
         ({"img": 100}, "stride 32", "img=128"),
         ({"output": "a.pt"}, "does not end in .onnx", 'output="a.onnx"'),
         ({"img": "640"}, "img must be", "img=640"),
+        ({"dynamic_size": True, "engine": True}, "An engine has a fixed height and width", "dynamic_size"),
     ],
 )
 def test_export_explains_wrong_options_in_python(options, message, fix, tmp_path, monkeypatch):

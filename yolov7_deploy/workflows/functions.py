@@ -80,6 +80,7 @@ def export(
     precision: str = "fp32",
     img: Size | None = None,
     batch: int | None = _EXPORT.batch,
+    dynamic_size: bool = _EXPORT.dynamic_size,
     nms: str = _EXPORT.nms,
     conf: float = _EXPORT.conf,
     iou: float = _EXPORT.iou,
@@ -110,6 +111,7 @@ def export(
         precision: `fp32`, `fp16` or `int8`.
         img: Input size (one number for a square) or (height, width); by default the training size of the weights.
         batch: Fixed batch size; `None` accepts any batch size at run time.
+        dynamic_size: Accept any height and width that are multiples of the stride; `img` is then the default.
         nms, conf, iou, max_det, max_candidates, multi_label, class_agnostic: See `ExportOptions`.
         input_kind, opset, simplify: See `ExportOptions`.
         calib: Calibration images, required by and only for `int8`: see `open_calibration`.
@@ -140,6 +142,8 @@ def export(
     given = locals()
     same = {field.name: given[field.name] for field in fields(ExportOptions) if field.name in given}
     options = ExportOptions(**same, input_hw=parse_size(img))
+    if dynamic_size and engine:
+        raise UsageError("An engine has a fixed height and width.", fix="Leave out dynamic_size, or engine.")
     _check_int8_arguments(precision, calib=calib, data=data, max_drop=max_drop)
     from yolov7_deploy.image import read_image
     from yolov7_deploy.workflows.export import default_output, engine_builder, export_weights
