@@ -1,4 +1,4 @@
-"""Whether `y7 optimize` finds the true winner: several complete searches against one long measurement.
+"""Compare the winners of several complete `y7 optimize` searches with that of one long measurement.
 
 The long measurement times every candidate that the searches did not reject for `--seconds`, all interleaved, and none
 leaves early.
