@@ -16,6 +16,7 @@ from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 
 HW = (128, 192)  # not square, so that swapped sides are noticed; 1512 anchors, more than enter NMS in the tests
+KEPT_EXPORTS = 6  # with a session, each has 190 MB
 HEAD_SCALE = 0.05  # factor of the head's weights: raw values of 2 instead of 40
 
 
@@ -45,14 +46,14 @@ def fused_tiny(classes: int = 5) -> Yolov7:
     return fuse(tiny(classes))
 
 
-@lru_cache
+@lru_cache(maxsize=KEPT_EXPORTS)
 def exported_tiny(classes: int = 5, **options: object) -> OnnxModel:
     """Return yolov7-tiny as ONNX at HW; shared, do not modify it."""
     model = fused_tiny(classes)
     return export_onnx(model, metadata_of(model), ExportOptions(**{"input_hw": HW, **options}))
 
 
-@lru_cache
+@lru_cache(maxsize=KEPT_EXPORTS)
 def tiny_session(classes: int = 5, **options: object) -> onnxruntime.InferenceSession:
     """Return an ONNX Runtime session of `exported_tiny`."""
     return session(exported_tiny(classes, **options).proto)

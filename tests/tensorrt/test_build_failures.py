@@ -59,7 +59,7 @@ def test_an_unsupported_target_is_an_error_with_the_supported_targets(foreign_on
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"hardware_compatible": "ampere+"}, r"--hardware-compatible ampere\+: TensorRT-RTX"),
+        ({"hardware_compatible": "ampere+"}, "--hardware-compatible ampere+: TensorRT-RTX"),
         ({"version_compatible": True}, "--version-compatible: TensorRT-RTX"),
         ({"timing_cache": Path("kernels.timing")}, "--timing-cache has no effect with TensorRT-RTX"),
         ({"dla": 0}, "DLA"),
@@ -68,8 +68,9 @@ def test_an_unsupported_target_is_an_error_with_the_supported_targets(foreign_on
     ],
 )
 def test_an_unsupported_option_is_an_error_that_names_it(foreign_onnx, options, message):
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(EngineError) as caught:
         build_engine(open_onnx(foreign_onnx), EngineOptions(**options), installation=rtx())
+    assert message in caught.value.message
 
 
 @needs_rtx
