@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from functools import lru_cache
 
@@ -449,6 +451,34 @@ def test_the_network_of_another_test_has_the_same_detections(tmp_path):
     assert len(found[0][0]) > 20
     assert_all_same(*found)
     assert Thresholds().max_det == 300
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_after_a_detector_was_freed_in_another_thread_does_not_end_the_process(files, tmp_path):
+    """OpenVINO gives the thread that loads its CPU plugin a stack for signals, and unmaps it with the plugin."""
+    script = tmp_path / "signal_after_close.py"
+    script.write_text(
+        f"""
+import faulthandler, gc, os, signal, threading
+faulthandler.enable()
+from yolov7_deploy import Detector
+kept = [Detector({str(files("plugin"))!r}, runtime="openvino")]
+def free():
+    kept.pop().close()
+    gc.collect()
+thread = threading.Thread(target=free)
+thread.start()
+thread.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
 
 
 # --- compiled networks on disk ----------------------------------------------------------------------------------------

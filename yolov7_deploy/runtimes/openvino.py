@@ -10,9 +10,13 @@ this size fixed: yolov7-tiny is then 7 % faster in FP32 and 11 % in INT8, yolov7
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,30 @@ _ALONE = 8
 # memory of its weights (150 MB for yolov7), and compiling takes as long as a few images.
 SIZE_CALLS, MAX_SIZES = 16, 4
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # names and shapes of all inputs
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux: the memory on which a thread runs signal handlers."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Let this thread keep its stack for signal handlers while OpenVINO loads its CPU plugin.
+
+    The plugin gives the thread another one, and unmaps it when the plugin is freed. If another thread frees it, the
+    next signal, such as Ctrl-C, would end the process with a segmentation fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +126,7 @@ class OvSession(OnnxSession[_Networks]):
         self.precision, self._cores = precision, usable_cores()
         super().__init__(path, device="cpu" if DEVICES[device] == "CPU" else device)
 
+    @_own_signal_stack()
     def _open(self, path: Path) -> _Networks:
         graph = _read(path)
         _check_int8(self._path, graph)
@@ -172,6 +201,7 @@ class OvSession(OnnxSession[_Networks]):
                 if request is not None:
                     compiled.free.append(request)
 
+    @_own_signal_stack()
     def _count_size(self, model: _Networks, shapes: Shapes) -> None:
         """Compile the network for a size at its `SIZE_CALLS`-th call; other threads do not wait for it."""
         with self._lock:
@@ -207,6 +237,7 @@ class OvSession(OnnxSession[_Networks]):
                 model.compiling.start()
             return model.throughput or latency
 
+    @_own_signal_stack()
     def _compile_throughput(self, model: _Networks) -> None:
         try:
             core = openvino.Core()
