@@ -27,8 +27,8 @@ def test_the_fastest_wins_in_every_run_and_the_others_leave_early():
 
 def test_equal_functions_run_until_the_time_is_over():
     started = time.perf_counter()
-    samples, _ = run_race({name: lambda: time.sleep(0.01) for name in "ab"}, seconds=0.5)
-    assert time.perf_counter() - started >= 0.5 and min(map(len, samples.values())) >= MIN_ROUNDS
+    samples, _ = run_race({name: lambda: time.sleep(0.01) for name in "ab"}, seconds=2.5)
+    assert time.perf_counter() - started >= 2.5 and min(map(len, samples.values())) >= MIN_ROUNDS
 
 
 def test_times_are_per_item():
@@ -42,13 +42,14 @@ def test_an_interruption_keeps_complete_rounds():
     numbers = itertools.count()
 
     def call():
-        if next(numbers) == 5:
+        time.sleep(0.05)
+        if next(numbers) == 20:
             raise KeyboardInterrupt
 
     samples = {}
     with pytest.raises(KeyboardInterrupt):
         race({"a": call, "b": lambda: None}, samples, seconds=60.0, items={"a": 1, "b": 1})
-    assert len(samples["a"]) == 5 and len(samples["b"]) >= 5
+    assert 2 <= len(samples["a"]) <= 10 and len(samples["b"]) >= len(samples["a"])
 
 
 def test_the_ratio_is_that_of_the_rounds_that_both_ran():

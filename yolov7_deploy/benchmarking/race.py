@@ -1,8 +1,9 @@
 """Finding the fastest of several functions without measuring the slow ones longer than needed.
 
-In every round each function runs once, so that a drift of the machine affects all of them; every other round runs in
-reverse order. Two functions are compared by the logarithms of their ratios in the rounds that both ran, whose mean has
-a confidence interval from Student's t-distribution. A function that is slower with a probability of `LEVEL` leaves.
+In every round each function runs for a moment, after one call that is not counted, because the function before it has
+filled the caches. So a drift of the machine affects all of them; every other round runs in reverse order. Two functions
+are compared by the logarithms of their ratios in the rounds that both ran, whose mean has a confidence interval from
+Student's t-distribution. A function that is slower with a probability of `LEVEL` leaves.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from yolov7_deploy._statistics import student_t_quantile
 from yolov7_deploy.benchmarking.sampling import no_garbage_collection, timed_ms
 
 MIN_ROUNDS = 8
+SLICE_S = 0.1  # how long a function runs in a round, at least one call
 # Strict, because the comparison is repeated after every round, and one slow call in a few is enough to mislead.
 LEVEL = 0.9995
 INTERVAL = 0.95
@@ -60,8 +62,7 @@ def race(
     samples.update({name: [] for name in calls})
     for number in itertools.count(1):
         for name in left if number % 2 else reversed(left):
-            with no_garbage_collection():
-                samples[name].append(timed_ms(calls[name]) / items[name])
+            samples[name].append(_mean_ms(calls[name]) / items[name])
         passed = time.perf_counter() - started
         if number >= MIN_ROUNDS:
             leader = fastest(samples, left)
@@ -70,6 +71,16 @@ def race(
                 break
         on_round(min(1.0, number / MIN_ROUNDS, passed / seconds))
     on_round(1.0)
+
+
+def _mean_ms(call: Call) -> float:
+    """Return the mean milliseconds of the calls of one slice, without the first one."""
+    with no_garbage_collection():
+        call()
+        times, deadline = [timed_ms(call)], time.perf_counter() + SLICE_S
+        while time.perf_counter() < deadline:
+            times.append(timed_ms(call))
+    return sum(times) / len(times)
 
 
 def fastest(samples: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
