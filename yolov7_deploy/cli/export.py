@@ -15,10 +15,10 @@ from yolov7_deploy.cli.build import MaxBatch, OptLevel, Plugin, Target, Workspac
 from yolov7_deploy.cli.build import describe as describe_engine
 from yolov7_deploy.cli.build import to_dict as engine_to_dict
 from yolov7_deploy.cli.options import (
+    CheckpointWeights,
     Img,
     JsonPath,
     announce_replacement,
-    complete_weights,
     label_rule,
     locate_weights,
     one_of,
@@ -62,16 +62,6 @@ _DEPENDENT_OPTIONS = {
     },
 }
 
-Weights = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        "-w",
-        metavar="FILE",
-        autocompletion=complete_weights,
-        help="A .pt or .safetensors file, or an official name.",
-    ),
-]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output file (default: NAME.onnx or NAME-PRECISION.onnx here).")
 ]
@@ -154,7 +144,7 @@ class ExportJob:
 
 def export(
     *,
-    weights: Weights = "yolov7",
+    weights: CheckpointWeights = "yolov7",
     output: Output = None,
     img: Img = None,
     batch: Batch = 1,

@@ -10,7 +10,7 @@ import typer
 
 from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.bench import parse_numbers
-from yolov7_deploy.cli.options import Device, JsonPath, complete_weights, locate_weights
+from yolov7_deploy.cli.options import CheckpointWeights, Device, JsonPath, locate_weights
 from yolov7_deploy.cli.quantize import CALIB_LIMIT, Calib, CalibLimit
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import OptimizeOptions
@@ -20,16 +20,6 @@ RUNS = Path("runs/optimize")
 LIMIT = 200
 RECORD = "optimize.json"
 
-Weights = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        "-w",
-        metavar="FILE",
-        autocompletion=complete_weights,
-        help="A .pt or .safetensors file, or an official name.",
-    ),
-]
 Data = Annotated[
     Path, typer.Option("--data", help="Labelled images for AP and time: dataset YAML, or COCO annotations JSON.")
 ]
@@ -53,7 +43,7 @@ SaveDir = Annotated[
 
 def optimize(
     *,
-    weights: Weights = "yolov7",
+    weights: CheckpointWeights = "yolov7",
     data: Data,
     calib: Calib = None,
     max_drop: MaxDrop = DEFAULTS.max_drop,

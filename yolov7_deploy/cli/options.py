@@ -65,6 +65,16 @@ Weights = Annotated[
         help="A .pt, .safetensors, .onnx or .engine file, or an official name.",
     ),
 ]
+CheckpointWeights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="FILE",
+        autocompletion=complete_weights,
+        help="A .pt or .safetensors file, or an official name.",
+    ),
+]
 Conf = Annotated[
     float | None,
     typer.Option(

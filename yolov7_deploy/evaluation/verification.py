@@ -270,7 +270,7 @@ def stage_failures(reports: Sequence[ParityReport]) -> list[str]:
 
 def _accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
     if accuracy and accuracy[0].ap == 0:
-        return [f"NOT VERIFIED: {accuracy[0].weights} has AP 0 on these images, so there is no AP to lose."]
+        return [f"NOT VERIFIED: {accuracy[0].weights} has AP 0 on these images, so no loss can be measured."]
     return [
         f"{row.weights} loses {(accuracy[0].ap - row.ap) * 100:.2f} AP points ({accuracy[0].ap:.4f} to {row.ap:.4f}), "
         f"more than --max-drop {max_drop:g}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -103,7 +104,7 @@ class FairSemaphore:
                 self._release_next()
 
 
-class OnnxSession(Generic[_Model]):
+class OnnxSession(ABC, Generic[_Model]):
     """An ONNX file that a library has opened. In a child process of `os.fork`, it is opened again when it is needed.
 
     Subclasses set the attributes below, and implement `_open` and `run`.
@@ -140,29 +141,30 @@ class OnnxSession(Generic[_Model]):
         self._model: _Model | None = self._open(path)
         call_after_fork(self)
 
+    @abstractmethod
     def _open(self, path: Path) -> _Model:
-        raise NotImplementedError
+        """Return the opened model of a file."""
 
+    @abstractmethod
     def reason(self, error: Exception) -> str:
         """Return why one of `errors` was raised, in one line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, model: _Model, outputs: list[str] | None, feeds: dict[str, Array]) -> list[Array]:
         """Return outputs of a model that `get` returned, all of them for `None`.
 
         Raises:
             One of `errors`: The library cannot run it.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
         """See `Runtime.runtime_info`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_other(self, path: Path) -> OnnxSession[_Model]:
         """Return another file, opened with the settings of this one."""
-        raise NotImplementedError
 
     def get(self) -> _Model:
         """Return the opened model.

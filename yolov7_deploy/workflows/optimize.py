@@ -301,7 +301,7 @@ class Optimizer:
         self._images_measured = reference.images
         if not reference.ap:
             raise ParityError(
-                f"{self._weights} has AP 0 on these images, so there is no AP to lose.",
+                f"{self._weights} has AP 0 on these images, so no loss can be measured.",
                 fix="Use labelled images of its classes:  --data DATA.yaml",
             )
         reports: dict[tuple[Path, str, bool | None], AccuracyReport | Y7Error] = {
