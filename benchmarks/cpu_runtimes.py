@@ -29,7 +29,7 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import Y7Error
 from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
-from yolov7_deploy.hardware.cpu import has_vnni
+from yolov7_deploy.hardware.system import has_vnni
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.model.fusion import fuse

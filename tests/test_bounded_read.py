@@ -21,8 +21,8 @@ from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import Y7Error
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import read_image, read_image_hw
+from yolov7_deploy.inspection.complexity import inspect_weights
 from yolov7_deploy.inspection.engine_file import read_engine_file
-from yolov7_deploy.inspection.network import inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.precision.calibration_cache import load_calibration

@@ -9,7 +9,7 @@ import sys
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from yolov7_deploy.hardware.cpu import has_vnni
+from yolov7_deploy.hardware.system import has_vnni
 
 _ERRORS_ONLY = 3
 _MAX_REASON = 500  # characters

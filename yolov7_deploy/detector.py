@@ -36,13 +36,13 @@ from yolov7_deploy.image import (
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import Thresholds, file_thresholds, parse_size
 from yolov7_deploy.runtimes.base import (
+    CallTracker,
     RuntimeResult,
     TimingBreakdown,
     check_rect_supported,
     join_results,
     open_runtime,
 )
-from yolov7_deploy.runtimes.calls import CallTracker
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, OnError, OneSource, SourceLike, check_on_error, open_source, read_each
 

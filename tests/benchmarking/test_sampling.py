@@ -19,7 +19,7 @@ from yolov7_deploy.benchmarking.sampling import (
     warm_up,
 )
 from yolov7_deploy.errors import DeviceError
-from yolov7_deploy.hardware.cpu import OtherCpuLoad
+from yolov7_deploy.hardware.system import OtherCpuLoad
 
 
 def test_the_warm_up_lasts_until_times_are_stable():

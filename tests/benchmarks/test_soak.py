@@ -18,7 +18,7 @@ from tests.support.sample_images import CONF, IMAGES, MAX_DET
 from tests.support.small_models import HW
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
-from yolov7_deploy.hardware.cpu import usable_cores
+from yolov7_deploy.hardware.system import usable_cores
 from yolov7_deploy.runtimes.onnxruntime import FairSemaphore
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -21,7 +21,7 @@ from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.info import info
 from yolov7_deploy.errors import CheckpointError, LoadError, UsageError
-from yolov7_deploy.inspection.network import inspect_variant, inspect_weights
+from yolov7_deploy.inspection.complexity import inspect_variant, inspect_weights
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import new_model

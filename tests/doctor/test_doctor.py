@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from yolov7_deploy.cli.doctor import describe, doctor
 from yolov7_deploy.doctor import diagnose
-from yolov7_deploy.doctor.doctor import find_capabilities, find_weight_files
-from yolov7_deploy.doctor.known_issues import find_known_issues
+from yolov7_deploy.doctor.doctor import find_capabilities, find_known_issues, find_weight_files
 from yolov7_deploy.doctor.packages import KNOWN_PACKAGES, KnownPackage, Library, _library, read_libraries
 from yolov7_deploy.hardware.gpu import InstalledGpu
 from yolov7_deploy.hardware.machine import Jetson, Machine, read_jetson, read_machine

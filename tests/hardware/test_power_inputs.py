@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.boards import laid_out
+from yolov7_deploy.hardware.jetson import Tegrastats, TegrastatsSample, parse_line, read_one_sample
 from yolov7_deploy.hardware.power import POWER_INPUTS, find_power_input, read_rails
-from yolov7_deploy.hardware.tegrastats import Tegrastats, TegrastatsSample, parse_line, read_one_sample
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "tegrastats.txt"
 
@@ -122,7 +122,7 @@ def test_the_first_sample_is_read_and_the_program_is_stopped(tmp_path):
 
 
 def test_a_program_that_ends_at_once_or_is_missing_has_no_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.hardware.tegrastats.FIRST_LINE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("yolov7_deploy.hardware.jetson.FIRST_LINE_TIMEOUT_S", 0.2)
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 1\n")
     silent.chmod(0o755)
@@ -131,7 +131,7 @@ def test_a_program_that_ends_at_once_or_is_missing_has_no_sample(tmp_path, monke
 
 
 def test_a_program_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("yolov7_deploy.hardware.tegrastats._STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("yolov7_deploy.hardware.jetson._STOP_TIMEOUT_S", 0.2)
     ignoring_sigterm = tmp_path / "ignoring_sigterm"
     ignoring = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     ignoring_sigterm.write_text(f"#!{sys.executable}\n{ignoring}print('RAM 1/2MB', flush=True)\ntime.sleep(600)\n")

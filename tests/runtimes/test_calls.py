@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 import pytest
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.runtimes.calls import CallTracker
+from yolov7_deploy.runtimes.base import CallTracker
 
 WAIT_S = 30  # time limit for events that must happen
 SHORT_S = 0.2  # time in which something that must not happen would happen

@@ -9,16 +9,21 @@ import pytest
 
 from tests.fakes.faked_cuda import install_fake_nvml
 from tests.support.boards import BOARDS, about, findings, silent, write
+from yolov7_deploy.hardware.gpu import free_gpu_memory
 from yolov7_deploy.hardware.jetson import version_numbers
-from yolov7_deploy.tensorrt.memory_estimate import (
+from yolov7_deploy.hardware.system import free_host_memory
+from yolov7_deploy.tensorrt.preflight import (
     GIB,
+    GPUS,
     MIB,
+    RTX_CAPABILITIES,
+    Finding,
+    PlannedBuild,
     format_gib,
-    free_gpu_memory,
-    free_host_memory,
+    free_disk,
     predict_memory,
+    preflight,
 )
-from yolov7_deploy.tensorrt.preflight import GPUS, RTX_CAPABILITIES, Finding, PlannedBuild, free_disk, preflight
 
 YOLOV7_BYTES = 148_200_459
 PIXELS = 640 * 640

@@ -17,11 +17,17 @@ import torch
 from tests.support.training_images import dataset_of, random_dataset
 from yolov7_deploy.errors import DatasetError, DeviceError, UsageError
 from yolov7_deploy.training.augment import Augmentation
-from yolov7_deploy.training.dataloader import TrainLoader
+from yolov7_deploy.training.dataloader import (
+    BatchShard,
+    TrainLoader,
+    epoch_order,
+    rect_hw,
+    rect_requests,
+    square_requests,
+)
 from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.sampler import BatchShard, epoch_order, rect_hw, rect_requests, square_requests
 
 SIZE = 48
 COUNT = 10

@@ -25,10 +25,9 @@ from yolov7_deploy.detections import Speed
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import read_image
 from yolov7_deploy.sources import open_source
-from yolov7_deploy.sources.display import Window
 from yolov7_deploy.sources.video import VideoFile, VideoWriter
 from yolov7_deploy.visualize import write_image
-from yolov7_deploy.workflows.predict import AnnotateOptions, PredictionReport, _UniqueNames, annotate
+from yolov7_deploy.workflows.predict import AnnotateOptions, PredictionReport, Window, _UniqueNames, annotate
 
 HW = (48, 64)
 

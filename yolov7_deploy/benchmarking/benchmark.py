@@ -34,8 +34,8 @@ from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import MAX_BATCH_SIZE
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
-from yolov7_deploy.hardware.cpu import OtherCpuLoad
 from yolov7_deploy.hardware.machine import read_machine
+from yolov7_deploy.hardware.system import OtherCpuLoad
 from yolov7_deploy.image import Image
 from yolov7_deploy.options import BenchOptions
 from yolov7_deploy.runtimes.base import runtime_entry

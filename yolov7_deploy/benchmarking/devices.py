@@ -12,8 +12,7 @@ from pathlib import Path
 
 from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.hardware.clocks import read_jetson_gpu_clock
-from yolov7_deploy.hardware.device import parse_device
-from yolov7_deploy.hardware.gpu import CudaGpu, list_cuda_gpus, open_gpu
+from yolov7_deploy.hardware.gpu import CudaGpu, list_cuda_gpus, open_gpu, parse_device
 from yolov7_deploy.hardware.jetson import Board, jetpack_name, read_board
 from yolov7_deploy.hardware.machine import Machine, read_machine
 from yolov7_deploy.hardware.system import ROOT, CommandRunner, run_command

@@ -25,7 +25,7 @@ from yolov7_deploy._version import __version__
 from yolov7_deploy.cli.bench import bench
 from yolov7_deploy.cli.build import build
 from yolov7_deploy.cli.command import Quiet, Verbose, Y7Command, Y7Group, with_verbosity
-from yolov7_deploy.cli.demo import demo
+from yolov7_deploy.cli.demo import demo, shapes
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.doctor import doctor
 from yolov7_deploy.cli.export import export
@@ -33,7 +33,6 @@ from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.optimize import optimize
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
-from yolov7_deploy.cli.shapes import shapes
 from yolov7_deploy.cli.train import train
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify

@@ -1,4 +1,4 @@
-"""`y7 demo`: run the whole pipeline once, from a checkpoint to verified ONNX files, AP, speed and detections."""
+"""Commands that need no file of the user: `y7 demo` runs the whole pipeline, `y7 shapes` generates a small dataset."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from yolov7_deploy._output import echo
+from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.options import locate_weights
 from yolov7_deploy.errors import UsageError
 
@@ -43,3 +43,23 @@ def demo(
         run_shapes_demo(save_dir=save_dir, log=echo)
         return
     run_demo(weights=locate_weights(weights), source=source, save_dir=save_dir, log=echo)
+
+
+def shapes(
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for images, labels and the dataset YAML.")],
+    train: Annotated[int, typer.Option("--train", help="Number of training images.")] = 2000,
+    val: Annotated[int, typer.Option("--val", help="Number of validation images.")] = 200,
+    img: Annotated[int, typer.Option("--img", "--img-size", "--imgsz", help="Height and width of the images.")] = 320,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the images.")] = 0,
+) -> None:
+    """Generate a dataset of textured shapes to train on.
+
+    Example:  y7 shapes --output shapes
+    """
+    from yolov7_deploy._console import progress
+    from yolov7_deploy.datasets.synthetic import CLASS_NAMES, write_shapes
+
+    with progress("shapes") as show_progress:
+        path = write_shapes(output, train=train, val=val, size=img, seed=seed, progress=show_progress)
+    echo(f"{path}: {train} training images, {val} validation images; classes: {', '.join(CLASS_NAMES)}")
+    note(f"Train on it:  y7 train --data {path} --img {img}")

@@ -15,9 +15,8 @@ from yolov7_deploy.cli.options import JsonPath, label_rule, locate_weights
 from yolov7_deploy.errors import UsageError, missing_library
 
 if TYPE_CHECKING:
-    from yolov7_deploy.inspection.complexity import Complexity, LayerCost
+    from yolov7_deploy.inspection.complexity import Complexity, LayerCost, PaperCost, VariantRecord, WeightsRecord
     from yolov7_deploy.inspection.engine_file import EngineFile
-    from yolov7_deploy.inspection.network import PaperCost, VariantRecord, WeightsRecord
     from yolov7_deploy.inspection.onnx_file import OnnxFile, TensorInfo
     from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.model.configs import Anchors
@@ -64,14 +63,14 @@ def info(
 
 
 def _variant(name: str, *, layers: bool) -> tuple[VariantRecord, str]:
-    from yolov7_deploy.inspection.network import inspect_variant
+    from yolov7_deploy.inspection.complexity import inspect_variant
 
     record = inspect_variant(name)
     return record, _variant_text(record, layers=layers)
 
 
 def _weights(target: str, *, layers: bool) -> tuple[WeightsRecord, str]:
-    from yolov7_deploy.inspection.network import inspect_weights
+    from yolov7_deploy.inspection.complexity import inspect_weights
 
     record = inspect_weights(locate_weights(target))
     return record, _weights_text(record, layers=layers)
@@ -288,7 +287,7 @@ def _counts(nodes: dict[str, int]) -> str:
 
 
 def _engine_text(file: EngineFile, *, layers: bool) -> str:
-    from yolov7_deploy.inspection.engine_report import build_fields, layer_fields, layer_table
+    from yolov7_deploy.inspection.engine_file import build_fields, layer_fields, layer_table
     from yolov7_deploy.tensorrt.build_record import TITLES
 
     record = file.record

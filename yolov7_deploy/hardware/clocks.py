@@ -14,9 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from yolov7_deploy.hardware.device import parse_device
-from yolov7_deploy.hardware.gpu import NvmlGpu, open_gpu
-from yolov7_deploy.hardware.jetson import read_board
+from yolov7_deploy.hardware.gpu import NvmlGpu, open_gpu, parse_device
+from yolov7_deploy.hardware.jetson import (
+    MIN_TEMPERATURE_C,
+    Tegrastats,
+    TegrastatsSample,
+    find_tegrastats,
+    read_board,
+    read_one_sample,
+)
 from yolov7_deploy.hardware.system import (
     ROOT,
     CommandRunner,
@@ -25,13 +31,6 @@ from yolov7_deploy.hardware.system import (
     read_text,
     read_word,
     run_command,
-)
-from yolov7_deploy.hardware.tegrastats import (
-    MIN_TEMPERATURE_C,
-    Tegrastats,
-    TegrastatsSample,
-    find_tegrastats,
-    read_one_sample,
 )
 
 # 57000000.gpu (Nano), 17000000.gp10b (TX2), .gv11b (Xavier), .ga10b or .gpu (Orin), gpu-gpc-0 (Thor, whose other

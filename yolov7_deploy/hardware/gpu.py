@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yolov7_deploy.hardware.system import FreeMemory
+
 try:
     import pynvml
 except ModuleNotFoundError:  # GPUs run without it; only their sensors cannot be read
@@ -271,3 +273,39 @@ def _query(function: str, *arguments: Any) -> Any | None:  # noqa: ANN401 - func
 
 def _described(error: Any) -> str:  # noqa: ANN401 - an NVMLError
     return f"{error} (error {error.value})"
+
+
+def free_gpu_memory() -> FreeMemory | None:
+    """Return the free memory of `cuda:0`; `None` where NVML does not report it."""
+    gpu = open_gpu(0)
+    size = None if isinstance(gpu, str) else gpu.memory_free_bytes()
+    return None if size is None else FreeMemory(size=size, source="NVML")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceName:
+    """A parsed device name, as in PyTorch: `auto`, `cpu`, `cuda`, `cuda:N` or `N`.
+
+    Attributes:
+        kind: `auto`, `cpu`, `cuda`, or any other text unchanged, which a runtime accepts (`mps`) or rejects.
+        index: Number of the GPU in CUDA's order; `None` for other kinds and where the name does not have a number.
+    """
+
+    kind: str
+    index: int | None = None
+
+    @property
+    def cuda_index(self) -> int | None:
+        """Number of the GPU, 0 for plain `cuda`; `None` if this is not a CUDA device."""
+        return (self.index or 0) if self.kind == "cuda" else None
+
+    def __str__(self) -> str:
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+
+def parse_device(text: str) -> DeviceName:
+    """Return the parsed device name; a text of any other form becomes a kind of its own."""
+    match = re.fullmatch(r"cuda|(?:cuda:)?([0-9]{1,3})", text)
+    if match is None:
+        return DeviceName(text)
+    return DeviceName("cuda", None if match[1] is None else int(match[1]))

@@ -13,8 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.hardware.device import parse_device
-from yolov7_deploy.hardware.gpu import InstalledGpu, list_installed_gpus, open_gpu
+from yolov7_deploy.hardware.gpu import InstalledGpu, list_installed_gpus, open_gpu, parse_device
 from yolov7_deploy.hardware.jetson import jetpack_name, read_board
 from yolov7_deploy.hardware.system import ROOT, read_text
 

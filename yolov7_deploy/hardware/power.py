@@ -18,11 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from yolov7_deploy.hardware.device import parse_device
-from yolov7_deploy.hardware.gpu import NvmlGpu, open_gpu
-from yolov7_deploy.hardware.jetson import read_board
+from yolov7_deploy.hardware.gpu import NvmlGpu, open_gpu, parse_device
+from yolov7_deploy.hardware.jetson import Tegrastats, TegrastatsSample, find_tegrastats, read_board, read_one_sample
 from yolov7_deploy.hardware.system import ROOT, PeriodicSampler, read_number, read_word
-from yolov7_deploy.hardware.tegrastats import Tegrastats, TegrastatsSample, find_tegrastats, read_one_sample
 
 # A reading of NVML or RAPL takes microseconds. INA3221 chips are on a slow bus: a millisecond for each rail.
 COUNTER_PERIOD_S = 0.02

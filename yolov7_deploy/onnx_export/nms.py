@@ -15,7 +15,6 @@ import onnx
 from onnx import TensorProto, helper
 
 from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
-from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
 from yolov7_deploy.onnx_export.nms_subgraph import (
     NmsInputs,
     NmsPlan,
@@ -30,6 +29,7 @@ from yolov7_deploy.onnx_export.nms_subgraph import (
     top_anchors,
     top_pairs,
 )
+from yolov7_deploy.onnx_export.onnx_model import GraphBuilder
 
 DOMAIN, OP = "y7", "Y7NMS"
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.model.configs import Anchors
-from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
+from yolov7_deploy.onnx_export.onnx_model import GraphBuilder
 from yolov7_deploy.options import ExportOptions, size_text
 
 TILE = 256  # candidates that are processed at once

@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.metadata import ModelMetadata, NmsMetadata
 from yolov7_deploy.model.yolov7 import Yolov7
-from yolov7_deploy.onnx_export.graph_builder import GraphBuilder
 from yolov7_deploy.onnx_export.nms import attach_nms
 from yolov7_deploy.onnx_export.nms_subgraph import NmsPlan
-from yolov7_deploy.onnx_export.onnx_model import INPUT_NAME, OnnxModel
+from yolov7_deploy.onnx_export.onnx_model import INPUT_NAME, GraphBuilder, OnnxModel
 from yolov7_deploy.options import ExportOptions
 
 IR_VERSION = 8  # the oldest one with model-local functions; ONNX Runtime 1.10 and later read it

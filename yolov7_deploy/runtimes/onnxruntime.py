@@ -16,8 +16,8 @@ from yolov7_deploy._atomic_file import is_partial_file
 from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, ort_reason
 from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy.errors import DeviceError, LoadError
-from yolov7_deploy.hardware.cpu import has_vnni, usable_cores
-from yolov7_deploy.hardware.device import parse_device
+from yolov7_deploy.hardware.gpu import parse_device
+from yolov7_deploy.hardware.system import has_vnni, usable_cores
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.output_layout import TensorSpec
 from yolov7_deploy.runtimes.onnx_session import Array, FairSemaphore, OnnxRuntime, OnnxSession

@@ -28,7 +28,7 @@ from yolov7_deploy._atomic_file import is_partial_file
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
-from yolov7_deploy.hardware.cpu import has_vnni, usable_cores
+from yolov7_deploy.hardware.system import has_vnni, usable_cores
 from yolov7_deploy.hub import cache_dir
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.output_layout import TensorSpec

@@ -19,7 +19,7 @@ from yolov7_deploy._process import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import DeviceError, UsageError, is_out_of_memory
-from yolov7_deploy.hardware.device import parse_device
+from yolov7_deploy.hardware.gpu import parse_device
 from yolov7_deploy.image import FloatArray, Image, Letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse

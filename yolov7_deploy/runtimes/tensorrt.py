@@ -18,7 +18,7 @@ from typing import cast
 from yolov7_deploy._process import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, PluginError, UsageError, missing_library
-from yolov7_deploy.hardware.device import parse_device
+from yolov7_deploy.hardware.gpu import parse_device
 from yolov7_deploy.image import Image, Letterbox
 from yolov7_deploy.metadata import OVERFLOW_OUTPUT, ModelMetadata
 from yolov7_deploy.options import Thresholds, size_text

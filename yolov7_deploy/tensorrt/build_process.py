@@ -22,6 +22,8 @@ from typing import Any
 from yolov7_deploy._process import deferred_signals, python_command, temporary_folder
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.errors import EngineError, is_out_of_memory
+from yolov7_deploy.hardware.gpu import free_gpu_memory
+from yolov7_deploy.hardware.system import free_host_memory
 from yolov7_deploy.tensorrt.build_messages import (
     LOG_FILE,
     MODEL_FILE,
@@ -33,7 +35,7 @@ from yolov7_deploy.tensorrt.build_messages import (
     Installation,
 )
 from yolov7_deploy.tensorrt.build_record import Product
-from yolov7_deploy.tensorrt.memory_estimate import format_gib, free_gpu_memory, free_host_memory
+from yolov7_deploy.tensorrt.preflight import format_gib
 
 RTX_LIBRARY = "libtensorrt_rtx.so"
 RTX_WHEEL = "tensorrt_rtx_libs"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from yolov7_deploy.errors import DeviceError, TrainingError, UsageError
-from yolov7_deploy.hardware.device import parse_device
+from yolov7_deploy.hardware.gpu import parse_device
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(hours=3)  # of a collective: the other processes wait while the main process validates

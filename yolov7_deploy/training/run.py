@@ -20,9 +20,9 @@ from yolov7_deploy.datasets.samples import as_single_class, select_classes
 from yolov7_deploy.datasets.statistics import describe_labels
 from yolov7_deploy.errors import DatasetError, ImageError, UsageError
 from yolov7_deploy.evaluation.plots import draw_evaluation
+from yolov7_deploy.hardware.system import free_host_memory
 from yolov7_deploy.model.configs import Anchors, find_variant
 from yolov7_deploy.model.yolov7 import Yolov7
-from yolov7_deploy.tensorrt.memory_estimate import free_host_memory
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.autoanchor import evaluate_anchors, fit_anchors
 from yolov7_deploy.training.batchnorm_recalibration import IMAGES, recalibrate_batchnorm

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import signal
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +21,10 @@ from yolov7_deploy._process import Interrupted, handle_signals
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import LoadError, TrainingError, is_out_of_memory
+from yolov7_deploy.errors import DeviceError, LoadError, TrainingError, is_out_of_memory
 from yolov7_deploy.evaluation.accuracy import MAX_LISTED_CLASSES, AccuracyReport, class_table, evaluate
 from yolov7_deploy.hardware.machine import host_peak_bytes
 from yolov7_deploy.options import ValOptions
-from yolov7_deploy.training.auto_batch import batch_size_error
 from yolov7_deploy.training.checkpoints import (
     BEST,
     LAST,
@@ -35,13 +36,12 @@ from yolov7_deploy.training.checkpoints import (
     save_last,
     save_run_state,
 )
-from yolov7_deploy.training.dataloader import TrainLoader
+from yolov7_deploy.training.dataloader import TrainLoader, compute_image_weights
 from yolov7_deploy.training.loggers import COCO_COLUMNS, EpochRecord, RunLog, TrainCallback
 from yolov7_deploy.training.optimizer import BIASES, NORMS, WEIGHTS, apply_schedule
 from yolov7_deploy.training.plots import draw_batch
 from yolov7_deploy.training.sample import Batch
-from yolov7_deploy.training.sampler import compute_image_weights
-from yolov7_deploy.training.train_step import StepMetrics, TrainStep
+from yolov7_deploy.training.train_step import StepMetrics, TrainStep, multi_scale_sizes
 
 SAVE_BEFORE_VALIDATION_S = 60.0  # seconds of training since the last saved state
 AP50_WEIGHT, AP_WEIGHT = 0.1, 0.9  # of the fitness that selects the best epoch, as in the official program
@@ -402,3 +402,72 @@ class Trainer:
         self._signal = number
         with contextlib.suppress(RuntimeError):  # the signal interrupted a write to the same stream
             self._callback.on_message("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def batch_size_error(train_step: TrainStep, batch: Batch, error: BaseException) -> DeviceError:
+    """Return an error that names the batch size that fits, found by halving the one that did not.
+
+    With several processes only this one may be out of memory, and the others do not take part in trials: the error
+    then names half the batch without trying it.
+
+    Args:
+        train_step: Its gradients are dropped.
+        batch: The batch that did not fit.
+        error: The exception. Its frames, which hold the activations of the step, are cleared.
+    """
+    world_size, images = train_step.distributed.world_size, batch.images.shape[0]
+    fitting = images // 2
+    traceback.clear_frames(error.__traceback__)
+    while world_size == 1 and fitting and not _fits(train_step, batch, fitting):
+        fitting //= 2
+    what = f"A batch of {images * world_size} images of {_size_text(train_step, batch)}"
+    if world_size > 1:
+        what += f", split over {world_size} processes,"
+    what += f" does not fit into the memory of {train_step.distributed.device}"
+    reason = str(error).partition("\n")[0][:200]
+    if not fitting:
+        smaller = max(train_step.stride, train_step.options.img // 2 // train_step.stride * train_step.stride)
+        neither = ", and neither does a batch of 1" if images > 1 else ""
+        return DeviceError(f"{what}{neither} ({reason}).", fix=f"A smaller size or variant:  --img {smaller}")
+    tried = f"; a batch of {fitting} fits" if world_size == 1 else ""
+    return DeviceError(
+        f"{what} ({reason}){tried}. Gradient accumulation keeps the nominal batch.",
+        fix=f"--batch {fitting * world_size}",
+    )
+
+
+def _largest_size(train_step: TrainStep) -> int | None:
+    """Return the largest image size of multi-scale training; `None` for a fixed size."""
+    options = train_step.options
+    return multi_scale_sizes(options.img, train_step.stride)[-1] if options.multi_scale else None
+
+
+def _size_text(train_step: TrainStep, batch: Batch) -> str:
+    largest = _largest_size(train_step)
+    return f"up to {largest}x{largest}" if largest else f"{batch.images.shape[1]}x{batch.images.shape[2]}"
+
+
+def _fits(train_step: TrainStep, batch: Batch, images: int) -> bool:
+    """Return whether forward and backward of the first images of a batch succeed; weights do not change."""
+    targets = batch.targets[batch.targets[:, 0] < images]
+    part = Batch(images=batch.images[:images], targets=targets, paths=batch.paths[:images])
+    _free_memory(train_step)
+    size = _largest_size(train_step)
+    try:
+        train_step.compute_loss(part, image_size=size).total.backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return False
+    finally:
+        _free_memory(train_step)
+    return True
+
+
+def _free_memory(train_step: TrainStep) -> None:
+    train_step.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if train_step.distributed.device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()

@@ -21,8 +21,7 @@ from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.image import IMAGE_SUFFIXES, Image
 from yolov7_deploy.sources import VIDEO_SUFFIXES, Frame, Skipped, Source
-from yolov7_deploy.sources.display import Window
-from yolov7_deploy.sources.video import VideoWriter
+from yolov7_deploy.sources.video import VideoWriter, Window
 from yolov7_deploy.visualize import write_image
 
 LABELS_FOLDER = "labels"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from yolov7_deploy.hardware.cpu import has_vnni, usable_cores
+from yolov7_deploy.hardware.system import has_vnni, usable_cores
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not show CPU affinity")
 
