@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.boards import laid_out
-from yolov7_deploy.hardware.jetson import Tegrastats, TegrastatsSample, parse_line, read_one_sample
+from yolov7_deploy.hardware.jetson import Tegrastats, TegrastatsSample, parse_tegrastats, read_tegrastats
 from yolov7_deploy.hardware.power import POWER_INPUTS, find_power_input, read_rails
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "tegrastats.txt"
@@ -55,7 +55,7 @@ def program(folder, text):
     ],
 )
 def test_the_input_of_a_board_is_its_current_power_and_counts_no_rail_twice(name, rails, watts):
-    sample = parse_line(LINES[name])
+    sample = parse_tegrastats(LINES[name])
     power_input = find_power_input(sample.rails_w)
     assert " ".join(power_input.rails) == rails
     assert sum(sample.rails_w[rail] for rail in power_input.rails) == pytest.approx(watts)
@@ -79,7 +79,7 @@ def test_the_input_of_a_board_is_its_current_power_and_counts_no_rail_twice(name
     ],
 )
 def test_clocks_loads_memory_and_temperature_are_read_from_every_release(name, gpu, memory, ram, temperature_c):
-    sample = parse_line(LINES[name])
+    sample = parse_tegrastats(LINES[name])
     assert (sample.gpu_percent, sample.gpu_mhz) == gpu
     assert (sample.memory_percent, sample.memory_mhz) == memory
     assert (sample.ram_used_mb, sample.ram_mb) == ram
@@ -91,18 +91,18 @@ def test_every_recorded_line_is_parsed():
 
 
 def test_the_clock_is_that_of_the_fastest_cluster():
-    assert parse_line("GR3D_FREQ 75%@[611,0] APE 150").gpu_mhz == 611
+    assert parse_tegrastats("GR3D_FREQ 75%@[611,0] APE 150").gpu_mhz == 611
 
 
 def test_a_part_that_is_switched_off_does_not_have_a_temperature():
-    sample = parse_line("CV0@-256C GPU@-256C tj@49.2C thermal@48C")
+    sample = parse_tegrastats("CV0@-256C GPU@-256C tj@49.2C thermal@48C")
     assert sample.temperatures_c == {"tj": 49.2, "thermal": 48.0}
     assert sample.temperature_c == 49.2
 
 
 @pytest.mark.parametrize("text", ["", "\n", "tegrastats: command not found", "GR3D_FREQ", "VDD_IN mW/mW", "RAM /MB"])
 def test_other_text_is_an_empty_sample(text):
-    assert parse_line(text) == TegrastatsSample()
+    assert parse_tegrastats(text) == TegrastatsSample()
 
 
 FRAGMENTS = ["RAM", "VDD_IN", "GR3D_FREQ", "5mW/5mW", "0%", "@[1,]", "9@", "-1C", "/"]
@@ -110,7 +110,7 @@ FRAGMENTS = ["RAM", "VDD_IN", "GR3D_FREQ", "5mW/5mW", "0%", "@[1,]", "9@", "-1C"
 
 @given(st.text(max_size=200) | st.lists(st.sampled_from(FRAGMENTS)))
 def test_the_parser_accepts_any_text(fragments):
-    sample = parse_line(fragments if isinstance(fragments, str) else " ".join(fragments))
+    sample = parse_tegrastats(fragments if isinstance(fragments, str) else " ".join(fragments))
     assert all(math.isfinite(watts) for watts in sample.rails_w.values())
 
 
@@ -118,7 +118,7 @@ def test_the_parser_accepts_any_text(fragments):
 
 
 def test_the_first_sample_is_read_and_the_program_is_stopped(tmp_path):
-    assert read_one_sample(program(tmp_path, LINES["orin_nano, R36"])).rails_w["VDD_IN"] == 5.263
+    assert read_tegrastats(program(tmp_path, LINES["orin_nano, R36"])).rails_w["VDD_IN"] == 5.263
 
 
 def test_a_program_that_ends_at_once_or_is_missing_has_no_sample(tmp_path, monkeypatch):
@@ -126,8 +126,8 @@ def test_a_program_that_ends_at_once_or_is_missing_has_no_sample(tmp_path, monke
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 1\n")
     silent.chmod(0o755)
-    assert read_one_sample(str(silent)) is None
-    assert read_one_sample(str(tmp_path / "absent")) is None
+    assert read_tegrastats(str(silent)) is None
+    assert read_tegrastats(str(tmp_path / "absent")) is None
 
 
 def test_a_program_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):

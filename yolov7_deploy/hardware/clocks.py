@@ -21,7 +21,7 @@ from yolov7_deploy.hardware.jetson import (
     TegrastatsSample,
     find_tegrastats,
     read_board,
-    read_one_sample,
+    read_tegrastats,
 )
 from yolov7_deploy.hardware.system import (
     ROOT,
@@ -238,7 +238,7 @@ def _jetson_monitor(root: Path, run: CommandRunner, tegrastats: str | None) -> C
     mode = board.mode.name if board and board.mode else ""
     clock = read_jetson_gpu_clock(root)
     if clock is None:
-        sample = read_one_sample(tegrastats) if tegrastats else None
+        sample = read_tegrastats(tegrastats) if tegrastats else None
         if tegrastats is None or sample is None or (sample.gpu_mhz is None and sample.temperature_c is None):
             return None
         return ClockMonitor(Clocks(source="tegrastats", mode=mode), _from_tegrastats(tegrastats))

@@ -244,7 +244,7 @@ class TegrastatsSample:
         return next((known[name] for name in ("gpu", "tj", "thermal") if name in known), None)
 
 
-def parse_line(text: str) -> TegrastatsSample:
+def parse_tegrastats(text: str) -> TegrastatsSample:
     """Return the fields of a line; an empty sample for any other text."""
     gpu_percent, gpu_mhz = _engine(_GPU, text)
     memory_percent, memory_mhz = _engine(_MEMORY_CLOCK, text)
@@ -325,11 +325,11 @@ class Tegrastats:
             return
         with process.stdout:
             for text in process.stdout:
-                self._on_sample(parse_line(text))
+                self._on_sample(parse_tegrastats(text))
                 self._first.set()
 
 
-def read_one_sample(program: str) -> TegrastatsSample | None:
+def read_tegrastats(program: str) -> TegrastatsSample | None:
     """Return the first sample of the program; `None` if there is none within seconds."""
     samples: list[TegrastatsSample] = []
     with Tegrastats(samples.append, program=program) as running:

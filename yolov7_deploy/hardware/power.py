@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Protocol
 
 from yolov7_deploy.hardware.gpu import NvmlGpu, open_gpu, parse_device
-from yolov7_deploy.hardware.jetson import Tegrastats, TegrastatsSample, find_tegrastats, read_board, read_one_sample
+from yolov7_deploy.hardware.jetson import Tegrastats, TegrastatsSample, find_tegrastats, read_board, read_tegrastats
 from yolov7_deploy.hardware.system import ROOT, PeriodicSampler, read_number, read_word
 
 # A reading of NVML or RAPL takes microseconds. INA3221 chips are on a slow bus: a millisecond for each rail.
@@ -371,7 +371,7 @@ def _jetson_meter(root: Path, tegrastats: str | None) -> PowerMeter | str:
 
         chip = "INA238" if power_input.rails == (INA238_RAIL,) else "INA3221"
         return SampledPowerMeter(f"{chip} {power_input}", read, counts_joules=False, period_s=RAIL_PERIOD_S)
-    sample = read_one_sample(tegrastats) if tegrastats else None
+    sample = read_tegrastats(tegrastats) if tegrastats else None
     if tegrastats and sample and (power_input := find_power_input(sample.rails_w)) is not None:
         return TegrastatsPowerMeter(tegrastats, power_input)
     names = ", ".join(sorted({*rails, *(sample.rails_w if sample else ())}))

@@ -97,26 +97,26 @@ def place_qdq(network: Network, excluded: Mapping[str, str], *, for_cpu: bool = 
             reads_pairs = node.input
         for name in dict.fromkeys(reads_pairs):
             consumers.setdefault(name, []).append(node.output[0])
-    inner: dict[str, str] = {}
+    inner_pairs: dict[str, str] = {}
     if for_cpu:
         calibrated = set(calibrated_tensors(network))
-        outputs = {
-            name: inner
-            for name, inner in _activation_outputs(network, int8).items()
-            if calibrated.issuperset(source_tensors(network, name))
+        activations = {
+            output: inner
+            for output, inner in _activation_outputs(network, int8).items()
+            if calibrated.issuperset(source_tensors(network, output))
         }
-        inner = {name: output for output, names in outputs.items() for name in names}
-        region = {*inner, *outputs, *quantized} & network.floats
+        inner_pairs = {name: output for output, inner in activations.items() for name in inner}
+        region = {*inner_pairs, *activations, *quantized} & network.floats
         consumers = {name: [node.output[0] for node in network.consumers.get(name, ())] for name in region}
     order = {name: number for number, name in enumerate(network.producers)}
     pairs = sorted(consumers, key=lambda name: order.get(name, -1))
     return QdqPlacement(
         convolutions=tuple(node.output[0] for node in int8),
         pairs={name: tuple(consumers[name]) for name in pairs},
-        scale_groups={name: _all_sources(network, groups.members(name)) for name in pairs if name not in inner},
+        scale_groups={name: _all_sources(network, groups.members(name)) for name in pairs if name not in inner_pairs},
         float_convolutions=float_convolutions,
         float_islands=dict(_float_islands(network, quantized, [node.output[0] for node in int8])),
-        inner_pairs=inner,
+        inner_pairs=inner_pairs,
     )
 
 
