@@ -229,7 +229,7 @@ def test_conf_is_lowered_until_there_are_detections(untrained, tmp_path):
     assert 0 < report.conf < 0.01
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("multi_label", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fixed_conf_is_lowered_in_a_copy_of_the_file(untrained, tmp_path, monkeypatch, multi_label):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     weights = save(untrained, tmp_path / "w.safetensors")
@@ -240,30 +240,33 @@ def test_a_fixed_conf_is_lowered_in_a_copy_of_the_file(untrained, tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "w.safetensors"]
 
 
-@pytest.fixture
-def nothing_found(tmp_path, monkeypatch):
-    """Weights whose scores are all 0, and their export."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def nothing_found(tmp_path_factory):
+    """Folder with weights whose scores are all 0 and their export, and the result of the command."""
+    folder = tmp_path_factory.mktemp("nothing")
     model = new_model("yolov7-tiny", classes=3)
     for layer in model.head.m:
         torch.nn.init.constant_(layer.bias, -1e4)
-    weights = save(model, tmp_path / "w.safetensors")
+    weights = save(model, folder / "w.safetensors")
     arguments = ["export", "--weights", str(weights), "--img", f"{HW[0]}x{HW[1]}"]
-    return weights, CliRunner().invoke(app, [*arguments, "--json", "record.json"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, CliRunner().invoke(app, [*arguments, "--json", "record.json"])
 
 
-def test_an_export_without_any_detection_is_called_not_verified(nothing_found, tmp_path):
-    _, result = nothing_found
-    assert result.exception is None and (tmp_path / "w.onnx").exists()
+def test_an_export_without_any_detection_is_called_not_verified(nothing_found):
+    folder, result = nothing_found
+    assert result.exception is None and (folder / "w.onnx").exists()
     assert "NOT VERIFIED: torch detects nothing on the image" in result.output
     assert "against torch on" not in result.output and "--image FILE" in result.output
-    parity = json.loads((tmp_path / "record.json").read_text())["parity"]
+    parity = json.loads((folder / "record.json").read_text())["parity"]
     assert (parity["verified"], parity["ok"], parity["compared"]) == (False, False, 0)
 
 
 def test_verify_fails_if_nothing_can_be_compared(nothing_found, tmp_path):
-    weights, _ = nothing_found
-    result = CliRunner().invoke(app, ["verify", "-w", str(weights), "--against", "w.onnx", "--json", "verify.json"])
+    folder, _ = nothing_found
+    files = ["-w", str(folder / "w.safetensors"), "--against", str(folder / "w.onnx")]
+    result = CliRunner().invoke(app, ["verify", *files, "--json", str(tmp_path / "verify.json")])
     assert isinstance(result.exception, ParityError)
     assert "NOT VERIFIED" in result.output and "NOT VERIFIED" in result.exception.message
     assert "--images" in result.exception.fix and "--data" in result.exception.fix

@@ -40,6 +40,7 @@ SPEED = f"{MODEL} batch 2: INT8 to FP16, throughput of the engine"
 PARITY = [f"{MODEL} batch {batch}: detections as in ONNX Runtime" for batch in BATCHES]
 AP_LOSS, AP_DIFFERENCE = f"{MODEL}: AP that INT8 loses", f"{MODEL}: AP between the INT8 engine and ONNX Runtime"
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +362,6 @@ def run_suite(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 def test_the_part_runs_on_the_emulated_gpu_without_evaluating_targets(tmp_path):
     done = run_suite("--emulated", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu_suite.log").read_text()
@@ -372,7 +372,6 @@ def test_the_part_runs_on_the_emulated_gpu_without_evaluating_targets(tmp_path):
     assert outcome["results"][f"{MODEL} batch 2 int8"]["layers"]["convolutions"]["int8"] > 80
 
 
-@pytest.mark.slow
 @needs_rtx
 @pytest.mark.skipif(list_cuda_gpus(), reason="this machine has a GPU")
 def test_without_a_gpu_a_real_run_builds_engines_and_fails(source, tmp_path):

@@ -14,6 +14,8 @@ from yolov7_deploy.benchmarking.benchmark import Frames
 
 __all__ = ["environment"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def suite(environment, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ TINY = "yolov7-tiny"
 STAGES = {"images", "forward", "assignment", "loss", "backward", "optimizer", "ema", "rest"}
 # A loader's processes are forked, and torch has threads.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_torch_thread"),
     pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
 ]

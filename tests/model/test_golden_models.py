@@ -23,7 +23,16 @@ DECODED_TOLERANCE = 2e-3
 FUSION_TOLERANCE = 1e-6
 
 
-@pytest.fixture(scope="module", params=sorted(GOLDEN))
+# They have the blocks of W6 and are larger.
+SLOW = ("yolov7-d6", "yolov7-e6")
+
+
+def _parameters():
+    for name in sorted(GOLDEN):
+        yield pytest.param(name, marks=pytest.mark.slow) if name.partition("/")[0] in SLOW else name
+
+
+@pytest.fixture(scope="module", params=_parameters())
 def case(request):
     variant, form = request.param.split("/")
     golden = GOLDEN[request.param]

@@ -47,6 +47,7 @@ def y7(folder, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_winner_is_kept_and_used_by_two_lines_of_python(y7, tmp_path):
     result = y7("--calib", "shapes/images/train", "--save-dir", str(tmp_path), "--candidate", "signed.onnx")
     assert result.exception is None, result.output

@@ -123,6 +123,7 @@ def test_no_layer_is_excluded_if_the_drop_is_small(images, data, baseline_drop):
     assert result.sensitivities == () and len(result.measurements) == 1
 
 
+@pytest.mark.slow
 def test_a_drop_that_no_exclusion_repairs_is_an_error(images, data):
     class Hopeless(Quantizer):
         """INT8 files detect nothing."""
