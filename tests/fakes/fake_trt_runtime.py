@@ -9,6 +9,7 @@ set when it was enqueued. Names exist as in each version. Invalid calls that do 
 import ctypes
 import struct
 import threading
+import weakref
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
@@ -63,11 +64,15 @@ class FakeTrt(_Versioned):
 
     Attributes:
         violations: Calls with undefined behavior.
-        contexts: All contexts; `most_contexts` limits their number, as profiles do before TensorRT 10.
+        contexts: The attributes of all contexts ever created; `most_contexts` limits how many exist at a time.
+        profiles: Number of optimization profiles of an engine, all with the same limits.
+        shares_profiles: Several contexts may use one profile. Otherwise the first context gets profile 0 and the later
+            ones none; selecting a profile in use is a violation, as it ends the process with the bindings of 8.6 and
+            10.3, and raises with those from 10.13 on.
         refusal: If not empty, deserialization fails with this log message.
         failing: `execute_async_v3` returns False.
         records: TensorRT-RTX allows the caller to capture its work in a CUDA graph.
-        at_run: Called while the network runs.
+        at_run, at_context, at_capture: Called while the network runs, a context is created, work is captured.
     """
 
     class ILogger:
@@ -87,7 +92,8 @@ class FakeTrt(_Versioned):
         self.IBuilderConfig = type("IBuilderConfig", (), rtx)
         self.violations, self.contexts, self.kept, self.loaded = [], [], [], []
         self.most_contexts, self.refusal, self.failing, self.records = 1000, "", False, True
-        self.at_run = lambda: None
+        self.profiles, self.shares_profiles = 1, True
+        self.at_run = self.at_context = self.at_capture = lambda: None
         self.host_code_allowed = False
         library.fake_cuda_host_call.argtypes = [ctypes.c_void_p] * 3
         library.fake_cuda_capturing.argtypes = [ctypes.c_void_p]
@@ -147,7 +153,8 @@ class Engine(_Versioned):
         graph = model.graph
         self.inputs = [value.name for value in graph.input]
         self.tensors = {value.name: value.type.tensor_type for value in [*graph.input, *graph.output]}
-        self.num_io_tensors = len(self.tensors)
+        self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), trt.profiles
+        self.alive = weakref.WeakSet()  # contexts that are not freed
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         options.add_session_config_entry("session.x64quantprecision", "1")  # exact INT8 without VNNI
@@ -167,7 +174,7 @@ class Engine(_Versioned):
         return [dim.dim_value or -1 for dim in self.tensors[name].shape.dim]
 
     def get_tensor_profile_shape(self, name, profile):
-        assert profile == 0
+        assert 0 <= profile < self.num_optimization_profiles
         shape = self.get_tensor_shape(name)
         return [[batch, *shape[1:]] for batch in (self.batches[0], *self.batches)]
 
@@ -186,17 +193,20 @@ class Engine(_Versioned):
         return self._context("disabled")
 
     def _context(self, strategy):
-        if len(self.trt.contexts) >= self.trt.most_contexts:
+        if len(self.alive) >= self.trt.most_contexts:
             return None
-        self.trt.contexts.append(Context(self, strategy))
-        return self.trt.contexts[-1]
+        self.trt.at_context()
+        context = Context(self, strategy)
+        self.alive.add(context)
+        self.trt.contexts.append(SimpleNamespace(strategy=strategy))
+        return context
 
 
 class Context(_Versioned):
     device_memory = 0
-    active_optimization_profile = 0
 
     def __init__(self, engine, strategy):
+        self.active_optimization_profile = 0 if engine.trt.shares_profiles or not engine.alive else -1
         self.engine, self.trt, self.strategy, self.absent = engine, engine.trt, strategy, engine.absent
         self.shape = tuple(engine.get_tensor_shape("images"))
         self.addresses, self.generation, self.has_run = {}, 0, False
@@ -206,8 +216,17 @@ class Context(_Versioned):
         assert nbytes >= SCRATCH_BYTES and pointer % 256 == 0
         object.__setattr__(self, "scratch", pointer)
 
+    def set_optimization_profile_async(self, profile, stream):
+        used = {context.active_optimization_profile for context in self.engine.alive if context is not self}
+        if profile in used and not self.trt.shares_profiles:
+            self.trt.violations.append(f"profile {profile} is in use")
+            raise RuntimeError("Unable to set optimization profile.")
+        self.active_optimization_profile = profile
+        return True
+
     def set_input_shape(self, name, shape):
         assert name == "images"
+        assert self.active_optimization_profile >= 0, "no profile is selected"
         fits = self.engine.batches[0] <= shape[0] <= self.engine.batches[1]
         if fits and tuple(shape) != self.shape:
             self.shape, self.generation, self.has_run = tuple(shape), self.generation + 1, False
@@ -231,6 +250,8 @@ class Context(_Versioned):
         assert getattr(self, "scratch", None) or self.device_memory, "the device memory is not set"
         if self.trt.failing:
             return False
+        if self.trt.is_recording(stream):
+            self.trt.at_capture()
         if self.trt.is_recording(stream) and (not self.has_run or not self.trt.records):
             self.trt.violations.append("captured work that cannot be captured")
         self.has_run = True

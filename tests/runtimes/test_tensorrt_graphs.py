@@ -1,14 +1,18 @@
 """CUDA graphs of an engine: when they are captured, what they contain, which are kept, and what runs without them."""
 
 import logging
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from tests.fakes.fake_trt_runtime import RTX
-from tests.support.trt_kit import assert_detected, environment, expected_boxes, infer, make_image, toy
+from tests.support.trt_kit import HW, assert_detected, environment, expected_boxes, infer, make_image, toy
+from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.runtimes.tensorrt_engine import MAX_FAILED_CAPTURES
 from yolov7_deploy.runtimes.tensorrt_executor import MAX_GRAPHS_PER_SHAPE, MAX_SHAPES
 
 __all__ = ["environment"]
@@ -93,6 +97,27 @@ def test_an_engine_with_one_context_serves_every_shape_with_it(environment):
     assert len(environment.trt.contexts) == 1
 
 
+@pytest.mark.parametrize("version", ["8.6.2", "10.3.0", "11.1.0"])
+def test_shapes_share_the_one_profile_that_another_tool_gave_an_engine(environment, version):
+    environment.use(version)
+    environment.trt.shares_profiles = False
+    runtime = environment.open(toy(None), recorded=False)
+    for count in (1, 1, 1, 2, 2, 2, 1, 4, 1, 1):
+        assert_detects(runtime, *[make_image(seed) for seed in range(count)])
+
+
+def test_each_context_has_its_own_profile_if_there_are_several(environment):
+    environment.trt.shares_profiles, environment.trt.profiles = False, 3
+    runtime, calls = environment.open(toy(None), recorded=False), environment.calls()
+    for _ in range(3):
+        for count in (1, 2, 4):
+            assert_detects(runtime, *[make_image(seed) for seed in range(count)])
+    calls()
+    for count in (1, 2, 4):
+        assert_detects(runtime, *[make_image(seed) for seed in range(count)])
+    assert CAPTURE not in calls(), "each shape keeps its context and its graph"
+
+
 def test_only_the_last_few_graphs_of_a_shape_are_kept(environment):
     runtime, calls = environment.open(), environment.calls()
     sizes = [(20 + 4 * step, 40) for step in range(2 * MAX_GRAPHS_PER_SHAPE)]
@@ -127,7 +152,7 @@ def test_thresholds_change_without_a_new_graph(environment):
 def test_work_that_cannot_be_captured_runs_without_a_graph_and_warns_once(environment, caplog):
     runtime = environment.open(toy(None))
     environment.monkeypatch.setenv("FAKE_CUDA_FAIL", "cudaGraphInstantiateWithFlags:801")
-    for seed in range(4):
+    for seed in range(2 + MAX_FAILED_CAPTURES):
         assert_detects(runtime, make_image(seed))
     environment.monkeypatch.delenv("FAKE_CUDA_FAIL")
     calls = environment.calls()
@@ -137,6 +162,54 @@ def test_work_that_cannot_be_captured_runs_without_a_graph_and_warns_once(enviro
     (warning,) = [record for record in caplog.records if "without CUDA graphs" in record.message]
     assert warning.levelno == logging.WARNING
     assert dict(runtime.runtime_info)["CUDA graph"].startswith("off: cudaGraphInstantiateWithFlags failed")
+
+
+def test_a_capture_that_another_thread_invalidated_is_repeated(environment, caplog):
+    runtime, calls = environment.open(), environment.calls()
+    for failures in range(1, 2 * MAX_FAILED_CAPTURES):
+        size = (20 + 4 * failures, 40)
+        assert_detects(runtime, make_image(0, *size))
+        environment.monkeypatch.setenv("FAKE_CUDA_FAIL", "cudaStreamEndCapture:901")
+        assert_detects(runtime, make_image(1, *size))
+        environment.monkeypatch.delenv("FAKE_CUDA_FAIL")
+        calls()
+        assert_detects(runtime, make_image(2, *size))
+        assert_detects(runtime, make_image(3, *size))
+        assert Counter(calls())[LAUNCH] == 2
+    assert dict(runtime.runtime_info)["CUDA graph"] == "on"
+    assert "without CUDA graphs" not in caplog.text
+
+
+def test_a_warm_up_captures_the_graph_of_frames_that_fill_the_input(environment):
+    with Detector(environment.engine()) as detector:
+        detector.warmup()
+        calls = environment.calls()
+        for seed in range(3):
+            detector(make_image(seed, *HW))
+    names = Counter(calls())
+    assert (names[CAPTURE], names[LAUNCH]) == (0, 3)
+
+
+def test_captures_and_new_contexts_take_turns_in_the_process(environment):
+    first, second = environment.open(name="a.engine"), environment.open(toy(None), name="b.engine")
+    inside, most = 0, 0
+
+    def hold():
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.002)
+        inside -= 1
+
+    environment.trt.at_context = environment.trt.at_capture = hold
+    work = [
+        *(lambda seed=seed: assert_detects(first, make_image(seed, 20 + 4 * (seed // 2), 40)) for seed in range(16)),
+        *(lambda count=count: assert_detects(second, *[make_image(5)] * count) for count in (1, 2, 3, 1, 2, 3) * 2),
+    ]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda call: call(), work))
+    environment.trt.at_context = environment.trt.at_capture = lambda: None
+    assert most == 1
 
 
 def test_a_timed_run_neither_captures_nor_launches_graphs(environment):

@@ -334,7 +334,9 @@ def _deserialize(capabilities: TrtCapabilities, path: Path, file: Engine) -> Trt
             fix=f"Build it here:  y7 build --weights {path.stem}.onnx",
         )
     recorded = file.record.metadata if file.record is not None else None
-    return TrtEngine(capabilities, runtime, engine, log, name=str(path), recorded=recorded)
+    # `y7 build` shares profiles (`TrtCapabilities.add_profile`); an engine does not tell whether another tool did.
+    shares = file.record is not None
+    return TrtEngine(capabilities, runtime, engine, log, name=str(path), recorded=recorded, shares_profiles=shares)
 
 
 def _log_and_logger(capabilities: TrtCapabilities) -> tuple[TrtLog, Trt]:

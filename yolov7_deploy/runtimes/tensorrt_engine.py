@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,10 @@ logger = get_logger(__name__)
 Shape = tuple[int, ...]
 Layout = Literal["nchw", "nhwc"]
 
+# Contexts are created and graphs are captured one at a time in the whole process: what TensorRT does for a new context
+# (allocations, loading of kernels) can invalidate a capture in another thread.
+GRAPH_LOCK = threading.Lock()
+MAX_FAILED_CAPTURES = 3  # in a row
 LOG_LINES = 6  # lines of TensorRT's log in an error message
 _OUTPUT_DTYPES = ("float32", "float16", "int32", "int64")
 _INSIDE_RTX = "inside TensorRT-RTX"
@@ -62,6 +67,7 @@ class TrtEngine:
         log: The log of this TensorRT.
         name: File name, for messages.
         recorded: Metadata of its build record, if it has one.
+        shares_profiles: Any number of contexts may use one optimization profile at the same time.
 
     Attributes:
         metadata: The metadata with the engine's own sizes, or what is assumed for an engine without a record.
@@ -87,10 +93,13 @@ class TrtEngine:
         *,
         name: str,
         recorded: ModelMetadata | None = None,
+        shares_profiles: bool = True,
     ) -> None:
         self.capabilities, self.engine, self.log, self.name = capabilities, engine, log, name
         self._runtime = runtime
-        self._context_lock = threading.Lock()
+        self._failed_captures = 0
+        self._shares_profiles = shares_profiles
+        self._contexts: weakref.WeakSet[Trt] = weakref.WeakSet()
         self.scratch_bytes = capabilities.device_memory_bytes(engine)
         self.graph_state = "on"
         inputs, outputs = capabilities.engine_tensors(engine)
@@ -171,18 +180,52 @@ class TrtEngine:
         """True if TensorRT-RTX captures CUDA graphs itself."""
         return self.graph_state == _INSIDE_RTX
 
-    def new_context(self) -> Trt | None:
-        """Create a context without memory, see `TrtCapabilities.create_context`; an engine creates one at a time."""
-        with self._context_lock:
-            return self.capabilities.create_context(self.engine, capture_graphs=self.graphs_inside)
+    def new_context(self, stream: int) -> Trt | None:
+        """Create a context with an optimization profile and without memory, see `TrtCapabilities.create_context`.
+
+        Args:
+            stream: Handle of the stream on which TensorRT may copy the values of the profile.
+
+        Returns:
+            `None` if TensorRT creates no further context, or if each profile with these limits is in use.
+        """
+        with GRAPH_LOCK:
+            context = self.capabilities.create_context(self.engine, capture_graphs=self.graphs_inside)
+            if context is None or not self._has_profile(context, stream):
+                return None
+            self._contexts.add(context)
+            return context
+
+    def _has_profile(self, context: Trt, stream: int) -> bool:
+        """Select a profile if the context has none; TensorRT gives one to the first context of an engine only."""
+        if context.active_optimization_profile >= 0:
+            return True
+        profile = 0 if self._shares_profiles else self._unused_profile()
+        return profile is not None and self.capabilities.select_profile(context, profile, stream)
+
+    def _unused_profile(self) -> int | None:
+        """Return the first profile that no context uses and that has the limits of the first one."""
+        used = {context.active_optimization_profile for context in self._contexts}
+        for profile in set(range(self.engine.num_optimization_profiles)) - used:
+            shapes = self.capabilities.profile_shapes(self.engine, self.images.name, profile)
+            if (shapes.min, shapes.max) == (self.min_shape, self.max_shape):
+                return profile
+        return None
 
     def use_graphs_inside(self) -> None:
         """Let TensorRT-RTX capture the CUDA graphs of new contexts."""
         self.graph_state = _INSIDE_RTX
 
-    def disable_graphs(self, error: DeviceError) -> None:
-        """Stop capturing CUDA graphs, with one warning."""
-        if self.graph_state == "on":
+    def count_capture(self, error: DeviceError | None) -> None:
+        """Count the failed captures since the last successful one; after a few, stop capturing with one warning.
+
+        A single failure may have come from other code of the process, such as a call on the legacy default stream.
+        """
+        self._failed_captures = 0 if error is None else self._failed_captures + 1
+        if error is None or self.graph_state != "on":
+            return
+        logger.debug("%s: a CUDA graph could not be captured: %s", self.name, error.message)
+        if self._failed_captures >= MAX_FAILED_CAPTURES:
             self.graph_state = f"off: {error.message}"
             logger.warning("%s runs without CUDA graphs, which is slower: %s", self.name, error.message)
 

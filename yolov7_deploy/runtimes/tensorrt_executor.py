@@ -36,7 +36,7 @@ from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, Event, Graph,
 from yolov7_deploy.runtimes.device_arrays import GpuImage
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels
 from yolov7_deploy.runtimes.staging import PIECE_BYTES, Staging, align
-from yolov7_deploy.runtimes.tensorrt_engine import Shape, TrtEngine
+from yolov7_deploy.runtimes.tensorrt_engine import GRAPH_LOCK, Shape, TrtEngine
 
 HostOrGpuImages = Sequence[Image | GpuImage]
 Results = dict[str, npt.NDArray[Any]]
@@ -211,13 +211,16 @@ class TrtExecutor:
         graph.launch(self.stream)
 
     def _capture(self, state: _ShapeState, key: int, work: _Step) -> Graph | None:
+        """Return the graph; `None` if the capture failed, so that the work runs without it and the next run retries."""
         try:
-            graph = Graph(self.stream, work)
+            with GRAPH_LOCK:
+                graph = Graph(self.stream, work)
         except DeviceError as error:
             if self._cuda.fault is not None:
                 raise
-            self._engine.disable_graphs(error)
+            self._engine.count_capture(error)
             return None
+        self._engine.count_capture(None)
         if len(state.graphs) >= MAX_GRAPHS_PER_SHAPE:
             state.graphs.popitem(last=False)[1].close()
         state.graphs[key] = graph
@@ -314,8 +317,8 @@ class TrtExecutor:
 
     def _new_context(self) -> Any:  # noqa: ANN401 - TensorRT's
         """Create a context, or return `None` if TensorRT cannot."""
-        context = self._engine.new_context()
-        if context is None or not self._engine.capabilities.select_profile(context, self.stream.handle):
+        context = self._engine.new_context(self.stream.handle)
+        if context is None:
             return None
         self._engine.capabilities.set_device_memory(context, self._scratch.pointer, self._scratch.nbytes)
         return context
@@ -324,8 +327,9 @@ class TrtExecutor:
         engine = self._engine
         if context is None:
             raise DeviceError(
-                f"TensorRT cannot create a context for {engine.name}. Its log:\n{engine.log.tail}",
-                fix="y7 doctor shows the GPU and its libraries.",
+                f"TensorRT cannot create a context for {engine.name}: each of its optimization profiles is in use, or "
+                f"the GPU is out of memory. TensorRT's log:\n{engine.log.tail}",
+                fix="An engine of y7 build shares its profile; y7 doctor shows the GPU and its libraries.",
             )
         if engine.is_dynamic and not context.set_input_shape(engine.images.name, shape):
             raise DeviceError(
@@ -372,7 +376,8 @@ class TrtExecutor:
             self.stream.synchronize()
         for state in self._states.values():
             state.drop_graphs()
-        self._states.clear()  # contexts before the memory that they work in
+            state.context = None  # frees the profile and comes before the memory, also if a traceback holds the state
+        self._states.clear()
         self._resources.close()
 
 

@@ -327,9 +327,9 @@ class TrtCapabilities:
             (inputs if engine.get_tensor_mode(name).name == "INPUT" else outputs).append(tensor)
         return tuple(inputs), tuple(outputs)
 
-    def profile_shapes(self, engine: Trt, name: str) -> InputShape:
-        """Return the minimum, optimum and maximum shape of an input in the first optimization profile."""
-        smallest, best, largest = map(_shape, engine.get_tensor_profile_shape(name, 0))
+    def profile_shapes(self, engine: Trt, name: str, profile: int = 0) -> InputShape:
+        """Return the minimum, optimum and maximum shape of an input in an optimization profile."""
+        smallest, best, largest = map(_shape, engine.get_tensor_profile_shape(name, profile))
         return InputShape(name=name, min=smallest, opt=best, max=largest)
 
     def device_memory_bytes(self, engine: Trt) -> int:
@@ -372,9 +372,16 @@ class TrtCapabilities:
             return True
         return bool(context.is_stream_capturable(stream))
 
-    def select_profile(self, context: Trt, stream: int) -> bool:
-        """Select the optimization profile of a context if it has none: before TensorRT 10 profiles may be exclusive."""
-        return context.active_optimization_profile >= 0 or bool(context.set_optimization_profile_async(0, stream))
+    def select_profile(self, context: Trt, profile: int, stream: int) -> bool:
+        """Select the optimization profile of a context that has none; return False if TensorRT refuses.
+
+        A profile that another context uses exclusively must not be selected: the Python bindings of 8.6 and 10.3 then
+        end the process, those from 10.13 on raise.
+        """
+        try:
+            return bool(context.set_optimization_profile_async(profile, stream))
+        except RuntimeError:
+            return False
 
 
 def _layers(network: Trt) -> Iterator[Trt]:

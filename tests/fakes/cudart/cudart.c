@@ -495,8 +495,15 @@ int cudaStreamBeginCapture(void* stream, int mode) {
 }
 int cudaStreamEndCapture(void* stream, void** graph) {
   *graph = NULL;
-  ENTER(1);
   Object* object = find(stream, STREAM);
+  const int status = enter(__func__, 1);
+  if (status) {
+    if (object) {
+      drop(object->graph, GRAPH);
+      object->graph = NULL;  // a failed capture ends too
+    }
+    return status;
+  }
   if (!object || !object->graph) {
     return failed(INVALID_VALUE);
   }
