@@ -150,7 +150,11 @@ def built(tmp_path_factory):
             except PluginError as error:
                 pytest.skip(error.message)
             libraries[headers] = build_plugin(
-                tensorrt_include=headers, architectures=["86"], output=folder, log=lambda _: None
+                tensorrt_include=headers,
+                architectures=["86"],
+                output=folder,
+                warnings_as_errors=True,
+                log=lambda _: None,
             )
         return libraries[headers]
 

@@ -291,10 +291,9 @@ def test_the_error_without_a_usable_gpu_states_the_cause(process, environment, m
 
 
 def test_a_context_that_is_already_current_is_used(process, tmp_path):
-    line = "cuda = open_cuda(); cuda.set_device(0); print(cuda.device().name)"
+    line = "cudart._driver().cuCtxSetCurrent(0x2000); cuda = open_cuda(); cuda.set_device(0); print(cuda.device().name)"
     log = tmp_path / "log"
-    names = ("libcudart.so.12", "libcuda.so.1")
-    assert process(line, *names, FAKE_CUDA_CONTEXT="1", FAKE_CUDA_LOG=str(log)) == "Imaginary GPU 0"
+    assert process(line, "libcudart.so.12", "libcuda.so.1", FAKE_CUDA_LOG=str(log)) == "Imaginary GPU 0"
     assert "cudaSetDevice" not in log.read_text()
 
 
@@ -302,6 +301,25 @@ def test_without_a_current_context_the_device_is_set(process, tmp_path):
     log = tmp_path / "log"
     process("open_cuda().set_device(0)", "libcudart.so.12", "libcuda.so.1", FAKE_CUDA_LOG=str(log))
     assert "cudaSetDevice" in log.read_text()
+
+
+def test_working_on_a_gpu_restores_the_context_of_another_library_on_another_gpu(process):
+    line = (
+        "cudart._driver().cuCtxSetCurrent(0x2001); cuda = open_cuda()\n"
+        "    with cuda.working_on(0): print(hex(cudart.current_context()), cuda.value('cudaGetDevice'))\n"
+        "    print(hex(cudart.current_context()), cuda.value('cudaGetDevice'))"
+    )
+    printed = process(line, "libcudart.so.12", "libcuda.so.1", FAKE_CUDA_DEVICES="2").split()
+    assert printed == ["0x1000", "0", "0x2001", "1"]
+
+
+def test_working_on_a_gpu_without_a_context_restores_the_device(process):
+    line = (
+        "cuda = open_cuda()\n"
+        "    with cuda.working_on(1): print(cuda.value('cudaGetDevice'))\n"
+        "    print(cuda.value('cudaGetDevice'))"
+    )
+    assert process(line, "libcudart.so.12", "libcuda.so.1", FAKE_CUDA_DEVICES="2").split() == ["1", "0"]
 
 
 def test_a_libcudart_in_a_wheel_is_found(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from tests.support.trt_kit import assert_detected, environment, infer, make_image, toy
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, UsageError
+from yolov7_deploy.runtimes.cudart import current_context, restore_context
 from yolov7_deploy.runtimes.tensorrt_executor import MAX_EXECUTORS
 
 __all__ = ["environment"]
@@ -224,6 +225,21 @@ def test_every_thread_runs_on_the_detectors_gpu_and_its_current_device_is_restor
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(work, own).result(WAIT_S) == own
     assert seen == [2] * 9
+
+
+def test_a_call_restores_the_context_of_another_library_on_another_gpu(environment):
+    environment.monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
+    runtime = environment.open()
+    pycuda_context = 0x2001  # on the second GPU
+
+    def work():
+        restore_context(pycuda_context)
+        for seed in range(3):
+            assert_detected(infer(runtime, [make_image(seed)]).detections[0], make_image(seed))
+        return current_context()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result(WAIT_S) == pycuda_context
 
 
 def test_futures_hold_the_detections_of_their_images(environment):

@@ -154,7 +154,7 @@ class TrtEnvironment:
         self.cuda = cuda.Cuda(LibcudartBinding(str(fake_cudart())))
         self.use(version)
         monkeypatch.setattr(cuda, "cuda_bindings", lambda: iter([LibcudartBinding(str(fake_cudart()))]))
-        monkeypatch.setattr(cudart, "has_current_context", lambda: False)
+        monkeypatch.setattr(cudart, "_driver", lambda: self.library)
         self.build_kernels()
 
     def use(self, version):

@@ -204,6 +204,21 @@ def test_the_kernels_build_without_tensorrt_and_are_found(tmp_path):
             kernels.letterbox(batch=1, canvas_hw=(8, 8), dtype="float32", frames=64, canvas=64, stream=0)
 
 
+def test_a_warning_of_a_users_compiler_does_not_fail_the_build(monkeypatch, tmp_path):
+    """A newer compiler has warnings that this project has never seen."""
+    nvcc_or_skip()
+    newer = tmp_path / "g++-99"
+    warn = 'case "$*" in *description.cpp*) set -- -DY7_UNUSED -include "$0.h" "$@";; esac'
+    newer.write_text(f'#!/bin/sh\n{warn}\nexec g++ "$@"\n', encoding="utf-8")
+    newer.chmod(0o755)
+    Path(f"{newer}.h").write_text("static void never_called() {}\n", encoding="utf-8")
+    monkeypatch.setenv("CXX", str(newer))
+    options = {"kernels_only": True, "architectures": ["86"], "output": tmp_path / "it.so", "log": lambda _: None}
+    assert build_plugin(**options).abi == "kernels"
+    with pytest.raises(PluginError, match="unused-function"):
+        build_plugin(**options, warnings_as_errors=True)
+
+
 def has_gpu() -> bool:
     """Return whether CUDA can be used."""
     try:
@@ -218,9 +233,10 @@ def test_every_architecture_of_the_toolkit_compiles_without_a_warning(tmp_path):
     nvcc = nvcc_or_skip()
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     known = sorted({int(line.removeprefix("sm_")) for line in listed.split()} - set(range(70)))
-    # Warnings are errors in CMakeLists.txt.
-    names = [str(number) for number in known]
-    built = build_plugin(kernels_only=True, architectures=names, output=tmp_path / "all.so", log=lambda _: None)
+    names, path = [str(number) for number in known], tmp_path / "all.so"
+    built = build_plugin(
+        kernels_only=True, architectures=names, output=path, warnings_as_errors=True, log=lambda _: None
+    )
     assert list(built.compute_capabilities) == known
     assert built.ptx == (known[-1],)
 

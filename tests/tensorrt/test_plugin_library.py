@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.doctor.test_doctor import ORIN, PLAIN, WITH_T4, everything, library
+from tests.fakes.faked_cuda import install_fake_nvml
 from yolov7_deploy.doctor.doctor import plugin_state
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.tensorrt import plugin_library as plugins
@@ -264,6 +265,29 @@ def test_output_of_a_library_when_it_is_loaded_is_ignored(compiled):
     line = DESCRIPTION.format(abi="v3", version="1", kernels=KERNELS_ABI)
     source = '#include <cstdio>\nstruct At { At() { puts("hello"); fflush(stdout); } } at;\n' + SOURCE.format(line)
     assert describe_plugin(compiled(source)).abi == "v3"
+
+
+# --- the CUDA of the driver -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("supported", "fits"), [("12080", False), ("13000", True), ("13010", True), ("14000", True)])
+def test_a_library_of_a_newer_cuda_than_the_driver_supports_is_refused(described, monkeypatch, supported, fits):
+    install(described(), built_path("v3"))
+    install_fake_nvml(monkeypatch)
+    monkeypatch.setenv("FAKE_CUDA_VERSION", supported)
+    if fits:
+        assert find_plugin("v3") is not None and find_kernels_library(86) is not None
+        return
+    for search in (lambda: find_plugin("v3"), lambda: find_kernels_library(86)):
+        with pytest.raises(PluginError, match=r"built with CUDA 13\.0; .* supports CUDA 12\.8 at most") as caught:
+            search()
+        assert "y7 plugin --cuda /usr/local/cuda-12.8" in caught.value.fix
+
+
+def test_without_a_driver_a_library_of_any_cuda_is_found(described, monkeypatch):
+    monkeypatch.setattr("yolov7_deploy.hardware.gpu.CUDA_DRIVER", "libnothing_of_this_name.so.1")
+    install(described(), built_path("v3"))
+    assert find_plugin("v3") is not None
 
 
 # --- y7 doctor ------------------------------------------------------------------------------------------------------

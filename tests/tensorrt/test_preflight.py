@@ -233,6 +233,33 @@ def test_gpu_memory_is_read_through_nvml(tmp_path, monkeypatch):
     assert "GPU memory" in finding.text and "700 MiB are free (NVML)" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("fastest", "order", "visible", "used_of"),
+    [
+        ("0", None, None, 0),
+        ("1", None, None, 1),
+        ("1", "PCI_BUS_ID", None, 0),
+        ("0", None, "1", 1),
+        ("0", None, "1,0", 1),
+        ("1", None, "1", 0),
+        ("1", "PCI_BUS_ID", "1", 1),
+    ],
+)
+def test_the_free_memory_is_that_of_the_gpu_that_builds(monkeypatch, fastest, order, visible, used_of):
+    """It builds on `cuda:0`, which CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER determine, and NVML ignores both."""
+    monkeypatch.setenv("FAKE_GPUS", "0000:3b:00.0 NVIDIA A10;0000:af:00.0 NVIDIA A10")
+    monkeypatch.setenv("FAKE_FASTEST", fastest)
+    for name, value in (("CUDA_DEVICE_ORDER", order), ("CUDA_VISIBLE_DEVICES", visible)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    install_fake_nvml(monkeypatch)
+    used = (100 * MIB, 20_000 * MIB)
+    monkeypatch.setenv("FAKE_NVML", f"total={24_000 * MIB} used={used[0]} used.1={used[1]}")
+    assert free_gpu_memory().size == 24_000 * MIB - used[used_of]
+
+
 def test_tensorrt_rtx_needs_no_gpu_memory_to_build(tmp_path):
     build = jetson_build(product="tensorrt_rtx", tensorrt="1.7.1", compute_capability="8.6")
     assert preflight(build, root=tmp_path, run=lambda _: "1\n", wheels=()) == []

@@ -1,8 +1,9 @@
 """CUDA from Python without torch: memory, streams, events and graphs of one device.
 
 The runtime API works in the device's primary context, which torch, cupy and TensorRT share. If another context of the
-same device is current in a thread, such as one that pycuda created, `Cuda.set_device` keeps it. The current device
-belongs to the thread, so every thread calls `set_device` before its first work.
+same device is current in a thread, such as one that pycuda created, `Cuda.set_device` keeps it, and `Cuda.working_on`
+restores one of another device. The current device belongs to the thread, so every thread calls `set_device` before its
+first work.
 
 Objects with a handle are freed at the end of a `with` block, by `close()`, or when they are garbage collected. The
 legacy default stream is never used: it waits for every other stream and cannot be captured.
@@ -31,9 +32,10 @@ from yolov7_deploy.runtimes.cudart import (
     CudaBinding,
     call_error,
     cuda_bindings,
-    has_current_context,
+    current_context,
     no_gpu_error,
     out_of_memory_error,
+    restore_context,
     version,
 )
 
@@ -128,21 +130,27 @@ class Cuda:
         Raises:
             DeviceError: There is no such GPU.
         """
-        if has_current_context() and self.value("cudaGetDevice") == index:
+        if current_context() is not None and self.value("cudaGetDevice") == index:
             return
         self.call("cudaSetDevice", index)
 
     @contextlib.contextmanager
     def working_on(self, index: int) -> Iterator[None]:
-        """Make a GPU the current device of this thread until the end of the block, then restore the previous one."""
+        """Make a GPU the current device of this thread until the end of the block, then restore the previous one.
+
+        The previous context is restored too: it need not be the primary context that `cudaSetDevice` selects.
+        """
         before = self.value("cudaGetDevice")
+        context = current_context() if before != index else None
         if before != index or not getattr(self._thread, "is_set", False):
             self.set_device(index)
             self._thread.is_set = True
         try:
             yield
         finally:
-            if before != index:
+            if context is not None:
+                restore_context(context)
+            elif before != index:
                 self.binding.call("cudaSetDevice", before)
 
     def gpu_of(self, pointer: int) -> int | None:

@@ -8,6 +8,7 @@ GIL during a call. `cuda.py` wraps them into objects.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
@@ -30,6 +31,7 @@ INVALID_DEVICE = 101  # cudaErrorInvalidDevice
 STICKY = frozenset({700, 702, 710, 714, 715, 716, 717, 718, 719})
 # cudaErrorDeviceUninitialized, cudaErrorContextIsDestroyed: other code destroyed the context.
 CONTEXT_GONE = frozenset({201, 709})
+DRIVER = "libcuda.so.1"
 CUDART_VERSIONS = ("13", "12", "11.0")  # sonames; every CUDA 11 has 11.0
 # Folders of NVIDIA's wheels in site-packages; the first is that of CUDA 13.
 WHEEL_FOLDERS = ("nvidia/cu13/lib", "nvidia/cuda_runtime/lib")
@@ -225,15 +227,29 @@ def cudart_paths() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def has_current_context() -> bool:
-    """Return whether a context of the driver API is current in this thread, whichever library created it."""
+@functools.cache
+def _driver() -> ctypes.CDLL | None:
+    """Return the driver library, if it is here with the functions that are called."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        current = driver.cuCtxGetCurrent
+        driver = ctypes.CDLL(DRIVER)
+        driver.cuCtxGetCurrent.argtypes = [POINTER(c_void_p)]
+        driver.cuCtxSetCurrent.argtypes = [c_void_p]
     except (OSError, AttributeError):
-        return False
-    context = c_void_p()
-    return current(byref(context)) == 0 and bool(context.value)
+        return None
+    return driver
+
+
+def current_context() -> int | None:
+    """Return the handle of the driver's context that is current in this thread, whichever library created it."""
+    context, driver = c_void_p(), _driver()
+    return context.value if driver is not None and driver.cuCtxGetCurrent(byref(context)) == 0 else None
+
+
+def restore_context(context: int) -> None:
+    """Make a context current in this thread; one that was destroyed in the meantime is left out."""
+    driver = _driver()
+    if driver is not None:
+        driver.cuCtxSetCurrent(context)
 
 
 def no_gpu_error(binding: CudaBinding, status: int) -> DeviceError:

@@ -20,7 +20,7 @@ from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._process import temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import PluginError, UsageError
-from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, describe_plugin
+from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, check_driver, describe_plugin
 
 logger = get_logger(__name__)
 
@@ -60,6 +60,7 @@ def build_plugin(
     output: Path | None = None,
     jobs: int | None = None,
     kernels_only: bool = False,
+    warnings_as_errors: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> PluginLibrary:
     """Compile the library and install it atomically. Takes minutes for all GPUs, half a minute for one.
@@ -72,6 +73,7 @@ def build_plugin(
         output: File or folder to write to; default: the path that `find_plugin` searches first.
         jobs: Number of parallel compilers; default: one per processor.
         kernels_only: Build the CUDA kernels without TensorRT.
+        warnings_as_errors: Fail on a warning of a compiler, for the tests of this project.
         log: Called with a line for every step.
 
     Raises:
@@ -89,11 +91,17 @@ def build_plugin(
         log(f"TensorRT: {tools.headers}")
     target = "y7_kernels" if kernels_only else "y7_plugin"
     with temporary_folder("y7-plugin") as folder:
-        _run([str(tools.cmake), *_cmake_options(sources, folder, tools, parsed)], tools, log)
+        options = [*_cmake_options(sources, folder, tools, parsed)]
+        options += ["-DY7_WARNINGS_AS_ERRORS=ON"] if warnings_as_errors else []
+        _run([str(tools.cmake), *options], tools, log)
         count = str(jobs or os.cpu_count() or 1)
         _run([str(tools.cmake), "--build", str(folder), "--target", target, "--parallel", count], tools, log)
         built = describe_plugin(folder / f"lib{target}.so")
         library = describe_plugin(_install(built.path, _destination(output, built)))
+    try:
+        check_driver(library, str(library.path))
+    except PluginError as error:  # it may be for another machine
+        logger.warning("%s", error)
     logger.info("plugin: %s -> %s in %.1f s", sources, library.path, time.perf_counter() - start)
     return library
 

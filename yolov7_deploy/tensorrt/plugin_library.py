@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from yolov7_deploy.errors import PluginError
+from yolov7_deploy.hardware.gpu import supported_cuda_version
 from yolov7_deploy.hub import cache_dir
 
 PLUGIN_VARIABLE = "Y7_PLUGIN"  # environment variable with the path of a library
@@ -90,7 +91,8 @@ def find_plugin(abi: str) -> PluginLibrary | None:
         `None` if there is no library.
 
     Raises:
-        PluginError: The library exists, but is damaged, not ours, or for another TensorRT or another version.
+        PluginError: The library exists, but is damaged, not ours, for another TensorRT or version, or built with a CUDA
+            that the driver does not support.
     """
     given = os.environ.get(PLUGIN_VARIABLE)
     if given:
@@ -218,6 +220,25 @@ def _check(library: PluginLibrary, abi: str, what: str) -> None:
             f"{what} is plugin version {library.version} with kernels ABI {library.kernels_abi}; this yolov7-deploy "
             f"needs plugin version {PLUGIN_VERSION} with kernels ABI {KERNELS_ABI}.",
             fix=_fix(),
+        )
+    check_driver(library, what)
+
+
+def check_driver(library: PluginLibrary, what: str) -> None:
+    """Check that the driver accepts the CUDA version of a library; without a driver there is nothing to check.
+
+    The CUDA runtime in the library needs a driver for CUDA of at least its own major version.
+
+    Raises:
+        PluginError: The driver is older.
+    """
+    supported = supported_cuda_version()
+    if supported and int(library.cuda.partition(".")[0]) > int(supported.partition(".")[0]):
+        raise PluginError(
+            f"{what} was built with CUDA {library.cuda}; the NVIDIA driver of this machine supports CUDA {supported} "
+            "at most.",
+            fix="Update the driver, or build with an older CUDA toolkit:  "
+            f"{BUILD_COMMAND} --cuda /usr/local/cuda-{supported}",
         )
 
 

@@ -6,7 +6,7 @@
 // outside an allocation, invalid handles, and the synchronisation of a stream during a capture. Environment variables:
 //   FAKE_CUDA_DEVICES  number of GPUs (1)          FAKE_CUDA_MEMORY   bytes of each (1 GiB)
 //   FAKE_CUDA_DRIVER   version, 0 for none (12040) FAKE_CUDA_RUNTIME  version (12040)
-//   FAKE_CUDA_CONTEXT  set: a context is current   FAKE_CUDA_LOG      file for the name of every call
+//   FAKE_CUDA_LOG      file for the name of every call
 //   FAKE_CUDA_FAIL     function:status, every call of this function fails with this status
 #include <pthread.h>
 #include <stdint.h>
@@ -48,6 +48,8 @@ typedef struct Step {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static Object* objects;
 static __thread int device, last_error;
+static __thread uintptr_t context;
+enum { PRIMARY = 0x1000, FOREIGN = 0x2000 };
 
 static long env_number(const char* name, long otherwise) {
   const char* text = getenv(name);
@@ -182,6 +184,7 @@ int cudaSetDevice(int number) {
     return failed(INVALID_DEVICE);
   }
   device = number;
+  context = PRIMARY + number;
   return SUCCESS;
 }
 int cudaDeviceGetAttribute(int* value, int attribute, int number) {
@@ -212,8 +215,15 @@ int cudaMemGetInfo(size_t* available, size_t* total) {
   pthread_mutex_unlock(&mutex);
   return SUCCESS;
 }
-int cuCtxGetCurrent(void** context) {
-  *context = getenv("FAKE_CUDA_CONTEXT") ? (void*)16 : NULL;
+// The driver's contexts are numbers: PRIMARY + device for the one of the runtime, FOREIGN + device for one that another
+// library created. The current device of the runtime is that of the current context.
+int cuCtxGetCurrent(void** current) {
+  *current = (void*)context;
+  return SUCCESS;
+}
+int cuCtxSetCurrent(void* current) {
+  context = (uintptr_t)current;
+  device = context ? (int)(context % PRIMARY) : device;
   return SUCCESS;
 }
 

@@ -2,12 +2,15 @@
 //
 // Environment variables set the GPUs and their answers. A sensor that is not named returns NOT_SUPPORTED, as on a GPU
 // without it:
-//   FAKE_GPUS   PCI address and name, separated by ";": "0000:3b:00.0 Tesla V100-SXM2-16GB;0000:af:00.0 NVIDIA T4"
+//   FAKE_GPUS   PCI address and name, separated by ";": "0000:3b:00.0 Tesla V100-SXM2-16GB;0000:af:00.0 NVIDIA T4",
+//               in the order of PCI addresses, which is that of NVML
+//   FAKE_FASTEST  number of the GPU that CUDA lists first (0), unless CUDA_DEVICE_ORDER is PCI_BUS_ID. As in the real
+//               driver, only the GPUs in CUDA_VISIBLE_DEVICES (numbers in that order) exist for CUDA.
 //   FAKE_NVML   answers separated by spaces: name=answer,answer,... one for each call, the last one repeated. An answer
 //               is a number, !status for a failure, or number@watts for a counter that grows by so many mJ per
 //               millisecond, in steps of 20 ms. Names are the strings below; clocks and sensors end with their kind:
-//               clock.1
-//   FAKE_DRIVER    version of the driver
+//               clock.1; used.1 is that of the second GPU
+//   FAKE_DRIVER    version of the driver; FAKE_CUDA_VERSION: the CUDA version that it supports (12080)
 //   FAKE_NVML_LOG  file to which the PCI address of every opened GPU is appended
 // With -DOLD_DRIVER the library has the functions of a driver before 535 and no energy counter.
 #include <stdio.h>
@@ -126,7 +129,36 @@ static const char* entry(int index) {
   return gpu && *gpu ? gpu : NULL;
 }
 
-int cuDeviceGetName(char* name, int bytes, int device);
+// The entry of a GPU with its number in CUDA.
+static const char* cuda_entry(int index) {
+  const char *order = getenv("CUDA_DEVICE_ORDER"), *visible = getenv("CUDA_VISIBLE_DEVICES");
+  const char* fastest = getenv("FAKE_FASTEST");
+  const int first = !fastest || (order && !strcmp(order, "PCI_BUS_ID")) ? 0 : atoi(fastest);
+  if (visible) {
+    while (visible && index-- > 0) {
+      visible = strchr(visible, ',');
+      visible += visible ? 1 : 0;
+    }
+    if (!visible || !*visible) {
+      return NULL;
+    }
+    index = atoi(visible);
+  }
+  return entry(index == 0 ? first : index <= first ? index - 1 : index);
+}
+
+static int copy_name(char* name, int bytes, const char* gpu) {
+  if (!gpu) {
+    return 101;
+  }
+  gpu += strcspn(gpu, " ");
+  gpu += strspn(gpu, " ");
+  snprintf(name, (size_t)bytes, "%.*s", (int)strcspn(gpu, ";"), gpu);
+  return 0;
+}
+static int number_of(const void* device) {
+  return (int)(((const char*)device - (const char*)counters) / (long)sizeof(counters[0]));
+}
 
 static int initialize(void) {
   unsigned long long ignored;
@@ -178,7 +210,7 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) {
   return SUCCESS;
 }
 int nvmlDeviceGetName(void* device, char* name, unsigned bytes) {
-  return cuDeviceGetName(name, (int)bytes, (int)((char*)device - (char*)counters) / (int)sizeof(counters[0]));
+  return copy_name(name, (int)bytes, entry(number_of(device)));
 }
 int nvmlSystemGetDriverVersion(char* version, unsigned bytes) {
   const char* set = getenv("FAKE_DRIVER");
@@ -223,7 +255,12 @@ int nvmlDeviceGetApplicationsClock(void* device, unsigned kind, unsigned* value)
   return of_kind("application", device, kind, value);
 }
 int nvmlDeviceGetMemoryInfo(void* device, nvmlMemory_t* memory) {
-  const int status = wide("used", device, &memory->used);
+  char name[NAME];
+  snprintf(name, NAME, "used.%d", number_of(device));
+  int status = wide(name, device, &memory->used);
+  if (status == NOT_SUPPORTED) {
+    status = wide("used", device, &memory->used);
+  }
   unsigned long long total = 1ULL << 34;
   answer("total", &total);
   memory->total = total;
@@ -245,40 +282,32 @@ const char* nvmlErrorString(int status) {
 
 int cuInit(unsigned flags) { return flags ? 1 : 0; }
 int cuDeviceGetCount(int* count) {
-  for (*count = 0; entry(*count); (*count)++) {
+  for (*count = 0; cuda_entry(*count); (*count)++) {
     continue;
   }
   return 0;
 }
 int cuDeviceGet(int* device, int index) {
   *device = index;
-  return entry(index) ? 0 : 101;
+  return cuda_entry(index) ? 0 : 101;
 }
 int cuDeviceGetPCIBusId(char* pci, int bytes, int device) {
-  const char* gpu = entry(device);
+  const char* gpu = cuda_entry(device);
   if (!gpu) {
     return 101;
   }
   snprintf(pci, (size_t)bytes, "%.*s", (int)strcspn(gpu, " ;"), gpu);
   return 0;
 }
-int cuDeviceGetName(char* name, int bytes, int device) {
-  const char* gpu = entry(device);
-  if (!gpu) {
-    return 101;
-  }
-  gpu += strcspn(gpu, " ");
-  gpu += strspn(gpu, " ");
-  snprintf(name, (size_t)bytes, "%.*s", (int)strcspn(gpu, ";"), gpu);
-  return 0;
-}
+int cuDeviceGetName(char* name, int bytes, int device) { return copy_name(name, bytes, cuda_entry(device)); }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   unsigned long long number = 0;
   const int status = answer(attribute == 75 ? "major" : "minor", &number);
   *value = (int)number;
-  return entry(device) ? status : 101;
+  return cuda_entry(device) ? status : 101;
 }
 int cuDriverGetVersion(int* version) {
-  *version = 12080;
+  const char* set = getenv("FAKE_CUDA_VERSION");
+  *version = set ? atoi(set) : 12080;
   return 0;
 }
