@@ -9,10 +9,18 @@ import sys
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from yolov7_deploy import _protobuf as pb
 from yolov7_deploy.hardware.system import has_vnni
 
 _ERRORS_ONLY = 3
 _MAX_REASON = 500  # characters
+# Message: field of onnx.proto.
+_MODEL_GRAPH, _MODEL_FUNCTION, _GRAPH_NODE, _FUNCTION_NODE = 7, 25, 1, 7
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 6, 11
+# Operators of any number of inputs, none of which may be left out.
+_VARIADIC = {"Max", "Mean", "Min", "Sum"}
+_MAX_DEPTH = 32  # of graphs inside nodes
 # ONNX Runtime's own exceptions, and what its Python binding raises for names that are not UTF-8 and for unknown errors.
 ORT_ERRORS: tuple[type[Exception], ...] = (
     *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),
@@ -65,3 +73,39 @@ def ort_reason(error: Exception) -> str:
         return "a name or text in it is not UTF-8."
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0] if len(lines[0]) <= _MAX_REASON else f"{lines[0][:_MAX_REASON]}..."
+
+
+def find_missing_input(data: bytes | memoryview) -> str:
+    """Return the name and operator of a node without an input that it needs; empty if there is none.
+
+    ONNX Runtime 1.32 checks this for most operators. Those with any number of inputs crash the process.
+
+    Args:
+        data: Content of an ONNX file. Of one that is damaged in another way, only the readable part is checked.
+    """
+    try:
+        for number, value, _ in pb.iterate_fields(memoryview(data)):
+            nodes = {_MODEL_GRAPH: _GRAPH_NODE, _MODEL_FUNCTION: _FUNCTION_NODE}.get(number)
+            missing = _missing_in_graph(pb.as_bytes(value), nodes, _MAX_DEPTH) if nodes else ""
+            if missing:
+                return missing
+    except (ValueError, IndexError):
+        pass
+    return ""
+
+
+def _missing_in_graph(graph: memoryview, node_field: int, depth: int) -> str:
+    for number, value, _ in pb.iterate_fields(graph):
+        if number != node_field:
+            continue
+        node = pb.parse_message(pb.as_bytes(value))
+        op = pb.text(node, _NODE_OP)
+        if op in _VARIADIC and any(len(pb.as_bytes(name)) == 0 for name in node.get(_NODE_INPUT, [])):
+            return f"{pb.text(node, _NODE_NAME) or pb.text(node, _NODE_OUTPUT)} ({op})"
+        for attribute in node.get(_NODE_ATTRIBUTE, []) if depth else []:
+            fields = pb.parse_message(pb.as_bytes(attribute))
+            for inner in (*fields.get(_ATTRIBUTE_GRAPH, []), *fields.get(_ATTRIBUTE_GRAPHS, [])):
+                missing = _missing_in_graph(pb.as_bytes(inner), _GRAPH_NODE, depth - 1)
+                if missing:
+                    return missing
+    return ""

@@ -18,10 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.fuzz import fuzz_seeds
 from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import DatasetError, ImageError, LoadError, SourceError
+from yolov7_deploy.errors import DatasetError, ExportError, ImageError, LoadError, SourceError
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import MAX_PIXELS, read_image, read_image_hw
 from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.precision.ort_runner import NetworkRunner
 from yolov7_deploy.sources import open_source
 from yolov7_deploy.sources.video import VideoFile
 
@@ -340,3 +341,39 @@ def test_a_foreign_graph_with_a_billion_columns_is_refused(tmp_path):
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     with pytest.raises(LoadError, match="not a YOLOv7 layout"):
         Detector(written(tmp_path / "wide.onnx", proto.SerializeToString()), device="cpu")
+
+
+def _node_without_input(op, place):
+    """Return an ONNX model with a node that lacks one of its inputs: in the graph, in a branch, or in a function."""
+    node = helper.make_node(op, ["x", ""], ["y"], name="broken")
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 32, 32])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3, 32, 32])
+    functions, imports = [], [helper.make_opsetid("", 17)]
+    nodes = [node]
+    if place == "branch":
+        branch = helper.make_graph([node], "branch", [], [result])
+        condition = helper.make_node(
+            "Constant",
+            [],
+            ["c"],
+            value=numpy_helper.from_array(np.array(True)),
+        )
+        nodes = [condition, helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)]
+    if place == "function":
+        imports.append(helper.make_opsetid("own", 1))
+        functions = [helper.make_function("own", "F", ["x"], ["y"], [node], [helper.make_opsetid("", 17)])]
+        nodes = [helper.make_node("F", ["x"], ["y"], domain="own")]
+    graph = helper.make_graph(nodes, "g", [value], [result])
+    return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
+
+
+@pytest.mark.parametrize("place", ["graph", "branch", "function"])
+@pytest.mark.parametrize("op", ["Max", "Mean", "Min", "Sum"])
+def test_an_operator_without_one_of_its_inputs_does_not_crash_onnx_runtime(tmp_path, op, place):
+    model = _node_without_input(op, place)
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(LoadError, match=rf"damaged\.onnx is damaged: an input of broken \({op}\) is missing"):
+        Detector(tmp_path / "damaged.onnx", runtime="onnxruntime", device="cpu")
+    if place != "function":
+        with pytest.raises(ExportError, match=rf"an input of broken \({op}\) is missing"):
+            NetworkRunner(model, list(model.graph.node), ["y"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import platform
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import Any
 import onnxruntime
 
 from yolov7_deploy._atomic_file import is_partial_file
-from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, ort_reason
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file
+from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, find_missing_input, ort_reason
 from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy.errors import DeviceError, LoadError
 from yolov7_deploy.hardware.gpu import parse_device
@@ -72,6 +74,7 @@ class OrtSession(OnnxSession[onnxruntime.InferenceSession]):
         self._semaphore = FairSemaphore(self._max_runs)
 
     def _open(self, path: Path) -> onnxruntime.InferenceSession:
+        _check_inputs(self._path, path)
         try:
             # ONNX Runtime refuses names that are not valid Unicode.
             model = str(path) if is_unicode(str(path)) else path.read_bytes()
@@ -226,6 +229,20 @@ def _no_cuda(device: str) -> DeviceError:
         f"ONNX Runtime cannot use {device}: its CUDA libraries (cuBLAS, cuDNN) are missing or of another version.",
         fix="pip install 'onnxruntime-gpu[cuda,cudnn]'   or use  --device cpu",
     )
+
+
+def _check_inputs(name: Path, path: Path) -> None:
+    """Refuse a file that would crash the process."""
+    try:
+        with open_file(path, max_bytes=MAX_MODEL_BYTES) as file:
+            missing = find_missing_input(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    except (OSError, ValueError):  # ONNX Runtime reports it
+        return
+    if missing:
+        raise LoadError(
+            f"{name} is damaged: an input of {missing} is missing.",
+            fix="Export it again:  y7 export --weights WEIGHTS.pt",
+        )
 
 
 def _load_error(path: Path, error: Exception) -> LoadError:
