@@ -1,12 +1,13 @@
 """Foreign texts are printable and have no credentials."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy._text import get_logger, hide_credentials, json_escape, printable, printable_line
+from yolov7_deploy._text import get_logger, hide_credentials, json_escape, printable, printable_line, similar_file
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,8 @@ def test_log_messages_are_printable(caplog):
     with caplog.at_level(logging.INFO, logger="yolov7_deploy.test_text"):
         logger.info("read %s in %d ms", "\x1b[2J\udcff", 3)
     assert caplog.messages == [r"read \x1b[2J\udcff in 3 ms"]
+
+
+@pytest.mark.parametrize("path", ["a\0b/c.jpg", "x/a\0b/c.jpg", "a\0b", "n" * 300 + "/x.pt"])
+def test_a_path_that_no_file_can_have_has_no_similar_file(path):
+    assert similar_file(Path(path)) is None

@@ -56,7 +56,7 @@ def similar_file(path: Path, *, suffixes: Collection[str] | None = None) -> Path
         path: The path that does not exist.
         suffixes: Suffixes of the files to consider; `None` also considers folders.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a path may contain a null byte
         runs = sorted(Path().glob("runs/*/*/*"), key=lambda file: file.stat().st_mtime, reverse=True)
         folder = path.parent if path.parent.is_dir() else path.parent.parent
         for files in (_entries(folder), _entries(Path()), runs):
@@ -70,7 +70,7 @@ def similar_file(path: Path, *, suffixes: Collection[str] | None = None) -> Path
 
 
 def _entries(folder: Path) -> list[Path]:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return [path for path in sorted(folder.iterdir())[:MAX_FILES] if not path.name.startswith(".")]
     return []
 
