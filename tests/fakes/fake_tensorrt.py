@@ -183,6 +183,13 @@ class FakeTensorrt:
             build_serialized_network=build,
         )
 
+    def Runtime(self, logger):  # noqa: N802
+        inspector = SimpleNamespace(get_engine_information=lambda kind: '{"Layers": []}')
+        engine = SimpleNamespace(
+            create_engine_inspector=lambda: inspector, device_memory_size=4096, device_memory_size_v2=4096
+        )
+        return SimpleNamespace(engine_host_code_allowed=False, deserialize_cuda_engine=lambda plan: engine)
+
     def OnnxParser(self, network, logger):  # noqa: N802
         def error(node, name, op, message):
             known = {"node": lambda: node, "desc": lambda: message}

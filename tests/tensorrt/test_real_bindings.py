@@ -1,0 +1,203 @@
+"""Every TensorRT call of the product on NVIDIA's Python bindings of seven versions, and the table in docs/tensorrt.md.
+
+The bindings are wheels of about 1.2 MB without TensorRT's libraries, downloaded into `$Y7_TENSORRT_BINDINGS` or a
+temporary folder. `tests/fakes/nvinfer` is in the place of the libraries.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import fake_tensorrt
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+FOLDER_VARIABLE = "Y7_TENSORRT_BINDINGS"
+UPDATE_VARIABLE = "Y7_UPDATE_DOCS"
+DOCUMENT = ROOT / "docs" / "tensorrt.md"
+START, END = "<!-- start of the table of versions -->\n", "<!-- end of the table of versions -->\n"
+VERSIONS = {
+    "8.6": "tensorrt_bindings==8.6.1",
+    "10.3": "tensorrt_cu12_bindings==10.3.0",
+    "10.4": "tensorrt_cu12_bindings==10.4.0",
+    "10.13": "tensorrt_cu12_bindings==10.13.3.9",
+    "10.16": "tensorrt_cu13_bindings==10.16.1.11",
+    "11.0": "tensorrt_cu13_bindings==11.0.0.114",
+    "11.4": "tensorrt_cu13_bindings==11.4.0.106",
+}
+LIBRARIES = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so", "libnvparsers.so")
+MAJORS = (8, 10, 11)
+TIMEOUT_S = 100
+SEGMENTATION_FAULT = -11
+# Calls that every version must have received; the rest depends on the version.
+CALLS = {
+    "Builder.build_serialized_network",
+    "EngineInspector.get_engine_information",
+    "IBuilderConfig.set_flag",
+    "ICudaEngine.get_tensor_profile_shape",
+    "ICudaEngine.num_optimization_profiles",
+    "IExecutionContext.execute_async_v3",
+    "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_optimization_profile_async",
+    "IExecutionContext.set_tensor_address",
+    "IOptimizationProfile.set_shape",
+    "IPluginRegistry.load_library",
+    "ITimingCache.serialize",
+    "OnnxParser.get_error",
+    "Runtime.deserialize_cuda_engine",
+}
+YES, NO = "yes", "no"
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """The folder with the replacement of TensorRT's libraries."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        pytest.skip("tests/fakes/nvinfer is for x86-64 and Linux")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("nvinfer")
+    source, library = ROOT / "tests" / "fakes" / "nvinfer" / "nvinfer.cpp", folder / "library.so"
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["g++", *options, "-o", library, source], check=True)
+    for name in LIBRARIES:
+        for major in MAJORS:
+            (folder / f"{name}.{major}").symlink_to(library)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bindings(tmp_path_factory, libraries):
+    """Return a function that runs `tests.support.real_bindings` with the bindings of a version, once per arguments."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    wheels = Path(given) if given else tmp_path_factory.mktemp("wheels")
+    unpacked = tmp_path_factory.mktemp("bindings")
+
+    def run(version, *arguments):
+        site = unpacked / version
+        if not site.exists():
+            with zipfile.ZipFile(wheel(wheels, VERSIONS[version])) as archive:
+                archive.extractall(site)
+            (site / "tensorrt_bindings").rename(site / "tensorrt")
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": f"{libraries}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT), *sys.path]),
+        }
+        command = [sys.executable, "-m", "tests.support.real_bindings", *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+
+    return run
+
+
+def wheel(folder, requirement):
+    """Return the wheel of a distribution for this Python, downloaded unless it is in the folder."""
+    pattern = f"{requirement.replace('==', '-')}-cp3{sys.version_info.minor}-*.whl"
+    if not list(folder.glob(pattern)):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        done = subprocess.run(
+            [*command, "--dest", str(folder), requirement], capture_output=True, text=True, timeout=300, check=False
+        )
+        if done.returncode:
+            python = ".".join(map(str, sys.version_info[:2]))
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            pytest.skip(
+                f"pip cannot download {requirement} for Python {python} ({reason}); ${FOLDER_VARIABLE} may have it"
+            )
+    return next(folder.glob(pattern))
+
+
+@pytest.fixture(scope="session")
+def found(bindings):
+    """Return a function that returns what a version has, after every call of the product was made on it."""
+    results = {}
+
+    def read(version):
+        if version not in results:
+            done = bindings(version)
+            assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-4000:]}"
+            results[version] = json.loads(done.stdout.splitlines()[-1])
+        return results[version]
+
+    return read
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_bindings_accept_every_call_of_builds_and_runs(found, version):
+    result = found(version)
+    assert result["version"].startswith(f"{version}.")
+    assert set(result["used"]) >= CALLS
+    assert result["virtual calls"] > 1000, "the calls reach the library below the bindings"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_contexts_of_an_engine_can_be_tracked(found, version):
+    assert found(version)["weak references"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_fake_builder_has_the_names_of_the_bindings(found, version):
+    names = [
+        (kind, name)
+        for kind, name, *first_and_last in fake_tensorrt.NAMES
+        if fake_tensorrt.has(version, *first_and_last)
+    ]
+    assert found(version)["fake names"] == [list(pair) for pair in names]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_refused_profile_ends_the_process_or_raises(bindings, version):
+    """This is why the product never selects a profile that is in use."""
+    assert refusal(bindings, version) == (
+        "ends the process" if version in ("8.6", "10.3", "10.4") else "raises `RuntimeError`"
+    )
+
+
+def refusal(bindings, version):
+    done = bindings(version, "refuse")
+    if done.returncode == SEGMENTATION_FAULT:
+        return "ends the process"
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_document_has_the_table_of_these_versions(bindings, found):
+    with ThreadPoolExecutor(2) as pool:
+        columns = dict(zip(VERSIONS, pool.map(found, VERSIONS), strict=True))
+        refusals = dict(zip(VERSIONS, pool.map(lambda version: refusal(bindings, version), VERSIONS), strict=True))
+    rows = {
+        name: [cell(columns[version]["members"][name]) for version in VERSIONS] for name in columns["8.6"]["members"]
+    }
+    rows["TensorRT refuses a profile"] = list(refusals.values())
+    lines = [("TensorRT", *(result["version"] for result in columns.values())), ("---",) * (1 + len(VERSIONS))]
+    lines += [(name, *shortened(cells)) for name, cells in rows.items()]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    in_document, _, after = rest.partition(END)
+    if os.environ.get(UPDATE_VARIABLE):
+        DOCUMENT.write_text(f"{before}{START}{table}{END}{after}", encoding="utf-8")
+    else:
+        assert in_document == table, f"Write it:  {UPDATE_VARIABLE}=1 pytest -m slow {Path(__file__).relative_to(ROOT)}"
+
+
+def cell(value):
+    return {True: YES, False: NO}.get(value, value)
+
+
+def shortened(cells):
+    """Return the cells, with a quotation mark for a repeated long one."""
+    return [
+        '"' if number and one == cells[number - 1] and len(one) > len(YES) else one for number, one in enumerate(cells)
+    ]
