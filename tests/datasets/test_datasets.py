@@ -459,6 +459,13 @@ def test_annotations_of_unknown_images_are_reported(coco):
     )
 
 
+@pytest.mark.parametrize("image_id", ["\ud800", "a\x1b[31m\nb", "x" * 100_000])
+def test_the_id_of_an_unknown_image_is_printable_and_short(coco, image_id):
+    dataset = changed(coco, lambda d: d["annotations"].append(d["annotations"][0] | {"id": 7, "image_id": image_id}))
+    (problem,) = dataset.problems
+    assert problem.encode().isascii() and problem.isprintable() and len(problem) < 300
+
+
 def test_images_of_a_coco_file_without_annotation_or_file_are_reported(coco):
     dataset = changed(coco, lambda d: d["images"].append(d["images"][0] | {"id": 10, "file_name": "b.png"}))
     assert dataset.notes[0] == "1 of 2 images have no annotation"

@@ -331,7 +331,7 @@ def _annotation_problems(
     if unknown:
         yield (
             f"{sum(unknown.values())} annotations of {source.name} belong to no image of the file; the first has "
-            f"image_id {next(iter(unknown))}"
+            f"image_id {short_repr(next(iter(unknown)))}"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolov7_deploy._serialization import short_repr
+from yolov7_deploy._text import printable_line
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import FloatArray, read_image_hw
 from yolov7_deploy.options import split_classes
@@ -126,8 +127,8 @@ class Dataset(Sequence[Sample]):
         self.source = source
         self.class_names = class_names
         self.category_ids = category_ids
-        self.problems = problems
-        self.left_out = left_out
+        self.problems = tuple(map(printable_line, problems))
+        self.left_out = tuple(map(printable_line, left_out))
         self.coverage = coverage
 
     def __repr__(self) -> str:
