@@ -1,6 +1,7 @@
 """Foreign texts are printable and have no credentials."""
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,15 @@ def test_log_messages_are_printable(caplog):
 @pytest.mark.parametrize("path", ["a\0b/c/d.jpg", "a\0b/c.jpg", "a\0b", "n" * 300 + "/x.pt"])
 def test_a_path_that_no_file_can_have_has_no_similar_file(path):
     assert similar_file(Path(path)) is None
+
+
+@pytest.mark.parametrize("text", ["a", "a:", "http://", "x://a:b@", "token=", "&", "%40", "\x1b", "\ud800", "a b:c@"])
+@pytest.mark.parametrize("clean", [hide_credentials, printable, printable_line, json_escape])
+def test_the_time_for_a_text_is_proportional_to_its_length(clean, text):
+    started = time.process_time()
+    clean(text * (300_000 // len(text)))
+    assert time.process_time() - started < 2
+
+
+def test_the_scheme_of_an_address_may_follow_letters_of_another_word():
+    assert hide_credentials("see " + "a" * 100 + "http://me:secret@host/x") == "see " + "a" * 100 + "http://***@host/x"

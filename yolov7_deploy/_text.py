@@ -30,7 +30,7 @@ _SECRET = re.compile(
     r"\d*\s*=",
     re.IGNORECASE,
 )
-_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*:/{1,3})(?P<rest>[^\s'\"<>]+)", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]{0,30}:/{1,3})(?P<rest>[^\s'\"<>]+)", re.IGNORECASE)
 _WHOLE_ADDRESS = re.compile(r"(?P<scheme>(?:[a-z][a-z0-9+.-]*:/{1,3})?)(?P<rest>.+)", re.IGNORECASE | re.DOTALL)
 _LOGIN_WITHOUT_SCHEME = re.compile(r"[^\s/@:]+:[^\s@]*@")
 _FIELDS = re.compile(r"([&;?#\s'\"<>]+)")

@@ -324,3 +324,28 @@ def test_a_record_without_a_listing_loads():
     older = json.loads(record.to_json())
     del older["listing"]
     assert EngineRecord.from_json(json.dumps(older)) == record
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 200_000, "two " * 50_000, "k" * 200_000 + " wide channel", "HWC" + "1" * 200_000]
+)
+def test_a_long_format_text_takes_no_time(text):
+    layer = {"Name": "a", "LayerType": "x", "Inputs": [{"Name": "b", "Format/Datatype": text}]}
+    started = time.process_time()
+    read_inspector(json.dumps({"Layers": [layer]}))
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("shape", [[10**400], [10**18], [2] * 9, [2**200, 2]])
+def test_sizes_that_no_tensor_has_are_unknown(shape):
+    tensor = {"Name": "b", "Dimensions": shape, "Format/Datatype": "Row major linear FP16 format"}
+    layer = {
+        "Name": "a",
+        "LayerType": "x",
+        "Inputs": [],
+        "Outputs": [tensor],
+        "Weights": {"Type": "Half", "Count": shape[0]},
+    }
+    table = read_inspector(json.dumps({"Layers": [layer]}))
+    assert table.peak_activation_bytes is None
+    assert table.weights_bytes == (4 if shape[0] == 2 else None)

@@ -41,6 +41,8 @@ _COPY_NAME = "Reformatting CopyNode"
 # Layer types of convolutions in TensorRT-RTX; `runtime_fusion` is a convolution and its activation in one kernel.
 _CONVOLUTIONS = {"conv", "correlation", "gemm", "runtime_fusion"}
 _COMPILED_PLUGIN = "custom_layer"
+_MAX_DIMENSIONS = 8  # nvinfer1::Dims::MAX_DIMS
+_MAX_COUNT = 10**18  # of elements; larger numbers are of a damaged file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ class LayerTensor:
         """Size in memory, with the channel padding of the layout; `None` if shape or type are unknown."""
         if not self.shape or min(self.shape) < 0 or self.dtype not in _BITS:
             return None
-        vector = int(found[0]) if (found := re.search(r"\d+$", self.format)) else 1
+        vector = int(found[0]) if (found := re.search(r"\d{1,4}$", self.format)) else 1
         sides = [-(-side // vector) * vector if i == 1 else side for i, side in enumerate(self.shape)]
         return prod(sides) * _BITS[self.dtype] // 8
 
@@ -259,7 +261,7 @@ def _weights(entry: Mapping[str, object]) -> int | None:
         group = _member(entry, name)
         if isinstance(group, dict):
             count, dtype = _member(group, "Count"), _dtype(_text(group, "Type"))
-            if isinstance(count, int) and count > 0 and dtype in _BITS:
+            if isinstance(count, int) and 0 < count < _MAX_COUNT and dtype in _BITS:
                 sizes.append(count * _BITS[dtype] // 8)
     sizes += [size for tensor in _tensors(entry, "Constants") if (size := tensor.stored_bytes) is not None]
     return sum(sizes) if sizes else None
@@ -324,15 +326,15 @@ def _dtype(text: str) -> str:
 
 def _layout(text: str) -> str:
     """Return the layout in a text under its name in TensorRT's `TensorFormat`; empty if there is none."""
-    if named := re.search(r"\bk?(D?HWC\d*|CD?HW\d+|LINEAR|DLA_\w+)\b", text):
+    if named := re.search(r"\bk?(D?HWC\d{0,4}|CD?HW\d{1,4}|LINEAR|DLA_\w{1,20})\b", text):
         return named[1]
     lower = text.lower()
     is_3d = "3 spatial" in lower
-    if wide := re.search(r"(\S+) wide channel vectorized", lower):
+    if wide := re.search(r"\b([a-z-]{1,20}) wide channel vectorized", lower):
         number = _VECTOR_WIDTHS.get(wide[1])
         return f"{'CDHW' if is_3d else 'CHW'}{number}" if number else ""
     if "channel major" in lower:
-        multiple = re.search(r"channel (?:%|==) (\d+)", lower)
+        multiple = re.search(r"channel (?:%|==) (\d{1,4})", lower)
         return f"{'DHWC' if is_3d else 'HWC'}{multiple[1] if multiple else ''}"
     return "LINEAR" if "row major" in lower or "linear" in lower else ""
 
@@ -357,7 +359,8 @@ def _text(raw: Mapping[str, object], *names: str) -> str:
 
 def _shape(value: object) -> tuple[int, ...]:
     sides = value if isinstance(value, list) else []
-    return tuple(sides) if all(type(side) is int for side in sides) else ()
+    known = len(sides) <= _MAX_DIMENSIONS and all(type(side) is int and abs(side) < _MAX_COUNT for side in sides)
+    return tuple(sides) if known else ()
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:
@@ -402,7 +405,6 @@ _LAYER, _TENSOR = "Name: ", "{ Name: "
 _SEPARATORS = (", LayerType: ", ", Inputs: [", "], Constants: [", "], Outputs: [", "], TacticName: ", ", StreamId: ")
 _SUFFIX = re.compile(r"_myl[0-9]+_[0-9]+$")  # which the compiler appends to the name of a node
 _DIMENSION = re.compile(r"-?[0-9]{1,18}")
-_MAX_DIMENSIONS = 8  # nvinfer1::Dims::MAX_DIMS
 
 
 def read_listing(text: str) -> LayerTable | None:
