@@ -10,9 +10,11 @@ without models leaves the INT8 files out. Copy .gpu/archive/part_* to the GPU ma
     python -m tests.gpu unpack --archive FOLDER
     python -m tests.gpu run --out results [--kit /opt/trt86]
 
-`run` takes less than nine minutes. It skips parts for which no time is left; run them on their own, up to ten minutes
-each. `soak` uses the engine of `runtime`. `int8` builds eight engines and resumes with those of an earlier run:
+A machine without TensorRT needs a kit, which tests/gpu/kit.py writes. `run` takes less than ten minutes and leaves out
+the longest parts, which run on their own, up to ten minutes each. `soak` uses the engine of `runtime`. `int8` builds
+eight engines and resumes with those of an earlier run:
 
+    python -m tests.gpu run --parts engines --total 590
     python -m tests.gpu run --parts runtime --total 590
     python -m tests.gpu run --parts int8 --total 590
     python -m tests.gpu run --parts train --total 590
@@ -24,7 +26,8 @@ another version than the one of `prepare`, install it there: `pip install --targ
 
 To try the suite without a GPU, on emulated kernels:  python -m tests.gpu run --emulated
 
-If a part crashes, hangs or fails, the other parts still run, and what it recorded before is kept.
+If a part crashes, hangs or fails, the other parts still run, and what it recorded before is kept. The exit status is 1
+if a part failed, or if one that `--parts` names was skipped.
 """
 
 from __future__ import annotations
@@ -46,10 +49,12 @@ from typing import Any
 
 from tests.gpu import HIDDEN, PARTS, ROOT, Part
 from tests.gpu.archive import unpack
+from tests.gpu.kit import open_kit, write_kit
 from tests.gpu.targets import summarize_targets
 
 FOLDER = Path(".gpu")
-TOTAL_S = 520.0
+KIT = Path("/opt/trt86")
+TOTAL_S = 550.0
 MIN_PART_S = 8.0  # a part with less time left is not started
 PROBED_LIBRARIES = ("torch", "tensorrt", "tensorrt_rtx")
 MODELS = ("yolov7-tiny", "yolov7", "yolov7-w6")
@@ -82,6 +87,8 @@ def main() -> None:
             )
         case "unpack":
             unpack(options.archive, options.folder)
+        case "kit":
+            write_kit(options.archive, options.python, wheel=options.wheel)
         case "run":
             sys.exit(run(options))
         case "part":
@@ -103,13 +110,17 @@ def argument_parser() -> argparse.ArgumentParser:
     unpacking = commands.add_parser("unpack", help="restore the files on the GPU machine")
     unpacking.add_argument("--archive", type=Path, default=FOLDER / "archive")
     unpacking.add_argument("--folder", type=Path, default=FOLDER / "files")
+    packing = commands.add_parser("kit", help="write TensorRT 8.6 for a GPU machine without it")
+    packing.add_argument("--archive", type=Path, default=FOLDER / "kit")
+    packing.add_argument("--python", default="python3.10", help="interpreter of the version that the wheel is for")
+    packing.add_argument("--wheel", type=Path, help="wheel of TensorRT (default: downloaded)")
     running = commands.add_parser("run", help="run the parts")
     running.add_argument("--folder", type=Path, default=FOLDER / "files")
     running.add_argument("--out", type=Path, help="default: $OUT, or benchmarks/results/NAME OF THE GPU")
     running.add_argument("--parts", nargs="*", choices=[part.name for part in PARTS])
     running.add_argument("--total", type=float, default=TOTAL_S, help="time limit in seconds for all parts")
-    running.add_argument("--kit", type=Path, default=Path("/opt/trt86"), help="lib/ and site/ of TensorRT 8.6")
-    running.add_argument("--kit-python", help="Python 3.11 for it (default: python3.11 in $PATH)")
+    running.add_argument("--kit", type=Path, help=f"TensorRT 8.6 of tests/gpu/kit.py (default: {KIT}, if it is there)")
+    running.add_argument("--kit-python", help="Python for it (default: that of the kit)")
     running.add_argument("--emulated", action="store_true", help="run on the emulated GPU, with few small cases")
     part = commands.add_parser("part", help="run one part in this process; used by `run`")
     part.add_argument("name")
@@ -135,13 +146,13 @@ def run_part(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the parts one after the other; return 1 if one of them failed, else 0."""
+    """Run the parts one after the other; return 1 if one failed or a named one was skipped, else 0."""
     started = time.monotonic()
+    interpreters = find_interpreters(options)
     out = options.out or (
         Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results" / gpu_name()
     )
     out.mkdir(parents=True, exist_ok=True)
-    interpreters = find_interpreters(options)
     document: dict[str, object] = {"benchmark": "gpu_suite", "emulated": options.emulated}
     document["interpreters"] = [{"path": one.path, "libraries": sorted(one.libraries)} for one in interpreters]
     results: dict[str, dict[str, object]] = {}
@@ -158,7 +169,8 @@ def run(options: argparse.Namespace) -> int:
                 f"{part.name:20} {outcome['state']:10} {outcome.get('seconds', '')} {outcome.get('why', '')}",
                 flush=True,
             )
-    return int(any(outcome["state"] in ("failed", "timed out") for outcome in results.values()))
+    bad = {"failed", "timed out", "skipped"} if options.parts else {"failed", "timed out"}
+    return int(any(outcome["state"] in bad for outcome in results.values()))
 
 
 def run_one_part(
@@ -167,6 +179,8 @@ def run_one_part(
     """Run a part in its own process and return its outcome: state, results, and the reason for the state."""
     if options.emulated and not part.emulated:
         return {"state": "skipped", "why": "needs a GPU"}
+    if part.alone and not options.parts:
+        return {"state": "skipped", "why": f"runs alone: python -m tests.gpu run --parts {part.name} --total 590"}
     needs = part.needs_emulated if options.emulated and part.needs_emulated else part.needs
     python = find_interpreter(needs, interpreters)
     if python is None:
@@ -220,27 +234,45 @@ def call(command: list[str], environment: dict[str, str], budget_s: float, log: 
 
 
 def find_interpreters(options: argparse.Namespace) -> list[Interpreter]:
-    """Return this interpreter, and one that can import TensorRT from the kit if there is one."""
+    """Return this interpreter, and that of the kit if there is one.
+
+    Raises:
+        SystemExit: The kit is not there, or its TensorRT cannot be imported.
+    """
     site = (options.folder / "site").resolve()
     found = [probe_interpreter(sys.executable, [ROOT, site], [])]
-    python = options.kit_python or shutil.which("python3.11")
-    if options.kit.exists() and python:
-        libraries = [options.kit / "lib", Path(python).resolve().parent.parent / "lib"]
-        found.append(probe_interpreter(python, [options.kit / "site", ROOT, site], libraries))
-    return [one for one in found if one is not None]
+    folder = options.kit or (KIT if KIT.exists() else None)
+    if folder is not None:
+        try:
+            kit = open_kit(folder.resolve(), options.kit_python)
+        except FileNotFoundError as error:
+            sys.exit(str(error))
+        found.append(probe_interpreter(kit.python, [kit.site, ROOT, site], list(kit.libraries), imported="tensorrt"))
+    return found
 
 
-def probe_interpreter(path: str, packages: list[Path], libraries: list[Path]) -> Interpreter | None:
-    """Return an interpreter with the libraries that it finds, or `None` if it does not start."""
-    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, packages)), "PYTHONUNBUFFERED": "1"}
-    if libraries:
-        environment["LD_LIBRARY_PATH"] = ":".join([*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")])
+def probe_interpreter(path: str, packages: list[Path], libraries: list[Path], *, imported: str = "") -> Interpreter:
+    """Return an interpreter with the libraries that it finds.
+
+    Args:
+        path: The interpreter.
+        packages: Folders for `$PYTHONPATH`, before those that are in it.
+        libraries: Folders for `$LD_LIBRARY_PATH`, likewise.
+        imported: A module that it must be able to import.
+
+    Raises:
+        SystemExit: It does not start, or cannot import the module.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for name, folders in (("PYTHONPATH", packages), ("LD_LIBRARY_PATH", libraries)):
+        if folders:
+            environment[name] = os.pathsep.join(filter(None, [*map(str, folders), os.environ.get(name, "")]))
     probe = f"import importlib.util as u, json; print(json.dumps([n for n in {PROBED_LIBRARIES} if u.find_spec(n)]))"
+    probe += f"; import {imported}" if imported else ""
     try:
         done = subprocess.run([path, "-c", probe], env=environment, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"{path} does not start: {error}", file=sys.stderr)
-        return None
+        sys.exit(f"{path} does not work: {getattr(error, 'stderr', '') or error}")
     return Interpreter(path=path, environment=environment, libraries=frozenset(json.loads(done.stdout)))
 
 

@@ -17,7 +17,7 @@ LIBRARIES = (
     *("numpy", "torch", "torchvision", "cupy", "cuda", "tensorrt", "tensorrt_rtx"),
     *("onnx", "onnxruntime", "cv2", "typer", "pytest"),
 )
-PROGRAMS = ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu", "cmake", "g++", "python3.11")
+PROGRAMS = ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu", "cmake", "g++", "python3.10", "python3.12")
 CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu,persistence_mode"
 
 

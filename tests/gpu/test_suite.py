@@ -6,10 +6,12 @@ The tests marked `gpu` run parts of the suite on a real GPU.
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -17,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.gpu import PARTS, archive, integration, letterbox, nms, sanitizer, weights
+from tests.gpu import PARTS, archive, integration, kit, letterbox, nms, sanitizer, weights
 from tests.gpu import __main__ as gpu_suite
 from tests.gpu.comparison import compare_detections, compare_raw
 from tests.gpu.environment import KERNELS, Environment
@@ -110,12 +112,96 @@ def test_a_part_over_its_time_limit_is_killed_with_its_child_processes(tmp_path)
 
 
 def test_a_part_without_time_or_library_is_skipped_with_the_reason(tmp_path):
-    options = gpu_suite.argument_parser().parse_args(["run", "--folder", str(tmp_path)])
+    options = gpu_suite.argument_parser().parse_args(["run", "--folder", str(tmp_path), "--parts", "engines"])
     bare = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset())
     part = next(part for part in PARTS if part.needs == ("tensorrt",))
     assert gpu_suite.run_one_part(part, options, [bare], 100, 1)["why"] == "no Python interpreter here has tensorrt"
     interpreter = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset({"tensorrt"}))
     assert gpu_suite.run_one_part(part, options, [interpreter], 3, 1)["why"] == "only 3 s were left"
+
+
+def test_the_parts_of_one_run_fit_into_its_time():
+    budgets = [part.budget_s for part in PARTS if not part.alone]
+    assert sum(budgets) <= gpu_suite.TOTAL_S <= 600, "the longest command on a borrowed machine"
+    assert all(part.budget_s <= 600 for part in PARTS)
+
+
+def test_a_part_that_runs_alone_is_named_with_its_command_and_a_named_one_that_is_skipped_fails(tmp_path):
+    bare = gpu_suite.Interpreter(path=sys.executable, environment={}, libraries=frozenset({"tensorrt"}))
+    engines = next(part for part in PARTS if part.name == "engines")
+    options = gpu_suite.argument_parser().parse_args(["run"])
+    outcome = gpu_suite.run_one_part(engines, options, [bare], 500, 1)
+    assert outcome["state"] == "skipped" and "--parts engines --total 590" in outcome["why"]
+    done = suite("run", "--emulated", "--out", str(tmp_path), "--parts", "engines")
+    assert done.returncode == 1 and "needs a GPU" in done.stdout
+
+
+def test_an_inherited_python_path_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = gpu_suite.probe_interpreter(sys.executable, [ROOT], [])
+    assert found.environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(tmp_path)]
+    assert "torch" in found.libraries
+
+
+def test_a_transfer_of_an_archive_part_and_the_project_stays_below_64_mib():
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    project = sum((ROOT / name).stat().st_size for name in files.split("\0") if name and (ROOT / name).is_file())
+    assert project + archive.PART_BYTES < 64 * 2**20
+
+
+# --- TensorRT 8.6 that travels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "there is no .*tensorrt"),
+        (("site/tensorrt/__init__.py",), "no Python for it .*name one with --kit-python"),
+    ],
+)
+def test_a_given_kit_that_is_incomplete_is_an_error(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    done = suite("run", "--emulated", "--parts", "machine", "--out", str(tmp_path / "out"), "--kit", str(tmp_path))
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kit_whose_tensorrt_cannot_be_imported_is_an_error(tmp_path):
+    (tmp_path / "site" / "tensorrt").mkdir(parents=True)
+    (tmp_path / "site" / "tensorrt" / "__init__.py").write_text("raise ImportError('libnvinfer.so.8 is missing')\n")
+    done = suite("run", "--emulated", "--parts", "machine", "--kit", str(tmp_path), "--kit-python", sys.executable)
+    assert done.returncode == 1
+    assert "libnvinfer.so.8 is missing" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_kit_travels_in_parts_and_brings_its_own_python(tmp_path, monkeypatch):
+    """A wheel of the layout of TensorRT 8.6.0, for the Python of this test."""
+    if shutil.which("gcc") is None or shutil.which("objdump") is None:
+        pytest.skip("needs gcc and objdump")
+    monkeypatch.setattr(archive, "PART_BYTES", 2 * 2**20)
+    wheel, library = tmp_path / "tensorrt-8.6.0-any.whl", tmp_path / "libnvinfer_plugin.so.8"
+    (tmp_path / "plugin.c").write_text("int marker(void) { return 86; }\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "plugin.c"], check=True)
+    with zipfile.ZipFile(wheel, "w") as content:
+        content.write(library, "tensorrt/libnvinfer_plugin.so.8")
+        content.writestr("tensorrt/libnvinfer_lean.so.8", b"is not needed")
+        program = "import ctypes\nassert ctypes.CDLL('libnvinfer_plugin.so.8').marker() == 86\n"
+        content.writestr("tensorrt/__init__.py", program + "ctypes.CDLL('libcudnn.so.8')\n")
+    kit.write_kit(tmp_path / "parts", sys.executable, wheel=wheel, packages=())
+    sizes = [path.stat().st_size for path in (tmp_path / "parts").iterdir()]
+    assert len(sizes) > 1 and max(sizes) <= archive.PART_BYTES
+    archive.unpack(tmp_path / "parts", tmp_path / "kit")
+    assert not (tmp_path / "kit" / "lib" / "libnvinfer_lean.so.8").exists()
+    monkeypatch.setenv("PATH", "/nowhere")
+    options = gpu_suite.argument_parser().parse_args(["run", "--kit", str(tmp_path / "kit")])
+    _, found = gpu_suite.find_interpreters(options)
+    assert found.path.startswith(str(tmp_path / "kit" / "python" / "bin" / "python3."))
+    assert "tensorrt" in found.libraries
 
 
 def test_the_reference_letterbox_equals_opencv():
