@@ -10,10 +10,12 @@ ALWAYS = "8.5"
 
 # Class, name, first and last version that has it: from the Python bindings of the release branches 8.5 to 11.1.
 NAMES = (
+    ("DataType", "FLOAT", ALWAYS, None),
     ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH", ALWAYS, "10.16"),
     ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", "9.0", None),
     ("BuilderFlag", "FP16", ALWAYS, "10.16"),
     ("BuilderFlag", "INT8", ALWAYS, "10.16"),
+    ("BuilderFlag", "PREFER_PRECISION_CONSTRAINTS", ALWAYS, "10.16"),
     ("BuilderFlag", "GPU_FALLBACK", ALWAYS, None),
     ("BuilderFlag", "SPARSE_WEIGHTS", ALWAYS, None),
     ("BuilderFlag", "VERSION_COMPATIBLE", "8.6", None),
@@ -85,19 +87,45 @@ def tensor(name, shape, dtype="FLOAT"):
     return SimpleNamespace(name=name, shape=shape, dtype=SimpleNamespace(name=dtype))
 
 
-class Network:
-    """A parsed network: a convolution, and NMS as a layer of type `last`."""
+class Layer:
+    """A layer of a parsed network; `precision` and `output_types` are what the product sets."""
 
-    def __init__(self, flags, last="LOOP", batch=1):
+    def __init__(self, name, kind, inputs, output):
+        self.name, self.type = name, SimpleNamespace(name=kind)
+        self.inputs, self.outputs = inputs, [output]
+        self.num_inputs, self.num_outputs = len(inputs), 1
+        self.precision, self.output_types = None, {}
+
+    def get_input(self, index):
+        return self.inputs[index]
+
+    def get_output(self, index):
+        return self.outputs[index]
+
+    def set_output_type(self, index, dtype):
+        self.output_types[index] = dtype.name
+
+
+def chain(*kinds, dtypes=None):
+    """Return layers of which each reads the output of the one before; their names are their kinds."""
+    layers, tensor_in = [], tensor("images", (1, 3, 64, 64))
+    for number, kind in enumerate(kinds):
+        output = tensor(f"tensor{number}", (1, 8), dtypes[number] if dtypes else "FLOAT")
+        layers.append(Layer(f"{kind.lower()}{number}", kind, [tensor_in, None], output))
+        tensor_in = output
+    return layers
+
+
+class Network:
+    """A parsed network: a convolution, and NMS as a layer of type `last`, or the given layers."""
+
+    def __init__(self, flags, last="LOOP", batch=1, layers=None):
         self.flags = flags
         self.inputs = [tensor("images", (batch, 3, 64, 64))]
         self.outputs = [tensor("num_dets", (batch, 1), "INT32")]
-        kinds = (("model.0.conv", "CONVOLUTION"), ("nms", last))
-        self.layers = [
-            SimpleNamespace(
-                name=name, type=SimpleNamespace(name=kind), num_outputs=1, get_output=lambda _: self.outputs[0]
-            )
-            for name, kind in kinds
+        self.layers = layers or [
+            Layer("model.0.conv", "CONVOLUTION", self.inputs, tensor("head", (batch, 255, 2, 2))),
+            Layer("nms", last, [tensor("head", (batch, 255, 2, 2))], self.outputs[0]),
         ]
         self.num_inputs, self.num_outputs, self.num_layers = 1, 1, len(self.layers)
 
@@ -131,11 +159,12 @@ class FakeTensorrt:
         parser_errors: Errors of the parser: (node, name, op, message).
         verbose: Verbose log messages of a build.
         on_parse: Called with the graph that is parsed.
+        layers: Layers of the parsed network.
     """
 
     def __init__(
         self, version, *, dla_cores=0, plan=b"ftrt plan", good_cache=b"measured", batch=1, parser_errors=(), verbose=(),
-        on_parse=lambda graph: None,
+        on_parse=lambda graph: None, layers=None,
     ):  # fmt: skip
         self.__version__ = version
         kinds = {kind for kind, *_ in NAMES}
@@ -153,6 +182,7 @@ class FakeTensorrt:
         self.creators = [SimpleNamespace(name="EfficientNMS_TRT", plugin_version="1", plugin_namespace="")]
         self.plan, self.good_cache, self.batch, self.dla_cores = plan, good_cache, batch, dla_cores
         self.parser_errors, self.verbose, self.on_parse = parser_errors, verbose, on_parse
+        self.layers = layers
         self.network = self.config = self.profile = None
 
     def init_libnvinfer_plugins(self, logger, namespace):
@@ -205,7 +235,7 @@ class FakeTensorrt:
         return SimpleNamespace(parse=parse, num_errors=len(errors), get_error=errors.__getitem__)
 
     def _network(self, flags):
-        self.network = Network(flags, batch=self.batch)
+        self.network = Network(flags, batch=self.batch, layers=self.layers)
         return self.network
 
     def _config(self):

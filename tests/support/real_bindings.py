@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tensorrt
 
-from tests.fakes.fake_tensorrt import NAMES, FakeTensorrt
+from tests.fakes.fake_tensorrt import NAMES, FakeTensorrt, chain
 from tests.fakes.mirrored_tensorrt import Mirror, Refusals
 from tests.support.trt_kit import INFO, TrtEnvironment, assert_detected, infer, make_image, toy
 from yolov7_deploy.errors import EngineError
@@ -56,9 +56,9 @@ class Environment(TrtEnvironment):
 # --- what the product does --------------------------------------------------------------------------------------------
 
 
-def build(used, **fields):
+def build(used, layers=None, **fields):
     """Build as `y7 build` does; return the report."""
-    fake = FakeTensorrt("8.6", dla_cores=2, batch=-1 if fields.get("shapes") else 1)
+    fake = FakeTensorrt("8.6", dla_cores=2, batch=-1 if fields.get("shapes") else 1, layers=layers)
     fake.__version__ = VERSION
     capabilities = TrtCapabilities("tensorrt", Mirror(fake, tensorrt, fake, used))
     with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +94,8 @@ def builds(used):
     for precision in ("fp32", "fp16", "int8"):
         report = build(used, precision=precision, **everything)
         assert report.failure is None and report.inspector, report
+        report = build(used, precision=precision, layers=chain("CAST", "ELEMENTWISE"))
+        assert report.failure is None
     failed = FakeTensorrt("10.3", parser_errors=[(0, "node", "Op", "no importer")])
     parser = Mirror(failed, tensorrt, failed, used).OnnxParser(_network(), create_logger(tensorrt, print))
     TrtCapabilities("tensorrt", tensorrt).parser_errors(parser)
@@ -159,6 +161,7 @@ def members():
     return {
         "Plugin interface": {"v2": "`IPluginV2DynamicExt`", "v3": "`IPluginV3`"}[capabilities.abi],
         "FP16 of an FP16 file": "strong typing" if typed["fp16"] else "builder flag `FP16`",
+        "Decoding of an FP16 file stays float32": "by its types" if typed["fp16"] else "pinned layers",
         "FP32 file": "strong typing" if typed["fp32"] else "weak typing",
         "Contexts share a profile": "with a preview feature" if sharing else "yes",
         "Memory of a context": "`set_device_memory`"

@@ -10,7 +10,7 @@ import sysconfig
 import pytest
 
 from tests.fakes import fake_tensorrt
-from tests.fakes.fake_tensorrt import FakeTensorrt
+from tests.fakes.fake_tensorrt import FakeTensorrt, chain
 from tests.support.plugin_kit import tensorrt86_or_skip
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.tensorrt.build_main import PROGRESS_STEPS, ProgressPhases, TimingCache, build
@@ -69,6 +69,63 @@ def test_precisions_are_builder_flags_unless_the_network_is_strongly_typed(run, 
     trt, report = run(version, precision=precision)
     assert report.strongly_typed is typed
     assert set_flags(trt) == list(report.flags) == flags
+
+
+# The end of an FP16 file: head convolutions in FP16, decoding in float32, NMS.
+HALF, FLOAT = ["HALF"] * 2, ["FLOAT"] * 5
+FP16_END = ("CAST", "CONVOLUTION", "CAST", "SHUFFLE", "ACTIVATION", "ELEMENTWISE", "PLUGIN_V2")
+
+
+def pinned(trt):
+    return [layer.name for layer in trt.network.layers if layer.precision is not None]
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "expected"),
+    [
+        ("8.6", "fp16", ["shuffle3", "activation4", "elementwise5"]),
+        ("10.3", "fp16", ["shuffle3", "activation4", "elementwise5"]),
+        ("10.3", "int8", ["shuffle3", "activation4", "elementwise5"]),
+        ("10.3", "fp32", []),
+        ("10.13", "fp16", []),  # strongly typed: the graph determines every precision
+        ("11.1", "fp16", []),
+    ],
+)
+def test_boxes_are_decoded_in_float32_if_the_network_is_not_strongly_typed(run, version, precision, expected):
+    trt, report = run(
+        version, fake=FakeTensorrt(version, layers=chain(*FP16_END, dtypes=HALF + FLOAT)), precision=precision
+    )
+    assert pinned(trt) == expected
+    assert {layer.precision.name for layer in trt.network.layers if layer.precision is not None} <= {"FLOAT"}
+    assert all(layer.output_types == {0: "FLOAT"} for layer in trt.network.layers if layer.precision is not None)
+    assert ("PREFER_PRECISION_CONSTRAINTS" in report.flags) == bool(expected)
+
+
+def test_float32_layers_between_fp16_layers_are_pinned_and_those_before_the_first_cast_are_not(run):
+    kinds = ("ELEMENTWISE", "CAST", "CONVOLUTION", "CAST", "CONVOLUTION", "ACTIVATION", "CAST", "CONVOLUTION")
+    dtypes = ["FLOAT", "HALF", "HALF", "FLOAT", "FLOAT", "FLOAT", "HALF", "HALF"]
+    trt, _ = run("8.6", fake=FakeTensorrt("8.6", layers=chain(*kinds, dtypes=dtypes)), precision="fp16")
+    assert pinned(trt) == ["convolution4", "activation5"]
+
+
+def test_int8_convolutions_after_the_cast_of_a_uint8_input_are_not_pinned(run):
+    kinds = (
+        "CAST",
+        "ELEMENTWISE",
+        "QUANTIZE",
+        "DEQUANTIZE",
+        "CONVOLUTION",
+        "ACTIVATION",
+        "CONVOLUTION",
+        "SHUFFLE",
+        "UNARY",
+    )
+    dtypes = ["FLOAT", "FLOAT", "INT8", *["FLOAT"] * 6]
+    trt, _ = run("8.6", fake=FakeTensorrt("8.6", layers=chain(*kinds, dtypes=dtypes)), precision="int8")
+    assert pinned(trt) == []
+    dtypes[2] = "FLOAT"
+    trt, _ = run("8.6", fake=FakeTensorrt("8.6", layers=chain(*kinds, dtypes=dtypes)), precision="int8")
+    assert pinned(trt) == ["shuffle7", "unary8"]
 
 
 @pytest.mark.parametrize(

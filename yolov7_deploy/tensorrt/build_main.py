@@ -128,7 +128,8 @@ def build(capabilities: TrtCapabilities, request: BuildRequest, folder: Path, se
     layers = capabilities.network_layers(network)
     send("parsed", len(layers))
     config = builder.create_builder_config()
-    flags = capabilities.configure(config, request, typed=typed, layers=layers)
+    pinned = capabilities.pin_float32_layers(network, request, typed=typed)
+    flags = capabilities.configure(config, request, typed=typed, layers=layers, has_pinned_layers=pinned > 0)
     monitor = create_progress_monitor(trt, lambda done, total: send("progress", [done, total]))
     if monitor is not None:
         config.progress_monitor = monitor

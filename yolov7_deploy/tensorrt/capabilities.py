@@ -26,8 +26,15 @@ _DTYPES = {
 _UNWANTED_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 # Builder flags that permit the precisions of a graph, for a network that is not strongly typed.
 _PRECISION_FLAGS = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
+# Layers keep the precision that is set for them, if TensorRT has such a kernel.
+_PINNING_FLAG = "PREFER_PRECISION_CONSTRAINTS"
 # Layers whose output sizes or iteration counts are known at run time only.
 _ALLOCATING_LAYERS = {"NON_ZERO", "TRIP_LIMIT", "NMS"}
+# Layers that compute or move values, and can be told the precision to do it in.
+_PINNABLE_LAYERS = {
+    "ACTIVATION", "CONCATENATION", "CONVOLUTION", "ELEMENTWISE", "MATRIX_MULTIPLY", "POOLING", "REDUCE", "RESIZE",
+    "SCALE", "SELECT", "SHUFFLE", "SLICE", "UNARY",
+}  # fmt: skip
 # Name in the API, value of --hardware-compatible, first version that has it.
 _LEVELS = {"ampere_plus": ("AMPERE_PLUS", "ampere+", "8.6"), "same_compute_capability": (
     "SAME_COMPUTE_CAPABILITY", "same-cc", "10.9")}  # fmt: skip
@@ -189,8 +196,30 @@ class TrtCapabilities:
 
     # --- the build ----------------------------------------------------------------------------------------------------
 
+    def pin_float32_layers(self, network: Trt, request: BuildRequest, *, typed: bool) -> int:
+        """Set the precision of layers that the graph computes in float32 after a Cast; return their number.
+
+        In a network that is not strongly typed, TensorRT computes them in FP16 where that is faster. Boxes are decoded
+        in such layers, and FP16 has steps of half a pixel above 512. In an INT8 graph only layers after the last
+        convolution are pinned: the precision of the others is that of their Q/DQ pairs.
+        """
+        if typed or request.precision == "fp32" or not hasattr(self.trt.BuilderFlag, _PINNING_FLAG):
+            return 0
+        pinned = list(_float32_layers(network, after_convolutions=request.precision == "int8"))
+        for layer in pinned:
+            layer.precision = self.trt.DataType.FLOAT
+            for index in range(layer.num_outputs):
+                layer.set_output_type(index, self.trt.DataType.FLOAT)
+        return len(pinned)
+
     def configure(
-        self, config: Trt, request: BuildRequest, *, typed: bool, layers: Sequence[NetworkLayer] = ()
+        self,
+        config: Trt,
+        request: BuildRequest,
+        *,
+        typed: bool,
+        layers: Sequence[NetworkLayer] = (),
+        has_pinned_layers: bool = False,
     ) -> tuple[str, ...]:
         """Set everything but the optimization profile in a builder configuration; return the names of the flags."""
         trt = self.trt
@@ -200,6 +229,7 @@ class TrtCapabilities:
         if request.opt_level >= 0:
             config.builder_optimization_level = request.opt_level
         flags = tuple(self._builder_flags(request, typed=typed, layers=layers))
+        flags += (_PINNING_FLAG,) if has_pinned_layers else ()
         for flag in flags:
             config.set_flag(getattr(trt.BuilderFlag, flag))
         if request.hardware_compatible != "none":
@@ -386,6 +416,31 @@ class TrtCapabilities:
 
 def _layers(network: Trt) -> Iterator[Trt]:
     return (network.get_layer(i) for i in range(network.num_layers))
+
+
+def _float32_layers(network: Trt, *, after_convolutions: bool) -> Iterator[Trt]:
+    """Yield the layers that compute in float32 what a Cast to float32 gave them, directly or through such layers."""
+    layers = list(_layers(network))
+    inputs = [_tensor_names(layer.get_input, layer.num_inputs) for layer in layers]
+    outputs = [_tensor_names(layer.get_output, layer.num_outputs) for layer in layers]
+    before_convolution: set[str] = set()  # tensors that a convolution reads, directly or through other layers
+    for layer, read, written in zip(reversed(layers), reversed(inputs), reversed(outputs), strict=True):
+        if layer.type.name == "CONVOLUTION" or before_convolution & written:
+            before_convolution |= read
+    float32: set[str] = set()
+    for layer, read, written in zip(layers, inputs, outputs, strict=True):
+        is_cast = layer.type.name == "CAST"
+        if not written or not (is_cast or read & float32) or _dtype(layer.get_output(0)) != "float32":
+            continue
+        float32 |= written
+        is_before = layer.type.name == "CONVOLUTION" or bool(before_convolution & written)
+        if layer.type.name in _PINNABLE_LAYERS and not (after_convolutions and is_before):
+            yield layer
+
+
+def _tensor_names(get: Callable[[int], Trt], count: int) -> set[str]:
+    """Return the names of the inputs or outputs of a layer; optional inputs may be missing."""
+    return {tensor.name for tensor in map(get, range(count)) if tensor is not None}
 
 
 def _inputs(network: Trt) -> list[Trt]:
