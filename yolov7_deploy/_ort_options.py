@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 
 import onnxruntime
@@ -17,9 +18,15 @@ _MAX_REASON = 500  # characters
 # Message: field of onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTION, _GRAPH_NODE, _FUNCTION_NODE = 7, 25, 1, 7
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
-_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 6, 11
+_GRAPH_INITIALIZER, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 5, 5, 6, 11
+_TENSOR_TYPE, _TENSOR_INT64, _TENSOR_NAME, _TENSOR_RAW = 2, 7, 8, 9
+_INT64 = 7
 # Operators of any number of inputs, none of which may be left out.
 _VARIADIC = {"Max", "Mean", "Min", "Sum"}
+# Operators whose last input is a shape, or a number of repetitions for each axis.
+_WITH_SHAPE = {"ConstantOfShape", "Expand", "Reshape", "Tile"}
+_MAX_SHAPE_BYTES = 4096
+_MAX_SIDE = 2**40
 _MAX_DEPTH = 32  # of graphs inside nodes
 # ONNX Runtime's own exceptions, and what its Python binding raises for names that are not UTF-8 and for unknown errors.
 ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -75,37 +82,69 @@ def ort_reason(error: Exception) -> str:
     return lines[0] if len(lines[0]) <= _MAX_REASON else f"{lines[0][:_MAX_REASON]}..."
 
 
-def find_missing_input(data: bytes | memoryview) -> str:
-    """Return the name and operator of a node without an input that it needs; empty if there is none.
+def find_damage(data: bytes | memoryview) -> str:
+    """Return what in an ONNX file would crash ONNX Runtime, and with it the process; empty if nothing is known.
 
-    ONNX Runtime 1.32 checks this for most operators. Those with any number of inputs crash the process.
+    ONNX Runtime 1.32 checks the inputs of most operators, but not of those with any number of inputs. It computes with
+    the sizes in a shape without checking them.
 
     Args:
         data: Content of an ONNX file. Of one that is damaged in another way, only the readable part is checked.
     """
     try:
         for number, value, _ in pb.iterate_fields(memoryview(data)):
-            nodes = {_MODEL_GRAPH: _GRAPH_NODE, _MODEL_FUNCTION: _FUNCTION_NODE}.get(number)
-            missing = _missing_in_graph(pb.as_bytes(value), nodes, _MAX_DEPTH) if nodes else ""
-            if missing:
-                return missing
+            node_field = {_MODEL_GRAPH: _GRAPH_NODE, _MODEL_FUNCTION: _FUNCTION_NODE}.get(number)
+            damage = _graph_damage(pb.as_bytes(value), node_field, frozenset(), _MAX_DEPTH) if node_field else ""
+            if damage:
+                return damage
     except (ValueError, IndexError):
         pass
     return ""
 
 
-def _missing_in_graph(graph: memoryview, node_field: int, depth: int) -> str:
+def _graph_damage(graph: memoryview, node_field: int, impossible: frozenset[str], depth: int) -> str:
+    """Check a graph or function; `impossible` are the constants around it that are no shapes."""
+    tensors: list[tuple[str, memoryview]] = []
+    nodes: list[dict[int, list[pb.Value]]] = []
     for number, value, _ in pb.iterate_fields(graph):
-        if number != node_field:
-            continue
-        node = pb.parse_message(pb.as_bytes(value))
-        op = pb.text(node, _NODE_OP)
-        if op in _VARIADIC and any(len(pb.as_bytes(name)) == 0 for name in node.get(_NODE_INPUT, [])):
-            return f"{pb.text(node, _NODE_NAME) or pb.text(node, _NODE_OUTPUT)} ({op})"
-        for attribute in node.get(_NODE_ATTRIBUTE, []) if depth else []:
-            fields = pb.parse_message(pb.as_bytes(attribute))
-            for inner in (*fields.get(_ATTRIBUTE_GRAPH, []), *fields.get(_ATTRIBUTE_GRAPHS, [])):
-                missing = _missing_in_graph(pb.as_bytes(inner), _GRAPH_NODE, depth - 1)
-                if missing:
-                    return missing
+        if number == node_field:
+            node = pb.parse_message(pb.as_bytes(value))
+            nodes.append(node)
+            if pb.text(node, _NODE_OP) == "Constant":
+                tensors += [(pb.text(node, _NODE_OUTPUT), tensor) for tensor in _attributes(node, _ATTRIBUTE_TENSOR)]
+        elif number == _GRAPH_INITIALIZER and node_field == _GRAPH_NODE and len(pb.as_bytes(value)) < _MAX_SHAPE_BYTES:
+            tensors.append(("", pb.as_bytes(value)))
+    impossible |= {name for tensor in tensors if (name := _impossible_shape(*tensor))}
+    for node in nodes:
+        op, inputs = pb.text(node, _NODE_OP), [pb.decode(name) for name in node.get(_NODE_INPUT, [])]
+        name = f"{pb.text(node, _NODE_NAME) or pb.text(node, _NODE_OUTPUT)} ({op})"
+        if op in _VARIADIC and "" in inputs:
+            return f"an input of {name} is missing"
+        if op in _WITH_SHAPE and impossible.intersection(inputs[-1:]):
+            return f"{name} has a shape that no tensor has"
+        for inner in (*_attributes(node, _ATTRIBUTE_GRAPH), *_attributes(node, _ATTRIBUTE_GRAPHS)) if depth else ():
+            damage = _graph_damage(inner, _GRAPH_NODE, impossible, depth - 1)
+            if damage:
+                return damage
     return ""
+
+
+def _attributes(node: dict[int, list[pb.Value]], field: int) -> list[memoryview]:
+    """Return the values of one kind in the attributes of a node."""
+    attributes = [pb.parse_message(pb.as_bytes(attribute)) for attribute in node.get(_NODE_ATTRIBUTE, [])]
+    return [pb.as_bytes(value) for attribute in attributes for value in attribute.get(field, [])]
+
+
+def _impossible_shape(name: str, data: memoryview) -> str:
+    """Return the name of an int64 tensor, by default its own, with a value that is not a size, 0 or -1."""
+    tensor = pb.parse_message(data)
+    if pb.integer(tensor, _TENSOR_TYPE) != _INT64:
+        return ""
+    values: list[int] = []
+    for value in tensor.get(_TENSOR_INT64, []):
+        values += [value] if isinstance(value, int) else pb.packed(value)
+    for value in tensor.get(_TENSOR_RAW, []):
+        raw = pb.as_bytes(value)
+        values += struct.unpack(f"<{len(raw) // 8}q", raw[: len(raw) // 8 * 8])
+    is_shape = all(-1 <= value <= _MAX_SIDE for value in values)
+    return "" if is_shape else name or pb.text(tensor, _TENSOR_NAME)

@@ -377,3 +377,20 @@ def test_an_operator_without_one_of_its_inputs_does_not_crash_onnx_runtime(tmp_p
     if place != "function":
         with pytest.raises(ExportError, match=rf"an input of broken \({op}\) is missing"):
             NetworkRunner(model, list(model.graph.node), ["y"])
+
+
+@pytest.mark.parametrize("size", [-(2**63) + 4, -2, 2**62])
+@pytest.mark.parametrize("as_node", [True, False])
+@pytest.mark.parametrize("op", ["ConstantOfShape", "Expand", "Reshape", "Tile"])
+def test_a_shape_that_no_tensor_has_does_not_crash_onnx_runtime(tmp_path, op, as_node, size):
+    shape = numpy_helper.from_array(np.array([1, size], np.int64), "shape")
+    inputs = ["shape"] if op == "ConstantOfShape" else ["x", "shape"]
+    nodes = [helper.make_node(op, inputs, ["y"], name="broken")]
+    if as_node:
+        nodes.insert(0, helper.make_node("Constant", [], ["shape"], value=shape))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 32, 32])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [value], [result], initializer=[] if as_node else [shape])
+    onnx.save(helper.make_model(graph, ir_version=8), tmp_path / "damaged.onnx")
+    with pytest.raises(LoadError, match=rf"damaged: broken \({op}\) has a shape that no tensor has"):
+        Detector(tmp_path / "damaged.onnx", runtime="onnxruntime", device="cpu")

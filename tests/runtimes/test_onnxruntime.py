@@ -1,13 +1,17 @@
-"""ONNX Runtime's devices: the device that is reported is the one that runs."""
+"""ONNX Runtime: the device that is reported is the one that runs, and thresholds with and without a default."""
 
 import logging
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from tests.support.sample_images import noise
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.errors import DeviceError, LoadError
+from yolov7_deploy.metadata import THRESHOLD_INPUTS
+from yolov7_deploy.runtimes.base import installed_runtimes
 
 
 @pytest.fixture
@@ -35,3 +39,39 @@ def test_an_unusable_gpu_that_was_asked_for_is_refused(files, without_cuda_libra
     with pytest.raises(DeviceError, match="its CUDA libraries") as caught:
         Detector(files("plugin"), runtime="onnxruntime", device=device)
     assert caught.value.fix.startswith("pip install 'onnxruntime-gpu[cuda,cudnn]'")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("without_default", [("multi_label",), ("conf_threshold", "iou_threshold"), THRESHOLD_INPUTS])
+def test_thresholds_without_a_default_get_a_value_in_every_run(files, tmp_path, runtime, without_default):
+    if runtime not in installed_runtimes(files("plugin"), "cpu"):
+        pytest.skip(f"{runtime} is not installed")
+    model = onnx.load(files("plugin"))
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in without_default]
+    assert len(model.graph.initializer) - len(kept) == len(without_default)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    onnx.save(model, tmp_path / "m.onnx")
+    with (
+        Detector(files("plugin"), device="cpu", runtime=runtime, conf=0.01) as before,
+        Detector(tmp_path / "m.onnx", device="cpu", runtime=runtime, conf=0.01) as now,
+    ):
+        image = noise(128, 192)
+        expected, found = before(image), now(image)
+    assert len(expected) > 0
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_file_with_some_of_the_thresholds_is_refused_when_it_is_opened(files, tmp_path, runtime):
+    if runtime not in installed_runtimes(files("plugin"), "cpu"):
+        pytest.skip(f"{runtime} is not installed")
+    model = onnx.load(files("none"))
+    value = onnx.helper.make_tensor_value_info("iou_threshold", onnx.TensorProto.FLOAT, [1])
+    model.graph.input.append(value)
+    if runtime == "openvino":  # where defaults become inputs
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0.5], np.float32), "iou_threshold"))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(LoadError, match=r"of the thresholds for NMS, it has iou_threshold only"):
+        Detector(tmp_path / "m.onnx", device="cpu", runtime=runtime)

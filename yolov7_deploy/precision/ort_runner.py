@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, find_missing_input, ort_reason
+from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, find_damage, ort_reason
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.image import Image, fit_letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
@@ -73,8 +73,8 @@ class NetworkRunner:
             opsets = list(proto.opset_import)
         model = helper.make_model(graph, opset_imports=opsets, ir_version=proto.ir_version, functions=functions)
         data = model.SerializeToString()
-        if missing := find_missing_input(data):
-            raise ExportError(f"The graph is damaged: an input of {missing} is missing.", fix="Export the file again.")
+        if damage := find_damage(data):
+            raise ExportError(f"The graph is damaged: {damage}.", fix="Export the file again.")
         try:
             self._session = onnxruntime.InferenceSession(
                 data, base_session_options(), providers=["CPUExecutionProvider"]

@@ -119,7 +119,8 @@ class OnnxSession(ABC, Generic[_Model]):
         device: As given.
         inputs, outputs: Those of the graph, except thresholds.
         properties: The metadata of the file.
-        thresholds: Names of the inputs that have a default value.
+        thresholds: Names of the inputs that have a default value in the file.
+        has_defaults: The library knows these values; otherwise every run needs them.
 
     Raises:
         LoadError: The library cannot open it.
@@ -131,6 +132,7 @@ class OnnxSession(ABC, Generic[_Model]):
     outputs: tuple[TensorSpec, ...]
     properties: Mapping[str, str]
     thresholds: frozenset[str]
+    has_defaults = True
 
     def __init__(self, path: Path, *, device: str) -> None:
         self._path, self.device = path, device
@@ -350,7 +352,13 @@ def _read_layout(
     images = find_input(str(path), inputs, outputs)
     text = session.properties.get(METADATA_KEY)
     metadata = None if text is None else ModelMetadata.from_json(text)
-    has_thresholds = set(THRESHOLD_INPUTS) <= session.thresholds
+    required = {entry.name for entry in inputs} - {images.name} | (
+        set() if session.has_defaults else session.thresholds
+    )
+    has_thresholds = set(THRESHOLD_INPUTS) <= session.thresholds | required
+    if required and not has_thresholds:
+        known = ", ".join(sorted(required))
+        raise unknown_layout(str(path), inputs, outputs, f"of the thresholds for NMS, it has {known} only")
     if metadata is not None:
         _check_metadata(metadata, images, path)
         if metadata.nms is not None:

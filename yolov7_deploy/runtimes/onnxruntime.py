@@ -15,7 +15,7 @@ import onnxruntime
 
 from yolov7_deploy._atomic_file import is_partial_file
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file
-from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, find_missing_input, ort_reason
+from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, find_damage, ort_reason
 from yolov7_deploy._text import get_logger, is_unicode
 from yolov7_deploy.errors import DeviceError, LoadError
 from yolov7_deploy.hardware.gpu import parse_device
@@ -74,7 +74,7 @@ class OrtSession(OnnxSession[onnxruntime.InferenceSession]):
         self._semaphore = FairSemaphore(self._max_runs)
 
     def _open(self, path: Path) -> onnxruntime.InferenceSession:
-        _check_inputs(self._path, path)
+        _check_damage(self._path, path)
         try:
             # ONNX Runtime refuses names that are not valid Unicode.
             model = str(path) if is_unicode(str(path)) else path.read_bytes()
@@ -231,16 +231,16 @@ def _no_cuda(device: str) -> DeviceError:
     )
 
 
-def _check_inputs(name: Path, path: Path) -> None:
+def _check_damage(name: Path, path: Path) -> None:
     """Refuse a file that would crash the process."""
     try:
         with open_file(path, max_bytes=MAX_MODEL_BYTES) as file:
-            missing = find_missing_input(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+            damage = find_damage(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     except (OSError, ValueError):  # ONNX Runtime reports it
         return
-    if missing:
+    if damage:
         raise LoadError(
-            f"{name} is damaged: an input of {missing} is missing.",
+            f"{name} is damaged: {damage}.",
             fix="Export it again:  y7 export --weights WEIGHTS.pt",
         )
 

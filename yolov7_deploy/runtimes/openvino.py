@@ -120,6 +120,7 @@ class OvSession(OnnxSession[_Networks]):
     """
 
     library = "OpenVINO"
+    has_defaults = False
     errors = (RuntimeError, openvino.Exception) if hasattr(openvino, "Exception") else (RuntimeError,)
 
     def __init__(self, path: Path, *, device: str, precision: str) -> None:
