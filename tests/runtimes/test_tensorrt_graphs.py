@@ -1,6 +1,8 @@
 """CUDA graphs of an engine: when they are captured, what they contain, which are kept, and what runs without them."""
 
+import ctypes
 import logging
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,8 @@ from tests.fakes.fake_trt_runtime import RTX
 from tests.support.trt_kit import HW, assert_detected, environment, expected_boxes, infer, make_image, toy
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError
+from yolov7_deploy.image import fit_letterbox
+from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.tensorrt_engine import MAX_FAILED_CAPTURES
 from yolov7_deploy.runtimes.tensorrt_executor import MAX_GRAPHS_PER_SHAPE, MAX_SHAPES
 
@@ -268,3 +272,50 @@ def test_a_failure_of_tensorrt_is_reported_and_passes(environment):
         infer(runtime, [make_image(0)])
     environment.trt.failing = False
     assert_detects(runtime, make_image(1))
+
+
+# --- the work of one frame --------------------------------------------------------------------------------------------
+
+TO_DEVICE, TO_HOST = 1, 2
+MOST_PYTHON_CALLS = 88  # measured: 83 functions of the package for a frame of a video
+
+
+@pytest.mark.parametrize(
+    ("frame_hw", "rows"),
+    [((48, 80), 48), ((64, 96), 64), ((1080, 1920), 108), ((2160, 3840), 108)],
+)
+def test_a_frame_uploads_the_rows_that_are_read_and_downloads_the_results(environment, frame_hw, rows):
+    runtime, image = environment.open(), make_image(0, *frame_hw)
+    environment.library.fake_cuda_copied.restype = ctypes.c_longlong
+    for _ in range(4):
+        before = [environment.library.fake_cuda_copied(kind) for kind in (TO_DEVICE, TO_HOST)]
+        assert_detects(runtime, image)
+        after = [environment.library.fake_cuda_copied(kind) for kind in (TO_DEVICE, TO_HOST)]
+    upload, download = (end - start for start, end in zip(before, after, strict=True))
+    pixels = rows * frame_hw[1] * 3
+    assert pixels <= upload <= pixels + 3 * 1024, "and thresholds, the frame's record and its table of rows"
+    results = 4 + 3 * 4 * 4 + 3 * 4 + 3 * 4 + 4  # num_dets, det_boxes, det_scores, det_classes, overflow
+    assert results <= download <= results + 5 * 256, "each output starts at a multiple of 256 bytes"
+
+
+def test_a_frame_of_a_video_costs_three_calls_of_cuda_and_few_of_python(environment):
+    runtime, calls, count = environment.open(), environment.calls(), 0
+
+    def profile(frame, event, _):
+        nonlocal count
+        count += (
+            event == "call" and "yolov7_deploy" in frame.f_code.co_filename and "fakes" not in frame.f_code.co_filename
+        )
+
+    images = [make_image(seed) for seed in range(6)]
+    letterbox = fit_letterbox(images[0].shape[:2], HW)
+    for image in images[:5]:
+        runtime.infer([image], [letterbox], Thresholds(conf=0.25, max_det=100, multi_label=True))
+    calls()
+    sys.setprofile(profile)
+    try:
+        runtime.infer(images[5:], [letterbox], Thresholds(conf=0.25, max_det=100, multi_label=True))
+    finally:
+        sys.setprofile(None)
+    assert calls() == ["cudaGetDevice", LAUNCH, "cudaStreamSynchronize"]
+    assert count <= MOST_PYTHON_CALLS, count

@@ -1,6 +1,5 @@
 """Many threads on one engine: separate results, bounded memory, waiting, closing, and a GPU that fails."""
 
-import logging
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +80,11 @@ def test_without_memory_for_a_second_executor_calls_wait_for_the_first(environme
     future, resume = held(environment, runtime)
     free, total = environment.cuda.memory()
     environment.monkeypatch.setenv("FAKE_CUDA_MEMORY", str(total - free))
+    assert_calls_wait_for(future, resume, runtime, caplog)
+
+
+def assert_calls_wait_for(future, resume, runtime, caplog):
+    """Check that calls of other threads wait for the one that is on the GPU, after a warning."""
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(infer, runtime, [make_image(seed)]) for seed in (1, 2)]
         while not any("Concurrent calls are limited" in record.message for record in caplog.records):
@@ -89,34 +93,8 @@ def test_without_memory_for_a_second_executor_calls_wait_for_the_first(environme
         for seed, one in enumerate([future, *waiting]):
             assert_detected(one.result(WAIT_S).detections[0], make_image(seed))
     assert dict(runtime.runtime_info)["concurrent calls"] == "1"
-    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) <= 2
-
-
-def test_threads_share_the_one_profile_that_another_tool_gave_an_engine(environment, caplog):
-    environment.trt.shares_profiles = False
-    runtime = environment.open(toy(None), recorded=False)
-    images = [make_image(seed) for seed in range(12)]
-
-    def work(number):
-        for image in images[number:] + images[:number]:
-            assert_detected(infer(runtime, [image]).detections[0], image)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert dict(runtime.runtime_info)["concurrent calls"] == "1"
-    (warning,) = [record.message for record in caplog.records if "Concurrent calls are limited" in record.message]
-    assert "each of its optimization" in warning
-
-
-def test_the_executor_after_a_failure_gets_the_profile_of_the_failed_one(environment):
-    environment.trt.shares_profiles = False
-    runtime = environment.open(toy(None), recorded=False)
-    environment.trt.failing = True
-    with pytest.raises(DeviceError, match="TensorRT could not run") as kept:  # its traceback holds the frames
-        infer(runtime, [make_image(0)])
-    environment.trt.failing = False
-    assert_detected(infer(runtime, [make_image(1)]).detections[0], make_image(1))
-    assert kept.value.fix
+    limits = [record for record in caplog.records if "Concurrent calls are limited" in record.message]
+    assert 1 <= len(limits) <= 2, "two calls may fail at the same time"
 
 
 def test_without_memory_for_the_first_executor_the_error_states_what_is_needed(environment):

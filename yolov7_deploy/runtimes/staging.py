@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,24 +31,23 @@ _FRAMES_START = len(THRESHOLD_INPUTS) * _ALIGNMENT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StagedImage:
-    """Byte offsets of the rows and the row table of a host image in the staging memory."""
+    """Place of the rows and of the row table of a host image in the staging memory, in bytes.
 
-    image: Image
+    Attributes:
+        index: Number of the image in its call.
+        row_count, pitch: Number of rows to upload, and bytes of a row.
+    """
+
+    index: int
     plan: RowPlan | None
     table_start: int
     rows_start: int
+    row_count: int
+    pitch: int
 
     @property
     def end(self) -> int:
         return self.rows_start + self.row_count * self.pitch
-
-    @property
-    def row_count(self) -> int:
-        return len(self.plan.rows) if self.plan else self.image.shape[0]
-
-    @property
-    def pitch(self) -> int:
-        return 3 * int(self.image.shape[1])
 
 
 class Staging:
@@ -67,10 +67,12 @@ class Staging:
         self._cuda = cuda
         self._head = align(_FRAMES_START + batch * FRAME.itemsize)
         self._staged: list[_StagedImage] = []
+        self._images: Sequence[Image | GpuImage] = ()
         self.used = self._head
         self._allocate(self._head)
 
     def _allocate(self, nbytes: int) -> None:
+        self._placed: tuple[Sequence[Letterbox], int] | None = None
         self.device = DeviceBuffer(self._cuda, (nbytes,), np.uint8)
         self._pinned = PinnedBuffer(self._cuda, (nbytes,), np.uint8)
         self.host: Bytes = self._pinned.array
@@ -94,7 +96,8 @@ class Staging:
     def layout(self, images: Sequence[Image | GpuImage], letterboxes: Sequence[Letterbox], *, batch: int) -> bool:
         """Assign memory to images and write the table of frames; its last entry is repeated to fill the batch.
 
-        Tables come before pixels, so that the first piece of the upload contains all of them.
+        Tables come before pixels, so that the first piece of the upload contains all of them. Nothing changes for host
+        images of the same sizes as those of the run before, as in a video.
 
         Returns:
             True if the addresses on the GPU have changed.
@@ -102,21 +105,34 @@ class Staging:
         Raises:
             DeviceError: Out of memory.
         """
+        self._images = images
+        placed = (letterboxes, batch)
+        if placed == self._placed and len(self._staged) == len(images) and not _any_on_gpu(images):
+            return False
         on_host = [
-            (image, row_plan(letterbox))
-            for image, letterbox in zip(images, letterboxes, strict=True)
+            (index, letterbox, row_plan(letterbox))
+            for index, (image, letterbox) in enumerate(zip(images, letterboxes, strict=True))
             if not isinstance(image, GpuImage)
         ]
-        plans = [plan for _, plan in on_host]
-        tables = np.cumsum([self._head, *(align(plan.table.nbytes) if plan else 0 for plan in plans)]).tolist()
+        sizes = [align(plan.table.nbytes) if plan else 0 for _, _, plan in on_host]
+        tables = np.cumsum([self._head, *sizes]).tolist()
         self._staged, rows_start = [], tables[-1]
-        for (image, plan), table_start in zip(on_host, tables[:-1], strict=True):
-            staged = _StagedImage(image=image, plan=plan, table_start=table_start, rows_start=rows_start)
+        for (index, letterbox, plan), table_start in zip(on_host, tables[:-1], strict=True):
+            height, width = letterbox.source_hw
+            staged = _StagedImage(
+                index=index,
+                plan=plan,
+                table_start=table_start,
+                rows_start=rows_start,
+                row_count=len(plan.rows) if plan else height,
+                pitch=3 * width,
+            )
             self._staged.append(staged)
             rows_start = align(staged.end)
         self.used = self._staged[-1].end if self._staged else self._head
         moved = self.reserve(self.used)
         self._write_tables(images, letterboxes, batch)
+        self._placed = placed
         return moved
 
     def _write_tables(self, images: Sequence[Image | GpuImage], letterboxes: Sequence[Letterbox], batch: int) -> None:
@@ -139,7 +155,8 @@ class Staging:
         """Write the pixels; yield the number of bytes ready for upload after every piece, and finally `used`."""
         sent = 0
         for staged in self._staged:
-            source = staged.image.reshape(staged.image.shape[0], staged.pitch)
+            source = cast(Image, self._images[staged.index])
+            source = source.reshape(source.shape[0], staged.pitch)
             rows = self._part(staged.rows_start, staged.row_count * staged.pitch)
             rows = rows.reshape(staged.row_count, staged.pitch)
             step = -(-PIECE_BYTES // staged.pitch)
@@ -154,12 +171,13 @@ class Staging:
                 if sent + PIECE_BYTES <= ready < self.used:
                     yield ready
                     sent = ready
+        self._images = ()
         yield self.used
 
     def canvases(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[Array, bool]:
         """Return memory for network inputs created on the host, and whether the addresses on the GPU have changed."""
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self._staged, self.used = [], self._head
+        self._staged, self._placed, self.used = [], None, self._head
         moved = self.reserve(self._head + nbytes)
         return self._part(self._head, nbytes).view(dtype).reshape(shape), moved
 
@@ -182,6 +200,10 @@ class Staging:
         self.host = np.empty(0, np.uint8)
         self._pinned.close()
         self.device.close()
+
+
+def _any_on_gpu(images: Sequence[Image | GpuImage]) -> bool:
+    return any(isinstance(image, GpuImage) for image in images)
 
 
 def align(nbytes: int) -> int:

@@ -222,6 +222,8 @@ class TrtRuntime:
 
 def _merge(results: Sequence[RuntimeResult], *, timed: bool) -> RuntimeResult:
     """Merge the results of the batches of one call."""
+    if len(results) == 1:
+        return results[0]
     timings = [result.timing for result in results if result.timing]
     timing = TimingBreakdown(
         preprocess_ms=sum(one.preprocess_ms for one in timings),

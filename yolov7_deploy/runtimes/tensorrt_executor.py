@@ -79,6 +79,7 @@ class _ShapeState:
         has_run: True if the context has run since it was given this shape.
         last_used: Bytes of the last upload.
         graphs: Captured graphs by bytes of their upload, `_PIECES` or `_CANVASES`; least recently used first.
+        results: Views of the outputs that are read in the page-locked memory, once it exists.
     """
 
     shape: Shape
@@ -88,6 +89,7 @@ class _ShapeState:
     has_run: bool = False
     last_used: int = 0
     graphs: OrderedDict[int, Graph] = field(default_factory=OrderedDict)
+    results: Results = field(default_factory=dict)
 
     def drop_graphs(self) -> None:
         """Free the captured graphs."""
@@ -257,14 +259,13 @@ class TrtExecutor:
     def _result(
         self, state: _ShapeState, *, preprocess_s: float, inference_s: float, timing: TimingBreakdown | None = None
     ) -> ExecutorResult:
-        memory = self._downloaded.array
-        arrays = {
-            name: memory[output.start : output.end].view(output.dtype).reshape(output.shape)
-            for name, output in state.outputs.items()
-            if name in self._engine.result_names
-        }
+        if not state.results:
+            memory = self._downloaded.array
+            for name in self._engine.result_names:
+                output = state.outputs[name]
+                state.results[name] = memory[output.start : output.end].view(output.dtype).reshape(output.shape)
         return ExecutorResult(
-            arrays=arrays, preprocess_ms=preprocess_s * 1e3, inference_ms=inference_s * 1e3, timing=timing
+            arrays=state.results, preprocess_ms=preprocess_s * 1e3, inference_ms=inference_s * 1e3, timing=timing
         )
 
     # --- steps --------------------------------------------------------------------------------------------------------
@@ -376,6 +377,7 @@ class TrtExecutor:
             self.stream.synchronize()
         for state in self._states.values():
             state.drop_graphs()
+            state.results.clear()
             state.context = None  # frees the profile and comes before the memory, also if a traceback holds the state
         self._states.clear()
         self._resources.close()

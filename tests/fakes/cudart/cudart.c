@@ -48,6 +48,7 @@ typedef struct Step {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static Object* objects;
 static __thread int device, last_error;
+static long long copied[4];  // bytes of the executed copies by kind: 1 to the device, 2 to the host, 3 on the device
 static __thread uintptr_t context;
 enum { PRIMARY = 0x1000, FOREIGN = 0x2000 };
 
@@ -156,6 +157,9 @@ int fake_cuda_live(void) {
   pthread_mutex_unlock(&mutex);
   return count;
 }
+
+// Bytes of the copies of a kind that were executed so far, for the tests.
+long long fake_cuda_copied(int kind) { return copied[kind]; }
 
 // ---- devices
 
@@ -288,6 +292,7 @@ static void do_step(Object* stream, Step step) {
   switch (step.kind) {
     case COPY:
       memmove(step.to, step.from, step.bytes);
+      __atomic_fetch_add(&copied[step.value], (long long)step.bytes, __ATOMIC_RELAXED);
       break;
     case FILL:
       memset(step.to, step.value, step.bytes);
@@ -383,7 +388,7 @@ int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* st
   if (kind != 1 && !lies_in(from, bytes, DEVICE)) {
     return failed(INVALID_VALUE);
   }
-  return queue(find(stream, STREAM), (Step){.kind = COPY, .to = to, .from = from, .bytes = bytes});
+  return queue(find(stream, STREAM), (Step){.kind = COPY, .to = to, .from = from, .bytes = bytes, .value = kind});
 }
 int cudaMemsetAsync(void* to, int value, size_t bytes, void* stream) {
   ENTER(1);
