@@ -13,7 +13,7 @@ from tests.fakes.faked_cuda import install_fake_nvml
 from tests.hardware.test_power_inputs import LINES, program
 from tests.support.boards import laid_out, recorded, silent, wait_until, write
 from yolov7_deploy.hardware.clocks import Clocks, open_clock_monitor, read_jetson_gpu_clock
-from yolov7_deploy.hardware.machine import gpu_memory_used, host_peak_bytes, reset_host_peak
+from yolov7_deploy.hardware.machine import gpu_memory_used, host_peak_bytes
 
 GPU = "0000:3b:00.0 Tesla V100-SXM2-16GB"
 USUAL = "clock.1=1380 clock.2=877 highest.1=1530 temperature.0=61 limit=300000"
@@ -271,13 +271,10 @@ def test_the_gpu_memory_of_a_board_is_the_memory_that_the_board_uses(tmp_path):
 
 
 PEAK_STEPS = """
-from yolov7_deploy.hardware.machine import host_peak_bytes, reset_host_peak
-print(reset_host_peak())
+from yolov7_deploy.hardware.machine import host_peak_bytes
 before = host_peak_bytes()
 held = bytearray(b"1") * 400_000_000
-print(host_peak_bytes() - before)
 del held
-reset_host_peak()
 print(host_peak_bytes() - before)
 """
 
@@ -285,14 +282,9 @@ print(host_peak_bytes() - before)
 def test_the_peak_of_a_process_follows_its_memory():
     """In a separate process: garbage of other tests must not count, and the kernel counts pages in batches."""
     done = subprocess.run([sys.executable, "-c", PEAK_STEPS], capture_output=True, text=True, check=True, timeout=120)
-    reset, held, freed = done.stdout.split()
-    if reset == "False":
-        pytest.skip("this system does not let a process reset its peak")
-    assert int(held) > 200_000_000
-    assert int(freed) < 200_000_000
+    assert int(done.stdout) > 200_000_000
 
 
 def test_without_proc_the_peak_is_that_since_the_start(tmp_path):
     since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert host_peak_bytes(tmp_path) >= since_start
-    assert not reset_host_peak(tmp_path)

@@ -365,7 +365,7 @@ def test_files_of_other_programs_open(make_file, images, tmp_path, expected):
 def test_a_file_with_nothing_to_rewrite_is_unchanged(make_file):
     data = make_file(nms="none").read_bytes()
     graph = rewrite_for_openvino(data)
-    assert graph.data is data and not graph.is_changed and not graph.is_quantized
+    assert graph.data is data and not graph.is_changed
 
 
 def test_functions_that_call_functions_are_inlined_with_their_attributes():

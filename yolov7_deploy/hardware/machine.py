@@ -17,8 +17,6 @@ from yolov7_deploy.hardware.gpu import InstalledGpu, list_installed_gpus, open_g
 from yolov7_deploy.hardware.jetson import jetpack_name, read_board
 from yolov7_deploy.hardware.system import ROOT, read_text
 
-_RESET_PEAK = "5"  # proc(5), clear_refs
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Jetson:
@@ -140,21 +138,12 @@ def gpu_memory_used(device: str, *, root: Path = ROOT) -> int | None:
 
 
 def host_peak_bytes(root: Path = ROOT) -> int:
-    """Return the peak resident memory of this process, since it started or since `reset_host_peak`."""
+    """Return the peak resident memory of this process, since it started."""
     found = re.search(r"^VmHWM:\s*(\d+) kB", read_text(root / "proc/self/status"), re.MULTILINE)
     if found:
         return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_host_peak(root: Path = ROOT) -> bool:
-    """Reset the peak to the memory that is in use now; return `False` where the system does not allow it."""
-    try:
-        (root / "proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
-    except OSError:
-        return False
-    return True
 
 
 def _memory_gb(root: Path) -> float | None:

@@ -40,7 +40,6 @@ class OpenvinoGraph:
         properties: The metadata of the file.
         thresholds: Names of the inputs that had a default value.
         has_int8_activations: A QuantizeLinear has an int8 zero point.
-        is_quantized: There is a QuantizeLinear.
         has_external_data: Some weights are in other files.
         is_changed: `data` differs from the file.
     """
@@ -49,7 +48,6 @@ class OpenvinoGraph:
     properties: dict[str, str] = field(default_factory=dict)
     thresholds: set[str] = field(default_factory=set)
     has_int8_activations: bool = False
-    is_quantized: bool = False
     has_external_data: bool = False
     is_changed: bool = False
 
@@ -119,7 +117,6 @@ class _GraphRewriter:
         node = pb.parse_message(data)
         op, inputs, outputs = pb.text(node, _NODE_OP), _texts(node, _NODE_INPUT), _texts(node, _NODE_OUTPUT)
         if op == "QuantizeLinear":
-            self._result.is_quantized = True
             self._result.has_int8_activations |= types.get(inputs[-1]) == _INT8
         if pb.text(node, _NODE_NAME).startswith(INNER_PAIR_PREFIX):
             self._names[outputs[0]] = self._rename(inputs[0])

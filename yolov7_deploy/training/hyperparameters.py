@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy._console import write_text
 from yolov7_deploy._serialization import short_repr
 from yolov7_deploy._text import similar_file, suggest
 from yolov7_deploy.datasets.samples import short_reason
@@ -133,15 +132,6 @@ def read_hyperparameters(name_or_path: str, *, changes: Mapping[str, float] | No
     if base is None:
         base = _replace_values(Hyperparameters(), _read(Path(name_or_path)), name_or_path)
     return _replace_values(base, changes or {}, "--set")
-
-
-def write_hyperparameters(values: Hyperparameters, path: Path) -> None:
-    """Write a YAML file for `read_hyperparameters`.
-
-    Raises:
-        UsageError: The file cannot be written.
-    """
-    write_text(path, format_hyperparameters(values))
 
 
 def format_hyperparameters(values: Hyperparameters) -> str:
