@@ -58,6 +58,17 @@ enum cudaError_t {
 typedef struct CUstream_st* cudaStream_t;
 
 const char* cudaGetErrorString(cudaError_t error);
+// Device memory is host memory.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+inline cudaError_t cudaMalloc(void** data, size_t bytes) {
+  *data = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t = nullptr) {
   memset(data, value, bytes);
   return cudaSuccess;
