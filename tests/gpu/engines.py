@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from tests.gpu.engine_build import build
 from tests.gpu.environment import PLUGIN, Array, Cuda, Environment, Stream, times_us
 from tests.gpu.tensorrt_run import Runner, load_plugins
 from yolov7_deploy.metadata import NMS_OUTPUTS
+from yolov7_deploy.tensorrt.engine import Engine
+from yolov7_deploy.tensorrt.inspector import engine_layers
 
 MODELS = ("yolov7-tiny", "yolov7", "yolov7-w6")
 OPT_LEVEL = "2"  # only correctness is checked here: builds faster, runs a little slower
@@ -30,11 +33,27 @@ def check(env: Environment) -> None:
             continue
         try:
             engine = build(env, onnx, plugin if plugin.exists() else None, level=OPT_LEVEL, into=env.result.parent)
+            env.record(f"{name} layers", layers(engine))
             run(env, cuda, name, engine.read_bytes(), dict(np.load(reference)))
         except (AssertionError, OSError, subprocess.SubprocessError, RuntimeError) as error:
             env.record(name, {"failed": str(error)[-3000:]})
             failures.append(name)
     assert not failures, f"failed: {failures}"
+
+
+def layers(path: Path) -> dict[str, object]:
+    """Return how many layers and reformats the engine has, and which formats its plugins read."""
+    record = Engine.load(path).record
+    table = engine_layers(record)[0] if record is not None else None
+    if table is None:
+        return {"layers": "unknown"}
+    formats = [tensor.format for layer in table.layers if layer.plugin for tensor in layer.inputs]
+    return {
+        "layers": len(table.layers),
+        "reformats": table.reformats,
+        "reformats_around_plugins": table.plugin_reformats,
+        "plugin_inputs": formats,
+    }
 
 
 def run(env: Environment, cuda: Cuda, name: str, plan: bytes, reference: dict[str, Array]) -> None:

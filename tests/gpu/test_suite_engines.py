@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 from tests.gpu import comparison, nms, weights
 from tests.gpu.environment import Environment
 from tests.gpu.prepare_files import copy_site, nms_network, write_synthetic_network
+from tests.support.trt_kit import TrtEnvironment
 from yolov7_deploy.evaluation.synthetic_image import street_scene
 
 TENSORRT_PARTS = ("against_efficient_nms", "engines", "tensorrt_run")
@@ -63,10 +64,12 @@ def test_an_engine_is_built_run_and_compared_with_its_reference(env, monkeypatch
         return engine
 
     monkeypatch.setattr(engines, "build", build)
+    monkeypatch.setattr(engines, "layers", lambda engine: {"of": engine.name})  # this engine is an ONNX file
     engines.check(env)
     results = json.loads(env.result.read_text())
     assert results["yolov7-tiny"]["same"] is True
     assert results["yolov7-tiny"]["rows"] == 2000
+    assert results["yolov7-tiny layers"] == {"of": "yolov7-tiny.engine"}
     assert results["yolov7"] == "yolov7.onnx is missing"
     reference = dict(np.load(env.folder / "yolov7-tiny.npz"))
     np.savez(env.folder / "yolov7-tiny.npz", **{**reference, "output": reference["output"][::-1]})
@@ -89,6 +92,19 @@ def test_a_failed_build_is_recorded_with_its_output(env, tmp_path):
     results = json.loads(env.result.read_text())
     assert results["yolov7-tiny build"]["exit"] == 1
     assert "Error" in results["yolov7-tiny build"]["output"] or "no metadata" in results["yolov7-tiny build"]["output"]
+
+
+def test_the_layers_of_an_engine_and_the_reformats_around_its_plugin_are_counted(env, tmp_path, monkeypatch):
+    from tests.gpu import engines
+
+    machine = TrtEnvironment(tmp_path, monkeypatch)
+    plugin = {"Name": "nms", "LayerType": "PluginV3", "PluginType": "Y7NMS"}
+    plugin["Inputs"] = [{"Name": "a linear", "Format/Datatype": "Row major linear FP16 format"}]
+    reformat = {"Name": "copy", "LayerType": "Reformat", "Inputs": [{"Name": "a"}], "Outputs": [{"Name": "a linear"}]}
+    engine = machine.engine(inspector=json.dumps({"Layers": [reformat, plugin], "Bindings": []}))
+    counts = {"layers": 2, "reformats": 1, "reformats_around_plugins": 1, "plugin_inputs": ["LINEAR"]}
+    assert engines.layers(engine) == counts
+    assert engines.layers(machine.engine(recorded=False, name="other.engine")) == {"layers": "unknown"}
 
 
 def test_pytest_is_copied(tmp_path):

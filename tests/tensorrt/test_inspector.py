@@ -61,6 +61,28 @@ def test_the_layers_of_further_profiles_are_not_counted():
     assert [port.name for port in table.io] == ["images", "num_dets", "det_boxes"]
 
 
+def reformat(name, tensor_in, tensor_out):
+    return {"Name": name, "LayerType": "Reformat", "Inputs": [{"Name": tensor_in}], "Outputs": [{"Name": tensor_out}]}
+
+
+def test_reformats_around_a_plugin_are_counted():
+    plugin = {
+        "Name": "nms",
+        "LayerType": "PluginV3",
+        "PluginType": "Y7NMS",
+        "Inputs": [{"Name": "a linear"}, {"Name": "b"}],
+        "Outputs": [{"Name": "boxes"}],
+    }
+    layers = [
+        reformat("first", "images", "x"),
+        reformat("before", "a", "a linear"),
+        plugin,
+        reformat("after", "boxes", "det_boxes"),
+    ]
+    table = read_inspector(json.dumps({"Layers": layers, "Bindings": ["images", "det_boxes"]}))
+    assert (table.reformats, table.plugin_reformats) == (3, 2)
+
+
 def test_the_name_of_a_plugin_is_its_type_or_else_its_layer():
     assert read_inspector(text("detailed_8.6.json")).plugins == ("Y7NMS",)
     assert read_inspector(text("detailed_10.json")).plugins == ("/model.77/Y7NMS",)

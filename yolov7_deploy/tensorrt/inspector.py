@@ -149,6 +149,18 @@ class LayerTable:
         return sum(layer.is_reformat for layer in self.layers)
 
     @property
+    def plugin_reformats(self) -> int:
+        """Number of reformats directly before or after a plugin."""
+        read = {tensor.name for layer in self.layers if layer.plugin for tensor in layer.inputs}
+        written = {tensor.name for layer in self.layers if layer.plugin for tensor in layer.outputs}
+        return sum(
+            layer.is_reformat
+            and any(tensor.name in written for tensor in layer.inputs)
+            | any(tensor.name in read for tensor in layer.outputs)
+            for layer in self.layers
+        )
+
+    @property
     def plugins(self) -> tuple[str, ...]:
         """Names of the plugins, in execution order."""
         return tuple(dict.fromkeys(layer.plugin for layer in self.layers if layer.plugin))
