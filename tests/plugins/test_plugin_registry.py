@@ -1,4 +1,4 @@
-"""The plugin in the registries of TensorRT-RTX and of TensorRT 8.6, which list it, parse its node and build it.
+"""The plugin in the registries of TensorRT-RTX, 11.4 and 8.6, which list it; RTX also parses its node and builds it.
 
 Compiles one library per plugin interface, for one GPU architecture.
 """
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import onnx
@@ -18,6 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.support.plugin_kit import headers_or_skip, tensorrt86_or_skip
+from tests.support.tensorrt_wheels import downloaded_wheel, wheel_folder
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.onnx_export.nms import DOMAIN, OP
@@ -73,6 +75,40 @@ if record["parsed"]:
     record["plan"] = 0 if plan is None else plan.nbytes
     record["inside"] = plan is not None and b"Y7NMS" in bytes(plan)
 print(json.dumps(record | {"messages": messages}))
+"""
+
+LEAN_VERSION = "11.4.0.106"
+
+# Loads argv[1] into the registry of TensorRT 11 as the product does, uses the creator, prints one JSON object.
+LEAN = """
+import json, sys
+import numpy as np
+import tensorrt_lean as trt
+from yolov7_deploy.tensorrt.capabilities import TrtCapabilities
+
+capabilities = TrtCapabilities("tensorrt", trt)
+before = capabilities.registered_plugins()
+capabilities.load_plugin(sys.argv[1])
+creator = trt.get_plugin_registry().get_creator("Y7NMS", "1", "")
+
+def create(**values):
+    kinds = {np.dtype("int32"): trt.PluginFieldType.INT32, np.dtype("float32"): trt.PluginFieldType.FLOAT32}
+    held = {name: np.atleast_1d(np.asarray(value)) for name, value in values.items()}
+    fields = [trt.PluginField(name, value, kinds[value.dtype]) for name, value in held.items()]
+    try:
+        return creator.create_plugin("nms", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD) is not None
+    except (RuntimeError, TypeError):
+        return False
+
+int32, float32 = np.int32, np.float32
+record = {
+    "version": trt.__version__,
+    "added": sorted(map(list, capabilities.registered_plugins() - before)),
+    "fields": [field.name for field in creator.field_names],
+    "created": create(classes=int32(3), strides=int32([8, 16]), anchors=np.arange(1, 13, dtype=float32)),
+    "refused": [not create(classes=int32(0)), not create(max_dets=int32(5)), not create(anchors=float32([0] * 18))],
+}
+print(json.dumps(record))
 """
 
 # Loads argv[1] into the registry of TensorRT 8.6, uses the creator, prints one JSON object.
@@ -336,6 +372,40 @@ def test_invalid_attributes_are_rejected_through_the_logger_of_tensorrt(rtx, cha
 def test_a_node_of_another_plugin_version_is_not_parsed(rtx):
     record = rtx(heads_only(plugin_version="2"))
     assert not record["parsed"]
+
+
+# --- the lean runtime of TensorRT 11 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_registry_of_tensorrt_11_takes_the_plugin(plugin, tmp_path_factory):
+    """The lean runtime is a real TensorRT of 42 MB, without a builder; its registry needs no GPU."""
+    wheels, site = wheel_folder(tmp_path_factory), tmp_path_factory.mktemp("lean")
+    for distribution in ("tensorrt_lean_cu13_libs", "tensorrt_lean_cu13_bindings"):
+        with zipfile.ZipFile(downloaded_wheel(f"{distribution}=={LEAN_VERSION}", wheels)) as archive:
+            archive.extractall(site)
+    (site / "tensorrt_lean_bindings").rename(site / "tensorrt_lean")
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(site / "tensorrt_lean_libs"),
+        "PYTHONPATH": os.pathsep.join([str(site), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LEAN, str(plugin.path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"TensorRT ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}"
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "version": LEAN_VERSION,
+        "added": [[PLUGIN_NAME, PLUGIN_VERSION, ""]],
+        "fields": ["anchors", "strides", "classes", "max_det", "max_candidates"],
+        "created": True,
+        "refused": [True, True, True],
+    }
 
 
 # --- TensorRT 8.6 ----------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import fake_tensorrt
+from tests.support.tensorrt_wheels import downloaded_wheel, wheel_folder
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-FOLDER_VARIABLE = "Y7_TENSORRT_BINDINGS"
 UPDATE_VARIABLE = "Y7_UPDATE_DOCS"
 DOCUMENT = ROOT / "docs" / "tensorrt.md"
 START, END = "<!-- start of the table of versions -->\n", "<!-- end of the table of versions -->\n"
@@ -78,14 +78,13 @@ def libraries(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bindings(tmp_path_factory, libraries):
     """Return a function that runs `tests.support.real_bindings` with the bindings of a version, once per arguments."""
-    given = os.environ.get(FOLDER_VARIABLE)
-    wheels = Path(given) if given else tmp_path_factory.mktemp("wheels")
+    wheels = wheel_folder(tmp_path_factory)
     unpacked = tmp_path_factory.mktemp("bindings")
 
     def run(version, *arguments):
         site = unpacked / version
         if not site.exists():
-            with zipfile.ZipFile(wheel(wheels, VERSIONS[version])) as archive:
+            with zipfile.ZipFile(downloaded_wheel(VERSIONS[version], wheels)) as archive:
                 archive.extractall(site)
             (site / "tensorrt_bindings").rename(site / "tensorrt")
         environment = {
@@ -99,23 +98,6 @@ def bindings(tmp_path_factory, libraries):
         )
 
     return run
-
-
-def wheel(folder, requirement):
-    """Return the wheel of a distribution for this Python, downloaded unless it is in the folder."""
-    pattern = f"{requirement.replace('==', '-')}-cp3{sys.version_info.minor}-*.whl"
-    if not list(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-        done = subprocess.run(
-            [*command, "--dest", str(folder), requirement], capture_output=True, text=True, timeout=300, check=False
-        )
-        if done.returncode:
-            python = ".".join(map(str, sys.version_info[:2]))
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(
-                f"pip cannot download {requirement} for Python {python} ({reason}); ${FOLDER_VARIABLE} may have it"
-            )
-    return next(folder.glob(pattern))
 
 
 @pytest.fixture(scope="session")
