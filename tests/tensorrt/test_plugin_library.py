@@ -284,6 +284,13 @@ def test_a_library_of_a_newer_cuda_than_the_driver_supports_is_refused(described
         assert "y7 plugin --cuda /usr/local/cuda-12.8" in caught.value.fix
 
 
+def test_a_library_that_does_not_tell_its_cuda_is_found(compiled, monkeypatch):
+    line = DESCRIPTION.replace("13.0", "").format(abi="v3", version="1", kernels=KERNELS_ABI)
+    install(compiled(SOURCE.format(line)), built_path("v3"))
+    install_fake_nvml(monkeypatch)
+    assert find_plugin("v3") is not None
+
+
 def test_without_a_driver_a_library_of_any_cuda_is_found(described, monkeypatch):
     monkeypatch.setattr("yolov7_deploy.hardware.gpu.CUDA_DRIVER", "libnothing_of_this_name.so.1")
     install(described(), built_path("v3"))

@@ -233,7 +233,8 @@ def check_driver(library: PluginLibrary, what: str) -> None:
         PluginError: The driver is older.
     """
     supported = supported_cuda_version()
-    if supported and int(library.cuda.partition(".")[0]) > int(supported.partition(".")[0]):
+    own, newest = (text.partition(".")[0] for text in (library.cuda, supported))
+    if own.isdecimal() and newest.isdecimal() and int(own) > int(newest):
         raise PluginError(
             f"{what} was built with CUDA {library.cuda}; the NVIDIA driver of this machine supports CUDA {supported} "
             "at most.",
