@@ -34,7 +34,7 @@ constexpr float kAnchors[kLevels][Y7_ANCHORS][2] = {
     {{12, 16}, {19, 36}, {40, 28}}, {{36, 75}, {76, 55}, {72, 146}}, {{142, 110}, {192, 243}, {459, 401}}};
 constexpr int kStepsPerUnit = 64, kLargestLogit = 10;
 constexpr int kSteps = 2 * kLargestLogit * kStepsPerUnit + 1;
-constexpr int kRow = 128;                 // sigmoids per image of the table
+constexpr int kRow = 128;                // sigmoids per image of the table
 constexpr int16_t kNothing = INT16_MIN;  // the logit minus infinity
 
 [[noreturn]] void fail(const std::string& what) {
@@ -153,7 +153,8 @@ struct NmsCall {
         values.push_back(half_bits(step == kNothing ? -INFINITY : float(step) / kStepsPerUnit));
       }
       const int64_t cells = int64_t(map.height) * map.width;
-      Y7HeadMap head = {upload(values), 3 * (5 + map.classes) * cells, cells, 1, map.height, map.width, map.stride, {}, 0};
+      Y7HeadMap head = {
+          upload(values), 3 * (5 + map.classes) * cells, cells, 1, map.height, map.width, map.stride, {}, 0};
       memcpy(head.anchors, map.anchors, sizeof(head.anchors));
       heads.push_back(head);
     }
@@ -182,8 +183,8 @@ struct NmsCall {
       found[i].overflow = overflows[i];
       for (size_t k = 0; k < size_t(params.max_det); ++k) {
         const size_t row = i * size_t(params.max_det) + k;
-        const Detection detection = {{boxes[4 * row], boxes[4 * row + 1], boxes[4 * row + 2], boxes[4 * row + 3]},
-                                     scores[row], classes[row]};
+        const Detection detection = {
+            {boxes[4 * row], boxes[4 * row + 1], boxes[4 * row + 2], boxes[4 * row + 3]}, scores[row], classes[row]};
         const Detection zero = {};
         if (k < size_t(counts[i])) {
           found[i].detections.push_back(detection);
@@ -275,9 +276,8 @@ struct Reference {
         }
       }
     }
-    std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
-      return a.score != b.score ? a.score > b.score : a.index < b.index;
-    });
+    std::sort(pairs.begin(), pairs.end(),
+              [](const Pair& a, const Pair& b) { return a.score != b.score ? a.score > b.score : a.index < b.index; });
     return pairs;
   }
 
@@ -389,7 +389,8 @@ std::vector<Map> make_maps(const NmsCase& nms_case, uint32_t seed) {
     const size_t cells = size_t(map.height) * size_t(map.width);
     for (size_t i = 0; i < map.steps.size(); ++i) {
       const size_t column = i / cells % (5 + kClasses);
-      map.steps[i] = column < 4 ? int16_t(noise(random) * 48) : bounded(float(nms_case.background_steps) + noise(random) * 96);
+      map.steps[i] =
+          column < 4 ? int16_t(noise(random) * 48) : bounded(float(nms_case.background_steps) + noise(random) * 96);
     }
     for (int image = 0; image < nms_case.batch; ++image) {
       for (int k = level; k < nms_case.clusters; k += kLevels) {
@@ -440,7 +441,8 @@ std::vector<uint16_t> letterbox_reference(const LetterboxCase& frame, const std:
         const auto blend = [&](int line) {
           const uint8_t* data = &pixels[size_t(line) * size_t(frame.width) * 3];
           return (data[3 * column.first + channel] * column.first_weight +
-                  data[3 * column.second + channel] * column.second_weight) >> 4;
+                  data[3 * column.second + channel] * column.second_weight) >>
+                 4;
         };
         const int sum = ((blend(row.first) * row.first_weight) >> 16) + ((blend(row.second) * row.second_weight) >> 16);
         canvas[(size_t(2 - channel) * kCanvas + size_t(top + y)) * kCanvas + size_t(left + x)] =

@@ -14,9 +14,14 @@
 //
 // Memory: 256 KiB of workspace per image. At batch 1, 640 x 640, 80 classes the kernels read 3 * 8400 objectness values
 // (98 KiB of float32) and a 32-byte sector per class of each anchor that passes. The rest is latency: dependent loads
-// (threshold, objectness, classes, list, boxes), a sort of 15 to 55 exchanges and about five barriers per kGroupSize
-// survivors. One memset and two launches: merging the kernels with a last-block ticket would save one launch, but every
-// block of `select` would need 1024 threads and the large scratch memory.
+// (threshold, objectness, classes, list, boxes), about ten barriers to sort a tile and four per kGroupSize survivors.
+//
+// One memset and two launches. Merging the kernels with a last-block ticket would save one launch, but every block of
+// `select` would need the large scratch memory. Without the memset, every block would need a list of its own, large
+// enough for its worst case, or images with many pairs in few blocks would take the slow path.
+//
+// CUB is not used: a block scan and a sort of at most kThreads keys are 15 lines each here, and the CPU emulation of
+// the tests runs them.
 #include <limits.h>
 
 #include "nms_select.cuh"
@@ -71,7 +76,7 @@ bool read_heads(const Y7NmsParams& p, const Y7HeadMap* heads, Plan* plan) {
 
 template <class T>
 int32_t run(const Plan& plan, uint32_t batch, void* stream) {
-  const dim3 blocks((plan.anchors - 1) / kSelectThreads + 1, batch);
+  const dim3 blocks((plan.anchors - 1) / kSelectAnchors + 1, batch);
   int32_t status =
       status_of(cudaMemsetAsync(plan.passed, 0, batch * sizeof(uint32_t), static_cast<cudaStream_t>(stream)));
   if (status == Y7_OK) {

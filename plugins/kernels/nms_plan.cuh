@@ -6,10 +6,10 @@
 
 // Tests define smaller values to reach the rare paths with small inputs.
 #ifndef Y7_NMS_THREADS
-#define Y7_NMS_THREADS 1024
+#define Y7_NMS_THREADS 512
 #endif
 #ifndef Y7_NMS_SELECT_THREADS
-#define Y7_NMS_SELECT_THREADS 256
+#define Y7_NMS_SELECT_THREADS 512
 #endif
 #ifndef Y7_NMS_CAPACITY
 #define Y7_NMS_CAPACITY 32768
@@ -24,19 +24,22 @@ namespace {
 using Key = unsigned long long;
 
 constexpr uint32_t kThreads = Y7_NMS_THREADS;  // of `suppress`: one candidate of a tile, one histogram bin each
-constexpr uint32_t kSelectThreads = Y7_NMS_SELECT_THREADS;  // of `select`: one anchor each
+constexpr uint32_t kSelectThreads = Y7_NMS_SELECT_THREADS;  // of `select`
+constexpr uint32_t kSelectAnchors = kSelectThreads / 2;     // that a block of `select` reads
 constexpr uint32_t kCapacity = Y7_NMS_CAPACITY;             // keys per image
 constexpr uint32_t kStagedKeys = Y7_NMS_STAGED;             // keys that a block of `select` collects in shared memory
 constexpr uint32_t kGroupSize = kThreads < 256 ? 32 : kThreads / 8;  // candidates that are resolved at once
 constexpr uint32_t kGroupWords = kGroupSize / 32;
 // Rows of one column of a group's overlap matrix that a thread computes.
 constexpr uint32_t kRowsPerThread = kGroupSize * kGroupSize / kThreads;
-constexpr uint32_t kClassesAtOnce = 4;  // loads in flight per lane
+constexpr uint32_t kClassesAtOnce = 5, kKeysAtOnce = 4;  // loads in flight per thread
+constexpr uint32_t kWarps = kThreads / 32;
 constexpr uint32_t kFullWarp = ~0u;
 constexpr Key kKeyAboveOne = Key(0x3f800001) << 32;  // above every key: no score exceeds 1
 
 static_assert(kThreads >= 64 && kThreads <= 1024 && (kThreads & (kThreads - 1)) == 0, "");
-static_assert(kSelectThreads % 32 == 0 && 32 % kRowsPerThread == 0 && kCapacity >= 1 && kStagedKeys >= 1, "");
+static_assert(kSelectThreads % 64 == 0 && kCapacity >= 1 && kStagedKeys >= 1, "");
+static_assert(kRowsPerThread == 8 || kRowsPerThread == 16 || kRowsPerThread == 32, "");
 
 constexpr uint32_t log2_of(uint32_t x) { return x < 2 ? 0 : 1 + log2_of(x / 2); }
 constexpr uint32_t kDigitBits = log2_of(kThreads);
@@ -74,6 +77,19 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// The same for several values, whose exponentials and divisions overlap in time.
+template <uint32_t N>
+__device__ __forceinline__ void sigmoids(float (&x)[N]) {
+#pragma unroll
+  for (uint32_t i = 0; i < N; ++i) {
+    x[i] = expf(-x[i]);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < N; ++i) {
+    x[i] = 1.0f / (1.0f + x[i]);
+  }
+}
+
 // NaN becomes a key above all others: it wins a maximum, and then fails the comparison with the threshold.
 __device__ __forceinline__ Key key_of(float score, uint32_t pair) { return Key(__float_as_uint(score)) << 32 | ~pair; }
 __device__ __forceinline__ float score_of(Key key) { return __uint_as_float(uint32_t(key >> 32)); }
@@ -100,12 +116,23 @@ __device__ __forceinline__ uint32_t level_of(const Plan& plan, uint32_t anchor) 
   return level;
 }
 
+struct AnchorPlace {
+  uint32_t level, anchor_in_cell, cell;
+};
+
+// With comparisons instead of a division, which takes longer than a load from the cache.
+__device__ __forceinline__ AnchorPlace place_of(const Plan& plan, uint32_t anchor) {
+  const uint32_t level = level_of(plan, anchor), cells = plan.level[level].cells;
+  const uint32_t index = anchor - plan.level[level].first;
+  const uint32_t anchor_in_cell = uint32_t(index >= cells) + uint32_t(index >= 2 * cells);
+  return {level, anchor_in_cell, index - anchor_in_cell * cells};
+}
+
 template <class T>
-__device__ __forceinline__ AnchorRow<T> anchor_row(const Plan& plan, uint32_t image, uint32_t anchor) {
-  const Level& level = plan.level[level_of(plan, anchor)];
-  const uint32_t anchor_in_cell = (anchor - level.first) / level.cells, cell = (anchor - level.first) % level.cells;
-  const int64_t offset = image * level.batch_stride + cell * level.cell_stride +
-                         int64_t(anchor_in_cell) * (5 + plan.classes) * level.channel_stride;
+__device__ __forceinline__ AnchorRow<T> anchor_row(const Plan& plan, uint32_t image, AnchorPlace place) {
+  const Level& level = plan.level[place.level];
+  const int64_t offset = image * level.batch_stride + place.cell * level.cell_stride +
+                         int64_t(place.anchor_in_cell) * (5 + plan.classes) * level.channel_stride;
   return {static_cast<const T*>(level.data) + offset, level.channel_stride};
 }
 

@@ -9,8 +9,12 @@ namespace {
 
 struct SelectScratch {
   Key key[kStagedKeys];
-  uint32_t anchor[kSelectThreads];
-  float objectness[kSelectThreads];
+  Key best[kSelectAnchors];  // of each anchor that passed, without multi_label
+  // The anchors that passed.
+  uint32_t anchor[kSelectAnchors];
+  float objectness[kSelectAnchors];
+  const void* row[kSelectAnchors];
+  int64_t stride[kSelectAnchors];
   uint32_t survivors, staged, start;
 };
 
@@ -44,59 +48,64 @@ __device__ __forceinline__ void stage_keys(const Plan& plan, SelectScratch& s, u
   }
 }
 
-// One warp scores the classes of one anchor. Every score is computed in full: the load costs more than the exponential,
-// and a comparison of the logit alone would be inexact at both ends of the float32 range.
+// One warp scores kClassesAtOnce classes of 32 anchors that passed; the work of the block is such units. The loads of a
+// lane are independent, and neighboring lanes are neighboring cells, so in linear layout they share memory sectors.
+// Every score is computed in full: the load costs more than the exponential, and a comparison of the logit alone would
+// be inexact at both ends of the float32 range.
 template <class T>
-__device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t image, uint32_t survivor,
+__device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t image, uint32_t unit,
                                const Thresholds& thresholds) {
-  const uint32_t anchor = s.anchor[survivor];
-  const float objectness = s.objectness[survivor];
-  const AnchorRow<T> row = anchor_row<T>(plan, image, anchor);
+  const uint32_t units_per_anchor = (plan.classes - 1) / kClassesAtOnce + 1, group = unit / units_per_anchor;
+  const uint32_t survivor = group * 32 + lane(), begin = (unit - group * units_per_anchor) * kClassesAtOnce;
+  const bool exists = survivor < s.survivors;
+  const uint32_t anchor = exists ? s.anchor[survivor] : 0;
+  const float objectness = exists ? s.objectness[survivor] : 0.0f;
+  const AnchorRow<T> row = {static_cast<const T*>(exists ? s.row[survivor] : nullptr), exists ? s.stride[survivor] : 0};
+  float value[kClassesAtOnce];
+#pragma unroll
+  for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
+    value[i] = exists && begin + i < plan.classes ? row[5 + begin + i] : 0.0f;
+  }
+  sigmoids(value);
   Key best = 0;
-  for (uint32_t begin = 0; begin < plan.classes; begin += 32 * kClassesAtOnce) {
-    float logit[kClassesAtOnce];
 #pragma unroll
-    for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
-      const uint32_t class_id = begin + 32 * i + lane();
-      logit[i] = class_id < plan.classes ? row[5 + class_id] : 0.0f;
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
-      if (begin + 32 * i >= plan.classes) {
-        break;
-      }
-      const uint32_t class_id = begin + 32 * i + lane();
-      const float score = objectness * sigmoid(logit[i]);
-      const Key key = key_of(score, anchor * plan.classes + class_id);
-      if (thresholds.multi_label) {
-        stage_keys(plan, s, image, class_id < plan.classes && score > thresholds.conf, key);
-      } else if (class_id < plan.classes) {
-        best = max(best, key);
-      }
+  for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
+    const bool is_class = exists && begin + i < plan.classes;
+    const float score = objectness * value[i];
+    const Key key = key_of(score, anchor * plan.classes + begin + i);
+    if (thresholds.multi_label) {
+      stage_keys(plan, s, image, is_class && score > thresholds.conf, key);
+    } else if (is_class) {
+      best = max(best, key);
     }
   }
-  if (thresholds.multi_label) {
-    return;
+  if (exists && !thresholds.multi_label) {
+    atomicMax(&s.best[survivor], best);
   }
-  for (int step = 16; step; step /= 2) {
-    best = max(best, __shfl_xor_sync(kFullWarp, best, step));
-  }
-  stage_keys(plan, s, image, lane() == 0 && score_of(best) > thresholds.conf, best);
 }
 
-// Grid (anchors / kSelectThreads, B), block kSelectThreads, 6 KiB of shared memory. Reads A objectness values and
+// Grid (anchors / kSelectAnchors, B), block kSelectThreads, 12 KiB of shared memory. Reads A objectness values and
 // 32 bytes per class of each anchor that passes (adjacent anchors share them). Writes 8 bytes per passing pair, with
-// one global atomic per block for up to kStagedKeys pairs. Without the minimum of 4 blocks, ptxas spills registers.
+// one global atomic per block for up to kStagedKeys pairs. Half of the threads only score classes.
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads, 4) select(const Y7_GRID_CONSTANT Plan plan) {
+__global__ void __launch_bounds__(kSelectThreads, 2) select(const Y7_GRID_CONSTANT Plan plan) {
   Y7_SHARED(SelectScratch, s);
-  const uint32_t image = blockIdx.y, anchor = blockIdx.x * kSelectThreads + threadIdx.x;
+  const uint32_t image = blockIdx.y, anchor = blockIdx.x * kSelectAnchors + threadIdx.x;
   const Thresholds thresholds = load_thresholds(plan);
   if (threadIdx.x == 0) {
     s.survivors = s.staged = 0;
   }
-  const float objectness = anchor < plan.anchors ? sigmoid(anchor_row<T>(plan, image, anchor)[4]) : 0.0f;
-  const bool passes = anchor < plan.anchors && objectness > thresholds.conf;
+  const bool has_anchor = threadIdx.x < kSelectAnchors && anchor < plan.anchors;
+  if (threadIdx.x < kSelectAnchors) {
+    s.best[threadIdx.x] = 0;
+  }
+  AnchorRow<T> row = {};
+  float objectness = 0;
+  if (has_anchor) {
+    row = anchor_row<T>(plan, image, place_of(plan, anchor));
+    objectness = sigmoid(row[4]);
+  }
+  const bool passes = has_anchor && objectness > thresholds.conf;
   if (!__syncthreads_or(passes)) {
     return;
   }
@@ -107,10 +116,18 @@ __global__ void __launch_bounds__(kSelectThreads, 4) select(const Y7_GRID_CONSTA
     if (passes) {
       s.anchor[slot] = anchor;
       s.objectness[slot] = objectness;
+      s.row[slot] = row.first;
+      s.stride[slot] = row.channel_stride;
     }
     __syncthreads();
-    for (uint32_t i = warp(); i < s.survivors; i += kSelectThreads / 32) {
-      select_classes<T>(plan, s, image, i, thresholds);
+    const uint32_t units = (s.survivors + 31) / 32 * ((plan.classes - 1) / kClassesAtOnce + 1);
+    for (uint32_t unit = warp(); unit < units; unit += kSelectThreads / 32) {
+      select_classes<T>(plan, s, image, unit, thresholds);
+    }
+    if (!thresholds.multi_label) {
+      __syncthreads();
+      const Key best = threadIdx.x < s.survivors ? s.best[threadIdx.x] : 0;
+      stage_keys(plan, s, image, threadIdx.x < s.survivors && score_of(best) > thresholds.conf, best);
     }
   }
   __syncthreads();

@@ -7,17 +7,39 @@
 namespace y7 {
 namespace {
 
+// An entry of the overlap matrix that one thread writes: kRowsPerThread bits.
+template <uint32_t bits>
+struct Unsigned {
+  using type = uint32_t;
+};
+template <>
+struct Unsigned<8> {
+  using type = uint8_t;
+};
+template <>
+struct Unsigned<16> {
+  using type = uint16_t;
+};
+using MatrixEntry = Unsigned<kRowsPerThread>::type;
+union MatrixWord {
+  uint32_t word;
+  MatrixEntry part[32 / kRowsPerThread];
+};
+
 struct SuppressScratch {
   // Selection and sorting of a tile.
   Key key[2][kThreads];
   uint32_t bin[kThreads];
-  uint32_t warp_total[kThreads / 32];
+  uint32_t bin_end[kThreads];
+  uint32_t warp_total[kWarps];
   uint32_t filled, fitted;
+  // Detections that suppress other candidates: those of earlier tiles, then the survivors of each group.
+  float4 winner_box[kThreads];
+  uint32_t winner_class[kThreads];
   // NMS within a group of candidates.
   float4 box[kGroupSize];
-  float area[kGroupSize];
   uint32_t class_id[kGroupSize];
-  uint32_t suppressed[kGroupWords][kGroupSize];  // bit i of column j: candidate i is better than j and overlaps it
+  MatrixWord suppressed[kGroupWords][kGroupSize];  // bit i of column j: candidate i is better than j and overlaps it
   uint32_t kept[kGroupWords];
 };
 
@@ -29,22 +51,36 @@ struct Window {
   uint32_t stored, left;  // keys in the list, and how many of them are not selected yet
 };
 
-// Returns the sum of the values of this thread and of all threads before it.
-__device__ uint32_t inclusive_sum(SuppressScratch& s, uint32_t value) {
+// Returns the sum of the values of this lane and of all lanes before it.
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
   for (uint32_t step = 1; step < 32; step *= 2) {
     const uint32_t before = __shfl_up_sync(kFullWarp, value, step);
     if (lane() >= step) {
       value += before;
     }
   }
+  return value;
+}
+
+struct BlockSum {
+  uint32_t before, all;
+};
+
+// Returns the sum over all warps before this one, and over all warps. `total` is that of the warp, in its last lane.
+__device__ BlockSum sum_over_warps(SuppressScratch& s, uint32_t total) {
   if (lane() == 31) {
-    s.warp_total[warp()] = value;
+    s.warp_total[warp()] = total;
   }
   __syncthreads();
-  for (uint32_t i = 0; i < warp(); ++i) {
-    value += s.warp_total[i];
-  }
-  return value;
+  const uint32_t sum = warp_inclusive_sum(lane() < kWarps ? s.warp_total[lane()] : 0);
+  const uint32_t before = __shfl_sync(kFullWarp, sum, int(warp() + 31) % 32);
+  return {warp() ? before : 0, __shfl_sync(kFullWarp, sum, 31)};
+}
+
+// Returns the sum of the values of this thread and of all threads before it.
+__device__ uint32_t inclusive_sum(SuppressScratch& s, uint32_t value) {
+  value = warp_inclusive_sum(value);
+  return value + sum_over_warps(s, value).before;
 }
 
 // Calls visit(key) for every pair of the image above the threshold; the anchors are distributed over the threads.
@@ -52,7 +88,7 @@ template <class T, class Visit>
 __device__ void visit_passing_pairs(const Plan& plan, uint32_t image, const Thresholds& thresholds, Visit visit) {
   const float conf = thresholds.conf;
   for (uint32_t anchor = threadIdx.x; anchor < plan.anchors; anchor += kThreads) {
-    const AnchorRow<T> row = anchor_row<T>(plan, image, anchor);
+    const AnchorRow<T> row = anchor_row<T>(plan, image, place_of(plan, anchor));
     const float objectness = sigmoid(row[4]);
     if (!(objectness > conf)) {
       continue;
@@ -162,8 +198,18 @@ __device__ uint32_t select_tile(const Plan& plan, SuppressScratch& s, uint32_t i
     return window.stored;
   }
   const auto scan = [&](auto visit) {
-    for (uint32_t i = threadIdx.x; i < window.stored; i += kThreads) {
-      visit(keys[i]);
+    for (uint32_t begin = threadIdx.x; begin < window.stored; begin += kThreads * kKeysAtOnce) {
+      Key loaded[kKeysAtOnce];
+#pragma unroll
+      for (uint32_t i = 0; i < kKeysAtOnce; ++i) {
+        loaded[i] = keys[min(begin + i * kThreads, window.stored - 1)];
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kKeysAtOnce; ++i) {
+        if (begin + i * kThreads < window.stored) {
+          visit(loaded[i]);
+        }
+      }
     }
   };
   const Key high = window.high;
@@ -190,34 +236,36 @@ __device__ uint32_t select_tile(const Plan& plan, SuppressScratch& s, uint32_t i
   return count;
 }
 
-// Bitonic sort of the tile, one key per thread, in descending order. Only the next power of two above `count` threads
-// participate. Steps within a warp are shuffles; the others alternate between two buffers, so each needs one barrier.
-__device__ Key sort_tile(SuppressScratch& s, Key key, uint32_t count) {
-  uint32_t size = 32, buffer = 0;
-  while (size < count) {
-    size *= 2;
+// Sorts the keys of a tile, one per thread and all in [low, high), in descending order. Threads without a key have 0.
+//
+// A counting sort by the highest bits of key - low; then a key counts the larger ones of its bin. The bins hold few
+// keys, except where scores are equal: the cost grows with the largest bin.
+__device__ Key sort_tile(SuppressScratch& s, Key key, Key low, Key high) {
+  const uint32_t bits = 64 - __clzll((long long)(high - 1 - low)), shift = bits < kDigitBits ? 0 : bits - kDigitBits;
+  s.bin[threadIdx.x] = 0;
+  __syncthreads();
+  const uint32_t bin = kThreads - 1 - uint32_t((key - low) >> shift);  // of a key; the highest scores come first
+  const uint32_t arrival = key ? atomicAdd(&s.bin[bin], 1u) : 0;
+  __syncthreads();
+  const uint32_t end = inclusive_sum(s, s.bin[threadIdx.x]);
+  s.bin_end[threadIdx.x] = end;
+  __syncthreads();
+  const uint32_t first = key ? s.bin_end[bin] - s.bin[bin] : 0, last = key ? s.bin_end[bin] : 0;
+  if (key) {
+    s.key[0][first + arrival] = key;
   }
-  const bool participates = threadIdx.x < size;
-  for (uint32_t run = 2; run <= size; run *= 2) {
-    for (uint32_t step = run / 2; step; step /= 2) {
-      Key other = 0;
-      if (step >= 32) {
-        if (participates) {
-          s.key[buffer][threadIdx.x] = key;
-        }
-        __syncthreads();
-        if (participates) {
-          other = s.key[buffer][threadIdx.x ^ step];
-        }
-        buffer ^= 1;
-      } else if (participates) {
-        other = __shfl_xor_sync(kFullWarp, key, int(step));
-      }
-      const bool keeps_larger = !(threadIdx.x & run) == !(threadIdx.x & step);
-      key = keeps_larger ? max(key, other) : min(key, other);
-    }
+  s.key[1][threadIdx.x] = 0;
+  __syncthreads();
+  uint32_t rank = first;
+#pragma unroll 4
+  for (uint32_t i = first; i < last; ++i) {
+    rank += s.key[0][i] > key;
   }
-  return key;
+  if (key) {
+    s.key[1][rank] = key;
+  }
+  __syncthreads();
+  return s.key[1][threadIdx.x];
 }
 
 }  // namespace

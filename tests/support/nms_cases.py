@@ -29,7 +29,7 @@ from yolov7_deploy.options import Thresholds
 # The shipped sizes, and small ones with which images of a few hundred anchors need several tiles, lists and digits.
 BUILDS = {
     "shipped": (),
-    "64 threads": ("Y7_NMS_THREADS=64", "Y7_NMS_SELECT_THREADS=32", "Y7_NMS_CAPACITY=97", "Y7_NMS_STAGED=5"),
+    "64 threads": ("Y7_NMS_THREADS=64", "Y7_NMS_SELECT_THREADS=64", "Y7_NMS_CAPACITY=97", "Y7_NMS_STAGED=5"),
     "512 threads": ("Y7_NMS_THREADS=512", "Y7_NMS_SELECT_THREADS=128", "Y7_NMS_CAPACITY=700", "Y7_NMS_STAGED=1"),
 }
 
