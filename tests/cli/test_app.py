@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from tests.support.terminal import run_in_terminal
 from yolov7_deploy import __version__
+from yolov7_deploy.__main__ import SPIN_COUNT
 from yolov7_deploy.cli.app import COMMANDS, app
 from yolov7_deploy.cli.command import PANELS
 from yolov7_deploy.cli.options import announce_replacement, check_json_path
@@ -252,3 +253,20 @@ def test_quiet_commands_print_their_result_only(tmp_path, arguments):
 def test_a_command_with_a_typing_error_is_suggested():
     result = CliRunner().invoke(app, ["exprot"])
     assert result.exit_code == 2 and "Did you mean 'export'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_of_openmp_spin_briefly_unless_the_user_chose_it(tmp_path, variables, expected):
+    code = (
+        "import atexit, os, pathlib, sys\n"
+        "atexit.register(lambda: pathlib.Path('seen').write_text(str(os.environ.get('GOMP_SPINCOUNT'))))\n"
+        "sys.argv = ['y7', '--version']\n"
+        "from yolov7_deploy.__main__ import main\n"
+        "main()\n"
+    )
+    inherited = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**inherited, **variables}, check=True)
+    assert (tmp_path / "seen").read_text() == expected

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -250,3 +251,10 @@ def test_by_default_every_gpu_of_the_table_is_compiled_for(tmp_path):
     built = build_plugin(kernels_only=True, output=tmp_path / "default.so", log=lambda _: None)
     assert list(built.compute_capabilities) == known
     assert built.ptx == (known[-1],)
+
+
+def test_an_output_is_a_folder_unless_it_ends_in_so(tmp_path):
+    built = SimpleNamespace(path=tmp_path / "liby7.so")
+    (tmp_path / "odd.so").mkdir()
+    for output, target in (("new", "new/liby7.so"), ("a/my.so", "a/my.so"), ("odd.so", "odd.so/liby7.so")):
+        assert plugin_build._destination(tmp_path / output, built) == tmp_path / target

@@ -27,7 +27,8 @@ def plugin(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File or folder (default: the path that y7 build searches).")
+        Path | None,
+        typer.Option("--output", "-o", help="FILE.so, or a folder (default: the path that y7 build searches)."),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Number of parallel compilers (default: one per core).")

@@ -70,7 +70,7 @@ def build_plugin(
         cuda: Folder of a CUDA toolkit, or its nvcc; default: searched.
         architectures: GPUs such as `86`, `8.6` or `sm86`, or `native`, `all`, `all-major`; default: all that the
             toolkit supports.
-        output: File or folder to write to; default: the path that `find_plugin` searches first.
+        output: File to write if it ends in .so, else a folder; default: the path that `find_plugin` searches first.
         jobs: Number of parallel compilers; default: one per processor.
         kernels_only: Build the CUDA kernels without TensorRT.
         warnings_as_errors: Fail on a warning of a compiler, for the tests of this project.
@@ -331,7 +331,8 @@ def _destination(output: Path | None, built: PluginLibrary) -> Path:
     if output is None:
         return built_path(built.abi)
     output = output.expanduser().absolute()
-    return output / built.path.name if output.is_dir() else output
+    is_file = output.suffix == ".so" and not output.is_dir()
+    return output if is_file else output / built.path.name
 
 
 def _install(built: Path, target: Path) -> Path:
