@@ -28,7 +28,7 @@ constexpr uint32_t kSelectThreads = Y7_NMS_SELECT_THREADS;  // of `select`
 constexpr uint32_t kSelectAnchors = kSelectThreads / 2;     // that a block of `select` reads
 constexpr uint32_t kCapacity = Y7_NMS_CAPACITY;             // keys per image
 constexpr uint32_t kStagedKeys = Y7_NMS_STAGED;             // keys that a block of `select` collects in shared memory
-constexpr uint32_t kGroupSize = kThreads < 256 ? 32 : kThreads / 8;  // candidates that are resolved at once
+constexpr uint32_t kGroupSize = kThreads < 256 ? 32 : kThreads / 4;  // candidates that are resolved at once
 constexpr uint32_t kGroupWords = kGroupSize / 32;
 // Rows of one column of a group's overlap matrix that a thread computes.
 constexpr uint32_t kRowsPerThread = kGroupSize * kGroupSize / kThreads;

@@ -49,10 +49,14 @@ __device__ __forceinline__ bool overlap(float4 a, float area_a, const Candidate&
 template <uint32_t N>
 __device__ __forceinline__ uint32_t competitors(const uint32_t* class_ids, uint32_t class_id,
                                                 const Thresholds& thresholds) {
-  uint32_t bits = 0;
+  uint32_t loaded[N], bits = 0;
 #pragma unroll
   for (uint32_t i = 0; i < N; ++i) {
-    bits |= uint32_t(class_ids[i] == class_id) << i;
+    loaded[i] = class_ids[i];
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < N; ++i) {
+    bits |= uint32_t(loaded[i] == class_id) << i;
   }
   return thresholds.class_agnostic ? ~0u : bits;
 }
@@ -75,18 +79,21 @@ __device__ void resolve(SuppressScratch& s, uint32_t size) {
   uint32_t kept[kGroupWords];
 #pragma unroll
   for (uint32_t word = 0; word < kGroupWords; ++word) {
-    const uint32_t j = 32 * word + lane();
-    bool is_suppressed = j >= size;
+    uint32_t now = 0;
+    if (32 * word < size) {
+      const uint32_t j = 32 * word + lane(), suppressors = s.suppressed[word][j].word;
+      bool is_suppressed = j >= size;
 #pragma unroll
-    for (uint32_t better = 0; better < word; ++better) {
-      is_suppressed = is_suppressed || (s.suppressed[better][j].word & kept[better]);
+      for (uint32_t better = 0; better < word; ++better) {
+        is_suppressed = is_suppressed || (s.suppressed[better][j].word & kept[better]);
+      }
+      uint32_t before;
+      now = __ballot_sync(kFullWarp, !is_suppressed);
+      do {
+        before = now;
+        now = __ballot_sync(kFullWarp, !is_suppressed && !(suppressors & before));
+      } while (now != before);
     }
-    const uint32_t suppressors = s.suppressed[word][j].word;
-    uint32_t before, now = __ballot_sync(kFullWarp, !is_suppressed);
-    do {
-      before = now;
-      now = __ballot_sync(kFullWarp, !is_suppressed && !(suppressors & before));
-    } while (now != before);
     kept[word] = now;
     if (lane() == 0) {
       s.kept[word] = now;
@@ -189,7 +196,7 @@ __device__ uint32_t append_survivors(const Plan& plan, SuppressScratch& s, uint3
   return min(kept, plan.max_det);
 }
 
-// Grid B, block kThreads, 24 KiB of shared memory. For n candidates and k survivors: O(n) for the sort if the scores
+// Grid B, block kThreads, 27 KiB of shared memory. For n candidates and k survivors: O(n) for the sort if the scores
 // differ, and O(n (k + kGroupSize)) comparisons of classes, divided by kThreads; boxes are compared within a class.
 // With more than kThreads candidates, every tile also needs two or three scans of the list.
 template <class T>
