@@ -9,9 +9,6 @@ import pytest
 from onnx import numpy_helper
 
 from tests.fakes.fake_trt_runtime import VERSIONS
-from tests.support.sample_images import IMAGES, NMS_OPTIONS, assert_same
-from tests.support.small_models import HW as NETWORK_HW
-from tests.support.small_models import exported_tiny
 from tests.support.trt_kit import HW, INFO, NMS, assert_detected, environment, expected_boxes, infer, make_image, toy
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError, UsageError
@@ -20,7 +17,6 @@ from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.letterbox_kernel import FRAME
 from yolov7_deploy.runtimes.staging import Staging
-from yolov7_deploy.tensorrt.onnx_rewrite import prepare_graph
 
 __all__ = ["environment"]
 
@@ -62,22 +58,6 @@ def test_a_letterbox_that_shrinks_by_area_is_applied_on_the_host(environment):
         (found,) = runtime.infer([image], [box], thresholds).detections
         np.testing.assert_allclose(found.boxes, expected_boxes(image, box), atol=2e-3)
         assert_detected(infer(runtime, [make_image(4)]).detections[0], make_image(4))
-
-
-def test_a_real_network_gives_the_boxes_of_its_onnx_file(environment):
-    model = exported_tiny(nms="plugin", batch=None, **NMS_OPTIONS, multi_label=False)
-    prepared = prepare_graph(model, use_plugin=False)
-    onnx_file = environment.folder / "tiny.onnx"
-    model.save(onnx_file)
-    engine = environment.engine(prepared.proto, metadata=model.metadata, nms_by="operators", name="tiny.engine")
-    with Detector(engine) as ours, Detector(onnx_file, device="cpu") as theirs:
-        assert ours.input_hw == NETWORK_HW
-        assert (ours.device, ours.max_batch_size, ours.class_names) == ("cuda:0", 4, theirs.class_names)
-        for found, expected in zip(ours.batch(IMAGES), theirs.batch(IMAGES), strict=True):
-            assert len(found) > 5
-            assert_same(found, expected)
-        assert_same(ours(IMAGES[0], conf=0.75), theirs(IMAGES[0], conf=0.75))
-        assert len(ours(IMAGES[0], iou=0.05)) < len(ours(IMAGES[0]))
 
 
 def test_each_call_has_its_own_thresholds_classes_and_max_det(environment):
