@@ -105,7 +105,7 @@ template <class T>
 struct AnchorRow {
   const T* first;
   int64_t channel_stride;
-  __device__ float operator[](uint32_t column) const { return to_float(__ldg(first + column * channel_stride)); }
+  __device__ T operator[](uint32_t column) const { return __ldg(first + column * channel_stride); }
 };
 
 __device__ __forceinline__ uint32_t level_of(const Plan& plan, uint32_t anchor) {

@@ -58,13 +58,18 @@ __device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t imag
   const uint32_t units_per_anchor = (plan.classes - 1) / kClassesAtOnce + 1, group = unit / units_per_anchor;
   const uint32_t survivor = group * 32 + lane(), begin = (unit - group * units_per_anchor) * kClassesAtOnce;
   const bool exists = survivor < s.survivors;
-  const uint32_t anchor = exists ? s.anchor[survivor] : 0;
-  const float objectness = exists ? s.objectness[survivor] : 0.0f;
-  const AnchorRow<T> row = {static_cast<const T*>(exists ? s.row[survivor] : nullptr), exists ? s.stride[survivor] : 0};
+  const uint32_t slot = min(survivor, s.survivors - 1), anchor = s.anchor[slot];
+  const float objectness = s.objectness[slot];
+  const AnchorRow<T> row = {static_cast<const T*>(s.row[slot]), s.stride[slot]};
+  T logit[kClassesAtOnce];  // loads without conditions, so that all are in flight at once
+#pragma unroll
+  for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
+    logit[i] = row[5 + min(begin + i, plan.classes - 1)];
+  }
   float value[kClassesAtOnce];
 #pragma unroll
   for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
-    value[i] = exists && begin + i < plan.classes ? row[5 + begin + i] : 0.0f;
+    value[i] = to_float(logit[i]);
   }
   sigmoids(value);
   Key best = 0;
@@ -103,7 +108,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select(const Y7_GRID_CONSTA
   float objectness = 0;
   if (has_anchor) {
     row = anchor_row<T>(plan, image, place_of(plan, anchor));
-    objectness = sigmoid(row[4]);
+    objectness = sigmoid(to_float(row[4]));
   }
   const bool passes = has_anchor && objectness > thresholds.conf;
   if (!__syncthreads_or(passes)) {

@@ -20,7 +20,8 @@ __device__ Candidate decode(const Plan& plan, uint32_t image, Key key) {
   const uint32_t anchor = pair_of(key) / plan.classes;
   const AnchorPlace place = place_of(plan, anchor);
   const AnchorRow<T> row = anchor_row<T>(plan, image, place);
-  float t[4] = {row[0], row[1], row[2], row[3]};
+  const T logit[4] = {row[0], row[1], row[2], row[3]};
+  float t[4] = {to_float(logit[0]), to_float(logit[1]), to_float(logit[2]), to_float(logit[3])};
   sigmoids(t);
   const Level& level = plan.level[place.level];
   const uint32_t cell_y = place.cell / level.width, cell_x = place.cell - cell_y * level.width;

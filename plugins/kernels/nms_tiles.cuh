@@ -89,7 +89,7 @@ __device__ void visit_passing_pairs(const Plan& plan, uint32_t image, const Thre
   const float conf = thresholds.conf;
   for (uint32_t anchor = threadIdx.x; anchor < plan.anchors; anchor += kThreads) {
     const AnchorRow<T> row = anchor_row<T>(plan, image, place_of(plan, anchor));
-    const float objectness = sigmoid(row[4]);
+    const float objectness = sigmoid(to_float(row[4]));
     if (!(objectness > conf)) {
       continue;
     }
@@ -99,7 +99,7 @@ __device__ void visit_passing_pairs(const Plan& plan, uint32_t image, const Thre
       float logit[kClassesAtOnce];
 #pragma unroll
       for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
-        logit[i] = begin + i < classes ? row[5 + begin + i] : 0.0f;
+        logit[i] = begin + i < classes ? to_float(row[5 + begin + i]) : 0.0f;
       }
 #pragma unroll
       for (uint32_t i = 0; i < kClassesAtOnce; ++i) {
