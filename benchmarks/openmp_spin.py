@@ -3,7 +3,7 @@
 Every measurement is a process of its own, alone and beside processes that keep all cores busy. A thread that spins
 takes time from the thread it waits for, if there are more threads than cores.
 
-    python benchmarks/openmp_spin.py [--neighbours 0 6] [--rounds 3]
+    python benchmarks/openmp_spin.py [--neighbours 0 3] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recording import parser, record
 
 # GNU OpenMP's own default is 300,000 iterations, about a millisecond; the second value is that of `y7`.
 SPIN_COUNTS = {"default": None, "y7": "1000", "none": "0"}
-STEPS, CALLS = 4, 8
+STEPS, CALLS = 3, 10
 BUSY = "import torch\nx = torch.randn(600, 600)\nwhile True: x @ x"
 
 
@@ -31,8 +31,8 @@ def main() -> None:
         measure(sys.argv[2])
         return
     arguments = parser(__doc__)
-    arguments.add_argument("--neighbours", type=int, nargs="+", default=[0, 6])
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--neighbours", type=int, nargs="+", default=[0, 3])
+    arguments.add_argument("--rounds", type=int, default=2)
     options = arguments.parse_args()
     result: dict[str, object] = {"steps": STEPS, "calls": CALLS, "spin_counts": SPIN_COUNTS}
     for neighbours in options.neighbours:
