@@ -27,6 +27,16 @@ CLASSES = 80
 CONF, IOU, MAX_DET, MAX_CANDIDATES = 0.25, 0.45, 100, 3840
 NMS_OPTIONS = {"conf": CONF, "iou": IOU, "max_candidates": MAX_CANDIDATES}
 TARGET_US = 40.0
+# Pairs, whether those of a group overlap, and the threshold: photographs at the default threshold, then as in `y7 val`,
+# and images without any overlap, in which NMS has nothing to remove.
+MEASURED = (
+    (300, True, CONF),
+    (300, False, CONF),
+    (4000, True, 0.001),
+    (100, False, CONF),
+    (1000, False, CONF),
+    (4000, False, CONF),
+)
 # The same work as small ONNX files for TensorRT, written by `prepare`.
 END_FILE, END_BATCHES = "nms_end_{kind}_{type}_b{batch}.onnx", (1, 8, 32)
 
@@ -107,10 +117,11 @@ def yolov7_heads(
     *,
     scale: int = 1,
     step: float = 0.0,
+    overlap: bool = False,
 ) -> Heads:
     """Return head maps of YOLOv7 at 640 / scale with about `count` (anchor, class) pairs above 0.25 per image.
 
-    The pairs form clusters, as those of a trained network do.
+    The pairs form groups of neighbouring cells, as those of a trained network do.
 
     Args:
         rng: Random generator of the values.
@@ -120,22 +131,30 @@ def yolov7_heads(
         padding: Argument of `Heads`.
         scale: Divisor of the image size.
         step: Grid to which all logits are rounded, so that scores are equal; 0 for none.
+        overlap: The pairs of a group have nearly the same box, so NMS keeps one of each; otherwise random boxes.
     """
     maps: list[Array] = []
     shares = (0.6, 0.3, 0.1)
-    for side, share in zip((side // scale for side in SIDES), shares, strict=True):
+    for level, share in enumerate(shares):
+        side = SIDES[level] // scale
+        anchors = np.array(ANCHORS[level]) if overlap else None
         raw = rng.normal(-8, 1, (batch, 3, 5 + CLASSES, side, side)).astype(np.float32)
         raw[:, :, :4] = rng.normal(0, 1, (batch, 3, 4, side, side))
         for image in range(batch):
-            _add_objects(rng, raw[image], round(count * share))
+            _add_objects(rng, raw[image], round(count * share), anchors)
         if step:
             raw = np.round(raw / step) * step
         maps.append(raw.reshape(batch, -1, side, side).astype(kind))
     return Heads(maps=tuple(maps), strides=STRIDES, anchors=ANCHORS, padding=padding)
 
 
-def _add_objects(rng: np.random.Generator, raw: Array, count: int) -> None:
-    """Add objects to raw [3, 5 + C, side, side]: all anchors of 2 x 2 cells detect each, as in a trained head."""
+def _add_objects(rng: np.random.Generator, raw: Array, count: int, anchors: Array | None) -> None:
+    """Add objects to raw [3, 5 + C, side, side]: all anchors of 2 x 2 cells detect each, as in a trained head.
+
+    With `anchors` [3, 2] their boxes nearly agree: their centre is the corner between the cells, and their size is the
+    geometric mean of the anchors. The logits follow from the decoding, x = 2 sigmoid(t) - 0.5 + cell and
+    w = (2 sigmoid(t))^2 anchor.
+    """
     side = raw.shape[-1]
     for first in range(0, count, 12):
         row, column = rng.integers(0, side - 1, 2)
@@ -144,12 +163,17 @@ def _add_objects(rng: np.random.Generator, raw: Array, count: int) -> None:
         anchor, y, x = positions // 4, row + positions // 2 % 2, column + positions % 2
         raw[anchor, 4, y, x] = rng.normal(2.5, 0.7, number)
         raw[anchor, 5 + int(rng.integers(CLASSES)), y, x] = rng.normal(3, 0.7, number)
+        if anchors is not None:
+            offsets = np.stack([column + 1 - x, row + 1 - y], axis=1)  # of the centre from each cell
+            sizes = np.sqrt(np.exp(np.log(anchors).mean(axis=0)) / anchors[anchor])
+            shares = np.concatenate([(offsets + 0.5) / 2, sizes / 2], axis=1)
+            raw[anchor, :4, y, x] = np.log(shares / (1 - shares)) + rng.normal(0, 0.05, (number, 4))
 
 
 class NmsCall:
     """A call of y7_nms with all arguments on the GPU, which can be enqueued repeatedly."""
 
-    def __init__(self, kernels: Any, memory: CudaMemory, heads: Heads, batch: int) -> None:
+    def __init__(self, kernels: Any, memory: CudaMemory, heads: Heads, batch: int, *, conf: float = CONF) -> None:
         self.kernels, self.stream = kernels, memory.stream
         images = len(heads.maps[0])
         self.structs, self.kept_alive = heads.structs(memory)
@@ -162,7 +186,7 @@ class NmsCall:
         shapes |= {"classes": (batch, MAX_DET), "overflow": (batch, 1)}
         self.buffers = {name: memory.garbage(shape, np.float32) for name, shape in shapes.items()}
         self.outputs = NmsOutputs(**{name: buffer.address for name, buffer in self.buffers.items()})
-        self.thresholds = [memory.upload(np.array([value], np.float32)) for value in (CONF, IOU, 1, 0)]
+        self.thresholds = [memory.upload(np.array([value], np.float32)) for value in (conf, IOU, 1, 0)]
         self.workspace_bytes = kernels.y7_nms_workspace(self.params)
         self.workspace = memory.garbage((self.workspace_bytes,), np.uint8)
 
@@ -191,20 +215,22 @@ class NmsCall:
 
 
 def measure(env: Environment) -> None:
-    """Measure the time by number of candidates, batch size, type and layout."""
+    """Measure the time by number and overlap of the candidates, threshold, batch size, type and layout."""
     cuda, kernels = env.open_cuda(), env.open_kernels()
     rows: list[dict[str, object]] = []
-    combinations = itertools.product((300, 100, 1000, 4000), (np.float16, np.float32), (None, 1))
-    for count, kind, padding in itertools.islice(combinations, env.choose(1000, 2)):
-        heads = yolov7_heads(np.random.default_rng(count), 4, count, kind, padding, scale=env.choose(1, 8))
+    combinations = itertools.product(MEASURED, (np.float16, np.float32), (None, 1))
+    for (count, overlap, conf), kind, padding in itertools.islice(combinations, env.choose(1000, 6)):
+        rng, scale = np.random.default_rng(count), env.choose(1, 8)
+        heads = yolov7_heads(rng, 4, count, kind, padding, scale=scale, overlap=overlap)
         for batch in (1, 8, 32, 64)[: env.choose(4, 1)]:
             subset = replace(heads, maps=tuple(level[:batch] for level in heads.maps))
             with Stream(cuda) as stream:
                 memory = CudaMemory(cuda, stream, guard=0)
-                work = NmsCall(kernels, memory, subset, batch)
+                work = NmsCall(kernels, memory, subset, batch, conf=conf)
                 times = times_us(stream, work, rounds=env.choose(200, 3))
                 found = memory.download(work.buffers["num_dets"]).view(np.int32)
             row = {"type": kind.__name__, "layout": "linear" if padding is None else "channels-last", "pairs": count}
+            row |= {"overlap": overlap, "conf": conf}
             rows.append({**row, "batch": batch, "detections": int(found[0, 0]), **times})
             env.record("rows", rows)
     best = [row for row in rows if row["batch"] == 1 and row["pairs"] == 300]

@@ -25,6 +25,7 @@ from tests.gpu.comparison import compare_detections, compare_raw
 from tests.gpu.environment import KERNELS, Environment
 from yolov7_deploy.errors import Y7Error
 from yolov7_deploy.image import fit_letterbox, to_network_input
+from yolov7_deploy.postprocess import greedy_nms
 from yolov7_deploy.runtimes.cuda import open_cuda
 
 ROOT = Path(__file__).parents[2]
@@ -228,6 +229,25 @@ def test_random_heads_have_about_the_requested_number_of_pairs(count):
         scores = 1 / ((1 + np.exp(-raw[:, 4:5])) * (1 + np.exp(-raw[:, 5:])))
         pairs += int((scores > nms.CONF).sum())
     assert 0.8 * count <= pairs <= 1.1 * count
+
+
+@pytest.mark.parametrize(("overlap", "kept"), [(True, range(20, 40)), (False, range(200, 301))])
+def test_overlapping_pairs_are_a_few_objects(overlap, kept):
+    heads = nms.yolov7_heads(np.random.default_rng(0), 1, 300, np.float32, None, overlap=overlap)
+    parts = []
+    for level, stride, anchors in zip(heads.maps, nms.STRIDES, nms.ANCHORS, strict=True):
+        side = level.shape[-1]
+        raw = 1 / (1 + np.exp(-level.reshape(3, 85, side, side).transpose(0, 2, 3, 1)))
+        row, column = np.mgrid[:side, :side]
+        centre = (2 * raw[..., :2] - 0.5 + np.stack([column, row], axis=-1)) * stride
+        half = (2 * raw[..., 2:4]) ** 2 * np.array(anchors)[:, None, None] / 2
+        scores = raw[..., 4:5] * raw[..., 5:]
+        parts.append(np.concatenate([centre - half, centre + half, scores], axis=-1).reshape(-1, 84))
+    rows = np.concatenate(parts)
+    rows = rows[rows[:, 4:].max(axis=1) > nms.CONF]
+    rows = rows[np.argsort(-rows[:, 4:].max(axis=1), kind="stable")].astype(np.float32)
+    found = greedy_nms(rows[:, :4], rows[:, 4:].argmax(axis=1), iou=nms.IOU, max_det=300)
+    assert len(found) in kept
 
 
 def test_synthetic_weights_are_removed_and_restored():
