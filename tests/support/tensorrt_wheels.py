@@ -1,4 +1,4 @@
-"""Wheels of TensorRT that tests download with pip, into `$Y7_TENSORRT_BINDINGS` or a temporary folder."""
+"""Wheels of TensorRT and CUDA that tests download with pip, into `$Y7_TENSORRT_BINDINGS` or a temporary folder."""
 
 import os
 import subprocess
