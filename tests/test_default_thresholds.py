@@ -137,16 +137,16 @@ def test_efficient_nms_refuses_another_label_rule(export, images):
         detector(images[0])
 
 
-def test_more_detections_than_a_file_can_give_are_reported_once(export, images, caplog):
+@pytest.mark.parametrize(("max_det", "advice"), [(300, "max-det 300"), (5000, "nms none")])
+def test_more_detections_than_a_file_can_give_are_reported_once(export, images, caplog, max_det, advice):
     path = export(max_det=7)[1]
-    with caplog.at_level(logging.WARNING), Detector(path, device="cpu", max_det=300) as detector:
+    with caplog.at_level(logging.WARNING), Detector(path, device="cpu", max_det=max_det) as detector:
         assert detector.thresholds.max_det == 7
         detector(images[0], max_det=500)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
-    assert (
-        "at most 7 detections per image, not 300" in messages[0] and "export it again with max-det 300" in messages[0]
-    )
+    assert f"at most 7 detections per image, not {max_det}." in messages[0]
+    assert f"export it again with {advice}." in messages[0]
 
 
 def test_fewer_detections_are_the_best_ones(export, images):

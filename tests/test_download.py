@@ -169,8 +169,10 @@ def test_weights_that_cannot_be_downloaded_leave_no_file(address, monkeypatch, t
     monkeypatch.setenv("Y7_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_MAX_BYTES", 10**6)
+    monkeypatch.setattr(hub, "RELEASE_URL", f"{address}/{kind}")
+    monkeypatch.setattr(hub, "TIMEOUT_S", TIMEOUT_S)
     monkeypatch.setitem(REDIRECTS, "ftp", "ftp://127.0.0.1:9/a.pt")
     with pytest.raises(LoadError) as caught:
-        hub.find_weights("yolov7-tiny", base_url=f"{address}/{kind}", timeout_s=TIMEOUT_S)
+        hub.find_weights("yolov7-tiny")
     assert caught.value.fix
     assert not list(tmp_path.rglob("*.pt"))

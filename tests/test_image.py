@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from yolov7_deploy.errors import ImageError
+from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.image import (
     PAD_GREY,
     as_bgr,
@@ -440,6 +440,12 @@ def test_bytes_that_are_not_an_image_are_refused_with_their_name():
         decode_image(b"hello", name="upload")
     with pytest.raises(ImageError, match=r"^The image is empty"):
         decode_image(b"")
+
+
+@pytest.mark.parametrize("reduced", [0, 3, 16])
+def test_another_reduction_than_those_of_jpeg_is_refused(reduced):
+    with pytest.raises(UsageError, match=rf"reduced must be 1, 2, 4 or 8, not {reduced}"):
+        decode_image(cv2.imencode(".png", noise(6, 8))[1], reduced=reduced)
 
 
 def test_a_missing_file_is_reported(tmp_path):

@@ -26,6 +26,21 @@ def test_an_existing_folder_is_used_only_on_request(tmp_path):
         assert other == tmp_path / "exp2"
 
 
+def test_a_named_folder_that_does_not_exist_is_created_even_if_numbered_ones_exist(tmp_path):
+    (tmp_path / "exp2").mkdir()
+    with new_run_folder(tmp_path / "exp", exist_ok=True) as used:
+        assert used == tmp_path / "exp" and used.is_dir()
+    assert not used.exists()  # nothing was written
+    used.touch()
+    with pytest.raises(UsageError, match="exp cannot be created"), new_run_folder(used, exist_ok=True):
+        pass
+
+
+def test_names_that_some_file_systems_do_not_distinguish_get_another_number(tmp_path):
+    (tmp_path / "Exp").mkdir()
+    assert create_run_folder(tmp_path / "exp").name == "exp2"
+
+
 def test_runs_that_start_together_get_different_folders(tmp_path):
     folders, barrier = [], threading.Barrier(8)
 

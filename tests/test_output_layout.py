@@ -201,8 +201,8 @@ def test_a_file_that_was_quantized_here_keeps_its_layout(graph, tmp_path):
         ([(1, 255, 40, 32), (1, 255, 20, 16), (1, 255, 10, 8)], "raw head maps"),
         ([(1, 1000)], "not a YOLOv7 layout"),
         ([(100, 6)], "not a YOLOv7 layout"),
-        ([(1, None, 6)], "do not tell"),
-        ([(1, None, None)], "do not tell"),
+        ([(1, None, 6)], "do not show"),
+        ([(1, None, None)], "do not show"),
         ([], "nothing"),
     ],
 )

@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import reference_nms
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.metadata import NmsMetadata
 from yolov7_deploy.options import Thresholds
-from yolov7_deploy.postprocess import greedy_nms, iou_matrix, postprocess, postprocess_scores, xywh_to_xyxy
+from yolov7_deploy.postprocess import (
+    check_nms_compatible,
+    greedy_nms,
+    iou_matrix,
+    postprocess,
+    postprocess_scores,
+    xywh_to_xyxy,
+)
 
 # float32 against Python's float64: three products and a quotient.
 IOU_TOLERANCE = 1e-6
@@ -355,3 +364,25 @@ def test_scores_of_transposed_outputs_are_bit_equal_to_the_reference():
         thresholds = Thresholds(conf=0.9, multi_label=multi_label)
         found = postprocess_scores(cells[:4].T, cells[4:].T, thresholds)
         assert_bit_equal(found, reference_nms.postprocess_scores(cells[:4].T, cells[4:].T, thresholds))
+
+
+@pytest.mark.parametrize(
+    ("max_candidates", "message"),
+    [(1000, "was exported with iou=0.45; iou=0.6 was requested"), (0, "did not record its iou, so iou=0.6 cannot")],
+    ids=["own file", "another exporter"],
+)
+def test_an_iou_that_nms_inside_a_file_cannot_apply_is_refused(max_candidates, message):
+    nms = NmsMetadata(
+        kind="efficient",
+        conf=0.0,
+        iou=0.45,
+        max_det=100,
+        max_candidates=max_candidates,
+        multi_label=False,
+        class_agnostic=False,
+        runtime_thresholds=False,
+    )
+    check_nms_compatible(nms, Thresholds(iou=0.45))
+    with pytest.raises(UsageError, match=message) as caught:
+        check_nms_compatible(nms, Thresholds(iou=0.6))
+    assert "iou" in caught.value.fix

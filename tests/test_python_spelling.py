@@ -31,6 +31,8 @@ TEXTS = [
     ("Lower it (--set lr0=0.001)", 'Lower it (hyp={"lr0": 0.001})'),
     ("--min-batch 1 --opt-batch 4 --max-batch 8", "min_batch=1, opt_batch=4, max_batch=8"),
     ("The file has conf=0.3; conf=0.4 was requested", "The file has conf=0.3; conf=0.4 was requested"),
+    ("For example: --img 640 or --img 384x640", "For example: img=640 or img=(384, 640)"),
+    ("--cache -1 must be at least 0.", "cache_gib=-1 must be at least 0."),
     ("--target sm86,sm89", 'targets=["sm86", "sm89"]'),
     ("--workspace 4", "workspace_gib=4"),
     ("y7 export --weights yolov7.pt --batch 8 --engine", 'export("yolov7.pt", batch=8, engine=True)'),

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support.training_runs import RecordingCallback, resume_run, train_small
+from yolov7_deploy import _output_folder
 from yolov7_deploy._output_folder import LOCK_NAME, lock_run_folder
 from yolov7_deploy.errors import TrainingError, UsageError
 
@@ -88,6 +89,19 @@ def test_the_lock_of_a_killed_process_is_ignored_even_if_its_child_lives(tmp_pat
         os.kill(child, signal.SIGKILL)
         process.stdin.close()
         process.stdout.close()
+
+
+def test_a_lock_file_that_was_removed_after_it_was_opened_is_created_again(tmp_path, monkeypatch):
+    lock = _output_folder._lock
+
+    def lock_and_remove(descriptor, owner):
+        (tmp_path / LOCK_NAME).unlink()
+        monkeypatch.undo()
+        return lock(descriptor, owner)
+
+    monkeypatch.setattr(_output_folder, "_lock", lock_and_remove)
+    with lock_run_folder(tmp_path):
+        assert (tmp_path / LOCK_NAME).read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize("content", ["", "999999999", "not a number", "own process"])

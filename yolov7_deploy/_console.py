@@ -29,9 +29,7 @@ BAR_INTERVAL_S = 0.1  # between updates of a bar
 BAR_WIDTH = 24
 
 
-def table(
-    rows: Sequence[Sequence[object]], columns: Sequence[str], title: str = "", *, pretty: bool | None = None
-) -> str:
+def table(rows: Sequence[Sequence[object]], columns: Sequence[str], title: str = "") -> str:
     """Return a table as text: with lines for a terminal, as plain aligned columns for a pipe.
 
     Columns of numbers are aligned to the right. Format floats before; `None` becomes a dash. Unprintable characters
@@ -41,13 +39,11 @@ def table(
         rows: One sequence of cells per row, as long as `columns`.
         columns: Headings.
         title: A line above the table; left out when empty.
-        pretty: Draw lines; `None` does so if standard output is a terminal.
     """
     cells = [["-" if cell is None else printable_line(cell) for cell in row] for row in rows]
     columns, title = [printable_line(name) for name in columns], printable_line(title)
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    if is_terminal if pretty is None else pretty:
+    if sys.stdout is not None and sys.stdout.isatty():
         return _pretty_table(cells, columns, numeric, title)
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     lines = [
@@ -167,26 +163,23 @@ def _plain(value: object) -> object:
 
 
 @contextlib.contextmanager
-def progress(what: str, *, unit: str = "", stream: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str, *, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     """Yield a function of (done, total) that shows progress: a bar on a terminal, a line every ten seconds in a pipe.
 
-    Progress is written to standard error; standard output is for results.
+    Progress is written to standard error; standard output is for results. A total of 0 is unknown and not shown.
 
     Args:
         what: The work, as `validate`.
         unit: `MB` for bytes, `%` where only the fraction has a meaning; otherwise items are counted.
-        stream: The terminal or pipe.
     """
-    with progress_with_note(what, unit=unit, stream=stream) as show:
+    with progress_with_note(what, unit=unit) as show:
         yield lambda done, total: show(done, total, "")
 
 
 @contextlib.contextmanager
-def progress_with_note(
-    what: str, *, unit: str = "", stream: TextIO | None = None
-) -> Iterator[Callable[[int, int, str], None]]:
+def progress_with_note(what: str, *, unit: str = "") -> Iterator[Callable[[int, int, str], None]]:
     """Yield a function of (done, total, note), as `progress` does; the note is shown after the numbers."""
-    output = sys.stderr if stream is None else stream
+    output = sys.stderr
     if output is None or is_quiet():
         yield lambda done, total, note: None
     elif is_terminal(output):
@@ -230,8 +223,8 @@ def _amount(done: int, total: int, unit: str) -> str:
     if unit == "%":
         return f"{100 * done // max(total, 1)} %"
     if unit == "MB":
-        return f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
-    return f"{done}/{total}"
+        return f"{done / 1e6:.1f}{f'/{total / 1e6:.1f}' if total else ''} MB"
+    return f"{done}/{total}" if total else str(done)
 
 
 def _rate(done: int, unit: str, seconds: float) -> str:

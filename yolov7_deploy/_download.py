@@ -19,10 +19,14 @@ _BLOCK_BYTES = 2**18
 _QUEUED_BLOCKS = 8
 
 _HEAD_BYTES = 64
-_URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # that are not encoded
+_URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # these are not percent-encoded
 
 # A block and the size that the server announced (0 without one), an error, or the end.
 _Message = tuple[bytes, int] | Exception | None
+
+
+class IncompleteDownloadError(OSError):
+    """The connection ended before all bytes that the server announced were received."""
 
 
 class Answer(NamedTuple):
@@ -49,7 +53,8 @@ def download(
 
     Raises:
         TimeoutError: The download takes too long.
-        OSError: There is no connection, the server reports an error, or the content is too large or incomplete. Also
+        IncompleteDownloadError: The content is incomplete.
+        OSError: There is no connection, the server reports an error, or the content is too large. Also
             `http.client.HTTPException` and `ValueError` for a malformed address or answer.
     """
     messages: queue.Queue[_Message] = queue.Queue(maxsize=_QUEUED_BLOCKS)
@@ -80,7 +85,7 @@ def download(
     finally:
         stopped.set()
     if done < total:
-        raise OSError(errno.EIO, f"the connection stopped after {done} of {total} bytes")
+        raise IncompleteDownloadError(errno.EIO, f"the connection stopped after {done} of {total} bytes")
 
 
 def probe(address: str, *, timeout_s: float) -> Answer:

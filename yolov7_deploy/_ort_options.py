@@ -14,20 +14,20 @@ from yolov7_deploy import _protobuf as pb
 from yolov7_deploy.hardware.system import has_vnni
 
 _ERRORS_ONLY = 3
-_MAX_REASON = 500  # characters
-# Message: field of onnx.proto.
+_MAX_REASON = 500  # characters of an error message
+# Numbers of fields in the messages of onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTION, _GRAPH_NODE, _FUNCTION_NODE = 7, 25, 1, 7
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _GRAPH_INITIALIZER, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 5, 5, 6, 11
 _TENSOR_TYPE, _TENSOR_INT64, _TENSOR_NAME, _TENSOR_RAW = 2, 7, 8, 9
 _INT64 = 7
-# Operators of any number of inputs, none of which may be left out.
+# These operators take any number of inputs, none of which may be omitted.
 _VARIADIC = {"Max", "Mean", "Min", "Sum"}
-# Operators whose last input is a shape, or a number of repetitions for each axis.
+# The last input of these operators is a shape, or a number of repetitions for each axis.
 _WITH_SHAPE = {"ConstantOfShape", "Expand", "Reshape", "Tile"}
 _MAX_SHAPE_BYTES = 4096
 _MAX_SIDE = 2**40
-_MAX_DEPTH = 32  # of graphs inside nodes
+_MAX_DEPTH = 32  # levels of graphs inside nodes
 # ONNX Runtime's own exceptions, and what its Python binding raises for names that are not UTF-8 and for unknown errors.
 ORT_ERRORS: tuple[type[Exception], ...] = (
     *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),

@@ -79,10 +79,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def print_error(kind: str, error: Y7Error) -> None:
     """Print an error and its fix to standard error, in colours on a terminal unless `NO_COLOR` is set."""
-    is_terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    red, cyan, end = (
-        ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if is_terminal and not os.environ.get("NO_COLOR") else [""] * 3
-    )
+    is_coloured = is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
+    red, cyan, end = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if is_coloured else ("", "", "")
     fix = f"\n{cyan}{error.fix}{end}" if error.fix else ""
     _write_stderr(f"{red}{kind}:{end} {error.message}{fix}\n")
 

@@ -29,10 +29,11 @@ def create_run_folder(folder: Path) -> Path:
         UsageError: It cannot be created.
     """
     parent, name = folder.parent, folder.name
+    numbered = re.compile(rf"{re.escape(name)}(\d*)", re.IGNORECASE)  # `Exp` is `exp` on Windows and macOS
     while True:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            taken = [re.fullmatch(rf"{re.escape(name)}(\d*)", path.name) for path in parent.iterdir()]
+            taken = [numbered.fullmatch(path.name) for path in parent.iterdir()]
             number = max((int(match[1] or 1) for match in taken if match), default=0) + 1
             created = parent / (name if number == 1 else f"{name}{number}")
             created.mkdir()
@@ -41,11 +42,22 @@ def create_run_folder(folder: Path) -> Path:
                 continue  # another run was faster
             raise UsageError(f"{parent} is not a folder.", fix="Choose another one:  --save-dir FOLDER") from error
         except OSError as error:
-            reason = error.strerror or error
-            raise UsageError(
-                f"A folder in {parent} cannot be created: {reason}.", fix="Choose another one:  --save-dir FOLDER"
-            ) from error
+            raise _not_created(f"A folder in {parent}", error) from error
         return created
+
+
+def _create_named_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_created(str(folder), error) from error
+    return folder
+
+
+def _not_created(what: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"{what} cannot be created: {error.strerror or error}.", fix="Choose another one:  --save-dir FOLDER"
+    )
 
 
 @contextlib.contextmanager
@@ -54,7 +66,7 @@ def new_run_folder(folder: Path, *, exist_ok: bool = False) -> Iterator[Path]:
 
     Args:
         folder: The folder without a number.
-        exist_ok: Yield this folder if it exists, instead of a new one.
+        exist_ok: Yield the folder without a number, even if it exists.
 
     Raises:
         UsageError: It cannot be created.
@@ -63,7 +75,7 @@ def new_run_folder(folder: Path, *, exist_ok: bool = False) -> Iterator[Path]:
         yield folder
         return
     missing = [path for path in folder.parents if not path.exists()]
-    created = create_run_folder(folder)
+    created = _create_named_folder(folder) if exist_ok else create_run_folder(folder)
     try:
         yield created
     finally:
@@ -186,16 +198,24 @@ def _open_locked(path: Path) -> int:
                 fix=f"Wait for it, or stop it first:  kill {owner}" if owner else "Wait for it, or stop it first.",
             )
         # The process that held the lock before may have removed the file that is open here.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        if _is_open_file(descriptor, path):
+            os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, str(os.getpid()).encode())
             return descriptor
         os.close(descriptor)
 
 
+def _is_open_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _read_owner(descriptor: int) -> int:
-    """Return the process id in a lock file, 0 if there is none."""
-    text = os.pread(descriptor, _MAX_LOCK_BYTES, 0)
+    """Return the process id in a lock file that was just opened, 0 if there is none."""
+    text = os.read(descriptor, _MAX_LOCK_BYTES)
     return int(text) if text.isdigit() else 0
 
 

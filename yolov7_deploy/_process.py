@@ -104,14 +104,14 @@ def temporary_folder(name: str) -> Iterator[Path]:
     """
     stack = contextlib.ExitStack()
     try:
-        with deferred_signals():
-            folder = stack.enter_context(private_folder(Path(tempfile.gettempdir()), name))
-    except OSError as error:
-        raise UsageError(
-            f"A temporary folder cannot be created: {error.strerror or error}.",
-            fix="Set TMPDIR to a folder with free space.",
-        ) from error
-    try:
+        try:
+            with deferred_signals():  # raises `Interrupted` after the folder was created
+                folder = stack.enter_context(private_folder(Path(tempfile.gettempdir()), name))
+        except OSError as error:
+            raise UsageError(
+                f"A temporary folder cannot be created: {error.strerror or error}.",
+                fix="Set TMPDIR to a folder with free space.",
+            ) from error
         yield folder
     finally:
         with deferred_signals():

@@ -34,7 +34,6 @@ _PLAIN_FLAGS = _words(
 _NAMES = {
     "cache": "cache_gib",
     "duration": "duration_s",
-    "hardware-compatible": "hardware_compatible",
     "input": "input_kind",
     "set": "hyp",
     "target": "targets",

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 HIDDEN = "***"
-MAX_FILES = 1000  # that a name is compared with
-ALIKE = 0.75  # ratio of difflib
-MAX_DECODING = 3  # times that a percent-encoded text is decoded
+MAX_FILES = 1000  # in a folder; `similar_file` ignores more
+ALIKE = 0.75  # smallest ratio of difflib for similar names
+MAX_DECODING = 3  # a secret may be percent-encoded several times
 
 _LINE_BREAKS = "\n\t"
 # Control characters (C0, C1), surrogates, line separators, invisible characters and bidirectional controls.

@@ -99,7 +99,8 @@ class Detections:
         if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
             raise UsageError(
                 "A box or score is NaN or infinite, so the model is damaged or overflows in its precision.",
-                fix="Compare it with its weights:  y7 verify   or export it again:  y7 export --precision fp32",
+                fix="Compare it with its weights:  y7 verify --weights WEIGHTS.pt --against FILE   "
+                "or export it again:  y7 export --weights WEIGHTS.pt --precision fp32",
             )
         if count and not 0 <= self.class_ids.min() <= self.class_ids.max() < len(self.class_names):
             raise UsageError(

@@ -34,7 +34,7 @@ from yolov7_deploy.image import (
     read_image,
 )
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import Thresholds, file_thresholds, parse_size
+from yolov7_deploy.options import TOPK_LIMIT, Thresholds, file_thresholds, parse_size
 from yolov7_deploy.runtimes.base import (
     CallTracker,
     RuntimeResult,
@@ -471,8 +471,8 @@ class Detector:
         if max_det > limit and not self._warned_max_det:
             self._warned_max_det = True
             logger.warning(
-                "%s gives at most %d detections per image, not %d. For more, export it again with max-det %d.",
-                *(self.path.name, limit, max_det, max_det),
+                "%s gives at most %d detections per image, not %d. For more, export it again with %s.",
+                *(self.path.name, limit, max_det, f"max-det {max_det}" if max_det <= TOPK_LIMIT else "nms none"),
             )
         return min(max_det, limit)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
-from yolov7_deploy._download import download
+from yolov7_deploy._download import IncompleteDownloadError, download
 from yolov7_deploy._text import get_logger, hide_credentials, similar_file, suggest
 from yolov7_deploy.errors import LoadError
 
@@ -50,7 +50,8 @@ SHAPES_WEIGHTS = "yolov7-tiny-shapes"
 SHA256 = {"yolov7": "d1ac3c74eb96a3eec77949c0f37a06bc272756606ff011d9353f7abff4e0c71d"}
 
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
-MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", ".engine", ".plan", ".trt")
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", *ENGINE_SUFFIXES)
 
 # Files that are taken for weights by mistake: what they are, and the options that are right.
 _IMAGE = ("an image", "Images are the source:  --weights {name} --source {path}")
@@ -62,19 +63,13 @@ _OTHER_KINDS = {
     **dict.fromkeys((".yaml", ".yml", ".json"), _DATA),
 }
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0  # of the network
 _MIN_BYTES_PER_S = 10_000  # mean; slower than a modem, so the server or the network does not work
 # The largest official file (E6E, training) is about 0.35 GB.
 _MAX_BYTES = 2**31
 
 
-def find_weights(
-    name_or_path: str | Path,
-    *,
-    progress: Progress | None = None,
-    base_url: str = RELEASE_URL,
-    timeout_s: float = TIMEOUT_S,
-) -> Path:
+def find_weights(name_or_path: str | Path, *, progress: Progress | None = None) -> Path:
     """Return the path of a weights file; an official one that is not found locally is downloaded into the cache.
 
     For a name such as `yolov7` (or `yolov7.pt`) the files `yolov7.pt`, `yolov7.safetensors` and `yolov7_training.pt`
@@ -85,8 +80,6 @@ def find_weights(
     Args:
         name_or_path: Official name or path.
         progress: Called during a download with bytes done and total bytes (0 if the server does not send a length).
-        base_url: Folder of the release; the file name is appended.
-        timeout_s: Network timeout in seconds.
 
     Raises:
         LoadError: There is no such file; for an official name the message lists where it was looked for.
@@ -104,11 +97,13 @@ def find_weights(
     local = find_local_weights(name)
     if local is not None:
         return local
-    url = f"{base_url.rstrip('/')}/{name}.pt"
+    url = f"{RELEASE_URL}/{name}.pt"
     target = cache_dir() / f"{name}.pt"
     start = time.perf_counter()
     try:
-        _download(url, target, name=name, progress=progress, timeout_s=timeout_s)
+        _download(url, target, name=name, progress=progress)
+    except IncompleteDownloadError as error:
+        raise _incomplete(url, str(error.strerror)) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         folders = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in weights_folders().items())
         raise LoadError(
@@ -182,17 +177,17 @@ def _other_kind(path: Path) -> LoadError:
     return LoadError(f"{path} is {kind}, not a model file.", fix=fix.format(name=OFFICIAL_NAMES[0], path=path))
 
 
-def _download(url: str, target: Path, *, name: str, progress: Progress | None, timeout_s: float) -> None:
+def _download(url: str, target: Path, *, name: str, progress: Progress | None) -> None:
     """Download to a temporary file, check length and digest, then rename it.
 
     Raises:
-        LoadError: The download is incomplete, or is not the published file.
+        LoadError: The download is empty, or is not the published file.
         OSError: Network or disk; also `http.client.HTTPException` and `ValueError` for a malformed response.
     """
     digest = hashlib.sha256()
-    done = total = 0
+    done = 0
     with atomic_write(target) as temporary:
-        blocks = download(url, max_bytes=_MAX_BYTES, timeout_s=timeout_s, min_bytes_per_s=_MIN_BYTES_PER_S)
+        blocks = download(url, max_bytes=_MAX_BYTES, timeout_s=TIMEOUT_S, min_bytes_per_s=_MIN_BYTES_PER_S)
         with temporary.open("wb") as file, contextlib.closing(blocks):
             for block, total in blocks:
                 done += len(block)
@@ -200,15 +195,18 @@ def _download(url: str, target: Path, *, name: str, progress: Progress | None, t
                 digest.update(block)
                 if progress is not None:
                     progress(done, total)
-        _check_download(url, done, total, digest.hexdigest(), SHA256.get(name, ""))
+        _check_download(url, done, digest.hexdigest(), SHA256.get(name, ""))
 
 
-def _check_download(url: str, done: int, total: int, digest: str, expected: str) -> None:
-    if done == 0 or done < total:
-        raise LoadError(
-            f"The download of {url} stopped after {done} of {total or 'unknown'} bytes; nothing was saved.",
-            fix="Run the same command again.",
-        )
+def _incomplete(url: str, reason: str) -> LoadError:
+    return LoadError(
+        f"The download of {url} is incomplete: {reason}. Nothing was saved.", fix="Run the same command again."
+    )
+
+
+def _check_download(url: str, done: int, digest: str, expected: str) -> None:
+    if done == 0:
+        raise _incomplete(url, "no bytes were sent")
     if expected and digest != expected:
         raise LoadError(
             f"The download of {url} is not the published file: its SHA-256 is {digest}, expected {expected}.",

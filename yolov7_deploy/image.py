@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from yolov7_deploy._bounded_read import MAX_IMAGE_BYTES, open_file, read_bytes
 from yolov7_deploy._text import get_logger, similar_file
-from yolov7_deploy.errors import ImageError
+from yolov7_deploy.errors import ImageError, UsageError
 
 logger = get_logger(__name__)
 
@@ -77,6 +77,7 @@ def read_image(path: str | os.PathLike[str], *, reduced: int = 1) -> Image:
 
     Raises:
         ImageError: The file is missing, empty, larger than `MAX_PIXELS`, or not an image that OpenCV can decode.
+        UsageError: `reduced` is not 1, 2, 4 or 8.
     """
     path = Path(path)
     try:
@@ -111,6 +112,7 @@ def decode_image(
 
     Raises:
         ImageError: See `read_image`.
+        UsageError: `reduced` is not 1, 2, 4 or 8.
 
     Example:
         >>> from pathlib import Path
@@ -118,6 +120,8 @@ def decode_image(
         >>> image.dtype, image.shape[2]
         (dtype('uint8'), 3)
     """
+    if reduced not in _DECODING:
+        raise UsageError(f"reduced must be 1, 2, 4 or 8, not {reduced!r}.", fix="For example: reduced=2")
     array = data if isinstance(data, np.ndarray) else np.frombuffer(data, dtype=np.uint8)
     if array.size == 0:
         raise ImageError(f"{name} is empty (0 bytes).", fix="Copy or download the image again.")
@@ -551,13 +555,13 @@ def to_network_input(canvases: Sequence[Image]) -> FloatArray:
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_HEAD_BYTES = 4096
+MAX_PNG_CHUNKS = 100_000  # 800 MB of pixels in the chunks of 8 KiB that libpng writes
 ORIENTATION_TAG = 0x0112
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 def read_image_hw(path: Path) -> tuple[int, int]:
-    """Return height and width as decoded by `read_image`; reads only the header of JPEG and PNG, decodes others.
+    """Return height and width as decoded by `read_image`; reads only the headers of JPEG and PNG, decodes others.
 
     Raises:
         ImageError: The file is missing or not an image.
@@ -578,10 +582,25 @@ def _header_hw(file: BinaryIO) -> tuple[int, int] | None:
     if start[:2] == _JPEG_START:
         file.seek(2)
         return _jpeg_hw(file)
-    head = file.read(PNG_HEAD_BYTES)
-    if start == PNG_SIGNATURE and head[4:8] == b"IHDR" and b"eXIf" not in head:
-        width, height = struct.unpack_from(">II", head, 8)
-        return height, width
+    return _png_hw(file) if start == PNG_SIGNATURE else None
+
+
+def _png_hw(file: BinaryIO) -> tuple[int, int] | None:
+    """Return the size in the header of a PNG; `None` if it has an orientation, or no end within `MAX_PNG_CHUNKS`.
+
+    The file can state its orientation before or after the pixels.
+    """
+    image_hw = None
+    for _ in range(MAX_PNG_CHUNKS):
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if kind == b"IHDR":
+            width, height = struct.unpack(">II", file.read(8))
+            image_hw, length = (height, width), length - 8
+        elif kind == b"IEND":
+            return image_hw
+        elif kind == b"eXIf":
+            return None
+        file.seek(length + 4, os.SEEK_CUR)  # and the checksum
     return None
 
 

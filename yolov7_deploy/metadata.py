@@ -41,7 +41,8 @@ class NmsMetadata:
     """Parameters of the NMS inside a graph.
 
     `conf` and `iou` are the defaults of the file. With `runtime_thresholds` they are also optional inputs of the
-    graph, so one file serves all thresholds. The other fields are fixed by the export.
+    graph, so one file serves all thresholds. The other fields are fixed by the export. For a file of another exporter,
+    `max_candidates` is 0 and the other values are assumptions.
     """
 
     kind: NmsKind

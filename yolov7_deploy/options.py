@@ -76,7 +76,7 @@ class Thresholds:
 
 
 def _checked(name: str, value: Any, kind: type, *, fix: str) -> Any:  # noqa: ANN401 - a number of any library
-    """Return the value of an option that must be a number; a bool is none.
+    """Return the value of an option that must be a number; a bool is not one.
 
     Raises:
         UsageError: It is of another type.
@@ -171,6 +171,11 @@ class ExportOptions:
             _checked("--batch", self.batch, Integral, fix="For example: --batch 8")
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"--batch {self.batch} must be at least 1.", fix="For any size use --dynamic-batch")
+        if self.max_det > TOPK_LIMIT:
+            raise UsageError(
+                f"max_det {self.max_det} is above {TOPK_LIMIT}, the limit of TensorRT's TopK.",
+                fix=f"--max-det {TOPK_LIMIT}",
+            )
         if self.max_candidates > TOPK_LIMIT:
             raise UsageError(
                 f"max_candidates {self.max_candidates} is above {TOPK_LIMIT}, the limit of TensorRT's TopK.",
@@ -258,7 +263,8 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise UsageError(
-                f"--max-drop {self.max_drop:g} is not a number of AP points.", fix="From 0 to 100, for example: 0.3"
+                f"--max-drop {self.max_drop:g} is not a number of AP points.",
+                fix="From 0 to 100, for example: --max-drop 0.3",
             )
 
 
@@ -460,7 +466,7 @@ class TrainOptions:
         for name in ("seed", "workers", "close_mosaic", "patience", "val_every"):
             _at_least(0, name, getattr(self, name), Integral)
         _at_least(0, "save_minutes", self.save_minutes)
-        _at_least(0, "cache_gib", self.cache_gib or 0)
+        _at_least(0, "cache", self.cache_gib or 0)
         _at_least(0, "freeze", min(self.freeze, default=0))
         for name, value, known in (
             ("assigner", self.assigner, ASSIGNERS),
@@ -503,7 +509,7 @@ def parse_size(img: object) -> tuple[int, int] | None:
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise UsageError(
             f"img must be a number of pixels or (height, width), from 1 to {MAX_SIDE}, not {img!r}.",
-            fix="For example: img=640 or img=(384, 640)",
+            fix="For example: --img 640 or --img 384x640",
         )
     return height, width
 
@@ -535,7 +541,7 @@ class OptimizeOptions:
     Attributes:
         max_drop: Maximum loss in AP points (of 100) against the checkpoint in FP32.
         batches: Numbers of images per call to try.
-        callers: Number of threads that call at the same time.
+        callers: Concurrency, the number of threads that call at the same time.
         duration_s: Maximum duration of the final measurement in seconds.
     """
 
@@ -547,7 +553,8 @@ class OptimizeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
             raise UsageError(
-                f"--max-drop {self.max_drop:g} is not a number of AP points.", fix="From 0 to 100, for example: 0.3"
+                f"--max-drop {self.max_drop:g} is not a number of AP points.",
+                fix="From 0 to 100, for example: --max-drop 0.3",
             )
         if not self.batches or min(self.batches) < 1:
             raise UsageError(f"--batch {_listed(self.batches)} must be at least 1.", fix="For example: --batch 1,8")
@@ -557,4 +564,6 @@ class OptimizeOptions:
                 fix="For example: --concurrency 4",
             )
         if not 0 < self.duration_s < math.inf:
-            raise UsageError(f"--duration {self.duration_s:g} is not a duration in seconds.", fix="For example: 120")
+            raise UsageError(
+                f"--duration {self.duration_s:g} is not a duration in seconds.", fix="For example: --duration 120"
+            )

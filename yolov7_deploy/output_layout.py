@@ -2,8 +2,8 @@
 
 A file of this package says in its metadata what it contains. For any other file, tensor names say little: the shapes
 decide. A network has a known number of output rows for its input size: one for each anchor in YOLOv5 and YOLOv7 (three
-for each cell of the head maps), one for each cell in YOLOv8 and later. A layout that cannot be told from another one is
-refused by name, because wrong boxes look like a bad model.
+for each cell of the head maps), one for each cell in YOLOv8 and later. A layout that cannot be distinguished from
+another one is refused by name, because wrong boxes look like a bad model.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class OutputLayout:
     Attributes:
         kind: See `LayoutKind`.
         outputs: Names of the tensors that are read.
-        classes: Number of classes; `None` if the outputs do not tell.
+        classes: Number of classes; `None` if the outputs do not show it.
         max_det: Maximum number of detections of an image; `None` if the file does not limit them.
         is_assumed: The layout was found by shapes, so every result is checked for values that contradict it.
     """
@@ -149,7 +149,7 @@ def find_layout(
         properties: Key-value metadata of another exporter (`task` and `names` of ultralytics).
 
     Raises:
-        LoadError: The layout is none of these, or cannot be told from another one; the message names it.
+        LoadError: The layout is none of these, or cannot be distinguished from another one, which the message names.
     """
     properties = properties or {}
     names = _class_names(properties.get("names", ""))
@@ -296,7 +296,7 @@ def _output_layout(outputs: Sequence[TensorSpec], input_hw: tuple[int, int] | No
             else EXPORT_HERE,
         )
     if 4 in ranks:
-        raise _UnreadableError("it returns maps beside its boxes, as segmentation networks do")
+        raise _UnreadableError("it returns maps as well as boxes, as segmentation networks do")
     return _one_layout(candidates, input_hw)
 
 
@@ -352,7 +352,8 @@ def _row_layout(tensor: TensorSpec, input_hw: tuple[int, int] | None) -> OutputL
         return OutputLayout(kind="rows", outputs=(tensor.name,), max_det=first)
     sizes = " or ".join(str(ANCHORS * cells) for cells in list(_cell_counts(input_hw))[:2])
     raise _UnreadableError(
-        f"an input of {input_hw[0]}x{input_hw[1]} has {sizes} rows of 5 + classes columns, and {tensor} has not"
+        f"an input of {input_hw[0]}x{input_hw[1]} gives {sizes} rows of 5 + classes columns, "
+        f"which {tensor} does not have"
     )
 
 
@@ -363,7 +364,7 @@ def _partly_known_layout(tensor: TensorSpec) -> OutputLayout:
         return OutputLayout(kind="cells", outputs=(tensor.name,), classes=first - 4)
     if first is None and second is not None and 7 <= second <= 5 + _MAX_CLASSES:
         return OutputLayout(kind="anchors", outputs=(tensor.name,), classes=second - 5)
-    raise _UnreadableError("the shapes do not tell which of the output's dimensions are rows")
+    raise _UnreadableError("the shapes do not show which of the output's dimensions are rows")
 
 
 def _cell_counts(input_hw: tuple[int, int]) -> Iterator[int]:
@@ -459,7 +460,7 @@ def _read_scores(layout: OutputLayout, output: FloatArray, thresholds: Threshold
     scores = output[4:]
     best = scores.max(axis=0)
     if not best.max(initial=0) <= _MAX_SCORE:
-        raise _contradiction("class scores above 1, so they are no probabilities")
+        raise _contradiction("class scores above 1, so they are not probabilities")
     cells = np.flatnonzero(best > thresholds.conf)
     return postprocess_scores(output[:4, cells].T, scores[:, cells].T, thresholds)
 

@@ -234,6 +234,12 @@ def check_nms_compatible(nms: NmsMetadata, thresholds: Thresholds) -> None:
     if thresholds.conf < nms.conf:
         fixed.append(("conf", nms.conf, thresholds.conf))
     for name, exported, requested in fixed:
+        if exported != requested and nms.max_candidates == 0:
+            raise UsageError(
+                f"Another exporter put NMS into this file and did not record its {name}, so {name}={requested} cannot "
+                "be applied.",
+                fix=f"Omit {name}, or export the weights here:  y7 export --weights WEIGHTS.pt",
+            )
         if exported != requested:
             raise UsageError(
                 f"The NMS inside this file was exported with {name}={exported}; {name}={requested} was requested.",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.support.terminal import run_in_terminal
 from yolov7_deploy import __version__
 from yolov7_deploy.__main__ import SPIN_COUNT
-from yolov7_deploy.cli.app import COMMANDS, app
+from yolov7_deploy.cli.app import COMMANDS, _run, app
 from yolov7_deploy.cli.command import PANELS
 from yolov7_deploy.cli.options import announce_replacement, check_json_path
 from yolov7_deploy.errors import UsageError
@@ -248,6 +248,16 @@ def test_a_verbose_error_has_a_traceback():
 def test_quiet_commands_print_their_result_only(tmp_path, arguments):
     done = y7(*arguments, "--output", str(tmp_path / "data"), "--train", "1", "--val", "1")
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+
+
+def test_a_missing_library_names_the_command_after_other_options(monkeypatch, capsys):
+    def fail(**_):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("yolov7_deploy.cli.app.app", fail)
+    monkeypatch.setattr("sys.argv", ["y7", "-q", "train"])
+    assert _run() == 1
+    assert "torch is needed for y7 train." in capsys.readouterr().err
 
 
 def test_a_command_with_a_typing_error_is_suggested():

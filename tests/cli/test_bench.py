@@ -178,8 +178,8 @@ def test_an_estimate_needs_no_weights_and_is_labelled_as_estimate(bench, tmp_pat
 
 def test_an_estimate_rejects_options_of_a_measurement(bench):
     with pytest.raises(UsageError, match="measures nothing") as raised:
-        bench("--estimate", "v100", "--paper", "--concurrency", "1", weights="yolov7", quick=())
-    assert "--concurrency, --paper cannot apply" in raised.value.message
+        bench("--estimate", "v100", "--paper", "--runtime", "openvino", weights="yolov7", quick=())
+    assert "--runtime, --paper cannot apply" in raised.value.message
 
 
 def test_a_file_names_its_network(files, tmp_path):

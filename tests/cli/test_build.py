@@ -89,6 +89,7 @@ def test_invalid_options_are_a_usage_error(fields, message):
     [
         (["build", "--weights", "yolov7"], "y7 export --weights yolov7 --engine"),
         (["build", "--weights", "best.pt"], "y7 export --weights best.pt --engine"),
+        (["build", "--weights", "best.engine"], "y7 export --weights WEIGHTS.pt --engine"),
         (["build", "--weights", "x.onnx", "--batch", "2", "--max-batch", "4"], "Leave one of them out"),
         (["build", "--weights", "x.onnx", "--batch", "0"], "--min-batch 1"),
         (["export", "--target", "sm86"], "Add  --engine"),

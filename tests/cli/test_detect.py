@@ -131,6 +131,7 @@ def test_nosave_writes_nothing_and_stdout_contains_only_the_json(run, inputs, tm
     assert files(tmp_path) == before
     assert FakeDetector.options["device"] == "0"
     assert FakeDetector.options["img"] == (384, 640)
+    assert "saved" not in run("--source", inputs, "--nosave", "--save-dir", tmp_path).output
 
 
 def test_unreadable_images_are_skipped_and_reported(run, inputs, tmp_path):

@@ -94,7 +94,7 @@ TEST = [
     ("--device 0,1", "-> y7 val --data d.yaml --device 0"),
     ("--single-cls", SAME),
     ("--augment", "-> y7 val --data d.yaml"),
-    ("--verbose", "--per-class"),
+    ("--verbose", SAME),  # but it prints the log
     ("--save-txt", "-> y7 detect --source FOLDER --save-txt"),
     ("--save-hybrid", "-> y7 detect --source FOLDER --save-txt"),
     ("--save-conf", "-> y7 detect --source FOLDER --save-txt"),

@@ -168,7 +168,9 @@ def test_an_option_of_int8_without_int8_is_refused(flag, files, here):
 
 def test_weights_other_than_onnx_get_the_export_command(files, here):
     error = refused(UsageError, "quantize", "--weights", files(), "--calib", "images")
-    assert "y7 export" in error.fix and "--int8 --calib" in error.fix
+    assert f"y7 export --weights {files()} --int8 --calib" in error.fix
+    error = refused(UsageError, "quantize", "--weights", "best.engine", "--calib", "images")
+    assert "y7 export --weights WEIGHTS.pt --int8 --calib" in error.fix
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,9 @@ def test_an_output_that_cannot_be_written_is_an_error_before_the_calibration(mod
     (here / "file").write_text("in the way")
     error = refused(UsageError, "quantize", "-w", model, "--calib", "nowhere", "-o", "file/m.onnx")
     assert "file/m.onnx cannot be written" in error.message  # checked before the images
+    for option, name in (("--chart", "file/cost.png"), ("--trt-cache", "file/m.cache")):
+        error = refused(UsageError, "quantize", "-w", model, "--calib", "nowhere", option, name)
+        assert f"{name} cannot be written" in error.message
 
 
 def test_the_fp32_file_is_not_replaced_by_the_int8_file(model, here):

@@ -205,6 +205,7 @@ def test_show_hyp_prints_a_file_that_can_be_read_again(run, fake, tmp_path):
         ("--data D.yaml --epochs 0", "--epochs 0 must be at least 1", "--epochs 2"),
         ("--data D.yaml --batch 0", "--batch 0 must be at least 1", "--batch 2"),
         ("--data D.yaml --save-minutes -1", "--save-minutes -1 must be at least 0", "--save-minutes 1"),
+        ("--data D.yaml --cache -1", "--cache -1 must be at least 0", "--cache 1"),
         ("--data D.yaml --assigner best", "--assigner best is unknown", "coarse-to-fine"),
         ("--data D.yaml --auxiliary some", "--auxiliary some is unknown", "partial, full, none"),
         ("--data D.yaml --rect --multi-scale", "--rect and --multi-scale contradict each other", "Leave one"),

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -543,6 +544,21 @@ def test_the_header_gives_the_size_after_exif_orientation(tmp_path, orientation,
     path = write_image(tmp_path / "a.jpg", (31, 57))
     data = path.read_bytes()
     path.write_bytes(data[:2] + exif(orientation, order) + data[2:])
+    assert read_image_hw(path) == read_image(path).shape[:2]
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("is_last", [False, True], ids=["before the pixels", "after the pixels"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_of_a_png_is_that_after_exif_orientation(tmp_path, orientation, is_last):
+    path = write_image(tmp_path / "a.png", (31, 57))
+    data = path.read_bytes()
+    added = chunk(b"tEXt", b"Comment\0" + b"x" * 9000) + chunk(b"eXIf", exif(orientation, b"II")[10:])
+    at = len(data) - 12 if is_last else 33  # before IEND, or after IHDR
+    path.write_bytes(data[:at] + added + data[at:])
     assert read_image_hw(path) == read_image(path).shape[:2]
 
 

@@ -202,6 +202,13 @@ def test_invalid_options_are_refused_with_a_fix(options):
     assert caught.value.fix
 
 
+def test_more_detections_than_tensorrt_can_sort_are_refused_with_the_limit():
+    with pytest.raises(UsageError, match="max_det 5000 is above 3840") as caught:
+        ExportOptions(max_det=5000)
+    assert caught.value.fix == "--max-det 3840"
+    assert ExportOptions(max_det=3840).max_candidates == 3840
+
+
 def test_the_error_names_a_layer_without_a_translation():
     model = fuse(fill_model(new_model("yolov7-tiny", classes=2)))
     model.model[3].act = torch.nn.Hardswish()

@@ -116,7 +116,8 @@ def _run() -> int:
             try:
                 app(prog_name="y7")
             except ModuleNotFoundError as error:
-                raise missing_library(error, f"for y7 {' '.join(sys.argv[1:2])}") from error
+                command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+                raise missing_library(error, f"for y7 {command}".rstrip()) from error
     except Y7Error as error:
         if is_verbose():
             echo(traceback.format_exc().rstrip(), err=True)

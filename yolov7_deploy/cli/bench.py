@@ -40,8 +40,8 @@ DEFAULTS = BenchOptions()
 RUNS = Path("runs/bench")
 # Options that have no effect on an estimate.
 MEASUREMENT_OPTIONS = (
-    "device", "concurrency", "source", "frame", "conf", "iou", "max_det", "duration", "warmup", "paper", "val_report",
-    "compare", "save_dir", "chart", "no_chart",
+    "device", "runtime", "concurrency", "source", "frame", "conf", "iou", "max_det", "duration", "warmup", "paper",
+    "val_report", "compare", "save_dir", "chart", "no_chart",
 )  # fmt: skip
 
 Batch = Annotated[
@@ -392,6 +392,7 @@ def find_network(weights: str) -> tuple[str, tuple[int, int] | None]:
         LoadError: The file does not exist or cannot be read.
         UsageError: The file does not name its network.
     """
+    from yolov7_deploy.hub import ENGINE_SUFFIXES, find_weights
     from yolov7_deploy.paper import VARIANTS
 
     name = weights.removesuffix(".pt").removesuffix("_training")
@@ -403,17 +404,19 @@ def find_network(weights: str) -> tuple[str, tuple[int, int] | None]:
         from yolov7_deploy.inspection.onnx_file import read_onnx
 
         metadata = read_onnx(weights).metadata
-    elif suffix in (".engine", ".plan", ".trt"):
+    elif suffix in ENGINE_SUFFIXES:
         from yolov7_deploy.inspection.engine_file import read_engine_file
 
         record = read_engine_file(weights).record
         metadata = record.metadata if record else None
     else:
         from yolov7_deploy.checkpoint import load_checkpoint
-        from yolov7_deploy.hub import find_weights
 
         metadata = load_checkpoint(find_weights(weights)).metadata
     if metadata is None or metadata.variant not in VARIANTS:
-        raise UsageError(f"{weights} does not name its network.", fix=f"Use the name: --weights {next(iter(VARIANTS))}")
+        raise UsageError(
+            f"{weights} does not name its network.",
+            fix=f"Pass the name of its network instead:  --weights NAME   One of: {', '.join(VARIANTS)}",
+        )
     has_size = metadata.input_hw or metadata.nominal_hw or metadata.training_size
     return metadata.variant, metadata.default_hw if has_size else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy._output import echo, is_verbose, note
-from yolov7_deploy.cli.options import JsonPath, announce_replacement, one_of
+from yolov7_deploy.cli.options import JsonPath, announce_replacement, checkpoint_or_placeholder, one_of
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import HARDWARE_COMPATIBILITIES, PLUGIN_USES, EngineOptions
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.builder import BuildCallbacks, EngineReport
 
 DEFAULTS = EngineOptions()
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 Weights = Annotated[str, typer.Option("--weights", "-w", metavar="FILE", help="ONNX file to build from.")]
 Output = Annotated[
@@ -141,10 +140,11 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
 def _run(weights: str, output: Path | None, options: EngineOptions, *, to_stderr: bool) -> EngineReport:
     path = Path(weights)
     if path.suffix.lower() != ".onnx":
-        what = "is a checkpoint" if path.suffix.lower() in _CHECKPOINTS else "is not an .onnx file"
+        checkpoint = checkpoint_or_placeholder(weights)
+        what = "is a checkpoint" if checkpoint == weights else "is not an .onnx file"
         raise UsageError(
             f"y7 build needs an ONNX file; {weights} {what}.",
-            fix=f"Export and build with one command:  y7 export --weights {weights} --engine",
+            fix=f"Export and build with one command:  y7 export --weights {checkpoint} --engine",
         )
     from yolov7_deploy.tensorrt.builder import build_file
 

@@ -124,7 +124,9 @@ def detect(
 
     opened = open_source(source, on_error="skip")
     with contextlib.ExitStack() as stack:
-        if save_dir is None and (save_txt or not nosave):
+        if nosave and not save_txt:
+            save_dir = None  # nothing is written into it
+        elif save_dir is None:
             save_dir = stack.enter_context(new_run_folder(project / name, exist_ok=exist_ok))
         options = AnnotateOptions(
             save_dir=save_dir,

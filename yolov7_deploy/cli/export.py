@@ -350,7 +350,7 @@ def describe(report: ExportReport) -> str:
     if report.parity:
         parts.append(stage_table(report.parity))
         if not report.parity.verified:
-            parts.append("Export it again with an image that has objects of these classes:  --image FILE")
+            parts.append("Export it again with an image that has objects of the model's classes:  --image FILE")
     size = "x".join(map(str, metadata.default_hw))
     if metadata.input_hw is None:
         size = f"any multiples of {metadata.stride} (by default {size})"

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from yolov7_deploy.metadata import ModelMetadata
     from yolov7_deploy.model.configs import Anchors
 
-ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 MAX_NAMES = 100
 LINE = 100  # characters per line of wrapped text
 INDENT = 12
@@ -45,6 +44,7 @@ def info(
     Example:  y7 info yolov7-tiny
     """
     from yolov7_deploy._console import write_json
+    from yolov7_deploy.hub import ENGINE_SUFFIXES
     from yolov7_deploy.model.configs import VARIANTS
 
     record: VariantRecord | WeightsRecord | OnnxFile | EngineFile

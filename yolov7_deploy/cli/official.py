@@ -187,7 +187,6 @@ TABLES: Mapping[str, Mapping[str, Rule]] = {
     "val": {
         **_COMMON,
         "--task": Rule("1", _task),
-        "--verbose": _becomes("--per-class"),
         "--save-json": Rule("?", lambda values: ["--predictions", *(values or ["predictions.json"])]),
         **dict.fromkeys(("--save-txt", "--save-conf", "--save-hybrid"), _LABELS),
     },
@@ -232,7 +231,7 @@ def translate(command: str, arguments: Sequence[str], *, known: Collection[str])
         result += _nms(used)
     if refused is not None:
         raise UsageError(str(refused), fix=_line(refused.command or f"y7 {command}", result, refused.keep))
-    foreign = [name for name in used if name in table and name not in known]
+    foreign = [name for name in used if name not in known]
     if foreign and os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, the first one prints
         note(f"With the options of y7:  {_line(f'y7 {command}', result)}", err=True)
         for name in foreign:
@@ -263,7 +262,7 @@ def _split(arguments: Sequence[str], table: Mapping[str, Rule]) -> Iterator[tupl
 
 
 def _line(command: str, arguments: Sequence[str], keep: Collection[str] | None = None) -> str:
-    """Return a command line, with the options in `keep` only; the first ones are those that replace an option."""
+    """Return a command line; of its options only those in `keep`, if that is given."""
     parts = list(arguments)
     if keep is not None:
         parts = [part for name, *values in _options(arguments) if name in keep for part in (name, *values)]

@@ -30,7 +30,7 @@ MaxDrop = Annotated[
 Batch = Annotated[
     str, typer.Option("--batch", "--batch-size", help="Images per call: 1, or several values to try as 1,8.")
 ]
-Callers = Annotated[int, typer.Option("--concurrency", help="Number of threads that call at the same time.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", help="Threads that call at the same time.")]
 Duration = Annotated[float, typer.Option("--duration", help="Maximum seconds of the final measurement.")]
 Candidates = Annotated[
     list[Path] | None,
@@ -50,7 +50,7 @@ def optimize(
     limit: Limit = LIMIT,
     calib_limit: CalibLimit = CALIB_LIMIT,
     batch: Batch = "1",
-    concurrency: Callers = DEFAULTS.callers,
+    concurrency: Concurrency = DEFAULTS.callers,
     duration: Duration = DEFAULTS.duration_s,
     candidate: Candidates = None,
     device: Device = "auto",

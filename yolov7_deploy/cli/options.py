@@ -230,6 +230,14 @@ def label_rule(multi_label: bool) -> str:
     return "multi-label NMS" if multi_label else "best class per box"
 
 
+def checkpoint_or_placeholder(weights: str) -> str:
+    """Return the weights that a suggested `y7 export` takes: these if they are a checkpoint, else a placeholder."""
+    from yolov7_deploy.hub import CHECKPOINT_SUFFIXES, OFFICIAL_NAMES
+
+    is_checkpoint = Path(weights).suffix.lower() in CHECKPOINT_SUFFIXES or weights in OFFICIAL_NAMES
+    return weights if is_checkpoint else "WEIGHTS.pt"
+
+
 def locate_weights(weights: str) -> Path:
     """Return the file of a path or an official name, downloaded with a progress bar if it is not on this machine."""
     from yolov7_deploy._console import progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy._output import echo, note
-from yolov7_deploy.cli.options import JsonPath, announce_replacement, check_writable, one_of
+from yolov7_deploy.cli.options import JsonPath, announce_replacement, check_writable, checkpoint_or_placeholder, one_of
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import INT8_FALLBACKS, INT8_METHODS, INT8_TARGETS, Int8Options, QuantizeOptions
 
@@ -110,6 +110,9 @@ def quantize(
         from yolov7_deploy._charts import check_chart_path
 
         check_chart_path(chart)
+    for file in (chart, trt_cache):
+        if file is not None:
+            check_writable(file)
     from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
 
     model = open_onnx(path)
@@ -154,9 +157,10 @@ def int8_options(
 def _float_file(weights: str) -> Path:
     path = Path(weights)
     if path.suffix.lower() != ".onnx":
+        checkpoint = checkpoint_or_placeholder(weights)
         raise UsageError(
             f"{weights} is not an .onnx file; y7 quantize starts from an FP32 ONNX file.",
-            fix=f"Export and quantize in one step:  y7 export --weights {weights} --int8 --calib FOLDER",
+            fix=f"Export and quantize in one step:  y7 export --weights {checkpoint} --int8 --calib FOLDER",
         )
     return path
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import Device, JsonPath, RuntimeName
+from yolov7_deploy.cli.options import Device, JsonPath, RuntimeName, locate_weights
 from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.evaluation.verification import Verification
 
 
-OTHER_IMAGES = "Compare on images with objects of these classes:  --images DIR  or  --data DATA.yaml"
+OTHER_IMAGES = "Compare on images with objects of the model's classes:  --images DIR  or  --data DATA.yaml"
 
 
 def verify(
@@ -50,12 +50,12 @@ def verify(
     """
     from yolov7_deploy._console import progress, write_json
     from yolov7_deploy.evaluation.verification import verify_artifacts
-    from yolov7_deploy.hub import find_weights
 
+    reference, artifacts = locate_weights(weights), [locate_weights(path) for path in against]
     with progress("verify") as show_progress:
         result = verify_artifacts(
-            find_weights(weights),
-            [find_weights(path) for path in against],
+            reference,
+            artifacts,
             images=images,
             data=data,
             limit=limit,
@@ -93,7 +93,7 @@ def describe(result: Verification) -> str:
 
 def stage_table(report: ParityReport) -> str:
     """Return a table with one row per stage and quantity: largest difference, limit, and whether it is within it."""
-    from yolov7_deploy._console import table
+    from yolov7_deploy._console import plural, table
 
     rows: list[list[str | None]] = []
     for stage in report.stages:
@@ -103,7 +103,6 @@ def stage_table(report: ParityReport) -> str:
             limit_text = None if limit is None else f"{limit:g}"
             stage_name, note = (stage.stage, stage.note) if number == 0 else ("", "")
             rows.append([stage_name, name, f"{difference:.2g}", limit_text, result, note])
-    images = f"{report.images} image{'s' * (report.images > 1)}"
-    title = f"{report.against} against {report.reference}, {images}, conf {report.conf:g}"
+    title = f"{report.against} against {report.reference}, {plural(report.images, 'image')}, conf {report.conf:g}"
     text = table(rows, ["stage", "quantity", "difference", "limit", "result", "note"], title)
     return text if report.verified else f"{text}\n{report.not_verified_reason}"

@@ -20,7 +20,7 @@ from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, c
 from yolov7_deploy._process import call_after_fork
 from yolov7_deploy.errors import LoadError, UsageError, missing_library
 from yolov7_deploy.hardware.system import has_vnni
-from yolov7_deploy.hub import CHECKPOINT_SUFFIXES
+from yolov7_deploy.hub import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from yolov7_deploy.image import FloatArray, Image, Letterbox
 from yolov7_deploy.inspection.onnx_file import read_onnx_metadata
 from yolov7_deploy.metadata import ModelMetadata
@@ -171,7 +171,7 @@ RUNTIMES = (
     ),
     RuntimeEntry(
         name="tensorrt",
-        suffixes=(".engine", ".plan", ".trt"),
+        suffixes=ENGINE_SUFFIXES,
         module="yolov7_deploy.runtimes.tensorrt",
         attribute="TrtRuntime",
         distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "cuda-python", "pycuda"),

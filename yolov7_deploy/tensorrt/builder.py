@@ -18,7 +18,7 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.errors import EngineError, missing_library
 from yolov7_deploy.hardware.jetson import version_numbers
-from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.hub import ENGINE_SUFFIXES, cache_dir
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.onnx_export.nms import OP
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
@@ -41,7 +41,6 @@ from yolov7_deploy.tensorrt.preflight import PlannedBuild, preflight
 
 logger = get_logger(__name__)
 
-ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 DEFAULT_MAX_BATCH = 8  # for a dynamic batch
 PRODUCTS: tuple[Product, ...] = ("tensorrt", "tensorrt_rtx")
 # Devices of a GPU driver, on Jetson boards too.
