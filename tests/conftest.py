@@ -112,14 +112,18 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+PACKAGE_LOGGER = logging.getLogger("yolov7_deploy")
+LEVELS = PACKAGE_LOGGER.level, logging.lastResort.level
+
+
 @pytest.fixture(autouse=True)
 def _default_verbosity():
-    """Undo what a command that ran in this process chose to log."""
-    package, last_resort = logging.getLogger("yolov7_deploy"), logging.lastResort
-    levels = package.level, last_resort.level
+    """Undo what a command that ran in this process, in a test or in a fixture of a module, chose to log."""
+    PACKAGE_LOGGER.setLevel(LEVELS[0])
+    logging.lastResort.setLevel(LEVELS[1])
     yield
-    package.setLevel(levels[0])
-    last_resort.setLevel(levels[1])
+    PACKAGE_LOGGER.setLevel(LEVELS[0])
+    logging.lastResort.setLevel(LEVELS[1])
 
 
 @pytest.fixture(scope="module", autouse=True)

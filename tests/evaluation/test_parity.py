@@ -1,5 +1,6 @@
 """Verification passes right exports of any network, also dense and untrained ones, and fails wrong ones."""
 
+import contextlib
 import json
 import tempfile
 from dataclasses import replace
@@ -17,6 +18,7 @@ from tests.support.small_models import HW, exported_tiny, fused_tiny, metadata_o
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.errors import ParityError, UsageError
+from yolov7_deploy.evaluation import verification
 from yolov7_deploy.evaluation.parity import compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.verification import (
     ArtifactAccuracy,
@@ -328,3 +330,17 @@ def odd_network(side):
     add = helper.make_node("Add", ["zeros", "mean"], ["output"])
     graph = helper.make_graph([mean, add], "odd", [images], [output], initializer=[zeros])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_the_runtimes_of_a_comparison_are_closed(files, monkeypatch):
+    opened, original = [], verification.open_runtime
+    monkeypatch.setattr(verification, "open_runtime", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1])
+    for wrong in (False, True):
+        if wrong:
+            monkeypatch.setattr(verification, "compare", lambda *_, **__: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            verification.compare_stages(files("plugin"), verification.Run(files("none")), [], "cpu")
+    assert len(opened) == 4
+    for runtime in opened:
+        with pytest.raises(UsageError, match="closed"):
+            runtime._session.get()

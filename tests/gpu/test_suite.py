@@ -54,6 +54,7 @@ def test_every_part_runs_on_the_emulated_gpu(tmp_path):
     assert results["sanitizer"]["worked"] is True
 
 
+@pytest.mark.slow
 def test_a_part_that_needs_torch_runs_on_the_emulated_gpu(tmp_path):
     pytest.importorskip("torch")
     done = suite("run", "--emulated", "--out", str(tmp_path), "--parts", "against_torch")

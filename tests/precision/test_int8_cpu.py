@@ -261,6 +261,7 @@ def test_default_kernels_of_onnx_runtime_are_exact_with_7_bits():
     np.testing.assert_allclose(default, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_sensitivity_uses_the_ranges_of_the_target():
     model = exported_tiny(nms="none")
     found = {

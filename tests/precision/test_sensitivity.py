@@ -78,6 +78,7 @@ def test_progress_is_reported(measured):
     assert reported == [(done, len(sensitivities)) for done in range(1, len(sensitivities) + 1)]
 
 
+@pytest.mark.slow
 def test_only_as_many_images_are_used_as_fit_into_memory(measured, monkeypatch):
     model, calibration, _ = measured
     counts = []

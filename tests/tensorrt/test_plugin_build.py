@@ -205,6 +205,7 @@ def test_the_kernels_build_without_tensorrt_and_are_found(tmp_path):
             kernels.letterbox(batch=1, canvas_hw=(8, 8), dtype="float32", frames=64, canvas=64, stream=0)
 
 
+@pytest.mark.slow
 def test_a_warning_of_a_users_compiler_does_not_fail_the_build(monkeypatch, tmp_path):
     """A newer compiler has warnings that this project has never seen."""
     nvcc_or_skip()

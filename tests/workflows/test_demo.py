@@ -65,6 +65,7 @@ def test_the_included_weights_detect_shapes_in_new_images(tmp_path):
     assert report.ap >= 0.8
 
 
+@pytest.mark.slow
 def test_without_weights_the_demo_runs_the_whole_pipeline(nowhere, monkeypatch):
     monkeypatch.setattr(module, "CALIBRATION_IMAGES", 8)
     monkeypatch.setattr(module, "EVALUATION_IMAGES", 8)

@@ -178,20 +178,19 @@ def test_validate_merges_classes_only_for_a_model_of_one(data):
         validate(WEIGHTS, data, single_class=True)
 
 
-def test_benchmark_returns_a_row_for_each_batch_and_concurrency():
+def test_benchmark_returns_a_row_for_each_batch():
     rows: list[object] = []
     report = benchmark(
         WEIGHTS,
         batch=(1, 2),
-        concurrency=(1, 2),
         img=64,
         frame=(48, 64),
         duration_s=0.05,
         warmup_s=0.05,
         on_row=rows.append,
     )
-    assert [(row.batch, row.concurrency) for row in report.rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert len(rows) == 4
+    assert [row.batch for row in report.rows] == [1, 2]
+    assert len(rows) == 2
 
 
 def test_benchmark_explains_wrong_arguments_in_python():
@@ -199,3 +198,20 @@ def test_benchmark_explains_wrong_arguments_in_python():
         benchmark(WEIGHTS, concurrency=1000)
     with pytest.raises(UsageError, match="frame is the size of the synthetic image, which source replaces"):
         benchmark(WEIGHTS, source="x.jpg", frame=(480, 640))
+
+
+@pytest.mark.parametrize("changed", [{"epochs": 3}, {"weights": "x.pt"}, {"patience": 2}, {"exist_ok": True}])
+def test_a_run_that_is_resumed_keeps_its_options(changed):
+    (name,) = changed
+    with pytest.raises(UsageError, match=f"{name} cannot be changed with resume=True"):
+        train(resume=True, **changed)
+
+
+def test_a_run_to_resume_is_found_by_its_name(tmp_path):
+    with pytest.raises(LoadError, match="mine"):
+        train(resume=True, project=tmp_path, name="mine")
+
+
+def test_a_limit_of_the_drop_needs_a_dataset_before_the_weights_are_read(tmp_path):
+    with pytest.raises(UsageError, match="requires a dataset"):
+        export(tmp_path / "absent.pt", precision="int8", calib=tmp_path, max_drop=0.3)

@@ -1,14 +1,20 @@
 """`y7 optimize`: the fastest candidate that keeps the AP wins, everything else has a reason."""
 
+import ast
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.tensorrt.test_engine import PLAN, record_of
 from yolov7_deploy.cli.app import app
+from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ParityError, UsageError
+from yolov7_deploy.hardware import machine
 from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options, OptimizeOptions
@@ -16,6 +22,7 @@ from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.int8 import to_int8
 from yolov7_deploy.runtimes.base import installed_runtimes
+from yolov7_deploy.tensorrt.engine import Engine
 from yolov7_deploy.workflows import optimize as module
 from yolov7_deploy.workflows.export import export_weights
 
@@ -131,3 +138,48 @@ def test_an_onnx_file_is_a_candidate_and_not_the_reference(folder, monkeypatch):
     result = CliRunner().invoke(app, ["optimize", "--weights", "fp32.onnx", "--data", "shapes/shapes.yaml"])
     assert isinstance(result.exception, UsageError)
     assert result.exception.fix == "y7 optimize --weights WEIGHTS.pt --candidate fp32.onnx"
+
+
+def optimizer_in(folder, tmp_path, **options):
+    data = open_dataset(folder / "shapes/shapes.yaml")
+    return module.Optimizer(
+        bundled_weights(),
+        data,
+        None,
+        OptimizeOptions(duration_s=0.5),
+        folder=tmp_path / "kept",
+        device="cpu",
+        **options,
+    )
+
+
+def test_files_of_one_name_in_different_folders_are_both_timed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WARMUP_S", 0.1)
+    optimizer = optimizer_in(folder, tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(folder / "fp32.onnx", tmp_path / name / "m.onnx")
+        optimizer._candidates.append(module.Candidate(path=tmp_path / name / "m.onnx", runtime="onnxruntime"))
+    optimizer._race()
+    assert all(len(one.samples_ms) >= module.MIN_ROUNDS for one in optimizer._candidates)
+    assert optimizer._find_winner() in optimizer._candidates
+
+
+def test_an_engine_is_kept_with_its_build_record(folder, tmp_path):
+    engine = Engine(plan=PLAN, record=record_of())
+    engine.save(tmp_path / "fast.engine")
+    kept = optimizer_in(folder, tmp_path)._keep(tmp_path / "fast.engine")
+    assert Engine.load(kept) == engine
+
+
+@pytest.mark.parametrize("name", ["it's fast.onnx", 'a"b.onnx', "ä.onnx"])
+def test_the_printed_code_is_valid_for_every_file_name(name):
+    lines = module._usage(module.Candidate(path=Path(name), runtime="onnxruntime")).strip().splitlines()
+    (call,) = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Call)]
+    assert call.args[0].value == name
+
+
+def test_int8_files_for_the_cpu_of_a_machine_with_a_gpu_are_for_cpus(monkeypatch):
+    monkeypatch.setattr(machine, "list_installed_gpus", lambda: ("a GPU",))
+    assert machine.find_int8_target() == "tensorrt"
+    assert machine.find_int8_target(use_gpu=False) in ("cpu", "arm")

@@ -111,7 +111,7 @@ def test_the_sensitive_layer_is_found_and_excluded(images, data, baseline_drop):
     assert "excluded to keep AP: alone in INT8 it changes the head by" in floats[SENSITIVE]
     assert result.drop.points <= allowed
     assert [len(one.excluded) for one in result.measurements] == [0, 1]
-    assert any(f"excluded 1 layers from INT8: {SENSITIVE}" in line for line in log)
+    assert any(f"excluded 1 layer from INT8: {SENSITIVE}" in line for line in log)
     assert SENSITIVE in describe(result) and "float" in describe(result)
     assert to_dict(result)["measurements"][1]["excluded"] == [SENSITIVE]
     json.dumps(to_dict(result), allow_nan=False)

@@ -198,6 +198,8 @@ def export(
         simplify=simplify,
     )
     choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
     request = _int8_request(calib, data, max_drop, choose) if number_type == "int8" else None
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)

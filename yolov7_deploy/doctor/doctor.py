@@ -78,7 +78,7 @@ def find_capabilities(libraries: dict[str, Library], machine: Machine) -> list[C
     onnx_cpu = needs("run .onnx on the CPU", "onnxruntime", "cv2", "numpy")
     return [
         needs("read and convert checkpoints", "torch", "safetensors", "numpy"),
-        needs("export to ONNX", "torch", "safetensors", "onnx", "onnxsim", "numpy"),
+        needs("export to ONNX", "torch", "safetensors", "onnx", "onnxsim", "onnxruntime", "numpy"),
         weights_cpu,
         _on_gpu("run .pt and .safetensors on the GPU", weights_cpu, machine, _torch_on_gpu(libraries["torch"])),
         onnx_cpu,

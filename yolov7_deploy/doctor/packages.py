@@ -166,7 +166,7 @@ def _probe(package: KnownPackage) -> tuple[str, tuple[str, ...]]:
             check=False,
         )
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"the import could not be tested ({error})", ()
+        return "", (f"not tested: {error}",)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return lines[-1] if lines else f"importing it ended Python with exit code {done.returncode}", ()

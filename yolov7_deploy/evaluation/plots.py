@@ -189,9 +189,9 @@ def _confusion_figure(confusion: ConfusionMatrix) -> Figure:
         _write_numbers(axes, confusion, shares)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.6, ticks=np.sqrt((0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)))
     bar.ax.set_yticklabels(["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"], fontsize=8)
-    for line in (len(names) - 1,):  # separates the background
-        axes.axhline(line, color=GREY, linewidth=0.8)
-        axes.axvline(line, color=GREY, linewidth=0.8)
+    background = len(names) - 1
+    axes.axhline(background, color=GREY, linewidth=0.8)
+    axes.axvline(background, color=GREY, linewidth=0.8)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -136,18 +137,19 @@ def _find_runs(paths: Sequence[Path], device: str, runtime: str) -> tuple[list[R
     runs, notes = [], []
     for path in paths:
         names = installed_runtimes(path, device) if runtime == "auto" else (runtime,)
-        accepted = []
+        accepted, refusals = [], []
         for name in names:
             try:
                 open_runtime(path, device=device, input_hw=None, half=_reference_half(path), runtime=name).close()
             except Y7Error as error:
                 if len(names) == 1:
                     raise
-                notes.append(f"{path} was not run in {name}: {error.message}")
+                refusals.append(f"{path} was not run in {name}: {error.message}")
                 continue
             accepted.append(name)
         if not accepted:
-            raise LoadError(f"No runtime opens {path}.", fix="  ".join(notes))
+            raise LoadError(f"No runtime opens {path}.", fix="  ".join(refusals))
+        notes += refusals
         runs += [Run(path, name, f"{path} ({name})" if len(names) > 1 else "") for name in accepted]
     return runs, notes
 
@@ -164,11 +166,29 @@ def compare_stages(
         device: Device of both.
         progress: Called with the number of finished and of all images.
     """
+    with contextlib.ExitStack() as stack:
+        original, other = (
+            stack.enter_context(
+                contextlib.closing(
+                    open_runtime(
+                        each.path, device=device, input_hw=None, half=_reference_half(each.path), runtime=each.runtime
+                    )
+                )
+            )
+            for each in (Run(reference), run)
+        )
+        return _compare_runtimes(reference, original, run, other, images, progress)
+
+
+def _compare_runtimes(
+    reference: Path,
+    original: Runtime,
+    run: Run,
+    other: Runtime,
+    images: Sequence[Image],
+    progress: Progress | None,
+) -> ParityReport:
     path = run.path
-    original, other = (
-        open_runtime(each.path, device=device, input_hw=None, half=_reference_half(each.path), runtime=each.runtime)
-        for each in (Run(reference), run)
-    )
     _check_same_classes(reference, original.metadata, path, other.metadata)
     hw = common_input_hw([original.metadata, other.metadata])
     for file, metadata in ((reference, original.metadata), (path, other.metadata)):

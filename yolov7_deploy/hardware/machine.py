@@ -108,9 +108,9 @@ def _cpu(root: Path) -> str:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def find_int8_target(root: Path = ROOT) -> str:
-    """Return the INT8 target of this machine; see `Int8Options`."""
-    if read_board(root=root) is not None or list_installed_gpus():
+def find_int8_target(root: Path = ROOT, *, use_gpu: bool = True) -> str:
+    """Return the INT8 target of this machine, or of its CPU without `use_gpu`; see `Int8Options`."""
+    if use_gpu and (read_board(root=root) is not None or list_installed_gpus()):
         return "tensorrt"
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "arm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,7 @@ def export_weights(
     steps.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
     model = fuse(build_model(checkpoint))
     steps.done("fused BatchNorm, RepConv and implicit knowledge")
-    options = _limit_detections(options, checkpoint.metadata)
+    options = limit_detections(options, checkpoint.metadata)
     exported = export_onnx(model, replace(checkpoint.metadata, version=__version__), options)
     steps.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
     exported, quantized, images = _convert(exported, precision, int8, images, steps)
@@ -157,7 +158,7 @@ def export_weights(
     return ExportReport(path=output, metadata=exported.metadata, bytes=size, parity=parity, quantized=quantized)
 
 
-def _limit_detections(options: ExportOptions, metadata: ModelMetadata) -> ExportOptions:
+def limit_detections(options: ExportOptions, metadata: ModelMetadata) -> ExportOptions:
     """Return options whose `max_det` is at most the number of anchors: small inputs have fewer than the default."""
     height, width = options.input_hw or metadata.default_hw
     levels = zip(metadata.strides, metadata.anchors, strict=True)
@@ -219,18 +220,18 @@ def _verify(
                 raise
             steps.done(f"not run in {name}: {error.message}")
             continue
-        for input_hw in _verified_sizes(metadata):
-            parity = compare(
-                make_artifact("torch", reference, None, input_hw=input_hw),
-                make_artifact(name, runtime, path, input_hw=input_hw),
-                images,
-                thresholds=comparison_thresholds(metadata),
-            )
-            _check_parity(name, parity, metadata)
-            size = "" if metadata.input_hw else f" at {input_hw[0]}x{input_hw[1]}"
-            steps.done(_verification_text(name, parity, size))
-            reports.append(parity)
-        runtime.close()
+        with contextlib.closing(runtime):
+            for input_hw in _verified_sizes(metadata):
+                parity = compare(
+                    make_artifact("torch", reference, None, input_hw=input_hw),
+                    make_artifact(name, runtime, path, input_hw=input_hw),
+                    images,
+                    thresholds=comparison_thresholds(metadata),
+                )
+                _check_parity(name, parity, metadata)
+                size = "" if metadata.input_hw else f" at {input_hw[0]}x{input_hw[1]}"
+                steps.done(_verification_text(name, parity, size))
+                reports.append(parity)
     return reports[0]
 
 

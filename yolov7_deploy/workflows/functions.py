@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -177,6 +178,8 @@ def _check_int8_arguments(
     needless = [name for name, value in given.items() if value is not None]
     if needless and precision != "int8":
         raise UsageError(f"{needless[0]} has no effect without --precision int8.", fix="Add  --precision int8")
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
 
 
 def _int8_request(
@@ -206,8 +209,12 @@ def _int8_request(
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
+# Arguments of `train` that a resumed run may have.
+_RESUME_ARGUMENTS = ("data", "device", "save_dir", "project", "name", "resume", "callback")
+
+
 class TrainKeywords(TypedDict, total=False):
-    """The fields of `TrainOptions` that are not arguments of `train` by their own; the defaults are there."""
+    """The fields of `TrainOptions` that `train` does not list as arguments; `TrainOptions` has their defaults."""
 
     nominal_batch: int
     seed: int
@@ -271,7 +278,8 @@ def train(
         save_dir: Folder of the run, instead of a new one in `project`.
         project, name: The new folder is `project/name`; a number is added if it exists.
         exist_ok: Use the folder `project/name` even if it exists.
-        resume: Resume the run in `save_dir`, or the newest unfinished one in `project`.
+        resume: Resume the run in `save_dir` or `project/name`, or the newest unfinished one in `project`. Only `device`
+            and `data` may differ from those it was started with.
         tensorboard: Write TensorBoard events; `None` does so if it is installed.
         callback: Receives messages, progress and the metrics of each epoch; by default they are logged (`logging`).
         **options: All other fields of `TrainOptions`, such as `patience=20`.
@@ -292,14 +300,21 @@ def train(
         >>> report.weights.name, 0 <= report.accuracy.ap <= 1
         ('best.safetensors', True)
     """
+    given = {**locals(), **options}
     from yolov7_deploy.training import run
     from yolov7_deploy.training.checkpoints import TrainRequest, find_unfinished_run
     from yolov7_deploy.training.loggers import LogCallback
 
     callback, folder = callback or LogCallback(), Path(save_dir) if save_dir is not None else None
     if resume:
-        moved = None if data is None else os.fspath(data)
-        return run.resume(folder or find_unfinished_run(Path(project)), callback=callback, data=moved)
+        _check_resume_arguments(given)
+        named = Path(project) / name if name != "exp" else None
+        return run.resume(
+            folder or named or find_unfinished_run(Path(project)),
+            callback=callback,
+            device=None if device == "auto" else str(device),
+            data=None if data is None else os.fspath(data),
+        )
     if data is None:
         raise UsageError("train needs a dataset.", fix="For example: train('data.yaml', weights='yolov7-tiny')")
     _check_train_keywords(options)
@@ -321,6 +336,17 @@ def train(
             options=chosen,
         )
         return run.train(request, callback=callback)
+
+
+def _check_resume_arguments(given: Mapping[str, object]) -> None:
+    """Refuse arguments that a resumed run would ignore."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    for name, value in given.items():
+        if name not in (*_RESUME_ARGUMENTS, "options") and value != defaults.get(name):
+            raise UsageError(
+                f"{name} cannot be changed with resume=True: a run keeps the options it was started with.",
+                fix="Leave it out, or start a new run: train('data.yaml', 'runs/train/exp/last.safetensors')",
+            )
 
 
 def _check_train_keywords(given: Iterable[str]) -> None:
@@ -529,7 +555,7 @@ def benchmark(
             frames,
             options=options if batch is not None else replace(options, batches=(detector.metadata.batch or 1,)),
             profile=profile or resolve_device("auto", gpu_usable=detector.device != "cpu"),
-            gpu_baseline_bytes=gpu_baseline,
+            gpu_baseline_bytes=None if detector.device == "cpu" else gpu_baseline,
             progress=progress,
             on_row=on_row,
         )

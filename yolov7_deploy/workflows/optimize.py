@@ -8,6 +8,7 @@ timed against each other on images of the dataset.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import platform
 import shutil
@@ -35,6 +36,7 @@ from yolov7_deploy.errors import DeviceError, ParityError, Y7Error
 from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop
 from yolov7_deploy.evaluation.verification import Run, compare_stages, stage_failures
+from yolov7_deploy.hardware.gpu import parse_device
 from yolov7_deploy.hardware.machine import Machine, find_int8_target, read_machine
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.model.fusion import fuse
@@ -52,6 +54,8 @@ from yolov7_deploy.options import (
 from yolov7_deploy.precision.calibration_images import CalibrationImages
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.tensorrt.builder import build_file
+from yolov7_deploy.tensorrt.engine import Engine
+from yolov7_deploy.workflows.export import limit_detections
 from yolov7_deploy.workflows.quantize import Quantizer, Show, silent
 
 logger = get_logger(__name__)
@@ -126,7 +130,9 @@ class OptimizeReport:
         winner: The fastest one that was not rejected; `None` if nothing was timed.
         not_tried: What this machine or the options do not have, with the command that adds it.
         images: Number of images on which AP was measured.
-        interrupted: It was stopped before the measurement was complete.
+        options: What was measured.
+        machine: The machine.
+        interrupted: What stopped it before the measurement was complete, such as Ctrl-C; `None` if nothing did.
     """
 
     weights: Path
@@ -186,7 +192,7 @@ class Optimizer:
         self._weights, self._data, self._images, self._options = weights, dataset, images, options
         self._folder, self._others, self._device, self._log, self._show = folder, others, device, log, show
         self._machine = read_machine()
-        self._on_gpu = self._machine.has_gpu and device != "cpu"
+        self._on_gpu = self._machine.has_gpu and parse_device(device).kind in ("auto", "cuda")
         self._candidates: list[Candidate] = []
         self._not_tried: list[str] = []
         self._images_measured = 0
@@ -198,7 +204,7 @@ class Optimizer:
 
         Raises:
             LoadError: The checkpoint cannot be read.
-            ParityError: The checkpoint has AP 0, or every candidate was rejected.
+            ParityError: The checkpoint has AP 0.
         """
         interrupted: BaseException | None = None
         with _without_runtime_warnings(), temporary_folder("y7-optimize") as self._temporary:
@@ -209,7 +215,7 @@ class Optimizer:
                 self._race()
             except KeyboardInterrupt as error:
                 interrupted = error
-            winner = self._find_winner(interrupted)
+            winner = self._find_winner()
             if winner is not None and winner.path.parent == self._temporary:
                 winner.path = self._keep(winner.path)
         return self._report(winner, interrupted)
@@ -254,7 +260,7 @@ class Optimizer:
         network = fuse(build_model(checkpoint))
         batch = self._options.batches[0] if len(self._options.batches) == 1 else None
         metadata = replace(checkpoint.metadata, version=__version__)
-        model = export_onnx(network, metadata, ExportOptions(batch=batch))
+        model = export_onnx(network, metadata, limit_detections(ExportOptions(batch=batch), metadata))
         files = [self._save(model, "fp32")]
         if self._on_gpu:
             files += self._write_gpu_files(model)
@@ -284,7 +290,7 @@ class Optimizer:
             yield engine
 
     def _to_int8(self, model: OnnxModel, images: CalibrationImages) -> OnnxModel:
-        options = QuantizeOptions(int8=Int8Options(target=find_int8_target()))
+        options = QuantizeOptions(int8=Int8Options(target=find_int8_target(use_gpu=self._on_gpu)))
         return Quantizer(model, images, options, log=lambda _: None, show=self._show).run().model
 
     def _save(self, model: OnnxModel, precision: str) -> Path:
@@ -305,8 +311,9 @@ class Optimizer:
                 fix="Use labelled images of its classes:  --data DATA.yaml",
             )
         reports: dict[tuple[Path, str, bool | None], AccuracyReport | Y7Error] = {
-            (self._weights, "pytorch", False): reference
+            (self._weights, "pytorch", False): replace(reference, predictions=list(reference.predictions))
         }
+        drops: dict[tuple[Path, str, bool | None], AccuracyDrop] = {}
         for candidate in tuple(self._candidates):
             key = (candidate.path, candidate.runtime, candidate.half)
             if key not in reports:
@@ -319,8 +326,11 @@ class Optimizer:
             if isinstance(report, Y7Error):
                 candidate.rejected = report.message
                 continue
-            drop = accuracy_drop(self._data, range(len(self._data)), reference.predictions, report.predictions)
-            candidate.drop = drop
+            if key not in drops:
+                everything = range(len(self._data))
+                drops[key] = accuracy_drop(self._data, everything, reference.predictions, report.predictions)
+                report.predictions.clear()  # hundreds of megabytes for thousands of images
+            candidate.drop = drop = drops[key]
             if drop.points > self._options.max_drop:
                 lost = f"{drop.points:.2f} AP points" + _interval(drop)
                 candidate.rejected = f"loses {lost}, more than --max-drop {self._options.max_drop:g}"
@@ -362,7 +372,7 @@ class Optimizer:
 
     def _race(self) -> None:
         """Time the remaining candidates against each other."""
-        remaining = {candidate.name: candidate for candidate in self._remaining()}
+        remaining = {str(number): candidate for number, candidate in enumerate(self._remaining())}
         frames = Frames(images=tuple(self._timed_images()), description="")
         samples: Samples = {}
         with ExitStack() as stack, self._show("time") as progress:
@@ -403,28 +413,24 @@ class Optimizer:
 
     # --- result -------------------------------------------------------------------------------------------------------
 
-    def _find_winner(self, interrupted: BaseException | None) -> Candidate | None:
-        """Return the fastest candidate, and compare the others with it."""
+    def _find_winner(self) -> Candidate | None:
+        """Return the fastest candidate, and compare the others with it; `None` if nothing was timed."""
         timed = [one for one in self._remaining() if len(one.samples_ms) >= MIN_ROUNDS]
         winner = None
         if timed:
             longest = max(len(one.samples_ms) for one in timed)
-            leaders = {one.name: one.samples_ms for one in timed if len(one.samples_ms) == longest}
-            name = fastest(leaders, list(leaders))
-            winner = next(one for one in timed if one.name == name)
+            leaders = {str(n): one.samples_ms for n, one in enumerate(timed) if len(one.samples_ms) == longest}
+            winner = timed[int(fastest(leaders, list(leaders)))]
             for one in timed:
                 one.ratio = compare(one.samples_ms, winner.samples_ms) if one is not winner else None
-        elif interrupted is None:
-            raise ParityError(
-                "Every candidate was rejected:\n"
-                + "\n".join(f"{one.name}: {one.rejected}" for one in self._candidates),
-                fix="Allow a larger loss:  --max-drop POINTS",
-            )
         return winner
 
     def _keep(self, path: Path) -> Path:
-        """Move the file of the winner to the folder of results, and return its new path."""
+        """Copy the file of the winner, with the build record of an engine, to the folder of results."""
         kept = self._folder / path.name
+        if path.suffix == ".engine":
+            Engine.load(path).save(kept)
+            return kept
         with atomic_write(kept) as partial:
             shutil.copyfile(path, partial)
         return kept
@@ -498,7 +504,7 @@ def _row(candidate: Candidate, winner: Candidate | None) -> list[str | None]:
 
 def _usage(winner: Candidate) -> str:
     """Return the lines of Python that use the winner."""
-    arguments = [repr(str(winner.path)).replace("'", '"')]
+    arguments = [json.dumps(str(winner.path), ensure_ascii=False)]
     if winner.path.suffix == ".onnx":
         arguments.append(f'runtime="{winner.runtime}"')
     if winner.half is not None:

@@ -242,9 +242,9 @@ class _ResultWriter:
                 write_image(path, saved)
                 self._report.files.append(path)
         else:
-            stem = f"{self._video_stem(frame)}_{frame.number + 1}"  # the official program counts frames from 1
             if saved is not None:
-                self._write_video(frame, saved)
+                self._write_video(frame, saved)  # first, because it may begin a new file
+            stem = f"{self._video_stem(frame)}_{frame.number + 1}"  # the official program counts frames from 1
         if self._options.save_txt:
             write_text(self._labels.result(f"{stem}.txt"), detections.to_yolo(save_conf=self._options.save_conf))
 

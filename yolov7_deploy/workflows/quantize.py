@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolov7_deploy._console import table
+from yolov7_deploy._console import plural, table
 from yolov7_deploy._process import temporary_folder
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
@@ -169,7 +169,7 @@ class Quantizer:
         self._log, self._show = log, show
         self._reference: AccuracyReport | None = None
         self._measurements: list[Measurement] = []
-        self._reports: dict[frozenset[str], AccuracyReport] = {}
+        self._drops: dict[frozenset[str], AccuracyDrop] = {}
 
     def run(self) -> Quantized:
         """Calibrate, convert and measure the model, and exclude layers until it loses at most `max_drop`.
@@ -191,8 +191,8 @@ class Quantizer:
         if exceeds and self._options.max_drop is not None:
             excluded = self._search(calibration, sensitivities, self._options.max_drop)
             model = to_int8(self._model, calibration, self._excluding(excluded, sensitivities))
-            drop = self._drop(self._reports[frozenset(excluded)])
-            self._log(f"excluded {len(excluded)} layers from INT8: {', '.join(excluded)}")
+            drop = self._drops[frozenset(excluded)]
+            self._log(f"excluded {plural(len(excluded), 'layer')} from INT8: {', '.join(excluded)}")
         model = self._with_drop_note(model, drop)
         return Quantized(
             model=model,
@@ -255,10 +255,10 @@ class Quantizer:
             return None
         if self._reference is None:
             self._reference = self._evaluate(self._model, "AP of FP32")
-        report = self._reports[excluded] = self._evaluate(model, f"AP of INT8, {len(excluded)} layers excluded")
-        drop = self._drop(report)
+        without = f"{plural(len(excluded), 'layer')} excluded"
+        drop = self._drops[excluded] = self._drop(self._evaluate(model, f"AP of INT8, {without}"))
         self._measurements.append(Measurement(excluded=tuple(sorted(excluded)), ap=drop.ap, points=drop.points))
-        self._log(f"AP {drop.reference_ap:.4f} in FP32, {drop.ap:.4f} in INT8 with {len(excluded)} layers excluded")
+        self._log(f"AP {drop.reference_ap:.4f} in FP32, {drop.ap:.4f} in INT8 with {without}")
         return drop
 
     def _drop(self, report: AccuracyReport) -> AccuracyDrop:
