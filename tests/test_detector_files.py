@@ -249,6 +249,18 @@ def test_a_foreign_int8_file_without_zero_points_runs(files, detectors, tmp_path
     assert len(reports) == fails_with_exact_int8(path)
 
 
+def test_a_run_whose_session_another_thread_has_replaced_is_repeated_on_the_new_one(files, tmp_path):
+    path = without_metadata(files("none"), tmp_path / "m.onnx", without_zero_points)
+    if not fails_with_exact_int8(path):
+        pytest.skip("ONNX Runtime runs the file on this CPU with exact INT8 kernels")
+    with Detector(path, device="cpu") as detector:
+        session = detector._runtime._session
+        replaced, feeds = session.get(), {"images": np.zeros((1, 3, *HW), np.float32)}
+        expected = session.run(replaced, None, feeds)
+        assert session.get() is not replaced
+        np.testing.assert_array_equal(session.run(replaced, None, feeds)[0], expected[0])
+
+
 @pytest.mark.parametrize(
     "input_shape, output_shape", [([1, 10], [1, 10]), ([1, 3, 64, 64], [1, 1000]), ([1, 3, 64, 64], [1, 63, 4])]
 )

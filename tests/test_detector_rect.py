@@ -6,6 +6,7 @@ written here from the official formulas: letterbox, PyTorch, the reference NMS, 
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import cv2
@@ -162,6 +163,25 @@ def test_openvino_compiles_the_sizes_that_are_used_often_and_keeps_a_few(files, 
                 assert len(networks.sizes) == min(number + compiled, 2)
         assert [dict(shapes)["images"][2:] for shapes in networks.sizes] == [(64, SIZE), (96, SIZE)]
         assert_same(detector(images[0]), torch_rect(images[0]))
+
+
+def test_openvino_compiles_a_size_from_the_file_that_was_opened_or_not_at_all(files, monkeypatch, tmp_path, caplog):
+    module = pytest.importorskip("yolov7_deploy.runtimes.openvino")
+    monkeypatch.setattr(module, "SIZE_CALLS", 2)
+    shutil.copy(files("none", batch=None, dynamic_size=True), tmp_path / "m.onnx")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Detector("m.onnx", device="cpu", runtime="openvino", img=SIZE, rect=True, conf=CONF) as detector:
+        networks = detector._runtime._session.get()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for _ in range(2):
+            detector(noise(30, SIZE, 1))
+        assert len(networks.sizes) == 1
+        (tmp_path / "m.onnx").write_bytes(b"another file")
+        for _ in range(2):
+            assert_same(detector(noise(60, SIZE, 1)), detector(noise(60, SIZE, 1)))
+        assert len(networks.sizes) == 1
+    assert "has changed or was removed since it was opened" in caplog.text
 
 
 def test_openvino_compiles_a_file_of_fixed_size_once(files, monkeypatch):

@@ -161,9 +161,9 @@ def never_free(thing: object) -> None:
 
 
 def gpu_fork_error(device: str) -> DeviceError:
-    """Return the error for a GPU that was opened by the parent process."""
+    """Return the error for a GPU or NPU that was opened by the parent process."""
     return DeviceError(
-        f"This model was opened on {device} before os.fork(), and CUDA cannot be used in a child process then.",
+        f"This model was opened on {device} before os.fork(), and cannot be used in a child process.",
         fix="Open the Detector in the child only, or start processes with multiprocessing.get_context('spawn').",
     )
 

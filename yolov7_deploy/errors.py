@@ -46,7 +46,7 @@ class UsageError(Y7Error):
 
 
 class MissingLibraryError(Y7Error):
-    """A library that an optional extra installs is missing."""
+    """A library that an optional extra installs is missing, or does not load."""
 
 
 class LoadError(Y7Error):
@@ -93,6 +93,10 @@ class DatasetError(Y7Error):
     """The files of a dataset are missing, malformed or contradict each other."""
 
 
+class MissingSplitError(DatasetError):
+    """A dataset names no images of the requested split."""
+
+
 class TrainingError(Y7Error):
     """Training cannot continue: the loss is not finite, or a file cannot be written."""
 
@@ -135,6 +139,25 @@ def missing_library(error: ModuleNotFoundError, purpose: str) -> MissingLibraryE
     extra = _EXTRAS.get(library)
     package = f"'yolov7-deploy[{extra}]'" if extra else "yolov7-deploy"
     return MissingLibraryError(f"{library} is needed {purpose}.", fix=f"pip install {package}")
+
+
+def broken_library(error: ImportError | OSError, library: str, purpose: str) -> MissingLibraryError:
+    """Return the error for a library that is installed, but cannot be imported.
+
+    Args:
+        error: The failed import.
+        library: Name of the library.
+        purpose: Completes "torch is needed ...".
+
+    Raises:
+        ImportError: The module that failed to import belongs to this package, so installing does not help.
+    """
+    if (getattr(error, "name", None) or "").partition(".")[0] == "yolov7_deploy":
+        raise error
+    return MissingLibraryError(
+        f"{library} is needed {purpose}; it is installed but does not load: {error}",
+        fix="y7 doctor shows what is installed; pip install --force-reinstall  repairs a broken wheel.",
+    )
 
 
 # Messages of torch, cuDNN, oneDNN, CUDA, TensorRT and the C++ standard library.

@@ -452,11 +452,13 @@ def test_a_missing_folder_is_created(path, tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.safetensors"]
 
 
-def test_a_file_in_place_of_the_folder_is_reported(path, tmp_path):
+def test_a_path_that_cannot_be_written_is_reported(path, tmp_path):
     checkpoint = load_checkpoint(save_official({"model": Model()}, path))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_checkpoint(checkpoint, tmp_path / "file" / "x.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_checkpoint(checkpoint, tmp_path / "a\0.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

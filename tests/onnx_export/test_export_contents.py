@@ -20,7 +20,7 @@ from tests.support.detecting import (
 from tests.support.deterministic import fill_model
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
-from yolov7_deploy.metadata import NMS_OUTPUTS, THRESHOLD_INPUTS, ModelMetadata
+from yolov7_deploy.metadata import METADATA_KEY, NMS_OUTPUTS, THRESHOLD_INPUTS, ModelMetadata
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import new_model
 from yolov7_deploy.onnx_export.nms import OVERFLOW
@@ -29,6 +29,16 @@ from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 
 # --- contents of the file ---------------------------------------------------------------------------------------------
+
+
+def test_properties_of_other_programs_are_kept():
+    model = exported_tiny()
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    helper.set_model_props(proto, {"names": "{0: 'thing'}"})
+    for _ in range(2):
+        properties = {entry.key: entry.value for entry in OnnxModel.of(proto, model.metadata).proto.metadata_props}
+        assert properties == {"names": "{0: 'thing'}", METADATA_KEY: model.metadata.to_json()}
 
 
 @pytest.mark.parametrize("nms", NMS_CHOICES)

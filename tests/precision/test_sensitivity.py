@@ -35,7 +35,7 @@ def slow_error(model, calibration, layer):
     network = Network(model)
     others = {node.output[0]: "other" for node in network.convolutions if node.output[0] != layer}
     scales = tensor_ranges(network, place_qdq(network, {}), calibration, Int8Options())
-    proto = insert_qdq(network, place_qdq(network, others), scales, calibration.input_means)
+    proto = insert_qdq(network, place_qdq(network, others), scales, calibration.input_means, Int8Options())
     errors = []
     for image in IMAGES:
         array = network_input(image, model.metadata)

@@ -11,11 +11,11 @@ import torch
 
 from tests.support.trt_kit import assert_detected, environment, infer, make_image, toy
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import DeviceError, ImageError, UsageError
+from yolov7_deploy.errors import ImageError, UsageError
 from yolov7_deploy.image import fit_evaluation_letterbox
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.cuda import DeviceBuffer, Stream
-from yolov7_deploy.runtimes.device_arrays import _Tensor, _Versioned, gpu_hw, gpu_image, is_gpu_array
+from yolov7_deploy.runtimes.device_arrays import _Tensor, _type_name, _Versioned, gpu_hw, gpu_image, is_gpu_array
 
 __all__ = ["environment"]
 
@@ -178,17 +178,22 @@ def test_an_image_on_another_gpu_is_refused_with_both_gpus(environment):
     runtime = environment.open()
     with environment.cuda.working_on(1):
         given = [CudaArray(environment, make_image(0)), Dlpack(environment, make_image(0), device=1)]
+    del given[0].__cuda_array_interface__["stream"]
+    calls = environment.calls()
     for one in given:
-        with pytest.raises(DeviceError, match=r"is on cuda:1, the detector on cuda:0") as caught:
+        with pytest.raises(UsageError, match=r"is on cuda:1, the detector on cuda:0") as caught:
             infer(runtime, [one])
         assert "device='cuda:1'" in caught.value.fix
+    assert "cudaStreamWaitEvent" not in calls()
+    infer(runtime, [make_image(0)])
+    assert "cudaStreamCreateWithFlags" not in calls(), "the executor is kept"
     assert given[1].streams == [], "its library was not requested to copy it"
 
 
 def test_an_address_in_host_memory_is_refused(environment):
     runtime, image = environment.open(), make_image(0)
     given = CudaArray(environment, image, data=(image.ctypes.data, True))
-    with pytest.raises(DeviceError, match="is not on a GPU"):
+    with pytest.raises(UsageError, match="is not on a GPU"):
         infer(runtime, [given])
 
 
@@ -197,11 +202,18 @@ def test_the_error_of_a_library_that_refuses_to_export_is_quoted(environment):
         def __dlpack__(self, *, stream, **newer):
             raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
 
-    with pytest.raises(DeviceError, match="This Trained cannot be exported by DLPack: Can't export") as caught:
+    with pytest.raises(UsageError, match="This Trained cannot be exported by DLPack: Can't export") as caught:
         infer(environment.open(), [Trained(environment, make_image(0))])
     assert "detach" in caught.value.fix
     with pytest.raises(ImageError, match="this one is float8"):
         infer(environment.open(name="b.engine"), [Dlpack(environment, make_image(0), code=2)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [((5, 64, 1), "complex64"), ((1, 8, 4), "uint8x4"), ((9, 8, 1), "type 9 of DLPack with 8 bits")]
+)
+def test_other_types_of_dlpack_have_a_name(kind, name):
+    assert _type_name(_Tensor(**dict(zip(("code", "bits", "lanes"), kind, strict=True)))) == name
 
 
 def test_the_owner_is_held_until_the_work_is_done(environment):

@@ -1,6 +1,7 @@
 """ONNX Runtime: the device that is reported is the one that runs, and thresholds with and without a default."""
 
 import logging
+import sys
 
 import numpy as np
 import onnx
@@ -9,9 +10,9 @@ import pytest
 
 from tests.support.sample_images import noise
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import DeviceError, LoadError
+from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, UsageError
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
-from yolov7_deploy.runtimes.base import installed_runtimes
+from yolov7_deploy.runtimes.base import installed_runtimes, open_runtime
 
 
 @pytest.fixture
@@ -39,6 +40,23 @@ def test_an_unusable_gpu_that_was_asked_for_is_refused(files, without_cuda_libra
     with pytest.raises(DeviceError, match="its CUDA libraries") as caught:
         Detector(files("plugin"), runtime="onnxruntime", device=device)
     assert caught.value.fix.startswith("pip install 'onnxruntime-gpu[cuda,cudnn]'")
+
+
+@pytest.mark.parametrize("kind", ["ImportError", "OSError"])
+def test_a_library_that_does_not_load_is_reported_with_the_cause(files, tmp_path, monkeypatch, kind):
+    (tmp_path / "openvino.py").write_text(f"raise {kind}('libtbb.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("openvino", "yolov7_deploy.runtimes.openvino"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(MissingLibraryError, match=r"openvino is needed to run .*does not load: libtbb\.so") as caught:
+        open_runtime(files("plugin"), device="cpu", input_hw=None, runtime="openvino")
+    assert "y7 doctor" in caught.value.fix
+
+
+def test_an_onnx_file_for_tensorrt_is_refused_with_the_command_that_builds_an_engine(files):
+    with pytest.raises(UsageError, match="not with tensorrt") as caught:
+        open_runtime(files("plugin"), device="cpu", input_hw=None, runtime="tensorrt")
+    assert caught.value.fix.endswith("y7 export --weights WEIGHTS.pt --engine")
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.child_processes import in_forked_child
 from tests.support.sample_images import assert_identical, assert_same, noise
@@ -331,6 +331,24 @@ def test_callers_in_threads_get_their_own_results_and_each_core_runs_an_image(ma
             assert dict(detector.runtime_info)["streams"] != "1"
 
 
+def test_a_call_that_cannot_start_the_thread_for_throughput_is_not_counted_as_running(make_file, images, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with Detector(make_file(), device="cpu", runtime="openvino") as detector:
+        session = detector._runtime._session
+        networks, session._cores = session.get(), 2
+        networks.running = 1  # another call
+        with monkeypatch.context() as patched, pytest.raises(DeviceError, match="can't start new thread") as caught:
+            patched.setattr(threading.Thread, "start", fail)
+            detector(images[0])
+        assert "--device" not in caught.value.fix
+        assert (networks.running, networks.compiling) == (1, None)
+        detector(images[0])
+        networks.compiling.join()
+        assert networks.throughput is not None
+
+
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_opens_the_file_again(make_file, images):
     with Detector(make_file(), device="cpu", runtime="openvino") as detector:
@@ -428,6 +446,40 @@ def test_functions_that_call_functions_are_inlined_with_their_attributes():
         expected = np.square(np.where(x > 0, x, 0.5 * x) * (2 if flag else 1))
         (found,) = ReferenceEvaluator(rewritten).run(None, {"x": x, "flag": np.array(flag)})
         np.testing.assert_allclose(found, expected)
+
+
+def test_functions_have_the_default_values_of_their_attributes():
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    leaky = helper.make_node("LeakyRelu", ["x"], ["y"])
+    leaky.attribute.append(onnx.AttributeProto(name="alpha", ref_attr_name="slope", type=onnx.AttributeProto.FLOAT))
+    function = helper.make_function(
+        "own", "Leaky", ["x"], ["y"], [leaky], opsets, attribute_protos=[helper.make_attribute("slope", 0.5)]
+    )
+    nodes = [
+        helper.make_node("Leaky", ["x"], ["default"], domain="own"),
+        helper.make_node("Leaky", ["x"], ["given"], domain="own", slope=0.25),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "default", "given")]
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=9)
+    rewritten = onnx.load_model_from_string(rewrite_for_openvino(model.SerializeToString()).data)
+    assert [node.attribute[0].f for node in rewritten.graph.node] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+def test_the_zero_point_of_activations_may_be_a_constant_node(kind):
+    constants = {"scale": np.float32(1), "zero": kind(0)}
+    nodes = [
+        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value)))
+        for name, value in constants.items()
+    ]
+    nodes.append(helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"]))
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [2]),
+        helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), [2]),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "graph", values[:1], values[1:]))
+    assert rewrite_for_openvino(model.SerializeToString()).has_int8_activations == (kind is np.int8)
 
 
 def test_inner_pairs_are_removed(make_file):

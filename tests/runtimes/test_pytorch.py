@@ -1,6 +1,7 @@
 """The PyTorch runtime: precision, captured graphs against eager execution, stages of a call, and out of memory."""
 
 import copy
+import gc
 import logging
 import threading
 import time
@@ -237,6 +238,18 @@ def test_closing_twice_is_fine():
     infer(runtime, IMAGES[:1])
     runtime.close()
     runtime.close()
+
+
+@pytest.mark.parametrize("capture", [None, without_graph])
+def test_closing_frees_the_network_and_later_calls_are_refused(capture):
+    runtime = open_model(capture=capture)
+    infer(runtime, IMAGES[:1])
+    network = weakref.ref(runtime._network)
+    runtime.close()
+    gc.collect()
+    assert network() is None
+    with pytest.raises(UsageError, match="closed"):
+        infer(runtime, IMAGES[:1])
 
 
 # --- with a GPU ---------------------------------------------------------------------------------------------------

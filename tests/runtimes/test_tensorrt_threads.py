@@ -177,6 +177,14 @@ def test_closing_waits_for_running_calls_and_refuses_new_ones(environment):
     runtime.close()
 
 
+def test_closing_frees_the_engine(environment):
+    runtime = environment.open()
+    infer(runtime, [make_image(0)])
+    assert runtime._engine.engine is not None
+    runtime.close()
+    assert runtime._engine.engine is None and runtime._engine._runtime is None
+
+
 def test_a_closed_detector_refuses_calls(environment):
     detector = Detector(environment.engine())
     detector(make_image(0))

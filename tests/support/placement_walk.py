@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 from onnx import numpy_helper
 
+from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.fp16 import check_valid
 from yolov7_deploy.precision.int8 import QuantizedRange, insert_qdq
 from yolov7_deploy.precision.qdq_placement import calibrated_tensors, float_nodes
@@ -115,7 +116,7 @@ def check_placement(network, placement):
 def check_file(network, placement):
     """Check that the written graph has the pairs of the placement and no other changes."""
     scales = scale_by_group(placement)
-    proto = insert_qdq(network, placement, scales, {})
+    proto = insert_qdq(network, placement, scales, {}, Int8Options())
     check_valid(proto)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     producers = {name: node for node in proto.graph.node for name in node.output}

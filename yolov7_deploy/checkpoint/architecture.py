@@ -1,7 +1,9 @@
-"""Recognition of the eight architectures from the names and shapes of the tensors alone.
+"""Recognition of the variant and its form from the names and shapes of the tensors alone.
 
-The layer index of the head identifies variant and form: it differs between all of them, because the training form of
-the models with four levels has four more convolutions (the auxiliary branches) than the deploy form.
+The eight variants have seven layouts of layers, since `yolov7-tiny-silu` has the tensors of `yolov7-tiny`. The layer
+index of the head identifies the layout. With four levels it identifies the form, too, because the training form has
+four more convolutions (the auxiliary branches) than the deploy form. With three levels both forms have their head at
+the same index, and its implicit tensors decide.
 """
 
 from __future__ import annotations

@@ -206,9 +206,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     try:
         with atomic_write(target) as unfinished:
             unfinished.write_bytes(data)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{target} cannot be written ({error.strerror or error}).",
+            f"{target} cannot be written ({getattr(error, 'strerror', None) or error}).",
             fix="Free some space, or choose another path.",
         ) from error
 
@@ -259,10 +259,7 @@ def _read_safetensors(path: Path) -> _Contents:
         ) from error
     if METADATA_KEY not in header:
         return _Contents(arrays=_with_counters(_official_names(arrays)))
-    try:
-        metadata = ModelMetadata.from_json(header[METADATA_KEY])
-    except RecursionError as error:
-        raise LoadError(f"The metadata of {path.name} is not valid metadata.", fix="Do not use this file.") from error
+    metadata = ModelMetadata.from_json(header[METADATA_KEY])
     order = _key_order(header.get(_KEY_ORDER, "[]"))
     if set(order) == set(arrays):
         arrays = {key: arrays[key] for key in order}

@@ -244,11 +244,6 @@ def _require_torch(path: Path) -> None:
             fix="If you trust the file, save it again:  torch.save(torch.load(F, map_location='cpu', "
             f"weights_only=False), '{name}')   (weights_only=True is enough for a plain state dict)",
         )
-    if is_safetensors(path):
-        raise LoadError(
-            f"{name} is a safetensors file, not a torch file.",
-            fix=f"Rename it:  {path.stem}.safetensors",
-        )
     if _looks_like_onnx(head):
         raise _exported_file(path, "an ONNX graph", ".onnx")
     if head[:4] in (b"ftrt", b"ptrt"):

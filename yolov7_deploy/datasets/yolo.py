@@ -23,7 +23,7 @@ from yolov7_deploy.datasets.samples import (
 )
 from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.datasets.yolo_labels import read_label_files
-from yolov7_deploy.errors import DatasetError
+from yolov7_deploy.errors import DatasetError, MissingSplitError
 from yolov7_deploy.image import IMAGE_SUFFIXES
 from yolov7_deploy.sources.files import list_folder, locate, path_exists, read_list, summarize_left_out
 
@@ -174,7 +174,7 @@ def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) 
     entries = config.get(split)
     if not entries:
         available = ", ".join(key for key in SPLITS if config.get(key)) or f"none of {', '.join(SPLITS)}"
-        raise DatasetError(
+        raise MissingSplitError(
             f"{path} has no {split} images (it has {available}).",
             fix=_split_fix(config, split),
         )

@@ -43,7 +43,8 @@ class OnnxModel:
     @classmethod
     def of(cls, proto: onnx.ModelProto, metadata: ModelMetadata) -> OnnxModel:
         """Return a model after writing its metadata into `proto.metadata_props`; nothing else in `proto` changes."""
-        onnx.helper.set_model_props(proto, {METADATA_KEY: metadata.to_json()})
+        kept = {entry.key: entry.value for entry in proto.metadata_props}  # such as the `names` of ultralytics
+        helper.set_model_props(proto, kept | {METADATA_KEY: metadata.to_json()})
         return cls(proto, metadata)
 
     @classmethod

@@ -26,6 +26,7 @@ import onnx
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import from_dict, short_repr
+from yolov7_deploy._text import printable_line
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.hub import cache_dir
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
@@ -91,7 +92,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file atomically; missing folders are created.
 
     Raises:
-        ExportError: The disk is full, the folder is not writable, a mean is infinite or NaN, or there are more than
+        ExportError: The disk is full, the folder is not writable, a value is infinite or NaN, or there are more than
             `MAX_TENSORS` tensors.
     """
     try:
@@ -129,7 +130,7 @@ def load_calibration(path: Path) -> Calibration:
     except _DAMAGE as error:
         # "Delete it" alone would be dangerous advice: the path may name a file that is not a calibration at all.
         raise LoadError(
-            f"{path} is not a calibration, or it is damaged: {_printable(error)}.",
+            f"{path} is not a calibration, or it is damaged: {printable_line(str(error) or type(error).__name__)}.",
             fix=f"If it is a calibration, delete it, and the next run writes it again. {_OTHER_FILE}",
         ) from error
 
@@ -227,8 +228,6 @@ def _from_columns(header: _Header, columns: Mapping[str, Array]) -> Calibration:
 def _check(columns: Mapping[str, Array]) -> None:
     """Check the values on which users of a calibration rely; lengths are checked where the arrays are read.
 
-    Outputs of convolutions may be infinite or NaN, as in the calibration itself.
-
     Raises:
         ValueError: A value is invalid; the message says which.
     """
@@ -250,8 +249,8 @@ def _check(columns: Mapping[str, Array]) -> None:
         raise ValueError("the largest magnitude of a tensor is not in its last bin")
     if not np.isfinite(columns["input_means"]).all():
         raise ValueError("a mean is infinite or NaN")
-    if (columns["output_amax"] < 0).any():
-        raise ValueError("the largest magnitude of an output is negative")
+    if not ((columns["output_amax"] >= 0) & np.isfinite(columns["output_amax"])).all():
+        raise ValueError("the largest magnitude of an output is not finite, or negative")
 
 
 def _bins_of(magnitudes: Array) -> Array:
@@ -363,11 +362,6 @@ def _read_array(archive: zipfile.ZipFile, name: str, count: int) -> Array:
     if len(data) != entry.file_size or data[: len(head)] != head:
         raise ValueError(f"{name} is truncated, or of another type or shape")
     return np.frombuffer(data, dtype=_TYPES[name], offset=len(head))
-
-
-def _printable(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return text if text.isprintable() else ascii(text)
 
 
 # As TensorRT 8.6.1 writes it. When TensorRT reads a cache, it ignores the version but compares the type of the

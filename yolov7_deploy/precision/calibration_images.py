@@ -9,9 +9,16 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from yolov7_deploy._text import get_logger
+from yolov7_deploy._text import get_logger, printable_line
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.errors import DatasetError, ImageError, SourceError, UsageError, missing_library
+from yolov7_deploy.errors import (
+    DatasetError,
+    ImageError,
+    MissingSplitError,
+    SourceError,
+    UsageError,
+    missing_library,
+)
 from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.sources import VIDEO_SUFFIXES, Skipped, open_source
 from yolov7_deploy.sources.files import summarize_left_out
@@ -192,9 +199,7 @@ def _open_as_dataset(path: Path) -> tuple[list[Path], list[str]]:
     try:
         try:
             dataset = open_dataset(path, split=split)
-        except DatasetError as error:
-            if not error.message.startswith(f"{path} has no train images"):
-                raise
+        except MissingSplitError:
             split, why = "val", ", because it has no train images: AP measured on these images is too high"
             dataset = open_dataset(path, split=split)
     except ModuleNotFoundError as error:
@@ -204,7 +209,7 @@ def _open_as_dataset(path: Path) -> tuple[list[Path], list[str]]:
             error.message, fix="Correct it, or use the folder of the images instead:  --calib FOLDER"
         ) from error
     split_of = "" if is_json else f"{split} of "
-    notes = [f"Calibrated on {split_of}{_printable(path.name)}{why}.", *map(_sentence, dataset.left_out)]
+    notes = [f"Calibrated on {split_of}{printable_line(path.name)}{why}.", *map(_sentence, dataset.left_out)]
     return [dataset.path(i) for i in range(len(dataset))], notes
 
 
@@ -289,15 +294,11 @@ def _skip_notes(skipped: Sequence[Skipped]) -> Iterator[str]:
 
 def _some(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
-    return ", ".join(_printable(Path(path).name) for path in paths[:_LISTED]) + more
+    return ", ".join(printable_line(Path(path).name) for path in paths[:_LISTED]) + more
 
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
 
 
 def _count_notes(count: int) -> Iterator[str]:

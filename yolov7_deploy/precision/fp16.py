@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
@@ -211,7 +209,7 @@ def _range_notes(ranges: Mapping[str, float], images: int) -> list[str]:
 
 def _weight_note(weights: Sequence[Weight]) -> str:
     total = sum(weight.size for weight in weights)
-    zeros = sum(int(np.count_nonzero(weight) - np.count_nonzero(to_float16(weight))) for weight in weights)
+    zeros = sum(int(np.count_nonzero(weight) - np.count_nonzero(weight.astype(np.float16))) for weight in weights)
     small = sum(int(((weight != 0) & (np.abs(weight) < FP16_MIN_NORMAL)).sum()) for weight in weights)
     return f"of {total} FP16 weights, {zeros} became 0 and {small - zeros} are subnormal"
 
@@ -298,17 +296,12 @@ class Fp16Rewriter:
     def _convert_weights(self, graph: onnx.GraphProto) -> None:
         for tensor in list(graph.initializer):
             if tensor.name in self.weights:
-                values = to_float16(numpy_helper.to_array(tensor))
+                values = numpy_helper.to_array(tensor).astype(np.float16)
                 converted = numpy_helper.from_array(values, self.weights[tensor.name])
                 if converted.name == tensor.name:
                     tensor.CopyFrom(converted)
                 else:
                     graph.initializer.append(converted)
-
-
-def to_float16(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """Return the nearest FP16 values."""
-    return values.astype(np.float16)
 
 
 def check_valid(proto: onnx.ModelProto) -> None:

@@ -24,6 +24,7 @@ from onnx import helper, numpy_helper
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError
+from yolov7_deploy.image import FloatArray
 from yolov7_deploy.metadata import INNER_PAIR_PREFIX, Int8Metadata, ModelMetadata
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
@@ -36,7 +37,6 @@ from yolov7_deploy.precision.subgraph import Network, find_fp16_weight, node_inp
 
 logger = get_logger(__name__)
 
-FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
 _INT8, _BACK, _SCALE, _ZERO = "__int8", "__from_int8", "__scale", "__zero"  # suffixes of the names of new tensors
@@ -44,7 +44,6 @@ ZERO = "int8_zero"
 STEPS = 255  # of an asymmetric range
 REDUCED_LEVELS = 64  # largest weight of 7 bits: the sum of two products with uint8 fits into 16 bits
 _BIAS_LIMIT = 2**30  # of int32
-DEFAULT_OPTIONS = Int8Options()
 _LISTED = 8  # layers listed in one note
 _QUANTIZED_OPS = {"ConvInteger", "DequantizeLinear", "QLinearConv", "QuantizeLinear"}
 
@@ -294,7 +293,7 @@ def insert_qdq(
     placement: QdqPlacement,
     ranges: Mapping[str, QuantizedRange],
     input_means: Mapping[str, DoubleArray],
-    options: Int8Options = DEFAULT_OPTIONS,
+    options: Int8Options,
 ) -> onnx.ModelProto:
     """Return a copy of the graph with Q/DQ pairs and INT8 weights; everything else stays float32.
 
@@ -340,9 +339,8 @@ class _QdqWriter:
             if node.output[0] in self._convolutions:
                 self._quantize_convolution(node)
             self._nodes.append(node)
-        nodes = list(self._nodes)
         del proto.graph.node[:]
-        proto.graph.node.extend(nodes)
+        proto.graph.node.extend(self._nodes)
         self._replace_initializers(proto.graph)
         return proto
 

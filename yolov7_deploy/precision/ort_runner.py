@@ -13,11 +13,10 @@ from onnx import helper, numpy_helper
 
 from yolov7_deploy._ort_options import ORT_ERRORS, base_session_options, find_damage, ort_reason
 from yolov7_deploy.errors import ExportError
-from yolov7_deploy.image import Image, fit_letterbox, to_network_input
+from yolov7_deploy.image import FloatArray, Image, fit_letterbox, to_network_input
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.precision.subgraph import is_custom, node_inputs
 
-FloatArray = npt.NDArray[np.float32]
 AnyArray = npt.NDArray[np.generic]
 
 _MAX_LISTED = 200  # characters
@@ -102,5 +101,7 @@ class NetworkRunner:
         custom = f", which has custom operators ({', '.join(self._custom)[:_MAX_LISTED]})" if self._custom else ""
         return ExportError(
             f"ONNX Runtime cannot run the network before its last convolutions{custom}: {ort_reason(error)}",
-            fix="Activation ranges are measured in ONNX Runtime: export the network with standard ONNX operators.",
+            fix="Activation ranges are measured in ONNX Runtime: export the network with standard ONNX operators."
+            if custom
+            else "Check the file, or export it again:  y7 export --weights WEIGHTS.pt",
         )

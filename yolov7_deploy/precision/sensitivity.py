@@ -12,7 +12,7 @@ import onnx
 from onnx import helper
 
 from yolov7_deploy._text import get_logger
-from yolov7_deploy.image import Image
+from yolov7_deploy.image import FloatArray, Image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
@@ -35,7 +35,6 @@ from yolov7_deploy.precision.subgraph import Network, node_inputs
 logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
-FloatArray = npt.NDArray[np.float32]
 
 SILU_FLOORS = (4.0, 4.5, 5.5, 9.0)
 MEMORY_BYTES = 1.6e9  # limit for the float32 tensors that stay in memory

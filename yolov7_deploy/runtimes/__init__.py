@@ -1,1 +1,1 @@
-"""The runtimes that execute a model for the Detector (PyTorch, ONNX Runtime, TensorRT), and their CUDA bindings."""
+"""The runtimes of the Detector (PyTorch, ONNX Runtime, OpenVINO, TensorRT), and their CUDA bindings."""

@@ -18,7 +18,7 @@ from typing import ParamSpec, Protocol, TypeVar, cast
 
 from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, check_file
 from yolov7_deploy._process import call_after_fork
-from yolov7_deploy.errors import LoadError, UsageError, missing_library
+from yolov7_deploy.errors import LoadError, UsageError, broken_library, missing_library
 from yolov7_deploy.hardware.system import has_vnni
 from yolov7_deploy.hub import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from yolov7_deploy.image import FloatArray, Image, Letterbox
@@ -89,7 +89,7 @@ class Runtime(Protocol):
     Attributes:
         name: Name in `RUNTIMES`.
         metadata: The model's metadata.
-        device: `cpu` or `cuda:N`.
+        device: `cpu`, `cuda:N`, `intel:gpu` or `intel:npu`.
         max_batch_size: Maximum number of images per run of the network, `None` if unlimited; longer lists are split.
         takes_gpu_arrays: Images may be arrays on the GPU (`yolov7_deploy.runtimes.device_arrays`).
     """
@@ -201,7 +201,8 @@ def runtime_entry(path: Path, runtime: str = "auto", *, device: str = "cpu") -> 
     if entries and name != "auto":
         raise UsageError(
             f"{path} runs with {' or '.join(entries)}, not with {name}.",
-            fix="Leave --runtime out, or export the weights:  y7 export --weights WEIGHTS.pt",
+            fix="Leave --runtime out, or export the weights:  y7 export --weights WEIGHTS.pt"
+            + " --engine" * (name == "tensorrt"),
         )
     if "openvino" in entries and _prefers_openvino(path, device):
         return entries["openvino"]
@@ -252,14 +253,14 @@ def _has_cuda() -> bool:
 def open_runtime(
     path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None, runtime: str = "auto"
 ) -> Runtime:
-    """Load the model in `path` on a device (`auto`, `cpu`, `cuda`, `cuda:0`).
+    """Load the model in `path` on a device (`auto`, `cpu`, `cuda`, `cuda:0`, `intel:gpu`, `intel:npu`).
 
     `half` selects FP16 or FP32; `None` leaves the choice to the runtime. Files with a fixed precision (`.onnx`,
     `.engine`) refuse any other.
 
     Raises:
         LoadError: The file is missing or broken.
-        MissingLibraryError: The library for this kind of file is not installed.
+        MissingLibraryError: The library for this kind of file is not installed, or does not load.
         DeviceError: The machine or the library has no such device.
         UsageError: The file has another fixed size or precision.
     """
@@ -275,6 +276,8 @@ def open_runtime(
         module = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
         raise missing_library(error, f"to run {path.name}") from error
+    except (ImportError, OSError) as error:
+        raise broken_library(error, entry.distributions[0], f"to run {path.name}") from error
     options = {"precision": runtime.partition("-")[2]} if "-" in runtime else {}
     opened = getattr(module, entry.attribute).open(path, device=device, input_hw=input_hw, half=half, **options)
     return cast(Runtime, opened)
@@ -306,7 +309,8 @@ def check_request_supported(
     if half is not None and half != (metadata.precision == "fp16"):
         raise UsageError(
             f"{path} is {metadata.precision}; its precision is in the file.",
-            fix=f"Leave it out, or:  y7 export --weights {weights} --precision {precision} {export}".rstrip(),
+            fix=f"Leave {'--half' if half else '--no-half'} out, or:  y7 export --weights {weights} "
+            f"--precision {precision} {export}".rstrip(),
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from yolov7_deploy.errors import DeviceError, ImageError
+from yolov7_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from yolov7_deploy.runtimes.cuda import Stream
@@ -91,17 +91,14 @@ def gpu_image(x: Any, stream: Stream, *, device: int) -> GpuImage:  # noqa: ANN4
 
     Raises:
         ImageError: It is not a uint8 image [H, W, 3], or its pixels are not contiguous.
-        DeviceError: It is on another GPU, or its library does not export it.
+        UsageError: It is not on this GPU, or its library does not export it.
     """
-    hw = gpu_hw(x)
-    image = _by_dlpack(x, hw, stream, device) if hasattr(x, "__dlpack__") else _by_interface(x, hw, stream)
-    if image.device != device:
-        raise _wrong_gpu(image.device, device)
-    return image
+    by_protocol = _by_dlpack if hasattr(x, "__dlpack__") else _by_interface
+    return by_protocol(x, gpu_hw(x), stream, device)
 
 
-def _wrong_gpu(actual: int, required: int) -> DeviceError:
-    return DeviceError(
+def _wrong_gpu(actual: int, required: int) -> UsageError:
+    return UsageError(
         f"The image is on cuda:{actual}, the detector on cuda:{required}.",
         fix=f"Move it (torch: image.to('cuda:{required}')), or open a Detector with device='cuda:{actual}'.",
     )
@@ -129,21 +126,23 @@ def _row_pitch(hw: tuple[int, int], *, dtype: str, strides: Sequence[int] | None
 # --- __cuda_array_interface__ ---------------------------------------------------------------------------------------
 
 
-def _by_interface(x: Any, hw: tuple[int, int], stream: Stream) -> GpuImage:  # noqa: ANN401
+def _by_interface(x: Any, hw: tuple[int, int], stream: Stream, device: int) -> GpuImage:  # noqa: ANN401
     interface = x.__cuda_array_interface__
     dtype = "uint8" if interface["typestr"][1:] == "u1" else interface["typestr"]
     pitch = _row_pitch(hw, dtype=dtype, strides=interface.get("strides"))
     pointer = int(interface["data"][0])
-    device = stream.cuda.gpu_of(pointer)
-    if device is None:
-        raise DeviceError(
+    index = stream.cuda.gpu_of(pointer)
+    if index is None:
+        raise UsageError(
             f"The image's address {pointer:#x} is not on a GPU.", fix="Pass an array whose memory is not freed yet."
         )
+    if index != device:
+        raise _wrong_gpu(index, device)
     # Versions before 3 do not name a stream; most such libraries work on the default stream.
     produced_on = interface.get("stream", _LEGACY_STREAM)
     if produced_on is not None:
         stream.follow(int(produced_on))
-    return GpuImage(pointer=pointer, pitch=pitch, hw=hw, device=device, owner=x)
+    return GpuImage(pointer=pointer, pitch=pitch, hw=hw, device=index, owner=x)
 
 
 # --- DLPack ---------------------------------------------------------------------------------------------------------
@@ -189,7 +188,7 @@ def _by_dlpack(x: Any, hw: tuple[int, int], stream: Stream, device: int) -> GpuI
         except TypeError:  # older than DLPack 1.0
             capsule = x.__dlpack__(stream=stream.handle)
     except (BufferError, RuntimeError, ValueError, TypeError) as error:
-        raise DeviceError(
+        raise UsageError(
             f"This {type(x).__name__} cannot be exported by DLPack: {error}", fix="torch: image.detach()"
         ) from error
     tensor = _dlpack_tensor(capsule)
@@ -213,5 +212,7 @@ def _dlpack_tensor(capsule: object) -> _Tensor:
 
 
 def _type_name(tensor: _Tensor) -> str:
-    kinds = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
-    return f"{kinds.get(tensor.code, 'type ')}{tensor.bits}"
+    kinds = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+    if tensor.code not in kinds:
+        return f"type {tensor.code} of DLPack with {tensor.bits} bits"
+    return f"{kinds[tensor.code]}{tensor.bits}" + (f"x{tensor.lanes}" if tensor.lanes != 1 else "")

@@ -107,11 +107,11 @@ class FairSemaphore:
 class OnnxSession(ABC, Generic[_Model]):
     """An ONNX file that a library has opened. In a child process of `os.fork`, it is opened again when it is needed.
 
-    Subclasses set the attributes below, and implement `_open` and `run`.
+    Subclasses set the attributes below, and implement the abstract methods.
 
     Args:
         path: The file.
-        device: `cpu`, or the name of a GPU.
+        device: `cpu`, or the name of a GPU or NPU.
 
     Attributes:
         library: Name of the library.
@@ -137,7 +137,7 @@ class OnnxSession(ABC, Generic[_Model]):
     def __init__(self, path: Path, *, device: str) -> None:
         self._path, self.device = path, device
         self._absolute_path = path.absolute()  # a child may work in another folder
-        self._version = _file_version(path)
+        self._version = file_version(path)
         self._is_closed = False
         self._lock = threading.Lock()
         self._model: _Model | None = self._open(path)
@@ -173,7 +173,7 @@ class OnnxSession(ABC, Generic[_Model]):
 
         Raises:
             UsageError: It is closed.
-            DeviceError: It was opened on a GPU by the parent process.
+            DeviceError: It was opened on a GPU or NPU by the parent process.
             LoadError: In a child process: the file has changed, or cannot be opened.
         """
         model = self._model
@@ -185,7 +185,7 @@ class OnnxSession(ABC, Generic[_Model]):
             if self._model is None:
                 if self.device != "cpu":
                     raise gpu_fork_error(self.device)
-                if _file_version(self._absolute_path) != self._version:
+                if file_version(self._absolute_path) != self._version:
                     raise LoadError(
                         f"{self._path} has changed or was removed since the parent process opened it.",
                         fix="Open a new Detector in the child process.",
@@ -205,7 +205,7 @@ class OnnxSession(ABC, Generic[_Model]):
         self._model, self._lock = None, threading.Lock()
 
 
-def _file_version(path: Path) -> tuple[int, int] | None:
+def file_version(path: Path) -> tuple[int, int] | None:
     """Return size and modification time of a file, `None` if there is none."""
     try:
         status = path.stat()
@@ -286,7 +286,7 @@ class OnnxRuntime:
         except self._session.errors as error:
             raise DeviceError(
                 f"{self._session.library} could not run {len(images)} images: {self._session.reason(error)}",
-                fix="Try fewer images at once, or --device cpu",
+                fix="Try fewer images at once" + (", or --device cpu" if self.device != "cpu" else "."),
             ) from error
         inferred = time.perf_counter()
         detections: list[RawDetections] = []

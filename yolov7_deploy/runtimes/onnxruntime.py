@@ -112,7 +112,7 @@ class OrtSession(OnnxSession[onnxruntime.InferenceSession]):
             try:
                 return list(model.run(outputs, feeds))
             except ORT_ERRORS as error:
-                if "zero_point" not in str(error) or not self._exact_int8:
+                if "zero_point" not in str(error):
                     raise
         if self.use_default_int8(model):
             logger.warning(

@@ -32,7 +32,7 @@ from yolov7_deploy.hardware.system import has_vnni, usable_cores
 from yolov7_deploy.hub import cache_dir
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.output_layout import TensorSpec
-from yolov7_deploy.runtimes.onnx_session import Array, OnnxRuntime, OnnxSession
+from yolov7_deploy.runtimes.onnx_session import Array, OnnxRuntime, OnnxSession, file_version
 from yolov7_deploy.runtimes.openvino_graph import OpenvinoGraph, rewrite_for_openvino
 
 logger = get_logger(__name__)
@@ -134,7 +134,7 @@ class OvSession(OnnxSession[_Networks]):
         try:
             core = openvino.Core()
             _check_device(core, self.device, self.precision)
-            self._graph: bytes | str = graph.data if graph.is_changed else str(path)
+            self._graph: bytes | str = graph.data if graph.is_changed else str(self._absolute_path)
             model = core.read_model(self._graph)
             self.outputs = tuple(_spec(output) for output in model.outputs)
             self.inputs = tuple(
@@ -189,13 +189,24 @@ class OvSession(OnnxSession[_Networks]):
         shapes = tuple((name, array.shape) for name, array in feeds.items())
         if self._has_open_size:
             self._count_size(model, shapes)
-        compiled = self._acquire(model, shapes)
-        request = None
-        try:
-            request = compiled.free.pop() if compiled.free else compiled.network.create_infer_request()
+        with self._request(model, shapes) as request:
             request.infer(feeds, share_inputs=True)
             names = outputs if outputs is not None else [spec.name for spec in self.outputs]
             return [request.get_tensor(name).data.copy() for name in names]
+
+    @contextlib.contextmanager
+    def _request(self, model: _Networks, shapes: Shapes) -> Iterator[openvino.InferRequest]:
+        """Yield a request that no other call uses until the end of the block, and count the call."""
+        with self._lock:
+            model.running += 1
+        request = None
+        try:
+            with self._lock:
+                compiled = self._choose(model, shapes)
+                request = compiled.free.pop() if compiled.free else None
+            if request is None:
+                request = compiled.network.create_infer_request()
+            yield request
         finally:
             with self._lock:
                 model.running -= 1
@@ -211,10 +222,10 @@ class OvSession(OnnxSession[_Networks]):
                 return
         try:
             core = openvino.Core()
-            network = core.read_model(self._graph)
+            network = self._read_again(core)
             network.reshape({name: list(shape) for name, shape in shapes})
             compiled = _Compiled(core.compile_model(network, DEVICES[self.device], self._settings("LATENCY")))
-        except self.errors as error:  # such as no memory: calls go on with the network of any size
+        except self.errors as error:  # such as no memory: calls continue with the network of any size
             logger.warning("OpenVINO could not compile %s for %s: %s", self._path, shapes, self.reason(error))
             return
         with self._lock:
@@ -223,30 +234,39 @@ class OvSession(OnnxSession[_Networks]):
                 oldest = next(iter(model.sizes))
                 del model.sizes[oldest], model.size_calls[oldest]
 
-    def _acquire(self, model: _Networks, shapes: Shapes) -> _Compiled:
-        """Return the network for a call, and compile the one for throughput at the first overlap."""
-        with self._lock:
-            model.running += 1
-            model.alone = model.alone + 1 if model.running == 1 else 0
-            if shapes in model.sizes:
-                model.sizes[shapes] = model.sizes.pop(shapes)  # now used last
-            latency = model.sizes.get(shapes, model.latency)
-            if model.alone >= _ALONE or self.device != "cpu" or self._cores == 1:
-                return latency
-            if model.throughput is None and model.compiling is None:
-                model.compiling = threading.Thread(target=self._compile_throughput, args=(model,), daemon=True)
-                model.compiling.start()
-            return model.throughput or latency
+    def _choose(self, model: _Networks, shapes: Shapes) -> _Compiled:
+        """Return the network for a call, and compile the one for throughput at the first overlap; needs the lock."""
+        model.alone = model.alone + 1 if model.running == 1 else 0
+        if shapes in model.sizes:
+            model.sizes[shapes] = model.sizes.pop(shapes)  # now used last
+        latency = model.sizes.get(shapes, model.latency)
+        if model.alone >= _ALONE or self.device != "cpu" or self._cores == 1:
+            return latency
+        if model.throughput is None and model.compiling is None:
+            thread = threading.Thread(target=self._compile_throughput, args=(model,), daemon=True)
+            thread.start()
+            model.compiling = thread
+        return model.throughput or latency
 
     @_own_signal_stack()
     def _compile_throughput(self, model: _Networks) -> None:
         try:
             core = openvino.Core()
-            network = core.compile_model(core.read_model(self._graph), "CPU", self._settings("THROUGHPUT"))
-        except self.errors as error:  # such as no memory: calls go on with the other network
+            network = core.compile_model(self._read_again(core), "CPU", self._settings("THROUGHPUT"))
+        except self.errors as error:  # such as no memory: calls continue with the other network
             logger.warning("OpenVINO could not compile %s for throughput: %s", self._path, self.reason(error))
             return
         model.throughput = _Compiled(network)
+
+    def _read_again(self, core: openvino.Core) -> openvino.Model:
+        """Return the network that was opened, not compiled.
+
+        Raises:
+            One of `errors`: Its file has changed since then, or cannot be read.
+        """
+        if isinstance(self._graph, str) and file_version(self._absolute_path) != self._version:
+            raise RuntimeError("the file has changed or was removed since it was opened")
+        return core.read_model(self._graph)
 
 
 def _cache_folder(path: Path) -> str:
@@ -280,9 +300,7 @@ class OvRuntime(OnnxRuntime):
 
     name = "openvino"
 
-    def __init__(
-        self, session: OvSession, path: Path, *, input_hw: tuple[int, int] | None = None, half: bool | None = None
-    ) -> None:
+    def __init__(self, session: OvSession, path: Path, *, input_hw: tuple[int, int] | None, half: bool | None) -> None:
         super().__init__(session, path, input_hw=input_hw, half=half)
         if session.precision in _EXECUTION_PRECISIONS and self.metadata.int8 is None:
             self.metadata = replace(self.metadata, precision=_EXECUTION_PRECISIONS[session.precision])
@@ -328,7 +346,7 @@ def _check_int8(path: Path, graph: OpenvinoGraph) -> None:
     """Refuse int8 activations, with which OpenVINO 2026.4 computes convolutions after a Concat wrongly."""
     if graph.has_int8_activations:
         raise LoadError(
-            f"{path} has int8 activations, as TensorRT needs them; OpenVINO computes them wrongly on a CPU.",
+            f"{path} has int8 activations (for TensorRT or ARM); OpenVINO computes them wrongly on a CPU.",
             fix="Quantize the FP32 file for CPUs:  y7 quantize --weights FILE.onnx --calib FOLDER --int8-target cpu",
         )
 

@@ -1,4 +1,4 @@
-"""Rewrite an ONNX file for OpenVINO, which neither knows model-local functions nor inputs with a default value.
+"""Rewrite an ONNX file for OpenVINO, which supports neither model-local functions nor inputs with a default value.
 
 The NMS functions are replaced by their bodies, thresholds become ordinary inputs, and the Q/DQ pairs between a
 convolution and its activation, which only ONNX Runtime needs, are removed. Works on the wire format, without onnx; all
@@ -25,8 +25,9 @@ _GRAPH_VALUES = (11, 12, 13)  # inputs, outputs, other values
 _VALUE_NAME = 1
 _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 2, 8, 13
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
-_ATTRIBUTE_NAME, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFERENCE = 1, 6, 11, 21
+_ATTRIBUTE_NAME, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_REFERENCE = 1, 5, 6, 11, 21
 _FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 4, 5, 7, 10
+_FUNCTION_DEFAULT = 11  # attributes with a default value
 _INT8 = 3
 _MAX_DEPTH = 16  # functions that call functions
 
@@ -113,9 +114,11 @@ class _GraphRewriter:
                 self._result.has_external_data |= _TENSOR_EXTERNAL in tensor
         return types
 
-    def _node(self, data: memoryview, raw: memoryview, types: Mapping[str, int]) -> Parts:
+    def _node(self, data: memoryview, raw: memoryview, types: dict[str, int]) -> Parts:
         node = pb.parse_message(data)
         op, inputs, outputs = pb.text(node, _NODE_OP), _texts(node, _NODE_INPUT), _texts(node, _NODE_OUTPUT)
+        if op == "Constant":
+            types[outputs[0]] = _constant_type(node)
         if op == "QuantizeLinear":
             self._result.has_int8_activations |= types.get(inputs[-1]) == _INT8
         if pb.text(node, _NODE_NAME).startswith(INNER_PAIR_PREFIX):
@@ -150,7 +153,7 @@ def _inline(
     prefix = f"{outputs[0]}__"
     attributes = {
         pb.text(pb.parse_message(pb.as_bytes(value)), _ATTRIBUTE_NAME): pb.as_bytes(value)
-        for value in node.get(_NODE_ATTRIBUTE, [])
+        for value in [*function.get(_FUNCTION_DEFAULT, []), *node.get(_NODE_ATTRIBUTE, [])]
     }
 
     def rename(name: str) -> str:
@@ -227,6 +230,14 @@ def _field(number: int, content: bytes) -> Parts:
 
 def _texts(fields: Mapping[int, list[pb.Value]], number: int) -> list[str]:
     return [pb.decode(value) for value in fields.get(number, [])]
+
+
+def _constant_type(node: Mapping[int, list[pb.Value]]) -> int:
+    """Return the element type of the tensor of a Constant; 0 if it has another kind of value."""
+    for value in node.get(_NODE_ATTRIBUTE, []):
+        for tensor in pb.parse_message(pb.as_bytes(value)).get(_ATTRIBUTE_TENSOR, []):
+            return pb.integer(pb.parse_message(pb.as_bytes(tensor)), _TENSOR_TYPE)
+    return 0
 
 
 def _tensor_name(value: pb.Value) -> str:

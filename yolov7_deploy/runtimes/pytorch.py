@@ -76,7 +76,7 @@ class PytorchRuntime:
         self.device = str(torch_device)
         self.metadata = replace(metadata, precision="fp16" if self._half else "fp32")
         try:
-            self._network = TorchNetwork(model, torch_device, half=self._half)
+            self._opened: TorchNetwork | None = TorchNetwork(model, torch_device, half=self._half)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -117,6 +117,13 @@ class PytorchRuntime:
             info.append(("convolutions", "TF32" if torch.backends.cudnn.allow_tf32 else "float32"))
         return (*info, ("cuDNN autotuning", "on" if torch.backends.cudnn.benchmark else "off"))
 
+    @property
+    def _network(self) -> TorchNetwork:
+        network = self._opened
+        if network is None:
+            raise UsageError("This model is closed.", fix="Open a new Detector, or keep it open longer.")
+        return network
+
     def infer(
         self,
         images: Sequence[Image],
@@ -133,6 +140,7 @@ class PytorchRuntime:
 
         Raises:
             DeviceError: Out of memory, the GPU failed, or the parent process opened the model on a GPU.
+            UsageError: The model is closed.
         """
         if self._is_inherited:
             self._check_inherited()
@@ -184,11 +192,11 @@ class PytorchRuntime:
 
     def _run_eager(self, canvases: Sequence[Image]) -> tuple[list[FloatArray], TimingBreakdown]:
         """Return the decoded output of each canvas."""
-        marks = [time.perf_counter()]
-        images = torch.from_numpy(to_network_input(canvases)).to(self._network.device, self._network.dtype)
+        network, marks = self._network, [time.perf_counter()]
+        images = torch.from_numpy(to_network_input(canvases)).to(network.device, network.dtype)
         marks.append(time.perf_counter())
         with torch.inference_mode():
-            decoded = self._network.predict(images).cpu().numpy()
+            decoded = network.predict(images).cpu().numpy()
         marks.append(time.perf_counter())
         layout, engine = ((after - before) * 1e3 for before, after in pairwise(marks))
         return list(decoded), TimingBreakdown(
@@ -230,12 +238,14 @@ class PytorchRuntime:
         return IntermediateOutputs(heads=[x[0].float().cpu().numpy() for x in maps], decoded=decoded[0].cpu().numpy())
 
     def close(self) -> None:
-        """Free graphs and buffers; the weights are freed with the object."""
+        """Free the network, graphs and buffers; those in use are freed at the end of their call."""
         if self._is_inherited and self._on_gpu:
             return
         if self._graphs is not None:
             self._graphs.close()
-        self._free_idle_graphs()
+        self._opened = None
+        if self._on_gpu:
+            torch.cuda.empty_cache()
 
     def after_fork(self) -> None:
         """Give up the GPU in this child process. On a CPU the model is usable, with one thread."""

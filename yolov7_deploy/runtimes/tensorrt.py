@@ -17,7 +17,7 @@ from typing import cast
 
 from yolov7_deploy._process import call_after_fork, gpu_fork_error, never_free
 from yolov7_deploy._text import get_logger
-from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, PluginError, UsageError, missing_library
+from yolov7_deploy.errors import DeviceError, LoadError, PluginError, UsageError, broken_library, missing_library
 from yolov7_deploy.hardware.gpu import parse_device
 from yolov7_deploy.image import Image, Letterbox
 from yolov7_deploy.metadata import OVERFLOW_OUTPUT, ModelMetadata
@@ -211,13 +211,14 @@ class TrtRuntime:
             )
 
     def close(self) -> None:
-        """Wait for the running calls, then free the executors; calling it twice is fine."""
+        """Wait for the running calls, then free the executors and the engine; calling it twice is fine."""
         if self._is_inherited:
             return
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(DeviceError):  # the GPU may be lost
                 stack.enter_context(self._cuda.working_on(self._index))
             self._executors.close()
+            self._engine.close()
 
 
 def _merge(results: Sequence[RuntimeResult], *, timed: bool) -> RuntimeResult:
@@ -266,10 +267,7 @@ def _load_capabilities(product: Product, path: Path) -> TrtCapabilities:
     except ModuleNotFoundError as error:
         raise missing_library(ModuleNotFoundError(name=product), f"to run {path.name}") from error
     except (ImportError, OSError) as error:
-        raise MissingLibraryError(
-            f"{TITLES[product]} is needed to run {path.name}; it is installed but does not load: {error}",
-            fix="y7 doctor shows what is installed; pip install --force-reinstall  repairs a broken wheel.",
-        ) from error
+        raise broken_library(error, TITLES[product], f"to run {path.name}") from error
 
 
 def _load_plugins(capabilities: TrtCapabilities, path: Path, record: EngineRecord | None, gpu: Device) -> None:
@@ -279,8 +277,8 @@ def _load_plugins(capabilities: TrtCapabilities, path: Path, record: EngineRecor
     registered.
 
     Raises:
-        LoadError: The engine was built for another environment.
-        PluginError: The engine needs our plugin, and it is not built.
+        LoadError: The engine was built for another environment, or TensorRT does not accept the plugin that it needs.
+        PluginError: The engine needs our plugin, and it is not built or damaged.
     """
     plugin = _find_plugin(capabilities, needed=record is not None and record.plugin is not None)
     if record is not None:

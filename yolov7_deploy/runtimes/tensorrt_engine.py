@@ -92,8 +92,8 @@ class TrtEngine:
         log: TrtLog,
         *,
         name: str,
-        recorded: ModelMetadata | None = None,
-        shares_profiles: bool = True,
+        recorded: ModelMetadata | None,
+        shares_profiles: bool,
     ) -> None:
         self.capabilities, self.engine, self.log, self.name = capabilities, engine, log, name
         self._runtime = runtime
@@ -211,6 +211,10 @@ class TrtEngine:
             if (shapes.min, shapes.max) == (self.min_shape, self.max_shape):
                 return profile
         return None
+
+    def close(self) -> None:
+        """Free TensorRT's engine, then its runtime; the contexts must be freed before."""
+        self.engine = self._runtime = None
 
     def use_graphs_inside(self) -> None:
         """Let TensorRT-RTX capture the CUDA graphs of new contexts."""

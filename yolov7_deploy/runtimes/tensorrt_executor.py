@@ -410,14 +410,13 @@ class TrtExecutorPool:
 
     Args:
         make: Creates an executor on the GPU of the calling thread.
-        limit: Maximum number of executors.
 
     Raises:
         DeviceError: There is not enough memory for one executor.
     """
 
-    def __init__(self, make: Callable[[], TrtExecutor], *, limit: int = MAX_EXECUTORS) -> None:
-        self._make, self._limit = make, limit
+    def __init__(self, make: Callable[[], TrtExecutor]) -> None:
+        self._make, self._limit = make, MAX_EXECUTORS
         self._changed = threading.Condition()
         self._free = [make()]
         self._count = 1
@@ -425,7 +424,7 @@ class TrtExecutorPool:
 
     @property
     def limit(self) -> int:
-        """Maximum number of executors; fewer than requested if memory ran out."""
+        """Maximum number of executors; fewer than `MAX_EXECUTORS` if memory ran out."""
         return self._limit
 
     @contextlib.contextmanager
