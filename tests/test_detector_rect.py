@@ -1,4 +1,4 @@
-"""Rectangular input: every runtime and file of open size gives the boxes of the official detection geometry.
+"""Rectangular input: every runtime and file of dynamic input size gives the boxes of the official detection geometry.
 
 The shared files have no results of the official detection program, only of its test program. The reference is therefore
 written here from the official formulas: letterbox, PyTorch, the reference NMS, and scaling back.

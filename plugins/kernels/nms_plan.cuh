@@ -116,12 +116,12 @@ __device__ __forceinline__ uint32_t level_of(const Plan& plan, uint32_t anchor) 
   return level;
 }
 
-struct AnchorPlace {
+struct AnchorIndex {
   uint32_t level, anchor_in_cell, cell;
 };
 
 // With comparisons instead of a division, which takes longer than a load from the cache.
-__device__ __forceinline__ AnchorPlace place_of(const Plan& plan, uint32_t anchor) {
+__device__ __forceinline__ AnchorIndex locate(const Plan& plan, uint32_t anchor) {
   const uint32_t level = level_of(plan, anchor), cells = plan.level[level].cells;
   const uint32_t index = anchor - plan.level[level].first;
   const uint32_t anchor_in_cell = uint32_t(index >= cells) + uint32_t(index >= 2 * cells);
@@ -129,10 +129,10 @@ __device__ __forceinline__ AnchorPlace place_of(const Plan& plan, uint32_t ancho
 }
 
 template <class T>
-__device__ __forceinline__ AnchorRow<T> anchor_row(const Plan& plan, uint32_t image, AnchorPlace place) {
-  const Level& level = plan.level[place.level];
-  const int64_t offset = image * level.batch_stride + place.cell * level.cell_stride +
-                         int64_t(place.anchor_in_cell) * (5 + plan.classes) * level.channel_stride;
+__device__ __forceinline__ AnchorRow<T> anchor_row(const Plan& plan, uint32_t image, AnchorIndex index) {
+  const Level& level = plan.level[index.level];
+  const int64_t offset = image * level.batch_stride + index.cell * level.cell_stride +
+                         int64_t(index.anchor_in_cell) * (5 + plan.classes) * level.channel_stride;
   return {static_cast<const T*>(level.data) + offset, level.channel_stride};
 }
 

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select(const Y7_GRID_CONSTA
   AnchorRow<T> row = {};
   float objectness = 0;
   if (has_anchor) {
-    row = anchor_row<T>(plan, image, place_of(plan, anchor));
+    row = anchor_row<T>(plan, image, locate(plan, anchor));
     objectness = sigmoid(to_float(row[4]));
   }
   const bool passes = has_anchor && objectness > thresholds.conf;

@@ -18,18 +18,18 @@ __device__ __forceinline__ float area_of(float4 box) { return __fmul_rn(box.z - 
 template <class T>
 __device__ Candidate decode(const Plan& plan, uint32_t image, Key key) {
   const uint32_t anchor = pair_of(key) / plan.classes;
-  const AnchorPlace place = place_of(plan, anchor);
-  const AnchorRow<T> row = anchor_row<T>(plan, image, place);
+  const AnchorIndex index = locate(plan, anchor);
+  const AnchorRow<T> row = anchor_row<T>(plan, image, index);
   const T logit[4] = {row[0], row[1], row[2], row[3]};
   float t[4] = {to_float(logit[0]), to_float(logit[1]), to_float(logit[2]), to_float(logit[3])};
   sigmoids(t);
-  const Level& level = plan.level[place.level];
-  const uint32_t cell_y = place.cell / level.width, cell_x = place.cell - cell_y * level.width;
+  const Level& level = plan.level[index.level];
+  const uint32_t cell_y = index.cell / level.width, cell_x = index.cell - cell_y * level.width;
   const float x = __fmul_rn(t[0] * 2 - 0.5f + float(cell_x), level.stride);
   const float y = __fmul_rn(t[1] * 2 - 0.5f + float(cell_y), level.stride);
   const float w = t[2] * 2, h = t[3] * 2;
-  const float half_w = w * w * level.anchors[place.anchor_in_cell][0] * 0.5f,
-              half_h = h * h * level.anchors[place.anchor_in_cell][1] * 0.5f;
+  const float half_w = w * w * level.anchors[index.anchor_in_cell][0] * 0.5f,
+              half_h = h * h * level.anchors[index.anchor_in_cell][1] * 0.5f;
   Candidate candidate;
   candidate.box = make_float4(x - half_w, y - half_h, x + half_w, y + half_h);
   candidate.area = area_of(candidate.box);

@@ -88,7 +88,7 @@ template <class T, class Visit>
 __device__ void visit_passing_pairs(const Plan& plan, uint32_t image, const Thresholds& thresholds, Visit visit) {
   const float conf = thresholds.conf;
   for (uint32_t anchor = threadIdx.x; anchor < plan.anchors; anchor += kThreads) {
-    const AnchorRow<T> row = anchor_row<T>(plan, image, place_of(plan, anchor));
+    const AnchorRow<T> row = anchor_row<T>(plan, image, locate(plan, anchor));
     const float objectness = sigmoid(to_float(row[4]));
     if (!(objectness > conf)) {
       continue;

@@ -82,6 +82,17 @@ void check_input(const NodeParams& params, int32_t index, const Shape& shape) {
   }
 }
 
+// All head maps must cover the same pixels as the first.
+void check_cells(const NodeParams& params, int32_t level, const nvinfer1::Dims& first, const nvinfer1::Dims& dims) {
+  const int64_t height = static_cast<int64_t>(first.d[2]) * params.strides[0];
+  const int64_t width = static_cast<int64_t>(first.d[3]) * params.strides[0];
+  const int64_t stride = params.strides[level];
+  if (dims.d[2] * stride != height || dims.d[3] * stride != width) {
+    throw_plugin_error("head map ", level, " has ", dims.d[2], "x", dims.d[3], " cells; attribute strides says ",
+                       stride, " pixels a cell, but head map 0 covers ", height, "x", width, " pixels.");
+  }
+}
+
 bool supports_head_format(const PluginTensorDesc& head) {
   switch (head.format) {
     case TensorFormat::kLINEAR:
@@ -203,14 +214,8 @@ void check_profile(const NodeParams& params, const nvinfer1::DynamicPluginTensor
   if (largest.d[0] > Y7_MAX_BATCH) {
     throw_plugin_error("the batch is up to ", largest.d[0], " images; the kernels support at most ", Y7_MAX_BATCH, ".");
   }
-  const int64_t height = static_cast<int64_t>(largest.d[2]) * params.strides[0];
-  const int64_t width = static_cast<int64_t>(largest.d[3]) * params.strides[0];
   for (int32_t i = 1; i < params.levels(); ++i) {
-    const auto& d = inputs[i].max.d;
-    if (d[2] * params.strides[i] != height || d[3] * params.strides[i] != width) {
-      throw_plugin_error("head map ", i, " has ", d[2], "x", d[3], " cells; attribute strides says ", params.strides[i],
-                         " pixels a cell, but head map 0 covers ", height, "x", width, " pixels.");
-    }
+    check_cells(params, i, largest, inputs[i].max);
   }
 }
 
@@ -233,6 +238,7 @@ void enqueue(const NodeParams& params, const PluginTensorDesc* desc, const void*
   const int32_t levels = params.levels();
   std::array<Y7HeadMap, Y7_MAX_LEVELS> heads{};
   for (int32_t level = 0; level < levels; ++level) {
+    check_cells(params, level, desc[0].dims, desc[level].dims);
     heads[level] = head_map(params, level, desc[level], inputs[level]);
   }
   const int64_t batch = desc[0].dims.d[0];

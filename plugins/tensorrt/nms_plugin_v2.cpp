@@ -41,7 +41,7 @@ bool NmsPlugin::supportsFormatCombination(int32_t pos, const PluginTensorDesc* i
 
 void NmsPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                                 int32_t) noexcept {
-  // This method cannot return an error: it logs the problem, and `enqueue` fails.
+  // This method cannot return an error: it logs the problem, and `enqueue` checks the shapes again.
   guarded("configurePlugin", kFailure, [&] {
     check_profile(params_, in, inputs);
     return kSuccess;

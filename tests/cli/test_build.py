@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from yolov7_deploy.tensorrt.build_messages import Installation
 from yolov7_deploy.tensorrt.builder import build_engine
 from yolov7_deploy.tensorrt.engine import Engine
 from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx, prepare_graph
+from yolov7_deploy.tensorrt.plugin_library import PluginLibrary
 
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason=NO_RTX)
 MIB = 2**20
@@ -213,6 +215,28 @@ def test_tensorrt_rtx_builds_where_tensorrt_cannot(monkeypatch):
     assert (found.product, found.error, found.abi) == ("tensorrt_rtx", "", "v3")
 
 
+def test_on_a_gpu_before_ampere_the_plugin_needs_code_for_that_gpu_only(monkeypatch):
+    """TensorRT-RTX builds for that GPU then, and else for all from Ampere on."""
+    library = PluginLibrary(
+        path=Path("it.so"),
+        abi="v3",
+        version="1",
+        kernels_abi=3,
+        compute_capabilities=(75,),
+        ptx=(),
+        cuda="",
+        headers="",
+    )
+    monkeypatch.setattr(builder, "find_plugin", lambda abi: library)
+    here = Installation(product="tensorrt_rtx", version="1.7", compute_capability="7.5", targets=("7.5", "8.0", "8.6"))
+    targets, (note,) = builder._select_targets(EngineOptions(), here)
+    assert targets == ("7.5",) and "7.5, the GPU of this machine" in note
+    assert builder.select_plugin(exported(), EngineOptions(), targets, here) == (library, ())
+    elsewhere = replace(here, compute_capability="")
+    assert builder._select_targets(EngineOptions(), elsewhere)[0] == ()
+    assert builder.select_plugin(exported(), EngineOptions(), (), elsewhere)[0] is None
+
+
 # --- output and files -----------------------------------------------------------------------------------------------
 
 
@@ -230,6 +254,15 @@ def test_a_build_prints_a_description_and_writes_both_files(tiny_onnx, tmp_path)
 
 
 @needs_rtx
+def test_the_engine_of_another_exporters_file_has_the_hash_of_that_file(foreign_onnx, tmp_path):
+    foreign_onnx.write_bytes(foreign_onnx.read_bytes() + b"\x08\x08")  # the IR version again: another serialization
+    result = y7("build", "--weights", foreign_onnx, "--target", "sm86", "--output", tmp_path / "new" / "x.engine")
+    assert result.exception is None, result.output
+    record = Engine.load(tmp_path / "new" / "x.engine").record
+    assert record.onnx_sha256 == hashlib.sha256(foreign_onnx.read_bytes()).hexdigest()
+
+
+@needs_rtx
 def test_a_failed_build_keeps_the_existing_engine(tiny_onnx, tmp_path):
     older = tmp_path / "tiny.engine"
     older.write_bytes(b"vtrt older")
@@ -240,9 +273,11 @@ def test_a_failed_build_keeps_the_existing_engine(tiny_onnx, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "output,message", [("x.bin", "not named like an engine"), ("no/where.engine", "not a writable folder")]
+    "output,message",
+    [("x.bin", "not named like an engine"), ("a-file/new/x.engine", "a-file is not a writable folder")],
 )
 def test_an_output_path_that_cannot_be_written_is_an_error_before_the_build(foreign_onnx, tmp_path, output, message):
+    (tmp_path / "a-file").touch()
     started = time.perf_counter()
     error = y7("build", "--weights", foreign_onnx, "--output", tmp_path / output).exception
     assert isinstance(error, Y7Error) and message in error.message

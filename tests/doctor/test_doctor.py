@@ -20,6 +20,7 @@ from yolov7_deploy.doctor.doctor import find_capabilities, find_known_issues, fi
 from yolov7_deploy.doctor.packages import KNOWN_PACKAGES, KnownPackage, Library, _library, read_libraries
 from yolov7_deploy.hardware.gpu import InstalledGpu
 from yolov7_deploy.hardware.machine import Jetson, Machine, read_jetson, read_machine
+from yolov7_deploy.runtimes import cudart
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "cv2")
@@ -220,6 +221,14 @@ def test_with_gpu_builds_the_gpu_is_available():
     )
     assert capability("run .pt and .safetensors on the GPU", ready, WITH_T4).possible
     assert capability("run .onnx on the GPU", ready, WITH_T4).possible
+
+
+def test_engines_run_with_cuda_python_or_a_libcudart_and_not_with_pycuda(monkeypatch):
+    without, what = everything(cuda=library("cuda")), "run TensorRT engines"
+    monkeypatch.setattr(cudart, "cuda_bindings", lambda: iter(()))
+    assert capability(what, without, WITH_T4).reason == "cuda is not installed"
+    monkeypatch.setattr(cudart, "cuda_bindings", lambda: iter(("libcudart.so.13",)))
+    assert capability(what, without, WITH_T4).possible
 
 
 def test_the_fix_for_a_jetson_names_wheels_for_jetson():

@@ -230,6 +230,31 @@ def test_a_sensor_that_hangs_does_not_block_the_program_for_long(monkeypatch):
     free.set()
 
 
+def test_a_reading_that_hung_is_not_part_of_the_next_measurement(monkeypatch):
+    monkeypatch.setattr("yolov7_deploy.hardware.system.STOP_TIMEOUT_S", 0.1)
+    free, ended = threading.Event(), threading.Event()
+    first_thread: list[threading.Thread] = []
+
+    def read():
+        thread = threading.current_thread()
+        if thread is threading.main_thread() or (first_thread and thread is not first_thread[0]):
+            return 5.0
+        first_thread.append(thread)
+        free.wait(10)
+        ended.set()
+        return 1000.0
+
+    meter = SampledPowerMeter("test", read, counts_joules=False, period_s=0.01)
+    with meter:
+        wait_until(lambda: first_thread)
+    with meter:
+        free.set()
+        assert ended.wait(10)
+        first_thread[0].join(10)
+        wait_until(lambda: meter.samples >= 2)
+    assert meter.mean_watts == 5.0
+
+
 def test_an_unexpected_error_in_a_reading_is_raised_and_not_printed(capsys):
     answers = iter([1.0])
     meter = SampledPowerMeter("test", lambda: next(answers), counts_joules=False, period_s=0.01)

@@ -55,16 +55,16 @@ def test_output_shapes_follow_the_batch(driven):
 def test_the_kernels_get_every_tensor_and_the_strides_of_its_format(driven):
     linear, mixed32, mixed16 = (driven[name] for name in ("linear", "mixed32", "mixed16"))
     assert [call["type"] for call in (linear, mixed32, mixed16)] == [0, 0, 1]
-    # 255 channels and 8x10, 4x6 and 2x4 cells; the strides of batch, channel and cell.
-    assert [head[:3] for head in linear["heads"]] == [[255 * 80, 80, 1], [255 * 24, 24, 1], [255 * 8, 8, 1]]
-    assert [head[:3] for head in mixed32["heads"]] == [[255 * 80, 1, 255], [255 * 24, 24, 1], [255 * 8, 1, 255]]
-    assert [head[:3] for head in mixed16["heads"]] == [[256 * 80, 1, 256], [255 * 24, 24, 1], [256 * 8, 1, 256]]
+    # 255 channels and 8x12, 4x6 and 2x3 cells; the strides of batch, channel and cell.
+    assert [head[:3] for head in linear["heads"]] == [[255 * 96, 96, 1], [255 * 24, 24, 1], [255 * 6, 6, 1]]
+    assert [head[:3] for head in mixed32["heads"]] == [[255 * 96, 1, 255], [255 * 24, 24, 1], [255 * 6, 1, 255]]
+    assert [head[:3] for head in mixed16["heads"]] == [[256 * 96, 1, 256], [255 * 24, 24, 1], [256 * 6, 1, 256]]
     for call in (linear, mixed32, mixed16):
         # Height, width, pixels per cell, height of the last anchor, address.
         assert [head[3:] for head in call["heads"]] == [
-            [8, 10, 8, 28, 0x1000],
+            [8, 12, 8, 28, 0x1000],
             [4, 6, 16, 146, 0x2000],
-            [2, 4, 32, 401, 0x3000],
+            [2, 3, 32, 401, 0x3000],
         ]
         assert call["pointers"] == [
             0x4000,
@@ -91,6 +91,7 @@ def test_profiles_are_validated_and_every_error_is_logged(driven):
         "the batch is up to 1025 images; the kernels support at most 1024.",
         "head map 2 has 3x3 cells; attribute strides says 32 pixels a cell, but head map 0 covers 64x64 pixels.",
         "enqueue: a kernel failed (batch 2, classes=7 max_det=300",
+        "enqueue: head map 2 has 2x3 cells; attribute strides says 64 pixels a cell, but head map 0 covers 64x96",
         "the node has 5 inputs; attribute strides has 3 levels",
         "head map 0 has 255 channels; attribute classes is 7, which requires 36 (3 * (5 + classes)).",
         "iou_threshold has 2 values; it must have one.",

@@ -127,6 +127,14 @@ def test_an_opencv_error_counts_as_a_lost_connection():
         list(open_source(0, opener=camera, reconnects=1, reconnect_wait_s=0))
 
 
+def test_an_opencv_error_while_opening_counts_as_a_stream_that_never_opened():
+    def opener(address):
+        raise cv2.error("no backend")
+
+    with pytest.raises(SourceError, match="could not be opened"):
+        list(open_source(0, opener=opener))
+
+
 def test_closing_from_another_thread_ends_the_iteration():
     class Silent(FakeCapture):
         def read(self):

@@ -17,6 +17,7 @@ from tests.support.engines import HAS_RTX, NO_RTX, exported, files, foreign, lef
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import EngineOptions
+from yolov7_deploy.tensorrt import build_process
 from yolov7_deploy.tensorrt import builder as build_module
 from yolov7_deploy.tensorrt.build_messages import Failure, ParserError
 from yolov7_deploy.tensorrt.build_process import out_of_memory
@@ -117,6 +118,26 @@ def test_a_crashed_build_is_an_engine_error(number):
             exported(), installation=rtx(), callbacks=during_the_build(lambda process: process.send_signal(number))
         )
     assert left_behind() == []
+
+
+# A build process that logs an error of TensorRT, prints more lines than an error message shows, and crashes.
+CRASHING = """
+import os, sys
+print('{"log": "INFO: hello"}\\n{"log": "ERROR: Cuda Runtime (out of memory)"}', flush=True)
+print(*range(20), sep="\\n", file=sys.stderr, flush=True)
+os.abort()
+"""
+
+
+def test_errors_of_tensorrt_are_kept_beside_what_the_process_prints(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(build_process, "_START", CRASHING)
+    with caplog.at_level("DEBUG"):
+        result = build_process.run_process([], tmp_path, lambda kind, value: None)
+    assert result.returncode == -signal.SIGABRT
+    assert result.log_lines[0] == "ERROR: Cuda Runtime (out of memory)"
+    assert result.log_lines[-1] == "19"
+    assert "ran out of memory" in build_process._crash_error(result).message
+    assert "\n".join(map(str, range(20))) in caplog.text
 
 
 @needs_rtx

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import pytest
 
@@ -366,6 +367,28 @@ def test_nested_phases_add_up_and_never_decrease():
     phases.finish("unknown")
     assert [done for done, _ in reported] == [0, 12, 25, 37, 50, 75]
     assert {total for _, total in reported} == {PROGRESS_STEPS}
+
+
+# --- failures before the build ----------------------------------------------------------------------------------------
+
+
+def test_a_builder_that_cannot_be_created_is_an_error_with_the_last_message(run):
+    def refuse(logger):
+        logger.log(SimpleNamespace(name="ERROR"), "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    fake, events = FakeTensorrt("10.3"), []
+    fake.Builder = refuse
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3 cannot build here: ERROR: CUDA init.* error: 35") as caught:
+        run("10.3", fake=fake, events=events)
+    assert caught.value.fix == "See  y7 doctor"
+    assert events == [("log", "ERROR: CUDA initialization failure with error: 35")]
+
+
+def test_a_plugin_library_that_cannot_be_opened_is_an_error_with_the_reason(run, tmp_path):
+    (tmp_path / "it.so").write_bytes(b"not ELF")
+    with pytest.raises(EngineError, match=r"cannot use the plugin library .*it\.so: .*(file too short|invalid ELF)"):
+        run("8.5", plugin=str(tmp_path / "it.so"))
 
 
 # --- a real TensorRT 8.6, without a GPU -------------------------------------------------------------------------------

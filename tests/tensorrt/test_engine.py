@@ -107,6 +107,12 @@ def test_a_failed_write_keeps_the_existing_engine(saved, monkeypatch):
     assert len(list(saved.parent.iterdir())) == 2
 
 
+def test_a_plan_without_a_record_replaces_both_files(saved):
+    Engine(plan=PLAN * 2, record=None).save(saved)
+    assert Engine.load(saved).plan == PLAN * 2
+    assert list(saved.parent.iterdir()) == [saved]
+
+
 def test_a_missing_folder_is_created(tmp_path):
     Engine(plan=PLAN, record=None).save(tmp_path / "new" / "x.engine")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.engine"]

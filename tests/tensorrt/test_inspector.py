@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov7_deploy.errors import LoadError
-from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.metadata import Int8Metadata, ModelMetadata
 from yolov7_deploy.tensorrt.build_record import EngineRecord, NetworkLayer
+from yolov7_deploy.tensorrt.builder import _missing_int8
 from yolov7_deploy.tensorrt.inspector import LayerTensor, engine_layers, network_table, read_inspector, read_listing
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "inspector"
@@ -338,6 +340,22 @@ def test_the_table_of_a_record_is_the_inspected_engine_else_the_list_else_the_pa
     )
     table, notes = engine_layers(broken)
     assert table.detail == "compiled" and "not JSON" in notes[0]
+
+
+def test_float_convolutions_of_an_int8_file_are_a_note_also_for_an_inspected_engine(caplog):
+    int8 = Int8Metadata(
+        target="tensorrt", reduce_range=False, method="max", images=1, images_sha256="", fallback="fp16",
+        convolutions=2, int8_convolutions=2, share=1.0, float_layers=(),
+    )  # fmt: skip
+    metadata = ModelMetadata(variant="custom", class_names=(), strides=(), anchors=(), precision="int8", int8=int8)
+    record = EngineRecord(metadata=metadata, plan_bytes=0, plan_sha256="", product="tensorrt", tensorrt="8.6.1")
+    inspected = replace(record, inspector=text("detailed_8.6.json"))  # one convolution in FP16 and one in INT8
+    (note,) = _missing_int8(inspected)
+    assert note.startswith("1 of the 2 INT8 convolutions") and note in caplog.text
+    mixed = replace(metadata, int8=replace(int8, int8_convolutions=1))
+    assert _missing_int8(replace(inspected, metadata=mixed)) == ()
+    network = (NetworkLayer(name="conv", type="CONVOLUTION", precision="float16"),) * 2
+    assert _missing_int8(replace(record, network_layers=network)) == ()
 
 
 def test_a_record_without_a_listing_loads():

@@ -98,7 +98,7 @@ def test_every_missing_tool_is_an_error_with_the_install_command(add_tool, tmp_p
             ("no cmake was found", "pip install 'cmake>=3.18'"),
             ("cmake is 3.16", "pip install 'cmake>=3.18'"),
             ("neither g++ nor c++", "apt-get install g++"),
-            ("nvcc, the CUDA compiler", "pip install nvidia-cuda-nvcc"),
+            ("nvcc, the CUDA compiler", "pip install 'yolov7-deploy[plugin]'"),
             ("NvInferRuntime.h", "libnvinfer-headers-dev"),
         ),
         strict=True,
@@ -108,6 +108,17 @@ def test_every_missing_tool_is_an_error_with_the_install_command(add_tool, tmp_p
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInferRuntime.h").touch()
     assert find_tools().headers == tmp_path / "include"
+
+
+@pytest.mark.parametrize("name", ["CXX", "CUDACXX"])
+def test_a_compiler_of_a_variable_that_does_not_exist_is_an_error(add_tool, monkeypatch, name):
+    for tool, line in (("cmake", "echo cmake version 3.25.1"), ("g++", ""), ("nvcc", "")):
+        add_tool(tool, line)
+    assert find_tools(kernels_only=True).nvcc.name == "nvcc"
+    monkeypatch.setenv(name, "ccache compiler")
+    with pytest.raises(PluginError, match=rf"\${name} is ccache compiler, which was not found") as caught:
+        find_tools(kernels_only=True)
+    assert caught.value.fix.startswith(f"unset {name} ")
 
 
 def test_the_compiler_and_the_headers_of_wheels_are_found(tmp_path, monkeypatch):
@@ -228,6 +239,13 @@ def has_gpu() -> bool:
     except (DeviceError, MissingLibraryError):
         return False
     return True
+
+
+def test_ptx_of_one_architecture_only_is_not_for_later_gpus(tmp_path):
+    nvcc_or_skip()
+    built = build_plugin(kernels_only=True, architectures=["90a"], output=tmp_path / "it.so", log=lambda _: None)
+    assert (built.compute_capabilities, built.ptx) == ((90,), ())
+    assert built.runs_on(90) and not built.runs_on(100)
 
 
 @pytest.mark.slow

@@ -268,13 +268,16 @@ def test_tensorrt_rtx_needs_no_gpu_memory_to_build(tmp_path):
 # --- disk and order ---------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_an_error_before_the_build(unknown, tmp_path):
+def test_a_full_disk_is_an_error_before_the_build_and_one_of_the_timing_cache_a_warning(unknown, tmp_path):
     build = jetson_build(compute_capability="8.6", folder=tmp_path, cache_folder=tmp_path / "cache")
     full = preflight(build, **unknown, disk=lambda folder: MIB if folder == tmp_path else GIB)
     assert [(finding.level, finding.field) for finding in full] == [("error", "disk")]
     assert "the engine takes about" in full[0].text and "--output" in full[0].fix
     cache = preflight(build, **unknown, disk=lambda folder: GIB if folder == tmp_path else MIB)
-    assert "--timing-cache" in cache[0].fix
+    assert [(finding.level, finding.field) for finding in cache] == [("warning", "disk")]
+    assert "--no-timing-cache" in cache[0].fix
+    rtx = replace(build, product="tensorrt_rtx")
+    assert preflight(rtx, **unknown, disk=lambda folder: GIB if folder == tmp_path else MIB) == []
     assert preflight(build, **unknown, disk=lambda _: GIB) == []
 
 

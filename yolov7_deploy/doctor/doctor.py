@@ -190,8 +190,12 @@ def _build_engines(libraries: dict[str, Library], machine: Machine) -> Capabilit
 
 def _run_engines(libraries: dict[str, Library], machine: Machine) -> Capability:
     what = "run TensorRT engines"
-    cuda = libraries["pycuda"] if libraries["pycuda"].works else libraries["cuda"]
-    ready = _needs(what, [_tensorrt(libraries), cuda, libraries["cv2"], libraries["numpy"]])
+    from yolov7_deploy.runtimes.cudart import cuda_bindings  # imports cuda-python
+
+    cuda = libraries["cuda"]
+    has_other_binding = not cuda.works and next(cuda_bindings(), None) is not None  # a libcudart
+    needed = [_tensorrt(libraries), *([] if has_other_binding else [cuda]), libraries["cv2"], libraries["numpy"]]
+    ready = _needs(what, needed)
     return _on_gpu(what, ready, machine, ready)
 
 

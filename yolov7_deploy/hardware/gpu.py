@@ -282,6 +282,9 @@ def free_gpu_memory() -> FreeMemory | None:
     return None if size is None else FreeMemory(size=size, source="NVML")
 
 
+# --- device names -----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceName:
     """A parsed device name, as in PyTorch: `auto`, `cpu`, `cuda`, `cuda:N` or `N`.

@@ -202,6 +202,8 @@ def _power(name: str) -> tuple[bool, bool, int, int]:
     )
 
 
+# --- tegrastats -------------------------------------------------------------------------------------------------------
+
 PROGRAM = "tegrastats"
 INTERVAL_MS = 100
 FIRST_LINE_TIMEOUT_S = 3.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,6 @@ def _cpu(root: Path) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 def find_int8_target(root: Path = ROOT, *, use_gpu: bool = True) -> str:
     """Return the INT8 target of this machine, or of its CPU without `use_gpu`; see `Int8Options`."""
     if use_gpu and (read_board(root=root) is not None or list_installed_gpus()):
@@ -115,6 +111,9 @@ def find_int8_target(root: Path = ROOT, *, use_gpu: bool = True) -> str:
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "arm"
     return "cpu"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def gpu_memory_used(device: str, *, root: Path = ROOT) -> int | None:
@@ -142,6 +141,8 @@ def host_peak_bytes(root: Path = ROOT) -> int:
     found = re.search(r"^VmHWM:\s*(\d+) kB", read_text(root / "proc/self/status"), re.MULTILINE)
     if found:
         return int(found[1]) * 1024
+    import resource  # Windows does not have it
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

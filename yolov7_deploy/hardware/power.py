@@ -130,8 +130,9 @@ class SampledPowerMeter:
         self._sampler.__exit__(kind, error, trace)
 
     def _take_sample(self) -> None:
+        integrator = self._integrator  # a reading that hangs may outlive its block; the next block has another one
         value = self._read()
-        self._integrator.add(time.perf_counter(), value)
+        integrator.add(time.perf_counter(), value)
 
 
 def open_power_meter(device: str, *, root: Path = ROOT, tegrastats: str | None = None) -> PowerMeter | str:

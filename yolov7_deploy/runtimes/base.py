@@ -174,7 +174,7 @@ RUNTIMES = (
         suffixes=ENGINE_SUFFIXES,
         module="yolov7_deploy.runtimes.tensorrt",
         attribute="TrtRuntime",
-        distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "cuda-python", "pycuda"),
+        distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-rtx-cu13", "cuda-python"),
     ),
 )
 
@@ -361,7 +361,7 @@ def check_rect_supported(path: Path, runtime: Runtime) -> None:
     """Refuse rectangular input for files of a fixed size, and for engines.
 
     Raises:
-        UsageError: The fix is the command that creates a file of open size.
+        UsageError: The fix is the command that creates a file of dynamic input size.
     """
     fixed = runtime.metadata.input_hw
     if fixed is None and runtime.name != "tensorrt":

@@ -4,7 +4,7 @@ One caller gets all cores for each image, which is the shortest time per image. 
 compiled a second time, for throughput: each core then runs an image of its own, without waiting for other cores at
 every layer. Until that is ready, calls wait for each other.
 
-A file of open height and width is compiled once for all sizes. For a size that is used often it is compiled again, with
+A file of dynamic input size is compiled once for all sizes. For a size that is used often it is compiled again, with
 this size fixed: yolov7-tiny is then 7 % faster in FP32 and 11 % in INT8, yolov7 in FP32 not measurably.
 """
 

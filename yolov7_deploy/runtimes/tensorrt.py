@@ -317,11 +317,7 @@ def _check_environment(
         plugin=plugin_here,
     )
     for mismatch in record.mismatches(environment, engine=str(path)):
-        raise LoadError(
-            f"{path} does not fit here. {mismatch.field}: the engine was built {mismatch.built}; this machine has "
-            f"{mismatch.here}.",
-            fix=mismatch.fix,
-        )
+        raise LoadError(f"{path} does not fit here. {mismatch}", fix=mismatch.fix)
 
 
 def _deserialize(capabilities: TrtCapabilities, path: Path, file: Engine) -> TrtEngine:

@@ -15,7 +15,7 @@ import numpy as np
 from yolov7_deploy._text import get_logger, hide_credentials
 from yolov7_deploy.errors import SourceError
 from yolov7_deploy.image import Image
-from yolov7_deploy.sources.video import OpenCapture, open_capture
+from yolov7_deploy.sources.video import Capture, OpenCapture, open_capture
 
 log = get_logger(__name__)
 
@@ -135,7 +135,12 @@ class LiveReader:
                 self._changed.notify_all()
 
     def _read_until_lost(self) -> None:
-        capture = self._open(self.address)
+        try:
+            self._read_frames(self._open(self.address))
+        except cv2.error as error:
+            log.warning("OpenCV failed on %s: %s", _label(self.address), error)
+
+    def _read_frames(self, capture: Capture) -> None:
         try:
             if not capture.isOpened():
                 return
@@ -145,8 +150,6 @@ class LiveReader:
                 if not ok or image is None:
                     return
                 self._set_newest(image.astype(np.uint8, copy=False), fps)
-        except cv2.error as error:
-            log.warning("OpenCV failed on %s: %s", _label(self.address), error)
         finally:
             capture.release()
 

@@ -288,7 +288,7 @@ def read_each(sources: Iterator[OneSource], *, on_error: OnError) -> Iterator[Fr
 
 
 def _no_frames_error(skipped: Sequence[Skipped]) -> SourceError:
-    first = "; ".join(f"{item.reason}" for item in skipped[:3])
-    is_address = any("://" in str(item.path) for item in skipped[:3])
+    first = "; ".join(item.reason for item in skipped[:3])
+    is_address = any("://" in item.path for item in skipped[:3])
     fix = "Check the address, and that this machine can reach it." if is_address else "Check the path."
     return SourceError(f"Nothing could be read. {first or 'The source is empty.'}", fix=fix)

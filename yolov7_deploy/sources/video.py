@@ -361,4 +361,5 @@ class Window:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        cv2.destroyAllWindows()
+        with contextlib.suppress(cv2.error):  # the user has closed it
+            cv2.destroyWindow(self._title)

@@ -13,7 +13,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -107,11 +108,14 @@ def build(capabilities: TrtCapabilities, request: BuildRequest, folder: Path, se
     """
     trt = capabilities.trt
     listings: list[str] = []
-    logger = create_logger(trt, lambda message: send("log", message), listings.append)
-    capabilities.register_builtin_plugins(logger)
-    if request.plugin:
-        _load_plugin(capabilities, request)
-    builder = trt.Builder(logger)
+    last_messages: deque[str] = deque(maxlen=1)
+
+    def on_message(message: str) -> None:
+        last_messages.append(message)
+        send("log", message)
+
+    logger = create_logger(trt, on_message, listings.append)
+    builder = _create_builder(capabilities, request, logger, last_messages)
     installation = _installation(capabilities, error="", builder=builder)
     capabilities.check_request_supported(
         request, compute_capability=installation.compute_capability, dla_cores=installation.dla_cores
@@ -160,12 +164,28 @@ def build(capabilities: TrtCapabilities, request: BuildRequest, folder: Path, se
     return _inspect(capabilities, report, plan, logger, request)
 
 
+def _create_builder(
+    capabilities: TrtCapabilities, request: BuildRequest, logger: Trt, last_messages: Sequence[str]
+) -> Trt:
+    try:
+        capabilities.register_builtin_plugins(logger)
+        if request.plugin:
+            _load_plugin(capabilities, request)
+        return capabilities.trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # pybind raises these for a null pointer
+        reason = last_messages[-1] if last_messages else str(error)
+        raise EngineError(f"{capabilities.title} cannot build here: {reason}", fix="See  y7 doctor") from error
+
+
 def _load_plugin(capabilities: TrtCapabilities, request: BuildRequest) -> None:
-    capabilities.load_plugin(request.plugin)
+    reason = f"after loading it, the plugin {PLUGIN_NAME} version {PLUGIN_VERSION} is not registered"
+    try:
+        capabilities.load_plugin(request.plugin)
+    except OSError as error:
+        reason = str(error)
     if PLUGIN_KEY not in capabilities.registered_plugins():
         raise EngineError(
-            f"{capabilities.title} cannot use the plugin library {request.plugin}: after loading it, the plugin "
-            f"{PLUGIN_NAME} version {PLUGIN_VERSION} is not registered.",
+            f"{capabilities.title} cannot use the plugin library {request.plugin}: {reason}.",
             fix=f"Build it for this TensorRT:  {BUILD_COMMAND}   or build without it:  --plugin off",
         )
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from yolov7_deploy._process import deferred_signals, python_command, temporary_folder
 from yolov7_deploy._serialization import from_dict
+from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import EngineError, is_out_of_memory
 from yolov7_deploy.hardware.gpu import free_gpu_memory
 from yolov7_deploy.hardware.system import free_host_memory
@@ -37,9 +38,11 @@ from yolov7_deploy.tensorrt.build_messages import (
 from yolov7_deploy.tensorrt.build_record import Product
 from yolov7_deploy.tensorrt.preflight import format_gib
 
+logger = get_logger(__name__)
+
 RTX_LIBRARY = "libtensorrt_rtx.so"
 RTX_WHEEL = "tensorrt_rtx_libs"
-LAST_LINES = 6  # of the log, in an error message
+LAST_LINES = 6  # of TensorRT's log and of what the process prints, each, in an error message
 
 OnEvent = Callable[[str, Any], None]
 
@@ -49,7 +52,7 @@ _REQUESTED_BYTES = re.compile(r"(?:requested|allocat\w+|size)\D{0,40}?(\d{6,})\s
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessResult:
-    """The result of a process: return code (negative for a signal), last lines of its log, peak main memory."""
+    """The result of a process: return code (negative for a signal), last lines of its logs, peak main memory."""
 
     returncode: int
     log_lines: tuple[str, ...]
@@ -127,8 +130,11 @@ def run_process(arguments: list[str], folder: Path, on_event: OnEvent) -> Proces
             process.wait()
             if process.stdout:
                 process.stdout.close()
-    lines.extend(_last_lines(folder / LOG_FILE))
-    return ProcessResult(returncode=process.returncode, log_lines=tuple(lines), peak_memory_bytes=peak)
+    printed = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    if printed:
+        logger.debug("The build process printed:\n%s", printed)
+    log_lines = (*lines, *_last_lines(printed))
+    return ProcessResult(returncode=process.returncode, log_lines=log_lines, peak_memory_bytes=peak)
 
 
 def _start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -199,8 +205,7 @@ def _crash_error(result: ProcessResult) -> EngineError:
     )
 
 
-def _last_lines(log: Path) -> list[str]:
-    text = log.read_text(encoding="utf-8", errors="replace")
+def _last_lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()][-LAST_LINES:]
 
 

@@ -103,7 +103,7 @@ class Mismatch:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.field}: the engine was built {self.built}; this machine has {self.here}.\n{self.fix}"
+        return f"{self.field}: the engine was built {self.built}; this machine has {self.here}."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +136,7 @@ class EngineRecord:
         device_memory_bytes: GPU memory of an execution context; 0 if unknown.
         peak_memory_bytes: Peak main memory of the build process.
         build_s: Duration of the build in seconds, including parsing.
-        onnx_sha256: SHA-256 of the ONNX file.
+        onnx_sha256: SHA-256 of the ONNX file (`build_file`), or of the serialized graph (`build_engine`).
         notes: Warnings and decisions of the build.
         y7_version: Version of this package.
     """

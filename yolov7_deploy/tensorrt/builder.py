@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
 from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
@@ -34,7 +35,7 @@ from yolov7_deploy.tensorrt.build_record import (
     Product,
 )
 from yolov7_deploy.tensorrt.engine import Engine
-from yolov7_deploy.tensorrt.inspector import read_listing
+from yolov7_deploy.tensorrt.inspector import engine_layers
 from yolov7_deploy.tensorrt.onnx_rewrite import PreparedGraph, has_nms_node, open_onnx, prepare_graph
 from yolov7_deploy.tensorrt.plugin_library import BUILD_COMMAND, PluginLibrary, find_plugin
 from yolov7_deploy.tensorrt.preflight import PlannedBuild, preflight
@@ -113,14 +114,15 @@ def build_engine(
     _check_int8_target(model.metadata)
     progress = _Progress(callbacks or BuildCallbacks())
     installation = installation or find_tensorrt(options)
-    library, plugin_notes = select_plugin(model, options, installation)
+    targets, target_notes = _select_targets(options, installation)
+    library, plugin_notes = select_plugin(model, options, targets, installation)
     graph = prepare_graph(
         model,
         use_plugin=library is not None,
         builtin_plugins=installation.plugins,
         float_weights=installation.abi == "v2",
     )
-    request, request_notes = _build_request(model, graph, options, installation, library)
+    request = _build_request(model, graph, options, targets, installation, library)
     data = graph.proto.SerializeToString(deterministic=True)
     warnings = _preflight(request, installation, len(data), output_folder)
     progress.step(f"prepared the graph for {installation.title}: {_NMS_BY[graph.nms_by]}")
@@ -134,7 +136,7 @@ def build_engine(
         plan_bytes=len(plan),
         plan_sha256=sha256_hex(plan),
         build_s=round(time.perf_counter() - started, 3),
-        notes=(*plugin_notes, *request_notes, *warnings, *report.notes, *_missing_int8(record)),
+        notes=(*plugin_notes, *target_notes, *_host_code(options), *warnings, *report.notes, *_missing_int8(record)),
     )
     progress.step(f"built {len(plan) / 1e6:.1f} MB")
     return Engine(plan=plan, record=record)
@@ -164,18 +166,21 @@ def build_file(
     """
     _check_output(output)
     model = open_onnx(onnx_file)
+    onnx_sha256 = sha256_hex(read_bytes(onnx_file, max_bytes=MAX_MODEL_BYTES))
     engine = build_engine(model, options, installation=installation, output_folder=output.parent, callbacks=callbacks)
     assert engine.record is not None, "a build has a record"
-    engine.save(output)
-    return EngineReport(path=output, record=engine.record)
+    record = replace(engine.record, onnx_sha256=onnx_sha256)
+    replace(engine, record=record).save(output)
+    return EngineReport(path=output, record=record)
 
 
 def _check_output(output: Path) -> None:
     """Check the output path before minutes of building."""
     if output.suffix not in ENGINE_SUFFIXES:
         raise EngineError(f"{output} is not named like an engine.", fix=f"--output {output.with_suffix('.engine')}")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise EngineError(f"{output.parent} is not a writable folder.", fix="Choose another:  --output F.engine")
+    folder = next(folder for folder in output.absolute().parents if folder.exists())  # `Engine.save` creates the rest
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise EngineError(f"{folder} is not a writable folder.", fix="Choose another:  --output F.engine")
 
 
 # --- TensorRT and the plugin ------------------------------------------------------------------------------------------
@@ -211,9 +216,15 @@ def find_tensorrt(options: EngineOptions) -> Installation:
 
 
 def select_plugin(
-    model: OnnxModel, options: EngineOptions, installation: Installation
+    model: OnnxModel, options: EngineOptions, targets: tuple[str, ...], installation: Installation
 ) -> tuple[PluginLibrary | None, tuple[str, ...]]:
     """Return the plugin library for the NMS node, or `None` for NMS by operators, and notes for the build record.
+
+    Args:
+        model: The model.
+        options: See `EngineOptions`.
+        targets: Compute capabilities to build for; empty for the default ones.
+        installation: The TensorRT that builds.
 
     Raises:
         EngineError: The plugin is required and not available.
@@ -233,16 +244,26 @@ def select_plugin(
     if library is None:
         reason = f"there is no plugin library for {installation.title} ({installation.abi})"
     else:
-        targets = options.targets or _default_targets(installation)
-        missing = [target for target in targets if not library.runs_on(int(target.replace(".", "")))]
+        required = targets or _default_targets(installation)
+        missing = [target for target in required if not library.runs_on(int(target.replace(".", "")))]
         reason = f"the plugin library {library.path} has no code for compute capability {', '.join(missing)}"
         if not missing:
             return library, ()
-        if not options.targets and len(missing) < len(targets):
+        if not targets and len(missing) < len(required):
             return library, (f"{reason}, so the engine does not run there; {BUILD_COMMAND} builds it for all",)
     if options.plugin == "on":
         raise EngineError(f"--plugin on: {reason}.", fix=f"Build it:  {BUILD_COMMAND}")
     return None, (f"{reason}, so operators of the graph run NMS; {BUILD_COMMAND} builds it",)
+
+
+def _select_targets(options: EngineOptions, installation: Installation) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the compute capabilities to build for, empty for the default ones, and notes for the build record."""
+    if options.targets or installation.product != "tensorrt_rtx":
+        return options.targets, ()
+    here, ampere = installation.compute_capability, ".".join(map(str, AMPERE))
+    if here in installation.targets and version_numbers(here) < AMPERE:
+        return (here,), (f"built for compute capability {here}, the GPU of this machine",)
+    return (), (f"built for every GPU of compute capability {ampere} or later, because --target was not given",)
 
 
 def _default_targets(installation: Installation) -> tuple[str, ...]:
@@ -264,26 +285,23 @@ def _check_int8_target(metadata: ModelMetadata) -> None:
         )
 
 
+def _host_code(options: EngineOptions) -> tuple[str, ...]:
+    """Return a note for the build record if the plan contains code that runs on the host."""
+    if not options.version_compatible:
+        return ()
+    return ("the plan contains the lean runtime: a program that loads it must set engine_host_code_allowed",)
+
+
 def _build_request(
     model: OnnxModel,
     graph: PreparedGraph,
     options: EngineOptions,
+    targets: tuple[str, ...],
     installation: Installation,
     library: PluginLibrary | None,
-) -> tuple[BuildRequest, tuple[str, ...]]:
-    """Return the request, and notes about decisions for the build record."""
-    targets, notes = options.targets, []
-    if installation.product == "tensorrt_rtx" and not targets:
-        here, ampere = installation.compute_capability, ".".join(map(str, AMPERE))
-        if here in installation.targets and version_numbers(here) < AMPERE:
-            targets = (here,)
-            notes.append(f"built for compute capability {here}, the GPU of this machine")
-        else:
-            notes.append(f"built for every GPU of compute capability {ampere} or later, because --target was not given")
-    if options.version_compatible:
-        notes.append("the plan contains the lean runtime: a program that loads it must set engine_host_code_allowed")
+) -> BuildRequest:
     cache = str(options.timing_cache) if options.timing_cache else f"{cache_dir() / 'timing'}/"
-    request = BuildRequest(
+    return BuildRequest(
         product=installation.product,
         precision=model.metadata.precision,
         plugin=str(library.path) if library else "",
@@ -298,7 +316,6 @@ def _build_request(
         sparse=options.sparse,
         dla=options.dla,
     )
-    return request, tuple(notes)
 
 
 def _input_shapes(proto: onnx.ModelProto, options: EngineOptions) -> tuple[InputShape, ...]:
@@ -444,15 +461,16 @@ def _build_record(
 
 
 def _missing_int8(record: EngineRecord) -> tuple[str, ...]:
-    """Return a note if the engine has fewer INT8 convolutions than the file, according to the builder's layer list."""
-    table = read_listing(record.listing) if record.metadata.int8 else None
-    if record.metadata.int8 is None or table is None:
+    """Return a note if the engine has more float convolutions than the file; TensorRT may merge those of one type."""
+    int8 = record.metadata.int8
+    table = engine_layers(record)[0] if int8 is not None else None
+    if int8 is None or table is None or table.detail in ("names", "network"):
         return ()
-    expected = record.metadata.int8.int8_convolutions
-    missing = expected - table.convolutions.get("int8", 0)
+    in_engine = sum(count for precision, count in table.convolutions.items() if precision != "int8")
+    missing = in_engine - (int8.convolutions - int8.int8_convolutions)
     if missing <= 0:
         return ()
-    note = f"{missing} of the {expected} INT8 convolutions of the file run as float in this engine"
+    note = f"{missing} of the {int8.int8_convolutions} INT8 convolutions of the file run as float in this engine"
     if "7.5" in record.targets:
         note += ": TensorRT-RTX has none for compute capability 7.5, and all targets of a plan share its layers"
     logger.warning(note)

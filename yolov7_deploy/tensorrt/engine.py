@@ -18,8 +18,6 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import EngineError, LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord
 
-__all__ = ["Engine", "EngineRecord", "plan_version", "record_path"]
-
 logger = get_logger(__name__)
 
 # Bytes 1 to 3 of every plan. The first four are "ftrt" for TensorRT and "vtrt" for TensorRT-RTX.
@@ -64,6 +62,8 @@ class Engine:
                 if self.record is not None:
                     _write(files.enter_context(atomic_write(record_path(path))), self.record.to_json().encode())
                 _write(files.enter_context(atomic_write(path)), self.plan)
+            if self.record is None:
+                record_path(path).unlink(missing_ok=True)  # that of a replaced engine
         except OSError as error:
             raise EngineError(
                 f"{error.filename or path} cannot be written: {error.strerror or error}.",

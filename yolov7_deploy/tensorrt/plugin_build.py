@@ -35,7 +35,6 @@ HEADER_FOLDERS = (
 )
 # PyPI packages that contain nvcc and TensorRT headers, for machines without the CUDA toolkit or the -dev packages.
 NVCC_WHEEL, HEADER_WHEEL = "nvidia-cuda-nvcc", "kernel-lens"
-NVCC_WHEELS = f"{NVCC_WHEEL} nvidia-cuda-runtime nvidia-cuda-cccl"
 ERROR_LINES = 30
 
 _ARCHITECTURE = re.compile(r"(?:sm_?|compute_?)?(\d{1,2})\.?(\d[af]?)")
@@ -191,8 +190,14 @@ def _cxx() -> Path:
         path = shutil.which(name)
         if path is not None:
             return Path(path).absolute()
-    what = f"$CXX is {given}, which was not found" if given else "neither g++ nor c++ was found on the PATH"
-    raise PluginError(f"A C++ compiler is required to build the plugin; {what}.", fix="sudo apt-get install g++")
+    required = "A C++ compiler is required to build the plugin"
+    if given:
+        raise PluginError(f"{required}; $CXX is {given}, which was not found.", fix=_fix_variable("CXX"))
+    raise PluginError(f"{required}; neither g++ nor c++ was found on the PATH.", fix="sudo apt-get install g++")
+
+
+def _fix_variable(name: str) -> str:
+    return f"unset {name}   (or set it to the path of one compiler, without options)"
 
 
 def _given_nvcc(cuda: Path) -> Path:
@@ -207,19 +212,23 @@ def _given_nvcc(cuda: Path) -> Path:
 
 
 def _nvcc() -> Path:
+    required = "nvcc, the CUDA compiler, is required to build the plugin"
+    given = os.environ.get("CUDACXX")
+    if given:
+        found = shutil.which(given)
+        if found is None:
+            raise PluginError(f"{required}; $CUDACXX is {given}, which was not found.", fix=_fix_variable("CUDACXX"))
+        return Path(found).absolute()
     for path in _nvcc_candidates():
         if path.is_file() and os.access(path, os.X_OK):
             return path.absolute()
     raise PluginError(
-        "nvcc, the CUDA compiler, is required to build the plugin; it is not on the PATH, not in /usr/local/cuda*, "
-        f"and no {NVCC_WHEEL} is installed.",
-        fix=f"Install the CUDA toolkit, or only its compiler:  pip install {NVCC_WHEELS}",
+        f"{required}; it is not on the PATH, not in /usr/local/cuda*, and no {NVCC_WHEEL} is installed.",
+        fix="Install the CUDA toolkit, or only its compiler:  pip install 'yolov7-deploy[plugin]'",
     )
 
 
 def _nvcc_candidates() -> Iterator[Path]:
-    if os.environ.get("CUDACXX"):
-        yield Path(os.environ["CUDACXX"])
     on_path = shutil.which("nvcc")
     if on_path is not None:
         yield Path(on_path)

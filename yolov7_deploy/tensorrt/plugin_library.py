@@ -245,10 +245,9 @@ def check_driver(library: PluginLibrary, what: str) -> None:
 
 def _system_libraries(abi: str) -> Iterator[Path]:
     machine = f"{platform.machine()}-linux-gnu"
-    names = ("liby7_kernels.so", "liby7_plugin.so") if abi == "kernels" else ("liby7_plugin.so",)
+    name = "liby7_kernels.so" if abi == "kernels" else "liby7_plugin.so"
     for folder in SYSTEM_FOLDERS:
-        for name in names:
-            yield from (path for path in (folder / name, folder / machine / name) if path.is_file())
+        yield from (path for path in (folder / name, folder / machine / name) if path.is_file())
 
 
 def _fix() -> str:

@@ -351,13 +351,17 @@ def _compare(need: BuildMemory, least: int, workspace: int, free: FreeMemory | N
 
 
 def _disk(build: PlannedBuild, disk: Callable[[Path], int | None]) -> Iterator[Finding]:
-    files = [(build.folder, int(build.model_bytes * _PLAN_SHARE) + _PLAN_EXTRA, "the engine", "--output F.engine")]
-    files.append((build.cache_folder, _TIMING_CACHE, "the timing cache", "--timing-cache FILE"))
-    for folder, size, what, option in files:
+    plan_bytes = int(build.model_bytes * _PLAN_SHARE) + _PLAN_EXTRA
+    cache_folder = build.cache_folder if build.product == "tensorrt" else None  # TensorRT-RTX does not time kernels
+    files: list[tuple[Path | None, int, Level, str, str]] = [
+        (build.folder, plan_bytes, "error", "the engine", "Choose another path:  --output F.engine"),
+        (cache_folder, _TIMING_CACHE, "warning", "the timing cache", "Build without it:  --no-timing-cache"),
+    ]
+    for folder, size, level, what, fix in files:
         free = disk(folder) if folder is not None else None
         if free is not None and free < size:
             text = f"{folder} has {format_gib(free)} left; {what} takes about {format_gib(size)}."
-            yield Finding(level="error", field="disk", text=text, fix=f"Choose another path:  {option}")
+            yield Finding(level=level, field="disk", text=text, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
