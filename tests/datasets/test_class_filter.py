@@ -8,6 +8,8 @@ import pytest
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record, as_single_class, select_classes
 from yolov7_deploy.errors import DatasetError
 
+NOTES = ("one image", "one line")
+
 
 def record(index, class_ids, *, areas=None):
     count = len(class_ids)
@@ -30,7 +32,8 @@ def record(index, class_ids, *, areas=None):
 def dataset():
     records = [record(0, [0, 2, 1, 2], areas=np.array([10.0, 20, 30, 40])), record(1, [0]), record(2, [])]
     names = ("cat", "dog", "7")
-    return Dataset(records, source="data.yaml", class_names=names, category_ids=(3, 5, 9), problems=("one line",))
+    notes = {"problems": NOTES, "left_out": NOTES[:1]}
+    return Dataset(records, source="data.yaml", class_names=names, category_ids=(3, 5, 9), **notes)
 
 
 def test_only_boxes_of_the_selected_classes_remain_numbered_in_the_given_order(dataset):
@@ -49,7 +52,7 @@ def test_images_without_a_selected_class_remain_as_background(dataset):
     selected = select_classes(dataset, ["dog"])
     assert [len(sample.boxes) for sample in selected] == [1, 0, 0]
     assert [sample.image_id for sample in selected] == [100, 101, 102]
-    assert (selected.source, selected.problems) == ("data.yaml", ("one line",))
+    assert (selected.source, selected.problems, selected.left_out) == ("data.yaml", NOTES, NOTES[:1])
 
 
 @pytest.mark.parametrize(("selection", "name"), [(1, "dog"), ("1", "dog"), (" 0 ", "cat"), ("7", "7"), (2, "7")])

@@ -138,7 +138,7 @@ def test_label_files_without_image_are_reported(labelled, monkeypatch, cache):
 def test_images_with_one_label_file_are_reported(labelled):
     write_image(labelled / "images/val/1.jpg")
     (problem,) = open_dataset(labelled / "data.yaml").problems
-    assert problem == f"1 images have the label file of another image; {labelled}/images/val/1.png has that of 1.jpg"
+    assert problem == f"1 images have the label file of another image; {labelled}/images/val/1.png and 1.jpg share one"
 
 
 def test_an_empty_label_file_is_not_missing(labelled):

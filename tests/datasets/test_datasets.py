@@ -456,7 +456,7 @@ def test_different_annotations_with_one_id_are_kept(coco):
 def test_annotations_of_unknown_images_are_reported(coco):
     dataset = changed(coco, lambda d: d["annotations"].append(d["annotations"][0] | {"id": 7, "image_id": 8}))
     assert dataset.problems == (
-        "1 annotations of instances_val.json belong to no image of the file; the first has image_id 8",
+        "1 annotations of instances_val.json refer to an image that is not in the file; the first has image_id 8",
     )
 
 
@@ -471,6 +471,7 @@ def test_images_of_a_coco_file_without_annotation_or_file_are_reported(coco):
     dataset = changed(coco, lambda d: d["images"].append(d["images"][0] | {"id": 10, "file_name": "b.png"}))
     assert dataset.notes[0] == "1 of 2 images have no annotation"
     assert dataset.notes[1].startswith("1 images of instances_val.json do not exist; the first is ")
+    assert dataset.left_out == dataset.problems
 
 
 def test_images_of_the_annotations_that_a_yaml_does_not_have_are_reported(coco):

@@ -36,7 +36,7 @@ def dataset():
         record("nowhere.png", None, [(1, 0.3, 0.3)]),
     ]
     names = ("cat", "dog", "cow", "owl")
-    return Dataset(records, source="data.yaml", class_names=names, category_ids=(0, 1, 2, 3), problems=("one line",))
+    return Dataset(records, source="data.yaml", class_names=names, category_ids=(0, 1, 2, 3))
 
 
 def test_box_sizes_are_in_pixels_at_the_image_size(dataset):
@@ -55,7 +55,7 @@ def test_images_and_boxes_are_counted_per_class(dataset):
         ("owl", 0, 0),
     ]
     assert (found.images, found.background_images, found.boxes, found.crowd_boxes) == (4, 1, 5, 1)
-    assert found.empty_classes == ("cow", "owl") and found.unreadable_images == 1 and found.problems == ("one line",)
+    assert found.empty_classes == ("cow", "owl") and found.unreadable_images == 1
 
 
 @pytest.mark.parametrize(("image_size", "small"), [(640, 2), (1280, 0), (48, 3)])
@@ -72,10 +72,10 @@ def test_relative_sizes_go_from_the_smallest_to_the_largest_box(dataset):
 
 def test_the_summary_has_counts_small_boxes_frequent_classes_and_unreadable_images(dataset):
     text = describe_labels(dataset).summary()
-    assert "4 images (1 without a box), 5 boxes of 4 classes, 1 crowd boxes" in text
+    assert "4 images (1 without a box), 5 boxes of 4 classes, 1 crowd box" in text
     assert "2 boxes (40.0%) smaller than 8 pixels at image size 640" in text
     assert "most frequent: cat 3, dog 2\n" in text
-    assert "classes without a box: 'cow', 'owl'" in text and "1 images cannot be read" in text
+    assert "classes without a box: 'cow', 'owl'" in text and "1 image cannot be read" in text
 
 
 def test_the_rarest_classes_are_listed_if_there_are_many():
@@ -89,4 +89,4 @@ def test_the_rarest_classes_are_listed_if_there_are_many():
 def test_a_dataset_without_boxes_has_statistics():
     empty = Dataset([record("a.png", (9, 9), [])], source="x", class_names=("cat",), category_ids=(0,))
     found = describe_labels(empty)
-    assert found.relative_sizes == () and "1 images (1 without a box), 0 boxes of 1 classes" in found.summary()
+    assert found.relative_sizes == () and "1 image (1 without a box), 0 boxes of 1 class" in found.summary()

@@ -59,7 +59,6 @@ def run_collectives(distributed: DistributedContext) -> dict[str, object]:
         "sum": distributed.all_reduce_sum(torch.tensor([1.0 + distributed.rank, 10.0])),
         "broadcast": distributed.broadcast({"rank": distributed.rank, "values": ("a", None)}),
         "gathered": distributed.all_gather(("of", distributed.rank)),
-        "command": distributed.command,
     }
 
 

@@ -20,6 +20,7 @@ from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.dataloader import (
     BatchShard,
     TrainLoader,
+    compute_image_weights,
     epoch_order,
     rect_hw,
     rect_requests,
@@ -179,6 +180,13 @@ def test_images_are_sampled_by_their_weights(loaders):
     loader.image_weights = weights
     paths = {path for batch in loader.epoch(0) for path in batch.paths}
     assert paths <= {loader.store.path(2), loader.store.path(5)}
+
+
+def test_images_of_rare_classes_with_low_ap_get_larger_weights():
+    classes = [np.array([0, 0]), np.array([0, 1]), np.array([], np.int64)]
+    weights = compute_image_weights(classes, np.array([0.5, 0.0]))  # 0.5^2 / 3 for each box of class 0, 1 for class 1
+    assert weights == pytest.approx([2 / 15, 13 / 15, 0])
+    assert compute_image_weights(classes, np.ones(2)) is None
 
 
 @pytest.mark.parametrize("weights", [np.ones(3), np.zeros(COUNT), np.full(COUNT, -1.0), np.full(COUNT, np.nan)])

@@ -22,9 +22,14 @@ from tests.support.training_runs import (
 )
 from tests.support.two_processes import SHAPE, images, new_norm, run_norm
 from yolov7_deploy.datasets import open_dataset
-from yolov7_deploy.errors import DeviceError, UsageError
+from yolov7_deploy.errors import DeviceError, TrainingError, UsageError
 from yolov7_deploy.training.checkpoints import load_run_state
-from yolov7_deploy.training.distributed import DistributedContext, convert_sync_batchnorm, init_distributed
+from yolov7_deploy.training.distributed import (
+    DistributedContext,
+    convert_sync_batchnorm,
+    init_distributed,
+    launch_command,
+)
 from yolov7_deploy.training.initialization import initialize_model
 from yolov7_deploy.training.loggers import read_results
 
@@ -32,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 MODULE = ["-m", "yolov7_deploy"]
+RANK_0 = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}  # variables of the first of two processes
 NORM_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 summed in another order
 BFLOAT16_TOLERANCE = 0.05  # of values up to 4; bfloat16 has eight bits
 # A network with random weights turns a rounding error of 1e-7 in its first layers into 1e-4 in its last ones, on images
@@ -94,7 +100,6 @@ def test_processes_sum_broadcast_and_gather(pair):
         assert results["sum"].tolist() == [3.0, 20.0]
         assert results["broadcast"] == {"rank": 0, "values": ("a", None)}
         assert results["gathered"] == [("of", 0), ("of", 1)]
-        assert results["command"] == "torchrun --nproc-per-node 2 -m yolov7_deploy"
 
 
 def test_a_process_whose_partner_ended_raises_an_error_at_once(pair):
@@ -107,7 +112,7 @@ def test_the_collectives_of_a_single_process_return_its_own_values():
     tensor = torch.ones(2)
     assert context.all_reduce_sum(tensor) is tensor and tensor.tolist() == [1, 1]
     assert (context.broadcast("x"), context.all_gather("x")) == ("x", ["x"])
-    assert (context.command, context.is_main_process) == ("y7", True)
+    assert context.is_main_process
     context.barrier()
     norm = torch.nn.Sequential(new_norm())
     assert convert_sync_batchnorm(norm, context) is norm and type(norm[0]) is torch.nn.BatchNorm2d
@@ -116,7 +121,8 @@ def test_the_collectives_of_a_single_process_return_its_own_values():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK or LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({**RANK_0, "MASTER_PORT": "29500"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "two"}, "variable WORLD_SIZE is 'two', not a number"),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"},
@@ -132,6 +138,18 @@ def test_incomplete_torchrun_variables_are_refused(monkeypatch, variables, messa
     assert message in caught.value.message and "torchrun" in caught.value.fix
 
 
+def test_an_address_at_which_processes_cannot_connect_is_named(monkeypatch):
+    for name, value in {**RANK_0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=r"cannot connect to the others at .*:none"), init_distributed("cpu"):
+        pass
+
+
+def test_y7_is_started_by_torchrun_in_several_processes():
+    assert launch_command(1) == "y7"
+    assert launch_command(2) == "torchrun --nproc-per-node 2 -m yolov7_deploy"
+
+
 def test_devices_are_selected_by_name_or_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("1", "cuda:1"), ("cpu", "cpu")):
@@ -139,7 +157,7 @@ def test_devices_are_selected_by_name_or_number(monkeypatch):
             assert str(distributed.device) == device
     with pytest.raises(DeviceError, match="GPU 2 is needed, but torch sees 2 GPUs"), init_distributed("cuda:2"):
         pass
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+    for name, value in {**RANK_0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="names one GPU for several processes"), init_distributed("cuda:1"):
         pass

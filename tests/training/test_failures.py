@@ -221,7 +221,7 @@ def limit_file_size():
 def test_a_disk_too_small_for_the_state_ends_training_after_the_first_step(data, tmp_path, limit_file_size):
     folder, callback = tmp_path / "run", RecordingCallback()
     limit_file_size(50)
-    with pytest.raises(CheckpointError, match=r"state\.safetensors cannot be written") as caught:
+    with pytest.raises(TrainingError, match=r"state\.safetensors cannot be written") as caught:
         train_small(data, folder, callback)
     assert callback.steps == [(1, 1)] and not (folder / "state.safetensors").exists()
     assert f"y7 train --resume --save-dir {folder}" in caught.value.fix

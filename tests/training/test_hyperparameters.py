@@ -146,18 +146,34 @@ def test_a_value_that_is_not_a_number_of_at_least_zero_is_refused(tmp_path, key)
         assert "--show-hyp" in caught.value.fix and len(caught.value.message) < 150
 
 
-@pytest.mark.parametrize("key", sorted(FRACTIONS | {"scale"}))
+@pytest.mark.parametrize("key", FRACTIONS)
 def test_a_fraction_above_one_is_refused(key):
     with pytest.raises(UsageError, match=f"Hyperparameter {key}: 1.01 is above 1"):
         Hyperparameters(**{key: 1.01})
-    if key != "scale":
-        assert getattr(Hyperparameters(**{key: 1.0}), key) == 1
+    assert getattr(Hyperparameters(**{key: 1.0}), key) == 1
 
 
-@pytest.mark.parametrize("value", [1.0, 0.5, 0.0])
-def test_an_anchor_ratio_that_matches_nothing_is_refused(value):
-    with pytest.raises(UsageError, match=r"anchor_t: .* must be above 1"):
-        Hyperparameters(anchor_t=value)
+@pytest.mark.parametrize(
+    ("key", "value", "requirement"),
+    [
+        ("scale", 1.0, "below 1"),
+        ("anchor_t", 1.0, "above 1"),
+        ("anchor_t", 0.0, "above 1"),
+        ("momentum", 0.0, "above 0 and below 1"),
+        ("momentum", 1.0, "above 0 and below 1"),
+        ("warmup_momentum", 1.0, "below 1"),
+    ],
+)
+def test_a_value_without_meaning_is_refused(key, value, requirement):
+    with pytest.raises(UsageError, match=f"Hyperparameter {key}: {value:g} must be {requirement}"):
+        Hyperparameters(**{key: value})
+
+
+@pytest.mark.parametrize("value", ["0", "0.0", "'0'", "false"])
+def test_training_without_ota_is_an_option_and_not_a_hyperparameter(tmp_path, value):
+    with pytest.raises(UsageError, match="loss_ota: 0 selects the loss without OTA") as caught:
+        read_hyperparameters(written(tmp_path, f"loss_ota: {value}\n"))
+    assert caught.value.fix == "Leave it out and use --no-ota"
 
 
 def test_the_error_for_an_unknown_name_lists_the_presets(tmp_path):
@@ -195,7 +211,8 @@ def test_a_preset_is_written_and_read_back(tmp_path, name):
 
 @given(st.dictionaries(st.sampled_from(KEYS), st.floats(0, 0.999), max_size=len(KEYS)))
 def test_all_values_are_read_back_without_rounding(tmp_path_factory, values):
-    hyperparameters = Hyperparameters(**{**values, "anchor_t": 1.001 + values.get("anchor_t", 3)})
+    above_0_or_1 = {"anchor_t": 1.001 + values.get("anchor_t", 3), "momentum": 0.0005 + values.get("momentum", 0.9)}
+    hyperparameters = Hyperparameters(**values | above_0_or_1)
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.write_text(format_hyperparameters(hyperparameters), encoding="utf-8")
     assert read_hyperparameters(str(path)) == hyperparameters

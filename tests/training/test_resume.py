@@ -32,7 +32,7 @@ from yolov7_deploy.training.loggers import read_results
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "no_charts")
 
 EPOCHS = 2
-STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
+STOPPING = "stopping after the next step; press Ctrl-C again to stop at once"
 
 
 def send(number=signal.SIGINT):
@@ -320,10 +320,20 @@ def test_changed_labels_are_refused(interrupted_copy, data, tmp_path, split):
         resume_run(interrupted_copy, data=str(copied))
 
 
-def test_another_number_of_processes_is_refused(interrupted_copy):
+def test_changed_outlines_are_refused(interrupted_copy, data, tmp_path):
+    copied = copy_dataset(data, tmp_path)
+    label = next(path for path in sorted((copied.parent / "labels/train").iterdir()) if path.stat().st_size)
+    first, *others = label.read_text().splitlines()
+    class_id, x1, y1, x2, y2, *more = first.split()
+    label.write_text("\n".join([" ".join((class_id, x2, y2, x1, y1, *more)), *others]) + "\n")  # the same box
+    with pytest.raises(UsageError, match="images or labels differ"):
+        resume_run(interrupted_copy, data=str(copied))
+
+
+def test_another_number_of_processes_is_refused_before_the_dataset_is_read(interrupted_copy, tmp_path):
     change_state(interrupted_copy, world_size=2)
     with pytest.raises(UsageError, match="was started with 2 processes, not with 1") as caught:
-        resume_run(interrupted_copy)
+        resume_run(interrupted_copy, data=str(tmp_path / "absent.yaml"))
     assert caught.value.fix.startswith("torchrun --nproc-per-node 2 -m yolov7_deploy train --resume")
 
 
@@ -354,7 +364,7 @@ def test_a_damaged_state_is_refused(interrupted_copy, damage):
     path.write_bytes(damaged)
     with pytest.raises(LoadError, match="is damaged, or not a training state of this version") as caught:
         resume_run(interrupted_copy)
-    assert f"y7 train --weights {interrupted_copy / 'last.safetensors'}" in caught.value.fix
+    assert f"y7 train --data D.yaml --weights {interrupted_copy / 'last.safetensors'}" in caught.value.fix
 
 
 @pytest.mark.parametrize("missing", ["model.model.0.conv.weight", "ema.model.0.conv.weight"])
@@ -378,8 +388,10 @@ def test_a_state_is_written_completely_or_not_at_all(interrupted_copy, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "_write_tensors", fail_halfway)
-    with pytest.raises(LoadError, match=r"cannot be written .*No space left.* The previous file is unchanged"):
-        save_run_state(interrupted_copy, state, tensors)
+    reason = r"cannot be written .*No space left.* The previous file is unchanged"
+    with pytest.raises(TrainingError, match=reason) as caught:
+        save_run_state(interrupted_copy, replace(state, world_size=2), tensors)
+    assert "torchrun --nproc-per-node 2 -m yolov7_deploy train --resume" in caught.value.fix
     assert (interrupted_copy / "state.safetensors").read_bytes() == before
     assert not list(interrupted_copy.glob(".*"))
 

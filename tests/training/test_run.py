@@ -298,6 +298,28 @@ def test_every_option_trains_an_epoch(data, tmp_path, changes):
     assert (checkpoint.anchors != find_variant("yolov7-tiny").anchors) == ("autoanchor" in changes)
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_a_yaml_can_name_a_coco_file_for_each_split(data, tmp_path):
+    for split in ("train", "val"):
+        dataset = open_dataset(data, split=split)
+        (tmp_path / f"{split}.json").write_text(json.dumps(dataset.ground_truth(range(len(dataset)))))
+    lines = [f"{split}: {data.parent / 'images' / split}" for split in ("train", "val")]
+    lines += [f"names: {list(dataset.class_names)}", "annotations: {train: train.json, val: val.json}"]
+    (tmp_path / "coco.yaml").write_text("\n".join(lines))
+    callback = RecordingCallback()
+    report = train_small(tmp_path / "coco.yaml", tmp_path / "run", callback, batch=TRAIN_IMAGES)
+    assert f"{TRAIN_IMAGES} training images, {VAL_IMAGES} validation images" in callback.text
+    assert report.accuracy.images == VAL_IMAGES
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_new_anchors_that_do_not_fit_better_are_not_used(data, tmp_path):
+    callback, matches_nothing = RecordingCallback(), Hyperparameters(anchor_t=1 + 1e-9)
+    report = train_small(data, tmp_path / "run", callback, batch=TRAIN_IMAGES, autoanchor=True, hyp=matches_nothing)
+    assert "new anchors do not fit better; the current ones are kept" in callback.messages
+    assert load_checkpoint(report.weights).anchors == find_variant("yolov7-tiny").anchors
+
+
 ZERO_LR = Hyperparameters(lr0=0.0, warmup_epochs=0.0)  # no weight changes in training
 
 
@@ -357,12 +379,19 @@ def test_invalid_options_are_refused_with_a_fix(data, tmp_path, changes, message
     with pytest.raises(UsageError) as caught:
         train_small(data, tmp_path / "run", **changes)
     assert message in caught.value.message and fix in caught.value.fix
-    assert not (tmp_path / "run" / "state.safetensors").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_variant_are_refused_before_the_dataset_is_read(done, tmp_path):
     with pytest.raises(UsageError, match=r"is yolov7-tiny, not yolov7\."):
         train_small(tmp_path / "absent.yaml", tmp_path / "run", weights=str(done[0].weights), variant="yolov7")
+
+
+def test_a_coco_file_alone_is_refused_because_it_has_one_split(tmp_path):
+    with pytest.raises(UsageError, match=r"instances\.json has one split") as caught:
+        train_small(tmp_path / "instances.json", tmp_path / "run")
+    assert "annotations: {train: train.json, val: val.json}" in caught.value.fix
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_dataset_or_weights_file_is_named(data, tmp_path):

@@ -88,10 +88,10 @@ def layer(name):
 
 
 def test_one_number_freezes_the_first_layers_and_several_numbers_those_layers():
-    model = new_train_step().model
-    assert frozen_layers((), model) == frozen_layers((0,), model) == ()
-    assert frozen_layers((3,), model) == (0, 1, 2)
-    assert frozen_layers((5, 0, 9), model) == (5, 0, 9)
+    variant = new_train_step().model.variant
+    assert frozen_layers((), variant) == frozen_layers((0,), variant) == ()
+    assert frozen_layers((3,), variant) == (0, 1, 2)
+    assert frozen_layers((5, 0, 9), variant) == (5, 0, 9)
 
 
 @pytest.mark.parametrize("freeze", [(78,), (500,), (0, 78), tuple(range(78))])
@@ -99,7 +99,7 @@ def test_freezing_missing_layers_or_all_layers_is_refused(freeze):
     model = new_train_step().model
     assert len(model.layers) == 78
     with pytest.raises(UsageError, match=r"has layers 0\.\.77, and at least one must") as caught:
-        frozen_layers(freeze, model)
+        frozen_layers(freeze, model.variant)
     assert caught.value.fix == "For example: --freeze 38"
 
 
@@ -144,6 +144,12 @@ def test_the_image_size_is_a_function_of_seed_epoch_and_step():
     other = new_train_step(multi_scale=True, img=256, seed=1)
     assert sizes != [other.image_size(epoch, step) for epoch in range(4) for step in range(20)]
     assert new_train_step().image_size(0, 0) is None
+
+
+def test_image_sizes_do_not_repeat_the_random_numbers_of_the_samples():
+    train_step, sizes = new_train_step(multi_scale=True, img=256), multi_scale_sizes(256, 32)
+    of_samples = [int(np.random.default_rng((0, 0, position)).choice(sizes)) for position in range(20)]
+    assert [train_step.image_size(0, step) for step in range(20)] != of_samples
 
 
 def test_the_network_gets_rgb_from_0_to_1_at_the_image_size():

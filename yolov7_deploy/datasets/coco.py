@@ -79,13 +79,14 @@ def open_coco(path: Path, *, images: Path | None, split: str, limit: int | None)
     annotated = annotate_images(pairs[:limit], document, category_ids, source=path)
     absent = [image for image, _ in pairs[:limit] if not is_file(image)]
     gone = [f"{len(absent)} images of {path.name} do not exist; the first is {short_text(absent[0])}"] if absent else []
-    gone += [f"category {short_repr(root['name'])} has no boxes, only other categories; not a class" for root in roots]
+    groups = [f"category {short_repr(root['name'])} has no boxes, only other categories; not a class" for root in roots]
     return Dataset(
         annotated.records,
         source=path.name,
         class_names=class_names,
         category_ids=category_ids,
-        problems=(*gone, *annotated.problems),
+        problems=(*gone, *groups, *annotated.problems),
+        left_out=tuple(gone),
         coverage=annotated.coverage(),
     )
 
@@ -199,7 +200,7 @@ def _as_id(value: object) -> CocoId:
 
 
 def _as_text(value: object) -> str:
-    """Return an id as text; values that are not an id have a text of no id."""
+    """Return an id as text; an empty text for a value that is not an id."""
     try:
         return str(_as_id(value))
     except (ValueError, OverflowError):
@@ -265,7 +266,7 @@ class AnnotatedImages:
 
     Attributes:
         records: One per image.
-        problems: What was dropped or belongs to no image, one message each.
+        problems: Annotations that were dropped, or that refer to an image that is not in the file, one message each.
     """
 
     records: tuple[Record, ...]
@@ -330,8 +331,8 @@ def _annotation_problems(
     unknown = {image_id: len(found) for image_id, found in by_image.items() if image_id not in known}
     if unknown:
         yield (
-            f"{sum(unknown.values())} annotations of {source.name} belong to no image of the file; the first has "
-            f"image_id {short_repr(next(iter(unknown)))}"
+            f"{sum(unknown.values())} annotations of {source.name} refer to an image that is not in the file; the "
+            f"first has image_id {short_repr(next(iter(unknown)))}"
         )
 
 

@@ -68,17 +68,17 @@ class Entry:
 
 
 def read_labels_cached(
-    images: Sequence[Path], *, classes: int, are_complete: bool = False, folder: Path | None = None
+    images: Sequence[Path], *, classes: int, are_complete: bool = False
 ) -> tuple[LabelSet, list[Hw | None]]:
     """Return what `read_label_files` returns, and the size of each image; unchanged files are not read again.
 
-    A damaged cache file is rebuilt. A cache file that cannot be written is a logged warning.
+    The cache files are in `$XDG_CACHE_HOME/yolov7_deploy/labels`. A damaged one is rebuilt; one that cannot be written
+    is a logged warning.
 
     Args:
         images: The image files.
         classes: Number of classes.
         are_complete: See `read_label_files`.
-        folder: Folder of the cache files; `$XDG_CACHE_HOME/yolov7_deploy/labels` by default.
 
     Raises:
         DatasetError: See `read_label_files`.
@@ -86,7 +86,7 @@ def read_labels_cached(
     start, now_ns = time.perf_counter(), time.time_ns()
     finder = LabelFinder()
     paths = [finder.find(image) for image in images]
-    cache_path = (cache_dir() / "labels" if folder is None else folder) / f"{_digest(images, paths, classes)}.npz"
+    cache_path = cache_dir() / "labels" / f"{_digest(images, paths, classes)}.npz"
     stamps = np.array(
         [(*_stamp(path), *_stamp(image)) for path, image in zip(paths, images, strict=True)], dtype=np.int64
     ).reshape(-1, STAMPS)

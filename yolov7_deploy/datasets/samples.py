@@ -343,6 +343,7 @@ def _renumber(
         class_names=class_names,
         category_ids=category_ids,
         problems=dataset.problems,
+        left_out=dataset.left_out,
         coverage=dataset.coverage,
     )
 

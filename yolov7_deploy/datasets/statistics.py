@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from yolov7_deploy._console import plural
 from yolov7_deploy.datasets.samples import Dataset, DoubleArray, join_names
 from yolov7_deploy.errors import ImageError
 
@@ -34,7 +35,6 @@ class LabelStatistics:
     """Counts and sizes of the labels of a dataset; only `crowd_boxes` includes crowd boxes.
 
     Attributes:
-        source: The file of the dataset.
         images: Number of images.
         background_images: Number of images without a box.
         unreadable_images: Number of images whose size is not known because their header cannot be read.
@@ -45,10 +45,8 @@ class LabelStatistics:
         small_boxes: Number of boxes with a longer side below `SMALL_PX` at `image_size`.
         relative_sizes: For each of `QUANTILES`, the square root of the box area as a fraction of the longer side of
             the image; empty if there is no box.
-        problems: Repairs made while reading.
     """
 
-    source: str
     images: int
     background_images: int
     unreadable_images: int
@@ -58,7 +56,6 @@ class LabelStatistics:
     image_size: int
     small_boxes: int
     relative_sizes: tuple[float, ...]
-    problems: tuple[str, ...]
 
     @property
     def empty_classes(self) -> tuple[str, ...]:
@@ -67,10 +64,10 @@ class LabelStatistics:
 
     def summary(self) -> str:
         """Return the statistics as a few lines of text."""
-        crowd = f", {self.crowd_boxes} crowd boxes" if self.crowd_boxes else ""
+        crowd = f", {plural(self.crowd_boxes, 'crowd box')}" if self.crowd_boxes else ""
         lines = [
-            f"{self.images} images ({self.background_images} without a box), {self.boxes} boxes of "
-            f"{len(self.classes)} classes{crowd}"
+            f"{plural(self.images, 'image')} ({self.background_images} without a box), {plural(self.boxes, 'box')} of "
+            f"{plural(len(self.classes), 'class')}{crowd}"
         ]
         if self.relative_sizes:
             lines.append(self._size_line())
@@ -82,15 +79,15 @@ class LabelStatistics:
         if self.empty_classes:
             lines.append(f"classes without a box: {join_names(self.empty_classes)}")
         if self.unreadable_images:
-            lines.append(f"{self.unreadable_images} images cannot be read")
+            lines.append(f"{plural(self.unreadable_images, 'image')} cannot be read")
         return "\n".join(lines)
 
     def _size_line(self) -> str:
         sizes = self.relative_sizes
         return (
             f"box size (square root of the area / longer image side): median {sizes[QUANTILES.index(0.5)]:.3f}, "
-            f"range {sizes[0]:.3f} to {sizes[-1]:.3f}; {self.small_boxes} boxes ({self.small_boxes / self.boxes:.1%}) "
-            f"smaller than {SMALL_PX} pixels at image size {self.image_size}"
+            f"range {sizes[0]:.3f} to {sizes[-1]:.3f}; {plural(self.small_boxes, 'box')} "
+            f"({self.small_boxes / self.boxes:.1%}) smaller than {SMALL_PX} pixels at image size {self.image_size}"
         )
 
 
@@ -113,7 +110,6 @@ def describe_labels(dataset: Dataset, *, image_size: int = 640) -> LabelStatisti
     sizes, unreadable = box_sizes(dataset, image_size=image_size)
     relative = np.quantile(np.sqrt(sizes.prod(axis=1)) / image_size, QUANTILES).tolist() if len(sizes) else []
     return LabelStatistics(
-        source=dataset.source,
         images=len(dataset),
         background_images=background,
         unreadable_images=unreadable,
@@ -126,7 +122,6 @@ def describe_labels(dataset: Dataset, *, image_size: int = 640) -> LabelStatisti
         image_size=image_size,
         small_boxes=int(np.sum(sizes.max(axis=1) < SMALL_PX)),
         relative_sizes=tuple(relative),
-        problems=dataset.problems,
     )
 
 

@@ -46,7 +46,7 @@ class LabelFinder:
         return Path(self._folders_for(os.path.dirname(image))[0], f"{image.stem}{LABEL_SUFFIX}")  # noqa: PTH120
 
     def without_image(self) -> list[Path]:
-        """Return the label files beside those that were found which belong to none of the images.
+        """Return the other label files in the folders of those that were found; none of the images has them.
 
         Folders that also have images are left out, since a text file there may be anything.
         """
@@ -147,7 +147,7 @@ def read_label_files(images: Sequence[Path], *, classes: int, are_complete: bool
     Args:
         images: The image files.
         classes: Number of classes.
-        are_complete: These are all images of their folders, so a label file of no image is worth a message.
+        are_complete: These are all images of their folders, so label files without an image are reported.
 
     Raises:
         DatasetError: Lines are invalid; all files are read first, and the message lists the first ten lines.
@@ -195,7 +195,7 @@ def collect_labels(
     shared = [i for i, file in enumerate(files) if not file.is_missing and first_image.setdefault(paths[i], i) != i]
     if shared:
         example = (
-            f"{short_text(images[shared[0]])} has that of {short_text(images[first_image[paths[shared[0]]]].name)}"
+            f"{short_text(images[shared[0]])} and {short_text(images[first_image[paths[shared[0]]]].name)} share one"
         )
         problems.insert(0, f"{len(shared)} images have the label file of another image; {example}")
     if unused:

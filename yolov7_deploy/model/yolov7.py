@@ -32,7 +32,7 @@ class Yolov7(nn.Module):
     Example:
         >>> import torch
         >>> network = build_model(load_checkpoint("best.safetensors"))
-        >>> boxes = network(torch.zeros(1, 3, 96, 96))
+        >>> decoded = network.predict(torch.zeros(1, 3, 96, 96))
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The official augmentation pipeline: mosaic, mixup, affine warp, HSV jitter, flips and paste-in, in this order."""
+"""The official augmentation pipeline: mosaic, affine warp, mixup, HSV jitter, paste-in and flips, in this order."""
 
 from __future__ import annotations
 

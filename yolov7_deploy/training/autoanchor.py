@@ -38,7 +38,6 @@ class AnchorFit:
         boxes: Number of boxes.
         best_possible_recall: Fraction of the boxes that match an anchor; training cannot find the others.
         anchors_per_box: Mean number of anchors that match a box.
-        anchor_t: Largest ratio of the sides of a match.
         image_size: Longer side of the images in which boxes are measured.
     """
 
@@ -46,7 +45,6 @@ class AnchorFit:
     boxes: int
     best_possible_recall: float
     anchors_per_box: float
-    anchor_t: float
     image_size: int
 
     def summary(self) -> str:
@@ -74,7 +72,6 @@ def evaluate_anchors(dataset: Dataset, anchors: Anchors, *, image_size: int, anc
         boxes=len(sizes),
         best_possible_recall=float(matches.any(axis=0).mean()),
         anchors_per_box=float(matches.sum(axis=0).mean()),
-        anchor_t=anchor_t,
         image_size=image_size,
     )
 

@@ -20,8 +20,9 @@ from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import open_safetensors, save_checkpoint
-from yolov7_deploy.errors import CheckpointError, LoadError, TrainingError, UsageError
+from yolov7_deploy.errors import LoadError, TrainingError, UsageError
 from yolov7_deploy.options import TrainOptions
+from yolov7_deploy.training.distributed import launch_command
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 
 LAST, BEST, STATE = "last.safetensors", "best.safetensors", "state.safetensors"
@@ -45,7 +46,7 @@ class TrainRequest:
     """Everything that defines a training run.
 
     Attributes:
-        data: Dataset YAML, or COCO instances JSON.
+        data: Dataset YAML.
         folder: Folder of the run.
         variant: Official name of the variant.
         weights: Weights file that initialises the model; empty for random weights.
@@ -147,8 +148,8 @@ def save_run_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) ->
     """Write the state of a run atomically.
 
     Raises:
-        TrainingError: Weights, moving average or optimizer state are not finite.
-        CheckpointError: The file cannot be written; the previous one is unchanged.
+        TrainingError: Weights, moving average or optimizer state are not finite; or the file cannot be written, and
+            the previous one is unchanged.
     """
     # Accumulated gradients may overflow in mixed precision; their update is then skipped.
     _check_finite(folder, state, {name: tensor for name, tensor in tensors.items() if not name.startswith("gradient.")})
@@ -158,9 +159,10 @@ def save_run_state(folder: Path, state: RunState, tensors: dict[str, Tensor]) ->
         with atomic_write(path) as temporary:
             _write_tensors(temporary, tensors, {_METADATA_KEY: text})
     except OSError as error:
-        raise CheckpointError(
+        resume = f"{launch_command(state.world_size)} train --resume --save-dir {folder}"
+        raise TrainingError(
             f"{path} cannot be written ({error.strerror or error}). The previous file is unchanged.",
-            fix=f"Free space on the disk, then resume:  y7 train --resume --save-dir {folder}",
+            fix=f"Free space on the disk, then resume:  {resume}",
         ) from error
 
 
@@ -231,7 +233,7 @@ def load_run_state(folder: Path, *, with_tensors: bool = True) -> tuple[RunState
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoadError(
             f"{path} is damaged, or not a training state of this version ({str(error)[:200]!a}).",
-            fix=f"Start a new training from its weights:  y7 train --weights {folder / LAST}",
+            fix=f"Start a new training from its weights:  y7 train --data D.yaml --weights {folder / LAST}",
         ) from error
 
 
@@ -269,7 +271,8 @@ def save_best(folder: Path) -> None:
         with atomic_write(path) as temporary:
             shutil.copyfile(folder / LAST, temporary)
     except OSError as error:
-        raise TrainingError(f"{path} cannot be written ({error.strerror}).", fix="Free space on the disk.") from error
+        reason = error.strerror or error
+        raise TrainingError(f"{path} cannot be written ({reason}).", fix="Free space on the disk.") from error
 
 
 def _check_finite(folder: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h of glibc
 def compute_image_weights(class_ids: Sequence[IntArray], aps: DoubleArray) -> DoubleArray | None:
     """Return sampling weights of images, float64 [N], sum 1, so that rare classes with low AP are sampled more often.
 
-    The weight of an image is the sum over its boxes of w_c (1 - AP_c)^2 / C, with w_c ~ 1 / number of boxes of class c.
+    The weight of an image is proportional to the sum over its boxes of (1 - AP_c)^2 / n_c, with n_c boxes of class c.
 
     Args:
         class_ids: Classes of the boxes of each image.
@@ -36,11 +36,8 @@ def compute_image_weights(class_ids: Sequence[IntArray], aps: DoubleArray) -> Do
     Returns:
         `None` if there is no box.
     """
-    classes = len(aps)
-    counts = np.stack([np.bincount(ids, minlength=classes) for ids in class_ids])
-    rarity = 1 / np.maximum(counts.sum(0), 1)
-    class_weights = rarity / rarity.sum() * classes * (1 - aps) ** 2 / classes
-    weights: DoubleArray = counts @ class_weights
+    counts = np.stack([np.bincount(ids, minlength=len(aps)) for ids in class_ids])
+    weights: DoubleArray = counts @ ((1 - aps) ** 2 / np.maximum(counts.sum(0), 1))
     total = float(weights.sum())
     return weights / total if total > 0 else None
 

@@ -18,6 +18,7 @@ from yolov7_deploy.hardware.gpu import parse_device
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(hours=3)  # of a collective: the other processes wait while the main process validates
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun, besides WORLD_SIZE
 
 T = TypeVar("T")
 
@@ -40,11 +41,6 @@ class DistributedContext:
     def is_main_process(self) -> bool:
         """True for the process that validates and writes files."""
         return self.rank == 0
-
-    @property
-    def command(self) -> str:
-        """The command that starts `y7` in as many processes."""
-        return "y7" if self.world_size == 1 else f"torchrun --nproc-per-node {self.world_size} -m yolov7_deploy"
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place and without gradients, and return it."""
@@ -74,6 +70,11 @@ class DistributedContext:
             dist.barrier()
 
 
+def launch_command(world_size: int) -> str:
+    """Return the command that starts `y7` in as many processes."""
+    return "y7" if world_size == 1 else f"torchrun --nproc-per-node {world_size} -m yolov7_deploy"
+
+
 @contextlib.contextmanager
 def init_distributed(device: str) -> Iterator[DistributedContext]:
     """Join the process group that the environment variables of `torchrun` describe; without them, a single process.
@@ -84,22 +85,23 @@ def init_distributed(device: str) -> Iterator[DistributedContext]:
     Raises:
         DeviceError: The device does not exist.
         UsageError: The variables of `torchrun` are incomplete, or one GPU is named for several processes.
-        TrainingError: Another process ended while this one waited for it in a collective.
+        TrainingError: The processes cannot connect, or another one ended while this one waited for it.
     """
     world_size = _integer_variable("WORLD_SIZE", 1)
     if world_size == 1:
         yield DistributedContext(device=_select_device(device, None))
         return
-    rank, local_rank = _integer_variable("RANK", -1), _integer_variable("LOCAL_RANK", -1)
-    if rank < 0 or local_rank < 0:
+    rank, local_rank = _integer_variable("RANK", 0), _integer_variable("LOCAL_RANK", 0)
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if missing:
         raise UsageError(
-            f"WORLD_SIZE is {world_size} but RANK or LOCAL_RANK is not set.",
-            fix="Start several processes with:  torchrun --nproc-per-node 2 -m yolov7_deploy train ...",
+            f"WORLD_SIZE is {world_size} but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
+            fix=f"Start several processes with:  {launch_command(2)} train ...",
         )
     own_device = _select_device(device, local_rank)
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)
-    dist.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     try:
         yield DistributedContext(rank=rank, world_size=world_size, device=own_device)
     except RuntimeError as error:
@@ -113,9 +115,20 @@ def init_distributed(device: str) -> Iterator[DistributedContext]:
         dist.destroy_process_group()
 
 
+def _init_process_group(backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainingError(
+            f"This process cannot connect to the others at {address} ({str(error).strip()[:200]}).",
+            fix=f"Start all processes with:  {launch_command(2)} train ...",
+        ) from error
+
+
 def _integer_variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.lstrip("-").isdecimal():
+    if not text.isdecimal():
         raise UsageError(
             f"The environment variable {name} is {text!r}, not a number.", fix=f"unset {name}, or start with torchrun"
         )

@@ -15,9 +15,12 @@ from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.errors import UsageError
 
 PRESET_OF_VARIANT = {"yolov7-tiny": "tiny", "yolov7-tiny-silu": "tiny", "yolov7": "p5", "yolov7x": "p5"}
-FRACTIONS = {"flipud", "fliplr", "mosaic", "mixup", "copy_paste", "paste_in", "label_smoothing", "translate"}
+FRACTIONS = (
+    *("hsv_h", "hsv_s", "hsv_v", "flipud", "fliplr", "mosaic", "mixup", "copy_paste", "paste_in"),
+    *("label_smoothing", "translate"),
+)
 MAX_VALUE = sys.float_info.max
-UNUSED = {"iou_t", "fl_gamma_alpha", "loss_ota", "anchors"}  # official keys without effect here
+UNUSED = {"iou_t", "loss_ota", "anchors"}  # official keys without effect here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,12 +98,15 @@ class Hyperparameters:
                     f"Hyperparameter {field.name}: {short_repr(value)} is not a number of at least 0.", fix=_SHOW_PRESET
                 )
             object.__setattr__(self, field.name, float(value))
-        wrong = sorted(name for name in FRACTIONS if getattr(self, name) > 1)
-        if wrong or self.scale >= 1:
-            name = wrong[0] if wrong else "scale"
-            raise UsageError(f"Hyperparameter {name}: {getattr(self, name):g} is above 1.", fix=_SHOW_PRESET)
-        if self.anchor_t <= 1:
-            raise UsageError(f"Hyperparameter anchor_t: {self.anchor_t:g} must be above 1.", fix=_SHOW_PRESET)
+        for name, is_valid, requirement in (
+            *((name, getattr(self, name) <= 1, "is above 1") for name in FRACTIONS),
+            ("scale", self.scale < 1, "must be below 1"),
+            ("anchor_t", self.anchor_t > 1, "must be above 1"),
+            ("momentum", 0 < self.momentum < 1, "must be above 0 and below 1"),
+            ("warmup_momentum", self.warmup_momentum < 1, "must be below 1"),
+        ):
+            if not is_valid:
+                raise UsageError(f"Hyperparameter {name}: {getattr(self, name):g} {requirement}.", fix=_SHOW_PRESET)
 
 
 _SHOW_PRESET = "Print a valid file:  y7 train --hyp p5 --show-hyp"
@@ -162,6 +168,11 @@ def _replace_values(base: Hyperparameters, values: Mapping[Any, Any], source: st
     if unknown:
         raise UsageError(
             f"{source}: {unknown[0][:80]!r} is not a hyperparameter.", fix=suggest(unknown[0][:80], sorted(known))
+        )
+    if _number(values.get("loss_ota")) == 0:
+        raise UsageError(
+            f"{source}: loss_ota: 0 selects the loss without OTA, which is an option here.",
+            fix="Leave it out and use --no-ota",
         )
     return replace(base, **{name: _number(value) for name, value in values.items() if name in known})
 

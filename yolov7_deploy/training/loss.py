@@ -268,8 +268,10 @@ class DetectionLoss(nn.Module):
 
 
 def scale_gains(hyp: Hyperparameters, *, levels: int, classes: int, image_size: int) -> Hyperparameters:
-    """Return hyperparameters with gains, which are for 3 levels, 80 classes and 640 pixels, scaled as in the official
-    program."""
+    """Return hyperparameters with the gains scaled as in the official program.
+
+    The given gains are for 3 levels, 80 classes and images of 640 pixels.
+    """
     share = 3 / levels
     return replace(
         hyp,

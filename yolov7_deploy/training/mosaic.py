@@ -226,9 +226,9 @@ class LazyCrops(Sequence[Crop]):
 
 
 def random_crops(reader: ImageReader, *, rng: np.random.Generator) -> LazyCrops:
-    """Return at least 30 random objects with an outline: half of those in each of several mosaic layouts.
+    """Return at least 30 random objects with an outline: half of those in each of as many mosaic layouts as it takes.
 
-    The result is empty if the first layout has none, and shorter if thirty layouts together have fewer.
+    The result is empty if the first layout has none, and shorter than 30 if thirty layouts together have fewer.
     """
     regions: list[CropRegion] = []
     for _ in range(MIN_CROPS):

@@ -76,8 +76,8 @@ PRECISION: tuple[tuple[str, Lines], ...] = (
 def draw_results(records: Sequence[EpochRecord], path: Path) -> None:
     """Write a PNG with losses, learning rates, AP, precision, recall and speed over the epochs, one panel each.
 
-    Values that are `None` or not finite are gaps. The same records give the same bytes. The file is written atomically,
-    and missing folders are created.
+    Values that are `None` or not finite leave gaps. The same records give the same bytes. The file is written
+    atomically, and missing folders are created.
 
     Raises:
         UsageError: The name does not end in .png, or the file cannot be written.

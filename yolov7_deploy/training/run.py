@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from yolov7_deploy._atomic_file import remove_partial_files
+from yolov7_deploy._console import plural
 from yolov7_deploy._output_folder import lock_run_folder
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
@@ -35,7 +35,7 @@ from yolov7_deploy.training.checkpoints import (
 )
 from yolov7_deploy.training.dataloader import TrainLoader
 from yolov7_deploy.training.dataset import ImageStore
-from yolov7_deploy.training.distributed import DistributedContext, init_distributed
+from yolov7_deploy.training.distributed import DistributedContext, init_distributed, launch_command
 from yolov7_deploy.training.initialization import initialize_model, require_variant
 from yolov7_deploy.training.loggers import RunLog, TrainCallback, read_results, write_run
 from yolov7_deploy.training.optimizer import Schedule
@@ -71,7 +71,7 @@ def train(request: TrainRequest, *, callback: TrainCallback) -> TrainReport:
         DatasetError: Images or labels are missing or malformed.
         LoadError: The weights cannot be read.
         DeviceError: The device does not exist, or is out of memory; the message names the batch size that fits.
-        TrainingError: The loss is not finite.
+        TrainingError: The loss is not finite, or the state of the run cannot be written.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the state was saved; see `Interrupted`.
     """
     _refuse_existing_run(Path(request.folder))
@@ -124,9 +124,15 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
         UsageError: The run is still running, the dataset has changed, or the number of processes is different.
         Y7Error: All errors of `train`.
     """
-    state, _ = load_run_state(folder)
+    state, _ = load_run_state(folder, with_tensors=False)
     with init_distributed(device or state.request.device) as distributed, _lock(folder, distributed):
-        state, _ = load_run_state(folder)  # again: the run may have gone on until the lock was free
+        # Again, because the run may have gone on until the lock was free.
+        state, _ = load_run_state(folder, with_tensors=False)
+        if distributed.world_size != state.world_size:
+            raise UsageError(
+                f"This run was started with {plural(state.world_size, 'process')}, not with {distributed.world_size}.",
+                fix=f"{launch_command(state.world_size)} train --resume --save-dir {folder}",
+            )
         # Both may have been moved.
         request = replace(state.request, folder=str(folder), data=data or state.request.data)
         datasets = _open_datasets(request)
@@ -134,11 +140,6 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
             raise UsageError(
                 f"{request.data} is not the dataset that this run was started with: images or labels differ.",
                 fix=f"Start a new training from its weights:  y7 train --data D.yaml --weights {folder / LAST}",
-            )
-        if distributed.world_size != state.world_size:
-            raise UsageError(
-                f"This run was started with {state.world_size} processes, not with {distributed.world_size}.",
-                fix=f"torchrun --nproc-per-node {state.world_size} -m yolov7_deploy train --resume --save-dir {folder}",
             )
         model = initialize_model(
             request.variant, state.class_names, anchors=state.anchors, auxiliary=request.options.auxiliary
@@ -206,7 +207,7 @@ def _recalibrate_batchnorm(
 ) -> None:
     model.to(distributed.device)
     batches = islice(loader.epoch(0), -(-IMAGES // request.options.batch))
-    frozen = frozen_layers(request.options.freeze, model)
+    frozen = frozen_layers(request.options.freeze, model.variant)
     callback.on_message(recalibrate_batchnorm(model, batches, frozen=frozen, distributed=distributed).summary())
 
 
@@ -263,6 +264,7 @@ def _check_request(request: TrainRequest, distributed: DistributedContext) -> No
             f"--auxiliary {options.auxiliary}: {variant.name} does not have auxiliary heads.",
             fix="Leave it out, or --variant yolov7-w6, -e6, -d6 or -e6e",
         )
+    frozen_layers(options.freeze, variant)
     smallest = multi_scale_sizes(options.img, stride)[0] if options.multi_scale else options.img
     norm_images = options.batch if options.sync_bn else options.batch // processes
     if norm_images == 1 and smallest == stride:
@@ -273,11 +275,12 @@ def _check_request(request: TrainRequest, distributed: DistributedContext) -> No
 
 
 def _open_datasets(request: TrainRequest) -> _Datasets:
-    train_set, val_set = (open_dataset(request.data, split=split, cache=True) for split in ("train", "val"))
-    if train_set.class_names != val_set.class_names:
-        raise DatasetError(
-            f"{request.data}: train and val have different classes.", fix="Use the same classes for both."
+    if Path(request.data).suffix.lower() == ".json":
+        raise UsageError(
+            f"{request.data} has one split; a training needs images to train on and others to validate on.",
+            fix="Name a JSON file for each in a dataset YAML:  annotations: {train: train.json, val: val.json}",
         )
+    train_set, val_set = (open_dataset(request.data, split=split, cache=True) for split in ("train", "val"))
     if request.classes:
         train_set, val_set = (select_classes(dataset, request.classes) for dataset in (train_set, val_set))
     if request.single_class:
@@ -312,14 +315,17 @@ def _digest(*datasets: Dataset) -> str:
         for index in range(len(dataset)):
             labels = dataset.record(index).labels
             digest.update(dataset.path(index).name.encode("utf-8", "replace"))
-            digest.update(labels.class_ids.tobytes() + labels.boxes.tobytes())
+            digest.update(labels.class_ids.tobytes() + labels.boxes.tobytes() + labels.crowd.tobytes())
+            for polygon in labels.polygons:
+                digest.update(len(polygon).to_bytes(8, "little") + polygon.tobytes())
     return digest.hexdigest()
 
 
 def _describe_datasets(datasets: _Datasets, request: TrainRequest) -> str:
     statistics = describe_labels(datasets.train, image_size=request.options.img)
     lines = [
-        f"{request.data}: {len(datasets.train)} training images, {len(datasets.val)} validation images",
+        f"{request.data}: {plural(len(datasets.train), 'training image')}, "
+        f"{plural(len(datasets.val), 'validation image')}",
         statistics.summary(),
         *(f"train: {note}" for note in _first_notes(datasets.train)),
         *(f"val: {note}" for note in _first_notes(datasets.val)),
@@ -345,6 +351,7 @@ def _select_anchors(request: TrainRequest, datasets: _Datasets, anchors: Anchors
     fitted = fit_anchors(dataset, levels=len(anchors), image_size=options.img, anchor_t=anchor_t, seed=options.seed)
     fitted_fit = evaluate_anchors(dataset, fitted, image_size=options.img, anchor_t=anchor_t)
     if fitted_fit.best_possible_recall <= fit.best_possible_recall:
+        callback.on_message("new anchors do not fit better; the current ones are kept")
         return anchors
     callback.on_message(f"new anchors: {fitted_fit.summary()}")
     return fitted
@@ -353,7 +360,6 @@ def _select_anchors(request: TrainRequest, datasets: _Datasets, anchors: Anchors
 def _create_folder(folder: Path, request: TrainRequest, datasets: _Datasets, checkpoint: Checkpoint | None) -> None:
     document = {
         "request": asdict(request),
-        "command": sys.argv[1:],
         "data_sha256": datasets.sha256,
         "images": {"train": len(datasets.train), "val": len(datasets.val)},
         "classes": list(datasets.train.class_names),

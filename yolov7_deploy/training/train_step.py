@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.model.configs import Variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.distributed import DistributedContext, convert_sync_batchnorm
@@ -23,6 +24,7 @@ from yolov7_deploy.training.sample import Batch
 
 MIN_SCALE, MAX_SCALE = 0.5, 1.5  # of multi-scale training, relative to the image size
 GRAD_SCALE_GROWTH_STEPS = 2000
+_IMAGE_SIZE = 2  # separates the random numbers of an image size from those of samples and of an epoch's order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ class TrainStep:
         # float16 needs loss scaling. CPUs have bfloat16, whose range is that of float32.
         self._half_dtype = torch.float16 if on_gpu else torch.bfloat16
         self.model: nn.Module = model
-        self._frozen = frozen_layers(options.freeze, model)
+        self._frozen = frozen_layers(options.freeze, model.variant)
         _disable_gradients(model, self._frozen, options)
         _move_to_device(model, distributed.device)
         if options.sync_bn:
@@ -136,7 +138,7 @@ class TrainStep:
         """Return the image size of a step of multi-scale training; `None` keeps the size of the batch."""
         if not self.options.multi_scale:
             return None
-        rng = np.random.default_rng((self.options.seed, epoch, epoch_step))
+        rng = np.random.default_rng((self.options.seed, epoch, epoch_step, _IMAGE_SIZE))
         return int(rng.choice(multi_scale_sizes(self.options.img, self.stride)))
 
     def compute_loss(self, batch: Batch, *, image_size: int | None = None) -> LossParts:
@@ -227,17 +229,17 @@ def multi_scale_sizes(image_size: int, stride: int) -> range:
     return range(low * stride, high * stride + 1, stride)
 
 
-def frozen_layers(freeze: tuple[int, ...], model: Yolov7) -> tuple[int, ...]:
+def frozen_layers(freeze: tuple[int, ...], variant: Variant) -> tuple[int, ...]:
     """Return the indices of frozen layers: one number N stands for the first N layers, several for themselves.
 
     Raises:
         UsageError: A layer does not exist, or no layer would be trained.
     """
     chosen = tuple(range(freeze[0])) if len(freeze) == 1 else freeze
-    last = len(model.layers) - 1
+    last = len(variant.layers(training=True)) - 1
     if chosen and (max(chosen) > last or len(set(chosen)) > last):
         raise UsageError(
-            f"--freeze {','.join(map(str, freeze))}: {model.variant.name} has layers 0..{last}, and at least one must "
+            f"--freeze {','.join(map(str, freeze))}: {variant.name} has layers 0..{last}, and at least one must "
             "be trained.",
             fix=f"For example: --freeze {last // 2}",
         )

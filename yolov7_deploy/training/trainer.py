@@ -37,6 +37,7 @@ from yolov7_deploy.training.checkpoints import (
     save_run_state,
 )
 from yolov7_deploy.training.dataloader import TrainLoader, compute_image_weights
+from yolov7_deploy.training.distributed import launch_command
 from yolov7_deploy.training.loggers import COCO_COLUMNS, EpochRecord, RunLog, TrainCallback
 from yolov7_deploy.training.optimizer import BIASES, NORMS, WEIGHTS, apply_schedule
 from yolov7_deploy.training.plots import draw_batch
@@ -53,9 +54,9 @@ class TrainReport:
 
     Attributes:
         folder: Folder of the run.
-        weights: The best weights; the last ones if no epoch was validated.
+        weights: The best weights; the last ones if the file of the best ones was removed.
         epochs: Number of completed epochs.
-        best_epoch: The best epoch, from 1; 0 if no epoch was validated.
+        best_epoch: The best epoch, from 1.
         accuracy: Accuracy of the best weights; `None` in all processes but the main process.
         unreadable: Images that could not be read, with reasons.
         seconds: Training time, including validation.
@@ -133,11 +134,6 @@ class Trainer:
         self._signal = 0  # number of the signal that asks the training to end
 
     @property
-    def state(self) -> RunState:
-        """Progress of the run."""
-        return self._state
-
-    @property
     def _total_steps(self) -> int:
         """Completed steps of the whole run."""
         return self._state.epoch * self._loader.steps + self._state.step
@@ -173,7 +169,7 @@ class Trainer:
             while not self._is_finished():
                 self._train_epoch()
                 self._end_epoch()
-        has_best = self._state.best_epoch > 0 and (self._folder / BEST).is_file()
+        has_best = (self._folder / BEST).is_file()
         if has_best and self._accuracy is None and self._distributed.is_main_process:  # resumed after the best epoch
             self._accuracy = self._validate(BEST)
         return TrainReport(
@@ -235,7 +231,7 @@ class Trainer:
         state = self._state
         self._callback.on_message(
             f"stopped after step {state.step} of epoch {state.epoch + 1}; resume with:  "
-            f"{self._distributed.command} train --resume --save-dir {self._folder}"
+            f"{launch_command(self._distributed.world_size)} train --resume --save-dir {self._folder}"
         )
         raise Interrupted(self._signal or signal.SIGINT)  # another process may have received the signal
 
@@ -380,7 +376,7 @@ class Trainer:
         classes = len(self._state.class_names)
         aps = np.array(self._state.class_aps or (0.0,) * classes)
         store = self._loader.store
-        return compute_image_weights([store.objects(index).class_ids for index in range(len(store))], aps)
+        return compute_image_weights([store.flat_objects(index).class_ids for index in range(len(store))], aps)
 
     # --- saving and stopping ------------------------------------------------------------------------------------------
 
@@ -401,7 +397,7 @@ class Trainer:
             return
         self._signal = number
         with contextlib.suppress(RuntimeError):  # the signal interrupted a write to the same stream
-            self._callback.on_message("stopping after this step; press Ctrl-C again to stop at once")
+            self._callback.on_message("stopping after the next step; press Ctrl-C again to stop at once")
 
 
 def batch_size_error(train_step: TrainStep, batch: Batch, error: BaseException) -> DeviceError:
