@@ -106,7 +106,6 @@ def test_a_folder_is_reported_as_a_folder(tmp_path):
         (b"<!DOCTYPE html>\n<html>Not found", "text file"),
         ("größe: 3\n".encode(), "text file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
-        (struct.pack("<Q", 2) + b"{}", ".safetensors"),
         (b"\x08\x08\x12\x07pytorch\x1a\x052.4.0:\xff\x01", ".onnx"),
         (b"ftrt" + bytes(40), ".engine"),
         (pickle.dumps({"a": 1}, 2), "bare pickle"),
