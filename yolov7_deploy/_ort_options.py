@@ -1,4 +1,4 @@
-"""ONNX Runtime in this package: the session options of all its users, and the end of forked child processes."""
+"""The shared use of ONNX Runtime: session options, files that would crash it, and the end of forked child processes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def _graph_damage(graph: memoryview, node_field: int, impossible: frozenset[str]
             node = pb.parse_message(pb.as_bytes(value))
             nodes.append(node)
             if pb.text(node, _NODE_OP) == "Constant":
-                tensors += [(pb.text(node, _NODE_OUTPUT), tensor) for tensor in _attributes(node, _ATTRIBUTE_TENSOR)]
+                constants = _attributes(node, (_ATTRIBUTE_TENSOR,))
+                tensors += [(pb.text(node, _NODE_OUTPUT), one) for one in constants if len(one) < _MAX_SHAPE_BYTES]
         elif number == _GRAPH_INITIALIZER and node_field == _GRAPH_NODE and len(pb.as_bytes(value)) < _MAX_SHAPE_BYTES:
             tensors.append(("", pb.as_bytes(value)))
     impossible |= {name for tensor in tensors if (name := _impossible_shape(*tensor))}
@@ -122,17 +123,17 @@ def _graph_damage(graph: memoryview, node_field: int, impossible: frozenset[str]
             return f"an input of {name} is missing"
         if op in _WITH_SHAPE and impossible.intersection(inputs[-1:]):
             return f"{name} has a shape that no tensor has"
-        for inner in (*_attributes(node, _ATTRIBUTE_GRAPH), *_attributes(node, _ATTRIBUTE_GRAPHS)) if depth else ():
+        for inner in _attributes(node, (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS)) if depth else ():
             damage = _graph_damage(inner, _GRAPH_NODE, impossible, depth - 1)
             if damage:
                 return damage
     return ""
 
 
-def _attributes(node: dict[int, list[pb.Value]], field: int) -> list[memoryview]:
-    """Return the values of one kind in the attributes of a node."""
-    attributes = [pb.parse_message(pb.as_bytes(attribute)) for attribute in node.get(_NODE_ATTRIBUTE, [])]
-    return [pb.as_bytes(value) for attribute in attributes for value in attribute.get(field, [])]
+def _attributes(node: dict[int, list[pb.Value]], kinds: tuple[int, ...]) -> list[memoryview]:
+    """Return the values of some kinds in the attributes of a node."""
+    attributes = (pb.iterate_fields(pb.as_bytes(attribute)) for attribute in node.get(_NODE_ATTRIBUTE, []))
+    return [pb.as_bytes(value) for fields in attributes for number, value, _ in fields if number in kinds]
 
 
 def _impossible_shape(name: str, data: memoryview) -> str:
