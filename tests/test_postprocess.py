@@ -10,6 +10,7 @@ from yolov7_deploy.errors import UsageError
 from yolov7_deploy.metadata import NmsMetadata
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.postprocess import (
+    HeadNms,
     check_nms_compatible,
     greedy_nms,
     iou_matrix,
@@ -364,6 +365,39 @@ def test_scores_of_transposed_outputs_are_bit_equal_to_the_reference():
         thresholds = Thresholds(conf=0.9, multi_label=multi_label)
         found = postprocess_scores(cells[:4].T, cells[4:].T, thresholds)
         assert_bit_equal(found, reference_nms.postprocess_scores(cells[:4].T, cells[4:].T, thresholds))
+
+
+def decode_all(heads, nms):
+    """Return the decoded output [A, 5 + C] of the head maps of one image, without a choice of anchors."""
+    rows = []
+    for head, stride, anchors in zip(heads, nms.strides, nms.anchors, strict=True):
+        _, height, width = head.shape
+        y = 1 / (1 + np.exp(-head.reshape(3, 5 + nms.classes, height, width).transpose(0, 2, 3, 1)))
+        grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)
+        y[..., :2] = (y[..., :2] * np.float32(2) - np.float32(0.5) + grid) * np.float32(stride)
+        y[..., 2:4] = (y[..., 2:4] * np.float32(2)) ** 2 * anchors[:, None, None]
+        rows.append(y.reshape(-1, 5 + nms.classes))
+    output = np.concatenate(rows)
+    return np.delete(output, 5, axis=1) if nms.classes == 1 else output
+
+
+@pytest.mark.parametrize("classes", [1, 2, 80])
+@pytest.mark.parametrize("conf", [0.0, 0.001, 0.25, 0.999999, 1.0])
+def test_nms_of_head_maps_is_bit_equal_to_the_reference_with_all_anchors(classes, conf):
+    rng = np.random.default_rng(classes)
+    anchors = rng.uniform(4, 200, (3, 3, 2)).astype(np.float32)
+    nms = HeadNms(strides=(8, 16, 32), anchors=anchors, classes=classes, max_det=50, max_candidates=200)
+    # Rounded, so that there are ties, and with logits whose probability is 0 or 1 in float32.
+    heads = [
+        np.round(rng.normal(0, 20, (2, 3 * (5 + classes), side, side + 2)) * 2).astype(np.float32) / 2
+        for side in (12, 6, 3)
+    ]
+    for options in ({}, {"multi_label": True}, {"class_agnostic": True}):
+        thresholds = Thresholds(conf=conf, max_det=50, **options)
+        for image, found in enumerate(nms(heads, thresholds)):
+            decoded = decode_all([head[image] for head in heads], nms)
+            assert_bit_equal(found, reference_nms.postprocess(decoded, thresholds, max_candidates=200))
+            assert conf == 1 or classes == 1 or len(found.scores)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ MULTI_LABEL_INPUT, CLASS_AGNOSTIC_INPUT = "multi_label", "class_agnostic"
 THRESHOLD_INPUTS = (CONF_INPUT, IOU_INPUT, MULTI_LABEL_INPUT, CLASS_AGNOSTIC_INPUT)
 RAW_OUTPUT = "output"  # decoded boxes, of files without NMS
 NMS_OUTPUTS = ("num_dets", "det_boxes", "det_scores", "det_classes")
+NMS_OPERATOR = ("y7", "Y7NMS")  # domain and name of our NMS operator
 # Names of Q/DQ pairs between a convolution and its activation, which only ONNX Runtime needs, begin so.
 INNER_PAIR_PREFIX = "inner_pair__"
 OVERFLOW_OUTPUT = "overflow"  # int32 [B, 1], of engines with our plugin: more candidates than NMS takes

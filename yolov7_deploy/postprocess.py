@@ -6,6 +6,8 @@ which every NMS of this package (also the ONNX function body and the CUDA kernel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,6 +215,64 @@ def postprocess_scores(
         corners, class_ids, iou=thresholds.iou, max_det=thresholds.max_det, class_agnostic=thresholds.class_agnostic
     )
     return RawDetections(boxes=corners[kept], scores=score[kept], class_ids=class_ids[kept].astype(np.int64))
+
+
+# --- head maps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadNms:
+    """Decoding and NMS of head maps as the operator `y7::Y7NMS` defines them, of the few boxes that can pass `conf`.
+
+    Attributes:
+        strides: Of each level.
+        anchors: float32 [L, 3, 2], width and height in network-input pixels.
+        classes: Number of classes.
+        max_det: Maximum number of boxes per image.
+        max_candidates: Only this many of the best boxes enter NMS.
+    """
+
+    strides: tuple[int, ...]
+    anchors: FloatArray
+    classes: int
+    max_det: int
+    max_candidates: int
+
+    def __call__(self, heads: Sequence[FloatArray], thresholds: Thresholds) -> list[RawDetections]:
+        """Return the detections of each image in head maps [B, 3 * (5 + C), H, W]; see `postprocess`."""
+        return [self._detections([head[image] for head in heads], thresholds) for image in range(len(heads[0]))]
+
+    def _detections(self, heads: Sequence[FloatArray], thresholds: Thresholds) -> RawDetections:
+        logit = _lowest_logit(thresholds.conf)
+        levels = [self._decode(head, level, logit) for level, head in enumerate(heads)]
+        boxes, scores = (np.concatenate(parts) for parts in zip(*levels, strict=True))
+        return postprocess_scores(boxes, scores, thresholds, max_candidates=self.max_candidates)
+
+    def _decode(self, head: FloatArray, level: int, logit: float) -> tuple[FloatArray, FloatArray]:
+        """Return boxes (cx, cy, w, h) [N, 4] and scores [N, C] of the anchors whose objectness is above a logit."""
+        maps = head.reshape(3, 5 + self.classes, -1)
+        objectness = maps[:, 4].astype(np.float32, copy=False)
+        anchor, cell = np.divmod(np.flatnonzero(objectness > logit), maps.shape[2])
+        y = _sigmoid(maps[anchor, :, cell].astype(np.float32, copy=False))
+        two, half = np.float32(2), np.float32(0.5)
+        origin = np.stack([cell % head.shape[2], cell // head.shape[2]], axis=1).astype(np.float32)
+        center = (y[:, :2] * two - half + origin) * np.float32(self.strides[level])
+        doubled = y[:, 2:4] * two
+        boxes = np.concatenate([center, doubled * doubled * self.anchors[level][anchor]], axis=1)
+        # With one class, its logit is not trained, and the score is the objectness.
+        return boxes, y[:, 4:5] * y[:, 5:] if self.classes > 1 else y[:, 4:5]
+
+
+def _lowest_logit(conf: float) -> float:
+    """Return a logit that is below those of all probabilities above `conf`, whatever the rounding of float32."""
+    low = conf - 1e-6
+    return float(np.log(low) - np.log1p(-low)) if low > 0 else -np.inf
+
+
+def _sigmoid(x: FloatArray) -> FloatArray:
+    with np.errstate(over="ignore"):  # exp is infinite then, and the result 0
+        y: FloatArray = np.divide(1, 1 + np.exp(-x), dtype=np.float32)
+    return y
 
 
 # --- models with NMS inside -----------------------------------------------------------------------------------------

@@ -386,6 +386,55 @@ def test_a_file_with_nothing_to_rewrite_is_unchanged(make_file):
     assert graph.data is data and not graph.is_changed
 
 
+def _operators(data):
+    return [node.op_type for node in onnx.load_model_from_string(data).graph.node]
+
+
+def test_the_nms_operator_is_replaced_and_the_head_maps_are_the_outputs(make_file):
+    graph = rewrite_for_openvino(make_file(nms="plugin").read_bytes())
+    after = onnx.load_model_from_string(graph.data)
+    onnx.checker.check_model(after)
+    assert [output.name for output in after.graph.output] == list(graph.heads)
+    assert [entry.name for entry in after.graph.input] == ["images"]
+    assert not {"TopK", "Loop", "Y7NMS"} & set(_operators(graph.data))
+    assert graph.nms.strides == (8, 16, 32) and graph.nms.classes == 6 and graph.nms.anchors.shape == (3, 3, 2)
+
+
+def _with_another_output(graph):
+    graph.output.append(helper.make_tensor_value_info(graph.node[0].output[0], TensorProto.FLOAT, None))
+
+
+def _without_anchor(graph):
+    node = next(node for node in graph.node if node.op_type == "Y7NMS")
+    next(attribute for attribute in node.attribute if attribute.name == "anchors").floats.pop()
+
+
+def _with_fixed_thresholds(graph):
+    for entry in [entry for entry in graph.input if entry.name != "images"]:
+        graph.input.remove(entry)
+
+
+@pytest.mark.parametrize("change", [_with_another_output, _without_anchor, _with_fixed_thresholds])
+def test_an_nms_operator_that_cannot_be_replaced_becomes_its_body(make_file, change):
+    model = onnx.load(make_file(nms="plugin"))
+    change(model.graph)
+    graph = rewrite_for_openvino(model.SerializeToString())
+    assert graph.nms is None and {"TopK", "Loop"} <= set(_operators(graph.data))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": None}, {"batch": None, "dynamic_size": True}], ids=str)
+@pytest.mark.parametrize("conf", [0.0, 0.001, 0.25, 1.0])
+def test_nms_outside_the_network_finds_the_boxes_of_the_operators_of_the_file(make_file, images, options, conf):
+    """Both sum in another order than ONNX Runtime, so the operators run in OpenVINO, too."""
+    path = make_file(nms="plugin", **options)
+    changed = path.with_suffix(".changed.onnx")
+    model = onnx.load(path)
+    _with_another_output(model.graph)
+    onnx.save(model, changed)
+    found = [detect(file, images, runtime="openvino", conf=conf) for file in (path, changed)]
+    assert_all_same(*found)
+
+
 def test_functions_that_call_functions_are_inlined_with_their_attributes():
     """Attributes of the call, missing inputs, subgraphs and unused outputs become those of the inlined nodes."""
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]

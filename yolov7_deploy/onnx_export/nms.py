@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
+from yolov7_deploy.metadata import NMS_OPERATOR, NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
 from yolov7_deploy.onnx_export.nms_subgraph import (
     NmsInputs,
     NmsPlan,
@@ -31,7 +31,7 @@ from yolov7_deploy.onnx_export.nms_subgraph import (
 )
 from yolov7_deploy.onnx_export.onnx_model import GraphBuilder
 
-DOMAIN, OP = "y7", "Y7NMS"
+DOMAIN, OP = NMS_OPERATOR
 EFFICIENT_DOMAIN, EFFICIENT_OP = "TRT", "EfficientNMS_TRT"
 BODY_PREFIX = "y7nms__"
 END_PREFIX = "end__"  # of all names of this module, so that they differ from those of the network

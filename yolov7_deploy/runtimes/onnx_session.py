@@ -121,6 +121,7 @@ class OnnxSession(ABC, Generic[_Model]):
         properties: The metadata of the file.
         thresholds: Names of the inputs that have a default value in the file.
         has_defaults: The library knows these values; otherwise every run needs them.
+        takes_pixels: `run` takes images as uint8 [B, H, W, 3], BGR, though the input of the graph is float32.
 
     Raises:
         LoadError: The library cannot open it.
@@ -133,6 +134,7 @@ class OnnxSession(ABC, Generic[_Model]):
     properties: Mapping[str, str]
     thresholds: frozenset[str]
     has_defaults = True
+    takes_pixels = False
 
     def __init__(self, path: Path, *, device: str) -> None:
         self._path, self.device = path, device
@@ -320,8 +322,8 @@ class OnnxRuntime:
     def _to_input(self, canvases: Sequence[Image]) -> Array:
         padding = (self.metadata.batch or 0) - len(canvases)
         canvases = [*canvases, *[canvases[-1]] * padding]
-        if self._input.kind == "uint8":
-            return np.stack(canvases)
+        if self._input.kind == "uint8" or self._session.takes_pixels:
+            return np.stack(canvases) if len(canvases) > 1 else canvases[0][None]
         return to_network_input(canvases).astype(self._input.dtype, copy=False)
 
     def _threshold_feeds(self, thresholds: Thresholds) -> dict[str, npt.NDArray[np.float32]]:

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.hardware.system import has_vnni, usable_cores
 from yolov7_deploy.hub import cache_dir
-from yolov7_deploy.metadata import ModelMetadata
+from yolov7_deploy.metadata import NMS_OUTPUTS, THRESHOLD_INPUTS, ModelMetadata
+from yolov7_deploy.options import Thresholds
 from yolov7_deploy.output_layout import TensorSpec
+from yolov7_deploy.postprocess import HeadNms
 from yolov7_deploy.runtimes.onnx_session import Array, OnnxRuntime, OnnxSession, file_version
 from yolov7_deploy.runtimes.openvino_graph import OpenvinoGraph, rewrite_for_openvino
 
@@ -136,11 +138,15 @@ class OvSession(OnnxSession[_Networks]):
             _check_device(core, self.device, self.precision)
             self._graph: bytes | str = graph.data if graph.is_changed else str(self._absolute_path)
             model = core.read_model(self._graph)
-            self.outputs = tuple(_spec(output) for output in model.outputs)
+            self.takes_pixels = graph.nms is not None and _takes_float_images(model)
             self.inputs = tuple(
                 _spec(entry) for entry in model.inputs if not graph.thresholds.intersection(entry.get_names())
             )
+            self._nms, self._heads = graph.nms, graph.heads
+            self.outputs = _nms_outputs(self.inputs) if graph.nms else tuple(map(_spec, model.outputs))
             self._has_open_size = any(None in spec.shape[1:] for spec in self.inputs)
+            if self.takes_pixels:
+                model = _with_pixels(model)
             compiled = core.compile_model(model, DEVICES[self.device], self._settings("LATENCY"))
         except self.errors as error:
             raise LoadError(
@@ -186,13 +192,18 @@ class OvSession(OnnxSession[_Networks]):
     def run(self, model: _Networks, outputs: list[str] | None, feeds: dict[str, Array]) -> list[Array]:
         """See `OnnxSession.run`; every threshold needs a value, because they have no defaults in OpenVINO."""
         assert self.thresholds <= feeds.keys(), "every threshold has a value"
-        shapes = tuple((name, array.shape) for name, array in feeds.items())
+        names = outputs if outputs is not None else [spec.name for spec in self.outputs]
+        images = {name: array for name, array in feeds.items() if self._nms is None or name not in THRESHOLD_INPUTS}
+        shapes = tuple((name, array.shape) for name, array in images.items())
         if self._has_open_size:
             self._count_size(model, shapes)
         with self._request(model, shapes) as request:
-            request.infer(feeds, share_inputs=True)
-            names = outputs if outputs is not None else [spec.name for spec in self.outputs]
-            return [request.get_tensor(name).data.copy() for name in names]
+            request.infer(images, share_inputs=True)
+            if self._nms is None:
+                return [request.get_tensor(name).data.copy() for name in names]
+            heads = [request.get_tensor(name).data for name in self._heads]
+            found = _run_nms(self._nms, heads, feeds)
+        return [found[name] for name in names]
 
     @contextlib.contextmanager
     def _request(self, model: _Networks, shapes: Shapes) -> Iterator[openvino.InferRequest]:
@@ -266,7 +277,55 @@ class OvSession(OnnxSession[_Networks]):
         """
         if isinstance(self._graph, str) and file_version(self._absolute_path) != self._version:
             raise RuntimeError("the file has changed or was removed since it was opened")
-        return core.read_model(self._graph)
+        model = core.read_model(self._graph)
+        return _with_pixels(model) if self.takes_pixels else model
+
+
+def _takes_float_images(model: openvino.Model) -> bool:
+    if len(model.inputs) != 1 or model.inputs[0].element_type != openvino.Type.f32:
+        return False
+    shape = model.inputs[0].partial_shape
+    return shape.rank.is_static and len(shape) == 4 and shape[1] == openvino.Dimension(3)
+
+
+def _with_pixels(model: openvino.Model) -> openvino.Model:
+    """Return the network for images uint8 [B, H, W, 3], BGR, which it converts with all its threads."""
+    steps = openvino.preprocess.PrePostProcessor(model)
+    images, layout = steps.input(), openvino.Layout
+    images.tensor().set_element_type(openvino.Type.u8).set_layout(layout("NHWC"))
+    images.tensor().set_color_format(openvino.preprocess.ColorFormat.BGR)
+    images.model().set_layout(layout("NCHW"))
+    images.preprocess().convert_element_type(openvino.Type.f32)
+    images.preprocess().convert_color(openvino.preprocess.ColorFormat.RGB).scale(255.0)
+    return steps.build()
+
+
+def _nms_outputs(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Return the outputs of a file whose NMS runs in NumPy."""
+    batch = inputs[0].shape[0] if inputs and inputs[0].shape else None
+    shapes: tuple[tuple[int | None, ...], ...] = ((batch, 1), (batch, None, 4), (batch, None), (batch, None))
+    kinds = ("int32", "float32", "float32", "int32")
+    return tuple(
+        TensorSpec(name=name, dtype=kind, shape=shape)
+        for name, kind, shape in zip(NMS_OUTPUTS, kinds, shapes, strict=True)
+    )
+
+
+def _run_nms(nms: HeadNms, heads: Sequence[Array], values: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the outputs of the NMS operator by name, with as many rows as the image with most detections has."""
+    conf, iou, multi_label, class_agnostic = (float(values[name][0]) for name in THRESHOLD_INPUTS)
+    thresholds = Thresholds(
+        conf=conf, iou=iou, max_det=nms.max_det, multi_label=multi_label > 0.5, class_agnostic=class_agnostic > 0.5
+    )
+    images = nms(heads, thresholds)
+    counts = [len(image.scores) for image in images]
+    boxes = np.zeros((len(images), max(counts), 4), dtype=np.float32)
+    scores = np.zeros(boxes.shape[:2], dtype=np.float32)
+    classes = np.zeros(boxes.shape[:2], dtype=np.int32)
+    for number, (count, image) in enumerate(zip(counts, images, strict=True)):
+        boxes[number, :count], scores[number, :count], classes[number, :count] = image
+    arrays = (np.array(counts, dtype=np.int32)[:, None], boxes, scores, classes)
+    return dict(zip(NMS_OUTPUTS, arrays, strict=True))
 
 
 def _cache_folder(path: Path) -> str:

@@ -19,9 +19,10 @@ from typing import Literal, cast, get_args
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.hardware.gpu import supported_cuda_version
 from yolov7_deploy.hub import cache_dir
+from yolov7_deploy.metadata import NMS_OPERATOR
 
 PLUGIN_VARIABLE = "Y7_PLUGIN"  # environment variable with the path of a library
-PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = "Y7NMS", "1", ""
+PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE = NMS_OPERATOR[1], "1", ""
 KERNELS_ABI = 3  # Y7_KERNELS_ABI in kernels.h
 BUILD_COMMAND = "y7 plugin"
 SYSTEM_FOLDERS = (Path("/usr/local/lib"), Path("/usr/lib"))
