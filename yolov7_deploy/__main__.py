@@ -4,7 +4,7 @@ import os
 import sys
 
 # How long OpenMP's threads, with which PyTorch computes, spin while they wait for each other: 40 microseconds. With its
-# default, a millisecond, training beside three busy programs took 1.6 times as long and 2.8 times the CPU time.
+# default, a millisecond, training beside three busy programs took 2.0 times as long and 2.4 times the CPU time.
 SPIN_COUNT = "10000"
 
 

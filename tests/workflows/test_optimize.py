@@ -61,7 +61,8 @@ def test_the_winner_is_kept_and_used_by_two_lines_of_python(y7, tmp_path):
     record = json.loads((tmp_path / "optimize.json").read_text())
     timed = [one for one in record["candidates"] if one["rounds"]]
     assert record["complete"] and record["winner"] == record["candidates"][0] == timed[0]
-    assert record["winner"]["median_ms_per_image"] == min(one["median_ms_per_image"] for one in timed)
+    fastest = min(one["median_ms_per_image"] for one in timed)
+    assert record["winner"]["median_ms_per_image"] <= 1.1 * fastest  # medians differ from the means of the ratios
     files = {(one["file"], one["runtime"]) for one in record["candidates"]}
     stem = bundled_weights().stem
     for name in ("onnxruntime", "openvino"):
@@ -163,6 +164,15 @@ def test_files_of_one_name_in_different_folders_are_both_timed(folder, tmp_path,
     optimizer._race()
     assert all(len(one.samples_ms) >= module.MIN_ROUNDS for one in optimizer._candidates)
     assert optimizer._find_winner() in optimizer._candidates
+
+
+@pytest.mark.parametrize(("last_ms", "winner"), [(99.0, 1), (97.0, 2)])
+def test_of_candidates_that_are_as_fast_the_most_precise_wins(folder, tmp_path, last_ms, winner):
+    optimizer = optimizer_in(folder, tmp_path)
+    for name, time_ms in (("onnxruntime", 130.0), ("openvino", 100.0), ("openvino-bf16", last_ms)):
+        optimizer._candidates.append(module.Candidate(path=folder / "fp32.onnx", runtime=name))
+        optimizer._candidates[-1].samples_ms = [time_ms + 0.1 * number for number in range(module.MIN_ROUNDS)]
+    assert optimizer._find_winner() is optimizer._candidates[winner]
 
 
 def test_an_engine_is_kept_with_its_build_record(folder, tmp_path):

@@ -65,6 +65,8 @@ Log = Callable[[str], None]
 WARMUP_S = 10.0
 VERIFIED_IMAGES = 2  # stages are compared on these
 TIMED_IMAGES = 16
+# Candidates at most this much slower than the fastest are as fast: of them, the one that computes most precisely wins.
+AS_FAST = 1.02
 _CALLS_PER_THREAD = 2  # in each round with several callers
 _EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino"}
 _CPU_RUNTIMES = ("onnxruntime", "openvino", "openvino-bf16", "openvino-f16")
@@ -127,7 +129,8 @@ class OptimizeReport:
     Attributes:
         weights: The checkpoint.
         candidates: All candidates, the winner first, then by time; rejected ones last.
-        winner: The fastest one that was not rejected; `None` if nothing was timed.
+        winner: The fastest one that was not rejected, or the most precise of those that are as fast (`AS_FAST`); `None`
+            if nothing was timed.
         not_tried: What this machine or the options do not have, with the command that adds it.
         images: Number of images on which AP was measured.
         options: What was measured.
@@ -414,15 +417,17 @@ class Optimizer:
     # --- result -------------------------------------------------------------------------------------------------------
 
     def _find_winner(self) -> Candidate | None:
-        """Return the fastest candidate, and compare the others with it; `None` if nothing was timed."""
+        """Return the winner, and compare the others with it; `None` if nothing was timed."""
         timed = [one for one in self._remaining() if len(one.samples_ms) >= MIN_ROUNDS]
-        winner = None
-        if timed:
-            longest = max(len(one.samples_ms) for one in timed)
-            leaders = {str(n): one.samples_ms for n, one in enumerate(timed) if len(one.samples_ms) == longest}
-            winner = timed[int(fastest(leaders, list(leaders)))]
-            for one in timed:
-                one.ratio = compare(one.samples_ms, winner.samples_ms) if one is not winner else None
+        if not timed:
+            return None
+        longest = max(len(one.samples_ms) for one in timed)
+        leaders = {str(n): one.samples_ms for n, one in enumerate(timed) if len(one.samples_ms) == longest}
+        leader = leaders[fastest(leaders, list(leaders))]
+        # Files and runtimes are tried from the most precise to the least.
+        winner = next(one for one in timed if compare(one.samples_ms, leader).ratio <= AS_FAST)
+        for one in timed:
+            one.ratio = compare(one.samples_ms, winner.samples_ms) if one is not winner else None
         return winner
 
     def _keep(self, path: Path) -> Path:
