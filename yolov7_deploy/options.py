@@ -353,6 +353,8 @@ class EngineOptions:
         hardware_compatible: `none`, `ampere+` (Ampere and later) or `same-cc` (this compute capability).
         sparse: Allow sparse kernels for weights of the 2:4 pattern.
         dla: DLA core of a Jetson; layers that it cannot run stay on the GPU.
+        fixed_thresholds: Compile the file's thresholds into the engine instead of making them inputs, for servers that
+            take one input only (Triton, DeepStream).
 
     Example:
         >>> EngineOptions(targets=("sm86", "8.9"), max_batch=8).targets
@@ -372,6 +374,7 @@ class EngineOptions:
     hardware_compatible: str = "none"
     sparse: bool = False
     dla: int | None = None
+    fixed_thresholds: bool = False
 
     def __post_init__(self) -> None:
         capabilities = sorted({compute_capability(target) for target in self.targets}, key=_by_number)

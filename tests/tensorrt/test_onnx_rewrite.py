@@ -17,8 +17,10 @@ from tests.support.foreign_graphs import (
     official_rows,
     saved,
 )
+from tests.support.small_models import exported_tiny, images, session, tiny_session
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx
+from yolov7_deploy.metadata import NMS_OUTPUTS
+from yolov7_deploy.tensorrt.onnx_rewrite import open_onnx, prepare_graph
 
 
 @pytest.mark.parametrize(
@@ -53,3 +55,16 @@ def test_types_and_sizes_that_do_not_exist_are_no_crash(tmp_path):
     graph.graph.output[0].type.tensor_type.shape.dim[2].dim_value = -5
     metadata = open_onnx(saved(graph, tmp_path / "m.onnx")).metadata
     assert metadata.input_hw == HW
+
+
+def test_fixed_thresholds_are_those_of_the_file():
+    options = {"conf": 0.4, "iou": 0.3, "max_det": 50}
+    prepared = prepare_graph(exported_tiny(**options), use_plugin=False, fixed_thresholds=True)
+    assert [entry.name for entry in prepared.proto.graph.input] == ["images"]
+    assert not prepared.runtime_thresholds
+    feeds = {"images": images()}
+    results = session(prepared.proto).run(list(NMS_OUTPUTS), feeds)
+    expected = tiny_session(**options).run(list(NMS_OUTPUTS), feeds)
+    assert int(expected[0].sum()) > 0
+    for result, other in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, other)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.engines import HAS_RTX, IMAGE_SIZE, NO_RTX, THRESHOLDS, build, check, exported, ports
+from tests.support.engines import HAS_RTX, IMAGE_SIZE, NO_RTX, OUTPUTS, THRESHOLDS, build, check, exported, ports
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.tensorrt.inspector import engine_layers
@@ -35,6 +35,16 @@ def test_every_variant_builds_with_nms_by(variant, fp16, nms_by, request):
     else:
         assert {"TOPK", "TRIP_LIMIT"} <= types(engine.record)
         assert not [kind for kind in types(engine.record) if "PLUGIN" in kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nms_by", ["operators", "plugin"])
+def test_fixed_thresholds_leave_images_as_the_only_input(nms_by, request):
+    library = request.getfixturevalue("with_plugin") if nms_by == "plugin" else None
+    record = build(exported(), plugin="on" if library else "off", fixed_thresholds=True).record
+    assert ports(record.inputs) == {"images": ("float32", (1, 3, IMAGE_SIZE, IMAGE_SIZE))}
+    assert ports(record.outputs) == OUTPUTS
+    assert (record.runtime_thresholds, record.nms_by) == (False, nms_by)
 
 
 def test_an_fp16_file_computes_in_fp16():

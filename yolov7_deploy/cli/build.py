@@ -74,6 +74,10 @@ HardwareCompatible = Annotated[
 ]
 Sparse = Annotated[bool, typer.Option("--sparse", help="Use sparse kernels for weights pruned 2:4.")]
 Dla = Annotated[int | None, typer.Option("--dla", help="DLA core of a Jetson to build for.")]
+FixedThresholds = Annotated[
+    bool,
+    typer.Option("--fixed-thresholds", help="Compile the file's thresholds into the engine (Triton, DeepStream)."),
+]
 
 
 def build(
@@ -86,6 +90,7 @@ def build(
     min_batch: MinBatch = None,
     opt_batch: OptBatch = None,
     max_batch: MaxBatch = None,
+    fixed_thresholds: FixedThresholds = False,
     workspace: Workspace = None,
     opt_level: OptLevel = None,
     timing_cache: TimingCache = None,
@@ -116,6 +121,7 @@ def build(
         hardware_compatible=hardware_compatible,
         sparse=sparse,
         dla=dla,
+        fixed_thresholds=fixed_thresholds,
     )
     report = _run(weights, output, options, to_stderr=json_path == "-")
     echo(describe(report), err=json_path == "-")

@@ -92,8 +92,8 @@ def build_engine(
     """Build the engine of a model. Takes seconds with TensorRT-RTX and minutes with TensorRT.
 
     The NMS node `Y7NMS` is run by our plugin if it is built, else by operators of the graph. Its thresholds become
-    inputs of the engine, so they can be changed per call, and its flag for a full candidate list becomes the output
-    `overflow`.
+    inputs of the engine, so they can be changed per call (unless `fixed_thresholds` is set), and its flag for a full
+    candidate list becomes the output `overflow`.
 
     Args:
         model: An exported model, also in FP16 or INT8.
@@ -121,6 +121,7 @@ def build_engine(
         use_plugin=library is not None,
         builtin_plugins=installation.plugins,
         float_weights=installation.abi == "v2",
+        fixed_thresholds=options.fixed_thresholds,
     )
     request = _build_request(model, graph, options, targets, installation, library)
     data = graph.proto.SerializeToString(deterministic=True)

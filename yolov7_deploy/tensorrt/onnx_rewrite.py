@@ -110,7 +110,12 @@ def has_nms_node(proto: onnx.ModelProto) -> bool:
 
 
 def prepare_graph(
-    model: OnnxModel, *, use_plugin: bool, builtin_plugins: Collection[str] = (), float_weights: bool = False
+    model: OnnxModel,
+    *,
+    use_plugin: bool,
+    builtin_plugins: Collection[str] = (),
+    float_weights: bool = False,
+    fixed_thresholds: bool = False,
 ) -> PreparedGraph:
     """Return a rewritten copy of a graph.
 
@@ -119,12 +124,15 @@ def prepare_graph(
         use_plugin: Our plugin implements the NMS node.
         builtin_plugins: Names of the plugins of this TensorRT.
         float_weights: Store INT8 weights as float32 with a QuantizeLinear, which results in the same INT8 values.
+        fixed_thresholds: Leave the thresholds of NMS constants with the values of the file.
 
     Raises:
         EngineError: The operator set is unknown, or the graph is damaged.
     """
     try:
-        prepared = _rewrite(model, use_plugin=use_plugin, builtin_plugins=builtin_plugins)
+        prepared = _rewrite(
+            model, use_plugin=use_plugin, builtin_plugins=builtin_plugins, fixed_thresholds=fixed_thresholds
+        )
         if float_weights:
             _store_weights_as_float(prepared.proto.graph)
         return prepared
@@ -134,7 +142,9 @@ def prepare_graph(
         ) from error
 
 
-def _rewrite(model: OnnxModel, *, use_plugin: bool, builtin_plugins: Collection[str]) -> PreparedGraph:
+def _rewrite(
+    model: OnnxModel, *, use_plugin: bool, builtin_plugins: Collection[str], fixed_thresholds: bool
+) -> PreparedGraph:
     _check_opset(model.proto)
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -142,7 +152,7 @@ def _rewrite(model: OnnxModel, *, use_plugin: bool, builtin_plugins: Collection[
     nms = _find_node(proto, OP)
     if nms is not None:
         _add_overflow_output(proto.graph, nms)
-    runtime_thresholds = _remove_threshold_defaults(proto.graph)
+    runtime_thresholds = _set_threshold_inputs(proto.graph, fixed=fixed_thresholds)
     nms_by: NmsBy = "operators" if {output.name for output in proto.graph.output} >= set(NMS_OUTPUTS) else "none"
     if nms is not None and use_plugin:
         _remove_function(proto, OP)
@@ -198,14 +208,19 @@ def _add_overflow_output(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
     graph.output.append(helper.make_tensor_value_info(OVERFLOW_OUTPUT, TensorProto.INT32, [size, 1]))
 
 
-def _remove_threshold_defaults(graph: onnx.GraphProto) -> bool:
-    """Remove the defaults of the threshold inputs, with which the parser would make them constants.
+def _set_threshold_inputs(graph: onnx.GraphProto, *, fixed: bool) -> bool:
+    """Remove the defaults of the threshold inputs, with which the parser would make them constants, or the inputs.
 
     Returns:
-        Whether the graph has threshold inputs.
+        Whether the graph has threshold inputs now.
     """
     names = set(THRESHOLD_INPUTS)
     if not names <= {entry.name for entry in graph.input}:
+        return False
+    if fixed:
+        images = [entry for entry in graph.input if entry.name not in names]
+        del graph.input[:]
+        graph.input.extend(images)
         return False
     weights = [weight for weight in graph.initializer if weight.name not in names]
     del graph.initializer[:]
