@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("doctor",),
     ("benchmarking",),
+    ("deployment",),
     ("training",),
     ("workflows",),
     ("cli",),
@@ -57,6 +58,7 @@ LIBRARIES: dict[str, set[str]] = {
     "cv2": {
         "visualize.py",
         "image.py",
+        "deployment/triton.py",
         "sources/",
         "training/augment.py",
         "training/dataloader.py",
@@ -100,6 +102,7 @@ LIBRARIES: dict[str, set[str]] = {
         "model/",
         "training/",
     },
+    "triton_python_backend_utils": {"deployment/triton_backend.py"},
     "typer": {"cli/"},
     "typing_extensions": {"workflows/functions.py"},  # for type checkers only
     "yaml": {"datasets/yaml_file.py"},

@@ -25,6 +25,7 @@ from yolov7_deploy._version import __version__
 from yolov7_deploy.cli.bench import bench
 from yolov7_deploy.cli.build import build
 from yolov7_deploy.cli.command import Quiet, Verbose, Y7Command, Y7Group, with_verbosity
+from yolov7_deploy.cli.deepstream import deepstream
 from yolov7_deploy.cli.demo import demo, shapes
 from yolov7_deploy.cli.detect import detect
 from yolov7_deploy.cli.doctor import doctor
@@ -34,6 +35,7 @@ from yolov7_deploy.cli.optimize import optimize
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
 from yolov7_deploy.cli.train import train
+from yolov7_deploy.cli.triton import triton
 from yolov7_deploy.cli.val import val
 from yolov7_deploy.cli.verify import verify
 from yolov7_deploy.errors import Y7Error, missing_library
@@ -62,6 +64,8 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (info, ()),
     (doctor, ()),
     (plugin, ()),
+    (triton, ()),
+    (deepstream, ()),
     (shapes, ()),
 )
 

@@ -45,7 +45,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Output": "save_dir json_path",
     },
     "build": {
-        "Model": "weights output batch min_batch opt_batch max_batch",
+        "Model": "weights output batch min_batch opt_batch max_batch fixed_thresholds",
         "Target": "target version_compatible hardware_compatible dla",
         "Builder": "plugin workspace opt_level timing_cache no_timing_cache sparse",
     },
@@ -58,6 +58,10 @@ PANELS: dict[str, dict[str, str]] = {
         "Model and data": "data weights images split limit single_class",
         "Protocol": "img batch rect conf iou max_det device runtime half",
         "Output": "per_class predictions project name exist_ok save_dir nosave json_path",
+    },
+    "triton": {
+        "Model": "weights output name backend container",
+        "Serving": "max_batch preferred_batch queue_delay instances device",
     },
     "bench": {
         "Model": "weights img device runtime half",

@@ -1,0 +1,132 @@
+"""The configuration of a model on the Triton Inference Server: `ModelConfig`.
+
+Names and types are those of model_config.proto in github.com/triton-inference-server/common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yolov7_deploy.deployment.options import TritonOptions
+from yolov7_deploy.deployment.text_format import Symbol, map_entries
+from yolov7_deploy.errors import UsageError
+from yolov7_deploy.hub import ENGINE_SUFFIXES
+from yolov7_deploy.metadata import METADATA_KEY, NMS_OUTPUTS, ModelMetadata
+
+LABELS = "labels.txt"
+WARMUP_IMAGE = "image"  # in the folder `warmup` of the model
+_KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TritonTensor:
+    """An input or output in the configuration: `dims` as Triton counts them, and concrete sizes for the warm-up."""
+
+    name: str
+    type: str
+    dims: tuple[int, ...]
+    warmup_dims: tuple[int, ...] = ()
+
+    def to_message(self) -> dict[str, Any]:
+        """Return the fields of `ModelInput` and `ModelOutput`."""
+        return {"name": self.name, "data_type": Symbol(self.type), "dims": list(self.dims)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TritonModel:
+    """Everything that differs between the backends.
+
+    Attributes:
+        backend: Name of the backend.
+        file: The model file, and its name in the repository.
+        metadata: Metadata of the model.
+        max_batch: `max_batch_size` of the configuration: 0 if requests must have the batch size of the file.
+        image: The input.
+        outputs: All outputs.
+        parameters: Parameters of the model besides the metadata.
+        client: Name of the template of the client, and what replaces its placeholders.
+        files: Contents of further files by their path in the model's folder.
+        copies: Further files to copy, by their path in the model's folder.
+        notes: See `TritonRepository`.
+    """
+
+    backend: str
+    file: tuple[Path, str]
+    metadata: ModelMetadata
+    max_batch: int
+    image: TritonTensor
+    outputs: tuple[TritonTensor, ...]
+    client: tuple[str, dict[str, str]]
+    parameters: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str | bytes] = field(default_factory=dict)
+    copies: dict[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_engine(self) -> bool:
+        """True if the file runs on a GPU only."""
+        return self.file[0].suffix.lower() in ENGINE_SUFFIXES
+
+
+def triton_config(name: str, model: TritonModel, options: TritonOptions) -> dict[str, Any]:
+    """Return the fields of `ModelConfig`, for `text_format`.
+
+    Raises:
+        UsageError: An option contradicts the model.
+    """
+    parameters = {**model.parameters, METADATA_KEY: model.metadata.to_json()}
+    outputs = [tensor.to_message() for tensor in model.outputs]
+    next(output for output in outputs if output["name"] == NMS_OUTPUTS[3])["label_filename"] = LABELS
+    default_file = {} if model.backend == "python" else {"default_model_filename": model.file[1]}
+    return {
+        "name": name,
+        "backend": model.backend,
+        **default_file,
+        "max_batch_size": model.max_batch,
+        "input": [model.image.to_message()],
+        "output": outputs,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "instance_group": [{"count": options.instances, "kind": Symbol(_instance_kind(model, options.device))}],
+        **_batching(model.max_batch, options),
+        "model_warmup": _warmups(model),
+        "parameters": map_entries({key: {"string_value": value} for key, value in parameters.items()}),
+    }
+
+
+def _instance_kind(model: TritonModel, device: str) -> str:
+    """Return the kind of the instances; engines run on GPUs only."""
+    return "KIND_GPU" if model.is_engine else _KINDS[device]
+
+
+def _batching(max_batch: int, options: TritonOptions) -> dict[str, Any]:
+    """Return the dynamic batcher, or nothing if there are no batches.
+
+    Raises:
+        UsageError: A preferred size is larger than the maximum.
+    """
+    if options.preferred and max(options.preferred) > max(max_batch, 1):
+        raise UsageError(
+            f"--preferred-batch {max(options.preferred)} is above the maximum batch size {max(max_batch, 1)}.",
+            fix=f"For example: --preferred-batch {max(max_batch, 1)}",
+        )
+    if max_batch < 2:
+        return {}
+    preferred = options.preferred or (max_batch // 2, max_batch)
+    return {
+        "dynamic_batching": {
+            "preferred_batch_size": sorted(set(preferred)),
+            "max_queue_delay_microseconds": round(options.queue_delay_ms * 1000),
+        }
+    }
+
+
+def _warmups(model: TritonModel) -> list[dict[str, Any]]:
+    """Return requests with a grey image, for the smallest and the largest batch."""
+    data: dict[str, Any] = {"zero_data": True} if model.backend != "python" else {"input_data_file": WARMUP_IMAGE}
+    image = {"data_type": Symbol(model.image.type), "dims": list(model.image.warmup_dims), **data}
+    return [
+        {"name": f"batch of {batch}", "batch_size": batch, "inputs": map_entries({model.image.name: image})}
+        for batch in sorted({1, max(model.max_batch, 1)})
+    ]
