@@ -10,6 +10,7 @@ import shlex
 import struct
 
 import numpy as np
+import onnx
 import pytest
 from google.protobuf.text_format import ParseError
 from typer.testing import CliRunner
@@ -255,6 +256,18 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         with pytest.raises(LoadError):
             write_triton_repository(tmp_path / name, tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+def test_damaged_files_are_refused(tmp_path):
+    """The metadata and the record promise what the file does not have."""
+    model = onnx.load(save_onnx(tmp_path / "x.onnx"))
+    del model.graph.output[1]
+    model.graph.output.append(model.graph.input[0])
+    onnx.save(model, tmp_path / "x.onnx")
+    engine = save_engine(tmp_path / "x.engine", shapes=())
+    for path, options in ((tmp_path / "x.onnx", {}), (engine, {}), (engine, {"backend": "python"})):
+        with pytest.raises(LoadError):
+            write_triton_repository(path, tmp_path / "models", TritonOptions(**options))
 
 
 def test_a_file_with_a_fixed_batch_is_not_batched_by_the_python_backend(files, tmp_path):

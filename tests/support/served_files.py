@@ -36,7 +36,7 @@ METADATA = ModelMetadata(
 
 def save_onnx(path, **changes):
     """Write a file with the inputs and outputs of an export with a dynamic batch, and metadata with changes."""
-    batch, (height, width), limit = "batch", METADATA.input_hw, METADATA.nms.max_det
+    batch, (height, width), limit = changes.get("batch", "batch"), METADATA.input_hw, METADATA.nms.max_det
     value = helper.make_tensor_value_info
     images = value("images", TensorProto.FLOAT, [batch, 3, height, width])
     if changes.get("input_kind") == "uint8":

@@ -11,9 +11,11 @@ from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.hub import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES, MODEL_SUFFIXES
 from yolov7_deploy.inspection.onnx_file import TensorInfo, read_onnx
 from yolov7_deploy.metadata import NMS_OUTPUTS, ModelMetadata, NmsMetadata
-from yolov7_deploy.output_layout import TensorSpec
-from yolov7_deploy.tensorrt.build_record import EngineRecord, EngineTensor
+from yolov7_deploy.output_layout import INPUT_DTYPES, TensorSpec, unknown_layout
+from yolov7_deploy.tensorrt.build_record import EngineRecord, EngineTensor, InputShape
 from yolov7_deploy.tensorrt.engine import Engine
+
+_RANKS = dict(zip(NMS_OUTPUTS, (2, 3, 2, 2), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +69,34 @@ def read_served_model(path: Path, *, alternative: str = "") -> ServedModel:
         )
     read = _read_engine if suffix in ENGINE_SUFFIXES else _read_onnx
     model = read(path, alternative)
-    missing = set(NMS_OUTPUTS) - {tensor.name for tensor in model.outputs}
-    if missing:
-        raise LoadError(
-            f"{path} has no output {', '.join(sorted(missing))}; its metadata belongs to another file.",
-            fix=_export(model.metadata),
-        )
+    _check_tensors(model)
     return model
+
+
+def _check_tensors(model: ServedModel) -> None:
+    """Check that the file has the image input and the outputs of NMS that its metadata promises."""
+    is_expected = (
+        [(len(tensor.shape), tensor.dtype in INPUT_DTYPES) for tensor in model.inputs] == [(4, True)]
+        and {tensor.name: len(tensor.shape) for tensor in model.outputs}.items() >= _RANKS.items()
+        and all(tensor.dtype in ("float32", "int32") for tensor in model.outputs)
+    )
+    if not is_expected:
+        raise unknown_layout(str(model.path), model.inputs, model.outputs, fix=_export(model.metadata))
+
+
+def image_shape(path: Path, record: EngineRecord) -> InputShape:
+    """Return the limits of the image input of an engine.
+
+    Raises:
+        LoadError: Its build record has none.
+    """
+    for shape in record.shapes:
+        if len(shape.min) == len(shape.max) == 4:
+            return shape
+    raise LoadError(
+        f"The build record of {path} has no image input.",
+        fix=f"Build it again:  y7 build --weights {path.stem}.onnx",
+    )
 
 
 def check_batch(model: ServedModel, batch: int, option: str) -> None:
@@ -113,14 +136,15 @@ def _read_onnx(path: Path, alternative: str) -> ServedModel:
     file = read_onnx(path)
     if file.metadata is None or not file.metadata.strides:
         raise _foreign(path, alternative)
-    metadata = file.metadata
+    metadata, inputs = file.metadata, _specs(tensor for tensor in file.inputs if not tensor.has_default)
+    batch = next((tensor.shape[0] for tensor in inputs if tensor.shape), None)
     return ServedModel(
         path=path,
         metadata=metadata,
         nms=_nms(path, metadata, alternative),
-        inputs=_specs(tensor for tensor in file.inputs if not tensor.has_default),
+        inputs=inputs,
         outputs=_specs(file.outputs),
-        batch_limits=(1, None) if metadata.batch is None else (metadata.batch, metadata.batch),
+        batch_limits=(1, None) if batch is None else (batch, batch),
     )
 
 
@@ -140,7 +164,7 @@ def _read_engine(path: Path, alternative: str) -> ServedModel:
             f"The thresholds of {path} are inputs of the engine, and servers pass images only.",
             fix=f"y7 build --weights {onnx_file} --fixed-thresholds",
         )
-    shape = next(shape for shape in record.shapes if len(shape.max) == 4)
+    shape = image_shape(path, record)
     return ServedModel(
         path=path,
         metadata=record.metadata,

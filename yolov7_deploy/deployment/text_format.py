@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _PRINTABLE = range(0x20, 0x7F)
-_ESCAPED = b'"\\'
+_ESCAPES = {ord('"'): '\\"', ord("\\"): "\\\\"}
 
 
 class Symbol(str):
@@ -49,6 +49,9 @@ def _scalar(value: Any) -> str:  # noqa: ANN401
 
 
 def _quoted(text: str) -> str:
-    """Return a text in quotes; everything but printable ASCII is an octal escape of its UTF-8 bytes."""
-    data = text.encode("utf-8", errors="replace")
-    return '"' + "".join(chr(b) if b in _PRINTABLE and b not in _ESCAPED else f"\\{b:03o}" for b in data) + '"'
+    """Return a text in quotes; what is not printable ASCII becomes octal escapes of its UTF-8 bytes."""
+    return '"' + "".join(map(_escaped, text.encode("utf-8", errors="replace"))) + '"'
+
+
+def _escaped(byte: int) -> str:
+    return _ESCAPES.get(byte) or (chr(byte) if byte in _PRINTABLE else f"\\{byte:03o}")

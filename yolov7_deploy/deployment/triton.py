@@ -21,7 +21,13 @@ import numpy as np
 
 from yolov7_deploy.deployment.options import DEFAULT_MAX_BATCH, NAME, TritonOptions
 from yolov7_deploy.deployment.output_folder import check_new_folder, new_folder
-from yolov7_deploy.deployment.served_model import ServedModel, check_batch, label_lines, read_served_model
+from yolov7_deploy.deployment.served_model import (
+    ServedModel,
+    check_batch,
+    image_shape,
+    label_lines,
+    read_served_model,
+)
 from yolov7_deploy.deployment.text_format import text_format
 from yolov7_deploy.deployment.triton_config import LABELS, WARMUP_IMAGE, TritonModel, TritonTensor, triton_config
 from yolov7_deploy.detector import Detector
@@ -266,8 +272,8 @@ def _engine_facts(weights: Path) -> tuple[ModelMetadata, Thresholds, int | None]
             fix=f"Build it here:  y7 build --weights {weights.with_suffix('.onnx').name}",
         )
     nms = record.metadata.nms
-    most = next(shape.max[0] for shape in record.shapes if len(shape.max) == 4)
-    return record.metadata, Thresholds() if nms is None else file_thresholds(nms), most
+    thresholds = Thresholds() if nms is None else file_thresholds(nms)
+    return record.metadata, thresholds, image_shape(weights, record).max[0]
 
 
 def _grey_image(hw: tuple[int, int]) -> bytes:
@@ -316,7 +322,8 @@ def _docker_command(output: Path, model: TritonModel, options: TritonOptions) ->
     ports = tuple(word for port in PORTS for word in ("-p", f"{port}:{port}"))
     server = "tritonserver --model-repository=/models"
     if model.backend == "python":
-        extra = _EXTRAS[model.file[0].suffix.lower()]
+        suffix = model.file[0].suffix.lower()
+        extra = "gpu" if suffix == ".onnx" and gpus else _EXTRAS[suffix]
         server = f"bash -c \"pip install 'yolov7-deploy[{extra}]' && {server}\""
     mount = ("-v", f"{output.absolute()}:/models:ro")
     docker = ("docker", "run", "--rm", "--shm-size=1g", *gpus, *ports, *mount, options.container)
