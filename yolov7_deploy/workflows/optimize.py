@@ -65,8 +65,8 @@ Log = Callable[[str], None]
 WARMUP_S = 10.0
 VERIFIED_IMAGES = 2  # stages are compared on these
 TIMED_IMAGES = 16
-# Candidates at most this much slower than the fastest are as fast, because the times of one file differ as much from one
-# opening to the next: of them, the one that computes most precisely wins.
+# Candidates at most this much slower than the fastest are as fast, because the times of one file differ as much from
+# one opening to the next: of them, the one that computes most precisely wins.
 AS_FAST = 1.05
 _CALLS_PER_THREAD = 2  # in each round with several callers
 _EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino"}
