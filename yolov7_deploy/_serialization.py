@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, open_file
 
 MAX_REPR = 80  # characters of a wrong value in a message
+_MAX_INT = 2**63 - 1
 
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - any annot
         return float(value)
     if hint is str and isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # lone surrogates could not be printed or written
-    if isinstance(hint, type) and type(value) is hint:
+    # Integers of JSON have no limit; larger ones than any size or count cannot be converted to floats for a message.
+    if isinstance(hint, type) and type(value) is hint and not (hint is int and abs(value) > _MAX_INT):
         return value
     raise ValueError(f"{name} is {short_repr(value)}")

@@ -146,6 +146,7 @@ def test_a_plan_that_does_not_match_its_record_is_an_error_with_the_command_to_r
         (lambda raw: raw | {"schema": 2}, "schema is 2, this version reads 1"),
         (lambda raw: {k: v for k, v in raw.items() if k != "plan_bytes"}, "plan_bytes is missing"),
         (lambda raw: raw | {"plan_bytes": "many"}, "plan_bytes is 'many'"),
+        (lambda raw: raw | {"peak_memory_bytes": 10**400}, "peak_memory_bytes is 1000"),
         (lambda raw: raw | {"product": "openvino"}, "product is 'openvino'"),
         (lambda raw: raw | {"targets": 86}, "targets is 86"),
         (lambda raw: raw | {"shapes": [{"name": "images"}]}, "min is missing"),
