@@ -36,9 +36,12 @@ HEAVY = (
     "onnx",
     "onnxruntime",
     "onnxsim",
+    "pyarrow",
     "pycocotools",
     "pycuda",
+    "ray",
     "safetensors",
+    "starlette",
     "tensorboard",
     "tensorrt",
     "tensorrt_rtx",
@@ -185,13 +188,16 @@ except MissingLibraryError as error:
         ("torch", "export", ["info", "yolov7"]),
         ("torch", "export", ["info", "model.pt"]),
         ("matplotlib", "bench", ["bench", "--paper", "--weights", "model.pt"]),
+        ("pyarrow", "ray", ["score", "--input", "images.parquet", "--output", "results", "--weights", MODEL]),
+        ("ray", "ray", ["score", "--input", "image.png", "--output", "results", "--weights", MODEL, "--workers", "2"]),
         ("torch", "export", ["train", "--data", "data.yaml"]),
         ("matplotlib", "bench", ["train", "--data", "data.yaml"]),
         ("faster_coco_eval", "val", ["train", "--data", "data.yaml"]),
     ],
 )
 def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, arguments, tmp_path, model_file):
-    (tmp_path / "model.pt").write_bytes(b"anything")
+    for name in ("model.pt", "image.png", "images.parquet"):
+        (tmp_path / name).write_bytes(b"anything")
     (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [shape]\n")
     arguments = [str(model_file) if argument == MODEL else argument for argument in arguments]
     done = y7(*arguments, without=(library,), cwd=tmp_path)

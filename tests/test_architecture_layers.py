@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("benchmarking",),
     ("deployment",),
     ("training",),
-    ("workflows",),
+    ("serving", "workflows"),
     ("cli",),
 )
 # Entry points, outside the layers: they import other modules lazily.
@@ -89,9 +89,12 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "openvino": {"runtimes/openvino.py"},
     "onnxsim": {"onnx_export/onnx_exporter.py"},
+    "pyarrow": {"workflows/score_parquet.py"},
     "pynvml": {"hardware/gpu.py"},
+    "ray": {"serving/application.py", "workflows/score_ray.py"},
     "rich": {"_console.py"},
     "safetensors": {"checkpoint/loader.py", "training/checkpoints.py"},
+    "starlette": {"serving/application.py"},
     "torch": {
         "runtimes/pytorch.py",
         "runtimes/pytorch_network.py",

@@ -161,20 +161,27 @@ _MAX_LOCK_BYTES = 32
 
 
 @contextlib.contextmanager
-def lock_run_folder(folder: Path) -> Iterator[None]:
+def lock_run_folder(
+    folder: Path, *, activity: str = "being trained by", harm: str = "overwrite its weights"
+) -> Iterator[None]:
     """Hold the lock of a run folder, which is created if needed, until the block ends.
 
     The lock file has the process id. The system releases the lock of a process that ended, however it ended, so the
     file of a killed run is ignored. Data loading processes do not inherit the lock.
 
+    Args:
+        folder: The folder.
+        activity: Completes the message "runs/exp is ... process 7".
+        harm: Completes the message "A second one would ...".
+
     Raises:
-        UsageError: Another process trains in this folder.
+        UsageError: Another process works in this folder.
         TrainingError: The folder cannot be written.
     """
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(path)
+        descriptor = _open_locked(path, activity, harm)
     except OSError as error:
         reason = error.strerror or error
         raise TrainingError(f"{folder} cannot be written: {reason}.", fix="--save-dir ANOTHER") from error
@@ -186,7 +193,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, activity: str, harm: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         owner = _read_owner(descriptor)
@@ -194,7 +201,7 @@ def _open_locked(path: Path) -> int:
             os.close(descriptor)
             process = f"process {owner}" if owner else "another process"
             raise UsageError(
-                f"{path.parent} is being trained by {process}. A second one would overwrite its weights.",
+                f"{path.parent} is {activity} {process}. A second one would {harm}.",
                 fix=f"Wait for it, or stop it first:  kill {owner}" if owner else "Wait for it, or stop it first.",
             )
         # The process that held the lock before may have removed the file that is open here.

@@ -96,6 +96,21 @@ def deferred_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def keep_signal_handlers() -> Iterator[None]:
+    """Restore the handlers of the signals that end a program, which a library may replace inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            if handler is not None:  # a handler that is not of Python
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
     """Yield a new folder in the system's temporary folder, see `private_folder`; signals do not prevent its removal.
 

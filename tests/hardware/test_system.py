@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from yolov7_deploy.hardware.system import has_vnni, usable_cores
+from yolov7_deploy.hardware import system
+from yolov7_deploy.hardware.system import has_vnni, limit_cores, usable_cores
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not show CPU affinity")
 
@@ -67,6 +68,13 @@ def test_a_container_with_cgroup_v1_has_its_quota(machine, quota, cores):
         "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
     }
     assert machine(range(8), files) == cores
+
+
+@pytest.mark.parametrize(("limit", "cores"), [(1, 1), (0.5, 1), (1.5, 2), (100, 6)])
+def test_a_process_that_shares_a_machine_uses_a_share_of_the_cores(machine, monkeypatch, limit, cores):
+    monkeypatch.setattr(system, "_core_limit", None)
+    limit_cores(limit)
+    assert machine(range(6), {}) == cores
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "0::", "4:cpu:/../..\n"])

@@ -34,6 +34,7 @@ from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.optimize import optimize
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
+from yolov7_deploy.cli.score import score
 from yolov7_deploy.cli.train import train
 from yolov7_deploy.cli.triton import triton
 from yolov7_deploy.cli.val import val
@@ -58,6 +59,7 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (optimize, ()),
     (build, ()),
     (detect, ("predict",)),
+    (score, ()),
     (val, ("test",)),
     (bench, ("benchmark",)),
     (verify, ()),

@@ -54,6 +54,12 @@ PANELS: dict[str, dict[str, str]] = {
         "Detections": "conf iou max_det classes multi_label agnostic_nms",
         "Output": "project name exist_ok save_dir save_txt save_conf json_path view nosave",
     },
+    "score": {
+        "Model and images": "source column weights img device runtime half",
+        "Detections": "conf iou max_det classes multi_label agnostic_nms",
+        "Workers": "workers batch cpus gpus address",
+        "Output": "output output_format shard_size coco json_path",
+    },
     "val": {
         "Model and data": "data weights images split limit single_class",
         "Protocol": "img batch rect conf iou max_det device runtime half",

@@ -139,17 +139,30 @@ class OtherCpuLoad:
         return total - sum(seconds[column] for column in _IDLE), total, time.process_time()
 
 
+_core_limit: int | None = None
+
+
+def limit_cores(cores: float) -> None:
+    """Let models that this process opens later use at most so many cores, for several processes that share a machine.
+
+    A fraction of a core counts as a core.
+    """
+    global _core_limit
+    _core_limit = max(1, math.ceil(cores))
+
+
 def usable_cores(root: Path = ROOT) -> int | None:
     """Return the physical cores that this process may use within its cgroup CPU quota; `None` outside Linux.
 
     Two hardware threads of a core count once, because they share its arithmetic units. A fraction of a core counts as
-    a core. `root` is the folder that contains `proc` and `sys`.
+    a core. `limit_cores` may have set a lower number. `root` is the folder that contains `proc` and `sys`.
     """
     if not hasattr(os, "sched_getaffinity"):
-        return None
+        return _core_limit
     siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     cores = {read_text(root / siblings.format(cpu)) or str(cpu) for cpu in os.sched_getaffinity(0)}
-    return max(1, min([len(cores), *(math.ceil(quota) for quota in _cgroup_quotas(root))]))
+    limits = [] if _core_limit is None else [_core_limit]
+    return max(1, min([len(cores), *limits, *(math.ceil(quota) for quota in _cgroup_quotas(root))]))
 
 
 def has_vnni(root: Path = ROOT) -> bool | None:
