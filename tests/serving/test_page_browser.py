@@ -63,7 +63,7 @@ def page(browser, server):
     opened.on("console", lambda message: errors.append(message.text) if "Content Security" in message.text else None)
     opened.on("request", lambda request: errors.append(request.url) if is_foreign(request.url, server[0]) else None)
     opened.goto(server[0])
-    opened.wait_for_function("document.getElementById('model').textContent.includes('classes')")
+    opened.locator("#model", has_text="classes").wait_for()
     yield opened
     opened.close()
     assert errors == []
@@ -84,7 +84,7 @@ def drop(page, data, name="shapes.png"):
 
 def drop_image(page, image):
     drop(page, cv2.imencode(".png", image)[1].tobytes())
-    page.wait_for_function("/object/.test(document.getElementById('status').textContent)")
+    page.locator("#status", has_text="object").wait_for()
 
 
 def boxes(page):
@@ -134,8 +134,8 @@ def test_the_confidence_slider_filters_in_the_browser_and_asks_only_below_the_se
     assert len(boxes(page)) == len(detector(image, conf=0.7))
     assert len(server[1]) == asked
     set_slider(page, "conf", 0.05)
-    expected = len(detector(image, conf=0.05))
-    page.wait_for_function(f"document.querySelectorAll('.box').length === {expected}")
+    page.locator(".box").nth(len(detector(image, conf=0.05)) - 1).wait_for()
+    assert len(boxes(page)) == len(detector(image, conf=0.05))
     assert server[1][asked:] == ["conf=0.05&iou=0.45"]
 
 
@@ -188,7 +188,7 @@ def test_nothing_is_wider_than_the_screen_and_texts_have_contrast(browser, serve
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.goto(server[0])
-    page.wait_for_function("document.getElementById('model').textContent.includes('classes')")
+    page.locator("#model", has_text="classes").wait_for()
     drop_image(page, image)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(CONTRAST) >= 4.5

@@ -122,7 +122,7 @@ def test_an_address_without_a_cluster_is_an_error(inputs, tmp_path):
 
 
 def test_an_image_that_kills_every_worker_ends_the_run_with_the_reason(inputs, tmp_path, monkeypatch):
-    """As when a worker runs out of memory: the system kills it, each time that it gets these images."""
+    """Kill each worker that gets these images, as the system does when a worker needs too much memory."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"

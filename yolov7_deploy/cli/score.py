@@ -27,7 +27,7 @@ from yolov7_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from yolov7_deploy.workflows.score import ScoreReport
+    from yolov7_deploy.workflows.score import ScoreOptions, ScoreReport
 
 MAX_LISTED = 10  # unreadable images in the terminal; all are in summary.json
 
@@ -109,11 +109,7 @@ def score(
         "multi_label": multi_label,
         "class_agnostic": agnostic_nms,
     }
-    from yolov7_deploy._console import plural, progress, write_json
-    from yolov7_deploy.sources.files import summarize_left_out
     from yolov7_deploy.workflows.score import ScoreOptions
-    from yolov7_deploy.workflows.score import score as score_images
-    from yolov7_deploy.workflows.score_input import open_input
 
     options = ScoreOptions(
         workers=workers,
@@ -125,6 +121,24 @@ def score(
         shard_size=shard_size,
         coco=coco,
     )
+    _run(source, output, column=column, weights=weights, detector=detector, options=options, json_path=json_path)
+
+
+def _run(
+    source: str,
+    output: Path,
+    *,
+    column: str | None,
+    weights: str,
+    detector: dict[str, Any],
+    options: ScoreOptions,
+    json_path: str | None,
+) -> None:
+    from yolov7_deploy._console import plural, progress, write_json
+    from yolov7_deploy.sources.files import summarize_left_out
+    from yolov7_deploy.workflows.score import score as score_images
+    from yolov7_deploy.workflows.score_input import open_input
+
     images, to_stderr = open_input(source, column=column), json_path == "-"
     note(f"{plural(len(images), 'image')} in {source}", err=to_stderr)
     if images.left_out:
