@@ -174,6 +174,14 @@ def test_a_file_that_is_not_an_image_shows_the_message_of_the_server(page):
     page.wait_for_selector("#alert p")
     assert "not an image" in page.locator("#alert").inner_text()
     assert page.locator(".box").count() == 0
+    assert page.locator(".hint").is_visible()
+
+
+def test_an_image_that_only_the_server_can_read_is_listed(page, detector, image):
+    drop(page, cv2.imencode(".tiff", image)[1].tobytes(), "scan.tiff")
+    page.locator("#status", has_text="cannot show the format").wait_for()
+    assert page.locator("#found button b").all_inner_texts() == list(detector(image).names)
+    assert page.locator(".box").count() == 0
 
 
 def test_a_file_that_is_too_large_shows_the_limit(page):

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from yolov7_deploy.detections import Detections, find_classes
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import UsageError, Y7Error
+from yolov7_deploy.errors import ImageError, UsageError, Y7Error
 from yolov7_deploy.image import Image, decode_image
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.serving.requests import Answer, HttpError, RequestThresholds, error_answer
 
 BATCH_HEADER = "x-batch-size"  # number of images that went through the network together
 _DEFAULTS = RequestThresholds()
-_CURL_FIX = "Send the bytes of the file unchanged; curl does so with --data-binary @image.jpg, and not with -d."
+_IMAGE_FIX = "Send a JPEG, PNG, WebP, TIFF or BMP file unchanged; curl needs --data-binary @image.jpg for that, not -d."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -48,15 +48,15 @@ def answer_batch(detector: Detector, requests: Sequence[DetectRequest]) -> list[
         try:
             jobs.append(_prepare(detector, index, request))
         except Y7Error as error:
-            answers[index] = error_answer(replaced_fix(error))
+            answers[index] = error_answer(_as_sent(error))
     for group in _groups(jobs):
         answers.update(_answer_group(detector, group))
     return [answers[index] for index in range(len(requests))]
 
 
-def replaced_fix(error: Y7Error) -> Y7Error | HttpError:
-    """Return an error about an image with a fix for senders of requests."""
-    return error if isinstance(error, UsageError) else HttpError(400, error.message, fix=_CURL_FIX)
+def _as_sent(error: Y7Error) -> Y7Error | HttpError:
+    """Return the error about an image with a fix for the sender; those about thresholds have one."""
+    return HttpError(400, error.message, fix=_IMAGE_FIX) if isinstance(error, ImageError) else error
 
 
 def _prepare(detector: Detector, index: int, request: DetectRequest) -> _Job:
@@ -71,7 +71,7 @@ def _prepare(detector: Detector, index: int, request: DetectRequest) -> _Job:
     thresholds = replace(detector.thresholds, **given)
     if asked.classes:
         thresholds = replace(thresholds, classes=find_classes(asked.classes, detector.class_names))
-    return _Job(index=index, image=decode_image(request.image), asked=asked, thresholds=thresholds)
+    return _Job(index=index, image=decode_image(request.image, name="The body"), asked=asked, thresholds=thresholds)
 
 
 def _groups(jobs: Iterable[_Job]) -> list[list[_Job]]:

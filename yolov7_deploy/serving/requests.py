@@ -138,13 +138,12 @@ def _too_large(max_bytes: int) -> HttpError:
 def error_answer(error: HttpError | Y7Error) -> Answer:
     """Return the answer to a request that failed: 4xx if the request is wrong, 5xx if the server is."""
     if isinstance(error, HttpError):
-        status, headers = error.status, error.headers
+        status, headers, message, fix = error.status, error.headers, error.message, error.fix
     else:
-        status, headers = _status(error), {}
+        status, headers, message, fix = _status(error), {}, in_python(error.message), in_python(error.fix)
     if status == 503:
         headers = {**headers, "retry-after": str(RETRY_AFTER_S)}
-    texts = {"error": in_python(error.message), "fix": in_python(error.fix)}
-    return Answer(status=status, body=json_text(texts), headers=headers)
+    return Answer(status=status, body=json_text({"error": message, "fix": fix}), headers=headers)
 
 
 def _status(error: Y7Error) -> int:
