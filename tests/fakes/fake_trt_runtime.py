@@ -39,7 +39,7 @@ _NUMPY = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32, "INT64": np
 
 def plan_of(graph, version, batches=(1, 4)):
     """Return a plan of this TensorRT version, with a profile of these batches if the graph's batch is dynamic."""
-    numbers = bytes(int(number) for number in f"{version}.0".split("."))
+    numbers = bytes(int(number) for number in f"{version}.0".split(".")[:4])
     header = (b"vtrt" if version == RTX else b"ftrt") + bytes(20) + numbers + bytes(12)
     return header + struct.pack("<2i", *batches) + graph.SerializeToString()
 

@@ -221,4 +221,4 @@ def test_opening_logs_what_runs_where(environment, caplog):
     runtime = environment.open()
     (line,) = [record.message for record in caplog.records if "Imaginary GPU 0" in record.message]
     assert "letterbox GPU kernel" in line and "CUDA graph on" in line
-    assert dict(runtime.runtime_info)["runtime"] == "TensorRT 10.3.0"
+    assert dict(runtime.runtime_info)["runtime"] == f"TensorRT {environment.trt.__version__}"

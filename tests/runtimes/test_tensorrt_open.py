@@ -46,7 +46,7 @@ def opened(path, **options):
 @pytest.mark.parametrize(
     ("fields", "named", "built", "here"),
     [
-        ({"tensorrt": "10.4.0"}, "tensorrt", "TensorRT 10.4.0", "TensorRT 10.3.0"),
+        ({"tensorrt": "9.9.9"}, "tensorrt", "TensorRT 9.9.9", "this machine has TensorRT"),
         ({"compute_capability": "8.6"}, "compute_capability", "8.6", "9.0"),
         ({"platform": "linux-aarch64"}, "platform", "linux-aarch64", "linux-"),
         ({"plugin": OUR_PLUGIN}, "plugin", f"the plugin {PLUGIN_VERSION} (v3)", "none"),
@@ -85,7 +85,7 @@ def test_a_tensorrt_that_does_not_load_is_reported_with_the_cause(environment):
 
 def test_a_refused_plan_is_reported_with_tensorrts_log(environment):
     environment.trt.refusal = "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed."
-    with pytest.raises(LoadError, match=r"TensorRT 10\.3\.0 cannot deserialize .*\n.*ERROR: Serialization assertion"):
+    with pytest.raises(LoadError, match=r"TensorRT [0-9.]+ cannot deserialize .*\n.*ERROR: Serialization assertion"):
         environment.open()
 
 

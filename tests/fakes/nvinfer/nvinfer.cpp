@@ -6,6 +6,9 @@
 // few characters of its first bytes. Dimensions are returned in memory of the caller, which comes before `this` in the
 // arguments: they are one dimension of size 1. So this answers calls of versions whose headers it has never seen.
 //
+// nvinfer_use_runtimes replaces the runtimes, and so their engines and contexts, by objects of the caller
+// (functional_nvinfer.py).
+//
 // For x86-64, where the first two arguments of every call are in the same two registers.
 #include <sys/mman.h>
 
@@ -25,6 +28,8 @@ class Anything {};
 
 int calls;     // virtual calls so far
 int refusing;  // they return false and null
+
+void* (*create_runtime)(void* logger);
 
 std::uintptr_t answer(std::uintptr_t first, std::uintptr_t second) {
   ++calls;
@@ -93,7 +98,7 @@ void shutdownProtobufLibrary() {}
 extern "C" {
 void* createInferBuilder_INTERNAL(void*, int) { return object(); }
 void* createInferRefitter_INTERNAL(void*, void*, int) { return object(); }
-void* createInferRuntime_INTERNAL(void*, int) { return object(); }
+void* createInferRuntime_INTERNAL(void* logger, int) { return create_runtime ? create_runtime(logger) : object(); }
 void* createNvOnnxParser_INTERNAL(void*, void*, int) { return object(); }
 void* createNvOnnxParserRefitter_INTERNAL(void*, void*, int) { return object(); }
 void* getBuilderPluginRegistry(int) { return object(); }
@@ -103,4 +108,7 @@ int getNvOnnxParserVersion() { return 1; }
 
 int nvinfer_calls() { return calls; }
 void nvinfer_refuse(int value) { refusing = value; }
+void nvinfer_use_runtimes(void* (*create)(void* logger)) { create_runtime = create; }
+// The type of an object whose class the bindings do not know, for the table of such an object.
+const void* nvinfer_type() { return &typeid(Anything); }
 }
