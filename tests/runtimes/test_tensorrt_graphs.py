@@ -298,6 +298,27 @@ def test_a_frame_uploads_the_rows_that_are_read_and_downloads_the_results(enviro
     assert results <= download <= results + 5 * 256, "each output starts at a multiple of 256 bytes"
 
 
+def test_an_integrated_gpu_reads_frames_where_they_are(environment):
+    """Only thresholds and the frame's record are uploaded; an array with gaps between its pixels is staged."""
+    environment.monkeypatch.setenv("FAKE_CUDA_HOST", "1")
+    environment.library.fake_cuda_copied.restype = ctypes.c_longlong
+    runtime, sizes = environment.open(toy(None)), [(48, 80), (480, 640), (300, 200)]
+    for number in range(9):
+        images = [make_image(number + shift, *sizes[(number + shift) % 3]) for shift in range(1 + number % 3)]
+        before = environment.library.fake_cuda_copied(TO_DEVICE)
+        assert_detects(runtime, *images)
+        assert environment.library.fake_cuda_copied(TO_DEVICE) - before < 2048
+    wide, pixels = np.zeros((48, 200, 3), np.uint8), make_image(1)
+    wide[:, 60:140] = pixels
+    before = environment.library.fake_cuda_copied(TO_DEVICE)
+    assert_detects(runtime, wide[:, 60:140])
+    assert environment.library.fake_cuda_copied(TO_DEVICE) - before < 2048, "rows may have a pitch"
+    assert_detects(runtime, np.asfortranarray(pixels))
+    assert environment.library.fake_cuda_copied(TO_DEVICE) - before > pixels.nbytes
+    timed = infer(runtime, [pixels], timed=True)
+    assert_detected(timed.detections[0], pixels)
+
+
 def test_a_frame_of_a_video_costs_three_calls_of_cuda_and_few_of_python(environment):
     runtime, calls, count = environment.open(), environment.calls(), 0
 

@@ -45,6 +45,7 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _ON_GPU = (2, 3)  # cudaMemoryTypeDevice, cudaMemoryTypeManaged
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # cudaDeviceAttr
+_INTEGRATED, _USES_HOST_PAGE_TABLES = 18, 100  # cudaDevAttrIntegrated, ...PageableMemoryAccessUsesHostPageTables
 _NON_BLOCKING = 1  # a stream that does not wait for the legacy default stream
 _NO_TIMING = 2  # an event without a time stamp
 # Relaxed capture mode: other threads may allocate during a capture, and this one may free garbage.
@@ -170,6 +171,22 @@ class Cuda:
         minor = self.value("cudaDeviceGetAttribute", _CAPABILITY_MINOR, index)
         free, total = self.memory()
         return Device(index=index, name=name, compute_capability=(major, minor), memory_bytes=total, free_bytes=free)
+
+    def reads_host_memory(self) -> bool:
+        """Return whether the current device reads any host memory in place, at its own address and coherently.
+
+        True for an integrated GPU that uses the page tables of the CPU. Other boards read page-locked memory in place,
+        but without a cache, so a copy is faster there.
+        """
+        index = self.value("cudaGetDevice")
+        return self._has(_INTEGRATED, index) and self._has(_USES_HOST_PAGE_TABLES, index)
+
+    def _has(self, attribute: int, index: int) -> bool:
+        """Return an attribute of a device that is 0 or 1; drivers that do not know it do not have it."""
+        status, value = self.binding.call("cudaDeviceGetAttribute", attribute, index)
+        if status:
+            self.binding.call("cudaGetLastError")
+        return status == 0 and bool(value)
 
     def memory(self) -> tuple[int, int]:
         """Return free and total memory of the current device in bytes."""

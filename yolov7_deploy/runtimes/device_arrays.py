@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 from yolov7_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
+    from yolov7_deploy.image import Image
     from yolov7_deploy.runtimes.cuda import Stream
 
 _CUDA, _CUDA_MANAGED = 2, 13  # DLDeviceType
@@ -42,7 +43,7 @@ GpuArray = DlpackArray | CudaArray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuImage:
-    """A uint8 BGR image [H, W, 3] on a GPU.
+    """A uint8 BGR image [H, W, 3] on a GPU, or in host memory that the GPU reads in place.
 
     Attributes:
         pointer: Address of its first pixel.
@@ -95,6 +96,15 @@ def gpu_image(x: Any, stream: Stream, *, device: int) -> GpuImage:  # noqa: ANN4
     """
     by_protocol = _by_dlpack if hasattr(x, "__dlpack__") else _by_interface
     return by_protocol(x, gpu_hw(x), stream, device)
+
+
+def host_image(image: Image, *, device: int) -> GpuImage | None:
+    """Return the address of an image in host memory that the GPU reads in place; `None` if its pixels are not dense."""
+    height, width, _ = image.shape
+    pitch, pixel, channel = image.strides
+    if (pixel, channel) != (3, 1) or pitch < 3 * width:
+        return None
+    return GpuImage(pointer=image.ctypes.data, pitch=pitch, hw=(height, width), device=device, owner=image)
 
 
 def _wrong_gpu(actual: int, required: int) -> UsageError:

@@ -33,7 +33,7 @@ from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.options import Thresholds
 from yolov7_deploy.runtimes.base import TimingBreakdown
 from yolov7_deploy.runtimes.cuda import Array, Cuda, DeviceBuffer, Event, Graph, PinnedBuffer, Stream
-from yolov7_deploy.runtimes.device_arrays import GpuImage
+from yolov7_deploy.runtimes.device_arrays import GpuImage, host_image
 from yolov7_deploy.runtimes.letterbox_kernel import Kernels
 from yolov7_deploy.runtimes.staging import PIECE_BYTES, Staging, align
 from yolov7_deploy.runtimes.tensorrt_engine import GRAPH_LOCK, Shape, TrtEngine
@@ -122,6 +122,7 @@ class TrtExecutor:
     def __init__(self, cuda: Cuda, engine: TrtEngine, kernels: Kernels | None) -> None:
         self._engine, self._kernels = engine, kernels
         self._cuda = cuda
+        self._in_place_gpu = cuda.value("cudaGetDevice") if cuda.reads_host_memory() else None
         self._max_shapes = MAX_SHAPES
         self._states: OrderedDict[Shape, _ShapeState] = OrderedDict()  # least recently used first
         self._events: list[Event] = []
@@ -158,7 +159,7 @@ class TrtExecutor:
         state = self._state_of(self._engine.input_shape(batch, letterboxes[0].canvas_hw))
         self._staging.set_thresholds(thresholds)
         if self._kernels is not None and not any(letterbox.averages_area for letterbox in letterboxes):
-            moved = self._staging.layout(images, letterboxes, batch=batch)
+            moved = self._staging.layout(self._in_place(images), letterboxes, batch=batch)
             self._rebind(moved=moved)
             steps = _InputSteps(upload=self._upload, letterbox=partial(self._letterbox, self._kernels, state.shape))
         else:
@@ -168,6 +169,13 @@ class TrtExecutor:
             steps = _InputSteps(upload=partial(self._upload_canvases, canvases))
         execute = self._run_timed if timed else self._run_fast
         return execute(state, steps, started)
+
+    def _in_place(self, images: HostOrGpuImages) -> HostOrGpuImages:
+        """Return the images, those in host memory by their address if the GPU reads it; others are staged."""
+        gpu = self._in_place_gpu
+        if gpu is None:
+            return images
+        return [image if isinstance(image, GpuImage) else host_image(image, device=gpu) or image for image in images]
 
     def _rebind(self, *, moved: bool) -> None:
         """Pass the new addresses to every context after the staging memory has moved; graphs contain the old ones."""

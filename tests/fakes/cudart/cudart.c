@@ -8,6 +8,7 @@
 //   FAKE_CUDA_DRIVER   version, 0 for none (12040) FAKE_CUDA_RUNTIME  version (12040)
 //   FAKE_CUDA_LOG      file for the name of every call
 //   FAKE_CUDA_FAIL     function:status, every call of this function fails with this status
+//   FAKE_CUDA_HOST     1: the GPU is integrated and reads host memory through the page tables of the CPU
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -195,6 +196,10 @@ int cudaDeviceGetAttribute(int* value, int attribute, int number) {
   ENTER(1);
   if (number < 0 || number >= env_number("FAKE_CUDA_DEVICES", 1)) {
     return failed(INVALID_DEVICE);
+  }
+  if (attribute == 18 || attribute == 100) {
+    *value = (int)env_number("FAKE_CUDA_HOST", 0);
+    return SUCCESS;
   }
   if (attribute != 75 && attribute != 76) {
     return failed(INVALID_VALUE);
