@@ -291,7 +291,7 @@ def records() -> list[bytes]:
 
 _DESCRIPTION = {
     "name": "Y7NMS", "abi": "v3", "version": "1", "kernels_abi": 1,
-    "compute_capabilities": [86, 89], "ptx": [120], "cuda": "13.0", "headers": "10.14",
+    "compute_capabilities": [86, 89], "exact": [], "ptx": [120], "cuda": "13.0", "headers": "10.14",
 }  # fmt: skip
 
 

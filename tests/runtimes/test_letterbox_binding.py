@@ -100,8 +100,8 @@ def test_a_library_of_another_project_is_refused(tmp_path):
 def description_source(kernels_abi):
     return (
         r'extern "C" const char* y7_plugin_description() { return "{\"name\": \"Y7NMS\", \"abi\": \"kernels\", '
-        r"\"version\": \"1\", \"compute_capabilities\": [86], \"ptx\": [], \"cuda\": \"13.0\", \"headers\": \"\", "
-        rf'\"kernels_abi\": {kernels_abi}}}"; }}'
+        r"\"version\": \"1\", \"compute_capabilities\": [86], \"exact\": [], \"ptx\": [], \"cuda\": \"13.0\", "
+        rf'\"headers\": \"\", \"kernels_abi\": {kernels_abi}}}"; }}'
     )
 
 

@@ -243,9 +243,10 @@ def has_gpu() -> bool:
 
 def test_ptx_of_one_architecture_only_is_not_for_later_gpus(tmp_path):
     nvcc_or_skip()
-    built = build_plugin(kernels_only=True, architectures=["90a"], output=tmp_path / "it.so", log=lambda _: None)
-    assert (built.compute_capabilities, built.ptx) == ((90,), ())
-    assert built.runs_on(90) and not built.runs_on(100)
+    names = ["100a", "120"]
+    built = build_plugin(kernels_only=True, architectures=names, output=tmp_path / "it.so", log=lambda _: None)
+    assert (built.compute_capabilities, built.exact, built.ptx) == ((100, 120), (100,), (120,))
+    assert built.runs_on(100) and not built.runs_on(103) and built.runs_on(121)
 
 
 @pytest.mark.slow

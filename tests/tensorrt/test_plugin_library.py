@@ -29,7 +29,8 @@ from yolov7_deploy.tensorrt.plugin_library import (
 SOURCE = 'extern "C" const char* y7_plugin_description() {{ return {}; }}\n'
 DESCRIPTION = (
     r'"{{\"name\": \"Y7NMS\", \"version\": \"{version}\", \"abi\": \"{abi}\", \"kernels_abi\": {kernels},'
-    r' \"compute_capabilities\": [75, 86], \"ptx\": [86], \"cuda\": \"13.0\", \"headers\": \"10.14.1\"}}"'
+    r" \"compute_capabilities\": [75, 86], \"exact\": [], \"ptx\": [86], \"cuda\": \"13.0\","
+    r' \"headers\": \"10.14.1\"}}"'
 )
 MUTATIONS = 12
 
@@ -166,6 +167,11 @@ def test_a_library_runs_on_gpus_with_machine_code_or_ptx(described, capability, 
 
 def test_code_for_a_desktop_gpu_does_not_run_on_a_board(described):
     assert not replace(describe_plugin(described()), ptx=()).runs_on(87)
+
+
+def test_code_of_one_architecture_only_runs_on_no_later_minor_version(described):
+    library = replace(describe_plugin(described()), compute_capabilities=(86, 100, 120), exact=(100, 120), ptx=())
+    assert [number for number in (86, 89, 100, 103, 120, 121) if library.runs_on(number)] == [86, 89, 100, 120]
 
 
 # --- files that are not our library ----------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class PluginLibrary:
         version: Version of the plugin, which the ONNX node requires.
         kernels_abi: Version of the C ABI of the kernels.
         compute_capabilities: GPUs with machine code; 86 is compute capability 8.6.
+        exact: Those of them whose code is of an architecture such as 100a, and runs on no other GPU.
         ptx: GPUs with PTX, which the driver compiles for these and all later ones.
         cuda: Version of the CUDA toolkit, such as `13.0`.
         headers: Version of the TensorRT headers; empty for kernels only.
@@ -64,6 +65,7 @@ class PluginLibrary:
     version: str
     kernels_abi: int
     compute_capabilities: tuple[int, ...]
+    exact: tuple[int, ...] = ()
     ptx: tuple[int, ...]
     cuda: str
     headers: str
@@ -72,12 +74,18 @@ class PluginLibrary:
         """Return whether a GPU of this compute capability (86 is 8.6) can run it.
 
         Machine code runs on its own and on higher minor versions of the same major version, PTX on all later ones.
-        Machine code for Jetson boards (7.2, 8.7) and for other GPUs is not interchangeable.
+        Machine code for Jetson boards (7.2, 8.7) and for other GPUs is not interchangeable, and that of `exact` runs on
+        its own version only.
         """
         boards = {72, 87, 101, 110}
         return any(
             capability == known
-            or (capability // 10 == known // 10 and capability > known and not {capability, known} & boards)
+            or (
+                capability // 10 == known // 10
+                and capability > known
+                and known not in self.exact
+                and not {capability, known} & boards
+            )
             for known in self.compute_capabilities
         ) or any(capability >= known for known in self.ptx)
 
@@ -187,6 +195,7 @@ def _parse(path: Path, text: bytes) -> PluginLibrary:
         version=str(record["version"]),
         kernels_abi=int(record["kernels_abi"]),
         compute_capabilities=tuple(int(capability) for capability in record["compute_capabilities"]),
+        exact=tuple(int(capability) for capability in record["exact"]),
         ptx=tuple(int(capability) for capability in record["ptx"]),
         cuda=str(record["cuda"]),
         headers=str(record["headers"]),
