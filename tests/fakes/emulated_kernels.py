@@ -66,6 +66,17 @@ class LetterboxParams(ctypes.Structure):
     _fields_ = tuple((name, _int) for name in ("batch", "height", "width", "type", "pad"))
 
 
+class Work(ctypes.Structure):
+    """A launch or a memset; see block.h."""
+
+    _fields_ = tuple(
+        (name, _long) for name in ("blocks", "threads", "barriers", "bytes_read", "bytes_written", "atomics")
+    )
+
+
+MAX_WORK = 1024
+
+
 class Kernels:
     """Bindings of a loaded library. Functions that it does not export cannot be called."""
 
@@ -87,6 +98,7 @@ class Kernels:
         "y7_status_text": (ctypes.c_char_p, [_int]),
         "y7_kernels_abi": (_int, []),
         "cuda_on_cpu_seed": (None, [ctypes.c_uint64]),
+        "cuda_on_cpu_work": (ctypes.c_int, [ctypes.POINTER(Work), ctypes.c_int]),
     }
 
     def __init__(self, path):
@@ -107,45 +119,71 @@ class Kernels:
         if hasattr(self.library, "cuda_on_cpu_seed"):
             self.library.cuda_on_cpu_seed(number)
 
+    def work(self):
+        """Return what was queued in the emulation since the last call."""
+        queued = (Work * MAX_WORK)()
+        return list(queued[: self.library.cuda_on_cpu_work(queued, MAX_WORK)])
 
-def emulated(*sources, defines=(), flags=()):
+
+def emulated(*sources, defines=(), flags=(), observed=False, folder=None):
     """Return the `Kernels` of source files, compiled for the emulation once per content; skip the test without g++.
 
     Args:
         sources: Names in plugins/kernels such as "nms.cu", or paths; status.cu is always included.
         defines: Macros such as "Y7_NMS_THREADS=64".
         flags: Additional flags for g++, such as -fsanitize=undefined.
+        observed: Find races and count bytes; see accesses.cpp. Much slower.
+        folder: Where the library is kept; by default where it is found by the next process.
     """
-    return Kernels(compile_emulated(*sources, defines=defines, flags=flags))
+    return Kernels(compile_emulated(*sources, defines=defines, flags=flags, observed=observed, folder=folder))
 
 
-def compile_emulated(*sources, defines=(), flags=()):
+def compile_emulated(*sources, defines=(), flags=(), observed=False, folder=None):
     """Return the path of the shared library that `emulated` loads."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed: the kernels cannot be compiled for the CUDA emulation")
     files = [SOURCES / name for name in (*sources, "status.cu")]
-    command = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    command = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas"]  # unroll
     command += ["-ffp-contract=off"]  # no fused multiply-add, as on the GPU (-fmad=false)
-    command += [f"-I{EMULATION}", f"-I{SOURCES}", *(f"-D{define}" for define in defines), *flags, "-x", "c++"]
-    command += [str(path) for path in (*files, EMULATION / "block.cpp")]
-    read = sorted([*files, *SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), *EMULATION.iterdir()])
-    content = hashlib.sha256("\0".join(command).encode() + b"\0".join(path.read_bytes() for path in read)).hexdigest()
-    folder = Path(tempfile.gettempdir()) / f"y7-emulated-{os.getuid()}"
-    library = folder / f"{content[:24]}.so"
-    if not library.exists():
+    command += [f"-I{EMULATION}", f"-I{SOURCES}"]
+    options = [*(f"-D{define}" for define in defines), *flags]
+    if not observed:
+        arguments = [*command, *options, "-shared", "-x", "c++", *files, EMULATION / "block.cpp"]
+        return _compiled(arguments, [*files, *_headers()], suffix=".so", folder=folder)
+    # The compiler inserts calls at every access of the kernels. accesses.cpp answers them, not the sanitizer's library.
+    partly = [*command, "-O1", "-r", "-nostdlib"]
+    parts = [EMULATION / "block.cpp", EMULATION / "accesses.cpp"]
+    emulation = _compiled([*partly, "-DCUDA_ON_CPU_OBSERVED", *parts], _headers(), suffix=".o")
+    arguments = [*partly, *options, "-fsanitize=thread", "-x", "c++", *files]
+    kernels = _compiled(arguments, [*files, *_headers()], suffix=".o", folder=folder)
+    return _compiled([compiler, "-shared", kernels, emulation], [kernels, emulation], suffix=".so", folder=folder)
+
+
+def _headers():
+    return [*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh"), *EMULATION.iterdir()]
+
+
+def _compiled(command, read, *, suffix, folder=None):
+    """Return the output of a compiler command that reads these files, from an earlier process if it is the same."""
+    command = [str(part) for part in command]
+    contents = b"\0".join(path.read_bytes() for path in sorted(read))
+    name = hashlib.sha256("\0".join(command).encode() + b"\0" + contents).hexdigest()[:24] + suffix
+    folder = folder or Path(tempfile.gettempdir()) / f"y7-emulated-{os.getuid()}"
+    output = folder / name
+    if not output.exists():
         folder.mkdir(mode=0o700, exist_ok=True)
-        unfinished = folder / f"{library.name}.{os.getpid()}"
+        unfinished = folder / f"{name}.{os.getpid()}"
         result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        unfinished.replace(library)
-    return library
+        unfinished.replace(output)
+    return output
 
 
 def compile_described(*sources, capability=86):
     """Return the path of such a library with the description of one that `y7 plugin` builds for a GPU architecture."""
-    defines = [f'Y7_{name}="{capability}"' for name in ("COMPUTE_CAPABILITIES", "PTX")]
+    defines = [f'Y7_{name}="{capability}"' for name in ("COMPUTE_CAPABILITIES", "PTX")] + ['Y7_EXACT=""']
     return compile_emulated(*sources, SOURCES.parent / "tensorrt" / "description.cpp", defines=defines)
 
 

@@ -1,8 +1,11 @@
 // The scheduler of the emulation: blocks of fibers.
+#include "block.h"
+
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -68,7 +71,8 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedBytes = 48 << 10;
-constexpr size_t kFenceBytes = 64;  // after every shared variable; must not be written
+constexpr size_t kFenceBytes = 64;            // after every shared variable; must not be written
+constexpr size_t kHostStackBytes = 64 << 10;  // around the frame of the launch, with the parameters of the kernel
 
 struct Fiber {
   Context context;
@@ -85,10 +89,19 @@ struct Variable {
   size_t begin, end;
 };
 
+// Which ready thread runs next: any, or those of one warp until all of them wait, which lets warps get far ahead.
+enum class Order { threads, warps };
+
 uint64_t random_state = 1;
-std::vector<Fiber> fibers;  // one per thread of the block
-std::vector<unsigned> ready;
+std::vector<Fiber> fibers;        // one per thread of the block
+std::vector<unsigned> ready[32];  // by warp
+uint32_t ready_warps;             // bit i: ready[i] is not empty
+Order order;
+unsigned warp_order[32];
 unsigned threads, current;
+int64_t barriers;  // of the block so far
+bool fiber_runs;
+const char* launch_frame;
 Context scheduler;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
@@ -98,20 +111,21 @@ alignas(128) unsigned char shared_memory[kSharedBytes + 128 * kFenceBytes];
 std::vector<Variable> variables;
 unsigned char garbage;
 std::string failure;      // of the running launch
+std::vector<Work> work;   // since cuda_on_cpu_work was called
 std::mutex launch_mutex;  // all the state above belongs to the running launch
 thread_local std::string message = "no error";
+
+void fail(const std::string& what) {
+  if (failure.empty()) {
+    failure = what;
+  }
+}
 
 uint32_t draw(uint32_t below) {  // xorshift64*
   random_state ^= random_state >> 12;
   random_state ^= random_state << 25;
   random_state ^= random_state >> 27;
   return uint32_t(((random_state * 0x2545f4914f6cdd1dull) >> 32) * below >> 32);
-}
-
-void fail(const std::string& what) {
-  if (failure.empty()) {
-    failure = what;
-  }
 }
 
 void switch_to(Context* from, Context* to, const void* stack, size_t bytes) {
@@ -139,9 +153,42 @@ void fiber_main() {
   back_to_scheduler();
 }
 
+void make_ready(unsigned thread) {
+  ready[thread / 32].push_back(thread);
+  ready_warps |= 1u << thread / 32;
+}
+
 void wake(Fiber& fiber) {
   fiber.waits = false;
-  ready.push_back(unsigned(&fiber - fibers.data()));
+  make_ready(unsigned(&fiber - fibers.data()));
+}
+
+void choose_order() {
+  order = draw(2) ? Order::threads : Order::warps;
+  for (unsigned i = 0; i < 32; ++i) {
+    const unsigned other = draw(i + 1);
+    warp_order[i] = warp_order[other];
+    warp_order[other] = i;
+  }
+}
+
+// Removes and returns the thread that runs next.
+unsigned next_thread() {
+  unsigned skipped = order == Order::warps ? 0 : draw(unsigned(__builtin_popcount(ready_warps))), warp = 0;
+  for (const unsigned candidate : warp_order) {
+    warp = candidate;
+    if ((ready_warps >> warp & 1) && skipped-- == 0) {
+      break;
+    }
+  }
+  std::vector<unsigned>& candidates = ready[warp];
+  const unsigned index = draw(unsigned(candidates.size())), thread = candidates[index];
+  candidates[index] = candidates.back();
+  candidates.pop_back();
+  if (candidates.empty()) {
+    ready_warps &= ~(1u << warp);
+  }
+  return thread;
 }
 
 bool is_barrier(Operation operation) { return operation <= Operation::barrier_or; }
@@ -156,6 +203,9 @@ bool open_barrier() {
     }
     sum += fiber.value;
   }
+  ++barriers;
+  observe_barrier();
+  choose_order();
   const Operation operation = fibers[0].operation;
   if (operation == Operation::barrier_and) {
     sum = sum == threads;
@@ -205,6 +255,9 @@ void complete_warp() {
     ballot |= unsigned(fiber.value != 0) << lane;
     operands[lane] = fiber.value;
   }
+  if (mine.operation == Operation::warp_sync) {
+    observe_warp_barrier(first, here);
+  }
   for (unsigned lane = 0; lane < 32; ++lane) {
     if (!(here >> lane & 1)) {
       continue;
@@ -233,7 +286,13 @@ std::string deadlock_message() {
 void run_block() {
   variables.clear();
   garbage = uint8_t(0x80 | draw(128));  // negative both as a float and as an integer
-  ready.clear();
+  for (std::vector<unsigned>& threads_of_warp : ready) {
+    threads_of_warp.clear();
+  }
+  ready_warps = 0;
+  barriers = 0;
+  choose_order();
+  observe_block(threads);
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
@@ -244,19 +303,18 @@ void run_block() {
     }
     // Stack tops a power of two apart would all map to the same few cache lines.
     start_at(&fiber.context, fiber.stack, kStackBytes - t % 64 * 320, fiber_main);
-    ready.push_back(t);
+    make_ready(t);
   }
   unsigned finished = 0;
   while (failure.empty() && finished < threads) {
-    if (ready.empty() && !open_barrier()) {
+    if (!ready_warps && !open_barrier()) {
       return fail(deadlock_message());
     }
-    const unsigned index = draw(uint32_t(ready.size()));
-    current = ready[index];
-    ready[index] = ready.back();
-    ready.pop_back();
+    current = next_thread();
     threadIdx = fibers[current].index;
+    fiber_runs = true;
     switch_to(&scheduler, &fibers[current].context, fibers[current].stack, kStackBytes);
+    fiber_runs = false;
     finished += fibers[current].finished;
   }
   for (const Variable& variable : variables) {
@@ -268,7 +326,52 @@ void run_block() {
   }
 }
 
+bool is_in(const void* address, const void* begin, size_t bytes) {
+  return uintptr_t(address) - uintptr_t(begin) < bytes;
+}
+
 }  // namespace
+
+void stop(const std::string& what) {
+  fail(what);
+  back_to_scheduler();
+}
+
+bool in_kernel() { return fiber_runs; }
+unsigned current_thread() { return current; }
+Work& current_work() { return work.back(); }
+
+Memory kind_of(const void* address) {
+  if (is_in(address, shared_memory, sizeof(shared_memory))) {
+    return Memory::shared;
+  }
+  const bool is_built_in = is_in(address, &threadIdx, sizeof(threadIdx)) ||
+                           is_in(address, &blockIdx, sizeof(blockIdx)) || is_in(address, &blockDim, sizeof(blockDim)) ||
+                           is_in(address, &gridDim, sizeof(gridDim));
+  const bool is_on_stack = is_in(address, fibers[current].stack, kStackBytes) ||
+                           is_in(address, launch_frame - kHostStackBytes, 2 * kHostStackBytes);
+  return is_built_in || is_on_stack ? Memory::own : Memory::global;
+}
+
+size_t shared_offset(const void* address) { return uintptr_t(address) - uintptr_t(shared_memory); }
+
+std::string place_of(const void* address) {
+  for (size_t i = 0; i < variables.size(); ++i) {
+    const size_t bytes = variables[i].end - variables[i].begin;
+    if (is_in(address, shared_memory + variables[i].begin, bytes)) {
+      const size_t byte = uintptr_t(address) - uintptr_t(shared_memory + variables[i].begin);
+      return "byte " + std::to_string(byte) + " of shared variable " + std::to_string(i);
+    }
+  }
+  char text[64];
+  snprintf(text, sizeof(text), "the byte at %p", address);
+  return text;
+}
+
+void count_memset() {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
+  work.push_back({});
+}
 
 void* shared_bytes(const void* key, size_t bytes, size_t alignment) {
   for (const Variable& variable : variables) {
@@ -309,7 +412,7 @@ void maybe_yield() {
   if (draw(4)) {
     return;
   }
-  ready.push_back(current);
+  make_ready(current);
   back_to_scheduler();
 }
 
@@ -320,6 +423,11 @@ cudaError_t launch_grid(dim3 grid, dim3 block, void (*body)(void*), void* argume
   }
   const std::lock_guard<std::mutex> lock(launch_mutex);
   failure.clear();
+  launch_frame = static_cast<const char*>(__builtin_frame_address(0));
+  work.push_back({});
+  work.back().blocks = int64_t(blocks);
+  work.back().threads = int64_t(count);
+  observe_launch();
   threads = unsigned(count);
   if (fibers.size() < threads) {
     fibers.resize(threads);
@@ -337,6 +445,7 @@ cudaError_t launch_grid(dim3 grid, dim3 block, void (*body)(void*), void* argume
   for (const uint64_t number : order) {
     blockIdx = {unsigned(number % grid.x), unsigned(number / grid.x % grid.y), unsigned(number / grid.x / grid.y)};
     run_block();
+    work.back().barriers = std::max(work.back().barriers, barriers);
     if (failure.empty()) {
       continue;
     }
@@ -363,3 +472,12 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 // Sets the seed of the order of threads and blocks, and of the garbage.
 extern "C" void cuda_on_cpu_seed(uint64_t seed) { cuda_on_cpu::random_state = (2 * seed + 1) * 0x9e3779b97f4a7c15ull; }
+
+// Copies what was queued since the last call, at most `capacity` entries; returns their number.
+extern "C" int cuda_on_cpu_work(cuda_on_cpu::Work* out, int capacity) {
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
+  const int count = std::min(capacity, int(cuda_on_cpu::work.size()));
+  std::copy_n(cuda_on_cpu::work.begin(), count, out);
+  cuda_on_cpu::work.clear();
+  return count;
+}

@@ -2,10 +2,12 @@
 //
 // The threads of a block are fibers. A fiber runs alone until it waits: at a barrier, at a warp operation, sometimes at
 // an atomic. A seed determines which fiber runs next, the order of the blocks and the garbage in shared memory. So a
-// missing barrier gives results that differ between seeds. Each of these errors ends the launch with
+// missing barrier gives results that differ between seeds. In half of the phases between two barriers the warps run one
+// after the other, in random order, so that one is far ahead of another. Each of these errors ends the launch with
 // cudaErrorLaunchFailure and a message: a barrier that some threads do not reach, a warp operation whose mask contains
 // a lane that waits elsewhere, a shuffle from a lane that does not participate, a write beyond the end of a shared
-// variable. More than 48 KiB of shared memory ends the process.
+// variable. More than 48 KiB of shared memory ends the process. Compiled with accesses.cpp and -fsanitize=thread, a
+// race is such an error, too.
 //
 // Launches from several host threads run one after the other.
 //
@@ -69,7 +71,11 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+namespace cuda_on_cpu {
+void count_memset();
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t = nullptr) {
+  cuda_on_cpu::count_memset();
   memset(data, value, bytes);
   return cudaSuccess;
 }
@@ -103,6 +109,14 @@ T& shared(const void* key) {
 uint64_t synchronize(Operation operation, unsigned mask, uint64_t value, unsigned lane, unsigned width);
 // Sometimes switches to other threads first.
 void maybe_yield();
+
+#if defined(__SANITIZE_THREAD__) || defined(CUDA_ON_CPU_OBSERVED)
+void observe_atomic(const void* address, size_t bytes);
+#define CUDA_ON_CPU_UNOBSERVED __attribute__((no_sanitize_thread))
+#else
+inline void observe_atomic(const void*, size_t) {}
+#define CUDA_ON_CPU_UNOBSERVED
+#endif
 
 template <class T>
 T exchange(Operation operation, unsigned mask, T value, unsigned lane, unsigned width) {
@@ -154,13 +168,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-#define CUDA_ON_CPU_ATOMIC(name, result)                         \
-  template <class T>                                             \
-  T name(T* address, typename std::common_type<T>::type value) { \
-    cuda_on_cpu::maybe_yield();                                  \
-    const T old = *address;                                      \
-    *address = T(result);                                        \
-    return old;                                                  \
+#define CUDA_ON_CPU_ATOMIC(name, result)                                                \
+  template <class T>                                                                    \
+  CUDA_ON_CPU_UNOBSERVED T name(T* address, typename std::common_type<T>::type value) { \
+    cuda_on_cpu::maybe_yield();                                                         \
+    cuda_on_cpu::observe_atomic(address, sizeof(T));                                    \
+    const T old = *address;                                                             \
+    *address = T(result);                                                               \
+    return old;                                                                         \
   }
 CUDA_ON_CPU_ATOMIC(atomicAdd, old + value)
 CUDA_ON_CPU_ATOMIC(atomicSub, old - value)

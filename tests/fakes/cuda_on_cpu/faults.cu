@@ -1,4 +1,5 @@
-// A kernel with one of the errors that the emulation detects, chosen by `fault`; 0 and 7 are correct.
+// A kernel with one of the errors that the emulation detects, chosen by `fault`; 0, 7 and 10 are correct, and 9, 11 and
+// 12 only the observer of memory accesses detects.
 #include "launch.cuh"
 
 namespace {
@@ -33,6 +34,21 @@ __global__ void neighbour(float* x, int fault) {
   }
   if (fault == 8) {
     return void(t < 32 ? __syncthreads() : void(__syncthreads_or(1)));  // two kinds of barrier
+  }
+  if (fault == 9) {
+    (void)__shfl_sync(~0u, t, 0);
+    return void(x[t] = numbers[t ^ 1]);  // of the same warp, but a shuffle orders nothing
+  }
+  if (fault == 10) {
+    __syncwarp();
+    return void(x[t] = numbers[t ^ 1]);  // correct: of the same warp
+  }
+  if (fault == 11) {
+    x[0] = 1;  // all threads
+  }
+  if (fault == 12) {
+    atomicAdd(&numbers[0], 0.0f);
+    return void(x[t] = numbers[0]);
   }
   __syncthreads();
   x[t] = numbers[(t + 1) % 64];

@@ -1,10 +1,11 @@
 // A libnvinfer for TensorRT's real Python bindings of every version: one object that answers every virtual call.
 //
 // The interfaces of NvInfer.h are objects with a virtual table that forward to a second object, `mImpl`, the first
-// member. Here both are the same object, and every slot of its table is the function `answer`. The address of the object
-// is a valid answer of every type: as a pointer the object itself, as a bool true, as an integer 131073, as a text the
-// few characters of its first bytes. Dimensions are returned in memory of the caller, which comes before `this` in the
-// arguments: they are one dimension of size 1. So this answers calls of versions whose headers it has never seen.
+// member. Here both are the same object, and every slot of its table is the function `answer`. The address of the
+// object is a valid answer of every type: as a pointer the object itself, as a bool true, as an integer 131073, as a
+// text the few characters of its first bytes. Dimensions are returned in memory of the caller, which comes before
+// `this` in the arguments: they are one dimension of size 1. So this answers calls of versions whose headers it has
+// never seen.
 //
 // nvinfer_use_runtimes replaces the runtimes, and so their engines and contexts, by objects of the caller
 // (functional_nvinfer.py).
