@@ -1,7 +1,9 @@
 """Compile the CUDA kernels with their driver, compare every result with a CPU reference, and time each case.
 
-python benchmarks/kernel_driver.py --machine NAME-OF-THE-GPU
+    python benchmarks/kernel_driver.py --machine NAME-OF-THE-GPU
+    python benchmarks/kernel_driver.py --machine NAME-OF-THE-GPU --define Y7_OVERLAP=0
 
+The second command is for compute capability 9.0 and later: `suppress` waits for the end of `select` before it starts.
 Needs nvcc and a GPU. `kernel_driver.cpp` says what the cases are and how results are compared.
 """
 
@@ -25,6 +27,7 @@ def main() -> None:
     arguments.add_argument("--arch", default="native", help="argument of nvcc's -arch")
     arguments.add_argument("--seeds", default="3", help="images per case")
     arguments.add_argument("--calls", default="1000", help="timed calls per image")
+    arguments.add_argument("--define", action="append", default=[], help="macro such as Y7_OVERLAP=0; recorded")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "kernel_driver"
@@ -36,12 +39,14 @@ def main() -> None:
             "-Xcompiler=-ffp-contract=off",
             f"-arch={options.arch}",
         ]
+        command += [f"-D{define}" for define in options.define]
         command += [f"-I{KERNELS}", *map(str, SOURCES), "-o", str(program)]
         subprocess.run(command, check=True)
         run = [str(program), "--seeds", options.seeds, "--calls", options.calls]
         done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True)
     rows = json.loads(done.stdout)["rows"]
-    record("kernels", options.machine, {row.pop("case"): row for row in rows})
+    name = "_".join(["kernels", *(define.replace("=", "-") for define in options.define)])
+    record(name, options.machine, {row.pop("case"): row for row in rows})
 
 
 if __name__ == "__main__":

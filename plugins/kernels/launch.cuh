@@ -26,6 +26,17 @@
 #define Y7_GRID_CONSTANT __grid_constant__
 #endif
 
+// Whether a kernel may start while the one before it ends (programmatic dependent launch). The two need compute
+// capability 9.0, and CUDA 12.3 to be captured in a graph.
+#ifndef Y7_OVERLAP
+#define Y7_OVERLAP 1
+#endif
+#if Y7_OVERLAP && defined(__CUDACC__) && CUDART_VERSION >= 12030
+#define Y7_CAN_OVERLAP 1
+#else
+#define Y7_CAN_OVERLAP 0
+#endif
+
 #ifdef __USE_FAST_MATH__
 #error "The kernels require IEEE arithmetic: compile without -use_fast_math."
 #endif
@@ -34,6 +45,24 @@ namespace y7 {
 
 // Returns Y7_OK, or Y7_CUDA_ERROR after storing the error for y7_status_text (status.cu).
 int32_t status_of(cudaError_t error);
+
+// Returns whether code of the kernel that waits for the kernel before it is what this GPU executes (status.cu).
+bool can_overlap(const void* kernel);
+
+// Waits until the kernels before this one in the stream have ended and their writes are visible. A kernel of
+// `launch_overlapping` calls it before it reads what they write; elsewhere it does nothing.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if Y7_CAN_OVERLAP && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets a kernel of `launch_overlapping` start when every block of this one has called it or has ended.
+__device__ __forceinline__ void allow_next_kernel() {
+#if Y7_CAN_OVERLAP && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 template <class T>
 struct NonDeduced {  // excludes a parameter from template argument deduction
@@ -51,6 +80,30 @@ int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* strea
 #else
   return status_of(cuda_on_cpu::launch(grid, block, static_cast<cudaStream_t>(stream), [&] { kernel(arguments...); }));
 #endif
+}
+
+// The same, after another kernel: where the GPU can do that, the start of this kernel overlaps with the end of that
+// one.
+template <class... Parameters>
+int32_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+                           typename NonDeduced<Parameters>::type... arguments) {
+#if Y7_CAN_OVERLAP
+  const auto function = reinterpret_cast<const void*>(kernel);
+  if (can_overlap(function)) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    void* pointers[] = {static_cast<void*>(&arguments)...};
+    return status_of(cudaLaunchKernelExC(&config, function, pointers));
+  }
+#endif
+  return launch(kernel, grid, block, stream, arguments...);
 }
 
 }  // namespace y7

@@ -16,12 +16,19 @@
 // (98 KiB of float32) and a 32-byte sector per class of each anchor that passes. The rest is latency: dependent loads
 // (threshold, objectness, classes, list, boxes), about ten barriers to sort a tile and four per kGroupSize survivors.
 //
-// One memset and two launches. Merging the kernels with a last-block ticket would save one launch, but every block of
-// `select` would need the large scratch memory. Without the memset, every block would need a list of its own, large
-// enough for its worst case, or images with many pairs in few blocks would take the slow path.
+// One memset and two launches; where the GPU can do that, `suppress` starts while `select` ends (launch_overlapping).
+// Merging the kernels with a last-block ticket would save one launch, but every block of `select` would need the large
+// scratch memory. Without the memset, every block would need a list of its own: for its worst case 160 KiB with 80
+// classes, 16 MiB per image; or smaller, and images with many pairs in few blocks would take the slow path. A counter
+// that `suppress` resets for the next call would not do: the workspace has other contents then.
 //
-// CUB is not used: a block scan and a sort of at most kThreads keys are 15 lines each here, and the CPU emulation of
-// the tests runs them.
+// Warps of `suppress` without a candidate stay until the end: each one owns bins of the histograms and rows of the
+// overlap matrix, whose numbers are those of the threads. Blocks of `select` without a passing anchor end after one
+// barrier.
+//
+// CUB is not used: there is no device code that the CPU emulation of the tests need not run. The sort and the block
+// sums are 15 lines each. cub::BlockRadixSort would sort 64-bit keys in 16 passes of 4 bits with barriers in each; the
+// counting sort here needs about ten barriers, because keys with different scores differ in few bits.
 #include <limits.h>
 
 #include "nms_select.cuh"
@@ -83,7 +90,7 @@ int32_t run(const Plan& plan, uint32_t batch, void* stream) {
     status = launch(select<T>, blocks, dim3(kSelectThreads), stream, plan);
   }
   if (status == Y7_OK) {
-    status = launch(suppress<T>, dim3(batch), dim3(kThreads), stream, plan);
+    status = launch_overlapping(suppress<T>, dim3(batch), dim3(kThreads), stream, plan);
   }
   return status;
 }

@@ -34,10 +34,12 @@ constexpr uint32_t kGroupWords = kGroupSize / 32;
 constexpr uint32_t kRowsPerThread = kGroupSize * kGroupSize / kThreads;
 constexpr uint32_t kClassesAtOnce = 5, kKeysAtOnce = 4;  // loads in flight per thread
 constexpr uint32_t kWarps = kThreads / 32;
+constexpr size_t kSharedBytes = 48 << 10;  // of a block, without an attribute of the launch
 constexpr uint32_t kFullWarp = ~0u;
 constexpr Key kKeyAboveOne = Key(0x3f800001) << 32;  // above every key: no score exceeds 1
 
-static_assert(kThreads >= 64 && kThreads <= 1024 && (kThreads & (kThreads - 1)) == 0, "");
+static_assert(kThreads >= 64 && kThreads <= 512 && (kThreads & (kThreads - 1)) == 0,
+              "Y7_NMS_THREADS is a power of two from 64 to 512; 1024 threads need more shared memory than a block has");
 static_assert(kSelectThreads % 64 == 0 && kCapacity >= 1 && kStagedKeys >= 1, "");
 static_assert(kRowsPerThread == 8 || kRowsPerThread == 16 || kRowsPerThread == 32, "");
 

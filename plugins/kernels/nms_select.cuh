@@ -18,6 +18,9 @@ struct SelectScratch {
   uint32_t survivors, staged, start;
 };
 
+static_assert(sizeof(SelectScratch) <= kSharedBytes,
+              "Y7_NMS_STAGED or Y7_NMS_SELECT_THREADS: more than the shared memory of a block");
+
 // Reserves one slot for each lane of the mask with a single atomic per warp; returns the thread's own slot.
 __device__ __forceinline__ uint32_t reserve_slots(uint32_t* counter, uint32_t lanes) {
   uint32_t start = 0;
@@ -95,6 +98,7 @@ __device__ void select_classes(const Plan& plan, SelectScratch& s, uint32_t imag
 template <class T>
 __global__ void __launch_bounds__(kSelectThreads, 2) select(const Y7_GRID_CONSTANT Plan plan) {
   Y7_SHARED(SelectScratch, s);
+  allow_next_kernel();  // its few blocks wait beside these, all of which have started then
   const uint32_t image = blockIdx.y, anchor = blockIdx.x * kSelectAnchors + threadIdx.x;
   const Thresholds thresholds = load_thresholds(plan);
   if (threadIdx.x == 0) {

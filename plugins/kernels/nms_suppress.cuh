@@ -204,6 +204,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 1) suppress(const Y7_GRID_CONSTANT Plan plan) {
   Y7_SHARED(SuppressScratch, s);
   const uint32_t image = blockIdx.x;
+  wait_for_previous_kernel();
   const uint32_t passed = plan.passed[image], limit = min(passed, plan.max_candidates);
   const Thresholds thresholds = load_thresholds(plan);
   const float conf = thresholds.conf;

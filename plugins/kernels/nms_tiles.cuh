@@ -43,7 +43,7 @@ struct SuppressScratch {
   uint32_t kept[kGroupWords];
 };
 
-static_assert(sizeof(SuppressScratch) <= 48 << 10, "exceeds the static shared memory of every GPU");
+static_assert(sizeof(SuppressScratch) <= kSharedBytes, "more than the shared memory of a block");
 
 // The range of the list: it holds all keys of [low, high) that are not selected yet, and no other keys of that range.
 struct Window {
@@ -184,10 +184,10 @@ __device__ void refill(const Plan& plan, SuppressScratch& s, uint32_t image, con
   __syncthreads();
   window.low = low;
   window.stored = window.left = min(s.filled, kCapacity);
-  __syncthreads();  // before the scratch memory is reused
 }
 
-// Removes the best keys from the window, at most kThreads: each thread gets one key, or 0. Returns their number.
+// Removes the best keys from the window, at most kThreads: each thread gets one key, or 0. Returns their number. Before
+// the scratch memory that it uses is written again, sort_tile has passed a barrier.
 __device__ uint32_t select_tile(const Plan& plan, SuppressScratch& s, uint32_t image, Key min_key, Window& window,
                                 Key& key) {
   const Key* keys = plan.keys + size_t(image) * kCapacity;
@@ -232,7 +232,6 @@ __device__ uint32_t select_tile(const Plan& plan, SuppressScratch& s, uint32_t i
   key = threadIdx.x < count ? s.key[0][threadIdx.x] : 0;
   window.high = low;
   window.left -= count;
-  __syncthreads();  // before the scratch memory is reused
   return count;
 }
 

@@ -16,6 +16,19 @@ int32_t status_of(cudaError_t error) {
   return Y7_CUDA_ERROR;
 }
 
+#if Y7_CAN_OVERLAP
+// PTX of an older architecture that the driver compiled for this GPU does not wait.
+bool can_overlap(const void* kernel) {
+  int driver = 0;
+  cudaFuncAttributes code = {};
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaFuncGetAttributes(&code, kernel) != cudaSuccess) {
+    cudaGetLastError();  // the launch reports it
+    return false;
+  }
+  return driver >= 12030 && code.ptxVersion >= 90;
+}
+#endif
+
 }  // namespace y7
 
 extern "C" const char* y7_status_text(int32_t status) {

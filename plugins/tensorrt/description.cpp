@@ -21,8 +21,8 @@ constexpr const char* kAbi = Y7_PLUGIN_V3 ? "v3" : "v2";
 constexpr const char* kAbi = "kernels";
 #endif
 
-// Returns a JSON object. For `compute_capabilities` the library contains machine code, for those of `exact` code that runs
-// on no other GPU; the code of `ptx` is compiled by the driver on first use.
+// Returns a JSON object. For `compute_capabilities` the library contains machine code, for those of `exact` code that
+// runs on no other GPU; the code of `ptx` is compiled by the driver on first use.
 extern "C" __attribute__((visibility("default"))) const char* y7_plugin_description() {
   static const std::string text =
       std::string("{\"name\": \"") + y7::kPluginName + "\", \"version\": \"" + y7::kPluginVersion +

@@ -1,4 +1,4 @@
-"""The machine code that nvcc makes of the kernels for every architecture: no local memory, no stale loads.
+"""The machine code that nvcc makes of the kernels for every architecture: no local memory, no stale or early loads.
 
 A load with the modifier CONSTANT uses a cache that does not see what other blocks write during the kernel.
 """
@@ -12,10 +12,14 @@ import pytest
 
 from tests.fakes.emulated_kernels import SOURCES
 from tests.support.machine_code import (
+    ALLOW_NEXT,
     FIRST_DISASSEMBLED,
+    FIRST_OVERLAPPING,
     KERNELS,
     OPTIONS,
+    WAIT,
     instructions,
+    loads_before_wait,
     local_memory,
     spills,
     unpacked_disassembler,
@@ -90,6 +94,15 @@ def test_no_kernel_uses_local_memory_or_stale_loads_on_any_architecture(
             assert not local_memory(counts), (architecture, kernel)
             if name == "nms.cu":
                 assert not unsafe_constant_loads(kernel, counts), (architecture, kernel)
+                check_overlap(kernel, counts, overlaps=architecture >= FIRST_OVERLAPPING)
+
+
+def check_overlap(kernel, counts, *, overlaps):
+    """`suppress` waits for `select` before its first load of the list, where it may start earlier."""
+    assert counts[ALLOW_NEXT] == (overlaps and kernel.startswith("select"))
+    assert counts[WAIT] == (overlaps and kernel.startswith("suppress"))
+    if counts[WAIT]:
+        assert not loads_before_wait(counts), kernel
 
 
 def test_a_planted_array_and_planted_stale_loads_are_found(nvcc, architectures, disassembler, tmp_path):

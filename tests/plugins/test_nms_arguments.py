@@ -15,6 +15,7 @@ from tests.fakes.emulated_kernels import (
     UINT8,
     WORKSPACE_TOO_SMALL,
     NmsParams,
+    compile_emulated,
 )
 from tests.support.nms_cases import CASES, Call, kernels_of
 from yolov7_deploy.tensorrt.plugin_library import KERNELS_ABI
@@ -50,6 +51,12 @@ def test_a_null_or_misaligned_output_is_rejected(name, change):
     call = Call()
     setattr(call.structs, name, change(getattr(call.structs, name)))
     assert call.status() == BAD_ARGUMENT
+
+
+@pytest.mark.parametrize("define", ["Y7_NMS_THREADS=1024", "Y7_NMS_STAGED=6000"])
+def test_sizes_that_need_more_shared_memory_than_a_block_has_do_not_compile(define, tmp_path):
+    with pytest.raises(AssertionError, match=f"{define.partition('=')[0]} .*shared memory"):
+        compile_emulated("nms.cu", defines=[define], folder=tmp_path)
 
 
 WRONG = [

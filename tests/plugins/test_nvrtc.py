@@ -62,6 +62,7 @@ class Nvrtc:
         )
         assert status == SUCCESS
         includes = (f"-I{SOURCES}", f"-I{self._include}")
+        options = (*options, "-DY7_OVERLAP=0")  # its host code needs more of the runtime; Volta cannot overlap
         options = ("--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v", *includes, *options)
         status = self._library.nvrtcCompileProgram(program, len(options), _strings(options))
         printed = self._text(program, "ProgramLog")

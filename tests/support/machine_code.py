@@ -20,6 +20,8 @@ KERNELS = {
 }
 # No fused multiply-add in the file of NMS, as in plugins/CMakeLists.txt.
 OPTIONS = {"nms.cu": ("-fmad=false",), "letterbox.cu": ()}
+# From this architecture on, `suppress` starts while `select` ends: instructions of griddepcontrol.
+FIRST_OVERLAPPING, WAIT, ALLOW_NEXT = 90, "ACQBULK", "PREEXIT"
 THRESHOLDS = 4  # 32-bit inputs of NMS beside the head maps: conf, iou, multi_label, class_agnostic
 
 _TYPES = {"f": "float", "6__half": "half", "h": "uint8"}
@@ -48,7 +50,10 @@ def spills(compiler_output: str) -> list[tuple[str, ...]]:
 
 
 def instructions(disassembler: Path, cubin: Path) -> dict[str, Counter[str]]:
-    """Return how often each kernel of the file has each instruction, with its modifiers: `{"select<half>": ...}`."""
+    """Return how often each kernel of the file has each instruction, with its modifiers: `{"select<half>": ...}`.
+
+    The instructions of a kernel are in the order in which they first occur.
+    """
     text = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\.text\.(\w+):", text, flags=re.MULTILINE)
     return {
@@ -65,6 +70,12 @@ def _readable(mangled: str) -> str:
 def local_memory(counts: Counter[str]) -> set[str]:
     """Return the instructions that access local memory, where spilled registers and indexed arrays are."""
     return {name for name in counts if name.split(".")[0] in ("LDL", "STL")}
+
+
+def loads_before_wait(counts: Counter[str]) -> set[str]:
+    """Return the loads of memory that other blocks write which precede the wait for the kernel before; see below."""
+    before = list(counts)[: list(counts).index(WAIT)]
+    return {name for name in before if name.startswith(("LD.", "LDG")) and "CONSTANT" not in name.split(".")}
 
 
 def unsafe_constant_loads(kernel: str, counts: Counter[str]) -> Counter[str]:
