@@ -5,15 +5,15 @@ There the CUDA runtime is called with ctypes. The fakes of TensorRT and of the C
 
 from __future__ import annotations
 
-import os
+import functools
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.support import python310
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ("numpy==1.26.*", "onnx", "onnxruntime", "opencv-python-headless", "pytest", "rich", "typer")
@@ -28,39 +28,13 @@ pytestmark = [
 ]
 
 
-def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**inherited, **variables},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-
-
-def pythons(folder: Path) -> Iterator[Path]:
-    """Yield what may be Python 3.10: that of the PATH, of pyenv, and one that uv downloads into the folder."""
-    on_path = shutil.which("python3.10")
-    if on_path:
-        yield Path(on_path)
-    yield from Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10")
-    uv = shutil.which("uv")
-    if uv and run(uv, "python", "install", "3.10", UV_PYTHON_INSTALL_DIR=str(folder)).returncode == 0:
-        yield from folder.glob("*/bin/python3.10")
+run = functools.partial(python310.run, cwd=ROOT, timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture
 def python(tmp_path) -> Path:
     """The interpreter of a new environment with the packages of a Jetson."""
-    for base in pythons(tmp_path / "uv"):
-        if run(base, "-m", "venv", tmp_path / "venv").returncode == 0:
-            break
-    else:
-        pytest.skip("needs Python 3.10 with venv (uv python install 3.10)")
-    created = tmp_path / "venv" / "bin" / "python"
+    created = python310.create_environment(tmp_path, timeout_s=TIMEOUT_S)
     done = run(created, "-m", "pip", "install", "--quiet", *REQUIREMENTS)
     assert done.returncode == 0, done.stderr
     return created

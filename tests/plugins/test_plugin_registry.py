@@ -1,4 +1,4 @@
-"""The plugin in the registries of TensorRT-RTX, 11.4 and 8.6, which list it; RTX also parses its node and builds it.
+"""The plugin in the registries of TensorRT-RTX, 11.4, 8.6.1 and 8.6.0, which list it; RTX also parses and builds it.
 
 Compiles one library per plugin interface, for one GPU architecture.
 """
@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from tests.support import python310
 from tests.support.plugin_kit import headers_or_skip, tensorrt86_or_skip
 from tests.support.tensorrt_wheels import downloaded_wheel, wheel_folder
 from yolov7_deploy.errors import PluginError
@@ -111,15 +113,17 @@ record = {
 print(json.dumps(record))
 """
 
-# Loads argv[1] into the registry of TensorRT 8.6, uses the creator, prints one JSON object.
-OLD = """
-import ctypes, json, sys
-import numpy as np
-import tensorrt as trt
+OLD_LEAN_VERSION = "8.6.0"  # the only TensorRT 8.6 on PyPI that is not a script that downloads it
 
+# Loads argv[1] into the registry of TensorRT 8.6 (module argv[2]), uses the creator, prints one JSON object.
+OLD = """
+import ctypes, importlib, json, sys
+import numpy as np
+
+trt = importlib.import_module(sys.argv[2])
 registry = trt.get_plugin_registry()
-library = ctypes.CDLL("libnvinfer.so.8")
-if library.getInferLibVersion() == 8600:
+library = ctypes.CDLL("libnvinfer_lean.so.8" if sys.argv[2] == "tensorrt_lean" else "libnvinfer.so.8")
+if trt.__version__ != "8.6.0" and library.getInferLibVersion() == 8600:
     # In the early-access release, loadLibrary has another position in the vtable than in the bindings of 8.6.1.
     library.getPluginRegistry.restype = ctypes.c_void_p
     this = library.getPluginRegistry()
@@ -429,13 +433,30 @@ def test_the_registry_of_8_6_lists_the_plugin_and_damaged_bytes_are_rejected(old
     packages = Path(importlib.util.find_spec("numpy").origin).parents[1]
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder / 'lib'}", "PYTHONPATH": f"{folder / 'site'}:{packages}"}
     done = subprocess.run(
-        [sys.executable, "-c", OLD, old_plugin.path],
+        [sys.executable, "-c", OLD, old_plugin.path, "tensorrt"],
         env=environment,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
     )
+    check_old_registry(done)
+
+
+@pytest.mark.slow
+def test_the_registry_of_the_lean_8_6_0_lists_the_plugin(old_plugin, tmp_path_factory, tmp_path):
+    """Its Python bindings are for Python 3.10 at most, and differ from those of 8.6.1 in the registry."""
+    wheel = downloaded_wheel(f"tensorrt_lean=={OLD_LEAN_VERSION}", wheel_folder(tmp_path_factory), minor=10)
+    python = python310.create_environment(tmp_path, timeout_s=TIMEOUT_S)
+    run = partial(python310.run, cwd=tmp_path, timeout_s=TIMEOUT_S)
+    installed = run(python, "-m", "pip", "install", "--quiet", "--no-deps", "numpy==1.26.*", wheel)
+    assert installed.returncode == 0, installed.stderr
+    (folder,) = tmp_path.glob("venv/lib/python3.10/site-packages/tensorrt_lean")
+    check_old_registry(run(python, "-c", OLD, old_plugin.path, "tensorrt_lean", LD_LIBRARY_PATH=str(folder)))
+
+
+def check_old_registry(done):
+    """Check what the program OLD printed."""
     assert done.returncode == 0, f"TensorRT ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}"
     record = json.loads(done.stdout.splitlines()[-1])
     names = ["anchors", "strides", "classes", "max_det", "max_candidates"]
