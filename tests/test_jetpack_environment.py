@@ -40,6 +40,16 @@ def python(tmp_path) -> Path:
     return created
 
 
+def test_what_the_jetpack_6_image_installs_is_ready_there(python, tmp_path):
+    """As docker/jetson-jetpack6.Dockerfile installs it; JetPack brings TensorRT."""
+    done = run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cpu,engine]", "numpy==1.26.*")
+    assert done.returncode == 0, done.stderr
+    major, minor, numpy, *others = run(python, "-c", VERSIONS).stdout.split()
+    assert (major, minor, others) == ("3", "10", ["None", "None"]) and numpy.startswith("1.26.")
+    ready = run(python.with_name("y7"), "doctor", "--ready", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert ready.returncode == 0 and ready.stdout.startswith("ready: onnxruntime opened "), ready.stderr
+
+
 VERSIONS = """
 import importlib.util, sys, numpy
 print(*sys.version_info[:2], numpy.__version__, importlib.util.find_spec("cuda"), importlib.util.find_spec("torch"))

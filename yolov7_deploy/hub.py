@@ -69,17 +69,18 @@ _MIN_BYTES_PER_S = 10_000  # mean; slower than a modem, so the server or the net
 _MAX_BYTES = 2**31
 
 
-def find_weights(name_or_path: str | Path, *, progress: Progress | None = None) -> Path:
+def find_weights(name_or_path: str | Path, *, progress: Progress | None = None, offline: bool = False) -> Path:
     """Return the path of a weights file; an official one that is not found locally is downloaded into the cache.
 
     For a name such as `yolov7` (or `yolov7.pt`) the files `yolov7.pt`, `yolov7.safetensors` and `yolov7_training.pt`
     are looked for in the working directory, in `$Y7_WEIGHTS_DIR` and in the cache (`~/.cache/yolov7_deploy`, or
-    under `$XDG_CACHE_HOME`), in this order. `yolov7-tiny-shapes` is part of this package. Anything else is a path and
-    is never downloaded.
+    under `$XDG_CACHE_HOME`), in this order. `yolov7-tiny-shapes` and its export `yolov7-tiny-shapes.onnx` are part of
+    this package. Anything else is a path and is never downloaded.
 
     Args:
         name_or_path: Official name or path.
         progress: Called during a download with bytes done and total bytes (0 if the server does not send a length).
+        offline: Download nothing.
 
     Raises:
         LoadError: There is no such file; for an official name the message lists where it was looked for.
@@ -92,11 +93,15 @@ def find_weights(name_or_path: str | Path, *, progress: Progress | None = None) 
     name = str(name_or_path).removesuffix(".pt")
     if name.removesuffix(".safetensors") == SHAPES_WEIGHTS:
         return bundled_weights()
+    if name == f"{SHAPES_WEIGHTS}.onnx":
+        return bundled_onnx()
     if name not in OFFICIAL_NAMES:
         raise _not_found(path)
     local = find_local_weights(name)
     if local is not None:
         return local
+    if offline:
+        raise _not_local(name)
     url = f"{RELEASE_URL}/{name}.pt"
     target = cache_dir() / f"{name}.pt"
     start = time.perf_counter()
@@ -105,10 +110,8 @@ def find_weights(name_or_path: str | Path, *, progress: Progress | None = None) 
     except IncompleteDownloadError as error:
         raise _incomplete(url, str(error.strerror)) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        folders = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in weights_folders().items())
         raise LoadError(
-            f"{name} ({' / '.join(_file_names(name))}) was not found in any of these locations:{folders}"
-            f"\n  the authors' release: {url} ({hide_credentials(_reason(error))})",
+            f"{_searched(name)}\n  the authors' release: {url} ({hide_credentials(_reason(error))})",
             fix=f"Download this URL on a machine with network access, and pass the file:  --weights {name}.pt",
         ) from error
     logger.info("weights: %s -> %s in %.1f s", url, target, time.perf_counter() - start)
@@ -125,6 +128,11 @@ def find_local_weights(name: str) -> Path | None:
 def bundled_weights() -> Path:
     """Return the path of the small trained network that is part of this package."""
     return Path(__file__).parent / "assets" / f"{SHAPES_WEIGHTS}.safetensors"
+
+
+def bundled_onnx() -> Path:
+    """Return the path of that network as an FP16 ONNX file, which runs where torch is not installed."""
+    return bundled_weights().with_suffix(".onnx")
 
 
 def cache_dir() -> Path:
@@ -146,6 +154,15 @@ def weights_folders() -> dict[str, Path | None]:
 def _file_names(name: str) -> tuple[str, ...]:
     names = (f"{name}.pt", f"{name}.safetensors")
     return names if name.endswith("_training") else (*names, f"{name}_training.pt")
+
+
+def _searched(name: str) -> str:
+    folders = "".join(f"\n  {label}: {folder or 'not set'}" for label, folder in weights_folders().items())
+    return f"{name} ({' / '.join(_file_names(name))}) was not found in any of these locations:{folders}"
+
+
+def _not_local(name: str) -> LoadError:
+    return LoadError(_searched(name), fix="Pass the path of a file, or copy the weights into one of these folders.")
 
 
 def _not_found(path: Path) -> LoadError:

@@ -28,6 +28,7 @@ from yolov7_deploy.cli.command import Quiet, Verbose, Y7Command, Y7Group, with_v
 from yolov7_deploy.cli.deepstream import deepstream
 from yolov7_deploy.cli.demo import demo, shapes
 from yolov7_deploy.cli.detect import detect
+from yolov7_deploy.cli.docker import docker
 from yolov7_deploy.cli.doctor import doctor
 from yolov7_deploy.cli.export import export
 from yolov7_deploy.cli.info import info
@@ -65,6 +66,7 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (verify, ()),
     (info, ()),
     (doctor, ()),
+    (docker, ()),
     (plugin, ()),
     (triton, ()),
     (deepstream, ()),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from yolov7_deploy._output import echo
-from yolov7_deploy.cli.options import JsonPath
+import typer
+
+from yolov7_deploy._output import echo, is_verbose
+from yolov7_deploy._text import get_logger
+from yolov7_deploy.cli.options import Device, JsonPath, complete_weights
+from yolov7_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from yolov7_deploy.doctor import Diagnosis
@@ -14,13 +19,34 @@ if TYPE_CHECKING:
     from yolov7_deploy.hardware.machine import Machine
 
 
-def doctor(json_path: JsonPath = None) -> None:
+def doctor(
+    json_path: JsonPath = None,
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Only open a model, for health checks: exit code 0 if that works, else 1.")
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="FILE",
+            autocompletion=complete_weights,
+            help="With --ready: the model (default: $Y7_READY_WEIGHTS, else the demo network).",
+        ),
+    ] = None,
+    device: Device = "auto",
+) -> None:
     """Report installed libraries, hardware, and what can run here.
 
     For what cannot run, it prints the command that installs the missing parts.
 
     Example:  y7 doctor
     """
+    if ready:
+        _check_ready(weights, device=device, json_path=json_path)
+        return
+    if weights is not None or device != "auto":
+        raise UsageError("--weights and --device belong to --ready.", fix="y7 doctor --ready --weights FILE")
     from yolov7_deploy._console import write_json
     from yolov7_deploy.doctor import diagnose
 
@@ -28,6 +54,20 @@ def doctor(json_path: JsonPath = None) -> None:
     echo(describe(diagnosis), err=json_path == "-")
     if json_path is not None:
         write_json(diagnosis, json_path)
+
+
+def _check_ready(weights: str | None, *, device: str, json_path: str | None) -> None:
+    from yolov7_deploy.doctor.readiness import check_ready
+
+    if not is_verbose():  # advice about this model, such as on its speed, would be repeated every half minute
+        get_logger("yolov7_deploy").setLevel(logging.ERROR)
+    found = check_ready(weights, device=device)
+    opened = f"{found.runtime} opened {found.weights} on {found.device} in {found.seconds:.2f} s"
+    echo(f"ready: {opened}", err=json_path == "-")
+    if json_path is not None:
+        from yolov7_deploy._console import write_json
+
+        write_json(found, json_path)
 
 
 def describe(diagnosis: Diagnosis) -> str:
