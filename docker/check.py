@@ -47,7 +47,7 @@ FOLDER = ROOT / "docker"
 IMAGES = ("cpu", "server", "v100", "jetson-jetpack7", "jetson-jetpack6")
 MAX_COMPRESSED_MB = 300  # of what is added to the base, without the vendor's packages
 MAX_DIFFERENCE_PX = 0.01  # of a box; the libraries of an image may have other versions
-MAX_READY_S = 10.0
+MAX_READY_CPU_S = 5.0  # of all processors, since the clock depends on what else runs here
 COMPILERS = ("cc", "gcc", "g++", "clang", "nvcc", "cmake", "make", "pip", "pip3")
 HEALTH_CHECK = ("y7", "doctor", "--ready")
 OTHER_USER = "12345:12345"
@@ -68,8 +68,8 @@ def main() -> None:
         for name in names:
             results[name] = check_image(builder, name)
             print(json.dumps({name: results[name]}, indent=2), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -428,7 +428,7 @@ def check_health(container: Container) -> dict[str, object]:
     seconds, cpu_seconds = map(float, times.split())
     assert printed.startswith("ready: "), printed
     assert container.fails(*HEALTH_CHECK, variables={"Y7_READY_WEIGHTS": "/data/absent.onnx"})
-    assert seconds < MAX_READY_S, f"y7 doctor --ready took {seconds:.1f} s"
+    assert cpu_seconds < MAX_READY_CPU_S, f"y7 doctor --ready took {cpu_seconds:.1f} s of processor time"
     return {"ready_s": round(seconds, 2), "ready_cpu_s": round(cpu_seconds, 2), "ready": printed.partition(" in ")[0]}
 
 

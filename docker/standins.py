@@ -1,4 +1,4 @@
-"""What takes the place of NVIDIA's images and packages where no registry can be reached.
+"""Stand-ins for NVIDIA's images and packages, where no registry can be reached.
 
 Bases are Debian systems made by mmdebstrap, with the names of the real ones. Packages of NVIDIA are small `.deb` files
 in a signed repository on this machine, or small wheels. Real are: Debian's packages, the CUDA compiler and the TensorRT

@@ -41,7 +41,7 @@ def python(tmp_path) -> Path:
 
 
 def test_what_the_jetpack_6_image_installs_is_ready_there(python, tmp_path):
-    """As docker/jetson-jetpack6.Dockerfile installs it; JetPack brings TensorRT."""
+    """The requirements are those of docker/jetson-jetpack6.Dockerfile; JetPack brings TensorRT."""
     done = run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[cpu,engine]", "numpy==1.26.*")
     assert done.returncode == 0, done.stderr
     major, minor, numpy, *others = run(python, "-c", VERSIONS).stdout.split()

@@ -106,6 +106,12 @@ def test_the_groups_of_the_gpu_are_those_of_the_board(tmp_path):
     assert "--group-add" not in plan_container(replace(PLAIN, gpus=(T4,)), root=tmp_path).run
 
 
+def test_root_of_the_host_is_not_the_user_in_the_container():
+    plan = plan_container(PLAIN, is_root=True)
+    assert "--user" not in plan.run and "10001" in plan.notes[-1]
+    assert '--user "$(id -u):$(id -g)"' in plan_container(PLAIN).run
+
+
 def test_an_unknown_image_is_an_error_with_the_names():
     with pytest.raises(UsageError) as caught:
         plan_container(PLAIN, image="jetpack8")

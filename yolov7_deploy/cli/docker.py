@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,7 +29,7 @@ def docker(
     from yolov7_deploy.doctor.containers import plan_container
     from yolov7_deploy.hardware.machine import read_machine
 
-    plan = plan_container(read_machine(), image=image)
+    plan = plan_container(read_machine(), image=image, is_root=os.geteuid() == 0 if hasattr(os, "geteuid") else False)
     _print(plan, to_stderr=json_path == "-")
     if json_path is not None:
         from yolov7_deploy._console import write_json

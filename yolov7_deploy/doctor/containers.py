@@ -18,6 +18,7 @@ from yolov7_deploy.hardware.machine import Jetson, Machine
 from yolov7_deploy.hardware.system import ROOT, read_text
 
 REPOSITORY = "yolov7-deploy"  # of the images, and first part of the name of their volume
+UID = 10001  # of the user in the images
 CACHE, WORK = "/cache", "/work"  # folders in the images: compiled networks and engines, and the working directory
 FIRST_JETPACK6 = (36, 4)  # L4T of JetPack 6.1, the first with the CUDA 12.6 and the TensorRT 10.3 of the image
 VOLTA, FIRST_SUPPORTED = "7.0", (7, 0)  # compute capabilities: V100, and the first that TensorRT 10 supports
@@ -69,12 +70,15 @@ class ContainerPlan:
     notes: tuple[str, ...] = ()
 
 
-def plan_container(machine: Machine, *, image: str | None = None, root: Path = ROOT) -> ContainerPlan:
+def plan_container(
+    machine: Machine, *, image: str | None = None, is_root: bool = False, root: Path = ROOT
+) -> ContainerPlan:
     """Return the image for a machine, and the commands.
 
     Args:
         machine: The machine.
         image: Name of another image to use.
+        is_root: The user of the host is root, who must not be the user in the container.
         root: Folder that contains `etc`.
 
     Raises:
@@ -92,8 +96,10 @@ def plan_container(machine: Machine, *, image: str | None = None, root: Path = R
         image=chosen.name,
         reason=reason,
         build=shlex.join(["docker", "build", "--file", file, "--tag", tag, "."]),
-        run=_run_line(chosen, tag, groups=_group_numbers(root) if chosen.gpu == _JETSON_GPU else ()),
-        notes=_notes(machine, chosen),
+        run=_run_line(
+            chosen, tag, groups=_group_numbers(root) if machine.jetson and chosen.gpu else (), is_root=is_root
+        ),
+        notes=_notes(machine, chosen, is_root=is_root),
     )
 
 
@@ -152,12 +158,12 @@ def _listed(gpus: dict[str, str]) -> str:
     return ", ".join(f"{name}, compute capability {capability or 'unknown'}" for name, capability in gpus.items())
 
 
-def _run_line(image: Image, tag: str, *, groups: Sequence[int]) -> str:
-    """Return the command that runs `y7 doctor` in the image, as the user who types it."""
+def _run_line(image: Image, tag: str, *, groups: Sequence[int], is_root: bool) -> str:
+    """Return the command that runs `y7 doctor` in the image, as the user who types it unless that is root."""
     added = [word for number in groups for word in ("--group-add", str(number))]
     words = ["docker", "run", "--rm", *image.gpu, *added]
-    mounts = f'--user "$(id -u):$(id -g)" --volume {REPOSITORY}-cache:{CACHE} --volume "$PWD":{WORK}'
-    return f"{shlex.join(words)} {mounts} {tag} doctor"
+    user = "" if is_root else ' --user "$(id -u):$(id -g)"'
+    return f'{shlex.join(words)}{user} --volume {REPOSITORY}-cache:{CACHE} --volume "$PWD":{WORK} {tag} doctor'
 
 
 def _group_numbers(root: Path) -> tuple[int, ...]:
@@ -165,11 +171,15 @@ def _group_numbers(root: Path) -> tuple[int, ...]:
     return tuple(int(number) for name, number in found if name in GPU_GROUPS)
 
 
-def _notes(machine: Machine, image: Image) -> tuple[str, ...]:
+def _notes(machine: Machine, image: Image, *, is_root: bool) -> tuple[str, ...]:
     notes = []
     capabilities = {gpu.compute_capability for gpu in machine.gpus}
     if image.name == "v100" and len(capabilities) > 1:
         notes.append("TensorRT 10.4 of this image is the last for the V100; it also runs GPUs up to 9.0 (H100).")
     if image.gpu == _SERVER_GPU:
         notes.append("The GPU needs NVIDIA's driver and the NVIDIA Container Toolkit on the host.")
+    if image.gpu == _JETSON_GPU and machine.jetson is None:
+        notes.append("On the board, y7 docker adds the groups of the GPU's device nodes.")
+    if is_root:
+        notes.append(f"The container's user {UID} must be able to write to the folder with your models and images.")
     return tuple(notes)
