@@ -83,6 +83,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - any annot
     if hint is str and isinstance(value, str):
         return value.encode("utf-8", "replace").decode()  # lone surrogates could not be printed or written
     # Integers of JSON have no limit; larger ones than any size or count cannot be converted to floats for a message.
-    if isinstance(hint, type) and type(value) is hint and not (hint is int and abs(value) > _MAX_INT):
+    is_huge = isinstance(value, int) and abs(value) > _MAX_INT
+    if isinstance(hint, type) and type(value) is hint and not is_huge:
         return value
     raise ValueError(f"{name} is {short_repr(value)}")
