@@ -108,6 +108,11 @@ def test_cpu_detects_with_an_exported_file(install):
     assert len(list((installation.folder / "detected").iterdir())) == 8
 
 
+def test_metrics_and_cpu_serve_metrics(install):
+    printed = install("metrics", "cpu").y7(f"{DETECT} --metrics-port 0")
+    assert "Metrics: http://127.0.0.1:" in printed
+
+
 def test_export_and_cpu_export_quantize_verify_and_estimate(install):
     installation = install("export", "cpu")
     assert "estimate" in installation.y7("bench --weights yolov7 --estimate v100")

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.precision.calibration_images import open_calibration as open_calibration
     from yolov7_deploy.precision.fp16 import to_fp16 as to_fp16
     from yolov7_deploy.precision.int8 import to_int8 as to_int8
+    from yolov7_deploy.streams import Streams as Streams
     from yolov7_deploy.tensorrt.builder import build_engine as build_engine
     from yolov7_deploy.tensorrt.engine import Engine as Engine
     from yolov7_deploy.workflows.functions import benchmark as benchmark
@@ -65,6 +66,7 @@ _MODULES = {
     "Int8Options": "options",
     "ModelMetadata": "metadata",
     "OnnxModel": "onnx_export.onnx_model",
+    "Streams": "streams",
     "Thresholds": "options",
     "Y7Error": "errors",
     "Yolov7": "model.yolov7",

@@ -27,14 +27,15 @@ _FLAGS = {
     "--single-cls": "single_class=True",
 }
 _PLAIN_FLAGS = _words(
-    "adam autoanchor engine exist-ok half image-weights linear-lr multi-label multi-scale paper rect reduce-range "
-    "resume sensitivity sparse version-compatible"
+    "adam autoanchor engine exist-ok half image-weights linear-lr multi-label multi-scale paper realtime rect "
+    "reduce-range resume sensitivity sparse version-compatible"
 )
 # Options whose argument has another name.
 _NAMES = {
     "cache": "cache_gib",
     "duration": "duration_s",
     "input": "input_kind",
+    "max-age": "max_age_s",
     "set": "hyp",
     "target": "targets",
     "warmup": "warmup_s",

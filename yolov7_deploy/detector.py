@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from numbers import Integral
@@ -45,6 +45,8 @@ from yolov7_deploy.runtimes.base import (
 )
 from yolov7_deploy.runtimes.device_arrays import GpuArray, gpu_hw, is_gpu_array
 from yolov7_deploy.sources import Frame, OnError, OneSource, SourceLike, check_on_error, open_source, read_each
+from yolov7_deploy.sources.streams import StreamEvent, StreamOptions, StreamSources, resolve_streams
+from yolov7_deploy.streams import MAX_AGE_S, Streams
 
 logger = get_logger(__name__)
 
@@ -371,6 +373,84 @@ class Detector:
             with self._calls.running():
                 detections, _ = self._detect([frame.image], thresholds, path=frame.path)
             yield frame, detections[0]
+
+    def streams(
+        self,
+        sources: Sequence[SourceLike] | StreamSources,
+        *,
+        conf: float | None = None,
+        iou: float | None = None,
+        classes: ClassesLike | None = None,
+        max_det: int | None = None,
+        batch: int | None = None,
+        max_age_s: float = MAX_AGE_S,
+        realtime: bool = False,
+        reconnects: int = 5,
+        on_error: OnError = "raise",
+        on_event: Callable[[StreamEvent], None] | None = None,
+    ) -> Streams:
+        """Detect in several cameras, videos and folders at the same time; their frames share batches.
+
+        Each source is read in a thread. A batch has at most one frame of each: the newest of a camera, and the next
+        of a file, whose frames are never dropped. If there are more streams than frames in a batch, those that waited
+        longest come first. While the caller works on the results of a batch, the next one runs.
+
+        A lost camera is opened again, with waits from 1 to 30 seconds, for as long as another stream has frames.
+
+        Args:
+            sources: See `open_source`; the files of one source are one stream.
+            conf, iou, classes, max_det: See `Detector`.
+            batch: Maximum number of frames in a batch; by default what the model takes, at most 32. It has fewer if
+                they are expected to take longer than half of `max_age_s`.
+            max_age_s: Frames of cameras that are older when their batch starts are not used.
+            realtime: Play videos at their frame rate, as cameras: frames may be dropped.
+            reconnects: Number of consecutive failed attempts to open a camera after which the iteration ends with an
+                error, if no other stream has frames.
+            on_error: `skip` leaves out images and videos that cannot be read; see `StreamCounters.skipped`.
+            on_event: Called when a stream begins, is lost, or ends.
+
+        Returns:
+            An iterator of (`StreamFrame`, `Detections`), with counters of each stream.
+
+        Raises:
+            SourceError: A file does not exist; while iterating, no camera is left, or a file cannot be read.
+            UsageError: `sources` is a single source, or `batch` is more than the model takes.
+        """
+        thresholds = self._override(self.thresholds, conf=conf, iou=iou, classes=classes, max_det=max_det)
+        self._calls.check_open()
+        found = sources if isinstance(sources, StreamSources) else resolve_streams(sources, on_error=on_error)
+        return Streams(
+            found,
+            functools.partial(self._detect_frames, thresholds),
+            options=StreamOptions(realtime=realtime, reconnects=reconnects),
+            max_batch=self._check_batch(batch, streams=len(found.streams)),
+            max_age_s=max_age_s,
+            on_event=on_event,
+        )
+
+    def _check_batch(self, batch: int | None, *, streams: int) -> int:
+        """Return the maximum number of frames in a batch; a model that takes one image at a time is logged.
+
+        Raises:
+            UsageError: The model does not take that many.
+        """
+        limit, fix = self.max_batch_size, "y7 export --weights WEIGHTS.pt --dynamic-batch"
+        if limit is not None and batch is not None and batch > limit:
+            raise UsageError(
+                f"{self.path.name} has a fixed batch size of {limit}, less than --batch {batch}.",
+                fix=f"Leave --batch out, or export it again:  {fix}",
+            )
+        if limit == 1 and streams > 1:
+            logger.warning(
+                "%s has a fixed batch size of 1: the frames of %d streams run one after the other. For batches:  %s",
+                *(self.path.name, streams, fix),
+            )
+        return batch if batch is not None else limit or MAX_BATCH_SIZE
+
+    def _detect_frames(self, thresholds: Thresholds, frames: Sequence[Frame]) -> list[Detections]:
+        with self._calls.running():
+            detections, _ = self._detect([frame.image for frame in frames], thresholds)
+        return [replace(found, path=frame.path) for frame, found in zip(frames, detections, strict=True)]
 
     def submit(
         self,

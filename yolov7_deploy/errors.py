@@ -114,6 +114,7 @@ _EXTRAS = {
     "onnxruntime": "cpu",
     "onnxsim": "export",
     "openvino": "openvino",
+    "prometheus_client": "metrics",
     "pyarrow": "ray",
     "ray": "ray",
     "safetensors": "export",

@@ -209,7 +209,7 @@ def test_a_run_that_ends_early_keeps_the_results_until_then(run, inputs, tmp_pat
 
     monkeypatch.setattr(FakeDetector, "__call__", second_image_fails)
     with pytest.raises(error):  # called without typer, which would turn an interruption into its exit code
-        detect(source=str(inputs), save_dir=tmp_path / "out", json_path=str(tmp_path / "r.json"))
+        detect(source=[str(inputs)], save_dir=tmp_path / "out", json_path=str(tmp_path / "r.json"))
     record = json.loads((tmp_path / "r.json").read_text())
     assert (record["frames"], len(record["images"])) == (1, 1)
     assert record["stopped"] is (error is KeyboardInterrupt or error is Interrupted)

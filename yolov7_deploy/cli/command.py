@@ -52,7 +52,9 @@ PANELS: dict[str, dict[str, str]] = {
     "detect": {
         "Model and images": "source weights img rect device runtime half",
         "Detections": "conf iou max_det classes multi_label agnostic_nms",
-        "Output": "project name exist_ok save_dir save_txt save_conf json_path view nosave",
+        "Several sources": "batch max_age realtime reconnects",
+        "Output": "project name exist_ok save_dir save_txt save_conf json_path jsonl view nosave",
+        "Metrics": "metrics_port metrics_host",
     },
     "score": {
         "Model and images": "source column weights img device runtime half",

@@ -60,6 +60,7 @@ KNOWN_PACKAGES = (
     KnownPackage(module="faster_coco_eval", distributions=("faster-coco-eval",), extra="val"),
     KnownPackage(module="yaml", distributions=("pyyaml",), extra="val"),
     KnownPackage(module="matplotlib", distributions=("matplotlib",), extra="bench"),
+    KnownPackage(module="prometheus_client", distributions=("prometheus-client",), extra="metrics"),
     KnownPackage(module="tensorboard", distributions=("tensorboard",), extra="train"),
     KnownPackage(
         module="tensorrt",

@@ -5,9 +5,12 @@ Otherwise a slow consumer would read from a growing buffer, with a delay that in
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -22,6 +25,12 @@ log = get_logger(__name__)
 POLL_S = 0.2  # longest single wait, so that Ctrl-C works on every platform
 # `docker stop` waits ten seconds for everything; a thread that waits for the network ends with the process.
 CLOSE_TIMEOUT_S = 3.0
+MAX_WAIT_S = 30.0  # between two attempts to open a stream
+REPORTED_ATTEMPTS = 5  # later ones in a row are logged as information only
+_MAX_DOUBLINGS = 16
+
+StreamState = Literal["connecting", "running", "lost", "ended"]
+OnState = Callable[[StreamState, str], None]  # called with a state and the reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,12 +41,14 @@ class LiveFrame:
         image: uint8 BGR [H, W, 3].
         number: Number of the frame in the stream, from 0.
         captured_s: Capture time in seconds since 1970; changes of the system clock during the stream have no effect.
+        monotonic_s: The same time on the clock of `time.monotonic`.
         fps: Frames per second that the stream reports.
     """
 
     image: Image
     number: int
     captured_s: float
+    monotonic_s: float
     fps: float
 
 
@@ -48,27 +59,65 @@ class LiveReader:
         address: Camera number or stream URL.
         open_capture: Function that opens it.
         reconnects: Number of consecutive attempts to reopen a lost stream. A stream that never opened is not tried
-            again: a wrong URL is more likely than a slow network.
-        wait_s: Seconds before the first attempt; doubled for each further one.
+            again: a wrong URL is more likely than a slow network. `None` tries both for as long as the reader is open.
+        wait_s: Seconds before the first attempt; doubled for each further one, up to `MAX_WAIT_S`.
+        changed: Condition that is notified of each frame, which several readers may share; `None` creates one.
+        on_state: Called in the thread of the reader when the state changes.
     """
 
     def __init__(
-        self, address: str | int, *, open_capture: OpenCapture = open_capture, reconnects: int = 5, wait_s: float = 1.0
+        self,
+        address: str | int,
+        *,
+        open_capture: OpenCapture = open_capture,
+        reconnects: int | None = 5,
+        wait_s: float = 1.0,
+        changed: threading.Condition | None = None,
+        on_state: OnState | None = None,
     ) -> None:
         self.address = address
         self._open = open_capture
         self._reconnects = reconnects
         self._wait_s = wait_s
-        self._changed = threading.Condition()
+        self._on_state = on_state
+        self._changed = changed or threading.Condition()
         self._stop = threading.Event()
         self._newest: LiveFrame | None = None
         self._dropped = 0
         self._failure = ""
         self._ended = False
         self._count = 0
+        self._state: StreamState = "connecting"
+        self._connections = 0
+        self._failures = 0
         self._clock_offset_s = time.time() - time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"y7-live-{_label(address)}", daemon=True)
         self._thread.start()
+
+    @property
+    def state(self) -> StreamState:
+        """The state: `connecting` before the first attempt to open it has ended, `running`, or `lost`."""
+        return self._state
+
+    @property
+    def received(self) -> int:
+        """Number of frames that were read."""
+        return self._count
+
+    @property
+    def connections(self) -> int:
+        """Number of times that the stream was opened and sent a frame."""
+        return self._connections
+
+    @property
+    def failures(self) -> int:
+        """Number of consecutive attempts that failed, since the last frame; the loss of a connection is the first."""
+        return self._failures
+
+    @property
+    def failure(self) -> str:
+        """Why the stream is lost; empty while it is not."""
+        return self._failure
 
     @property
     def dropped(self) -> int:
@@ -91,13 +140,28 @@ class LiveReader:
                 self._changed.wait(left)
             newest, self._newest = self._newest, None
         if newest is None and not self._stop.is_set():
-            raise SourceError(
-                self._failure or f"The reader of {_label(self.address)} stopped unexpectedly.",
-                fix="Is it connected, and not in use by another program? Cameras of this machine:  ls /dev/video*"
-                if isinstance(self.address, int)
-                else "Check the URL with:  ffplay URL",
-            )
+            raise self.error()
         return newest
+
+    @property
+    def is_ready(self) -> bool:
+        """True if there is a frame that was not taken."""
+        return self._newest is not None
+
+    def poll(self) -> LiveFrame | None:
+        """Return the newest frame if it is a new one, without waiting."""
+        with self._changed:
+            newest, self._newest = self._newest, None
+        return newest
+
+    def error(self) -> SourceError:
+        """Return the error for a stream that is lost."""
+        return SourceError(
+            self._failure or f"The reader of {_label(self.address)} stopped unexpectedly.",
+            fix="Is it connected, and not in use by another program? Cameras of this machine:  ls /dev/video*"
+            if isinstance(self.address, int)
+            else "Check the URL with:  ffplay URL",
+        )
 
     def stop(self) -> None:
         """Request the thread to end after the current frame, without waiting for it."""
@@ -111,28 +175,45 @@ class LiveReader:
 
     def _run(self) -> None:
         try:
-            failures = 0
             while not self._stop.is_set():
                 before = self._count
                 self._read_until_lost()
                 if self._stop.is_set():
                     return
-                failures = 1 if self._count > before else failures + 1
-                if self._count == 0:
-                    self._failure = f"{_label(self.address)} could not be opened, or sent no frame."
+                self._failures = 1 if self._count > before else self._failures + 1
+                self._failure = self._describe_failure()
+                self._set_state("lost", self._failure)
+                with self._changed:
+                    self._changed.notify_all()
+                if self._reconnects is not None and (self._count == 0 or self._failures > self._reconnects):
                     return
-                if failures > self._reconnects:
-                    self._failure = (
-                        f"{_label(self.address)} was lost after {self._count} frames and could not be "
-                        f"reopened in {self._reconnects} attempts."
-                    )
-                    return
-                log.warning("%s was lost; connection attempt %d", _label(self.address), failures)
-                self._stop.wait(self._wait_s * 2 ** (failures - 1))
+                self._wait()
         finally:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def _describe_failure(self) -> str:
+        if self._count == 0:
+            return f"{_label(self.address)} could not be opened, or sent no frame."
+        attempts = self._failures - 1
+        tried = f" and could not be reopened in {attempts} attempts" if attempts else ""
+        return f"{_label(self.address)} was lost after {self._count} frames{tried}."
+
+    def _wait(self) -> None:
+        """Wait before the next attempt to open the stream."""
+        wait_s = min(self._wait_s * 2 ** min(self._failures - 1, _MAX_DOUBLINGS), MAX_WAIT_S)
+        level = logging.WARNING if self._failures <= REPORTED_ATTEMPTS else logging.INFO
+        what = "was lost" if self._count else "could not be opened"
+        log.log(level, "%s %s; connection attempt %d in %.3g s", _label(self.address), what, self._failures, wait_s)
+        self._stop.wait(wait_s)
+
+    def _set_state(self, state: StreamState, reason: str = "") -> None:
+        if state == self._state:
+            return
+        self._state = state
+        if self._on_state is not None:
+            self._on_state(state, reason)
 
     def _read_until_lost(self) -> None:
         try:
@@ -154,10 +235,20 @@ class LiveReader:
             capture.release()
 
     def _set_newest(self, image: Image, fps: float) -> None:
+        if self._state != "running":
+            self._connections += 1
+            self._failures, self._failure = 0, ""
+            self._set_state("running")
         with self._changed:
             self._dropped += self._newest is not None
-            captured_s = self._clock_offset_s + time.monotonic()
-            self._newest = LiveFrame(image=image, number=self._count, captured_s=captured_s, fps=fps)
+            now_s = time.monotonic()
+            self._newest = LiveFrame(
+                image=image,
+                number=self._count,
+                captured_s=self._clock_offset_s + now_s,
+                monotonic_s=now_s,
+                fps=fps,
+            )
             self._count += 1
             self._changed.notify_all()
 

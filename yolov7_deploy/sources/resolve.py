@@ -6,7 +6,7 @@ import http.client
 import re
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -52,7 +52,7 @@ MAX_SUBFOLDERS = 1000  # in which images are looked for, to suggest a pattern
 MAX_PATTERN = 4096  # characters, the limit of paths; matching takes quadratic time
 
 OnError = Literal["raise", "skip"]
-Kind = Literal["image", "video", "live", "array"]
+Kind = Literal["image", "video", "live", "array", "http"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -60,7 +60,8 @@ class Item:
     """One item of a source.
 
     Attributes:
-        kind: `image`, `video` (a file), `live` (a camera or stream) or `array` (also a PIL image, or bytes of a file).
+        kind: `image`, `video` (a file), `live` (a camera or stream), `array` (also a PIL image, or bytes of a file), or
+            `http` (an address that `identify` asks the server about).
         address: Path, URL, camera number or array, depending on `kind`.
         label: The address for messages and `Frame.path`, without password; empty for arrays.
     """
@@ -81,7 +82,13 @@ def check_on_error(on_error: object) -> None:
 
 
 def resolve(
-    source: object, *, folder: Path | None, on_error: OnError, skipped: list[Skipped], left_out: list[Skipped]
+    source: object,
+    *,
+    folder: Path | None,
+    on_error: OnError,
+    skipped: list[Skipped],
+    left_out: list[Skipped],
+    ask_servers: bool = True,
 ) -> Iterator[Item]:
     """Yield the items of a source, in order.
 
@@ -91,6 +98,8 @@ def resolve(
         on_error: `raise` or `skip` invalid lines of a list.
         skipped: Skipped lines are appended to it.
         left_out: What folders and patterns have besides images and videos is appended to it.
+        ask_servers: Ask servers what HTTP addresses are whose suffix does not show it; each may take `PROBE_TIMEOUT_S`.
+            Otherwise these items are of the kind `http`.
 
     Raises:
         SourceError: A file does not exist, or a folder, pattern or list has nothing to read.
@@ -106,12 +115,16 @@ def resolve(
     elif isinstance(source, str | Path):
         text = str(source).strip()
         if text.lower().endswith(LIST_SUFFIX) and "://" not in text and folder is None:
-            yield from _resolve_list(expand_user(text), on_error=on_error, skipped=skipped, left_out=left_out)
+            yield from _resolve_list(
+                expand_user(text), on_error=on_error, skipped=skipped, left_out=left_out, ask_servers=ask_servers
+            )
         else:
-            yield from _resolve_path_or_url(text, folder=folder, left_out=left_out)
+            yield from _resolve_path_or_url(text, folder=folder, left_out=left_out, ask_servers=ask_servers)
     elif isinstance(source, Sequence):
         for one in source:
-            yield from resolve(one, folder=folder, on_error=on_error, skipped=skipped, left_out=left_out)
+            yield from resolve(
+                one, folder=folder, on_error=on_error, skipped=skipped, left_out=left_out, ask_servers=ask_servers
+            )
     elif isinstance(source, Iterator) and not hasattr(source, "read"):
         raise UsageError(
             f"A source cannot be a {type(source).__name__}, which has no length.",
@@ -128,7 +141,9 @@ def _camera(number: int) -> Item:
     return Item(kind="live", address=number, label=f"camera {number}")
 
 
-def _resolve_path_or_url(text: str, *, folder: Path | None, left_out: list[Skipped]) -> Iterator[Item]:
+def _resolve_path_or_url(
+    text: str, *, folder: Path | None, left_out: list[Skipped], ask_servers: bool
+) -> Iterator[Item]:
     """Yield the items of a path, pattern, URL or camera number.
 
     Relative paths of a list in `folder` are looked for there first, then in the working directory.
@@ -140,7 +155,8 @@ def _resolve_path_or_url(text: str, *, folder: Path | None, left_out: list[Skipp
         return
     scheme, separator, _ = text.partition("://")
     if separator:
-        yield _url(text, scheme.lower())
+        item = _url(text, scheme.lower())
+        yield identify(item) if ask_servers else item
         return
     path = expand_user(text)
     if folder is not None:
@@ -181,26 +197,35 @@ def _url(text: str, scheme: str) -> Item:
             fix="Correct it.",
         ) from error
     if scheme in ("http", "https"):
-        kind, address = _http_kind(text, suffix), ascii_address(text)
-        return Item(kind=kind, address=address, label=hide_credentials(text))
+        return Item(kind=_kind_by_suffix(suffix), address=ascii_address(text), label=hide_credentials(text))
     return Item(kind="live", address=text, label=hide_credentials(text))
 
 
-def _http_kind(text: str, suffix: str) -> Kind:
-    """Return what an address leads to: by its suffix, else by what the server sends."""
+def _kind_by_suffix(suffix: str) -> Kind:
     if suffix in IMAGE_SUFFIXES:
         return "image"
     if suffix in MOTION_JPEG_SUFFIXES:
         return "live"
-    if _is_video(suffix):
-        return "video"
+    return "video" if _is_video(suffix) else "http"
+
+
+def identify(item: Item) -> Item:
+    """Return an item of the kind `http` with the kind that the answer of the server shows, and others unchanged.
+
+    Raises:
+        SourceError: It is a web page.
+    """
+    return replace(item, kind=_ask_server(item)) if item.kind == "http" else item
+
+
+def _ask_server(item: Item) -> Kind:
     try:
-        answer = probe(text, timeout_s=PROBE_TIMEOUT_S)
+        answer = probe(item.address, timeout_s=PROBE_TIMEOUT_S)
     except (OSError, http.client.HTTPException, ValueError):
         return "live"  # the reader of the stream tries again, and reports the error
     if answer.media_type == "text/html":
         raise SourceError(
-            f"{_printable(hide_credentials(text))} is a web page, not an image, video or stream.",
+            f"{_printable(item.label)} is a web page, not an image, video or stream.",
             fix="Pass the address of the image or stream that the page shows.",
         )
     if answer.media_type.startswith("image/") or answer.head.startswith(IMAGE_SIGNATURES):
@@ -272,7 +297,9 @@ def _resolve_pattern(pattern: Path, left_out: list[Skipped]) -> Iterator[Item]:
     yield from map(_file, found.files)
 
 
-def _resolve_list(path: Path, *, on_error: OnError, skipped: list[Skipped], left_out: list[Skipped]) -> Iterator[Item]:
+def _resolve_list(
+    path: Path, *, on_error: OnError, skipped: list[Skipped], left_out: list[Skipped], ask_servers: bool
+) -> Iterator[Item]:
     """Yield the items of a text file with one entry per line; blank lines and lines that start with # are ignored."""
     try:
         entries = read_list(path)
@@ -282,7 +309,7 @@ def _resolve_list(path: Path, *, on_error: OnError, skipped: list[Skipped], left
         raise SourceError(f"{path} is not UTF-8 text ({error}).", fix="Save the list as UTF-8.") from error
     for number, entry in entries:
         try:
-            yield from _resolve_path_or_url(entry, folder=path.parent, left_out=left_out)
+            yield from _resolve_path_or_url(entry, folder=path.parent, left_out=left_out, ask_servers=ask_servers)
         except SourceError as error:
             message = f"{path}, line {number}: {error.message}"
             if on_error == "raise":

@@ -43,6 +43,7 @@ class Frame:
         fps: Frames per second of its video or stream, 0 if unknown.
         dropped: Number of frames of this stream that were dropped so far.
         item: Number of its file or stream in the source, from 0; the paths of two may be equal.
+        stream: Number of its stream in `Detector.streams`, from 0; 0 elsewhere.
     """
 
     image: Image
@@ -54,6 +55,7 @@ class Frame:
     fps: float = 0.0
     dropped: int = 0
     item: int = 0
+    stream: int = 0
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]

@@ -1,0 +1,329 @@
+"""Many cameras and one model: throughput, ages, fairness, a camera that dies, and memory.
+
+Cameras are MJPEG servers in another process (`mjpeg_server.py`), faster than the model, so that it is always busy. The
+bare loop is what the streams are compared with: `detector.batch` on one frame of each camera, again and again, while
+the same readers decode the same streams in the background, with no bookkeeping, no ages, and no reconnections. It takes
+the newest frames, or the same ones again if there are no newer ones, so it never waits. Both run in interleaved blocks.
+
+    python benchmarks/streams.py [--cameras 16] [--minutes 30] [--machine cpu-2-core]
+
+With `--minutes`, the streams run for so long, one camera dies every minute, and memory, threads and open files must
+not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from recording import parser, record
+
+from yolov7_deploy import Detector, Streams, export
+from yolov7_deploy.sources.live import LiveReader
+from yolov7_deploy.streams import MAX_AGE_S
+
+SERVER = Path(__file__).with_name("mjpeg_server.py")
+OVERLOAD = 1.25  # frames of all cameras per frame that the network alone can process
+ROUNDS = 5
+WARMUP_S = 3.0  # until all streams are connected and the batches have their size
+MIN_RATIO = 0.9
+MAX_UNFAIRNESS = 0.1
+DEAD_S = 5.0
+MAX_RETURN_S = 12.0  # the waits before the first attempts are 1, 2, 4 and 8 seconds
+SETTLED, MAX_GROWTH = 0.2, 0.02  # as in soak.py
+
+
+class Cameras:
+    """The process of the cameras, a context manager.
+
+    Args:
+        number: How many.
+        hw: Height and width of their frames.
+    """
+
+    def __init__(self, number: int, hw: tuple[int, int]) -> None:
+        size = ["--height", str(hw[0]), "--width", str(hw[1])]
+        command = [sys.executable, str(SERVER), "--control", "--cameras", str(number), *size]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input = self._process.stdin
+        self.addresses = [self._process.stdout.readline().strip() for _ in range(number)]
+
+    def command(self, line: str) -> None:
+        """Send a command; see `mjpeg_server.py`."""
+        self._input.write(line + "\n")
+        self._input.flush()
+
+    def __enter__(self) -> Cameras:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._input.close()
+        self._process.wait()
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """Frames and times of a run of streams.
+
+    Attributes:
+        frames: Number of frames of each camera.
+        queue_age_s, latency_s: Those of each frame.
+        batches: Number of batches.
+        seconds: Wall time.
+        cores: Mean number of cores that this process kept busy.
+        all_cores: Mean number of cores that all programs kept busy.
+    """
+
+    frames: list[int]
+    queue_age_s: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+    batches: int = 0
+    seconds: float = 0.0
+    cores: float = 0.0
+    all_cores: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return sum(self.frames) / self.seconds
+
+    @property
+    def unfairness(self) -> float:
+        """Difference of the most and the least frames of a camera, relative to the mean."""
+        return (max(self.frames) - min(self.frames)) / statistics.fmean(self.frames)
+
+
+def run_streams(streams: Streams, *, seconds: float) -> Run:
+    """Iterate for some seconds; `streams` continue afterwards."""
+    run = Run(frames=[0] * len(streams.counters))
+    process, batches = psutil.Process(), streams.batch_times.count
+    begin, busy, all_busy = time.perf_counter(), _busy_s(process), _all_busy_s()
+    for frame, _ in streams:
+        run.frames[frame.stream] += 1
+        run.queue_age_s.append(frame.queue_age_s)
+        run.latency_s.append(frame.latency_s)
+        if time.perf_counter() - begin > seconds:
+            break
+    run.seconds = time.perf_counter() - begin
+    run.cores = (_busy_s(process) - busy) / run.seconds
+    run.all_cores = (_all_busy_s() - all_busy) / run.seconds
+    run.batches = streams.batch_times.count - batches
+    return run
+
+
+@contextlib.contextmanager
+def opened(detector: Detector, addresses: Sequence[str]) -> Iterator[Streams]:
+    """Yield streams that have run for a while."""
+    with detector.streams(addresses) as streams:
+        run_streams(streams, seconds=WARMUP_S)
+        yield streams
+
+
+def bare_loop(detector: Detector, addresses: Sequence[str], *, seconds: float) -> float:
+    """Return images per second of batches of the newest frames, which the same readers decode."""
+    readers = [LiveReader(address) for address in addresses]
+    try:
+        images = [reader.take(timeout_s=WARMUP_S) for reader in readers]
+        newest = [live.image for live in images if live is not None]
+        assert len(newest) == len(readers), "a camera sent no frame"
+        detector.batch(newest)
+        count, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            for index, reader in enumerate(readers):
+                live = reader.poll()
+                newest[index] = newest[index] if live is None else live.image
+            count += len(detector.batch(newest))
+        return count / (time.perf_counter() - begin)
+    finally:
+        for reader in readers:
+            reader.stop()
+        for reader in readers:
+            reader.close()
+
+
+def network_alone(detector: Detector, hw: tuple[int, int], *, batch: int, seconds: float) -> float:
+    """Return images per second without any camera."""
+    images = [np.random.default_rng(seed).integers(0, 256, (*hw, 3), np.uint8) for seed in range(batch)]
+    detector.batch(images)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        count += len(detector.batch(images))
+    return count / (time.perf_counter() - begin)
+
+
+def dead_camera(streams: Streams, cameras: Cameras, *, camera: int) -> dict[str, object]:
+    """Stop a camera for some seconds, and return how long it took until its next frame, and the rate of the others."""
+    cameras.command(f"stop {camera}")
+    without = run_streams(streams, seconds=DEAD_S)
+    cameras.command(f"start {camera}")
+    begin = time.perf_counter()
+    for frame, _ in streams:
+        if frame.stream == camera or time.perf_counter() - begin > MAX_RETURN_S:
+            break
+    return {
+        "seconds_until_it_is_back": round(time.perf_counter() - begin, 2),
+        "frames_per_second_of_the_others": round(without.rate, 1),
+        "longest_latency_ms_of_the_others": round(max(without.latency_s) * 1e3, 1),
+        "its_state": streams.counters[camera].state,
+    }
+
+
+def long_run(streams: Streams, cameras: Cameras, *, minutes: float) -> dict[str, object]:
+    """Run for some minutes, in each of which a camera dies, and return what happened to the resources."""
+    process, begin = psutil.Process(), time.perf_counter()
+    samples: list[tuple[float, int, int]] = []
+    parts: list[tuple[int, float, float]] = []  # frames, longest age and rate; a list of all ages would grow
+    deaths = 0
+    while (left_s := begin + minutes * 60 - time.perf_counter()) > 0:
+        camera = deaths % len(streams.counters)
+        cameras.command(f"stop {camera}")
+        deaths += 1
+        for part_s, command in ((2.0, f"start {camera}"), (58.0, "")):
+            run = run_streams(streams, seconds=max(0.5, min(part_s, left_s)))
+            parts.append((sum(run.frames), max(run.queue_age_s), run.rate))
+            samples.append((process.memory_info().rss / 1e6, process.num_threads(), process.num_fds()))
+            if command:
+                cameras.command(command)
+    settled = samples[int(SETTLED * len(samples)) :]
+    memory = [sample[0] for sample in settled]
+    slope = float(np.polyfit(range(len(memory)), memory, 1)[0]) if len(memory) > 1 else 0.0
+    return {
+        "minutes": minutes,
+        "frames": sum(part[0] for part in parts),
+        "deaths": deaths,
+        "connections": sum(one.connections for one in streams.counters),
+        "memory_mb": [round(sample[0], 1) for sample in samples],
+        "memory_growth": round(slope * (len(memory) - 1) / memory[0], 4),
+        "memory_growth_limit": MAX_GROWTH,
+        "threads": sorted({sample[1] for sample in settled}),
+        "open_files": sorted({sample[2] for sample in settled}),
+        "longest_queue_age_ms": round(max(part[1] for part in parts) * 1e3, 1),
+        "frames_per_second": round(statistics.median(part[2] for part in parts), 1),
+    }
+
+
+def _busy_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _all_busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def milliseconds(values: Sequence[float]) -> dict[str, float]:
+    """Return percentiles of seconds as milliseconds."""
+    found = np.percentile(np.asarray(values) * 1e3, (50, 95, 99, 100))
+    return {name: round(float(value), 1) for name, value in zip(("p50", "p95", "p99", "max"), found, strict=True)}
+
+
+def compare(
+    detector: Detector, cameras: Cameras, *, rounds: int, block_s: float
+) -> tuple[list[Run], list[float], list[float]]:
+    """Return the runs of the streams, the rates of the bare loop, and their ratios, from interleaved blocks."""
+    runs: list[Run] = []
+    rates: list[float] = []
+
+    def one_run() -> None:
+        with opened(detector, cameras.addresses) as streams:
+            runs.append(run_streams(streams, seconds=block_s))
+
+    def one_loop() -> None:
+        rates.append(bare_loop(detector, cameras.addresses, seconds=block_s))
+
+    for number in range(rounds):
+        for block in (one_loop, one_run) if number % 2 == 0 else (one_run, one_loop):
+            block()
+    return runs, rates, [run.rate / rate for run, rate in zip(runs, rates, strict=True)]
+
+
+def failures(result: dict[str, object]) -> list[str]:
+    """Return what does not hold; empty if everything does."""
+    found = []
+    if result["ratio"] < MIN_RATIO:  # type: ignore[operator]
+        found.append(f"the ratio {result['ratio']} is below {MIN_RATIO}")
+    if result["unfairness"] > MAX_UNFAIRNESS:  # type: ignore[operator]
+        found.append(f"the unfairness {result['unfairness']} is above {MAX_UNFAIRNESS}")
+    if result["queue_age_ms"]["max"] > MAX_AGE_S * 1e3:  # type: ignore[index]
+        found.append("a processed frame was older than the limit")
+    if result["dead_camera"]["its_state"] != "running":  # type: ignore[index]
+        found.append("the stopped camera did not come back")
+    long = result.get("long_run")
+    if isinstance(long, dict) and long["memory_growth"] > MAX_GROWTH:
+        found.append(f"memory grew by {long['memory_growth']:.1%}")
+    return found
+
+
+def measure(options: argparse.Namespace, detector: Detector) -> dict[str, object]:
+    hw = (options.height, options.width)
+    alone = network_alone(detector, hw, batch=options.cameras, seconds=options.block_s)
+    fps = round(OVERLOAD * alone / options.cameras, 1)
+    with Cameras(options.cameras, hw) as cameras:
+        cameras.command(f"fps {fps}")
+        runs, rates, ratios = compare(detector, cameras, rounds=options.rounds, block_s=options.block_s)
+        with opened(detector, cameras.addresses) as streams:
+            dead = dead_camera(streams, cameras, camera=1)
+            long = long_run(streams, cameras, minutes=options.minutes) if options.minutes else None
+    frames = [sum(run.frames[camera] for run in runs) for camera in range(options.cameras)]
+    total = Run(frames=frames, seconds=sum(run.seconds for run in runs))
+    batches = sum(run.batches for run in runs)
+    return {
+        "cameras": options.cameras,
+        "frame_hw": list(hw),
+        "camera_fps": fps,
+        "input_hw": list(detector.input_hw),
+        "runtime": dict(detector.runtime_info),
+        "block_seconds": options.block_s,
+        "network_alone_per_second": round(alone, 1),
+        "bare_loop_per_second": [round(rate, 1) for rate in rates],
+        "streams_per_second": [round(run.rate, 1) for run in runs],
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_limit": MIN_RATIO,
+        "frames_by_camera": frames,
+        "unfairness": round(total.unfairness, 4),
+        "frames_per_batch": round(sum(frames) / batches, 2),
+        "cores": round(statistics.fmean(run.cores for run in runs), 2),
+        "cores_of_cameras_and_other_programs": round(statistics.fmean(run.all_cores - run.cores for run in runs), 2),
+        "max_age_ms": MAX_AGE_S * 1e3,
+        "queue_age_ms": milliseconds([age for run in runs for age in run.queue_age_s]),
+        "latency_ms": milliseconds([latency for run in runs for latency in run.latency_s]),
+        "dead_camera": dead,
+        **({} if long is None else {"long_run": long}),
+    }
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--cameras", type=int, default=16)
+    arguments.add_argument("--height", type=int, default=240)
+    arguments.add_argument("--width", type=int, default=320)
+    arguments.add_argument("--img", type=int, default=192)
+    arguments.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments.add_argument("--block-s", type=float, default=15.0)
+    arguments.add_argument("--minutes", type=float, default=0.0, help="length of the long run; 0 leaves it out")
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shapes.onnx"
+        export("yolov7-tiny-shapes", path, img=options.img, batch=None)
+        with Detector(path, device="cpu", runtime="onnxruntime") as detector:
+            result = measure(options, detector)
+    result["failures"] = failures(result)
+    record("streams", options.machine, result)
+    sys.exit("\n".join(failures(result)) or 0)
+
+
+if __name__ == "__main__":
+    main()

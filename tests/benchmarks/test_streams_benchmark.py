@@ -1,0 +1,62 @@
+"""The proof of many cameras with one model: its verdicts, and in the slow suite the proof itself, in a short form."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from yolov7_deploy import Detector, export
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import mjpeg_server
+import streams
+
+GOOD = {
+    "ratio": 0.97,
+    "unfairness": 0.02,
+    "queue_age_ms": {"p50": 40.0, "max": 120.0},
+    "dead_camera": {"its_state": "running"},
+    "long_run": {"memory_growth": 0.001, "threads": [40], "open_files": [60]},
+}
+
+
+def test_a_good_result_has_no_failures():
+    assert streams.failures(GOOD) == []
+    assert streams.failures({name: value for name, value in GOOD.items() if name != "long_run"}) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ratio": 0.89}, "ratio"),
+        ({"unfairness": 0.11}, "unfairness"),
+        ({"queue_age_ms": {"max": 1001.0}}, "older than the limit"),
+        ({"dead_camera": {"its_state": "lost"}}, "did not come back"),
+        ({"long_run": {"memory_growth": 0.03, "threads": [40]}}, "memory grew"),
+    ],
+)
+def test_each_claim_can_fail(changed, message):
+    (failure,) = streams.failures({**GOOD, **changed})
+    assert message in failure
+
+
+def test_the_number_of_a_frame_survives_jpeg():
+    import cv2
+    import numpy as np
+
+    for number, data in enumerate(mjpeg_server.make_frames((48, 64))):
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert mjpeg_server.read_number(image) == number
+
+
+@pytest.mark.slow
+def test_sixteen_cameras_share_one_model_at_the_speed_of_a_bare_loop(tmp_path):
+    export("yolov7-tiny-shapes", tmp_path / "shapes.onnx", img=192, batch=None)
+    options = argparse.Namespace(cameras=16, height=240, width=320, rounds=5, block_s=10.0, minutes=3.0)
+    with Detector(tmp_path / "shapes.onnx", device="cpu", runtime="onnxruntime") as detector:
+        result = streams.measure(options, detector)
+    assert streams.failures(result) == [], result
