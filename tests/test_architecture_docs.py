@@ -1,4 +1,4 @@
-"""Every command, option and Python name in README.md and docs/ exists."""
+"""Every command, option and Python name in README.md, docs/ and examples/ exists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from yolov7_deploy.cli.official import TABLES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [path for folder in ("docs", "examples") for path in (ROOT / folder).glob("*.md")]
+DOCUMENTS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in PAGES)]
+EXAMPLES = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".cpp")
+)
 SHELL_BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -50,7 +54,7 @@ def test_the_readme_shows_the_main_commands():
     assert {command for command, _ in command_lines("README.md")} >= {"demo", "detect", "export", "val", "verify"}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [*DOCUMENTS, *EXAMPLES])
 def test_every_command_line_in_a_document_has_existing_options(name):
     known = options()
     lines = command_lines(name)

@@ -296,7 +296,7 @@ def test_the_command_line_starts_without_a_heavy_library():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks", "examples"])
 def test_no_file_is_too_long(folder):
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files(ROOT / folder)}
     assert {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
@@ -308,7 +308,7 @@ def docstring_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (function.body[0].end_lineno or 0) - function.body[0].lineno + 1
 
 
-@pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["yolov7_deploy", "tests", "benchmarks", "examples"])
 def test_no_function_is_too_long(folder):
     wrong = [
         f"{path.relative_to(ROOT).as_posix()}:{node.lineno} {node.name} has {lines} lines"
