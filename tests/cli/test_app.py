@@ -204,7 +204,7 @@ def test_help_shows_all_variants():
         ("y7 train --variant yolov7-t", {"yolov7-tiny", "yolov7-tiny-silu"}),
         ("y7 detect --weights yolov7-d", {"yolov7-d6", "yolov7-d6_training"}),
         ("y7 detect --weights runs/", {"runs/best.onnx", "runs/train/"}),
-        ("y7 detect --max", {"--max-det"}),
+        ("y7 detect --max", {"--max-age", "--max-det"}),
     ],
 )
 def test_the_shell_completes_commands_options_values_and_model_files(tmp_path, words, expected):
