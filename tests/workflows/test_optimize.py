@@ -97,7 +97,7 @@ def test_a_file_that_a_runtime_computes_wrongly_is_rejected_by_its_ap(y7, tmp_pa
 
 def test_an_interruption_keeps_what_was_measured(y7, tmp_path, monkeypatch):
     def interrupted(calls, samples, **_):
-        samples.update({name: [3.0 - 0.1 * number] * 9 for number, name in enumerate(calls)})
+        samples.update({name: [4.0 / (1 + number)] * 9 for number, name in enumerate(calls)})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "race", interrupted)
