@@ -402,10 +402,10 @@ def _read(path: Path) -> OpenvinoGraph:
 
 
 def _check_int8(path: Path, graph: OpenvinoGraph) -> None:
-    """Refuse int8 activations, with which OpenVINO 2026.4 computes convolutions after a Concat wrongly."""
+    """Refuse int8 activations: without AMX, OpenVINO 2026.4 computes convolutions after a Concat wrongly with them."""
     if graph.has_int8_activations:
         raise LoadError(
-            f"{path} has int8 activations (for TensorRT or ARM); OpenVINO computes them wrongly on a CPU.",
+            f"{path} has int8 activations (for TensorRT or ARM); OpenVINO computes them wrongly on CPUs without AMX.",
             fix="Quantize the FP32 file for CPUs:  y7 quantize --weights FILE.onnx --calib FOLDER --int8-target cpu",
         )
 
