@@ -110,6 +110,21 @@ def keep_signal_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep freed memory of this process for later allocations; return whether it can.
+
+    By default glibc maps every block of over 32 MiB anew and returns it when it is freed, so each activation of a
+    training step starts as pages that the kernel first has to clear. Other C libraries do not have the setting.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
 @contextlib.contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
     """Yield a new folder in the system's temporary folder, see `private_folder`; signals do not prevent its removal.

@@ -14,6 +14,7 @@ import numpy as np
 from yolov7_deploy._atomic_file import remove_partial_files
 from yolov7_deploy._console import plural
 from yolov7_deploy._output_folder import lock_run_folder
+from yolov7_deploy._process import keep_freed_memory
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.samples import as_single_class, select_classes
@@ -175,6 +176,8 @@ def _run(
     resuming: bool,
 ) -> TrainReport:
     request, options, folder = state.request, state.request.options, Path(state.request.folder)
+    if distributed.device.type == "cpu":
+        keep_freed_memory()
     with contextlib.ExitStack() as stack:
         loader = _create_loader(datasets.train, request, distributed, stride=max(model.variant.strides))
         stack.callback(loader.close)
