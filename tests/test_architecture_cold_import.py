@@ -208,6 +208,7 @@ def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, argu
     assert extra in fix.removeprefix("pip install 'yolov7-deploy[").removesuffix("]'").split(",")
 
 
+@pytest.mark.slow
 def test_export_quantize_and_verify_need_no_library_of_training_or_validation(tmp_path):
     weights = bundled_weights()
     without = ("faster_coco_eval", "matplotlib", "pycocotools", "yaml")

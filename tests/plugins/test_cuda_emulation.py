@@ -154,6 +154,7 @@ def test_the_kernels_as_shipped_have_no_races():
         one_random_case(kernels, [6, seed])
 
 
+@pytest.mark.slow
 def test_nothing_is_undefined_and_nothing_outside_the_buffers_is_read():
     """Two sanitizers in a separate process, which also reports reads of the memory around every buffer."""
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)

@@ -166,6 +166,7 @@ def test_devices_are_selected_by_name_or_number(monkeypatch):
 # --- complete training runs -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_charts")
 def test_two_processes_train_like_one_process_with_all_images(data, tmp_path):
     arguments = f"--set lr0={SMALL_LR.lr0} --no-ota --epochs 3 --batch 6 --nominal-batch 12".split()

@@ -80,6 +80,7 @@ def test_the_winner_is_kept_and_used_by_two_lines_of_python(y7, tmp_path):
     scope["detector"].close()
 
 
+@pytest.mark.slow
 def test_a_file_that_a_runtime_computes_wrongly_is_rejected_by_its_ap(y7, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'yolov7-deploy[openvino]'")
     from yolov7_deploy.runtimes import openvino
