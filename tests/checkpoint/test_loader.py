@@ -481,6 +481,14 @@ def test_a_safetensors_file_whose_name_is_not_unicode_is_read(path, tmp_path):
     assert_holds(load_checkpoint(target), model)
 
 
+def test_the_state_of_a_training_run_names_the_weights_beside_it(tmp_path):
+    tensors = {f"{part}.model.0.conv.weight": torch.zeros(1) for part in ("ema", "model")}
+    safetensors.torch.save_file(tensors, tmp_path / "state.safetensors")
+    with pytest.raises(LoadError, match="the state from which a training run is resumed") as caught:
+        load_checkpoint(tmp_path / "state.safetensors")
+    assert caught.value.fix == f"Use the weights beside it:  {tmp_path / 'best.safetensors'}"
+
+
 def test_a_truncated_safetensors_file_is_reported_as_truncated(tmp_path):
     file = tmp_path / "x.safetensors"
     safetensors.torch.save_file(copy.deepcopy(Model().state_dict()), file)

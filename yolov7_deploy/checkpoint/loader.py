@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -258,12 +258,21 @@ def _read_safetensors(path: Path) -> _Contents:
             fix="Copy or download the file again, and compare its size with the original.",
         ) from error
     if METADATA_KEY not in header:
+        _refuse_training_state(path, arrays)
         return _Contents(arrays=_with_counters(_official_names(arrays)))
     metadata = ModelMetadata.from_json(header[METADATA_KEY])
     order = _key_order(header.get(_KEY_ORDER, "[]"))
     if set(order) == set(arrays):
         arrays = {key: arrays[key] for key in order}
     return _Contents(arrays=arrays, names=metadata.class_names, metadata=metadata)
+
+
+def _refuse_training_state(path: Path, names: Iterable[str]) -> None:
+    if {"ema.model", "model.model"} <= {".".join(name.split(".", 2)[:2]) for name in names}:
+        raise LoadError(
+            f"{path.name} is the state from which a training run is resumed, not a weights file.",
+            fix=f"Use the weights beside it:  {path.parent / 'best.safetensors'}",
+        )
 
 
 def _widened(tensor: torch.Tensor) -> NumberArray:
