@@ -40,9 +40,8 @@ from recording import parser, record
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.hub import bundled_weights
-from yolov7_deploy.workflows.ray_environment import prepare_ray
-from yolov7_deploy.workflows.score import ScoreOptions, ScoreReport, score
-from yolov7_deploy.workflows.score_input import open_input
+from yolov7_deploy.scoring.input import open_input
+from yolov7_deploy.scoring.score import ScoreOptions, ScoreReport, prepare_ray, score
 
 SHARD, BATCH = 50, 8
 CLIENTS = 32

@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("benchmarking",),
     ("deployment",),
     ("training",),
-    ("serving", "workflows"),
+    ("scoring", "serving", "workflows"),
     ("cli",),
 )
 # Entry points, outside the layers: they import other modules lazily.
@@ -90,10 +90,10 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "openvino": {"runtimes/openvino.py"},
     "onnxsim": {"onnx_export/onnx_exporter.py"},
-    "pyarrow": {"workflows/score_parquet.py"},
+    "pyarrow": {"scoring/parquet.py"},
     "prometheus_client": {"workflows/metrics.py"},
     "pynvml": {"hardware/gpu.py"},
-    "ray": {"serving/application.py", "workflows/score_ray.py"},
+    "ray": {"scoring/ray_workers.py", "serving/application.py"},
     "rich": {"_console.py"},
     "safetensors": {"checkpoint/loader.py", "training/checkpoints.py"},
     "starlette": {"serving/application.py"},

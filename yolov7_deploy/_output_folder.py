@@ -1,4 +1,4 @@
-"""Output folders: numbered, marked so that no result of others is replaced, and locked against a second process."""
+"""Output folders: numbered, marked as ours, locked against a second process, and complete or absent."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from yolov7_deploy._atomic_file import atomic_folder
 from yolov7_deploy.errors import TrainingError, UsageError
 
 # Marks a folder whose files y7 detect has written and may replace: an attribute of the folder, or a file in it where
 # the file system or the platform does not have attributes.
 ATTRIBUTE, MARKER = "user.y7-detect", ".y7-detect"
+_NEW_FOLDER_FIX = "Choose another folder:  --output FOLDER"
 _MARKER_TEXT = "The results in this folder were written by y7 detect. Without this file it would not replace them.\n"
 
 
@@ -248,3 +250,46 @@ def _is_running(process_id: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+# --- folders that appear complete or not at all -----------------------------------------------------------------------
+
+
+def check_new_folder(path: Path) -> None:
+    """Check before the work begins that a folder can be written; creates nothing.
+
+    Raises:
+        UsageError: It is a file, or a folder that is not empty, or it cannot be created.
+    """
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"{path} is not empty. Nothing in it is replaced.", fix=_NEW_FOLDER_FIX)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is not a folder.", fix=_NEW_FOLDER_FIX)
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+    except (OSError, ValueError) as error:
+        raise _not_written(path, error) from error
+    if not existing.is_dir():
+        raise UsageError(f"{path} cannot be written: {existing} is not a folder.", fix=_NEW_FOLDER_FIX)
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{path} cannot be written: {existing} is read-only.", fix=_NEW_FOLDER_FIX)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; at the end it becomes `path`, or it is removed if an exception is raised.
+
+    Raises:
+        UsageError: See `check_new_folder`; also if the disk is full.
+    """
+    check_new_folder(path)
+    try:
+        with atomic_folder(path) as folder:
+            yield folder
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError | ValueError) -> UsageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return UsageError(f"{path} cannot be written: {reason}.", fix=_NEW_FOLDER_FIX)

@@ -22,8 +22,7 @@ from yolov7_deploy.benchmarking.benchmark import (
     same_detections,
     synthetic_frames,
 )
-from yolov7_deploy.benchmarking.report import STAGES, SpeedReport, paper_speed, read_ap
-from yolov7_deploy.benchmarking.report_text import describe_speed
+from yolov7_deploy.benchmarking.report import STAGES, SpeedReport, describe_speed, paper_speed, read_ap
 from yolov7_deploy.benchmarking.sampling import stage_time
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import Detector

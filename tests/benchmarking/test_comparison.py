@@ -16,8 +16,8 @@ from yolov7_deploy.benchmarking.comparison import (
     MIN_CHANGE,
     UNDER_LOAD,
     compare_reports,
+    describe_comparison,
 )
-from yolov7_deploy.benchmarking.report_text import describe_comparison
 from yolov7_deploy.benchmarking.sampling import BLOCKS, stage_time
 
 TRIALS = 400

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from tests.support.served_files import METADATA, PLAN, PLUGIN, save_engine, save_onnx
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.deployment.deepstream import ASSETS, write_deepstream
-from yolov7_deploy.deployment.options import DeepStreamOptions
 from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.metadata import NMS_OUTPUTS
+from yolov7_deploy.options import DeepStreamOptions
 
 HEADERS = Path(__file__).parent.parent / "fakes" / "deepstream"
 DRIVER = Path(__file__).parent / "parser_driver.cpp"

@@ -15,7 +15,7 @@ import pytest
 
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.workflows.ray_environment import prepare_ray
+from yolov7_deploy.scoring.score import prepare_ray
 
 prepare_ray(is_local=True)
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'yolov7-deploy[ray]'")

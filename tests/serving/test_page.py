@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from yolov7_deploy.serving.page import read_page
-from yolov7_deploy.serving.requests import PARAMETERS, ROUTES
+from yolov7_deploy.serving.requests import PARAMETERS, ROUTES, read_page
 
 MAX_BYTES = 32_000
 VOID = {"meta", "link", "input", "br"}

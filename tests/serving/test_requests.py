@@ -8,7 +8,6 @@ import json
 import pytest
 
 from yolov7_deploy.errors import DeviceError, ImageError, LoadError, UsageError
-from yolov7_deploy.serving.model_file import ModelFile
 from yolov7_deploy.serving.requests import (
     HttpError,
     RequestThresholds,
@@ -17,7 +16,7 @@ from yolov7_deploy.serving.requests import (
     parse_thresholds,
     read_body,
 )
-from yolov7_deploy.serving.settings import read_settings
+from yolov7_deploy.serving.settings import ModelFile, read_settings
 
 SHA256 = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
 

@@ -9,7 +9,6 @@ from urllib.parse import parse_qsl, urlsplit
 from yolov7_deploy._console import json_text
 from yolov7_deploy.errors import Y7Error
 from yolov7_deploy.serving.batches import DetectRequest, answer_batch
-from yolov7_deploy.serving.page import read_page
 from yolov7_deploy.serving.requests import (
     HTML,
     PAGE_POLICY,
@@ -19,6 +18,7 @@ from yolov7_deploy.serving.requests import (
     error_answer,
     parse_thresholds,
     read_body,
+    read_page,
 )
 
 MAX_BYTES = 1_000_000

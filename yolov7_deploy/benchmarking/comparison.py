@@ -23,11 +23,13 @@ from statistics import median
 
 import numpy as np
 
+from yolov7_deploy._console import table
 from yolov7_deploy._statistics import student_t_quantile, student_t_tail
-from yolov7_deploy.benchmarking.report import BUSY, SpeedReport, SpeedRow, StageTime
+from yolov7_deploy.benchmarking.report import BUSY, SpeedReport, SpeedRow, StageTime, format_ms
 
 MIN_CHANGE = 0.02  # smaller changes are ignored: memory placement differs from run to run and causes one percent
 LEVEL = 0.05
+MAX_SPREAD = 1.1  # an interval that is wider in both directions cannot exclude a change of ten percent
 MIN_BLOCKS = 6  # of either run; the correlation of fewer is meaningless
 MIN_MS = 0.005  # shorter stages are within the noise of the clock
 TICK_MS = 1e-6  # resolution of the clock
@@ -226,3 +228,42 @@ def _warnings(old: SpeedReport, new: SpeedReport, paired_rows: int) -> Iterator[
                 )
             if row.clocks is not None and row.clocks.throttled:
                 yield f"the {age} run was throttled at batch {row.batch}: {', '.join(row.clocks.throttled)}"
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """Return the table of differences, the test, and the warnings."""
+    rows = [
+        [
+            one.batch,
+            one.concurrency,
+            one.stage,
+            format_ms(one.old_ms),
+            format_ms(one.new_ms),
+            f"{one.ratio:.3f}",
+            _interval(one),
+            _p_value(one.p),
+            _verdict(one),
+        ]
+        for one in comparison.differences
+    ]
+    columns = ["batch", "threads", "stage", "old ms", "new ms", "new/old", "95 % interval", "p", "verdict"]
+    parts = [table(rows, columns, f"compared with {comparison.old}")] if rows else []
+    parts.append(f"test: {comparison.test}")
+    parts += [f"warning: {warning}" for warning in comparison.warnings]
+    return "\n".join(parts)
+
+
+def _verdict(one: Difference) -> str:
+    wide = one.low is not None and one.high is not None and one.high > MAX_SPREAD**2 * one.low
+    return "too noisy to tell" if one.verdict == "no change" and wide else one.verdict
+
+
+def _interval(one: Difference) -> str:
+    if one.low is None or one.high is None:
+        return "-"
+    low = f"{one.low:.3f}" if one.low >= 0.1 else "below 0.1"
+    return f"{low} to {f'{one.high:.3f}' if one.high <= 10 else 'above 10'}"
+
+
+def _p_value(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"

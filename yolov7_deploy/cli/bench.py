@@ -335,8 +335,8 @@ def report_complete_rows() -> Iterator[Callable[[SpeedRow], None]]:
 
 def _print_and_write(report: SpeedReport, outputs: OutputFiles, *, earlier: SpeedReport | None, name: str) -> None:
     """Print everything before anything is written, so that a full disk does not lose the result."""
-    from yolov7_deploy.benchmarking.comparison import compare_reports
-    from yolov7_deploy.benchmarking.report_text import describe_comparison, describe_speed
+    from yolov7_deploy.benchmarking.comparison import compare_reports, describe_comparison
+    from yolov7_deploy.benchmarking.report import describe_speed
 
     to_stderr = outputs.json == "-"
     echo(describe_speed(report), err=to_stderr)

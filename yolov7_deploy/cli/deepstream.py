@@ -10,7 +10,7 @@ import typer
 
 from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.options import JsonPath, Weights, locate_weights
-from yolov7_deploy.deployment.options import DeepStreamOptions
+from yolov7_deploy.options import DeepStreamOptions
 
 DEFAULTS = DeepStreamOptions()
 

@@ -27,7 +27,7 @@ from yolov7_deploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from yolov7_deploy.workflows.score import ScoreOptions, ScoreReport
+    from yolov7_deploy.scoring.score import ScoreOptions, ScoreReport
 
 MAX_LISTED = 10  # unreadable images in the terminal; all are in summary.json
 
@@ -109,7 +109,7 @@ def score(
         "multi_label": multi_label,
         "class_agnostic": agnostic_nms,
     }
-    from yolov7_deploy.workflows.score import ScoreOptions
+    from yolov7_deploy.scoring.score import ScoreOptions
 
     options = ScoreOptions(
         workers=workers,
@@ -135,9 +135,9 @@ def _run(
     json_path: str | None,
 ) -> None:
     from yolov7_deploy._console import plural, progress, write_json
+    from yolov7_deploy.scoring.input import open_input
+    from yolov7_deploy.scoring.score import score as score_images
     from yolov7_deploy.sources.files import summarize_left_out
-    from yolov7_deploy.workflows.score import score as score_images
-    from yolov7_deploy.workflows.score_input import open_input
 
     images, to_stderr = open_input(source, column=column), json_path == "-"
     note(f"{plural(len(images), 'image')} in {source}", err=to_stderr)

@@ -10,8 +10,8 @@ import typer
 
 from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.options import JsonPath, Weights, locate_weights, one_of
-from yolov7_deploy.deployment.options import BACKENDS, DEFAULT_MAX_BATCH, DEVICES, TritonOptions
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.options import TRITON_BACKENDS, TRITON_DEVICES, TRITON_MAX_BATCH, TritonOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.deployment.triton import TritonRepository
@@ -26,7 +26,7 @@ def triton(
     backend: Annotated[
         str,
         one_of(
-            BACKENDS,
+            TRITON_BACKENDS,
             "--backend",
             text="What runs the network; python takes encoded images and returns boxes in their pixels (default: by "
             "the file).",
@@ -38,7 +38,7 @@ def triton(
     max_batch: Annotated[
         int | None,
         typer.Option(
-            "--max-batch", help=f"Maximum batch size (default: that of the file, at most {DEFAULT_MAX_BATCH})."
+            "--max-batch", help=f"Maximum batch size (default: that of the file, at most {TRITON_MAX_BATCH})."
         ),
     ] = None,
     preferred_batch: Annotated[
@@ -53,7 +53,9 @@ def triton(
     instances: Annotated[
         int, typer.Option("--instances", help="Instances of the model that run at the same time, on each GPU.")
     ] = DEFAULTS.instances,
-    device: Annotated[str, one_of(DEVICES, "--device", text="auto: a GPU if the server has one.")] = DEFAULTS.device,
+    device: Annotated[
+        str, one_of(TRITON_DEVICES, "--device", text="auto: a GPU if the server has one.")
+    ] = DEFAULTS.device,
     container: Annotated[
         str, typer.Option("--container", metavar="IMAGE", help="Docker image of the server.")
     ] = DEFAULTS.container,

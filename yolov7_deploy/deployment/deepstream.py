@@ -18,11 +18,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7_deploy.deployment.options import DeepStreamOptions
-from yolov7_deploy.deployment.output_folder import check_new_folder, new_folder
+from yolov7_deploy._output_folder import check_new_folder, new_folder
 from yolov7_deploy.deployment.served_model import ServedModel, check_batch, label_lines, read_served_model
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.metadata import NMS_OUTPUTS
+from yolov7_deploy.options import DeepStreamOptions
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
 
 ASSETS = Path(__file__).parent.parent / "assets" / "deepstream"

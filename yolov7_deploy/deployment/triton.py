@@ -19,8 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from yolov7_deploy.deployment.options import DEFAULT_MAX_BATCH, NAME, TritonOptions
-from yolov7_deploy.deployment.output_folder import check_new_folder, new_folder
+from yolov7_deploy._output_folder import check_new_folder, new_folder
 from yolov7_deploy.deployment.served_model import (
     ServedModel,
     check_batch,
@@ -28,14 +27,20 @@ from yolov7_deploy.deployment.served_model import (
     label_lines,
     read_served_model,
 )
-from yolov7_deploy.deployment.text_format import text_format
-from yolov7_deploy.deployment.triton_config import LABELS, WARMUP_IMAGE, TritonModel, TritonTensor, triton_config
+from yolov7_deploy.deployment.triton_config import (
+    LABELS,
+    WARMUP_IMAGE,
+    TritonModel,
+    TritonTensor,
+    text_format,
+    triton_config,
+)
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.hub import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from yolov7_deploy.image import PAD_GREY
 from yolov7_deploy.metadata import NMS_OUTPUTS, ModelMetadata
-from yolov7_deploy.options import Thresholds, file_thresholds
+from yolov7_deploy.options import TRITON_MAX_BATCH, TRITON_NAME, Thresholds, TritonOptions, file_thresholds
 from yolov7_deploy.output_layout import TensorSpec
 from yolov7_deploy.tensorrt.engine import Engine, record_path
 
@@ -117,7 +122,7 @@ def write_triton_repository(weights: Path, output: Path, options: TritonOptions 
 def _model_name(weights: Path) -> str:
     """Return the name of the file without what is not allowed in a model's name."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", weights.stem).lstrip(".-")[:100]
-    return name if NAME.fullmatch(name) else "yolov7"
+    return name if TRITON_NAME.fullmatch(name) else "yolov7"
 
 
 def _backend(weights: Path, requested: str) -> str:
@@ -186,7 +191,7 @@ def _max_batch(served: ServedModel, options: TritonOptions) -> int:
         check_batch(served, options.max_batch, "--max-batch")
     if not served.has_dynamic_batch:
         return 0
-    return options.max_batch or min(DEFAULT_MAX_BATCH, most or DEFAULT_MAX_BATCH)
+    return options.max_batch or min(TRITON_MAX_BATCH, most or TRITON_MAX_BATCH)
 
 
 def _tensor(spec: TensorSpec, *, batched: bool, warmup_dims: tuple[int, ...] = ()) -> TritonTensor:
@@ -232,7 +237,7 @@ def _python_model(weights: Path, options: TritonOptions) -> TritonModel:
         backend="python",
         file=(weights, file_name),
         metadata=metadata,
-        max_batch=options.max_batch or min(DEFAULT_MAX_BATCH, most or DEFAULT_MAX_BATCH),
+        max_batch=options.max_batch or min(TRITON_MAX_BATCH, most or TRITON_MAX_BATCH),
         image=TritonTensor(name=IMAGE_INPUT, type="TYPE_STRING", dims=(1,), warmup_dims=(1,)),
         outputs=tuple(TritonTensor(name=name, type=_TYPES[types[name]], dims=shapes[name]) for name in NMS_OUTPUTS),
         client=("python", {}),

@@ -1,23 +1,31 @@
-"""The configuration of a model on the Triton Inference Server: `ModelConfig`.
+"""The configuration of a model on the Triton Inference Server: `ModelConfig`, written in the text format of Protobuf.
 
 Names and types are those of model_config.proto in github.com/triton-inference-server/common.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yolov7_deploy.deployment.options import TritonOptions
-from yolov7_deploy.deployment.text_format import Symbol, map_entries
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hub import ENGINE_SUFFIXES
 from yolov7_deploy.metadata import METADATA_KEY, NMS_OUTPUTS, ModelMetadata
+from yolov7_deploy.options import TritonOptions
 
 LABELS = "labels.txt"
 WARMUP_IMAGE = "image"  # in the folder `warmup` of the model
+_PRINTABLE = range(0x20, 0x7F)
+_ESCAPES = {ord('"'): '\\"', ord("\\"): "\\\\"}
 _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+
+
+class Symbol(str):
+    """The name of a value of an enumeration, which is written without quotes."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,3 +138,48 @@ def _warmups(model: TritonModel) -> list[dict[str, Any]]:
         {"name": f"batch of {batch}", "batch_size": batch, "inputs": map_entries({model.image.name: image})}
         for batch in sorted({1, max(model.max_batch, 1)})
     ]
+
+
+# --- Protobuf messages in text format, as Triton reads them from config.pbtxt -----------------------------------------
+
+
+def text_format(message: Mapping[str, Any]) -> str:
+    """Return a message as text; the same message gives the same text.
+
+    Args:
+        message: Names and values of the fields: texts, numbers, bools, `Symbol`, messages, or lists of these.
+    """
+    return "".join(f"{line}\n" for name, value in message.items() for line in _lines(name, value))
+
+
+def map_entries(entries: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a map field as the list of its entries."""
+    return [{"key": key, "value": value} for key, value in entries.items()]
+
+
+def _lines(name: str, value: Any) -> Iterator[str]:  # noqa: ANN401 - see `text_format`
+    if isinstance(value, Mapping):
+        yield f"{name} {{"
+        yield from (f"  {line}" for field, inner in value.items() for line in _lines(field, inner))
+        yield "}"
+    elif not isinstance(value, list):
+        yield f"{name}: {_scalar(value)}"
+    elif any(isinstance(item, Mapping) for item in value):
+        yield from (line for item in value for line in _lines(name, item))
+    else:
+        yield f"{name}: [{', '.join(map(_scalar, value))}]"
+
+
+def _scalar(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, str) and not isinstance(value, Symbol):
+        return _quoted(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(text: str) -> str:
+    """Return a text in quotes; what is not printable ASCII becomes octal escapes of its UTF-8 bytes."""
+    return '"' + "".join(map(_escaped, text.encode("utf-8", errors="replace"))) + '"'
+
+
+def _escaped(byte: int) -> str:
+    return _ESCAPES.get(byte) or (chr(byte) if byte in _PRINTABLE else f"\\{byte:03o}")

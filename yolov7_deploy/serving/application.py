@@ -29,8 +29,6 @@ from yolov7_deploy.errors import LoadError, Y7Error
 from yolov7_deploy.hardware.system import limit_cores
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.serving.batches import DetectRequest, answer_batch
-from yolov7_deploy.serving.model_file import ModelFile
-from yolov7_deploy.serving.page import read_page
 from yolov7_deploy.serving.requests import (
     HTML,
     PAGE_POLICY,
@@ -40,9 +38,10 @@ from yolov7_deploy.serving.requests import (
     error_answer,
     parse_thresholds,
     read_body,
+    read_page,
     unavailable,
 )
-from yolov7_deploy.serving.settings import ServeSettings, read_settings
+from yolov7_deploy.serving.settings import ModelFile, ServeSettings, read_settings
 
 logger = get_logger(__name__)
 

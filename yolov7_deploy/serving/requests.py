@@ -1,9 +1,11 @@
-"""HTTP requests and answers of the application, without a web framework."""
+"""HTTP requests and answers of the application, without a web framework, and its web page."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from yolov7_deploy._console import json_text
@@ -19,6 +21,7 @@ ROUTES: dict[str, tuple[str, ...]] = {
 }
 PARAMETERS = ("conf", "iou", "max_det", "classes")
 JSON, HTML = "application/json", "text/html; charset=utf-8"
+PAGE = Path(__file__).with_name("page.html")  # with its styles and script; it loads nothing from anywhere
 # The page may run its own script and styles, show images of the user, and call this server; nothing else.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
@@ -155,3 +158,9 @@ def _status(error: Y7Error) -> int:
 def unavailable(reason: str) -> HttpError:
     """Return the error for a request that no replica can answer now."""
     return HttpError(503, reason, fix="Try again in a second.")
+
+
+@functools.cache
+def read_page() -> str:
+    """Return the HTML of the web page."""
+    return PAGE.read_text(encoding="utf-8")

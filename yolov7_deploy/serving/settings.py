@@ -1,16 +1,22 @@
-"""Settings of the Ray Serve application, from its arguments and the environment."""
+"""Settings of the Ray Serve application, from its arguments and the environment, and the model file that it serves."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from yolov7_deploy._text import suggest
-from yolov7_deploy.errors import UsageError
+from yolov7_deploy._serialization import sha256_hex
+from yolov7_deploy._text import get_logger, suggest
+from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.hardware.system import usable_cores
 from yolov7_deploy.options import ONNX_RUNTIMES, Thresholds
+
+logger = get_logger(__name__)
+
+State = Literal["unchanged", "replaced", "missing"]
 
 PREFIX = "Y7_SERVE_"  # of environment variables: Y7_SERVE_WEIGHTS, Y7_SERVE_CONF, ...
 _EXAMPLE = "serve run yolov7_deploy.serving:app weights=yolov7.onnx"
@@ -114,3 +120,53 @@ def _parse(name: str, value: object, kind: str) -> Any:  # noqa: ANN401 - the va
     except (TypeError, ValueError) as error:
         whole = "a whole number" if convert is int else "a number"
         raise UsageError(f"{name} must be {whole}, not {value!r}.", fix=f"For example: {name}=1") from error
+
+
+class ModelFile:
+    """The file of a model that is served.
+
+    A server keeps the model that it has opened, whatever happens to the file. But a replica that starts later would
+    open the new file, and answers would depend on the replica. So a replica refuses a file other than the one that the
+    application was started with.
+
+    Args:
+        path: The file.
+        sha256: Its digest when the application was started.
+
+    Raises:
+        LoadError: The file is another one now.
+    """
+
+    def __init__(self, path: Path, *, sha256: str) -> None:
+        self.path, self.sha256 = path, sha256
+        self._stamp, self._state = _stamp(path), self._compare()
+        if self._state != "unchanged":
+            raise LoadError(
+                f"{path} is {self._state}: it is not the file that the application was started with, and the other "
+                "replicas still use that.",
+                fix="Restart the application to serve the new file, or restore the old one.",
+            )
+
+    def state(self) -> State:
+        """Return whether the file is unchanged; the content is read again only if the file looks different."""
+        stamp = _stamp(self.path)
+        if stamp != self._stamp:
+            self._stamp, self._state = stamp, self._compare()
+            if self._state != "unchanged":
+                logger.warning("%s was %s; the model that was opened stays in use", self.path, self._state)
+        return self._state
+
+    def _compare(self) -> State:
+        try:
+            return "unchanged" if sha256_hex(self.path) == self.sha256 else "replaced"
+        except OSError:
+            return "missing"
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes with a file: inode, size and time of the last change."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.image import ImageBytes, is_pil_image
-from yolov7_deploy.sources.answers import AnsweredCapture
 from yolov7_deploy.sources.files import Skipped
 from yolov7_deploy.sources.live import CLOSE_TIMEOUT_S, POLL_S, LiveReader, OnState, StreamState
 from yolov7_deploy.sources.resolve import Item, OnError, check_on_error, identify, resolve
 from yolov7_deploy.sources.source import Frame, Source, SourceLike
-from yolov7_deploy.sources.video import OpenCapture, open_capture
+from yolov7_deploy.sources.video import AnsweredCapture, OpenCapture, open_capture
 
 MAX_REASONS = 3  # of lines of a list, in a message
 

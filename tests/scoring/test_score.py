@@ -12,11 +12,11 @@ from tests.support.sample_images import noise
 from yolov7_deploy._output_folder import lock_run_folder
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DatasetError, SourceError, UsageError
+from yolov7_deploy.scoring import score as score_module
+from yolov7_deploy.scoring.input import open_input
+from yolov7_deploy.scoring.output import SETTINGS, Shards, ShardWriter
+from yolov7_deploy.scoring.score import ScoreOptions, chunk_size, score
 from yolov7_deploy.visualize import write_image
-from yolov7_deploy.workflows import score as score_module
-from yolov7_deploy.workflows.score import ScoreOptions, chunk_size, score
-from yolov7_deploy.workflows.score_input import open_input
-from yolov7_deploy.workflows.score_output import SETTINGS, Shards, ShardWriter
 
 IMAGES = 7
 NAMES = ("a.png", "b.png", "deep/c.png", "deep/d.png", "e.png", "f.png", "g.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,21 +22,22 @@ from yolov7_deploy._output_folder import lock_run_folder
 from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import SourceError, UsageError, missing_library
-from yolov7_deploy.sources import Skipped
-from yolov7_deploy.workflows.ray_environment import prepare_ray
-from yolov7_deploy.workflows.score_coco import CocoIds, read_ids, write_coco
-from yolov7_deploy.workflows.score_input import Chunk, ScoreInput
-from yolov7_deploy.workflows.score_output import (
+from yolov7_deploy.scoring.input import Chunk, ScoreInput
+from yolov7_deploy.scoring.output import (
     COCO_RESULTS,
     FORMATS,
     SCHEMA,
     SUMMARY,
+    CocoIds,
     Shards,
     ShardWriter,
     create_output,
     open_output,
+    read_ids,
+    write_coco,
 )
-from yolov7_deploy.workflows.scorer import OpenDetector, ScoredChunk, Scorer
+from yolov7_deploy.scoring.scorer import OpenDetector, ScoredChunk, Scorer
+from yolov7_deploy.sources import Skipped
 
 BATCH, SHARD_SIZE = 8, 1000
 _CHUNK = 64  # images; what is lost if a worker dies
@@ -230,7 +232,7 @@ def _runner(open_detector: OpenDetector, device: object, options: ScoreOptions) 
         return functools.partial(_score_here, Scorer(open_detector, batch=options.batch))
     prepare_ray(is_local=options.address is None)
     try:
-        from yolov7_deploy.workflows.score_ray import RayWorkers, score_on_ray
+        from yolov7_deploy.scoring.ray_workers import RayWorkers, score_on_ray
     except ModuleNotFoundError as error:
         raise missing_library(error, f"for --workers {options.workers}") from error
     workers = RayWorkers(
@@ -242,6 +244,21 @@ def _runner(open_detector: OpenDetector, device: object, options: ScoreOptions) 
         address=options.address,
     )
     return functools.partial(score_on_ray, open_detector=open_detector, workers=workers)
+
+
+def prepare_ray(*, is_local: bool) -> None:
+    """Set the environment of Ray in this process and those it starts; call this before Ray is imported.
+
+    Ray sends no usage statistics to its authors. Variables that are set already are not changed.
+
+    Args:
+        is_local: Ray runs on this machine only, so it listens on 127.0.0.1 only.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if is_local:
+        # On every system, despite its name: without clusters, Ray uses the loopback interface
+        # (ray/_private/services.py, `get_node_ip_address`).
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _score_here(scorer: Scorer, chunks: Iterable[Chunk]) -> Iterator[ScoredChunk]:

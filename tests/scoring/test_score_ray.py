@@ -16,9 +16,8 @@ import pytest
 
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.errors import DeviceError, LoadError, SourceError, UsageError
-from yolov7_deploy.workflows.ray_environment import prepare_ray
-from yolov7_deploy.workflows.score import ScoreOptions, score
-from yolov7_deploy.workflows.score_input import open_input
+from yolov7_deploy.scoring.input import open_input
+from yolov7_deploy.scoring.score import ScoreOptions, prepare_ray, score
 
 prepare_ray(is_local=True)
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'yolov7-deploy[ray]'")
@@ -127,7 +126,7 @@ def test_an_image_that_kills_every_worker_ends_the_run_with_the_reason(inputs, t
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'default_worker.py' in ' '.join(sys.orig_argv):\n"
-        "    import yolov7_deploy.workflows.scorer as scorer\n"
+        "    import yolov7_deploy.scoring.scorer as scorer\n"
         "    scorer._read = lambda item: os.kill(os.getpid(), 9)\n"
     )
     with pytest.raises(DeviceError, match="4 workers died while they processed the same") as error:

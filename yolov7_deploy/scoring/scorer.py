@@ -14,7 +14,7 @@ from yolov7_deploy.detections import Detections
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import ImageError
 from yolov7_deploy.image import Image, decode_image, read_image
-from yolov7_deploy.workflows.score_input import Chunk, Item
+from yolov7_deploy.scoring.input import Chunk, Item
 
 OpenDetector = Callable[[], Detector]
 

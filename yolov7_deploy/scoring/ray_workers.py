@@ -24,8 +24,8 @@ from yolov7_deploy._process import keep_signal_handlers
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import DeviceError, SourceError, UsageError, Y7Error
 from yolov7_deploy.hardware.system import limit_cores, usable_cores
-from yolov7_deploy.workflows.score_input import Chunk
-from yolov7_deploy.workflows.scorer import OpenDetector, ScoredChunk, Scorer
+from yolov7_deploy.scoring.input import Chunk
+from yolov7_deploy.scoring.scorer import OpenDetector, ScoredChunk, Scorer
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_ATTEMPTS = 4  # at a chunk whose worker dies

@@ -27,7 +27,7 @@ from yolov7_deploy.sources.files import (
 )
 
 if TYPE_CHECKING:
-    from yolov7_deploy.workflows.score_parquet import ImageTable
+    from yolov7_deploy.scoring.parquet import ImageTable
 
 LIST_SUFFIX, PARQUET_SUFFIX = ".txt", ".parquet"
 _KINDS = f"Pass a folder of images, a {LIST_SUFFIX} list with one path per line, or a {PARQUET_SUFFIX} file."
@@ -98,7 +98,7 @@ class ParquetRows:
 
     def items(self, count: int) -> Iterator[Item]:
         """Yield this many images, starting at the row."""
-        from yolov7_deploy.workflows.score_parquet import read_images
+        from yolov7_deploy.scoring.parquet import read_images
 
         rows = read_images(self.path, column=self.column, group=self.group, offset=self.offset, count=count)
         for number, (name, image) in enumerate(rows, start=self.first_row):
@@ -244,7 +244,7 @@ def _shown(entry: str) -> str:
 
 def _open_parquet(origin: Path, files: Sequence[Path], column: str | None) -> ScoreInput:
     try:
-        from yolov7_deploy.workflows.score_parquet import describe_images, read_paths
+        from yolov7_deploy.scoring.parquet import describe_images, read_paths
     except ModuleNotFoundError as error:
         raise missing_library(error, f"to read {printable_line(files[0].name)}") from error
     tables = [(path, describe_images(path, column=column)) for path in files]
