@@ -5,10 +5,10 @@ bare loop is what the streams are compared with: `detector.batch` on one frame o
 the same readers decode the same streams in the background, with no bookkeeping, no ages, and no reconnections. It takes
 the newest frames, or the same ones again if there are no newer ones, so it never waits. Both run in interleaved blocks.
 
-    python benchmarks/streams.py [--cameras 16] [--minutes 30] [--machine cpu-2-core]
+    python benchmarks/streams.py [--cameras 16] [--minutes 30 [--long-fps 1]] [--machine cpu-2-core]
 
 With `--minutes`, the streams run for so long, one camera dies every minute, and memory, threads and open files must
-not grow.
+not grow. `--long-fps` is the rate of each camera in that run, for machines that others use at the same time.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ MAX_UNFAIRNESS = 0.1
 DEAD_S = 5.0
 MAX_RETURN_S = 12.0  # the waits before the first attempts are 1, 2, 4 and 8 seconds
 SETTLED, MAX_GROWTH = 0.2, 0.02  # as in soak.py
+# A minute of the long run: seconds until the next sample of memory, and whether the dead camera starts again before it.
+MINUTE = ((2.0, False), (13.0, True), (15.0, False), (15.0, False), (15.0, False))
 
 
 class Cameras:
@@ -179,37 +181,82 @@ def dead_camera(streams: Streams, cameras: Cameras, *, camera: int) -> dict[str,
     }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Resources of the process, and the frames since the sample before; a list of all ages would grow.
+
+    Attributes:
+        seconds: Since the begin of the run.
+        memory_mb, threads, files: Resident memory, and the numbers of threads and open files.
+        frames: Number of frames.
+        queue_age_s: The longest age.
+        rate: Frames per second.
+        cores: Number of cores that this process kept busy.
+    """
+
+    seconds: float
+    memory_mb: float
+    threads: int
+    files: int
+    frames: int
+    queue_age_s: float
+    rate: float
+    cores: float
+
+
 def long_run(streams: Streams, cameras: Cameras, *, minutes: float) -> dict[str, object]:
     """Run for some minutes, in each of which a camera dies, and return what happened to the resources."""
-    process, begin = psutil.Process(), time.perf_counter()
-    samples: list[tuple[float, int, int]] = []
-    parts: list[tuple[int, float, float]] = []  # frames, longest age and rate; a list of all ages would grow
+    begin, connections = time.perf_counter(), sum(one.connections for one in streams.counters)
+    samples: list[Sample] = []
     deaths = 0
-    while (left_s := begin + minutes * 60 - time.perf_counter()) > 0:
+    while time.perf_counter() - begin < minutes * 60:
         camera = deaths % len(streams.counters)
         cameras.command(f"stop {camera}")
         deaths += 1
-        for part_s, command in ((2.0, f"start {camera}"), (58.0, "")):
-            run = run_streams(streams, seconds=max(0.5, min(part_s, left_s)))
-            parts.append((sum(run.frames), max(run.queue_age_s), run.rate))
-            samples.append((process.memory_info().rss / 1e6, process.num_threads(), process.num_fds()))
-            if command:
-                cameras.command(command)
-    settled = samples[int(SETTLED * len(samples)) :]
-    memory = [sample[0] for sample in settled]
-    slope = float(np.polyfit(range(len(memory)), memory, 1)[0]) if len(memory) > 1 else 0.0
+        for seconds, is_start in MINUTE:
+            if is_start:
+                cameras.command(f"start {camera}")
+            samples.append(_sample(run_streams(streams, seconds=seconds), begin=begin))
     return {
-        "minutes": minutes,
-        "frames": sum(part[0] for part in parts),
+        **summarize(samples),
+        "minutes": round((time.perf_counter() - begin) / 60, 1),
         "deaths": deaths,
-        "connections": sum(one.connections for one in streams.counters),
-        "memory_mb": [round(sample[0], 1) for sample in samples],
-        "memory_growth": round(slope * (len(memory) - 1) / memory[0], 4),
+        "reconnections": sum(one.connections for one in streams.counters) - connections,
+        "states": sorted({one.state for one in streams.counters}),
+    }
+
+
+def _sample(run: Run, *, begin: float) -> Sample:
+    process = psutil.Process()
+    return Sample(
+        seconds=time.perf_counter() - begin,
+        memory_mb=process.memory_info().rss / 1e6,
+        threads=process.num_threads(),
+        files=process.num_fds(),
+        frames=sum(run.frames),
+        queue_age_s=max(run.queue_age_s),
+        rate=run.rate,
+        cores=run.cores,
+    )
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, object]:
+    """Return memory over time, its slope by least squares after the start, and the frames."""
+    settled = samples[int(SETTLED * len(samples)) :]
+    seconds, memory = [one.seconds for one in settled], [one.memory_mb for one in settled]
+    slope = float(np.polyfit(seconds, memory, 1)[0]) if len(settled) > 1 else 0.0
+    return {
+        "frames": sum(one.frames for one in samples),
+        "frames_per_second": round(statistics.median(one.rate for one in samples), 1),
+        "longest_queue_age_ms": round(max(one.queue_age_s for one in samples) * 1e3, 1),
+        "cores": round(statistics.fmean(one.cores for one in samples), 3),
+        "seconds": [round(one.seconds) for one in samples],
+        "memory_mb": [round(one.memory_mb, 1) for one in samples],
+        "memory_slope_mb_per_hour": round(slope * 3600, 2),
+        "memory_growth": round(slope * (seconds[-1] - seconds[0]) / memory[0], 4),
         "memory_growth_limit": MAX_GROWTH,
-        "threads": sorted({sample[1] for sample in settled}),
-        "open_files": sorted({sample[2] for sample in settled}),
-        "longest_queue_age_ms": round(max(part[1] for part in parts) * 1e3, 1),
-        "frames_per_second": round(statistics.median(part[2] for part in parts), 1),
+        "threads": sorted({one.threads for one in settled}),
+        "open_files": sorted({one.files for one in settled}),
     }
 
 
@@ -261,8 +308,18 @@ def failures(result: dict[str, object]) -> list[str]:
     if result["dead_camera"]["its_state"] != "running":  # type: ignore[index]
         found.append("the stopped camera did not come back")
     long = result.get("long_run")
-    if isinstance(long, dict) and long["memory_growth"] > MAX_GROWTH:
+    if isinstance(long, dict):
+        found += long_failures(long)
+    return found
+
+
+def long_failures(long: dict[str, object]) -> list[str]:
+    """Return what does not hold of the long run."""
+    found = []
+    if long["memory_growth"] > MAX_GROWTH:  # type: ignore[operator]
         found.append(f"memory grew by {long['memory_growth']:.1%}")
+    if long["states"] != ["running"]:
+        found.append(f"a camera did not come back: {long['states']}")
     return found
 
 
@@ -275,6 +332,10 @@ def measure(options: argparse.Namespace, detector: Detector) -> dict[str, object
         runs, rates, ratios = compare(detector, cameras, rounds=options.rounds, block_s=options.block_s)
         with opened(detector, cameras.addresses) as streams:
             dead = dead_camera(streams, cameras, camera=1)
+            print(f"ratios {[round(ratio, 3) for ratio in ratios]}, dead camera {dead}", file=sys.stderr, flush=True)
+            if options.minutes:
+                cameras.command(f"fps {options.long_fps or fps}")
+                run_streams(streams, seconds=WARMUP_S)
             long = long_run(streams, cameras, minutes=options.minutes) if options.minutes else None
     frames = [sum(run.frames[camera] for run in runs) for camera in range(options.cameras)]
     total = Run(frames=frames, seconds=sum(run.seconds for run in runs))
@@ -301,7 +362,7 @@ def measure(options: argparse.Namespace, detector: Detector) -> dict[str, object
         "queue_age_ms": milliseconds([age for run in runs for age in run.queue_age_s]),
         "latency_ms": milliseconds([latency for run in runs for latency in run.latency_s]),
         "dead_camera": dead,
-        **({} if long is None else {"long_run": long}),
+        **({} if long is None else {"long_run": {"camera_fps": options.long_fps or fps, **long}}),
     }
 
 
@@ -314,6 +375,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=ROUNDS)
     arguments.add_argument("--block-s", type=float, default=15.0)
     arguments.add_argument("--minutes", type=float, default=0.0, help="length of the long run; 0 leaves it out")
+    arguments.add_argument("--long-fps", type=float, default=0.0, help="rate of each camera in it; 0: that of before")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shapes.onnx"

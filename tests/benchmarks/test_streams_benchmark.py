@@ -20,7 +20,7 @@ GOOD = {
     "unfairness": 0.02,
     "queue_age_ms": {"p50": 40.0, "max": 120.0},
     "dead_camera": {"its_state": "running"},
-    "long_run": {"memory_growth": 0.001, "threads": [40], "open_files": [60]},
+    "long_run": {"memory_growth": 0.001, "states": ["running"]},
 }
 
 
@@ -36,12 +36,35 @@ def test_a_good_result_has_no_failures():
         ({"unfairness": 0.11}, "unfairness"),
         ({"queue_age_ms": {"max": 1001.0}}, "older than the limit"),
         ({"dead_camera": {"its_state": "lost"}}, "did not come back"),
-        ({"long_run": {"memory_growth": 0.03, "threads": [40]}}, "memory grew"),
+        ({"long_run": {"memory_growth": 0.03, "states": ["running"]}}, "memory grew"),
+        ({"long_run": {"memory_growth": 0.001, "states": ["lost", "running"]}}, "did not come back"),
     ],
 )
 def test_each_claim_can_fail(changed, message):
     (failure,) = streams.failures({**GOOD, **changed})
     assert message in failure
+
+
+def sample(minute, memory_mb):
+    return streams.Sample(
+        seconds=60.0 * minute,
+        memory_mb=memory_mb,
+        threads=40,
+        files=60,
+        frames=100,
+        queue_age_s=0.1,
+        rate=8.0,
+        cores=0.2,
+    )
+
+
+def test_the_slope_of_the_memory_leaves_out_the_start():
+    growing = [sample(minute, 300.0 if minute < 2 else 400.0 + minute) for minute in range(11)]
+    found = streams.summarize(growing)
+    assert found["memory_slope_mb_per_hour"] == pytest.approx(60)
+    assert found["memory_growth"] == pytest.approx(8 / 402, abs=1e-4)
+    assert found["memory_mb"][:3] == [300.0, 300.0, 402.0] and found["seconds"][-1] == 600
+    assert streams.summarize([sample(minute, 400.0) for minute in range(11)])["memory_growth"] == 0
 
 
 def test_the_number_of_a_frame_survives_jpeg():
@@ -56,7 +79,7 @@ def test_the_number_of_a_frame_survives_jpeg():
 @pytest.mark.slow
 def test_sixteen_cameras_share_one_model_at_the_speed_of_a_bare_loop(tmp_path):
     export("yolov7-tiny-shapes", tmp_path / "shapes.onnx", img=192, batch=None)
-    options = argparse.Namespace(cameras=16, height=240, width=320, rounds=5, block_s=10.0, minutes=3.0)
+    options = argparse.Namespace(cameras=16, height=240, width=320, rounds=5, block_s=10.0, minutes=3.0, long_fps=0.0)
     with Detector(tmp_path / "shapes.onnx", device="cpu", runtime="onnxruntime") as detector:
         result = streams.measure(options, detector)
     assert streams.failures(result) == [], result
