@@ -66,9 +66,8 @@ class Camera:
 
     def __init__(self, frames: Sequence[bytes], *, fps: float) -> None:
         self.frames = frames
-        self.fps = fps
         self.sent: dict[int, float] = {}  # time of each frame on the clock of `time.monotonic`
-        self._begin_s = time.monotonic()
+        self._schedule = time.monotonic(), fps  # when frame 0 was sent, and frames per second; replaced together
         self._connections: set[socket.socket] = set()
         self._server: _Server | None = None
         self._port = 0
@@ -78,6 +77,12 @@ class Camera:
     def address(self) -> str:
         """The address that a reader opens."""
         return f"http://127.0.0.1:{self._port}/camera.mjpg"
+
+    def set_fps(self, fps: float) -> None:
+        """Change the rate; the next frame has the next number."""
+        begin_s, old_fps = self._schedule
+        now = time.monotonic()
+        self._schedule = now - (now - begin_s) * old_fps / fps, fps
 
     def start(self) -> None:
         """Open the port."""
@@ -104,8 +109,9 @@ class Camera:
             connection.sendall(head.encode())
             number = 0
             while self._server is not None:
-                number = max(number + 1, int((time.monotonic() - self._begin_s) * self.fps))
-                time.sleep(max(0.0, self._begin_s + number / self.fps - time.monotonic()))
+                begin_s, fps = self._schedule
+                number = max(number + 1, int((time.monotonic() - begin_s) * fps))
+                time.sleep(max(0.0, begin_s + number / fps - time.monotonic()))
                 data = self.frames[number % len(self.frames)]
                 part = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
                 self.sent[number % NUMBERS] = time.monotonic()
@@ -152,7 +158,7 @@ def _control(cameras: Sequence[Camera]) -> None:
         command, _, value = line.strip().partition(" ")
         if command == "fps":
             for camera in cameras:
-                camera.fps = float(value)
+                camera.set_fps(float(value))
         elif command in ("start", "stop"):
             getattr(cameras[int(value)], command)()
 

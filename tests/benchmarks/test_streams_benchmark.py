@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,23 @@ def test_a_good_result_has_no_failures():
 def test_each_claim_can_fail(changed, message):
     (failure,) = streams.failures({**GOOD, **changed})
     assert message in failure
+
+
+def test_a_camera_whose_rate_falls_sends_its_next_frame_after_the_new_interval():
+    camera = mjpeg_server.Camera([b"frame"], fps=100)
+    with urllib.request.urlopen(camera.address, timeout=5) as stream:
+        read_frames(stream, 50)
+        camera.set_fps(4)
+        begin = time.perf_counter()
+        read_frames(stream, 3)
+        assert 0.4 < time.perf_counter() - begin < 3  # 2 to 3 intervals, and not those of 50 frames at the new rate
+    camera.stop()
+
+
+def read_frames(stream, count):
+    for _ in range(count):
+        while not stream.readline().startswith(b"--"):
+            pass
 
 
 def sample(minute, memory_mb):
