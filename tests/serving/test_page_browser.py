@@ -190,6 +190,22 @@ def test_a_file_that_is_too_large_shows_the_limit(page):
     assert "more than 1 MB" in page.locator("#alert").inner_text()
 
 
+@pytest.mark.parametrize("hw", [(900, 300), (300, 900), (600, 600)])
+def test_an_image_of_any_shape_fits_the_screen_without_distortion(page, hw):
+    drop_image(page, cv2.resize(generate_image(3, split="val", size=320, seed=0)[0], hw[::-1]))
+    shown = page.locator("#stage img").bounding_box()
+    assert shown["height"] <= SIZES["desktop"][1] - 200
+    assert shown["width"] / shown["height"] == pytest.approx(hw[1] / hw[0], rel=0.02)
+
+
+def test_labels_of_better_boxes_are_above_those_of_worse_ones(page, image):
+    drop_image(page, image)
+    set_slider(page, "conf", 0.01)
+    page.wait_for_function("document.querySelectorAll('.box').length > 5")
+    order = page.evaluate("[...document.querySelectorAll('.box')].map((box) => Number(getComputedStyle(box).zIndex))")
+    assert order == sorted(set(order), reverse=True)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_is_wider_than_the_screen_and_texts_have_contrast(browser, server, image, scheme, size, tmp_path):
