@@ -150,6 +150,22 @@ def test_int8_files_for_cpus_find_the_same_boxes_in_every_runtime(make_file, ima
         assert_close(detections, expected)
 
 
+@pytest.mark.parametrize("batch", [1, None])
+def test_openvino_alone_runs_files_with_nms_of_standard_operators(make_file, images, expected, batch):
+    """As docs/deployment.md says: with float32, because its default is BF16 where the CPU has it."""
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(str(make_file(nms="standard", batch=batch)), "CPU", settings)
+    for image, detections in zip(images, expected, strict=True):
+        found = model({"images": image[None, :, :, ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255})
+        count = int(found["num_dets"].item())
+        np.testing.assert_array_equal(found["det_classes"][0, :count], detections.class_ids)
+        np.testing.assert_allclose(found["det_scores"][0, :count], detections.scores, atol=1e-4)
+        boxes = found["det_boxes"][0, :count].clip(0, HW[0])
+        np.testing.assert_allclose(boxes, detections.boxes, atol=0.01)
+
+
 def test_opencv_runs_files_without_nms(make_file, images):
     import cv2
 

@@ -218,7 +218,7 @@ def test_an_unsupported_type_is_a_usage_error(source):
         open_source(source)
 
 
-@pytest.mark.parametrize("source", [[], "gopher://x/y.jpg"])
+@pytest.mark.parametrize("source", [[], "", " ", ["", "a.jpg"], "gopher://x/y.jpg"])
 def test_an_empty_source_or_unknown_scheme_is_an_error(source):
     with pytest.raises(SourceError):
         open_source(source)

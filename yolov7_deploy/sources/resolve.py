@@ -148,6 +148,10 @@ def _resolve_path_or_url(
 
     Relative paths of a list in `folder` are looked for there first, then in the working directory.
     """
+    if not text.strip():  # the working directory would be found
+        raise SourceError(
+            "The source is empty.", fix="Name it:  --source street.jpg   A variable in its place is not set."
+        )
     if len(text) > MAX_ADDRESS:
         raise SourceError(f"A path or URL of {len(text)} characters does not exist.", fix="Check the path.")
     if text.isascii() and text.isdigit() and len(text) <= MAX_CAMERA_DIGITS:
