@@ -145,16 +145,22 @@ struct NmsCall {
   size_t bytes;
   void* workspace;
 
-  NmsCall(const std::vector<Map>& maps, const Options& options, int max_det, int max_candidates) {
+  NmsCall(const std::vector<Map>& maps, const Options& options, int max_det, int max_candidates,
+          bool channels_last = false) {
     params = {maps[0].batch, int32_t(maps.size()), maps[0].classes, max_det, max_candidates, Y7_FLOAT16};
     for (const Map& map : maps) {
-      std::vector<uint16_t> values;
-      for (const int16_t step : map.steps) {
-        values.push_back(half_bits(step == kNothing ? -INFINITY : float(step) / kStepsPerUnit));
+      const int64_t cells = int64_t(map.height) * map.width, channels = Y7_ANCHORS * (5 + map.classes);
+      const int64_t stored = channels_last ? (channels + 7) / 8 * 8 : channels;  // TensorRT pads to 16 bytes
+      const int64_t channel_stride = channels_last ? 1 : cells, cell_stride = channels_last ? stored : 1;
+      std::vector<uint16_t> values(size_t(map.batch * stored * cells), half_bits(NAN));
+      for (int64_t i = 0; i < int64_t(map.steps.size()); ++i) {
+        const int64_t cell = i % cells, channel = i / cells % channels, image = i / cells / channels;
+        const int16_t step = map.steps[size_t(i)];
+        values[size_t(image * stored * cells + channel * channel_stride + cell * cell_stride)] =
+            half_bits(step == kNothing ? -INFINITY : float(step) / kStepsPerUnit);
       }
-      const int64_t cells = int64_t(map.height) * map.width;
       Y7HeadMap head = {
-          upload(values), 3 * (5 + map.classes) * cells, cells, 1, map.height, map.width, map.stride, {}, 0};
+          upload(values), stored * cells, channel_stride, cell_stride, map.height, map.width, map.stride, {}, 0};
       memcpy(head.anchors, map.anchors, sizeof(head.anchors));
       heads.push_back(head);
     }
@@ -336,14 +342,15 @@ struct NmsCase {
   int batch, clusters;
   Options options;
   int background_steps;  // mean logit of objectness and classes outside the clusters, in units of 1 / 64
+  bool channels_last;    // NHWC with padded channels instead of NCHW
 };
 
 constexpr Options kDetect = {0.25f, 0.45f, 0, 0}, kEvaluate = {0.001f, 0.65f, 1, 0};
 constexpr NmsCase kNmsCases[] = {
-    {"clusters", 1, 32, kDetect, -512},
-    {"low_conf", 1, 40, kEvaluate, -538},
-    {"clusters_batch8", 8, 32, kDetect, -512},
-    {"refill", 1, 40, kEvaluate, -368},
+    {"clusters", 1, 32, kDetect, -512, false},        {"clusters_nhwc", 1, 32, kDetect, -512, true},
+    {"low_conf", 1, 40, kEvaluate, -538, false},      {"low_conf_nhwc", 1, 40, kEvaluate, -538, true},
+    {"clusters_batch8", 8, 32, kDetect, -512, false}, {"refill", 1, 40, kEvaluate, -368, false},
+    {"refill_nhwc", 1, 40, kEvaluate, -368, true},
 };
 
 int16_t logit_step(float probability) {
@@ -484,7 +491,7 @@ Row run_nms(const NmsCase& nms_case, const std::vector<float>& table, int seeds,
   Row row = {nms_case.name, nms_case.batch, {}, {}, true, -1};
   for (int seed = 0; seed < seeds; ++seed) {
     const std::vector<Map> maps = make_maps(nms_case, uint32_t(seed));
-    const NmsCall call(maps, nms_case.options, kMaxDet, kMaxCandidates);
+    const NmsCall call(maps, nms_case.options, kMaxDet, kMaxCandidates, nms_case.channels_last);
     call();
     const std::vector<Image> found = call.results();
     const Reference reference = {maps, table, nms_case.options};

@@ -28,7 +28,10 @@ constexpr uint32_t kSelectThreads = Y7_NMS_SELECT_THREADS;  // of `select`
 constexpr uint32_t kSelectAnchors = kSelectThreads / 2;     // that a block of `select` reads
 constexpr uint32_t kCapacity = Y7_NMS_CAPACITY;             // keys per image
 constexpr uint32_t kStagedKeys = Y7_NMS_STAGED;             // keys that a block of `select` collects in shared memory
-constexpr uint32_t kGroupSize = kThreads < 256 ? 32 : kThreads / 4;  // candidates that are resolved at once
+// Candidates that are resolved at once.
+constexpr uint32_t kGroupSize = kThreads < 256 ? 32 : kThreads < 512 ? kThreads / 4 : 128;
+// Detections in shared memory that candidates are compared with; at least kGroupSize.
+constexpr uint32_t kWinners = kThreads < 512 ? kThreads : 512;
 constexpr uint32_t kGroupWords = kGroupSize / 32;
 // Rows of one column of a group's overlap matrix that a thread computes.
 constexpr uint32_t kRowsPerThread = kGroupSize * kGroupSize / kThreads;
@@ -38,8 +41,8 @@ constexpr size_t kSharedBytes = 48 << 10;  // of a block, without an attribute o
 constexpr uint32_t kFullWarp = ~0u;
 constexpr Key kKeyAboveOne = Key(0x3f800001) << 32;  // above every key: no score exceeds 1
 
-static_assert(kThreads >= 64 && kThreads <= 512 && (kThreads & (kThreads - 1)) == 0,
-              "Y7_NMS_THREADS is a power of two from 64 to 512; 1024 threads need more shared memory than a block has");
+static_assert(kThreads >= 64 && kThreads <= 1024 && (kThreads & (kThreads - 1)) == 0,
+              "Y7_NMS_THREADS is a power of two from 64 to 1024");
 static_assert(kSelectThreads % 64 == 0 && kCapacity >= 1 && kStagedKeys >= 1, "");
 static_assert(kRowsPerThread == 8 || kRowsPerThread == 16 || kRowsPerThread == 32, "");
 

@@ -142,8 +142,8 @@ __device__ bool survives(const SuppressScratch& s, const Candidate& mine, uint32
 __device__ bool survives_earlier_tiles(const Plan& plan, SuppressScratch& s, uint32_t image, const Candidate& mine,
                                        bool alive, uint32_t kept, const Thresholds& thresholds) {
   const size_t row = size_t(image) * plan.max_det;
-  for (uint32_t begin = 0; begin < kept; begin += kThreads) {
-    const uint32_t size = min(kept - begin, kThreads), i = begin + threadIdx.x;
+  for (uint32_t begin = 0; begin < kept; begin += kWinners) {
+    const uint32_t size = min(kept - begin, kWinners), i = begin + threadIdx.x;
     __syncthreads();
     if (threadIdx.x < size) {
       s.winner_box[threadIdx.x] = reinterpret_cast<const float4*>(plan.outputs.boxes)[row + i];

@@ -34,8 +34,8 @@ struct SuppressScratch {
   uint32_t warp_total[kWarps];
   uint32_t filled, fitted;
   // Detections that suppress other candidates: those of earlier tiles, then the survivors of each group.
-  float4 winner_box[kThreads];
-  uint32_t winner_class[kThreads];
+  float4 winner_box[kWinners];
+  uint32_t winner_class[kWinners];
   // NMS within a group of candidates.
   float4 box[kGroupSize];
   uint32_t class_id[kGroupSize];

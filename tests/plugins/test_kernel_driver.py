@@ -34,6 +34,9 @@ def test_every_case_of_the_driver_equals_its_reference(tmp_path):
     assert rows["clusters_batch8"]["batch"] == 8
     assert 4000 < rows["low_conf"]["pairs"][0] < 32768 < rows["refill"]["pairs"][0]
     assert {"letterbox_1080p", "letterbox_odd"} < set(rows)
+    for name in ("clusters", "low_conf", "refill"):
+        same = {**rows[name], "case": f"{name}_nhwc", "us": rows[f"{name}_nhwc"]["us"]}
+        assert rows[f"{name}_nhwc"] == same, "the memory layout changes no result"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,15 @@ def test_no_kernel_uses_local_memory_or_stale_loads_on_any_architecture(
                 check_overlap(kernel, counts, overlaps=architecture >= FIRST_OVERLAPPING)
 
 
+def test_the_largest_block_compiles_without_spills_on_every_architecture(nvcc, architectures, tmp_path):
+    """Its threads have the fewest registers: 64."""
+    options = (*OPTIONS["nms.cu"], "-DY7_NMS_THREADS=1024")
+    for architecture in architectures:
+        cubin = tmp_path / f"{architecture}.cubin"
+        printed = compile_source(nvcc, SOURCES / "nms.cu", architecture=architecture, options=options, output=cubin)
+        assert spills(printed) == [("0", "0", "0")] * len(KERNELS["nms.cu"]), printed
+
+
 def check_overlap(kernel, counts, *, overlaps):
     """`suppress` waits for `select` before its first load of the list, where it may start earlier."""
     assert counts[ALLOW_NEXT] == (overlaps and kernel.startswith("select"))

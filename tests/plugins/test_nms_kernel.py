@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.fakes.emulated_kernels import Heads, run_nms, sigmoid_of
+from tests.fakes.emulated_kernels import Heads, compile_emulated, emulated, run_nms, sigmoid_of
 from tests.support.nms_cases import (
     BUILDS,
     CASES,
@@ -21,6 +21,8 @@ from tests.support.nms_cases import (
 )
 
 SIGMOID_ULPS = 2  # 2 for expf (CUDA C++ Programming Guide), and half an ulp for the division
+
+CASES_OF_A_SIZE = 30
 
 every_build = pytest.mark.parametrize("build", BUILDS)
 
@@ -51,6 +53,20 @@ def test_every_order_of_threads_gives_the_same_bytes(build, multi_label):
 def test_every_build_gives_the_same_bytes():
     heads = random_heads(np.random.default_rng(6), classes=3, pairs=6000)
     assert len({run_nms(kernels_of(build), heads, conf=0.01, iou=0.65).bytes() for build in BUILDS}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [128, 256, 1024])
+def test_every_size_of_the_block_equals_the_reference(threads):
+    """Sizes that no build above has, with lists that are too small for many of the images."""
+    kernels = emulated("nms.cu", defines=(f"Y7_NMS_THREADS={threads}", "Y7_NMS_CAPACITY=1500"))
+    assert sum(one_random_case(kernels, [threads, seed]) for seed in range(CASES_OF_A_SIZE))
+
+
+@pytest.mark.parametrize("threads", [32, 96, 2048])
+def test_other_sizes_of_the_block_do_not_compile(tmp_path, threads):
+    with pytest.raises(AssertionError, match="is a power of two from 64 to 1024"):
+        compile_emulated("nms.cu", defines=(f"Y7_NMS_THREADS={threads}",), flags=("-fsyntax-only",), folder=tmp_path)
 
 
 def test_the_memory_layout_does_not_change_the_result():
