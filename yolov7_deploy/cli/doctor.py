@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 def doctor(
     json_path: JsonPath = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print Markdown for a bug report, without paths, user names and passwords.")
+    ] = False,
     ready: Annotated[
         bool, typer.Option("--ready", help="Only open a model, for health checks: exit code 0 if that works, else 1.")
     ] = False,
@@ -42,6 +45,8 @@ def doctor(
 
     Example:  y7 doctor
     """
+    if ready and report:
+        raise UsageError("--report and --ready are different outputs.", fix="y7 doctor --report")
     if ready:
         _check_ready(weights, device=device, json_path=json_path)
         return
@@ -51,7 +56,7 @@ def doctor(
     from yolov7_deploy.doctor import diagnose
 
     diagnosis = diagnose()
-    echo(describe(diagnosis), err=json_path == "-")
+    echo(_bug_report(diagnosis) if report else describe(diagnosis), err=json_path == "-")
     if json_path is not None:
         write_json(diagnosis, json_path)
 
@@ -68,6 +73,12 @@ def _check_ready(weights: str | None, *, device: str, json_path: str | None) -> 
         from yolov7_deploy._console import write_json
 
         write_json(found, json_path)
+
+
+def _bug_report(diagnosis: Diagnosis) -> str:
+    from yolov7_deploy.doctor.bug_report import bug_report
+
+    return bug_report(diagnosis)
 
 
 def describe(diagnosis: Diagnosis) -> str:
