@@ -30,7 +30,7 @@ RUN python3 docker/trim.py /opt/y7
 
 # ---- runtime: no compiler, no pip, no torch --------------------------------------------------------------------------
 FROM ${SERVER_BASE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 ARG SERVER_BASE
 LABEL org.opencontainers.image.title="yolov7-deploy server" \
