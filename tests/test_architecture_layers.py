@@ -69,11 +69,14 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "faster_coco_eval": {"evaluation/accuracy.py", "evaluation/accuracy_drop.py"},
     "google.protobuf": {"tensorrt/onnx_rewrite.py", "onnx_export/onnx_model.py"},
+    "jinja2": {"workflows/report_page.py"},
+    "markupsafe": {"workflows/report_page.py"},
     "matplotlib": {
         "_charts.py",
         "benchmarking/chart.py",
         "evaluation/plots.py",
         "training/plots.py",
+        "workflows/report_charts.py",
         "workflows/sensitivity_chart.py",
     },
     "onnx": {

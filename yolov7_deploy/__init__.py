@@ -5,8 +5,8 @@ From an official checkpoint to a detector on ONNX Runtime or TensorRT. Every ste
     weights.pt ─▶ Checkpoint ─▶ Yolov7 ─▶ Yolov7 (fused) ─▶ OnnxModel ─▶ OnnxModel (FP16 | INT8) ─▶ Engine
       load_checkpoint  build_model   fuse          export_onnx     to_fp16, to_int8        build_engine
 
-`Detector` runs any of these files: images in, `Detections` out. `export`, `train`, `validate` and `benchmark` are the
-commands as functions.
+`Detector` runs any of these files: images in, `Detections` out. `export`, `train`, `validate`, `benchmark` and `report`
+are the commands as functions.
 
 Names are imported when they are first used, so `import yolov7_deploy` needs neither torch nor onnx.
 """
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.tensorrt.engine import Engine as Engine
     from yolov7_deploy.workflows.functions import benchmark as benchmark
     from yolov7_deploy.workflows.functions import export as export
+    from yolov7_deploy.workflows.functions import report as report
     from yolov7_deploy.workflows.functions import train as train
     from yolov7_deploy.workflows.functions import validate as validate
 
@@ -81,6 +82,7 @@ _MODULES = {
     "load_checkpoint": "checkpoint",
     "new_model": "model.yolov7",
     "open_calibration": "precision.calibration_images",
+    "report": "workflows.functions",
     "save_checkpoint": "checkpoint",
     "to_fp16": "precision.fp16",
     "to_int8": "precision.int8",

@@ -1,10 +1,12 @@
-"""Matplotlib style of all charts, and writing them as PNG files."""
+"""Matplotlib style of all charts, and writing them as PNG files or as SVG elements of a page."""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import matplotlib
@@ -43,6 +45,28 @@ def write_chart(draw: Callable[[], Figure], path: Path, *, dpi: int) -> None:
             temporary.write_bytes(data.getvalue())
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", fix="Choose another path.") from error
+
+
+def chart_svg(draw: Callable[[], Figure], *, name: str, label: str) -> str:
+    """Return a chart as an SVG element for an HTML page; the same figure gives the same text.
+
+    Its background is transparent and its size that of the element around it. Texts stay texts.
+
+    Args:
+        draw: Returns the figure.
+        name: Prefix of all ids, so that one page can have several charts.
+        label: The alternative text.
+    """
+    data = StringIO()
+    with chart_style(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        draw().savefig(data, format="svg", transparent=True, metadata={"Date": None})
+    text = data.getvalue()
+    # Its style sheet would apply to the whole page, and its metadata names matplotlib's site.
+    text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head, _, body = text.partition(">")
+    head = re.sub(r' (?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", head)
+    body = re.sub(r'(<[^<>]*? (?:id="|(?:xlink:)?href="#)|="url\(#|: ?url\(#)', rf"\g<1>{name}-", body)
+    return f'{head} role="img" aria-label="{html.escape(label)}">{body}'.replace("xlink:href", "href").rstrip()
 
 
 def replace_missing_glyphs(text: str) -> str:

@@ -109,6 +109,7 @@ class DeviceError(Y7Error):
 _EXTRAS = {
     "faster_coco_eval": "val",
     "google": "export",
+    "jinja2": "report",
     "matplotlib": "bench",
     "onnx": "export",
     "onnxruntime": "cpu",

@@ -344,6 +344,41 @@ class BenchOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReportOptions:
+    """Options of a deployment report.
+
+    Attributes:
+        limit: Measure AP on the first `limit` images; `None` on all.
+        stage_limit: Compare the stages on at most this many images.
+        max_drop: Largest allowed loss in AP points (of 100).
+        device: Device of all runtimes.
+        runtime: The only runtime for ONNX files; `auto` uses all that are installed.
+        duration_s: Seconds to measure latency of each artifact, and again to measure throughput; 0 measures neither.
+    """
+
+    limit: int | None = None
+    stage_limit: int = 16
+    max_drop: float = 0.3
+    device: str = "cpu"
+    runtime: str = "auto"
+    duration_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, number in (("limit", self.limit), ("stage-limit", self.stage_limit)):
+            if number is not None and _checked(f"--{name}", number, Integral, fix=f"For example: --{name} 16") < 1:
+                raise UsageError(f"--{name} {number} leaves no image.", fix=f"For example: --{name} 16")
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(
+                f"--max-drop {self.max_drop:g} is not a number of AP points.",
+                fix="From 0 to 100, for example: --max-drop 0.3",
+            )
+        if not 0 <= self.duration_s < float("inf"):
+            raise UsageError(
+                f"--duration {self.duration_s:g} is not a time in seconds.", fix="For example: --duration 5"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
     """Options of the build from an ONNX file to a TensorRT engine.
 

@@ -214,3 +214,9 @@ def write_image(path: str | Path, image_bgr: Image) -> None:
         raise ImageError(
             f"{path} cannot be written: {error.strerror or error}.", fix="Choose another folder."
         ) from error
+
+
+def jpeg_bytes(image_bgr: Image, *, quality: int) -> bytes:
+    """Return an image as the bytes of a JPEG file; `quality` is 1 to 100."""
+    _, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return data.tobytes()

@@ -22,7 +22,7 @@ from yolov7_deploy.evaluation import verification
 from yolov7_deploy.evaluation.parity import compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.verification import (
     ArtifactAccuracy,
-    _accuracy_failures,
+    accuracy_failures,
     common_input_hw,
     verify_artifacts,
 )
@@ -278,9 +278,9 @@ def test_verify_fails_if_nothing_can_be_compared(nothing_found, tmp_path):
 
 def test_an_ap_of_zero_verifies_nothing():
     rows = [ArtifactAccuracy(weights=name, precision="fp32", ap=0.0, ap50=0.0) for name in ("a.pt", "b.onnx")]
-    assert "NOT VERIFIED: a.pt has AP 0" in _accuracy_failures(rows, 0.3)[0]
+    assert "NOT VERIFIED: a.pt has AP 0" in accuracy_failures(rows, 0.3)[0]
     found = [replace(row, ap=0.5) for row in rows]
-    assert _accuracy_failures(found, 0.3) == []
+    assert accuracy_failures(found, 0.3) == []
 
 
 def test_a_limit_without_images_is_refused(files):

@@ -35,6 +35,7 @@ from yolov7_deploy.cli.info import info
 from yolov7_deploy.cli.optimize import optimize
 from yolov7_deploy.cli.plugin import plugin
 from yolov7_deploy.cli.quantize import quantize
+from yolov7_deploy.cli.report import report
 from yolov7_deploy.cli.score import score
 from yolov7_deploy.cli.train import train
 from yolov7_deploy.cli.triton import triton
@@ -64,6 +65,7 @@ COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
     (val, ("test",)),
     (bench, ("benchmark",)),
     (verify, ()),
+    (report, ()),
     (info, ()),
     (doctor, ()),
     (docker, ()),

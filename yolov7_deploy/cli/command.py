@@ -67,6 +67,11 @@ PANELS: dict[str, dict[str, str]] = {
         "Protocol": "img batch rect conf iou max_det device runtime half",
         "Output": "per_class predictions project name exist_ok save_dir nosave json_path",
     },
+    "report": {
+        "Model and data": "weights against data limit stage_limit device runtime",
+        "Contents": "max_drop duration bench sensitivity",
+        "Output": "output json_path",
+    },
     "triton": {
         "Model": "weights output name backend container",
         "Serving": "max_batch preferred_batch queue_delay instances device",

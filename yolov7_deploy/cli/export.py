@@ -377,8 +377,11 @@ def to_dict(report: ExportReport) -> dict[str, object]:
     """Return the report as plain data for JSON."""
     import json
 
+    from yolov7_deploy._serialization import sha256_hex
+
     result: dict[str, object] = {
         "path": str(report.path),
+        "sha256": sha256_hex(report.path),
         "bytes": report.bytes,
         "metadata": json.loads(report.metadata.to_json()),
         "parity": report.parity.to_dict() if report.parity else None,

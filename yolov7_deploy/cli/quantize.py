@@ -128,9 +128,10 @@ def quantize(
         write_sensitivity_chart(result, chart, title=target.stem)
     if json_path is not None:
         from yolov7_deploy._console import write_json
+        from yolov7_deploy._serialization import sha256_hex
         from yolov7_deploy.workflows.quantize import to_dict
 
-        write_json({"path": str(target), **to_dict(result)}, json_path)
+        write_json({"path": str(target), "sha256": sha256_hex(target), **to_dict(result)}, json_path)
 
 
 def int8_options(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset, open_dataset
@@ -21,6 +21,9 @@ from yolov7_deploy.options import ValOptions
 from yolov7_deploy.runtimes.base import Runtime, installed_runtimes, open_runtime, runtime_entry
 from yolov7_deploy.sources import open_source
 
+if TYPE_CHECKING:
+    from yolov7_deploy.evaluation.accuracy import AccuracyReport
+
 logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -28,12 +31,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactAccuracy:
-    """AP (0..1) of one artifact; all artifacts are evaluated with the same letterbox."""
+    """AP (0..1) of one artifact; all artifacts are evaluated with the same letterbox.
+
+    Attributes:
+        weights: Name of the artifact, with the runtime if there are several.
+        precision: Precision in which it ran.
+        ap, ap50: At IoU 0.50:0.95, and at 0.50.
+        report: All metrics and the predictions; `weights` and `runtime` in it are the file and the name of its runtime.
+        metadata: Metadata of the artifact.
+        input_hw: Height and width of the network input.
+    """
 
     weights: str
     precision: str
     ap: float
     ap50: float
+    report: AccuracyReport | None = field(default=None, repr=False, compare=False)
+    metadata: ModelMetadata | None = field(default=None, repr=False, compare=False)
+    input_hw: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +96,7 @@ def verify_artifacts(
     others: Sequence[Path],
     *,
     images: Path | None = None,
-    data: Path | None = None,
+    data: Path | Dataset | None = None,
     limit: int = 16,
     max_drop: float = 0.3,
     device: str = "cpu",
@@ -93,7 +108,7 @@ def verify_artifacts(
     Args:
         reference, others: Model files.
         images: Folder, file, pattern or list; by default the images of `data`, or else a synthetic one.
-        data: Dataset for measuring AP.
+        data: Dataset for measuring AP. One that is open is measured on all of its images.
         limit: Maximum number of images.
         max_drop: Maximum loss in AP points (of 100).
         device: Device of all runtimes.
@@ -105,7 +120,7 @@ def verify_artifacts(
     """
     if limit < 1:
         raise UsageError(f"--limit {limit} leaves no image to compare on.", fix="For example: --limit 16")
-    dataset = open_dataset(data, limit=limit) if data else None
+    dataset = open_dataset(data, limit=limit) if isinstance(data, Path) else data
     source = images or ([dataset.path(i) for i in range(len(dataset))] if dataset else None)
     frames = _read_images(source, limit)
     runs, notes = _find_runs(others, device, runtime)
@@ -115,7 +130,7 @@ def verify_artifacts(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
         images=len(dataset) if dataset else len(frames) or 1,
-        failures=(*stage_failures(reports), *_accuracy_failures(accuracy, max_drop)),
+        failures=(*stage_failures(reports), *accuracy_failures(accuracy, max_drop)),
         notes=tuple(notes),
     )
 
@@ -215,8 +230,18 @@ def _measure_accuracy(
         img, half = None if _is_fixed(run.path) else size, _reference_half(run.path)
         with Detector(run.path, device=device, img=img, half=half, runtime=run.runtime) as detector:
             report = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
+            report = replace(report, weights=str(run.path), runtime=detector.runtime)
+            metadata, input_hw = detector.metadata, detector.input_hw
         accuracy.append(
-            ArtifactAccuracy(weights=str(run), precision=report.precision, ap=report.ap or 0.0, ap50=report.ap50 or 0.0)
+            ArtifactAccuracy(
+                weights=str(run),
+                precision=report.precision,
+                ap=report.ap or 0.0,
+                ap50=report.ap50 or 0.0,
+                report=report,
+                metadata=metadata,
+                input_hw=input_hw,
+            )
         )
     return accuracy
 
@@ -288,7 +313,8 @@ def stage_failures(reports: Sequence[ParityReport]) -> list[str]:
     return failures
 
 
-def _accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
+def accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
+    """Return a sentence for each artifact that loses more AP points than allowed; the first one is the reference."""
     if accuracy and accuracy[0].ap == 0:
         return [f"NOT VERIFIED: {accuracy[0].weights} has AP 0 on these images, so no loss can be measured."]
     return [

@@ -1,8 +1,8 @@
-"""The commands as functions: `export`, `train`, `validate` and `benchmark`.
+"""The commands as functions: `export`, `train`, `validate`, `benchmark` and `report`.
 
-They have the options and defaults of `y7 export`, `y7 train`, `y7 val` and `y7 bench`, and print nothing: results are
-returned, progress goes to callbacks and the log. Libraries are imported when a function is called, so each needs only
-its own extra.
+They have the options and defaults of `y7 export`, `y7 train`, `y7 val`, `y7 bench` and `y7 report`, and print nothing:
+results are returned, progress goes to callbacks and the log. Libraries are imported when a function is called, so each
+needs only its own extra.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from yolov7_deploy.options import (
     EngineOptions,
     ExportOptions,
     QuantizeOptions,
+    ReportOptions,
     TrainOptions,
     ValOptions,
     parse_size,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.training.loggers import TrainCallback
     from yolov7_deploy.training.trainer import TrainReport
     from yolov7_deploy.workflows.export import ExportReport, Int8Request
+    from yolov7_deploy.workflows.report import DeploymentReport
 
 PathLike = str | os.PathLike[str]
 Size = int | tuple[int, int]
@@ -55,6 +57,7 @@ _EXPORT = ExportOptions()
 _TRAIN = TrainOptions()
 _VAL = ValOptions()
 _BENCH = BenchOptions()
+_REPORT = ReportOptions()
 
 
 def _names_missing_libraries(function: Callable[P, R]) -> Callable[P, R]:
@@ -576,3 +579,77 @@ def _frames(source: SourceLike | None, hw: tuple[int, int] | None) -> Frames:
     if hw is not None:
         raise UsageError("--frame is the size of the synthetic image, which --source replaces.", fix="Leave one out.")
     return read_frames(source)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+@_names_missing_libraries
+def report(
+    weights: PathLike,
+    against: PathLike | Sequence[PathLike],
+    data: PathLike,
+    output: PathLike = "report.html",
+    *,
+    limit: int | None = _REPORT.limit,
+    stage_limit: int = _REPORT.stage_limit,
+    max_drop: float = _REPORT.max_drop,
+    duration_s: float = _REPORT.duration_s,
+    bench: Sequence[PathLike] = (),
+    sensitivity: Sequence[PathLike] = (),
+    device: str | int = _REPORT.device,
+    runtime: str = _REPORT.runtime,
+) -> DeploymentReport:
+    """Write one HTML page that shows whether exported files equal their weights: parity, AP, speed, and differences.
+
+    The page is written if files are wrong, too; it and the report say so.
+
+    Args:
+        weights: The reference: a model file or an official name.
+        against: Model files to compare with it; ONNX files run in every installed runtime.
+        data: Dataset YAML, or COCO annotations (instances JSON).
+        output: The `.html` file to write; one that exists is replaced.
+        limit, stage_limit, max_drop, runtime: See `ReportOptions`.
+        duration_s: Seconds to measure latency of each file, and again to measure throughput; 0 measures no speed.
+        bench: Files of `y7 bench --json`, for files whose speed is not measured again.
+        sensitivity: Files of `y7 quantize --sensitivity --json`.
+        device: Device of all files: `cpu`, a GPU (`cuda:0` or 0) or `auto`.
+
+    Returns:
+        The report: `ok`, `failures`, `warnings`, and an entry with `accuracy`, `drop`, `parity` and `speed` for each of
+        the `artifacts`.
+
+    Raises:
+        UsageError: An option is invalid, the page cannot be written, or a file is of another model.
+        LoadError: A file does not exist or cannot be read.
+        DatasetError: The dataset is missing or malformed, or has other classes than the model.
+        DeviceError: The device does not exist.
+        MissingLibraryError: A library is missing; the message names its extra.
+
+    Example:
+        >>> found = report("yolov7-tiny-shapes", "shapes.onnx", "data.yaml", "report.html", duration_s=0)
+        >>> found.ok, found.path.name
+        (True, 'report.html')
+    """
+    options = ReportOptions(
+        limit=limit,
+        stage_limit=stage_limit,
+        max_drop=max_drop,
+        duration_s=duration_s,
+        device=str(device),
+        runtime=runtime,
+    )
+    files = [against] if isinstance(against, str | os.PathLike) else list(against)
+    if not files:
+        raise UsageError("There is no file to compare with the weights.", fix="For example: --against yolov7.onnx")
+    from yolov7_deploy.workflows.report_page import write_report
+
+    return write_report(
+        find_weights(os.fspath(weights)),
+        [find_weights(os.fspath(file)) for file in files],
+        data=Path(data),
+        output=Path(output),
+        options=options,
+        bench=[Path(file) for file in bench],
+        sensitivity=[Path(file) for file in sensitivity],
+    )
