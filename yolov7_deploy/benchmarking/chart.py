@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import IdentityTransform
 
 from yolov7_deploy._charts import GREY, chart_style, replace_missing_glyphs, write_chart
 from yolov7_deploy.benchmarking.report import SpeedReport
@@ -65,7 +64,7 @@ class _Point:
     """One report at batch 1.
 
     Attributes:
-        label: Name of the model.
+        label: Text near the point, such as the name of the model.
         series: Machine, runtime and precision.
         engine_ms, end_to_end_ms: Medians.
         ap: AP in percent; `None` where unknown.
@@ -110,9 +109,10 @@ def speed_accuracy_chart(reports: Sequence[SpeedReport], path: Path) -> None:
 
 
 @chart_style()
-def draw_chart(reports: Sequence[SpeedReport]) -> Figure:
-    """Return the chart as a matplotlib figure."""
-    points = [point for report in reports if (point := _point(report))]
+def draw_chart(reports: Sequence[SpeedReport], *, labels: Sequence[str] = ()) -> Figure:
+    """Return the chart as a matplotlib figure; `labels` replace the names of the models."""
+    names = labels or [VARIANTS.get(report.variant, Path(report.weights).stem) for report in reports]
+    points = [point for report, name in zip(reports, names, strict=True) if (point := _point(report, name))]
     with_paper = all(report.is_coco for report in reports)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(p.series for p in points))}
     legends = [*([_paper_legend()] if with_paper else []), _measured_legend(colours), _marker_legend(points)]
@@ -139,7 +139,7 @@ def draw_chart(reports: Sequence[SpeedReport]) -> Figure:
     return figure
 
 
-def _point(report: SpeedReport) -> _Point | None:
+def _point(report: SpeedReport, label: str = "") -> _Point | None:
     """Return the report at batch 1; `None` where it was not measured there."""
     row = next((row for row in report.rows if row.batch == 1), None)
     if row is None:
@@ -149,7 +149,7 @@ def _point(report: SpeedReport) -> _Point | None:
     published = report.paper.ap if report.paper and has_size and report.is_coco else None
     origin = "measured" if report.ap is not None else "unknown" if published is None else "published"
     return _Point(
-        label=_shorten(VARIANTS.get(report.variant, Path(report.weights).stem)),
+        label=_shorten(label),
         series=replace_missing_glyphs(f"{report.machine}, {report.runtime} {report.precision}"),
         engine_ms=row.stage("engine").p50,
         end_to_end_ms=row.stage("end_to_end").p50,
@@ -319,7 +319,9 @@ def _marker_px(size: float) -> float:
 def _draw_label(axes: Axes, label: _Label, layout: LabelLayout) -> None:
     """Draw the label at the best free position near its point; leave it out if there is none."""
     text = axes.text(0, 0, label.text, color=label.colour, fontsize=7.5, ha="center", va="center", zorder=7)
-    text.set_transform(IdentityTransform())
+    # Positions are in pixels at `DPI`; in inches they are right in an SVG, too, which has 72 dots per inch.
+    inches = axes.figure.dpi_scale_trans
+    text.set_transform(inches)
     text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
     extent = text.get_window_extent()
     (point,) = _pixels(axes, [label.xy])
@@ -327,12 +329,13 @@ def _draw_label(axes: Axes, label: _Label, layout: LabelLayout) -> None:
     if centre is None:
         text.remove()
         return
-    text.set_position(centre)
+    text.set_position((centre[0] / DPI, centre[1] / DPI))
     axis_values = zip(point, centre, (extent.width, extent.height), strict=True)
     nearest = [min(max(value, middle - side / 2), middle + side / 2) for value, middle, side in axis_values]
     if math.dist(point, nearest) > LEADER_PX:
-        leader = Line2D(*zip(point, nearest, strict=True), color=label.colour, linewidth=0.6, zorder=3)
-        leader.set_transform(IdentityTransform())
+        ends = np.array([point, nearest]).T / DPI
+        leader = Line2D(*ends, color=label.colour, linewidth=0.6, zorder=3)
+        leader.set_transform(inches)
         axes.add_line(leader)
 
 

@@ -212,7 +212,7 @@ def collect_report(
         options=options,
         artifacts=tuple(artifacts),
         verification=verification,
-        warnings=tuple(_warnings(artifacts, verification, options, speeds)),
+        warnings=tuple(_warnings(artifacts, verification, options, speeds, dataset.coverage)),
         images=_most_different(artifacts, dataset),
         rankings=rankings,
         dataset=dataset,
@@ -425,19 +425,20 @@ def _warnings(
     verification: Verification,
     options: ReportOptions,
     speeds: Mapping[Path, SpeedReport],
+    coverage: str,
 ) -> Iterator[str]:
+    """Yield the warnings of the page; `coverage` of the dataset is not one, since it is repeated in its problems."""
     reference = artifacts[0]
     for one in artifacts[1:]:
-        if one.drop is not None and not one.failures and one.drop.verdict(options.max_drop) == "inconclusive":
+        if one.drop is not None and one.drop.verdict(options.max_drop) == "inconclusive":
             yield f"{one.name}: {summarize_drop(one.drop, options.max_drop)}"
     yield from dict.fromkeys(_origin_warnings(reference, artifacts[1:]))
     yield from verification.notes
     if reference.accuracy.skipped:
         skipped = reference.accuracy.skipped
         yield f"{plural(len(skipped), 'image')} could not be used: {skipped[0].path}: {skipped[0].reason}"
-    yield from dict.fromkeys(note for one in artifacts for note in one.accuracy.notes)
-    for one in artifacts:
-        yield from _speed_warnings(one)
+    yield from dict.fromkeys(note for one in artifacts for note in one.accuracy.notes if note != coverage)
+    yield from _speed_warnings(artifacts)
     for path, report in speeds.items():
         if not any(_is_about(report, one) for one in artifacts):
             size = "x".join(map(str, report.input_hw))
@@ -456,12 +457,18 @@ def _origin_warnings(reference: ArtifactRecord, others: Sequence[ArtifactRecord]
             yield f"{one.path.name} says that it was made from {named} (sha256 {source[:12]}), not from the reference."
 
 
-def _speed_warnings(one: ArtifactRecord) -> Iterator[str]:
-    if one.speed is None:
-        yield f"{one.name}: its speed was not measured."
-        return
-    for row in one.speed.rows:
-        if row.other_cpu_load is not None and row.other_cpu_load > BUSY:
-            yield f"{one.name}: other programs used {row.other_cpu_load:.0%} of the CPU while its speed was measured."
-        if row.clocks is not None and row.clocks.throttled:
-            yield f"{one.name}: throttled while its speed was measured: {', '.join(row.clocks.throttled)}."
+def _speed_warnings(artifacts: Sequence[ArtifactRecord]) -> Iterator[str]:
+    """Yield one sentence for each reason for which times are missing or too long, with the artifacts it is about."""
+    rows = [(one.name, row) for one in artifacts if one.speed is not None for row in one.speed.rows]
+    missing = [one.name for one in artifacts if one.speed is None]
+    if missing:
+        yield f"The speed was not measured of {', '.join(missing)}."
+    busy = {name: row.other_cpu_load for name, row in rows if row.other_cpu_load and row.other_cpu_load > BUSY}
+    if busy:
+        yield (
+            f"Times are too long: other programs used up to {max(busy.values()):.0%} of the CPU while the speed was "
+            f"measured of {', '.join(busy)}."
+        )
+    throttled = dict.fromkeys(name for name, row in rows if row.clocks is not None and row.clocks.throttled)
+    if throttled:
+        yield f"Times are too long: the processor was throttled while the speed was measured of {', '.join(throttled)}."

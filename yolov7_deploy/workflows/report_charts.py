@@ -23,9 +23,13 @@ NAME_CHARACTERS = 44
 
 
 def speed_accuracy_svg(reports: Sequence[SpeedReport]) -> str:
-    """Return the chart of AP against time at batch 1, with the detectors of the paper; see `draw_chart`."""
+    """Return the chart of AP against time at batch 1, with the detectors of the paper; see `draw_chart`.
+
+    All reports are of one model, so the points have the names of their runtimes and precisions.
+    """
+    labels = [f"{report.runtime} {report.precision}" for report in reports]
     label = f"AP against time per image of {len(reports)} artifacts beside the paper's; the numbers are in the tables"
-    return chart_svg(lambda: draw_chart(reports), name="speed", label=label)
+    return chart_svg(lambda: draw_chart(reports, labels=labels), name="speed", label=label)
 
 
 def sensitivity_svg(entries: Sequence[LayerSensitivity], floats: Collection[str], *, name: str, path: Path) -> str:

@@ -222,6 +222,8 @@ def _context(report: DeploymentReport) -> dict[str, Any]:
         "int8": [_int8(one, report) for one in _files(report) if one.metadata.precision == "int8"],
         "files": _files(report),
         "opsets": {one.path: _opset(one.path) for one in _files(report)},
+        "speed_sources": _speed_sources(report),
+        "created": report.created_at[:16].replace("T", " ") + " UTC",
         "version": __version__,
         "dash": DASH,
     }
@@ -294,6 +296,17 @@ def _machine_rows(machine: Machine, report: DeploymentReport) -> dict[str, str]:
         "yolov7-deploy": __version__,
     }
     return rows | {name: text for name, text in versions.items() if name not in ("system", "CPU", "python")}
+
+
+def _speed_sources(report: DeploymentReport) -> dict[str, list[str]]:
+    """Return machine, images and file of the times, each with the names of the artifacts."""
+    sources: dict[str, list[str]] = {}
+    for one in report.artifacts:
+        if one.speed is not None:
+            origin = one.speed_source or "measured for this report"
+            text = f"{one.speed.machine}, device {one.speed.device}; {one.speed.frames}; {origin}"
+            sources.setdefault(text, []).append(one.name)
+    return sources
 
 
 def _class_rows(report: DeploymentReport) -> list[tuple[Any, list[float | None], float]]:
