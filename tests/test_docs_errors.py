@@ -75,6 +75,7 @@ def usage():
 
 def missing_library(patch):
     patch.setitem(sys.modules, "onnxruntime", None)
+    patch.delitem(sys.modules, "yolov7_deploy.runtimes.onnxruntime", raising=False)
     Detector("shapes.onnx", runtime="onnxruntime")
 
 

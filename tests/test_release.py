@@ -1,4 +1,4 @@
-"""What is released: the changelog, and a wheel and a source distribution with the package and nothing else."""
+"""The release: the changelog, and a wheel and a source distribution with the package and nothing else."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_int8_files_for_cpus_find_the_same_boxes_in_every_runtime(make_file, ima
 
 @pytest.mark.parametrize("batch", [1, None])
 def test_openvino_alone_runs_files_with_nms_of_standard_operators(make_file, images, expected, batch):
-    """As docs/deployment.md says: with float32, because its default is BF16 where the CPU has it."""
+    """The way that docs/deployment.md shows, with float32, because the default is BF16 where the CPU has it."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
