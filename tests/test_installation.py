@@ -29,7 +29,7 @@ SIZE = 64
 # The lowest torch (2.4) is not tried: for Linux, PyPI has it with CUDA only, which is a download of 3 GB.
 TORCH = "torch==2.13.0"
 # Extras that run on a machine without a GPU; the lowest versions of the others cannot be tried there.
-LOWEST_EXTRAS = ("cpu", "export", "val", "bench", "train")
+LOWEST_EXTRAS = ("cpu", "export", "val", "bench", "report", "train")
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +125,22 @@ def test_export_and_cpu_export_quantize_verify_and_estimate(install):
 def test_val_and_cpu_measure_average_precision(install):
     printed = install("val", "cpu").y7("val --weights tiny.onnx --data shapes/shapes.yaml")
     assert "AP  IoU 0.50:0.95" in printed
+
+
+def test_report_export_and_cpu_write_a_report(install):
+    installation = install("report", "export", "cpu")
+    files = "--weights tiny.onnx --against tiny.onnx --data shapes/shapes.yaml"
+    arguments = f"report {files} --duration 0 --limit 4 --stage-limit 1"
+    done = subprocess.run(
+        [installation.python.with_name("y7"), *arguments.split()],
+        cwd=installation.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Random weights have AP 0, so there is nothing to lose: not verified, and the page says so.
+    assert done.returncode == 1 and "NOT VERIFIED" in done.stderr
+    assert "NOT VERIFIED" in (installation.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_bench_and_cpu_measure_and_draw(install):

@@ -116,8 +116,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 def keep_freed_memory() -> bool:
     """Have malloc keep freed memory of this process for later allocations; return whether it can.
 
-    By default glibc maps a new block for every array of over 32 MiB and returns it when it is freed, so activations of a
-    training step start as pages that the kernel first has to clear. Other C libraries do not have the setting.
+    By default glibc maps a new block for every array of over 32 MiB and returns it when it is freed, so activations of
+    a training step start as pages that the kernel first has to clear. Other C libraries do not have the setting.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import combinations
 
 import matplotlib
+import numpy as np
 import pytest
 
 from tests.support import speed_reports
@@ -107,6 +108,22 @@ def test_no_label_lies_on_another_or_leaves_the_axes(situation):
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert all(axes.bbox.x0 <= b.x0 and b.x1 <= axes.bbox.x1 for b in boxes)
     assert all(axes.bbox.y0 <= b.y0 and b.y1 <= axes.bbox.y1 for b in boxes)
+
+
+def test_labels_stay_in_place_in_an_svg():
+    """An SVG has 72 dots per inch, the PNG more."""
+    figure = draw_chart([speed_report(engine_ms=4.0 + i, end_to_end_ms=6.0 + i, ap=0.5) for i in range(3)])
+    axes = figure.axes[0]
+    before = [axes.transAxes.inverted().transform(text.get_window_extent().min) for text in axes.texts]
+    figure.dpi = 72
+    after = [axes.transAxes.inverted().transform(text.get_window_extent().min) for text in axes.texts]
+    assert abs(np.array(before) - after).max() < 0.01
+
+
+def test_labels_can_replace_the_names_of_the_models():
+    reports = [speed_report(ap=0.5), speed_report(batch=8), speed_report(ap=0.4)]
+    drawn = [text.get_text() for text in draw_chart(reports, labels=["first", "second", "third"]).axes[0].texts]
+    assert drawn[:2] == ["first", "third"]
 
 
 def test_the_papers_rows_are_drawn_at_their_times_and_ap():

@@ -10,10 +10,11 @@ import cv2
 import pytest
 from typer.testing import CliRunner
 
-from yolov7_deploy import Detector, benchmark, export, train, validate
+from yolov7_deploy import Detector, benchmark, export, report, train, validate
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.cli.bench import bench as bench_command
 from yolov7_deploy.cli.export import export as export_command
+from yolov7_deploy.cli.report import report as report_command
 from yolov7_deploy.cli.train import train as train_command
 from yolov7_deploy.cli.val import val as val_command
 from yolov7_deploy.datasets.synthetic import write_shapes
@@ -39,11 +40,17 @@ def defaults(function) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "function,command",
-    [(export, export_command), (train, train_command), (validate, val_command), (benchmark, bench_command)],
+    [
+        (export, export_command),
+        (train, train_command),
+        (validate, val_command),
+        (benchmark, bench_command),
+        (report, report_command),
+    ],
 )
 def test_a_function_has_the_defaults_of_its_command(function, command):
     # Texts of the shell and values of Python; and the commands' default weights, which functions require.
-    other = {"weights", "data", "img", "concurrency", "classes", "save_dir", "batch"}
+    other = {"weights", "data", "img", "concurrency", "classes", "save_dir", "batch", "against", "bench", "sensitivity"}
     of_function, of_command = defaults(function), defaults(command)
     shared = (set(of_function) & set(of_command)) - other - {"precision"}
     assert len(shared) >= 5

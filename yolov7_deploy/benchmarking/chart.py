@@ -125,10 +125,10 @@ def draw_chart(reports: Sequence[SpeedReport], *, labels: Sequence[str] = ()) ->
     axes = figure.add_axes((LEFT, (top + XLABEL) / height, 0.92, (height - top - XLABEL - MARGIN) / height))
     _set_axes(axes, points, with_paper=with_paper)
     layout = LabelLayout(frame=axes.bbox.extents)
-    labels = _draw_measured(axes, points, colours, layout)
+    drawn = _draw_measured(axes, points, colours, layout)
     if with_paper:
-        labels += _draw_paper(axes, layout)
-    for label in labels:
+        drawn += _draw_paper(axes, layout)
+    for label in drawn:
         _draw_label(axes, label, layout)
     for x, (title, entries) in zip(COLUMNS, legends, strict=False):
         handles, texts = zip(*entries, strict=True)

@@ -589,7 +589,7 @@ def report(
     weights: PathLike,
     against: PathLike | Sequence[PathLike],
     data: PathLike,
-    output: PathLike = "report.html",
+    output: PathLike = Path("report.html"),
     *,
     limit: int | None = _REPORT.limit,
     stage_limit: int = _REPORT.stage_limit,
