@@ -4,8 +4,9 @@
     python benchmarks/train_speed.py --official official --official-python official/.venv/bin/python
 
 Both commands train the same variant from scratch in float32 with the same images, size, batch, augmentation preset and
-number of loading processes, without validation and plots, in turn. An epoch ends when its line is in the results file;
-the first one, with the start of the processes and the label cache, does not count.
+number of loading processes, without validation and plots, in turn. An epoch ends when its line is in the results file.
+The first one, with the start of the processes and the label cache, does not count, nor does the last one, which the
+official program ends with a validation.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from recording import parser, record
 
 from yolov7_deploy.datasets.synthetic import write_shapes
 
-# The official program uses names that NumPy removed in 1.24.
+# The official program uses names that NumPy removed in 1.24 and 2.0.
 RUN_OFFICIAL = (
-    "import sys, runpy, numpy as np; np.int, np.float = int, float; sys.path.insert(0, '.'); "
+    "import sys, runpy, numpy as np; np.int, np.float, np.trapz = int, float, np.trapezoid; sys.path.insert(0, '.'); "
     "sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__')"
 )
 POLL_S = 0.02
@@ -40,7 +41,7 @@ def main() -> None:
     arguments.add_argument("--img", type=int, default=320)
     arguments.add_argument("--batch", type=int, default=16)
     arguments.add_argument("--images", type=int, default=160)
-    arguments.add_argument("--epochs", type=int, default=5)
+    arguments.add_argument("--epochs", type=int, default=6)
     arguments.add_argument("--rounds", type=int, default=2)
     options = arguments.parse_args()
     epochs: dict[str, list[float]] = {"official": [], "ours": [], "ours, bfloat16": []}
@@ -51,7 +52,7 @@ def main() -> None:
             for name, times in epochs.items():
                 run = Path(folder) / f"{name.replace(', ', '-')}{number}"
                 command, log, cwd = arrange(name, options, data=data, run=run)
-                new = epoch_seconds(command, log=log, cwd=cwd, epochs=options.epochs)[1:]
+                new = epoch_seconds(command, log=log, cwd=cwd, epochs=options.epochs)[1:-1]
                 print(f"{name}: {[round(second, 2) for second in new]}", flush=True)
                 times.extend(new)
     result = {name: vars(options)[name] for name in ("variant", "img", "batch", "images", "epochs", "rounds")}

@@ -301,6 +301,41 @@ def test_bf16_runs_or_is_refused_by_name(make_file, images, expected):
         assert_close(found, expected)
 
 
+def test_float16_is_for_files_whose_decoding_and_nms_are_on_the_host(make_file, images, expected):
+    """In float16, decoding loses half a pixel and NMS mixes up anchors, which the comparison with PyTorch found."""
+    try:
+        found = detect(make_file(), images, runtime="openvino-f16")
+    except DeviceError as error:
+        assert "This CPU does not compute in f16" in error.message
+        return
+    assert_close(found, expected)
+    for nms in ("standard", "efficient", "none"):
+        with pytest.raises(UsageError, match="would compute in float16, too") as caught:
+            Detector(make_file(nms=nms), runtime="openvino-f16")
+        assert "--nms plugin" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("runtime", "quantized"), [("openvino-bf16", ()), ("openvino-bf16", ("int8", "cpu")), ("openvino-f16", ())]
+)
+def test_the_nms_that_is_verified_is_the_one_that_runs(make_file, fused, images, quantized, runtime):
+    """The copy with head maps as outputs has its NMS on the host, too, and finds the same boxes at confidence 0."""
+    from yolov7_deploy.runtimes.pytorch import PytorchRuntime
+
+    path = make_file(*quantized)
+    try:
+        opened = open_runtime(path, device="cpu", input_hw=None, runtime=runtime)
+    except DeviceError as error:
+        pytest.skip(error.message)
+    report = compare(
+        make_artifact("torch", PytorchRuntime(*fused), None, input_hw=HW),
+        make_artifact(runtime, opened, path, input_hw=HW),
+        images,
+        thresholds=comparison_thresholds(opened.metadata),
+    )
+    assert report.ok and [stage.stage for stage in report.stages] == ["head", "decode", "nms", "detections"]
+
+
 # --- the choice of `auto` -------------------------------------------------------------------------------------------
 
 

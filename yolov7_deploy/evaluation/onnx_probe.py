@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from yolov7_deploy._process import temporary_folder
+from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.image import FloatArray, Image, to_network_input
 from yolov7_deploy.metadata import NMS_OUTPUTS, RAW_OUTPUT, THRESHOLD_INPUTS
 from yolov7_deploy.onnx_export.nms import EFFICIENT_OP
@@ -71,11 +73,16 @@ class OnnxProbe:
             }
 
     def stages(self, canvas: Image) -> IntermediateOutputs:
-        """Return the intermediate outputs for one canvas; decoding that is part of an NMS op has none."""
+        """Return the intermediate outputs for one canvas; decoding that is part of an NMS op has none.
+
+        Raises:
+            DeviceError: The runtime cannot run the copy.
+        """
         batch = [canvas] * (self._metadata.batch or 1)
-        array = np.stack(batch) if self._metadata.input_kind == "uint8" else to_network_input(batch)
+        takes_pixels = self._metadata.input_kind == "uint8" or self._session.takes_pixels
+        array = np.stack(batch) if takes_pixels else to_network_input(batch)
         inputs = {self._input: array, **self._thresholds}
-        results = dict(zip(self._outputs, self._session.run(self._session.get(), self._outputs, inputs), strict=True))
+        results = self._run(inputs)
         decoded: FloatArray | None = None
         if RAW_OUTPUT in results:
             decoded = results[RAW_OUTPUT][0]
@@ -95,3 +102,14 @@ class OnnxProbe:
                 boxes=found_boxes[rows], scores=found_scores[rows], class_ids=classes[rows].astype(np.int64)
             )
         return IntermediateOutputs(heads=heads, decoded=decoded, detections=detections)
+
+    def _run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            arrays = self._session.run(self._session.get(), self._outputs, inputs)
+        except self._session.errors as error:
+            raise DeviceError(
+                f"{self._session.library} could not run the file with its intermediate tensors as outputs: "
+                f"{self._session.reason(error)}",
+                fix="Use another runtime:  --runtime onnxruntime",
+            ) from error
+        return dict(zip(self._outputs, arrays, strict=True))

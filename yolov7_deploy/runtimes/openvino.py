@@ -168,6 +168,11 @@ class OvSession(OnnxSession[_Networks]):
         return settings
 
     @property
+    def has_host_nms(self) -> bool:
+        """True if decoding and NMS run in NumPy, after the network."""
+        return self._nms is not None
+
+    @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:
         """See `Runtime.runtime_info`."""
         networks = self.get()
@@ -201,9 +206,9 @@ class OvSession(OnnxSession[_Networks]):
             request.infer(images, share_inputs=True)
             if self._nms is None:
                 return [request.get_tensor(name).data.copy() for name in names]
-            heads = [request.get_tensor(name).data for name in self._heads]
-            found = _run_nms(self._nms, heads, feeds)
-        return [found[name] for name in names]
+            heads = {name: request.get_tensor(name).data for name in self._heads}
+            found = _run_nms(self._nms, list(heads.values()), feeds)
+            return [found[name] if name in found else heads[name].copy() for name in names]
 
     @contextlib.contextmanager
     def _request(self, model: _Networks, shapes: Shapes) -> Iterator[openvino.InferRequest]:
@@ -379,7 +384,9 @@ class OvRuntime(OnnxRuntime):
             raise DeviceError(
                 f"OpenVINO has no device {device!r}.", fix=f"One of: {', '.join(DEVICES)}; or  --runtime onnxruntime"
             )
-        runtime = cls(OvSession(path, device=device, precision=precision), path, input_hw=input_hw, half=half)
+        session = OvSession(path, device=device, precision=precision)
+        _check_decoding(path, session)
+        runtime = cls(session, path, input_hw=input_hw, half=half)
         _check_saturation(path, runtime.metadata, runtime.device)
         return runtime
 
@@ -417,6 +424,15 @@ def _check_saturation(path: Path, metadata: ModelMetadata, device: str) -> None:
             f"{path} has weights of 8 bits, and this CPU has no VNNI: sums in OpenVINO's INT8 kernels would saturate.",
             fix="Quantize the FP32 file for it:  y7 quantize --weights FILE.onnx --calib FOLDER --reduce-range   "
             "or use  --runtime onnxruntime",
+        )
+
+
+def _check_decoding(path: Path, session: OvSession) -> None:
+    """Refuse float16 for decoding and NMS: coordinates over 512 lose half a pixel, and indices over 2048 change."""
+    if session.precision == "f16" and not session.has_host_nms:
+        raise UsageError(
+            f"{path} has decoding or NMS in its graph, which OpenVINO would compute in float16, too.",
+            fix="Use  --runtime openvino  or openvino-bf16, or a file of  y7 export --nms plugin  (the default)",
         )
 
 

@@ -151,12 +151,13 @@ class _GraphRewriter:
     def _replace_nms(self, node: Mapping[int, list[pb.Value]]) -> bool:
         """Make the head maps the outputs if the others are the detections, and the thresholds inputs of the graph."""
         graph_inputs, graph_outputs = self._interface
-        is_last = graph_outputs == list(NMS_OUTPUTS) == _texts(node, _NODE_OUTPUT)[: len(NMS_OUTPUTS)]
-        nms = _head_nms(node) if is_last and graph_inputs.issuperset(THRESHOLD_INPUTS) else None
-        if nms is None:
+        nms = _head_nms(node) if graph_inputs.issuperset(THRESHOLD_INPUTS) else None
+        if nms is None or _texts(node, _NODE_OUTPUT)[: len(NMS_OUTPUTS)] != list(NMS_OUTPUTS):
             return False
-        self._result.nms, self._result.thresholds = nms, set(THRESHOLD_INPUTS)
-        self._result.heads = tuple(self._rename(name) for name in _texts(node, _NODE_INPUT)[: len(nms.strides)])
+        heads = tuple(self._rename(name) for name in _texts(node, _NODE_INPUT)[: len(nms.strides)])
+        if set(graph_outputs) - set(heads) != set(NMS_OUTPUTS):  # a copy that is verified can have the heads, too
+            return False
+        self._result.nms, self._result.thresholds, self._result.heads = nms, set(THRESHOLD_INPUTS), heads
         return True
 
     def _rename(self, name: str) -> str:
