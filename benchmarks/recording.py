@@ -22,6 +22,11 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+def result_path(name: str, machine: str) -> Path:
+    """Return the file of a result."""
+    return RESULTS / machine / f"{name}.json"
+
+
 def record(name: str, machine: str, result: dict[str, object]) -> None:
     """Print the result and write it to results/MACHINE/NAME.json."""
     versions = {library: version(library) for library in LIBRARIES}
@@ -32,7 +37,7 @@ def record(name: str, machine: str, result: dict[str, object]) -> None:
         "versions": versions,
         "result": result,
     }
-    path = RESULTS / machine / f"{name}.json"
+    path = result_path(name, machine)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(document, path)
     for key, value in result.items():

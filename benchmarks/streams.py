@@ -1,20 +1,24 @@
 """Many cameras and one model: throughput, ages, fairness, a camera that dies, and memory.
 
-Cameras are MJPEG servers in another process (`mjpeg_server.py`), faster than the model, so that it is always busy. The
-bare loop is what the streams are compared with: `detector.batch` on one frame of each camera, again and again, while
-the same readers decode the same streams in the background, with no bookkeeping, no ages, and no reconnections. It takes
-the newest frames, or the same ones again if there are no newer ones, so it never waits. Both run in interleaved blocks.
+Cameras are MJPEG servers in another process (`mjpeg_server.py`), faster than the model, so that it is always busy:
+each round begins with the speed of the network alone, from which the rate of the cameras follows. The bare loop is
+what the streams are compared with: `detector.batch` on one frame of each camera, again and again, while the same
+readers decode the same streams in the background, with no bookkeeping, no ages, and no reconnections. It takes the
+newest frames, or the same ones again if there are no newer ones, so it never waits. Both run in interleaved blocks.
+Streams never detect a frame twice, so their ratio is to the lower of the bare loop and the rate of the cameras.
 
     python benchmarks/streams.py [--cameras 16] [--minutes 30 [--long-fps 1]] [--machine cpu-2-core]
 
 With `--minutes`, the streams run for so long, one camera dies every minute, and memory, threads and open files must
-not grow. `--long-fps` is the rate of each camera in that run, for machines that others use at the same time.
+not grow. `--long-fps` is the rate of each camera in that run, for machines that others use at the same time. `--keep-
+long-run` measures everything else again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import subprocess
 import sys
@@ -26,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from recording import parser, record
+from recording import parser, record, result_path
 
 from yolov7_deploy import Detector, Streams, export
 from yolov7_deploy.sources.live import LiveReader
@@ -35,6 +39,7 @@ from yolov7_deploy.streams import MAX_AGE_S
 SERVER = Path(__file__).with_name("mjpeg_server.py")
 OVERLOAD = 1.25  # frames of all cameras per frame that the network alone can process
 ROUNDS = 5
+ALONE_S = 2.0  # of the network alone, at the begin of a round
 WARMUP_S = 3.0  # until all streams are connected and the batches have their size
 MIN_RATIO = 0.9
 MAX_UNFAIRNESS = 0.1
@@ -101,6 +106,11 @@ class Run:
         return sum(self.frames) / self.seconds
 
     @property
+    def cpu_ms(self) -> float:
+        """Processor time of this process per frame in milliseconds, with the decoding of frames that were dropped."""
+        return self.cores / self.rate * 1e3
+
+    @property
     def unfairness(self) -> float:
         """Difference of the most and the least frames of a camera, relative to the mean."""
         return (max(self.frames) - min(self.frames)) / statistics.fmean(self.frames)
@@ -132,21 +142,23 @@ def opened(detector: Detector, addresses: Sequence[str]) -> Iterator[Streams]:
         yield streams
 
 
-def bare_loop(detector: Detector, addresses: Sequence[str], *, seconds: float) -> float:
-    """Return images per second of batches of the newest frames, which the same readers decode."""
+def bare_loop(detector: Detector, addresses: Sequence[str], *, seconds: float) -> Run:
+    """Run batches of the newest frames, which the same readers decode; return all frames as those of one camera."""
     readers = [LiveReader(address) for address in addresses]
+    process = psutil.Process()
     try:
         images = [reader.take(timeout_s=WARMUP_S) for reader in readers]
         newest = [live.image for live in images if live is not None]
         assert len(newest) == len(readers), "a camera sent no frame"
         detector.batch(newest)
-        count, begin = 0, time.perf_counter()
+        count, begin, busy = 0, time.perf_counter(), _busy_s(process)
         while time.perf_counter() - begin < seconds:
             for index, reader in enumerate(readers):
                 live = reader.poll()
                 newest[index] = newest[index] if live is None else live.image
             count += len(detector.batch(newest))
-        return count / (time.perf_counter() - begin)
+        elapsed = time.perf_counter() - begin
+        return Run(frames=[count], seconds=elapsed, cores=(_busy_s(process) - busy) / elapsed)
     finally:
         for reader in readers:
             reader.stop()
@@ -276,24 +288,43 @@ def milliseconds(values: Sequence[float]) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in zip(("p50", "p95", "p99", "max"), found, strict=True)}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One block of the streams and one of the bare loop, with cameras of the same rate.
+
+    Attributes:
+        alone: Images per second of the network without cameras, just before.
+        fps: Frames per second of each camera.
+        offered: Frames per second of all cameras.
+        streams, bare: The blocks.
+    """
+
+    alone: float
+    fps: float
+    offered: float
+    streams: Run
+    bare: Run
+
+    @property
+    def ratio(self) -> float:
+        """Throughput of the streams relative to the bare loop."""
+        return self.streams.rate / min(self.bare.rate, self.offered)
+
+
 def compare(
-    detector: Detector, cameras: Cameras, *, rounds: int, block_s: float
-) -> tuple[list[Run], list[float], list[float]]:
-    """Return the runs of the streams, the rates of the bare loop, and their ratios, from interleaved blocks."""
-    runs: list[Run] = []
-    rates: list[float] = []
-
-    def one_run() -> None:
+    detector: Detector, cameras: Cameras, *, rounds: int, block_s: float, hw: tuple[int, int]
+) -> Iterator[Round]:
+    """Yield rounds; the order of the two blocks alternates."""
+    number = len(cameras.addresses)
+    for index in range(rounds):
+        alone = network_alone(detector, hw, batch=number, seconds=ALONE_S)
+        fps = round(OVERLOAD * alone / number, 1)
+        cameras.command(f"fps {fps}")
+        loop = bare_loop(detector, cameras.addresses, seconds=block_s) if index % 2 == 0 else None
         with opened(detector, cameras.addresses) as streams:
-            runs.append(run_streams(streams, seconds=block_s))
-
-    def one_loop() -> None:
-        rates.append(bare_loop(detector, cameras.addresses, seconds=block_s))
-
-    for number in range(rounds):
-        for block in (one_loop, one_run) if number % 2 == 0 else (one_run, one_loop):
-            block()
-    return runs, rates, [run.rate / rate for run, rate in zip(runs, rates, strict=True)]
+            run = run_streams(streams, seconds=block_s)
+        bare = loop or bare_loop(detector, cameras.addresses, seconds=block_s)
+        yield Round(alone=alone, fps=fps, offered=fps * number, streams=run, bare=bare)
 
 
 def failures(result: dict[str, object]) -> list[str]:
@@ -325,44 +356,51 @@ def long_failures(long: dict[str, object]) -> list[str]:
 
 def measure(options: argparse.Namespace, detector: Detector) -> dict[str, object]:
     hw = (options.height, options.width)
-    alone = network_alone(detector, hw, batch=options.cameras, seconds=options.block_s)
-    fps = round(OVERLOAD * alone / options.cameras, 1)
     with Cameras(options.cameras, hw) as cameras:
-        cameras.command(f"fps {fps}")
-        runs, rates, ratios = compare(detector, cameras, rounds=options.rounds, block_s=options.block_s)
+        rounds = list(compare(detector, cameras, rounds=options.rounds, block_s=options.block_s, hw=hw))
         with opened(detector, cameras.addresses) as streams:
             dead = dead_camera(streams, cameras, camera=1)
-            print(f"ratios {[round(ratio, 3) for ratio in ratios]}, dead camera {dead}", file=sys.stderr, flush=True)
+            print(f"ratios {[round(one.ratio, 3) for one in rounds]}, {dead}", file=sys.stderr, flush=True)
+            fps = options.long_fps or rounds[-1].fps
             if options.minutes:
-                cameras.command(f"fps {options.long_fps or fps}")
+                cameras.command(f"fps {fps}")
                 run_streams(streams, seconds=WARMUP_S)
             long = long_run(streams, cameras, minutes=options.minutes) if options.minutes else None
-    frames = [sum(run.frames[camera] for run in runs) for camera in range(options.cameras)]
-    total = Run(frames=frames, seconds=sum(run.seconds for run in runs))
-    batches = sum(run.batches for run in runs)
     return {
         "cameras": options.cameras,
         "frame_hw": list(hw),
-        "camera_fps": fps,
         "input_hw": list(detector.input_hw),
         "runtime": dict(detector.runtime_info),
         "block_seconds": options.block_s,
-        "network_alone_per_second": round(alone, 1),
-        "bare_loop_per_second": [round(rate, 1) for rate in rates],
+        **summarize_rounds(rounds, cameras=options.cameras),
+        "dead_camera": dead,
+        **({} if long is None else {"long_run": {"camera_fps": fps, **long}}),
+    }
+
+
+def summarize_rounds(rounds: Sequence[Round], *, cameras: int) -> dict[str, object]:
+    """Return throughput, fairness and ages of all rounds."""
+    runs = [one.streams for one in rounds]
+    frames = [sum(run.frames[camera] for run in runs) for camera in range(cameras)]
+    total = Run(frames=frames, seconds=sum(run.seconds for run in runs))
+    return {
+        "network_alone_per_second": [round(one.alone, 1) for one in rounds],
+        "camera_fps": [one.fps for one in rounds],
+        "bare_loop_per_second": [round(one.bare.rate, 1) for one in rounds],
         "streams_per_second": [round(run.rate, 1) for run in runs],
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(one.ratio, 3) for one in rounds],
+        "ratio": round(statistics.median(one.ratio for one in rounds), 3),
         "ratio_limit": MIN_RATIO,
+        "bare_loop_cpu_ms_per_frame": [round(one.bare.cpu_ms, 2) for one in rounds],
+        "streams_cpu_ms_per_frame": [round(run.cpu_ms, 2) for run in runs],
         "frames_by_camera": frames,
         "unfairness": round(total.unfairness, 4),
-        "frames_per_batch": round(sum(frames) / batches, 2),
+        "frames_per_batch": round(sum(frames) / sum(run.batches for run in runs), 2),
         "cores": round(statistics.fmean(run.cores for run in runs), 2),
         "cores_of_cameras_and_other_programs": round(statistics.fmean(run.all_cores - run.cores for run in runs), 2),
         "max_age_ms": MAX_AGE_S * 1e3,
         "queue_age_ms": milliseconds([age for run in runs for age in run.queue_age_s]),
         "latency_ms": milliseconds([latency for run in runs for latency in run.latency_s]),
-        "dead_camera": dead,
-        **({} if long is None else {"long_run": {"camera_fps": options.long_fps or fps, **long}}),
     }
 
 
@@ -376,12 +414,16 @@ def main() -> None:
     arguments.add_argument("--block-s", type=float, default=15.0)
     arguments.add_argument("--minutes", type=float, default=0.0, help="length of the long run; 0 leaves it out")
     arguments.add_argument("--long-fps", type=float, default=0.0, help="rate of each camera in it; 0: that of before")
+    arguments.add_argument("--keep-long-run", action="store_true", help="keep the long run of the earlier result")
     options = arguments.parse_args()
+    earlier = json.loads(result_path("streams", options.machine).read_text())["result"] if options.keep_long_run else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shapes.onnx"
         export("yolov7-tiny-shapes", path, img=options.img, batch=None)
         with Detector(path, device="cpu", runtime="onnxruntime") as detector:
             result = measure(options, detector)
+    if "long_run" in earlier:
+        result["long_run"] = earlier["long_run"]
     result["failures"] = failures(result)
     record("streams", options.machine, result)
     sys.exit("\n".join(failures(result)) or 0)

@@ -77,6 +77,19 @@ def sample(minute, memory_mb):
     )
 
 
+def block(rate, cores):
+    return streams.Run(frames=[round(10 * rate)], seconds=10.0, cores=cores, batches=1)
+
+
+@pytest.mark.parametrize(
+    ("bare", "offered", "ratio"), [(100.0, 125.0, 0.95), (150.0, 100.0, 0.95), (190.0, 200.0, 0.5)]
+)
+def test_the_ratio_is_to_what_the_cameras_offer_if_the_loop_is_faster(bare, offered, ratio):
+    one = streams.Round(alone=100.0, fps=10.0, offered=offered, streams=block(95.0, 1.9), bare=block(bare, 1.9))
+    assert one.ratio == pytest.approx(ratio)
+    assert one.streams.cpu_ms == pytest.approx(20)
+
+
 def test_the_slope_of_the_memory_leaves_out_the_start():
     growing = [sample(minute, 300.0 if minute < 2 else 400.0 + minute) for minute in range(11)]
     found = streams.summarize(growing)
