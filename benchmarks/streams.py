@@ -10,8 +10,8 @@ Streams never detect a frame twice, so their ratio is to the lower of the bare l
     python benchmarks/streams.py [--cameras 16] [--minutes 30 [--long-fps 1]] [--machine cpu-2-core]
 
 With `--minutes`, the streams run for so long, one camera dies every minute, and memory, threads and open files must
-not grow. `--long-fps` is the rate of each camera in that run, for machines that others use at the same time. `--keep-
-long-run` measures everything else again.
+not grow. `--long-fps` is the rate of each camera in that run, for machines that others use at the same time.
+`--keep-long-run` measures everything else again.
 """
 
 from __future__ import annotations
