@@ -130,7 +130,14 @@ def run_score(images: Path, model: Path, output: Path, *, workers: int, kill: bo
     source = open_input(str(images))
     report = score(source, output, weights=model, detector={"device": "cpu"}, options=options, progress=progress)
     (first_s, first), (last_s, last) = times[0], times[-1]
-    return Run(report=report, folder=output, rate=(last - first) / (last_s - first_s) if last > first else 0.0)
+    rate = (last - first) / (last_s - first_s) if last > first else 0.0
+    note(f"{output.name}: {report.processed} images in {report.seconds:.1f} s, {rate:.1f} images/s")
+    return Run(report=report, folder=output, rate=rate)
+
+
+def note(text: str) -> None:
+    """Print a line to standard error: a run takes minutes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def run_killed_command(images: Path, model: Path, output: Path) -> tuple[int, int]:
@@ -148,6 +155,7 @@ def run_killed_command(images: Path, model: Path, output: Path) -> tuple[int, in
     for child in psutil.wait_procs(children, timeout=LINGER_S)[1]:  # agents of Ray notice it after minutes
         child.kill()
     kept = len(list(output.glob("part-*")))
+    note(f"the command was killed with {kept} files")
     subprocess.run([*command, "--json", str(output.with_suffix(".json"))], check=True, capture_output=True)
     return json.loads(output.with_suffix(".json").read_text())["processed"], kept
 
@@ -198,6 +206,7 @@ def serve_proof(images: Path, model: Path, *, requests: int) -> dict[str, Any]:
     settings = {"weights": str(model), "device": "cpu", "replicas": 2, "cpus": 1, "batch_wait_ms": 20}
     with running_application(settings) as port:
         replies, seconds = send(port, files, requests)
+        note(f"{len(replies)} requests in {seconds:.1f} s")
         during, _ = send(port, files, requests, at_share=lambda: kill_one(REPLICA))
         health = wait_for_health(port)
     failures = [
