@@ -49,7 +49,7 @@ SYNTHETIC_WEIGHTS = {"yolov7-tiny": 640, "yolov7-w6": 1280}  # networks with syn
 ROWS = 2000  # rows of a raw output that are compared
 # pytest and its dependencies, because test cases of the project run on the GPU too; psutil for the soak test;
 # faster_coco_eval for AP, which only the Python version of this machine can import.
-SITE = ("psutil", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "yaml", "faster_coco_eval")
+SITE = ("psutil", "pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments", "yaml", "faster_coco_eval")
 SCORED = 200  # (anchor, class) pairs above the threshold in networks with NMS
 CONFIDENT = 0.3  # score above which an engine must find the detections of the reference
 
@@ -147,13 +147,18 @@ def run(proto: onnx.ModelProto, canvas: Array) -> list[Array]:
 
 
 def copy_site(folder: Path) -> None:
-    """Copy the Python packages of this interpreter that the tests import."""
+    """Copy the Python packages and modules of this interpreter that the tests import."""
+    site = folder / "site"
+    site.mkdir()
     for name in SITE:
         spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
+        if spec is None:
             continue
-        source = next(iter(spec.submodule_search_locations))
-        shutil.copytree(source, folder / "site" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if spec.submodule_search_locations:
+            source = next(iter(spec.submodule_search_locations))
+            shutil.copytree(source, site / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif spec.origin is not None:
+            shutil.copy(spec.origin, site)
 
 
 def prepare(

@@ -282,6 +282,16 @@ def test_archive_parts_restore_the_folder(tmp_path, monkeypatch):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_the_packages_that_travel_need_no_others(tmp_path):
+    pytest.importorskip("torch")
+    from tests.gpu.prepare_files import copy_site
+
+    copy_site(tmp_path)
+    program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import pytest, psutil, yaml"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("end", ["efficient", "plugin", "none"])
 def test_nms_networks_have_head_maps_as_inputs_and_leave_nms_to_a_plugin(end, kind):
