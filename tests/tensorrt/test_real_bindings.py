@@ -38,7 +38,7 @@ VERSIONS = {
 }
 LIBRARIES = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so", "libnvparsers.so")
 MAJORS = (8, 10, 11)
-TIMEOUT_S = 100
+TIMEOUT_S = 400  # of a process; the longest needs 25 s of an idle core
 SEGMENTATION_FAULT = -11
 # Calls that every version must have received; the rest depends on the version.
 CALLS = {
