@@ -24,7 +24,7 @@ PAGES = {
     "README.md": "index.md",
     "examples/README.md": "examples.md",
 }
-_LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
+_LINK = re.compile(r"(!?\[)([^\]]*)(\]\()([^)\s]+)(\))")
 _CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -57,7 +57,21 @@ def with_links(markdown: str, *, folder: str) -> str:
 
 
 def _translate(text: str, folder: str) -> str:
-    return _LINK.sub(lambda link: f"{link[1]}{site_link(link[2], folder=folder)}{link[3]}", text)
+    return _LINK.sub(lambda link: _translate_link(link, folder), text)
+
+
+def _translate_link(link: re.Match[str], folder: str) -> str:
+    target = site_link(link[4], folder=folder)
+    page = target.partition("#")[0]
+    text = page_title(page) if link[2] in (page, f"docs/{page}") and page else link[2]
+    return f"{link[1]}{text}{link[3]}{target}{link[5]}"
+
+
+def page_title(page: str) -> str:
+    """Return the title of a page, for links whose text is the name of its file."""
+    source = next((name for name, other in PAGES.items() if other == page and page != "index.md"), f"docs/{page}")
+    found = re.search(r"^# (.+)$", (ROOT / source).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else page
 
 
 def site_link(target: str, *, folder: str) -> str:

@@ -85,7 +85,8 @@ def prepared(tmp_path_factory):
     for name in ("data.yaml", "coco-mini.yaml"):
         (folder / name).write_text(text, encoding="utf-8")
     images = sorted((data.parent / "images" / "train").iterdir())
-    shutil.copytree(data.parent / "images" / "train", folder / "images" / "val")
+    for name in ("images", "images/val"):
+        shutil.copytree(data.parent / "images" / "train", folder / name, dirs_exist_ok=True)
     cv2.imwrite(str(folder / "street.jpg"), cv2.imread(str(images[0])))
     (folder / "list.txt").write_text("".join(f"images/val/{path.name}\n" for path in images), encoding="utf-8")
     for name in ("a.mp4", "b.mp4"):
