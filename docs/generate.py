@@ -44,7 +44,7 @@ CPU_NETWORKS = {
 }
 FAMILIES = {"YOLO26": ("o", ORANGE), "RF-DETR": ("s", GREEN), "D-FINE": ("^", PURPLE), "YOLOv7": ("D", BLUE)}
 # Defaults that depend on the machine.
-MACHINE_DEFAULTS = {"workers": "`4`, at most the cores"}
+MACHINE_DEFAULTS = {("train", "workers"): "`4`, at most the cores"}  # by command and parameter
 REFERENCE_HEAD = """\
 # Command reference
 
@@ -80,9 +80,9 @@ def command_section(command: Any, aliases: Sequence[str]) -> str:  # noqa: ANN40
     if aliases:
         lines += ["", f"Also called {' and '.join(f'`y7 {alias}`' for alias in aliases)}."]
     for panel, parameters in panels(command).items():
-        rows = [option_row(parameter) for parameter in parameters]
+        rows = [option_row(parameter, command.name) for parameter in parameters]
         title = [f"**{panel}**", ""] if len(panels(command)) > 1 else []
-        lines += ["", *title, *markdown_table(["option", "default", "what it does"], rows)]
+        lines += ["", *title, *markdown_table(["option", "what it does"], rows)]
     return "\n".join([*lines, ""])
 
 
@@ -96,27 +96,27 @@ def panels(command: Any) -> dict[str, list[Any]]:  # noqa: ANN401
     return {name: parameters for name, parameters in found.items() if parameters}
 
 
-def option_row(parameter: Any) -> list[str]:  # noqa: ANN401
-    """Return the cells of an option: its spellings and values, its default, and its help."""
+def option_row(parameter: Any, command: str) -> list[str]:  # noqa: ANN401
+    """Return the cells of an option: its spellings and values, and its help with the default."""
     names = [parameter.metavar] if parameter.param_type_name == "argument" else list(parameter.opts)
     spelling = ", ".join(f"`{name}`" for name in [*names, *parameter.secondary_opts])
     if parameter.param_type_name != "argument" and not parameter.is_flag and parameter.metavar:
         spelling += f" {parameter.metavar}".replace("|", "\\|")
-    return [spelling, default_text(parameter), (parameter.help or "").replace("|", "\\|").replace("\\[", "[")]
+    text = (parameter.help or "").replace("|", "\\|").replace("\\[", "[")
+    default = default_text(parameter, command)
+    return [spelling, " ".join(filter(None, (text, default)))]
 
 
-def default_text(parameter: Any) -> str:  # noqa: ANN401
-    """Return the default of an option; empty where the help names it or there is none."""
+def default_text(parameter: Any, command: str) -> str:  # noqa: ANN401
+    """Return the default of an option as a sentence; empty where the help names it or there is none."""
     value = parameter.default
     if parameter.required:
-        return "required"
+        return "**Required.**"
     if parameter.param_type_name == "argument" or value is None or value is False or callable(value) or value == ():
         return ""
-    if parameter.name in MACHINE_DEFAULTS and value is not None:
-        return MACHINE_DEFAULTS[parameter.name]
     if value is True:
-        return "on"
-    return f"`{value}`"
+        return "On by default."
+    return f"Default: {MACHINE_DEFAULTS.get((command, parameter.name), f'`{value}`')}."
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

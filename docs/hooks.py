@@ -62,8 +62,8 @@ def _translate(text: str, folder: str) -> str:
 
 def _translate_link(link: re.Match[str], folder: str) -> str:
     target = site_link(link[4], folder=folder)
-    page = target.partition("#")[0]
-    text = page_title(page) if link[2] in (page, f"docs/{page}") and page else link[2]
+    page, name = target.partition("#")[0], posixpath.basename(link[4].partition("#")[0])
+    text = page_title(page) if page and ":" not in page and posixpath.basename(link[2]) == name else link[2]
     return f"{link[1]}{text}{link[3]}{target}{link[5]}"
 
 

@@ -12,11 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import typer
 
 from docs import generate
 from tests.support.code_blocks import code_blocks
+from yolov7_deploy._charts import write_chart
 from yolov7_deploy.cli.app import COMMANDS, app
 from yolov7_deploy.cli.official import TABLES
 
@@ -120,6 +123,16 @@ def test_the_command_reference_and_the_tables_of_figures_are_current():
     assert generate.outdated() == [], "Run: python docs/generate.py"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", generate.CHARTS)
+def test_the_charts_show_the_current_figures(name, tmp_path):
+    write_chart(generate.CHARTS[name], tmp_path / name, dpi=generate.DPI)
+    drawn, committed = (cv2.imread(str(folder / name)) for folder in (tmp_path, ROOT / "docs" / "images"))
+    assert drawn.shape == committed.shape
+    # Versions of matplotlib differ in single pixels of texts; a bar or a point that moves is far above this.
+    assert np.abs(drawn.astype(int) - committed).mean() < 1.0, "Run: python docs/generate.py"
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +168,13 @@ def test_every_link_leads_to_a_file_and_a_heading_of_it(name):
 def test_the_menu_of_the_site_lists_every_page():
     menu = set(re.findall(r": ([a-z0-9-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - menu == set()
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *LINKED])
+def test_nested_lists_are_indented_by_four_spaces(name):
+    """GitHub also nests with two, the site does not."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=FENCED)
+    assert re.findall(r"^ {1,3}(?:[*-]|\d+\.) .*$", text, flags=re.MULTILINE) == []
 
 
 def test_every_image_of_a_page_is_described():

@@ -47,6 +47,7 @@ REPLACED = {
     "--metrics-port 9100": "--metrics-port 0",
     "--workers 16 --address auto": "--workers 2",
     "--workers 4": "--workers 2",
+    "batch=(1, 8)": "batch=(1, 8), duration_s=0.2, warmup_s=0.1",
     "epochs=100": f'epochs=1, img={SIZE}, batch=4, workers=0, device="cpu"',
 }
 # Lines that are not run: a pattern, and the reason.
