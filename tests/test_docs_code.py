@@ -78,9 +78,8 @@ def prepared(tmp_path_factory):
         save_checkpoint(checkpoint, folder / f"{name}.safetensors")
     for name in ("yolov7", "best"):
         torch.save({"model": checkpoint.tensors}, folder / f"{name}.pt")
-    files = {"yolov7": "fp32", "best": "fp32", "shapes": "fp32", "yolov7-fp16": "fp16", "shapes-fp16": "fp16"}
-    for name, precision in files.items():
-        export(folder / "best.safetensors", folder / f"{name}.onnx", precision=precision, batch=None, verify=False)
+    files = {"yolov7": "fp32", "best": "fp32", "shapes": "fp32"}
+    files |= {"yolov7-fp16": "fp16", "best-fp16": "fp16", "shapes-fp16": "fp16", "best-int8": "int8"}
     data = write_shapes(folder / "shapes-data", train=8, val=4, size=SIZE, seed=2)
     text = re.sub("^path:.*$", "path: shapes-data", data.read_text(encoding="utf-8"), flags=re.MULTILINE)
     for name in ("data.yaml", "coco-mini.yaml"):
@@ -88,6 +87,10 @@ def prepared(tmp_path_factory):
     images = sorted((data.parent / "images" / "train").iterdir())
     for name in ("images", "images/val"):
         shutil.copytree(data.parent / "images" / "train", folder / name, dirs_exist_ok=True)
+    for name, precision in files.items():
+        calib = folder / "images" if precision == "int8" else None
+        path = folder / f"{name}.onnx"
+        export(folder / "best.safetensors", path, precision=precision, calib=calib, batch=None, verify=False)
     cv2.imwrite(str(folder / "street.jpg"), cv2.imread(str(images[0])))
     (folder / "list.txt").write_text("".join(f"images/val/{path.name}\n" for path in images), encoding="utf-8")
     for name in ("a.mp4", "b.mp4"):
