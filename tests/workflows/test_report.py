@@ -114,7 +114,7 @@ def test_a_wrong_artifact_is_at_the_top_in_red_and_with_the_stage(result, page):
     sections = [(found, words) for found, words in page.find("section")]
     first, words = sections[0]
     assert first["class"] == "verdict bad" and first["id"] == "verdict"
-    assert "FAILED: 1 of 2 artifacts differs too much" in words
+    assert "FAILED: 1 of 2 artifacts did not pass" in words
     assert WRONG in words and "differs from" in words and "'head'" in words
     assert not result.ok and any("'head'" in failure for failure in result.failures)
     rows = [row for _, row in page.find("tr", **{"class": "fail"})]

@@ -308,8 +308,14 @@ def stage_failures(reports: Sequence[ParityReport]) -> list[str]:
         stage = report.first_failure
         if stage is not None:
             found = stage.differences
-            over = {name: found[name] for name, limit in stage.limits.items() if not found[name] <= limit}  # or NaN
-            failures.append(f"{report.against} differs from {report.reference} at the stage {stage.stage!r}: {over}.")
+            over = [
+                f"{name} {found[name]:.3g} (limit {limit:g})"
+                for name, limit in stage.limits.items()
+                if not found[name] <= limit  # or NaN
+            ]
+            failures.append(
+                f"{report.against} differs from {report.reference} at the stage {stage.stage!r}: {', '.join(over)}."
+            )
     return failures
 
 
