@@ -1,4 +1,4 @@
-"""Tables 1, 2, 9 and 10 of the YOLOv7 paper (arXiv 2207.02696) as data, with all rows.
+"""The tables of the YOLOv7 paper (arXiv 2207.02696) as data, with all rows.
 
 Numbers are as printed: AP in percent, parameters in millions, GFLOPs (two operations per multiply-accumulate).
 Speeds are PyTorch FP16 on the named GPU, the forward pass of the network only: no NMS, no TensorRT, batch 1.
@@ -28,6 +28,26 @@ VARIANTS = {
     "yolov7-e6": "YOLOv7-E6",
     "yolov7-d6": "YOLOv7-D6",
     "yolov7-e6e": "YOLOv7-E6E",
+}
+
+# Networks of the ablations in tables 3 to 5 that are not official variants, and the names of their rows.
+ABLATIONS = {
+    "yolov7x-light": "base (v7-X light)",
+    "yolov7x-width": "width only (1.25 w)",
+    "yolov7x-depth": "depth only (2.0 d)",
+    "yolov7-elan3": "base (3-S ELAN)",
+    "yolov7-elan3-a": "Figure 6 (a)",
+    "yolov7-elan3-b": "Figure 6 (b)",
+    "yolov7-elan3-c": "Figure 6 (c)",
+    "yolov7-elan3-d": "Figure 6 (d)",
+    "yolov7-elan3-e": "Figure 6 (e)",
+    "yolov7-elan3-n": "Figure 6 (a) with RepConvN",
+    "yolor-csp": "YOLOR-CSP",
+    "yolor-csp-reprcsp": "RepRCSP (YOLOR-CSP)",
+    "yolor-w6": "YOLOR-W6",
+    "yolor-w6-repcsp": "RepCSP (YOLOR-W6)",
+    "yolor-w6-rcsp": "RCSP (YOLOR-W6)",
+    "yolor-w6-reprcsp": "RepRCSP (YOLOR-W6)",
 }
 
 # Milliseconds per image at batch 32 on a V100: README for the table of six, section 8 of the paper for tiny,
@@ -64,7 +84,7 @@ class PaperRow:
         model: Name as printed, without the citation.
         params_m: Millions of parameters.
         gflops: 10^9 operations at `size`.
-        size: Longer side of the input in pixels.
+        size: Longer side of the input in pixels; `None` where it is not printed.
         fps: Images per second at batch 1 on `device`.
         device: `V100` or `A100`; empty where no speed is given.
         batch32_ms: Milliseconds per image at batch 32 on a V100.
@@ -231,6 +251,80 @@ TABLE_9 = tuple(
     )
 )
 
+
+def _ablation(
+    table: int,
+    model: str,
+    ap: float,
+    ap50: float,
+    ap75: float,
+    *sizes: float,
+    params_m: float | None = None,
+    gflops: float | None = None,
+) -> PaperRow:
+    """Return a row of Table 3, 4 or 5; `sizes` are AP of small, medium and large objects, which Table 3 has not.
+
+    Only Table 3 prints an input size, parameters and GFLOPs.
+    """
+    small, medium, large = sizes or (None, None, None)
+    precision = Precision(ap=ap, ap50=ap50, ap75=ap75, ap_small=small, ap_medium=medium, ap_large=large)
+    size = 640 if table == 3 else None
+    return PaperRow(
+        model=model, params_m=params_m, gflops=gflops, size=size, val=precision, source=f"{PAPER}, Table {table}"
+    )
+
+
+TABLE_3 = (
+    _ablation(3, "base (v7-X light)", 51.7, 70.1, 56.0, params_m=47.0, gflops=125.5),
+    _ablation(3, "width only (1.25 w)", 52.4, 70.9, 57.1, params_m=73.4, gflops=195.5),
+    _ablation(3, "depth only (2.0 d)", 52.7, 70.8, 57.3, params_m=69.3, gflops=187.6),
+    _ablation(3, "compound (v7-X)", 52.9, 71.1, 57.5, params_m=71.3, gflops=189.9),
+)
+
+TABLE_4 = (
+    _ablation(4, "base (3-S ELAN)", 52.26, 70.41, 56.77, 35.81, 57.00, 67.59),
+    _ablation(4, "Figure 6 (a)", 52.18, 70.34, 56.90, 35.71, 56.83, 67.51),
+    _ablation(4, "Figure 6 (b)", 52.30, 70.30, 56.92, 35.76, 56.95, 67.74),
+    _ablation(4, "Figure 6 (c)", 52.33, 70.56, 56.91, 35.90, 57.06, 67.50),
+    _ablation(4, "Figure 6 (d)", 52.17, 70.32, 56.82, 35.33, 57.06, 68.09),
+    _ablation(4, "Figure 6 (e)", 52.23, 70.20, 56.81, 35.34, 56.97, 66.88),
+)
+
+TABLE_5 = (
+    _ablation(5, "YOLOR-W6", 54.82, 72.39, 59.95, 39.68, 59.38, 68.30),
+    _ablation(5, "RepCSP (YOLOR-W6)", 54.67, 72.50, 59.58, 40.22, 59.61, 67.87),
+    _ablation(5, "RCSP (YOLOR-W6)", 54.36, 71.95, 59.54, 40.15, 59.02, 67.44),
+    _ablation(5, "RepRCSP (YOLOR-W6)", 54.85, 72.51, 60.08, 40.53, 59.52, 68.06),
+    _ablation(5, "YOLOR-CSP", 50.81, 69.47, 55.28, 33.74, 56.01, 65.38),
+    _ablation(5, "RepRCSP (YOLOR-CSP)", 50.91, 69.54, 55.55, 34.44, 55.74, 65.46),
+)
+
+
+def _trained(table: int, model: str, ap: float, ap50: float, ap75: float) -> PaperRow:
+    """Return a row of Table 6, 7 or 8: another training of E6 or E6E at 1280."""
+    precision = Precision(ap=ap, ap50=ap50, ap75=ap75)
+    return PaperRow(model=model, params_m=None, gflops=None, size=1280, val=precision, source=f"{PAPER}, Table {table}")
+
+
+TABLE_6 = (
+    _trained(6, "base (v7-E6)", 55.6, 73.2, 60.7),
+    _trained(6, "independent", 55.8, 73.4, 60.9),
+    _trained(6, "lead guided", 55.9, 73.5, 61.0),
+    _trained(6, "coarse-to-fine lead guided", 55.9, 73.5, 61.1),
+)
+
+TABLE_7 = (
+    _trained(7, "base (v7-E6)", 55.6, 73.2, 60.7),
+    _trained(7, "aux without constraint", 55.9, 73.5, 61.0),
+    _trained(7, "aux with constraint", 55.9, 73.5, 61.1),
+)
+
+TABLE_8 = (
+    _trained(8, "base (v7-E6E)", 56.3, 74.0, 61.5),
+    _trained(8, "aux", 56.5, 74.0, 61.6),
+    _trained(8, "partial aux", 56.8, 74.4, 62.1),
+)
+
 TABLE_10 = (
     SettingRow(model="YOLOv7-X", precision="fp16", iou=0.65, ap_val=52.9),
     SettingRow(model="YOLOv7-X", precision="fp32", iou=0.65, ap_val=53.0),
@@ -240,26 +334,30 @@ TABLE_10 = (
 
 
 def paper_row(variant: str, *, size: int | None = None) -> PaperRow:
-    """Return the numbers of an official variant in the paper and the official README, merged into one row.
+    """Return the numbers of an official variant, or of a network of Tables 3 to 5, merged into one row.
 
-    Size-wise AP on val comes from Table 1 where it has the model, speed and AP on test-dev from Table 2.
+    They are from the paper and the official README. Size-wise AP on val comes from Table 1 where it has the model,
+    speed and AP on test-dev from Table 2.
 
     Args:
-        variant: Official name, such as `yolov7-e6e`.
+        variant: Official name, such as `yolov7-e6e`, or a name in `ABLATIONS`.
         size: 416 (default) or 320 for `yolov7-tiny`.
 
     Raises:
         UsageError: The paper does not have the variant, or not at this size.
     """
-    model = VARIANTS.get(variant)
+    model = VARIANTS.get(variant) or ABLATIONS.get(variant)
     if model is None:
         raise UsageError(f"The paper does not have {variant!r}.", fix=suggest(variant, VARIANTS))
-    rows = [row for row in (*TABLE_1, *TABLE_2) if row.model == model and size in (None, row.size)]
+    tables = (*TABLE_1, *TABLE_2, *TABLE_3, *TABLE_4, *TABLE_5)
+    rows = [row for row in tables if row.model == model and size in (None, row.size)]
     if not rows:
-        raise UsageError(f"The paper does not have {variant} at {size}.", fix="Leave the size out.")
+        raise UsageError(
+            f"The paper does not have {variant}{f' at {size}' if size else ''}.", fix="Leave the size out."
+        )
     first, speed = rows[0], next((row for row in rows if row.fps), None)
     merged = replace(first, fps=speed.fps, device=speed.device, test=speed.test) if speed else first
     # The paper's batch-32 time of tiny goes with the AP at 416.
-    batch32_ms = None if merged.size == 320 else BATCH32_MS[variant]
-    sources = dict.fromkeys([first.source, *([speed.source] if speed else []), README])
+    batch32_ms = None if merged.size == 320 else BATCH32_MS.get(variant)
+    sources = dict.fromkeys([first.source, *([speed.source] if speed else []), *([README] if batch32_ms else [])])
     return replace(merged, batch32_ms=batch32_ms, source="; ".join(sources))

@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 
 from tests.support.small_models import metadata_of
-from yolov7_deploy.model.configs import VARIANTS, Variant
+from yolov7_deploy.model.configs import find_variant
+from yolov7_deploy.model.layer_table import Variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
@@ -32,7 +33,7 @@ class Thin(Variant):
 
 def thin(variant: str) -> Thin:
     """Return a variant with an eighth of its channels."""
-    return Thin(**{field.name: getattr(VARIANTS[variant], field.name) for field in fields(Variant)})
+    return Thin(**{field.name: getattr(find_variant(variant), field.name) for field in fields(Variant)})
 
 
 @lru_cache

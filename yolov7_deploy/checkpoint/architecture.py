@@ -61,10 +61,15 @@ class Architecture:
     levels: int
 
 
-def identify_architecture(shapes: Shapes, *, source: str) -> Architecture:
+def identify_architecture(shapes: Shapes, *, source: str, ablation: str = "") -> Architecture:
     """Return the architecture of a state dict with official names (`model.N....`), given its shapes by name.
 
     Only identifying tensors are checked; the full table is compared when the network is built.
+
+    Args:
+        shapes: Shapes by name.
+        source: Name of the file, for messages.
+        ablation: Network of the paper's ablations that the file's metadata names; these have no fingerprints.
 
     Raises:
         CheckpointError: The weights are fused, or do not belong to a YOLOv7 variant; the message says what was found.
@@ -74,6 +79,10 @@ def identify_architecture(shapes: Shapes, *, source: str) -> Architecture:
     rows = _head_rows(shapes, head)
     implicit = any(key.startswith((f"model.{head}.ia.", f"model.{head}.im.")) for key in shapes)
     auxiliary = any(key.startswith(f"model.{head}.m2.") for key in shapes)
+    if ablation and rows:
+        return Architecture(
+            variant=ablation, training=implicit, classes=_classes(rows, source), head=head, levels=len(rows)
+        )
     for known in FINGERPRINTS:
         if head in known.heads and len(rows) == known.levels:
             # If both forms have their head at the same index, the implicit tensors decide.

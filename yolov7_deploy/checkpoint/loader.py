@@ -32,6 +32,7 @@ from yolov7_deploy.checkpoint.torch_archive import NumberArray, TorchFile, is_sa
 from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
+from yolov7_deploy.paper import ABLATIONS
 
 logger = get_logger(__name__)
 
@@ -63,7 +64,7 @@ class Checkpoint:
     Attributes:
         tensors: Official names (`model.N....`) in official order; float32, and int64 for `num_batches_tracked`.
             The tensors belong to this checkpoint: copy before changing.
-        variant: One of the eight official names.
+        variant: One of the eight official names, or a network of the paper's ablations.
         training: Training form (implicit tensors, auxiliary heads) or deploy form.
         class_names: One per class, in class-id order.
         anchors: Per level, fine to coarse, three (width, height) in input pixels; those of the file, so that
@@ -153,7 +154,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     require_file(file)
     contents = _read_safetensors(file) if is_safetensors(file) else _read_torch(file)
     source = file.name
-    architecture = identify_architecture({key: array.shape for key, array in contents.arrays.items()}, source=source)
+    shapes = {key: array.shape for key, array in contents.arrays.items()}
+    ablation = contents.variant if contents.variant in ABLATIONS else ""
+    architecture = identify_architecture(shapes, source=source, ablation=ablation)
     metadata = contents.metadata
     checkpoint = Checkpoint(
         tensors={key: _tensor(key, array, source) for key, array in contents.arrays.items()},

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.inspection.engine_file import EngineFile
     from yolov7_deploy.inspection.onnx_file import OnnxFile, TensorInfo
     from yolov7_deploy.metadata import ModelMetadata
-    from yolov7_deploy.model.configs import Anchors
+    from yolov7_deploy.model.layer_table import Anchors
 
 MAX_NAMES = 100
 LINE = 100  # characters per line of wrapped text
@@ -45,11 +45,12 @@ def info(
     """
     from yolov7_deploy._console import write_json
     from yolov7_deploy.hub import ENGINE_SUFFIXES
+    from yolov7_deploy.model.ablations import ABLATIONS
     from yolov7_deploy.model.configs import VARIANTS
 
     record: VariantRecord | WeightsRecord | OnnxFile | EngineFile
     extra: dict[str, object] = {}
-    if target in VARIANTS:
+    if target in VARIANTS or target in ABLATIONS:
         kind, (record, text) = "variant", _variant(target, layers=layers)
     elif Path(target).suffix.lower() == ".onnx":
         kind, (record, extra, text) = "onnx", _onnx(target, layers=layers)
@@ -119,18 +120,12 @@ def _engine(target: str, *, layers: bool) -> tuple[EngineFile, str]:
 
 
 def _variant_text(record: VariantRecord, *, layers: bool) -> str:
-    from yolov7_deploy._console import table
-
     cost = record.cost
     parts = [
         f"{record.variant}: {_layer_count(cost)}, {record.activation}, strides {_listed(record.strides)}",
         _anchors_text(record.anchors, record.strides),
         _cost_table(cost),
-        table(
-            [row for entry in record.paper for row in _paper_rows(entry, cost)],
-            ["", "size", "parameters", "GFLOPs", "AP val", "AP test", "FPS V100", "ms at batch 32"],
-            "compared with the paper (COCO AP in percent)",
-        ),
+        *([_paper_table(record)] if record.paper else []),
         *(textwrap.fill(f"note: {note}", LINE, subsequent_indent="      ") for note in record.notes),
     ]
     return "\n\n".join([*parts, *([_layer_table(record.layers)] if layers else [])])
@@ -182,12 +177,31 @@ def _cost_table(cost: Complexity) -> str:
     return table(rows, ["", " parameters", f"GFLOPs at {cost.size}"], f"cost with {cost.classes} classes")
 
 
+def _paper_table(record: VariantRecord) -> str:
+    from yolov7_deploy._console import table
+
+    return table(
+        [row for entry in record.paper for row in _paper_rows(entry, record.cost)],
+        ["", "size", "parameters", "GFLOPs", "AP val", "AP test", "FPS V100", "ms at batch 32"],
+        "compared with the paper (COCO AP in percent)",
+    )
+
+
 def _paper_rows(entry: PaperCost, cost: Complexity) -> list[list[object]]:
     row = entry.row
     val, test = (None if precision is None else precision.ap for precision in (row.val, row.test))
     ours = [f"{cost.parameters_fused / 1e6:.1f}M", f"{entry.gflops:.1f}"]
     return [
-        ["paper", entry.size, f"{row.params_m}M", row.gflops, val, test, row.fps, row.batch32_ms],
+        [
+            "paper",
+            entry.size,
+            f"{row.params_m}M" if row.params_m else None,
+            row.gflops,
+            val,
+            test,
+            row.fps,
+            row.batch32_ms,
+        ],
         ["this package, fused", entry.size, *ours, None, None, None, None],
     ]
 

@@ -62,7 +62,11 @@ Weights = Annotated[
 ]
 VariantName = Annotated[
     str | None,
-    one_of(tuple(VARIANTS), "--variant", text="Network (default: that of --weights, else yolov7)."),
+    one_of(
+        tuple(VARIANTS),
+        "--variant",
+        text="Network (default: that of --weights, else yolov7), or one of the paper's ablations (docs/ablations.md).",
+    ),
 ]
 Hyp = Annotated[
     str | None,

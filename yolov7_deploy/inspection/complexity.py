@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model.configs import Anchors, Layer, Variant, find_variant
+from yolov7_deploy.model.configs import find_variant
+from yolov7_deploy.model.layer_table import Anchors, Layer, Variant
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
-from yolov7_deploy.paper import TABLE_1, VARIANTS, PaperRow, paper_row
+from yolov7_deploy.paper import ABLATIONS, TABLE_1, VARIANTS, PaperRow, paper_row
 
 Form = Literal["both", "training", "deploy"]
 
@@ -243,6 +244,7 @@ def _kernel_stride(layer: Layer) -> str:
 
 
 D6 = "yolov7-d6"
+RECOMMENDED = "yolov7-elan3-n"  # the one ablation that is not in the paper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,7 +323,7 @@ class WeightsRecord:
 
 
 def inspect_variant(name: str) -> VariantRecord:
-    """Return a variant with its cost, its layers and the figures of the paper.
+    """Return a variant, or a network of the paper's ablations, with its cost, its layers and the figures of the paper.
 
     Raises:
         UsageError: There is no such variant.
@@ -372,15 +374,17 @@ def inspect_weights(path: str | Path) -> WeightsRecord:
 
 
 def _paper_rows(name: str) -> list[PaperRow]:
-    """Return one merged row per input size; only tiny has several in Table 1."""
+    """Return one merged row per input size; only tiny has several in Table 1, and our own ablations have none."""
+    if name in ABLATIONS:
+        return [] if name == RECOMMENDED else [paper_row(name)]
     sizes = {row.size for row in TABLE_1 if row.model == VARIANTS[name]} or {None}
     return sorted((paper_row(name, size=size) for size in sizes), key=lambda row: -(row.size or 0))
 
 
 def _paper_cost(name: str, row: PaperRow) -> PaperCost:
-    assert row.size is not None, "every row about YOLOv7 has a size"
-    cost = complexity(name, size=row.size)
-    return PaperCost(size=row.size, gflops=cost.gflops, gflops_training=cost.gflops_training, row=row)
+    size = row.size or find_variant(name).size  # Tables 4 and 5 do not print a size
+    cost = complexity(name, size=size)
+    return PaperCost(size=size, gflops=cost.gflops, gflops_training=cost.gflops_training, row=row)
 
 
 def _notes(cost: Complexity, paper: tuple[PaperCost, ...]) -> tuple[str, ...]:
@@ -392,6 +396,19 @@ def _notes(cost: Complexity, paper: tuple[PaperCost, ...]) -> tuple[str, ...]:
             f"({cost.parameters_training / 1e6:.1f}M, {paper[0].gflops_training:.1f}G); the fused network has "
             f"{cost.parameters_fused / 1e6:.1f}M and {paper[0].gflops:.1f}G"
         )
+    if cost.variant in ABLATIONS:
+        notes += _ablation_notes(cost, paper)
     if any(entry.row.fps for entry in paper):
         notes.append("the paper's FPS are for PyTorch FP16 at batch 1, and for the forward pass only")
     return tuple(notes)
+
+
+def _ablation_notes(cost: Complexity, paper: tuple[PaperCost, ...]) -> list[str]:
+    """Return how far the counts are from the paper's, or that the paper does not print any."""
+    if not paper:
+        return ["this network is not in the paper: RepConv without identity where section 4.1 recommends it"]
+    row = paper[0].row
+    if row.params_m is None or row.gflops is None:
+        return [f"{row.source} prints AP only, no parameters and no GFLOPs"]
+    parameters, flops = cost.parameters_fused / 1e6 / row.params_m - 1, paper[0].gflops / row.gflops - 1
+    return [f"parameters differ from the paper's by {parameters:+.2%}, GFLOPs by {flops:+.2%}"]

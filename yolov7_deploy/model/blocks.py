@@ -45,18 +45,18 @@ class Conv(nn.Module):
 class RepConv(nn.Module):
     """Planned re-parameterised convolution (paper section 4.1): 3x3 + 1x1 + identity branches, summed, activated.
 
-    The identity branch exists if input and output have the same number of channels. In v7 they never do, which is the
-    paper's RepConvN. If fused, one 3x3 convolution remains.
+    The identity branch exists if input and output have the same number of channels; in v7 they never do. Without it,
+    with `identity=False`, the block is the paper's RepConvN. If fused, one 3x3 convolution remains.
     """
 
-    def __init__(self, c_in: int, c_out: int, act: str, *, fused: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, act: str, *, fused: bool, identity: bool = True) -> None:
         super().__init__()
         self.act = activation(act)
         self.fused = fused
         if fused:
             self.rbr_reparam = nn.Conv2d(c_in, c_out, 3, 1, 1)
             return
-        self.rbr_identity = batch_norm(c_in) if c_in == c_out else None
+        self.rbr_identity = batch_norm(c_in) if identity and c_in == c_out else None
         self.rbr_dense = nn.Sequential(nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), batch_norm(c_out))
         self.rbr_1x1 = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), batch_norm(c_out))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from yolov7_deploy.model.configs import Anchors
+from yolov7_deploy.model.layer_table import Anchors
 
 BOX_AND_OBJECTNESS = 5
 OBJECTS_PER_IMAGE = 8.0  # prior of the objectness bias: 8 objects in a 640-pixel image

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.errors import CheckpointError
 from yolov7_deploy.model.blocks import SPPCSPC, Concat, Conv, DownC, MaxPool, ReOrg, RepConv, Shortcut, Upsample
-from yolov7_deploy.model.configs import IMAGE, Anchors, Layer, Variant, find_variant
+from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.model.heads import AuxiliaryDetect, Detect, ImplicitDetect
+from yolov7_deploy.model.layer_table import IMAGE, Anchors, Layer, Variant
 
 _HEADS = {"Detect": Detect, "IDetect": ImplicitDetect, "IAuxDetect": AuxiliaryDetect}
 _SHOWN = 6  # names listed in an error before "and N more"
@@ -106,8 +107,8 @@ def _block(layer: Layer, variant: Variant, fused: bool) -> nn.Module:
     match layer.kind:
         case "Conv":
             return Conv(c_in, layer.c_out, layer.kernel, layer.stride, act, fused=fused)
-        case "RepConv":
-            return RepConv(c_in, layer.c_out, act, fused=fused)
+        case "RepConv" | "RepConvN":
+            return RepConv(c_in, layer.c_out, act, fused=fused, identity=layer.kind == "RepConv")
         case "SPPCSPC":
             return SPPCSPC(c_in, layer.c_out, act, fused=fused)
         case "DownC":

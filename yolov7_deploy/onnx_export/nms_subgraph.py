@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model.configs import Anchors
+from yolov7_deploy.model.layer_table import Anchors
 from yolov7_deploy.onnx_export.onnx_model import GraphBuilder
 from yolov7_deploy.options import ExportOptions, size_text
 

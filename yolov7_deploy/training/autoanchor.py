@@ -13,7 +13,7 @@ from yolov7_deploy.datasets.samples import DoubleArray
 from yolov7_deploy.datasets.statistics import box_sizes
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.image import FloatArray
-from yolov7_deploy.model.configs import Anchors
+from yolov7_deploy.model.layer_table import Anchors
 
 PER_LEVEL = 3
 # Values of the official search.

@@ -13,8 +13,10 @@ from yolov7_deploy._text import similar_file, suggest
 from yolov7_deploy.datasets.samples import short_reason
 from yolov7_deploy.datasets.yaml_file import read_yaml
 from yolov7_deploy.errors import UsageError
+from yolov7_deploy.paper import ABLATIONS
 
 PRESET_OF_VARIANT = {"yolov7-tiny": "tiny", "yolov7-tiny-silu": "tiny", "yolov7": "p5", "yolov7x": "p5"}
+PRESET_OF_VARIANT |= {name: "p5" for name in ABLATIONS if "w6" not in name}
 FRACTIONS = (
     *("hsv_h", "hsv_s", "hsv_v", "flipud", "fliplr", "mosaic", "mixup", "copy_paste", "paste_in"),
     *("label_smoothing", "translate"),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model.configs import Anchors
 from yolov7_deploy.model.heads import BOX_AND_OBJECTNESS
+from yolov7_deploy.model.layer_table import Anchors
 from yolov7_deploy.model.yolov7 import Yolov7, new_model
 
 ANCHORS_PER_LEVEL = 3

@@ -22,7 +22,8 @@ from yolov7_deploy.datasets.statistics import describe_labels
 from yolov7_deploy.errors import DatasetError, ImageError, UsageError
 from yolov7_deploy.evaluation.plots import draw_evaluation
 from yolov7_deploy.hardware.system import free_host_memory
-from yolov7_deploy.model.configs import Anchors, find_variant
+from yolov7_deploy.model.configs import find_variant
+from yolov7_deploy.model.layer_table import Anchors
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.autoanchor import evaluate_anchors, fit_anchors

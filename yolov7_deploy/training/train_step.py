@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.model.configs import Variant
+from yolov7_deploy.model.layer_table import Variant
 from yolov7_deploy.model.yolov7 import Yolov7
 from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.distributed import DistributedContext, convert_sync_batchnorm

@@ -31,7 +31,7 @@ from yolov7_deploy.options import (
     ValOptions,
     parse_size,
 )
-from yolov7_deploy.paper import VARIANTS
+from yolov7_deploy.paper import ABLATIONS, VARIANTS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -373,8 +373,8 @@ def initial_weights(
         UsageError: The variant is unknown, or the weights are an exported file.
         LoadError: The weights do not exist or cannot be read.
     """
-    if variant is not None and variant not in VARIANTS:
-        raise UsageError(f"--variant {variant} is unknown.", fix=suggest(variant, VARIANTS))
+    if variant is not None and variant not in (known := [*VARIANTS, *ABLATIONS]):
+        raise UsageError(f"--variant {variant} is unknown.", fix=suggest(variant, known))
     if weights is None:
         return None, variant or "yolov7"
     from yolov7_deploy.checkpoint import load_checkpoint
