@@ -2,6 +2,7 @@
 
 import pytest
 
+from yolov7_deploy import paper
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.paper import TABLE_1, TABLE_2, TABLE_9, TABLE_10, VARIANTS, paper_row
 
@@ -56,6 +57,26 @@ def test_models_that_are_not_in_the_paper_are_an_error():
         paper_row("yolov8")
     with pytest.raises(UsageError, match="at 1280"):
         paper_row("yolov7", size=1280)
+
+
+@pytest.mark.parametrize(("number", "rows"), [(3, 4), (4, 6), (5, 6), (6, 4), (7, 3), (8, 3)])
+def test_the_tables_of_the_ablations_have_all_rows(number, rows):
+    table = getattr(paper, f"TABLE_{number}")
+    assert len(table) == rows
+    assert {row.source for row in table} == {f"arXiv 2207.02696, Table {number}"}
+    for row in table:
+        assert row.val.ap75 < row.val.ap50 and row.val.ap < row.val.ap75
+        assert row.val.ap_large is None or row.val.ap_small < row.val.ap_medium < row.val.ap_large
+
+
+def test_a_network_of_the_ablations_has_its_row():
+    row = paper_row("yolov7x-depth")
+    assert (row.params_m, row.gflops, row.size, row.val.ap) == (69.3, 187.6, 640, 52.7)
+    merged = paper_row("yolor-w6")
+    assert (merged.params_m, merged.gflops, merged.fps) == (79.8, 453.2, 66)
+    assert paper_row("yolov7-elan3-c").params_m is None
+    with pytest.raises(UsageError, match="does not have yolov7-elan3-n"):
+        paper_row("yolov7-elan3-n")
 
 
 def test_every_variant_has_a_row():

@@ -11,7 +11,7 @@ from tests.support.small_models import metadata_of, session
 from tests.support.thin_variants import SIDE, thin
 from yolov7_deploy import paper
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from yolov7_deploy.errors import CheckpointError
+from yolov7_deploy.errors import CheckpointError, UsageError
 from yolov7_deploy.inspection.complexity import complexity, gflops, inspect_variant, parameter_count
 from yolov7_deploy.model.ablations import ABLATIONS, FIGURE_6
 from yolov7_deploy.model.blocks import RepConv
@@ -25,6 +25,7 @@ from yolov7_deploy.training.hyperparameters import Hyperparameters, default_pres
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.sample import Batch
 from yolov7_deploy.training.train_step import TrainStep
+from yolov7_deploy.workflows.functions import initial_weights
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -210,6 +211,13 @@ def test_weights_of_an_ablation_are_recognized_by_their_metadata(tmp_path, monke
     save_checkpoint(Checkpoint(tensors=dict(model.state_dict()), variant="yolov7-elan3", **fields), path)
     with pytest.raises(CheckpointError, match="looks like yolov7-elan3"):
         build_model(load_checkpoint(path))
+
+
+def test_an_ablation_can_be_trained_by_name():
+    assert initial_weights(None, "yolor-csp") == (None, "yolor-csp")
+    with pytest.raises(UsageError, match='"yolor-cps" is unknown') as caught:
+        initial_weights(None, "yolor-cps")
+    assert "Did you mean yolor-csp?" in caught.value.fix
 
 
 # --- the identity branch (section 4.1) --------------------------------------------------------------------------------
