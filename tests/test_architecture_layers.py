@@ -105,6 +105,8 @@ LIBRARIES: dict[str, set[str]] = {
         "runtimes/pytorch_network.py",
         "checkpoint/loader.py",
         "onnx_export/onnx_exporter.py",
+        "precision/fake_quantize.py",
+        "precision/qat.py",
         "inspection/complexity.py",
         "estimation/layer_work.py",
         "model/",

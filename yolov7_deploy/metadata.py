@@ -63,7 +63,8 @@ class Int8Metadata:
     Attributes:
         target: `tensorrt`, `cpu` or `arm`; see `Int8Options`.
         reduce_range: The weights have 7 bits; see `Int8Options`.
-        method: Calibration method that chose the activation ranges; see `Int8Options`.
+        method: Calibration method that chose the activation ranges (see `Int8Options`), or `qat` for ranges that were
+            learned in quantization-aware training.
         images: Number of calibration images.
         images_sha256: Digest of the calibration images, independent of their order.
         fallback: Precision of everything that is not INT8: `fp16` or `fp32`.

@@ -61,7 +61,9 @@ class Architecture:
     levels: int
 
 
-def identify_architecture(shapes: Shapes, *, source: str, ablation: str = "") -> Architecture:
+def identify_architecture(
+    shapes: Shapes, *, source: str, ablation: str = "", fused: bool = False
+) -> Architecture:
     """Return the architecture of a state dict with official names (`model.N....`), given its shapes by name.
 
     Only identifying tensors are checked; the full table is compared when the network is built.
@@ -70,11 +72,13 @@ def identify_architecture(shapes: Shapes, *, source: str, ablation: str = "") ->
         shapes: Shapes by name.
         source: Name of the file, for messages.
         ablation: Network of the paper's ablations that the file's metadata names; these have no fingerprints.
+        fused: The file says that its weights are fused, which is an error for all others.
 
     Raises:
         CheckpointError: The weights are fused, or do not belong to a YOLOv7 variant; the message says what was found.
     """
-    _refuse_fused(shapes, source)
+    if not fused:
+        _refuse_fused(shapes, source)
     head = max((int(found[1]) for key in shapes if (found := re.match(r"model\.(\d{1,6})\.", key))), default=-1)
     rows = _head_rows(shapes, head)
     implicit = any(key.startswith((f"model.{head}.ia.", f"model.{head}.im.")) for key in shapes)

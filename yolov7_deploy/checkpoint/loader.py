@@ -23,11 +23,12 @@ import torch
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file
 from yolov7_deploy._serialization import sha256_hex, short_repr
-from yolov7_deploy._text import get_logger, is_unicode
+from yolov7_deploy._text import get_logger, is_unicode, printable_line
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, identify_architecture
 from yolov7_deploy.checkpoint.module_tree import MAX_TENSORS, read_modules
 from yolov7_deploy.checkpoint.pickle_allowlist import Module, TensorEntry
+from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.checkpoint.torch_archive import NumberArray, TorchFile, is_safetensors, require_file
 from yolov7_deploy.datasets.coco import COCO_NAMES
 from yolov7_deploy.errors import CheckpointError, LoadError
@@ -42,6 +43,7 @@ Anchors = tuple[tuple[tuple[float, float], ...], ...]
 MAX_CLASS_NAME = 1000  # characters
 
 _KEY_ORDER = "key_order"
+_QUANTIZATION_KEY = "yolov7_int8"
 _TINY_SILU = "yolov7-tiny-silu"
 _COUNTER, _VARIANCE = "num_batches_tracked", "running_var"
 # Where weights are in a file, most important first: the official program uses the moving average if there is one.
@@ -75,6 +77,7 @@ class Checkpoint:
         origin: Name of the file from which the file `source` was made, if it says so.
         origin_sha256: Digest of that file.
         version: Version of this package that wrote the file; empty for other files.
+        quantization: INT8 quantization that the weights were trained for, which are then fused; `None` for others.
 
     Example:
         >>> checkpoint = load_checkpoint("best.safetensors")
@@ -93,12 +96,14 @@ class Checkpoint:
     origin: str = ""
     origin_sha256: str = ""
     version: str = ""
+    quantization: TrainedQuantization | None = None
 
     def __repr__(self) -> str:
         form = "training" if self.training else "deploy"
         size = f", trained at {self.training_size}" if self.training_size else ""
+        int8 = f", for INT8 ({self.quantization.target})" if self.quantization else ""
         return (
-            f"Checkpoint({self.source!r}: {self.variant}, {form} form, {len(self.class_names)} classes{size}, "
+            f"Checkpoint({self.source!r}: {self.variant}, {form} form, {len(self.class_names)} classes{size}{int8}, "
             f"{len(self.tensors)} tensors)"
         )
 
@@ -130,6 +135,7 @@ class _Contents:
     names: object = None
     activations: frozenset[str] = frozenset()
     metadata: ModelMetadata | None = None
+    quantization: TrainedQuantization | None = None
 
     @property
     def variant(self) -> str:
@@ -154,9 +160,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     require_file(file)
     contents = _read_safetensors(file) if is_safetensors(file) else _read_torch(file)
     source = file.name
-    shapes = {key: array.shape for key, array in contents.arrays.items()}
-    ablation = contents.variant if contents.variant in ABLATIONS else ""
-    architecture = identify_architecture(shapes, source=source, ablation=ablation)
+    architecture = identify_architecture(
+        {key: array.shape for key, array in contents.arrays.items()},
+        source=source,
+        ablation=contents.variant if contents.variant in ABLATIONS else "",
+        fused=contents.quantization is not None,
+    )
     metadata = contents.metadata
     checkpoint = Checkpoint(
         tensors={key: _tensor(key, array, source) for key, array in contents.arrays.items()},
@@ -170,6 +179,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         origin=metadata.source if metadata else "",
         origin_sha256=metadata.source_sha256 if metadata else "",
         version=metadata.version if metadata else "",
+        quantization=contents.quantization,
     )
     logger.info(
         "checkpoint: %s -> %s (%s form, %d classes, %d tensors) in %.2f s",
@@ -205,6 +215,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, *, half: bool = Fa
     metadata = replace(checkpoint.metadata, version=__version__)
     order = json.dumps(list(tensors), separators=(",", ":"))
     header = {"format": "pt", METADATA_KEY: metadata.to_json(), _KEY_ORDER: order}
+    if checkpoint.quantization is not None:
+        header[_QUANTIZATION_KEY] = checkpoint.quantization.to_json()
     data = _with_sorted_header(safetensors.torch.save(tensors, header))
     try:
         with atomic_write(target) as unfinished:
@@ -256,10 +268,7 @@ def _read_safetensors(path: Path) -> _Contents:
             _check_count(len(file.keys()), path.name)
             arrays = {key: _widened(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
-        raise LoadError(
-            f"{path.name} is a damaged or truncated safetensors file ({str(error)[:200]!a}).",
-            fix="Copy or download the file again, and compare its size with the original.",
-        ) from error
+        raise _damaged(path, error) from error
     if METADATA_KEY not in header:
         _refuse_training_state(path, arrays)
         return _Contents(arrays=_with_counters(_official_names(arrays)))
@@ -267,7 +276,47 @@ def _read_safetensors(path: Path) -> _Contents:
     order = _key_order(header.get(_KEY_ORDER, "[]"))
     if set(order) == set(arrays):
         arrays = {key: arrays[key] for key in order}
-    return _Contents(arrays=arrays, names=metadata.class_names, metadata=metadata)
+    quantization = _read_quantization(header, path)
+    return _Contents(arrays=arrays, names=metadata.class_names, metadata=metadata, quantization=quantization)
+
+
+def load_quantization(path: str | Path) -> TrainedQuantization | None:
+    """Return the INT8 quantization that the weights of a file were trained for; only the header is read.
+
+    Returns:
+        `None` for files of other weights or formats, and for files that do not exist.
+
+    Raises:
+        LoadError: The file is damaged.
+    """
+    file = Path(path)
+    if not file.is_file() or not is_safetensors(file):
+        return None
+    try:
+        with open_safetensors(file, max_bytes=MAX_MODEL_BYTES) as opened:
+            header: dict[str, str] = opened.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+    return _read_quantization(header, file)
+
+
+def _read_quantization(header: Mapping[str, str], path: Path) -> TrainedQuantization | None:
+    if _QUANTIZATION_KEY not in header:
+        return None
+    try:
+        return TrainedQuantization.from_json(header[_QUANTIZATION_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"The INT8 quantization inside {path.name} cannot be read: {printable_line(str(error))}.",
+            fix="Copy the file again, or train it again:  y7 train --qat --weights WEIGHTS --data D.yaml",
+        ) from error
+
+
+def _damaged(path: Path, error: Exception) -> LoadError:
+    return LoadError(
+        f"{path.name} is a damaged or truncated safetensors file ({str(error)[:200]!a}).",
+        fix="Copy or download the file again, and compare its size with the original.",
+    )
 
 
 def _refuse_training_state(path: Path, names: Iterable[str]) -> None:

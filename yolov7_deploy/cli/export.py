@@ -107,7 +107,9 @@ Precision = Annotated[
     ),
 ]
 Fp16 = Annotated[bool, typer.Option("--fp16", "--half", help="Same as --precision fp16.")]
-Int8 = Annotated[bool, typer.Option("--int8", help="Same as --precision int8; needs --calib.")]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Same as --precision int8; needs --calib, except for weights trained with --qat.")
+]
 Opset = Annotated[int, typer.Option("--opset", help="ONNX opset version, 13 to 21.")]
 Simplify = Annotated[bool, typer.Option("--simplify/--no-simplify", help="Run onnx-simplifier.")]
 Verify = Annotated[
@@ -200,7 +202,10 @@ def export(
     choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
     if max_drop is not None and data is None:
         raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
-    request = _int8_request(calib, data, max_drop, choose) if number_type == "int8" else None
+    request = None
+    wanted = {"calib": calib, "data": data, "max_drop": max_drop, "int8_target": int8_target}
+    if number_type == "int8" and not _is_trained(weights, engine, reduce_range=reduce_range, **wanted):
+        request = _int8_request(calib, data, max_drop, choose)
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
     _run(job, verify=verify, image=image, json_path=json_path)
@@ -277,6 +282,16 @@ def _int8_request(
         data=open_data(data, None),
         show=progress,
     )
+
+
+def _is_trained(weights: str, engine: bool, **wanted: Any) -> bool:  # noqa: ANN401
+    """Return whether weights were trained for INT8, after checking that the options suit them."""
+    path = Path(weights)
+    if not path.is_file():  # an official name
+        return False
+    from yolov7_deploy.workflows.export import trained_for_int8
+
+    return trained_for_int8(path, **wanted, for_engine=engine) is not None
 
 
 def _engine_options(

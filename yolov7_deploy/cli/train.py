@@ -27,8 +27,9 @@ from yolov7_deploy.cli.options import (
     parse_img,
     was_given,
 )
+from yolov7_deploy.cli.quantize import Int8Target, ReduceRange, int8_options
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
+from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, QatOptions, TrainOptions
 from yolov7_deploy.paper import VARIANTS
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ DEFAULTS = TrainOptions()
 DEFAULT_WORKERS = min(DEFAULTS.workers, os.cpu_count() or 1)
 # Options that are allowed together with --resume.
 RESUME_OPTIONS = {"resume", "project", "name", "save_dir", "data", "device", "json_path", "quiet", "verbose"}
+_QAT_OPTIONS = {"calib": "--calib", "int8_target": "--int8-target", "reduce_range": "--reduce-range"}
 NO_DATA = UsageError(
     "y7 train needs --data.", fix="y7 train --data data.yaml, or a generated dataset:  y7 shapes --output shapes"
 )
@@ -71,7 +73,9 @@ VariantName = Annotated[
 Hyp = Annotated[
     str | None,
     typer.Option(
-        "--hyp", metavar="tiny|p5|p6|custom|FILE", help="Hyperparameters (default: by variant; custom with --weights)."
+        "--hyp",
+        metavar="tiny|p5|p6|custom|qat|FILE",
+        help="Hyperparameters (default: by variant; custom with --weights; qat with --qat).",
     ),
 ]
 SetValues = Annotated[
@@ -154,6 +158,13 @@ Constraint = Annotated[
     bool, typer.Option("--constraint/--no-constraint", help="Limit the centres that auxiliary heads predict (table 7).")
 ]
 Auxiliary = Annotated[str, one_of(AUXILIARY_HEADS, "--auxiliary", text="Auxiliary heads (table 8).")]
+Qat = Annotated[
+    bool, typer.Option("--qat", help="Quantization-aware training: train --weights for INT8; see docs/int8.md.")
+]
+QatCalib = Annotated[
+    str | None,
+    typer.Option("--calib", help="With --qat: calibration images or file (default: the training images of --data)."),
+]
 TensorBoard = Annotated[
     bool | None,
     typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard events (default: if it is installed)."),
@@ -202,6 +213,10 @@ def train(
     assigner: Assigner = DEFAULTS.assigner,
     constraint: Constraint = DEFAULTS.constraint,
     auxiliary: Auxiliary = DEFAULTS.auxiliary,
+    qat: Qat = False,
+    calib: QatCalib = None,
+    int8_target: Int8Target = "auto",
+    reduce_range: ReduceRange = None,
     tensorboard: TensorBoard = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -215,10 +230,12 @@ def train(
         return
     if data is None and not show_hyp:
         raise NO_DATA
+    qat_options = _qat_options(qat, calib, int8_target, reduce_range, to_stderr=json_path == "-")
     _start(
         data=data, save_dir=save_dir, new_folder=functools.partial(new_run_folder, project / name, exist_ok=exist_ok),
         variant=variant, weights=weights, device=device, classes=classes, single_class=single_class, hyp=hyp,
-        set_values=set_values, show_hyp=show_hyp, tensorboard=tensorboard, options=options, json_path=json_path,
+        set_values=set_values, show_hyp=show_hyp, tensorboard=tensorboard, options=options, qat=qat_options,
+        json_path=json_path,
     )  # fmt: skip
 
 
@@ -227,6 +244,19 @@ def _options(values: Mapping[str, Any]) -> TrainOptions:
     same = {field.name: values[field.name] for field in fields(TrainOptions) if field.name in values}
     parsed = {"img": _square_size(values["img"]), "freeze": _parse_layers(values["freeze"])}
     return TrainOptions(**{**same, **parsed, "cache_gib": values["cache"]})
+
+
+def _qat_options(
+    qat: bool, calib: str | None, int8_target: str, reduce_range: bool | None, *, to_stderr: bool
+) -> QatOptions | None:
+    """Return the options of quantization-aware training; `None` without `--qat`."""
+    if not qat:
+        for name, option in _QAT_OPTIONS.items():
+            if was_given(name):
+                raise UsageError(f"{option} has no effect without --qat.", fix="Add  --qat")
+        return None
+    int8 = int8_options(int8_target, reduce_range, to_stderr=to_stderr)
+    return QatOptions(calib=calib or "", target=int8.target, reduce_range=int8.reduce_range)
 
 
 def _start(
@@ -244,17 +274,19 @@ def _start(
     show_hyp: bool,
     tensorboard: bool | None,
     options: TrainOptions,
+    qat: QatOptions | None,
     json_path: str | None,
 ) -> None:
     from yolov7_deploy.datasets import check_dataset_file
+    from yolov7_deploy.training.hyperparameters import default_preset
     from yolov7_deploy.workflows.functions import initial_weights
 
     if data is not None and not show_hyp:
         check_dataset_file(data)
     path, name = initial_weights(weights, variant, find=locate_weights)
-    recipe = _read_recipe(hyp, set_values, variant=name, pretrained=path is not None, show=show_hyp)
+    preset = hyp or default_preset(name, pretrained=path is not None, qat=qat is not None)
+    recipe = _read_recipe(preset, set_values, show=show_hyp)
     from yolov7_deploy.training.checkpoints import TrainRequest
-    from yolov7_deploy.training.hyperparameters import default_preset
     from yolov7_deploy.training.run import train as start_training
 
     if weights is variant is None and _is_main_process():
@@ -273,9 +305,9 @@ def _start(
             tensorboard=tensorboard,
             hyp=recipe,
             options=options,
+            qat=qat,
         )
         callback = ConsoleCallback(json_path)
-        preset = hyp or default_preset(name, pretrained=path is not None)
         callback.on_message(
             f"hyperparameters {preset}{' and --set' * bool(set_values)}; {options.epochs} epochs, "
             f"batch {options.batch}, images {options.img}x{options.img}; results in {save_dir}"
@@ -314,14 +346,11 @@ def _print_report(report: TrainReport, json_path: str | None) -> None:
             write_json(report.to_dict(), json_path)
 
 
-def _read_recipe(
-    hyp: str | None, set_values: list[str] | None, *, variant: str, pretrained: bool, show: bool
-) -> Hyperparameters:
-    """Return the hyperparameters; with `show`, print them and exit."""
-    from yolov7_deploy.training.hyperparameters import default_preset, format_hyperparameters, read_hyperparameters
+def _read_recipe(hyp: str, set_values: list[str] | None, *, show: bool) -> Hyperparameters:
+    """Return the hyperparameters of a preset or file; with `show`, print them and exit."""
+    from yolov7_deploy.training.hyperparameters import format_hyperparameters, read_hyperparameters
 
-    name = hyp or default_preset(variant, pretrained=pretrained)
-    recipe = read_hyperparameters(name, changes=_parse_values(set_values or []))
+    recipe = read_hyperparameters(hyp, changes=_parse_values(set_values or []))
     if show:
         echo(format_hyperparameters(recipe).rstrip("\n"))
         raise typer.Exit

@@ -97,6 +97,10 @@ class Yolov7(nn.Module):
             raws += self.head.auxiliary(features[levels:])
         return list(raws)
 
+    def head_maps(self, images: Tensor) -> list[Tensor]:
+        """Return the maps [B, 3 * (5 + C), H, W] of the lead heads, fine to coarse."""
+        return self.head.maps(self.features(images)[: self.head.levels])
+
     def predict(self, images: Tensor) -> Tensor:
         """Return the decoded output [B, A, 5 + C]: cx, cy, w, h in input pixels, objectness, class probabilities."""
         return self.head.decode(self.forward(images)[: self.head.levels])
@@ -151,6 +155,8 @@ def new_model(
 def build_model(checkpoint: Checkpoint) -> Yolov7:
     """Return the network of a checkpoint, in the checkpoint's form and in eval mode; every tensor is used.
 
+    Weights that were trained for INT8 give a fused network, which computes in float.
+
     Raises:
         CheckpointError: Keys are missing or left over, or shapes differ from the variant's table.
 
@@ -161,7 +167,10 @@ def build_model(checkpoint: Checkpoint) -> Yolov7:
     # On the meta device, so that no random weights are generated and then overwritten.
     with torch.device("meta"):
         model = Yolov7(
-            find_variant(checkpoint.variant), classes=len(checkpoint.class_names), training_form=checkpoint.training
+            find_variant(checkpoint.variant),
+            classes=len(checkpoint.class_names),
+            training_form=checkpoint.training,
+            fused=checkpoint.quantization is not None,
         )
     _check_keys(checkpoint, {key: tuple(value.shape) for key, value in model.state_dict().items()})
     model.load_state_dict(OrderedDict(checkpoint.tensors), strict=True, assign=True)

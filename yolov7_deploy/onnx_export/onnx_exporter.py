@@ -54,7 +54,7 @@ def export_onnx(model: Yolov7, metadata: ModelMetadata, options: ExportOptions) 
     plan = NmsPlan.of(model.head.strides, model.anchors, model.classes, options)
     writer = GraphBuilder()
     network_input = _preprocess(writer, options)
-    heads = _network(writer, _trace(model), network_input)
+    heads = _network(writer, trace(model), network_input)
     network = _model(writer, heads, plan, input_hw)
     if options.simplify:
         network = _simplified(network)
@@ -72,8 +72,29 @@ class _HeadMaps(nn.Module):
         return self.net.head.maps(self.net.features(images))
 
 
-def _trace(model: Yolov7) -> fx.GraphModule:
+def trace(model: Yolov7) -> fx.GraphModule:
+    """Trace a fused model from its images to the raw head maps; modules are called `net.model.N....`."""
     return fx.symbolic_trace(_HeadMaps(model))
+
+
+def tensor_origins(traced: fx.GraphModule) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+    """Return the traced operation that computes each tensor of the exported graph.
+
+    Args:
+        traced: Result of `trace`.
+
+    Returns:
+        The operation of each tensor that is the output of one, and the operation of every tensor: an operation that
+        becomes several nodes, such as SiLU, has tensors inside.
+    """
+    writer, modules = GraphBuilder(), dict(traced.named_modules())
+    names, origins = dict[fx.Node, str](), dict[str, fx.Node]()
+    for node in traced.graph.nodes:
+        before = len(writer.nodes)
+        _translate(writer, names, modules, node, INPUT_NAME)
+        origins |= {name: node for created in writer.nodes[before:] for name in created.output}
+    outputs = {name: node for node, name in names.items()}
+    return outputs, origins | outputs
 
 
 def _preprocess(writer: GraphBuilder, options: ExportOptions) -> str:
@@ -91,25 +112,34 @@ def _network(writer: GraphBuilder, traced: fx.GraphModule, network_input: str) -
     modules = dict(traced.named_modules())
     names: dict[fx.Node, str] = {}
     for node in traced.graph.nodes:
-        match node.op:
-            case "placeholder":
-                names[node] = network_input
-            case "call_module":
-                module = modules[str(node.target)]
-                translate = _MODULES.get(type(module))
-                if translate is None:
-                    raise _untranslatable(type(module).__name__)
-                names[node] = translate(writer, module, names[node.args[0]], _layer_name(str(node.target)))
-            case "call_function":
-                function = _FUNCTIONS.get(node.target)
-                if function is None:
-                    raise _untranslatable(str(node.target))
-                names[node] = function(writer, names, node)
-            case "output":
-                return tuple(names[map_node] for map_node in node.args[0])
-            case _:
-                raise _untranslatable(f"{node.op} {node.target}")
-    raise AssertionError("a trace ends with an output node")
+        _translate(writer, names, modules, node, network_input)
+    maps: Any = traced.graph.output_node().args[0]
+    return tuple(names[map_node] for map_node in maps)
+
+
+def _translate(
+    writer: GraphBuilder, names: dict[fx.Node, str], modules: dict[str, nn.Module], node: fx.Node, network_input: str
+) -> None:
+    """Translate one traced operation, and store the name of its output."""
+    argument: Any = node.args[0] if node.args else None
+    match node.op:
+        case "placeholder":
+            names[node] = network_input
+        case "call_module":
+            module = modules[str(node.target)]
+            translate = _MODULES.get(type(module))
+            if translate is None:
+                raise _untranslatable(type(module).__name__)
+            names[node] = translate(writer, module, names[argument], _layer_name(str(node.target)))
+        case "call_function":
+            function = _FUNCTIONS.get(node.target)
+            if function is None:
+                raise _untranslatable(str(node.target))
+            names[node] = function(writer, names, node)
+        case "output":
+            pass
+        case _:
+            raise _untranslatable(f"{node.op} {node.target}")
 
 
 def _layer_name(target: str) -> str:

@@ -19,6 +19,7 @@ Counts = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
 LEVELS = 127  # largest INT8 value; -128 is not used, because TensorRT quantizes symmetrically
+REDUCED_LEVELS = 64  # largest weight of 7 bits: the sum of two products with uint8 fits into 16 bits
 BINS = 2**15
 PERCENTILE = 99.99  # the default of NVIDIA's tools
 _INFINITE = 0x7F80  # first bin of values that are not finite

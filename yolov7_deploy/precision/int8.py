@@ -25,12 +25,12 @@ from onnx import helper, numpy_helper
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.errors import ExportError
 from yolov7_deploy.image import FloatArray
-from yolov7_deploy.metadata import INNER_PAIR_PREFIX, Int8Metadata, ModelMetadata
+from yolov7_deploy.metadata import INNER_PAIR_PREFIX, Int8Metadata
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration, network_digest
 from yolov7_deploy.precision.fp16 import Fp16Rewriter, check_valid, find_float32_nodes
-from yolov7_deploy.precision.histogram import LEVELS, Histogram, choose_range
+from yolov7_deploy.precision.histogram import LEVELS, REDUCED_LEVELS, Histogram, choose_range
 from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.qdq_placement import QdqPlacement, float_nodes, place_qdq
 from yolov7_deploy.precision.subgraph import Network, find_fp16_weight, node_inputs, with_initializers
@@ -42,7 +42,6 @@ DoubleArray = npt.NDArray[np.float64]
 _INT8, _BACK, _SCALE, _ZERO = "__int8", "__from_int8", "__scale", "__zero"  # suffixes of the names of new tensors
 ZERO = "int8_zero"
 STEPS = 255  # of an asymmetric range
-REDUCED_LEVELS = 64  # largest weight of 7 bits: the sum of two products with uint8 fits into 16 bits
 _BIAS_LIMIT = 2**30  # of int32
 _LISTED = 8  # layers listed in one note
 _QUANTIZED_OPS = {"ConvInteger", "DequantizeLinear", "QLinearConv", "QuantizeLinear"}
@@ -73,7 +72,7 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
     if not model.metadata.heads:  # it is unknown where decoding begins, and decoding needs float32
         options = replace(options, fallback="fp32")
     network = Network(model)
-    _check_calibration(network, calibration)
+    check_same_network(network, calibration)
     placement = place_qdq(network, excluded_outputs(network, options.exclude), for_cpu=options.target != "tensorrt")
     if not placement.convolutions:
         reasons = "; ".join(dict.fromkeys(placement.float_convolutions.values())) or "the graph has none"
@@ -85,9 +84,10 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
     means = calibration.input_means if options.correct_bias else {}
     proto = insert_qdq(network, placement, ranges, means, options)
     if options.fallback == "fp16":
-        proto = _convert_rest_to_fp16(network, placement, proto, calibration)
+        proto = convert_rest_to_fp16(network, placement, proto, measured_amax(calibration))
     check_valid(proto)
-    return OnnxModel.of(proto, _metadata(model, proto, placement, calibration, options))
+    int8 = int8_metadata(proto, placement, options, images=calibration.images, images_sha256=calibration.images_sha256)
+    return with_int8_metadata(model, proto, placement, int8, notes=calibration.notes)
 
 
 def check_quantizable(model: OnnxModel) -> None:
@@ -109,7 +109,12 @@ def check_quantizable(model: OnnxModel) -> None:
         )
 
 
-def _check_calibration(network: Network, calibration: Calibration) -> None:
+def check_same_network(network: Network, calibration: Calibration) -> None:
+    """Check that a calibration belongs to a network.
+
+    Raises:
+        ExportError: It belongs to another one.
+    """
     if calibration.network_sha256 != network_digest(network):
         raise ExportError(
             "The calibration belongs to another network: nodes or weights differ.",
@@ -424,13 +429,23 @@ class _QdqWriter:
         graph.initializer.extend([*kept, *self._initializers.values()])
 
 
-def _convert_rest_to_fp16(
-    network: Network, placement: QdqPlacement, quantized: onnx.ModelProto, calibration: Calibration
+def measured_amax(calibration: Calibration) -> dict[str, float]:
+    """Return the largest magnitude of each tensor that was measured."""
+    return {name: histogram.amax for name, histogram in calibration.histograms.items()} | dict(calibration.output_amax)
+
+
+def convert_rest_to_fp16(
+    network: Network, placement: QdqPlacement, quantized: onnx.ModelProto, amax: Mapping[str, float]
 ) -> onnx.ModelProto:
-    """Convert everything outside INT8 computation to FP16; nodes whose values would overflow stay float32."""
-    ranges = {name: histogram.amax for name, histogram in calibration.histograms.items()}
-    ranges.update(calibration.output_amax)
-    float32_nodes = find_float32_nodes(network, ranges)
+    """Convert everything outside INT8 computation to FP16; nodes whose values would overflow stay float32.
+
+    Args:
+        network: The float32 network.
+        placement: Its Q/DQ pairs.
+        quantized: Its graph with these pairs.
+        amax: Largest magnitudes of the measured tensors.
+    """
+    float32_nodes = find_float32_nodes(network, amax)
     fp16 = {
         name
         for node in float_nodes(network, placement)
@@ -445,26 +460,33 @@ def _convert_rest_to_fp16(
 # --- metadata ---------------------------------------------------------------------------------------------------------
 
 
-def _metadata(
-    model: OnnxModel, proto: onnx.ModelProto, placement: QdqPlacement, calibration: Calibration, options: Int8Options
-) -> ModelMetadata:
+def int8_metadata(
+    proto: onnx.ModelProto, placement: QdqPlacement, options: Int8Options, *, images: int, images_sha256: str
+) -> Int8Metadata:
+    """Return the record of a quantization; `images` and `images_sha256` are those of the calibration."""
     summary = summarize_int8(proto)
     names = {node.output[0]: node.name or node.output[0] for node in proto.graph.node if node.op_type == "Conv"}
-    int8 = Int8Metadata(
+    return Int8Metadata(
         target=options.target,
         reduce_range=bool(options.reduce_range),
         method=options.method,
-        images=calibration.images,
-        images_sha256=calibration.images_sha256,
+        images=images,
+        images_sha256=images_sha256,
         fallback=options.fallback,
         convolutions=len(summary.convolutions),
         int8_convolutions=summary.int8_convolutions,
         share=summary.share,
         float_layers=tuple((names[output], reason) for output, reason in placement.float_convolutions.items()),
     )
-    notes = (*model.metadata.notes, *_notes(int8, summary, placement.float_islands), *calibration.notes)
+
+
+def with_int8_metadata(
+    model: OnnxModel, proto: onnx.ModelProto, placement: QdqPlacement, int8: Int8Metadata, *, notes: Sequence[str]
+) -> OnnxModel:
+    """Return the INT8 graph of a float32 model with its metadata; `notes` follow those about the quantization."""
+    notes = (*model.metadata.notes, *_notes(int8, summarize_int8(proto), placement.float_islands), *notes)
     logger.info("%s", "; ".join(notes))
-    return replace(model.metadata, precision="int8", int8=int8, notes=notes)
+    return OnnxModel.of(proto, replace(model.metadata, precision="int8", int8=int8, notes=notes))
 
 
 def _notes(int8: Int8Metadata, summary: Int8Summary, islands: Mapping[str, str]) -> Iterator[str]:

@@ -17,9 +17,8 @@ from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision.calibrate import Calibration
-from yolov7_deploy.precision.histogram import LEVELS
+from yolov7_deploy.precision.histogram import LEVELS, REDUCED_LEVELS
 from yolov7_deploy.precision.int8 import (
-    REDUCED_LEVELS,
     QuantizedRange,
     bias_correction,
     excluded_outputs,

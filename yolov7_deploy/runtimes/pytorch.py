@@ -94,7 +94,10 @@ class PytorchRuntime:
     def open(
         cls, path: Path, *, device: str, input_hw: tuple[int, int] | None, half: bool | None = None
     ) -> PytorchRuntime:
-        """Load a checkpoint; see `open_runtime`. Any multiple of the stride is accepted as size, and FP16 on a GPU."""
+        """Load a checkpoint; see `open_runtime`. Any multiple of the stride is accepted as size, and FP16 on a GPU.
+
+        Weights that were trained for INT8 compute what their INT8 file computes, in FP32.
+        """
         torch_device = _torch_device(device)
         if half and torch_device.type != "cuda":
             raise UsageError(
@@ -104,7 +107,15 @@ class PytorchRuntime:
         checkpoint = load_checkpoint(path)
         metadata = checkpoint.metadata
         check_multiple(input_hw, metadata)
-        return cls(fuse(build_model(checkpoint)), metadata, device=str(torch_device), half=half)
+        if checkpoint.quantization is None:
+            return cls(fuse(build_model(checkpoint)), metadata, device=str(torch_device), half=half)
+        from yolov7_deploy.precision.fake_quantize import load_fake_quantized  # imports onnx
+
+        if half:
+            raise UsageError(
+                f"{path.name} was trained for INT8, whose rounding PyTorch emulates in FP32.", fix="Leave --half out."
+            )
+        return cls(load_fake_quantized(checkpoint), metadata, device=str(torch_device), half=False)
 
     @property
     def runtime_info(self) -> tuple[tuple[str, str], ...]:

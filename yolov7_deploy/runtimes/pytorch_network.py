@@ -69,7 +69,7 @@ class TorchNetwork:
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the head maps [B, 3 * (5 + C), H, W] in the network's precision, fine to coarse."""
-        return self._model.head.maps(self._model.features(images))
+        return self._model.head_maps(images)
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Decode head maps to float32 [B, A, 5 + C]; see `Detect.decode`."""

@@ -20,8 +20,9 @@ from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES
 from yolov7_deploy._serialization import from_dict
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import open_safetensors, save_checkpoint
+from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.errors import LoadError, TrainingError, UsageError
-from yolov7_deploy.options import TrainOptions
+from yolov7_deploy.options import QatOptions, TrainOptions
 from yolov7_deploy.training.distributed import launch_command
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 
@@ -56,6 +57,7 @@ class TrainRequest:
         tensorboard: Write TensorBoard events; `None` does so if TensorBoard is installed.
         hyp: Hyperparameters.
         options: See `TrainOptions`.
+        qat: Train for INT8 (quantization-aware training); `None` trains in float.
     """
 
     data: str
@@ -68,6 +70,7 @@ class TrainRequest:
     tensorboard: bool | None = None
     hyp: Hyperparameters = field(default_factory=Hyperparameters)
     options: TrainOptions = field(default_factory=TrainOptions)
+    qat: QatOptions | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +121,7 @@ class RunState:
         best_epoch: Epoch of the best fitness, from 1; 0 before the first validation.
         class_aps: AP of each class at the last validation, for `image_weights`.
         seconds: Training time so far.
+        quantization: Calibrated INT8 quantization from which a quantization-aware training started; `None` for others.
     """
 
     request: TrainRequest
@@ -135,6 +139,7 @@ class RunState:
     best_epoch: int = 0
     class_aps: tuple[float, ...] = ()
     seconds: float = 0.0
+    quantization: TrainedQuantization | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -237,8 +242,16 @@ def load_run_state(folder: Path, *, with_tensors: bool = True) -> tuple[RunState
         ) from error
 
 
-def save_last(folder: Path, state: RunState, ema: Mapping[str, Tensor]) -> None:
+def save_last(
+    folder: Path, state: RunState, ema: Mapping[str, Tensor], quantization: TrainedQuantization | None = None
+) -> None:
     """Write the moving average as `last.safetensors`, a checkpoint for all commands.
+
+    Args:
+        folder: Folder of the run.
+        state: Progress of the run.
+        ema: Weights of the moving average.
+        quantization: INT8 quantization that these (fused) weights are trained for.
 
     Raises:
         TrainingError: The weights are not finite.
@@ -250,12 +263,13 @@ def save_last(folder: Path, state: RunState, ema: Mapping[str, Tensor]) -> None:
     checkpoint = Checkpoint(
         tensors=tensors,
         variant=request.variant,
-        training=True,
+        training=quantization is None,
         class_names=state.class_names,
         anchors=state.anchors,
         training_size=request.options.img,
         source=Path(request.weights).name,
         source_sha256=state.weights_sha256,
+        quantization=quantization,
     )
     save_checkpoint(checkpoint, folder / LAST)
 

@@ -118,11 +118,17 @@ PRESETS: Mapping[str, Hyperparameters] = {
     "p5": Hyperparameters(),
     "p6": Hyperparameters(lrf=0.2),
     "custom": Hyperparameters(scale=0.5, mixup=0.0, paste_in=0.0),
+    # Not official. Weights without BatchNorm, which are trained already: small steps, and none faster for biases.
+    "qat": Hyperparameters(
+        lr0=0.001, lrf=0.05, warmup_epochs=0.0, warmup_bias_lr=0.0, scale=0.5, mixup=0.0, paste_in=0.0
+    ),
 }
 
 
-def default_preset(variant: str, *, pretrained: bool) -> str:
-    """Return the official preset of a variant: its own for training from scratch, `custom` for pretrained weights."""
+def default_preset(variant: str, *, pretrained: bool, qat: bool = False) -> str:
+    """Return the preset of a training: that of the variant from scratch, `custom` for pretrained weights, `qat`."""
+    if qat:
+        return "qat"
     return "custom" if pretrained else PRESET_OF_VARIANT.get(variant, "p6")
 
 
@@ -130,7 +136,7 @@ def read_hyperparameters(name_or_path: str, *, changes: Mapping[str, float] | No
     """Return a preset, or read a YAML file in the official format; missing keys have the values of `p5`.
 
     Args:
-        name_or_path: `tiny`, `p5`, `p6`, `custom`, or a file.
+        name_or_path: `tiny`, `p5`, `p6`, `custom`, `qat`, or a file.
         changes: Single values that replace those of the preset or file.
 
     Raises:

@@ -74,6 +74,21 @@ def require_variant(checkpoint: Checkpoint, variant: str) -> None:
         )
 
 
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Check that weights can initialise a training.
+
+    Raises:
+        UsageError: They were trained for INT8 already, and are fused.
+    """
+    if checkpoint.quantization is not None:
+        raise UsageError(
+            f"{checkpoint.source} was already trained for INT8 ({checkpoint.quantization.target}): its BatchNorm "
+            "layers are folded into the convolutions.",
+            fix="Start from the float weights of that training, which  y7 info  names; an unfinished run goes on with  "
+            "y7 train --resume --save-dir DIR",
+        )
+
+
 @torch.no_grad()
 def _load_matching(model: Yolov7, checkpoint: Checkpoint, class_names: tuple[str, ...]) -> str:
     own = model.state_dict()

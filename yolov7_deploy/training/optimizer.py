@@ -20,6 +20,8 @@ EMA_RAMP_UPDATES = 2000.0  # time constant of the decay's rise from 0 to EMA_DEC
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters: BatchNorm scales and implicit knowledge, convolution weights, biases.
 
+    Scales of fake quantizers belong to the first group.
+
     Weight decay applies to the second group only.
     """
     groups: dict[str, list[nn.Parameter]] = {NORMS: [], WEIGHTS: [], BIASES: []}
@@ -27,7 +29,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) or name == "implicit"
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) or name in ("implicit", "scale")
             groups[BIASES if name == "bias" else NORMS if is_norm else WEIGHTS].append(parameter)
     return groups
 

@@ -16,6 +16,7 @@ from yolov7_deploy._console import plural
 from yolov7_deploy._output_folder import lock_run_folder
 from yolov7_deploy._process import keep_freed_memory
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
+from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.datasets import Dataset, open_dataset
 from yolov7_deploy.datasets.samples import as_single_class, select_classes
 from yolov7_deploy.datasets.statistics import describe_labels
@@ -25,6 +26,7 @@ from yolov7_deploy.hardware.system import free_host_memory
 from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.model.layer_table import Anchors
 from yolov7_deploy.model.yolov7 import Yolov7
+from yolov7_deploy.options import TrainOptions
 from yolov7_deploy.training.augment import Augmentation
 from yolov7_deploy.training.autoanchor import evaluate_anchors, fit_anchors
 from yolov7_deploy.training.batchnorm_recalibration import IMAGES, recalibrate_batchnorm
@@ -38,7 +40,7 @@ from yolov7_deploy.training.checkpoints import (
 from yolov7_deploy.training.dataloader import TrainLoader
 from yolov7_deploy.training.dataset import ImageStore
 from yolov7_deploy.training.distributed import DistributedContext, init_distributed, launch_command
-from yolov7_deploy.training.initialization import initialize_model, require_variant
+from yolov7_deploy.training.initialization import initialize_model, refuse_quantized, require_variant
 from yolov7_deploy.training.loggers import RunLog, TrainCallback, read_results, write_run
 from yolov7_deploy.training.optimizer import Schedule
 from yolov7_deploy.training.plots import draw_labels, draw_results
@@ -48,6 +50,8 @@ from yolov7_deploy.training.trainer import Trainer, TrainReport
 GIB = 2**30
 CACHE_FRACTION = 0.25  # of the free memory, for cached images
 MAX_NOTES = 10  # printed about each dataset
+# Options without effect in quantization-aware training.
+_NOT_WITH_QAT = ("--freeze", "--autoanchor", "--auxiliary", "--half")
 SUFFICIENT_RECALL = 0.98  # best possible recall of anchors, below which new ones are fitted
 
 
@@ -81,35 +85,32 @@ def train(request: TrainRequest, *, callback: TrainCallback) -> TrainReport:
         request = distributed.broadcast(_resolve_cache(request))
         folder = Path(request.folder)
         _check_request(request, distributed)
+        if request.qat is not None:  # FP16 would round what INT8 represents exactly
+            request = replace(request, options=replace(request.options, half=False))
         checkpoint = load_checkpoint(request.weights) if request.weights else None
         if checkpoint is not None:
+            refuse_quantized(checkpoint)
             require_variant(checkpoint, request.variant)
         datasets = _open_datasets(request)
         callback.on_message(_describe_datasets(datasets, request))
         anchors = checkpoint.anchors if checkpoint else find_variant(request.variant).anchors
-        initialized = initialize_model(
-            request.variant,
-            datasets.train.class_names,
-            checkpoint=checkpoint,
-            anchors=_select_anchors(request, datasets, anchors, callback),
-            auxiliary=request.options.auxiliary,
-            seed=request.options.seed,
-        )
-        callback.on_message(f"{request.variant} from {initialized.summary}, on {distributed.device}")
+        anchors = _select_anchors(request, datasets, anchors, callback)
+        model, quantization = _initialize(request, checkpoint, anchors, datasets, distributed, callback)
         state = RunState(
             request=request,
             data_sha256=datasets.sha256,
             class_names=datasets.train.class_names,
-            anchors=initialized.model.anchors,
+            anchors=model.anchors,
             world_size=distributed.world_size,
             weights_sha256=checkpoint.source_sha256 if checkpoint else "",
+            quantization=quantization,
         )
         with _lock(folder, distributed):
             if distributed.is_main_process:
                 _refuse_existing_run(folder)
                 _create_folder(folder, request, datasets, checkpoint)
             distributed.barrier()
-            return _run(initialized.model, datasets, state, distributed, callback, resuming=False)
+            return _run(model, datasets, state, distributed, callback, resuming=False)
 
 
 def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, data: str | None = None) -> TrainReport:
@@ -143,15 +144,53 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
                 f"{request.data} is not the dataset that this run was started with: images or labels differ.",
                 fix=f"Start a new training from its weights:  y7 train --data D.yaml --weights {folder / LAST}",
             )
-        model = initialize_model(
-            request.variant, state.class_names, anchors=state.anchors, auxiliary=request.options.auxiliary
-        ).model
+        model = _restore(state)
         if distributed.is_main_process:
             remove_partial_files(folder)
         callback.on_message(
             f"resuming in epoch {state.epoch + 1} of {request.options.epochs}, after {state.step} of its steps"
         )
         return _run(model, datasets, replace(state, request=request), distributed, callback, resuming=True)
+
+
+def _initialize(
+    request: TrainRequest,
+    checkpoint: Checkpoint | None,
+    anchors: Anchors,
+    datasets: _Datasets,
+    distributed: DistributedContext,
+    callback: TrainCallback,
+) -> tuple[Yolov7, TrainedQuantization | None]:
+    """Return the model of a new run, and the INT8 quantization that it is trained for, if any."""
+    if request.qat is not None:
+        from yolov7_deploy.training.qat import initialize_qat  # imports onnxruntime
+
+        assert checkpoint is not None, "_check_request has refused it"
+        start = initialize_qat(
+            checkpoint, request, datasets.train.class_names, distributed=distributed, callback=callback
+        )
+        return start.model, start.quantization
+    initialized = initialize_model(
+        request.variant,
+        datasets.train.class_names,
+        checkpoint=checkpoint,
+        anchors=anchors,
+        auxiliary=request.options.auxiliary,
+        seed=request.options.seed,
+    )
+    callback.on_message(f"{request.variant} from {initialized.summary}, on {distributed.device}")
+    return initialized.model, None
+
+
+def _restore(state: RunState) -> Yolov7:
+    """Return a model of the form of a run's, into which its state is loaded."""
+    variant = state.request.variant
+    if state.quantization is not None:
+        from yolov7_deploy.training.qat import restore_qat
+
+        return restore_qat(variant, state.anchors, len(state.class_names), state.quantization)
+    auxiliary = state.request.options.auxiliary
+    return initialize_model(variant, state.class_names, anchors=state.anchors, auxiliary=auxiliary).model
 
 
 def _refuse_existing_run(folder: Path) -> None:
@@ -182,7 +221,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         loader = _create_loader(datasets.train, request, distributed, stride=max(model.variant.strides))
         stack.callback(loader.close)
-        if request.weights and options.recalibrate_bn and not resuming:
+        if request.weights and request.qat is None and options.recalibrate_bn and not resuming:
             _recalibrate_batchnorm(model, request, loader, distributed, callback)
         schedule = Schedule(
             hyp=request.hyp,
@@ -200,6 +239,8 @@ def _run(
         trainer = Trainer(train_step, loader, datasets.val, state=state, log=log, callback=callback)
         if resuming:
             trainer.resume()
+        elif request.qat is not None:
+            trainer.validate_start()
         report = trainer.run()
         if log is not None:
             _draw_charts(folder, report, datasets, log)
@@ -269,6 +310,9 @@ def _check_request(request: TrainRequest, distributed: DistributedContext) -> No
             fix="Leave it out, or --variant yolov7-w6, -e6, -d6 or -e6e",
         )
     frozen_layers(options.freeze, variant)
+    if request.qat is not None:
+        _check_qat_options(options, request.weights)
+        return
     smallest = multi_scale_sizes(options.img, stride)[0] if options.multi_scale else options.img
     norm_images = options.batch if options.sync_bn else options.batch // processes
     if norm_images == 1 and smallest == stride:
@@ -276,6 +320,23 @@ def _check_request(request: TrainRequest, distributed: DistributedContext) -> No
             f"With one image of {smallest} pixels, BatchNorm layers of {variant.name} have one value per channel.",
             fix=f"--batch {2 * processes}, or --img {options.img + stride}",
         )
+
+
+def _check_qat_options(options: TrainOptions, weights: str) -> None:
+    """Check that no option contradicts quantization-aware training."""
+    if not weights:
+        raise UsageError(
+            "--qat trains weights for INT8 that already detect well in float.",
+            fix="Add them:  --weights runs/train/exp/best.safetensors",
+        )
+    values = (options.freeze, options.autoanchor, options.auxiliary != "partial", options.half)
+    for option, value in zip(_NOT_WITH_QAT, values, strict=True):
+        if value:
+            raise UsageError(
+                f"{option} cannot be used with --qat, which trains the fused network, with all its layers and its "
+                "anchors, in FP32.",
+                fix="Leave it out, or use it in a training without --qat first.",
+            )
 
 
 def _open_datasets(request: TrainRequest) -> _Datasets:

@@ -60,6 +60,7 @@ class TrainReport:
         accuracy: Accuracy of the best weights; `None` in all processes but the main process.
         unreadable: Images that could not be read, with reasons.
         seconds: Training time, including validation.
+        for_int8: The weights were trained for INT8.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class TrainReport:
     accuracy: AccuracyReport | None
     unreadable: tuple[str, ...]
     seconds: float
+    for_int8: bool = False
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as plain data for JSON."""
@@ -95,7 +97,7 @@ class TrainReport:
                 f"AP50 {self.accuracy.ap50 or 0:.4f} on {self.accuracy.images} images"
             )
         lines.append(f"{self.seconds / 60:.1f} minutes; weights in {self.weights}, charts in the same folder")
-        lines.append(f"Next:  y7 export --weights {self.weights}")
+        lines.append(f"Next:  y7 export --weights {self.weights}{' --int8' * self.for_int8}")
         return "\n".join(lines)
 
 
@@ -157,6 +159,15 @@ class Trainer:
         done = state.epoch * self._loader.steps + state.step
         apply_schedule(self._train_step.optimizer, self._train_step.schedule, max(0, done - 1), state.epoch)
 
+    def validate_start(self) -> None:
+        """Save and validate the model before the first step, as epoch 0: the best one if no epoch is better."""
+        if not self._distributed.is_main_process:
+            return
+        self._save_last()
+        report = self._validate(LAST)
+        self._update_best(0, report)
+        self._callback.on_message(f"before the first epoch: AP {report.ap or 0:.4f}, AP50 {report.ap50 or 0:.4f}")
+
     def run(self) -> TrainReport:
         """Train all remaining epochs.
 
@@ -180,6 +191,7 @@ class Trainer:
             accuracy=self._accuracy,
             unreadable=tuple(self._unreadable),
             seconds=self._state.seconds,
+            for_int8=self._state.quantization is not None,
         )
 
     def _is_finished(self) -> bool:
@@ -295,7 +307,7 @@ class Trainer:
             self._save_state()  # a process that is asked to end during the validation may be killed before its end
             state = self._state
         if self._distributed.is_main_process:
-            save_last(self._folder, state, self._train_step.ema.tensors)
+            self._save_last()
             if is_due:
                 report = self._validate(LAST)
                 self._update_best(epoch, report)
@@ -319,6 +331,15 @@ class Trainer:
         self._save_state()
         if record is not None:
             self._callback.on_epoch_end(record)  # after saving, because standard output may be closed
+
+    def _save_last(self) -> None:
+        ema = self._train_step.ema.tensors
+        if self._state.quantization is None:
+            save_last(self._folder, self._state, ema)
+            return
+        from yolov7_deploy.training.qat import trained_checkpoint  # imports onnxruntime
+
+        save_last(self._folder, self._state, *trained_checkpoint(self._train_step.model, self._state, ema))
 
     def _validate(self, name: str) -> AccuracyReport:
         """Return the accuracy of a weights file of the run, with the options of `y7 val`.

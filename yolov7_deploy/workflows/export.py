@@ -13,6 +13,8 @@ from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._text import get_logger
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import load_checkpoint
+from yolov7_deploy.checkpoint.loader import load_quantization
+from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError, Y7Error
 from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
@@ -25,7 +27,9 @@ from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import PRECISIONS, EngineOptions, ExportOptions, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import CalibrationImages
+from yolov7_deploy.precision.fake_quantize import load_fake_quantized
 from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.precision.qat import to_trained_int8
 from yolov7_deploy.runtimes.base import installed_runtimes, open_runtime
 from yolov7_deploy.runtimes.pytorch import PytorchRuntime
 from yolov7_deploy.tensorrt.builder import BuildCallbacks, EngineReport, build_file, find_tensorrt
@@ -123,7 +127,8 @@ def export_weights(
         output: The `.onnx` file to write.
         options: Options of the graph.
         precision: `fp32`, `fp16` or `int8`.
-        int8: Inputs of the quantization, required by and only for `int8`.
+        int8: Inputs of the quantization, required by and only for `int8`, except for weights that were trained for
+            INT8: these have everything.
         verify: Compare the file with PyTorch stage by stage.
         images: Images for the verification and the range check of FP16. By default a synthetic image, and for INT8
             some of the calibration images.
@@ -139,7 +144,10 @@ def export_weights(
         raise ExportError(f"{output} does not end in .onnx.", fix=f"--output {output.with_suffix('.onnx')}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is unknown.", fix=f"One of: {', '.join(PRECISIONS)}")
-    if (precision == "int8") != (int8 is not None):
+    trained = load_quantization(weights)
+    if trained is not None:
+        _check_trained(weights, precision, int8)
+    elif (precision == "int8") != (int8 is not None):
         raise UsageError(
             f"precision {precision!r} with int8={int8}: INT8 requires calibration images, other precisions take none.",
             fix="precision='int8', int8=Int8Request(images=open_calibration(FOLDER), options=QuantizeOptions())",
@@ -147,15 +155,82 @@ def export_weights(
     steps = _StepTimer(log)
     checkpoint = load_checkpoint(weights)
     steps.done(f"read {weights.name}: {checkpoint.variant}, {len(checkpoint.class_names)} classes")
-    model = fuse(build_model(checkpoint))
-    steps.done("fused BatchNorm, RepConv and implicit knowledge")
+    model = build_model(checkpoint)
+    if trained is None:
+        model = fuse(model)
+        steps.done("fused BatchNorm, RepConv and implicit knowledge")
     options = limit_detections(options, checkpoint.metadata)
     exported = export_onnx(model, replace(checkpoint.metadata, version=__version__), options)
     steps.done(f"traced to ONNX opset {options.opset}, nms {options.nms}")
-    exported, quantized, images = _convert(exported, precision, int8, images, steps)
+    if trained is None:
+        exported, quantized, images = _convert(exported, precision, int8, images, steps)
+    else:
+        exported, quantized = _convert_trained(exported, trained, steps), None
+        images = images or [synthetic_image(exported.metadata.default_hw)]
+        model = load_fake_quantized(checkpoint)
     reference = PytorchRuntime(model, checkpoint.metadata) if verify else None
     size, parity = _write(exported, output, reference, images, steps)
     return ExportReport(path=output, metadata=exported.metadata, bytes=size, parity=parity, quantized=quantized)
+
+
+def trained_for_int8(
+    weights: Path,
+    *,
+    calib: object = None,
+    data: object = None,
+    max_drop: object = None,
+    int8_target: str = "auto",
+    reduce_range: bool | None = None,
+    for_engine: bool = False,
+) -> TrainedQuantization | None:
+    """Return the INT8 quantization that weights were trained for, which an export uses; `None` for other weights.
+
+    Args:
+        weights: A weights file; it need not exist.
+        calib, data, max_drop: What calibration takes; such weights need none of them.
+        int8_target, reduce_range: As requested; see `choose_int8_options`.
+        for_engine: A TensorRT engine will be built from the file.
+
+    Raises:
+        UsageError: The request contradicts the quantization.
+        LoadError: The file is damaged.
+    """
+    trained = load_quantization(weights)
+    if trained is None:
+        return None
+    for option, value in {"--calib": calib, "--data": data, "--max-drop": max_drop}.items():
+        if value is not None:
+            raise UsageError(
+                f"{option} has no effect: {weights.name} was trained for INT8, and its activation ranges are learned.",
+                fix=f"Leave it out. y7 val measures AP:  y7 val --weights {weights} --data D.yaml",
+            )
+    target = "tensorrt" if int8_target == "auto" and for_engine else int8_target
+    differs = target not in ("auto", trained.target)
+    if differs or reduce_range not in (None, trained.reduce_range):
+        wrong = f"--int8-target {target}" if differs else "--reduce-range" if reduce_range else "--full-range"
+        bits = "7" if trained.reduce_range else "8"
+        raise UsageError(
+            f"{weights.name} was trained for --int8-target {trained.target}, with weights of {bits} bits, not {wrong}.",
+            fix=f"Leave it out, or train again:  y7 train --qat --weights WEIGHTS --data D.yaml {wrong}",
+        )
+    return trained
+
+
+def _check_trained(weights: Path, precision: str, int8: Int8Request | None) -> None:
+    if precision != "int8":
+        raise UsageError(
+            f"{weights.name} was trained for INT8; as {precision} it would not give the same detections.",
+            fix=f"y7 export --int8 --weights {weights}   or export the weights it was trained from",
+        )
+    if int8 is not None:
+        trained_for_int8(weights, calib=int8)
+
+
+def _convert_trained(exported: OnnxModel, trained: TrainedQuantization, steps: _StepTimer) -> OnnxModel:
+    model = to_trained_int8(exported, trained)
+    for note in model.metadata.notes[len(exported.metadata.notes) :]:
+        steps.done(note)
+    return model
 
 
 def limit_detections(options: ExportOptions, metadata: ModelMetadata) -> ExportOptions:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 from yolov7_deploy._output_folder import new_run_folder
 from yolov7_deploy._text import suggest
@@ -25,6 +25,7 @@ from yolov7_deploy.options import (
     BenchOptions,
     EngineOptions,
     ExportOptions,
+    QatOptions,
     QuantizeOptions,
     ReportOptions,
     TrainOptions,
@@ -118,7 +119,8 @@ def export(
         dynamic_size: Accept any height and width that are multiples of the stride; `img` is then the default.
         nms, conf, iou, max_det, max_candidates, multi_label, class_agnostic: See `ExportOptions`.
         input_kind, opset, simplify: See `ExportOptions`.
-        calib: Calibration images, required by and only for `int8`: see `open_calibration`.
+        calib: Calibration images, required by and only for `int8`: see `open_calibration`. Weights that were trained
+            for INT8 (`train(qat=True)`) need none.
         data: With `int8`, a dataset on which to measure AP.
         max_drop: With `data`, exclude layers from INT8 until it loses at most this many AP points (of 100).
         int8_target: What will run the INT8 file: `tensorrt`, `cpu` or `arm`; `auto` is this machine.
@@ -148,7 +150,9 @@ def export(
     options = ExportOptions(**same, input_hw=parse_size(img))
     if dynamic_size and engine:
         raise UsageError("An engine has a fixed height and width.", fix="Leave out dynamic_size, or engine.")
-    _check_int8_arguments(precision, calib=calib, data=data, max_drop=max_drop)
+    is_trained = precision == "int8" and _is_trained_for_int8(weights, given)
+    if not is_trained:
+        _check_int8_arguments(precision, calib=calib, data=data, max_drop=max_drop)
     from yolov7_deploy.image import read_image
     from yolov7_deploy.workflows.export import default_output, engine_builder, export_weights
 
@@ -167,6 +171,17 @@ def export(
         log=log,
     )
     return report if build is None else replace(report, engine=build(report.path))
+
+
+def _is_trained_for_int8(weights: PathLike, given: Mapping[str, Any]) -> bool:
+    """Return whether weights were trained for INT8, after checking that the arguments suit them."""
+    if not Path(weights).is_file():  # an official name
+        return False
+    from yolov7_deploy.workflows.export import trained_for_int8
+
+    names = ("calib", "data", "max_drop", "int8_target", "reduce_range")
+    wanted = {name: given[name] for name in names}
+    return trained_for_int8(Path(weights), **wanted, for_engine=bool(given["engine"])) is not None
 
 
 def _check_int8_arguments(
@@ -261,6 +276,10 @@ def train(
     name: str = "exp",
     exist_ok: bool = False,
     resume: bool = False,
+    qat: bool = False,
+    calib: PathLike | None = None,
+    int8_target: str = "auto",
+    reduce_range: bool | None = None,
     tensorboard: bool | None = None,
     callback: TrainCallback | None = None,
     **options: Unpack[TrainKeywords],
@@ -273,7 +292,7 @@ def train(
         data: Dataset YAML with `train` and `val`; only a run that is resumed does not need it.
         weights: Initial weights: a file or an official name; `None` trains `variant` from random weights.
         variant: The network, such as `yolov7-tiny`; by default that of the weights, else `yolov7`.
-        hyp: `tiny`, `p5`, `p6`, `custom`, a YAML file, or values that replace those of the default.
+        hyp: `tiny`, `p5`, `p6`, `custom`, `qat`, a YAML file, or values that replace those of the default.
         epochs, batch, img, workers: See `TrainOptions`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or the number of a GPU.
         classes: Names or ids of the classes to train on; all without any.
@@ -283,6 +302,11 @@ def train(
         exist_ok: Use the folder `project/name` even if it exists.
         resume: Resume the run in `save_dir` or `project/name`, or the newest unfinished one in `project`. Only `device`
             and `data` may differ from those it was started with.
+        qat: Quantization-aware training: train the weights for INT8. `export(..., precision="int8")` then needs no
+            calibration.
+        calib: With `qat`, calibration images or a calibration file; by default the training images.
+        int8_target: With `qat`, what will run the INT8 file: `tensorrt`, `cpu` or `arm`; `auto` is this machine.
+        reduce_range: With `qat`, see `Int8Options`.
         tensorboard: Write TensorBoard events; `None` does so if it is installed.
         callback: Receives messages, progress and the metrics of each epoch; by default they are logged (`logging`).
         **options: All other fields of `TrainOptions`, such as `patience=20`.
@@ -321,6 +345,7 @@ def train(
     if data is None:
         raise UsageError("train needs a dataset.", fix="For example: train('data.yaml', weights='yolov7-tiny')")
     _check_train_keywords(options)
+    qat_options = _qat_options(qat, calib, int8_target, reduce_range)
     chosen = TrainOptions(epochs=epochs, batch=batch, img=img, workers=workers, **options)
     path, network = initial_weights(weights, variant)
     with contextlib.ExitStack() as stack:
@@ -335,8 +360,9 @@ def train(
             classes=tuple(map(str, classes)),
             single_class=single_class,
             tensorboard=tensorboard,
-            hyp=_hyperparameters(hyp, network, pretrained=path is not None),
+            hyp=_hyperparameters(hyp, network, pretrained=path is not None, qat=qat),
             options=chosen,
+            qat=qat_options,
         )
         return run.train(request, callback=callback)
 
@@ -383,11 +409,28 @@ def initial_weights(
     return path, variant or load_checkpoint(path).variant
 
 
-def _hyperparameters(hyp: str | Mapping[str, float] | None, variant: str, *, pretrained: bool) -> Hyperparameters:
+def _qat_options(qat: bool, calib: PathLike | None, int8_target: str, reduce_range: bool | None) -> QatOptions | None:
+    """Return the options of quantization-aware training; `None` without `qat`."""
+    given = {"--calib": calib, "--int8-target": None if int8_target == "auto" else int8_target}
+    needless = [name for name, value in {**given, "--reduce-range": reduce_range}.items() if value is not None]
+    if not qat:
+        if needless:
+            raise UsageError(f"{needless[0]} has no effect without --qat.", fix="Add  --qat")
+        return None
+    from yolov7_deploy.workflows.quantize import choose_int8_options
+
+    int8 = choose_int8_options(int8_target, reduce_range)
+    calib = "" if calib is None else os.fspath(calib)
+    return QatOptions(calib=calib, target=int8.target, reduce_range=int8.reduce_range)
+
+
+def _hyperparameters(
+    hyp: str | Mapping[str, float] | None, variant: str, *, pretrained: bool, qat: bool
+) -> Hyperparameters:
     from yolov7_deploy.training.hyperparameters import default_preset, read_hyperparameters
 
     changes = hyp if isinstance(hyp, Mapping) else None
-    name = default_preset(variant, pretrained=pretrained) if hyp is None or changes is not None else hyp
+    name = default_preset(variant, pretrained=pretrained, qat=qat) if hyp is None or changes is not None else hyp
     return read_hyperparameters(str(name), changes=changes)
 
 

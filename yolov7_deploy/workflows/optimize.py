@@ -32,7 +32,7 @@ from yolov7_deploy.benchmarking.sampling import warm_up
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.detector import Detector
-from yolov7_deploy.errors import DeviceError, ParityError, Y7Error
+from yolov7_deploy.errors import DeviceError, ParityError, UsageError, Y7Error
 from yolov7_deploy.evaluation.accuracy import AccuracyReport, evaluate
 from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop, accuracy_drop
 from yolov7_deploy.evaluation.verification import Run, compare_stages, stage_failures
@@ -261,6 +261,11 @@ class Optimizer:
     def _write_files(self) -> list[Path]:
         """Export the checkpoint in every precision that can be fast here, and return the files."""
         checkpoint = load_checkpoint(self._weights)
+        if checkpoint.quantization is not None:
+            raise UsageError(
+                f"{self._weights.name} was trained for INT8, and can be exported in no other precision.",
+                fix=f"y7 export --int8 --weights {self._weights}",
+            )
         network = fuse(build_model(checkpoint))
         batch = self._options.batches[0] if len(self._options.batches) == 1 else None
         metadata = replace(checkpoint.metadata, version=__version__)
