@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,20 +52,19 @@ STANDARD = ValOptions(rect=False)
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--work", type=Path, required=True, help="folder for dataset and runs")
-    arguments.add_argument("--img", type=int, default=192)
+    arguments.add_argument("--img", type=int, default=160)
     arguments.add_argument("--bits", type=int, nargs="*", default=[6, 5], help="of emulated activations")
-    arguments.add_argument("--epochs", type=int, default=3)
+    arguments.add_argument("--epochs", type=int, default=2)
     arguments.add_argument("--batch", type=int, default=8)
-    arguments.add_argument("--threads", type=int, default=2)
     options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
     data = write_shapes(options.work / "shapes", train=TRAIN_IMAGES, val=VAL_IMAGES, size=IMAGE_SIZE, seed=SEED)
     settings = TrainOptions(
         epochs=options.epochs, batch=options.batch, nominal_batch=options.batch, img=options.img, workers=0
     )
-    bench = QatBenchmark(data, settings)
-    hard = {f"{bits}-bit activations": bench.measure_hard(bits) for bits in options.bits}
-    standard = bench.measure_standard()
+    # Each case has a process with one thread, so that the result does not depend on the number of cores.
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=use_one_thread) as pool:
+        standard = pool.submit(measure_standard, data, settings)
+        hard = {bits: pool.submit(measure_hard, data, settings, bits) for bits in options.bits}
     record(
         "qat",
         options.machine,
@@ -71,11 +72,22 @@ def main() -> None:
             "weights": bundled_weights().name,
             "images": {"train": TRAIN_IMAGES, "val": VAL_IMAGES, "size": options.img},
             "training": {"epochs": options.epochs, "batch": options.batch, "hyperparameters": "qat"},
-            "float_ap": bench.float_ap,
-            "standard INT8 (cpu)": standard,
-            **hard,
+            "standard INT8 (cpu)": standard.result(),
+            **{f"{bits}-bit activations": case.result() for bits, case in hard.items()},
         },
     )
+
+
+def use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def measure_standard(data: Path, options: TrainOptions) -> dict[str, object]:
+    return QatBenchmark(data, options).measure_standard()
+
+
+def measure_hard(data: Path, options: TrainOptions, bits: int) -> dict[str, object]:
+    return QatBenchmark(data, options).measure_hard(bits)
 
 
 class QatBenchmark:
@@ -87,7 +99,6 @@ class QatBenchmark:
         self._checkpoint: Checkpoint = load_checkpoint(bundled_weights())
         self._model = fuse(build_model(self._checkpoint))
         self.float_ap = self._ap_of_file(bundled_weights())
-        print("float", self.float_ap, flush=True)
 
     # --- AP -----------------------------------------------------------------------------------------------------------
 
@@ -122,7 +133,8 @@ class QatBenchmark:
             )  # fmt: skip
             trained = export(report.weights, work / "qat.onnx", precision="int8", **export_options).path
             network = load_fake_quantized(load_checkpoint(report.weights))
-            aps = {"calibrated": self._ap_of_file(calibrated), "trained": self._ap_of_file(trained)}
+            aps = {"float": self.float_ap, "calibrated": self._ap_of_file(calibrated)}
+            aps["trained"] = self._ap_of_file(trained)
             aps["trained, PyTorch"] = self._ap_of_network(network)
             aps["trained, OpenVINO"] = self._ap_of_file(trained, "openvino")
             network.set_inner_pairs(enabled=False)
@@ -142,7 +154,7 @@ class QatBenchmark:
         trained = self._ap_of_network(self._train(network))
         lost = self.float_ap - calibrated
         result = {
-            "ap": {"calibrated": calibrated, "trained": trained},
+            "ap": {"float": self.float_ap, "calibrated": calibrated, "trained": trained},
             "share_won_back": round((trained - calibrated) / lost, 3),
             "seconds": round(time.perf_counter() - started, 1),
         }

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from yolov7_deploy.checkpoint import load_checkpoint
+from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.model.layer_table import Anchors, Layer, Variant
@@ -291,7 +291,8 @@ class WeightsRecord:
         size_bytes: Size of the file.
         sha256: Digest of the file.
         variant: Official name, recognized by the tensors.
-        form: `training` or `deploy`, as in the names of the official files.
+        form: `training` or `deploy`, as in the names of the official files, or `fused INT8 (TARGET)`, of weights that
+            were trained for INT8.
         class_names: Class names in order of class id.
         strides: Stride of each head level in input pixels.
         anchors: Anchors of the file.
@@ -358,7 +359,7 @@ def inspect_weights(path: str | Path) -> WeightsRecord:
         size_bytes=path.stat().st_size,
         sha256=checkpoint.source_sha256,
         variant=checkpoint.variant,
-        form="training" if checkpoint.training else "deploy",
+        form=_form(checkpoint),
         class_names=checkpoint.class_names,
         strides=checkpoint.strides,
         anchors=checkpoint.anchors,
@@ -371,6 +372,12 @@ def inspect_weights(path: str | Path) -> WeightsRecord:
         cost=complexity(checkpoint.variant, classes=classes),
         layers=layer_costs(checkpoint.variant, classes=classes),
     )
+
+
+def _form(checkpoint: Checkpoint) -> str:
+    if checkpoint.quantization is not None:
+        return f"fused INT8 ({checkpoint.quantization.target})"
+    return "training" if checkpoint.training else "deploy"
 
 
 def _paper_rows(name: str) -> list[PaperRow]:
