@@ -77,8 +77,9 @@ def test_a_preset_has_the_official_value_of_every_key(index, name):
     assert read_hyperparameters(name) == PRESETS[name]
 
 
-def test_there_are_no_other_presets():
-    assert tuple(PRESETS) == NAMES
+def test_the_only_other_preset_is_that_of_quantization_aware_training():
+    assert tuple(PRESETS) == (*NAMES, "qat")
+    assert {default_preset(name, pretrained=True, qat=True) for name in VARIANTS} == {"qat"}
 
 
 def test_a_variant_has_its_own_preset_from_scratch_and_custom_if_pretrained():
