@@ -75,10 +75,9 @@ def test_weights_biases_and_scales_are_trained(trained, data, tmp_path):
     after = {one.tensor: one for one in load_quantization(trained / "last.safetensors").ranges}
     assert {name: one.zero for name, one in after.items()} == {name: one.zero for name, one in before.items()}
     moved = {name for name in after if after[name].scale != before[name].scale}
-    assert 40 < len(moved) < len(after)
+    assert len(moved) > 40
     ratios = [after[name].scale / before[name].scale for name in moved]
     assert min(ratios) > 0.8 and max(ratios) < 1.25
-    assert all(after[name].scale == pytest.approx(1 / 255) for name in set(after) - moved if "sigmoid" in name)
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
@@ -171,10 +170,10 @@ def test_an_export_that_contradicts_the_training_is_refused(trained, tmp_path, a
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def refused(data, folder, match, error=UsageError, **changes):
-    with pytest.raises(error, match=match) as caught:
+def refused(data, folder, problem, error=UsageError, **changes):
+    with pytest.raises(error) as caught:
         train_small(data, folder, **{"qat": QatOptions(target="cpu"), **QAT, **changes})
-    assert caught.value.fix
+    assert problem in caught.value.message and caught.value.fix
     assert not folder.exists()
     return caught.value
 
@@ -226,7 +225,7 @@ def test_weights_without_batch_norm_of_another_program_are_refused(data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("changes", "problem"),
     [
         ({"weights": ""}, "--qat trains weights"),
         ({"freeze": (3,)}, "--freeze cannot be used with --qat"),
@@ -235,13 +234,13 @@ def test_weights_without_batch_norm_of_another_program_are_refused(data, tmp_pat
         ({"single_class": True}, "--qat keeps the classes of the weights"),
     ],
 )
-def test_options_that_contradict_qat_are_refused(data, tmp_path, changes, match):
-    refused(data, tmp_path / "run", match, **changes)
+def test_options_that_contradict_qat_are_refused(data, tmp_path, changes, problem):
+    refused(data, tmp_path / "run", problem, **changes)
 
 
 @pytest.mark.parametrize(("name", "value"), [("calib", "images"), ("int8_target", "cpu"), ("reduce_range", True)])
 def test_options_of_qat_without_qat_are_refused(data, name, value):
-    with pytest.raises(UsageError, match="has no effect without --qat"):
+    with pytest.raises(UsageError, match=f"{name}.* has no effect without qat=True"):
         train(data, bundled_weights(), **{name: value})
 
 
