@@ -22,7 +22,6 @@ from yolov7_deploy.precision.qat import calibrated_network
 from yolov7_deploy.precision.qdq_placement import place_qdq
 from yolov7_deploy.precision.subgraph import Network
 
-TARGETS = ("cpu", "tensorrt", "arm")
 LIMITS = [(0, 255, 12), (-128, 127, 0), (0, 63, 3)]  # smallest and largest integer, zero
 
 
@@ -143,7 +142,7 @@ def calibrated(variant, target, *, simplify=True):
     return calibrated_network(model, exported, calibration, options), to_int8(exported, calibration, options)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["cpu", "tensorrt", pytest.param("arm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["yolov7-tiny", pytest.param("yolov7-tiny-silu", marks=pytest.mark.slow)])
 def test_fake_quantizers_are_where_the_file_has_pairs(variant, target):
     start, file = calibrated(variant, target)
@@ -199,7 +198,7 @@ def rounded_tensors(network, x):
     return found
 
 
-@pytest.mark.parametrize("target", ["cpu", "arm"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("arm", marks=pytest.mark.slow)])
 def test_the_network_rounds_to_the_integers_of_the_file_for_cpus(target):
     """Sums in another order round one value in ten thousand to the next integer, more with every layer after it."""
     start, file = calibrated("yolov7-tiny", target)

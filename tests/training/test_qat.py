@@ -80,7 +80,7 @@ def test_weights_biases_and_scales_are_trained(trained, data, tmp_path):
     assert min(ratios) > 0.8 and max(ratios) < 1.25
 
 
-@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("tensorrt", marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, data, tmp_path, target):
     reference = trained
     if target != "cpu":
@@ -98,6 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, data, tmp_path, targ
     assert quantization == load_quantization(reference / "last.safetensors")
 
 
+@pytest.mark.slow
 def test_the_first_message_is_the_accuracy_of_calibration_alone(data, tmp_path):
     callback = RecordingCallback()
     report = train_small(data, tmp_path / "run", callback, epochs=1, qat=QatOptions(target="tensorrt"), **QAT)
@@ -193,6 +194,7 @@ def test_a_calibration_of_another_model_is_refused(data, tmp_path):
     refused(data, tmp_path / "run", "is a calibration of another model", qat=qat)
 
 
+@pytest.mark.slow
 def test_a_calibration_file_of_the_same_model_replaces_the_images(data, tmp_path):
     checkpoint = load_checkpoint(bundled_weights())
     exported = export_onnx(
