@@ -35,9 +35,9 @@ from recording import parser, record
 from yolov7_deploy import export
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.deployment.triton import write_triton_repository
+from yolov7_deploy.deployment.triton_config import TritonOptions
 from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.metadata import InputKind
-from yolov7_deploy.options import TritonOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.support.served_files import save_engine

@@ -21,12 +21,11 @@ from tests.support.served_files import METADATA, PLAN, PLUGIN, save_engine, save
 from yolov7_deploy.cli.app import app
 from yolov7_deploy.deployment.served_model import label_lines
 from yolov7_deploy.deployment.triton import write_triton_repository
-from yolov7_deploy.deployment.triton_config import Symbol, map_entries, text_format
+from yolov7_deploy.deployment.triton_config import Symbol, TritonOptions, map_entries, text_format
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.image import decode_image
 from yolov7_deploy.metadata import NMS_OUTPUTS, ModelMetadata
-from yolov7_deploy.options import TritonOptions
 
 HEIGHT, WIDTH = METADATA.input_hw
 

@@ -20,7 +20,7 @@ from triton_proof import prove, running_server
 from yolov7_deploy import Detector, export
 from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.deployment.triton import write_triton_repository
-from yolov7_deploy.options import TritonOptions
+from yolov7_deploy.deployment.triton_config import TritonOptions
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "Y7_TRITON"

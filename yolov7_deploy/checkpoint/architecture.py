@@ -61,9 +61,7 @@ class Architecture:
     levels: int
 
 
-def identify_architecture(
-    shapes: Shapes, *, source: str, ablation: str = "", fused: bool = False
-) -> Architecture:
+def identify_architecture(shapes: Shapes, *, source: str, ablation: str = "", fused: bool = False) -> Architecture:
     """Return the architecture of a state dict with official names (`model.N....`), given its shapes by name.
 
     Only identifying tensors are checked; the full table is compared when the network is built.

@@ -200,8 +200,7 @@ def export(
         simplify=simplify,
     )
     choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
-    if max_drop is not None and data is None:
-        raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
+    _check_max_drop(max_drop, data)
     request = None
     wanted = {"calib": calib, "data": data, "max_drop": max_drop, "int8_target": int8_target}
     if number_type == "int8" and not _is_trained(weights, engine, reduce_range=reduce_range, **wanted):
@@ -209,6 +208,11 @@ def export(
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
     _run(job, verify=verify, image=image, json_path=json_path)
+
+
+def _check_max_drop(max_drop: float | None, data: Path | None) -> None:
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
 
 
 def parse_precision(precision: str | None, *, fp16: bool, int8: bool) -> str:

@@ -228,8 +228,6 @@ def train(
     if resume:
         _resume(context)
         return
-    if data is None and not show_hyp:
-        raise NO_DATA
     qat_options = _qat_options(qat, calib, int8_target, reduce_range, to_stderr=json_path == "-")
     _start(
         data=data, save_dir=save_dir, new_folder=functools.partial(new_run_folder, project / name, exist_ok=exist_ok),
@@ -281,7 +279,9 @@ def _start(
     from yolov7_deploy.training.hyperparameters import default_preset
     from yolov7_deploy.workflows.functions import initial_weights
 
-    if data is not None and not show_hyp:
+    if not show_hyp:
+        if data is None:
+            raise NO_DATA
         check_dataset_file(data)
     path, name = initial_weights(weights, variant, find=locate_weights)
     preset = hyp or default_preset(name, pretrained=path is not None, qat=qat is not None)

@@ -10,8 +10,8 @@ import typer
 
 from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.options import JsonPath, Weights, locate_weights, one_of
+from yolov7_deploy.deployment.triton_config import TRITON_BACKENDS, TRITON_DEVICES, TRITON_MAX_BATCH, TritonOptions
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import TRITON_BACKENDS, TRITON_DEVICES, TRITON_MAX_BATCH, TritonOptions
 
 if TYPE_CHECKING:
     from yolov7_deploy.deployment.triton import TritonRepository

@@ -29,8 +29,11 @@ from yolov7_deploy.deployment.served_model import (
 )
 from yolov7_deploy.deployment.triton_config import (
     LABELS,
+    TRITON_MAX_BATCH,
+    TRITON_NAME,
     WARMUP_IMAGE,
     TritonModel,
+    TritonOptions,
     TritonTensor,
     text_format,
     triton_config,
@@ -40,7 +43,7 @@ from yolov7_deploy.errors import LoadError, UsageError
 from yolov7_deploy.hub import CHECKPOINT_SUFFIXES, ENGINE_SUFFIXES
 from yolov7_deploy.image import PAD_GREY
 from yolov7_deploy.metadata import NMS_OUTPUTS, ModelMetadata
-from yolov7_deploy.options import TRITON_MAX_BATCH, TRITON_NAME, Thresholds, TritonOptions, file_thresholds
+from yolov7_deploy.options import Thresholds, file_thresholds
 from yolov7_deploy.output_layout import TensorSpec
 from yolov7_deploy.tensorrt.engine import Engine, record_path
 

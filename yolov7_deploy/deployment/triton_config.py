@@ -5,6 +5,8 @@ Names and types are those of model_config.proto in github.com/triton-inference-s
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +15,71 @@ from typing import Any
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hub import ENGINE_SUFFIXES
 from yolov7_deploy.metadata import METADATA_KEY, NMS_OUTPUTS, ModelMetadata
-from yolov7_deploy.options import TritonOptions
 
 LABELS = "labels.txt"
 WARMUP_IMAGE = "image"  # in the folder `warmup` of the model
 _PRINTABLE = range(0x20, 0x7F)
 _ESCAPES = {ord('"'): '\\"', ord("\\"): "\\\\"}
 _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+
+TRITON_BACKENDS = ("auto", "onnxruntime", "tensorrt", "python")
+TRITON_DEVICES = ("auto", "cpu", "gpu")
+# NVIDIA's image for servers: "nvcr.io/nvidia/tritonserver:<xx.yy>-py3" in github.com/triton-inference-server/server,
+# whose docs/introduction/compatibility.md lists release 26.07 with ONNX Runtime 1.27.
+TRITON_CONTAINER = "nvcr.io/nvidia/tritonserver:26.07-py3"
+TRITON_MAX_BATCH = 8
+# A model's name is the name of a folder, and part of URLs.
+TRITON_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TritonOptions:
+    """Options of a Triton model repository.
+
+    Attributes:
+        backend: What runs the network in Triton: `onnxruntime`, `tensorrt`, or `python` (this package, which takes
+            encoded images and returns boxes in their pixels). `auto` is `tensorrt` for engines, `onnxruntime` for ONNX
+            files and `python` for checkpoints.
+        name: Name of the model; empty for the name of the file.
+        max_batch: Maximum batch size; `None` is that of the file, at most `TRITON_MAX_BATCH`.
+        preferred: Batch sizes that Triton waits for; empty for half of the maximum and the maximum.
+        queue_delay_ms: How long a request may wait until a batch is full.
+        instances: How many instances of the model run at the same time, on each GPU.
+        device: `cpu`, `gpu`, or `auto`: a GPU if the server has one.
+        container: Docker image of the server, for the command that starts it.
+    """
+
+    backend: str = "auto"
+    name: str = ""
+    max_batch: int | None = None
+    preferred: tuple[int, ...] = ()
+    queue_delay_ms: float = 2.0
+    instances: int = 1
+    device: str = "auto"
+    container: str = TRITON_CONTAINER
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("backend", self.backend, TRITON_BACKENDS), ("device", self.device, TRITON_DEVICES)):
+            if value not in known:
+                raise UsageError(f"--{name} {value} is unknown.", fix=f"One of: {', '.join(known)}")
+        if self.name and not TRITON_NAME.fullmatch(self.name):
+            raise UsageError(
+                f"--name {self.name} is not a name for a model: letters, digits, '_', '-' and '.', at most 100.",
+                fix="For example: --name yolov7",
+            )
+        for name, number in (("max-batch", self.max_batch), ("instances", self.instances)):
+            if number is not None and number < 1:
+                raise UsageError(f"--{name} {number} must be at least 1.", fix=f"For example: --{name} 4")
+        if not 0 <= self.queue_delay_ms < math.inf:
+            raise UsageError(
+                f"--queue-delay {self.queue_delay_ms:g} is not a time in milliseconds.",
+                fix="For example: --queue-delay 2",
+            )
+        if any(size < 1 for size in self.preferred):
+            raise UsageError(
+                f"--preferred-batch {','.join(map(str, self.preferred))} must be at least 1.",
+                fix="For example: --preferred-batch 4,8",
+            )
 
 
 class Symbol(str):

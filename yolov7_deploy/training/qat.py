@@ -15,8 +15,9 @@ from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.errors import TrainingError, UsageError
 from yolov7_deploy.image import Image
-from yolov7_deploy.model.configs import Anchors, find_variant
+from yolov7_deploy.model.configs import find_variant
 from yolov7_deploy.model.fusion import fuse
+from yolov7_deploy.model.layer_table import Anchors
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel

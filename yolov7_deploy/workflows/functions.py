@@ -335,19 +335,15 @@ def train(
     callback, folder = callback or LogCallback(), Path(save_dir) if save_dir is not None else None
     if resume:
         _check_resume_arguments(given)
-        named = Path(project) / name if name != "exp" else None
-        return run.resume(
-            folder or named or find_unfinished_run(Path(project)),
-            callback=callback,
-            device=None if device == "auto" else str(device),
-            data=None if data is None else os.fspath(data),
-        )
+        folder = folder or (Path(project) / name if name != "exp" else find_unfinished_run(Path(project)))
+        moved = {"device": None if device == "auto" else str(device), "data": None if data is None else os.fspath(data)}
+        return run.resume(folder, callback=callback, **moved)
     if data is None:
         raise UsageError("train needs a dataset.", fix="For example: train('data.yaml', weights='yolov7-tiny')")
     _check_train_keywords(options)
     qat_options = _qat_options(qat, calib, int8_target, reduce_range)
     chosen = TrainOptions(epochs=epochs, batch=batch, img=img, workers=workers, **options)
-    path, network = initial_weights(weights, variant)
+    initial, network = initial_weights(weights, variant)
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(new_run_folder(Path(project) / name, exist_ok=exist_ok))
@@ -355,12 +351,12 @@ def train(
             data=os.fspath(data),
             folder=str(folder),
             variant=network,
-            weights=str(path or ""),
+            weights=str(initial or ""),
             device=str(device),
             classes=tuple(map(str, classes)),
             single_class=single_class,
             tensorboard=tensorboard,
-            hyp=_hyperparameters(hyp, network, pretrained=path is not None, qat=qat),
+            hyp=_hyperparameters(hyp, network, pretrained=initial is not None, qat=qat),
             options=chosen,
             qat=qat_options,
         )
