@@ -120,6 +120,16 @@ def test_an_address_without_a_cluster_is_an_error(inputs, tmp_path):
         run(*inputs, tmp_path / "out", address=f"127.0.0.1:{ray_proof.free_port()}")
 
 
+def test_a_machine_that_is_too_busy_to_start_ray_is_an_error(inputs, tmp_path, monkeypatch):
+    def time_out(**options):
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(DeviceError, match="Ray did not start: The current node timed out") as error:
+        run(*inputs, tmp_path / "out")
+    assert "--workers" in error.value.fix
+
+
 def test_an_image_that_kills_every_worker_ends_the_run_with_the_reason(inputs, tmp_path, monkeypatch):
     """Kill each worker that gets these images, as the system does when a worker needs too much memory."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

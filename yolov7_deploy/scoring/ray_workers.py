@@ -159,11 +159,22 @@ def _connected(workers: RayWorkers) -> Iterator[None]:
             ray.init(log_to_driver=is_verbose(), logging_level="INFO" if is_verbose() else "ERROR", **options)
     except (ConnectionError, ValueError, OSError) as error:
         raise _no_cluster(workers.address or "this machine", error) from error
+    except Exception as error:
+        if type(error) is not Exception:  # what Ray raises if the machine is too busy for its limit of 30 seconds
+            raise
+        raise DeviceError(
+            f"Ray did not start: {_first_line(error)}.",
+            fix="Repeat it when the machine is less busy, or leave out --workers.",
+        ) from error
     try:
         _be_quiet()
         yield
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _check_address(address: str) -> None:
@@ -182,7 +193,7 @@ def _check_address(address: str) -> None:
 
 
 def _no_cluster(address: str, error: Exception) -> UsageError:
-    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    reason = getattr(error, "strerror", None) or _first_line(error)
     return UsageError(
         f"Ray does not answer at {address}: {reason}.",
         fix="Start it, and pass the address that it prints:  ray start --head   Or leave out --address",
