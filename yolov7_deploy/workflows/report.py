@@ -462,7 +462,7 @@ def _speed_warnings(artifacts: Sequence[ArtifactRecord]) -> Iterator[str]:
     rows = [(one.name, row) for one in artifacts if one.speed is not None for row in one.speed.rows]
     missing = [one.name for one in artifacts if one.speed is None]
     if missing:
-        yield f"The speed was not measured of {', '.join(missing)}."
+        yield f"The speed of {', '.join(missing)} was not measured."
     busy = {name: row.other_cpu_load for name, row in rows if row.other_cpu_load and row.other_cpu_load > BUSY}
     if busy:
         yield (
