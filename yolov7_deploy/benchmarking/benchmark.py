@@ -408,7 +408,7 @@ def _empty_report(detector: Detector, frames: Frames, profile: DeviceProfile | N
             ("CPU", f"{machine.cpu}, {machine.usable_cores} of {machine.cores} cores"),
             *((f"GPU {number}", f"{gpu.name}, driver {gpu.driver}") for number, gpu in enumerate(machine.gpus)),
             ("python", platform.python_version()),
-            *_versions(("numpy", "opencv-python-headless", *runtime.distributions)),
+            *library_versions(("numpy", "opencv-python-headless", *runtime.distributions)),
         ),
         input_hw=detector.input_hw,
         frame_hw=frames.hw,
@@ -427,7 +427,8 @@ def _has_coco_classes(names: Sequence[str]) -> bool:
     return list(names) == unnamed or [name.casefold() for name in names] == [name.casefold() for name in COCO_NAMES]
 
 
-def _versions(libraries: Sequence[str]) -> Iterator[tuple[str, str]]:
+def library_versions(libraries: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and version of those distributions that are installed."""
     for library in libraries:
         try:
             yield library, importlib.metadata.version(library)

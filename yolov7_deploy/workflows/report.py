@@ -461,7 +461,9 @@ def _speed_warnings(artifacts: Sequence[ArtifactRecord]) -> Iterator[str]:
     """Yield one sentence for each reason for which times are missing or too long, with the artifacts it is about."""
     rows = [(one.name, row) for one in artifacts if one.speed is not None for row in one.speed.rows]
     missing = [one.name for one in artifacts if one.speed is None]
-    if missing:
+    if len(missing) == len(artifacts):
+        yield "No speed was measured."
+    elif missing:
         yield f"The speed of {', '.join(missing)} was not measured."
     busy = {name: row.other_cpu_load for name, row in rows if row.other_cpu_load and row.other_cpu_load > BUSY}
     if busy:

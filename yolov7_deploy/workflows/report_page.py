@@ -19,6 +19,7 @@ from yolov7_deploy._bounded_read import open_file
 from yolov7_deploy._console import plural
 from yolov7_deploy._text import printable
 from yolov7_deploy._version import __version__
+from yolov7_deploy.benchmarking.benchmark import library_versions
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.evaluation.accuracy import METRIC_TITLES
@@ -30,6 +31,7 @@ from yolov7_deploy.inspection.onnx_file import read_onnx
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import ReportOptions
 from yolov7_deploy.paper import PaperRow, paper_row
+from yolov7_deploy.runtimes.base import runtime_entry
 from yolov7_deploy.visualize import jpeg_bytes
 from yolov7_deploy.workflows.report import (
     ArtifactRecord,
@@ -285,7 +287,8 @@ def _opset(path: Path) -> str | None:
 
 def _machine_rows(machine: Machine, report: DeploymentReport) -> dict[str, str]:
     """Return this machine and the versions of the libraries that ran the artifacts, by name."""
-    versions = {name: text for one in report.artifacts if one.speed for name, text in one.speed.environment}
+    runtimes = [runtime_entry(one.path, one.runtime) for one in report.artifacts]
+    libraries = dict.fromkeys(("numpy", "opencv-python-headless", *(d for r in runtimes for d in r.distributions)))
     memory = "" if machine.memory_gb is None else f", {machine.memory_gb:g} GB memory"
     rows = {
         "system": machine.system,
@@ -295,7 +298,7 @@ def _machine_rows(machine: Machine, report: DeploymentReport) -> dict[str, str]:
         "Python": platform.python_version(),
         "yolov7-deploy": __version__,
     }
-    return rows | {name: text for name, text in versions.items() if name not in ("system", "CPU", "python")}
+    return rows | dict(library_versions(list(libraries)))
 
 
 def _speed_sources(report: DeploymentReport) -> dict[str, list[str]]:
