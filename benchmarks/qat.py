@@ -5,10 +5,13 @@ OpenVINO beside that of the fake-quantized PyTorch network. INT8 is made hard by
 with ranges that calibration chooses for these bits; that network is trained and evaluated in PyTorch.
 
 python benchmarks/qat.py --work FOLDER
+
+An interrupted benchmark measures only the missing cases when the script is run again with the same folder.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +56,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--work", type=Path, required=True, help="folder for dataset and runs")
     arguments.add_argument("--img", type=int, default=160)
-    arguments.add_argument("--bits", type=int, nargs="*", default=[6, 5], help="of emulated activations")
+    arguments.add_argument("--bits", type=int, nargs="*", default=[6], help="of emulated activations")
     arguments.add_argument("--epochs", type=int, default=2)
     arguments.add_argument("--batch", type=int, default=8)
     options = arguments.parse_args()
@@ -63,8 +66,8 @@ def main() -> None:
     )
     # Each case has a process with one thread, so that the result does not depend on the number of cores.
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=use_one_thread) as pool:
-        standard = pool.submit(measure_standard, data, settings)
-        hard = {bits: pool.submit(measure_hard, data, settings, bits) for bits in options.bits}
+        names = ["standard INT8 (cpu)", *(f"{bits}-bit activations" for bits in options.bits)]
+        cases = {name: pool.submit(measure, options.work, name, data, settings) for name in names}
     record(
         "qat",
         options.machine,
@@ -72,8 +75,7 @@ def main() -> None:
             "weights": bundled_weights().name,
             "images": {"train": TRAIN_IMAGES, "val": VAL_IMAGES, "size": options.img},
             "training": {"epochs": options.epochs, "batch": options.batch, "hyperparameters": "qat"},
-            "standard INT8 (cpu)": standard.result(),
-            **{f"{bits}-bit activations": case.result() for bits, case in hard.items()},
+            **{name: case.result() for name, case in cases.items()},
         },
     )
 
@@ -82,12 +84,15 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def measure_standard(data: Path, options: TrainOptions) -> dict[str, object]:
-    return QatBenchmark(data, options).measure_standard()
-
-
-def measure_hard(data: Path, options: TrainOptions, bits: int) -> dict[str, object]:
-    return QatBenchmark(data, options).measure_hard(bits)
+def measure(work: Path, name: str, data: Path, options: TrainOptions) -> dict[str, object]:
+    """Return the result of a case, which an earlier run may have written to a file of its name."""
+    path = work / f"{name}.json"
+    if not path.exists():
+        bench, bits = QatBenchmark(data, options), name.partition("-bit")[0]
+        result = bench.measure_hard(int(bits)) if bits.isdigit() else bench.measure_standard()
+        path.write_text(json.dumps(result))
+    found: dict[str, object] = json.loads(path.read_text())
+    return found
 
 
 class QatBenchmark:
