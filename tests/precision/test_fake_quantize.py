@@ -172,7 +172,7 @@ def test_fake_quantizers_of_large_variants_are_where_the_file_has_pairs(variant,
 
 
 def test_the_network_computes_what_the_file_for_tensorrt_computes():
-    """Where sums in another order round to the next integer, later layers amplify it, most of all from noise."""
+    """Sums in another order round to the next integer here and there, which later layers amplify."""
     start, file = calibrated("yolov7-tiny", "tensorrt")
     network = Network(file)
     expected = NetworkRunner(network.proto, network.nodes, network.heads).run(images())
