@@ -68,6 +68,7 @@ TABLES: dict[int, tuple[str, tuple[PaperRow, ...], tuple[dict[str, object], ...]
 WIDTH, DEPTH = 1 / 8, 1 / 3
 SIZE, BATCH = 64, 16
 SHAPES_SEED, TRAIN_IMAGES, VAL_IMAGES = 5, 512, 150
+LEARNED_AP = 5.0  # below this the networks have hardly learned
 # Whole images without mosaic: some hundred steps are too few to learn from quarters of such small images.
 HYP = Hyperparameters(
     lr0=0.004, lrf=0.05, warmup_epochs=0.5, mosaic=0.0, mixup=0.0, paste_in=0.0, translate=0.1, scale=0.2, obj=2.0
@@ -196,7 +197,7 @@ def interval(values: list[float]) -> list[float] | None:
 
 
 def reading(rows: list[dict[str, object]]) -> str:
-    """Return in words which differences from the base the intervals separate from zero."""
+    """Return in words which differences the intervals separate from zero, and whether AP is too low to tell."""
     shown = []
     for row in rows[1:]:
         bounds = row["difference_interval"]
@@ -205,7 +206,9 @@ def reading(rows: list[dict[str, object]]) -> str:
         if bounds is not None and not bounds[0] <= 0 <= bounds[1]:
             verdict = "better than the base" if bounds[0] > 0 else "worse than the base"
         shown.append(f"{row['paper_row']}: {row['difference_from_base']} AP, 95 % interval {bounds}: {verdict}")
-    return "; ".join(shown)
+    best = max(row["mean"]["ap"] for row in rows)  # type: ignore[index]
+    early = f"AP is at most {best:g}: so early in training these rows say nothing about trained networks. "
+    return early * (best < LEARNED_AP) + "; ".join(shown)
 
 
 def text(result: dict[str, object]) -> str:

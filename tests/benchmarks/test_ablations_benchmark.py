@@ -51,7 +51,13 @@ def rows_of(*differences):
     ],
 )
 def test_the_reading_claims_only_what_the_interval_separates_from_zero(differences, verdict):
-    assert verdict in reading(rows_of(*differences))
+    text = reading(rows_of(*differences))
+    assert verdict in text and "say nothing about trained networks" not in text
+
+
+def test_the_reading_of_networks_that_have_hardly_learned_says_so():
+    rows = [{**row, "mean": {"ap": 0.4}} for row in rows_of(1.0, 1.1, 0.9)]
+    assert reading(rows).startswith("AP is at most 0.4: so early in training these rows say nothing")
 
 
 @pytest.mark.slow

@@ -196,7 +196,8 @@ def test_a_thin_ablation_trains_fuses_exports_and_runs(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ABLATIONS, *VARIANTS])
 def test_every_network_trains_fuses_exports_and_runs_at_full_width(name):
-    check_the_whole_way(find_variant(name), side=SIDE, lr=0.002)
+    variant = find_variant(name)
+    check_the_whole_way(variant, side=2 * max(variant.strides), lr=0.002)
 
 
 def test_weights_of_an_ablation_are_recognized_by_their_metadata(tmp_path, monkeypatch):
