@@ -138,8 +138,8 @@ class QatBenchmark:
             )  # fmt: skip
             trained = export(report.weights, work / "qat.onnx", precision="int8", **export_options).path
             network = load_fake_quantized(load_checkpoint(report.weights))
-            aps = {"float": self.float_ap, "calibrated": self._ap_of_file(calibrated)}
-            aps["trained"] = self._ap_of_file(trained)
+            aps = {"float": self.float_ap, "calibrated, OpenVINO": self._ap_of_file(calibrated, "openvino")}
+            aps["trained, ONNX Runtime"] = self._ap_of_file(trained, "onnxruntime")
             aps["trained, PyTorch"] = self._ap_of_network(network)
             aps["trained, OpenVINO"] = self._ap_of_file(trained, "openvino")
             network.set_inner_pairs(enabled=False)

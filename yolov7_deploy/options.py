@@ -246,34 +246,6 @@ class Int8Options:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QatOptions:
-    """Options of quantization-aware training, besides those of every training.
-
-    Attributes:
-        calib: Calibration images (see `open_calibration`), or a calibration file of `y7 quantize`; empty for the
-            training images.
-        target, method, reduce_range: See `Int8Options`; `method` chooses the ranges from which training starts.
-
-    Example:
-        >>> QatOptions(target="cpu").reduce_range
-        True
-    """
-
-    calib: str = ""
-    target: str = "tensorrt"
-    method: str = "mse"
-    reduce_range: bool | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reduce_range", self.int8.reduce_range)
-
-    @property
-    def int8(self) -> Int8Options:
-        """The options of the INT8 file."""
-        return Int8Options(target=self.target, method=self.method, reduce_range=self.reduce_range)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeOptions:
     """Options of the workflow that produces an INT8 file.
 

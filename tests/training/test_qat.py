@@ -30,12 +30,13 @@ from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
-from yolov7_deploy.options import ExportOptions, QatOptions, ValOptions
+from yolov7_deploy.options import ExportOptions, ValOptions
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_cache import save_calibration
 from yolov7_deploy.precision.fake_quantize import load_fake_quantized
 from yolov7_deploy.precision.qat import to_trained_int8
 from yolov7_deploy.training import run as training
+from yolov7_deploy.training.checkpoints import QatOptions
 from yolov7_deploy.training.hyperparameters import PRESETS
 from yolov7_deploy.training.qat import trained_checkpoint
 from yolov7_deploy.workflows.export import export_weights
@@ -295,7 +296,7 @@ def test_the_file_has_the_accuracy_of_the_network_in_pytorch(tmp_path):
     """AP in ONNX Runtime and in OpenVINO, which leaves out the pairs before activations.
 
     Sums in another order round few values to the next integer, but each layer has more of them: on 100 images AP
-    differed by 0.0018.
+    differed by 0.0013 in OpenVINO.
     """
     data = write_shapes(tmp_path / "shapes", train=8, val=100, size=320, seed=5)
     request = small_request(data, tmp_path / "run", epochs=1, img=160, qat=QatOptions(target="cpu"), **QAT)
@@ -317,5 +318,5 @@ def test_the_file_has_the_accuracy_of_the_network_in_pytorch(tmp_path):
 
     in_pytorch, as_openvino = ap(report.weights), ap(report.weights, inner_pairs=False)
     assert in_pytorch > 0.4
-    assert ap(tmp_path / "qat.onnx") == pytest.approx(in_pytorch, abs=0.005)
+    assert ap(tmp_path / "qat.onnx", "onnxruntime") == pytest.approx(in_pytorch, abs=0.005)
     assert ap(tmp_path / "qat.onnx", "openvino") == pytest.approx(as_openvino, abs=0.005)

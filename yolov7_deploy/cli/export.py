@@ -201,10 +201,8 @@ def export(
     )
     choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
     _check_max_drop(max_drop, data)
-    request = None
-    wanted = {"calib": calib, "data": data, "max_drop": max_drop, "int8_target": int8_target}
-    if number_type == "int8" and not _is_trained(weights, engine, reduce_range=reduce_range, **wanted):
-        request = _int8_request(calib, data, max_drop, choose)
+    trained = number_type == "int8" and _is_trained(weights, calib, data, max_drop, int8_target, reduce_range, engine)
+    request = _int8_request(calib, data, max_drop, choose) if number_type == "int8" and not trained else None
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
     _run(job, verify=verify, image=image, json_path=json_path)
@@ -288,14 +286,24 @@ def _int8_request(
     )
 
 
-def _is_trained(weights: str, engine: bool, **wanted: Any) -> bool:  # noqa: ANN401
+def _is_trained(
+    weights: str,
+    calib: Path | None,
+    data: Path | None,
+    max_drop: float | None,
+    int8_target: str,
+    reduce_range: bool | None,
+    engine: bool,
+) -> bool:
     """Return whether weights were trained for INT8, after checking that the options suit them."""
     path = Path(weights)
     if not path.is_file():  # an official name
         return False
     from yolov7_deploy.workflows.export import trained_for_int8
 
-    return trained_for_int8(path, **wanted, for_engine=engine) is not None
+    inputs = {"calib": calib, "data": data, "max_drop": max_drop}
+    target = {"int8_target": int8_target, "reduce_range": reduce_range, "for_engine": engine}
+    return trained_for_int8(path, **inputs, **target) is not None  # type: ignore[arg-type]
 
 
 def _engine_options(

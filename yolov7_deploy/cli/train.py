@@ -29,10 +29,11 @@ from yolov7_deploy.cli.options import (
 )
 from yolov7_deploy.cli.quantize import Int8Target, ReduceRange, int8_options
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, QatOptions, TrainOptions
+from yolov7_deploy.options import ASSIGNERS, AUXILIARY_HEADS, TrainOptions
 from yolov7_deploy.paper import VARIANTS
 
 if TYPE_CHECKING:
+    from yolov7_deploy.training.checkpoints import QatOptions
     from yolov7_deploy.training.hyperparameters import Hyperparameters
     from yolov7_deploy.training.loggers import EpochRecord
     from yolov7_deploy.training.trainer import TrainReport
@@ -253,6 +254,8 @@ def _qat_options(
             if was_given(name):
                 raise UsageError(f"{option} has no effect without --qat.", fix="Add  --qat")
         return None
+    from yolov7_deploy.training.checkpoints import QatOptions
+
     int8 = int8_options(int8_target, reduce_range, to_stderr=to_stderr)
     return QatOptions(calib=calib or "", target=int8.target, reduce_range=int8.reduce_range)
 

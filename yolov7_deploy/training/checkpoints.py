@@ -22,7 +22,7 @@ from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import open_safetensors, save_checkpoint
 from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.errors import LoadError, TrainingError, UsageError
-from yolov7_deploy.options import QatOptions, TrainOptions
+from yolov7_deploy.options import Int8Options, TrainOptions
 from yolov7_deploy.training.distributed import launch_command
 from yolov7_deploy.training.hyperparameters import Hyperparameters
 
@@ -40,6 +40,30 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QatOptions:
+    """Options of quantization-aware training, besides those of every training.
+
+    Attributes:
+        calib: Calibration images (see `open_calibration`), or a calibration file of `y7 quantize`; empty for the
+            training images.
+        target, method, reduce_range: See `Int8Options`; `method` chooses the ranges from which training starts.
+    """
+
+    calib: str = ""
+    target: str = "tensorrt"
+    method: str = "mse"
+    reduce_range: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reduce_range", self.int8.reduce_range)
+
+    @property
+    def int8(self) -> Int8Options:
+        """The options of the INT8 file."""
+        return Int8Options(target=self.target, method=self.method, reduce_range=self.reduce_range)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

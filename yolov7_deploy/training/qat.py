@@ -21,7 +21,7 @@ from yolov7_deploy.model.layer_table import Anchors
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
-from yolov7_deploy.options import ExportOptions, Int8Options, QatOptions
+from yolov7_deploy.options import ExportOptions, Int8Options
 from yolov7_deploy.precision.calibrate import Calibration, calibrate, network_digest
 from yolov7_deploy.precision.calibration_cache import load_calibration
 from yolov7_deploy.precision.calibration_images import CalibrationImages, open_calibration
@@ -29,7 +29,7 @@ from yolov7_deploy.precision.fake_quantize import FakeQuantizedYolov7, restore_f
 from yolov7_deploy.precision.qat import CalibratedNetwork, calibrated_network
 from yolov7_deploy.precision.sensitivity import choose_silu_floor
 from yolov7_deploy.precision.subgraph import Network
-from yolov7_deploy.training.checkpoints import LAST, RunState, TrainRequest
+from yolov7_deploy.training.checkpoints import LAST, QatOptions, RunState, TrainRequest
 from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.loggers import TrainCallback
 

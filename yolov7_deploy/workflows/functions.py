@@ -25,7 +25,6 @@ from yolov7_deploy.options import (
     BenchOptions,
     EngineOptions,
     ExportOptions,
-    QatOptions,
     QuantizeOptions,
     ReportOptions,
     TrainOptions,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from yolov7_deploy.benchmarking.report import SpeedReport, SpeedRow
     from yolov7_deploy.evaluation.accuracy import AccuracyReport
     from yolov7_deploy.sources import SourceLike
+    from yolov7_deploy.training.checkpoints import QatOptions
     from yolov7_deploy.training.hyperparameters import Hyperparameters
     from yolov7_deploy.training.loggers import TrainCallback
     from yolov7_deploy.training.trainer import TrainReport
@@ -413,6 +413,7 @@ def _qat_options(qat: bool, calib: PathLike | None, int8_target: str, reduce_ran
         if needless:
             raise UsageError(f"{needless[0]} has no effect without --qat.", fix="Add  --qat")
         return None
+    from yolov7_deploy.training.checkpoints import QatOptions
     from yolov7_deploy.workflows.quantize import choose_int8_options
 
     int8 = choose_int8_options(int8_target, reduce_range)
