@@ -24,6 +24,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Hyperparameters": "hyp set_values show_hyp adam linear_lr freeze",
         "Images": "multi_scale rect close_mosaic image_weights cache",
         "Model details": "autoanchor recalibrate_bn sync_bn ota assigner constraint auxiliary",
+        "Quantization-aware training": "qat calib int8_target reduce_range",
         "Hardware": "device workers half",
         "Output": "project name exist_ok save_dir save_minutes tensorboard json_path",
     },
