@@ -10,7 +10,7 @@ from yolov7_deploy.datasets import open_dataset
 from yolov7_deploy.datasets.samples import Dataset, Labels, Record
 from yolov7_deploy.detections import Detections, Speed
 from yolov7_deploy.evaluation.accuracy import compute_coco_metrics, evaluate
-from yolov7_deploy.evaluation.precision_recall import MAX_CANDIDATES, PrecisionRecall, precision_recall
+from yolov7_deploy.evaluation.precision_recall import MAX_CANDIDATES, PrecisionRecall, _ClassCounts, precision_recall
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.options import ValOptions
 
@@ -180,3 +180,9 @@ def test_a_report_has_curves_but_its_json_does_not(tmp_path):
     assert report.curves is not None and report.curves.best is not None
     assert (report.curves.best.confidence, report.curves.best.f1) == (0.75, 1)
     assert "curves" not in report.to_dict() and "curves" not in repr(report)
+
+
+def test_a_class_without_detections_has_a_precision_of_zero_without_a_sign():
+    none = np.empty(0)
+    rates = _ClassCounts(boxes=2, recalls=none, scores=none, found=none).rates(np.array([0.5]))
+    assert not rates.any() and not np.signbit(rates).any()

@@ -117,7 +117,7 @@ class _ClassCounts:
         """Return precision, recall and F1 at each of N confidences, float64 [3, N]; NaN without ground truth."""
         if not self.boxes:
             return np.full((3, len(confidences)), np.nan)
-        counts = np.ceil(np.append(0.0, self.recalls) * self.boxes - ROUNDING)
+        counts = np.ceil(np.append(0.0, self.recalls) * self.boxes - ROUNDING) + 0.0  # not -0.0
         true_positives = counts[np.searchsorted(-self.scores, -confidences, side="right")]
         positives = len(self.found) - np.searchsorted(self.found, confidences)
         precision, recall = true_positives / np.maximum(positives, 1), true_positives / self.boxes
