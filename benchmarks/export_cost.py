@@ -40,7 +40,7 @@ def main() -> None:
         "export_cost",
         options.machine,
         {
-            "weights": options.weights,
+            "weights": Path(options.weights).name,
             "seconds": round(seconds, 1),
             "seconds_limit": 60,
             "peak_memory_gb": round(peak_kb * 1024 / 1e9, 2),

@@ -276,7 +276,7 @@ def test_wrong_input_is_explained_and_writes_nothing(options, error, message, fo
 def test_a_missing_file_is_refused(folder, tmp_path):
     with pytest.raises(LoadError, match="does not exist"):
         make(folder, tmp_path / "report.html", tmp_path / "none.onnx")
-    with pytest.raises(UsageError, match="no file to compare"):
+    with pytest.raises(UsageError, match="No file was given to compare"):
         report("yolov7-tiny-shapes", [], folder / "shapes" / "shapes.yaml")
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ import typer
 
 from yolov7_deploy._output import echo
 from yolov7_deploy.cli.options import Device, JsonPath, RuntimeName, announce_replacement, locate_weights
-from yolov7_deploy.errors import ParityError, UsageError
+from yolov7_deploy.errors import ParityError
 from yolov7_deploy.options import ReportOptions
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ def report(
         limit=limit, stage_limit=stage_limit, max_drop=max_drop, duration_s=duration, device=device, runtime=runtime
     )
     files = [*(against or ()), *(more or ())]
-    if not files:
-        raise UsageError("There is no file to compare with the weights.", fix="For example: --against yolov7.onnx")
     from yolov7_deploy._console import progress, write_json
     from yolov7_deploy.workflows.report_page import write_report
 

@@ -680,8 +680,6 @@ def report(
         runtime=runtime,
     )
     files = [against] if isinstance(against, str | os.PathLike) else list(against)
-    if not files:
-        raise UsageError("There is no file to compare with the weights.", fix="For example: --against yolov7.onnx")
     from yolov7_deploy.workflows.report_page import write_report
 
     return write_report(

@@ -106,11 +106,13 @@ def write_report(
         show: Opens a progress display for a step.
 
     Raises:
-        UsageError: The output cannot be written, a JSON file is about another model file, or an artifact is of another
-            model.
+        UsageError: No file to compare was given, the output cannot be written, a JSON file is about another model
+            file, or an artifact is of another model.
         DatasetError: The dataset is missing or malformed, or has other classes than the model.
         LoadError, MissingLibraryError, DeviceError: An artifact cannot be run.
     """
+    if not others:
+        raise UsageError("No file was given to compare with the weights.", fix="For example: --against yolov7.onnx")
     with _reserve(output) as file:
         report = collect_report(
             reference,
