@@ -1,5 +1,6 @@
 """Quantization-aware training: it starts from calibration, resumes bit for bit, and its files need no calibration."""
 
+import math
 import os
 import signal
 from dataclasses import replace
@@ -275,6 +276,9 @@ def test_impossible_ranges_are_refused(trained):
         {"ranges": (TrainedRange(tensor="a", scale=0.0, zero=0),)},
         {"ranges": (TrainedRange(tensor="a", scale=1.0, zero=300),)},
         {"ranges": (TrainedRange(tensor="a", scale=1.0, zero=0),) * 2},
+        {"amax": (("a", math.nan),)},
+        {"amax": (("a", math.inf),)},
+        {"amax": (("a", -1.0),)},
     ):
         with pytest.raises(ValueError):
             replace(good, **wrong)

@@ -69,6 +69,9 @@ class TrainedQuantization:
         for one in self.ranges:
             if not 0 < one.scale < math.inf or not low <= one.zero <= high:
                 raise ValueError(f"the scale of {one.tensor} is {one.scale:g}, and its zero {one.zero}")
+        for tensor, value in self.amax:
+            if not 0 <= value < math.inf:
+                raise ValueError(f"the largest magnitude of {tensor} is {value:g}")
 
     def to_json(self) -> str:
         """Return one line of JSON; the same quantization gives the same bytes."""
