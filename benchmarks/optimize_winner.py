@@ -10,6 +10,7 @@ and the same file with bfloat16 for the rest take the same time, so either can w
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -57,9 +58,13 @@ def main() -> None:
             "right": sum(medians.get(name, math.inf) <= AS_FAST * min(medians.values()) for name in winners),
             "median_ms": {name: round(value, 2) for name, value in medians.items()},
             "rounds": len(long.winner.samples_ms),
-            "rejected": {one.name: one.rejected for one in long.candidates if one.rejected},
+            "rejected": {one.name: _without_folders(one.rejected) for one in long.candidates if one.rejected},
         },
     )
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"(?<!\S)/\S*/", "", text)
 
 
 def search(options: Namespace, seconds: float) -> OptimizeReport:

@@ -6,14 +6,13 @@ import subprocess
 import sys
 import threading
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.support.child_processes import in_forked_child
+from tests.support.child_processes import in_forked_child, passes_without_amx
 from tests.support.sample_images import assert_identical, assert_same, noise
 from tests.support.small_models import exported_tiny
 from yolov7_deploy.checkpoint import load_checkpoint
@@ -49,7 +48,6 @@ FP32_FILES = [
 ]
 # Box corners in pixels and scores by which INT8 may differ, between two libraries and from FP32.
 INT8_BOX, INT8_SCORE = 6.0, 0.12
-ISA_VARIABLE = "ONEDNN_MAX_CPU_ISA"  # instructions that OpenVINO uses at most
 
 
 @pytest.fixture(scope="module")
@@ -194,12 +192,7 @@ def test_int8_files_for_tensorrt_are_refused(make_file):
 
 def test_the_parity_test_fails_for_a_refused_file(make_file, fused, images, monkeypatch, request):
     """Without the refusal, the comparison with PyTorch finds what OpenVINO computes wrongly without AMX."""
-    if "amx_int8" in Path("/proc/cpuinfo").read_text() and ISA_VARIABLE not in os.environ:
-        command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{request.node.name}"]
-        child = subprocess.run(
-            command, env={**os.environ, ISA_VARIABLE: "AVX512_CORE_VNNI"}, capture_output=True, text=True, check=False
-        )
-        assert child.returncode == 0, child.stdout
+    if passes_without_amx(request):
         return
     from yolov7_deploy.runtimes.pytorch import PytorchRuntime
 
