@@ -42,7 +42,9 @@ class Detect(nn.Module):
         super().__init__()
         self.classes, self.strides, self.levels = classes, tuple(strides), len(strides)
         pixels = torch.tensor(anchors, dtype=torch.float32)  # [levels, 3, 2]
-        self.register_buffer("anchors", pixels / torch.tensor(self.strides).view(-1, 1, 1))
+        # Divided as numbers: a division of tensors on the meta device imports torch._dynamo, which takes a second.
+        cells = [[(w / stride, h / stride) for w, h in level] for level, stride in zip(anchors, strides, strict=True)]
+        self.register_buffer("anchors", torch.tensor(cells, dtype=torch.float32))
         self.register_buffer("anchor_grid", pixels.view(self.levels, 1, 3, 1, 1, 2).clone())
         self.m = self._convolutions(c_in[: self.levels])
 
