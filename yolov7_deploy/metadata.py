@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from yolov7_deploy._serialization import from_dict, short_repr
+from yolov7_deploy._serialization import from_dict, parse_json, short_repr
 from yolov7_deploy.errors import LoadError
 
 METADATA_KEY = "yolov7_deploy"
@@ -167,7 +167,7 @@ class ModelMetadata:
             LoadError: The text is not metadata of this schema; the message names the field.
         """
         try:
-            metadata = from_dict(cls, _current(json.loads(text)))
+            metadata = from_dict(cls, _current(parse_json(text)))
             _check(metadata)
         except (ValueError, RecursionError) as error:
             raise LoadError(

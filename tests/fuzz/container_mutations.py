@@ -170,6 +170,26 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: Bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
+def mutate_quantization(rng: random.Random, data: bytes, others: Bytes) -> bytes:
+    """Return a safetensors file with changed activation ranges, or very many, or names that are very long."""
+    if rng.random() < 0.1:
+        return mutate_safetensors(rng, data, others)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    metadata = header["__metadata__"]
+    key = next(key for key in metadata if key.endswith("int8"))
+    if rng.random() < 0.9:
+        metadata[key] = mutate_json(rng, metadata[key].encode(), ()).decode("utf-8", "replace")
+    else:
+        document, name = json.loads(metadata[key]), rng.choice(("ranges", "amax"))
+        document[name] *= rng.choice((3, 3000, 100_000))
+        if name == "ranges" and rng.random() < 0.5:
+            document[name] = [{**entry, "tensor": str(i)} for i, entry in enumerate(document[name])]
+        metadata[key] = json.dumps(document)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
 def mutate_image(rng: random.Random, data: bytes, others: Bytes) -> bytes:
     """Return an image or video with a huge size, a PNG with valid checksums over damaged chunks, or changed bytes."""
     kind = rng.random()

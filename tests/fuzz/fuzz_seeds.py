@@ -176,6 +176,28 @@ def safetensors_files(folder: Path) -> list[bytes]:
     return [(folder / f"{name}.safetensors").read_bytes() for name in ("full", "half")] + [foreign]
 
 
+def int8_weights(folder: Path) -> list[bytes]:
+    """Return weights with the quantization of quantization-aware training, for CPUs and for TensorRT."""
+    from dataclasses import replace
+
+    from yolov7_deploy.checkpoint import load_checkpoint, save_checkpoint
+    from yolov7_deploy.checkpoint.quantization import TrainedQuantization, TrainedRange
+
+    (folder / "source.pt").write_bytes(checkpoints(folder)[0])
+    checkpoint = load_checkpoint(folder / "source.pt")
+    files = []
+    for target, zero in (("cpu", 3), ("tensorrt", 0)):
+        names = ("images", "model.0.act", "model.1.act")
+        quantization = TrainedQuantization(
+            target=target, reduce_range=target == "cpu", method="mse", images=6, images_sha256="0" * 64,
+            ranges=tuple(TrainedRange(tensor=name, scale=2.0**-7, zero=zero) for name in names),
+            amax=tuple((name, 2.5) for name in names),
+        )  # fmt: skip
+        save_checkpoint(replace(checkpoint, quantization=quantization), folder / "int8.safetensors")
+        files.append((folder / "int8.safetensors").read_bytes())
+    return files
+
+
 def coco_documents() -> list[bytes]:
     """Return annotations of two images: boxes, a crowd, polygons and a mask."""
     images = [{"id": i, "file_name": f"{i}.png", "width": SIDE, "height": 48} for i in (1, 2)]

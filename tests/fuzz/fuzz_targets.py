@@ -71,6 +71,18 @@ def _checkpoint(path: Path) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.tensors.values())
 
 
+def _quantization(path: Path) -> None:
+    from yolov7_deploy.checkpoint.loader import load_quantization
+
+    quantization = load_quantization(path)
+    if quantization is not None:
+        assert type(quantization).from_json(quantization.to_json()) == quantization
+        scales = np.array([one.scale for one in quantization.ranges], np.float32)
+        assert bool(np.all(np.isfinite(1 / scales))) and bool(np.all(scales > 0))
+        np.array([one.zero for one in quantization.ranges], np.uint8 if quantization.target == "cpu" else np.int8)
+        np.array([largest for _, largest in quantization.amax], np.float32)
+
+
 def _metadata(path: Path) -> None:
     from yolov7_deploy.metadata import ModelMetadata
 
@@ -253,6 +265,13 @@ TARGETS = {
         mutate=container_mutations.mutate_safetensors,
         load=_checkpoint,
         suffix=".safetensors",
+    ),
+    "quantization": Target(
+        seeds=fuzz_seeds.int8_weights,
+        mutate=container_mutations.mutate_quantization,
+        load=_quantization,
+        suffix=".safetensors",
+        weight=40,
     ),
     "metadata": Target(
         seeds=lambda _: fuzz_seeds.metadata_texts(), mutate=mutations.mutate_json, load=_metadata, suffix=".json"

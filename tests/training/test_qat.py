@@ -290,6 +290,12 @@ def test_ranges_of_another_network_are_refused(trained):
     other = replace(checkpoint.quantization, ranges=checkpoint.quantization.ranges[:5])
     with pytest.raises(ExportError, match="of another network"):
         to_trained_int8(exported, other)
+    renamed = replace(
+        checkpoint.quantization, ranges=(*other.ranges, TrainedRange(tensor="\x1b[2J", scale=1.0, zero=0))
+    )
+    for wrong in (other, renamed):
+        with pytest.raises(CheckpointError, match=r"as another network: \d+ activation ranges"):
+            load_fake_quantized(replace(checkpoint, quantization=wrong))
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from yolov7_deploy._bounded_read import read_text
 from yolov7_deploy._console import table
-from yolov7_deploy._serialization import from_dict, short_repr
+from yolov7_deploy._serialization import from_dict, parse_json, short_repr
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.hardware.clocks import Clocks
 from yolov7_deploy.paper import paper_row
@@ -199,7 +198,7 @@ class SpeedReport:
             UsageError: The file is missing or is not a report of this schema; the message names the field.
         """
         try:
-            raw = json.loads(read_text(path))
+            raw = parse_json(read_text(path))
             if not isinstance(raw, dict) or raw.get("kind") != "y7 bench":
                 raise ValueError("it is not a report of y7 bench")
             if raw.get("schema") != SCHEMA:
@@ -255,7 +254,7 @@ def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, str]:
         UsageError: The report cannot be read, does not have an AP, or is about another file.
     """
     try:
-        raw = json.loads(read_text(path))
+        raw = parse_json(read_text(path))
         if not isinstance(raw, dict):
             raise ValueError(f"it contains {short_repr(raw)}")
         report = from_dict(_ValReport, raw)

@@ -22,7 +22,7 @@ import torch
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, open_file
-from yolov7_deploy._serialization import sha256_hex, short_repr
+from yolov7_deploy._serialization import parse_json, sha256_hex, short_repr
 from yolov7_deploy._text import get_logger, is_unicode, printable_line
 from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint.architecture import ANCHORS_PER_LEVEL, TINY, Architecture, identify_architecture
@@ -335,7 +335,7 @@ def _widened(tensor: torch.Tensor) -> NumberArray:
 
 def _key_order(text: str) -> list[str]:
     try:
-        order = json.loads(text)
+        order = parse_json(text)
     except (ValueError, RecursionError):
         return []
     return [key for key in order if isinstance(key, str)] if isinstance(order, list) else []

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from yolov7_deploy._serialization import from_dict, short_repr
+import numpy as np
+
+from yolov7_deploy._serialization import MAX_REPR, from_dict, parse_json, short_repr
 from yolov7_deploy.options import INT8_TARGETS
 
 SCHEMA = 1
 MAX_TENSORS = 8192  # with a Q/DQ pair; YOLOv7-E6E has 1144 for CPUs
 # The integers of an activation, by target; see `Int8Options`.
 INTEGER_LIMITS = {"tensorrt": (-128, 127), "cpu": (0, 255), "arm": (-128, 127)}
+_ZERO_LIMITS = INTEGER_LIMITS | {"tensorrt": (0, 0)}  # TensorRT computes with symmetric ranges only
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,17 +64,16 @@ class TrainedQuantization:
     def __post_init__(self) -> None:
         if self.target not in INT8_TARGETS:
             raise ValueError(f"its target is {short_repr(self.target)}")
-        if not 1 <= len(self.ranges) <= MAX_TENSORS or len(self.amax) > MAX_TENSORS:
-            raise ValueError(f"it has {len(self.ranges)} activation ranges")
-        if len({one.tensor for one in self.ranges}) < len(self.ranges):
-            raise ValueError("it names a tensor twice")
-        low, high = INTEGER_LIMITS[self.target]
+        if self.images < 1:
+            raise ValueError(f"its calibration has {self.images} images")
+        _check_counts(self.ranges, self.amax)
+        _check_unique([one.tensor for one in self.ranges])
+        _check_unique([tensor for tensor, _ in self.amax])
         for one in self.ranges:
-            if not 0 < one.scale < math.inf or not low <= one.zero <= high:
-                raise ValueError(f"the scale of {one.tensor} is {one.scale:g}, and its zero {one.zero}")
-        for tensor, value in self.amax:
-            if not 0 <= value < math.inf:
-                raise ValueError(f"the largest magnitude of {tensor} is {value:g}")
+            _check_range(one, self.target)
+        for tensor, largest in self.amax:
+            if not 0 <= largest <= _LARGEST:
+                raise ValueError(f"the largest magnitude of {short_repr(tensor)} is {largest:g}")
 
     def to_json(self) -> str:
         """Return one line of JSON; the same quantization gives the same bytes."""
@@ -84,7 +86,25 @@ class TrainedQuantization:
         Raises:
             ValueError, RecursionError: The text is damaged, or of another schema.
         """
-        raw: Any = json.loads(text)
+        raw = parse_json(text)
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             raise ValueError("it is of another version")
+        if isinstance(ranges := raw.get("ranges"), list) and isinstance(amax := raw.get("amax"), list):
+            _check_counts(ranges, amax)  # before an object of each is made
         return from_dict(cls, raw)
+
+
+def _check_counts(ranges: Sequence[object], amax: Sequence[object]) -> None:
+    if not 1 <= len(ranges) <= MAX_TENSORS or len(amax) > MAX_TENSORS:
+        raise ValueError(f"it has {len(ranges)} activation ranges, and {len(amax)} measured tensors")
+
+
+def _check_unique(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError("it names a tensor twice")
+
+
+def _check_range(one: TrainedRange, target: str) -> None:
+    low, high = _ZERO_LIMITS[target]
+    if not _SMALLEST <= one.scale <= _LARGEST or not low <= one.zero <= high:
+        raise ValueError(f"the scale of {one.tensor[:MAX_REPR]} is {one.scale:g}, and its zero {one.zero}")

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from yolov7_deploy._serialization import MAX_REPR
+from yolov7_deploy._text import printable_line
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.quantization import INTEGER_LIMITS, TrainedQuantization, TrainedRange
-from yolov7_deploy.errors import ExportError
+from yolov7_deploy.errors import CheckpointError, ExportError
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.yolov7 import Yolov7, build_model
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx, tensor_origins, trace
@@ -299,8 +301,19 @@ def load_fake_quantized(checkpoint: Checkpoint) -> FakeQuantizedYolov7:
 
 
 def restore_fake_quantized(model: Yolov7, quantization: TrainedQuantization) -> FakeQuantizedYolov7:
-    """Return a fused network with the ranges of a quantization."""
+    """Return a fused network with the ranges of a quantization.
+
+    Raises:
+        CheckpointError: The ranges are not those of this network's Q/DQ pairs.
+    """
     network = FakeQuantizedYolov7(model, target=quantization.target, reduce_range=quantization.reduce_range)
+    differing = set(network.placement.pairs) ^ {one.tensor for one in quantization.ranges}
+    if differing:
+        raise CheckpointError(
+            f"The weights were trained for INT8 as another network: {len(differing)} activation ranges are missing or "
+            f"unknown, such as that of {printable_line(min(differing)[:MAX_REPR])}.",
+            fix="Copy the file again, or train it again:  y7 train --qat --weights WEIGHTS --data D.yaml",
+        )
     network.load_ranges(quantization.ranges)
     return network
 

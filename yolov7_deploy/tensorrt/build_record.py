@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from yolov7_deploy._serialization import field_values, short_repr
+from yolov7_deploy._serialization import field_values, parse_json, short_repr
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.hardware.jetson import version_numbers
 from yolov7_deploy.metadata import ModelMetadata
@@ -193,7 +193,7 @@ class EngineRecord:
             LoadError: It is not a record of this schema; the message names the field.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             if not isinstance(raw, dict):
                 raise ValueError(f"it is a JSON {type(raw).__name__} instead of an object")
             if raw.get("schema") != SCHEMA:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeAlias
 
+from yolov7_deploy._serialization import parse_json
 from yolov7_deploy.errors import LoadError
 from yolov7_deploy.tensorrt.build_record import EngineRecord, NetworkLayer
 
@@ -188,7 +189,7 @@ def read_inspector(text: str) -> LayerTable:
         LoadError: The text is not JSON, or not of an engine.
     """
     try:
-        raw = json.loads(text.rstrip("\0 \n"), strict=False)
+        raw = parse_json(text.rstrip("\0 \n"), strict=False)
         # A lone surrogate is valid in JSON and in a Python string, but cannot be printed or written.
         raw = json.loads(json.dumps(raw, ensure_ascii=False).encode("utf-8", "replace"), strict=False)
     except (ValueError, RecursionError) as error:

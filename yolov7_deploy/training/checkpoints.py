@@ -17,7 +17,7 @@ from torch import Tensor
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES
-from yolov7_deploy._serialization import from_dict
+from yolov7_deploy._serialization import from_dict, parse_json
 from yolov7_deploy.checkpoint import Checkpoint
 from yolov7_deploy.checkpoint.loader import open_safetensors, save_checkpoint
 from yolov7_deploy.checkpoint.quantization import TrainedQuantization
@@ -255,7 +255,7 @@ def load_run_state(folder: Path, *, with_tensors: bool = True) -> tuple[RunState
             metadata: dict[str, str] = file.metadata() or {}
             keys = file.keys() if with_tensors else ()
             tensors = {key: file.get_tensor(key) for key in keys}
-        raw = json.loads(metadata[_METADATA_KEY])
+        raw = parse_json(metadata[_METADATA_KEY])
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             raise ValueError("it has a different version")
         return from_dict(RunState, raw), tensors

@@ -6,7 +6,6 @@ Nothing is measured in a way of its own: stages and AP are those of `verify_arti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 from yolov7_deploy._bounded_read import read_text
 from yolov7_deploy._console import plural
-from yolov7_deploy._serialization import from_dict, sha256_hex, short_repr
+from yolov7_deploy._serialization import from_dict, parse_json, sha256_hex, short_repr
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.benchmarking.benchmark import MAX_FRAMES, Frames, measure_speed, read_frames
 from yolov7_deploy.benchmarking.devices import resolve_device
@@ -278,7 +277,7 @@ def _read_ranking(path: Path, digests: Mapping[Path, str]) -> LayerRanking:
     """
     fix = f"Write one:  y7 quantize --weights FILE.onnx --calib FOLDER --sensitivity --json {path}"
     try:
-        raw = json.loads(read_text(path))
+        raw = parse_json(read_text(path))
         if not isinstance(raw, dict):
             raise ValueError(f"it contains {short_repr(raw)}")
         record = from_dict(_QuantizeReport, {**raw, **raw.get("quantization", {})})
