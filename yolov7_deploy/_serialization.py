@@ -25,11 +25,14 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:  # noqa: ANN40
     """Return the value of a JSON document; with `strict=False`, its texts may have control characters.
 
     Raises:
-        ValueError, RecursionError: It is damaged, nested too deeply, or longer than `MAX_JSON`.
+        ValueError: It is damaged, nested too deeply, or longer than `MAX_JSON`.
     """
     if len(text) > MAX_JSON:
         raise ValueError(f"it has {len(text)} characters of JSON, more than {MAX_JSON}")
-    return json.loads(text, strict=strict)
+    try:
+        return json.loads(text, strict=strict)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
 
 
 def from_dict(kind: type[T], raw: dict[str, Any]) -> T:

@@ -169,7 +169,7 @@ class ModelMetadata:
         try:
             metadata = from_dict(cls, _current(parse_json(text)))
             _check(metadata)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise LoadError(
                 f"The metadata inside the file cannot be read ({error}).",
                 fix="Export the model again:  y7 export --weights WEIGHTS.pt",

@@ -271,7 +271,7 @@ TARGETS = {
         mutate=container_mutations.mutate_quantization,
         load=_quantization,
         suffix=".safetensors",
-        weight=40,
+        weight=20,
     ),
     "metadata": Target(
         seeds=lambda _: fuzz_seeds.metadata_texts(), mutate=mutations.mutate_json, load=_metadata, suffix=".json"

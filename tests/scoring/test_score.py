@@ -161,8 +161,14 @@ def test_a_damaged_shard_is_named_with_the_command_that_repairs_it(images, model
     with pytest.raises(SourceError, match=r"part-00001\.jsonl is damaged: it has 1 image instead of 3") as error:
         run(images, output, model)
     assert error.value.fix.endswith(f"rm {part}")
+    part.write_text("[" * 100_000 + "\n")
+    with pytest.raises(SourceError, match=r"part-00001\.jsonl is damaged: its JSON is nested too deeply"):
+        run(images, output, model)
     part.unlink()
     assert run(images, output, model).processed == 3
+    (output / SETTINGS).write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="cannot be read: its JSON is nested too deeply"):
+        run(images, output, model)
 
 
 # --- output folder ----------------------------------------------------------------------------------------------------

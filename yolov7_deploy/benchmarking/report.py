@@ -206,7 +206,7 @@ class SpeedReport:
             return from_dict(cls, raw)
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror or error}.", fix="Check the path.") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UsageError(
                 f"{path} cannot be compared with: {error}.", fix="Write one:  y7 bench --json old.json"
             ) from error
@@ -262,7 +262,7 @@ def read_ap(path: Path, weights: Path, *, sha256: str) -> tuple[float, str]:
             raise ValueError(f"ap is {report.ap:g}")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.", fix=_WRITE_VAL_REPORT) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not a report of y7 val: {error}.", fix=_WRITE_VAL_REPORT) from error
     same_file = report.weights_sha256 == sha256 if report.weights_sha256 else Path(report.weights).name == weights.name
     if not same_file:

@@ -305,7 +305,7 @@ def _read_quantization(header: Mapping[str, str], path: Path) -> TrainedQuantiza
         return None
     try:
         return TrainedQuantization.from_json(header[_QUANTIZATION_KEY])
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"The INT8 quantization inside {path.name} cannot be read: {printable_line(str(error))}.",
             fix="Copy the file again, or train it again:  y7 train --qat --weights WEIGHTS --data D.yaml",
@@ -336,7 +336,7 @@ def _widened(tensor: torch.Tensor) -> NumberArray:
 def _key_order(text: str) -> list[str]:
     try:
         order = parse_json(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return []
     return [key for key in order if isinstance(key, str)] if isinstance(order, list) else []
 

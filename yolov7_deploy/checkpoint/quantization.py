@@ -84,7 +84,7 @@ class TrainedQuantization:
         """Return what `to_json` wrote.
 
         Raises:
-            ValueError, RecursionError: The text is damaged, or of another schema.
+            ValueError: The text is damaged, or of another schema.
         """
         raw = parse_json(text)
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:

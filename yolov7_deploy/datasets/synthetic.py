@@ -14,6 +14,7 @@ import numpy as np
 
 from yolov7_deploy._atomic_file import atomic_folder
 from yolov7_deploy._bounded_read import read_text
+from yolov7_deploy._serialization import parse_json
 from yolov7_deploy.datasets.samples import DoubleArray, Labels
 from yolov7_deploy.datasets.synthetic_render import SHAPES, ShapeCanvas
 from yolov7_deploy.errors import DatasetError
@@ -107,9 +108,9 @@ def _is_complete(folder: Path, numbers: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        existing = json.loads(read_text(folder / "shapes.json"))
+        existing = parse_json(read_text(folder / "shapes.json"))
         counts = {split: sum(1 for _ in (folder / "images" / split).iterdir()) for split in SPLITS}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DatasetError(
             f"{folder} already exists and is not a complete shapes dataset.",
             fix="Choose another folder:  --output DIR",

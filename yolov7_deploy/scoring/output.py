@@ -22,6 +22,7 @@ from yolov7_deploy._atomic_file import atomic_write, is_partial_file
 from yolov7_deploy._bounded_read import read_text
 from yolov7_deploy._console import plural, write_json, write_text
 from yolov7_deploy._output_folder import LOCK_NAME
+from yolov7_deploy._serialization import parse_json
 from yolov7_deploy._text import printable_line
 from yolov7_deploy.datasets.coco import read_coco
 from yolov7_deploy.datasets.samples import CocoId
@@ -165,7 +166,7 @@ def open_output(folder: Path, *, settings: Mapping[str, Any]) -> None:
 
 def _check_settings(path: Path, document: Mapping[str, Any]) -> None:
     try:
-        old = json.loads(read_text(path, max_bytes=_MAX_SETTINGS_BYTES))
+        old = parse_json(read_text(path, max_bytes=_MAX_SETTINGS_BYTES))
         if not isinstance(old, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
@@ -189,7 +190,7 @@ def _read_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                record = json.loads(line)
+                record = parse_json(line)
                 if not isinstance(record, dict) or "detections" not in record or "path" not in record:
                     raise ValueError("a line is not the record of an image")
                 yield record

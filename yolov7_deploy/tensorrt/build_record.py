@@ -200,7 +200,7 @@ class EngineRecord:
                 raise ValueError(f"schema is {short_repr(raw.get('schema'))}, this version reads {SCHEMA}")
             metadata = ModelMetadata.from_json(json.dumps(raw.pop("metadata", None)))
             return cls(metadata=metadata, **field_values(cls, raw, exclude="metadata"))
-        except (ValueError, RecursionError, LoadError) as error:
+        except (ValueError, LoadError) as error:
             reason = error.message if isinstance(error, LoadError) else error
             raise LoadError(
                 f"{name} cannot be used: {reason}.", fix="Build the engine again:  y7 build --weights NAME.onnx"

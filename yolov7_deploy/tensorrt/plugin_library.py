@@ -5,7 +5,6 @@ A library is loaded in a separate Python process, so that a damaged file cannot 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from yolov7_deploy._serialization import parse_json
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.hardware.gpu import supported_cuda_version
 from yolov7_deploy.hub import cache_dir
@@ -159,7 +159,7 @@ def describe_plugin(path: Path) -> PluginLibrary:
         raise PluginError(f"{path} is not a usable plugin library: {_load_error(done)}.", fix=_fix())
     try:
         return _parse(path, done.stdout.rpartition(b"\n")[2])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         output = done.stdout[-200:].decode(errors="replace").strip()
         raise PluginError(f"{path} does not have the description of our plugin: {output!r}", fix=_fix()) from error
 
@@ -186,7 +186,7 @@ def _check_complete(path: Path) -> None:
 
 
 def _parse(path: Path, text: bytes) -> PluginLibrary:
-    record = json.loads(text)
+    record = parse_json(text)
     if record["name"] != PLUGIN_NAME or record["abi"] not in get_args(Abi):
         raise ValueError(record)
     return PluginLibrary(

@@ -259,7 +259,7 @@ def load_run_state(folder: Path, *, with_tensors: bool = True) -> tuple[RunState
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             raise ValueError("it has a different version")
         return from_dict(RunState, raw), tensors
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise LoadError(
             f"{path} is damaged, or not a training state of this version ({str(error)[:200]!a}).",
             fix=f"Start a new training from its weights:  y7 train --data D.yaml --weights {folder / LAST}",

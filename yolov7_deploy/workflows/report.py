@@ -283,7 +283,7 @@ def _read_ranking(path: Path, digests: Mapping[Path, str]) -> LayerRanking:
         record = from_dict(_QuantizeReport, {**raw, **raw.get("quantization", {})})
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.", fix=fix) from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is not a report of y7 quantize: {error}.", fix=fix) from error
     if not record.layers:
         raise UsageError(f"{path} has no sensitivities.", fix=fix)
