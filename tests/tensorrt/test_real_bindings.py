@@ -3,6 +3,9 @@
 The bindings are wheels of about 1.2 MB without TensorRT's libraries, downloaded into `$Y7_TENSORRT_BINDINGS` or a
 temporary folder. `tests/fakes/nvinfer` is in the place of the libraries. It answers every call without meaning, or runs
 engines: then the tests of the runtime pass on the bindings.
+
+Each version has three processes: `MODULE` without arguments, `MODULE refuse`, and pytest with the tests of the runtime.
+All that the selected tests need run two at a time, beside each other; a test waits for those of its version.
 """
 
 import json
@@ -12,8 +15,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +71,18 @@ ALL_TESTS = ("8.6", "10.13", "11.4")
 OF_THE_REGISTRY = "test_our_plugin_is_registered_before_the_plan_is_deserialized"
 MIN_PASSED, MIN_PASSED_OF_FEW = 150, 25  # 157 and 26 passed when this was written; the others are for other versions
 
+MODULE = "tests.support.real_bindings"
+PROCESSES = ("found", "refusal", "tested")  # the fixtures that read what a process of a version has found
+PROCESSES_AT_ONCE = 2
+
+
+def arguments_of(process, version):
+    """Return what follows `python -m` in a process of a version."""
+    if process != "tested":
+        return (MODULE, *(("refuse",) if process == "refusal" else ()))
+    options = ("-q", "-p", "tests.support.on_real_bindings", "-p", "no:cacheprovider", "-k", f"not {OF_THE_REGISTRY}")
+    return ("pytest", *options, *(RUNTIME_TESTS if version in ALL_TESTS else RUNTIME_TESTS[:2]))
+
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
@@ -85,21 +102,31 @@ def libraries(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def on_bindings(tmp_path_factory, libraries):
+def site(tmp_path_factory):
+    """Return a function that returns the folder with the bindings of a version, unpacked once."""
+    wheels, unpacked, lock = wheel_folder(tmp_path_factory), tmp_path_factory.mktemp("bindings"), threading.Lock()
+
+    def unpack(version):
+        folder = unpacked / version
+        with lock:
+            if not folder.exists():
+                with zipfile.ZipFile(downloaded_wheel(VERSIONS[version], wheels)) as archive:
+                    archive.extractall(folder)
+                (folder / "tensorrt_bindings").rename(folder / "tensorrt")
+        return folder
+
+    return unpack
+
+
+@pytest.fixture(scope="session")
+def on_bindings(site, libraries):
     """Return a function that runs a Python module with the bindings of a version."""
-    wheels = wheel_folder(tmp_path_factory)
-    unpacked = tmp_path_factory.mktemp("bindings")
 
     def run(version, *arguments):
-        site = unpacked / version
-        if not site.exists():
-            with zipfile.ZipFile(downloaded_wheel(VERSIONS[version], wheels)) as archive:
-                archive.extractall(site)
-            (site / "tensorrt_bindings").rename(site / "tensorrt")
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": f"{libraries}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(site(version)), str(ROOT), *sys.path]),
         }
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(
@@ -110,22 +137,62 @@ def on_bindings(tmp_path_factory, libraries):
 
 
 @pytest.fixture(scope="session")
-def bindings(on_bindings):
-    """Return a function that runs `tests.support.real_bindings` with the bindings of a version."""
-    return lambda version, *arguments: on_bindings(version, "tests.support.real_bindings", *arguments)
+def finished(request, on_bindings):
+    """Return a function that waits for a process of a version; those of all selected tests have been started."""
+    with ThreadPoolExecutor(PROCESSES_AT_ONCE) as pool:
+        start = cache(lambda process, version: pool.submit(on_bindings, version, *arguments_of(process, version)))
+        for process, version in () if "PYTEST_XDIST_WORKER" in os.environ else needed_by(request.session.items):
+            start(process, version)
+        yield lambda process, version: start(process, version).result()
+        pool.shutdown(cancel_futures=True)
+
+
+def needed_by(items):
+    """Return the processes of the tests of this module among `items`, with their versions; the longest first."""
+    needed = {
+        (process, version)
+        for item in items
+        if item.path == Path(__file__)
+        for process in set(PROCESSES) & set(item.fixturenames)
+        for version in ([item.callspec.params["version"]] if hasattr(item, "callspec") else VERSIONS)
+    }
+    return sorted(needed, key=lambda one: (one[0] != "tested", one[1] not in ALL_TESTS, list(VERSIONS).index(one[1])))
 
 
 @pytest.fixture(scope="session")
-def found(bindings):
+def found(finished):
     """Return a function that returns what a version has, after every call of the product was made on it."""
-    results = {}
 
     def read(version):
-        if version not in results:
-            done = bindings(version)
-            assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-4000:]}"
-            results[version] = json.loads(done.stdout.splitlines()[-1])
-        return results[version]
+        done = finished("found", version)
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-4000:]}"
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def refusal(finished):
+    """Return a function that returns what happens when a version refuses an optimization profile."""
+
+    def read(version):
+        done = finished("refusal", version)
+        if done.returncode == SEGMENTATION_FAULT:
+            return "ends the process"
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def tested(finished):
+    """Return a function that returns pytest's output and how many tests of the runtime passed with a version."""
+
+    def read(version):
+        done = finished("tested", version)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        return done.stdout, int(re.search(r"(\d+) passed", done.stdout)[1])
 
     return read
 
@@ -154,39 +221,26 @@ def test_the_fake_builder_has_the_names_of_the_bindings(found, version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_runtime_passes_its_tests_on_the_bindings(on_bindings, version):
+def test_the_runtime_passes_its_tests_on_the_bindings(tested, version):
     """Engines run: a real network gives the boxes of its ONNX file, with threads, graphs and refusals."""
-    options = ("-q", "-p", "tests.support.on_real_bindings", "-p", "no:cacheprovider", "-k", f"not {OF_THE_REGISTRY}")
-    done = on_bindings(version, "pytest", *options, *(RUNTIME_TESTS if version in ALL_TESTS else RUNTIME_TESTS[:2]))
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= (MIN_PASSED if version in ALL_TESTS else MIN_PASSED_OF_FEW), done.stdout[-2000:]
+    output, passed = tested(version)
+    assert passed >= (MIN_PASSED if version in ALL_TESTS else MIN_PASSED_OF_FEW), output[-2000:]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_refused_profile_ends_the_process_or_raises(bindings, version):
+def test_a_refused_profile_ends_the_process_or_raises(refusal, version):
     """This is why the product never selects a profile that is in use."""
-    assert refusal(bindings, version) == (
-        "ends the process" if version in ("8.6", "10.3", "10.4") else "raises `RuntimeError`"
-    )
+    expected = "ends the process" if version in ("8.6", "10.3", "10.4") else "raises `RuntimeError`"
+    assert refusal(version) == expected
 
 
-def refusal(bindings, version):
-    done = bindings(version, "refuse")
-    if done.returncode == SEGMENTATION_FAULT:
-        return "ends the process"
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_the_document_has_the_table_of_these_versions(bindings, found):
-    with ThreadPoolExecutor(2) as pool:
-        columns = dict(zip(VERSIONS, pool.map(found, VERSIONS), strict=True))
-        refusals = dict(zip(VERSIONS, pool.map(lambda version: refusal(bindings, version), VERSIONS), strict=True))
+def test_the_document_has_the_table_of_these_versions(found, refusal):
+    columns = {version: found(version) for version in VERSIONS}
+    refusals = [refusal(version) for version in VERSIONS]
     rows = {
         name: [cell(columns[version]["members"][name]) for version in VERSIONS] for name in columns["8.6"]["members"]
     }
-    rows["TensorRT refuses a profile"] = list(refusals.values())
+    rows["TensorRT refuses a profile"] = refusals
     lines = [("TensorRT", *(result["version"] for result in columns.values())), ("---",) * (1 + len(VERSIONS))]
     lines += [(name, *shortened(cells)) for name, cells in rows.items()]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
