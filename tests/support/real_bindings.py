@@ -182,12 +182,14 @@ def names_of_fake():
 
 
 def refuse():
-    """Let TensorRT refuse a profile, which ends this process with some versions."""
+    """Let TensorRT refuse a profile, which ends this process with some versions; with others the product sees it."""
     context = new_context()
     with Refusals(VERSION.partition(".")[0]):
         try:
             return f"returns {context.set_optimization_profile_async(0, 16)}"
         except RuntimeError:
+            capabilities = TrtCapabilities("tensorrt", tensorrt)
+            assert not capabilities.select_profile(context, 0, 16), "the product takes a refusal for success"
             return "raises `RuntimeError`"
 
 
