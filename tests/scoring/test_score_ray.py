@@ -130,16 +130,30 @@ def test_a_machine_that_is_too_busy_to_start_ray_is_an_error(inputs, tmp_path, m
     assert "--workers" in error.value.fix
 
 
-def test_an_image_that_kills_every_worker_ends_the_run_with_the_reason(inputs, tmp_path, monkeypatch):
-    """Kill each worker that gets these images, as the system does when a worker needs too much memory."""
+def test_a_folder_that_ray_cannot_use_is_an_error_with_the_variable_that_sets_another(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 30)))  # no path of a socket fits
+    with pytest.raises(DeviceError, match=r"Ray did not start: .*path length") as error:
+        run(*inputs, tmp_path / "out")
+    assert "RAY_TMPDIR=" in error.value.fix
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.parametrize(
+    "code,says",
+    [
+        ("os.kill(os.getpid(), 9)", "4 workers died while they processed the same"),  # what the system does
+        ("bytearray(1 << 62)", "A worker ran out of memory"),
+    ],
+)
+def test_memory_that_runs_out_in_workers_ends_the_run_with_the_reason(inputs, tmp_path, monkeypatch, code, says):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'default_worker.py' in ' '.join(sys.orig_argv):\n"
         "    import yolov7_deploy.scoring.scorer as scorer\n"
-        "    scorer._read = lambda item: os.kill(os.getpid(), 9)\n"
+        f"    scorer._read = lambda item: {code}\n"
     )
-    with pytest.raises(DeviceError, match="4 workers died while they processed the same") as error:
+    with pytest.raises(DeviceError, match=says) as error:
         run(*inputs, tmp_path / "out")
     assert "fewer workers" in error.value.fix
 

@@ -158,14 +158,11 @@ def _connected(workers: RayWorkers) -> Iterator[None]:
         with keep_signal_handlers():  # Ray has a handler of its own for SIGTERM
             ray.init(log_to_driver=is_verbose(), logging_level="INFO" if is_verbose() else "ERROR", **options)
     except (ConnectionError, ValueError, OSError) as error:
-        raise _no_cluster(workers.address or "this machine", error) from error
+        raise _no_cluster(workers.address, error) if workers.address else _not_started(error) from error
     except Exception as error:
         if type(error) is not Exception:  # what Ray raises if the machine is too busy for its limit of 30 seconds
             raise
-        raise DeviceError(
-            f"Ray did not start: {_first_line(error)}.",
-            fix="Repeat it when the machine is less busy, or leave out --workers.",
-        ) from error
+        raise _not_started(error) from error
     try:
         _be_quiet()
         yield
@@ -175,6 +172,15 @@ def _connected(workers: RayWorkers) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".")
+
+
+def _not_started(error: Exception) -> DeviceError:
+    """Return the error for a Ray that does not start on this machine: too busy, no memory, or no temporary folder."""
+    return DeviceError(
+        f"Ray did not start: {_first_line(error)}.",
+        fix="Repeat it when the machine is less busy, or leave out --workers. If Ray's folder is the reason, "
+        "choose another one:  export RAY_TMPDIR=/tmp",
+    )
 
 
 def _check_address(address: str) -> None:
