@@ -271,9 +271,15 @@ def test_resume_with_a_damaged_state_names_it(run, fake):
 
 def test_resume_without_an_unfinished_run_names_the_weights_to_train_further(run, fake):
     save_runs(Path("runs/train"), exp=10, exp2=10)
-    with pytest.raises(UsageError, match="All 2 training runs in runs/train are finished") as caught:
+    with pytest.raises(UsageError, match="Each of the 2 training runs in runs/train is finished") as caught:
         run("--resume")
     assert caught.value.fix.endswith("--weights runs/train/exp2/last.safetensors")
+
+
+def test_resume_of_the_only_run_says_that_it_is_finished(run, fake):
+    save_runs(Path("runs/train"), exp=10)
+    with pytest.raises(UsageError, match="The only training run in runs/train is finished"):
+        run("--resume")
 
 
 def test_a_run_that_stopped_early_is_finished():
@@ -303,6 +309,7 @@ def test_other_options_cannot_be_changed_with_resume(run, fake, change):
     with pytest.raises(UsageError) as caught:
         run("--resume", "--save-dir", "some/run", *change.split())
     assert caught.value.message.startswith(f"{change.split()[0].replace('no-', '')} cannot be changed with --resume")
+    assert caught.value.fix.endswith("--weights some/run/last.safetensors")
     assert fake.resume_arguments is None
 
 

@@ -79,6 +79,15 @@ def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(data, uninterrup
     assert_as_if_never_interrupted(folder, uninterrupted_run)
 
 
+def test_resuming_a_finished_run_says_so_and_takes_no_step(uninterrupted_run, tmp_path):
+    folder = shutil.copytree(uninterrupted_run, tmp_path / "run")
+    callback = RecordingCallback()
+    assert resume_run(folder, callback).epochs == EPOCHS
+    assert "this run is finished (epoch 2 of 2)" in callback.text and not callback.steps
+    assert f"start a new one with --weights {folder / 'last.safetensors'}" in callback.text
+    assert_as_if_never_interrupted(folder, uninterrupted_run)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_and_sighup_stop_training_like_ctrl_c(data, tmp_path, number):
     callback = RecordingCallback({(1, 1): send(number)})

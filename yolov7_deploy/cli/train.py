@@ -312,7 +312,7 @@ def _start(
         )
         callback = ConsoleCallback(json_path)
         callback.on_message(
-            f"hyperparameters {preset}{' and --set' * bool(set_values)}; {options.epochs} epochs, "
+            f"hyperparameters {preset}{' and --set' * bool(set_values)}; epochs {options.epochs}, "
             f"batch {options.batch}, images {options.img}x{options.img}; results in {save_dir}"
         )
         _print_report(start_training(request, callback=callback), json_path)
@@ -321,18 +321,18 @@ def _start(
 def _resume(context: typer.Context) -> None:
     """Resume the run of `--save-dir` or `--name`, or the newest unfinished one."""
     values = context.params
+    folder = values["save_dir"] or values["project"] / values["name"]
     for parameter in context.command.params:
         if parameter.name and parameter.name not in RESUME_OPTIONS and was_given(parameter.name):
             raise UsageError(
                 f"{parameter.opts[0]} cannot be changed with --resume: a run keeps the options it was started with.",
-                fix="Leave it out, or start a new run from its weights:  --weights runs/train/exp/last.safetensors",
+                fix=f"Leave it out, or start a new run from its weights:  --weights {folder / 'last.safetensors'}",
             )
     from yolov7_deploy.training.checkpoints import find_unfinished_run
     from yolov7_deploy.training.run import resume
 
-    folder = values["save_dir"] or (values["project"] / values["name"] if was_given("name") else None)
     report = resume(
-        folder or find_unfinished_run(values["project"]),
+        folder if values["save_dir"] or was_given("name") else find_unfinished_run(values["project"]),
         callback=ConsoleCallback(values["json_path"]),
         device=values["device"] if was_given("device") else None,
         data=str(values["data"]) if values["data"] else None,

@@ -231,8 +231,9 @@ def find_unfinished_run(project: Path) -> Path:
         except LoadError:
             return path.parent  # resuming it explains what is wrong with the file
     if states:
+        runs = "The only training run" if len(states) == 1 else f"Each of the {len(states)} training runs"
         raise UsageError(
-            f"All {len(states)} training runs in {project} are finished.",
+            f"{runs} in {project} is finished.",
             fix=f"Train the newest one further:  y7 train --data D.yaml --weights {states[0].parent / LAST}",
         )
     raise UsageError(f"There is no training run in {project} to resume.", fix="Name its folder:  --save-dir DIR")

@@ -147,10 +147,19 @@ def resume(folder: Path, *, callback: TrainCallback, device: str | None = None, 
         model = _restore(state)
         if distributed.is_main_process:
             remove_partial_files(folder)
-        callback.on_message(
-            f"resuming in epoch {state.epoch + 1} of {request.options.epochs}, after {state.step} of its steps"
-        )
+        callback.on_message(_describe_resume(state, folder))
         return _run(model, datasets, replace(state, request=request), distributed, callback, resuming=True)
+
+
+def _describe_resume(state: RunState, folder: Path) -> str:
+    """Return where a run resumes, or that a finished one only writes its results again."""
+    epochs = state.request.options.epochs
+    if state.is_finished:
+        return (
+            f"this run is finished (epoch {state.epoch} of {epochs}): its results are written again; "
+            f"to train longer, start a new one with --weights {folder / LAST}"
+        )
+    return f"resuming in epoch {state.epoch + 1} of {epochs}, after {state.step} of its steps"
 
 
 def _initialize(
