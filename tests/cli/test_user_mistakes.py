@@ -115,7 +115,7 @@ MISTAKES = [
     Mistake("val --weights best.onnx --data shapes", "shapes is a folder", "--data shapes/shapes.yaml", VAL),
     Mistake("train --data best.safetensors", "is a model file, not a dataset", "--weights best.safetensors", TRAIN),
     Mistake("train --variant yolov7-tiny", "needs --data", "y7 shapes --output shapes"),
-    Mistake(f"{VAL} --split valid", "has no valid images", "--split val", f"{VAL} --split val"),
+    Mistake(f"{VAL} --split valid", "has no split 'valid' (it has", "--split val", f"{VAL} --split val"),
     Mistake("val --weights best.onnx --data other.yaml", "boxes of 'cat', 'dog'", "rename"),
     # sizes and numbers
     Mistake(f"{DETECT} --img 128", "fixed input of 64x64, not 128x128", "export --weights best.safetensors --img 128"),

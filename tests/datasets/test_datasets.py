@@ -100,6 +100,7 @@ def test_polygon_lines_and_box_lines_can_be_mixed(yolo):
         ("0 0.5 1.5 0.1 0.1", "coordinates outside 0..1"),
         ("0 0.5 nan 0.1 0.1", "coordinates outside 0..1"),
         ("0 0.5 0.5 0.1", "4 columns"),
+        ("0,0.5,0.5,0.1,0.1", "1 column; a box has 5"),
         ("0 0.5 0.5 0.1 0.1 0.9", "6 columns"),
         ("dog 0.5 0.5 0.1 0.1", "could not convert"),
     ],

@@ -174,10 +174,8 @@ def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) 
     entries = config.get(split)
     if not entries:
         available = ", ".join(key for key in SPLITS if config.get(key)) or f"none of {', '.join(SPLITS)}"
-        raise MissingSplitError(
-            f"{path} has no {split} images (it has {available}).",
-            fix=_split_fix(config, split),
-        )
+        missing = f"{split} images" if split in SPLITS else f"split {split!r}"
+        raise MissingSplitError(f"{path} has no {missing} (it has {available}).", fix=_split_fix(config, split))
     found: list[Path] = []
     problems: list[str] = []
     are_complete = True

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from yolov7_deploy._console import plural
 from yolov7_deploy.datasets.samples import MAX_LISTED, DoubleArray, Labels, short_reason, short_text
 from yolov7_deploy.errors import DatasetError
 from yolov7_deploy.sources.files import LABEL_SUFFIX, read_text
@@ -241,9 +242,8 @@ def _parse_line(columns: Sequence[str], classes: int) -> tuple[int, DoubleArray]
     """Return class and points [K, 2]: the two corners of a box line, or the outline of a polygon line."""
     count = len(columns)
     if count != BOX_COLUMNS and (count < MIN_POLYGON_COLUMNS or count % 2 == 0):
-        raise ValueError(
-            f"{count} columns; a box has {BOX_COLUMNS}, a polygon an odd number of at least {MIN_POLYGON_COLUMNS}"
-        )
+        expected = f"a box has {BOX_COLUMNS}, a polygon an odd number of at least {MIN_POLYGON_COLUMNS}"
+        raise ValueError(f"{plural(count, 'column')}; {expected}")
     values = np.array(list(map(float, columns)), dtype=np.float64)
     if values[0] not in range(classes):
         raise ValueError(f"class {short_text(columns[0])} is not one of 0..{classes - 1}")
