@@ -145,6 +145,17 @@ def test_an_unknown_class_is_refused_with_a_suggestion(wanted, hint):
     assert hint in caught.value.fix
 
 
+def test_suggested_classes_are_quoted_and_spelled_as_in_the_model():
+    names = ("Dreieck, rot", "Kühlbox", "ball")
+    for wanted, fix in (("dreieck", "Did you mean 'Dreieck, rot'?"), ("kuhlbox", "Did you mean 'Kühlbox'?")):
+        with pytest.raises(UsageError) as caught:
+            find_classes(wanted, names)
+        assert caught.value.fix == fix
+    with pytest.raises(UsageError) as caught:
+        find_classes("x", names)
+    assert caught.value.fix == "Its 3 classes: 'Dreieck, rot', 'Kühlbox', 'ball'"
+
+
 @pytest.mark.parametrize("wanted", [1.0, [1.5], True, [False], None, [None], b"person", [b"person"], [[0]], np.nan])
 def test_a_class_that_is_neither_an_int_nor_text_is_refused(wanted):
     with pytest.raises(UsageError, match="an id or a name") as caught:

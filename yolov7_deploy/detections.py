@@ -396,10 +396,12 @@ def _unknown_class(item: int | str, class_names: Sequence[str]) -> UsageError:
             f"Class id {item} does not exist; the model has {len(class_names)} classes.",
             fix=f"Use ids from 0 to {len(class_names) - 1}.",
         )
-    near = difflib.get_close_matches(item.casefold(), [name.casefold() for name in class_names], n=3, cutoff=0.5)
+    spelling = {name.casefold(): name for name in reversed(class_names)}
+    near = difflib.get_close_matches(item.casefold(), list(spelling), n=3, cutoff=0.5)
     if near:
-        return UsageError(f"The model has no class {item!r}.", fix=f"Did you mean: {', '.join(near)}")
-    some = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+        meant = " or ".join(repr(spelling[name]) for name in near)
+        return UsageError(f"The model has no class {item!r}.", fix=f"Did you mean {meant}?")
+    some = ", ".join(map(repr, class_names[:10])) + (", ..." if len(class_names) > 10 else "")
     return UsageError(f"The model has no class {item!r}.", fix=f"Its {len(class_names)} classes: {some}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -261,8 +262,10 @@ def test_classes_of_models_without_names_are_matched_by_position(folder):
 
 
 def test_classes_missing_in_the_model_are_an_error(folder):
-    with pytest.raises(DatasetError, match="boxes of 'dog', which the model does not know"):
-        evaluated(folder, metadata=model_metadata(class_names=("cat", "cow", "pig")))
+    wanted = "boxes of 'dog', which the model does not know; its 3 classes: 'cat', 'Cow', 'pig'.$"
+    with pytest.raises(DatasetError) as caught:
+        evaluated(folder, metadata=model_metadata(class_names=("cat", "Cow", "pig")))
+    assert re.search(wanted, caught.value.message)
 
 
 def test_the_report_is_one_json_document_without_predictions(folder):

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from faster_coco_eval import COCO, COCOeval_faster
 
-from yolov7_deploy._console import table
+from yolov7_deploy._console import plural, table
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.datasets import Dataset
-from yolov7_deploy.datasets.samples import SINGLE_CLASS_NAME, CocoId, DoubleArray, id_order
+from yolov7_deploy.datasets.samples import SINGLE_CLASS_NAME, CocoId, DoubleArray, id_order, join_names
 from yolov7_deploy.detections import Detections
 from yolov7_deploy.errors import DatasetError, ImageError
 from yolov7_deploy.evaluation.confusion import ConfusionMatrix, confusion_matrix
@@ -214,11 +214,12 @@ def _map_categories(names: Sequence[str], dataset: Dataset) -> dict[int, CocoId]
     ):
         return dict(enumerate(dataset.category_ids))
     index_of = {name: i for i, name in reversed(list(enumerate(model_names)))}
-    unknown = [dataset_names[i] for i in np.flatnonzero(dataset.box_counts()) if dataset_names[i] not in index_of]
+    with_boxes = np.flatnonzero(dataset.box_counts()).tolist()
+    unknown = [dataset.class_names[i] for i in with_boxes if dataset_names[i] not in index_of]
     if unknown:
         raise DatasetError(
-            f"{dataset.source} has boxes of {', '.join(map(repr, unknown[:5]))}, which the model does not know; "
-            f"its {len(names)} classes are {', '.join(map(repr, names[:5]))}, ...",
+            f"{dataset.source} has boxes of {join_names(unknown)}, which the model does not know; "
+            f"its {plural(len(names), 'class')}: {join_names(names)}.",
             fix="Measure on a dataset with the model's classes, or rename the dataset's classes to the model's.",
         )
     return {
