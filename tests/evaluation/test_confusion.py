@@ -106,7 +106,7 @@ def test_the_summary_counts_and_names_the_most_frequent_confusions():
     counts = np.array([[6, 1, 0, 2], [2, 3, 0, 0], [0, 4, 0, 1], [1, 0, 5, 0]])
     assert ConfusionMatrix(counts=counts, class_names=NAMES).summary() == (
         "at conf 0.25: 9 of 22 objects found, 6 missed, 7 as another class; 3 detections without an object\n"
-        "most confused: dog as bird: 4, cat as dog: 2, dog as cat: 1"
+        "most confused: dog as bird: 4; cat as dog: 2; dog as cat: 1"
     )
     assert "most confused" not in ConfusionMatrix(counts=np.zeros((4, 4), int), class_names=NAMES).summary()
 

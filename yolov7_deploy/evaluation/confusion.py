@@ -59,7 +59,7 @@ class ConfusionMatrix:
         pairs = [(int(between[p, t]), t, p) for p, t in zip(*np.nonzero(between), strict=True) if p != t]
         worst = sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:MAX_CONFUSIONS]
         lines = [f"{self.class_names[t]} as {self.class_names[p]}: {count}" for count, t, p in worst]
-        return "\n".join([text, *([f"most confused: {', '.join(lines)}"] if lines else [])])
+        return "\n".join([text, *([f"most confused: {'; '.join(lines)}"] if lines else [])])
 
 
 def confusion_matrix(
