@@ -195,7 +195,7 @@ class Detections:
     def _read_own_image(self) -> Image:
         fix = "Pass the image:  detections.plot(image)  or  detections.save('result.jpg', image)"
         if not self.path:
-            raise UsageError("These detections are of an array, which they do not keep.", fix=fix)
+            raise UsageError("These detections are of an image in memory, which they do not keep.", fix=fix)
         try:
             return read_image(self.path)
         except ImageError as error:
