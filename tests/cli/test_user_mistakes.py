@@ -168,6 +168,12 @@ MISTAKES = [
     Mistake(f"{TRAIN} --device 7", "GPU 7 is needed", "--device cpu"),
     Mistake("bench --weights best.onnx --device jetson", "is not a Jetson", "y7 bench --estimate orin-nx"),
     # habits of other programs
+    Mistake(
+        "detect --weights best.onnx --source images/000001.png images/000002.png --nosave",
+        "--source takes one value, not 2 files; a shell replaces a pattern without quotes",
+        "--source 'images/*.png'",
+        "detect --weights best.onnx --source 'images/*.png' --nosave",
+    ),
     Mistake("detect best.onnx street.png", "best.onnx is given without an option", f"y7 {DETECT[:-9]}", DETECT),
     Mistake("predict model=best.onnx source=street.png", "given without an option", f"y7 {DETECT[:-9]}", DETECT),
     Mistake("detct --weights best.onnx --source street.png", "No such command", "Did you mean 'detect'?", DETECT),

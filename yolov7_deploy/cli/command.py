@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from yolov7_deploy._output import set_verbosity
 from yolov7_deploy.cli.official import translate
 
 OTHER = "Other"
+PATTERN_OPTIONS = ("--source", "-s", "--images", "--calib")
 # Options of a command by panel, as names of parameters; commands with few options have one panel.
 PANELS: dict[str, dict[str, str]] = {
     "train": {
@@ -119,6 +121,20 @@ def _option_of(value: str) -> str:
     return "--data" if path.suffix.lower() in (".yaml", ".yml", ".json") else "--source"
 
 
+def _refuse_expanded_pattern(args: Sequence[str]) -> None:
+    """Refuse several files after one option: the shell wrote them in place of a pattern without quotes."""
+    for start, option in enumerate(args, start=1):
+        if option in PATTERN_OPTIONS:
+            files = list(itertools.takewhile(lambda word: not word.startswith("-"), args[start:]))
+            if len(files) > 1 and all(map(os.path.exists, files)):
+                suffixes = {Path(file).suffix for file in files}
+                pattern = Path(files[0]).parent / ("*" + (suffixes.pop() if len(suffixes) == 1 else ""))
+                raise typer.BadParameter(
+                    f"{option} takes one value, not {len(files)} files; a shell replaces a pattern without quotes by "
+                    f"its files. For example:  {option} '{pattern}'"
+                )
+
+
 class Y7Command(TyperCommand):
     """A command whose help has panels, and which reads the options of the official program."""
 
@@ -129,6 +145,7 @@ class Y7Command(TyperCommand):
             args = translate(self._function, args, known=known)
             if args and not args[0].startswith("-") and not any(p.param_type_name == "argument" for p in self.params):
                 raise typer.BadParameter(self._with_options(args, known))
+            _refuse_expanded_pattern(args)
         return super().parse_args(ctx, args)
 
     def _with_options(self, args: list[str], known: set[str]) -> str:

@@ -369,7 +369,7 @@ def check_rect_supported(path: Path, runtime: Runtime) -> None:
     what = "is an engine" if fixed is None else f"has a fixed input of {fixed[0]}x{fixed[1]}"
     raise UsageError(
         f"{path} {what}; rectangular input needs a file that takes any height and width.",
-        fix="Leave rect out, use the weights (.pt), or export them:  y7 export --weights WEIGHTS.pt --dynamic",
+        fix="Leave --rect out, use the weights (.pt), or export them:  y7 export --weights WEIGHTS.pt --dynamic",
     )
 
 
