@@ -1,6 +1,7 @@
 """`y7 quantize` and `y7 export --int8`; `y7 info` and `y7 verify` on INT8 files; bad input of every kind."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -131,6 +132,7 @@ def test_verify_applies_the_tolerance_of_int8(model, here):
     y7("quantize", "--weights", model, "--calib", "images")
     result = y7("verify", "--weights", model, "--against", "m-int8.onnx", "--images", "images")
     assert "rms / std" in result.output and "candidates" not in result.output
+    assert re.search(r"\nall stages are within their limits in \d comparisons?\n$", result.output)
 
 
 def test_a_broken_int8_file_fails_the_verification(files, here, monkeypatch):

@@ -271,6 +271,7 @@ def test_verify_fails_if_nothing_can_be_compared(nothing_found, tmp_path):
     result = CliRunner().invoke(app, ["verify", *files, "--json", str(tmp_path / "verify.json")])
     assert isinstance(result.exception, ParityError)
     assert "NOT VERIFIED" in result.output and "NOT VERIFIED" in result.exception.message
+    assert "within their limits" not in result.output
     assert "--images" in result.exception.fix and "--data" in result.exception.fix
     document = json.loads((tmp_path / "verify.json").read_text())
     assert (document["ok"], document["verified"]) == (False, False)

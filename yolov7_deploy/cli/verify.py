@@ -76,8 +76,8 @@ def verify(
 
 
 def describe(result: Verification) -> str:
-    """Return the comparison as tables."""
-    from yolov7_deploy._console import table
+    """Return the comparison as tables, and a last line if everything is within its limits."""
+    from yolov7_deploy._console import plural, table
 
     parts = [stage_table(report) for report in result.reports]
     if result.accuracy:
@@ -88,6 +88,9 @@ def describe(result: Verification) -> str:
         ]
         parts.append(table(rows, ["artifact", "precision", "AP", "AP50", "points"], f"AP on {result.images} images"))
     parts += result.notes
+    if not result.failures:
+        ap = ", and so is the AP" * bool(result.accuracy)
+        parts.append(f"all stages are within their limits in {plural(len(result.reports), 'comparison')}{ap}")
     return "\n".join(parts)
 
 
