@@ -160,12 +160,15 @@ def test_help_of_a_command_has_an_example_and_is_the_same_in_all_spellings(name)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_fits_a_terminal_of_80_columns(name):
-    assert max(map(len, shown(name, "--help").splitlines())) <= 80
+    text = shown(name, "--help")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "list[" not in text  # a type of Python is not the name of a value
 
 
 def test_help_lists_all_commands():
     for text in (shown("--help"), shown("help")):
         assert all(f"\n  {name} " in text for name in NAMES) and "y7 help COMMAND" in text
+        assert "..." not in text.partition("Commands:")[2] and max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", PANELS)

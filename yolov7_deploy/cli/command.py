@@ -166,6 +166,8 @@ class Y7Command(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 name, text = record
+                if parameter.param_type_name == "argument":
+                    name = name.partition(" <")[0]  # without the type, which new versions of typer add
                 panels[self._panel(parameter)].append((name, text.replace("\\[", "[")))  # typer 0.16 writes for rich
         for name, records in panels.items():
             if records:
@@ -189,3 +191,9 @@ class Y7Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401
         """Return the command of a name, also in the spelling of the official scripts."""
         return super().get_command(ctx, cmd_name.removesuffix(".py").replace("_", "-"))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Write the first sentence of each command in full, on two lines if it is long."""
+        commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(c.name, c.get_short_help_str(limit=200)) for c in commands if not c.hidden])

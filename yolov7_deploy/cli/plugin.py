@@ -23,7 +23,9 @@ def plugin(
     arch: Annotated[
         list[str] | None,
         typer.Option(
-            "--arch", help="Compute capabilities, separated by commas: 86, 8.6 or native (default: all of this CUDA)."
+            "--arch",
+            metavar="CAPABILITIES",
+            help="Compute capabilities, separated by commas: 86, 8.6 or native (default: all of this CUDA).",
         ),
     ] = None,
     output: Annotated[

@@ -20,7 +20,9 @@ OTHER_IMAGES = "Compare on images with objects of the model's classes:  --images
 
 
 def verify(
-    against: Annotated[list[str], typer.Option("--against", help="Model file to check; repeat for several.")],
+    against: Annotated[
+        list[str], typer.Option("--against", metavar="FILE", help="Model file to check; repeat for several.")
+    ],
     weights: Annotated[
         str, typer.Option("--weights", "-w", help="Reference: a model file or an official name.")
     ] = "yolov7",
