@@ -103,6 +103,12 @@ def test_nan_is_a_gap_and_missing_values_are_labelled():
     assert not objectness.texts
 
 
+def test_a_legend_has_no_line_that_is_not_drawn():
+    records = [record(e, 0.3, ap_small=None, ap_medium=0.2, ap_large=0.6) for e in range(3)]
+    sizes = figure_of(plots._results_figure, records).axes[5]
+    assert {text.get_text() for text in sizes.get_legend().get_texts()} == {"medium", "large"}
+
+
 DATASETS = {
     "none": (np.zeros(0, np.int64), np.zeros((0, 4)), ("cat", "猫")),
     "one": (*some_labels(1, 1), ("cat",)),

@@ -170,8 +170,10 @@ def _draw_panel(axes: Axes, records: Sequence[EpochRecord], title: str, lines: L
     for column, name, colour, width in lines:
         epochs, values = _points(records, column)
         marker = "o" if len(epochs) <= MAX_MARKERS else ""
-        axes.plot(epochs, values, color=colour, linewidth=width, marker=marker, markersize=2 + width, label=name)
-        drawn = drawn or bool(np.isfinite(values).any())
+        has_values = bool(np.isfinite(values).any())
+        label = name if has_values else "_nolegend_"  # such as the AP of small objects where there are none
+        axes.plot(epochs, values, color=colour, linewidth=width, marker=marker, markersize=2 + width, label=label)
+        drawn = drawn or has_values
     if not drawn:
         write_in_centre(axes, "not measured")
         axes.set_yticks([])
