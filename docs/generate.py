@@ -134,15 +134,15 @@ def cpu_table(network: str) -> str:
     rows = []
     for key, (precision, runtime) in CPU_ROWS.items():
         accuracy = result["accuracy"][key]
-        interval = f" ({accuracy['low']:.1f} to {accuracy['high']:.1f})" if key != "fp32, onnxruntime" else ""
+        interval = f" ({accuracy['low']:.2f} to {accuracy['high']:.2f})" if key != "fp32, onnxruntime" else ""
         rows.append(
             [
                 precision,
                 runtime,
                 f"{result['median_ms'][key]:.0f}",
                 f"{result['ratio_to_fp32_onnxruntime'][key]:.2f}",
-                f"{100 * accuracy['ap']:.1f}",
-                f"{round(accuracy['points_lost'], 1) + 0.0:.1f}{interval}",
+                f"{100 * accuracy['ap']:.2f}",
+                f"{accuracy['points_lost']:.2f}{interval}",
             ]
         )
     head = ["file", "runtime", "ms", "time / FP32", "AP", "points lost (95 %)"]
@@ -221,7 +221,7 @@ def cpu_chart() -> Figure:
     axes.set_xlim(0, 1.09)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("time of an image / time in FP32 with ONNX Runtime (less is faster)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right", borderaxespad=1)
     return figure
 
 
@@ -257,7 +257,7 @@ def detectors_chart() -> Figure:
             axes.annotate(text.lstrip("-"), (row["ms"], row["ap"]), (5, -11), textcoords="offset points", color=colour)
     axes.set_xlabel("ms per image on an NVIDIA T4, TensorRT, batch 1 (published)")
     axes.set_ylabel("AP on COCO val2017")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", borderaxespad=1)
     return figure
 
 
@@ -274,7 +274,7 @@ def training_chart() -> Figure:
         start += len(epochs)
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP on the validation images")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", borderaxespad=1)
     return figure
 
 
