@@ -89,14 +89,14 @@ def prepared(tmp_path_factory):
     for name in ("data.yaml", "coco-mini.yaml"):
         (folder / name).write_text(text, encoding="utf-8")
     images = sorted((data.parent / "images" / "train").iterdir())
-    for name in ("images", "images/val"):
+    for name in ("images", "images/train"):
         shutil.copytree(data.parent / "images" / "train", folder / name, dirs_exist_ok=True)
     for name, precision in files.items():
         calib = folder / "images" if precision == "int8" else None
         path = folder / f"{name}.onnx"
         export(folder / "best.safetensors", path, precision=precision, calib=calib, batch=None, verify=False)
     cv2.imwrite(str(folder / "street.jpg"), cv2.imread(str(images[0])))
-    (folder / "list.txt").write_text("".join(f"images/val/{path.name}\n" for path in images), encoding="utf-8")
+    (folder / "list.txt").write_text("".join(f"images/train/{path.name}\n" for path in images), encoding="utf-8")
     for name in ("a.mp4", "b.mp4"):
         write_video(folder / name, images)
     return folder
