@@ -1,4 +1,4 @@
-"""Files for deployment reports: a dataset whose names are markup, and a file with swapped colour channels."""
+"""Files for deployment reports: a dataset whose names are markup, and files that are wrong."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def write_hostile_shapes(folder: Path, *, images: int) -> Path:
     assert CLASS_NAMES[0] in text
     data.write_text(text.replace(CLASS_NAMES[0], f'"{CLASS}"', 1), encoding="utf-8")
     return data
+
+
+def write_nan(source: Path, target: Path, *, layer: int, channels: slice) -> None:
+    """Write an ONNX file with NaN in the weights of some output channels of the convolution at a position."""
+    model = onnx.load(source)
+    conv = [node for node in model.graph.node if node.op_type == "Conv"][layer]
+    (weight,) = (one for one in model.graph.initializer if one.name == conv.input[1])
+    values = numpy_helper.to_array(weight).copy()
+    values[channels] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, target)
 
 
 def swap_channels(source: Path, target: Path) -> None:

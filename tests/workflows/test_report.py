@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.report_files import CLASS, IMAGE, SIZE, swap_channels, write_hostile_shapes
+from tests.support.report_files import CLASS, IMAGE, SIZE, swap_channels, write_hostile_shapes, write_nan
 from tests.support.small_models import exported_tiny
 from tests.support.speed_reports import speed_report
 from yolov7_deploy import export, report
@@ -24,7 +24,7 @@ from yolov7_deploy.hub import bundled_weights
 from yolov7_deploy.workflows.report_page import MAX_BYTES
 
 WRONG = "swapped<script>alert(1).onnx"
-VOID = {"br", "img", "link", "meta"}
+VOID = {"br", "img", "link", "meta", "wbr"}
 
 
 class Page(HTMLParser):
@@ -130,6 +130,21 @@ def test_an_exported_file_passes_and_is_not_reported_as_different(folder, tmp_pa
     assert page.find("section")[1][0]["id"] == "warnings"  # the speed was not measured
     (good,) = result.artifacts[1:]
     assert good.drop is not None and good.drop.points == pytest.approx(0, abs=0.01)
+
+
+def test_a_file_that_computes_nan_is_at_the_top_in_red(folder, tmp_path):
+    write_nan(folder / "good.onnx", tmp_path / "nan.onnx", layer=0, channels=slice(0, 1))
+    result = make(folder, tmp_path / "r.html", folder / "good.onnx", tmp_path / "nan.onnx")
+    first, words = Page(result.path.read_text()).find("section")[0]
+    assert first["class"] == "verdict bad" and "nan.onnx differs from" in words and "raw / std nan" in words
+    assert [one.failures == () for one in result.artifacts] == [True, True, False]
+
+
+def test_boxes_with_nan_are_an_error_that_names_the_file(folder, tmp_path):
+    write_nan(folder / "good.onnx", tmp_path / "nan.onnx", layer=-1, channels=slice(0, 2))  # x and y, not the scores
+    with pytest.raises(UsageError, match=r"nan\.onnx: A box or score is NaN"):
+        make(folder, tmp_path / "r.html", folder / "good.onnx", tmp_path / "nan.onnx")
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_a_file_that_was_made_from_other_weights_is_a_warning(result):

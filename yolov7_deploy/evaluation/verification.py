@@ -229,7 +229,10 @@ def _measure_accuracy(
     for run in runs:
         img, half = None if _is_fixed(run.path) else size, _reference_half(run.path)
         with Detector(run.path, device=device, img=img, half=half, runtime=run.runtime) as detector:
-            report = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
+            try:
+                report = evaluate(detector, dataset, options=ValOptions(rect=False, batch=1), progress=progress)
+            except UsageError as error:  # NaN in a box or score
+                raise UsageError(f"{run}: {error.message}", fix=error.fix) from error
             report = replace(report, weights=str(run.path), runtime=detector.runtime)
             metadata, input_hw = detector.metadata, detector.input_hw
         accuracy.append(

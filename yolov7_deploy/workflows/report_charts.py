@@ -19,6 +19,7 @@ from yolov7_deploy.workflows.sensitivity_chart import draw_sensitivities
 WIDTH, ROW, MARGIN = 9.0, 0.34, 1.0  # inches
 # Wong's palette (Nature Methods 8, 441, 2011), which colour-blind readers can distinguish; the shapes differ, too.
 VERDICTS = {"within": ("#009E73", "o"), "inconclusive": ("#E69F00", "s"), "above": ("#D55E00", "X")}
+LABELS = {"within": "less than allowed", "inconclusive": "undecided", "above": "more than allowed"}
 NAME_CHARACTERS = 44
 
 
@@ -69,7 +70,13 @@ def _drop_figure(drops: Sequence[tuple[str, AccuracyDrop]], max_drop: float) -> 
     axes.set_axisbelow(True)
     marks = {verdict: axes.plot([], [], marker=m, color=c, linestyle="none")[0] for verdict, (c, m) in VERDICTS.items()}
     used = [name for name in VERDICTS if any(drop.verdict(max_drop) == name for _, drop in drops)]
-    figure.legend([marks[name] for name in used], used, ncols=3, loc="upper right", bbox_to_anchor=(0.97, 0.995))
+    figure.legend(
+        [marks[name] for name in used],
+        [LABELS[name] for name in used],
+        ncols=3,
+        loc="upper right",
+        bbox_to_anchor=(0.97, 0.995),
+    )
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from yolov7_deploy._atomic_file import PartialFile
 from yolov7_deploy._bounded_read import open_file
@@ -204,7 +205,14 @@ def _environment() -> Environment:
         finalize=_readable,
     )
     environment.filters.update(
-        number=_number, signed=_signed, ms=_ms, bytes=_bytes, hw=_hw, size=_size, plural=lambda n, noun: plural(n, noun)
+        breakable=_breakable,
+        bytes=_bytes,
+        hw=_hw,
+        ms=_ms,
+        number=_number,
+        plural=lambda n, noun: plural(n, noun),
+        signed=_signed,
+        size=_size,
     )
     return environment
 
@@ -241,6 +249,11 @@ def _readable(value: object) -> object:
     if value is None:
         return DASH
     return printable(value) if isinstance(value, str | Path) and not isinstance(value, Markup) else value
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name as HTML that a line may break after each `_`, `.` and `-`."""
+    return Markup(re.sub("([_.-])", r"\1<wbr>", str(escape(printable(name)))))
 
 
 def _number(value: float | None, digits: int = 4) -> str:
