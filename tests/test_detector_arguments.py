@@ -264,7 +264,7 @@ def test_detections_of_an_array_or_a_video_are_not_drawn_without_the_image(detec
     writer.write(np.zeros((48, 64, 3), np.uint8))
     writer.finish()
     _, of_video = next(detector.stream(tmp_path / "a.mp4"))
-    for found, reason in ((detector(IMAGES[0]), "of an array"), (of_video, "not of an image file")):
+    for found, reason in ((detector(IMAGES[0]), "of an image in memory"), (of_video, "not of an image file")):
         with pytest.raises(UsageError, match=reason) as caught:
             found.plot()
         assert "detections.plot(image)" in caught.value.fix
