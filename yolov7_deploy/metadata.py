@@ -8,7 +8,7 @@ gives the defaults.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from yolov7_deploy._serialization import from_dict, parse_json, short_repr
@@ -32,6 +32,7 @@ OVERFLOW_OUTPUT = "overflow"  # int32 [B, 1], of engines with our plugin: more c
 # Larger numbers mean a damaged file: no network takes such an image, and no list of detections is that long.
 MAX_SIDE = 2**16
 MAX_COUNT = 2**31 - 1
+MAX_TEXT = 1000  # characters of a name or a version
 
 NmsKind = Literal["plugin", "standard", "efficient"]
 InputKind = Literal["float32", "uint8"]
@@ -186,7 +187,11 @@ def _current(raw: object) -> dict[str, Any]:
 
 
 def _check(metadata: ModelMetadata) -> None:
-    """Reject impossible numbers before memory is allocated according to them."""
+    """Reject impossible numbers before memory is allocated according to them, and texts that messages would repeat."""
+    for name in (field.name for field in fields(metadata)):
+        value = getattr(metadata, name)
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise ValueError(f"{name} has {len(value)} characters")
     sizes = (*(metadata.input_hw or ()), *(metadata.nominal_hw or ()))
     sides = {"input_hw": sizes, "strides": metadata.strides}
     for name, values in sides.items():

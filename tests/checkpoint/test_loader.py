@@ -22,7 +22,7 @@ from yolov7_deploy._version import __version__
 from yolov7_deploy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from yolov7_deploy.checkpoint.architecture import FINGERPRINTS, identify_architecture
 from yolov7_deploy.datasets.coco import COCO_NAMES
-from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
+from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError, Y7Error
 from yolov7_deploy.metadata import METADATA_KEY, ModelMetadata
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.model.yolov7 import build_model, new_model
@@ -409,6 +409,15 @@ def test_an_impossible_training_size_is_refused(path, tmp_path, size):
     file = write_with_metadata(tmp_path / "wrong.safetensors", checkpoint, training_size=size)
     with pytest.raises(LoadError, match="training_size"):
         load_checkpoint(file)
+
+
+@pytest.mark.parametrize("length", [999, 70_000])
+def test_a_long_variant_is_not_repeated_in_the_message(path, tmp_path, length):
+    checkpoint = load_checkpoint(save_official({"model": Model()}, path))
+    file = write_with_metadata(tmp_path / "wrong.safetensors", checkpoint, variant="x" * length)
+    with pytest.raises(Y7Error) as caught:
+        load_checkpoint(file)
+    assert len(str(caught.value)) < 300
 
 
 def test_a_training_size_that_does_not_suit_the_network_is_refused(path, tmp_path):

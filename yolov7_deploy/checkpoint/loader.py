@@ -463,7 +463,8 @@ def _variant(architecture: Architecture, contents: _Contents, source: str) -> st
         )
     if contents.variant not in ("", variant):
         raise CheckpointError(
-            f"The metadata of {source} names {contents.variant}, but its tensors are {variant}.", fix="Save it again."
+            f"The metadata of {source} names {short_repr(contents.variant)}, but its tensors are {variant}.",
+            fix="Save it again.",
         )
     return variant
 
