@@ -171,8 +171,8 @@ MISTAKES = [
     Mistake(
         "detect --weights best.onnx --source images/000001.png images/000002.png --nosave",
         "--source takes one value, not 2 files; a shell replaces a pattern without quotes",
-        "--source 'images/*.png'",
-        "detect --weights best.onnx --source 'images/*.png' --nosave",
+        "--source 'images/00000*.png'",
+        "detect --weights best.onnx --source 'images/00000*.png' --nosave",
     ),
     Mistake("detect best.onnx street.png", "best.onnx is given without an option", f"y7 {DETECT[:-9]}", DETECT),
     Mistake("predict model=best.onnx source=street.png", "given without an option", f"y7 {DETECT[:-9]}", DETECT),

@@ -128,7 +128,8 @@ def _refuse_expanded_pattern(args: Sequence[str]) -> None:
             files = list(itertools.takewhile(lambda word: not word.startswith("-"), args[start:]))
             if len(files) > 1 and all(map(os.path.exists, files)):
                 suffixes = {Path(file).suffix for file in files}
-                pattern = Path(files[0]).parent / ("*" + (suffixes.pop() if len(suffixes) == 1 else ""))
+                start_of_all = os.path.commonprefix(files)  # noqa: RUF071 - by characters, as in a pattern
+                pattern = f"{start_of_all}*{suffixes.pop() if len(suffixes) == 1 else ''}"
                 raise typer.BadParameter(
                     f"{option} takes one value, not {len(files)} files; a shell replaces a pattern without quotes by "
                     f"its files. For example:  {option} '{pattern}'"
