@@ -403,6 +403,19 @@ def test_a_jpeg_truncated_in_its_header_is_refused(tmp_path):
     assert "not an image" in refusal(tmp_path / "a.jpg")
 
 
+def test_a_png_whose_chunk_states_gigabytes_is_refused_before_they_are_allocated(tmp_path):
+    data = bytearray(cv2.imencode(".png", noise(20, 20))[1].tobytes())
+    at = data.index(b"IDAT")
+    data[at - 4 : at] = (0xFF000000).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data)
+    assert "bytes of a chunk are missing" in refusal(tmp_path / "a.png")
+
+
+def test_a_big_tiff_with_an_impossible_offset_is_refused(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"II+\0\x08\0\0\0" + b"\xff" * 100)
+    assert "not an image" in refusal(tmp_path / "a.tif")
+
+
 JPEG_FORMS = {
     "baseline": [],
     "progressive": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],

@@ -87,7 +87,7 @@ def test_log_messages_are_printable(caplog):
     assert caplog.messages == [r"read \x1b[2J\udcff in 3 ms"]
 
 
-@pytest.mark.parametrize("path", ["a\0b/c/d.jpg", "a\0b/c.jpg", "a\0b", "n" * 300 + "/x.pt"])
+@pytest.mark.parametrize("path", ["a\0b/c/d.jpg", "a\0b/c.jpg", "a\0b", "n" * 300 + "/x.pt", "n" * 100_000])
 def test_a_path_that_no_file_can_have_has_no_similar_file(path):
     assert similar_file(Path(path)) is None
 

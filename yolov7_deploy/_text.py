@@ -16,6 +16,7 @@ from pathlib import Path
 
 HIDDEN = "***"
 MAX_FILES = 1000  # in a folder; `similar_file` ignores more
+MAX_NAME = 255  # characters of the name of a file
 ALIKE = 0.75  # smallest ratio of difflib for similar names
 MAX_DECODING = 3  # a secret may be percent-encoded several times
 
@@ -56,6 +57,8 @@ def similar_file(path: Path, *, suffixes: Collection[str] | None = None) -> Path
         path: The path that does not exist.
         suffixes: Suffixes of the files to consider; `None` also considers folders.
     """
+    if len(path.name) > MAX_NAME:  # comparing names takes the square of their length
+        return None
     with contextlib.suppress(OSError, ValueError):  # a path may contain a null byte
         runs = sorted(Path().glob("runs/*/*/*"), key=lambda file: file.stat().st_mtime, reverse=True)
         folder = path.parent if path.parent.is_dir() else path.parent.parent

@@ -42,6 +42,9 @@ MAX_PIXELS = 180_000_000
 _PIXELS_PER_BYTE = {"JPEG": 1024, "GIF": 4096}
 _HEAD_BYTES = 2**16
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_PNG_CHUNKS = 100_000  # 800 MB of pixels in the chunks of 8 KiB that libpng writes
+MAX_MISSING_BYTES = 2**26  # of a PNG chunk; OpenCV allocates the length that a chunk states
 JPEG_TABLES = (0xC4, 0xC8, 0xCC)  # markers between SOF0 and SOF15 that do not start a frame
 _TIFF_WIDTH, _TIFF_HEIGHT, _MAX_TIFF_ENTRIES = 256, 257, 4096
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -152,8 +155,12 @@ def _refuse_huge(data: npt.NDArray[np.uint8], name: str) -> None:
     """Check the size in the header before OpenCV allocates and fills an image of that size."""
     try:
         kind, sizes = _sizes(np.ascontiguousarray(data).data)
-    except struct.error:
+    except (struct.error, OverflowError):  # an offset of 64 bits
         return  # truncated inside its header: OpenCV reports it
+    if kind == "PNG" and (missing := _missing_png_bytes(np.ascontiguousarray(data).data)) > MAX_MISSING_BYTES:
+        raise ImageError(
+            f"{name} is truncated: {missing} bytes of a chunk are missing.", fix="Copy or download the image again."
+        )
     for height, width in sizes:
         if height * width > MAX_PIXELS:
             raise ImageError(
@@ -172,7 +179,7 @@ def _sizes(data: memoryview) -> tuple[str, list[tuple[int, int]]]:
     head = bytes(data[:_HEAD_BYTES])
     if head.startswith(_JPEG_START):
         return "JPEG", _jpeg_sizes(data)
-    if head.startswith(b"\x89PNG"):
+    if head.startswith(PNG_SIGNATURE[:4]):
         return "PNG", [_two(head, ">II", 16)[::-1]]
     if head.startswith((b"GIF87a", b"GIF89a")):
         return "GIF", [_two(head, "<HH", 6)[::-1]]
@@ -188,6 +195,17 @@ def _sizes(data: memoryview) -> tuple[str, list[tuple[int, int]]]:
     # The codestream of JPEG 2000 begins with SOC and SIZ; its box repeats the size, height first.
     sizes = [size[::-1] for size in _sizes_after(head, b"\xff\x4f\xff\x51", skip=4)]
     return "JPEG 2000", sizes + (_sizes_after(head, b"ihdr", skip=0) if head[4:8] == b"jP  " else [])
+
+
+def _missing_png_bytes(data: memoryview) -> int:
+    """Return by how many bytes the last chunk is longer than the rest of the file."""
+    at = len(PNG_SIGNATURE)
+    for _ in range(MAX_PNG_CHUNKS):
+        if at + 8 > len(data):
+            break
+        (length,) = struct.unpack_from(">I", data, at)
+        at += 12 + length  # length, kind and checksum have 4 bytes each
+    return max(0, at - len(data))
 
 
 def _two(data: bytes | memoryview, layout: str, at: int) -> tuple[int, int]:
@@ -554,8 +572,6 @@ def to_network_input(canvases: Sequence[Image]) -> FloatArray:
     return tensor
 
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_PNG_CHUNKS = 100_000  # 800 MB of pixels in the chunks of 8 KiB that libpng writes
 ORIENTATION_TAG = 0x0112
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 

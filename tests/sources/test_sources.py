@@ -283,6 +283,12 @@ def test_paths_in_a_list_are_relative_to_the_list_or_the_working_directory(folde
     assert names(open_source(folder / "list.txt")) == ["a.png", "here.png", "d.png", "b.png"]
 
 
+def test_a_line_that_is_longer_than_any_path_is_refused_at_once(folder):
+    (folder / "list.txt").write_text("- " * 20_000)
+    with pytest.raises(SourceError, match="line 1: A path or URL of 39999 characters does not exist"):
+        open_source(folder / "list.txt")
+
+
 def test_a_missing_file_in_a_list_is_reported_with_its_line(folder):
     (folder / "list.txt").write_text("a.png\nmissing.png\n")
     with pytest.raises(SourceError, match=r"line 2: missing\.png does not exist"):

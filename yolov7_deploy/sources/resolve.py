@@ -47,7 +47,7 @@ MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
 LIST_SUFFIX = ".txt"
 MAX_CAMERA_DIGITS = 4
 MAX_MESSAGE_CHARACTERS = 200  # characters of a path or address in a message
-MAX_ADDRESS = 2**16  # characters of a path or URL; hiding the credentials of a longer one would take seconds
+MAX_ADDRESS = 2**13  # characters of a path or URL; hiding the credentials of longer ones would take seconds
 MAX_SUBFOLDERS = 1000  # in which images are looked for, to suggest a pattern
 MAX_PATTERN = 4096  # characters, the limit of paths; matching takes quadratic time
 
