@@ -5,6 +5,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,8 @@ from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import quantize
-from yolov7_deploy.workflows.quantize import Quantizer, describe, to_dict
+from yolov7_deploy.workflows.quantize import Measurement, Quantizer, describe, to_dict
+from yolov7_deploy.workflows.sensitivity_chart import find_frontier, write_sensitivity_chart
 
 SENSITIVE = "model.1.conv"  # the only consumer of model.0, whose outputs pass a LeakyReLU
 FACTOR = 2.0**9
@@ -98,7 +100,7 @@ def baseline_drop(images, data):
     return run(exported_tiny(), images, data).drop
 
 
-def test_the_sensitive_layer_is_found_and_excluded(images, data, baseline_drop):
+def test_the_sensitive_layer_is_found_and_excluded(images, data, baseline_drop, tmp_path):
     allowed = baseline_drop.points + MARGIN
     before = run(sensitive_model(), images, data)
     assert before.drop.points > allowed + 10
@@ -115,6 +117,11 @@ def test_the_sensitive_layer_is_found_and_excluded(images, data, baseline_drop):
     assert SENSITIVE in describe(result) and "float" in describe(result)
     assert to_dict(result)["measurements"][1]["excluded"] == [SENSITIVE]
     json.dumps(to_dict(result), allow_nan=False)
+    full, reduced = (one.share for one in result.measurements)
+    assert full > reduced == result.model.metadata.int8.share
+    write_sensitivity_chart(result, tmp_path / "both.png", title="tiny")
+    write_sensitivity_chart(before, tmp_path / "none.png", title="tiny")
+    assert cv2.imread(str(tmp_path / "both.png")).shape[0] > cv2.imread(str(tmp_path / "none.png")).shape[0] + 300
 
 
 def test_no_layer_is_excluded_if_the_drop_is_small(images, data, baseline_drop):
@@ -219,6 +226,15 @@ def test_the_metadata_notes_state_the_drop_and_too_few_images(images, data):
     assert any("of the images used to measure AP are also calibration images" in note for note in notes)
     assert any("images" in note and "95 % interval" in note for note in notes)
     assert any("ew images (6)" in note for note in notes)
+
+
+def test_the_frontier_has_the_trials_that_no_other_trial_beats():
+    def trial(number, share, points):
+        return Measurement(excluded=("layer",) * number, ap=0.5, points=points, low=None, high=None, share=share)
+
+    best = [trial(4, 0.90, 0.1), trial(2, 0.95, 0.4), trial(0, 0.99, 2.0)]
+    beaten = [trial(3, 0.93, 0.5), trial(1, 0.97, 2.5), trial(4, 0.90, 0.3)]
+    assert find_frontier([beaten[0], best[2], *beaten[1:], best[0], best[1]]) == best
 
 
 def test_sensitivity_is_measured_on_request(images):

@@ -61,7 +61,10 @@ Sensitivity = Annotated[
     bool, typer.Option("--sensitivity", help="Measure the INT8 sensitivity of each layer (minutes).")
 ]
 TrtCache = Annotated[Path | None, typer.Option("--trt-cache", help="Also write a TensorRT calibration cache, for DLA.")]
-Chart = Annotated[Path | None, typer.Option("--chart", help="Write a chart of the sensitivities (.png).")]
+Chart = Annotated[
+    Path | None,
+    typer.Option("--chart", help="Write a chart of the sensitivities, and of the trials of --max-drop (.png)."),
+]
 
 NO_IMAGES = UsageError(
     "INT8 requires calibration images: activation ranges are measured on them; ranges from random numbers clip the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,11 +89,16 @@ class Measurement:
         excluded: Names of the layers.
         ap: AP, 0 to 1.
         points: AP points (of 100) lost against FP32.
+        low, high: 95 % confidence interval of `points`; `None` if unknown.
+        share: Fraction of all multiply-accumulates in INT8; `None` for dynamic shapes.
     """
 
     excluded: tuple[str, ...]
     ap: float
     points: float
+    low: float | None
+    high: float | None
+    share: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,7 +262,7 @@ class Quantizer:
             self._reference = self._evaluate(self._model, "AP of FP32")
         without = f"{plural(len(excluded), 'layer')} excluded"
         drop = self._drops[excluded] = self._drop(self._evaluate(model, f"AP of INT8, {without}"))
-        self._measurements.append(Measurement(excluded=tuple(sorted(excluded)), ap=drop.ap, points=drop.points))
+        self._measurements.append(_measurement(model, drop, excluded))
         self._log(f"AP {drop.reference_ap:.4f} in FP32, {drop.ap:.4f} in INT8 with {without}")
         return drop
 
@@ -329,6 +334,18 @@ class Quantizer:
         return OnnxModel.of(model.proto, replace(model.metadata, notes=(*model.metadata.notes, note)))
 
 
+def _measurement(model: OnnxModel, drop: AccuracyDrop, excluded: frozenset[str]) -> Measurement:
+    int8 = model.metadata.int8
+    return Measurement(
+        excluded=tuple(sorted(excluded)),
+        ap=drop.ap,
+        points=drop.points,
+        low=drop.low,
+        high=drop.high,
+        share=None if int8 is None else int8.share,
+    )
+
+
 def describe(result: Quantized) -> str:
     """Return the numbers of Q/DQ pairs and INT8 layers, the sensitivities and the AP of the search as text."""
     parts = ["\n".join(int8_lines(result.summary))]
@@ -341,8 +358,11 @@ def describe(result: Quantized) -> str:
         title = f"INT8 sensitivity, each layer alone: the {len(rows)} most sensitive of {len(result.sensitivities)}"
         parts.append(table(rows, ["layer", "head error", "of all MACs", ""], title))
     if len(result.measurements) > 1:
-        rows = [[len(one.excluded), f"{one.ap:.4f}", f"{one.points:+.2f}"] for one in result.measurements]
-        parts.append(table(rows, ["layers excluded", "AP", "points lost"], "AP during the search"))
+        rows = [
+            [len(one.excluded), _percent(one.share), f"{one.ap:.4f}", f"{one.points:+.2f}"]
+            for one in result.measurements
+        ]
+        parts.append(table(rows, ["layers excluded", "MACs in INT8", "AP", "points lost"], "AP during the search"))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -360,9 +380,7 @@ def to_dict(result: Quantized) -> dict[str, Any]:
             {"layer": entry.layer, "head_error": entry.error, "share_of_macs": entry.share}
             for entry in result.sensitivities
         ],
-        "measurements": [
-            {"excluded": list(one.excluded), "ap": one.ap, "points": one.points} for one in result.measurements
-        ],
+        "measurements": [{**asdict(one), "excluded": list(one.excluded)} for one in result.measurements],
         "notes": list(result.model.metadata.notes),
     }
 
