@@ -66,6 +66,7 @@ class Int8Metadata:
         reduce_range: The weights have 7 bits; see `Int8Options`.
         method: Calibration method that chose the activation ranges (see `Int8Options`), or `qat` for ranges that were
             learned in quantization-aware training.
+        rounding: How the weights were rounded: `nearest` or `gptq`; see `Int8Options`.
         images: Number of calibration images.
         images_sha256: Digest of the calibration images, independent of their order.
         fallback: Precision of everything that is not INT8: `fp16` or `fp32`.
@@ -84,6 +85,7 @@ class Int8Metadata:
     int8_convolutions: int
     share: float | None
     float_layers: tuple[tuple[str, str], ...]
+    rounding: str = "nearest"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)

@@ -18,6 +18,7 @@ NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
 PRECISIONS = ("fp32", "fp16", "int8")
 INT8_METHODS = ("mse", "percentile", "entropy", "max")
+INT8_ROUNDINGS = ("nearest", "gptq")
 INT8_FALLBACKS = ("fp16", "fp32")
 INT8_TARGETS = ("tensorrt", "cpu", "arm")
 # What runs an ONNX file; `openvino` computes in float32. The others have one runtime each.
@@ -198,6 +199,8 @@ class Int8Options:
             ONNX Runtime and OpenVINO on x86), or `arm` (asymmetric int8 ones, for ONNX Runtime on ARM).
         method: How an activation range is chosen from the histogram: `mse` (least squared error),
             `percentile` (99.99 % of the values), `entropy` (as TensorRT's calibrator) or `max` (no clipping).
+        rounding: How weights are rounded: `nearest` (each to the nearest step) or `gptq` (together, for a small error
+            of the outputs on calibration images; `round_weights` does it, in minutes).
         exclude: Convolutions that stay float: the name of each and the reason.
         fallback: Precision of everything that is not INT8: `fp16` (the default for TensorRT) or `fp32` (the only one
             for CPUs, and for graphs whose values overflow FP16).
@@ -215,6 +218,7 @@ class Int8Options:
 
     target: str = "tensorrt"
     method: str = "mse"
+    rounding: str = "nearest"
     exclude: Mapping[str, str] = field(default_factory=dict)
     fallback: str = ""
     reduce_range: bool | None = None
@@ -229,6 +233,7 @@ class Int8Options:
         for name, value, known in (
             ("int8-target", self.target, INT8_TARGETS),
             ("method", self.method, INT8_METHODS),
+            ("rounding", self.rounding, INT8_ROUNDINGS),
             ("fallback", fallback, INT8_FALLBACKS),
         ):
             if value not in known:

@@ -72,6 +72,16 @@ def test_quantize_writes_a_file_and_a_summary(model, here):
     assert record["layers"] == [] and record["accuracy"] is None
 
 
+@pytest.mark.slow
+def test_weights_are_rounded_on_request(model, here):
+    for name in ("a", "b"):
+        result = y7("quantize", "-w", model, "--calib", "images", "--rounding", "gptq", "-o", f"{name}.onnx")
+        assert result.exception is None, result.output
+    assert "weights rounded by gptq" in result.output
+    assert OnnxModel.load(here / "a.onnx").metadata.int8.rounding == "gptq"
+    assert (here / "a.onnx").read_bytes() == (here / "b.onnx").read_bytes()
+
+
 def test_export_int8_writes_a_verified_file(files, here):
     common = ("export", "--weights", files(), "--img", IMG, "--conf", CONF, "--int8", "--calib", "images")
     result = y7(*common, "--json", "record.json")
@@ -162,7 +172,11 @@ def test_quantize_without_images_explains_the_same(model):
     assert "--calib FOLDER" in refused(UsageError, "quantize", "--weights", model).fix
 
 
-@pytest.mark.parametrize("flag", [["--calib", "images"], ["--data", "d.yaml"], ["--max-drop", "0.3"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flag",
+    [["--calib", "images"], ["--data", "d.yaml"], ["--max-drop", "0.3"], ["--rounding", "gptq"]],
+    ids=" ".join,
+)
 def test_an_option_of_int8_without_int8_is_refused(flag, files, here):
     error = refused(UsageError, "export", "--weights", files(), *flag)
     assert flag[0] in error.message and "--int8" in error.fix
@@ -179,6 +193,7 @@ def test_weights_other_than_onnx_get_the_export_command(files, here):
     "typed, text",
     [
         (["--method", "mean"], "mean"),
+        (["--rounding", "up"], "up"),
         (["--fallback", "int4"], "int4"),
         (["--max-drop", "-1", "--data", "d.yaml"], "max-drop"),
         (["--chart", "cost.svg"], "PNG"),

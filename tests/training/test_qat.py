@@ -149,6 +149,7 @@ def test_a_file_is_exported_and_verified_without_calibration_images(trained, tmp
     [
         ({"precision": "fp32"}, "last.safetensors was trained for INT8; as fp32", "y7 export --int8"),
         ({"precision": "int8", "calib": "images"}, "--calib has no effect", "Leave it out"),
+        ({"precision": "int8", "rounding": "gptq"}, "--rounding gptq has no effect", "Leave it out"),
         (
             {"precision": "int8", "int8_target": "tensorrt"},
             "with weights of 7 bits, not --int8-target tensorrt",

@@ -18,6 +18,7 @@ from yolov7_deploy.errors import ExportError, LoadError, ParityError, UsageError
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.options import ExportOptions, Int8Options, QuantizeOptions
 from yolov7_deploy.precision.calibration_images import open_calibration
+from yolov7_deploy.precision.weight_rounding import round_weights
 from yolov7_deploy.visualize import write_image
 from yolov7_deploy.workflows import quantize
 from yolov7_deploy.workflows.quantize import Measurement, Quantizer, describe, to_dict
@@ -235,6 +236,23 @@ def test_the_frontier_has_the_trials_that_no_other_trial_beats():
     best = [trial(4, 0.90, 0.1), trial(2, 0.95, 0.4), trial(0, 0.99, 2.0)]
     beaten = [trial(3, 0.93, 0.5), trial(1, 0.97, 2.5), trial(4, 0.90, 0.3)]
     assert find_frontier([beaten[0], best[2], *beaten[1:], best[0], best[1]]) == best
+
+
+@pytest.mark.slow
+def test_weights_are_rounded_once_for_all_trials_of_a_search(images, data, baseline_drop, monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return round_weights(*arguments, **options)
+
+    monkeypatch.setattr(quantize, "round_weights", counted)
+    allowed = baseline_drop.points + MARGIN
+    log = []
+    result = run(sensitive_model(), images, data, log, max_drop=allowed, int8=Int8Options(rounding="gptq"))
+    assert len(calls) == 1 and result.model.metadata.int8.rounding == "gptq"
+    assert any("rounded the weights of 55 convolutions by gptq" in line for line in log)
+    assert result.drop.points <= allowed
 
 
 def test_sensitivity_is_measured_on_request(images):

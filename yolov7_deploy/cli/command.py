@@ -33,13 +33,13 @@ PANELS: dict[str, dict[str, str]] = {
     "export": {
         "Model": "weights img batch dynamic_batch dynamic input_kind output",
         "NMS": "nms conf iou max_det multi_label agnostic_nms max_candidates",
-        "Precision": "precision fp16 int8 calib data max_drop int8_target reduce_range",
+        "Precision": "precision fp16 int8 calib data max_drop rounding int8_target reduce_range",
         "Graph": "opset simplify verify image",
         "Engine": "engine target plugin workspace opt_level max_batch",
     },
     "quantize": {
         "Model": "weights output",
-        "Calibration": "calib calib_limit calib_cache method int8_target reduce_range",
+        "Calibration": "calib calib_limit calib_cache method rounding int8_target reduce_range",
         "Accuracy": "data limit max_drop sensitivity exclude fallback chart trt_cache",
     },
     "optimize": {

@@ -25,7 +25,18 @@ from yolov7_deploy.cli.options import (
     parse_img,
     was_given,
 )
-from yolov7_deploy.cli.quantize import NO_IMAGES, Calib, Data, Int8Target, MaxDrop, ReduceRange, int8_options, open_data
+from yolov7_deploy.cli.quantize import DEFAULTS as INT8_DEFAULTS
+from yolov7_deploy.cli.quantize import (
+    NO_IMAGES,
+    Calib,
+    Data,
+    Int8Target,
+    MaxDrop,
+    ReduceRange,
+    Rounding,
+    int8_options,
+    open_data,
+)
 from yolov7_deploy.errors import UsageError
 from yolov7_deploy.options import (
     INPUT_KINDS,
@@ -50,6 +61,7 @@ _DEPENDENT_OPTIONS = {
         "calib": "--calib",
         "data": "--data",
         "max_drop": "--max-drop",
+        "rounding": "--rounding",
         "int8_target": "--int8-target",
         "reduce_range": "--reduce-range",
     },
@@ -166,6 +178,7 @@ def export(
     calib: Calib = None,
     data: Data = None,
     max_drop: MaxDrop = None,
+    rounding: Rounding = INT8_DEFAULTS.rounding,
     int8_target: Int8Target = "auto",
     reduce_range: ReduceRange = None,
     opset: Opset = DEFAULTS.opset,
@@ -199,9 +212,10 @@ def export(
         opset=opset,
         simplify=simplify,
     )
-    choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
+    choose = partial(int8_options, int8_target, reduce_range, rounding, for_engine=engine, to_stderr=json_path == "-")
     _check_max_drop(max_drop, data)
-    trained = number_type == "int8" and _is_trained(weights, calib, data, max_drop, int8_target, reduce_range, engine)
+    inputs = {"calib": calib, "data": data, "max_drop": max_drop, "rounding": rounding}
+    trained = number_type == "int8" and _is_trained(weights, inputs, int8_target, reduce_range, engine)
     request = _int8_request(calib, data, max_drop, choose) if number_type == "int8" and not trained else None
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
@@ -287,13 +301,7 @@ def _int8_request(
 
 
 def _is_trained(
-    weights: str,
-    calib: Path | None,
-    data: Path | None,
-    max_drop: float | None,
-    int8_target: str,
-    reduce_range: bool | None,
-    engine: bool,
+    weights: str, inputs: dict[str, object], int8_target: str, reduce_range: bool | None, engine: bool
 ) -> bool:
     """Return whether weights were trained for INT8, after checking that the options suit them."""
     path = Path(weights)
@@ -301,7 +309,6 @@ def _is_trained(
         return False
     from yolov7_deploy.workflows.export import trained_for_int8
 
-    inputs = {"calib": calib, "data": data, "max_drop": max_drop}
     target = {"int8_target": int8_target, "reduce_range": reduce_range, "for_engine": engine}
     return trained_for_int8(path, **inputs, **target) is not None  # type: ignore[arg-type]
 

@@ -11,7 +11,14 @@ import typer
 from yolov7_deploy._output import echo, note
 from yolov7_deploy.cli.options import JsonPath, announce_replacement, check_writable, checkpoint_or_placeholder, one_of
 from yolov7_deploy.errors import UsageError
-from yolov7_deploy.options import INT8_FALLBACKS, INT8_METHODS, INT8_TARGETS, Int8Options, QuantizeOptions
+from yolov7_deploy.options import (
+    INT8_FALLBACKS,
+    INT8_METHODS,
+    INT8_ROUNDINGS,
+    INT8_TARGETS,
+    Int8Options,
+    QuantizeOptions,
+)
 
 if TYPE_CHECKING:
     from yolov7_deploy.datasets import Dataset
@@ -32,6 +39,14 @@ CalibCache = Annotated[
     Path | None, typer.Option("--calib-cache", help="Calibration file to read or write (default: in the cache folder).")
 ]
 Method = Annotated[str, one_of(INT8_METHODS, "--method", text="How activation ranges are chosen from histograms.")]
+Rounding = Annotated[
+    str,
+    one_of(
+        INT8_ROUNDINGS,
+        "--rounding",
+        text="How weights are rounded: each to the nearest step, or for the smallest error of outputs (minutes).",
+    ),
+]
 Data = Annotated[Path | None, typer.Option("--data", help="Dataset on which to measure AP: YAML or COCO JSON.")]
 MaxDrop = Annotated[
     float | None,
@@ -78,6 +93,7 @@ def quantize(
     calib: Calib = None,
     output: Output = None,
     method: Method = DEFAULTS.method,
+    rounding: Rounding = DEFAULTS.rounding,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first LIMIT images.")] = None,
     max_drop: MaxDrop = None,
@@ -99,7 +115,7 @@ def quantize(
     if calib is None:
         raise NO_IMAGES
     int8 = replace(
-        int8_options(int8_target, reduce_range, to_stderr=json_path == "-"),
+        int8_options(int8_target, reduce_range, rounding, to_stderr=json_path == "-"),
         method=method,
         fallback=fallback or "",
         exclude=dict.fromkeys(exclude or (), "excluded with --exclude"),
@@ -138,19 +154,25 @@ def quantize(
 
 
 def int8_options(
-    target: str, reduce_range: bool | None, *, for_engine: bool = False, to_stderr: bool = False
+    target: str,
+    reduce_range: bool | None,
+    rounding: str = DEFAULTS.rounding,
+    *,
+    for_engine: bool = False,
+    to_stderr: bool = False,
 ) -> Int8Options:
-    """Return the target of an INT8 file, by default this machine, which is printed.
+    """Return the options of an INT8 file; the target is by default this machine, which is printed.
 
     Args:
         target: Value of `--int8-target`.
         reduce_range: Value of `--reduce-range/--full-range`.
+        rounding: Value of `--rounding`.
         for_engine: A TensorRT engine will be built from the file.
         to_stderr: Print to standard error.
     """
     from yolov7_deploy.workflows.quantize import choose_int8_options
 
-    options = choose_int8_options(target, reduce_range, for_engine=for_engine)
+    options = choose_int8_options(target, reduce_range, rounding, for_engine=for_engine)
     if target != "auto":
         return options
     others = ", ".join(name for name in INT8_TARGETS if name != options.target)

@@ -47,7 +47,12 @@ _LISTED = 8  # layers listed in one note
 _QUANTIZED_OPS = {"ConvInteger", "DequantizeLinear", "QLinearConv", "QuantizeLinear"}
 
 
-def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) -> OnnxModel:
+def to_int8(
+    model: OnnxModel,
+    calibration: Calibration,
+    options: Int8Options,
+    rounded: Mapping[str, RoundedConvolution] | None = None,
+) -> OnnxModel:
     """Return the model with INT8 convolutions; inputs, outputs, decoding and NMS stay float32.
 
     Weights have one scale per output channel. Activations have one range per tensor, and one for all tensors that a
@@ -57,10 +62,12 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
         model: A float32 graph, exported by this package or not; it is not modified.
         calibration: Result of `calibrate` for this network.
         options: See `Int8Options`.
+        rounded: Result of `round_weights`, for `options.rounding` other than `nearest`.
 
     Raises:
         ExportError: The model already has a lower precision, has no convolution to quantize, or has infinite values;
-            the calibration belongs to another network, or an excluded layer does not exist.
+            the calibration belongs to another network, an excluded layer does not exist, or `rounded` does not fit
+            `options.rounding`.
 
     Example:
         >>> model = OnnxModel.load("shapes.onnx")
@@ -69,6 +76,12 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
         'int8'
     """
     check_quantizable(model)
+    if (options.rounding == "nearest") != (rounded is None):
+        raise ExportError(
+            f"Weights with rounding {options.rounding!r} {'need no' if rounded is not None else 'need'} round_weights.",
+            fix="to_int8(model, calibration, options, round_weights(model, calibration, images, options)), with "
+            "options = Int8Options(rounding='gptq')",
+        )
     if not model.metadata.heads:  # it is unknown where decoding begins, and decoding needs float32
         options = replace(options, fallback="fp32")
     network = Network(model)
@@ -82,7 +95,7 @@ def to_int8(model: OnnxModel, calibration: Calibration, options: Int8Options) ->
         )
     ranges = tensor_ranges(network, placement, calibration, options)
     means = calibration.input_means if options.correct_bias else {}
-    proto = insert_qdq(network, placement, ranges, means, options)
+    proto = insert_qdq(network, placement, ranges, means, options, rounded)
     if options.fallback == "fp16":
         proto = convert_rest_to_fp16(network, placement, proto, measured_amax(calibration))
     check_valid(proto)
@@ -248,6 +261,19 @@ class QuantizedWeight:
         return floats
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedConvolution:
+    """INT8 weights of a convolution, and the bias that belongs to them.
+
+    Attributes:
+        weight: The weights.
+        bias: float32 [O].
+    """
+
+    weight: QuantizedWeight
+    bias: FloatArray
+
+
 def quantize_weight(weight: FloatArray, levels: int = LEVELS, min_scales: FloatArray | None = None) -> QuantizedWeight:
     """Round weights to INT8; the largest one of each output channel becomes `levels` or -`levels`.
 
@@ -286,6 +312,12 @@ def bias_correction(weight: FloatArray, quantized: QuantizedWeight, input_means:
     return shift.reshape(-1).astype(np.float32)
 
 
+def integer_bias(bias: FloatArray, scales: FloatArray) -> npt.NDArray[np.int32]:
+    """Return a bias [O] in steps of `scales` [O], those of the products of data and weights."""
+    limit = np.iinfo(np.int32).max
+    return np.clip(np.rint(bias / scales.astype(np.float64)), -limit, limit).astype(np.int32)
+
+
 def _per_channel(scales: FloatArray, ndim: int) -> FloatArray:
     return scales.reshape(-1, *[1] * (ndim - 1))
 
@@ -299,6 +331,7 @@ def insert_qdq(
     ranges: Mapping[str, QuantizedRange],
     input_means: Mapping[str, DoubleArray],
     options: Int8Options,
+    rounded: Mapping[str, RoundedConvolution] | None = None,
 ) -> onnx.ModelProto:
     """Return a copy of the graph with Q/DQ pairs and INT8 weights; everything else stays float32.
 
@@ -308,8 +341,9 @@ def insert_qdq(
         ranges: Range of each tensor with a pair.
         input_means: Channel means of the inputs of convolutions, for bias correction; empty for no correction.
         options: Those with which placement and ranges were made.
+        rounded: INT8 weights and biases of convolutions, by their outputs; others are rounded to the nearest step.
     """
-    return _QdqWriter(network, placement, ranges, input_means, options).write()
+    return _QdqWriter(network, placement, ranges, input_means, options, rounded or {}).write()
 
 
 class _QdqWriter:
@@ -320,8 +354,10 @@ class _QdqWriter:
         ranges: Mapping[str, QuantizedRange],
         input_means: Mapping[str, DoubleArray],
         options: Int8Options,
+        rounded: Mapping[str, RoundedConvolution],
     ) -> None:
         self._network, self._placement, self._ranges, self._input_means = network, placement, ranges, input_means
+        self._rounded = rounded
         self._options, self._for_cpu = options, options.target != "tensorrt"
         self._quantized_inputs: dict[str, set[str]] = {}
         for name, consumers in placement.pairs.items():
@@ -365,18 +401,22 @@ class _QdqWriter:
         return name + _BACK
 
     def _quantize_convolution(self, node: onnx.NodeProto) -> None:
-        weight = node.input[1]
+        weight, rounded = node.input[1], self._rounded.get(node.output[0])
         data = self._network.producers[node.output[0]].input[0]  # the name before its pair was inserted
         bias, is_constant = np.float32(0), True
         if len(node.input) > 2 and node.input[2]:
             is_constant = node.input[2] in self._network.weights
             bias = self._network.weights.get(node.input[2], bias)
-        quantized = self._weights.get(weight) or self._quantize_weight(weight, data, bias)
+        quantized = self._weights.get(weight) or self._add_weight(
+            weight, self._quantize_weight(weight, data, bias) if rounded is None else rounded.weight
+        )
         node.input[1] = weight + _BACK
         means = self._input_means.get(data)
-        if not is_constant or (means is None and not self._for_cpu):
+        if not is_constant or (rounded is None and means is None and not self._for_cpu):
             return
-        if means is not None:
+        if rounded is not None:
+            bias = rounded.bias
+        elif means is not None:
             bias = bias + bias_correction(self._network.weights[weight], quantized, means)
         name = f"{node.output[0]}__bias"
         bias = np.broadcast_to(bias, quantized.scales.shape).astype(np.float32)
@@ -387,10 +427,13 @@ class _QdqWriter:
         node.input[:] = [*node.input[:2], name]
 
     def _quantize_weight(self, weight: str, data: str, bias: FloatArray | np.float32) -> QuantizedWeight:
-        """Add the INT8 weights and their DequantizeLinear; CPUs need scales for which the bias fits into int32."""
+        """Round to the nearest step; CPUs need scales for which the bias fits into int32."""
         levels = REDUCED_LEVELS if self._options.reduce_range else LEVELS
         smallest = np.abs(bias) / (self._ranges[data].scale * np.float32(_BIAS_LIMIT)) if self._for_cpu else None
-        quantized = quantize_weight(self._network.weights[weight], levels, smallest)
+        return quantize_weight(self._network.weights[weight], levels, smallest)
+
+    def _add_weight(self, weight: str, quantized: QuantizedWeight) -> QuantizedWeight:
+        """Add the INT8 weights and their DequantizeLinear."""
         self._weights[weight] = quantized
         inputs = [
             self._add_initializer(weight + _INT8, quantized.values),
@@ -403,10 +446,8 @@ class _QdqWriter:
 
     def _add_integer_bias(self, name: str, bias: FloatArray, scales: FloatArray) -> None:
         """Add an int32 bias and its DequantizeLinear, whose scales are those of the products of data and weights."""
-        limit = np.iinfo(np.int32).max
-        steps = np.clip(np.rint(bias / scales.astype(np.float64)), -limit, limit)
         inputs = [
-            self._add_initializer(name + _INT8, steps.astype(np.int32)),
+            self._add_initializer(name + _INT8, integer_bias(bias, scales)),
             self._add_initializer(name + _SCALE, scales.astype(np.float32)),
             self._add_initializer(name + _ZERO, np.zeros(len(scales), dtype=np.int32)),
         ]
@@ -470,6 +511,7 @@ def int8_metadata(
         target=options.target,
         reduce_range=bool(options.reduce_range),
         method=options.method,
+        rounding=options.rounding,
         images=images,
         images_sha256=images_sha256,
         fallback=options.fallback,
@@ -496,6 +538,8 @@ def _notes(int8: Int8Metadata, summary: Int8Summary, islands: Mapping[str, str])
         f"activation ranges of {sum(summary.pairs.values())} tensors in {summary.scales} scales, by {int8.method} on "
         f"{int8.images} image{'s' * (int8.images != 1)}"
     )
+    if int8.rounding != "nearest":
+        yield f"weights rounded by {int8.rounding}"
     for reason in dict.fromkeys(reason for _, reason in int8.float_layers):
         layers = [layer for layer, why in int8.float_layers if why == reason]
         yield f"{int8.fallback}: {_list_some(layers)} ({reason})"

@@ -124,7 +124,8 @@ def choose_silu_floor(
     references = [float32.run(array) for array in inputs]
     errors = {}
     for floor in SILU_FLOORS:
-        quantized = Network(to_int8(model, calibration, replace(options, silu_floor=floor)))
+        trial = replace(options, silu_floor=floor, rounding="nearest")
+        quantized = Network(to_int8(model, calibration, trial))
         runner = NetworkRunner(quantized.proto, quantized.nodes, network.heads)
         found = [
             head_error(reference, runner.run(array), network.heads, model.metadata)

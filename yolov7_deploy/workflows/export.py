@@ -179,6 +179,7 @@ def trained_for_int8(
     calib: object = None,
     data: object = None,
     max_drop: object = None,
+    rounding: str = "nearest",
     int8_target: str = "auto",
     reduce_range: bool | None = None,
     for_engine: bool = False,
@@ -187,7 +188,7 @@ def trained_for_int8(
 
     Args:
         weights: A weights file; it need not exist.
-        calib, data, max_drop: What calibration takes; such weights need none of them.
+        calib, data, max_drop, rounding: What calibration takes; such weights need none of them.
         int8_target, reduce_range: As requested; see `choose_int8_options`.
         for_engine: A TensorRT engine will be built from the file.
 
@@ -198,10 +199,13 @@ def trained_for_int8(
     trained = load_quantization(weights)
     if trained is None:
         return None
-    for option, value in {"--calib": calib, "--data": data, "--max-drop": max_drop}.items():
+    given = {"--calib": calib, "--data": data, "--max-drop": max_drop}
+    given[f"--rounding {rounding}"] = None if rounding == "nearest" else rounding
+    for option, value in given.items():
         if value is not None:
+            learned = "weights" if option.startswith("--rounding") else "activation ranges"
             raise UsageError(
-                f"{option} has no effect: {weights.name} was trained for INT8, and its activation ranges are learned.",
+                f"{option} has no effect: {weights.name} was trained for INT8, and its {learned} are learned.",
                 fix=f"Leave it out. y7 val measures AP:  y7 val --weights {weights} --data D.yaml",
             )
     target = "tensorrt" if int8_target == "auto" and for_engine else int8_target

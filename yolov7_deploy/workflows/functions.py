@@ -25,6 +25,7 @@ from yolov7_deploy.options import (
     BenchOptions,
     EngineOptions,
     ExportOptions,
+    Int8Options,
     QuantizeOptions,
     ReportOptions,
     TrainOptions,
@@ -58,6 +59,7 @@ _EXPORT = ExportOptions()
 _TRAIN = TrainOptions()
 _VAL = ValOptions()
 _BENCH = BenchOptions()
+_INT8 = Int8Options()
 _REPORT = ReportOptions()
 
 
@@ -99,6 +101,7 @@ def export(
     calib: PathLike | None = None,
     data: PathLike | None = None,
     max_drop: float | None = None,
+    rounding: str = _INT8.rounding,
     int8_target: str = "auto",
     reduce_range: bool | None = None,
     verify: bool = True,
@@ -123,6 +126,7 @@ def export(
             for INT8 (`train(qat=True)`) need none.
         data: With `int8`, a dataset on which to measure AP.
         max_drop: With `data`, exclude layers from INT8 until it loses at most this many AP points (of 100).
+        rounding: How the weights of `int8` are rounded, `nearest` or `gptq`: see `Int8Options`.
         int8_target: What will run the INT8 file: `tensorrt`, `cpu` or `arm`; `auto` is this machine.
         reduce_range: See `Int8Options`.
         verify: Compare the file with PyTorch in every installed runtime.
@@ -152,13 +156,18 @@ def export(
         raise UsageError("An engine has a fixed height and width.", fix="Leave out dynamic_size, or engine.")
     is_trained = precision == "int8" and _is_trained_for_int8(weights, given)
     if not is_trained:
-        _check_int8_arguments(precision, calib=calib, data=data, max_drop=max_drop)
+        _check_int8_arguments(precision, calib=calib, data=data, max_drop=max_drop, rounding=rounding)
     from yolov7_deploy.image import read_image
     from yolov7_deploy.workflows.export import default_output, engine_builder, export_weights
 
     # Before the export, which takes long: an error must not come after it.
     build = engine_builder(EngineOptions() if engine is True else engine) if engine else None
-    request = _int8_request(calib, data, max_drop, int8_target, reduce_range, for_engine=build is not None)
+    request = None
+    if calib is not None:
+        from yolov7_deploy.workflows.quantize import choose_int8_options
+
+        int8 = choose_int8_options(int8_target, reduce_range, rounding, for_engine=build is not None)
+        request = _int8_request(calib, data, QuantizeOptions(int8=int8, max_drop=max_drop))
     path = find_weights(os.fspath(weights))
     report = export_weights(
         path,
@@ -179,13 +188,13 @@ def _is_trained_for_int8(weights: PathLike, given: Mapping[str, Any]) -> bool:
         return False
     from yolov7_deploy.workflows.export import trained_for_int8
 
-    names = ("calib", "data", "max_drop", "int8_target", "reduce_range")
+    names = ("calib", "data", "max_drop", "rounding", "int8_target", "reduce_range")
     wanted = {name: given[name] for name in names}
     return trained_for_int8(Path(weights), **wanted, for_engine=bool(given["engine"])) is not None
 
 
 def _check_int8_arguments(
-    precision: str, *, calib: PathLike | None, data: PathLike | None, max_drop: float | None
+    precision: str, *, calib: PathLike | None, data: PathLike | None, max_drop: float | None, rounding: str
 ) -> None:
     if precision == "int8" and calib is None:
         raise UsageError(
@@ -193,6 +202,7 @@ def _check_int8_arguments(
             fix="Add  --calib FOLDER  with 100 to 500 representative images, other than those used to measure AP.",
         )
     given = {"--calib": calib, "--data": data, "--max-drop": max_drop}
+    given["--rounding"] = None if rounding == _INT8.rounding else rounding
     needless = [name for name, value in given.items() if value is not None]
     if needless and precision != "int8":
         raise UsageError(f"{needless[0]} has no effect without --precision int8.", fix="Add  --precision int8")
@@ -200,26 +210,14 @@ def _check_int8_arguments(
         raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
 
 
-def _int8_request(
-    calib: PathLike | None,
-    data: PathLike | None,
-    max_drop: float | None,
-    target: str,
-    reduce_range: bool | None,
-    *,
-    for_engine: bool,
-) -> Int8Request | None:
-    if calib is None:
-        return None
+def _int8_request(calib: PathLike, data: PathLike | None, options: QuantizeOptions) -> Int8Request:
     from yolov7_deploy.datasets import open_dataset
     from yolov7_deploy.precision.calibration_images import open_calibration
     from yolov7_deploy.workflows.export import Int8Request
-    from yolov7_deploy.workflows.quantize import choose_int8_options
 
-    int8 = choose_int8_options(target, reduce_range, for_engine=for_engine)
     return Int8Request(
         images=open_calibration(os.fspath(calib)),
-        options=QuantizeOptions(int8=int8, max_drop=max_drop),
+        options=options,
         data=None if data is None else open_dataset(os.fspath(data)),
     )
 

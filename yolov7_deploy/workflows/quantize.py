@@ -28,11 +28,12 @@ from yolov7_deploy.precision.calibration_cache import (
     save_calibration,
 )
 from yolov7_deploy.precision.calibration_images import CalibrationImages, count_overlap
-from yolov7_deploy.precision.int8 import check_quantizable, to_int8
+from yolov7_deploy.precision.int8 import RoundedConvolution, check_quantizable, to_int8
 from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.ort_runner import network_input
 from yolov7_deploy.precision.sensitivity import LayerSensitivity, choose_silu_floor, layer_sensitivities
 from yolov7_deploy.precision.subgraph import Network
+from yolov7_deploy.precision.weight_rounding import ROUNDING_IMAGES, round_weights
 
 if TYPE_CHECKING:
     from yolov7_deploy.evaluation.accuracy import AccuracyReport
@@ -122,17 +123,20 @@ class Quantized:
     measurements: tuple[Measurement, ...]
 
 
-def choose_int8_options(target: str, reduce_range: bool | None, *, for_engine: bool = False) -> Int8Options:
+def choose_int8_options(
+    target: str, reduce_range: bool | None, rounding: str = "nearest", *, for_engine: bool = False
+) -> Int8Options:
     """Return the options of an INT8 file for a target.
 
     Args:
         target: One of `INT8_TARGETS`, or `auto` for this machine.
         reduce_range: Weights of 7 bits; `None` is the default of the target.
+        rounding: See `Int8Options`.
         for_engine: A TensorRT engine will be built from the file: `auto` is `tensorrt`.
     """
     if target == "auto":
         target = "tensorrt" if for_engine else "cpu" if reduce_range else find_int8_target()
-    return Int8Options(target=target, reduce_range=reduce_range)
+    return Int8Options(target=target, reduce_range=reduce_range, rounding=rounding)
 
 
 @contextmanager
@@ -175,6 +179,7 @@ class Quantizer:
         self._reference: AccuracyReport | None = None
         self._measurements: list[Measurement] = []
         self._drops: dict[frozenset[str], AccuracyDrop] = {}
+        self._rounded: dict[str, RoundedConvolution] | None = None
 
     def run(self) -> Quantized:
         """Calibrate, convert and measure the model, and exclude layers until it loses at most `max_drop`.
@@ -185,9 +190,12 @@ class Quantizer:
             UsageError: The calibration file belongs to another model or other images.
         """
         calibration = self._calibrate()
-        options = choose_silu_floor(self._model, calibration, self._few_images(calibration), self._options.int8)
+        few = self._some_images(calibration, RANKING_IMAGES)
+        options = choose_silu_floor(self._model, calibration, few, self._options.int8)
         self._options = replace(self._options, int8=options)
-        model = to_int8(self._model, calibration, options)
+        if options.rounding != "nearest":
+            self._rounded = self._round_weights(calibration, options)
+        model = to_int8(self._model, calibration, options, self._rounded)
         for note in model.metadata.notes[len(self._model.metadata.notes) :]:
             self._log(note)
         drop = self._measure_drop(model, frozenset())
@@ -195,7 +203,7 @@ class Quantizer:
         sensitivities = self._rank_layers(calibration, options) if exceeds or self._options.sensitivity else ()
         if exceeds and self._options.max_drop is not None:
             excluded = self._search(calibration, sensitivities, self._options.max_drop)
-            model = to_int8(self._model, calibration, self._excluding(excluded, sensitivities))
+            model = to_int8(self._model, calibration, self._excluding(excluded, sensitivities), self._rounded)
             drop = self._drops[frozenset(excluded)]
             self._log(f"excluded {plural(len(excluded), 'layer')} from INT8: {', '.join(excluded)}")
         model = self._with_drop_note(model, drop)
@@ -253,6 +261,14 @@ class Quantizer:
         both = count_overlap(self._images, [self._data.path(index) for index in range(len(self._data))])
         return (f"{both} of the images used to measure AP are also calibration images",) if both else ()
 
+    def _round_weights(self, calibration: Calibration, options: Int8Options) -> dict[str, RoundedConvolution]:
+        """Round the weights once; when layers are excluded later, the others keep theirs."""
+        images = self._some_images(calibration, ROUNDING_IMAGES)
+        with self._show("round weights") as progress:
+            rounded = round_weights(self._model, calibration, images, options, progress=progress)
+        self._log(f"rounded the weights of {plural(len(rounded), 'convolution')} by {options.rounding}")
+        return rounded
+
     # --- accuracy -----------------------------------------------------------------------------------------------------
 
     def _measure_drop(self, model: OnnxModel, excluded: frozenset[str]) -> AccuracyDrop | None:
@@ -287,21 +303,22 @@ class Quantizer:
     # --- excluded layers ----------------------------------------------------------------------------------------------
 
     def _rank_layers(self, calibration: Calibration, options: Int8Options) -> tuple[LayerSensitivity, ...]:
-        few = self._few_images(calibration)
+        few = self._some_images(calibration, RANKING_IMAGES)
         with self._show("sensitivity of each layer") as progress:
             ranking = layer_sensitivities(self._model, calibration, few, options, progress=progress)
         self._log(f"ranked {len(ranking)} layers by INT8 sensitivity; the most sensitive is {ranking[0].layer}")
         return ranking
 
-    def _few_images(self, calibration: Calibration) -> list[Image]:
-        step = max(1, calibration.images // RANKING_IMAGES)
-        return list(islice(self._images, 0, step * RANKING_IMAGES, step))
+    def _some_images(self, calibration: Calibration, count: int) -> list[Image]:
+        """Return evenly spaced calibration images."""
+        step = max(1, calibration.images // count)
+        return list(islice(self._images, 0, step * count, step))
 
     def _search(
         self, calibration: Calibration, ranking: tuple[LayerSensitivity, ...], max_drop: float
     ) -> tuple[str, ...]:
         def fits(layers: frozenset[str]) -> bool:
-            model = to_int8(self._model, calibration, self._excluding(layers, ranking))
+            model = to_int8(self._model, calibration, self._excluding(layers, ranking), self._rounded)
             drop = self._measure_drop(model, layers)
             return drop is not None and drop.points <= max_drop
 
