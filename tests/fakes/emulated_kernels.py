@@ -18,6 +18,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from tests.fakes.faked_cuda import OWN_SYMBOLS
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "plugins" / "kernels"
 EMULATION = Path(__file__).parents[1] / "fakes" / "cuda_on_cpu"
@@ -150,7 +152,7 @@ def compile_emulated(*sources, defines=(), flags=(), observed=False, folder=None
     command += [f"-I{EMULATION}", f"-I{SOURCES}"]
     options = [*(f"-D{define}" for define in defines), *flags]
     if not observed:
-        arguments = [*command, *options, "-shared", "-x", "c++", *files, EMULATION / "block.cpp"]
+        arguments = [*command, *options, "-shared", OWN_SYMBOLS, "-x", "c++", *files, EMULATION / "block.cpp"]
         return _compiled(arguments, [*files, *_headers()], suffix=".so", folder=folder)
     # The compiler inserts calls at every access of the kernels. accesses.cpp answers them, not the sanitizer's library.
     partly = [*command, "-O1", "-r", "-nostdlib"]
@@ -158,7 +160,9 @@ def compile_emulated(*sources, defines=(), flags=(), observed=False, folder=None
     emulation = _compiled([*partly, "-DCUDA_ON_CPU_OBSERVED", *parts], _headers(), suffix=".o")
     arguments = [*partly, *options, "-fsanitize=thread", "-x", "c++", *files]
     kernels = _compiled(arguments, [*files, *_headers()], suffix=".o", folder=folder)
-    return _compiled([compiler, "-shared", kernels, emulation], [kernels, emulation], suffix=".so", folder=folder)
+    return _compiled(
+        [compiler, "-shared", OWN_SYMBOLS, kernels, emulation], [kernels, emulation], suffix=".so", folder=folder
+    )
 
 
 def _headers():

@@ -322,6 +322,18 @@ def test_working_on_a_gpu_without_a_context_restores_the_device(process):
     assert process(line, "libcudart.so.12", "libcuda.so.1", FAKE_CUDA_DEVICES="2").split() == ["1", "0"]
 
 
+def test_the_fake_runtime_does_not_use_one_that_is_loaded_for_the_whole_process(tmp_path):
+    """A torch for CUDA loads the real one so, which fails without a GPU."""
+    source, real = tmp_path / "real.c", tmp_path / "real.so"
+    source.write_text("int cudaMemGetInfo(void* a, void* b) { (void)a, (void)b; return 35; }")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", real, source], check=True)
+    program = (
+        "import ctypes, sys; ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL); fake = ctypes.CDLL(sys.argv[2]); "
+        "sys.exit(fake.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(8)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program, real, fake_cudart()], check=False).returncode == 0
+
+
 def test_a_libcudart_in_a_wheel_is_found(tmp_path, monkeypatch):
     wheel = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
     wheel.parent.mkdir(parents=True)
