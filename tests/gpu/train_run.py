@@ -135,12 +135,15 @@ def metric() -> Iterator[str]:
     sys.modules[METRIC] = absent
     try:
         from yolov7_deploy.evaluation.accuracy import METRICS, AccuracyReport
-        from yolov7_deploy.training import trainer
+        from yolov7_deploy.training import run, trainer
 
         texts = dict.fromkeys(("weights", "runtime", "precision", "protocol"), "")
         others: dict[str, Any] = {"thresholds": Thresholds(), "speed_ms": {}, "classes": (), "skipped": ()}
         nothing = AccuracyReport(**dict.fromkeys(METRICS), images=0, **texts, **others)
-        with patch.object(trainer, "evaluate", lambda detector, dataset, *, options, progress: nothing):
+        with (
+            patch.object(trainer, "evaluate", lambda detector, dataset, *, options, progress: nothing),
+            patch.object(run, "draw_evaluation", lambda report, dataset, folder: ()),
+        ):
             yield why
     finally:
         del sys.modules[METRIC]
