@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from yolov7_deploy.evaluation.verification import Verification
 
 
+DIFFERENCE = "See the first stage over its limit: the difference begins there."
+MORE_IMAGES = (
+    "No stage differs too much. Measure on more images:  --limit N   "
+    "For INT8, more calibration images or  y7 quantize --data DATA.yaml --max-drop 0.3  lose less."
+)
 OTHER_IMAGES = "Compare on images with objects of the model's classes:  --images DIR  or  --data DATA.yaml"
 
 
@@ -71,9 +76,7 @@ def verify(
         write_json(result.to_dict(), json_path)
     if result.failures:
         differs = any(report.first_failure for report in result.reports)
-        fix = "See the first stage over its limit: the difference begins there."
-        if not (differs or result.verified):
-            fix = OTHER_IMAGES
+        fix = DIFFERENCE if differs else MORE_IMAGES if result.verified else OTHER_IMAGES
         raise ParityError("\n".join(result.failures), fix=fix)
 
 
