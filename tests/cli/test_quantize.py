@@ -146,8 +146,8 @@ def test_verify_applies_the_tolerance_of_int8(model, here):
 
 
 def test_a_broken_int8_file_fails_the_verification(files, here, monkeypatch):
-    def broken(model, calibration, options):
-        quantized = to_int8(model, calibration, options)
+    def broken(model, calibration, options, rounded):
+        quantized = to_int8(model, calibration, options, rounded)
         scale = next(t for t in quantized.proto.graph.initializer if t.name == "model.7.act__scale")
         scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1e-4, np.float32), scale.name))
         return quantized

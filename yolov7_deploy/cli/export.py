@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -301,7 +301,7 @@ def _int8_request(
 
 
 def _is_trained(
-    weights: str, inputs: dict[str, object], int8_target: str, reduce_range: bool | None, engine: bool
+    weights: str, inputs: Mapping[str, object], int8_target: str, reduce_range: bool | None, engine: bool
 ) -> bool:
     """Return whether weights were trained for INT8, after checking that the options suit them."""
     path = Path(weights)

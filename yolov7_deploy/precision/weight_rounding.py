@@ -95,7 +95,7 @@ def round_weights(
     for done, layer in enumerate(layers, 1):
         halves = _Moments(layer), _Moments(layer)
         for number, data in enumerate(run.get(layer.data)):
-            halves[number % 2].add(data, seed=number)
+            halves[number % 2].add(data.astype(np.float32, copy=False), seed=number)
         rounded[layer.output] = layer.round(*halves, REDUCED_LEVELS if options.reduce_range else LEVELS)
         layer.store(rounded[layer.output])
         if progress:
@@ -244,7 +244,8 @@ class _Layer:
         return chosen
 
     def _nearest(self, levels: int) -> FloatArray:
-        return np.clip(np.rint(self.matrix / self.steps), -levels, levels)
+        integers: FloatArray = np.clip(np.rint(self.matrix / self.steps), -levels, levels)
+        return integers
 
     def _rounded(self, moments: _Moments, damping: float, levels: int) -> FloatArray:
         """Return the integers [O, d] for the moments; the nearest ones if the damping is too weak for float32."""
@@ -297,7 +298,8 @@ class _Moments:
     def around_means(self) -> FloatArray:
         """Return the second moments around the means [d, d]."""
         means = self._inputs / np.float32(self.count)
-        return self._squares / np.float32(self.count) - np.outer(means, means)
+        moments: FloatArray = self._squares / np.float32(self.count) - np.outer(means, means)
+        return moments
 
     def error(self, integers: FloatArray) -> float:
         """Return the mean squared change of the outputs that INT8 weights make, without that of their means."""
