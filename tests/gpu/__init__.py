@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPILED_FOR = f"python{sys.version_info.major}.{sys.version_info.minor}"  # folder of packages for one version
 # The parts import the package, and functions of the scripts in benchmarks/; neither has to be installed.
 for _folder in (str(ROOT), str(ROOT / "benchmarks")):
     if _folder not in sys.path:

@@ -22,7 +22,7 @@ eight engines and resumes with those of an earlier run:
     python -m tests.gpu run --parts soak --total 598
 
 `train` needs no prepared files. Its AP needs faster_coco_eval for the Python version of the GPU machine; if that is
-another version than the one of `prepare`, install it there: `pip install --target .gpu/files/site --upgrade`.
+another version than the one of `prepare`, install it there, or with `pip install --target .gpu/files/site`.
 
 To try the suite without a GPU, on emulated kernels:  python -m tests.gpu run --emulated
 
@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.gpu import HIDDEN, PARTS, ROOT, Part
+from tests.gpu import COMPILED_FOR, HIDDEN, PARTS, ROOT, Part
 from tests.gpu.archive import unpack
 from tests.gpu.kit import open_kit, write_kit
 from tests.gpu.targets import summarize_targets
@@ -139,6 +139,7 @@ def shared_data() -> Path | None:
 def run_part(options: argparse.Namespace) -> None:
     from tests.gpu.environment import Environment
 
+    sys.path.append(str(options.folder / "site" / COMPILED_FOR))
     functions = {part.name: part.function for part in PARTS} | HIDDEN
     module, function = functions[options.name].split(":")
     env = Environment(folder=options.folder, result=options.result, emulated=options.emulated)

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from tests.gpu import ROOT
+from tests.gpu import COMPILED_FOR, ROOT
 from tests.gpu.archive import pack
 from tests.gpu.environment import KERNELS, NMS_FILE, PLUGIN, Array
 from tests.gpu.int8_files import write_int8
@@ -50,6 +50,7 @@ ROWS = 2000  # rows of a raw output that are compared
 # pytest and its dependencies, because test cases of the project run on the GPU too; psutil for the soak test;
 # faster_coco_eval for AP, which only the Python version of this machine can import.
 SITE = ("psutil", "pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments", "yaml", "faster_coco_eval")
+COMPILED = ("faster_coco_eval",)  # in a folder of that version, after the packages of the GPU machine
 SCORED = 200  # (anchor, class) pairs above the threshold in networks with NMS
 CONFIDENT = 0.3  # score above which an engine must find the detections of the reference
 
@@ -154,11 +155,13 @@ def copy_site(folder: Path) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None:
             continue
+        target = site / COMPILED_FOR if name in COMPILED else site
+        target.mkdir(exist_ok=True)
         if spec.submodule_search_locations:
             source = next(iter(spec.submodule_search_locations))
-            shutil.copytree(source, site / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif spec.origin is not None:
-            shutil.copy(spec.origin, site)
+            shutil.copy(spec.origin, target)
 
 
 def prepare(

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.gpu import PARTS, archive, integration, kit, letterbox, nms, sanitizer, weights
+from tests.gpu import COMPILED_FOR, PARTS, archive, integration, kit, letterbox, nms, sanitizer, weights
 from tests.gpu import __main__ as gpu_suite
 from tests.gpu.comparison import compare_detections, compare_raw
 from tests.gpu.environment import KERNELS, Environment
@@ -287,6 +287,8 @@ def test_the_packages_that_travel_need_no_others(tmp_path):
     from tests.gpu.prepare_files import copy_site
 
     copy_site(tmp_path)
+    compiled = tmp_path / "site" / COMPILED_FOR / "faster_coco_eval"
+    assert compiled.is_dir() and not (tmp_path / "site" / compiled.name).exists(), "another Python uses its own"
     program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import pytest, psutil, yaml"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
