@@ -48,7 +48,7 @@ def options() -> dict[str, set[str]]:
 def test_there_are_two_commands_and_each_is_one_line():
     assert [block.count("\n") for block in SHELL_BLOCKS] == [1, 1]
     assert SHELL_BLOCKS[0].endswith("&& y7 demo\n")
-    assert SHELL_BLOCKS[1].endswith("&& ruff check . && ruff format --check . && mypy && pytest -n 2\n")
+    assert SHELL_BLOCKS[1].endswith("&& ruff check . && ruff format --check . && mypy && pytest -n 2 --dist loadfile\n")
 
 
 def test_the_continuous_integration_runs_the_second_command():

@@ -17,7 +17,7 @@ from yolov7_deploy.metadata import MAX_SIDE, InputKind, NmsMetadata
 NMS_KINDS = ("plugin", "standard", "efficient", "none")
 INPUT_KINDS = ("float32", "uint8")
 PRECISIONS = ("fp32", "fp16", "int8")
-INT8_METHODS = ("mse", "percentile", "entropy", "max")
+INT8_METHODS = ("mse", "lp", "percentile", "entropy", "max")
 INT8_ROUNDINGS = ("nearest", "gptq")
 INT8_FALLBACKS = ("fp16", "fp32")
 INT8_TARGETS = ("tensorrt", "cpu", "arm")
@@ -197,8 +197,9 @@ class Int8Options:
     Attributes:
         target: What runs the file fastest: `tensorrt` (symmetric int8 activations), `cpu` (asymmetric uint8 ones, for
             ONNX Runtime and OpenVINO on x86), or `arm` (asymmetric int8 ones, for ONNX Runtime on ARM).
-        method: How an activation range is chosen from the histogram: `mse` (least squared error),
-            `percentile` (99.99 % of the values), `entropy` (as TensorRT's calibrator) or `max` (no clipping).
+        method: How an activation range is chosen from the histogram: `mse` (least squared error), `lp` (least error to
+            the power of 2.4, which clips less), `percentile` (99.99 % of the values), `entropy` (as TensorRT's
+            calibrator) or `max` (no clipping).
         rounding: How weights are rounded: `nearest` (each to the nearest step) or `gptq` (together, for a small error
             of the outputs on calibration images; `round_weights` does it, in minutes).
         exclude: Convolutions that stay float: the name of each and the reason.

@@ -278,6 +278,7 @@ def test_a_run_that_ends_early_reports_the_complete_rows(capsys):
         assert capsys.readouterr().err.startswith(text)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_partial_files(files, tmp_path):
     process = subprocess.Popen(
         [*command(files("plugin")), "--concurrency", "1,2", "--duration", "30", "--save-dir", str(tmp_path / "out")],

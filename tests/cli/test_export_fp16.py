@@ -139,6 +139,7 @@ def test_export_weights_refuses_an_unknown_precision(files, here):
 # --- verification -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verify_applies_the_tolerance_of_fp16_if_either_file_is_fp16(pair):
     for reference, other in (pair, pair[::-1], (pair[1], pair[1])):
         result = CliRunner().invoke(app, ["verify", "--weights", str(reference), "--against", str(other)])

@@ -138,6 +138,7 @@ def test_info_counts_int8_layers(model, here):
     assert "int8" not in json.loads(y7("info", model, "--json", "-").stdout)
 
 
+@pytest.mark.slow
 def test_verify_applies_the_tolerance_of_int8(model, here):
     y7("quantize", "--weights", model, "--calib", "images")
     result = y7("verify", "--weights", model, "--against", "m-int8.onnx", "--images", "images")

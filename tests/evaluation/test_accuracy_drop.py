@@ -198,6 +198,7 @@ def test_the_predictions_are_not_modified(compared):
 # --- simulations ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_error_is_the_spread_over_other_images_and_19_of_20_intervals_contain_the_drop():
     rng = np.random.default_rng(2)
     drops = []

@@ -178,6 +178,7 @@ def test_ranges_before_an_activation_give_its_whole_output():
             assert ranges[name].low == pytest.approx(floor, abs=2 * float(ranges[name].scale))
 
 
+@pytest.mark.slow
 def test_the_floor_of_silu_with_the_smallest_measured_error_is_chosen():
     model = with_large_activations(network_of("yolov7"))
     images = [noise(SIDE, SIDE, seed=seed) for seed in range(2)]

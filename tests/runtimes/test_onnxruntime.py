@@ -93,3 +93,22 @@ def test_a_file_with_some_of_the_thresholds_is_refused_when_it_is_opened(files, 
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(LoadError, match=r"of the thresholds for NMS, it has iou_threshold only"):
         Detector(tmp_path / "m.onnx", device="cpu", runtime=runtime)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("nms", ["plugin", "none"])
+def test_the_next_image_does_not_change_the_detections_of_the_last(files, runtime, nms):
+    """A thread's calls share the memory of the network input."""
+    if runtime not in installed_runtimes(files(nms), "cpu"):
+        pytest.skip(f"{runtime} is not installed")
+    images = [noise(128, 192, seed=seed) for seed in (1, 2)]
+    with Detector(files(nms), device="cpu", runtime=runtime, conf=0.01) as detector:
+        alone = [detector.batch([image])[0] for image in images]
+        before = [found.boxes.copy() for found in alone]
+        together = detector.batch(images)
+        again = [detector(image) for image in reversed(images)][::-1]
+    assert len(alone[0]) > 0 and not np.array_equal(alone[0].boxes, alone[1].boxes)
+    for one, kept, both, later in zip(alone, before, together, again, strict=True):
+        np.testing.assert_array_equal(one.boxes, kept)
+        np.testing.assert_array_equal(one.boxes, later.boxes)
+        np.testing.assert_allclose(one.boxes, both.boxes, atol=1e-3)

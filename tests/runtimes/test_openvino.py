@@ -190,6 +190,7 @@ def test_int8_files_for_tensorrt_are_refused(make_file):
     assert "--int8-target cpu" in caught.value.fix
 
 
+@pytest.mark.slow
 def test_the_parity_test_fails_for_a_refused_file(make_file, fused, images, monkeypatch, request):
     """Without the refusal, the comparison with PyTorch finds what OpenVINO computes wrongly without AMX."""
     if passes_without_amx(request):

@@ -241,6 +241,7 @@ def has_gpu() -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_ptx_of_one_architecture_only_is_not_for_later_gpus(tmp_path):
     nvcc_or_skip()
     names = ["100a", "120"]

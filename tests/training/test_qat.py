@@ -249,6 +249,7 @@ def test_options_of_qat_without_qat_are_refused(data, name, value):
         train(data, bundled_weights(), **{name: value})
 
 
+@pytest.mark.slow
 def test_a_scale_that_became_negative_ends_training(trained):
     checkpoint = load_checkpoint(trained / "last.safetensors")
     network = load_fake_quantized(checkpoint)

@@ -60,7 +60,8 @@ def assert_as_if_never_interrupted(folder, uninterrupted_run):
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [(2, 2), (1, 3)], ids=str)  # within an epoch, and after its last step
+# Within an epoch, and after its last step.
+@pytest.mark.parametrize("at", [pytest.param((2, 2), marks=pytest.mark.slow), (1, 3)], ids=str)
 def test_a_run_resumed_after_ctrl_c_equals_an_uninterrupted_one(data, uninterrupted_run, tmp_path, at):
     folder = tmp_path / "run"
     callback = train_until(data, folder, at=at)
@@ -202,6 +203,7 @@ def test_other_signals_end_the_command_with_their_exit_code(data, tmp_path, name
     assert (state.epoch, state.step) == (1, 2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_command_is_exit_code_130_and_the_run_can_be_resumed(data, uninterrupted_run, tmp_path):
     folder = tmp_path / "run"
     code, out, err = run_signalled("SIGINT", data, folder, step=1)

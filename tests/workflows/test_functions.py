@@ -185,6 +185,7 @@ def test_validate_merges_classes_only_for_a_model_of_one(data):
         validate(WEIGHTS, data, single_class=True)
 
 
+@pytest.mark.slow
 def test_benchmark_returns_a_row_for_each_batch():
     rows: list[object] = []
     report = benchmark(

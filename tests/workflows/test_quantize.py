@@ -172,6 +172,7 @@ def test_another_method_reuses_the_calibration(images, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_cache_folder_has_one_file_per_model_and_images(images, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     run(exported_tiny(), images)
@@ -208,6 +209,7 @@ def test_a_damaged_calibration_is_an_error_only_if_the_user_named_it(images, tmp
     assert saved.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_read_only_cache_folder_is_not_an_error(images, tmp_path, monkeypatch):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, not a folder")
@@ -255,6 +257,7 @@ def test_weights_are_rounded_once_for_all_trials_of_a_search(images, data, basel
     assert result.drop.points <= allowed
 
 
+@pytest.mark.slow
 def test_sensitivity_is_measured_on_request(images):
     result = run(exported_tiny(), images, sensitivity=True)
     assert len(result.sensitivities) == result.summary.int8_convolutions
@@ -269,6 +272,7 @@ def test_file_names_of_calibration_images_do_not_matter(images, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_fp32_model_is_evaluated_once(images, data, baseline_drop, monkeypatch):
     evaluated = []
     evaluate = Quantizer._evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,14 @@ class OnnxProbe:
         added = [*self._metadata.heads, *(name for names in self._nms_inputs for name in names)]
         known = {output.name for output in graph.output}
         # Without a type, because maps are FP16 in some files.
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in added if name not in known)
+        more = [onnx.ValueInfoProto(name=name) for name in added if name not in known]
         self._outputs = [*added, *(name for name in (RAW_OUTPUT, *NMS_OUTPUTS) if name in known)]
         with temporary_folder("y7-verify") as folder:
             copy = folder / "probe.onnx"
-            copy.write_bytes(model.proto.SerializeToString())
+            shutil.copyfile(path, copy)
+            # Concatenated messages are one: their lists are joined. So the weights need not be encoded again.
+            with copy.open("ab") as file:
+                file.write(onnx.ModelProto(graph=onnx.GraphProto(output=more)).SerializeToString())
             self._session = runtime.open_graph(copy)
         self._input = self._session.inputs[0].name
         nms = self._metadata.nms

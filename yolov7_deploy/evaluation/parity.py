@@ -103,6 +103,21 @@ class StageProbe(Protocol):
         ...
 
 
+class StageMemory:
+    """A probe that runs once for each canvas, for comparisons with several artifacts on few images."""
+
+    def __init__(self, probe: StageProbe) -> None:
+        self._probe = probe
+        self._outputs: dict[tuple[tuple[int, ...], bytes], IntermediateOutputs] = {}
+
+    def stages(self, canvas: Image) -> IntermediateOutputs:
+        """See `StageProbe.stages`."""
+        key = (canvas.shape, canvas.tobytes())
+        if key not in self._outputs:
+            self._outputs[key] = self._probe.stages(canvas)
+        return self._outputs[key]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
     """One model to compare, with its runtime and file; `probe` is `None` if it has no intermediate outputs."""

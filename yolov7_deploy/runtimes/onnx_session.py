@@ -41,6 +41,7 @@ from yolov7_deploy.runtimes.base import RuntimeResult, TimingBreakdown, check_re
 logger = get_logger(__name__)
 
 DEFAULT_HW = (640, 640)  # of files of dynamic size, as in the official program
+MAX_BUFFER_BYTES = 2**25  # for the input of a thread between calls: six images of 640x640
 Array = npt.NDArray[Any]
 _Model = TypeVar("_Model")
 
@@ -216,6 +217,22 @@ def file_version(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
+class _InputBuffer(threading.local):
+    """The network input of each thread's last call: the pages of a new array cost as much as filling them."""
+
+    def __init__(self) -> None:
+        self._array: npt.NDArray[np.float32] = np.empty(0, np.float32)
+
+    def of(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Return an array float32 of this shape, which is kept for the next call unless it is large."""
+        if self._array.shape == shape:
+            return self._array
+        array = np.empty(shape, np.float32)
+        if array.nbytes <= MAX_BUFFER_BYTES:
+            self._array = array
+        return array
+
+
 class OnnxRuntime:
     """An ONNX file in one of the libraries that run it.
 
@@ -232,7 +249,7 @@ class OnnxRuntime:
     def __init__(
         self, session: OnnxSession[Any], path: Path, *, input_hw: tuple[int, int] | None, half: bool | None
     ) -> None:
-        self._session = session
+        self._session, self._buffer = session, _InputBuffer()
         self.metadata: ModelMetadata
         try:
             self.metadata, self._input, self._layout = _read_layout(session, path, input_hw)
@@ -280,7 +297,8 @@ class OnnxRuntime:
         """
         started = time.perf_counter()
         canvases = [letterbox.apply(image) for image, letterbox in zip(images, letterboxes, strict=True)]
-        batches = [self._to_input(part) for part in split_batches(canvases, self.metadata.batch)]
+        parts = list(split_batches(canvases, self.metadata.batch))
+        batches = [self._to_input(part, reuse=len(parts) == 1) for part in parts]
         feeds = self._threshold_feeds(thresholds)
         prepared = time.perf_counter()
         try:
@@ -319,12 +337,13 @@ class OnnxRuntime:
     def _run(self, feeds: dict[str, Array]) -> list[Array]:
         return self._session.run(self._session.get(), list(self._layout.outputs), feeds)
 
-    def _to_input(self, canvases: Sequence[Image]) -> Array:
+    def _to_input(self, canvases: Sequence[Image], *, reuse: bool) -> Array:
         padding = (self.metadata.batch or 0) - len(canvases)
         canvases = [*canvases, *[canvases[-1]] * padding]
         if self._input.kind == "uint8" or self._session.takes_pixels:
             return np.stack(canvases) if len(canvases) > 1 else canvases[0][None]
-        return to_network_input(canvases).astype(self._input.dtype, copy=False)
+        out = self._buffer.of((len(canvases), 3, *canvases[0].shape[:2])) if reuse else None
+        return to_network_input(canvases, out=out).astype(self._input.dtype, copy=False)
 
     def _threshold_feeds(self, thresholds: Thresholds) -> dict[str, npt.NDArray[np.float32]]:
         nms = self.metadata.nms

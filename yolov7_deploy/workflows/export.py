@@ -17,7 +17,7 @@ from yolov7_deploy.checkpoint.loader import load_quantization
 from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError, Y7Error
-from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_thresholds, make_artifact
+from yolov7_deploy.evaluation.parity import ParityReport, StageMemory, compare, comparison_thresholds, make_artifact
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
@@ -291,6 +291,7 @@ def _verify(
     A file that takes any size is also compared at another size than its default.
     """
     reports = []
+    stages = StageMemory(reference)
     for name in installed_runtimes(path, "cpu"):
         try:
             runtime = open_runtime(path, device="cpu", input_hw=None, runtime=name)
@@ -302,7 +303,7 @@ def _verify(
         with contextlib.closing(runtime):
             for input_hw in _verified_sizes(metadata):
                 parity = compare(
-                    make_artifact("torch", reference, None, input_hw=input_hw),
+                    replace(make_artifact("torch", reference, None, input_hw=input_hw), probe=stages),
                     make_artifact(name, runtime, path, input_hw=input_hw),
                     images,
                     thresholds=comparison_thresholds(metadata),
