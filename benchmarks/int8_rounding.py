@@ -1,7 +1,7 @@
 """Rounding of INT8 weights, nearest and GPTQ: AP and head error beside float32, and time and peak memory of GPTQ.
 
-For TensorRT (8-bit weights) also the parts of the head error: that of INT8 weights alone, with float activations, and
-that of INT8 activations alone, with float weights.
+With activation ranges by `mse` and by `lp`. For TensorRT (8-bit weights) also the parts of the head error: that of
+INT8 weights alone, with float activations, and that of INT8 activations alone, with float weights.
 
 python benchmarks/int8_rounding.py --weights yolov7 --calib IMAGES --data D.yaml
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ from yolov7_deploy.precision.sensitivity import choose_silu_floor, head_error
 from yolov7_deploy.precision.subgraph import Network
 from yolov7_deploy.precision.weight_rounding import ROUNDING_IMAGES, round_weights
 
-TARGETS = ("tensorrt", "cpu")
+TARGETS, METHODS = ("tensorrt", "cpu"), ("mse", "lp")
 Heads = list[dict[str, np.ndarray]]
 
 
@@ -51,10 +52,11 @@ def main() -> None:
     arguments.add_argument("--data", required=True, type=Path)
     arguments.add_argument("--head-images", type=int, default=32, help="number of images for the head error")
     arguments.add_argument("--only", choices=TARGETS, help="internal: round the weights for one target")
+    arguments.add_argument("--method", choices=METHODS, help="internal: with these ranges")
     arguments.add_argument("--folder", type=Path, help="internal: that of the model and the calibration")
     options = arguments.parse_args()
     if options.only:
-        round_one(options.only, options.folder, options.calib)
+        round_one(options.only, options.method, options.folder, options.calib)
         return
     checkpoint = load_checkpoint(find_weights(options.weights))
     model = export_onnx(fuse(build_model(checkpoint)), checkpoint.metadata, ExportOptions(max_det=MAX_DET))
@@ -63,24 +65,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model.save(Path(name) / "model.onnx")
         save_calibration(calibration, Path(name) / "calibration.npz")
-        costs = {target: measure_rounding(target, Path(name), options.calib) for target in TARGETS}
-        rounded = {target: load_rounded(Path(name) / f"{target}.npz") for target in TARGETS}
+        cases = list(product(TARGETS, METHODS))
+        costs = {
+            f"{target}, {method}": measure_rounding(target, method, Path(name), options.calib)
+            for target, method in cases
+        }
+        rounded = {case: load_rounded(Path(name) / "{}-{}.npz".format(*case)) for case in cases}
     reference = accuracy(model, data)
     heads = list(head_maps(model, data, options.head_images))
     rows: dict[str, object] = {"float32": {"ap": reference.ap, "ap50": reference.ap50}}
-    for target in TARGETS:
-        for rounding in INT8_ROUNDINGS:
-            chosen = choose(model, calibration, target, images=options.calib, rounding=rounding)
-            weights = None if rounding == "nearest" else rounded[target]
-            quantized = to_int8(model, calibration, chosen, weights)
-            report = accuracy(quantized, data)
-            rows[f"{target}, {rounding}"] = {
-                "ap": report.ap,
-                "ap50": report.ap50,
-                "drop": asdict(accuracy_drop(data, range(len(data)), reference.predictions, report.predictions)),
-                "head_error": error_of(quantized, model, data, heads),
-            }
-            print(target, rounding, rows[f"{target}, {rounding}"], flush=True)
+    for target, method, rounding in product(TARGETS, METHODS, INT8_ROUNDINGS):
+        chosen = choose(model, calibration, target, method, images=options.calib, rounding=rounding)
+        quantized = to_int8(model, calibration, chosen, None if rounding == "nearest" else rounded[target, method])
+        report = accuracy(quantized, data)
+        row = {
+            "ap": report.ap,
+            "ap50": report.ap50,
+            "drop": asdict(accuracy_drop(data, range(len(data)), reference.predictions, report.predictions)),
+            "head_error": error_of(quantized, model, data, heads),
+        }
+        rows[f"{target}, {method}, {rounding}"] = row
+        print(target, method, rounding, row, flush=True)
     record(
         "int8_rounding",
         options.machine,
@@ -93,16 +98,19 @@ def main() -> None:
             "peak_memory_limit_gb": 4,
             "cpu_minutes_limit": 10,
             "rows": rows,
-            "parts": parts(model, calibration, rounded["tensorrt"], data, heads),
+            "parts": parts(model, calibration, rounded["tensorrt", "mse"], data, heads),
             "costs": costs,
         },
     )
 
 
-def choose(model: OnnxModel, calibration: Calibration, target: str, *, images: str, rounding: str) -> Int8Options:
+def choose(
+    model: OnnxModel, calibration: Calibration, target: str, method: str, *, images: str, rounding: str
+) -> Int8Options:
     """Return the options that `y7 quantize` would choose."""
     some = list(open_calibration(images, limit=2))
-    return replace(choose_silu_floor(model, calibration, some, Int8Options(target=target)), rounding=rounding)
+    options = Int8Options(target=target, method=method)
+    return replace(choose_silu_floor(model, calibration, some, options), rounding=rounding)
 
 
 def error_of(quantized: OnnxModel, model: OnnxModel, data: Dataset, heads: Heads) -> float:
@@ -116,18 +124,19 @@ def error_of(quantized: OnnxModel, model: OnnxModel, data: Dataset, heads: Heads
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def measure_rounding(target: str, folder: Path, calib: str) -> dict[str, float]:
+def measure_rounding(target: str, method: str, folder: Path, calib: str) -> dict[str, float]:
     """Round the weights in a process of its own."""
-    command = [sys.executable, __file__, "--only", target, "--folder", str(folder), "--calib", calib, "--data", "-"]
+    case = ["--only", target, "--method", method, "--folder", str(folder)]
+    command = [sys.executable, __file__, *case, "--calib", calib, "--data", "-"]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print("cost", target, found, flush=True)
+    print("cost", target, method, found, flush=True)
     return found
 
 
-def round_one(target: str, folder: Path, calib: str) -> None:
+def round_one(target: str, method: str, folder: Path, calib: str) -> None:
     model, calibration = OnnxModel.load(folder / "model.onnx"), load_calibration(folder / "calibration.npz")
     images = list(open_calibration(calib, limit=ROUNDING_IMAGES))
-    options = choose(model, calibration, target, images=calib, rounding="gptq")
+    options = choose(model, calibration, target, method, images=calib, rounding="gptq")
     wall, cpu = time.perf_counter(), time.process_time()
     rounded = round_weights(model, calibration, images, options)
     cost = {"seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
@@ -135,7 +144,7 @@ def round_one(target: str, folder: Path, calib: str) -> None:
     arrays = {}
     for output, one in rounded.items():
         arrays |= {f"{output}/v": one.weight.values, f"{output}/s": one.weight.scales, f"{output}/b": one.bias}
-    np.savez(folder / f"{target}.npz", **arrays)
+    np.savez(folder / f"{target}-{method}.npz", **arrays)
     print(json.dumps(cost))
 
 
