@@ -25,6 +25,7 @@ from tests.support.sample_images import (
     assert_same,
     noise,
 )
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import HW, fused_tiny
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.detector import Detector
@@ -135,7 +136,7 @@ def test_a_copy_in_another_process_is_rectangular(torch_rect):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("kind", ["plugin", "standard", "efficient", "none"])
+@pytest.mark.parametrize("kind", some_fast(["plugin", "standard", "none", "efficient"], every=2))
 def test_onnx_files_of_open_size_give_the_boxes_of_pytorch(files, torch_rect, kind, runtime):
     pytest.importorskip(runtime)
     options = {"input_kind": "uint8"} if kind == "none" else {}

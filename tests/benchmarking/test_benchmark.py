@@ -170,6 +170,7 @@ def test_a_report_describes_what_ran(measured, files):
     assert "NMS is inside the file: it counts as engine time" in measured.notes
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_too(detectors):
     measured = measure_speed(detectors("torch"), Frames(images=FRAMES.images[:1], description="one"), options=QUICK)
     assert (measured.runtime, measured.nms) == ("pytorch", "host")
@@ -199,6 +200,7 @@ class UnstableDetector:
         return found if self._left > 0 else [one.filter(conf=1.0) for one in found]
 
 
+@pytest.mark.slow
 def test_a_detector_whose_results_change_is_not_measured(plugin):
     assert len(plugin(FRAMES.images[0]))
     with pytest.raises(DeviceError, match="times of such a detector are meaningless"):

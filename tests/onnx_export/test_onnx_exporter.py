@@ -24,6 +24,7 @@ from tests.support.detecting import (
     run,
 )
 from tests.support.deterministic import fill_model, make_image
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import HW, decoded_by_torch, exported_tiny, images, metadata_of, session, tiny_session
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
 from yolov7_deploy.model.configs import VARIANTS
@@ -40,7 +41,7 @@ MATRIX = [
 ]
 
 
-@pytest.mark.parametrize("nms, opset, batch", MATRIX)
+@pytest.mark.parametrize("nms, opset, batch", some_fast(MATRIX, every=5))
 def test_the_file_is_valid_and_equals_pytorch(nms, opset, batch):
     options = {"nms": nms, "opset": opset, "batch": batch, **NMS_OPTIONS}
     model = exported_tiny(**options)

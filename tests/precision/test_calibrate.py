@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.sample_images import noise
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import HW, exported_tiny, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.image import fit_letterbox
@@ -209,15 +210,18 @@ def changed(change, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"nms": "none"},
-        {"nms": "standard"},
-        {"nms": "efficient"},
-        {"conf": 0.7, "iou": 0.2, "max_det": 7},
-        {"class_agnostic": True},
-        *({"opset": opset} for opset in (13, 18, 21)),
-        {"batch": 3},
-    ],
+    some_fast(
+        [
+            {"nms": "none"},
+            {"nms": "standard"},
+            {"nms": "efficient"},
+            {"conf": 0.7, "iou": 0.2, "max_det": 7},
+            {"class_agnostic": True},
+            *({"opset": opset} for opset in (13, 18, 21)),
+            {"batch": 3},
+        ],
+        every=2,
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("input_kind", ["float32", "uint8"])

@@ -27,6 +27,7 @@ from tests.support.detecting import (
 )
 from tests.support.deterministic import fill_model, make_image
 from tests.support.sample_images import noise
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, metadata_of, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.model.configs import VARIANTS
@@ -87,7 +88,7 @@ def types_and_shapes(values):
 # --- the graph --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nms, opset, batch, input_kind", EXPORTS)
+@pytest.mark.parametrize("nms, opset, batch, input_kind", some_fast(EXPORTS, every=4))
 def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset, batch, input_kind):
     options = {"nms": nms, "opset": opset, "batch": batch, "input_kind": input_kind, **NMS_OPTIONS}
     float_model, fp16_model = exported_tiny(**options), fp16_tiny(**options)

@@ -21,6 +21,7 @@ from tests.support.detecting import (
     reference,
 )
 from tests.support.sample_images import noise
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import HW, exported_tiny, fused_tiny, images, session
 from yolov7_deploy.errors import ExportError, UsageError
 from yolov7_deploy.metadata import ModelMetadata, assumed_metadata
@@ -77,7 +78,7 @@ def stored(model):
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nms, opset, batch, input_kind", EXPORTS)
+@pytest.mark.parametrize("nms, opset, batch, input_kind", some_fast(EXPORTS, every=4))
 def test_the_file_is_strictly_typed_with_the_same_inputs_and_outputs(nms, opset, batch, input_kind):
     export = {"nms": nms, "opset": opset, "batch": batch, "input_kind": input_kind, **NMS_OPTIONS}
     float_model, int8_model = exported_tiny(**export), quantized(**export)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.sample_images import noise
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import HW, exported_tiny
 from yolov7_deploy.options import Int8Options
 from yolov7_deploy.precision import sensitivity
@@ -44,7 +45,7 @@ def slow_error(model, calibration, layer):
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-@pytest.mark.parametrize("layer", ["model.0.conv", "model.7.conv", "model.28.conv", "model.53.conv", "model.76.conv"])
+@pytest.mark.parametrize("layer", some_fast([f"model.{index}.conv" for index in (0, 7, 28, 53, 76)], every=2))
 def test_the_error_is_that_of_the_whole_network_with_that_layer_in_int8(measured, layer):
     model, calibration, sensitivities = measured
     entry = next(entry for entry in sensitivities if entry.layer == layer)
@@ -61,6 +62,7 @@ def test_every_convolution_except_the_heads_is_ranked_the_most_sensitive_first(m
     assert sum(entry.share for entry in sensitivities) == pytest.approx(1 - heads / whole)
 
 
+@pytest.mark.slow
 def test_excluded_layers_are_not_ranked(measured):
     model, calibration, sensitivities = measured
     most_sensitive = sensitivities[0].layer
@@ -69,6 +71,7 @@ def test_excluded_layers_are_not_ranked(measured):
     assert len(fewer) == len(sensitivities) - 1
 
 
+@pytest.mark.slow
 def test_progress_is_reported(measured):
     model, calibration, sensitivities = measured
     reported = []

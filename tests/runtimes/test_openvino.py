@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.child_processes import in_forked_child, passes_without_amx
 from tests.support.sample_images import assert_identical, assert_same, noise
+from tests.support.slow_cases import some_fast
 from tests.support.small_models import exported_tiny
 from yolov7_deploy.checkpoint import load_checkpoint
 from yolov7_deploy.datasets import open_dataset
@@ -126,7 +127,9 @@ def assert_close(found, expected):
 # --- every kind of file ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", FP32_FILES, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options", some_fast(FP32_FILES, every=3), ids=lambda options: "-".join(map(str, options.values()))
+)
 def test_fp32_files_find_the_boxes_of_the_checkpoint_in_every_runtime(make_file, images, expected, options):
     path = make_file(**options)
     for runtime in ("onnxruntime", "openvino"):
@@ -477,7 +480,7 @@ def test_an_nms_operator_that_cannot_be_replaced_becomes_its_body(make_file, cha
 
 
 @pytest.mark.parametrize("options", [{}, {"batch": None}, {"batch": None, "dynamic_size": True}], ids=str)
-@pytest.mark.parametrize("conf", [0.0, 0.001, 0.25, 1.0])
+@pytest.mark.parametrize("conf", some_fast([0.0, 0.25, 0.001, 1.0], every=2))
 def test_nms_outside_the_network_finds_the_boxes_of_the_operators_of_the_file(make_file, images, options, conf):
     """Both sum in another order than ONNX Runtime, so the operators run in OpenVINO, too."""
     path = make_file(nms="plugin", **options)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +117,27 @@ def test_a_model_file_that_is_replaced_is_noticed_and_the_old_model_stays_in_use
     finally:
         backup.replace(model)
     assert json.loads(ray_proof.get(port, "/healthz")[1])["file"] == "unchanged"
+
+
+def test_a_port_in_use_ends_the_documented_command_with_the_address(served, tmp_path):
+    _, model, _, _ = served
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (tmp_path / "serve.yaml").write_text(
+            f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
+            "applications:\n"
+            "  - name: yolov7\n"
+            "    import_path: yolov7_deploy.serving:app\n"
+            f"    args: {{weights: {model}, device: cpu, cpus: 1}}\n"
+        )
+        done = subprocess.run(
+            [Path(sys.executable).with_name("serve"), "run", tmp_path / "serve.yaml"],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            env={**os.environ, "RAY_ADDRESS": "local"},  # not the cluster of the fixture
+            check=False,
+        )
+    assert done.returncode != 0
+    assert f"127.0.0.1:{port}" in done.stdout + done.stderr
+    assert "address already in use" in (done.stdout + done.stderr).lower()

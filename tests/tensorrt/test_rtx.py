@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.engines import HAS_RTX, IMAGE_SIZE, NO_RTX, OUTPUTS, THRESHOLDS, build, check, exported, ports
+from tests.support.slow_cases import some_fast
 from yolov7_deploy.errors import EngineError
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.tensorrt.inspector import engine_layers
@@ -56,7 +57,7 @@ def test_an_fp16_file_computes_in_fp16():
     assert (compiled.detail, compiled.convolutions) == ("compiled", {"fp16": len(convolutions)})
 
 
-@pytest.mark.parametrize("target", ["7.5", "8.0", "8.9", "12.0"])
+@pytest.mark.parametrize("target", some_fast(["7.5", "8.0", "12.0", "8.9"], every=2))
 def test_the_file_builds_for_every_architecture_since_turing(target):
     record = build(exported(), targets=(target,)).record
     assert record.targets == (target,)

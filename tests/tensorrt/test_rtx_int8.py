@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.support.engines import HAS_RTX, IMAGE_SIZE, NO_RTX, THRESHOLDS, build, check, ports, quantized, rtx
+from tests.support.slow_cases import some_fast
 from yolov7_deploy.inspection.engine_file import read_engine_file
 from yolov7_deploy.model.configs import VARIANTS
 from yolov7_deploy.precision.int8_summary import summarize_int8
@@ -55,7 +56,7 @@ def test_tensorrt_rtx_parses_int8_constants():
     assert types["DEQUANTIZE"] == types["QUANTIZE"] + counts.weights
 
 
-@pytest.mark.parametrize("target", ["8.0", "8.9", "12.0"])
+@pytest.mark.parametrize("target", some_fast(["8.9", "8.0", "12.0"], every=3))
 def test_every_architecture_from_ampere_on_computes_in_int8(target):
     model = quantized()
     assert convolutions(build(model, targets=(target,)).record) == expected(model)
@@ -72,7 +73,7 @@ def test_with_a_turing_target_the_whole_plan_computes_in_float_with_a_note(targe
     assert "compute capability 7.5" in note and note in caplog.text
 
 
-@pytest.mark.parametrize("nms", ["none", "standard", "efficient"])
+@pytest.mark.parametrize("nms", some_fast(["standard", "none", "efficient"], every=3))
 def test_int8_builds_with_every_nms(nms):
     model = quantized(nms=nms)
     record = build(model, plugin="auto").record
