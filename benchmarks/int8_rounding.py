@@ -51,6 +51,7 @@ def main() -> None:
     arguments.add_argument("--calib", required=True)
     arguments.add_argument("--data", required=True, type=Path)
     arguments.add_argument("--head-images", type=int, default=32, help="number of images for the head error")
+    arguments.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     arguments.add_argument("--only", choices=TARGETS, help="internal: round the weights for one target")
     arguments.add_argument("--method", choices=METHODS, help="internal: with these ranges")
     arguments.add_argument("--folder", type=Path, help="internal: that of the model and the calibration")
@@ -65,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model.save(Path(name) / "model.onnx")
         save_calibration(calibration, Path(name) / "calibration.npz")
-        cases = list(product(TARGETS, METHODS))
+        cases = list(product(options.targets, METHODS))
         costs = {
             f"{target}, {method}": measure_rounding(target, method, Path(name), options.calib)
             for target, method in cases
@@ -74,7 +75,7 @@ def main() -> None:
     reference = accuracy(model, data)
     heads = list(head_maps(model, data, options.head_images))
     rows: dict[str, object] = {"float32": {"ap": reference.ap, "ap50": reference.ap50}}
-    for target, method, rounding in product(TARGETS, METHODS, INT8_ROUNDINGS):
+    for target, method, rounding in product(options.targets, METHODS, INT8_ROUNDINGS):
         chosen = choose(model, calibration, target, method, images=options.calib, rounding=rounding)
         quantized = to_int8(model, calibration, chosen, None if rounding == "nearest" else rounded[target, method])
         report = accuracy(quantized, data)
@@ -86,6 +87,8 @@ def main() -> None:
         }
         rows[f"{target}, {method}, {rounding}"] = row
         print(target, method, rounding, row, flush=True)
+    weights = rounded.get(("tensorrt", "mse"))
+    found_parts = parts(model, calibration, weights, data, heads) if weights else None
     record(
         "int8_rounding",
         options.machine,
@@ -98,7 +101,7 @@ def main() -> None:
             "peak_memory_limit_gb": 4,
             "cpu_minutes_limit": 10,
             "rows": rows,
-            "parts": parts(model, calibration, rounded["tensorrt", "mse"], data, heads),
+            "parts": found_parts,
             "costs": costs,
         },
     )
