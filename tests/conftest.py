@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import signal
 
 import onnx
 import pytest
@@ -15,6 +16,14 @@ from tests.support.training_runs import disable_charts, single_thread, small_sha
 from yolov7_deploy.checkpoint import Checkpoint, save_checkpoint
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.tensorrt.plugin_library import PLUGIN_VARIABLE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_not_ignored():
+    """Background jobs of a shell ignore SIGINT, and `nohup` ignores SIGHUP; tests send both."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
