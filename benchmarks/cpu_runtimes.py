@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -40,7 +39,7 @@ from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.fp16 import to_fp16
 from yolov7_deploy.precision.int8 import to_int8
-from yolov7_deploy.precision.sensitivity import choose_silu_floor
+from yolov7_deploy.precision.sensitivity import FLOOR_IMAGES, choose_silu_floor
 
 FP32 = "fp32, onnxruntime"
 # Name: file and runtime.
@@ -109,7 +108,9 @@ def write_files(weights: str, calib: str, folder: Path) -> dict[str, Path]:
     model = export_onnx(fused, checkpoint.metadata, options)
     images = open_calibration(calib)
     calibration = calibrate(model, images, count=len(images))
-    cpu = choose_silu_floor(model, calibration, list(islice(images, 2)), Int8Options(target="cpu"))
+    cpu = choose_silu_floor(
+        model, calibration, list(open_calibration(calib, limit=FLOOR_IMAGES)), Int8Options(target="cpu")
+    )
     models = {
         "fp32": model,
         "none": export_onnx(fused, checkpoint.metadata, replace(options, nms="none")),

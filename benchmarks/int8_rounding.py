@@ -37,7 +37,7 @@ from yolov7_deploy.precision.calibrate import Calibration, calibrate
 from yolov7_deploy.precision.calibration_cache import load_calibration, save_calibration
 from yolov7_deploy.precision.calibration_images import open_calibration
 from yolov7_deploy.precision.int8 import QuantizedWeight, RoundedConvolution, to_int8
-from yolov7_deploy.precision.sensitivity import choose_silu_floor, head_error
+from yolov7_deploy.precision.sensitivity import FLOOR_IMAGES, choose_silu_floor, head_error
 from yolov7_deploy.precision.subgraph import Network
 from yolov7_deploy.precision.weight_rounding import ROUNDING_IMAGES, round_weights
 
@@ -111,7 +111,7 @@ def choose(
     model: OnnxModel, calibration: Calibration, target: str, method: str, *, images: str, rounding: str
 ) -> Int8Options:
     """Return the options that `y7 quantize` would choose."""
-    some = list(open_calibration(images, limit=2))
+    some = list(open_calibration(images, limit=FLOOR_IMAGES))
     options = Int8Options(target=target, method=method)
     return replace(choose_silu_floor(model, calibration, some, options), rounding=rounding)
 

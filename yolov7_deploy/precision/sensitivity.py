@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
 
+FLOOR_IMAGES = 8  # for `choose_silu_floor`; one unusual image must not decide
 SILU_FLOORS = (4.0, 4.5, 5.5, 9.0)
 MEMORY_BYTES = 1.6e9  # limit for the float32 tensors that stay in memory
 
@@ -112,7 +113,7 @@ def choose_silu_floor(
     Args:
         model: A float32 graph.
         calibration: Calibration of this graph.
-        images: uint8 BGR; two are enough.
+        images: uint8 BGR; `FLOOR_IMAGES` are enough.
         options: Those of the quantization. Returned unchanged if the graph has no such pairs.
     """
     network = Network(model)

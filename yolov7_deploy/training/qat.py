@@ -27,14 +27,13 @@ from yolov7_deploy.precision.calibration_cache import load_calibration
 from yolov7_deploy.precision.calibration_images import CalibrationImages, open_calibration
 from yolov7_deploy.precision.fake_quantize import FakeQuantizedYolov7, restore_fake_quantized, split_state
 from yolov7_deploy.precision.qat import CalibratedNetwork, calibrated_network
-from yolov7_deploy.precision.sensitivity import choose_silu_floor
+from yolov7_deploy.precision.sensitivity import FLOOR_IMAGES, choose_silu_floor
 from yolov7_deploy.precision.subgraph import Network
 from yolov7_deploy.training.checkpoints import LAST, QatOptions, RunState, TrainRequest
 from yolov7_deploy.training.distributed import DistributedContext
 from yolov7_deploy.training.loggers import TrainCallback
 
 CALIBRATION_SUFFIX = ".npz"
-FLOOR_IMAGES = 2  # for `choose_silu_floor`
 
 
 def initialize_qat(

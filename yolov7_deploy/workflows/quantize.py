@@ -31,7 +31,12 @@ from yolov7_deploy.precision.calibration_images import CalibrationImages, count_
 from yolov7_deploy.precision.int8 import RoundedConvolution, check_quantizable, to_int8
 from yolov7_deploy.precision.int8_summary import Int8Summary, summarize_int8
 from yolov7_deploy.precision.ort_runner import network_input
-from yolov7_deploy.precision.sensitivity import LayerSensitivity, choose_silu_floor, layer_sensitivities
+from yolov7_deploy.precision.sensitivity import (
+    FLOOR_IMAGES,
+    LayerSensitivity,
+    choose_silu_floor,
+    layer_sensitivities,
+)
 from yolov7_deploy.precision.subgraph import Network
 from yolov7_deploy.precision.weight_rounding import ROUNDING_IMAGES, round_weights
 
@@ -190,7 +195,7 @@ class Quantizer:
             UsageError: The calibration file belongs to another model or other images.
         """
         calibration = self._calibrate()
-        few = self._some_images(calibration, RANKING_IMAGES)
+        few = self._some_images(calibration, FLOOR_IMAGES)
         options = choose_silu_floor(self._model, calibration, few, self._options.int8)
         self._options = replace(self._options, int8=options)
         if options.rounding != "nearest":
