@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from tests.support.detecting import NMS_CHOICES
 from tests.support.deterministic import fill_model
 from tests.support.sample_images import noise
 from tests.support.small_models import HW, exported_tiny, fused_tiny, metadata_of, tiny
@@ -34,6 +35,7 @@ from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions
 from yolov7_deploy.precision.fp16 import to_fp16
+from yolov7_deploy.runtimes.base import installed_runtimes, open_runtime
 from yolov7_deploy.runtimes.onnxruntime import OrtRuntime
 from yolov7_deploy.runtimes.pytorch import PytorchRuntime
 from yolov7_deploy.workflows.export import export_weights
@@ -59,6 +61,21 @@ def parity(reference, tmp_path):
         return compare(against, other, images, thresholds=comparison_thresholds(model.metadata))
 
     return run
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("nms", NMS_CHOICES)
+def test_every_file_is_compared_stage_by_stage_in_every_runtime(reference, tmp_path, nms, runtime):
+    model, path = exported_tiny(nms=nms), tmp_path / "model.onnx"
+    model.save(path)
+    if runtime not in installed_runtimes(path, "cpu"):
+        pytest.skip(f"{runtime} is not installed")
+    with contextlib.closing(open_runtime(path, device="cpu", input_hw=None, runtime=runtime)) as opened:
+        artifact = make_artifact(runtime, opened, path, input_hw=HW)
+        report = compare(reference, artifact, [IMAGE], thresholds=comparison_thresholds(model.metadata))
+    assert report.ok and report.compared > 0, report
+    inside = [] if nms == "none" else ["nms"]
+    assert [stage.stage for stage in report.stages] == ["head", "decode", *inside, "detections"]
 
 
 def save(model, path, **fields):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from yolov7_deploy import _protobuf as pb
 from yolov7_deploy._process import temporary_folder
 from yolov7_deploy.errors import DeviceError
 from yolov7_deploy.image import FloatArray, Image, to_network_input
@@ -20,6 +20,8 @@ from yolov7_deploy.options import file_thresholds, threshold_values
 from yolov7_deploy.postprocess import RawDetections
 from yolov7_deploy.runtimes.base import IntermediateOutputs
 from yolov7_deploy.runtimes.onnx_session import OnnxRuntime
+
+_GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 
 
 def copy_with_conf(path: Path, copy: Path, *, conf: float) -> None:
@@ -37,6 +39,14 @@ def copy_with_conf(path: Path, copy: Path, *, conf: float) -> None:
     assert model.metadata.nms is not None, "the file has NMS inside"
     nms = replace(model.metadata.nms, conf=conf)
     OnnxModel.of(model.proto, replace(model.metadata, nms=nms)).save(copy)
+
+
+def _copy_with_outputs(path: Path, copy: Path, outputs: list[onnx.ValueInfoProto]) -> None:
+    """Write a copy of a file with more outputs of its graph; the weights are not decoded and encoded again."""
+    added = onnx.GraphProto(output=outputs).SerializeToString()
+    with copy.open("wb") as file:
+        for number, value, field in pb.iterate_fields(memoryview(path.read_bytes())):
+            file.writelines(pb.length_field(_GRAPH, [pb.as_bytes(value), added]) if number == _GRAPH else [field])
 
 
 class OnnxProbe:
@@ -62,10 +72,7 @@ class OnnxProbe:
         self._outputs = [*added, *(name for name in (RAW_OUTPUT, *NMS_OUTPUTS) if name in known)]
         with temporary_folder("y7-verify") as folder:
             copy = folder / "probe.onnx"
-            shutil.copyfile(path, copy)
-            # Concatenated messages are one: their lists are joined. So the weights need not be encoded again.
-            with copy.open("ab") as file:
-                file.write(onnx.ModelProto(graph=onnx.GraphProto(output=more)).SerializeToString())
+            _copy_with_outputs(path, copy, more)
             self._session = runtime.open_graph(copy)
         self._input = self._session.inputs[0].name
         nms = self._metadata.nms
