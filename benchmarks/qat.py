@@ -52,7 +52,7 @@ from yolov7_deploy.workflows.functions import export, train
 TRAIN_IMAGES, VAL_IMAGES, IMAGE_SIZE, SEED = 240, 500, 320, 1  # the network was trained on images of seed 0
 EQUALITY_IMAGES = 2000  # on which the AP of the file and that of the PyTorch network are compared
 STANDARD = ValOptions(rect=False)
-RUNTIMES = ("ONNX Runtime", "OpenVINO")
+RUNTIMES = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}
 
 
 def main() -> None:
@@ -142,9 +142,9 @@ class QatBenchmark:
         trained = export(report.weights, work / "qat.onnx", precision="int8", **export_options).path
         network = load_fake_quantized(load_checkpoint(report.weights))
         aps = {"float": self.float_ap, "calibrated, OpenVINO": self._ap_of_file(calibrated, "openvino")}
-        aps |= {f"trained, {name}": self._ap_of_file(trained, name.lower().replace(" ", "")) for name in RUNTIMES}
+        aps |= {f"trained, {name}": self._ap_of_file(trained, runtime) for name, runtime in RUNTIMES.items()}
         self._val = open_dataset(many, split="val")
-        equality = {name: self._ap_of_file(trained, name.lower().replace(" ", "")) for name in RUNTIMES}
+        equality = {name: self._ap_of_file(trained, runtime) for name, runtime in RUNTIMES.items()}
         equality["PyTorch"] = self._ap_of_network(network)
         network.set_inner_pairs(enabled=False)
         equality["PyTorch as OpenVINO rounds"] = self._ap_of_network(network)

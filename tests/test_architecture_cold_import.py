@@ -18,7 +18,6 @@ import pytest
 
 from tests.support.deterministic import fill_model
 from tests.support.sample_images import noise
-from tests.support.slow_cases import some_fast
 from yolov7_deploy.cli.app import COMMANDS
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.hub import bundled_weights
@@ -178,33 +177,26 @@ except MissingLibraryError as error:
 
 @pytest.mark.parametrize(
     "library,extra,arguments",
-    some_fast(
-        [
-            ("torch", "export", ["demo"]),
-            ("onnxruntime", "cpu", ["demo"]),
-            ("torch", "export", ["export", "--weights", "model.pt"]),
-            ("onnx", "export", ["export", "--weights", "model.pt"]),
-            ("onnxruntime", "cpu", ["export", "--weights", "model.pt"]),
-            ("faster_coco_eval", "val", ["val", "--data", "data.yaml"]),
-            ("yaml", "val", ["val", "--data", "data.yaml"]),
-            ("onnx", "export", ["verify", "--weights", MODEL, "--against", MODEL]),
-            ("torch", "export", ["info", "yolov7"]),
-            ("torch", "export", ["info", "model.pt"]),
-            ("matplotlib", "bench", ["bench", "--paper", "--weights", "model.pt"]),
-            ("pyarrow", "ray", ["score", "--input", "images.parquet", "--output", "results", "--weights", MODEL]),
-            (
-                "ray",
-                "ray",
-                ["score", "--input", "image.png", "--output", "results", "--weights", MODEL, "--workers", "2"],
-            ),
-            ("jinja2", "report", ["report", "--weights", MODEL, "--against", MODEL, "--data", "data.yaml"]),
-            ("faster_coco_eval", "val", ["report", "--weights", MODEL, "--against", MODEL, "--data", "data.yaml"]),
-            ("torch", "export", ["train", "--data", "data.yaml"]),
-            ("matplotlib", "bench", ["train", "--data", "data.yaml"]),
-            ("faster_coco_eval", "val", ["train", "--data", "data.yaml"]),
-        ],
-        every=2,
-    ),
+    [
+        ("torch", "export", ["demo"]),
+        ("onnxruntime", "cpu", ["demo"]),
+        ("torch", "export", ["export", "--weights", "model.pt"]),
+        ("onnx", "export", ["export", "--weights", "model.pt"]),
+        ("onnxruntime", "cpu", ["export", "--weights", "model.pt"]),
+        ("faster_coco_eval", "val", ["val", "--data", "data.yaml"]),
+        ("yaml", "val", ["val", "--data", "data.yaml"]),
+        ("onnx", "export", ["verify", "--weights", MODEL, "--against", MODEL]),
+        ("torch", "export", ["info", "yolov7"]),
+        ("torch", "export", ["info", "model.pt"]),
+        ("matplotlib", "bench", ["bench", "--paper", "--weights", "model.pt"]),
+        ("pyarrow", "ray", ["score", "--input", "images.parquet", "--output", "results", "--weights", MODEL]),
+        ("ray", "ray", ["score", "--input", "image.png", "--output", "results", "--weights", MODEL, "--workers", "2"]),
+        ("jinja2", "report", ["report", "--weights", MODEL, "--against", MODEL, "--data", "data.yaml"]),
+        ("faster_coco_eval", "val", ["report", "--weights", MODEL, "--against", MODEL, "--data", "data.yaml"]),
+        ("torch", "export", ["train", "--data", "data.yaml"]),
+        ("matplotlib", "bench", ["train", "--data", "data.yaml"]),
+        ("faster_coco_eval", "val", ["train", "--data", "data.yaml"]),
+    ],
 )
 def test_a_command_names_the_library_and_the_extra_it_needs(library, extra, arguments, tmp_path, model_file):
     for name in ("model.pt", "image.png", "images.parquet"):

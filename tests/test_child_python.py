@@ -128,7 +128,6 @@ def test_build_executes_nothing_in_the_working_directory(hostile, y7, tensorrt):
     assert (hostile.parent / "tensorrt-imported").exists(), "the build process has PYTHONPATH"
 
 
-@pytest.mark.slow
 def test_python_m_executes_only_what_python_itself_imports_first(hostile):
     """Python puts the working directory first for `-m` and imports some modules before it runs any of ours."""
     for file in hostile.iterdir():

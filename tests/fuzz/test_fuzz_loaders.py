@@ -19,7 +19,7 @@ import pytest
 from tests.fuzz.fuzz_targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
-CASES = int(os.environ.get("Y7_FUZZ_CASES", "150"))
+CASES = int(os.environ.get("Y7_FUZZ_CASES", "250"))
 FIRST = int(os.environ.get("Y7_FUZZ_FIRST", "0"))
 MAX_CRASHES = 20  # after which a campaign stops
 # One thread and one heap each, because address space is limited and other tests use the cores.

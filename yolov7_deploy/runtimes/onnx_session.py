@@ -218,7 +218,7 @@ def file_version(path: Path) -> tuple[int, int] | None:
 
 
 class _InputBuffer(threading.local):
-    """The network input of each thread's last call: filling a new array takes 1.3 times as long."""
+    """The network input of each thread's last call, so that not every call has to map the pages of a new array."""
 
     def __init__(self) -> None:
         self._array: npt.NDArray[np.float32] = np.empty(0, np.float32)
