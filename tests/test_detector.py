@@ -235,6 +235,19 @@ def test_thresholds_out_of_range_are_refused(detector, options):
     assert next(iter(options)) in caught.value.message
 
 
+def test_an_unknown_argument_is_refused_with_the_one_that_was_meant(detector, files):
+    image = IMAGES[0]
+    for call, name in (
+        (lambda: Detector(files("plugin"), conf_thres=0.3), "Detector"),
+        (lambda: detector(image, conf_thres=0.3), "Detector"),
+        (lambda: detector.batch([image], confidence=0.3), "Detector.batch"),
+        (lambda: detector.submit(image, confidences=0.3), "Detector.submit"),
+    ):
+        with pytest.raises(UsageError, match=f"^{name} does not have an argument conf") as raised:
+            call()
+        assert raised.value.fix.startswith("Did you mean conf? One of: ")
+
+
 @pytest.mark.parametrize("option", [{"multi_label": True}, {"class_agnostic": True}])
 def test_options_that_nms_inside_the_file_cannot_apply_are_refused(files, option):
     with Detector(files("efficient"), device="cpu", **option) as detector:

@@ -44,13 +44,13 @@ _NAMES = {
 # Options whose value may be any word.
 _WORDS = _words(
     "assigner auxiliary constraint device fallback hardware-compatible hyp input int8-target method nms plugin "
-    "precision runtime save-dir split variant weights"
+    "precision rounding runtime save-dir split variant weights"
 )
 _NO_VALUES = _words("a already and are as can cannot does has have is must needs no not or out shows to with without")
 
 # The function of a command, and the options that it has as arguments; with any other, a command stays a command.
 _EXPORT = "weights output precision img batch nms conf iou max-det max-candidates input opset calib data max-drop " \
-    "int8-target image dynamic-batch fp16 int8 no-simplify no-verify engine"  # fmt: skip
+    "method rounding int8-target image dynamic-batch fp16 int8 no-simplify no-verify engine"  # fmt: skip
 _TRAIN = "data weights variant hyp epochs batch img device workers save-dir project name resume patience freeze " \
     "no-half qat calib int8-target reduce-range full-range"  # fmt: skip
 _VALIDATE = "weights data images split limit img batch conf iou max-det device runtime"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 HIDDEN = "***"
 MAX_FILES = 1000  # in a folder; `similar_file` ignores more
+MIN_PREFIX = 3  # characters of a name of which another one is the beginning
 MAX_NAME = 255  # characters of the name of a file
 ALIKE = 0.75  # smallest ratio of difflib for similar names
 MAX_DECODING = 3  # a secret may be percent-encoded several times
@@ -40,9 +41,16 @@ _LOGIN = re.compile(r"[:@]|%3a|%40", re.IGNORECASE)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return what to type instead of a name with a typing error: the known name that is most alike, and all of them."""
+    """Return what to type instead of an unknown name: the known name that is most alike, and all of them.
+
+    Example:
+        >>> suggest("conf_thres", ["conf", "iou"])
+        'Did you mean conf? One of: conf, iou'
+    """
     names = list(known)
-    alike = difflib.get_close_matches(name, names, n=1)
+    alike = difflib.get_close_matches(name, names, n=1) or [
+        one for one in names if len(one) >= MIN_PREFIX and (name.startswith(one) or one.startswith(name))
+    ]
     return f"{f'Did you mean {alike[0]}? ' if alike else ''}One of: {', '.join(names)}"
 
 

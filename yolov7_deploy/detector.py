@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from yolov7_deploy._text import get_logger
 from yolov7_deploy.detections import Detections, Speed, find_classes
-from yolov7_deploy.errors import ImageError, UsageError
+from yolov7_deploy.errors import ImageError, UsageError, suggests_arguments
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.image import (
     PAD_GREY,
@@ -104,6 +104,7 @@ class Detector:
         ...     detections = detector("street.jpg", conf=0.4)
     """
 
+    @suggests_arguments
     def __init__(
         self,
         weights: str | os.PathLike[str],
@@ -141,8 +142,9 @@ class Detector:
         self.input_hw: tuple[int, int] = requested_hw or self.metadata.default_hw
         self.rect = rect
         # For copies in other processes, which may work in other folders.
+        open_file: Callable[..., Detector] = type(self)
         self._open_again = functools.partial(
-            type(self), self.path.absolute(), device=device, img=requested_hw, rect=rect, half=half, runtime=runtime
+            open_file, self.path.absolute(), device=device, img=requested_hw, rect=rect, half=half, runtime=runtime
         )
         self._warned_max_det = False
         try:
@@ -208,6 +210,7 @@ class Detector:
         classes: ClassesLike | None = None,
         max_det: int | None = None,
     ) -> list[Detections]: ...
+    @suggests_arguments
     def __call__(
         self,
         image: ImageLike | ImageList,
@@ -238,6 +241,7 @@ class Detector:
         with self._calls.running():
             return self._detect([cast(ImageLike, image)], thresholds)[0][0]
 
+    @suggests_arguments
     def batch(
         self,
         images: Iterable[ImageLike],
@@ -343,6 +347,7 @@ class Detector:
             )
         return cast(Image, item)  # the runtime reads it on the GPU
 
+    @suggests_arguments
     def stream(
         self,
         source: SourceLike | Iterator[OneSource],
@@ -374,6 +379,7 @@ class Detector:
                 detections, _ = self._detect([frame.image], thresholds, path=frame.path)
             yield frame, detections[0]
 
+    @suggests_arguments
     def streams(
         self,
         sources: Sequence[SourceLike] | StreamSources,
@@ -452,6 +458,7 @@ class Detector:
             detections, _ = self._detect([frame.image for frame in frames], thresholds)
         return [replace(found, path=frame.path) for frame, found in zip(frames, detections, strict=True)]
 
+    @suggests_arguments
     def submit(
         self,
         image: ImageLike,

@@ -6,10 +6,16 @@ The command line prints them without a traceback and exits with code 1.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 from yolov7_deploy._python_spelling import in_python
-from yolov7_deploy._text import printable
+from yolov7_deploy._text import printable, suggest
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Y7Error(Exception):
@@ -103,6 +109,27 @@ class TrainingError(Y7Error):
 
 class DeviceError(Y7Error):
     """A device does not exist on this machine or in this runtime, or is out of memory."""
+
+
+def suggests_arguments(function: Function, more: Iterable[str] = ()) -> Function:
+    """Let a function that gets an argument with an unknown name raise `UsageError`, which suggests the known one.
+
+    Args:
+        function: A function or method.
+        more: Names that it takes as `**options`.
+    """
+    named = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    known = {one.name for one in named}.union(more) - {"self"}
+    title = function.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
+
+    @functools.wraps(function)
+    def wrapper(*args: object, **kwargs: object) -> object:
+        if not kwargs.keys() <= known:
+            name = min(kwargs.keys() - known)
+            raise UsageError(f"{title} does not have an argument {name}.", fix=suggest(name, sorted(known)))
+        return function(*args, **kwargs)
+
+    return cast(Function, wrapper)
 
 
 # Library: the extra of this package that installs it.

@@ -197,9 +197,9 @@ class Int8Options:
     Attributes:
         target: What runs the file fastest: `tensorrt` (symmetric int8 activations), `cpu` (asymmetric uint8 ones, for
             ONNX Runtime and OpenVINO on x86), or `arm` (asymmetric int8 ones, for ONNX Runtime on ARM).
-        method: How an activation range is chosen from the histogram: `mse` (least squared error), `lp` (least error to
-            the power of 2.4, which clips less), `percentile` (99.99 % of the values), `entropy` (as TensorRT's
-            calibrator) or `max` (no clipping).
+        method: How an activation range is chosen from the histogram: `mse` (least squared error; the default for
+            TensorRT), `lp` (least error to the power of 2.4, which clips less; the default for CPUs), `percentile`
+            (99.99 % of the values), `entropy` (as TensorRT's calibrator) or `max` (no clipping).
         rounding: How weights are rounded: `nearest` (each to the nearest step) or `gptq` (together, for a small error
             of the outputs on calibration images; `round_weights` does it, in minutes).
         exclude: Convolutions that stay float: the name of each and the reason.
@@ -218,7 +218,7 @@ class Int8Options:
     """
 
     target: str = "tensorrt"
-    method: str = "mse"
+    method: str = ""
     rounding: str = "nearest"
     exclude: Mapping[str, str] = field(default_factory=dict)
     fallback: str = ""
@@ -229,6 +229,7 @@ class Int8Options:
     def __post_init__(self) -> None:
         fallback = self.fallback or ("fp16" if self.target == "tensorrt" else "fp32")
         object.__setattr__(self, "fallback", fallback)
+        object.__setattr__(self, "method", self.method or ("mse" if self.target == "tensorrt" else "lp"))
         if self.reduce_range is None:
             object.__setattr__(self, "reduce_range", self.target == "cpu")
         for name, value, known in (

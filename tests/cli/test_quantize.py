@@ -91,7 +91,7 @@ def test_export_int8_writes_a_verified_file(files, here):
     assert "verified in onnxruntime against torch on 2 images" in result.output
     assert f"{written.name}: " in result.output and ", int8, opset 17" in result.output
     record = json.loads((here / "record.json").read_text())
-    assert record["metadata"]["int8"]["method"] == "mse"
+    assert record["metadata"]["int8"]["method"] == "lp"  # the default for CPUs
     assert record["parity"]["ok"] and record["quantization"]["summary"]["int8_convolutions"] == 55
     assert [stage["stage"] for stage in record["parity"]["stages"]][-1] == "detections"
 
@@ -175,7 +175,7 @@ def test_quantize_without_images_explains_the_same(model):
 
 @pytest.mark.parametrize(
     "flag",
-    [["--calib", "images"], ["--data", "d.yaml"], ["--max-drop", "0.3"], ["--rounding", "gptq"]],
+    [["--calib", "images"], ["--data", "d.yaml"], ["--max-drop", "0.3"], ["--rounding", "gptq"], ["--method", "lp"]],
     ids=" ".join,
 )
 def test_an_option_of_int8_without_int8_is_refused(flag, files, here):

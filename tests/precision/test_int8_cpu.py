@@ -215,6 +215,11 @@ def test_files_for_cpus_have_weights_of_7_bits_by_default():
     assert not Int8Options().reduce_range and not Int8Options(target="arm").reduce_range
 
 
+def test_ranges_are_chosen_by_the_better_method_for_each_target():
+    assert [Int8Options(target=target).method for target in ("tensorrt", "cpu", "arm")] == ["mse", "lp", "lp"]
+    assert Int8Options(target="cpu", method="max").method == "max"
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-6, 0.2, 1.0, 12.5, 4000.0])
 def test_the_inverse_of_silu(value):
     x = _inverse_silu(value)

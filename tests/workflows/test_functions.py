@@ -102,6 +102,7 @@ def test_export_to_int8_calibrates_and_measures(tmp_path, data):
     [
         ({"precision": "int8"}, "INT8 requires calibration images", 'calib="FOLDER"'),
         ({"calib": "images"}, 'calib has no effect without precision="int8"', 'Add  precision="int8"'),
+        ({"method": "lp"}, 'method has no effect without precision="int8"', 'Add  precision="int8"'),
         ({"precision": "fp8"}, "precision 'fp8' is unknown", "fp32, fp16, int8"),
         ({"nms": "soft"}, 'nms="soft" is unknown', "plugin, standard"),
         ({"batch": 0}, "batch=0 must be at least 1", "batch=None"),
@@ -119,6 +120,24 @@ def test_export_explains_wrong_options_in_python(options, message, fix, tmp_path
     assert message in text and fix in text
     assert "--" not in text and "y7 " not in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "function,argument,meant",
+    [
+        (benchmark, "duration", "duration_s"),
+        (export, "imgsz", "img"),
+        (train, "epoch", "epochs"),
+        (validate, "iou_thres", "iou"),
+        (report, "weight", "weights"),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_the_one_that_was_meant(function, argument, meant):
+    with pytest.raises(UsageError, match=f"^{function.__name__} does not have an argument {argument}.\nDid you mean "):
+        function(**{argument: 2})
+    with pytest.raises(UsageError) as raised:
+        function(**{argument: 2})
+    assert raised.value.fix.startswith(f"Did you mean {meant}? One of: ")
 
 
 def test_train_returns_the_best_weights_and_their_ap(tmp_path, data, caplog):

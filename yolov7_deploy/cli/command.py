@@ -33,7 +33,7 @@ PANELS: dict[str, dict[str, str]] = {
     "export": {
         "Model": "weights img batch dynamic_batch dynamic input_kind output",
         "NMS": "nms conf iou max_det multi_label agnostic_nms max_candidates",
-        "Precision": "precision fp16 int8 calib data max_drop rounding int8_target reduce_range",
+        "Precision": "precision fp16 int8 calib data max_drop method rounding int8_target reduce_range",
         "Graph": "opset simplify verify image",
         "Engine": "engine target plugin workspace opt_level max_batch",
     },

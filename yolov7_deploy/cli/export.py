@@ -32,6 +32,7 @@ from yolov7_deploy.cli.quantize import (
     Data,
     Int8Target,
     MaxDrop,
+    Method,
     ReduceRange,
     Rounding,
     int8_options,
@@ -61,6 +62,7 @@ _DEPENDENT_OPTIONS = {
         "calib": "--calib",
         "data": "--data",
         "max_drop": "--max-drop",
+        "method": "--method",
         "rounding": "--rounding",
         "int8_target": "--int8-target",
         "reduce_range": "--reduce-range",
@@ -178,6 +180,7 @@ def export(
     calib: Calib = None,
     data: Data = None,
     max_drop: MaxDrop = None,
+    method: Method = None,
     rounding: Rounding = INT8_DEFAULTS.rounding,
     int8_target: Int8Target = "auto",
     reduce_range: ReduceRange = None,
@@ -200,31 +203,25 @@ def export(
     number_type = parse_precision(precision, fp16=fp16, int8=int8)
     _check_needed({"--int8": number_type == "int8", "--engine": engine})
     limits: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "max_candidates": max_candidates}
+    limits |= {"multi_label": multi_label, "class_agnostic": agnostic_nms}
     options = ExportOptions(
         input_hw=_input_hw(img),
         batch=_fixed_batch(batch, dynamic=dynamic, dynamic_batch=dynamic_batch),
         dynamic_size=_dynamic_size(dynamic, engine=engine),
         nms=nms,
         **limits,
-        multi_label=multi_label,
-        class_agnostic=agnostic_nms,
         input_kind=input_kind,  # type: ignore[arg-type]
         opset=opset,
         simplify=simplify,
     )
-    choose = partial(int8_options, int8_target, reduce_range, rounding, for_engine=engine, to_stderr=json_path == "-")
-    _check_max_drop(max_drop, data)
-    inputs = {"calib": calib, "data": data, "max_drop": max_drop, "rounding": rounding}
+    choose = partial(int8_options, int8_target, reduce_range, for_engine=engine, to_stderr=json_path == "-")
+    choose = partial(choose, method=method, rounding=rounding)
+    inputs = {"calib": calib, "data": data, "max_drop": max_drop, "method": method, "rounding": rounding}
     trained = number_type == "int8" and _is_trained(weights, inputs, int8_target, reduce_range, engine)
     request = _int8_request(calib, data, max_drop, choose) if number_type == "int8" and not trained else None
     build = _engine_options(target, plugin, workspace, opt_level, max_batch) if engine else None
     job = ExportJob(weights=weights, output=output, options=options, precision=number_type, int8=request, engine=build)
     _run(job, verify=verify, image=image, json_path=json_path)
-
-
-def _check_max_drop(max_drop: float | None, data: Path | None) -> None:
-    if max_drop is not None and data is None:
-        raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
 
 
 def parse_precision(precision: str | None, *, fp16: bool, int8: bool) -> str:
@@ -286,6 +283,8 @@ def _int8_request(
     calib: Path | None, data: Path | None, max_drop: float | None, choose: Callable[[], Int8Options]
 ) -> Int8Request:
     """Open the images before the export, which takes long; `choose` returns the target."""
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
     if calib is None:
         raise NO_IMAGES
     from yolov7_deploy._console import progress

@@ -38,7 +38,14 @@ CalibLimit = Annotated[int, typer.Option("--calib-limit", help="Maximum number o
 CalibCache = Annotated[
     Path | None, typer.Option("--calib-cache", help="Calibration file to read or write (default: in the cache folder).")
 ]
-Method = Annotated[str, one_of(INT8_METHODS, "--method", text="How activation ranges are chosen from histograms.")]
+Method = Annotated[
+    str | None,
+    one_of(
+        INT8_METHODS,
+        "--method",
+        text="How activation ranges are chosen from histograms (default: lp for CPUs, else mse).",
+    ),
+]
 Rounding = Annotated[
     str,
     one_of(
@@ -92,7 +99,7 @@ def quantize(
     weights: Annotated[str, typer.Option("--weights", "-w", metavar="FILE", help="An FP32 .onnx file.")],
     calib: Calib = None,
     output: Output = None,
-    method: Method = DEFAULTS.method,
+    method: Method = None,
     rounding: Rounding = DEFAULTS.rounding,
     data: Data = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Measure AP on the first LIMIT images.")] = None,
@@ -115,8 +122,7 @@ def quantize(
     if calib is None:
         raise NO_IMAGES
     int8 = replace(
-        int8_options(int8_target, reduce_range, rounding, to_stderr=json_path == "-"),
-        method=method,
+        int8_options(int8_target, reduce_range, method=method, rounding=rounding, to_stderr=json_path == "-"),
         fallback=fallback or "",
         exclude=dict.fromkeys(exclude or (), "excluded with --exclude"),
     )
@@ -156,8 +162,9 @@ def quantize(
 def int8_options(
     target: str,
     reduce_range: bool | None,
-    rounding: str = DEFAULTS.rounding,
     *,
+    method: str | None = None,
+    rounding: str = DEFAULTS.rounding,
     for_engine: bool = False,
     to_stderr: bool = False,
 ) -> Int8Options:
@@ -166,13 +173,14 @@ def int8_options(
     Args:
         target: Value of `--int8-target`.
         reduce_range: Value of `--reduce-range/--full-range`.
+        method: Value of `--method`.
         rounding: Value of `--rounding`.
         for_engine: A TensorRT engine will be built from the file.
         to_stderr: Print to standard error.
     """
     from yolov7_deploy.workflows.quantize import choose_int8_options
 
-    options = choose_int8_options(target, reduce_range, rounding, for_engine=for_engine)
+    options = choose_int8_options(target, reduce_range, method=method, rounding=rounding, for_engine=for_engine)
     if target != "auto":
         return options
     others = ", ".join(name for name in INT8_TARGETS if name != options.target)

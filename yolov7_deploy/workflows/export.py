@@ -179,6 +179,7 @@ def trained_for_int8(
     calib: object = None,
     data: object = None,
     max_drop: object = None,
+    method: object = None,
     rounding: str = "nearest",
     int8_target: str = "auto",
     reduce_range: bool | None = None,
@@ -188,7 +189,7 @@ def trained_for_int8(
 
     Args:
         weights: A weights file; it need not exist.
-        calib, data, max_drop, rounding: What calibration takes; such weights need none of them.
+        calib, data, max_drop, method, rounding: What calibration takes; such weights need none of them.
         int8_target, reduce_range: As requested; see `choose_int8_options`.
         for_engine: A TensorRT engine will be built from the file.
 
@@ -199,7 +200,7 @@ def trained_for_int8(
     trained = load_quantization(weights)
     if trained is None:
         return None
-    given = {"--calib": calib, "--data": data, "--max-drop": max_drop}
+    given = {"--calib": calib, "--data": data, "--max-drop": max_drop, "--method": method}
     given[f"--rounding {rounding}"] = None if rounding == "nearest" else rounding
     for option, value in given.items():
         if value is not None:

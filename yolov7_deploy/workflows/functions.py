@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 from yolov7_deploy._output_folder import new_run_folder
 from yolov7_deploy._text import suggest
-from yolov7_deploy.errors import UsageError, missing_library
+from yolov7_deploy.errors import UsageError, missing_library, suggests_arguments
 from yolov7_deploy.hub import find_weights
 from yolov7_deploy.metadata import InputKind
 from yolov7_deploy.options import (
@@ -63,13 +63,15 @@ _INT8 = Int8Options()
 _REPORT = ReportOptions()
 
 
-def _names_missing_libraries(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function raise `MissingLibraryError`, which names the extra, instead of `ModuleNotFoundError`."""
+def _with_clear_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function name the extra of a missing library, and suggest the argument that an unknown one means."""
+    more = TrainKeywords.__annotations__ if function.__name__ == "train" else ()
+    checked = suggests_arguments(function, more)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            return checked(*args, **kwargs)
         except ModuleNotFoundError as error:
             raise missing_library(error, f"for {function.__name__}") from error
 
@@ -79,7 +81,7 @@ def _names_missing_libraries(function: Callable[P, R]) -> Callable[P, R]:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-@_names_missing_libraries
+@_with_clear_errors
 def export(
     weights: PathLike,
     output: PathLike | None = None,
@@ -101,6 +103,7 @@ def export(
     calib: PathLike | None = None,
     data: PathLike | None = None,
     max_drop: float | None = None,
+    method: str | None = None,
     rounding: str = _INT8.rounding,
     int8_target: str = "auto",
     reduce_range: bool | None = None,
@@ -126,7 +129,7 @@ def export(
             for INT8 (`train(qat=True)`) need none.
         data: With `int8`, a dataset on which to measure AP.
         max_drop: With `data`, exclude layers from INT8 until it loses at most this many AP points (of 100).
-        rounding: How the weights of `int8` are rounded, `nearest` or `gptq`: see `Int8Options`.
+        method, rounding: How the activation ranges and the weights of `int8` are chosen: see `Int8Options`.
         int8_target: What will run the INT8 file: `tensorrt`, `cpu` or `arm`; `auto` is this machine.
         reduce_range: See `Int8Options`.
         verify: Compare the file with PyTorch in every installed runtime.
@@ -156,18 +159,13 @@ def export(
         raise UsageError("An engine has a fixed height and width.", fix="Leave out dynamic_size, or engine.")
     is_trained = precision == "int8" and _is_trained_for_int8(weights, given)
     if not is_trained:
-        _check_int8_arguments(precision, calib=calib, data=data, max_drop=max_drop, rounding=rounding)
+        _check_int8_arguments(given)
     from yolov7_deploy.image import read_image
     from yolov7_deploy.workflows.export import default_output, engine_builder, export_weights
 
     # Before the export, which takes long: an error must not come after it.
     build = engine_builder(EngineOptions() if engine is True else engine) if engine else None
-    request = None
-    if calib is not None:
-        from yolov7_deploy.workflows.quantize import choose_int8_options
-
-        int8 = choose_int8_options(int8_target, reduce_range, rounding, for_engine=build is not None)
-        request = _int8_request(calib, data, QuantizeOptions(int8=int8, max_drop=max_drop))
+    request = None if calib is None else _int8_request(calib, data, given)
     path = find_weights(os.fspath(weights))
     report = export_weights(
         path,
@@ -188,36 +186,43 @@ def _is_trained_for_int8(weights: PathLike, given: Mapping[str, Any]) -> bool:
         return False
     from yolov7_deploy.workflows.export import trained_for_int8
 
-    names = ("calib", "data", "max_drop", "rounding", "int8_target", "reduce_range")
+    names = ("calib", "data", "max_drop", "method", "rounding", "int8_target", "reduce_range")
     wanted = {name: given[name] for name in names}
     return trained_for_int8(Path(weights), **wanted, for_engine=bool(given["engine"])) is not None
 
 
-def _check_int8_arguments(
-    precision: str, *, calib: PathLike | None, data: PathLike | None, max_drop: float | None, rounding: str
-) -> None:
-    if precision == "int8" and calib is None:
+def _check_int8_arguments(given: Mapping[str, Any]) -> None:
+    if given["precision"] == "int8" and given["calib"] is None:
         raise UsageError(
             "INT8 requires calibration images: activation ranges are measured on them.",
             fix="Add  --calib FOLDER  with 100 to 500 representative images, other than those used to measure AP.",
         )
-    given = {"--calib": calib, "--data": data, "--max-drop": max_drop}
-    given["--rounding"] = None if rounding == _INT8.rounding else rounding
-    needless = [name for name, value in given.items() if value is not None]
-    if needless and precision != "int8":
-        raise UsageError(f"{needless[0]} has no effect without --precision int8.", fix="Add  --precision int8")
-    if max_drop is not None and data is None:
+    defaults = {"calib": None, "data": None, "max_drop": None, "method": None, "rounding": _INT8.rounding}
+    needless = [name for name, default in defaults.items() if given[name] != default]
+    if needless and given["precision"] != "int8":
+        raise UsageError(
+            f"--{needless[0].replace('_', '-')} has no effect without --precision int8.", fix="Add  --precision int8"
+        )
+    if given["max_drop"] is not None and given["data"] is None:
         raise UsageError("--max-drop limits the loss of AP, which requires a dataset.", fix="Add  --data D.yaml")
 
 
-def _int8_request(calib: PathLike, data: PathLike | None, options: QuantizeOptions) -> Int8Request:
+def _int8_request(calib: PathLike, data: PathLike | None, given: Mapping[str, Any]) -> Int8Request:
     from yolov7_deploy.datasets import open_dataset
     from yolov7_deploy.precision.calibration_images import open_calibration
     from yolov7_deploy.workflows.export import Int8Request
+    from yolov7_deploy.workflows.quantize import choose_int8_options
 
+    int8 = choose_int8_options(
+        given["int8_target"],
+        given["reduce_range"],
+        method=given["method"],
+        rounding=given["rounding"],
+        for_engine=bool(given["engine"]),
+    )
     return Int8Request(
         images=open_calibration(os.fspath(calib)),
-        options=options,
+        options=QuantizeOptions(int8=int8, max_drop=given["max_drop"]),
         data=None if data is None else open_dataset(os.fspath(data)),
     )
 
@@ -255,7 +260,7 @@ class TrainKeywords(TypedDict, total=False):
     auxiliary: str
 
 
-@_names_missing_libraries
+@_with_clear_errors
 def train(
     data: PathLike | None = None,
     weights: PathLike | None = None,
@@ -338,7 +343,6 @@ def train(
         return run.resume(folder, callback=callback, **moved)
     if data is None:
         raise UsageError("train needs a dataset.", fix="For example: train('data.yaml', weights='yolov7-tiny')")
-    _check_train_keywords(options)
     qat_options = _qat_options(qat, calib, int8_target, reduce_range)
     chosen = TrainOptions(epochs=epochs, batch=batch, img=img, workers=workers, **options)
     initial, network = initial_weights(weights, variant)
@@ -370,13 +374,6 @@ def _check_resume_arguments(given: Mapping[str, object]) -> None:
                 f"{name} cannot be changed with resume=True: a run keeps the options it was started with.",
                 fix="Leave it out, or start a new run: train('data.yaml', 'runs/train/exp/last.safetensors')",
             )
-
-
-def _check_train_keywords(given: Iterable[str]) -> None:
-    known = sorted(field.name for field in fields(TrainOptions))
-    for name in given:
-        if name not in TrainKeywords.__annotations__:
-            raise UsageError(f"train does not have an argument {name}.", fix=suggest(name, known))
 
 
 def initial_weights(
@@ -432,7 +429,7 @@ def _hyperparameters(
 # --- validate ---------------------------------------------------------------------------------------------------------
 
 
-@_names_missing_libraries
+@_with_clear_errors
 def validate(
     weights: PathLike,
     data: PathLike,
@@ -515,7 +512,7 @@ def _require_one_class(class_names: Sequence[str], path: Path) -> None:
 # --- benchmark --------------------------------------------------------------------------------------------------------
 
 
-@_names_missing_libraries
+@_with_clear_errors
 def benchmark(
     weights: PathLike,
     *,
@@ -622,7 +619,7 @@ def _frames(source: SourceLike | None, hw: tuple[int, int] | None) -> Frames:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-@_names_missing_libraries
+@_with_clear_errors
 def report(
     weights: PathLike,
     against: PathLike | Sequence[PathLike],

@@ -129,19 +129,25 @@ class Quantized:
 
 
 def choose_int8_options(
-    target: str, reduce_range: bool | None, rounding: str = "nearest", *, for_engine: bool = False
+    target: str,
+    reduce_range: bool | None,
+    *,
+    method: str | None = None,
+    rounding: str = "nearest",
+    for_engine: bool = False,
 ) -> Int8Options:
     """Return the options of an INT8 file for a target.
 
     Args:
         target: One of `INT8_TARGETS`, or `auto` for this machine.
         reduce_range: Weights of 7 bits; `None` is the default of the target.
+        method: See `Int8Options`; `None` is the default of the target.
         rounding: See `Int8Options`.
         for_engine: A TensorRT engine will be built from the file: `auto` is `tensorrt`.
     """
     if target == "auto":
         target = "tensorrt" if for_engine else "cpu" if reduce_range else find_int8_target()
-    return Int8Options(target=target, reduce_range=reduce_range, rounding=rounding)
+    return Int8Options(target=target, reduce_range=reduce_range, method=method or "", rounding=rounding)
 
 
 @contextmanager
