@@ -34,7 +34,6 @@ from yolov7_deploy.precision.int8 import to_int8
 from yolov7_deploy.runtimes import base
 from yolov7_deploy.runtimes.base import open_runtime, runtime_entry
 from yolov7_deploy.tensorrt.builder import build_engine
-from yolov7_deploy.workflows.export import export_weights
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 from yolov7_deploy.runtimes import openvino as runtime_module
@@ -254,14 +253,6 @@ def test_tensorrt_refuses_int8_files_for_cpus(fused, images):
     with pytest.raises(EngineError, match="quantized for cpu") as caught:
         build_engine(quantized)
     assert "--int8-target tensorrt" in caught.value.fix
-
-
-def test_an_export_is_verified_in_every_runtime(tmp_path):
-    steps = []
-    options = ExportOptions(input_hw=HW)
-    export_weights(bundled_weights(), tmp_path / "a.onnx", options=options, log=lambda step, _: steps.append(step))
-    for name in ("onnxruntime", "openvino"):
-        assert any(step.startswith(f"verified in {name}") for step in steps), steps
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +19,16 @@ from yolov7_deploy.checkpoint.loader import load_quantization
 from yolov7_deploy.checkpoint.quantization import TrainedQuantization
 from yolov7_deploy.datasets import Dataset
 from yolov7_deploy.errors import ExportError, ParityError, UsageError, Y7Error
-from yolov7_deploy.evaluation.parity import ParityReport, StageMemory, compare, comparison_thresholds, make_artifact
+from yolov7_deploy.evaluation.parity import (
+    Artifact,
+    ParityReport,
+    StageMemory,
+    compare,
+    comparison_thresholds,
+    make_artifact,
+)
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
+from yolov7_deploy.hardware.system import free_host_memory
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
 from yolov7_deploy.model.fusion import fuse
@@ -39,6 +49,8 @@ logger = get_logger(__name__)
 
 Log = Callable[[str, float], None]
 
+# Free memory for opening a file in ONNX Runtime and OpenVINO at the same time, in sizes of the file; `yolov7` took 16.
+_OPENING_MEMORY = 24
 _VERIFIED_CALIBRATION_IMAGES = 2  # images an INT8 file is verified on by default
 
 
@@ -251,12 +263,12 @@ def _write(
 ) -> tuple[int, ParityReport | None]:
     """Write the file and rename it after the verification; return its size and the verification's result."""
     try:
-        with atomic_write(output) as partial:
-            exported.save(partial)
+        with atomic_write(output) as unfinished:
+            exported.save(unfinished)
             parity = None
             if reference is not None:
-                parity = _verify(reference, partial, exported.metadata, images, steps)
-            size = partial.stat().st_size
+                parity = _verify(reference, unfinished, exported.metadata, images, steps)
+            size = unfinished.stat().st_size
     except OSError as error:
         raise ExportError(
             f"{output} cannot be written: {error.strerror or error}.", fix="Choose another path:  --output F"
@@ -289,31 +301,52 @@ def _verify(
 ) -> ParityReport:
     """Compare the file with the model in every installed runtime; return the report of the first.
 
-    A file that takes any size is also compared at another size than its default.
+    A file that takes any size is also compared at another size than its default. All runtimes open the file at the
+    same time, each in a thread, if there is memory for it: they need longer for it than for the comparison.
     """
     reports = []
-    stages = StageMemory(reference)
-    for name in installed_runtimes(path, "cpu"):
-        try:
-            runtime = open_runtime(path, device="cpu", input_hw=None, runtime=name)
-        except Y7Error as error:
-            if name == "onnxruntime":
-                raise
-            steps.done(f"not run in {name}: {error.message}")
-            continue
-        with contextlib.closing(runtime):
+    expected = make_artifact("torch", reference, None, input_hw=metadata.default_hw)
+    expected = replace(expected, probe=StageMemory(reference))
+    names = installed_runtimes(path, "cpu")
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(len(names)) as pool:
+        each = pool.map if _has_memory_for_several(path) else map
+        for artifact in each(partial(_open_artifact, path, metadata.default_hw, opened), names):
+            if isinstance(artifact, str):
+                steps.done(artifact)
+                continue
             for input_hw in _verified_sizes(metadata):
                 parity = compare(
-                    replace(make_artifact("torch", reference, None, input_hw=input_hw), probe=stages),
-                    make_artifact(name, runtime, path, input_hw=input_hw),
+                    replace(expected, input_hw=input_hw),
+                    replace(artifact, input_hw=input_hw),
                     images,
                     thresholds=comparison_thresholds(metadata),
                 )
-                _check_parity(name, parity, metadata)
+                _check_parity(artifact.name, parity, metadata)
                 size = "" if metadata.input_hw else f" at {input_hw[0]}x{input_hw[1]}"
-                steps.done(_verification_text(name, parity, size))
+                steps.done(_verification_text(artifact.name, parity, size))
                 reports.append(parity)
     return reports[0]
+
+
+def _has_memory_for_several(path: Path) -> bool:
+    free = free_host_memory()
+    return free is None or free.size > _OPENING_MEMORY * path.stat().st_size
+
+
+def _open_artifact(path: Path, input_hw: tuple[int, int], opened: contextlib.ExitStack, name: str) -> Artifact | str:
+    """Open a file and its intermediate outputs in a runtime, which `opened` closes; return why if one cannot run it.
+
+    Raises:
+        LoadError: ONNX Runtime cannot.
+    """
+    try:
+        runtime = open_runtime(path, device="cpu", input_hw=None, runtime=name)
+    except Y7Error as error:
+        if name == "onnxruntime":
+            raise
+        return f"not run in {name}: {error.message}"
+    opened.callback(runtime.close)
+    return make_artifact(name, runtime, path, input_hw=input_hw)
 
 
 def _verified_sizes(metadata: ModelMetadata) -> list[tuple[int, int]]:
