@@ -197,7 +197,7 @@ def test_a_thin_ablation_trains_fuses_exports_and_runs(name):
 @pytest.mark.parametrize("name", [*ABLATIONS, *VARIANTS])
 def test_every_network_trains_fuses_exports_and_runs_at_full_width(name):
     variant = find_variant(name)
-    check_the_whole_way(variant, side=2 * max(variant.strides), lr=0.002)
+    check_the_whole_way(variant, side=2 * max(variant.strides), lr=0.001)
 
 
 def test_weights_of_an_ablation_are_recognized_by_their_metadata(tmp_path, monkeypatch):
