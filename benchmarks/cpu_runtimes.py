@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 import onnxruntime
 import openvino
+from int8_methods import head_maps
+from int8_rounding import error_of
 from recording import parser, record
 
 from yolov7_deploy.checkpoint import load_checkpoint
@@ -34,6 +36,7 @@ from yolov7_deploy.image import Image, read_image
 from yolov7_deploy.model.fusion import fuse
 from yolov7_deploy.model.yolov7 import build_model
 from yolov7_deploy.onnx_export.onnx_exporter import export_onnx
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.options import ExportOptions, Int8Options, ValOptions
 from yolov7_deploy.precision.calibrate import calibrate
 from yolov7_deploy.precision.calibration_images import open_calibration
@@ -56,6 +59,7 @@ ROWS = {
     "int8, openvino-bf16": ("int8", "openvino-bf16"),
     "int8 of 8 bits, openvino": ("int8-8", "openvino"),
 }
+INT8_FILES = ("int8-tensorrt", "int8", "int8-8")
 CALLERS = 4
 SIZE = 640
 
@@ -66,6 +70,7 @@ def main() -> None:
     arguments.add_argument("--calib", required=True)
     arguments.add_argument("--data", required=True, type=Path)
     arguments.add_argument("--calls", type=int, default=20, help="timed calls of each row")
+    arguments.add_argument("--head-images", type=int, default=32, help="number of images for the head error")
     arguments.add_argument("--no-accuracy", action="store_true", help="measure only speed")
     options = arguments.parse_args()
     data = open_dataset(options.data)
@@ -73,6 +78,7 @@ def main() -> None:
         files = write_files(options.weights, options.calib, Path(folder))
         rows, refused = open_rows(files)
         accuracy = {} if options.no_accuracy else measure_accuracy(rows, data)
+        head_errors = {} if options.no_accuracy else measure_head_errors(files, data, options.head_images)
         images = [read_image(data.path(index)) for index in range(min(8, len(data)))]
         calls: dict[str, Callable[[Image], object]] = dict(rows)
         calls["plain script, onnxruntime"] = plain_onnxruntime(files["none"])
@@ -92,6 +98,7 @@ def main() -> None:
             "median_ms": {name: round(ms, 1) for name, ms in latency.items()},
             "ratio_to_fp32_onnxruntime": {name: round(ms / base, 3) for name, ms in latency.items()},
             "accuracy": accuracy,
+            "head_error": head_errors,
             "limits": {"int8, openvino": 0.33, "int8, onnxruntime": 0.55, "fp32, openvino-bf16": 0.55},
             "throughput_4_callers_over_1": throughput,
             "refused": refused,
@@ -151,6 +158,13 @@ def measure_accuracy(rows: dict[str, Detector], data: Dataset) -> dict[str, dict
         }
         print(f"{name:32} AP {report.ap:.4f}  points lost {drop.points:+.2f}", flush=True)
     return result
+
+
+def measure_head_errors(files: dict[str, Path], data: Dataset, count: int) -> dict[str, float]:
+    """Return the error of the head maps of each INT8 file, for the same operators in float32."""
+    models = {name: OnnxModel.load(files[name]) for name in ("fp32", *INT8_FILES)}
+    heads = list(head_maps(models["fp32"], data, count))
+    return {name: round(error_of(models[name], models["fp32"], data, heads), 4) for name in INT8_FILES}
 
 
 def measure_latency(calls: dict[str, Callable[[Image], object]], images: list[Image], count: int) -> dict[str, float]:

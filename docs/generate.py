@@ -43,7 +43,7 @@ CPU_NETWORKS = {
     "yolov7-tiny-shapes": "cpu_runtimes_yolov7-tiny-shapes.json",
 }
 # Methods of int8_methods.json that docs/int8.md calls otherwise.
-INT8_LABELS = {"mse": "mse (default)", "mse, biases as they are": "mse, without bias correction"}
+INT8_LABELS = {"mse": "mse (default for TensorRT)", "lp": "lp (default for CPUs)"}
 FAMILIES = {"YOLO26": ("o", ORANGE), "RF-DETR": ("s", GREEN), "D-FINE": ("^", PURPLE), "YOLOv7": ("D", BLUE)}
 # Defaults that depend on the machine.
 MACHINE_DEFAULTS = {("train", "workers"): "`4`, at most the cores"}  # by command and parameter
@@ -131,11 +131,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, number
 
 
 def cpu_table(network: str) -> str:
-    """Return time and AP of a network in each precision and CPU runtime."""
+    """Return time and AP of a network in each precision and CPU runtime, of two machines."""
     result = read_result(f"cpu-2-core-vnni/{CPU_NETWORKS[network]}")["result"]
+    accuracies = read_result(f"cpu-2-core-amx/{CPU_NETWORKS[network]}")["result"]["accuracy"]
     rows = []
     for key, (precision, runtime) in CPU_ROWS.items():
-        accuracy = result["accuracy"][key]
+        accuracy = accuracies[key]
         interval = "" if key == "fp32, onnxruntime" else f"{accuracy['low']:.2f} to {accuracy['high']:.2f}"
         rows.append(
             [
