@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 EVERY_ABLATION = pytest.mark.parametrize("name", ABLATIONS)
 CLASSES = 3
 FUSION_TOLERANCE = 1e-9  # float64, relative to the largest output; up to 200 layers
-MAX_LOSS_RATIO = 0.9  # of the least of the last three losses and the first; 0.44 to 0.86 are measured
+MAX_LOSS_RATIO = 0.9  # of the mean of three losses and the first one
 ONNX_TOLERANCE = 1e-4  # float32, relative to the largest output
 # Networks of tables 1, 3, 4 and 5 whose counts the paper prints, there or in table 2, and the row.
 COUNTED = {
@@ -153,8 +153,11 @@ def small_batch(count, side):
     return Batch(images=torch.from_numpy(images), targets=torch.tensor(targets), paths=())
 
 
-def train_on_one_batch(model, *, side, lr, steps=8):
-    """Return the loss of each step; the first ones rise, because assigned cells and BatchNorm statistics change."""
+def train_on_one_batch(model, *, side, lr, steps=24):
+    """Return the loss of each step, until the mean of three steps is low, at most `steps`.
+
+    The first ones rise, because assigned cells and BatchNorm statistics change.
+    """
     hyp = Hyperparameters(warmup_epochs=0.0, lr0=lr)
     options = TrainOptions(batch=4, nominal_batch=4, img=side, epochs=10, adam=True)
     schedule = Schedule(hyp=hyp, epochs=10, steps_per_epoch=10, batch=4, nominal_batch=4, linear=False)
@@ -164,6 +167,8 @@ def train_on_one_batch(model, *, side, lr, steps=8):
     for index in range(steps):
         metrics = step.run(batch, epoch=0, step=index, epoch_step=index)
         losses.append(metrics.box + metrics.obj + metrics.cls)
+        if index > 3 and np.mean(losses[-3:]) < MAX_LOSS_RATIO * losses[0]:
+            break
     return losses
 
 
@@ -172,7 +177,7 @@ def check_the_whole_way(variant, *, side, lr):
     torch.manual_seed(0)
     model = Yolov7(variant, classes=CLASSES, training_form=True)
     losses = train_on_one_batch(model, side=side, lr=lr)
-    assert min(losses[-3:]) < MAX_LOSS_RATIO * losses[0]
+    assert np.mean(losses[-3:]) < MAX_LOSS_RATIO * losses[0], losses
     model.eval()
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
