@@ -232,7 +232,7 @@ def cpu_chart() -> Figure:
 def int8_chart() -> Figure:
     """Return the chart of the AP lost by each calibration method, with 95 % intervals."""
     figure, axes = new_axes(8.0, 2.6)
-    methods = read_result("cpu-2-core/int8_methods.json")["result"]["methods"]
+    methods = read_result("cpu-2-core-amx/int8_methods.json")["result"]["methods"]
     drops = {name: entry["drop"] for name, entry in methods.items() if "drop" in entry}
     names = sorted(drops, key=lambda name: drops[name]["points"])
     for index, name in enumerate(names):
