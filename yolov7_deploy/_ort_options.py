@@ -11,10 +11,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from yolov7_deploy import _protobuf as pb
+from yolov7_deploy._text import shorten
 from yolov7_deploy.hardware.system import has_vnni
 
 _ERRORS_ONLY = 3
-_MAX_REASON = 500  # characters of an error message
 # Numbers of fields in the messages of onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTION, _GRAPH_NODE, _FUNCTION_NODE = 7, 25, 1, 7
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
@@ -79,7 +79,7 @@ def ort_reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "a name or text in it is not UTF-8."
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= _MAX_REASON else f"{lines[0][:_MAX_REASON]}..."
+    return shorten(lines[0])
 
 
 def find_damage(data: bytes | memoryview) -> str:

@@ -19,6 +19,7 @@ MAX_FILES = 1000  # in a folder; `similar_file` ignores more
 MIN_PREFIX = 3  # characters of a name of which another one is the beginning
 MAX_NAME = 255  # characters of the name of a file
 ALIKE = 0.75  # smallest ratio of difflib for similar names
+MAX_REASON = 500  # characters of the message of a library
 MAX_DECODING = 3  # a secret may be percent-encoded several times
 
 _LINE_BREAKS = "\n\t"
@@ -101,6 +102,12 @@ def printable(text: object) -> str:
 def printable_line(text: object) -> str:
     r"""Return a text as one line: like `printable`, with line breaks and tabs as `\n` and `\t`."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def shorten(text: object, characters: int = MAX_REASON) -> str:
+    """Return the beginning of a text: messages of libraries quote names and bytes of files, which may be long."""
+    whole = str(text)
+    return whole if len(whole) <= characters else f"{whole[:characters]}..."
 
 
 def json_escape(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, SupportsIndex, cast
 import numpy as np
 import numpy.typing as npt
 
-from yolov7_deploy._text import json_escape, printable_line
+from yolov7_deploy._text import json_escape, printable_line, shorten
 from yolov7_deploy.errors import ImageError, MissingLibraryError, UsageError
 from yolov7_deploy.image import FloatArray, Image, ImageBytes, IntArray, PilImage, as_bgr, read_image
 from yolov7_deploy.options import Thresholds, split_classes
@@ -439,8 +439,7 @@ def _rows(index: object, count: int) -> npt.NDArray[Any]:
 
 
 def _short(index: object) -> str:
-    text = repr(index)
-    return f"{text if len(text) <= 60 else f'{text[:60]}...'} ({type(index).__name__})"
+    return f"{shorten(repr(index), 60)} ({type(index).__name__})"
 
 
 def _shortest(values: Iterable[Any]) -> list[float]:

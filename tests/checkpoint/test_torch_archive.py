@@ -147,6 +147,21 @@ def test_a_truncated_file_is_reported_as_truncated(tmp_path, share):
     assert "truncated" in message(path)
 
 
+@pytest.mark.parametrize("name", ["data.pkl", "data/0"])
+def test_the_error_for_a_member_with_another_name_in_its_header_is_short(tmp_path, name):
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.ones(50_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo(f"x/{name}").header_offset
+    data = bytearray(path.read_bytes())
+    data[offset + 26 : offset + 28] = struct.pack("<H", 60_000)  # length of the name in the header
+    data[offset + 7] = 0  # the name is not UTF-8
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match=f"damaged.*{name}|{name}.*damaged") as caught:
+        arrays(path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_flipped_bit_in_the_weights_is_detected(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"x": torch.ones(1000)}, path)

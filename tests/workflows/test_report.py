@@ -21,7 +21,7 @@ from yolov7_deploy.cli.app import app
 from yolov7_deploy.errors import DatasetError, LoadError, ParityError, UsageError
 from yolov7_deploy.evaluation.verification import verify_artifacts
 from yolov7_deploy.hub import bundled_weights
-from yolov7_deploy.workflows.report_page import MAX_BYTES
+from yolov7_deploy.workflows.report_page import MAX_BYTES, render_page
 
 WRONG = "swapped<script>alert(1).onnx"
 VOID = {"br", "img", "link", "meta", "wbr"}
@@ -130,6 +130,21 @@ def test_an_exported_file_passes_and_is_not_reported_as_different(folder, tmp_pa
     assert page.find("section")[1][0]["id"] == "warnings"  # the speed was not measured
     (good,) = result.artifacts[1:]
     assert good.drop is not None and good.drop.points == pytest.approx(0, abs=0.01)
+
+
+def test_a_loss_that_may_be_chance_is_at_the_top_in_yellow(result):
+    reference, good, _ = result.artifacts
+    reason = ("UNDECIDED: good.onnx may lose more than --max-drop 0.3: AP falls by 0.31 points.",)
+    parts = [report_of for report_of in result.verification.reports if report_of.ok]
+    verification = replace(result.verification, reports=tuple(parts), failures=reason, undecided=reason)
+    good = replace(good, failures=reason, undecided=reason)
+    undecided = replace(result, artifacts=(reference, good), verification=verification, images=())
+    page = Page(render_page(undecided, progress=lambda done, total: None))
+    first, words = page.find("section")[0]
+    assert first["class"] == "verdict undecided" and words.startswith("⚠ UNDECIDED: these images are too few")
+    assert "falls by 0.31 points" in words and "FAILED" not in words and "Undecided" in page.find("title")[0][1]
+    assert page.find("tr", **{"class": "fail"}) == [] and not undecided.ok
+    assert any("perhaps by chance" in row for _, row in page.find("tr"))
 
 
 def test_a_file_that_computes_nan_is_at_the_top_in_red(folder, tmp_path):

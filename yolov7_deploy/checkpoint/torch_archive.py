@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolov7_deploy._bounded_read import MAX_CHECKPOINT_BYTES, MAX_MODEL_BYTES, check_file, open_file
+from yolov7_deploy._text import shorten
 from yolov7_deploy.checkpoint.pickle_allowlist import Storage, TensorEntry
 from yolov7_deploy.checkpoint.safe_pickle import MAX_BYTES, read_pickle
 from yolov7_deploy.errors import CheckpointError, LoadError, UnsafeCheckpointError
@@ -162,7 +163,9 @@ class TorchFile:
                 raise CheckpointError(f"{name} in {self._name} takes {size} bytes, more than {limit}.", fix=_COPY_AGAIN)
             return self._zip.read(name)
         except (*_ZIP_ERRORS, KeyError, OSError, MemoryError) as error:
-            raise LoadError(f"{self._name} is damaged: {name} cannot be read ({error}).", fix=_COPY_AGAIN) from error
+            raise LoadError(
+                f"{self._name} is damaged: {name} cannot be read ({shorten(error)}).", fix=_COPY_AGAIN
+            ) from error
 
     def _refuse_bombs(self) -> None:
         """Check the sizes: torch stores members uncompressed, so their sum cannot exceed the file."""
@@ -307,7 +310,7 @@ def _open_zip(path: Path) -> tuple[_ZipReader, zipfile.ZipFile]:
         return file, archive
     except (*_ZIP_ERRORS, OSError, MemoryError) as error:
         raise LoadError(
-            f"{path.name} ({path.stat().st_size} bytes) is a damaged or truncated torch file ({error}).",
+            f"{path.name} ({path.stat().st_size} bytes) is a damaged or truncated torch file ({shorten(error)}).",
             fix=_COPY_AGAIN,
         ) from error
 

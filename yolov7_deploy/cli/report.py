@@ -13,7 +13,7 @@ from yolov7_deploy.errors import ParityError
 from yolov7_deploy.options import ReportOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.workflows.report import DeploymentReport
+    from yolov7_deploy.workflows.report import ArtifactRecord, DeploymentReport
 
 DEFAULTS = ReportOptions()
 
@@ -76,6 +76,7 @@ def report(
     )
     files = [*(against or ()), *(more or ())]
     from yolov7_deploy._console import progress, write_json
+    from yolov7_deploy.cli.verify import MORE_IMAGES
     from yolov7_deploy.workflows.report_page import write_report
 
     with announce_replacement(output, to_stderr=json_path == "-"):
@@ -93,7 +94,8 @@ def report(
     if json_path is not None:
         write_json(result.to_dict(), json_path)
     if not result.ok:
-        raise ParityError("\n".join(result.failures), fix=f"Open {output}: its first section names what is wrong.")
+        fix = MORE_IMAGES if result.undecided else f"Open {output}: its first section names what is wrong."
+        raise ParityError("\n".join(result.failures), fix=fix)
 
 
 def describe(result: DeploymentReport) -> str:
@@ -107,7 +109,7 @@ def describe(result: DeploymentReport) -> str:
             [
                 one.name,
                 one.accuracy.precision,
-                "reference" if one.parity is None else "WRONG" if one.failures else "ok",
+                _verdict(one),
                 None if one.accuracy.ap is None else f"{one.accuracy.ap:.4f}",
                 None if drop is None else f"{drop.points:.2f}",
                 None if speed is None else f"{speed.rows[0].stage('end_to_end').p50:.1f}",
@@ -116,3 +118,11 @@ def describe(result: DeploymentReport) -> str:
     parts = [table(rows, ["artifact", "precision", "verdict", "AP", "points lost", "ms"])]
     parts += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join([*parts, f"Report: {result.path}"])
+
+
+def _verdict(one: ArtifactRecord) -> str:
+    if one.parity is None:
+        return "reference"
+    if one.is_wrong:
+        return "WRONG"
+    return "undecided" if one.undecided else "ok"

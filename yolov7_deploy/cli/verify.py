@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 
 DIFFERENCE = "See the first stage over its limit: the difference begins there."
-MORE_IMAGES = (
-    "No stage differs too much. Measure on more images:  --limit N   "
-    "For INT8, more calibration images or  y7 quantize --data DATA.yaml --max-drop 0.3  lose less."
-)
+LESS_LOSS = "No stage differs too much. For INT8:  y7 quantize --data DATA.yaml --max-drop 0.3  keeps layers in float."
+MORE_IMAGES = "No stage differs too much. Measure on more images (--limit N), or allow a larger loss (--max-drop 1)."
 OTHER_IMAGES = "Compare on images with objects of the model's classes:  --images DIR  or  --data DATA.yaml"
 
 
@@ -76,7 +74,9 @@ def verify(
         write_json(result.to_dict(), json_path)
     if result.failures:
         differs = any(report.first_failure for report in result.reports)
-        fix = DIFFERENCE if differs else MORE_IMAGES if result.verified else OTHER_IMAGES
+        is_undecided = len(result.failures) == len(result.undecided)
+        decided = DIFFERENCE if differs else LESS_LOSS if result.verified else OTHER_IMAGES
+        fix = MORE_IMAGES if is_undecided else decided
         raise ParityError("\n".join(result.failures), fix=fix)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from yolov7_deploy.sources import open_source
 
 if TYPE_CHECKING:
     from yolov7_deploy.evaluation.accuracy import AccuracyReport
+    from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop
 
 logger = get_logger(__name__)
 
@@ -37,6 +38,8 @@ class ArtifactAccuracy:
         weights: Name of the artifact, with the runtime if there are several.
         precision: Precision in which it ran.
         ap, ap50: At IoU 0.50:0.95, and at 0.50.
+        drop: AP points lost against the reference, with their interval; `None` for the reference itself, and if it
+            has no AP to lose.
         report: All metrics and the predictions; `weights` and `runtime` in it are the file and the name of its runtime.
         metadata: Metadata of the artifact.
         input_hw: Height and width of the network input.
@@ -46,6 +49,7 @@ class ArtifactAccuracy:
     precision: str
     ap: float
     ap50: float
+    drop: AccuracyDrop | None = None
     report: AccuracyReport | None = field(default=None, repr=False, compare=False)
     metadata: ModelMetadata | None = field(default=None, repr=False, compare=False)
     input_hw: tuple[int, int] | None = None
@@ -60,6 +64,7 @@ class Verification:
         accuracy: AP of each artifact, the reference first; empty without a dataset.
         images: Number of images.
         failures: One sentence for each artifact that differs too much, loses too much AP, or could not be verified.
+        undecided: Those of the failures that chance can explain: the interval of the AP loss contains the allowed one.
         notes: Runtimes that refuse an artifact, and why.
     """
 
@@ -67,6 +72,7 @@ class Verification:
     accuracy: tuple[ArtifactAccuracy, ...]
     images: int
     failures: tuple[str, ...]
+    undecided: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,11 +87,18 @@ class Verification:
             "ok": not self.failures,
             "verified": self.verified,
             "failures": list(self.failures),
+            "undecided": list(self.undecided),
             "notes": list(self.notes),
             "images": self.images,
             "reports": [report.to_dict() for report in self.reports],
             "accuracy": [
-                {"weights": row.weights, "precision": row.precision, "ap": row.ap, "ap50": row.ap50}
+                {
+                    "weights": row.weights,
+                    "precision": row.precision,
+                    "ap": row.ap,
+                    "ap50": row.ap50,
+                    "drop": None if row.drop is None else row.drop.to_dict(),
+                }
                 for row in self.accuracy
             ],
         }
@@ -126,11 +139,13 @@ def verify_artifacts(
     runs, notes = _find_runs(others, device, runtime)
     reports = [compare_stages(reference, run, frames, device, progress) for run in runs]
     accuracy = _measure_accuracy([Run(reference), *runs], dataset, device, progress) if dataset else []
+    undecided = undecided_losses(accuracy, max_drop)
     return Verification(
         reports=tuple(reports),
         accuracy=tuple(accuracy),
         images=len(dataset) if dataset else len(frames) or 1,
-        failures=(*stage_failures(reports), *accuracy_failures(accuracy, max_drop)),
+        failures=(*stage_failures(reports), *accuracy_failures(accuracy, max_drop), *undecided),
+        undecided=tuple(undecided),
         notes=tuple(notes),
     )
 
@@ -224,8 +239,9 @@ def _measure_accuracy(
     size = common_input_hw([_read_metadata(run, device) for run in runs])
     # Imported here because faster-coco-eval is needed only with a dataset.
     from yolov7_deploy.evaluation.accuracy import evaluate
+    from yolov7_deploy.evaluation.accuracy_drop import accuracy_drop
 
-    accuracy = []
+    accuracy: list[ArtifactAccuracy] = []
     for run in runs:
         img, half = None if _is_fixed(run.path) else size, _reference_half(run.path)
         with Detector(run.path, device=device, img=img, half=half, runtime=run.runtime) as detector:
@@ -235,18 +251,30 @@ def _measure_accuracy(
                 raise UsageError(f"{run}: {error.message}", fix=error.fix) from error
             report = replace(report, weights=str(run.path), runtime=detector.runtime)
             metadata, input_hw = detector.metadata, detector.input_hw
+        reference = accuracy[0].report if accuracy else None
+        drop = None
+        if reference is not None and reference.ap:
+            used = used_images(dataset, report)
+            drop = accuracy_drop(dataset, used, reference.predictions, report.predictions)
         accuracy.append(
             ArtifactAccuracy(
                 weights=str(run),
                 precision=report.precision,
                 ap=report.ap or 0.0,
                 ap50=report.ap50 or 0.0,
+                drop=drop,
                 report=report,
                 metadata=metadata,
                 input_hw=input_hw,
             )
         )
     return accuracy
+
+
+def used_images(dataset: Dataset, accuracy: AccuracyReport) -> list[int]:
+    """Return the indices of the images on which AP was measured: all but those that could not be read."""
+    skipped = {item.path for item in accuracy.skipped}
+    return [index for index in range(len(dataset)) if str(dataset.path(index)) not in skipped]
 
 
 def common_input_hw(artifacts: Sequence[ModelMetadata]) -> tuple[int, int]:
@@ -323,12 +351,29 @@ def stage_failures(reports: Sequence[ParityReport]) -> list[str]:
 
 
 def accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
-    """Return a sentence for each artifact that loses more AP points than allowed; the first one is the reference."""
+    """Return a sentence for each artifact that surely loses more AP points than allowed; the first is the reference."""
     if accuracy and accuracy[0].ap == 0:
         return [f"NOT VERIFIED: {accuracy[0].weights} has AP 0 on these images, so no loss can be measured."]
     return [
-        f"{row.weights} loses {(accuracy[0].ap - row.ap) * 100:.2f} AP points ({accuracy[0].ap:.4f} to {row.ap:.4f}), "
-        f"more than --max-drop {max_drop:g}."
-        for row in accuracy[1:]
-        if (accuracy[0].ap - row.ap) * 100 > max_drop
+        f"{name} loses more than --max-drop {max_drop:g}: {summary}"
+        for name, verdict, summary in _too_large_losses(accuracy, max_drop)
+        if verdict == "above"
     ]
+
+
+def undecided_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
+    """Return a sentence for each artifact whose AP falls by more points than allowed, which may be chance."""
+    return [
+        f"UNDECIDED: {name} may lose more than --max-drop {max_drop:g}: {summary}"
+        for name, verdict, summary in _too_large_losses(accuracy, max_drop)
+        if verdict != "above"
+    ]
+
+
+def _too_large_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> Iterator[tuple[str, str, str]]:
+    """Yield name, verdict and summary of each measured loss above the allowed one."""
+    from yolov7_deploy.evaluation.accuracy_drop import summarize_drop  # see `_measure_accuracy`
+
+    for row in accuracy:
+        if row.drop is not None and row.drop.points > max_drop:
+            yield row.weights, row.drop.verdict(max_drop), summarize_drop(row.drop, max_drop)

@@ -26,7 +26,7 @@ import onnx
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._bounded_read import read_bytes
 from yolov7_deploy._serialization import from_dict, short_repr
-from yolov7_deploy._text import printable_line
+from yolov7_deploy._text import printable_line, shorten
 from yolov7_deploy.errors import ExportError, LoadError, UsageError
 from yolov7_deploy.hub import cache_dir
 from yolov7_deploy.onnx_export.onnx_model import OnnxModel
@@ -130,7 +130,7 @@ def load_calibration(path: Path) -> Calibration:
     except _DAMAGE as error:
         # "Delete it" alone would be dangerous advice: the path may name a file that is not a calibration at all.
         raise LoadError(
-            f"{path} is not a calibration, or it is damaged: {printable_line(str(error) or type(error).__name__)}.",
+            f"{path} is not a calibration, or it is damaged: {printable_line(shorten(error) or type(error).__name__)}.",
             fix=f"If it is a calibration, delete it, and the next run writes it again. {_OTHER_FILE}",
         ) from error
 

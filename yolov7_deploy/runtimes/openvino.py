@@ -26,7 +26,7 @@ import openvino
 
 from yolov7_deploy._atomic_file import is_partial_file
 from yolov7_deploy._bounded_read import MAX_MODEL_BYTES, read_bytes
-from yolov7_deploy._text import get_logger
+from yolov7_deploy._text import get_logger, shorten
 from yolov7_deploy.errors import DeviceError, LoadError, UsageError
 from yolov7_deploy.hardware.system import has_vnni, usable_cores
 from yolov7_deploy.hub import cache_dir
@@ -43,7 +43,6 @@ logger = get_logger(__name__)
 DEVICES = {"auto": "CPU", "cpu": "CPU", "intel:gpu": "GPU", "intel:npu": "NPU"}
 _EXECUTION_PRECISIONS = {"bf16": "bf16", "f16": "fp16"}  # as in ModelMetadata
 _CPU_CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
-_MAX_REASON = 500  # characters
 MAX_CACHE_BYTES = 2 << 30  # compiled networks on disk; yolov7 in FP32 has 150 MB
 # After so many calls without overlap, calls use all cores for each image again.
 _ALONE = 8
@@ -192,7 +191,7 @@ class OvSession(OnnxSession[_Networks]):
         """See `OnnxSession.reason`."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         text = " ".join(line for line in lines if not line.startswith("Exception from"))
-        return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
+        return shorten(text)
 
     def run(self, model: _Networks, outputs: list[str] | None, feeds: dict[str, Array]) -> list[Array]:
         """See `OnnxSession.run`; every threshold needs a value, because they have no defaults in OpenVINO."""

@@ -31,6 +31,8 @@ from yolov7_deploy.evaluation.verification import (
     Verification,
     accuracy_failures,
     stage_failures,
+    undecided_losses,
+    used_images,
     verify_artifacts,
 )
 from yolov7_deploy.metadata import ModelMetadata
@@ -58,7 +60,8 @@ class ArtifactRecord:
         ap_interval: 95 % interval of the AP (0..1) for all images of this kind; `None` if unknown.
         drop: AP points lost against the reference, with their interval.
         parity: Stage by stage comparison with the reference.
-        failures: One sentence for each reason for which the artifact is wrong.
+        failures: One sentence for each reason for which the artifact is not accepted.
+        undecided: Those of the failures that chance can explain.
         speed: Times; `None` if they were not measured.
         speed_source: The file that they are from; empty if they were measured for this report.
     """
@@ -74,6 +77,7 @@ class ArtifactRecord:
     drop: AccuracyDrop | None
     parity: ParityReport | None
     failures: tuple[str, ...]
+    undecided: tuple[str, ...] = ()
     speed: SpeedReport | None = None
     speed_source: str = ""
 
@@ -81,6 +85,11 @@ class ArtifactRecord:
     def runtime(self) -> str:
         """Name of the runtime."""
         return self.accuracy.runtime
+
+    @property
+    def is_wrong(self) -> bool:
+        """True if chance cannot explain a failure."""
+        return len(self.failures) > len(self.undecided)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +153,11 @@ class DeploymentReport:
         return self.verification.failures
 
     @property
+    def undecided(self) -> bool:
+        """True if chance can explain every failure, so more images would decide."""
+        return 0 < len(self.failures) == len(self.verification.undecided)
+
+    @property
     def ok(self) -> bool:
         """True if every artifact gives the results of the reference within the tolerances."""
         return not self.failures and self.verification.verified
@@ -156,6 +170,7 @@ class DeploymentReport:
             "created_at": self.created_at,
             "ok": self.ok,
             "failures": list(self.failures),
+            "undecided": list(self.verification.undecided),
             "warnings": list(self.warnings),
             "verification": self.verification.to_dict(),
             "artifacts": [
@@ -170,6 +185,7 @@ class DeploymentReport:
                     "drop": None if one.drop is None else one.drop.to_dict(),
                     "speed": None if one.speed is None else one.speed.to_dict(),
                     "failures": list(one.failures),
+                    "undecided": list(one.undecided),
                 }
                 for one in self.artifacts
             ],
@@ -308,10 +324,8 @@ def _records(
         accuracy = row.report
         assert first.report and accuracy and row.metadata and row.input_hw, "measured on a dataset"
         path = Path(accuracy.weights)
-        failures = (
-            [] if parity is None else [*stage_failures([parity]), *accuracy_failures([first, row], options.max_drop)]
-        )
-        used = _used_images(dataset, accuracy)
+        reports, rows = ([], []) if parity is None else ([parity], [first, row])
+        undecided = undecided_losses(rows, options.max_drop)
         records.append(
             ArtifactRecord(
                 name=name,
@@ -321,12 +335,11 @@ def _records(
                 metadata=row.metadata,
                 input_hw=row.input_hw,
                 accuracy=accuracy,
-                ap_interval=_ap_interval(dataset, used, accuracy),
-                drop=None
-                if parity is None
-                else accuracy_drop(dataset, used, first.report.predictions, accuracy.predictions),
+                ap_interval=_ap_interval(dataset, used_images(dataset, accuracy), accuracy),
+                drop=row.drop,
                 parity=parity,
-                failures=tuple(failures),
+                failures=(*stage_failures(reports), *accuracy_failures(rows, options.max_drop), *undecided),
+                undecided=tuple(undecided),
             )
         )
     return records
@@ -336,11 +349,6 @@ def _short_names(names: Sequence[str]) -> list[str]:
     """Return names without folders, as far as they stay different: `a.onnx (openvino)` for `out/a.onnx (openvino)`."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)
-
-
-def _used_images(dataset: Dataset, accuracy: AccuracyReport) -> list[int]:
-    skipped = {item.path for item in accuracy.skipped}
-    return [index for index in range(len(dataset)) if str(dataset.path(index)) not in skipped]
 
 
 def _ap_interval(dataset: Dataset, used: Sequence[int], accuracy: AccuracyReport) -> tuple[float, float] | None:
@@ -393,7 +401,7 @@ def _measure(one: ArtifactRecord, dataset: Dataset, options: ReportOptions, prog
 
 
 def _frames(one: ArtifactRecord, dataset: Dataset) -> Frames:
-    used = _used_images(dataset, one.accuracy)[:MAX_FRAMES]
+    used = used_images(dataset, one.accuracy)[:MAX_FRAMES]
     frames = read_frames([dataset.path(index) for index in used])
     return replace(frames, description=f"{plural(len(used), 'image')} of {dataset.source}")
 
@@ -429,8 +437,9 @@ def _warnings(
     """Yield the warnings of the page; `coverage` of the dataset is not one, since it is repeated in its problems."""
     reference = artifacts[0]
     for one in artifacts[1:]:
-        if one.drop is not None and one.drop.verdict(options.max_drop) == "inconclusive":
-            yield f"{one.name}: {summarize_drop(one.drop, options.max_drop)}"
+        drop, allowed = one.drop, options.max_drop
+        if drop is not None and drop.points <= allowed and drop.verdict(allowed) == "inconclusive":
+            yield f"{one.name}: {summarize_drop(drop, allowed)}"
     yield from dict.fromkeys(_origin_warnings(reference, artifacts[1:]))
     yield from verification.notes
     if reference.accuracy.skipped:
