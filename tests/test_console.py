@@ -167,6 +167,16 @@ def test_progress_has_the_unit_of_the_work(unit, done, total, text):
     assert f"  {text}" in stream.getvalue()
 
 
+@pytest.mark.parametrize(("done", "seconds", "text"), [(4, 2.0, "2.0/s"), (2, 2.0, "1.0/s"), (1, 25.0, "25.0 s each")])
+def test_progress_says_how_many_are_done_in_a_second_or_how_long_each_takes(monkeypatch, done, seconds, text):
+    clock = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr("yolov7_deploy._console.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with contextlib.redirect_stderr(stream), progress("work") as show:
+        show(done, done)
+    assert stream.getvalue() == f"work: {done}/{done}, {text}\n"
+
+
 def test_an_unknown_total_is_not_shown():
     stream = Terminal()
     with contextlib.redirect_stderr(stream), progress("download", unit="MB") as show:

@@ -228,7 +228,10 @@ def _amount(done: int, total: int, unit: str) -> str:
 
 
 def _rate(done: int, unit: str, seconds: float) -> str:
-    return f"{done / max(seconds, 1e-9) / (1e6 if unit == 'MB' else 1):.1f}{unit}/s" if done and unit != "%" else ""
+    if not done or unit == "%":
+        return ""
+    rate = done / max(seconds, 1e-9) / (1e6 if unit == "MB" else 1)
+    return f"{rate:.1f}{unit}/s" if rate >= 1 or unit else f"{1 / rate:.1f} s each"
 
 
 def _write_line(stream: TextIO, line: str) -> None:

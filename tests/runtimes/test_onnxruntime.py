@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from tests.support.sample_images import noise
 from yolov7_deploy.detector import Detector
 from yolov7_deploy.errors import DeviceError, LoadError, MissingLibraryError, UsageError
 from yolov7_deploy.metadata import THRESHOLD_INPUTS
+from yolov7_deploy.onnx_export.onnx_model import OnnxModel
 from yolov7_deploy.runtimes.base import installed_runtimes, open_runtime
 
 
@@ -51,6 +53,16 @@ def test_a_library_that_does_not_load_is_reported_with_the_cause(files, tmp_path
     with pytest.raises(MissingLibraryError, match=r"openvino is needed to run .*does not load: libtbb\.so") as caught:
         open_runtime(files("plugin"), device="cpu", input_hw=None, runtime="openvino")
     assert "y7 doctor" in caught.value.fix
+
+
+def test_a_file_that_is_slow_here_is_explained_once(files, tmp_path, caplog):
+    model = OnnxModel.load(files("none"))
+    OnnxModel.of(model.proto, replace(model.metadata, precision="fp16")).save(tmp_path / "half.onnx")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            Detector(tmp_path / "half.onnx", runtime="onnxruntime").close()
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "half.onnx is FP16, which ONNX Runtime computes slower" in message and "--runtime openvino" in message
 
 
 def test_an_onnx_file_for_tensorrt_is_refused_with_the_command_that_builds_an_engine(files):

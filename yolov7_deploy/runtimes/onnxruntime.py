@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -158,32 +159,42 @@ class OrtRuntime(OnnxRuntime):
 
 def _prepare_low_precision(session: OrtSession, path: Path, metadata: ModelMetadata) -> None:
     """Log a warning about files that are slow on this CPU, and choose the kernels of INT8 files."""
-    log = logger.debug if is_partial_file(path) else logger.warning  # a file that an export verifies
     if metadata.precision == "fp16":
-        log(
-            "%s is FP16, which ONNX Runtime computes slower than FP32 on a CPU. Use an FP32 file, or OpenVINO "
-            "(pip install 'yolov7-deploy[openvino]'):  --runtime openvino",
+        _warn(
             path,
+            "is FP16, which ONNX Runtime computes slower than FP32 on a CPU. Use an FP32 file, or OpenVINO "
+            "(pip install 'yolov7-deploy[openvino]'):  --runtime openvino",
         )
     if metadata.int8 is None:
         return
     fitting = "arm" if platform.machine().lower() in ("aarch64", "arm64") else "cpu"
     if metadata.int8.target != fitting:
-        log(
-            "%s was quantized for %s, which is slower than FP32 on this CPU. Quantize the FP32 file for it:  "
-            "y7 quantize --weights FILE.onnx --calib FOLDER --int8-target %s",
+        _warn(
             path,
-            metadata.int8.target,
-            fitting,
+            f"was quantized for {metadata.int8.target}, which is slower than FP32 on this CPU. Quantize the FP32 file "
+            f"for it:  y7 quantize --weights FILE.onnx --calib FOLDER --int8-target {fitting}",
         )
     elif metadata.int8.reduce_range:
         session.use_default_int8(session.get())  # nothing saturates, and these kernels are faster
     elif has_vnni() is False:
-        log(
-            "%s has weights of 8 bits, and this CPU has no VNNI: ONNX Runtime uses slower kernels to be exact. "
-            "Quantize the FP32 file with  --reduce-range",
+        _warn(
             path,
+            "has weights of 8 bits, and this CPU has no VNNI: ONNX Runtime uses slower kernels to be exact. "
+            "Quantize the FP32 file with  --reduce-range",
         )
+
+
+def _warn(path: Path, message: str) -> None:
+    """Log a warning about a file once, since commands open a file several times."""
+    if is_partial_file(path):  # a file that an export verifies
+        logger.debug("%s %s", path, message)
+    else:
+        _warn_once(path, message)
+
+
+@lru_cache(maxsize=1000)
+def _warn_once(path: Path, message: str) -> None:
+    logger.warning("%s %s", path, message)
 
 
 def session_options(*, exact_int8: bool | None = None) -> onnxruntime.SessionOptions:
