@@ -200,6 +200,13 @@ def test_a_cache_that_cannot_be_written_is_reported(folders, release):
         find_at(f"{release}/complete", "yolov7-tiny")
 
 
+def test_a_user_without_a_home_folder_needs_none(monkeypatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)  # without an entry in the list of users
+    assert hub.cache_dir() == hub.NO_HOME / "yolov7_deploy"
+
+
 def test_the_deploy_weights_of_every_variant_are_official_names():
     named = {"yolov7", "yolov7-tiny", "yolov7x", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e"}
     assert named <= set(OFFICIAL_NAMES)

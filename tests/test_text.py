@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7_deploy._text import get_logger, hide_credentials, json_escape, printable, printable_line, similar_file
+from yolov7_deploy._text import (
+    expand_user,
+    get_logger,
+    hide_credentials,
+    json_escape,
+    printable,
+    printable_line,
+    similar_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +93,12 @@ def test_log_messages_are_printable(caplog):
     with caplog.at_level(logging.INFO, logger="yolov7_deploy.test_text"):
         logger.info("read %s in %d ms", "\x1b[2J\udcff", 3)
     assert caplog.messages == [r"read \x1b[2J\udcff in 3 ms"]
+
+
+@pytest.mark.parametrize("text", ["~absent-user/x.jpg", "~\0/x.jpg", "~root\0", "x.jpg"])
+def test_a_home_folder_that_does_not_exist_is_not_expanded(text):
+    assert expand_user(text) == Path(text)
+    assert expand_user("~") == Path.home()
 
 
 @pytest.mark.parametrize("path", ["a\0b/c/d.jpg", "a\0b/c.jpg", "a\0b", "n" * 300 + "/x.pt", "n" * 100_000])

@@ -81,6 +81,14 @@ def similar_file(path: Path, *, suffixes: Collection[str] | None = None) -> Path
     return None
 
 
+def expand_user(path: str | Path) -> Path:
+    """Expand `~` in a path; one with an unknown user, or that no file can have, is returned unchanged."""
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(path)
+
+
 def _entries(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError, ValueError):
         return [path for path in sorted(folder.iterdir())[:MAX_FILES] if not path.name.startswith(".")]

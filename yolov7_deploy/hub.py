@@ -16,7 +16,7 @@ from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._download import IncompleteDownloadError, download
-from yolov7_deploy._text import get_logger, hide_credentials, similar_file, suggest
+from yolov7_deploy._text import expand_user, get_logger, hide_credentials, similar_file, suggest
 from yolov7_deploy.errors import LoadError
 
 logger = get_logger(__name__)
@@ -25,6 +25,7 @@ Progress = Callable[[int, int], None]
 
 RELEASE_URL = "https://github.com/WongKinYiu/yolov7/releases/download/v0.1"
 WEIGHTS_DIR_VARIABLE = "Y7_WEIGHTS_DIR"
+NO_HOME = Path("/nonexistent")  # as of system users on Debian
 
 # Files of the authors' release v0.1. It has no training weights of tiny; tiny-silu was never published.
 OFFICIAL_NAMES = (
@@ -136,9 +137,13 @@ def bundled_onnx() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder of downloaded weights: `$XDG_CACHE_HOME/yolov7_deploy`, by default `~/.cache/yolov7_deploy`."""
+    """Return the folder of downloaded weights: `$XDG_CACHE_HOME/yolov7_deploy`, by default `~/.cache/yolov7_deploy`.
+
+    A user without a home folder, as in a container that runs with any user ID, has one that cannot be written.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "yolov7_deploy"
+    folder = Path(base) if base else expand_user("~/.cache")
+    return (NO_HOME if folder.parts[:1] == ("~",) else folder) / "yolov7_deploy"
 
 
 def weights_folders() -> dict[str, Path | None]:

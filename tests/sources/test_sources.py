@@ -298,7 +298,7 @@ def test_a_missing_file_in_a_list_is_reported_with_its_line(folder):
     assert [item.path for item in source.skipped] == ["missing.png"]
 
 
-@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\x00broken\xff"])
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\x00broken\xff", b"~\x00.jpg", b"~/a\x00.jpg\n"])
 def test_an_empty_or_binary_list_is_an_error(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(SourceError):

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yolov7_deploy._text import hide_credentials, printable_line, similar_file
+from yolov7_deploy._text import expand_user, hide_credentials, printable_line, similar_file
 from yolov7_deploy.errors import SourceError, UsageError, missing_library
 from yolov7_deploy.image import IMAGE_SUFFIXES
 from yolov7_deploy.sources import Skipped
 from yolov7_deploy.sources.files import (
     FoundFiles,
-    expand_user,
     list_folder,
     locate,
     path_exists,

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from yolov7_deploy._bounded_read import read_bytes
-from yolov7_deploy._text import printable_line
+from yolov7_deploy._text import expand_user, printable_line
 
 GLOB_CHARACTERS = "*?["
 LABEL_SUFFIX = ".txt"  # label files and lists beside images are neither used nor left out
@@ -151,14 +151,6 @@ def locate(entry: str, folders: Iterable[Path]) -> Path | None:
             if path_exists(path):
                 return path
     return None
-
-
-def expand_user(text: str) -> Path:
-    """Expand `~` in the path; a path with an unknown user is returned unchanged."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
 
 
 def path_exists(path: Path) -> bool:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from yolov7_deploy._download import ascii_address, probe
-from yolov7_deploy._text import get_logger, hide_credentials, is_unicode, similar_file
+from yolov7_deploy._text import expand_user, get_logger, hide_credentials, is_unicode, similar_file
 from yolov7_deploy.errors import SourceError, UsageError
 from yolov7_deploy.hub import MODEL_SUFFIXES
 from yolov7_deploy.image import IMAGE_SUFFIXES, ImageBytes, is_pil_image
@@ -22,7 +22,6 @@ from yolov7_deploy.sources.files import (
     GLOB_CHARACTERS,
     Skipped,
     expand_pattern,
-    expand_user,
     has_files_below,
     list_folder,
     locate,

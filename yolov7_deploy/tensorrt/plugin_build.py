@@ -18,7 +18,7 @@ from pathlib import Path
 
 from yolov7_deploy._atomic_file import atomic_write
 from yolov7_deploy._process import temporary_folder
-from yolov7_deploy._text import get_logger
+from yolov7_deploy._text import expand_user, get_logger
 from yolov7_deploy.errors import PluginError, UsageError
 from yolov7_deploy.tensorrt.plugin_library import PluginLibrary, built_path, check_driver, describe_plugin
 
@@ -201,7 +201,7 @@ def _fix_variable(name: str) -> str:
 
 
 def _given_nvcc(cuda: Path) -> Path:
-    cuda = cuda.expanduser().absolute()
+    cuda = expand_user(cuda).absolute()
     path = cuda if cuda.is_file() else cuda / "bin" / "nvcc"
     if not path.is_file() or not os.access(path, os.X_OK):
         raise PluginError(
@@ -239,7 +239,7 @@ def _nvcc_candidates() -> Iterator[Path]:
 
 
 def _given_headers(folder: Path) -> Path:
-    folder = folder.expanduser().absolute()
+    folder = expand_user(folder).absolute()
     if not (folder / HEADER).is_file():
         raise PluginError(
             f"--tensorrt-include {folder}: it does not contain {HEADER}.",
@@ -339,7 +339,7 @@ def _run(command: Sequence[str], tools: BuildTools, log: Callable[[str], None]) 
 def _destination(output: Path | None, built: PluginLibrary) -> Path:
     if output is None:
         return built_path(built.abi)
-    output = output.expanduser().absolute()
+    output = expand_user(output).absolute()
     is_file = output.suffix == ".so" and not output.is_dir()
     return output if is_file else output / built.path.name
 

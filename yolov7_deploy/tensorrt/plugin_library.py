@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from yolov7_deploy._serialization import parse_json
+from yolov7_deploy._text import expand_user
 from yolov7_deploy.errors import PluginError
 from yolov7_deploy.hardware.gpu import supported_cuda_version
 from yolov7_deploy.hub import cache_dir
@@ -144,7 +145,7 @@ def describe_plugin(path: Path) -> PluginLibrary:
     Raises:
         PluginError: The file does not exist, cannot be loaded, or is not our library.
     """
-    path = path.expanduser().absolute()
+    path = expand_user(path).absolute()
     if not path.is_file():
         raise PluginError(
             f"The plugin library {path} does not exist{' (it is a folder)' if path.is_dir() else ''}.", fix=_fix()
