@@ -10,7 +10,7 @@ from yolov7_deploy import Detector, export
 
 pytestmark = pytest.mark.slow
 SCRIPT = "fiftyone_compare.py"
-HIGH_CONF = 0.8
+HIGH_CONF = 0.92
 
 
 @pytest.fixture(scope="module")

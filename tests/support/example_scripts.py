@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
 TIMEOUT_S = 300
-SHAPES_SIZE = 320  # the included weights were trained at it
+SHAPES_SIZE = 320
 
 
 def load_example(name: str) -> ModuleType:
