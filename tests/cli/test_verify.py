@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -39,6 +41,11 @@ def test_a_loss_is_a_failure_only_if_chance_cannot_explain_it(points, low, high,
     rows = losing(points, low, high)
     assert len(accuracy_failures(rows, 0.3)) == failures
     assert len(undecided_losses(rows, 0.3)) == undecided
+
+
+def test_without_a_dataset_the_libraries_that_measure_ap_are_not_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yolov7_deploy.evaluation.accuracy_drop", None)
+    assert accuracy_failures([], 0.3) == undecided_losses([], 0.3) == []
 
 
 def test_an_undecided_loss_is_refused_with_its_interval_and_the_number_of_images_that_decide(monkeypatch):

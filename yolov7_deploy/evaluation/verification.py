@@ -372,8 +372,8 @@ def undecided_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> l
 
 def _too_large_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> Iterator[tuple[str, str, str]]:
     """Yield name, verdict and summary of each measured loss above the allowed one."""
-    from yolov7_deploy.evaluation.accuracy_drop import summarize_drop  # see `_measure_accuracy`
-
     for row in accuracy:
         if row.drop is not None and row.drop.points > max_drop:
+            from yolov7_deploy.evaluation.accuracy_drop import summarize_drop  # see `_measure_accuracy`
+
             yield row.weights, row.drop.verdict(max_drop), summarize_drop(row.drop, max_drop)
