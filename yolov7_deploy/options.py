@@ -89,6 +89,17 @@ def _checked(name: str, value: Any, kind: type, *, fix: str) -> Any:  # noqa: AN
     raise UsageError(f"{name} must be {whole}, not {value!r}.", fix=fix)
 
 
+def check_max_drop(max_drop: float) -> None:
+    """Refuse a `--max-drop` that is not a number of AP points.
+
+    Raises:
+        UsageError: It is not a number from 0 to 100.
+    """
+    fix = "From 0 to 100, for example: --max-drop 0.3"
+    if not 0 <= _checked("--max-drop", max_drop, Real, fix=fix) <= 100:
+        raise UsageError(f"--max-drop {max_drop:g} is not a number of AP points.", fix=fix)
+
+
 def split_classes(text: str, class_names: Sequence[str]) -> list[int | str]:
     """Return the names and ids in a text such as `person,dog` or `0 16`; a name may have commas itself.
 
@@ -269,11 +280,8 @@ class QuantizeOptions:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise UsageError(
-                f"--max-drop {self.max_drop:g} is not a number of AP points.",
-                fix="From 0 to 100, for example: --max-drop 0.3",
-            )
+        if self.max_drop is not None:
+            check_max_drop(self.max_drop)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -366,11 +374,7 @@ class ReportOptions:
         for name, number in (("limit", self.limit), ("stage-limit", self.stage_limit)):
             if number is not None and _checked(f"--{name}", number, Integral, fix=f"For example: --{name} 16") < 1:
                 raise UsageError(f"--{name} {number} leaves no image.", fix=f"For example: --{name} 16")
-        if not 0 <= self.max_drop <= 100:
-            raise UsageError(
-                f"--max-drop {self.max_drop:g} is not a number of AP points.",
-                fix="From 0 to 100, for example: --max-drop 0.3",
-            )
+        check_max_drop(self.max_drop)
         if not 0 <= self.duration_s < float("inf"):
             raise UsageError(
                 f"--duration {self.duration_s:g} is not a time in seconds.", fix="For example: --duration 5"
@@ -597,11 +601,7 @@ class OptimizeOptions:
     duration_s: float = 120.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_drop <= 100:
-            raise UsageError(
-                f"--max-drop {self.max_drop:g} is not a number of AP points.",
-                fix="From 0 to 100, for example: --max-drop 0.3",
-            )
+        check_max_drop(self.max_drop)
         if not self.batches or min(self.batches) < 1:
             raise UsageError(f"--batch {_listed(self.batches)} must be at least 1.", fix="For example: --batch 1,8")
         if not 1 <= self.callers <= MAX_CONCURRENCY:

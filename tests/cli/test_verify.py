@@ -7,10 +7,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from yolov7_deploy import export
 from yolov7_deploy.cli.app import app
-from yolov7_deploy.datasets.synthetic import write_shapes
-from yolov7_deploy.errors import ParityError
+from yolov7_deploy.errors import ParityError, UsageError
 from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop
 from yolov7_deploy.evaluation.verification import ArtifactAccuracy, Verification, accuracy_failures, undecided_losses
 from yolov7_deploy.hub import bundled_weights
@@ -61,12 +59,18 @@ def test_an_undecided_loss_is_refused_with_its_interval_and_the_number_of_images
     assert "-0.50" in done.output and "within their limits" not in done.output
 
 
-@pytest.mark.slow
-def test_a_certain_loss_of_ap_alone_names_no_stage(tmp_path):
-    data = write_shapes(tmp_path / "shapes", train=1, val=2, size=96, seed=5)
-    file = export("yolov7-tiny-shapes", tmp_path / "same.onnx", img=96, verify=False).path
-    line = ["verify", "-w", bundled_weights(), "--against", file, "--data", data, "--max-drop", -1]
-    done = CliRunner().invoke(app, [*map(str, line), "--runtime", "onnxruntime"])
+def test_a_certain_loss_of_ap_alone_names_no_stage(monkeypatch):
+    rows = losing(1.5, 0.9, 2.1)
+    result = Verification(reports=(), accuracy=tuple(rows), images=82, failures=tuple(accuracy_failures(rows, 0.3)))
+    monkeypatch.setattr("yolov7_deploy.evaluation.verification.verify_artifacts", lambda *_, **__: result)
+    done = CliRunner().invoke(app, ["verify", "-w", str(bundled_weights()), "--against", str(bundled_weights())])
     assert isinstance(done.exception, ParityError), done.output
-    assert "more than --max-drop -1" in done.exception.message and "UNDECIDED" not in done.exception.message
+    assert "more than --max-drop 0.3" in done.exception.message and "UNDECIDED" not in done.exception.message
     assert "No stage differs" in done.exception.fix and "first stage" not in done.exception.fix
+
+
+@pytest.mark.parametrize("max_drop", ["-1", "nan", "101"])
+def test_a_maximum_loss_that_is_no_number_of_ap_points_is_refused(max_drop):
+    line = ["verify", "-w", str(bundled_weights()), "--against", str(bundled_weights()), "--max-drop", max_drop]
+    done = CliRunner().invoke(app, line)
+    assert isinstance(done.exception, UsageError) and "is not a number of AP points" in done.exception.message

@@ -17,7 +17,7 @@ from yolov7_deploy.evaluation.parity import ParityReport, compare, comparison_th
 from yolov7_deploy.evaluation.synthetic_image import synthetic_image
 from yolov7_deploy.image import Image
 from yolov7_deploy.metadata import ModelMetadata
-from yolov7_deploy.options import ValOptions
+from yolov7_deploy.options import ValOptions, check_max_drop
 from yolov7_deploy.runtimes.base import Runtime, installed_runtimes, open_runtime, runtime_entry
 from yolov7_deploy.sources import open_source
 
@@ -129,8 +129,9 @@ def verify_artifacts(
         progress: Called with the number of finished and of all steps.
 
     Raises:
-        UsageError: The artifacts differ in input size or classes, or `limit` is below 1.
+        UsageError: The artifacts differ in input size or classes, `limit` is below 1, or `max_drop` not 0 to 100.
     """
+    check_max_drop(max_drop)
     if limit < 1:
         raise UsageError(f"--limit {limit} leaves no image to compare on.", fix="For example: --limit 16")
     dataset = open_dataset(data, limit=limit) if isinstance(data, Path) else data
