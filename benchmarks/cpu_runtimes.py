@@ -50,16 +50,18 @@ ROWS = {
     FP32: ("fp32", "onnxruntime"),
     "int8 for tensorrt, onnxruntime": ("int8-tensorrt", "onnxruntime"),
     "int8, onnxruntime": ("int8", "onnxruntime"),
+    "int8 by mse, onnxruntime": ("int8-mse", "onnxruntime"),
     "int8 of 8 bits, onnxruntime": ("int8-8", "onnxruntime"),
     "fp32, openvino": ("fp32", "openvino"),
     "fp32, openvino-bf16": ("fp32", "openvino-bf16"),
     "fp16, openvino": ("fp16", "openvino"),
     "int8 for tensorrt, openvino": ("int8-tensorrt", "openvino"),
     "int8, openvino": ("int8", "openvino"),
+    "int8 by mse, openvino": ("int8-mse", "openvino"),
     "int8, openvino-bf16": ("int8", "openvino-bf16"),
     "int8 of 8 bits, openvino": ("int8-8", "openvino"),
 }
-INT8_FILES = ("int8-tensorrt", "int8", "int8-8")
+INT8_FILES = ("int8-tensorrt", "int8", "int8-mse", "int8-8")
 CALLERS = 4
 SIZE = 640
 
@@ -115,8 +117,10 @@ def write_files(weights: str, calib: str, folder: Path) -> dict[str, Path]:
     model = export_onnx(fused, checkpoint.metadata, options)
     images = open_calibration(calib)
     calibration = calibrate(model, images, count=len(images))
-    cpu = choose_silu_floor(
-        model, calibration, list(open_calibration(calib, limit=FLOOR_IMAGES)), Int8Options(target="cpu")
+    floor_images = list(open_calibration(calib, limit=FLOOR_IMAGES))
+    cpu, cpu_mse = (
+        choose_silu_floor(model, calibration, floor_images, Int8Options(target="cpu", method=method))
+        for method in ("lp", "mse")
     )
     models = {
         "fp32": model,
@@ -124,6 +128,7 @@ def write_files(weights: str, calib: str, folder: Path) -> dict[str, Path]:
         "fp16": to_fp16(model, [next(iter(images))]),
         "int8-tensorrt": to_int8(model, calibration, Int8Options(target="tensorrt", fallback="fp32")),
         "int8": to_int8(model, calibration, cpu),
+        "int8-mse": to_int8(model, calibration, cpu_mse),
         "int8-8": to_int8(model, calibration, replace(cpu, reduce_range=False)),
     }
     for name, entry in models.items():

@@ -107,8 +107,8 @@ def choose_silu_floor(
     """Return the options with the floor of `SILU_FLOORS` that gives the smallest error of the head maps.
 
     For CPUs, the input of every SiLU has a Q/DQ pair. Which rounding errors it causes, and whether they add up through
-    the network, depends on how its steps meet those of the output, which only a measurement shows: with the official
-    yolov7, neighbouring floors differ by a factor of three (`benchmarks/README.md`).
+    the network, depends on how its steps meet those of the output, which only a measurement shows: in the largest head
+    map of the official yolov7, neighbouring floors can differ by a factor of two (`benchmarks/README.md`).
 
     Args:
         model: A float32 graph.
