@@ -315,6 +315,13 @@ def test_paths_of_roboflow_that_begin_with_two_dots_are_beside_the_yaml(tmp_path
     assert (len(dataset), boxes(dataset), dataset.problems) == (1, 1, ())
 
 
+def test_a_path_that_does_not_exist_is_a_problem_even_if_the_images_are_beside_the_yaml(labelled):
+    path = write_yaml(labelled, "images/val")
+    path.write_text(f"path: /data/moved\n{path.read_text()}")
+    problem, *others = open_dataset(labelled / "data.yaml").problems
+    assert "path of data.yaml does not exist (/data/moved); val is in " in problem and not others
+
+
 def test_two_dots_mean_the_parent_folder_if_it_has_the_path(tmp_path):
     for folder in ("images", "rf/images"):
         write_image(tmp_path / folder / f"{folder.replace('/', '-')}.png")

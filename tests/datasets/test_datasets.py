@@ -112,6 +112,14 @@ def test_an_invalid_label_line_is_named(yolo, line, message):
     assert message in caught.value.message and "7.txt" in caught.value.message
 
 
+@pytest.mark.parametrize(("other", "fix"), [("", "to `names`"), ("0 0.5 1.5 0.1 0.1", "A line is")])
+def test_labels_of_more_classes_than_names_say_where_names_are_added(yolo, other, fix):
+    (yolo / "labels/val/7.txt").write_text(f"2 0.5 0.5 0.1 0.1\n5 0.5 0.5 0.1 0.1\n{other}\n")
+    with pytest.raises(DatasetError, match="class 5 is not one of") as caught:
+        open_dataset(yolo / "data.yaml")
+    assert fix in caught.value.fix
+
+
 def test_duplicate_and_empty_boxes_are_dropped_and_reported(yolo):
     (yolo / "labels/val/7.txt").write_text("1 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n0 0.5 0.5 0 0.2\n")
     dataset = open_dataset(yolo / "data.yaml")

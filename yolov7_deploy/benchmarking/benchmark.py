@@ -449,7 +449,7 @@ def _settings(detector: Detector) -> tuple[tuple[str, str], ...]:
 def _notes(report: SpeedReport, detector: Detector) -> Iterator[str]:
     yield from detector.metadata.notes
     if not report.detections_per_image:
-        yield "nothing was detected in these frames, so NMS and postprocessing had nothing to do"
+        yield "nothing was detected in these frames, so NMS had nothing to do; --source IMAGES measures with your own"
     if detector.metadata.nms is not None:
         yield "NMS is inside the file: it counts as engine time"
     for row in report.rows:

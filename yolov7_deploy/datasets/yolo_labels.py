@@ -19,6 +19,9 @@ MIN_POLYGON_COLUMNS = 7  # class and three points
 MAX_LABEL_BYTES = 2**24  # of a label file: several hundred thousand boxes
 IMAGES_FOLDER, LABELS_FOLDER = "images", "labels"
 NOT_LABELS = ("classes.txt",)  # labelImg writes the class names beside the labels
+LINE_FORMAT = "A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, coordinates as fractions 0..1."
+NO_SUCH_CLASS = "is not one of "
+MORE_NAMES = "Classes are counted from 0: add the missing ones to `names` in the dataset YAML, or correct the labels."
 TOLERANCE = 1e-4  # labelling tools round to 4..6 digits: up to this far outside 0..1 is clipped, not an error
 
 
@@ -188,7 +191,7 @@ def collect_labels(
         more = f"\n  and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
         raise DatasetError(
             f"Invalid label lines ({len(wrong)}):\n  " + "\n  ".join(wrong[:MAX_LISTED]) + more,
-            fix="A line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, coordinates as fractions 0..1.",
+            fix=MORE_NAMES if all(NO_SUCH_CLASS in line for line in wrong) else LINE_FORMAT,
         )
     problems = [f"{path}: {repair}" for file, path in zip(files, paths, strict=True) for repair in file.repairs]
     missing = [i for i, file in enumerate(files) if file.is_missing]
@@ -246,7 +249,7 @@ def _parse_line(columns: Sequence[str], classes: int) -> tuple[int, DoubleArray]
         raise ValueError(f"{plural(count, 'column')}; {expected}")
     values = np.array(list(map(float, columns)), dtype=np.float64)
     if values[0] not in range(classes):
-        raise ValueError(f"class {short_text(columns[0])} is not one of 0..{classes - 1}")
+        raise ValueError(f"class {short_text(columns[0])} {NO_SUCH_CLASS}0..{classes - 1}")
     fractions = values[1:]
     if not np.all((fractions >= -TOLERANCE) & (fractions <= 1 + TOLERANCE)):
         raise ValueError(f"coordinates outside 0..1: {' '.join(columns[1:])[:80]}")
