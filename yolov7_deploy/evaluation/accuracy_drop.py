@@ -132,7 +132,7 @@ def summarize_drop(drop: AccuracyDrop, max_drop: float) -> str:
     moved = f"falls by {drop.points:.2f}" if drop.points >= 0 else f"rises by {-drop.points:.2f}"
     images = plural(drop.images, "image")
     measured = f"AP {moved} points ({drop.reference_ap:.4f} to {drop.ap:.4f}) on {images}"
-    question = f"whether more than {max_drop:g} points are lost"
+    question = f"whether more than {max_drop:g} {'point is' if max_drop == 1 else 'points are'} lost"
     if drop.low is None or drop.high is None:
         return f"{measured}. With boxes in so few images there is no interval, so it is unknown {question}."
     measured += f"; the 95 % interval of the drop is {_rounded(drop.low)} to {_rounded(drop.high)}."
