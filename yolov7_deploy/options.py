@@ -64,7 +64,7 @@ class Thresholds:
         for name in ("conf", "iou"):
             value = _checked(name, getattr(self, name), Real, fix=f"For example: --{name} 0.25")
             if not 0 <= value <= 1:
-                raise UsageError(f"{name} must be between 0 and 1, not {value}.", fix=f"For example: --{name} 0.25")
+                raise UsageError(f"{name} must be between 0 and 1, not {value:g}.", fix=f"For example: --{name} 0.25")
             object.__setattr__(self, name, float(value))
         max_det = _checked("max_det", self.max_det, Integral, fix="For example: --max-det 100")
         if max_det < 1:

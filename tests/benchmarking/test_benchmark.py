@@ -209,6 +209,8 @@ def test_a_detector_whose_results_change_is_not_measured(plugin):
 
 def test_batch_sizes_that_the_file_cannot_run_are_rejected(detectors, plugin):
     with pytest.raises(UsageError, match=r"takes at most 1 at once\.\nexport\(\"deterministic\", batch=2\)"):
+        measure_speed(plugin, FRAMES, options=BenchOptions(batches=(2,)))
+    with pytest.raises(UsageError, match=r"takes at most 1 at once\.\nexport\(\"deterministic\", batch=None\)"):
         measure_speed(plugin, FRAMES, options=BenchOptions(batches=(1, 2)))
     with pytest.raises(UsageError, match=r"fixed batch of 2 and would be padded.*\nbatch=2"):
         measure_speed(detectors("plugin", batch=2), FRAMES, options=BenchOptions(batches=(1,)))

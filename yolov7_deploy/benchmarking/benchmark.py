@@ -176,11 +176,12 @@ def check_batch_sizes(detector: Detector, batches: Sequence[int]) -> None:
     fixed, largest, path = detector.metadata.batch, detector.max_batch_size, detector.path
     is_engine = runtime_entry(path).name == "tensorrt"
     weights = detector.metadata.source or "WEIGHTS.pt"
+    size = "--batch {}" if len(set(batches)) == 1 or is_engine else "--dynamic-batch"
     for batch in batches:
         larger = (
             f"y7 build --weights {path.stem}.onnx --max-batch {batch}   (of a file exported with --dynamic-batch)"
             if is_engine and fixed is None
-            else f"y7 export --weights {weights} --batch {batch}" + (" --engine" if is_engine else "")
+            else f"y7 export --weights {weights} {size.format(batch)}" + (" --engine" if is_engine else "")
         )
         if batch > (largest or MAX_BATCH_SIZE):
             if largest is None:

@@ -45,7 +45,12 @@ MEASUREMENT_OPTIONS = (
 )  # fmt: skip
 
 Batch = Annotated[
-    str | None, typer.Option("--batch", "--batch-size", help="Images per call: 1, or several values as 1,8,32.")
+    str | None,
+    typer.Option(
+        "--batch",
+        "--batch-size",
+        help="Images per call: 1, or several values as 1,8,32 (default: the batch of the file, else 1).",
+    ),
 ]
 Concurrency = Annotated[
     str, typer.Option("--concurrency", help="Threads that call at the same time: 1, or several values as 1,4.")
@@ -72,7 +77,9 @@ ValReport = Annotated[
 ]
 EstimateFor = Annotated[
     str | None,
-    typer.Option("--estimate", help="Estimate the speed on another device (v100, orin-nx) instead of measuring."),
+    typer.Option(
+        "--estimate", help="Estimate the speed on another device (v100, orin-nx, t4, ...) instead of measuring."
+    ),
 ]
 CompareWith = Annotated[
     Path | None, typer.Option("--compare", help="JSON report of an earlier run to compare with statistically.")

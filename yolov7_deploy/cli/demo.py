@@ -18,7 +18,7 @@ def demo(
         typer.Option(
             "--weights",
             "-w",
-            help="A checkpoint or an official name, shown in FP32 only (default: the small demo network).",
+            help="Checkpoint or official name, in FP32 only (default: the included network, in all precisions).",
         ),
     ] = None,
     source: Annotated[

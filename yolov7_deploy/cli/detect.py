@@ -75,7 +75,7 @@ Rect = Annotated[
     bool,
     typer.Option(
         "--rect",
-        help="Pad to the smallest multiple of the stride, as detect.py does; needs weights or an export --dynamic.",
+        help="Pad to the smallest multiple of the stride, as detect.py does; for checkpoints and y7 export --dynamic.",
     ),
 ]
 Project = Annotated[Path, typer.Option("--project", help="Folder of all runs.")]
@@ -87,11 +87,13 @@ View = Annotated[
 NoSave = Annotated[bool, typer.Option("--nosave", help="Do not write images and videos with drawn boxes.")]
 Batch = Annotated[
     int | None,
-    typer.Option("--batch", metavar="N", help="Most frames of different sources that enter the network together."),
+    typer.Option(
+        "--batch", metavar="N", help="Maximum number of frames of different sources in one run of the network."
+    ),
 ]
 MaxAge = Annotated[
     float,
-    typer.Option("--max-age", metavar="SECONDS", help="Older frames of cameras are not used when a batch starts."),
+    typer.Option("--max-age", metavar="SECONDS", help="Drop camera frames that are older than this."),
 ]
 Realtime = Annotated[
     bool, typer.Option("--realtime", help="Play videos at their frame rate, and drop frames as with a camera.")
@@ -99,7 +101,7 @@ Realtime = Annotated[
 Reconnects = Annotated[
     int,
     typer.Option(
-        "--reconnects", metavar="N", help="Failed attempts to reopen a camera that end the run if no other source runs."
+        "--reconnects", metavar="N", help="End after N failed attempts to reopen a camera, if no other source runs."
     ),
 ]
 JsonLines = Annotated[

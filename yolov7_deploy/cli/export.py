@@ -99,7 +99,10 @@ Iou = Annotated[float, typer.Option("--iou", "--iou-thres", help="IoU threshold 
 MaxDet = Annotated[int, typer.Option("--max-det", "--topk-all", help="Maximum number of detections per image.")]
 MaxCandidates = Annotated[int, typer.Option("--max-candidates", help="Maximum number of boxes that enter NMS.")]
 MultiLabel = Annotated[
-    bool, typer.Option("--multi-label/--best-class", help="All classes of a box above --conf, or only its best.")
+    bool,
+    typer.Option(
+        "--multi-label/--best-class", help="All classes of a box above --conf, or only its best (the default)."
+    ),
 ]
 AgnosticNms = Annotated[
     bool,
@@ -117,7 +120,7 @@ Precision = Annotated[
         PRECISIONS,
         "--precision",
         "--quantize",
-        text="Also in bits: 32, 16 or 8. Input, outputs, decoding and NMS stay in float32.",
+        text="32, 16 and 8 mean the same. Input, outputs, decoding and NMS stay in float32.",
     ),
 ]
 Fp16 = Annotated[bool, typer.Option("--fp16", "--half", help="Same as --precision fp16.")]

@@ -276,8 +276,9 @@ def _metadata_text(metadata: ModelMetadata) -> str:
             f"{nms.kind}, conf {nms.conf:g} and iou {nms.iou:g} ({thresholds}), max-det {nms.max_det}, "
             f"{label_rule(nms.multi_label)}"
         )
+    precision = metadata.precision if metadata.int8 is None else f"int8 for {metadata.int8.target}"
     lines = [
-        _field("metadata", f"{metadata.variant}, {metadata.precision}, {len(metadata.class_names)} classes"),
+        _field("metadata", f"{metadata.variant}, {precision}, {len(metadata.class_names)} classes"),
         _field("accepts", f"{size} (height x width), {batch}, {metadata.input_kind}"),
         _field("NMS", nms_text),
         _field("strides", _listed(metadata.strides)),

@@ -25,7 +25,7 @@ def plugin(
         typer.Option(
             "--arch",
             metavar="CAPABILITIES",
-            help="Compute capabilities, separated by commas: 86, 8.6 or native (default: all of this CUDA).",
+            help="Compute capabilities, separated by commas: 86, 8.6 or native (default: all that this CUDA supports).",
         ),
     ] = None,
     output: Annotated[

@@ -70,7 +70,7 @@ ReduceRange = Annotated[
     bool | None,
     typer.Option(
         "--reduce-range/--full-range",
-        help="Weights of 7 bits, right on every x86 CPU, or of 8, for those with VNNI (default: 7 for cpu).",
+        help="Weights of 7 bits, correct on every x86 CPU, or of 8, for those with VNNI (default: 7 for cpu).",
     ),
 ]
 

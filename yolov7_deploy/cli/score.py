@@ -42,11 +42,11 @@ Input = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Output folder; one with results of this run is resumed.")]
 Workers = Annotated[
-    int, typer.Option("--workers", help="Processes with a model of their own, by Ray; 0: this process, without Ray.")
+    int, typer.Option("--workers", help="Ray worker processes, each with its own model; 0: this process, without Ray.")
 ]
 Batch = Annotated[int, typer.Option("--batch", "--batch-size", help="Batch size.")]
 Cpus = Annotated[
-    float | None, typer.Option("--cpus", help="CPU cores of each worker (default: those of this machine, divided).")
+    float | None, typer.Option("--cpus", help="CPU cores of each worker (default: all cores, divided by --workers).")
 ]
 Gpus = Annotated[
     float | None, typer.Option("--gpus", help="GPUs of each worker, also 0.5 (default: 1 with --device cuda).")

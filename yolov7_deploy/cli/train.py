@@ -154,11 +154,21 @@ SaveMinutes = Annotated[
 Ota = Annotated[
     bool, typer.Option("--ota/--no-ota", help="Assign positives with SimOTA, or use every candidate as in YOLOv5.")
 ]
-Assigner = Annotated[str, one_of(ASSIGNERS, "--assigner", text="Positives of auxiliary heads (table 6).")]
-Constraint = Annotated[
-    bool, typer.Option("--constraint/--no-constraint", help="Limit the centres that auxiliary heads predict (table 7).")
+Assigner = Annotated[
+    str, one_of(ASSIGNERS, "--assigner", text="How labels are assigned to auxiliary heads (paper, table 6).")
 ]
-Auxiliary = Annotated[str, one_of(AUXILIARY_HEADS, "--auxiliary", text="Auxiliary heads (table 8).")]
+Constraint = Annotated[
+    bool,
+    typer.Option(
+        "--constraint/--no-constraint", help="Limit how far the centres of auxiliary heads may move (paper, table 7)."
+    ),
+]
+Auxiliary = Annotated[
+    str,
+    one_of(
+        AUXILIARY_HEADS, "--auxiliary", text="Auxiliary heads of W6, E6, D6 and E6E; full is for E6E (paper, table 8)."
+    ),
+]
 Qat = Annotated[
     bool, typer.Option("--qat", help="Quantization-aware training: train --weights for INT8; see docs/int8.md.")
 ]

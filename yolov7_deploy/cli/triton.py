@@ -29,7 +29,7 @@ def triton(
             TRITON_BACKENDS,
             "--backend",
             text="What runs the network; python takes encoded images and returns boxes in their pixels (default: by "
-            "the file).",
+            "the kind of file).",
         ),
     ] = DEFAULTS.backend,
     name: Annotated[

@@ -292,5 +292,9 @@ def read_each(sources: Iterator[OneSource], *, on_error: OnError) -> Iterator[Fr
 def _no_frames_error(skipped: Sequence[Skipped]) -> SourceError:
     first = "; ".join(item.reason for item in skipped[:3])
     is_address = any("://" in item.path for item in skipped[:3])
-    fix = "Check the address, and that this machine can reach it." if is_address else "Check the path."
+    fix = (
+        "Check the address, and that this machine can reach it."
+        if is_address
+        else "Pass images or videos that can be opened; copy damaged ones again."
+    )
     return SourceError(f"Nothing could be read. {first or 'The source is empty.'}", fix=fix)
