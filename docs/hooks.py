@@ -6,6 +6,7 @@ pages lead to these pages, and all others to the repository.
 
 from __future__ import annotations
 
+import importlib
 import posixpath
 import re
 from pathlib import Path
@@ -89,10 +90,18 @@ def site_link(target: str, *, folder: str) -> str:
     return f"{REPOSITORY}/{kind}/main/{name}{suffix}"
 
 
-class ExampleSections(Extension):
-    """Extension of griffe: the section `Example:` of a docstring is one of code, as `Examples:` is."""
+class Reference(Extension):
+    """Extension of griffe for the Python reference."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:  # noqa: ANN401
-        """Rename the section of one class, function or module."""
+        """Make the section `Example:` of a docstring one of code, as `Examples:` is."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+    def on_function(self, *, func: Any, **_: Any) -> None:  # noqa: ANN401
+        """Show values of defaults that are taken from the options of a command, as in `epochs: int = _TRAIN.epochs`."""
+        for parameter in func.parameters:
+            name, _, attribute = str(parameter.default).partition(".")
+            if name.startswith("_") and attribute:
+                options = getattr(importlib.import_module(func.module.path), name)
+                parameter.default = repr(getattr(options, attribute))

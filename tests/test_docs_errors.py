@@ -172,7 +172,7 @@ def folder(tmp_path_factory):
     shutil.copy(bundled_onnx(), folder / "shapes.onnx")
     shutil.copy(bundled_weights(), folder / "best.safetensors")
     safetensors.numpy.save_file({"conv.weight": np.zeros((8, 3, 3, 3), np.float32)}, folder / "other.safetensors")
-    write_archive(folder / "surprise.pt", PROTO + name("os", "system") + b"(" + text("echo surprise") + b"tR.")
+    write_archive(folder / "surprise.pt", PROTO + name("posix", "system") + b"(" + text("echo surprise") + b"tR.")
     (folder / "notes.txt").write_text("not a library")
     (folder / "empty").mkdir()
     (folder / "twice.yaml").write_text("train: images\nval: images\nnames: [bus, bus]\n")

@@ -115,9 +115,11 @@ class Detections:
         return f"Detections({', '.join(parts)})"
 
     def __len__(self) -> int:
+        """Return the number of detections."""
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
+        """Yield each `Detection`, best score first: `box`, `score`, `class_id`, `class_name`."""
         for (x1, y1, x2, y2), score, class_id in zip(
             self.boxes.tolist(), self.scores.tolist(), self.class_ids.tolist(), strict=True
         ):
