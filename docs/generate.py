@@ -51,7 +51,8 @@ REFERENCE_HEAD = """\
 # Command reference
 
 All commands and options of `y7`, as `y7 COMMAND --help` prints them. Every command also has `-q` (print results,
-warnings and errors only) and `-v` (print the log, too).
+warnings and errors only) and `-v` (print the log, too). `y7 --version` prints the version, `y7 help COMMAND` the help,
+and `y7 --install-completion` lets the shell complete commands and options with the Tab key.
 [Command lines of the official program](migrating.md) are accepted, too.
 """
 
