@@ -113,7 +113,8 @@ def find_weights(name_or_path: str | Path, *, progress: Progress | None = None, 
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise LoadError(
             f"{_searched(name)}\n  the authors' release: {url} ({hide_credentials(_reason(error))})",
-            fix=f"Download this URL on a machine with network access, and pass the file:  --weights {name}.pt",
+            fix=f"Download this URL on a machine with network access, and pass the file:  --weights {name}.pt\n"
+            "Without it, the included network of six shapes:  --weights yolov7-tiny-shapes",
         ) from error
     logger.info("weights: %s -> %s in %.1f s", url, target, time.perf_counter() - start)
     return target
