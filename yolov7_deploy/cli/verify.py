@@ -13,7 +13,7 @@ from yolov7_deploy.errors import ParityError
 
 if TYPE_CHECKING:
     from yolov7_deploy.evaluation.parity import ParityReport
-    from yolov7_deploy.evaluation.verification import Verification
+    from yolov7_deploy.evaluation.verification import ArtifactAccuracy, Verification
 
 
 DIFFERENCE = "See the first stage over its limit: the difference begins there."
@@ -86,17 +86,25 @@ def describe(result: Verification) -> str:
 
     parts = [stage_table(report) for report in result.reports]
     if result.accuracy:
-        reference = result.accuracy[0].ap
         rows = [
-            [row.weights, row.precision, f"{row.ap:.4f}", f"{row.ap50:.4f}", f"{(row.ap - reference) * 100:+.2f}"]
-            for row in result.accuracy
+            [row.weights, row.precision, f"{row.ap:.4f}", f"{row.ap50:.4f}", *_loss(row)] for row in result.accuracy
         ]
-        parts.append(table(rows, ["artifact", "precision", "AP", "AP50", "points"], f"AP on {result.images} images"))
+        header = ["artifact", "precision", "AP", "AP50", "points lost", "95 % interval"]
+        parts.append(table(rows, header, f"AP on {plural(result.images, 'image')}"))
     parts += result.notes
     if not result.failures:
         ap = ", and so is the AP" * bool(result.accuracy)
         parts.append(f"all stages are within their limits in {plural(len(result.reports), 'comparison')}{ap}")
     return "\n".join(parts)
+
+
+def _loss(row: ArtifactAccuracy) -> tuple[str | None, str | None]:
+    """Return the points lost, and their interval."""
+    drop = row.drop
+    if drop is None:
+        return None, None
+    known = drop.low is not None and drop.high is not None
+    return f"{drop.points:.2f}", f"{drop.low:.2f} to {drop.high:.2f}" if known else None
 
 
 def stage_table(report: ParityReport) -> str:

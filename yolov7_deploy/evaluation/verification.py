@@ -147,7 +147,7 @@ def verify_artifacts(
         images=len(dataset) if dataset else len(frames) or 1,
         failures=(*stage_failures(reports), *accuracy_failures(accuracy, max_drop), *undecided),
         undecided=tuple(undecided),
-        notes=tuple(notes),
+        notes=(*notes, *unsure_losses(accuracy, max_drop)),
     )
 
 
@@ -357,7 +357,7 @@ def accuracy_failures(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> 
         return [f"NOT VERIFIED: {accuracy[0].weights} has AP 0 on these images, so no loss can be measured."]
     return [
         f"{name} loses more than --max-drop {max_drop:g}: {summary}"
-        for name, verdict, summary in _too_large_losses(accuracy, max_drop)
+        for name, verdict, summary in _losses(accuracy, max_drop, too_large=True)
         if verdict == "above"
     ]
 
@@ -366,15 +366,26 @@ def undecided_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> l
     """Return a sentence for each artifact whose AP falls by more points than allowed, which may be chance."""
     return [
         f"UNDECIDED: {name} may lose more than --max-drop {max_drop:g}: {summary}"
-        for name, verdict, summary in _too_large_losses(accuracy, max_drop)
+        for name, verdict, summary in _losses(accuracy, max_drop, too_large=True)
         if verdict != "above"
     ]
 
 
-def _too_large_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> Iterator[tuple[str, str, str]]:
-    """Yield name, verdict and summary of each measured loss above the allowed one."""
+def unsure_losses(accuracy: Sequence[ArtifactAccuracy], max_drop: float) -> list[str]:
+    """Return a sentence for each artifact that passes on images too few to exclude a loss above the allowed one."""
+    return [
+        f"{name}: {summary}"
+        for name, verdict, summary in _losses(accuracy, max_drop, too_large=False)
+        if verdict == "inconclusive"
+    ]
+
+
+def _losses(
+    accuracy: Sequence[ArtifactAccuracy], max_drop: float, *, too_large: bool
+) -> Iterator[tuple[str, str, str]]:
+    """Yield name, verdict and summary of each measured loss above the allowed one, or of each up to it."""
     for row in accuracy:
-        if row.drop is not None and row.drop.points > max_drop:
+        if row.drop is not None and (row.drop.points > max_drop) is too_large:
             from yolov7_deploy.evaluation.accuracy_drop import summarize_drop  # see `_measure_accuracy`
 
             yield row.weights, row.drop.verdict(max_drop), summarize_drop(row.drop, max_drop)
