@@ -32,6 +32,7 @@ from yolov7_deploy.evaluation.verification import (
     accuracy_failures,
     stage_failures,
     undecided_losses,
+    unsure_losses,
     used_images,
     verify_artifacts,
 )
@@ -45,6 +46,8 @@ Progress = Callable[[int, int], None]
 Show = Callable[[str], AbstractContextManager[Progress]]
 
 MAX_IMAGES = 12  # pairs of images on the page
+MAX_CANDIDATES = 2 * MAX_IMAGES
+LOW_CONF = 0.05  # an object with a lower score is "not detected" on the page
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +231,7 @@ def collect_report(
         artifacts=tuple(artifacts),
         verification=verification,
         warnings=tuple(_warnings(artifacts, verification, options, speeds, dataset.coverage)),
-        images=_most_different(artifacts, dataset),
+        images=_most_different(artifacts, dataset, options, show),
         rankings=rankings,
         dataset=dataset,
     )
@@ -386,10 +389,7 @@ def _with_ap(report: SpeedReport, one: ArtifactRecord, dataset: Dataset) -> Spee
 
 
 def _measure(one: ArtifactRecord, dataset: Dataset, options: ReportOptions, progress: Progress) -> SpeedReport:
-    is_checkpoint = one.runtime == "pytorch"
-    half, img = (False, one.input_hw) if is_checkpoint else (None, None)
-    runtime = one.runtime if is_checkpoint or options.runtime == "auto" else options.runtime
-    with Detector(one.path, device=options.device, img=img, half=half, runtime=runtime) as detector:
+    with _open(one, options) as detector:
         is_known = detector.device.startswith(("cpu", "cuda"))
         return measure_speed(
             detector,
@@ -398,6 +398,14 @@ def _measure(one: ArtifactRecord, dataset: Dataset, options: ReportOptions, prog
             profile=resolve_device(detector.device if is_known else "auto"),
             progress=progress,
         )
+
+
+def _open(one: ArtifactRecord, options: ReportOptions) -> Detector:
+    """Open the artifact in its runtime, with the input size on which AP was measured."""
+    is_checkpoint = one.runtime == "pytorch"
+    half, img = (False, one.input_hw) if is_checkpoint else (None, None)
+    runtime = one.runtime if is_checkpoint or options.runtime == "auto" else options.runtime
+    return Detector(one.path, device=options.device, img=img, half=half, runtime=runtime)
 
 
 def _frames(one: ArtifactRecord, dataset: Dataset) -> Frames:
@@ -409,10 +417,29 @@ def _frames(one: ArtifactRecord, dataset: Dataset) -> Frames:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _most_different(artifacts: Sequence[ArtifactRecord], dataset: Dataset) -> tuple[ImageRecord, ...]:
-    """Return the images with the largest difference between an artifact and the reference, the largest first."""
-    reference, *others = artifacts
-    found = {one.name: image_differences(reference.accuracy.predictions, one.accuracy.predictions) for one in others}
+def _most_different(
+    artifacts: Sequence[ArtifactRecord], dataset: Dataset, options: ReportOptions, show: Show
+) -> tuple[ImageRecord, ...]:
+    """Return the images with the largest difference between an artifact and the reference, the largest first.
+
+    The detections for AP, which has other thresholds than an application, choose the candidates. On these the files
+    detect again with their own thresholds.
+    """
+    candidates = _rank({one.name: one.accuracy.predictions for one in artifacts}, dataset)[:MAX_CANDIDATES]
+    indices = [record.index for record in candidates]
+    detected = {one.name: _detect(one, dataset, indices, options, show) for one in artifacts}
+    return tuple(_rank(detected, dataset)[:MAX_IMAGES])
+
+
+def _rank(predictions: Mapping[str, Sequence[Mapping[str, Any]]], dataset: Dataset) -> list[ImageRecord]:
+    """Return the images on which detections in COCO results format differ, the largest difference first.
+
+    Args:
+        predictions: By name of the artifact, the reference first.
+        dataset: The images.
+    """
+    (_, reference), *others = predictions.items()
+    found = {name: image_differences(reference, rows) for name, rows in others}
     records = []
     for index in range(len(dataset)):
         image_id = dataset.image_id(index)
@@ -421,7 +448,22 @@ def _most_different(artifacts: Sequence[ArtifactRecord], dataset: Dataset) -> tu
             worst = max(objects, key=lambda name: (objects[name][0].value, sum(one.value for one in objects[name])))
             records.append(ImageRecord(index=index, worst=worst, objects=objects))
     records.sort(key=lambda record: -record.value)
-    return tuple(record for record in records[:MAX_IMAGES] if record.value > 0)
+    return [record for record in records if record.value > 0]
+
+
+def _detect(
+    one: ArtifactRecord, dataset: Dataset, indices: Sequence[int], options: ReportOptions, show: Show
+) -> list[dict[str, Any]]:
+    """Return the detections of some images as an application has them, down to a low score, in COCO results format."""
+    rows: list[dict[str, Any]] = []
+    with _open(one, options) as detector, show(f"images {one.name}") as progress:
+        nms = detector.metadata.nms
+        conf = LOW_CONF if nms is None or nms.runtime_thresholds else None
+        for done, index in enumerate(indices, start=1):
+            found = detector(dataset.path(index), conf=conf)
+            rows += found.to_coco(dataset.image_id(index), category_ids=dataset.category_ids)
+            progress(done, len(indices))
+    return rows
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
@@ -441,7 +483,8 @@ def _warnings(
         if drop is not None and drop.points <= allowed and drop.verdict(allowed) == "inconclusive":
             yield f"{one.name}: {summarize_drop(drop, allowed)}"
     yield from dict.fromkeys(_origin_warnings(reference, artifacts[1:]))
-    yield from verification.notes
+    said = unsure_losses(verification.accuracy, options.max_drop)  # above, with shorter names
+    yield from (note for note in verification.notes if note not in said)
     if reference.accuracy.skipped:
         skipped = reference.accuracy.skipped
         yield f"{plural(len(skipped), 'image')} could not be used: {skipped[0].path}: {skipped[0].reason}"
@@ -476,9 +519,9 @@ def _speed_warnings(artifacts: Sequence[ArtifactRecord]) -> Iterator[str]:
     busy = {name: row.other_cpu_load for name, row in rows if row.other_cpu_load and row.other_cpu_load > BUSY}
     if busy:
         yield (
-            f"Times are too long: other programs used up to {max(busy.values()):.0%} of the CPU while the speed was "
-            f"measured of {', '.join(busy)}."
+            f"Times are too long: other programs used up to {max(busy.values()):.0%} of the CPU while the speed of "
+            f"{', '.join(busy)} was measured."
         )
     throttled = dict.fromkeys(name for name, row in rows if row.clocks is not None and row.clocks.throttled)
     if throttled:
-        yield f"Times are too long: the processor was throttled while the speed was measured of {', '.join(throttled)}."
+        yield f"Times are too long: the processor was throttled while the speed of {', '.join(throttled)} was measured."
