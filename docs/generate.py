@@ -132,9 +132,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, number
 
 
 def cpu_table(network: str) -> str:
-    """Return time and AP of a network in each precision and CPU runtime, of two machines."""
+    """Return time and AP of a network in each precision and CPU runtime."""
     result = read_result(f"cpu-2-core-vnni/{CPU_NETWORKS[network]}")["result"]
-    accuracies = read_result(f"cpu-2-core-amx/{CPU_NETWORKS[network]}")["result"]["accuracy"]
+    accuracies = result["accuracy"]
     rows = []
     for key, (precision, runtime) in CPU_ROWS.items():
         accuracy = accuracies[key]

@@ -178,7 +178,11 @@ def _not_found(path: Path) -> LoadError:
         return LoadError(f"{path} is not a file but a named pipe, a device or a socket.", fix="Pass a file.")
     names = [name for name in OFFICIAL_NAMES if not name.endswith("_training")]
     is_path = bool(path.suffix) or path.parent != Path()
-    fix = suggest(path.stem, names) if not is_path else f"Check the path, or use an official name: {', '.join(names)}"
+    fix = (
+        suggest(path.stem, [*names, SHAPES_WEIGHTS])
+        if not is_path
+        else f"Check the path, or use an official name: {', '.join(names)}"
+    )
     similar = similar_file(path, suffixes=MODEL_SUFFIXES)
     if similar is not None:
         fix = f"Did you mean {similar}?"
