@@ -8,13 +8,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from tests.support.report_files import CLASS, IMAGE, SIZE, swap_channels, write_hostile_shapes, write_nan
 from tests.support.small_models import exported_tiny
 from tests.support.speed_reports import speed_report
-from yolov7_deploy import export, report
+from yolov7_deploy import Detector, export, report
 from yolov7_deploy._console import write_json
 from yolov7_deploy._serialization import sha256_hex
 from yolov7_deploy.cli.app import app
@@ -196,6 +197,16 @@ def test_images_are_listed_by_their_difference_with_the_objects_that_differ(resu
     images = page.find("img")
     assert len(images) == 2 * len(result.images)
     assert all(found["alt"] and found["src"].startswith("data:image/jpeg;base64,") for found, _ in images)
+
+
+def test_the_boxes_on_the_images_are_those_of_an_application(result):
+    by_name = {one.name: one for one in result.artifacts}
+    record = result.images[0]
+    with Detector(by_name[record.worst].path, device="cpu", runtime="onnxruntime") as detector:
+        detections = detector(result.dataset.path(record.index))
+    objects = [one.other for one in record.objects[record.worst] if one.other is not None and one.other.shown]
+    expected = [score for score in detections.scores.tolist() if score > 0.25]
+    np.testing.assert_allclose(sorted(box.score for box in objects), sorted(expected), atol=1e-5)
 
 
 @pytest.mark.slow
