@@ -44,19 +44,19 @@ REPLACED = {
     "rtsp://yard.local/1": "b.mp4",
     " --source 0": "",
     "--source cameras.txt": "--source a.mp4 --source b.mp4",
-    "--metrics-port 9100": "--metrics-port 0",
     "--workers 16 --address auto": "--workers 2",
     "--workers 4": "--workers 2",
     "concurrency=(1, 4)": "concurrency=(1, 4), duration_s=0.2, warmup_s=0.1",
     "--against best.onnx best-fp16.onnx": "--max-drop 100 --against best.onnx best-fp16.onnx",  # four images
     "--against best-int8.onnx": "--max-drop 100 --against best-int8.onnx",
     "--against helmets-int8.onnx": "--max-drop 100 --against helmets-int8.onnx",  # four images, one epoch
+    "--against helmets.onnx helmets-int8.onnx": "--max-drop 100 --against helmets.onnx helmets-int8.onnx",
     "epochs=100": f'epochs=1, img={SIZE}, batch=4, workers=0, device="cpu"',
 }
 # Lines that are not run: a pattern, and the reason.
 NOT_RUN = {
     r"^(pip|sudo|apt-get|git clone|python3 -m venv)\b|\bpip install\b|\bserver\b.*pytriton": "an installation",
-    r"^(docker|make -C|sh app/run|SINK|tritonserver|trtexec|cmake|serve run|curl)\b": "needs other software",
+    r"^(docker|make -C|sh app/run|SINK|tritonserver|trtexec|cmake|serve run|curl|/usr/src)\b": "other software",
     r"^python3? (docker/|benchmarks/|models/client|fastapi_service)": "a script with a test of its own",
     r"^y7 (triton|deepstream) --weights \S+\.engine": "needs TensorRT: servers do not run engines of TensorRT-RTX",
     r"^y7 plugin\b": "compiles CUDA for minutes; tests/test_installation.py runs it",
