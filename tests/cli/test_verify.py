@@ -7,10 +7,18 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from yolov7_deploy import export
 from yolov7_deploy.cli.app import app
+from yolov7_deploy.datasets.synthetic import write_shapes
 from yolov7_deploy.errors import ParityError, UsageError
 from yolov7_deploy.evaluation.accuracy_drop import AccuracyDrop
-from yolov7_deploy.evaluation.verification import ArtifactAccuracy, Verification, accuracy_failures, undecided_losses
+from yolov7_deploy.evaluation.verification import (
+    ArtifactAccuracy,
+    Verification,
+    accuracy_failures,
+    undecided_losses,
+    unsure_losses,
+)
 from yolov7_deploy.hub import bundled_weights
 
 
@@ -59,14 +67,25 @@ def test_an_undecided_loss_is_refused_with_its_interval_and_the_number_of_images
     assert "0.50  -0.90 to 1.90" in done.output and "within their limits" not in done.output
 
 
-def test_a_certain_loss_of_ap_alone_names_no_stage(monkeypatch):
-    rows = losing(1.5, 0.9, 2.1)
-    result = Verification(reports=(), accuracy=tuple(rows), images=82, failures=tuple(accuracy_failures(rows, 0.3)))
-    monkeypatch.setattr("yolov7_deploy.evaluation.verification.verify_artifacts", lambda *_, **__: result)
-    done = CliRunner().invoke(app, ["verify", "-w", str(bundled_weights()), "--against", str(bundled_weights())])
+def test_a_certain_loss_of_ap_alone_names_no_stage(tmp_path):
+    data = write_shapes(tmp_path / "shapes", train=1, val=16, size=96, seed=5)
+    file = export("yolov7-tiny-shapes", tmp_path / "one.onnx", img=96, max_det=1, verify=False).path
+    line = ["verify", "-w", bundled_weights(), "--against", file, "--data", data, "--runtime", "onnxruntime"]
+    done = CliRunner().invoke(app, list(map(str, line)))
     assert isinstance(done.exception, ParityError), done.output
     assert "more than --max-drop 0.3" in done.exception.message and "UNDECIDED" not in done.exception.message
     assert "No stage differs" in done.exception.fix and "first stage" not in done.exception.fix
+
+
+def test_losses_that_so_few_images_cannot_exclude_are_printed(monkeypatch):
+    rows = losing(-0.4, -2.0, 1.2)
+    result = Verification(
+        reports=(), accuracy=tuple(rows), images=82, failures=(), unsure=tuple(unsure_losses(rows, 0.3))
+    )
+    monkeypatch.setattr("yolov7_deploy.evaluation.verification.verify_artifacts", lambda *_, **__: result)
+    done = CliRunner().invoke(app, ["verify", "-w", str(bundled_weights()), "--against", str(bundled_weights())])
+    assert done.exit_code == 0 and "82 images cannot show whether more than 0.3 points are lost" in done.output
+    assert unsure_losses(losing(-0.4, -0.6, 0.1), 0.3) == []
 
 
 @pytest.mark.parametrize("max_drop", ["-1", "nan", "101"])

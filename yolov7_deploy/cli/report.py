@@ -13,7 +13,7 @@ from yolov7_deploy.errors import ParityError
 from yolov7_deploy.options import ReportOptions
 
 if TYPE_CHECKING:
-    from yolov7_deploy.workflows.report import ArtifactRecord, DeploymentReport
+    from yolov7_deploy.workflows.report import DeploymentReport
 
 DEFAULTS = ReportOptions()
 MORE_IMAGES = "No stage differs too much. Measure on a dataset with more images, or allow a larger loss (--max-drop 1)."
@@ -110,7 +110,7 @@ def describe(result: DeploymentReport) -> str:
             [
                 one.name,
                 one.accuracy.precision,
-                _verdict(one, result.options.max_drop),
+                one.verdict(result.options.max_drop),
                 None if one.accuracy.ap is None else f"{one.accuracy.ap:.4f}",
                 None if drop is None else f"{drop.points:.2f}",
                 None if speed is None else f"{speed.rows[0].stage('end_to_end').p50:.1f}",
@@ -119,13 +119,3 @@ def describe(result: DeploymentReport) -> str:
     parts = [table(rows, ["artifact", "precision", "verdict", "AP", "points lost", "ms"])]
     parts += [f"warning: {warning}" for warning in result.warnings]
     return "\n".join([*parts, f"Report: {result.path}"])
-
-
-def _verdict(one: ArtifactRecord, max_drop: float) -> str:
-    if one.parity is None:
-        return "reference"
-    if one.is_wrong:
-        return "FAILED"
-    if one.undecided:
-        return "undecided"
-    return "equal" if one.drop is not None and one.drop.verdict(max_drop) == "within" else "passed"

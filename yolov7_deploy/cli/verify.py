@@ -91,7 +91,7 @@ def describe(result: Verification) -> str:
         ]
         header = ["artifact", "precision", "AP", "AP50", "points lost", "95 % interval"]
         parts.append(table(rows, header, f"AP on {plural(result.images, 'image')}"))
-    parts += result.notes
+    parts += [*result.notes, *result.unsure]
     if not result.failures:
         ap = ", and so is the AP" * bool(result.accuracy)
         parts.append(f"all stages are within their limits in {plural(len(result.reports), 'comparison')}{ap}")

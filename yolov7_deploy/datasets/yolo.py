@@ -192,7 +192,7 @@ def _find_images(config: Mapping[str, Any], split: str, root: Path, path: Path) 
         raise DatasetError("\n".join((message, *problems)), fix="Correct the list, or `path` in the YAML.")
     if len(images) < len(found):
         problems.append(f"{len(found) - len(images)} images of {split} are named more than once; each is used once")
-    if not path_exists(Path(str(root).replace("\\", "/"))):
+    if locate(str(root), [Path()]) is None:
         place = f"{split} is in {short_text(images[0].parent)}"
         problems.insert(0, f"the path of {path.name} does not exist ({short_text(root)}); {place}")
     return SplitImages(paths=images, problems=tuple(problems), are_complete=are_complete)

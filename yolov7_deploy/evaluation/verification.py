@@ -65,6 +65,7 @@ class Verification:
         images: Number of images.
         failures: One sentence for each artifact that differs too much, loses too much AP, or could not be verified.
         undecided: Those of the failures that chance can explain: the interval of the AP loss contains the allowed one.
+        unsure: One sentence for each artifact that passes, on images too few to exclude a loss above the allowed one.
         notes: Runtimes that refuse an artifact, and why.
     """
 
@@ -73,6 +74,7 @@ class Verification:
     images: int
     failures: tuple[str, ...]
     undecided: tuple[str, ...] = ()
+    unsure: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -88,6 +90,7 @@ class Verification:
             "verified": self.verified,
             "failures": list(self.failures),
             "undecided": list(self.undecided),
+            "unsure": list(self.unsure),
             "notes": list(self.notes),
             "images": self.images,
             "reports": [report.to_dict() for report in self.reports],
@@ -147,7 +150,8 @@ def verify_artifacts(
         images=len(dataset) if dataset else len(frames) or 1,
         failures=(*stage_failures(reports), *accuracy_failures(accuracy, max_drop), *undecided),
         undecided=tuple(undecided),
-        notes=(*notes, *unsure_losses(accuracy, max_drop)),
+        unsure=tuple(unsure_losses(accuracy, max_drop)),
+        notes=tuple(notes),
     )
 
 

@@ -32,7 +32,6 @@ from yolov7_deploy.evaluation.verification import (
     accuracy_failures,
     stage_failures,
     undecided_losses,
-    unsure_losses,
     used_images,
     verify_artifacts,
 )
@@ -93,6 +92,20 @@ class ArtifactRecord:
     def is_wrong(self) -> bool:
         """True if chance cannot explain a failure."""
         return len(self.failures) > len(self.undecided)
+
+    def verdict(self, max_drop: float) -> str:
+        """Return `reference`, `equal`, `passed`, `undecided` or `FAILED`; docs/report.md says what they mean.
+
+        Args:
+            max_drop: Largest allowed loss in AP points.
+        """
+        if self.parity is None:
+            return "reference"
+        if self.is_wrong:
+            return "FAILED"
+        if self.undecided:
+            return "undecided"
+        return "equal" if self.drop is not None and self.drop.verdict(max_drop) == "within" else "passed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -426,6 +439,8 @@ def _most_different(
     detect again with their own thresholds.
     """
     candidates = _rank({one.name: one.accuracy.predictions for one in artifacts}, dataset)[:MAX_CANDIDATES]
+    if not candidates:
+        return ()
     indices = [record.index for record in candidates]
     detected = {one.name: _detect(one, dataset, indices, options, show) for one in artifacts}
     return tuple(_rank(detected, dataset)[:MAX_IMAGES])
@@ -483,8 +498,7 @@ def _warnings(
         if drop is not None and drop.points <= allowed and drop.verdict(allowed) == "inconclusive":
             yield f"{one.name}: {summarize_drop(drop, allowed)}"
     yield from dict.fromkeys(_origin_warnings(reference, artifacts[1:]))
-    said = unsure_losses(verification.accuracy, options.max_drop)  # above, with shorter names
-    yield from (note for note in verification.notes if note not in said)
+    yield from verification.notes
     if reference.accuracy.skipped:
         skipped = reference.accuracy.skipped
         yield f"{plural(len(skipped), 'image')} could not be used: {skipped[0].path}: {skipped[0].reason}"

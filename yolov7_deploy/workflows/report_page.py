@@ -225,7 +225,7 @@ def _context(report: DeploymentReport) -> dict[str, Any]:
         "report": report,
         "reference": reference,
         "others": report.artifacts[1:],
-        "all_equal": all(drop.verdict(report.options.max_drop) == "within" for _, drop in drops),
+        "verdicts": sorted({one.verdict(report.options.max_drop) for one in report.artifacts[1:]}),
         "machine": _machine_rows(read_machine(), report),
         "metric_titles": METRIC_TITLES,
         "classes": _class_rows(report),
